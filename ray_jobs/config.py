@@ -1,0 +1,249 @@
+"""The whole configuration of a run: one documented field a line, with its unit.
+
+A run is one YAML file of this tree (`configs/demo.yaml`), completed by command-line overrides
+(`--set train.zero_stage=3`). Everything a user can get wrong without touching the data or the cluster
+is found here, before anything starts.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """What a user must mend before the job can start. The message names the field or file and the fix."""
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
+
+
+class DataConfig(Section):
+    """Where the pictures are and how they are prepared."""
+
+    source: str = Field(description="folder with images and metadata.jsonl (file_name, text)")
+    resolution: Positive = Field(64, description="pixels a side after resizing and centre cropping")
+    background: str = Field("white", description="colour that shows through transparent pixels")
+    validation: Share = Field(0.15, description="share of the pictures that the search is judged on")
+    test: Share = Field(0.15, description="share that is looked at once, when publishing")
+    split_seed: int = Field(0, description="seed of the split; changing it moves pictures")
+    encode_batch_size: Positive = Field(32, description="pictures encoded at once")
+    encode_workers: Positive = Field(1, description="actors that hold the encoders")
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> "DataConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError("validation + test must leave a share for training: lower one of them")
+        return self
+
+
+class ModelConfig(Section):
+    """The model that is fine-tuned."""
+
+    base: str = Field(description="folder or hub name of a model in diffusers' format")
+    revision: str | None = Field(None, description="revision on the hub")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685), by peft."""
+
+    rank: Positive = Field(16, description="rank of the update")
+    alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
+    dropout: Share = Field(0.0, description="dropout before the down projection")
+    target_modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        description="layers of the denoiser that get an adapter, by the end of their name",
+    )
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    method: Literal["lora", "full"] = Field("lora", description="what is trained")
+    lora: LoraConfig = LoraConfig()
+    train_text_encoder: bool = Field(False, description="train the text encoder too (full only)")
+    learning_rate: LearningRate = Field(1e-4, description="for a single run; a search sets its own")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    batch_size: Positive = Field(8, description="pictures a worker and step")
+    gradient_accumulation: Positive = Field(1, description="micro batches an optimizer step")
+    num_workers: Positive = Field(2, description="Ray Train workers")
+    use_gpu: bool = Field(False, description="one GPU a worker")
+    cpus_per_worker: Positive = Field(1, description="logical CPUs (and PyTorch threads) a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage (arXiv 1910.02054)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, fp32 weights")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    caption_dropout: Share = Field(0.1, description="share of captions replaced by the empty one")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off if empty")
+    ema_decay: Share = Field(0.99, description="of the averaged weights that are evaluated; 0: off")
+    max_failures: int = Field(1, ge=0, description="restarts of the worker group from its checkpoint")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "TrainConfig":
+        if self.train_text_encoder and self.method == "lora":
+            raise ValueError("train_text_encoder needs method: full")
+        return self
+
+
+class SearchConfig(Section):
+    """The search over learning rate and steps."""
+
+    learning_rates: list[LearningRate] = Field(min_length=1, description="one trial each")
+    ladder: list[Positive] = Field(min_length=1, description="step counts, increasing: the rungs")
+    reduction_factor: int = Field(2, ge=2, description="ASHA goes on with 1 / this many a rung")
+    max_concurrent_trials: Positive = Field(1, description="trials that train at once")
+
+    @model_validator(mode="after")
+    def _increases(self) -> "SearchConfig":
+        pairs = zip(self.ladder, self.ladder[1:], strict=False)
+        if any(later <= earlier for earlier, later in pairs):
+            raise ValueError(f"ladder must increase: {self.ladder}; sort it and drop repeats")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"learning_rates repeats a value: {self.learning_rates}")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How a checkpoint is sampled and measured."""
+
+    num_samples: int = Field(96, ge=2, description="pictures for a score, at most one a caption")
+    inference_steps: Positive = Field(12, description="denoising steps a picture")
+    guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
+    batch_size: Positive = Field(32, description="pictures sampled at once by an actor")
+    num_actors: Positive = Field(2, description="evaluators, alive for the whole run")
+    use_gpu: bool = Field(False, description="one GPU an evaluator")
+    seed: int = Field(0, description="of the initial noise, the same for every checkpoint")
+    feature_network: str = Field(
+        ".cache/inception-2015-12-05.pt",
+        description="TorchScript file of the FID Inception network; its digest is checked",
+    )
+
+
+class PublishConfig(Section):
+    """Where the winner goes."""
+
+    model_name: str = Field("diffray", min_length=1, description="name in the MLflow registry")
+    tracking_uri: str | None = Field(
+        None,
+        description="MLflow server; else MLFLOW_TRACKING_URI, else SQLite in the storage folder",
+    )
+    sample_count: Positive = Field(8, description="captions in the report's picture grid")
+
+
+class ServeConfig(Section):
+    """The endpoint."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    replicas: Positive = Field(1, description="copies of the model")
+    use_gpu: bool = Field(False, description="one GPU a replica")
+    max_batch_size: Positive = Field(8, description="pictures denoised together")
+    batch_wait_s: float = Field(0.05, ge=0, description="how long a batch waits to fill, in seconds")
+    default_steps: Positive = Field(20, description="denoising steps where the request names none")
+    default_guidance_scale: float = Field(3.0, ge=1, description="where the request names none")
+    max_queued_requests: Positive = Field(64, description="more are answered with 503")
+    request_timeout_s: float = Field(120, gt=0, description="a request may take this many seconds")
+
+
+class LocalConfig(Section):
+    """The embedded Ray that is started where no address is given."""
+
+    num_cpus: Positive = Field(
+        8, description="logical CPUs: more than cores, so that drivers and Ray Data tasks fit beside"
+    )
+    object_store_mb: int = Field(512, ge=80, description="object store, in MiB")
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a run of the same name is resumed"
+    )
+    storage: str = Field("runs", description="folder, s3:// or gs:// that every node can reach")
+    seed: int = Field(0, description="of training: data order, noise, initial adapters")
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+    serve: ServeConfig = ServeConfig()
+    local: LocalConfig = LocalConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` into `tree`; the value is read as YAML."""
+    dotted, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as section.field=value")
+    *sections, field = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    tree[field] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line for the first problem of `error`: file, field, what is wrong."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "configuration"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key; remove it or correct its name (ray_jobs/config.py lists them all)"
+    else:
+        message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
+    more = len(error.errors()) - 1
+    return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and lay `overrides` (`section.field=value`) over it.
+
+    Raises:
+        ConfigError: naming the file or field, and the fix.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give --config one of configs/*.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a configuration: it must be a mapping of sections")
+    for override in overrides or []:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from None
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every stage shares: `--config` and `--set`."""
+    parser.add_argument("--config", required=True, help="YAML file, for example configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        dest="overrides",
+        help="override one field; may be repeated",
+    )

@@ -1,0 +1,30 @@
+"""Which split a picture belongs to: a pure function of its bytes, so that it never moves."""
+
+import hashlib
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def content_digest(data: bytes) -> str:
+    """The sha256 of a picture's file, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def split_of(digest: str, *, seed: int, validation: float, test: float) -> Split:
+    """Assign a picture to a split by hashing its digest with the seed.
+
+    The hash is read as a number in [0, 1): below `test` is test, then `validation`, then train.
+    Other pictures have no say, so that adding some moves none.
+
+    Args:
+        digest: from `content_digest`.
+        seed: another seed gives another, independent assignment.
+        validation, test: the shares of those splits, in [0, 1); the rest is train.
+    """
+    keyed = hashlib.sha256(f"{seed}:{digest}".encode()).digest()
+    position = int.from_bytes(keyed[:8], "big") / 2**64
+    if position < test:
+        return "test"
+    return "validation" if position < test + validation else "train"

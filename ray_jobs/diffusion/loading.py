@@ -1,0 +1,54 @@
+"""Load a text-to-image model in diffusers' format, with or without what was fine-tuned on it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str | None = None) -> Any:
+    """A StableDiffusionPipeline in float32 on the CPU, in evaluation mode.
+
+    Args:
+        base: folder or hub name of the base model.
+        weights: a folder that holds either LoRA weights (`pytorch_lora_weights.safetensors`), which
+            are loaded onto the base, or a whole pipeline (`model_index.json`), which replaces it.
+        revision: of the base on the hub.
+
+    Raises:
+        ValueError: if `weights` is neither.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    source = str(weights) if weights and (Path(weights) / "model_index.json").exists() else base
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        source,
+        revision=revision if source == base else None,
+        torch_dtype=torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if weights and source == base:
+        if not (Path(weights) / LORA_WEIGHTS).exists():
+            raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
+        pipeline.load_lora_weights(str(weights), weight_name=LORA_WEIGHTS)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipeline
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> torch.Tensor:
+    """Prompts to embeddings: float, N x tokens x width, cut or padded to the tokenizer's length."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return text_encoder(tokens.input_ids.to(text_encoder.device), return_dict=False)[0]
