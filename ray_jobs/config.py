@@ -6,6 +6,7 @@ is found here, before anything starts.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 class ConfigError(ValueError):
     """What a user must mend before the job can start. The message names the field or file and the fix."""
+
+
+def home() -> Path:
+    """The folder that relative paths start from: DIFFRAY_HOME, else the current one.
+
+    A job on the embedded local Ray runs in Ray's copy of the checkout; `cluster/submit.py` sets
+    DIFFRAY_HOME there, so that what it reads and writes is the user's own.
+    """
+    return Path(os.environ.get("DIFFRAY_HOME") or Path.cwd())
+
+
+def resolve_path(path: str) -> str:
+    """A relative path that exists under `home()` becomes absolute; all else is left as it is.
+
+    So s3:// and gs:// addresses and hub names pass through, and a missing file keeps the name that
+    the user wrote.
+    """
+    if "://" in path:
+        return path
+    found = home() / Path(path).expanduser()
+    return str(found) if found.exists() else path
 
 
 class Section(BaseModel):
@@ -157,6 +179,26 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(120, gt=0, description="a request may take this many seconds")
 
 
+class PretrainConfig(Section):
+    """A new base model in Stable Diffusion's architecture, from nothing (`python -m ray_jobs.pretrain`)."""
+
+    output: str = Field(description="folder of the finished model")
+    pictures: str = Field(description="folder with metadata.jsonl that the autoencoder learns from")
+    autoencoder_channels: list[Positive] = Field([32, 48, 64, 96], description="of its levels")
+    autoencoder_steps: Positive = Field(8000, description="optimizer steps")
+    autoencoder_batch_size: Positive = Field(16, description="pictures a step")
+    autoencoder_learning_rate: LearningRate = Field(1e-3, description="lowered to 0 by a cosine")
+    kl_weight: float = Field(1e-4, ge=0, description="of the KL divergence a latent element")
+    latent_channels: Positive = Field(16, description="of the autoencoder")
+    denoiser_channels: list[Positive] = Field([128, 192], description="of the UNet's levels")
+    denoiser_layers: Positive = Field(1, description="residual blocks a level")
+    attention_heads: Positive = Field(4, description="of the UNet and the text encoder")
+    text_width: Positive = Field(192, description="of the text encoder")
+    text_layers: Positive = Field(3, description="of the text encoder")
+    vocabulary: Positive = Field(1500, description="tokens, learnt from the captions")
+    max_tokens: Positive = Field(20, description="longer captions are cut")
+
+
 class LocalConfig(Section):
     """The embedded Ray that is started where no address is given."""
 
@@ -182,6 +224,7 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     local: LocalConfig = LocalConfig()
+    pretrain: PretrainConfig | None = None
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

@@ -12,6 +12,12 @@ def content_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _position(digest: str, seed: int) -> float:
+    """The picture's place in [0, 1), uniform over pictures and independent between seeds."""
+    keyed = hashlib.sha256(f"{seed}:{digest}".encode()).digest()
+    return int.from_bytes(keyed[:8], "big") / 2**64
+
+
 def split_of(digest: str, *, seed: int, validation: float, test: float) -> Split:
     """Assign a picture to a split by hashing its digest with the seed.
 
@@ -23,8 +29,15 @@ def split_of(digest: str, *, seed: int, validation: float, test: float) -> Split
         seed: another seed gives another, independent assignment.
         validation, test: the shares of those splits, in [0, 1); the rest is train.
     """
-    keyed = hashlib.sha256(f"{seed}:{digest}".encode()).digest()
-    position = int.from_bytes(keyed[:8], "big") / 2**64
+    position = _position(digest, seed)
     if position < test:
         return "test"
     return "validation" if position < test + validation else "train"
+
+
+def is_floor_candidate(digest: str, *, seed: int, validation: float, test: float) -> bool:
+    """Whether a training picture is among those kept for the floor: twice the share of the test split,
+    so that there are as many as test pictures also where the shares are uneven by chance.
+    """
+    start = test + validation
+    return start <= _position(digest, seed) < start + 2 * test

@@ -76,15 +76,28 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: "AutoencoderKL", images: torch.Tensor) -> float:
-    """The standard deviation of the latents' means over `images` (uint8, N x 3 x H x W).
+def standardise_latents(autoencoder: "AutoencoderKL", images: torch.Tensor) -> None:
+    """Give every latent channel mean 0 and variance 1 over `images` (uint8, N x 3 x H x W).
 
-    Its inverse is the `scaling_factor` that gives the denoiser latents of unit variance
-    (Rombach et al., arXiv 2112.10752, appendix G).
+    A denoiser wants such latents (Rombach et al., arXiv 2112.10752, appendix G, rescales all channels by
+    one factor). Here the affine map of each channel is folded into the 1x1 convolutions on both sides
+    of the bottleneck, so that the decoded pictures stay the same and `scaling_factor` becomes 1.
     """
     device = next(autoencoder.parameters()).device
-    means = [
-        autoencoder.encode(chunk.to(device).float() / 127.5 - 1).latent_dist.mean
-        for chunk in images.split(64)
-    ]
-    return float(torch.cat(means).std())
+    means = torch.cat(
+        [
+            autoencoder.encode(chunk.to(device).float() / 127.5 - 1).latent_dist.mean
+            for chunk in images.split(64)
+        ]
+    )
+    center, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    channels = len(center)
+    inward, outward = autoencoder.quant_conv, autoencoder.post_quant_conv
+    # outward first: it must see the latents as they were, z = spread * standardised + center.
+    outward.bias += outward.weight[:, :, 0, 0] @ center
+    outward.weight *= spread.reshape(1, -1, 1, 1)
+    inward.bias[:channels] -= center
+    inward.bias[:channels] /= spread
+    inward.weight[:channels] /= spread.reshape(-1, 1, 1, 1)
+    inward.bias[channels:] -= 2 * spread.log()  # the other half are log-variances
+    autoencoder.register_to_config(scaling_factor=1.0)

@@ -41,9 +41,8 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
     return pipeline
 
 
-@torch.no_grad()
-def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> torch.Tensor:
-    """Prompts to embeddings: float, N x tokens x width, cut or padded to the tokenizer's length."""
+def tokenize(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
+    """Prompts to tokens: int64, N x tokens, cut or padded to the tokenizer's length."""
     tokens = tokenizer(
         prompts,
         padding="max_length",
@@ -51,4 +50,15 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> tor
         truncation=True,
         return_tensors="pt",
     )
-    return text_encoder(tokens.input_ids.to(text_encoder.device), return_dict=False)[0]
+    return tokens.input_ids
+
+
+@torch.no_grad()
+def embed_tokens(text_encoder: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (N x tokens) to embeddings: float, N x tokens x width, on the encoder's device."""
+    return text_encoder(input_ids.to(text_encoder.device), return_dict=False)[0]
+
+
+def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> torch.Tensor:
+    """Prompts to embeddings: float, N x tokens x width, on the encoder's device."""
+    return embed_tokens(text_encoder, tokenize(tokenizer, prompts))

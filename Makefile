@@ -1,0 +1,62 @@
+# Everything a person or CI runs here. `make` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONFIG ?= configs/demo.yaml
+BIN := .venv/bin
+INCEPTION := .cache/inception-2015-12-05.pt
+
+# Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format serve base-model lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/complete $(INCEPTION) ## install everything into .venv, skipped when nothing changed
+
+# torch goes first and by pip, which takes the build meant for this machine; uv then keeps it.
+.venv/complete: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("error: Python 3.11 is needed: make setup PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv $$(grep -E '^torch==' requirements.lock)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	touch $@
+
+$(INCEPTION): scripts/fetch_inception.py .venv/complete
+	$(BIN)/python scripts/fetch_inception.py
+	touch $@
+
+demo: setup ## run the main job end to end, then ask the model it made for four pictures
+	$(BIN)/python -m cluster.submit --config $(CONFIG) -- python -m ray_jobs.pipeline --config $(CONFIG)
+	$(BIN)/python -m serving.app --config $(CONFIG) --ask 4
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+lint: setup ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: setup ## serve the champion over HTTP until Ctrl-C
+	$(BIN)/python -m serving.app --config $(CONFIG)
+
+base-model: setup ## train the demo's base model from nothing (an afternoon on two cores)
+	$(BIN)/python examples/emoji.py base
+	$(BIN)/python examples/emoji.py pictures
+	$(BIN)/python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
+
+lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew
+	grep '^#' requirements.lock > .venv/lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
+		| grep -vE '^(nvidia-|cuda-|triton==)' >> .venv/lock
+	cp .venv/lock requirements.lock
+
+clean: ## remove what runs, tests and tools left (not .venv, not .cache)
+	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find cluster ray_jobs serving examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

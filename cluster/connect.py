@@ -1,0 +1,224 @@
+"""Join the Ray cluster that this process belongs to, or start an embedded one on this machine."""
+
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.config import Config, ConfigError, LocalConfig
+
+RESERVED_CPUS = 2
+"""Logical CPUs left for drivers and Ray Data's tasks; without them a training run can wait for itself."""
+
+START_TIMEOUT_S = 180
+"""How long the embedded Ray may take to come up, in seconds: a loaded machine of 2 cores needs 40."""
+
+QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of drivers and workers: no progress bars of Ray's own, no warning for every fork."""
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """The embedded Ray.
+
+    Attributes:
+        address: of the Jobs API (and dashboard), on the loopback interface.
+        gcs_address: what `ray.init(address=...)` takes.
+        logs: the folder of the framework's logs.
+    """
+
+    address: str
+    gcs_address: str
+    logs: Path
+
+
+@contextmanager
+def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
+    """Start Ray on this machine, on loopback addresses only, guarded by a token; stop it at the end.
+
+    All its ports are free ones and its files lie in a folder of their own, so another Ray on this
+    machine, a taken port, what a killed run left behind, or RAY_ADDRESS do not matter. Ray is held by a
+    process beside this one (`cluster/embedded.py`) that stops it when this process ends or is killed.
+
+    Raises:
+        RuntimeError: if Ray does not come up; it names the log.
+    """
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(QUIET)
+    _require_token()
+    _stay_on_loopback()
+    folder = Path(tempfile.mkdtemp(prefix="diffray-"))
+    log = folder / "start.log"
+    settings = {
+        "num_cpus": local.num_cpus,
+        "num_gpus": None,  # as many as there are
+        "object_store_memory": local.object_store_mb * 2**20,
+        "temp_dir": str(folder / "ray"),
+        "node_ip_address": "127.0.0.1",
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": _free_port(),
+        "dashboard_agent_listen_port": 0,
+    }
+    with open(log, "wb") as errors:
+        holder = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("embedded.py")), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"RAY_TMPDIR": str(folder)},
+            text=True,
+        )
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        found = holder.stdout.readline().split()
+        if len(found) != 3:
+            raise RuntimeError(f"the embedded Ray did not start; its log is {log}")
+        cluster = LocalCluster(f"http://{found[1]}", found[0], Path(found[2]))
+        _wait_until_up(cluster, log)
+        yield cluster
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        shutil.rmtree(folder / "ray" / "session_latest" / "runtime_resources", ignore_errors=True)
+
+
+def _wait_until_up(cluster: LocalCluster, log: Path) -> None:
+    """Wait until the Jobs API answers and the node's agent, which runs the jobs, has registered."""
+    from ray.job_submission import JobSubmissionClient
+
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            JobSubmissionClient(cluster.address).list_jobs()
+            return
+        except (ConnectionError, RuntimeError):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the embedded Ray does not answer; its log is {log}") from None
+            time.sleep(0.5)
+
+
+def _free_port() -> int:
+    """A port that nothing listens on at the loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one.
+
+    Where this process has joined one already, that one is used and left up.
+
+    Raises:
+        ConfigError: if the cluster is too small for `config`, before any actor starts.
+    """
+    import ray
+
+    if ray.is_initialized():
+        check_resources(config, ray.cluster_resources())
+        yield
+    elif os.environ.get("RAY_ADDRESS"):
+        with joined(os.environ["RAY_ADDRESS"]):
+            check_resources(config, ray.cluster_resources())
+            yield
+    else:
+        with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
+            check_resources(config, ray.cluster_resources())
+            yield
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """This process as a driver of the cluster at `address`, its workers' output left to Ray's logs."""
+    import ray
+
+    os.environ.update(QUIET)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    _quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: Config, resources: Mapping[str, float]) -> None:
+    """Raise ConfigError unless the cluster holds one full search: its trials, workers and evaluators.
+
+    A run that does not fit would wait for ever instead of failing.
+
+    Args:
+        resources: logical totals, as `ray.cluster_resources()` gives them.
+    """
+    train, evaluate = config.train, config.evaluate
+    trials = min(config.search.max_concurrent_trials, len(config.search.learning_rates))
+    workers = train.num_workers * trials
+    # A trial's own driver takes one CPU; the controller of its workers takes none.
+    cpus = workers * train.cpus_per_worker + trials + evaluate.num_actors + RESERVED_CPUS
+    gpus = workers * train.use_gpu + evaluate.num_actors * evaluate.use_gpu
+    lower = f"lower train.num_workers ({train.num_workers})"
+    if trials > 1:
+        lower += f", search.max_concurrent_trials ({trials})"
+    lower += f" or evaluate.num_actors ({evaluate.num_actors})"
+    nodes = max(1, sum(name.startswith("node:") and "__" not in name for name in resources))
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        present = resources.get(kind, 0)
+        if needed <= present:
+            continue
+        missing = math.ceil(needed - present)
+        add = f"or add {missing} {kind}s to the cluster"
+        if present:
+            add += f" ({math.ceil(missing / (present / nodes))} more nodes like the present)"
+        if kind == "CPU":
+            add += "; on the embedded cluster raise local.num_cpus"
+        raise ConfigError(
+            f"train.num_workers: the run needs {needed} logical {kind}s and the cluster has "
+            f"{present:g}: {lower}, {add}"
+        )
+
+
+def _require_token() -> None:
+    """Turn token authentication on for this process and its children, with a new token if there is none."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray reads its settings when it is imported; where that has happened, it must read them again.
+    from ray import _raylet
+
+    _raylet.Config.initialize("")  # type: ignore[attr-defined]
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+
+
+def _stay_on_loopback() -> None:
+    """Have Ray take 127.0.0.1 for this machine's address; else it puts an outside one in its place.
+
+    Ray has one switch for that, named for the systems where it is the default. It is read when Ray is
+    imported, which may have happened here (hence the constant), and by every process that Ray starts.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _quiet_ray_data() -> None:
+    """Ray Data's console shows errors only; its file in the session's logs keeps everything."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for channel in logging.getLogger("ray.data").handlers:
+        if type(channel).__name__ == "PlainRayHandler":
+            channel.setLevel(logging.ERROR)

@@ -1,0 +1,25 @@
+"""The process that holds the embedded Ray: run by `cluster.connect.local_cluster`, not by hand.
+
+It starts a head node with the settings given as one JSON argument, and stops it when its standard input
+ends. The kernel ends it whenever the parent is gone, killed included, so no Ray outlives its user.
+"""
+
+import json
+import signal
+import sys
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    # A Ctrl-C goes to the whole terminal; the parent first stops its job and then closes the input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=settings)
+    print(cluster.address, cluster.webui_url, cluster.head_node.get_logs_dir_path(), flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

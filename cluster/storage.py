@@ -1,0 +1,148 @@
+"""One view over local folders, s3:// and gs://, by pyarrow.fs (which Ray Data and Ray Train use too)."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from ray_jobs.config import ConfigError, home
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder that every node can reach. Names given to its methods are relative to it, with `/`.
+
+    Attributes:
+        uri: absolute local path, or the s3:// or gs:// address; what Ray Train and Tune take as
+            `storage_path`.
+        filesystem: what Ray Data takes as `filesystem`.
+        path: the folder inside `filesystem`, what Ray Data takes as path.
+    """
+
+    uri: str
+    filesystem: fs.FileSystem
+    path: str
+
+    @staticmethod
+    def open(uri: str) -> "Storage":
+        """`uri`: a local folder (made absolute; it need not exist), s3://bucket/prefix or gs://bucket/prefix.
+
+        S3-compatible stores take `s3://bucket/prefix?endpoint_override=host:port`.
+
+        Raises:
+            ConfigError: if the address is of another kind or the store does not know it.
+        """
+        if uri.startswith("file://"):
+            uri = uri.removeprefix("file://")
+        if "://" not in uri:
+            folder = str(home() / Path(uri).expanduser())
+            return Storage(folder, fs.LocalFileSystem(), folder)
+        if not uri.startswith(("s3://", "gs://")):
+            raise ConfigError(f"storage: {uri}: give a local folder, s3:// or gs://")
+        try:
+            filesystem, path = fs.FileSystem.from_uri(uri)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"storage: {uri}: {' '.join(str(error).split())}") from None
+        return Storage(uri.rstrip("/"), filesystem, path)
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def child(self, *parts: str) -> "Storage":
+        """The folder `parts` below this one; it need not exist."""
+        address, mark, query = self.uri.partition("?")
+        below = "/".join(parts)
+        return Storage(f"{address.rstrip('/')}/{below}{mark}{query}", self.filesystem, self._at(below))
+
+    def _at(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        """Whether `name` is a file or folder here (without a name: this folder itself)."""
+        at = self._at(name).rstrip("/")
+        return self.filesystem.get_file_info(at).type != fs.FileType.NotFound
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file; FileNotFoundError if it is missing."""
+        with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
+            return stream.read()
+
+    def read_text(self, name: str) -> str:
+        """The content of a UTF-8 file; FileNotFoundError if it is missing."""
+        return self.read_bytes(name).decode("utf-8")
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all: an interrupted write leaves the former content."""
+        target = self._at(name)
+        aside = self._aside(target) if self.is_local else target
+        with self.filesystem.open_output_stream(aside, compression=None) as stream:
+            stream.write(content)
+        if self.is_local:
+            os.replace(aside, target)
+
+    def write_text(self, name: str, text: str) -> None:
+        """`write_bytes`, in UTF-8."""
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def upload(self, local_folder: str | Path, name: str) -> None:
+        """Copy a local folder here as `name`, in place of a folder of that name."""
+        if not self.is_local:
+            self.delete(name)
+            fs.copy_files(
+                str(local_folder),
+                self._at(name),
+                source_filesystem=fs.LocalFileSystem(),
+                destination_filesystem=self.filesystem,
+            )
+            return
+        aside = self._aside(self._at(name))
+        shutil.copytree(local_folder, aside)
+        self.delete(name)
+        os.replace(aside, self._at(name))
+
+    def local_copy(self, name: str = "") -> Path:
+        """A local path with the content of `name`: itself where the storage is local, else a download.
+
+        A download goes to a new temporary folder that the caller may delete.
+
+        Raises:
+            FileNotFoundError: if there is no such file or folder.
+        """
+        source = self._at(name).rstrip("/")
+        kind = self.filesystem.get_file_info(source).type
+        if kind == fs.FileType.NotFound:
+            raise FileNotFoundError(f"{self.uri}: holds no {name or 'files'}")
+        if self.is_local:
+            return Path(source)
+        target = Path(tempfile.mkdtemp(prefix="diffray-")) / Path(source).name
+        if kind == fs.FileType.File:
+            target.write_bytes(self.read_bytes(name))
+            return target
+        fs.copy_files(
+            source,
+            str(target),
+            source_filesystem=self.filesystem,
+            destination_filesystem=fs.LocalFileSystem(),
+        )
+        return target
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all it holds; a missing one is fine."""
+        at = self._at(name)
+        kind = self.filesystem.get_file_info(at).type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(at)
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(at)
+
+    @staticmethod
+    def _aside(target: str) -> str:
+        """A free name beside `target`, on the same disk so that renaming is atomic."""
+        folder, name = os.path.split(target)
+        os.makedirs(folder, exist_ok=True)
+        return f"{folder}/.{name}.{uuid.uuid4().hex}.partial"

@@ -1,0 +1,195 @@
+"""Run a command as a Ray job, on an embedded local Ray or on a cluster, and follow it to its exit code.
+
+    python -m cluster.submit -- python -m ray_jobs.pipeline --config configs/demo.yaml
+    python -m cluster.submit --address http://head:8265 -- python -m ray_jobs.pipeline --config ...
+
+A cluster's token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cluster.connect import QUIET, check_resources, local_cluster
+from ray_jobs.config import ConfigError, home, load_config
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
+"""What of the repository a job needs; all else (runs, caches, history) stays at home."""
+
+PASSED_THROUGH = ["MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME"]
+"""Variables that the job gets if the user has set them."""
+
+MAX_UPLOAD_MB = 100
+"""More than this in one upload is data, which belongs into storage (Ray itself refuses from 512 MiB)."""
+
+NOT_FOUND_S = 60
+"""How long a cluster may have no free agent for a job before that is an error, in seconds."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code of the job; 2 for what the user must mend."""
+    options, command = _parse(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(options, command)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    """SIGTERM stops the job as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.submit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--address", help="Jobs API of a cluster, http://host:8265; default: embedded Ray")
+    parser.add_argument(
+        "--config",
+        help="checked before anything starts, its `local` sizes the Ray; default: the command's own",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --, what the job runs")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
+    if options.config is None:
+        after = command.index("--config") + 1 if "--config" in command else len(command)
+        options.config = command[after] if after < len(command) else "configs/demo.yaml"
+    return options, command
+
+
+def _run(options: argparse.Namespace, command: list[str]) -> int:
+    config = load_config(options.config)
+    if options.address:
+        return run_job(options.address, command, runtime_environment())
+    check_resources(config, {"CPU": config.local.num_cpus, "GPU": float("inf")})
+    print("starting Ray on this machine", flush=True)
+    with local_cluster(config.local) as cluster:
+        print(f"framework logs: {cluster.logs}", flush=True)
+        # The job runs in Ray's copy of the code, but with this Python and on the user's own folders.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        own = {"DIFFRAY_HOME": str(home()), "PATH": path}
+        return run_job(cluster.address, command, runtime_environment(own))
+
+
+def runtime_environment(env_vars: dict[str, str] | None = None) -> dict[str, Any]:
+    """Ray's runtime environment: this repository's code and small data, and the variables of a run.
+
+    Raises:
+        ConfigError: if there is too much to upload.
+    """
+    root = Path(__file__).resolve().parent.parent
+    sizes = {
+        name: sum(path.stat().st_size for path in (root / name).rglob("*") if path.is_file()) / 2**20
+        for name in PACKAGES
+    }
+    if sum(sizes.values()) > MAX_UPLOAD_MB:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"{root / largest}: {sizes[largest]:.0f} MiB of the {sum(sizes.values()):.0f} to upload, and the "
+            f"limit is {MAX_UPLOAD_MB}: move data to shared storage and name it in data.source or model.base"
+        )
+    excludes = [f"/{path.name}" for path in root.iterdir() if path.name not in PACKAGES]
+    passed = {name: os.environ[name] for name in PASSED_THROUGH if name in os.environ}
+    return {
+        "working_dir": str(root),
+        "excludes": [*excludes, "__pycache__"],
+        "env_vars": QUIET | {"PYTHONUNBUFFERED": "1"} | passed | (env_vars or {}),
+    }
+
+
+def run_job(address: str, command: list[str], runtime_env: dict[str, Any]) -> int:
+    """Submit `command`, print what it prints, line by line, and return its exit code.
+
+    An interrupt stops the job before it goes on as KeyboardInterrupt.
+
+    Raises:
+        ConfigError: if nothing answers at `address`, or it refuses the token.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell the upload in a dozen lines
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--address {address}: {reason}") from None
+    job = _submit(client, shlex.join(command), runtime_env)
+    try:
+        asyncio.run(_follow(client, job))
+        info = client.get_job_info(job)
+    except KeyboardInterrupt:
+        print("stopping the job", file=sys.stderr, flush=True)
+        client.stop_job(job)
+        with suppress(KeyboardInterrupt):
+            while not client.get_job_status(job).is_terminal():
+                time.sleep(0.5)
+        raise
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:  # it never ran, so its log says nothing
+        print(f"error: job {job}: {(info.message or info.status).splitlines()[0]}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """The id of a new job. A cluster that has just started may have no agent yet: that is waited for."""
+    deadline = time.monotonic() + NOT_FOUND_S
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+async def _follow(client: "JobSubmissionClient", job: str) -> None:
+    """Print the job's log as it grows, until the job ends; a lost connection is taken up again."""
+    printed = 0
+    while True:
+        seen = 0
+        with suppress(RuntimeError, OSError):
+            async for chunk in client.tail_job_logs(job):
+                fresh = chunk[max(0, printed - seen) :]
+                seen += len(chunk)
+                printed = max(printed, seen)
+                _print(fresh)
+        if client.get_job_status(job).is_terminal():
+            break
+        await asyncio.sleep(0.5)
+    _print(client.get_job_logs(job)[printed:])
+
+
+def _print(text: str) -> None:
+    """To stdout, without the two lines that Ray itself puts before the job's first."""
+    for line in text.splitlines(keepends=True):
+        if "-- Runtime env is setting up." in line or line.startswith("Running entrypoint for job "):
+            continue
+        sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Build the parts of a small Stable Diffusion model with fresh weights. Pure PyTorch."""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_autoencoder(channels: list[int], latent_channels: int, resolution: int) -> "AutoencoderKL":
+    """An AutoencoderKL that halves the picture's sides once less than it has levels."""
+    from diffusers import AutoencoderKL
+
+    levels = len(channels)
+    return AutoencoderKL(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=resolution,
+    )
+
+
+def build_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Any:
+    """A CLIPTokenizer whose byte pairs (Sennrich et al., arXiv 1508.07909) are learnt from `captions`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(alphabet),
+        special_tokens=[START, END],
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    # CLIP's vocabulary also holds every byte as the end of a word.
+    vocab = dict(learnt["vocab"])
+    for byte in sorted(alphabet):
+        vocab.setdefault(byte + "</w>", len(vocab))
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,
+        model_max_length=max_tokens,
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+    )
+
+
+def build_text_encoder(tokenizer: Any, *, width: int, layers: int, heads: int) -> Any:
+    """A CLIPTextModel for `tokenizer`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_denoiser(
+    channels: list[int],
+    *,
+    layers: int,
+    heads: int,
+    latent_size: int,
+    latent_channels: int,
+    text_width: int,
+) -> Any:
+    """A UNet2DConditionModel with cross-attention at every level."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(channels)
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(channels),
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=layers,
+        attention_head_dim=heads,  # diffusers' name for the number of heads
+        cross_attention_dim=text_width,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> Any:
+    """DPM-Solver++ 2M (arXiv 2211.01095) over Stable Diffusion's schedule, predicting velocity."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )

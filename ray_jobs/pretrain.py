@@ -1,0 +1,139 @@
+"""Train a new, small base model from nothing, with the same stages as a fine-tuning.
+
+    python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
+
+1. An autoencoder learns to compress pictures. 2. A tokenizer learns the captions' words; text encoder
+and denoiser start with random weights. 3. `prepare` and `train` run as for any model, with
+`method: full` and `train_text_encoder`. 4. The averaged weights of the last rung are saved in half
+precision. Each step leaves its result under `<storage>/<run>/` and is not done twice.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError, PretrainConfig, home
+from ray_jobs.data.images import decode_image
+from ray_jobs.data.sources import ImageFolder
+from ray_jobs.progress import clock, say
+from ray_jobs.stage import run_stage
+from ray_jobs.train import train
+from ray_jobs.training.checkpoint import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pretrain(config: Config) -> Path:
+    """Run the stage; returns the folder of the finished model."""
+    if config.pretrain is None:
+        raise ConfigError("pretrain: the section is missing; see configs/pretrain_emoji.yaml")
+    storage = Storage.open(config.storage).child(config.name)
+    if not storage.is_local:
+        raise ConfigError(f"storage: {config.storage}: a base model is trained in a local folder")
+    run = Path(storage.path)
+    if not (run / "autoencoder").exists():
+        _train_autoencoder(config, config.pretrain, run / "autoencoder")
+    if not (run / "initial").exists():
+        _build_initial(config, config.pretrain, run)
+    started = config.model.model_copy(update={"base": str(run / "initial")})
+    result = train(config.model_copy(update={"model": started}))
+    output = home() / config.pretrain.output
+    _save_half(Path(result.checkpoint.path) / WEIGHTS, output)
+    say("pretrain", f"wrote {output}")
+    return output
+
+
+def _load_pictures(config: Config, source: str) -> "torch.Tensor":
+    """All pictures of a folder: uint8, N x 3 x resolution x resolution."""
+    import numpy as np
+    import torch
+
+    folder = ImageFolder.open(source)
+    pictures = [
+        decode_image(
+            folder.storage.read_bytes(name),
+            resolution=config.data.resolution,
+            background=config.data.background,
+        )
+        for name in dict.fromkeys(row["file_name"] for row in folder.rows)
+    ]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:
+    import torch
+
+    from ray_jobs.diffusion.architecture import build_autoencoder
+    from ray_jobs.diffusion.autoencoder import standardise_latents, train_autoencoder
+
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.train.cpus_per_worker * config.train.num_workers)
+    pictures = _load_pictures(config, sizes.pictures)
+    autoencoder = build_autoencoder(
+        sizes.autoencoder_channels, sizes.latent_channels, config.data.resolution
+    ).to("cuda" if config.train.use_gpu else "cpu")
+    quality, started = 0.0, time.monotonic()
+    for step, loss, decibels in train_autoencoder(
+        autoencoder,
+        pictures,
+        steps=sizes.autoencoder_steps,
+        batch_size=sizes.autoencoder_batch_size,
+        learning_rate=sizes.autoencoder_learning_rate,
+        kl_weight=sizes.kl_weight,
+        seed=config.seed,
+    ):
+        quality = decibels if step == 1 else 0.98 * quality + 0.02 * decibels
+        if step % 200 == 0:
+            left = (time.monotonic() - started) / step * (sizes.autoencoder_steps - step)
+            say("pretrain", f"autoencoder step {step}: loss {loss:.4f}, {quality:.1f} dB, {clock(left)} left")
+    standardise_latents(autoencoder, pictures)
+    autoencoder.save_pretrained(folder)
+
+
+def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
+    """A complete pipeline: the trained autoencoder, and the rest with random weights."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+    from ray_jobs.diffusion import architecture
+
+    torch.manual_seed(config.seed)
+    autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
+    captions = [row["text"] for row in ImageFolder.open(config.data.source).rows]
+    tokenizer = architecture.build_tokenizer(captions, sizes.vocabulary, sizes.max_tokens)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        tokenizer=tokenizer,
+        text_encoder=architecture.build_text_encoder(
+            tokenizer, width=sizes.text_width, layers=sizes.text_layers, heads=sizes.attention_heads
+        ),
+        unet=architecture.build_denoiser(
+            sizes.denoiser_channels,
+            layers=sizes.denoiser_layers,
+            heads=sizes.attention_heads,
+            latent_size=config.data.resolution // 2 ** (len(sizes.autoencoder_channels) - 1),
+            latent_channels=sizes.latent_channels,
+            text_width=sizes.text_width,
+        ),
+        scheduler=architecture.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(run / "initial")
+
+
+def _save_half(weights: Path, output: Path) -> None:
+    """Save a pipeline in float16, which halves the files and changes no picture that one can see."""
+    import torch
+
+    from ray_jobs.diffusion.loading import load_pipeline
+
+    pipeline: Any = load_pipeline(str(weights))
+    pipeline.to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, pretrain)

@@ -1,0 +1,58 @@
+"""What a person sees of a run: one line an event, the stage first."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+_STARTED = time.monotonic()
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> `1:15`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def say(stage: str, message: str) -> None:
+    """Print one progress line, with the time since the start of the job."""
+    print(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}", flush=True)
+
+
+@dataclass
+class TrainingProgress:
+    """Where a training is, as its rank 0 reports it."""
+
+    trial_id: str
+    step: int
+    last_step: int
+    next_rung: int
+    loss: float
+    images_per_second: float
+
+    def line(self, seconds_per_step: float) -> str:
+        left = (self.last_step - self.step) * seconds_per_step
+        return (
+            f"{self.trial_id}  step {self.step}/{self.last_step}  rung {self.next_rung}  "
+            f"loss {self.loss:.4f}  {self.images_per_second:.0f} images/s  {clock(left)} left"
+        )
+
+
+@dataclass
+class ProgressBoard:
+    """An actor that keeps the latest line of every training; the driver reads it."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+
+    def post(self, trial_id: str, line: str) -> None:
+        self.lines[trial_id] = line
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self.lines = list(self.lines.values()), {}
+        return lines
+
+
+def start_board() -> Any:
+    """A handle of a new ProgressBoard actor."""
+    import ray
+
+    return ray.remote(num_cpus=0)(ProgressBoard).remote()

@@ -1,0 +1,219 @@
+"""The model registry: `publish` adds a version to MLflow, `serving` reads the champion.
+
+A version points to the winner's folder (diffusers' format, safetensors); its tags say which base it
+belongs to and the digest of its weights. Nothing is pickled and nothing is copied.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """One version in the registry."""
+
+    name: str
+    version: int
+    source: str  # folder or URI of the weights
+    digest: str  # sha256 of the weights, as `weights_digest` gives it
+    base: str  # what the weights were trained on: folder as configured, or hub name
+    base_revision: str | None
+    method: str  # lora | full
+    metrics: dict[str, float]
+
+
+def tracking_uri(config: Config) -> str:
+    """The MLflow store of a run: configured, else MLFLOW_TRACKING_URI, else SQLite in the storage folder.
+
+    Raises:
+        ConfigError: if the storage is remote, where a SQLite file cannot lie, and no URI is given.
+    """
+    uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return uri
+    if config.storage.startswith(("s3://", "gs://")):
+        raise ConfigError(
+            f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
+            "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Storage.open(config.storage).uri}/mlflow.db"
+
+
+def weights_digest(source: str) -> str:
+    """sha256 over the safetensors files below a folder (local path or URI), names and bytes, sorted.
+
+    Raises:
+        ConfigError: if the folder is missing or holds no safetensors file.
+    """
+    from pyarrow import fs
+
+    folder = Storage.open(source)
+    below = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
+    found = folder.filesystem.get_file_info(below)
+    files = sorted(info.path for info in found if info.path.endswith(".safetensors"))
+    if not files:
+        raise ConfigError(f"{source}: holds no safetensors file; run the pipeline again to publish one")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.removeprefix(folder.path).strip("/").encode() + b"\0")
+        with folder.filesystem.open_input_stream(file) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _client(config: Config) -> Any:
+    """MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = tracking_uri(config)
+    if uri.startswith("sqlite:///"):
+        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")) or ".", exist_ok=True)
+    return mlflow.MlflowClient(uri, registry_uri=uri)
+
+
+@contextmanager
+def _store_errors(config: Config) -> Iterator[None]:
+    """A store that refuses or cannot be reached is the user's to mend: one line that names it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"publish.tracking_uri: {tracking_uri(config)}: {reason}") from error
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    """The experiment that holds a run's entries, created at its first use."""
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name))
+
+
+def _log_run(client: Any, config: Config, params: dict[str, str], metrics: dict[str, float]) -> str:
+    """Log one finished MLflow run and return its id."""
+    from mlflow.entities import Metric, Param
+
+    run = client.create_run(_experiment_id(client, config.name), run_name=config.name)
+    now = run.info.start_time
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(key, str(value)) for key, value in params.items()],
+        metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
+    )
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    """Create the registered model unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def register(
+    config: Config,
+    *,
+    source: str,
+    params: dict[str, str],
+    metrics: dict[str, float],
+    tags: dict[str, str] | None = None,
+) -> int:
+    """Make `source` the champion of `config.publish.model_name` and return its version.
+
+    Weights that are registered already keep their version, so that a repeated publish changes nothing.
+
+    Args:
+        source: folder (local path or URI) in diffusers' format, with safetensors weights.
+        params: logged with the run, for example the learning rate.
+        metrics: logged with the run, for example `test_fid`.
+        tags: of the version, beside base, base_revision, method and digest.
+
+    Raises:
+        ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
+    """
+    name = config.publish.model_name
+    source = Storage.open(source).uri
+    digest = weights_digest(source)
+    client = _client(config)
+    with _store_errors(config):
+        _ensure_model(client, name)
+        same = client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
+        if same:
+            version = max(int(each.version) for each in same)
+        else:
+            identity = {
+                "base": config.model.base,
+                "base_revision": config.model.revision or "",
+                "method": config.train.method,
+                "digest": digest,
+            }
+            created = client.create_model_version(
+                name,
+                source=source,
+                run_id=_log_run(client, config, params, metrics),
+                tags={**(tags or {}), **identity},
+            )
+            version = int(created.version)
+        client.set_registered_model_alias(name, CHAMPION, str(version))
+    return version
+
+
+def champion(config: Config) -> RegisteredModel:
+    """The version that the alias `champion` of `config.publish.model_name` points to.
+
+    Raises:
+        ConfigError: if there is no registry, model or champion yet, or the registry cannot be reached.
+    """
+    uri, name = tracking_uri(config), config.publish.model_name
+    missing = ConfigError(
+        f"publish.model_name: {uri} holds no champion of {name!r}; run the pipeline first: "
+        "python -m ray_jobs.pipeline --config ..."
+    )
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+        raise missing
+    client = _client(config)
+    from mlflow.exceptions import MlflowException
+
+    with _store_errors(config):
+        try:
+            found = client.get_model_version_by_alias(name, CHAMPION)
+        except MlflowException as error:
+            # MLflow answers an unknown alias with INVALID_PARAMETER_VALUE.
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise missing from None
+            raise
+        if "digest" not in found.tags:
+            raise ConfigError(
+                f"publish.model_name: version {found.version} of {name!r} in {uri} was not registered by "
+                f"this program; point its alias {CHAMPION!r} to one that was"
+            )
+        metrics = client.get_run(found.run_id).data.metrics
+    return RegisteredModel(
+        name=name,
+        version=int(found.version),
+        source=found.source,
+        digest=found.tags["digest"],
+        base=found.tags["base"],
+        base_revision=found.tags["base_revision"] or None,
+        method=found.tags["method"],
+        metrics=dict(metrics),
+    )

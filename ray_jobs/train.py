@@ -1,0 +1,78 @@
+"""Train one run: Ray Train workers, each with a DeepSpeed engine, over the prepared rows.
+
+    python -m ray_jobs.train --config configs/demo.yaml --set train.learning_rate=1e-3
+
+Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each rung under
+`<storage>/<run>/train/<trial>/`. A run that was interrupted goes on from its last checkpoint.
+"""
+
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.streaming import training_stream
+from ray_jobs.prepare import NULL_PROMPT, Dataset, prepare
+from ray_jobs.progress import say
+from ray_jobs.stage import run_stage
+from ray_jobs.training.loop import LoopSettings, caption_column, train_worker
+
+
+def trial_id(learning_rate: float) -> str:
+    """A trial's name, the same in every attempt: it is what a resumed run finds its state by."""
+    return f"lr-{learning_rate:g}"
+
+
+def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], board: Any = None) -> Any:
+    """A Ray Train trainer for `config.train`, resuming from its own last checkpoint."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+    from safetensors.numpy import load
+
+    train, ladder = config.train, config.search.ladder
+    name = trial_id(train.learning_rate)
+    rows_a_step = train.batch_size * train.gradient_accumulation * train.num_workers
+    settings = LoopSettings(config, name, ladder, load(dataset.storage.read_bytes(NULL_PROMPT)), board)
+    stream = training_stream(
+        dataset.storage,
+        num_rows=dataset.num_rows("train"),
+        rows_needed=rows_a_step * ladder[-1],
+        columns=["latents", caption_column(config)],
+        seed=config.seed,
+    )
+    ordered = ray.train.DataConfig.default_ingest_options()
+    ordered.preserve_order = True
+    storage = Storage.open(config.storage).child(config.name, "train")
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.uri,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            callbacks=callbacks,
+        ),
+        datasets={"train": stream},
+        dataset_config=ray.train.DataConfig(execution_options=ordered),
+    )
+
+
+def train(config: Config) -> Any:
+    """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
+    dataset = prepare(config)
+    say("train", f"{trial_id(config.train.learning_rate)}: {config.train.num_workers} workers, "
+        f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}")
+    result = build_trainer(config, dataset, callbacks=[]).fit()
+    metrics = result.metrics or {}
+    say("train", f"done: step {metrics.get('step')}, loss {metrics.get('train_loss', float('nan')):.4f}, "
+        f"{metrics.get('images_per_second', 0):.0f} images/s; checkpoint {result.checkpoint.path}")
+    return result
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, train)

@@ -1,0 +1,204 @@
+"""What every training worker runs: stream rows, take steps, report a checkpoint at each rung."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_jobs.config import Config, resolve_path
+from ray_jobs.diffusion.ema import EMA
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
+from ray_jobs.progress import TrainingProgress
+from ray_jobs.training.checkpoint import load_checkpoint, save_checkpoint
+from ray_jobs.training.engine import build_engine, gathered
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the driver hands to every worker; plain values and handles."""
+
+    config: Config
+    trial_id: str
+    ladder: list[int]
+    null_prompt: dict[str, Any]  # input_ids and prompt_embeds of the empty caption, numpy
+    board: Any = None  # handle of a ProgressBoard
+
+
+def caption_column(config: Config) -> str:
+    """Which form of the captions is streamed: tokens where the text encoder is trained."""
+    return "input_ids" if config.train.train_text_encoder else "prompt_embeds"
+
+
+def train_worker(loop: dict[str, LoopSettings]) -> None:
+    """The function that Ray Train runs on every worker."""
+    import ray.train
+
+    settings = loop["settings"]
+    config, context = settings.config, ray.train.get_context()
+    torch.set_num_threads(config.train.cpus_per_worker)
+    torch.manual_seed(config.seed)
+    pipeline, model = build_model(config)
+    engine = build_engine(model, config.train, settings.ladder[-1])
+    ema = EMA(_whole(model, config), config.train.ema_decay) if config.train.ema_decay else None
+    checkpoint = ray.train.get_checkpoint()
+    step = load_checkpoint(checkpoint, engine, ema) if checkpoint else 0
+
+    source = NoiseSource(config, settings.null_prompt, context.get_world_rank(), model)
+    batches = source.batches(ray.train.get_dataset_shard("train"), first_step=step)
+    meter = Meter(settings, context.get_world_size(), step)
+    for step in range(step + 1, settings.ladder[-1] + 1):
+        meter.add(_step(engine, source, batches, step))
+        if ema:
+            with gathered((p for _, p in model.trained()), config.train.zero_stage):
+                ema.update(model.trained(), step)
+        if context.get_world_rank() == 0:
+            meter.post(step)
+        if step in settings.ladder:
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(Path(folder), pipeline, engine, ema, config.train, step)
+                ray.train.report(
+                    meter.metrics(step), checkpoint=ray.train.Checkpoint.from_directory(folder)
+                )
+
+
+def build_model(config: Config) -> tuple[Any, FineTuning]:
+    """The base pipeline and, around its denoiser, what is trained."""
+    from ray_jobs.diffusion.loading import load_pipeline
+
+    pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+    if config.train.method == "lora":
+        add_lora(pipeline.unet, **config.train.lora.model_dump())
+    else:
+        pipeline.unet.requires_grad_(True)
+        pipeline.text_encoder.requires_grad_(config.train.train_text_encoder)
+    model = FineTuning(
+        pipeline,
+        text_encoder_trained=config.train.train_text_encoder,
+        min_snr_gamma=config.train.min_snr_gamma,
+    )
+    return pipeline, model.train()
+
+
+def _whole(model: FineTuning, config: Config) -> list[tuple[str, torch.Tensor]]:
+    """Copies of the trained parameters, gathered where they are sharded."""
+    with gathered((p for _, p in model.trained()), config.train.zero_stage):
+        return [(name, value.detach().clone()) for name, value in model.trained()]
+
+
+def _step(engine: Any, source: "NoiseSource", batches: Iterator[dict[str, Any]], step: int) -> float:
+    """One optimizer step over its micro batches; returns their mean loss on this rank."""
+    losses = []
+    for micro in range(engine.gradient_accumulation_steps()):
+        latents, captions, noise, timesteps = source.draw(next(batches), step, micro)
+        loss = engine(latents, captions, noise, timesteps)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+class NoiseSource:
+    """Batches of rows, and the randomness of a step.
+
+    Noise, timesteps and dropped captions are drawn from a generator seeded by (run, rank, step), so
+    that a resumed run draws what an uninterrupted one would have.
+    """
+
+    def __init__(
+        self, config: Config, null_prompt: dict[str, Any], rank: int, model: FineTuning
+    ) -> None:
+        self.config, self.rank = config, rank
+        self.num_timesteps, self.device = len(model.schedule), model.schedule.device
+        self.column = caption_column(config)
+        self.null = torch.as_tensor(null_prompt[self.column])
+
+    def batches(self, shard: Any, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of this worker's shard for ever, without those of the first `first_step` steps."""
+        train = self.config.train
+        to_skip, num_pass = first_step * train.gradient_accumulation, 0
+        while True:
+            for batch in shard.iter_torch_batches(
+                batch_size=train.batch_size,
+                drop_last=True,
+                local_shuffle_buffer_size=8 * train.batch_size if num_pass else None,
+                local_shuffle_seed=self.config.seed + num_pass,
+            ):
+                if to_skip > 0:
+                    to_skip -= 1
+                    continue
+                yield batch
+            num_pass += 1
+
+    def draw(
+        self, batch: dict[str, torch.Tensor], step: int, micro: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, captions (some dropped), noise and timesteps of a micro batch, on the device."""
+        entropy = np.random.SeedSequence([self.config.seed, self.rank, step, micro])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        latents = batch["latents"].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(self.num_timesteps, (len(latents),), generator=generator)
+        dropped = torch.rand(len(latents), generator=generator) < self.config.train.caption_dropout
+        captions = batch[self.column]
+        captions = torch.where(dropped.reshape(-1, 1, *[1] * (captions.dim() - 2)), self.null, captions)
+        captions = captions.float() if captions.is_floating_point() else captions.long()
+        return tuple(t.to(self.device) for t in (latents, captions, noise, timesteps))  # type: ignore[return-value]
+
+
+class Meter:
+    """Loss and speed since the last rung."""
+
+    def __init__(self, settings: LoopSettings, world_size: int, first_step: int) -> None:
+        self.settings, self.posted_at = settings, time.monotonic()
+        train = settings.config.train
+        self.images_per_step = train.batch_size * train.gradient_accumulation * world_size
+        self.first_step = first_step
+        self._restart()
+
+    def _restart(self) -> None:
+        self.losses: list[float] = []
+        self.seconds, self.last = 0.0, time.monotonic()
+
+    def add(self, loss: float) -> None:
+        now = time.monotonic()
+        # The first step of a run compiles and fills caches; it says nothing about speed.
+        if self.losses or self.first_step:
+            self.seconds += now - self.last
+        self.last = now
+        self.losses.append(loss)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / max(1, len(self.losses) - (0 if self.first_step else 1))
+
+    def post(self, step: int) -> None:
+        """Tell the board, at most every two seconds."""
+        if self.settings.board is None or time.monotonic() - self.posted_at < 2 or not self.seconds:
+            return
+        self.posted_at = time.monotonic()
+        ladder = self.settings.ladder
+        progress = TrainingProgress(
+            self.settings.trial_id,
+            step,
+            ladder[-1],
+            min((rung for rung in ladder if rung >= step), default=ladder[-1]),
+            sum(self.losses[-20:]) / len(self.losses[-20:]),
+            self.images_per_step / self.seconds_per_step,
+        )
+        self.settings.board.post.remote(progress.trial_id, progress.line(self.seconds_per_step))
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """What a rung reports; starts the next."""
+        metrics = {
+            "step": step,
+            "train_loss": sum(self.losses) / len(self.losses),
+            "images_per_second": self.images_per_step / self.seconds_per_step if self.seconds else 0.0,
+        }
+        self.first_step = step
+        self._restart()
+        return metrics

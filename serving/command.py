@@ -1,0 +1,255 @@
+"""The command behind `python -m serving.app`: start the endpoint, ask it for pictures, stop it."""
+
+import argparse
+import base64
+import errno
+import json
+import logging
+import re
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from itertools import cycle, islice
+from typing import Any, NoReturn
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.config import ProxyLocation
+
+from cluster.connect import connect
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.registry import RegisteredModel, champion
+from ray_jobs.stage import quiet_logs
+from serving.app import APPLICATION, build_application
+
+DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
+
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""Environment of Serve's controller. By default it kills an HTTP proxy that is not up within 5 s, which
+on a busy machine with few cores none ever is."""
+
+
+class EndpointError(RuntimeError):
+    """The endpoint did not start or did not answer as it should."""
+
+
+def free_port(host: str, port: int, *, else_any: bool = False) -> int:
+    """`port` if it can be listened on; 0 gives a free one, and so does a taken one with `else_any`.
+
+    Raises:
+        ConfigError: naming serve.port or serve.host.
+    """
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0]) as listener:
+            # As the HTTP server does: connections that are closing do not hold a port.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address[4])
+            return int(listener.getsockname()[1])
+    except socket.gaierror as error:
+        raise ConfigError(f"serve.host: {host}: {error.strerror}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            if else_any:
+                return free_port(host, 0)
+            raise ConfigError(
+                f"serve.port: {port} is in use; stop what listens there, or take another: "
+                f"--set serve.port={free_port(host, 0)}"
+            ) from None
+        raise ConfigError(f"serve.host, serve.port: {host}:{port}: {error.strerror}") from None
+
+
+def browsable(host: str, port: int) -> str:
+    """The URL at which this machine reaches an endpoint that listens on `host`."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    return f"http://{name}:{port}"
+
+
+@contextmanager
+def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator[str]:
+    """Serve `registered` on the Ray that is joined; yield its URL once it answers; stop what was started.
+
+    Raises:
+        EndpointError: if the application does not start, or nothing answers on the port.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    url = browsable(config.serve.host, port)
+    was_serving = bool(serve.status().proxies)
+    try:
+        # A proxy that needs longer than a minute is waited for below, where the URL has to answer.
+        with suppress(TimeoutError, RayActorError):
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options={"host": config.serve.host, "port": port},
+                controller_options={"runtime_env": {"env_vars": PATIENCE}},
+            )
+        try:
+            serve.run(build_application(config, registered), name=APPLICATION)
+        except (RuntimeError, RayError) as error:
+            raise EndpointError(_why_not_started(error)) from error
+        wait_until_healthy(url)
+        yield url
+    finally:
+        # A Serve that was there before keeps its other applications.
+        if was_serving:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()
+
+
+def wait_until_healthy(url: str, timeout_s: float = 120) -> None:
+    """Return once /healthz says ok; the HTTP proxy may come up after the model.
+
+    Raises:
+        EndpointError: with the last answer, after `timeout_s` seconds, or at once if another program answers.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            answer = call(f"{url}/healthz")
+            break
+        except EndpointError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+    if answer != {"status": "ok"}:
+        raise EndpointError(f"{url}: another program answers there; choose another serve.port")
+
+
+def _why_not_started(error: Exception) -> str:
+    """The exception that stopped a replica, out of Serve's report; its last line of text."""
+    deployments = serve.status().applications[APPLICATION].deployments.values()
+    messages = [deployment.message for deployment in deployments if deployment.message]
+    lines = [line.strip() for line in "\n".join(messages or [str(error)]).splitlines()]
+    causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
+    return (causes or [line for line in lines if line])[-1]
+
+
+def call(url: str, body: dict[str, Any] | None = None, timeout_s: float = 60) -> Any:
+    """GET (or POST `body` as JSON) and return the JSON answer.
+
+    Raises:
+        EndpointError: if there is no answer, or an error; with the server's message.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    # Straight to the endpoint: a proxy of the environment would not reach this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            text = json.loads(text)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            text = " ".join(text.split())[:200]
+        raise EndpointError(f"{url}: {error.code}: {text}") from None
+    except (OSError, ValueError) as error:
+        raise EndpointError(f"{url}: {error}") from None
+
+
+def default_prompts(storage: Storage) -> list[str]:
+    """Distinct captions of the run's report (`samples/captions.json`), else DEFAULT_PROMPTS."""
+    if not storage.exists("samples/captions.json"):
+        return DEFAULT_PROMPTS
+    captions = json.loads(storage.read_text("samples/captions.json"))
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise ConfigError(f"{storage.uri}/samples/captions.json: must be a list of captions; delete it")
+    return list(dict.fromkeys(captions)) or DEFAULT_PROMPTS
+
+
+def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
+    """Draw `count` pictures over HTTP, all requests at once, and save them in the run's samples folder."""
+    storage = Storage.open(config.storage).child(config.name)
+    chosen = list(islice(cycle(prompts or default_prompts(storage)), count))
+    # Repeated prompts get other seeds, so that they are other pictures.
+    bodies = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(chosen)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(min(count, config.serve.max_queued_requests)) as pool:
+        answers = list(
+            pool.map(
+                lambda body: call(f"{url}/v1/images/generations", body, config.serve.request_timeout_s + 10),
+                bodies,
+            )
+        )
+    seconds = time.perf_counter() - started
+    for index, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
+        name = f"samples/served-{index}-{slug}.png"
+        storage.write_bytes(name, base64.b64decode(answer["data"][0]["b64_json"]))
+        print(f"serve: {prompt!r} (seed {index}) -> {storage.uri}/{name}")
+    print(f"serve: {count} pictures in {seconds:.1f} s, {seconds / count:.2f} s a picture")
+
+
+def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
+    """Where it listens, and a command to paste."""
+    print(f"serve: {registered.name} version {registered.version} at {url}/v1 (Ctrl-C stops it)")
+    body = json.dumps({"prompt": DEFAULT_PROMPTS[0], "seed": 1})
+    print(
+        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}' \\\n"
+        "  | python3 -c 'import sys, json, base64; "
+        'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
+        "> picture.png",
+        flush=True,
+    )
+
+
+def _stop(signum: int, _: Any) -> NoReturn:
+    raise KeyboardInterrupt(signum)
+
+
+def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
+    """Start the endpoint; draw `num_pictures` and stop, or stay up until a signal comes."""
+    registered = champion(config)
+    asking = num_pictures is not None
+    port = free_port(config.serve.host, config.serve.port, else_any=asking)
+    if asking and port != config.serve.port and config.serve.port:
+        print(f"serve: port {config.serve.port} is in use, taking {port}")
+    log = quiet_logs()
+    print(f"framework logs: {log} and Ray's session folder")
+    print(f"serve: starting {registered.name} version {registered.version}", flush=True)
+    with ExitStack() as quiet, connect(config):
+        # Ray sets its own, which would skip the endpoint's orderly end.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, _stop)
+        with endpoint(config, registered, port) as url:
+            try:
+                if num_pictures is not None:
+                    ask(config, url, num_pictures, prompts)
+                    return
+                _announce(config, registered, url)
+                while True:
+                    signal.pause()
+            finally:
+                # Serve's controller kills itself, which Ray reports on stdout as a failure.
+                quiet.enter_context(redirect_stdout(sys.stderr))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 2 for what the user must mend, 1 for a failed endpoint."""
+    parser = argparse.ArgumentParser(prog="python -m serving.app", description="Serve the champion.")
+    add_config_arguments(parser)
+    parser.add_argument("--ask", type=int, metavar="N", help="draw N pictures over HTTP, then stop")
+    parser.add_argument("--prompt", action="append", default=[], help="for --ask; may be repeated")
+    options = parser.parse_args(arguments)
+    try:
+        if options.ask is not None and options.ask < 1:
+            raise ConfigError(f"--ask {options.ask}: ask for at least one picture")
+        run(load_config(options.config, options.overrides), options.ask, options.prompt)
+    except ConfigError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    except EndpointError as error:
+        print(f"error: serve: {error}", flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("serve: stopped")
+    return 0

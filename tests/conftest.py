@@ -1,0 +1,97 @@
+"""What the tests share: one embedded Ray, one tiny model, one small folder of pictures."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.connect import LocalCluster, joined, local_cluster
+from ray_jobs.config import LocalConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Before torch is imported: threads that wait for a core of a busy machine make small models slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+COLOURS = ["red", "green", "blue", "orange", "purple"]
+SHAPES = ["circle", "square", "triangle", "cross"]
+BROKEN = "broken.png"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[LocalCluster]:
+    """An embedded Ray of 8 logical CPUs that this process has joined as a driver."""
+    with local_cluster(LocalConfig(num_cpus=8, object_store_mb=256)) as cluster, joined(cluster.gcs_address):
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline of 64x64 pixels with random weights, in diffusers' format."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from ray_jobs.diffusion import architecture
+
+    torch.manual_seed(0)
+    tokenizer = architecture.build_tokenizer(captions(), vocabulary=600, max_tokens=16)
+    folder = tmp_path_factory.mktemp("tiny-model")
+    StableDiffusionPipeline(
+        vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+        text_encoder=architecture.build_text_encoder(tokenizer, width=32, layers=2, heads=2),
+        tokenizer=tokenizer,
+        unet=architecture.build_denoiser(
+            [32, 64], layers=1, heads=2, latent_size=8, latent_channels=4, text_width=32
+        ),
+        scheduler=architecture.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 drawn pictures with their captions in metadata.jsonl, and one file that is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for number, caption in enumerate(captions()):
+        name = f"{number:02d}.png"
+        draw(caption, number).save(folder / name)
+        rows.append({"file_name": name, "text": caption})
+    (folder / BROKEN).write_bytes(b"no picture")
+    rows.append({"file_name": BROKEN, "text": "a broken file"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def captions() -> list[str]:
+    """40 of them, in a fixed order: two sizes of each shape in each colour."""
+    return [f"a {size} {c} {shape}" for size in ("small", "big") for c in COLOURS for shape in SHAPES]
+
+
+def draw(caption: str, number: int) -> "Image.Image":
+    """The picture of a caption, 80 x 72 pixels; `number` moves it a little, so that no two are alike."""
+    from PIL import Image, ImageDraw
+
+    _, size, colour, shape = caption.split()
+    picture = Image.new("RGB", (80, 72), "white")
+    pen = ImageDraw.Draw(picture)
+    radius = 12 if size == "small" else 26
+    x, y = 36 + number % 9, 34 + number % 5
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+    if shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=colour)
+    elif shape == "square":
+        pen.rectangle((left, top, right, bottom), fill=colour)
+    elif shape == "triangle":
+        pen.polygon([(left, bottom), (x, top), (right, bottom)], fill=colour)
+    else:
+        pen.line((left, top, right, bottom), fill=colour, width=6)
+        pen.line((left, bottom, right, top), fill=colour, width=6)
+    return picture

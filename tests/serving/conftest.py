@@ -1,0 +1,70 @@
+"""The endpoint with a registered model behind it, shared by the tests of this folder."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs.config import Config
+from ray_jobs.registry import RegisteredModel, champion, register
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests, because a new SQLite registry takes seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def config(storage: Path, tiny_model: Path) -> Config:
+    return Config.model_validate(
+        {
+            "name": "demo",
+            "storage": str(storage),
+            "data": {"source": "unused"},
+            "model": {"base": str(tiny_model)},
+            "search": {"learning_rates": [1e-3], "ladder": [2]},
+            "publish": {"model_name": "served"},
+            "serve": {"default_steps": 2, "max_queued_requests": 4, "batch_wait_s": 0.02},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def lora_folder(storage: Path, tiny_model: Path) -> Path:
+    """Adapters that change the model's pictures, as a finished search would leave them."""
+    import torch
+
+    from ray_jobs.diffusion.finetuning import add_lora, save_weights
+    from ray_jobs.diffusion.loading import load_pipeline
+
+    torch.manual_seed(0)
+    pipeline = load_pipeline(str(tiny_model))
+    add_lora(pipeline.unet, rank=4, alpha=4, dropout=0.0, target_modules=["to_q", "to_v"])
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    folder = storage / "demo" / "model"
+    folder.mkdir(parents=True)
+    save_weights(pipeline, "lora", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def registered(config: Config, lora_folder: Path) -> RegisteredModel:
+    register(config, source=str(lora_folder), params={"learning_rate": "0.001"}, metrics={"test_fid": 12.5})
+    return champion(config)
+
+
+@pytest.fixture(scope="session")
+def url(ray_cluster: Any, config: Config, registered: RegisteredModel) -> Iterator[str]:
+    """A running endpoint."""
+    from serving.command import endpoint
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with endpoint(config, registered, port) as address:
+        yield address

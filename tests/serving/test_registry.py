@@ -1,0 +1,73 @@
+"""The registry keeps one version for one set of weights, and the champion leads back to them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.registry import champion, register, tracking_uri, weights_digest
+
+
+def named(config: Config, model_name: str) -> Config:
+    """`config` with a registry entry of its own."""
+    return config.model_copy(update={"publish": config.publish.model_copy(update={"model_name": model_name})})
+
+
+def weights(folder: Path, value: float) -> str:
+    folder.mkdir(exist_ok=True)
+    save_file({"weight": torch.full((2,), value)}, folder / "pytorch_lora_weights.safetensors")
+    return str(folder)
+
+
+def test_the_champion_is_what_was_registered(config: Config, tmp_path: Path) -> None:
+    config = named(config, "round-trip")
+    source = weights(tmp_path / "model", 1.0)
+    version = register(config, source=source, params={"step": "20"}, metrics={"test_fid": 12.5})
+    found = champion(config)
+    assert (found.name, found.version, found.source) == ("round-trip", version, source)
+    assert (found.base, found.base_revision, found.method) == (config.model.base, None, "lora")
+    assert found.metrics == {"test_fid": 12.5}
+    assert found.digest == weights_digest(source)
+
+
+def test_the_same_weights_are_registered_once(config: Config, tmp_path: Path) -> None:
+    config = named(config, "once")
+    source = weights(tmp_path / "model", 1.0)
+    first = register(config, source=source, params={}, metrics={})
+    assert register(config, source=source, params={}, metrics={}) == first
+    weights(tmp_path / "model", 2.0)
+    second = register(config, source=source, params={}, metrics={})
+    assert second == first + 1 == champion(config).version
+
+
+def test_a_folder_without_weights_is_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        register(config, source=str(tmp_path), params={}, metrics={})
+
+
+def test_a_model_that_was_never_registered_is_named_with_the_command_to_run(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"no champion of 'unheard-of'; run the pipeline first"):
+        champion(named(config, "unheard-of"))
+
+
+def test_a_missing_registry_is_not_created_by_reading(config: Config, tmp_path: Path) -> None:
+    config = config.model_copy(update={"storage": str(tmp_path / "empty")})
+    with pytest.raises(ConfigError, match="run the pipeline first"):
+        champion(config)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_remote_storage_needs_a_tracking_uri(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    remote = config.model_copy(update={"storage": "s3://bucket/runs"})
+    with pytest.raises(ConfigError, match="publish.tracking_uri: missing"):
+        tracking_uri(remote)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(remote) == "http://mlflow:5000"
+
+
+def test_the_digest_follows_content_not_place(tmp_path: Path) -> None:
+    assert weights_digest(weights(tmp_path / "a", 1.0)) == weights_digest(weights(tmp_path / "b", 1.0))
+    assert weights_digest(weights(tmp_path / "a", 2.0)) != weights_digest(weights(tmp_path / "b", 1.0))

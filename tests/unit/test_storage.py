@@ -1,0 +1,106 @@
+"""Storage: the same view over a local folder and over an object store."""
+
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from cluster.storage import Storage
+from ray_jobs.config import ConfigError, resolve_path
+
+
+@pytest.fixture(params=["local", "remote"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A local folder; and a filesystem whose paths are no local paths, as an object store's."""
+    if request.param == "local":
+        return Storage.open(str(tmp_path / "runs"))
+    (tmp_path / "bucket" / "runs" / "demo").mkdir(parents=True)
+    rooted = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    return Storage("s3://bucket/runs", rooted, "bucket/runs")
+
+
+def test_text_is_read_as_it_was_written(storage: Storage) -> None:
+    storage.write_text("demo/état.json", "ünï")
+    assert storage.read_text("demo/état.json") == "ünï"
+
+
+def test_a_missing_file_does_not_exist_and_cannot_be_read(storage: Storage) -> None:
+    assert not storage.exists("demo/winner.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read_text("demo/winner.json")
+
+
+def test_a_gz_name_is_not_compressed(storage: Storage) -> None:
+    storage.write_bytes("demo/plain.gz", b"as it is")
+    assert storage.local_copy("demo/plain.gz").read_bytes() == b"as it is"
+
+
+def test_a_child_sees_the_same_files(storage: Storage) -> None:
+    storage.write_text("demo/config.yaml", "name: demo")
+    child = storage.child("demo")
+    assert child.read_text("config.yaml") == "name: demo"
+    assert child.uri == storage.uri + "/demo"
+    assert child.exists()
+
+
+def test_upload_replaces_a_folder_whole(storage: Storage, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "unet").mkdir(parents=True)
+    (first / "unet" / "old.txt").write_text("old")
+    (second / "unet").mkdir(parents=True)
+    (second / "unet" / "new.txt").write_text("new")
+    storage.upload(first, "demo/model")
+    storage.upload(second, "demo/model")
+    copy = storage.local_copy("demo/model")
+    assert [path.name for path in (copy / "unet").iterdir()] == ["new.txt"]
+
+
+def test_delete_takes_files_folders_and_what_is_missing(storage: Storage) -> None:
+    storage.write_text("demo/a.txt", "a")
+    storage.delete("demo/a.txt")
+    assert not storage.exists("demo/a.txt")
+    storage.delete("demo")
+    storage.delete("demo")
+    assert not storage.exists("demo")
+
+
+def test_local_copy_of_a_missing_file_names_the_storage(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError, match=storage.uri):
+        storage.local_copy("nothing")
+
+
+def test_a_local_copy_of_a_local_file_is_the_file(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    storage.write_text("a.txt", "a")
+    assert storage.local_copy("a.txt") == tmp_path / "a.txt"
+
+
+def test_a_local_write_leaves_no_partial_file(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    storage.write_text("a.txt", "one")
+    storage.write_text("a.txt", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_relative_paths_start_from_diffray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))
+    assert Storage.open("runs").path == str(tmp_path / "runs")
+    (tmp_path / "pictures").mkdir()
+    assert resolve_path("pictures") == str(tmp_path / "pictures")
+
+
+def test_hub_names_and_addresses_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))
+    assert resolve_path("organisation/model") == "organisation/model"
+    assert resolve_path("s3://bucket/pictures") == "s3://bucket/pictures"
+
+
+def test_the_query_of_an_address_stays_at_its_end() -> None:
+    storage = Storage("s3://bucket/runs?region=eu-north-1", fs.LocalFileSystem(), "bucket/runs")
+    assert storage.child("demo").uri == "s3://bucket/runs/demo?region=eu-north-1"
+    assert storage.child("demo").path == "bucket/runs/demo"
+
+
+def test_an_unknown_kind_of_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match="s3:// or gs://"):
+        Storage.open("ftp://host/runs")
