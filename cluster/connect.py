@@ -62,7 +62,6 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
     log = folder / "start.log"
     settings = {
         "num_cpus": local.num_cpus,
-        "num_gpus": None,  # as many as there are
         "object_store_memory": local.object_store_mb * 2**20,
         "temp_dir": str(folder / "ray"),
         "node_ip_address": "127.0.0.1",
@@ -95,7 +94,7 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
 
 
 def _wait_until_up(cluster: LocalCluster, log: Path) -> None:
-    """Wait until the Jobs API answers and the node's agent, which runs the jobs, has registered."""
+    """Wait until the Jobs API answers."""
     from ray.job_submission import JobSubmissionClient
 
     deadline = time.monotonic() + START_TIMEOUT_S

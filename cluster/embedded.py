@@ -9,8 +9,18 @@ import signal
 import sys
 
 
+def num_gpus() -> int:
+    """The GPUs that this process may use. `Cluster`, unlike `ray.init`, takes none unless told."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    present: int = manager.get_current_node_num_accelerators()
+    return present if visible is None else min(present, len(visible))
+
+
 def main() -> None:
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[1]) | {"num_gpus": num_gpus()}
     # A Ctrl-C goes to the whole terminal; the parent first stops its job and then closes the input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ray.cluster_utils import Cluster

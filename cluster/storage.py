@@ -67,6 +67,11 @@ class Storage:
         at = self._at(name).rstrip("/")
         return self.filesystem.get_file_info(at).type != fs.FileType.NotFound
 
+    def folders(self) -> list[str]:
+        """The names of the folders directly below this one; none if it does not exist."""
+        below = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in below if info.type == fs.FileType.Directory)
+
     def read_bytes(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if it is missing."""
         with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:

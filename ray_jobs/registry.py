@@ -72,6 +72,15 @@ def weights_digest(source: str) -> str:
     return digest.hexdigest()
 
 
+def verify_weights(registered: RegisteredModel, folder: str) -> None:
+    """Raise ConfigError unless `folder` holds the weights that were registered."""
+    if weights_digest(folder) != registered.digest:
+        raise ConfigError(
+            f"{registered.source}: not the weights registered as version {registered.version} of "
+            f"{registered.name!r}; run the pipeline again to register these"
+        )
+
+
 def _client(config: Config) -> Any:
     """MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

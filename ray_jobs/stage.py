@@ -32,9 +32,12 @@ def quiet_logs() -> Path:
 
 def run_stage(
     description: str | None,
-    stage: Callable[[Config], Any],
+    stage: Callable[..., Any],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
     """Parse the arguments, join or start Ray, run `stage`, exit.
+
+    `stage` is called with the configuration, and with the parsed arguments where it adds its own.
 
     Exit code 2 and one line for what the user must mend; 1, one line and the log's name for a failure.
     """
@@ -42,6 +45,8 @@ def run_stage(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
+    if add_arguments:
+        add_arguments(parser)
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -51,7 +56,7 @@ def run_stage(
     print(f"framework logs: {log} and Ray's session folder", flush=True)
     try:
         with connect(config):
-            stage(config)
+            stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(_complain(error))
     except Exception as error:

@@ -25,8 +25,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, load_config, resolve_path
-from ray_jobs.registry import RegisteredModel, champion, weights_digest
+from ray_jobs.config import Config, load_config, resolve_path
+from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.schemas import (
     MAX_SEED,
     APIError,
@@ -66,11 +66,7 @@ class Model:
 
         # The weights that are checked are the ones that are loaded: a remote folder is fetched once.
         folder = Storage.open(registered.source).local_copy()
-        if weights_digest(str(folder)) != registered.digest:
-            raise ConfigError(
-                f"{registered.source}: not the weights registered as version {registered.version} of "
-                f"{registered.name!r}; run the pipeline again to register these"
-            )
+        verify_weights(registered, str(folder))
         if not config.serve.use_gpu:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // config.serve.replicas))
@@ -82,7 +78,7 @@ class Model:
             version=registered.version,
             size=f"{self.engine.resolution}x{self.engine.resolution}",
         )
-        batch: Any = self.draw  # the decorator's setters are not in its type
+        batch: Any = self.draw_batch  # the decorator's setters are not in its type
         batch.set_max_batch_size(config.serve.max_batch_size)
         batch.set_batch_wait_timeout_s(config.serve.batch_wait_s)
 
@@ -90,8 +86,20 @@ class Model:
         """What is served."""
         return self.card
 
+    async def draw(self, row: Row) -> bytes:
+        """Draw one row as a PNG, in a batch with the rows of other requests.
+
+        Raises:
+            APIError: 400 for a step count that the scheduler refuses, before it can spoil a batch.
+        """
+        try:
+            self.engine.check_steps(row.steps)
+        except ValueError as error:
+            raise APIError(400, f"steps: {error}", "steps", "invalid_value") from error
+        return await self.draw_batch(row)
+
     @serve.batch
-    async def draw(self, rows: list[Row]) -> list[bytes]:
+    async def draw_batch(self, rows: list[Row]) -> list[bytes]:
         """Draw a batch of rows: one PNG each. In a thread, so that requests keep arriving meanwhile."""
         return await asyncio.to_thread(self._draw, rows)
 
@@ -176,6 +184,8 @@ class Ingress:
             message = f"not drawn within {seconds} s; ask for fewer steps or pictures, or try later"
             raise APIError(504, message, code="timeout") from None
         except RayTaskError as error:
+            if isinstance(error.cause, APIError):
+                raise error.cause from None
             raise APIError(500, f"drawing failed: {error.cause}", code="drawing_failed") from error
         except (RayError, RayServeException) as error:
             raise APIError(503, "the model stopped while drawing; try again", code="model_lost") from error

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from ray.serve.config import ProxyLocation
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.registry import RegisteredModel, champion
+from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from ray_jobs.stage import quiet_logs
 from serving.app import APPLICATION, build_application
 
@@ -209,6 +210,9 @@ def _stop(signum: int, _: Any) -> NoReturn:
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
     """Start the endpoint; draw `num_pictures` and stop, or stay up until a signal comes."""
     registered = champion(config)
+    if Storage.open(registered.source).is_local:
+        # The replicas check it too, but a mistake is better told before Ray starts.
+        verify_weights(registered, registered.source)
     asking = num_pictures is not None
     port = free_port(config.serve.host, config.serve.port, else_any=asking)
     if asking and port != config.serve.port and config.serve.port:
@@ -247,8 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", flush=True)
         return 2
-    except EndpointError as error:
-        print(f"error: serve: {error}", flush=True)
+    except Exception as error:
+        if not isinstance(error, EndpointError):
+            traceback.print_exc()  # into the log, whose path is on the screen
+        print(f"error: serve: {' '.join(str(error).split())[:500]}", flush=True)
         return 1
     except KeyboardInterrupt:
         print("serve: stopped")

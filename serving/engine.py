@@ -6,6 +6,7 @@ requests that it shares a batch with, and is the one that plain diffusers draws 
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -47,12 +48,24 @@ class Engine:
         self.pipeline = pipeline.to(device)
         self.device = device
         self.cached_prompts = cached_prompts
+        self._possible_steps: set[int] = set()
         self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @property
     def resolution(self) -> int:
         """Pixels a side."""
         return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ValueError if the scheduler cannot denoise in so many steps (some need a few at least)."""
+        if num_steps in self._possible_steps:
+            return
+        try:
+            deepcopy(self.pipeline.scheduler).set_timesteps(num_steps)
+        except (ValueError, IndexError) as error:
+            scheduler = type(self.pipeline.scheduler).__name__
+            raise ValueError(f"{scheduler} cannot draw in {num_steps} steps; ask for more") from error
+        self._possible_steps.add(num_steps)
 
     def embed(self, prompts: Sequence[str]) -> torch.Tensor:
         """Embeddings from the cache, the missing ones encoded in one batch: N x tokens x width."""

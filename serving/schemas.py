@@ -27,7 +27,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 class APIError(Exception):
     """What the client is told: an HTTP status and OpenAI's error body."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    # Positional, so that it can be pickled on its way from a replica.
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(status, message, param, code)
         self.status, self.message, self.param, self.code = status, message, param, code
 

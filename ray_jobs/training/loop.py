@@ -60,10 +60,9 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
             meter.post(step)
         if step in settings.ladder:
             with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(Path(folder), pipeline, engine, ema, config.train, step)
-                ray.train.report(
-                    meter.metrics(step), checkpoint=ray.train.Checkpoint.from_directory(folder)
-                )
+                metrics = meter.metrics(step)
+                save_checkpoint(Path(folder), pipeline, engine, ema, config.train, metrics)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def build_model(config: Config) -> tuple[Any, FineTuning]:

@@ -158,7 +158,7 @@ def test_every_error_has_openais_shape(
 def test_the_champion_is_listed_with_its_version(client: openai.OpenAI, registered: RegisteredModel) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("served", "model", "diffray")
-    assert model.version == registered.version
+    assert model.model_extra == {"version": registered.version, "size": "64x64"}
 
 
 def test_healthz_answers_once_the_model_is_loaded(url: str) -> None:

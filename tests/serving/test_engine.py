@@ -70,3 +70,14 @@ def test_a_scheduler_that_draws_noise_is_refused(tiny_model: Path, scheduler: st
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=f"{scheduler} draws noise"):
         Engine(pipeline)
+
+
+def test_a_step_count_below_the_schedulers_least_is_refused(tiny_model: Path) -> None:
+    from diffusers import PNDMScheduler
+
+    pipeline = load_pipeline(str(tiny_model))
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=False)
+    engine = Engine(pipeline)
+    engine.check_steps(4)
+    with pytest.raises(ValueError, match="cannot draw in 3 steps"):
+        engine.check_steps(3)

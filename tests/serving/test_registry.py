@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import champion, register, tracking_uri, weights_digest
+from ray_jobs.registry import champion, register, tracking_uri, verify_weights, weights_digest
 
 
 def named(config: Config, model_name: str) -> Config:
@@ -71,3 +71,13 @@ def test_a_remote_storage_needs_a_tracking_uri(config: Config, monkeypatch: pyte
 def test_the_digest_follows_content_not_place(tmp_path: Path) -> None:
     assert weights_digest(weights(tmp_path / "a", 1.0)) == weights_digest(weights(tmp_path / "b", 1.0))
     assert weights_digest(weights(tmp_path / "a", 2.0)) != weights_digest(weights(tmp_path / "b", 1.0))
+
+
+def test_weights_that_changed_after_registering_are_refused(config: Config, tmp_path: Path) -> None:
+    config = named(config, "changed")
+    source = weights(tmp_path / "model", 1.0)
+    register(config, source=source, params={}, metrics={})
+    verify_weights(champion(config), source)
+    weights(tmp_path / "model", 2.0)
+    with pytest.raises(ConfigError, match="not the weights registered as version 1"):
+        verify_weights(champion(config), source)

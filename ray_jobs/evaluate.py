@@ -1,0 +1,218 @@
+"""Evaluate: sample pictures from weights and measure them against real ones.
+
+    python -m ray_jobs.evaluate --config configs/demo.yaml
+
+Scores the base model and every checkpoint that the run's trainings have left, on the validation split.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, resolve_path
+from ray_jobs.metrics.frechet import Moments, Score
+from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.progress import say
+from ray_jobs.stage import run_stage
+from ray_jobs.training.checkpoint import find_rungs
+
+
+class Evaluator:
+    """An actor that keeps the base model and the feature network loaded.
+
+    Only the fine-tuned weights change between calls.
+    """
+
+    def __init__(self, config: Config, num_threads: int) -> None:
+        import torch
+
+        from ray_jobs.diffusion.loading import load_pipeline
+        from ray_jobs.metrics.inception import load_feature_network
+
+        torch.set_num_threads(num_threads)
+        self.config, self.device = config, "cuda" if config.evaluate.use_gpu else "cpu"
+        self.network = load_feature_network(resolve_path(config.evaluate.feature_network), self.device)
+        self.base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+        self.base.to(self.device)
+        self.loaded: str | None = None
+        self.pipeline = self.base
+
+    def _use(self, weights: str | None) -> None:
+        """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
+        from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_pipeline
+
+        if weights == self.loaded:
+            return
+        if self.pipeline is self.base and self.loaded:
+            self.base.unload_lora_weights()
+        self.pipeline, self.loaded = self.base, None
+        if weights is None:
+            return
+        folder = Storage.open(weights).local_copy()
+        if (folder / LORA_WEIGHTS).exists():
+            self.base.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+        else:
+            self.pipeline = load_pipeline(str(folder)).to(self.device)
+        self.loaded = weights
+
+    def _sample(self, weights: str | None, captions: list[str], seeds: list[int]) -> Iterator[Any]:
+        """Batches of pictures: uint8, N x 3 x H x W."""
+        from ray_jobs.diffusion.loading import encode_prompts
+        from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents
+
+        self._use(weights)
+        pipeline, evaluate = self.pipeline, self.config.evaluate
+        unet = pipeline.unet
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        null = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [""])
+        for start in range(0, len(captions), evaluate.batch_size):
+            batch = slice(start, start + evaluate.batch_size)
+            embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions[batch])
+            latents = sample_latents(
+                unet,
+                pipeline.scheduler,
+                initial_noise(seeds[batch], shape).to(self.device),
+                embeds,
+                null,
+                num_steps=evaluate.inference_steps,
+                guidance_scale=evaluate.guidance_scale,
+            )
+            yield decode_latents(pipeline.vae, latents)
+
+    def sample_moments(self, weights: str | None, captions: list[str], seeds: list[int]) -> Moments:
+        """Feature moments of one picture a caption."""
+        import torch
+
+        features = [self.network.features(batch) for batch in self._sample(weights, captions, seeds)]
+        return Moments.of(torch.cat(features), self.network.identity)
+
+    def sample_pictures(self, weights: str | None, captions: list[str], seeds: list[int]) -> list[bytes]:
+        """One PNG a caption."""
+        from ray_jobs.data.images import encode_png
+
+        batches = self._sample(weights, captions, seeds)
+        return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
+
+    def real_moments(self, pictures: list[bytes]) -> Moments:
+        """Feature moments of real pictures (PNG bytes at the training resolution)."""
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+        stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        batches = stacked.split(self.config.evaluate.batch_size)
+        features = torch.cat([self.network.features(batch) for batch in batches])
+        return Moments.of(features, self.network.identity)
+
+    def score(self, real: list[Moments], *generated: Moments) -> Score:
+        """FID of the merged parts; computed here so that the caller needs no PyTorch."""
+        return Score.of(sum(generated[1:], generated[0]), sum(real[1:], real[0]))
+
+
+class EvaluatorPool:
+    """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
+
+    Picture i of a split is sampled from noise seeded with `evaluate.seed` + i, whatever the weights and
+    however many actors share the work, so that checkpoints are compared on the same noise.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        import ray
+
+        self.config, self.dataset = config, dataset
+        remote = ray.remote(num_cpus=1, num_gpus=1 if config.evaluate.use_gpu else 0)(Evaluator)
+        self.actors = [
+            remote.remote(config, config.train.cpus_per_worker) for _ in range(config.evaluate.num_actors)
+        ]
+        self.captions: dict[str, list[str]] = {}
+        self._real: dict[str, Any] = {}
+
+    def load(self, split: str) -> None:
+        """Read the captions of a split's pictures and start measuring the pictures, once."""
+        import ray
+
+        if split in self._real:
+            return
+        rows = self.dataset.pictures(split, self.config.evaluate.num_samples)
+        self.captions[split] = [row["text"] for row in rows]
+        self._real[split] = ray.put(self._measure_real([row["image"] for row in rows]))
+
+    def _measure_real(self, pictures: list[bytes]) -> list[Moments]:
+        import ray
+
+        return ray.get([a.real_moments.remote(part) for a, part in self._share(pictures)])
+
+    def _share(self, items: list[Any]) -> list[tuple[Any, list[Any]]]:
+        """(actor, its items), in order, without empty shares (and no set of features of one picture)."""
+        actors = self.actors[: max(1, len(items) // 2)]
+        size = -(-len(items) // len(actors))
+        return [
+            (actor, items[i * size : (i + 1) * size])
+            for i, actor in enumerate(actors)
+            if items[i * size : (i + 1) * size]
+        ]
+
+    def _tasks(self, split: str, count: int | None = None) -> list[tuple[Any, list[str], list[int]]]:
+        numbered = list(enumerate(self.captions[split], self.config.evaluate.seed))[:count]
+        return [
+            (actor, [caption for _, caption in part], [seed for seed, _ in part])
+            for actor, part in self._share(numbered)
+        ]
+
+    def score(self, weights: str | None, split: str) -> Score:
+        """FID of the weights (None: the base model) on a split that was loaded."""
+        import ray
+
+        parts = [a.sample_moments.remote(weights, *work) for a, *work in self._tasks(split)]
+        return ray.get(self.actors[0].score.remote(self._real[split], *parts))
+
+    def floor(self, split: str) -> Score:
+        """FID of as many real training pictures: what a perfect model of the training data would get."""
+        import ray
+
+        pictures = self.dataset.pictures("train", len(self.captions[split]))
+        parts = self._measure_real([row["image"] for row in pictures])
+        return ray.get(self.actors[0].score.remote(self._real[split], *parts))
+
+    def pictures(self, weights: str | None, split: str, count: int) -> list[bytes]:
+        """PNGs for the first captions of a split, from the noise that `score` uses."""
+        import ray
+
+        parts = [a.sample_pictures.remote(weights, *work) for a, *work in self._tasks(split, count)]
+        return [picture for part in ray.get(parts) for picture in part]
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+@contextmanager
+def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
+    """Evaluators that live as long as the block."""
+    pool = EvaluatorPool(config, dataset)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
+def evaluate(config: Config) -> None:
+    """Run the stage."""
+    dataset = prepare(config)
+    with evaluators(config, dataset) as pool:
+        pool.load("validation")
+        score = pool.score(None, "validation")
+        say("evaluate", f"base: FID {score.fid:.1f} ({score.num_samples} pictures, {score.feature_network})")
+        for trial, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
+            for rung in rungs:
+                fid = pool.score(rung.weights, "validation").fid
+                say("evaluate", f"{trial}  step {rung.metrics['step']}: FID {fid:.1f}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, evaluate)

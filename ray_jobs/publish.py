@@ -1,0 +1,141 @@
+"""Publish: measure the winner once on the test split, register it, and write the report.
+
+    python -m ray_jobs.publish --config configs/demo.yaml
+
+Writes `<storage>/<run>/`: `model/`, `samples/`, `winner.json`, `report.html`; the registry's version gets
+the alias `champion`. The search must have finished. With the same winner it is skipped.
+"""
+
+import io
+import json
+import re
+from typing import Any
+
+from PIL import Image
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.progress import say
+from ray_jobs.registry import register
+from ray_jobs.report import PictureRow, closed_share, grid_image, write_report
+from ray_jobs.search import FINISHED, SearchResult, read_rows, search_digest
+from ray_jobs.stage import run_stage
+from ray_jobs.training.checkpoint import WEIGHTS
+
+WINNER = "winner.json"
+REPORT = "report.html"
+
+
+def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult) -> dict[str, Any]:
+    """Run the stage, or find its result; returns what winner.json holds."""
+    run = Storage.open(config.storage).child(config.name)
+    if run.exists(WINNER):
+        winner = json.loads(run.read_text(WINNER))
+        if winner["search_digest"] == found.digest and run.exists(REPORT):
+            say("publish", f"unchanged, skipped: version {winner['registry_version']}")
+            return dict(winner)
+    best = found.winner
+    weights = f"{best['checkpoint']}/{WEIGHTS}"
+    scores = _measure(pool, weights)
+    run.upload(Storage.open(weights).local_copy(), "model")
+    winner = {name: best[name] for name in ("trial_id", "learning_rate", "step")}
+    winner |= {"validation_fid": best["fid"]} | scores
+    winner["registry_version"] = register(
+        config,
+        source=run.child("model").uri,
+        params={
+            "learning_rate": f"{best['learning_rate']:g}",
+            "step": str(best["step"]),
+            "method": config.train.method,
+            "base": config.model.base,
+            "dataset": dataset.manifest["digest"],
+        },
+        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
+    )
+    winner["search_digest"] = found.digest
+    _write_report(config, dataset, pool, found, winner, run)
+    run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
+    share = closed_share(winner)
+    closed = "" if share is None else f", {share:.0%} of the way to real pictures ({winner['test_floor_fid']:.1f})"
+    say("publish", f"test FID {winner['base_test_fid']:.1f} (base) -> {winner['test_fid']:.1f}{closed}")
+    say("publish", f"registered {config.publish.model_name} version {winner['registry_version']}, "
+        f"alias champion; report: {run.uri}/{REPORT}")
+    return winner
+
+
+def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
+    """Base and winner; the test split is looked at here and nowhere else."""
+    pool.load("validation")
+    pool.load("test")
+    test = pool.score(weights, "test")
+    scores = {
+        "test_fid": test.fid,
+        "base_validation_fid": pool.score(None, "validation").fid,
+        "base_test_fid": pool.score(None, "test").fid,
+        "test_floor_fid": pool.floor("test").fid,
+    }
+    return scores | {"feature_network": test.feature_network, "num_samples": test.num_samples}
+
+
+def _write_report(
+    config: Config,
+    dataset: Dataset,
+    pool: EvaluatorPool,
+    found: SearchResult,
+    winner: dict[str, Any],
+    run: Storage,
+) -> None:
+    """The samples as files, and the page around them."""
+    count = config.publish.sample_count
+    real = dataset.pictures("validation", min(count, config.evaluate.num_samples))
+    weights = run.child("model").uri
+    columns = {
+        "real": [row["image"] for row in real],
+        "base": pool.pictures(None, "validation", count),
+        "winner": pool.pictures(weights, "validation", count),
+    }
+    captions = [row["text"] for row in real]
+    run.delete("samples")
+    for kind, pictures in columns.items():
+        for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
+            run.write_bytes(f"samples/{number}-{_slug(caption)}-{kind}.png", data)
+    opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
+    rows = [
+        PictureRow(caption, *pictures)
+        for caption, *pictures in zip(captions, *opened.values(), strict=True)
+    ]
+    grid = io.BytesIO()
+    grid_image(rows).save(grid, format="PNG")
+    run.write_bytes("samples/grid.png", grid.getvalue())
+    run.write_text("samples/captions.json", json.dumps(captions, ensure_ascii=False))
+    page = write_report(
+        winner=winner,
+        results=found.rows,
+        manifest=dataset.manifest,
+        config_yaml=config.to_yaml(),
+        rows=rows,
+        run_name=config.name,
+    )
+    run.write_text(REPORT, page)
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
+
+
+def _run(config: Config) -> dict[str, Any]:
+    dataset = prepare(config)
+    storage = Storage.open(config.storage).child(config.name, "search")
+    if not storage.exists(FINISHED) or storage.read_text("digest") != search_digest(config, dataset):
+        raise ConfigError(
+            f"{storage.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
+        )
+    found = SearchResult(search_digest(config, dataset), read_rows(storage))
+    with evaluators(config, dataset) as pool:
+        return publish(config, dataset, pool, found)
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, _run)

@@ -1,0 +1,236 @@
+"""Search: one trial a learning rate, each climbing the ladder of steps; the best rung of all wins.
+
+    python -m ray_jobs.search --config configs/demo.yaml
+
+Writes `<storage>/<run>/search/results.jsonl`, a line a rung. ASHA (Li et al., arXiv 1810.05934) stops a
+trial whose validation FID at a rung is not among the best. An interrupted search goes on: measured
+rungs are not measured again, and a training resumes from its last checkpoint.
+"""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.progress import say, start_board
+from ray_jobs.stage import run_stage
+from ray_jobs.train import build_trainer, trial_id
+from ray_jobs.training.checkpoint import Rung, find_rungs
+
+RESULTS = "results.jsonl"
+FINISHED = "finished.json"
+FIELDS = ("trial_id", "learning_rate", "step", "fid", "train_loss", "images_per_second", "checkpoint")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Every measured rung, and the best of them."""
+
+    digest: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def winner(self) -> dict[str, Any]:
+        """The row of the lowest FID; of equal ones that of the fewest steps."""
+        return min(self.rows, key=lambda row: (row["fid"], row["step"]))
+
+
+def search_digest(config: Config, dataset: Dataset) -> str:
+    """Identifies what the results depend on: data, model, training, search and evaluation."""
+    settings = config.model_dump(mode="json", include={"model", "train", "search", "evaluate", "seed"})
+    content = f"{dataset.manifest['inputs']}{json.dumps(settings, sort_keys=True)}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_rows(storage: Storage) -> list[dict[str, Any]]:
+    """The lines of results.jsonl; none if there is no such file."""
+    if not storage.exists(RESULTS):
+        return []
+    return [json.loads(line) for line in storage.read_text(RESULTS).splitlines()]
+
+
+def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResult:
+    """Run the stage, or what is left of it.
+
+    Raises:
+        RuntimeError: if no trial reached a rung.
+    """
+    run = Storage.open(config.storage).child(config.name)
+    storage, digest = run.child("search"), search_digest(config, dataset)
+    if storage.exists("digest") and storage.read_text("digest") != digest:
+        say("search", "the settings or the data have changed: starting over")
+        storage.delete("")
+        run.delete("train")
+    storage.write_text("digest", digest)
+    if storage.exists(FINISHED):
+        say("search", "unchanged, skipped")
+        return SearchResult(digest, read_rows(storage))
+    pool.load("validation")
+    errors = _tune(config, dataset, pool, storage)
+    rows = read_rows(storage)
+    if not rows:
+        raise RuntimeError(f"no trial reached its first rung: {errors}")
+    for error in errors:
+        say("search", f"a trial failed and is left out: {error}")
+    if not errors:
+        storage.write_text(FINISHED, json.dumps({"digest": digest}))
+    result = SearchResult(digest, rows)
+    best = result.winner
+    say("search", f"winner: {best['trial_id']} at step {best['step']}, validation FID {best['fid']:.1f}")
+    return result
+
+
+def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storage) -> list[str]:
+    """Run all trials; returns the errors of those that failed."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    ladder, board = config.search.ladder, start_board()
+    recorded = read_rows(storage)
+    if recorded:
+        say("search", f"going on after {len(recorded)} measured rungs")
+    storage.delete("tune")
+    trial = tune.with_parameters(
+        run_trial, config=config, dataset=dataset, pool=pool, board=board, recorded=recorded
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 1}),
+        param_space={"learning_rate": tune.grid_search(list(config.search.learning_rates))},
+        tune_config=tune.TuneConfig(
+            metric="fid",
+            mode="min",
+            max_concurrent_trials=config.search.max_concurrent_trials,
+            scheduler=ASHAScheduler(
+                time_attr="step",
+                max_t=ladder[-1],
+                grace_period=ladder[0],
+                reduction_factor=config.search.reduction_factor,
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=storage.uri,
+            verbose=0,
+            callbacks=[Recorder(storage, recorded, ladder[-1], len(config.search.learning_rates))],
+        ),
+    )
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, done), daemon=True)
+    watcher.start()
+    try:
+        results = tuner.fit()
+    finally:
+        done.set()
+        watcher.join()
+    return [str(error).strip().splitlines()[-1] for error in results.errors]
+
+
+def _watch(board: Any, done: threading.Event) -> None:
+    """Print where the trainings are, every five seconds."""
+    import ray
+
+    while not done.wait(5):
+        for line in ray.get(board.take.remote()):
+            say("train", line)
+
+
+def run_trial(
+    space: dict[str, Any],
+    *,
+    config: Config,
+    dataset: Dataset,
+    pool: EvaluatorPool,
+    board: Any,
+    recorded: list[dict[str, Any]],
+) -> None:
+    """What Tune runs: climb the ladder at one learning rate, reporting the FID at each rung."""
+    from ray import tune
+
+    rate = space["learning_rate"]
+    name = trial_id(rate)
+    known = {row["step"]: row for row in recorded if row["trial_id"] == name}
+    trained = config.train.model_copy(update={"learning_rate": rate})
+    config = config.model_copy(update={"train": trained})
+    trainings = Storage.open(config.storage).child(config.name, "train")
+    rungs = find_rungs(trainings).get(name, [])
+    for rung in rungs:
+        step = rung.metrics["step"]
+        tune.report(known[step] if step in known else _row(name, rate, rung, pool))
+    if not rungs or rungs[-1].metrics["step"] < config.search.ladder[-1]:
+        callback = RungCallback(name, rate, pool)
+        build_trainer(config, dataset, callbacks=[callback], board=board).fit()
+
+
+def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, Any]:
+    """A rung's line: what the training reported, and the FID of its weights."""
+    score = pool.score(rung.weights, "validation")
+    measured = {"trial_id": name, "learning_rate": rate, "fid": score.fid, "checkpoint": rung.uri}
+    return rung.metrics | measured
+
+
+class RungCallback(TuneReportCallback):  # type: ignore[misc]
+    """In the training's controller: measure each checkpoint, then tell Tune, whose scheduler decides.
+
+    The workers train on towards the next rung meanwhile.
+    """
+
+    def __init__(self, name: str, rate: float, pool: EvaluatorPool) -> None:
+        super().__init__()
+        self.name, self.rate, self.pool = name, rate, pool
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        rung = Rung(checkpoint.path, metrics[0])
+        super().after_report(run_context, [_row(self.name, self.rate, rung, self.pool)], checkpoint)
+
+
+class Recorder(Callback):  # type: ignore[misc]
+    """In Tune's driver: writes each rung to results.jsonl as it comes in, and says so."""
+
+    def __init__(
+        self, storage: Storage, rows: list[dict[str, Any]], last_step: int, num_trials: int
+    ) -> None:
+        self.storage, self.rows = storage, list(rows)
+        self.last_step, self.num_trials = last_step, num_trials
+        self.started: list[str] = []
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.started.append(trial.trial_id)
+        name = trial_id(trial.config["learning_rate"])
+        say("search", f"trial {len(self.started)}/{self.num_trials}: {name}, starting its workers")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "fid" not in result:
+            return
+        name = trial_id(trial.config["learning_rate"])
+        row = {field: name if field == "trial_id" else result[field] for field in FIELDS}
+        if any((row["trial_id"], row["step"]) == (old["trial_id"], old["step"]) for old in self.rows):
+            return
+        self.rows.append(row)
+        self.storage.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in self.rows))
+        say("search", f"{name}  rung {row['step']}/{self.last_step}: validation FID {row['fid']:.1f}, "
+            f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        step = (trial.last_result or {}).get("step", 0)
+        if step < self.last_step:
+            say("search", f"{trial_id(trial.config['learning_rate'])} stopped at rung {step}")
+
+
+def _run(config: Config) -> SearchResult:
+    dataset = prepare(config)
+    with evaluators(config, dataset) as pool:
+        return search(config, dataset, pool)
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, _run)
