@@ -21,7 +21,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.data.splits import content_digest, split_of
+from ray_jobs.data.splits import Shares, content_digest, split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
@@ -132,9 +132,7 @@ def draw(svg: str, path: Path) -> None:
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=PICTURE_SIZE, height=PICTURE_SIZE))
     drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     canvas = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE), "white")
-    canvas.alpha_composite(
-        drawn, ((PICTURE_SIZE - drawn.width) // 2, (PICTURE_SIZE - drawn.height) // 2)
-    )
+    canvas.alpha_composite(drawn, ((PICTURE_SIZE - drawn.width) // 2, (PICTURE_SIZE - drawn.height) // 2))
     canvas.convert("RGB").save(path)
 
 
@@ -183,7 +181,7 @@ def main() -> None:
         rows = build_base(folder)[::2]
         for row in build_example(folder):
             digest = content_digest((folder / row["file_name"]).read_bytes())
-            if split_of(digest, seed=0, validation=0.15, test=0.15) == "train":
+            if split_of(digest, Shares(seed=0, validation=0.15, test=0.15)) == "train":
                 rows.append(row)
         write_folder(folder, rows)
 

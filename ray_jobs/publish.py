@@ -58,10 +58,15 @@ def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: Search
     _write_report(config, dataset, pool, found, winner, run)
     run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
     share = closed_share(winner)
-    closed = "" if share is None else f", {share:.0%} of the way to real pictures ({winner['test_floor_fid']:.1f})"
+    closed = (
+        "" if share is None else f", {share:.0%} of the way to real pictures ({winner['test_floor_fid']:.1f})"
+    )
     say("publish", f"test FID {winner['base_test_fid']:.1f} (base) -> {winner['test_fid']:.1f}{closed}")
-    say("publish", f"registered {config.publish.model_name} version {winner['registry_version']}, "
-        f"alias champion; report: {run.uri}/{REPORT}")
+    say(
+        "publish",
+        f"registered {config.publish.model_name} version {winner['registry_version']}, "
+        f"alias champion; report: {run.uri}/{REPORT}",
+    )
     return winner
 
 
@@ -103,8 +108,7 @@ def _write_report(
             run.write_bytes(f"samples/{number}-{_slug(caption)}-{kind}.png", data)
     opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
     rows = [
-        PictureRow(caption, *pictures)
-        for caption, *pictures in zip(captions, *opened.values(), strict=True)
+        PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
     ]
     grid = io.BytesIO()
     grid_image(rows).save(grid, format="PNG")

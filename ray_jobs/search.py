@@ -176,7 +176,7 @@ def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, A
     return rung.metrics | measured
 
 
-class RungCallback(TuneReportCallback):  # type: ignore[misc]
+class RungCallback(TuneReportCallback):
     """In the training's controller: measure each checkpoint, then tell Tune, whose scheduler decides.
 
     The workers train on towards the next rung meanwhile.
@@ -191,12 +191,10 @@ class RungCallback(TuneReportCallback):  # type: ignore[misc]
         super().after_report(run_context, [_row(self.name, self.rate, rung, self.pool)], checkpoint)
 
 
-class Recorder(Callback):  # type: ignore[misc]
+class Recorder(Callback):
     """In Tune's driver: writes each rung to results.jsonl as it comes in, and says so."""
 
-    def __init__(
-        self, storage: Storage, rows: list[dict[str, Any]], last_step: int, num_trials: int
-    ) -> None:
+    def __init__(self, storage: Storage, rows: list[dict[str, Any]], last_step: int, num_trials: int) -> None:
         self.storage, self.rows = storage, list(rows)
         self.last_step, self.num_trials = last_step, num_trials
         self.started: list[str] = []
@@ -217,8 +215,11 @@ class Recorder(Callback):  # type: ignore[misc]
             return
         self.rows.append(row)
         self.storage.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in self.rows))
-        say("search", f"{name}  rung {row['step']}/{self.last_step}: validation FID {row['fid']:.1f}, "
-            f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s")
+        say(
+            "search",
+            f"{name}  rung {row['step']}/{self.last_step}: validation FID {row['fid']:.1f}, "
+            f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s",
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         step = (trial.last_result or {}).get("step", 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connect import connect
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.config import ConfigError, add_config_arguments, load_config
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -65,12 +65,18 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
 def train(config: Config) -> Any:
     """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
     dataset = prepare(config)
-    say("train", f"{trial_id(config.train.learning_rate)}: {config.train.num_workers} workers, "
-        f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}")
+    say(
+        "train",
+        f"{trial_id(config.train.learning_rate)}: {config.train.num_workers} workers, "
+        f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}",
+    )
     result = build_trainer(config, dataset, callbacks=[]).fit()
     metrics = result.metrics or {}
-    say("train", f"done: step {metrics.get('step')}, loss {metrics.get('train_loss', float('nan')):.4f}, "
-        f"{metrics.get('images_per_second', 0):.0f} images/s; checkpoint {result.checkpoint.path}")
+    say(
+        "train",
+        f"done: step {metrics.get('step')}, loss {metrics.get('train_loss', float('nan')):.4f}, "
+        f"{metrics.get('images_per_second', 0):.0f} images/s; checkpoint {result.checkpoint.path}",
+    )
     return result
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from cluster.storage import Storage
 from ray_jobs.config import DataConfig, ModelConfig, resolve_path
 from ray_jobs.data.images import Rejected, decode_image, encode_png
-from ray_jobs.data.splits import content_digest, is_floor_candidate, split_of
+from ray_jobs.data.splits import Shares, content_digest, is_floor_candidate, split_of
 
 REJECTED = "rejected"
 
@@ -51,11 +51,11 @@ class ReadPicture:
         config = self.config
         pixels = decode_image(data, resolution=config.resolution, background=config.background)
         digest = content_digest(data)
-        shares = {"seed": config.split_seed, "validation": config.validation, "test": config.test}
-        split = split_of(digest, **shares)
+        shares = Shares(config.split_seed, config.validation, config.test)
+        split = split_of(digest, shares)
         # Scores compare with real pictures: those splits keep theirs, and so does as much of the
         # training split as the floor (real training against real test pictures) needs.
-        kept = split != "train" or is_floor_candidate(digest, **shares)
+        kept = split != "train" or is_floor_candidate(digest, shares)
         return {
             "digest": digest,
             "split": split,

@@ -30,10 +30,14 @@ class ImageFolder:
         """
         storage = Storage.open(resolve_path(source))
         if storage.filesystem.get_file_info(storage.path).type != pyarrow.fs.FileType.Directory:
-            raise ConfigError(f"data.source: {source}: no such folder; name one with images and metadata.jsonl")
+            raise ConfigError(
+                f"data.source: {source}: no such folder; name one with images and metadata.jsonl"
+            )
         if not storage.exists("metadata.jsonl"):
-            raise ConfigError(f"{source}: has no metadata.jsonl; write one line a picture: "
-                              '{"file_name": "cat.png", "text": "a cat"}')
+            raise ConfigError(
+                f"{source}: has no metadata.jsonl; write one line a picture: "
+                '{"file_name": "cat.png", "text": "a cat"}'
+            )
         text = storage.read_text("metadata.jsonl")
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = [_parse(f"{source}/metadata.jsonl: line {number}", line) for number, line in lines]
@@ -50,12 +54,13 @@ def _parse(where: str, line: str) -> dict[str, str]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error.msg}); write one object a line") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: not an object; write {{\"file_name\": ..., \"text\": ...}}")
+        raise ConfigError(f'{where}: not an object; write {{"file_name": ..., "text": ...}}')
     for field in FIELDS:
         if field not in row:
             found = ", ".join(row) or "nothing"
-            raise ConfigError(f"{where}: field {field!r} is missing (found: {found}); name the fields "
-                              "file_name and text")
+            raise ConfigError(
+                f"{where}: field {field!r} is missing (found: {found}); name the fields file_name and text"
+            )
         if not isinstance(row[field], str):
             raise ConfigError(f"{where}: field {field!r} must be text, not {row[field]!r}")
     return {field: row[field] for field in FIELDS}

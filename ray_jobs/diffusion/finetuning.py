@@ -19,6 +19,8 @@ class FineTuning(nn.Module):
         text_encoder_trained: train the text encoder too; the captions then come as tokens.
     """
 
+    schedule: torch.Tensor  # alpha-bar, one a training timestep
+
     def __init__(
         self,
         pipeline: Any,
@@ -70,9 +72,7 @@ class FineTuning(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
-def add_lora(
-    denoiser: Any, *, rank: int, alpha: int, dropout: float, target_modules: list[str]
-) -> None:
+def add_lora(denoiser: Any, *, rank: int, alpha: int, dropout: float, target_modules: list[str]) -> None:
     """Freeze `denoiser` and add adapters (Hu et al., arXiv 2106.09685) to the named layers.
 
     The down projections are drawn from the global generator; the up projections start at 0, so the

@@ -19,9 +19,7 @@ def alphas_cumprod(scheduler_config: dict[str, Any]) -> torch.Tensor:
     return DDPMScheduler.from_config(scheduler_config).alphas_cumprod
 
 
-def add_noise(
-    latents: torch.Tensor, noise: torch.Tensor, signal_variance: torch.Tensor
-) -> torch.Tensor:
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, signal_variance: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4).
 
     Args:
@@ -57,9 +55,7 @@ def prediction_target(
     )
 
 
-def min_snr_weight(
-    prediction_type: str, signal_variance: torch.Tensor, gamma: float
-) -> torch.Tensor:
+def min_snr_weight(prediction_type: str, signal_variance: torch.Tensor, gamma: float) -> torch.Tensor:
     """min(SNR, gamma) as a weight on x_0's error, turned into one on the prediction's error
     (Hang et al., arXiv 2303.09556, section 3.4).
 

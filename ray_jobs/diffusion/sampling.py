@@ -22,9 +22,7 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
         float32, N x channels x height x width, on the CPU (the CPU's generator gives the same numbers
         everywhere).
     """
-    rows = [
-        torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds
-    ]
+    rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.cat(rows)
 
 

@@ -1,9 +1,9 @@
 """A rung's checkpoint: the weights to evaluate, and the state to go on from.
 
-    weights/             what was trained, averaged, in diffusers' format (rank 0)
-    deepspeed/           the engine's own checkpoint (every rank its shard)
-    ema.safetensors      the averages (rank 0)
-    progress.json        what the rung reported: step, train_loss, images_per_second (rank 0)
+weights/             what was trained, averaged, in diffusers' format (rank 0)
+deepspeed/           the engine's own checkpoint (every rank its shard)
+ema.safetensors      the averages (rank 0)
+progress.json        what the rung reported: step, train_loss, images_per_second (rank 0)
 """
 
 import json
@@ -61,9 +61,7 @@ def load_checkpoint(checkpoint: Any, engine: Any, ema: EMA | None) -> int:
 
     with checkpoint.as_directory() as name:
         folder = Path(name)
-        engine.load_checkpoint(
-            str(folder / "deepspeed"), tag="rung", load_module_strict=False
-        )
+        engine.load_checkpoint(str(folder / "deepspeed"), tag="rung", load_module_strict=False)
         if ema:
             ema.averages = load_file(folder / "ema.safetensors", device=str(engine.device))
         return int(json.loads((folder / PROGRESS).read_text())["step"])

@@ -46,12 +46,12 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     engine = build_engine(model, config.train, settings.ladder[-1])
     ema = EMA(_whole(model, config), config.train.ema_decay) if config.train.ema_decay else None
     checkpoint = ray.train.get_checkpoint()
-    step = load_checkpoint(checkpoint, engine, ema) if checkpoint else 0
+    done = load_checkpoint(checkpoint, engine, ema) if checkpoint else 0
 
     source = NoiseSource(config, settings.null_prompt, context.get_world_rank(), model)
-    batches = source.batches(ray.train.get_dataset_shard("train"), first_step=step)
-    meter = Meter(settings, context.get_world_size(), step)
-    for step in range(step + 1, settings.ladder[-1] + 1):
+    batches = source.batches(ray.train.get_dataset_shard("train"), first_step=done)
+    meter = Meter(settings, context.get_world_size(), done)
+    for step in range(done + 1, settings.ladder[-1] + 1):
         meter.add(_step(engine, source, batches, step))
         if ema:
             with gathered((p for _, p in model.trained()), config.train.zero_stage):
@@ -108,9 +108,7 @@ class NoiseSource:
     that a resumed run draws what an uninterrupted one would have.
     """
 
-    def __init__(
-        self, config: Config, null_prompt: dict[str, Any], rank: int, model: FineTuning
-    ) -> None:
+    def __init__(self, config: Config, null_prompt: dict[str, Any], rank: int, model: FineTuning) -> None:
         self.config, self.rank = config, rank
         self.num_timesteps, self.device = len(model.schedule), model.schedule.device
         self.column = caption_column(config)
