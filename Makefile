@@ -19,7 +19,7 @@ setup: .venv/complete $(INCEPTION) ## install everything into .venv, skipped whe
 .venv/complete: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("error: Python 3.11 is needed: make setup PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv $$(grep -E '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 $$(grep -E '^torch==' requirements.lock)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	touch $@
 
@@ -29,7 +29,7 @@ $(INCEPTION): scripts/fetch_inception.py .venv/complete
 
 demo: setup ## run the main job end to end, then ask the model it made for four pictures
 	$(BIN)/python -m cluster.submit --config $(CONFIG) -- python -m ray_jobs.pipeline --config $(CONFIG)
-	$(BIN)/python -m serving.app --config $(CONFIG) --ask 4
+	$(BIN)/python -m serving.command --config $(CONFIG) --ask 4
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest
@@ -44,7 +44,7 @@ format: setup ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 serve: setup ## serve the champion over HTTP until Ctrl-C
-	$(BIN)/python -m serving.app --config $(CONFIG)
+	$(BIN)/python -m serving.command --config $(CONFIG)
 
 base-model: setup ## train the demo's base model from nothing (an afternoon on two cores)
 	$(BIN)/python examples/emoji.py base

@@ -86,10 +86,15 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     print("starting Ray on this machine", flush=True)
     with local_cluster(config.local) as cluster:
         print(f"framework logs: {cluster.logs}", flush=True)
-        # The job runs in Ray's copy of the code, but with this Python and on the user's own folders.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        own = {"DIFFRAY_HOME": str(home()), "PATH": path}
-        return run_job(cluster.address, command, runtime_environment(own))
+        return run_job(cluster.address, command, runtime_environment(local_variables()))
+
+
+def local_variables() -> dict[str, str]:
+    """On the embedded Ray a job runs in Ray's copy of the code, but with this Python and on the user's
+    own folders.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"DIFFRAY_HOME": str(home()), "PATH": path}
 
 
 def runtime_environment(env_vars: dict[str, str] | None = None) -> dict[str, Any]:

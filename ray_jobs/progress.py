@@ -1,10 +1,17 @@
 """What a person sees of a run: one line an event, the stage first."""
 
+import logging
+import os
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _STARTED = time.monotonic()
+_terminal: TextIO | None = None  # where lines go once the frameworks' output was turned to a file
 
 
 def clock(seconds: float) -> str:
@@ -12,9 +19,32 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def quiet_logs() -> Path:
+    """Send all that frameworks print and log in this process to a file; only `show` and `say` are seen.
+
+    The file descriptors are turned, since native code and Ray's own printing know no Python logging.
+    """
+    global _terminal
+    descriptor, name = tempfile.mkstemp(prefix="diffray-", suffix=".log")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(filename=name, level=logging.INFO, format=LOG_FORMAT)
+    logging.captureWarnings(True)
+    return Path(name)
+
+
+def show(line: str) -> None:
+    """Print a line that a person must see."""
+    print(line, file=_terminal or sys.stdout, flush=True)
+
+
 def say(stage: str, message: str) -> None:
     """Print one progress line, with the time since the start of the job."""
-    print(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}", flush=True)
+    show(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}")
 
 
 @dataclass

@@ -1,33 +1,14 @@
 """The command line that every stage shares: configuration, connection, errors."""
 
 import argparse
-import logging
-import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from cluster.connect import connect
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-def quiet_logs() -> Path:
-    """Send this process's framework logs and warnings to a file, so that the terminal shows progress.
-
-    The file descriptor of stderr is turned too, since native code writes there.
-    """
-    descriptor, name = tempfile.mkstemp(prefix="diffray-", suffix=".log")
-    sys.stderr.flush()
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    logging.basicConfig(filename=name, level=logging.INFO, format=LOG_FORMAT)
-    logging.captureWarnings(True)
-    return Path(name)
+from ray_jobs.progress import quiet_logs, show
 
 
 def run_stage(
@@ -53,7 +34,7 @@ def run_stage(
     except ConfigError as error:
         sys.exit(_complain(error))
     log = quiet_logs()
-    print(f"framework logs: {log} and Ray's session folder", flush=True)
+    show(f"framework logs: {log} and Ray's session folder")
     try:
         with connect(config):
             stage(config, arguments) if add_arguments else stage(config)
@@ -62,10 +43,10 @@ def run_stage(
     except Exception as error:
         traceback.print_exc()
         last = " ".join(str(error).strip().splitlines()[-1:])
-        print(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})", flush=True)
+        show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
         sys.exit(1)
 
 
 def _complain(error: ConfigError) -> int:
-    print(f"error: {error}", flush=True)
+    show(f"error: {error}")
     return 2

@@ -236,11 +236,3 @@ def build(args: dict[str, Any]) -> serve.Application:
     """For `serve run serving.app:build config=configs/demo.yaml`, and for a RayService."""
     config = load_config(args["config"])
     return build_application(config, champion(config))
-
-
-if __name__ == "__main__":
-    import sys
-
-    from serving.command import main
-
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command behind `python -m serving.app`: start the endpoint, ask it for pictures, stop it."""
+"""The command behind `python -m serving.command`: start the endpoint, ask it for pictures, stop it."""
 
 import argparse
 import base64
@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from typing import Any, NoReturn
 
@@ -26,8 +26,8 @@ from ray.serve.config import ProxyLocation
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.progress import quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
-from ray_jobs.stage import quiet_logs
 from serving.app import APPLICATION, build_application
 
 DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
@@ -186,15 +186,15 @@ def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
         name = f"samples/served-{index}-{slug}.png"
         storage.write_bytes(name, base64.b64decode(answer["data"][0]["b64_json"]))
-        print(f"serve: {prompt!r} (seed {index}) -> {storage.uri}/{name}")
-    print(f"serve: {count} pictures in {seconds:.1f} s, {seconds / count:.2f} s a picture")
+        show(f"serve: {prompt!r} (seed {index}) -> {storage.uri}/{name}")
+    show(f"serve: {count} pictures in {seconds:.1f} s, {seconds / count:.2f} s a picture")
 
 
 def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
     """Where it listens, and a command to paste."""
-    print(f"serve: {registered.name} version {registered.version} at {url}/v1 (Ctrl-C stops it)")
+    show(f"serve: {registered.name} version {registered.version} at {url}/v1 (Ctrl-C stops it)")
     body = json.dumps({"prompt": DEFAULT_PROMPTS[0], "seed": 1})
-    print(
+    show(
         f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}' \\\n"
         "  | python3 -c 'import sys, json, base64; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
@@ -216,30 +216,26 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
     asking = num_pictures is not None
     port = free_port(config.serve.host, config.serve.port, else_any=asking)
     if asking and port != config.serve.port and config.serve.port:
-        print(f"serve: port {config.serve.port} is in use, taking {port}")
+        show(f"serve: port {config.serve.port} is in use, taking {port}")
     log = quiet_logs()
-    print(f"framework logs: {log} and Ray's session folder")
-    print(f"serve: starting {registered.name} version {registered.version}", flush=True)
-    with ExitStack() as quiet, connect(config):
+    show(f"framework logs: {log} and Ray's session folder")
+    show(f"serve: starting {registered.name} version {registered.version}")
+    with connect(config):
         # Ray sets its own, which would skip the endpoint's orderly end.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, _stop)
         with endpoint(config, registered, port) as url:
-            try:
-                if num_pictures is not None:
-                    ask(config, url, num_pictures, prompts)
-                    return
-                _announce(config, registered, url)
-                while True:
-                    signal.pause()
-            finally:
-                # Serve's controller kills itself, which Ray reports on stdout as a failure.
-                quiet.enter_context(redirect_stdout(sys.stderr))
+            if num_pictures is not None:
+                ask(config, url, num_pictures, prompts)
+                return
+            _announce(config, registered, url)
+            while True:
+                signal.pause()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 2 for what the user must mend, 1 for a failed endpoint."""
-    parser = argparse.ArgumentParser(prog="python -m serving.app", description="Serve the champion.")
+    parser = argparse.ArgumentParser(prog="python -m serving.command", description="Serve the champion.")
     add_config_arguments(parser)
     parser.add_argument("--ask", type=int, metavar="N", help="draw N pictures over HTTP, then stop")
     parser.add_argument("--prompt", action="append", default=[], help="for --ask; may be repeated")
@@ -249,13 +245,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--ask {options.ask}: ask for at least one picture")
         run(load_config(options.config, options.overrides), options.ask, options.prompt)
     except ConfigError as error:
-        print(f"error: {error}", flush=True)
+        show(f"error: {error}")
         return 2
     except Exception as error:
         if not isinstance(error, EndpointError):
             traceback.print_exc()  # into the log, whose path is on the screen
-        print(f"error: serve: {' '.join(str(error).split())[:500]}", flush=True)
+        show(f"error: serve: {' '.join(str(error).split())[:500]}")
         return 1
     except KeyboardInterrupt:
-        print("serve: stopped")
+        show("serve: stopped")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,6 @@ SERVING_KNOWS = (
     "ray_jobs.diffusion",
     "ray_jobs.registry",
     "ray_jobs.progress",
-    "ray_jobs.stage",
     "cluster",
     "serving",
 )

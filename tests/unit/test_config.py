@@ -1,0 +1,58 @@
+"""A wrong configuration is refused with one line that names the field or file and the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.config import ConfigError, load_config
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=0.1", "train.learning_rat: unknown key"),
+        ("search.learning_rates=[0]", "search.learning_rates.0"),
+        ("train.learning_rate=0", "train.learning_rate"),
+        ("search.ladder=[10,10]", "ladder must increase"),
+        ("search.ladder=[20,10]", "ladder must increase"),
+        ("search.learning_rates=[0.1,0.1]", "repeats a value"),
+        ("data.validation=0.9", "must leave a share for training"),
+        ("train.train_text_encoder=true", "needs method: full"),
+        ("name=../elsewhere", "name"),
+        ("train.num_workers=many", "train.num_workers"),
+        ("name.first=x", "is a value, not a section"),
+        ("resolution", "section.field=value"),
+    ],
+)
+def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+        load_config("nowhere.yaml")
+
+
+def test_text_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    with pytest.raises(ConfigError, match="broken.yaml: not YAML"):
+        load_config(broken)
+
+
+def test_the_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["train.zero_stage=3"])
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml())
+    assert config.train.zero_stage == 3
+    assert load_config(written) == config
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    load_config(path)
