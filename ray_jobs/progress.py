@@ -4,7 +4,10 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,8 +84,26 @@ class ProgressBoard:
         return lines
 
 
-def start_board() -> Any:
-    """A handle of a new ProgressBoard actor."""
+@contextmanager
+def watched_board() -> Iterator[Any]:
+    """A ProgressBoard actor whose lines are printed every five seconds while the block lasts."""
     import ray
 
-    return ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, done), daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        done.set()
+        watcher.join()
+        ray.kill(board)
+
+
+def _watch(board: Any, done: threading.Event) -> None:
+    import ray
+
+    while not done.wait(5):
+        for line in ray.get(board.take.remote()):
+            say("train", line)

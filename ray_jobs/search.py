@@ -9,18 +9,19 @@ rungs are not measured again, and a training resumes from its last checkpoint.
 
 import hashlib
 import json
-import threading
 from dataclasses import dataclass
 from typing import Any
 
+from ray import tune
 from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import Dataset, prepare
-from ray_jobs.progress import say, start_board
+from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
 from ray_jobs.train import build_trainer, trial_id
 from ray_jobs.training.checkpoint import Rung, find_rungs
@@ -90,20 +91,24 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
 
 def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storage) -> list[str]:
     """Run all trials; returns the errors of those that failed."""
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    ladder, board = config.search.ladder, start_board()
     recorded = read_rows(storage)
     if recorded:
         say("search", f"going on after {len(recorded)} measured rungs")
     storage.delete("tune")
-    trial = tune.with_parameters(
-        run_trial, config=config, dataset=dataset, pool=pool, board=board, recorded=recorded
-    )
-    tuner = tune.Tuner(
+    with watched_board() as board:
+        trial = tune.with_parameters(
+            run_trial, config=config, dataset=dataset, pool=pool, board=board, recorded=recorded
+        )
+        results = _tuner(config, trial, storage, recorded).fit()
+    return [str(error).strip().splitlines()[-1] for error in results.errors]
+
+
+def _tuner(config: Config, trial: Any, storage: Storage, recorded: list[dict[str, Any]]) -> tune.Tuner:
+    """A grid over the learning rates under ASHA, whose rungs are the ladder's where that doubles."""
+    rates, ladder = config.search.learning_rates, config.search.ladder
+    return tune.Tuner(
         tune.with_resources(trial, {"CPU": 1}),
-        param_space={"learning_rate": tune.grid_search(list(config.search.learning_rates))},
+        param_space={"learning_rate": tune.grid_search(list(rates))},
         tune_config=tune.TuneConfig(
             metric="fid",
             mode="min",
@@ -119,27 +124,9 @@ def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storag
             name="tune",
             storage_path=storage.uri,
             verbose=0,
-            callbacks=[Recorder(storage, recorded, ladder[-1], len(config.search.learning_rates))],
+            callbacks=[Recorder(storage, recorded, ladder[-1], len(rates))],
         ),
     )
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, done), daemon=True)
-    watcher.start()
-    try:
-        results = tuner.fit()
-    finally:
-        done.set()
-        watcher.join()
-    return [str(error).strip().splitlines()[-1] for error in results.errors]
-
-
-def _watch(board: Any, done: threading.Event) -> None:
-    """Print where the trainings are, every five seconds."""
-    import ray
-
-    while not done.wait(5):
-        for line in ray.get(board.take.remote()):
-            say("train", line)
 
 
 def run_trial(
@@ -152,8 +139,6 @@ def run_trial(
     recorded: list[dict[str, Any]],
 ) -> None:
     """What Tune runs: climb the ladder at one learning rate, reporting the FID at each rung."""
-    from ray import tune
-
     rate = space["learning_rate"]
     name = trial_id(rate)
     known = {row["step"]: row for row in recorded if row["trial_id"] == name}

@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.streaming import training_stream
 from ray_jobs.prepare import NULL_PROMPT, Dataset, prepare
-from ray_jobs.progress import say
+from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
 from ray_jobs.training.loop import LoopSettings, caption_column, train_worker
 
@@ -70,7 +70,8 @@ def train(config: Config) -> Any:
         f"{trial_id(config.train.learning_rate)}: {config.train.num_workers} workers, "
         f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}",
     )
-    result = build_trainer(config, dataset, callbacks=[]).fit()
+    with watched_board() as board:
+        result = build_trainer(config, dataset, callbacks=[], board=board).fit()
     metrics = result.metrics or {}
     say(
         "train",

@@ -198,8 +198,7 @@ def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
         f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}' \\\n"
         "  | python3 -c 'import sys, json, base64; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
-        "> picture.png",
-        flush=True,
+        "> picture.png"
     )
 
 
