@@ -6,9 +6,11 @@ A run of the same name goes on where it stopped: finished stages are skipped. `-
 """
 
 import argparse
+from pathlib import Path
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.sources import ImageFolder
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
@@ -19,6 +21,7 @@ from ray_jobs.stage import run_stage
 
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     """Run all stages; what they write is listed in the README."""
+    check_inputs(config)
     run = Storage.open(config.storage).child(config.name)
     if arguments.fresh:
         run.delete("")
@@ -28,6 +31,29 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         publish(config, dataset, pool, found)
+
+
+def check_inputs(config: Config) -> None:
+    """Look at what the stages will read, so that a wrong name costs seconds and no GPU.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    ImageFolder.open(config.data.source)
+    if not Path(resolve_path(config.evaluate.feature_network)).is_file():
+        raise ConfigError(
+            f"evaluate.feature_network: {config.evaluate.feature_network}: no such file; "
+            "make setup fetches it"
+        )
+    try:
+        StableDiffusionPipeline.load_config(resolve_path(config.model.base), revision=config.model.revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.base: {config.model.base}: no model in diffusers' format: {reason}"
+        ) from None
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,35 +33,33 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
     )
 
 
-def inspect_engine(loop: dict[str, Any]) -> None:
-    """A train function that reports what the worker's engine is."""
-    import ray.train
-    import torch
-
-    from ray_jobs.training.engine import build_engine
-    from ray_jobs.training.loop import build_model
-
-    torch.set_num_threads(1)
-    _, model = build_model(loop["config"])
-    engine = build_engine(model, loop["config"].train, 10)
-    partition = engine.optimizer.single_partition_of_fp32_groups[0]
-    trained = sum(parameter.numel() for _, parameter in model.trained())
-    context = ray.train.get_context()
-    facts = {
-        "engine": type(engine).__name__,
-        "optimizer": type(engine.optimizer).__name__,
-        "stage": engine.zero_optimization_stage(),
-        "partition": partition.numel(),
-        "trained": trained,
-    }
-    Path(loop["folder"], f"rank-{context.get_world_rank()}.json").write_text(json.dumps(facts))
-
-
 def test_every_rank_holds_a_part_of_the_optimizer_state(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    def inspect_engine(loop: dict[str, Any]) -> None:
+        """A train function that reports what the worker's engine is."""
+        import torch
+
+        from ray_jobs.training.engine import build_engine
+        from ray_jobs.training.loop import build_model
+
+        torch.set_num_threads(1)
+        _, model = build_model(loop["config"])
+        engine = build_engine(model, loop["config"].train, 10)
+        partition = engine.optimizer.single_partition_of_fp32_groups[0]
+        trained = sum(parameter.numel() for _, parameter in model.trained())
+        context = ray.train.get_context()
+        facts = {
+            "engine": type(engine).__name__,
+            "optimizer": type(engine.optimizer).__name__,
+            "stage": engine.zero_optimization_stage(),
+            "partition": partition.numel(),
+            "trained": trained,
+        }
+        Path(loop["folder"], f"rank-{context.get_world_rank()}.json").write_text(json.dumps(facts))
 
     config = tiny_config(tiny_model, picture_folder, tmp_path)
     TorchTrainer(

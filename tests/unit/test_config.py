@@ -56,3 +56,19 @@ def test_the_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("data.source=nowhere", "data.source: nowhere: no such folder"),
+        ("evaluate.feature_network=nowhere.pt", "evaluate.feature_network: nowhere.pt: no such file"),
+        ("model.base=./nowhere", "model.base: ./nowhere: no model"),
+    ],
+)
+def test_what_the_stages_read_is_checked_first(override: str, field: str) -> None:
+    from ray_jobs.pipeline import check_inputs
+
+    check_inputs(load_config(DEMO))
+    with pytest.raises(ConfigError, match=field):
+        check_inputs(load_config(DEMO, [override]))
