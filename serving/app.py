@@ -1,7 +1,7 @@
 """The endpoint: the registry's champion behind OpenAI's Images API, on Ray Serve.
 
-    python -m serving.app --config configs/demo.yaml            # stays up until Ctrl-C
-    python -m serving.app --config configs/demo.yaml --ask 4    # draws four pictures and stops
+    python -m serving.command --config configs/demo.yaml            # stays up until Ctrl-C
+    python -m serving.command --config configs/demo.yaml --ask 4    # draws four pictures and stops
 
 A thin ingress checks requests and takes them apart into rows, one a picture; the model's replicas
 batch the rows of all requests.
