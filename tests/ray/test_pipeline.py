@@ -49,7 +49,7 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
         assert path.stat().st_mtime_ns == changed[path]
 
 
-def test_the_demo_configuration_asks_for_what_the_issue_of_a_search_needs() -> None:
+def test_the_demo_searches_learning_rates_by_sharded_lora_training() -> None:
     """At least two learning rates over an increasing ladder, by sharded LoRA training."""
     from ray_jobs.config import load_config
 
