@@ -156,7 +156,7 @@ def build_example(folder: Path) -> list[dict[str, str]]:
 def build_base(folder: Path) -> list[dict[str, str]]:
     """Draw the flat pictures; two captions each (bare, and with tags, so that the words are learnt)."""
     rows = []
-    for hand, mark in (("flat", ""), ("noto", ", noto")):
+    for hand, mark in (("noto", ""), ("flat", ", flat")):
         (folder / hand).mkdir(parents=True, exist_ok=True)
         for concept in concepts():
             name = f"{hand}/{concept['slug']}.png"

@@ -140,7 +140,7 @@ class SearchConfig(Section):
 class EvaluateConfig(Section):
     """How a checkpoint is sampled and measured."""
 
-    num_samples: int = Field(96, ge=2, description="pictures for a score, at most one a caption")
+    num_samples: int = Field(96, ge=2, description="pictures for a score, at most two a caption")
     inference_steps: Positive = Field(12, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
     batch_size: Positive = Field(32, description="pictures sampled at once by an actor")

@@ -6,7 +6,7 @@ Scores the base model and every checkpoint that the run's trainings have left, o
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,11 @@ from ray_jobs.prepare import Dataset, prepare
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import find_rungs
+
+
+# More pictures of one caption would say little about other captions; and prepare keeps no more real
+# training pictures to compare with.
+CAPTION_USES = 2
 
 
 class Evaluator:
@@ -115,8 +120,9 @@ class Evaluator:
 class EvaluatorPool:
     """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
 
-    Picture i of a split is sampled from noise seeded with `evaluate.seed` + i, whatever the weights and
-    however many actors share the work, so that checkpoints are compared on the same noise.
+    Picture i of a split has caption i modulo the number of captions and starts from noise seeded with
+    `evaluate.seed` + i, whatever the weights and however many actors share the work, so that checkpoints
+    are compared on the same noise.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -145,7 +151,7 @@ class EvaluatorPool:
 
         return ray.get([a.real_moments.remote(part) for a, part in self._share(pictures)])
 
-    def _share(self, items: list[Any]) -> list[tuple[Any, list[Any]]]:
+    def _share(self, items: Sequence[Any]) -> list[tuple[Any, Sequence[Any]]]:
         """(actor, its items), in order, without empty shares (and no set of features of one picture)."""
         actors = self.actors[: max(1, len(items) // 2)]
         size = -(-len(items) // len(actors))
@@ -156,10 +162,11 @@ class EvaluatorPool:
         ]
 
     def _tasks(self, split: str, count: int | None = None) -> list[tuple[Any, list[str], list[int]]]:
-        numbered = list(enumerate(self.captions[split], self.config.evaluate.seed))[:count]
+        captions, evaluate = self.captions[split], self.config.evaluate
+        wanted = min(count or evaluate.num_samples, CAPTION_USES * len(captions))
         return [
-            (actor, [caption for _, caption in part], [seed for seed, _ in part])
-            for actor, part in self._share(numbered)
+            (actor, [captions[i % len(captions)] for i in part], [evaluate.seed + i for i in part])
+            for actor, part in self._share(range(wanted))
         ]
 
     def score(self, weights: str | None, split: str) -> Score:
@@ -170,10 +177,11 @@ class EvaluatorPool:
         return ray.get(self.actors[0].score.remote(self._real[split], *parts))
 
     def floor(self, split: str) -> Score:
-        """FID of as many real training pictures: what a perfect model of the training data would get."""
+        """FID of as many real training pictures as `score` generates, or as many as prepare kept."""
         import ray
 
-        pictures = self.dataset.pictures("train", len(self.captions[split]))
+        wanted = min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
+        pictures = self.dataset.pictures("train", wanted)
         parts = self._measure_real([row["image"] for row in pictures])
         return ray.get(self.actors[0].score.remote(self._real[split], *parts))
 

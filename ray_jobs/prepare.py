@@ -2,8 +2,8 @@
 
     python -m ray_jobs.prepare --config configs/demo.yaml
 
-Writes `<storage>/<run>/dataset/`: `split=train|validation|test/*.parquet`, `null_prompt.safetensors`,
-`rejected.jsonl` and, last, `manifest.json`. With the same inputs it is skipped.
+Writes `<storage>/<run>/dataset/`: `split=train|validation|test/*.parquet`, `rejected.jsonl` and, last,
+`manifest.json`. With the same inputs it is skipped.
 """
 
 import hashlib
@@ -15,14 +15,12 @@ from typing import Any
 import pyarrow.dataset
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding import REJECTED, Encoder, ReadPicture
 from ray_jobs.data.sources import ImageFolder
 from ray_jobs.data.splits import SPLITS
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
-
-NULL_PROMPT = "null_prompt.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ def prepare(config: Config) -> Dataset:
     storage.delete("")
     say("prepare", f"{len(folder.rows)} captioned pictures in {config.data.source}")
     _encode(config, folder, storage)
-    _write_null_prompt(config, storage)
     manifest = _summarise(storage) | {"inputs": key, "source": config.data.source}
     counts = ", ".join(f"{manifest[split]} {split}" for split in SPLITS)
     say("prepare", f"{counts}, {sum(manifest['rejected'].values())} set aside")
@@ -105,19 +102,6 @@ def _encode(config: Config, folder: ImageFolder, storage: Storage) -> None:
         num_gpus=1 if use_gpu else 0,
     )
     encoded.write_parquet(storage.path, filesystem=storage.filesystem, partition_cols=["split"])
-
-
-def _write_null_prompt(config: Config, storage: Storage) -> None:
-    """The empty caption, tokens and embedding: what a dropped caption becomes."""
-    from safetensors.torch import save
-
-    from ray_jobs.diffusion.loading import embed_tokens, load_pipeline, tokenize
-
-    pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
-    input_ids = tokenize(pipeline.tokenizer, [""])
-    embeds = embed_tokens(pipeline.text_encoder, input_ids)
-    tensors = {"input_ids": input_ids.int(), "prompt_embeds": embeds.half().contiguous()}
-    storage.write_bytes(NULL_PROMPT, save(tensors))
 
 
 def _summarise(storage: Storage) -> dict[str, Any]:

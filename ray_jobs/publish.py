@@ -8,13 +8,13 @@ the alias `champion`. The search must have finished. With the same winner it is 
 
 import io
 import json
-import re
 from typing import Any
 
 from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.images import slug
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import Dataset, prepare
 from ray_jobs.progress import say
@@ -74,12 +74,14 @@ def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
     """Base and winner; the test split is looked at here and nowhere else."""
     pool.load("validation")
     pool.load("test")
-    test = pool.score(weights, "test")
+    test, floor = pool.score(weights, "test"), pool.floor("test")
+    if floor.num_samples < test.num_samples:
+        say("publish", f"the floor comes out high: it has {floor.num_samples} real training pictures only")
     scores = {
         "test_fid": test.fid,
         "base_validation_fid": pool.score(None, "validation").fid,
         "base_test_fid": pool.score(None, "test").fid,
-        "test_floor_fid": pool.floor("test").fid,
+        "test_floor_fid": floor.fid,
     }
     return scores | {"feature_network": test.feature_network, "num_samples": test.num_samples}
 
@@ -105,7 +107,7 @@ def _write_report(
     run.delete("samples")
     for kind, pictures in columns.items():
         for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
-            run.write_bytes(f"samples/{number}-{_slug(caption)}-{kind}.png", data)
+            run.write_bytes(f"samples/{number}-{slug(caption)}-{kind}.png", data)
     opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
     rows = [
         PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
@@ -123,10 +125,6 @@ def _write_report(
         run_name=config.name,
     )
     run.write_text(REPORT, page)
-
-
-def _slug(caption: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
 
 
 def _run(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.streaming import training_stream
-from ray_jobs.prepare import NULL_PROMPT, Dataset, prepare
+from ray_jobs.prepare import Dataset, prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
 from ray_jobs.training.loop import LoopSettings, caption_column, train_worker
@@ -27,12 +27,11 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
-    from safetensors.numpy import load
 
     train, ladder = config.train, config.search.ladder
     name = trial_id(train.learning_rate)
     rows_a_step = train.batch_size * train.gradient_accumulation * train.num_workers
-    settings = LoopSettings(config, name, ladder, load(dataset.storage.read_bytes(NULL_PROMPT)), board)
+    settings = LoopSettings(config, name, ladder, board)
     stream = training_stream(
         dataset.storage,
         num_rows=dataset.num_rows("train"),

@@ -26,6 +26,7 @@ from ray.serve.config import ProxyLocation
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.data.images import slug
 from ray_jobs.progress import quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application
@@ -183,8 +184,7 @@ def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
         )
     seconds = time.perf_counter() - started
     for index, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
-        name = f"samples/served-{index}-{slug}.png"
+        name = f"samples/served-{index}-{slug(prompt)}.png"
         storage.write_bytes(name, base64.b64decode(answer["data"][0]["b64_json"]))
         show(f"serve: {prompt!r} (seed {index}) -> {storage.uri}/{name}")
     show(f"serve: {count} pictures in {seconds:.1f} s, {seconds / count:.2f} s a picture")

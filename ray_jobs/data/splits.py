@@ -44,8 +44,8 @@ def split_of(digest: str, shares: Shares) -> Split:
 
 
 def is_floor_candidate(digest: str, shares: Shares) -> bool:
-    """Whether a training picture is among those kept for the floor: twice the share of the test split,
-    so that there are as many as test pictures also where the shares are uneven by chance.
+    """Whether a training picture is among those kept for the floor: three times the share of the test
+    split, so that there are twice as many as test pictures also where the shares are uneven by chance.
     """
     start = shares.test + shares.validation
-    return start <= _position(digest, shares.seed) < start + 2 * shares.test
+    return start <= _position(digest, shares.seed) < start + 3 * shares.test

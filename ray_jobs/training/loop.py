@@ -25,13 +25,22 @@ class LoopSettings:
     config: Config
     trial_id: str
     ladder: list[int]
-    null_prompt: dict[str, Any]  # input_ids and prompt_embeds of the empty caption, numpy
     board: Any = None  # handle of a ProgressBoard
 
 
 def caption_column(config: Config) -> str:
     """Which form of the captions is streamed: tokens where the text encoder is trained."""
     return "input_ids" if config.train.train_text_encoder else "prompt_embeds"
+
+
+def null_caption(config: Config, pipeline: Any) -> torch.Tensor:
+    """The empty caption as it is streamed, 1 x tokens (x width): what a dropped caption becomes."""
+    from ray_jobs.diffusion.loading import embed_tokens, tokenize
+
+    input_ids = tokenize(pipeline.tokenizer, [""])
+    if config.train.train_text_encoder:
+        return input_ids.int()
+    return embed_tokens(pipeline.text_encoder, input_ids).half().cpu()
 
 
 def train_worker(loop: dict[str, LoopSettings]) -> None:
@@ -48,9 +57,9 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     checkpoint = ray.train.get_checkpoint()
     done = load_checkpoint(checkpoint, engine, ema) if checkpoint else 0
 
-    source = NoiseSource(config, settings.null_prompt, context.get_world_rank(), model)
+    source = NoiseSource(config, null_caption(config, pipeline), context.get_world_rank(), model)
     batches = source.batches(ray.train.get_dataset_shard("train"), first_step=done)
-    meter = Meter(settings, context.get_world_size(), done)
+    meter = Meter(settings, context.get_world_size())
     for step in range(done + 1, settings.ladder[-1] + 1):
         meter.add(_step(engine, source, batches, step))
         if ema:
@@ -108,11 +117,10 @@ class NoiseSource:
     that a resumed run draws what an uninterrupted one would have.
     """
 
-    def __init__(self, config: Config, null_prompt: dict[str, Any], rank: int, model: FineTuning) -> None:
-        self.config, self.rank = config, rank
+    def __init__(self, config: Config, null: torch.Tensor, rank: int, model: FineTuning) -> None:
+        self.config, self.rank, self.null = config, rank, null
         self.num_timesteps, self.device = len(model.schedule), model.schedule.device
         self.column = caption_column(config)
-        self.null = torch.as_tensor(null_prompt[self.column])
 
     def batches(self, shard: Any, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of this worker's shard for ever, without those of the first `first_step` steps."""
@@ -150,11 +158,11 @@ class NoiseSource:
 class Meter:
     """Loss and speed since the last rung."""
 
-    def __init__(self, settings: LoopSettings, world_size: int, first_step: int) -> None:
+    def __init__(self, settings: LoopSettings, world_size: int) -> None:
         self.settings, self.posted_at = settings, time.monotonic()
         train = settings.config.train
         self.images_per_step = train.batch_size * train.gradient_accumulation * world_size
-        self.first_step = first_step
+        self.warming_up = True  # the first step compiles and fills caches: its time is left out
         self._restart()
 
     def _restart(self) -> None:
@@ -163,15 +171,14 @@ class Meter:
 
     def add(self, loss: float) -> None:
         now = time.monotonic()
-        # The first step of a run compiles and fills caches; it says nothing about speed.
-        if self.losses or self.first_step:
+        if self.losses or not self.warming_up:
             self.seconds += now - self.last
         self.last = now
         self.losses.append(loss)
 
     @property
     def seconds_per_step(self) -> float:
-        return self.seconds / max(1, len(self.losses) - (0 if self.first_step else 1))
+        return self.seconds / max(1, len(self.losses) - self.warming_up)
 
     def post(self, step: int) -> None:
         """Tell the board, at most every two seconds."""
@@ -196,6 +203,6 @@ class Meter:
             "train_loss": sum(self.losses) / len(self.losses),
             "images_per_second": self.images_per_step / self.seconds_per_step if self.seconds else 0.0,
         }
-        self.first_step = step
+        self.warming_up = False
         self._restart()
         return metrics

@@ -1,11 +1,16 @@
-"""Two Ray Train workers with a real DeepSpeed engine: sharded."""
+"""Two Ray Train workers with a real DeepSpeed engine: sharded, resumable."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.connect import LocalCluster
+from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
+from ray_jobs.prepare import prepare
+from ray_jobs.train import build_trainer
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -73,3 +78,37 @@ def test_every_rank_holds_a_part_of_the_optimizer_state(
         assert facts["stage"] == 2
         assert facts["partition"] <= facts["trained"] // 2 + 8  # padded to equal parts
     assert sum(facts["partition"] for facts in ranks) >= ranks[0]["trained"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """LoRA under ZeRO 2, all weights under ZeRO 3: the switch between them is in the configuration."""
+    import torch
+    from safetensors.torch import load_file
+
+    run = Storage.open(f"{tmp_path}/tiny")
+    stage = {"lora": 2, "full": 3}[method]
+
+    def train_to(ladder: str) -> dict[str, torch.Tensor]:
+        config = tiny_config(
+            tiny_model,
+            picture_folder,
+            tmp_path,
+            f"search.ladder={ladder}",
+            f"train.method={method}",
+            f"train.zero_stage={stage}",
+        )
+        build_trainer(config, prepare(config), callbacks=[]).fit()
+        last = find_rungs(run.child("train"))["lr-0.0001"][-1]
+        return load_file(Path(last.uri) / "ema.safetensors")
+
+    early = train_to("[2]")
+    resumed = train_to("[2,4]")
+    run.delete("train")
+    whole = train_to("[2,4]")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.allclose(value, resumed[name], atol=1e-6), name
+    assert any(not torch.allclose(value, early[name], atol=1e-6) for name, value in whole.items())
