@@ -154,7 +154,11 @@ def build_example(folder: Path) -> list[dict[str, str]]:
 
 
 def build_base(folder: Path) -> list[dict[str, str]]:
-    """Draw the flat pictures; two captions each (bare, and with tags, so that the words are learnt)."""
+    """Draw the flat pictures; two captions each (bare, and with tags, so that the words are learnt).
+
+    Noto is what a caption means by itself; Fluent flat, whose designs the 3D pictures share, has to be
+    asked for. So the example is not only shaded otherwise, but drawn by another hand.
+    """
     rows = []
     for hand, mark in (("noto", ""), ("flat", ", flat")):
         (folder / hand).mkdir(parents=True, exist_ok=True)

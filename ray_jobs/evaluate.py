@@ -18,7 +18,6 @@ from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import find_rungs
 
-
 # More pictures of one caption would say little about other captions; and prepare keeps no more real
 # training pictures to compare with.
 CAPTION_USES = 2
@@ -46,7 +45,7 @@ class Evaluator:
 
     def _use(self, weights: str | None) -> None:
         """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
-        from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_pipeline
+        from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_lora, load_pipeline
 
         if weights == self.loaded:
             return
@@ -57,7 +56,7 @@ class Evaluator:
             return
         folder = Storage.open(weights).local_copy()
         if (folder / LORA_WEIGHTS).exists():
-            self.base.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+            load_lora(self.base, folder)
         else:
             self.pipeline = load_pipeline(str(folder)).to(self.device)
         self.loaded = weights

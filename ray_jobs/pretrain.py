@@ -132,7 +132,11 @@ def _save_half(weights: Path, output: Path) -> None:
     from ray_jobs.diffusion.loading import load_pipeline
 
     pipeline: Any = load_pipeline(str(weights))
-    pipeline.to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    pipeline.to(dtype=torch.float16)
+    # Else each part's configuration would keep the path it was loaded from.
+    for part in (pipeline, pipeline.unet, pipeline.vae):
+        part.register_to_config(_name_or_path=output.name)
+    pipeline.save_pretrained(output, safe_serialization=True)
 
 
 if __name__ == "__main__":

@@ -104,13 +104,13 @@ def save_weights(pipeline: Any, method: str, folder: Path) -> None:
         pipeline.save_pretrained(folder, safe_serialization=True)
         return
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    # In peft's names. diffusers' own converter renames attention layers only, and its loader then drops
+    # those of a file with both kinds of names, with a warning.
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=state,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
         unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
         safe_serialization=True,
     )

@@ -35,10 +35,32 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
     if weights and source == base:
         if not (Path(weights) / LORA_WEIGHTS).exists():
             raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
-        pipeline.load_lora_weights(str(weights), weight_name=LORA_WEIGHTS)
+        load_lora(pipeline, Path(weights))
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline
+
+
+def load_lora(pipeline: Any, folder: Path) -> None:
+    """Add the adapters in a folder to a pipeline that has none.
+
+    Raises:
+        ValueError: if a layer of the file found no place in the pipeline. diffusers would leave it out and
+            go on.
+    """
+    from safetensors import safe_open
+
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+    with safe_open(folder / LORA_WEIGHTS, "pt") as file:
+        names = file.keys()
+    stored = sum(name.endswith("weight") for name in names)
+    parts = (pipeline.unet, pipeline.text_encoder)
+    loaded = sum(".lora_" in name for part in parts for name, _ in part.named_parameters())
+    if loaded != stored:
+        raise ValueError(
+            f"{folder / LORA_WEIGHTS}: {loaded} of {stored} tensors fit the base model; it was trained on"
+            " another one, or names its layers in a way that diffusers does not read"
+        )
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> torch.Tensor:

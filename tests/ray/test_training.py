@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.prepare import prepare
 from ray_jobs.train import build_trainer
+from ray_jobs.training.checkpoint import find_rungs
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

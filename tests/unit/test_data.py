@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.storage import Storage
 from ray_jobs.config import ConfigError, DataConfig
 from ray_jobs.data.encoding import ReadPicture
 from ray_jobs.data.images import Rejected, decode_image, encode_png

@@ -8,7 +8,7 @@ import torch
 
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_weights
-from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.diffusion.objectives import add_noise, denoising_loss, min_snr_weight, prediction_target
 
 LATENT, NOISE, VARIANCE = 2.0, -1.0, 0.64  # sqrt(0.64) = 0.8, sqrt(0.36) = 0.6
@@ -98,7 +98,13 @@ def test_saved_lora_weights_load_in_plain_diffusers_and_predict_the_same(
 
     torch.manual_seed(0)
     pipeline = load_pipeline(str(tiny_model))
-    add_lora(pipeline.unet, rank=4, alpha=8, dropout=0.0, target_modules=["to_q", "ff.net.2", "conv1"])
+    add_lora(
+        pipeline.unet,
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        target_modules=["to_q", "to_out.0", "proj_in", "ff.net.2", "conv1"],
+    )
     for parameter in pipeline.unet.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -112,3 +118,16 @@ def test_saved_lora_weights_load_in_plain_diffusers_and_predict_the_same(
         loaded, trained = plain.unet(*inputs).sample, pipeline.unet(*inputs).sample
     assert torch.allclose(loaded, trained, atol=1e-5)
     assert not math.isclose(float((base - trained).abs().max()), 0.0, abs_tol=1e-3)
+
+
+def test_adapters_that_do_not_all_fit_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    pipeline = load_pipeline(str(tiny_model))
+    add_lora(pipeline.unet, rank=2, alpha=2, dropout=0.0, target_modules=["to_q", "conv1"])
+    save_weights(pipeline, "lora", tmp_path)
+    stored = load_file(tmp_path / LORA_WEIGHTS)
+    renamed = {name.replace("attn1.to_q", "attn3.to_q"): value for name, value in stored.items()}
+    save_file(renamed, tmp_path / LORA_WEIGHTS)
+    with pytest.raises(ValueError, match=f"of {len(stored)} tensors fit the base model"):
+        load_pipeline(str(tiny_model), tmp_path)
