@@ -1,6 +1,7 @@
 """One view over local folders, s3:// and gs://, by pyarrow.fs (which Ray Data and Ray Train use too)."""
 
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -151,3 +152,8 @@ class Storage:
         folder, name = os.path.split(target)
         os.makedirs(folder, exist_ok=True)
         return f"{folder}/.{name}.{uuid.uuid4().hex}.partial"
+
+
+def slug(caption: str) -> str:
+    """A caption as part of a file's name: `A cat's face!` becomes `a-cat-s-face`."""
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40] or "caption"

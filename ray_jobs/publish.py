@@ -12,9 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.storage import Storage
+from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.images import slug
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import Dataset, prepare
 from ray_jobs.progress import say

@@ -24,9 +24,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.config import ProxyLocation
 
 from cluster.connect import connect
-from cluster.storage import Storage
+from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.data.images import slug
 from ray_jobs.progress import quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application

@@ -1,7 +1,6 @@
 """From the bytes of a picture file to upright RGB pixels of the training size."""
 
 import io
-import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -49,8 +48,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def slug(caption: str) -> str:
-    """A caption as part of a file's name: `A cat's face!` becomes `a-cat-s-face`."""
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40] or "caption"
