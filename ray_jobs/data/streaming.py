@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Up to this many rows one task reads the split and repeats it in memory, a fresh permutation an epoch.
 # Starting a Ray Data execution for every epoch would cost a second or two each, and Ray's Parquet reader
-# half a minute of actors on a small machine: longer than training on a few hundred pictures.
+# starts actors to look at the files first: for a few hundred pictures, longer than training on them.
 ROWS_HELD_BY_ONE_TASK = 65_536
 # What that task yields in one pass. It has to fit into the executor's output budget: an executor that
 # waits for its consumers polls without a pause, which costs the better part of a core (Ray 2.60).
