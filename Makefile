@@ -47,8 +47,8 @@ serve: setup ## serve the champion over HTTP until Ctrl-C
 	$(BIN)/python -m serving.command --config $(CONFIG)
 
 base-model: setup ## train the demo's base model from nothing (an afternoon on two cores)
-	$(BIN)/python examples/emoji.py base
-	$(BIN)/python examples/emoji.py pictures
+	$(BIN)/python -m examples.emoji base
+	$(BIN)/python -m examples.emoji pictures
 	$(BIN)/python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
 
 lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew

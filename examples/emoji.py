@@ -1,8 +1,8 @@
 """Build captioned emoji pictures from npm packages: the example data and the base model's training set.
 
-    python examples/emoji.py example     # examples/fluent-emoji: Fluent Emoji 3D, 256x256 WebP
-    python examples/emoji.py base        # .cache/emoji-base: Fluent flat and Noto, drawn from SVG
-    python examples/emoji.py pictures    # .cache/emoji-pictures: both, for the autoencoder, of the
+    python -m examples.emoji example     # examples/fluent-emoji: Fluent Emoji 3D, 256x256 WebP
+    python -m examples.emoji base        # .cache/emoji-base: Fluent flat and Noto, drawn from SVG
+    python -m examples.emoji pictures    # .cache/emoji-pictures: both, for the autoencoder, of the
                                          # 3D pictures only those that the demo trains on
 
 Each writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The concepts are
