@@ -160,12 +160,14 @@ class EvaluatorPool:
             if items[i * size : (i + 1) * size]
         ]
 
+    def _num_samples(self, split: str) -> int:
+        return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
+
     def _tasks(self, split: str, count: int | None = None) -> list[tuple[Any, list[str], list[int]]]:
-        captions, evaluate = self.captions[split], self.config.evaluate
-        wanted = min(count or evaluate.num_samples, CAPTION_USES * len(captions))
+        captions, seed = self.captions[split], self.config.evaluate.seed
         return [
-            (actor, [captions[i % len(captions)] for i in part], [evaluate.seed + i for i in part])
-            for actor, part in self._share(range(wanted))
+            (actor, [captions[i % len(captions)] for i in part], [seed + i for i in part])
+            for actor, part in self._share(range(self._num_samples(split))[:count])
         ]
 
     def score(self, weights: str | None, split: str) -> Score:
@@ -179,8 +181,7 @@ class EvaluatorPool:
         """FID of as many real training pictures as `score` generates, or as many as prepare kept."""
         import ray
 
-        wanted = min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
-        pictures = self.dataset.pictures("train", wanted)
+        pictures = self.dataset.pictures("train", self._num_samples(split))
         parts = self._measure_real([row["image"] for row in pictures])
         return ray.get(self.actors[0].score.remote(self._real[split], *parts))
 

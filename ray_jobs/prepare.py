@@ -12,13 +12,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.dataset
-
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding import REJECTED, Encoder, ReadPicture
 from ray_jobs.data.sources import ImageFolder
 from ray_jobs.data.splits import SPLITS
+from ray_jobs.data.streaming import stored_split
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 
@@ -35,11 +34,8 @@ class Dataset:
 
     def read(self, split: str, columns: list[str], limit: int | None = None) -> list[dict[str, Any]]:
         """Rows of a split in the order of their digests, so that the first are always the same."""
-        rows = pyarrow.dataset.dataset(
-            f"{self.storage.path}/split={split}", filesystem=self.storage.filesystem, format="parquet"
-        )
         names = list(dict.fromkeys([*columns, "digest", "text"]))
-        kept = rows.to_table(columns=names).to_pylist()
+        kept = stored_split(self.storage, split).to_table(columns=names).to_pylist()
         return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
 
     def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
@@ -110,9 +106,8 @@ def _summarise(storage: Storage) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for split in (*SPLITS, REJECTED):
         if storage.exists(f"split={split}"):
-            folder = f"{storage.path}/split={split}"
-            part = pyarrow.dataset.dataset(folder, filesystem=storage.filesystem, format="parquet")
-            rows += [row | {"split": split} for row in part.to_table(columns=columns).to_pylist()]
+            part = stored_split(storage, split).to_table(columns=columns)
+            rows += [row | {"split": split} for row in part.to_pylist()]
     rejected = sorted((row for row in rows if row["split"] == REJECTED), key=lambda row: row["file_name"])
     lines = [
         json.dumps({name: row[name] for name in ("file_name", "reason", "detail")}, ensure_ascii=False)

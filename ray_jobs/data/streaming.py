@@ -53,13 +53,18 @@ def training_stream(
     return ray.data.range(1, override_num_blocks=1).map_batches(repeat, batch_size=None)
 
 
+def stored_split(dataset: Storage, split: str) -> pyarrow.dataset.Dataset:
+    """The Parquet files that prepare wrote for a split; nothing is read yet."""
+    return pyarrow.dataset.dataset(
+        f"{dataset.path}/split={split}", filesystem=dataset.filesystem, format="parquet"
+    )
+
+
 def read_tensors(dataset: Storage, split: str, columns: list[str]) -> dict[str, np.ndarray]:
     """Tensor columns of a whole split, in the order of the rows' digests, not of the files."""
     import ray.data  # noqa: F401  registers the type of tensor columns with Arrow
 
-    table = pyarrow.dataset.dataset(
-        f"{dataset.path}/split={split}", filesystem=dataset.filesystem, format="parquet"
-    ).to_table(columns=[*columns, "digest", "text"])
+    table = stored_split(dataset, split).to_table(columns=[*columns, "digest", "text"])
     order = np.lexsort((table["text"].to_numpy(), table["digest"].to_numpy()))
     return {
         name: np.concatenate(

@@ -57,6 +57,7 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     parts = (pipeline.unet, pipeline.text_encoder)
     loaded = sum(".lora_" in name for part in parts for name, _ in part.named_parameters())
     if loaded != stored:
+        pipeline.unload_lora_weights()
         raise ValueError(
             f"{folder / LORA_WEIGHTS}: {loaded} of {stored} tensors fit the base model; it was trained on"
             " another one, or names its layers in a way that diffusers does not read"
