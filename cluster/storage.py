@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from ray_jobs.config import ConfigError, home
 
@@ -70,13 +70,24 @@ class Storage:
 
     def folders(self) -> list[str]:
         """The names of the folders directly below this one; none if it does not exist."""
+        return self._names(fs.FileType.Directory)
+
+    def files(self) -> list[str]:
+        """The names of the files directly in this folder; none if it does not exist."""
+        return self._names(fs.FileType.File)
+
+    def _names(self, kind: fs.FileType) -> list[str]:
         below = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in below if info.type == fs.FileType.Directory)
+        return sorted(info.base_name for info in below if info.type == kind)
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if it is missing."""
         with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
             return stream.read()
+
+    def open_input(self, name: str) -> NativeFile:
+        """A file for reading at any place, without the rest being fetched."""
+        return self.filesystem.open_input_file(self._at(name))
 
     def read_text(self, name: str) -> str:
         """The content of a UTF-8 file; FileNotFoundError if it is missing."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, resolve_path
+from ray_jobs.data.dataset import Dataset
 from ray_jobs.metrics.frechet import Moments, Score
-from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import find_rungs

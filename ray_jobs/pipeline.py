@@ -10,9 +10,8 @@ from pathlib import Path
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
-from ray_jobs.data.sources import ImageFolder
 from ray_jobs.evaluate import evaluators
-from ray_jobs.prepare import prepare
+from ray_jobs.prepare import open_sources, prepare
 from ray_jobs.progress import say
 from ray_jobs.publish import publish
 from ray_jobs.search import search
@@ -41,7 +40,7 @@ def check_inputs(config: Config) -> None:
     """
     from diffusers import StableDiffusionPipeline
 
-    ImageFolder.open(config.data.source)
+    open_sources(config)
     if not Path(resolve_path(config.evaluate.feature_network)).is_file():
         raise ConfigError(
             f"evaluate.feature_network: {config.evaluate.feature_network}: no such file; "

@@ -1,128 +1,323 @@
-"""Prepare: read pictures and captions, set broken ones aside, split, encode once, write Parquet.
+"""Prepare: read pictures and captions, set bad ones aside, find duplicates, split, encode once.
 
     python -m ray_jobs.prepare --config configs/demo.yaml
+    python -m ray_jobs.prepare --config configs/demo.yaml --dry-run
 
-Writes `<storage>/<run>/dataset/`: `split=train|validation|test/*.parquet`, `rejected.jsonl` and, last,
-`manifest.json`. With the same inputs it is skipped.
+Writes `<storage>/<run>/dataset/`: `index/` (what every picture measures), `rejected.jsonl`,
+`duplicates.jsonl`, `parts.json` and, last, `manifest.json`; latents and embeddings go to the encoding cache,
+`<storage>/encoded/`, which all runs share. With the same inputs it is skipped; with others, only what is
+new is scanned and encoded. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
+be kept, and a contact sheet of what would be set aside and why.
 """
 
+import argparse
 import hashlib
 import json
+import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.encoding import REJECTED, Encoder, ReadPicture
-from ray_jobs.data.sources import ImageFolder
+from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.cleaning import MEASURES
+from ray_jobs.data.dataset import MANIFEST, PARTS, Dataset
+from ray_jobs.data.decisions import Decisions, decide
+from ray_jobs.data.encoding import encode_parts
+from ray_jobs.data.findings import examples, write_findings
+from ray_jobs.data.geometry import Size, bucket_shapes
+from ray_jobs.data.order import Order, Part
+from ray_jobs.data.plan import PlannedPart, plan_parts
+from ray_jobs.data.scan import Entry, entries, scan
+from ray_jobs.data.sources import Source, open_source
 from ray_jobs.data.splits import SPLITS
-from ray_jobs.data.streaming import stored_split
+from ray_jobs.data.streaming import Live
+from ray_jobs.dataset_report import write_dataset_page
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 
-
-@dataclass(frozen=True)
-class Dataset:
-    """What prepare wrote."""
-
-    storage: Storage
-    manifest: dict[str, Any]
-
-    def num_rows(self, split: str) -> int:
-        return int(self.manifest[split])
-
-    def read(self, split: str, columns: list[str], limit: int | None = None) -> list[dict[str, Any]]:
-        """Rows of a split in the order of their digests, so that the first are always the same."""
-        names = list(dict.fromkeys([*columns, "digest", "text"]))
-        kept = stored_split(self.storage, split).to_table(columns=names).to_pylist()
-        return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
-
-    def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` different pictures of a split: dicts of `text` and `image` (PNG bytes)."""
-        different: dict[str, dict[str, Any]] = {}
-        for row in self.read(split, ["text", "image"]):
-            if row["image"]:
-                different.setdefault(row["digest"], row)
-        return list(different.values())[:limit]
+PREVIEW = "preview.html"
+SECONDS_BETWEEN_LINES = 10
 
 
-def _key(config: Config, folder: ImageFolder) -> str:
-    """Identifies the inputs: the pictures, how they are prepared, and the encoders."""
-    settings = config.data.model_dump(mode="json") | config.model.model_dump(mode="json")
-    return hashlib.sha256(f"{folder.digest}{json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
+def open_sources(config: Config) -> list[Source]:
+    """The configured sources, listed but not read.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    return [open_source(each, config.data.stratify) for each in config.data.all_sources]
 
 
 def prepare(config: Config) -> Dataset:
     """Run the stage, or find its result. Ray must be initialised.
 
     Raises:
-        ConfigError: the source has wrong captions, or a split comes out empty.
+        ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
     """
-    folder = ImageFolder.open(config.data.source)
-    storage = Storage.open(config.storage).child(config.name, "dataset")
-    key = _key(config, folder)
-    if storage.exists("manifest.json"):
-        manifest = json.loads(storage.read_text("manifest.json"))
-        if manifest["inputs"] == key:
-            say("prepare", "unchanged, skipped")
-            return Dataset(storage, manifest)
-    storage.delete("")
-    say("prepare", f"{len(folder.rows)} captioned pictures in {config.data.source}")
-    _encode(config, folder, storage)
-    manifest = _summarise(storage) | {"inputs": key, "source": config.data.source}
-    counts = ", ".join(f"{manifest[split]} {split}" for split in SPLITS)
-    say("prepare", f"{counts}, {sum(manifest['rejected'].values())} set aside")
-    for split in SPLITS:
-        if manifest[split] < 2:
-            raise ConfigError(
-                f"{config.data.source}: {manifest[split]} pictures in the {split} split, 2 are needed; "
-                f"add pictures or raise data.{'validation' if split == 'train' else split}"
-            )
-    storage.write_text("manifest.json", json.dumps(manifest, indent=2) + "\n")
-    return Dataset(storage, manifest)
+    sources = open_sources(config)
+    dataset, encoders = _open(config)
+    inputs = _inputs(config, sources, encoders)
+    dataset = _stored(dataset, inputs)
+    if dataset.manifest and config.data.encode == "cache":
+        say("prepare", "unchanged, skipped")
+        return dataset
+    found, decisions = examine(config, sources, dataset.storage)
+    manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
+    _require_enough(config, manifest, dataset.storage)
+    streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
+    stored = [part for part in parts if part.split != "train"] if streamed else parts
+    encoded = encode_parts(config, sources, found, stored, dataset.cache, _progress("encoded"))
+    rows = sum(len(part.rows) for part in stored)
+    say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")
+    dataset.storage.write_text(PARTS, json.dumps([part.record() for part in stored]))
+    manifest |= {"inputs": inputs, "encoders": encoders}
+    dataset.storage.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
+    return Dataset(dataset.storage, dataset.cache, manifest, live)
 
 
-def _encode(config: Config, folder: ImageFolder, storage: Storage) -> None:
-    """One streaming pass: read, encode, write, the rejected rows beside the good ones."""
-    import ray
+def _open(config: Config) -> tuple[Dataset, str]:
+    """Where the data set lies, and the digest of the encoders."""
+    from ray_jobs.diffusion.encoders import encoders_digest
 
-    use_gpu = config.train.use_gpu
-    rows = ray.data.from_items(folder.rows, override_num_blocks=max(1, len(folder.rows) // 256))
-    encoded = rows.map(ReadPicture(folder.storage, config.data)).map_batches(
-        Encoder,
-        fn_constructor_args=(config.model, config.train.cpus_per_worker),
-        batch_size=config.data.encode_batch_size,
-        compute=ray.data.ActorPoolStrategy(size=config.data.encode_workers),
-        num_cpus=config.train.cpus_per_worker,
-        num_gpus=1 if use_gpu else 0,
+    encoders = encoders_digest(resolve_path(config.model.base), revision=config.model.revision)
+    storage = Storage.open(config.storage)
+    cache = storage.child("encoded", encoders[:16])
+    return Dataset(storage.child(config.name, "dataset"), cache, {}), encoders
+
+
+def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
+    """Identifies what the data set depends on: the sources, how they are prepared, and the encoders."""
+    speed = {"encode_batch_size", "encode_workers"}
+    settings = config.data.model_dump(mode="json", exclude=speed)
+    content = [[source.digest for source in sources], settings, encoders, config.seed, _rows_a_step(config)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _rows_a_step(config: Config) -> int:
+    train = config.train
+    return train.batch_size * train.gradient_accumulation * train.num_workers
+
+
+def _stored(dataset: Dataset, inputs: str) -> Dataset:
+    """The data set with its manifest, if that is of these inputs and all its files are there."""
+    if not dataset.storage.exists(MANIFEST):
+        return dataset
+    manifest = json.loads(dataset.storage.read_text(MANIFEST))
+    present = set(dataset.cache.files())
+    if manifest["inputs"] != inputs or any(part["file"] not in present for part in dataset.all_parts):
+        return dataset
+    return Dataset(dataset.storage, dataset.cache, manifest)
+
+
+def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tuple[list[Entry], Decisions]:
+    """Scan the sources and decide on every picture; writes `rejected.jsonl` and `duplicates.jsonl`."""
+    found = entries(sources, config.data)
+    names = ", ".join(source.name for source in sources)
+    counts = [source.num_rows for source in sources]
+    known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
+    say("prepare", f"{known} in {names}")
+    index = storage.child("index")
+    scan(sources, found, config.data, index, _progress("looked at"))
+    decisions = decide(config, found, index, storage)
+    write_findings(found, index, decisions, storage)
+    return found, decisions
+
+
+def _plan(
+    config: Config,
+    sources: Sequence[Source],
+    found: Sequence[Entry],
+    decisions: Decisions,
+    storage: Storage,
+) -> tuple[dict[str, Any], list[PlannedPart]]:
+    """The manifest and the parts of a set that was examined."""
+    buckets = _buckets(config)
+    parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
+    counts = Counter[str]()
+    for part in parts:
+        counts[part.split] += int((part.variants == 0).sum())
+    manifest = describe(config, sources, found, decisions, parts, counts)
+    said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+    duplicates = manifest["duplicates"]["pictures"]
+    say(
+        "prepare",
+        f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
     )
-    encoded.write_parquet(storage.path, filesystem=storage.filesystem, partition_cols=["split"])
+    if not decisions.held_out:
+        say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
+    return manifest, parts
 
 
-def _summarise(storage: Storage) -> dict[str, Any]:
-    """Count the splits, write `rejected.jsonl`, and digest the data set's content."""
-    columns = ["file_name", "text", "digest", "reason", "detail"]
-    rows: list[dict[str, Any]] = []
-    for split in (*SPLITS, REJECTED):
-        if storage.exists(f"split={split}"):
-            part = stored_split(storage, split).to_table(columns=columns)
-            rows += [row | {"split": split} for row in part.to_pylist()]
-    rejected = sorted((row for row in rows if row["split"] == REJECTED), key=lambda row: row["file_name"])
-    lines = [
-        json.dumps({name: row[name] for name in ("file_name", "reason", "detail")}, ensure_ascii=False)
-        for row in rejected
-    ]
-    storage.write_text("rejected.jsonl", "".join(f"{line}\n" for line in lines))
-    storage.delete(f"split={REJECTED}")
-    counts = Counter(row["split"] for row in rows)
-    content = sorted(f"{row['split']} {row['digest']} {row['text']}" for row in rows)
+def _buckets(config: Config) -> list[Size]:
+    """The shapes that pictures are cropped to: one square, or those of the aspect-ratio buckets.
+
+    Raises:
+        ConfigError: the resolution does not fit the model.
+    """
+    from ray_jobs.diffusion.encoders import size_multiple
+
+    data, model = config.data, config.model
+    multiple = size_multiple(resolve_path(model.base), revision=model.revision)
+    if data.resolution % multiple:
+        raise ConfigError(
+            f"data.resolution: {data.resolution} is no multiple of {multiple}, which {model.base} needs; "
+            f"take {max(1, round(data.resolution / multiple)) * multiple}"
+        )
+    if not data.buckets:
+        return [(data.resolution, data.resolution)]
+    return bucket_shapes(data.resolution, multiple=multiple, max_aspect_ratio=data.bucket_max_aspect_ratio)
+
+
+def describe(
+    config: Config,
+    sources: Sequence[Source],
+    found: Sequence[Entry],
+    decisions: Decisions,
+    parts: Sequence[PlannedPart],
+    counts: Counter[str],
+) -> dict[str, Any]:
+    """The manifest: what was found and what became of it."""
+    data = config.data
+    digests = sorted(
+        f"{part.split} {digest} {key.hex()}"
+        for part in parts
+        for digest, key in zip(part.digests, part.keys, strict=True)
+    )
+    set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
+    folds = Counter(part.fold for part in parts for v in part.variants if part.split != "test" and v == 0)
+    matched = decisions.matched >= 0
     return {
         **{split: counts[split] for split in SPLITS},
-        "rejected": dict(sorted(Counter(row["reason"] for row in rejected).items())),
-        "digest": hashlib.sha256("\n".join(content).encode()).hexdigest(),
+        "class": counts["class"],
+        "encode": data.encode,
+        "held_out": decisions.held_out,
+        "rejected": dict(sorted(decisions.rejected.items())),
+        "duplicates": {
+            "mode": data.cleaning.duplicates,
+            "groups": len(np.unique(decisions.matched[matched])),
+            "pictures": sum(decisions.duplicates.values()),
+        },
+        "source": _shares(config, sources, parts),
+        "buckets": _bucket_rows(config, parts),
+        "folds": [folds[fold] for fold in range(data.folds)],
+        "captions": {"different": decisions.num_captions},
+        "measures": {
+            name: {
+                "edges": [float(edge) for edge in measure.edges],
+                "counts": decisions.histograms[name].tolist(),
+                "threshold": getattr(data.cleaning, measure.field),
+                "side": "below" if measure.below else "above",
+                "field": f"data.cleaning.{measure.field}",
+                "set_aside": set_aside[measure.reason],
+            }
+            for name, measure in MEASURES.items()
+        },
+        "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     }
 
 
+def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPart]) -> list[dict[str, Any]]:
+    """Kept rows of every source, and the realised share of its rows in an epoch of training."""
+    training = [part for part in parts if part.split == "train"]
+    rows = Counter[int]()
+    for part in parts:
+        rows[part.source] += int((part.variants == 0).sum())
+    shares: dict[int, float] = {}
+    if training:
+        records = [Part(len(part.rows), str(part.bucket), part.source) for part in training]
+        weights = {n: each.weight for n, each in enumerate(config.data.sources) if each.weight}
+        order = Order(records, batch_size=_rows_a_step(config), window_rows=1, seed=0, weights=weights)
+        shares = order.shares()
+    return [
+        {"name": source.name, "rows": rows[number], "share": shares.get(number, 0.0)}
+        for number, source in enumerate(sources)
+    ]
+
+
+def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict[str, int]]:
+    """Training rows of every bucket, the whole batches they make, and the rows over: these are not lost, they
+    begin the bucket's first batch of the next epoch."""
+    rows = Counter[str]()
+    for part in parts:
+        if part.split == "train":
+            rows[part.record()["bucket"]] += len(part.rows)
+    size = _rows_a_step(config)
+    return {
+        bucket: {"rows": count, "steps": count // size, "rows_over": count % size}
+        for bucket, count in sorted(rows.items())
+    }
+
+
+def _require_enough(config: Config, manifest: dict[str, Any], storage: Storage) -> None:
+    """Raise ConfigError where so much was set aside that the set is wrong, or a split is empty."""
+    source = ", ".join(each.path for each in config.data.all_sources)
+    aside = sum(manifest["rejected"].values())
+    kept = sum(manifest[split] for split in SPLITS)
+    seen = aside + kept + manifest["duplicates"]["pictures"] + manifest["class"]
+    if aside > config.data.cleaning.max_rejected * seen:
+        reasons = ", ".join(
+            f"{count} {reason}" for reason, count in Counter(manifest["rejected"]).most_common()
+        )
+        raise ConfigError(
+            f"{source}: {aside} of {seen} pictures are set aside ({reasons}), more than "
+            f"data.cleaning.max_rejected ({config.data.cleaning.max_rejected:g}) allows; "
+            f"{storage.uri}/rejected.jsonl names each, --dry-run shows them"
+        )
+    for split in SPLITS if manifest["held_out"] else ("train",):
+        if manifest[split] < 2:
+            raise ConfigError(
+                f"{source}: {manifest[split]} pictures in the {split} split, 2 are needed; "
+                f"add pictures or raise data.{'validation' if split == 'train' else split}"
+            )
+
+
+def _progress(verb: str) -> Callable[..., None]:
+    """A callback that says how far a long step is, at most every few seconds."""
+    said_at = time.monotonic()
+
+    def tell(done: int, whole: int | None = None) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
+            said_at = time.monotonic()
+            say("prepare", f"{verb} {done:,}" + (f" of {whole:,}" if whole else ""))
+
+    return tell
+
+
+def dry_run(config: Config) -> str:
+    """Scan and decide, encode nothing; writes the preview and returns its address."""
+    sources = open_sources(config)
+    storage = Storage.open(config.storage).child(config.name, "dataset")
+    found, decisions = examine(config, sources, storage)
+    manifest, _ = _plan(config, sources, found, decisions, storage)
+    page = write_dataset_page(
+        source=", ".join(source.name for source in sources),
+        manifest=manifest,
+        examples=examples(config, sources, found, storage.child("index"), decisions),
+        seen=len(decisions.reasons),
+        max_rejected=config.data.cleaning.max_rejected,
+    )
+    storage.write_text(PREVIEW, page)
+    say("prepare", f"nothing encoded; see {storage.uri}/{PREVIEW}")
+    return f"{storage.uri}/{PREVIEW}"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="stop before encoding and show what would be set aside"
+    )
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        dry_run(config)
+    else:
+        prepare(config)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, prepare)
+    run_stage(__doc__, _run, _arguments)

@@ -9,13 +9,14 @@ precision. Each step leaves its result under `<storage>/<run>/` and is not done 
 """
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, PretrainConfig, home
+from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
 from ray_jobs.data.images import decode_image
-from ray_jobs.data.sources import ImageFolder
+from ray_jobs.data.sources import Sample, open_source
 from ray_jobs.progress import clock, say
 from ray_jobs.stage import run_stage
 from ray_jobs.train import train
@@ -50,16 +51,26 @@ def _load_pictures(config: Config, source: str) -> "torch.Tensor":
     import numpy as np
     import torch
 
-    folder = ImageFolder.open(source)
+    different = {sample.name: sample.data for sample in _samples(config, source)}
     pictures = [
-        decode_image(
-            folder.storage.read_bytes(name),
-            resolution=config.data.resolution,
-            background=config.data.background,
-        )
-        for name in dict.fromkeys(row["file_name"] for row in folder.rows)
+        decode_image(data, resolution=config.data.resolution, background=config.data.background)
+        for data in different.values()
     ]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _samples(config: Config, path: str) -> Iterator[Sample]:
+    """All captioned pictures of a source.
+
+    Raises:
+        ConfigError: one of them cannot be used; a base model is trained on what was looked through before.
+    """
+    source = open_source(SourceConfig(path=path), config.data.stratify)
+    for piece in source.pieces:
+        for sample in source.read(piece):
+            if sample.problem:
+                raise ConfigError(f"{path}: {sample.name}: {sample.problem}; mend or remove it")
+            yield sample
 
 
 def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:
@@ -101,7 +112,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
 
     torch.manual_seed(config.seed)
     autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
-    captions = [row["text"] for row in ImageFolder.open(config.data.source).rows]
+    captions = [s.text for each in config.data.all_sources for s in _samples(config, each.path)]
     tokenizer = architecture.build_tokenizer(captions, sizes.vocabulary, sizes.max_tokens)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,

@@ -14,8 +14,9 @@ from PIL import Image
 
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.registry import register
 from ray_jobs.report import PictureRow, closed_share, grid_image, write_report

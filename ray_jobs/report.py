@@ -3,7 +3,6 @@
 One self-contained file: no script, nothing fetched, light and dark by the reader's own setting.
 """
 
-import base64
 import io
 import math
 import textwrap
@@ -15,6 +14,8 @@ from string import Template
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ray_jobs.dataset_report import STYLE, counted, data_uri, dataset_section, table
 
 COLUMNS = ("real", "base", "fine-tuned")
 PAGE_PICTURE = 192  # pixels a side on the page at most; larger ones are made smaller
@@ -55,17 +56,13 @@ def closed_share(winner: dict[str, Any]) -> float | None:
 
 def headline(winner: dict[str, Any]) -> str:
     """The result in one sentence."""
-    who = f"A learning rate of {winner['learning_rate']:g} for {_steps(winner['step'])}"
+    who = f"A learning rate of {winner['learning_rate']:g} for {counted(winner['step'], 'step')}"
     share = closed_share(winner)
     if share is None:
         return f"{who} won; the base model left no distance to real pictures to close."
     if share < 0:
         return f"{who} won, yet on the test split it is further from real pictures than the base model."
     return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."
-
-
-def _steps(number: int) -> str:
-    return f"{number:,} step" + ("" if number == 1 else "s")
 
 
 def _explained(winner: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -173,28 +170,14 @@ def _style_axes(axes: Any, ladder: list[int]) -> None:
     legend.get_title().set_color(INK)
 
 
-def _inline(picture: Image.Image) -> str:
-    """A picture as a data URI, at most PAGE_PICTURE pixels a side."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((PAGE_PICTURE, PAGE_PICTURE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _card(row: PictureRow) -> str:
     caption = escape(row.caption)
     cells = "".join(
-        f'<div><img src="{_inline(picture)}" alt="{caption}: {name}"><small>{name}</small></div>'
+        f'<div><img src="{data_uri(picture, PAGE_PICTURE)}" alt="{caption}: {name}">'
+        f"<small>{name}</small></div>"
         for name, picture in zip(COLUMNS, row.pictures, strict=True)
     )
     return f'<figure class="card"><figcaption>{caption}</figcaption><div class="three">{cells}</div></figure>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
-    columns = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f'<table class="{kind}"><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -214,14 +197,7 @@ def _rungs(results: Sequence[dict[str, Any]]) -> str:
         )
         for row in sorted(results, key=lambda row: (row["learning_rate"], row["step"]))
     ]
-    return _table(head, rows, "numbers")
-
-
-def _counts(manifest: dict[str, Any]) -> str:
-    """Pictures a split, and those set aside by reason."""
-    rows = [(name, f"{manifest[name]:,}") for name in ("train", "validation", "test")]
-    rows += [(f"set aside: {reason}", f"{n:,}") for reason, n in sorted(manifest["rejected"].items())]
-    return _table(("split", "pictures"), rows, "numbers")
+    return table(head, rows, "numbers")
 
 
 def write_report(
@@ -253,6 +229,7 @@ def write_report(
         f" Registered as version {winner['registry_version']}; trial {winner['trial_id']}."
     )
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=STYLE.read_text(encoding="utf-8"),
         run_name=escape(run_name),
         headline=escape(headline(winner)),
         summary=escape(
@@ -261,10 +238,10 @@ def write_report(
         ),
         cards="".join(map(_card, rows)),
         plot=fid_plot(winner, results),
-        scores=_table(("FID", "", "what it is"), _explained(winner), "scores"),
+        scores=table(("FID", "", "what it is"), _explained(winner), "scores"),
         facts=escape(facts),
         rungs=_rungs(results),
-        counts=_counts(manifest),
+        dataset=dataset_section(manifest),
         digest=escape(str(manifest["digest"])[:16]),
         config=escape(config_yaml),
     )

@@ -19,8 +19,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
 from ray_jobs.train import build_trainer, trial_id

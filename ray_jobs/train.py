@@ -10,11 +10,11 @@ from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.streaming import training_stream
-from ray_jobs.prepare import Dataset, prepare
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
-from ray_jobs.training.loop import LoopSettings, caption_column, train_worker
+from ray_jobs.training.loop import LoopSettings, train_worker
 
 
 def trial_id(learning_rate: float) -> str:
@@ -30,17 +30,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
 
     train, ladder = config.train, config.search.ladder
     name = trial_id(train.learning_rate)
-    rows_a_step = train.batch_size * train.gradient_accumulation * train.num_workers
-    settings = LoopSettings(config, name, ladder, board)
-    stream = training_stream(
-        dataset.storage,
-        num_rows=dataset.num_rows("train"),
-        rows_needed=rows_a_step * ladder[-1],
-        columns=["latents", caption_column(config)],
-        seed=config.seed,
-    )
-    ordered = ray.train.DataConfig.default_ingest_options()
-    ordered.preserve_order = True
+    settings = LoopSettings(config, dataset, name, ladder, board)
     storage = Storage.open(config.storage).child(config.name, "train")
     return TorchTrainer(
         train_worker,
@@ -56,8 +46,6 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
             callbacks=callbacks,
         ),
-        datasets={"train": stream},
-        dataset_config=ray.train.DataConfig(execution_options=ordered),
     )
 
 

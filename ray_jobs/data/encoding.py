@@ -1,103 +1,309 @@
-"""Ray Data's two steps from a source to encoded rows: read one picture, encode a batch of them."""
+"""Encode what the plan names: Ray Data reads, decodes on CPUs, and encodes by actors that hold the model.
 
-import posixpath
+Parts are files of the encoding cache, `<storage>/encoded/<encoders>/<part>.parquet`, named by what they
+hold: the rows' keys. A row's key is the hash of all that its encoding depends on. A part that is there is
+left alone; of a part that is missing, rows that lie in other files of the cache are copied, and only the
+others are encoded. Each part is encoded by itself and written whole, so that an interrupted run, started
+again, writes the same bytes as an unbroken one.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster.storage import Storage
-from ray_jobs.config import DataConfig, ModelConfig, resolve_path
-from ray_jobs.data.images import Rejected, decode_image, encode_png
-from ray_jobs.data.splits import Shares, content_digest, is_floor_candidate, split_of
+from ray_jobs.config import Config, ModelConfig, resolve_path
+from ray_jobs.data.augmentation import augment, row_generator
+from ray_jobs.data.geometry import Fitted, Size, fit
+from ray_jobs.data.images import Picture, encode_png, read_picture
+from ray_jobs.data.plan import PlannedPart
+from ray_jobs.data.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.sources import Source
+from ray_jobs.data.splits import content_digest
+from ray_jobs.data.tensors import tensor_column
 
-REJECTED = "rejected"
-
-
-class ReadPicture:
-    """Row to row: adds pixels, digest and split, or the reason why the picture is set aside."""
-
-    def __init__(self, storage: Storage, config: DataConfig) -> None:
-        self.storage, self.config = storage, config
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        size = self.config.resolution
-        read = dict(
-            row,
-            split=REJECTED,
-            digest="",
-            reason="",
-            detail="",
-            image=b"",
-            pixels=np.zeros((size, size, 3), np.uint8),
-        )
-        try:
-            read |= self._read(row["file_name"], row["text"])
-        except Rejected as rejected:
-            read |= {"reason": rejected.reason, "detail": rejected.detail}
-        return read
-
-    def _read(self, file_name: str, text: str) -> dict[str, Any]:
-        if not text.strip():
-            raise Rejected("empty_caption", "the text is empty")
-        if posixpath.isabs(file_name) or posixpath.normpath(file_name).startswith(".."):
-            raise Rejected("outside_folder", "file_name leaves the folder")
-        try:
-            with self.storage.filesystem.open_input_file(f"{self.storage.path}/{file_name}") as file:
-                data = file.read()
-        except FileNotFoundError:
-            raise Rejected("missing_file", "no such file") from None
-        except OSError as error:
-            raise Rejected("unreadable", str(error)) from None
-        config = self.config
-        pixels = decode_image(data, resolution=config.resolution, background=config.background)
-        digest = content_digest(data)
-        shares = Shares(config.split_seed, config.validation, config.test)
-        split = split_of(digest, shares)
-        # Scores compare with real pictures: those splits keep theirs, and so does as much of the
-        # training split as the floor (real training against real test pictures) needs.
-        kept = split != "train" or is_floor_candidate(digest, shares)
-        return {
-            "digest": digest,
-            "split": split,
-            "pixels": pixels,
-            "image": encode_png(pixels) if kept else b"",
-        }
+CONDITIONING = ("original_height", "original_width", "top", "left", "target_height", "target_width")
 
 
-class Encoder:
-    """An actor that holds the autoencoder and the text encoder.
+class ChangedFile(RuntimeError):
+    """A picture is not the one that was scanned."""
 
-    Batch to batch: `pixels` become `latents` (float16, C x H x W: the posterior's mean times the
-    scaling factor), `text` becomes `input_ids` (int32, tokens) and `prompt_embeds` (float16, tokens x
-    width). Half precision halves what is stored and streamed.
+
+@dataclass(frozen=True)
+class Gather:
+    """Reads the pictures of parts from consecutive pieces of a source, each piece once.
+
+    One row in: the entries and the parts. A row out for each part: its pictures' bytes and captions.
     """
 
-    def __init__(self, model: ModelConfig, num_threads: int) -> None:
+    readers: list[Source]
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        entries: dict[int, Entry] = row["entries"]
+        parts: list[PlannedPart] = row["parts"]
+        wanted: dict[int, set[int]] = {number: set() for number in entries}
+        waiting: dict[tuple[int, int], list[int]] = {}  # (entry, row) -> the parts that need it
+        missing = []
+        for index, part in enumerate(parts):
+            needed = set(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
+            missing.append(len(needed))
+            for entry, number in needed:
+                wanted[entry].add(number)
+                waiting.setdefault((entry, number), []).append(index)
+        collected: list[dict[tuple[int, int], Any]] = [{} for _ in parts]
+        for entry, found in entries.items():
+            for sample in self.readers[found.source].read(found.piece, wanted[entry]):
+                if sample.problem:
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read a moment ago)")
+                for index in waiting[entry, sample.row]:
+                    collected[index][entry, sample.row] = sample
+                    if len(collected[index]) == missing[index]:
+                        yield _gathered(parts[index], collected[index])
+                        collected[index] = {}
+
+
+def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    """A part with the bytes and captions of its rows; variants of a picture share its bytes."""
+    places = list(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
+    different = {place: number for number, place in enumerate(dict.fromkeys(places))}
+    return {
+        "part": part,
+        "data": [samples[place].data for place in different],
+        "text": [samples[place].text for place in different],
+        "name": [samples[place].name for place in different],
+        "picture": [different[place] for place in places],
+    }
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Adds pixels to a gathered part: each row fitted to the part's bucket, training rows augmented."""
+
+    config: Config
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part: PlannedPart = row["part"]
+        width, height = part.bucket
+        pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
+        conditioning, pngs = [], []
+        of, digest, picture = -1, "", None
+        for number, index in enumerate(row["picture"]):
+            if of != index:  # variants of a picture follow each other
+                of, data = index, row["data"][index]
+                digest, picture = content_digest(data), self.open(data, part.bucket)
+            assert picture is not None
+            if digest != part.digests[number]:
+                raise ChangedFile(f"{row['name'][index]}: changed while it was being prepared; run again")
+            fitted = self.fit(picture, part.split, part.bucket, digest, int(part.variants[number]))
+            pixels[number] = fitted.pixels
+            conditioning.append([*fitted.original_size, *fitted.crop, *fitted.target_size])
+            plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
+            pngs.append(b"" if plain is None else encode_png(plain))
+        return {
+            "part": part,
+            "text": [row["text"][index] for index in row["picture"]],
+            "pixels": pixels.tobytes(),
+            "image": pngs,
+            "conditioning": conditioning,
+        }
+
+    def open(self, data: bytes, bucket: Size) -> Picture:
+        """A picture, a large JPEG at a half, a quarter or an eighth of its size: that is much faster, and
+        twice the size it is fitted to leaves the last halving to the better filter."""
+        config = self.config.data
+        limit = config.cleaning.max_pixels
+        return read_picture(data, background=config.background, max_pixels=limit, at_least=2 * max(bucket))
+
+    def fit(self, picture: Picture, split: str, bucket: Size, digest: str, draw: int) -> Fitted:
+        """One picture at the training size; `draw` is its variant, or the epoch while streaming."""
+        data, original = self.config.data, (picture.width, picture.height)
+        if split != "train" or not data.augmentation.is_active:
+            return fit(picture.image, bucket, original=original)
+        return augment(
+            picture.image,
+            bucket,
+            data.augmentation,
+            row_generator(self.config.seed, digest, draw),
+            original=original,
+        )
+
+
+class EncodeRows:
+    """The encoders on an actor: pixels and captions to tensors as they are stored.
+
+    Args:
+        batch_size: pictures or captions encoded at once.
+        dtype: bf16 or fp32, of latents and embeddings.
+    """
+
+    def __init__(self, model: ModelConfig, batch_size: int, dtype: str, num_threads: int) -> None:
         import torch
 
-        from ray_jobs.diffusion.loading import load_pipeline
+        from ray_jobs.diffusion.encoders import Encoders
 
         torch.set_num_threads(num_threads)
-        pipeline = load_pipeline(resolve_path(model.base), revision=model.revision)
-        self.autoencoder, self.tokenizer = pipeline.vae, pipeline.tokenizer
-        self.text_encoder = pipeline.text_encoder
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.autoencoder.to(self.device)
-        self.text_encoder.to(self.device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoders = Encoders(resolve_path(model.base), revision=model.revision, device=device)
+        self.batch_size = batch_size
+        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
+        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, the captions' forms."""
         import torch
 
-        from ray_jobs.diffusion.loading import embed_tokens, tokenize
-
-        pixels = torch.from_numpy(np.stack(list(batch.pop("pixels")))).to(self.device)
-        with torch.no_grad():
-            posterior = self.autoencoder.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            latents = posterior.latent_dist.mean * self.autoencoder.config.scaling_factor
-        input_ids = tokenize(self.tokenizer, [str(text) for text in batch["text"]])
-        embeds = embed_tokens(self.text_encoder, input_ids)
-        return batch | {
-            "latents": latents.half().cpu().numpy(),
-            "input_ids": input_ids.int().numpy(),
-            "prompt_embeds": embeds.half().cpu().numpy(),
+        size = self.batch_size
+        posteriors = [
+            self.encoders.encode_pictures(pixels[i : i + size]) for i in range(0, len(pixels), size)
+        ]
+        different = list(dict.fromkeys(captions))
+        forms = [
+            self.encoders.encode_captions(different[i : i + size]) for i in range(0, len(different), size)
+        ]
+        places = torch.tensor([different.index(caption) for caption in captions])
+        tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
+        tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
+        tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
+        return {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in sorted(tensors.items())
         }
+
+
+class EncodePart(EncodeRows):
+    """An actor that encodes decoded parts and writes their files."""
+
+    def __init__(self, cache: Storage, config: Config, reuse: dict[bytes, tuple[str, int]]) -> None:
+        data = config.data
+        super().__init__(
+            config.model, data.encode_batch_size, data.encode_dtype, config.train.cpus_per_worker
+        )
+        self.cache, self.reuse = cache, reuse
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part: PlannedPart = row["part"]
+        width, height = part.bucket
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
+        new = [n for n, key in enumerate(part.keys) if key not in self.reuse]
+        table = self._copied(part)
+        if new:
+            encoded = self._table(part, row, pixels, new)
+            table = pa.concat_tables([encoded, *([table] if table else [])])
+        assert table is not None
+        order = {key: n for n, key in enumerate(table["key"].to_pylist())}
+        table = table.take([order[key] for key in part.keys]).combine_chunks()
+        buffer = io.BytesIO()
+        # Latents and embeddings hardly compress; uncompressed they are read without a copy.
+        pq.write_table(table, buffer, compression="none", use_dictionary=False, row_group_size=len(table))
+        self.cache.write_bytes(part.file, buffer.getvalue())
+        return {"rows": len(part.keys), "encoded": len(new)}
+
+    def _table(
+        self, part: PlannedPart, row: dict[str, Any], pixels: np.ndarray, chosen: list[int]
+    ) -> pa.Table:
+        """The chosen rows of a part, encoded."""
+        texts = [str(row["text"][n]) for n in chosen]
+        columns = [
+            (pa.field("key", pa.binary(16)), pa.array([part.keys[n] for n in chosen], pa.binary(16))),
+            (pa.field("digest", pa.string()), pa.array([part.digests[n] for n in chosen])),
+            (pa.field("text", pa.string()), pa.array(texts)),
+            (pa.field("image", pa.binary()), pa.array([row["image"][n] for n in chosen], pa.binary())),
+        ]
+        conditioning = np.array([row["conditioning"][n] for n in chosen], np.int32)
+        metadata = {"names": json.dumps(CONDITIONING)}
+        kind = pa.list_(pa.int32(), len(CONDITIONING))
+        columns.append(
+            (
+                pa.field("conditioning", kind, metadata=metadata),
+                pa.FixedSizeListArray.from_arrays(pa.array(conditioning.ravel()), len(CONDITIONING)),
+            )
+        )
+        columns += [tensor_column(name, t) for name, t in self.encode(pixels[chosen], texts).items()]
+        return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
+
+    def _copied(self, part: PlannedPart) -> pa.Table | None:
+        """The rows of a part that lie in other files of the cache."""
+        places: dict[str, list[int]] = {}
+        for key in part.keys:
+            if key in self.reuse:
+                file, number = self.reuse[key]
+                places.setdefault(file, []).append(number)
+        tables = [
+            pq.read_table(io.BytesIO(self.cache.read_bytes(file))).take(numbers)
+            for file, numbers in places.items()
+        ]
+        return pa.concat_tables(tables) if tables else None
+
+
+def encode_parts(
+    config: Config,
+    sources: Sequence[Source],
+    entries: Sequence[Entry],
+    parts: Sequence[PlannedPart],
+    cache: Storage,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write the parts that the cache lacks; returns how many rows had to be encoded.
+
+    Args:
+        progress: is told rows done and rows to do, after each part.
+    """
+    import ray.data
+
+    present = set(cache.files())
+    missing = [part for part in parts if part.file not in present]
+    if not missing:
+        return 0
+    reuse = known_rows(cache, present - {part.file for part in parts}, missing)
+    items: dict[int, dict[str, Any]] = {}
+    for part in missing:
+        item = items.setdefault(part.chunk, {"entries": {}, "parts": []})
+        item["parts"].append(part)
+        item["entries"] |= {int(n): entries[n] for n in np.unique(part.entries)}
+    for item in items.values():
+        item["entries"] = dict(sorted(item["entries"].items()))
+    train = config.train
+    use_gpu = train.use_gpu
+    written = (
+        ray.data.from_items(list(items.values()), override_num_blocks=len(items))
+        # Reading waits for disks and networks. Other resources than decoding's keep the two apart, so that
+        # the pictures of one source are decoded on many CPUs.
+        .flat_map(Gather([source.reader() for source in sources]), num_cpus=0.5)
+        .map(Decode(config), num_cpus=1)
+        .map(
+            EncodePart,
+            fn_constructor_args=(cache, config, reuse),
+            compute=ray.data.ActorPoolStrategy(size=config.data.encode_workers),
+            num_cpus=train.cpus_per_worker,
+            num_gpus=1 if use_gpu else 0,
+        )
+    )
+    done, encoded, whole = 0, 0, sum(len(part.rows) for part in missing)
+    for row in written.iter_rows():
+        done, encoded = done + row["rows"], encoded + row["encoded"]
+        progress(done, whole)
+    return encoded
+
+
+def known_rows(
+    cache: Storage, files: set[str], missing: Sequence[PlannedPart]
+) -> dict[bytes, tuple[str, int]]:
+    """Where rows of the missing parts lie in other files of the cache: key to (file, row in it)."""
+    needed = {key for part in missing for key in part.keys}
+
+    def read(file: str) -> list[bytes]:
+        with cache.open_input(file) as opened:
+            return list(pq.read_table(opened, columns=["key"])["key"].to_pylist())
+
+    found: dict[bytes, tuple[str, int]] = {}
+    ordered = sorted(name for name in files if name.endswith(".parquet"))
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for file, keys in zip(ordered, pool.map(read, ordered), strict=True):
+            found |= {key: (file, number) for number, key in enumerate(keys) if key in needed}
+    return found

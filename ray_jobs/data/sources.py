@@ -1,66 +1,100 @@
-"""Where pictures and captions come from: today the ImageFolder convention, local or in a bucket."""
+"""Opening a source: what kind of place it is, is seen from what it holds.
 
-import hashlib
-import json
-from dataclasses import dataclass
-from typing import Any
+Opening reads names and captions, or the footers of Parquet files, never a picture.
+"""
 
-import pyarrow.fs
+import os
+import posixpath
+
+from pyarrow import fs
 
 from cluster.storage import Storage
-from ray_jobs.config import ConfigError, resolve_path
+from ray_jobs.config import ConfigError, SourceConfig, resolve_path
+from ray_jobs.data import folders, parquet, shards
+from ray_jobs.data.samples import PICTURE_SUFFIXES, Listing, Piece, Sample, Source, Stamp, file_stamp
 
-FIELDS = ("file_name", "text")
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder of images and `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
-
-    storage: Storage
-    rows: list[dict[str, str]]
-    digest: str  # of the captions and of every file's name, size and time of change
-
-    @classmethod
-    def open(cls, source: str) -> "ImageFolder":
-        """Read the captions; the images themselves stay where they are.
-
-        Raises:
-            ConfigError: the folder or its captions are missing, or a line has a wrong field.
-        """
-        storage = Storage.open(resolve_path(source))
-        if storage.filesystem.get_file_info(storage.path).type != pyarrow.fs.FileType.Directory:
-            raise ConfigError(
-                f"data.source: {source}: no such folder; name one with images and metadata.jsonl"
-            )
-        if not storage.exists("metadata.jsonl"):
-            raise ConfigError(
-                f"{source}: has no metadata.jsonl; write one line a picture: "
-                '{"file_name": "cat.png", "text": "a cat"}'
-            )
-        text = storage.read_text("metadata.jsonl")
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        rows = [_parse(f"{source}/metadata.jsonl: line {number}", line) for number, line in lines]
-        if not rows:
-            raise ConfigError(f"{source}/metadata.jsonl: has no lines; write one a picture")
-        listing = storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path, recursive=True))
-        files = sorted((info.path, info.size, info.mtime_ns) for info in listing)
-        return cls(storage, rows, hashlib.sha256(f"{text}{files}".encode()).hexdigest())
+__all__ = ["Piece", "Sample", "Source", "list_files", "open_source"]
 
 
-def _parse(where: str, line: str) -> dict[str, str]:
+def open_source(config: SourceConfig, stratify: str | None) -> Source:
+    """Find out what kind of source lies at `config.path`, and list its pieces.
+
+    Args:
+        config: a local path, s3:// or gs://, of a folder or of one .parquet or .tar file.
+        stratify: the column whose value becomes a sample's `stratum`.
+
+    Raises:
+        ConfigError: there is nothing, or nothing that can be read; names the path, the file and the fix.
+    """
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f'{where}: not an object; write {{"file_name": ..., "text": ...}}')
-    for field in FIELDS:
-        if field not in row:
-            found = ", ".join(row) or "nothing"
-            raise ConfigError(
-                f"{where}: field {field!r} is missing (found: {found}); name the fields file_name and text"
-            )
-        if not isinstance(row[field], str):
-            raise ConfigError(f"{where}: field {field!r} must be text, not {row[field]!r}")
-    return {field: row[field] for field in FIELDS}
+        listing = list_files(config.path)
+        files = listing.files
+        metadata = [name for name in ("metadata.jsonl", "metadata.csv") if name in files]
+        tables, tars = listing.ending(".parquet"), listing.ending(".tar")
+        if len(metadata) > 1 or (tables and tars):
+            both = metadata if len(metadata) > 1 else [tables[0], tars[0]]
+            raise ConfigError(f"{config.path}: has {both[0]} and {both[1]}; remove one of them")
+        if "dataset_info.json" in files:
+            return folders.open_dreambooth(listing, stratify)
+        if metadata:
+            return folders.open_image_folder(listing, metadata[0], stratify)
+        if tables:
+            return parquet.open_parquet(listing, tables, config, stratify)
+        if tars:
+            return shards.open_tars(listing, tars, config, stratify)
+        if any(posixpath.splitext(name)[0] + ".txt" in files for name in listing.ending(*PICTURE_SUFFIXES)):
+            return folders.open_caption_files(listing, stratify)
+    except OSError as error:
+        raise ConfigError(f"data.source: {config.path}: cannot be read: {error}") from None
+    raise ConfigError(
+        f"{config.path}: has no metadata.jsonl or metadata.csv, no dataset_info.json, no *.parquet, "
+        "no *.tar, and no picture with a .txt of the same name; write a metadata.jsonl with one line "
+        'a picture: {"file_name": "cat.png", "text": "a cat"}'
+    )
+
+
+def list_files(path: str) -> Listing:
+    """All files below a folder, or the one .parquet or .tar file that `path` names.
+
+    Raises:
+        ConfigError: there is no such folder or file.
+        OSError: it cannot be read.
+    """
+    storage = Storage.open(resolve_path(path))
+    filesystem, root = storage.filesystem, storage.path.rstrip("/")
+    found = filesystem.get_file_info(root)
+    if found.type == fs.FileType.File and root.lower().endswith((".parquet", ".tar")):
+        folder, name = posixpath.split(root)
+        return Listing(path, filesystem, folder, {name: (found.size, found.mtime_ns)})
+    if found.type != fs.FileType.Directory:
+        raise ConfigError(
+            f"data.source: {path}: no such folder; name one with pictures and metadata.jsonl, "
+            "or with .parquet or .tar files, or one such file"
+        )
+    if storage.is_local:
+        return Listing(path, filesystem, root, _local_files(root))
+    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    files = {
+        info.path[len(root) + 1 :]: (info.size, info.mtime_ns)
+        for info in infos
+        if info.type == fs.FileType.File
+    }
+    return Listing(path, filesystem, root, files)
+
+
+def _local_files(root: str) -> dict[str, Stamp]:
+    """Regular files, and links to such. Links to folders are not followed: they can lead in circles.
+
+    FileSelector does follow them, up to the system's limit of 40, for every such link.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = {}
+    for folder, _, names in os.walk(root, onerror=fail):
+        for name in names:
+            stamp = file_stamp(os.path.join(folder, name))
+            if stamp:
+                files[os.path.relpath(folder, root) + "/" + name if folder != root else name] = stamp
+    return files

@@ -1,85 +1,292 @@
-"""Stream encoded rows to the training workers: shuffled, repeated, reproducible."""
+"""Stream training rows to the workers: shuffled, endless, in one order whatever the number of workers.
 
-import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+Rank 0 starts one Ray Data execution, at the step that training goes on from, and hands every rank its end
+of the stream. Tasks each produce a window of `order.Order`; the blocks they yield belong to ranks 0, 1, ...
+in turn, and with `preserve_order` Ray deals them in that turn. Each carries its step and rank, and a rank
+that gets another's fails rather than trains on it.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.dataset
+import pyarrow.parquet as pq
 
 from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.encoding import ChangedFile, Decode, EncodeRows
+from ray_jobs.data.order import Order, Part, Step
+from ray_jobs.data.plan import PlannedPart
+from ray_jobs.data.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.sources import Source
+from ray_jobs.data.splits import content_digest
+from ray_jobs.data.tensors import as_torch, read_tensors
 
 if TYPE_CHECKING:
-    import ray.data
+    import torch
 
-# Up to this many rows one task reads the split and repeats it in memory, a fresh permutation an epoch.
-# Starting a Ray Data execution for every epoch would cost a second or two each, and Ray's Parquet reader
-# starts actors to look at the files first: for a few hundred pictures, longer than training on them.
-ROWS_HELD_BY_ONE_TASK = 65_536
-# What that task yields in one pass. It has to fit into the executor's output budget: an executor that
-# waits for its consumers polls without a pause, which costs the better part of a core (Ray 2.60).
-BYTES_A_PASS = 64 << 20
+# Steps are sent together until they have this many bytes a rank: a block costs a millisecond or two,
+# however small it is.
+BYTES_A_BLOCK = 1 << 20
+PREFETCHED_BLOCKS = 4
 
 
-def training_stream(
-    dataset: Storage, *, num_rows: int, rows_needed: int, columns: list[str], seed: int
-) -> "ray.data.Dataset":
-    """One pass over the training split as a stream; the loop asks for another pass at its end.
+@dataclass(frozen=True)
+class Live:
+    """What encodes training rows while they are streamed (`data.encode: stream`)."""
 
-    A small split arrives as many times as `rows_needed` asks for and `BYTES_A_PASS` allows, each time
-    in another order; a large one once, file by file in shuffled order.
+    readers: list[Source]
+    entries: Sequence[Entry]
+    parts: Sequence[PlannedPart]
 
-    Args:
-        dataset: the folder that prepare wrote.
-        num_rows: of the training split.
-        rows_needed: that all workers together will consume.
-        columns: to read, tensors; the others are never touched.
-        seed: of the order.
+    @staticmethod
+    def share(readers: list[Source], entries: Sequence[Entry], parts: Sequence[PlannedPart]) -> Any:
+        """A reference that every node can resolve."""
+        import ray
+
+        return ray.put(Live(readers, entries, parts))
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What makes the order, and how it is cut.
+
+    Attributes:
+        rows_a_step: of all ranks together.
+        world_size: number of ranks; each gets an equal, consecutive part of a step's rows.
+        columns: tensors that training needs.
     """
-    import ray.data
 
-    folder = f"{dataset.path}/split=train"
-    if num_rows > ROWS_HELD_BY_ONE_TASK:
-        order = ray.data.FileShuffleConfig(seed=seed)
-        return ray.data.read_parquet(folder, filesystem=dataset.filesystem, columns=columns, shuffle=order)
-    # One more epoch covers what equal splitting drops.
-    epochs = math.ceil(rows_needed / num_rows) + 1
+    config: Config
+    rows_a_step: int
+    world_size: int
+    columns: tuple[str, ...]
 
-    def repeat(_: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        rows = read_tensors(dataset, "train", columns)
-        fitting = BYTES_A_PASS // sum(values.nbytes for values in rows.values())
-        return permuted_epochs(rows, epochs=max(1, min(epochs, fitting)), seed=seed)
+    def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
+        """The order of the rows of some parts."""
+        data = self.config.data
+        weights = {number: each.weight for number, each in enumerate(data.sources) if each.weight}
+        return Order(
+            [Part(part["rows"], part["bucket"], part["source"]) for part in records],
+            batch_size=self.rows_a_step,
+            window_rows=(data.shuffle_mb << 20) // row_bytes,
+            seed=self.config.seed,
+            weights=weights,
+        )
 
-    return ray.data.range(1, override_num_blocks=1).map_batches(repeat, batch_size=None)
+
+def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
+    """Start the stream of the steps `first_step` to `last_step`; returns a Ray Data iterator a rank.
+
+    Raises:
+        ValueError: the rows of a step cannot be dealt equally to the ranks.
+    """
+    if settings.rows_a_step % settings.world_size:
+        raise ValueError(
+            f"train.batch_size: {settings.rows_a_step} rows a step cannot be dealt to "
+            f"{settings.world_size} workers"
+        )
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    options = context.execution_options
+    options.preserve_order = True
+    train = settings.config.train
+    taken = settings.world_size * train.cpus_per_worker
+    options.exclude_resources = options.exclude_resources.copy(
+        cpu=taken, gpu=settings.world_size if train.use_gpu else 0
+    )
+    context.enable_progress_bars = False
+    stream = _live(dataset, settings, first_step, last_step) if dataset.live is not None else None
+    if stream is None:
+        stream = _cached(dataset, settings, first_step, last_step)
+    # A block ends when it has this many bytes: after each row, which holds what one rank gets.
+    stream.context.target_max_block_size = 1
+    return list(stream.streaming_split(settings.world_size, equal=True))
 
 
-def stored_split(dataset: Storage, split: str) -> pyarrow.dataset.Dataset:
-    """The Parquet files that prepare wrote for a split; nothing is read yet."""
-    return pyarrow.dataset.dataset(
-        f"{dataset.path}/split={split}", filesystem=dataset.filesystem, format="parquet"
+def batches(
+    iterator: Any, settings: StreamSettings, *, rank: int, first_step: int
+) -> Iterator[dict[str, "torch.Tensor"]]:
+    """This rank's rows of each step, from `first_step` on: tensors by column, N x ..."""
+    from safetensors.numpy import load
+
+    step = first_step
+    for block in iterator.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+    ):
+        for row in block.to_pylist():
+            for number, content in zip(row["steps"], row["contents"], strict=True):
+                if (number, row["rank"]) != (step, rank):
+                    raise RuntimeError(
+                        f"the stream is out of order: rank {rank} at step {step} got rank {row['rank']}'s"
+                        f" rows of step {number}"
+                    )
+                yield {name: as_torch(values) for name, values in load(content).items()}
+                step += 1
+
+
+def _windows(order: Order, first_step: int, last_step: int) -> Any:
+    """A Ray data set of the windows to produce, one a row."""
+    import ray
+
+    items = [{"window": window} for window in order.windows(first_step, last_step)]
+    return ray.data.from_items(items, override_num_blocks=len(items))
+
+
+def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+    records = dataset.parts("train")
+    with dataset.cache.open_input(records[0]["file"]) as file:
+        schema = pq.read_schema(file)
+    row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
+    order = settings.order(records, row_bytes)
+    files = [part["file"] for part in records]
+    read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, row_bytes)
+    return _windows(order, first_step, last_step).flat_map(read)
+
+
+@dataclass(frozen=True)
+class ReadWindow:
+    """Reads the parts of a window and deals its rows: a row out for each rank and run of steps."""
+
+    cache: Storage
+    files: list[str]
+    order: Order
+    columns: tuple[str, ...]
+    world_size: int
+    row_bytes: int
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        from safetensors.numpy import save
+
+        steps = self.order.steps(row["window"])
+        numbers = np.unique(np.concatenate([step.rows[:, 0] for step in steps]))
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            read = dict(zip(numbers.tolist(), pool.map(self._read, numbers), strict=True))
+        share = self.order.batch_size // self.world_size
+        together = max(1, BYTES_A_BLOCK // (share * self.row_bytes))
+        for start in range(0, len(steps), together):
+            run = steps[start : start + together]
+            for rank in range(self.world_size):
+                mine = slice(rank * share, (rank + 1) * share)
+                contents = [save(self._take(read, step.rows[mine])) for step in run]
+                yield {"rank": rank, "steps": [step.step for step in run], "contents": contents}
+
+    def _read(self, part: int) -> dict[str, np.ndarray]:
+        with self.cache.open_input(self.files[part]) as file:
+            table = pq.read_table(file, columns=list(self.columns))
+        return read_tensors(table, list(self.columns))
+
+    def _take(self, read: dict[int, dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: np.stack([read[part][name][row] for part, row in rows.tolist()]) for name in self.columns
+        }
+
+
+def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+    import ray
+
+    live: Live = ray.get(dataset.live)
+    config, data = settings.config, settings.config.data
+    # A window holds files; what a picture takes when it is decoded is a safe guess of their size.
+    order = settings.order([part.record() for part in live.parts], 3 * data.resolution**2)
+    return (
+        _windows(order, first_step, last_step)
+        .flat_map(GatherWindow(live, order, settings.world_size), num_cpus=0.5)
+        .map(DecodeBatch(config), num_cpus=1)
+        .map(
+            EncodeBatch,
+            fn_constructor_args=(config, settings.columns),
+            compute=ray.data.ActorPoolStrategy(size=data.encode_workers),
+            num_cpus=config.train.cpus_per_worker,
+            num_gpus=1 if config.train.use_gpu else 0,
+        )
     )
 
 
-def read_tensors(dataset: Storage, split: str, columns: list[str]) -> dict[str, np.ndarray]:
-    """Tensor columns of a whole split, in the order of the rows' digests, not of the files."""
-    import ray.data  # noqa: F401  registers the type of tensor columns with Arrow
+@dataclass(frozen=True)
+class GatherWindow:
+    """Reads the picture files of a window and deals them: a row out for each step and rank."""
 
-    table = stored_split(dataset, split).to_table(columns=[*columns, "digest", "text"])
-    order = np.lexsort((table["text"].to_numpy(), table["digest"].to_numpy()))
-    return {
-        name: np.concatenate(
-            [np.asarray(chunk.to_numpy(zero_copy_only=False)) for chunk in table[name].chunks]
-        )[order]
-        for name in columns
-    }
+    live: Live
+    order: Order
+    world_size: int
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        steps = self.order.steps(row["window"])
+        wanted: dict[int, set[int]] = {}
+        for number, index in np.unique(np.concatenate([step.rows for step in steps]), axis=0).tolist():
+            part = self.live.parts[number]
+            wanted.setdefault(int(part.entries[index]), set()).add(int(part.rows[index]))
+        samples = {}
+        for number, rows in sorted(wanted.items()):
+            entry = self.live.entries[number]
+            for sample in self.live.readers[entry.source].read(entry.piece, rows):
+                if sample.problem:
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read before)")
+                samples[number, sample.row] = sample
+        share = self.order.batch_size // self.world_size
+        for step in steps:
+            for rank in range(self.world_size):
+                yield self._dealt(step, rank, step.rows[rank * share : (rank + 1) * share], samples)
+
+    def _dealt(
+        self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Any]
+    ) -> dict[str, Any]:
+        found, digests = [], []
+        for number, index in rows.tolist():
+            part = self.live.parts[number]
+            found.append(samples[int(part.entries[index]), int(part.rows[index])])
+            digests.append(part.digests[index])
+        return {
+            "rank": rank,
+            "step": step.step,
+            "epoch": step.epoch,
+            "bucket": step.bucket,
+            "data": [sample.data for sample in found],
+            "text": [sample.text for sample in found],
+            "name": [sample.name for sample in found],
+            "digest": digests,
+        }
 
 
-def permuted_epochs(
-    rows: dict[str, np.ndarray], *, epochs: int, seed: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield `rows` `epochs` times, each time in another order."""
-    generator = np.random.default_rng(seed)
-    count = len(next(iter(rows.values())))
-    for _ in range(epochs):
-        order = generator.permutation(count)
-        yield {name: values[order] for name, values in rows.items()}
+class DecodeBatch(Decode):
+    """Adds pixels to a gathered batch, augmented anew in each epoch."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        width, height = (int(side) for side in row["bucket"].split("x"))
+        pixels = []
+        for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):
+            if content_digest(data) != digest:
+                raise ChangedFile(f"{name}: changed since it was prepared; run again")
+            picture = self.open(data, (width, height))
+            pixels.append(self.fit(picture, "train", (width, height), digest, row["epoch"]).pixels)
+        return row | {"pixels": np.stack(pixels).tobytes()}
+
+
+class EncodeBatch(EncodeRows):
+    """An actor that encodes decoded batches to what `ReadWindow` yields."""
+
+    def __init__(self, config: Config, columns: tuple[str, ...]) -> None:
+        data = config.data
+        super().__init__(
+            config.model, data.encode_batch_size, data.encode_dtype, config.train.cpus_per_worker
+        )
+        self.columns = columns
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import torch
+        from safetensors.numpy import save
+
+        width, height = (int(side) for side in row["bucket"].split("x"))
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
+        tensors = self.encode(pixels, [str(text) for text in row["text"]])
+        plain = {
+            name: (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+            for name, t in tensors.items()
+            if name in self.columns
+        }
+        return {"rank": row["rank"], "steps": [row["step"]], "contents": [save(plain)]}

@@ -19,6 +19,20 @@ def alphas_cumprod(scheduler_config: dict[str, Any]) -> torch.Tensor:
     return DDPMScheduler.from_config(scheduler_config).alphas_cumprod
 
 
+def sample_posterior(
+    mean: torch.Tensor, logvar: torch.Tensor, autoencoder: Any, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw latents from the autoencoder's posterior (Kingma & Welling, arXiv 1312.6114, section 2.4), scaled
+    as the denoiser takes them (Rombach et al., arXiv 2112.10752, appendix G).
+
+    Args:
+        mean, logvar: float32, N x C x H x W.
+        autoencoder: its configuration, with `scaling_factor` and perhaps `shift_factor`.
+    """
+    drawn = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+    return (drawn - (autoencoder.get("shift_factor") or 0.0)) * autoencoder["scaling_factor"]
+
+
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, signal_variance: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4).
 

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from ray_jobs.config import Config, resolve_path
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
+from ray_jobs.diffusion.objectives import sample_posterior
 from ray_jobs.progress import TrainingProgress
 from ray_jobs.training.checkpoint import load_checkpoint, save_checkpoint
 from ray_jobs.training.engine import build_engine, gathered
@@ -23,14 +26,25 @@ class LoopSettings:
     """What the driver hands to every worker; plain values and handles."""
 
     config: Config
+    dataset: Dataset
     trial_id: str
     ladder: list[int]
     board: Any = None  # handle of a ProgressBoard
 
+    @property
+    def caption_column(self) -> str:
+        """Which form of the captions is streamed: tokens where the text encoder is trained."""
+        return "input_ids" if self.config.train.train_text_encoder else "prompt_embeds"
 
-def caption_column(config: Config) -> str:
-    """Which form of the captions is streamed: tokens where the text encoder is trained."""
-    return "input_ids" if config.train.train_text_encoder else "prompt_embeds"
+    def stream(self, world_size: int) -> StreamSettings:
+        """What a step consists of."""
+        train = self.config.train
+        return StreamSettings(
+            self.config,
+            rows_a_step=train.batch_size * train.gradient_accumulation * world_size,
+            world_size=world_size,
+            columns=("latents_mean", "latents_logvar", self.caption_column),
+        )
 
 
 def null_caption(config: Config, pipeline: Any) -> torch.Tensor:
@@ -39,8 +53,8 @@ def null_caption(config: Config, pipeline: Any) -> torch.Tensor:
 
     input_ids = tokenize(pipeline.tokenizer, [""])
     if config.train.train_text_encoder:
-        return input_ids.int()
-    return embed_tokens(pipeline.text_encoder, input_ids).half().cpu()
+        return input_ids
+    return embed_tokens(pipeline.text_encoder, input_ids).float().cpu()
 
 
 def train_worker(loop: dict[str, LoopSettings]) -> None:
@@ -57,11 +71,11 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     checkpoint = ray.train.get_checkpoint()
     done = load_checkpoint(checkpoint, engine, ema) if checkpoint else 0
 
-    source = NoiseSource(config, null_caption(config, pipeline), context.get_world_rank(), model)
-    batches = source.batches(ray.train.get_dataset_shard("train"), first_step=done)
+    source = NoiseSource(settings, pipeline, context.get_world_rank(), model)
+    stream = stream_of_rank(settings, first_step=done + 1)
     meter = Meter(settings, context.get_world_size())
     for step in range(done + 1, settings.ladder[-1] + 1):
-        meter.add(_step(engine, source, batches, step))
+        meter.add(_step(engine, source, next(stream), step))
         if ema:
             with gathered((p for _, p in model.trained()), config.train.zero_stage):
                 ema.update(model.trained(), step)
@@ -98,11 +112,31 @@ def _whole(model: FineTuning, config: Config) -> list[tuple[str, torch.Tensor]]:
         return [(name, value.detach().clone()) for name, value in model.trained()]
 
 
-def _step(engine: Any, source: "NoiseSource", batches: Iterator[dict[str, Any]], step: int) -> float:
+def stream_of_rank(settings: LoopSettings, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's rows of each step from `first_step` on; all ranks call it."""
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context, last_step = ray.train.get_context(), settings.ladder[-1]
+    rank, stream = context.get_world_rank(), settings.stream(context.get_world_size())
+    if first_step > last_step:
+        return iter(())
+    ends = None
+    if rank == 0:
+        # By reference: what is broadcast has to be small.
+        ends = [ray.put(split_stream(settings.dataset, stream, first_step=first_step, last_step=last_step))]
+    [reference] = broadcast_from_rank_zero(ends)
+    return batches(ray.get(reference)[rank], stream, rank=rank, first_step=first_step)
+
+
+def _step(engine: Any, source: "NoiseSource", rows: dict[str, torch.Tensor], step: int) -> float:
     """One optimizer step over its micro batches; returns their mean loss on this rank."""
     losses = []
-    for micro in range(engine.gradient_accumulation_steps()):
-        latents, captions, noise, timesteps = source.draw(next(batches), step, micro)
+    micro_batches = engine.gradient_accumulation_steps()
+    for micro in range(micro_batches):
+        batch = {name: tensor.chunk(micro_batches)[micro] for name, tensor in rows.items()}
+        latents, captions, noise, timesteps = source.draw(batch, step, micro)
         loss = engine(latents, captions, noise, timesteps)
         engine.backward(loss)
         engine.step()
@@ -111,33 +145,17 @@ def _step(engine: Any, source: "NoiseSource", batches: Iterator[dict[str, Any]],
 
 
 class NoiseSource:
-    """Batches of rows, and the randomness of a step.
+    """The randomness of a step.
 
-    Noise, timesteps and dropped captions are drawn from a generator seeded by (run, rank, step), so
+    Latents, noise, timesteps and dropped captions are drawn from a generator seeded by (run, rank, step), so
     that a resumed run draws what an uninterrupted one would have.
     """
 
-    def __init__(self, config: Config, null: torch.Tensor, rank: int, model: FineTuning) -> None:
-        self.config, self.rank, self.null = config, rank, null
+    def __init__(self, settings: LoopSettings, pipeline: Any, rank: int, model: FineTuning) -> None:
+        self.config, self.column, self.rank = settings.config, settings.caption_column, rank
+        self.null = null_caption(self.config, pipeline)
+        self.autoencoder = pipeline.vae.config
         self.num_timesteps, self.device = len(model.schedule), model.schedule.device
-        self.column = caption_column(config)
-
-    def batches(self, shard: Any, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of this worker's shard for ever, without those of the first `first_step` steps."""
-        train = self.config.train
-        to_skip, num_pass = first_step * train.gradient_accumulation, 0
-        while True:
-            for batch in shard.iter_torch_batches(
-                batch_size=train.batch_size,
-                drop_last=True,
-                local_shuffle_buffer_size=8 * train.batch_size if num_pass else None,
-                local_shuffle_seed=self.config.seed + num_pass,
-            ):
-                if to_skip > 0:
-                    to_skip -= 1
-                    continue
-                yield batch
-            num_pass += 1
 
     def draw(
         self, batch: dict[str, torch.Tensor], step: int, micro: int
@@ -145,13 +163,14 @@ class NoiseSource:
         """Latents, captions (some dropped), noise and timesteps of a micro batch, on the device."""
         entropy = np.random.SeedSequence([self.config.seed, self.rank, step, micro])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        latents = batch["latents"].float()
+        mean, logvar = batch["latents_mean"].float(), batch["latents_logvar"].float()
+        latents = sample_posterior(mean, logvar, self.autoencoder, generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(self.num_timesteps, (len(latents),), generator=generator)
         dropped = torch.rand(len(latents), generator=generator) < self.config.train.caption_dropout
         captions = batch[self.column]
-        captions = torch.where(dropped.reshape(-1, 1, *[1] * (captions.dim() - 2)), self.null, captions)
         captions = captions.float() if captions.is_floating_point() else captions.long()
+        captions = torch.where(dropped.reshape(-1, 1, *[1] * (captions.dim() - 2)), self.null, captions)
         return tuple(t.to(self.device) for t in (latents, captions, noise, timesteps))  # type: ignore[return-value]
 
 

@@ -15,7 +15,7 @@ OURS = ("ray_jobs", "cluster", "serving")
 
 # Earlier ranks know nothing of later ones. A room (a folder) stands for all its modules.
 ORDER = (
-    ("ray_jobs.config",),
+    ("ray_jobs.config", "ray_jobs.dataset_report"),
     ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report"),
     ("cluster",),
     ("ray_jobs.stage", "ray_jobs.registry"),
@@ -127,13 +127,15 @@ def test_the_core_is_pure(room: str) -> None:
         assert not impure | others, f"{module} imports {sorted(impure | others)}"
 
 
-def test_the_configuration_and_the_report_import_nothing_of_ours() -> None:
+def test_the_configuration_and_the_reports_import_nothing_else_of_ours() -> None:
     assert not ours("ray_jobs.config")
-    assert not ours("ray_jobs.report")
+    assert not ours("ray_jobs.dataset_report")
+    assert ours("ray_jobs.report") == {"ray_jobs.dataset_report"}
 
 
-def test_the_report_knows_no_ray() -> None:
-    assert not [name for name in IMPORTS["ray_jobs.report"] if name.split(".")[0] in NOT_PURE]
+@pytest.mark.parametrize("report", ["ray_jobs.report", "ray_jobs.dataset_report"])
+def test_the_reports_know_no_ray(report: str) -> None:
+    assert not [name for name in IMPORTS[report] if name.split(".")[0] in NOT_PURE]
 
 
 def test_imports_follow_the_data() -> None:

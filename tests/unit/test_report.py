@@ -30,7 +30,21 @@ WINNER: dict[str, Any] = {
     "num_samples": 96,
     "registry_version": 3,
 }
-MANIFEST = {"train": 1420, "validation": 90, "test": 91, "rejected": {"not an image": 2}, "digest": "9f" * 32}
+MANIFEST: dict[str, Any] = {
+    "train": 1420,
+    "validation": 90,
+    "test": 91,
+    "class": 0,
+    "rejected": {"truncated": 2},
+    "source": [{"name": "pictures", "rows": 1601, "share": 1.0}],
+    "measures": {},
+    "duplicates": {"groups": 0, "pictures": 0, "mode": "drop"},
+    "buckets": {},
+    "folds": [],
+    "held_out": True,
+    "captions": {"different": 1601},
+    "digest": "9f" * 32,
+}
 
 
 def rung(trial: int, rate: float, step: int, fid: float | None) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def test_the_page_shows_every_score_with_its_network_and_sample_count() -> None:
 
 def test_the_page_shows_the_dataset_and_the_configuration() -> None:
     text = Page(report()).text
-    for part in ("1,420", "set aside: not an image", "9f9f9f9f9f9f9f9f", "learning_rates: [1.0e-4]"):
+    for part in ("1,420", "truncated", "9f9f9f9f9f9f9f9f", "learning_rates: [1.0e-4]"):
         assert part in text
 
 

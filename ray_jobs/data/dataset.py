@@ -1,0 +1,90 @@
+"""What prepare leaves behind: the manifest, the list of parts, and the files of the encoding cache."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Storage
+from ray_jobs.data.scan import FILES_AT_ONCE
+
+MANIFEST = "manifest.json"
+PARTS = "parts.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared set.
+
+    Attributes:
+        storage: `<storage>/<run>/dataset`.
+        cache: where the files of its parts lie.
+        manifest: what manifest.json holds.
+        live: with `data.encode: stream`, a reference to what encodes the training rows (`streaming.Live`).
+        without_fold: of cross-validation: the fold that takes the place of validation, else None.
+    """
+
+    storage: Storage
+    cache: Storage
+    manifest: dict[str, Any]
+    live: Any = None
+    without_fold: int | None = None
+
+    @cached_property
+    def all_parts(self) -> list[dict[str, Any]]:
+        """A record a part: split, fold, source, bucket, rows, file."""
+        return list(json.loads(self.storage.read_text(PARTS)))
+
+    def parts(self, split: str) -> list[dict[str, Any]]:
+        """The stored parts of a split. A set of too few pictures has one split, which stands for all."""
+        if split in ("validation", "test") and not self.manifest["held_out"]:
+            split = "train"
+        if split == "train" and self.manifest["encode"] == "stream":
+            split = "floor"  # of training rows only those are stored that scores need
+        if self.without_fold is None or split not in ("train", "validation"):
+            return [part for part in self.all_parts if part["split"] == split]
+        both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
+        return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
+
+    def leave_out(self, fold: int) -> "Dataset":
+        """The set for one round of cross-validation: `fold` of train and validation is what is judged on, the
+        others are trained on.
+
+        Raises:
+            ValueError: `data.folds` made no such fold.
+        """
+        if fold not in range(len(self.manifest["folds"])):
+            raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest['folds'])}")
+        return replace(self, without_fold=fold)
+
+    def num_rows(self, split: str) -> int:
+        """Rows of a split; an augmented picture has one a variant."""
+        return sum(int(part["rows"]) for part in self.parts(split))
+
+    def table(self, split: str, columns: list[str]) -> pa.Table:
+        """Columns of a split's rows."""
+
+        def read(part: dict[str, Any]) -> pa.Table:
+            with self.cache.open_input(part["file"]) as file:
+                return pq.read_table(file, columns=columns)
+
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            return pa.concat_tables(pool.map(read, self.parts(split)))
+
+    def read(self, split: str, columns: list[str], limit: int | None = None) -> list[dict[str, Any]]:
+        """Rows of a split in the order of their digests, so that the first are always the same."""
+        names = list(dict.fromkeys([*columns, "digest", "text"]))
+        kept = self.table(split, names).to_pylist()
+        return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
+
+    def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` different pictures of a split: dicts of `text` and `image` (PNG bytes)."""
+        different: dict[str, dict[str, Any]] = {}
+        for row in self.read(split, ["text", "image"]):
+            if row["image"]:
+                different.setdefault(row["digest"], row)
+        return list(different.values())[:limit]

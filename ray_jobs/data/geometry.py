@@ -1,0 +1,119 @@
+"""Which shape a picture is trained at, and how it is cropped and resized to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ray_jobs.config import ConfigError
+
+Size = tuple[int, int]  # width, height in pixels
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A picture at the training size, with SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
+
+    Attributes:
+        pixels: uint8, height x width x 3.
+        original_size: height, width of the upright picture before anything was done to it.
+        crop: top, left of the crop, in pixels of the resized picture: the whole one at the scale of
+            `pixels`, so that (0, 0) says that nothing is cut off at the top and the left.
+        target_size: height, width of `pixels`.
+    """
+
+    pixels: np.ndarray
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+def bucket_shapes(resolution: int, *, multiple: int, max_aspect_ratio: float) -> list[Size]:
+    """Shapes of nearly one area, from upright to lying: what pictures of any aspect ratio are cropped to.
+
+    A shorter side for each multiple up to `resolution`, with the longer side that brings the area
+    nearest to resolution^2. So an area differs from it by at most multiple / (2 * resolution) of it,
+    and by less for longer shapes: half a multiple times the shorter side.
+
+    Args:
+        resolution: pixels, the side of the square shape.
+        multiple: pixels; every side is divisible by it.
+        max_aspect_ratio: longer side / shorter side of the longest shape, at least 1.
+
+    Returns:
+        Sizes sorted by width / height, the square in the middle; with (w, h) there is (h, w).
+
+    Raises:
+        ConfigError: `resolution` is not divisible by `multiple`.
+    """
+    if resolution % multiple:
+        below = resolution // multiple * multiple
+        fitting = f"{below} or {below + multiple}" if below else f"{multiple}"
+        raise ConfigError(
+            f"data.resolution: {resolution} is not divisible by {multiple}, as data.buckets needs for "
+            f"this model; give {fitting}"
+        )
+    lying: list[Size] = []
+    for short in range(resolution, 0, -multiple):
+        long = multiple * round(resolution**2 / (short * multiple))
+        if long > max_aspect_ratio * short:
+            break
+        lying.append((long, short))
+    return [(short, long) for long, short in reversed(lying[1:])] + lying
+
+
+def nearest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
+    """The shape whose aspect ratio is nearest to that of `size`, by the logarithm; of two the first.
+
+    That is the shape whose largest crop keeps the largest share of the picture.
+    """
+    width, height = size
+
+    def quotient(shape: Size) -> float:
+        """Of the aspect ratios, the larger by the smaller: it grows with the logarithms' difference."""
+        across, down = width * shape[1], height * shape[0]
+        return max(across, down) / min(across, down)
+
+    return min(shapes, key=quotient)
+
+
+def largest_crop(size: Size, target: Size) -> tuple[float, float]:
+    """Width and height, in pixels (not whole ones), of the largest crop with `target`'s aspect ratio."""
+    width, height = size
+    target_width, target_height = target
+    if width * target_height >= height * target_width:
+        return height * target_width / target_height, float(height)
+    return float(width), width * target_height / target_width
+
+
+def fit(image: Image.Image, target: Size, *, original: Size | None = None) -> Fitted:
+    """Resize the largest centred crop of `target`'s aspect ratio, in one resampling (Lanczos).
+
+    Args:
+        image: RGB, upright.
+        target: of the result.
+        original: size of the upright picture where `image` was decoded at a reduced scale.
+    """
+    assert image.mode == "RGB", image.mode
+    crop = largest_crop(image.size, target)
+    left, top = ((image.size[axis] - crop[axis]) / 2 for axis in (0, 1))
+    box = (left, top, left + crop[0], top + crop[1])
+    return Fitted(
+        pixels=np.asarray(image.resize(target, Image.Resampling.LANCZOS, box=box)),
+        original_size=(original or image.size)[::-1],
+        crop=crop_offset((left, top), crop, target),
+        target_size=target[::-1],
+    )
+
+
+def crop_offset(left_top: tuple[float, float], crop: tuple[float, float], target: Size) -> tuple[int, int]:
+    """Top and left of a crop in the resized picture.
+
+    Args:
+        left_top: of the crop, in pixels of the picture before resizing.
+        crop: width and height there.
+        target: width and height that the crop is resized to.
+    """
+    left, top = left_top
+    return round(top * target[1] / crop[1]), round(left * target[0] / crop[0])

@@ -1,0 +1,62 @@
+"""Tensors as columns of Parquet files: fixed-size binary, whose field's metadata names shape and dtype.
+
+Any Parquet reader can make them out, and bfloat16, which Arrow does not know, is kept bit by bit.
+"""
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import torch
+
+# What holds a value's bits in NumPy.
+STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
+
+
+def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array]:
+    """A tensor (N x ...) of a dtype in STORED_AS, a row an element of its first dimension."""
+    import torch
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    assert dtype in STORED_AS, dtype
+    plain = tensor.contiguous().view(torch.uint16) if dtype == "bfloat16" else tensor.contiguous()
+    shape = list(tensor.shape[1:])
+    width = int(np.prod(shape)) * np.dtype(STORED_AS[dtype]).itemsize
+    field = pa.field(name, pa.binary(width), False, {"shape": json.dumps(shape), "dtype": dtype})
+    return field, pa.FixedSizeBinaryArray.from_buffers(
+        field.type, len(tensor), [None, pa.py_buffer(plain.numpy().tobytes())]
+    )
+
+
+def read_tensors(table: pa.Table, names: list[str]) -> dict[str, np.ndarray]:
+    """Tensor columns of a table: N x ... in the dtype of STORED_AS (bfloat16 as its bits, uint16)."""
+    return {name: _read(table, name) for name in names}
+
+
+def _read(table: pa.Table, name: str) -> np.ndarray:
+    metadata = table.schema.field(name).metadata
+    shape, dtype = json.loads(metadata[b"shape"]), STORED_AS[metadata[b"dtype"].decode()]
+    column = table[name].combine_chunks()
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8)[
+            chunk.offset * chunk.type.byte_width : (chunk.offset + len(chunk)) * chunk.type.byte_width
+        ]
+        for chunk in chunks
+    ]
+    return (
+        np.concatenate(parts).view(dtype).reshape(-1, *shape)
+        if len(parts) != 1
+        else parts[0].view(dtype).reshape(-1, *shape)
+    )
+
+
+def as_torch(values: np.ndarray) -> "torch.Tensor":
+    """What `read_tensors` returned as a tensor of its own dtype; shares its memory."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if values.dtype == np.uint16 else tensor
