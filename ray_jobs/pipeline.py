@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import open_sources, prepare
 from ray_jobs.progress import say
@@ -38,8 +39,6 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    from diffusers import StableDiffusionPipeline
-
     open_sources(config)
     if not Path(resolve_path(config.evaluate.feature_network)).is_file():
         raise ConfigError(
@@ -47,12 +46,9 @@ def check_inputs(config: Config) -> None:
             "make setup fetches it"
         )
     try:
-        StableDiffusionPipeline.load_config(resolve_path(config.model.base), revision=config.model.revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.base: {config.model.base}: no model in diffusers' format: {reason}"
-        ) from None
+        model_folder(resolve_path(config.model.base), revision=config.model.revision)
+    except ValueError as error:
+        raise ConfigError(f"model.base: {error}") from None
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

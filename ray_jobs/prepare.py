@@ -35,6 +35,7 @@ from ray_jobs.data.sources import Source, open_source
 from ray_jobs.data.splits import SPLITS
 from ray_jobs.data.streaming import Live
 from ray_jobs.dataset_report import write_dataset_page
+from ray_jobs.diffusion.model_files import encoders_digest, size_multiple
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 
@@ -81,8 +82,6 @@ def prepare(config: Config) -> Dataset:
 
 def _open(config: Config) -> tuple[Dataset, str]:
     """Where the data set lies, and the digest of the encoders."""
-    from ray_jobs.diffusion.encoders import encoders_digest
-
     encoders = encoders_digest(resolve_path(config.model.base), revision=config.model.revision)
     storage = Storage.open(config.storage)
     cache = storage.child("encoded", encoders[:16])
@@ -158,8 +157,6 @@ def _buckets(config: Config) -> list[Size]:
     Raises:
         ConfigError: the resolution does not fit the model.
     """
-    from ray_jobs.diffusion.encoders import size_multiple
-
     data, model = config.data, config.model
     multiple = size_multiple(resolve_path(model.base), revision=model.revision)
     if data.resolution % multiple:

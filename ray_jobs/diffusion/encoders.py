@@ -1,14 +1,11 @@
 """What turns pictures and captions into what the denoiser is trained on: autoencoder and text encoders."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-# Folders of a model in diffusers' format that are not needed to encode.
-NOT_ENCODERS = ("unet", "transformer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+from ray_jobs.diffusion.model_files import NOT_ENCODERS
 
 
 class Encoders:
@@ -80,34 +77,3 @@ CAPTIONS = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
 }
-
-
-def encoders_digest(base: str, *, revision: str | None = None) -> str:
-    """The sha256 of all files that the encodings depend on: weights and configurations of the autoencoder,
-    the tokenizers and the text encoders. A hub name is downloaded first."""
-    from diffusers import DiffusionPipeline
-
-    folder = Path(base) if Path(base).is_dir() else Path(DiffusionPipeline.download(base, revision=revision))
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_dir() or len(inside.parts) < 2 or inside.parts[0] in NOT_ENCODERS:
-            continue
-        with path.open("rb") as file:
-            digest.update(f"{inside.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def size_multiple(base: str, *, revision: str | None = None) -> int:
-    """What the sides of a picture, in pixels, must be multiples of: the autoencoder's factor, times the patch
-    size where the denoiser is a transformer."""
-    from diffusers import AutoencoderKL, DiffusionPipeline
-
-    channels = AutoencoderKL.load_config(base, subfolder="vae", revision=revision)["block_out_channels"]
-    factor = 2 ** (len(channels) - 1)
-    if "transformer" not in DiffusionPipeline.load_config(base, revision=revision):
-        return factor
-    from diffusers import ModelMixin
-
-    transformer = ModelMixin.load_config(base, subfolder="transformer", revision=revision)
-    return factor * int(transformer.get("patch_size", 1))
