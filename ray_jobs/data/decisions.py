@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     data = config.data
     files = [entry.file for entry in entries]
     counts, columns, histograms, details = _read_columns(index, files, data.cleaning)
-    reasons = columns["reason"].astype(object)
+    reasons = columns["reason"]
     rejected = Counter(reason for reason in reasons if reason)
     usable = (reasons == "") & (columns["role"] == "instance")
 
@@ -154,7 +155,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     folds = np.zeros(len(reasons), np.int16)
     if data.folds:
         of_picture = np.array(
-            [fold_of(str(digests[root]), data.split_seed, data.folds) for root in roots], np.int16
+            [fold_of(digests[root].decode(), data.split_seed, data.folds) for root in roots], np.int16
         )
         folds[rows] = np.where(splits[rows] == "test", 0, of_picture[number])
     duplicates = Counter(r for r in reasons[rows] if r)
@@ -191,9 +192,9 @@ def _read_columns(
             if not reasons[number] and (fault := _fault(dict(zip(sizes, values, strict=True)), cleaning)):
                 reasons[number], details[sum(counts) + number] = fault.reason, fault.detail
         counts.append(len(table))
-        found["reason"].append(np.array(reasons, str))
-        for name in ("digest", "role", "stratum"):
-            found[name].append(np.array(table[name].to_pylist(), str))
+        found["digest"].append(np.array(table["digest"].to_pylist(), "S64"))
+        for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
+            found[name].append(np.array(list(map(sys.intern, values)), object))
         found["text_hash"].append(np.array([_short(text) for text in table["text"].to_pylist()], np.uint64))
         for name in MEASURES:
             values = table[name].drop_null().to_numpy()
@@ -221,7 +222,7 @@ def _own_splits(
     digests: np.ndarray, strata: np.ndarray, shares: Shares, known: dict[str, Split], *, stratified: bool
 ) -> np.ndarray:
     """The split of every picture, whatever the others are."""
-    names = [str(digest) for digest in digests]
+    names = [digest.decode() for digest in digests]
     if stratified:
         return np.array(stratified_splits(names, [str(s) for s in strata], shares, known), object)
     return np.array([split_of(digest, shares) for digest in names], object)
@@ -239,7 +240,7 @@ def _resolve(
 ) -> Resolution:
     """Settle near duplicates. Pictures that were assigned by an earlier run have the say over new ones."""
     cleaning = config.data.cleaning
-    is_new = np.array([str(digest) not in known for digest in digests])
+    is_new = np.array([digest.decode() not in known for digest in digests])
     turn = np.argsort(is_new, kind="stable")
     place = np.empty_like(turn)
     place[turn] = np.arange(len(turn))
@@ -253,7 +254,7 @@ def _resolve(
         parts.append(HashPart(index, list(files[chosen]), ids[low:high]))
     pairs = find_near_pairs(parts, distance=cleaning.duplicate_distance, colour=cleaning.duplicate_colour)
     mode: Literal["drop", "keep"] = "drop" if cleaning.duplicates == "drop" else "keep"
-    settled = np.array([known.get(str(d), s) for d, s in zip(digests, own, strict=True)], object)
+    settled = np.array([known.get(d.decode(), s) for d, s in zip(digests, own, strict=True)], object)
     found = resolve(len(digests), pairs, mode, settled[turn])
     matched = found.matched[place]
     matched = np.where(matched >= 0, turn[matched], -1)

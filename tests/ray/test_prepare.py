@@ -1,0 +1,344 @@
+"""Preparing a set on a real cluster: what is kept, where it goes, and that nothing is encoded twice."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+
+from cluster.connect import LocalCluster
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.tensors import read_tensors
+from ray_jobs.prepare import dry_run, prepare
+from tests.conftest import captions, draw
+from tests.ray.test_training import tiny_config
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """48 pictures that are unlike each other, as a folder with captions."""
+    folder = tmp_path / "pictures"
+    add_pictures(folder, range(48))
+    return folder
+
+
+def add_pictures(folder: Path, numbers: range, first: list[dict[str, str]] | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    rows = list(first or [])
+    for number in numbers:
+        noisy(number).save(folder / f"{number:03d}.png")
+        rows.append({"file_name": f"{number:03d}.png", "text": f"picture {number}"})
+    with (folder / "metadata.jsonl").open("a") as metadata:
+        metadata.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def noisy(number: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """A picture of smooth colour that no other number resembles."""
+    coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def configured(model: Path, source: Path, storage: Path, *overrides: str) -> Config:
+    return tiny_config(model, source, storage, "data.cleaning.duplicates=drop", *overrides)
+
+
+def members(dataset: Dataset, split: str) -> set[str]:
+    return {row["text"] for row in dataset.read(split, ["text"])}
+
+
+def files_of(dataset: Dataset) -> dict[str, str]:
+    """Every file of the data set by name, with the digest of its bytes."""
+    names = [part["file"] for part in dataset.all_parts]
+    return {name: hashlib.sha256(dataset.cache.read_bytes(name)).hexdigest() for name in names}
+
+
+def test_each_bad_picture_is_set_aside_with_its_reason_and_the_good_ones_are_kept(
+    ray_cluster: LocalCluster, tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    bad: dict[str, str] = {
+        "empty.png": "empty_file",
+        "text.png": "unknown_format",
+        "cut.png": "truncated",
+        "tiny.png": "too_small",
+        "long.png": "extreme_aspect_ratio",
+        "grey.png": "near_constant",
+        "blurred.png": "blurred",
+        "twin.jpg": "near_duplicate",
+        "gone.png": "missing_file",
+        "../outside.png": "outside_folder",
+        "silent.png": "empty_caption",
+    }
+    (pictures / "empty.png").write_bytes(b"")
+    (pictures / "text.png").write_bytes(b"no picture")
+    (pictures / "cut.png").write_bytes((pictures / "000.png").read_bytes()[:900])
+    noisy(500, (16, 16)).save(pictures / "tiny.png")
+    noisy(501, (400, 40)).save(pictures / "long.png")
+    Image.new("RGB", (80, 80), "#777777").save(pictures / "grey.png")
+    noisy(502).filter(ImageFilter.GaussianBlur(12)).save(pictures / "blurred.png")
+    noisy(3).resize((192, 160)).save(pictures / "twin.jpg", quality=70)
+    noisy(503).save(pictures / "silent.png")
+    with (pictures / "metadata.jsonl").open("a") as metadata:
+        for name in bad:
+            text = "" if name == "silent.png" else f"bad {name}"
+            metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")
+    config = configured(
+        tiny_model,
+        pictures,
+        tmp_path,
+        "data.cleaning.min_sharpness=0.2",
+        "data.cleaning.max_rejected=0.5",
+        "data.folds=3",
+    )
+    dataset = prepare(config)
+    manifest = dataset.manifest
+    written = [json.loads(line) for line in dataset.storage.read_text("rejected.jsonl").splitlines()]
+    assert {line["file_name"]: line["reason"] for line in written} == bad
+    assert all(line["detail"] for line in written)
+    counted = {reason: 1 for name, reason in bad.items() if reason != "near_duplicate"}
+    assert manifest["rejected"] == counted
+    assert manifest["duplicates"] == {"mode": "drop", "groups": 1, "pictures": 1}
+    group = json.loads(dataset.storage.read_text("duplicates.jsonl"))
+    assert group["first"] == "003.png" and group["others"][0]["file_name"] == "twin.jpg"
+    kept = [members(dataset, split) for split in ("train", "validation", "test")]
+    assert set.union(*kept) == {f"picture {number}" for number in range(48)}
+    assert sum(map(len, kept)) == 48  # no picture lies in two splits
+    assert sum(manifest["folds"]) == manifest["train"] + manifest["validation"]
+    assert manifest["measures"]["sharpness"]["set_aside"] == 1
+
+    # Cross-validation: each fold is judged on once, and never trained on then.
+    judged = [members(dataset.leave_out(fold), "validation") for fold in range(3)]
+    assert set.union(*judged) == kept[0] | kept[1] and sum(map(len, judged)) == len(kept[0] | kept[1])
+    for fold in range(3):
+        assert not judged[fold] & members(dataset.leave_out(fold), "train")
+
+    page = Path(dry_run(config)).read_text()
+    assert all(name.rpartition("/")[2] in page for name in bad)
+
+    with pytest.raises(ConfigError, match="10 of 59 pictures are set aside .* data.cleaning.max_rejected"):
+        prepare(configured(tiny_model, pictures, tmp_path, "data.cleaning.min_sharpness=0.2"))
+
+
+def test_a_set_that_grows_moves_no_picture_and_encodes_only_what_is_new(
+    ray_cluster: LocalCluster,
+    tiny_model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configured(tiny_model, pictures, tmp_path, "data.cleaning.duplicates=keep")
+    before = prepare(config)
+    splits = {split: members(before, split) for split in ("train", "validation", "test")}
+    # New ones first, some of them near duplicates of old ones, and one that resembles two of them.
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    (pictures / "metadata.jsonl").unlink()
+    for number in range(6):
+        noisy(number, (120, 100)).save(pictures / f"copy-{number}.png")
+    copies = [{"file_name": f"copy-{n}.png", "text": f"copy {n}"} for n in range(6)]
+    add_pictures(pictures, range(100, 120), copies)
+    with (pictures / "metadata.jsonl").open("a") as metadata:
+        metadata.writelines(json.dumps(row) + "\n" for row in rows)
+    capsys.readouterr()
+    after = prepare(config)
+    assert rows_encoded(capsys) == 26
+    grown = {split: members(after, split) for split in splits}
+    for split, texts in splits.items():
+        assert texts <= grown[split]
+        for number in range(6):  # near duplicates that are kept lie with what they resemble
+            assert (f"copy {number}" in grown[split]) == (f"picture {number}" in texts)
+
+
+def rows_encoded(capsys: pytest.CaptureFixture[str]) -> int:
+    """How many rows the last run had to encode, as it said."""
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "rows encoded" in line]
+    return int(line.split(" rows encoded")[0].split()[-1].replace(",", ""))
+
+
+def test_a_changed_caption_encodes_its_row_only(
+    ray_cluster: LocalCluster,
+    tiny_model: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configured(tiny_model, pictures, tmp_path)
+    first = prepare(config)
+    metadata = pictures / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('picture 7"', 'another caption"'))
+    capsys.readouterr()
+    again = prepare(config)
+    assert rows_encoded(capsys) == 1
+    assert "another caption" in set.union(*(members(again, s) for s in ("train", "validation", "test")))
+    assert files_of(first) != files_of(again)
+
+
+@pytest.mark.parametrize("killed", ["encoder", "job"])
+def test_a_kill_in_the_middle_of_encoding_leaves_no_trace_in_the_result(
+    ray_cluster: LocalCluster,
+    tiny_model: Path,
+    tmp_path: Path,
+    killed: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """kill -9 of the encoder's process, which Ray starts anew; or the loss of all parts but some, as after
+    the death of the job, which is started again."""
+    folder = tmp_path / "pictures"
+    add_pictures(folder, range(600))
+    config = configured(tiny_model, folder, tmp_path, "data.encode_batch_size=4")
+    if killed == "job":
+        unbroken = prepare(config)
+        files = files_of(unbroken)
+        for name in sorted(files)[::2]:
+            unbroken.cache.delete(name)
+        lost = sum(part["rows"] for part in unbroken.all_parts if part["file"] in sorted(files)[::2])
+        capsys.readouterr()
+        assert files_of(prepare(config)) == files
+        assert rows_encoded(capsys) == lost
+        return
+    victim: list[int] = []
+    watcher = threading.Thread(target=kill_encoder_once, args=(tmp_path / "encoded", victim))
+    watcher.start()
+    broken = prepare(config)
+    watcher.join()
+    assert victim, "the encoder was not seen at work"
+    files = files_of(broken)
+    shutil.rmtree(tmp_path / "encoded")
+    assert files_of(prepare(config)) == files
+
+
+def kill_encoder_once(cache: Path, victim: list[int]) -> None:
+    """Kill the encoder's process as soon as it has written its first part."""
+    import psutil
+
+    deadline = time.monotonic() + 120
+    while not victim and time.monotonic() < deadline:
+        time.sleep(0.02)
+        if not any(cache.rglob("*.parquet")):
+            continue
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if line.startswith("ray::") and "EncodePart" in line:
+                os.kill(process.pid, signal.SIGKILL)
+                victim.append(process.pid)
+
+
+def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shapes = {"wide": (128, 64), "square": (80, 80), "tall": (60, 120)}
+    rows = []
+    for number in range(30):
+        for shape, size in shapes.items():
+            noisy(10 * number + len(shape), size).save(folder / f"{shape}-{number}.png")
+            rows.append({"file_name": f"{shape}-{number}.png", "text": f"{shape} {number}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = prepare(
+        configured(
+            tiny_model,
+            folder,
+            tmp_path,
+            "data.buckets=true",
+            "data.augmentation.variants=2",
+            "data.augmentation.flip=0.5",
+            "data.augmentation.crop=0.5",
+        )
+    )
+    assert set(dataset.manifest["buckets"]) == {"88x48", "64x64", "48x88"}
+    assert dataset.num_rows("train") == 2 * dataset.manifest["train"]
+    for part in dataset.parts("train"):
+        read = pq.read_table(dataset.cache.open_input(part["file"]))
+        width, height = map(int, part["bucket"].split("x"))
+        shape = {"88x48": "wide", "64x64": "square", "48x88": "tall"}[part["bucket"]]
+        assert {text.split()[0] for text in read["text"].to_pylist()} == {shape}
+        tensors = read_tensors(read, ["latents_mean", "latents_logvar", "prompt_embeds"])
+        assert tensors["latents_mean"].shape == (part["rows"], 4, height // 8, width // 8)
+        assert tensors["latents_mean"].dtype == np.uint16  # the bits of bfloat16
+        variants = tensors["latents_mean"].reshape(part["rows"] // 2, 2, -1)
+        assert (variants[:, 0] != variants[:, 1]).any(axis=1).mean() > 0.4
+        for original, target in zip(*conditioning(read), strict=True):
+            assert tuple(original) == shapes[shape][::-1] and tuple(target) == (height, width)
+    over = dataset.manifest["buckets"]["64x64"]
+    assert over["steps"] * 4 + over["rows_over"] == over["rows"]
+
+
+def conditioning(table: Any) -> tuple[list[list[int]], list[list[int]]]:
+    values = table["conditioning"].to_pylist()
+    return [row[:2] for row in values], [row[4:] for row in values]
+
+
+def test_four_photos_of_a_subject_are_enough(
+    ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "subject"
+    (folder / "class_data_dir").mkdir(parents=True)
+    for number in range(4):
+        noisy(number).save(folder / f"{number}.jpg", quality=95)
+        noisy(50 + number).save(folder / "class_data_dir" / f"{number}.png")
+    prompts = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+    (folder / "dataset_info.json").write_text(json.dumps(prompts))
+    dataset = prepare(configured(tiny_model, folder, tmp_path))
+    assert (dataset.manifest["train"], dataset.manifest["class"]) == (4, 4)
+    assert dataset.manifest["held_out"] is False
+    assert len(dataset.pictures("validation", 10)) == len(dataset.pictures("test", 10)) == 4
+    assert members(dataset, "train") == {"a photo of sks dog"}
+    assert members(dataset, "class") == {"a photo of a dog"}
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty bucket on a real S3 server on this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
+        Bucket="set"
+    )
+    # Keys go with the address: the workers of a cluster that is up do not see this process's environment.
+    yield f"s3://testing:testing@set/DIR?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_a_mixture_of_a_bucket_and_a_folder_prepared_into_a_bucket(
+    ray_cluster: LocalCluster, tiny_model: Path, pictures: Path, tmp_path: Path, bucket: str
+) -> None:
+    from cluster.storage import Storage
+
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    for number, caption in enumerate(captions()[:24]):
+        draw(caption, number).save(remote / f"{number}.webp", lossless=True)
+        (remote / f"{number}.txt").write_text(caption)
+    Storage.open(bucket.replace("DIR", "")).upload(remote, "source")
+    sources = [
+        {"path": bucket.replace("DIR", "source"), "weight": 3},
+        {"path": str(pictures), "weight": 1},
+    ]
+    dataset = prepare(
+        configured(
+            tiny_model,
+            pictures,
+            tmp_path,
+            "data.source=null",
+            f"data.sources={json.dumps(sources)}",
+            f"storage={bucket.replace('DIR', 'runs')}",
+            "data.cleaning.duplicates=off",
+        )
+    )
+    assert [source["rows"] for source in dataset.manifest["source"]] == [24, 48]
+    assert [source["share"] for source in dataset.manifest["source"]] == pytest.approx([0.75, 0.25], abs=0.01)
+    assert dataset.storage.uri.startswith("s3://") and members(dataset, "train")

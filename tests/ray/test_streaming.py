@@ -1,0 +1,138 @@
+"""The stream of training rows: one order for any number of workers, found again at any step."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.connect import LocalCluster
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.streaming import StreamSettings, batches, split_stream
+from ray_jobs.prepare import prepare
+from tests.ray.test_prepare import noisy
+from tests.ray.test_training import tiny_config
+
+ROWS_A_STEP, LAST_STEP = 8, 30
+
+
+@pytest.fixture(scope="module")
+def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """60 pictures of two shapes, in buckets."""
+    folder = tmp_path_factory.mktemp("streamed")
+    rows = []
+    for number in range(60):
+        noisy(number, (120, 60) if number % 3 == 0 else (80, 80)).save(folder / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": f"picture {number}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_config(
+        tiny_model,
+        folder,
+        folder / "runs",
+        "data.buckets=true",
+        "data.shuffle_mb=1",
+        "data.encode_dtype=fp32",
+    )
+
+
+def read(dataset: Dataset, config: Config, world_size: int, first: int = 1) -> list[dict[str, np.ndarray]]:
+    """The rows of each step from `first` on, all ranks' in turn, which read side by side as in training."""
+    columns = ("latents_mean", "prompt_embeds")
+    settings = StreamSettings(config, ROWS_A_STEP, world_size, columns)
+    found: list[list[Any]] = [[] for _ in range(world_size)]
+    failed: list[BaseException] = []
+
+    def consume(rank: int, iterator: Any) -> None:
+        try:
+            found[rank] = list(batches(iterator, settings, rank=rank, first_step=first))
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    ends = split_stream(dataset, settings, first_step=first, last_step=LAST_STEP)
+    threads = [threading.Thread(target=consume, args=pair) for pair in enumerate(ends)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    return [
+        {name: np.concatenate([rank[name].numpy() for rank in step]) for name in columns}
+        for step in zip(*found, strict=True)
+    ]
+
+
+def same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> bool:
+    return len(one) == len(other) and all(
+        np.array_equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in a
+    )
+
+
+def test_one_two_and_four_workers_read_the_same_rows_in_the_same_order(config: Config) -> None:
+    dataset = prepare(config)
+    alone = read(dataset, config, world_size=1)
+    assert [len(step["latents_mean"]) for step in alone] == [ROWS_A_STEP] * LAST_STEP
+    assert {step["latents_mean"].shape[1:] for step in alone} == {(4, 8, 8), (4, 6, 11)}
+    assert same(alone, read(dataset, config, world_size=2))
+    assert same(alone, read(dataset, config, world_size=4))
+
+
+def test_a_stream_goes_on_at_any_step_exactly_where_another_was(config: Config) -> None:
+    dataset = prepare(config)
+    whole = read(dataset, config, world_size=2)
+    for first in (2, 13, LAST_STEP):
+        assert same(whole[first - 1 :], read(dataset, config, world_size=2, first=first))
+
+
+def test_an_epoch_has_every_training_row_once(config: Config) -> None:
+    dataset = prepare(config)
+    rows = dataset.num_rows("train")
+    captions = dataset.table("train", ["prompt_embeds"])["prompt_embeds"].to_pylist()
+    streamed = [
+        row.tobytes() for step in read(dataset, config, world_size=1) for row in step["prompt_embeds"]
+    ]
+    counts = {caption: streamed.count(caption) for caption in set(captions)}
+    # Each bucket begins an epoch with what was left of the last one, so counts differ by an epoch at most.
+    assert len(counts) == rows
+    expected = ROWS_A_STEP * LAST_STEP / rows
+    assert min(counts.values()) >= int(expected) - 1 and max(counts.values()) <= int(expected) + 2
+
+
+def test_streamed_encoding_gives_the_rows_of_the_cache_in_their_order_and_stores_no_training_row(
+    config: Config, tmp_path: Path
+) -> None:
+    # With a window that holds all rows: windows are of so many bytes, which differ between the two.
+    config = config.model_copy(update={"data": config.data.model_copy(update={"shuffle_mb": 64})})
+    cached = read(prepare(config), config, world_size=2)
+    data = config.data.model_copy(update={"encode": "stream"})
+    live = config.model_copy(update={"data": data, "name": "live", "storage": str(tmp_path)})
+    dataset = prepare(live)
+    assert {part["split"] for part in dataset.all_parts} == {"validation", "test", "floor"}
+    assert dataset.pictures("train", 5) and dataset.pictures("validation", 5)
+    for one, other in zip(cached, read(dataset, live, world_size=2), strict=True):
+        # Encoded in batches of other sizes, so not to the last bit.
+        assert np.allclose(one["latents_mean"], other["latents_mean"], atol=1e-4)
+        assert np.allclose(one["prompt_embeds"], other["prompt_embeds"], atol=1e-4)
+
+
+def test_streamed_training_rows_are_augmented_anew_in_each_epoch(config: Config, tmp_path: Path) -> None:
+    augmentation = config.data.augmentation.model_copy(update={"flip": 0.5, "crop": 0.5})
+    data = config.data.model_copy(update={"encode": "stream", "augmentation": augmentation})
+    live = config.model_copy(update={"data": data, "name": "live", "storage": str(tmp_path)})
+    dataset = prepare(live)
+    one, other = read(dataset, live, world_size=1), read(dataset, live, world_size=2)
+    assert same(one, other)
+    drawn: dict[bytes, set[bytes]] = {}
+    for step in one:
+        for caption, latents in zip(step["prompt_embeds"], step["latents_mean"], strict=True):
+            drawn.setdefault(caption.tobytes(), set()).add(latents.tobytes())
+    assert np.mean([len(versions) > 1 for versions in drawn.values()]) > 0.8
+
+
+def test_rows_that_cannot_be_dealt_equally_are_refused(config: Config) -> None:
+    settings = StreamSettings(config, 8, 3, ("latents_mean",))
+    with pytest.raises(ValueError, match="8 rows a step cannot be dealt to 3 workers"):
+        split_stream(prepare(config), settings, first_step=1, last_step=2)
