@@ -167,9 +167,15 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
     # A trial's own driver takes one CPU; the controller of its workers takes none.
     cpus = workers * train.cpus_per_worker + trials + evaluate.num_actors + RESERVED_CPUS
     gpus = workers * train.use_gpu + evaluate.num_actors * evaluate.use_gpu
+    if config.data.encode == "stream":  # encoders, and a decoder for each, beside every training
+        encoders = trials * config.data.encode_workers
+        cpus += encoders * (train.cpus_per_worker + 1)
+        gpus += encoders * train.use_gpu
     lower = f"lower train.num_workers ({train.num_workers})"
     if trials > 1:
         lower += f", search.max_concurrent_trials ({trials})"
+    if config.data.encode == "stream":
+        lower += f", data.encode_workers ({config.data.encode_workers})"
     lower += f" or evaluate.num_actors ({evaluate.num_actors})"
     nodes = max(1, sum(name.startswith("node:") and "__" not in name for name in resources))
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):

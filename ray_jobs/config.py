@@ -73,8 +73,8 @@ class CleaningConfig(Section):
     min_contrast: float | None = Field(2.0, gt=0, description="standard deviation of the luma, of 0..255")
     max_dark: float | None = Field(0.99, gt=0, le=1, description="share of pixels with a luma below 8")
     max_bright: float | None = Field(0.99, gt=0, le=1, description="share of pixels with a luma above 247")
-    duplicates: Literal["drop", "keep", "off"] = Field(
-        "drop", description="of near duplicates: keep the first; keep all, in one split; or do not look"
+    duplicates: Literal["drop", "keep", "ignore"] = Field(
+        "drop", description="near duplicates: keep the first; keep all, in one split; or do not look"
     )
     duplicate_distance: int = Field(4, ge=0, le=8, description="bits of the 64 of the perceptual hash")
     duplicate_colour: float = Field(

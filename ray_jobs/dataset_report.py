@@ -203,8 +203,8 @@ def _splits(manifest: dict[str, Any]) -> str:
 
 def _duplicates(duplicates: dict[str, Any]) -> str:
     groups, aside = counted(duplicates["groups"], "group"), counted(duplicates["pictures"], "picture")
-    if duplicates["mode"] == "off":
-        return "Near duplicates were not looked for: data.cleaning.duplicates is off."
+    if duplicates["mode"] == "ignore":
+        return "Near duplicates were not looked for: data.cleaning.duplicates is ignore."
     if duplicates["mode"] == "keep":
         return f"Near duplicates: {groups}, each kept within one split; {aside} set aside."
     return f"Duplicates: {groups}, of which the first picture is kept; {aside} set aside."

@@ -134,7 +134,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     known = _known_splits(config, dataset)
     own = _own_splits(digests, columns["stratum"][first], shares, known, stratified=bool(data.stratify))
     resolution = Resolution(np.ones(len(digests), bool), own, np.full(len(digests), -1))
-    if data.cleaning.duplicates != "off" and len(digests) > 1:
+    if data.cleaning.duplicates != "ignore" and len(digests) > 1:
         resolution = _resolve(config, index, files, counts, digests, first, own, known)
 
     reason = "near_duplicate" if data.cleaning.duplicates == "drop" else "near_duplicate_across_splits"

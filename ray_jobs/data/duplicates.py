@@ -281,7 +281,7 @@ def _limited(found: Iterator[np.ndarray]) -> list[np.ndarray]:
         if num_pairs > MAX_PAIRS:
             raise ConfigError(
                 f"data.cleaning: more than {MAX_PAIRS} pairs of near duplicates: lower duplicate_distance or "
-                "duplicate_colour, raise min_contrast, or set duplicates: off"
+                "duplicate_colour, raise min_contrast, or set duplicates: ignore"
             )
     return arrays
 

@@ -170,8 +170,9 @@ class EncodeRows:
         tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
         tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
         tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
+        # Pictures come with their channels last, and convolutions keep that; stored is the plain order.
         return {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in sorted(tensors.items())
         }
 

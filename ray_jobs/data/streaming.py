@@ -92,13 +92,7 @@ def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int,
     import ray
 
     context = ray.data.DataContext.get_current()
-    options = context.execution_options
-    options.preserve_order = True
-    train = settings.config.train
-    taken = settings.world_size * train.cpus_per_worker
-    options.exclude_resources = options.exclude_resources.copy(
-        cpu=taken, gpu=settings.world_size if train.use_gpu else 0
-    )
+    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     stream = _live(dataset, settings, first_step, last_step) if dataset.live is not None else None
     if stream is None:

@@ -135,7 +135,7 @@ def test_a_clean_set_is_called_clean() -> None:
     ("mode", "sentence"),
     [
         ("keep", "each kept within one split; 7 pictures set aside"),
-        ("off", "data.cleaning.duplicates is off"),
+        ("ignore", "data.cleaning.duplicates is ignore"),
     ],
 )
 def test_the_section_says_how_near_duplicates_were_treated(mode: str, sentence: str) -> None:

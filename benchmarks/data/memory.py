@@ -1,0 +1,100 @@
+"""Peak memory of `prepare`, over all processes, and the seconds of its stages, as the set grows."""
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data.measuring import PeakMemory, in_fresh_process, tree_memory
+from benchmarks.data.pictures import configured, smooth, write_folder
+from cluster.connect import joined, local_cluster
+from ray_jobs.prepare import prepare
+
+COUNTS = {"smoke": (200, 500), "full": (1_000, 10_000, 100_000)}
+STAGES = ("scan", "decide", "encode")
+
+
+def run(size: str) -> dict[str, Any]:
+    sets = []
+    with tempfile.TemporaryDirectory(prefix="diffray-benchmark-") as name:
+        folder = Path(name)
+        in_fresh_process(write_tiny_model, folder / "model")
+        for count in COUNTS[size]:
+            write_folder(folder / f"{count}", count, smooth)
+            found = in_fresh_process(measure, folder, count)
+            sets.append(found)
+            print(
+                f"{count:>7,} pictures: {found['peak_mib']:6.0f} MiB of up to {found['processes']} processes "
+                f"(before: {found['idle_mib']:.0f}; driver alone: {found['driver_mib']:.0f}), "
+                f"{found['seconds']:.1f} s ("
+                + ", ".join(f"{stage} {found[stage]:.1f}" for stage in STAGES)
+                + f"), {found['kept']:,} kept",
+                flush=True,
+            )
+    before, last = sets[-2:]
+    ratios = {key: last[key] / before[key] for key in ("peak_mib", "driver_mib", "seconds")}
+    print(
+        f"ratio: {last['pictures'] / before['pictures']:g} times the pictures take "
+        f"{ratios['peak_mib']:.2f} times the memory (driver alone: {ratios['driver_mib']:.2f}) and "
+        f"{ratios['seconds']:.1f} times the time",
+        flush=True,
+    )
+    return {"sets": sets, "ratios": ratios}
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A StableDiffusionPipeline of 64 x 64 pixels with random weights: encoding costs next to nothing."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from ray_jobs.diffusion import architecture
+
+    torch.manual_seed(0)
+    captions = [f"picture {number} of noise" for number in range(100)]
+    tokenizer = architecture.build_tokenizer(captions, vocabulary=600, max_tokens=16)
+    StableDiffusionPipeline(
+        vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+        text_encoder=architecture.build_text_encoder(tokenizer, width=32, layers=2, heads=2),
+        tokenizer=tokenizer,
+        unet=architecture.build_denoiser(
+            [32, 64], layers=1, heads=2, latent_size=8, latent_channels=4, text_width=32
+        ),
+        scheduler=architecture.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def measure(folder: Path, count: int) -> dict[str, Any]:
+    """Prepare the pictures in `folder/<count>`; MiB, and seconds of the whole and of its stages."""
+    storage = folder / f"runs-{count}"
+    config = configured(
+        folder / f"{count}", storage, f"model.base={folder / 'model'}", "data.cleaning.duplicates=drop"
+    )
+    with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
+        idle = tree_memory() / 2**20
+        with PeakMemory() as peak:
+            start = time.time()
+            dataset = prepare(config)
+            seconds = time.time() - start
+    # Every stage ends with a file that is then left alone.
+    written = storage / config.name / "dataset"
+    ends = [
+        max(file.stat().st_mtime for file in (written / "index").iterdir()),
+        (written / "duplicates.jsonl").stat().st_mtime,
+        (written / "parts.json").stat().st_mtime,
+    ]
+    spent = [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
+    return {
+        "pictures": count,
+        "kept": sum(dataset.num_rows(split) for split in ("train", "validation", "test")),
+        "duplicates": dataset.manifest["duplicates"]["pictures"],
+        "peak_mib": peak.mib,
+        "processes": peak.processes,
+        "idle_mib": idle,
+        "driver_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "seconds": seconds,
+        **dict(zip(STAGES, spent, strict=True)),
+    }
