@@ -105,74 +105,90 @@ def resolve(
     return Resolution(kept, split, matched)
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    """The different pictures of a set, in the order of its sources, and which rows show them.
+
+    A file that is listed with several captions is one picture with several rows.
+    """
+
+    rows: np.ndarray  # int64: of the index, that can be used
+    number: np.ndarray  # int64, one a row: its picture
+    first: np.ndarray  # int64, one a picture: its first row
+    digests: np.ndarray  # S64, one a picture
+
+    @staticmethod
+    def of(digests: np.ndarray, rows: np.ndarray) -> "_Pictures":
+        different, first, number = np.unique(digests[rows], return_index=True, return_inverse=True)
+        in_order = np.argsort(first)
+        rank = np.empty_like(in_order)
+        rank[in_order] = np.arange(len(in_order))
+        return _Pictures(rows, rank[number], rows[first[in_order]], different[in_order])
+
+
 def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: Storage) -> Decisions:
-    """Find duplicates and assign splits and folds. The driver holds some 200 bytes a row."""
+    """Find duplicates and assign splits and folds."""
     data = config.data
     files = [entry.file for entry in entries]
     counts, columns, histograms, details = _read_columns(index, files, data.cleaning)
     reasons = columns["reason"]
     rejected = Counter(reason for reason in reasons if reason)
-    usable = (reasons == "") & (columns["role"] == "instance")
+    usable = np.flatnonzero((reasons == "") & (columns["role"] == "instance"))
+    pictures = _Pictures.of(columns["digest"], usable)
+    strata = columns["stratum"][pictures.first]
+    resolution, groups = _resolve(config, index, files, counts, pictures, strata, dataset)
+    matched = _mark_duplicates(data.cleaning, pictures, columns["text_hash"], resolution, reasons)
 
-    # A file that is listed with several captions is one picture with several rows.
-    rows = np.flatnonzero(usable)
-    digests, first, number = np.unique(columns["digest"][rows], return_index=True, return_inverse=True)
-    in_order = np.argsort(first)
-    rank = np.empty_like(in_order)
-    rank[in_order] = np.arange(len(in_order))
-    digests, first, number = digests[in_order], rows[first[in_order]], rank[number]
-    matched = np.full(len(reasons), -1)
-    if data.cleaning.duplicates == "drop":
-        _, kept_first, copy = np.unique(
-            np.stack([number, columns["text_hash"][rows]]), axis=1, return_index=True, return_inverse=True
-        )
-        is_copy = kept_first[copy] != np.arange(len(rows))
-        reasons[rows[is_copy]] = "duplicate"
-        matched[rows[is_copy]] = rows[kept_first[copy[is_copy]]]
-
-    shares = Shares(data.split_seed, data.validation, data.test)
-    known = _known_splits(config, dataset)
-    own = _own_splits(digests, columns["stratum"][first], shares, known, stratified=bool(data.stratify))
-    resolution = Resolution(np.ones(len(digests), bool), own, np.full(len(digests), -1))
-    if data.cleaning.duplicates != "ignore" and len(digests) > 1:
-        resolution = _resolve(config, index, files, counts, digests, first, own, known)
-
-    reason = "near_duplicate" if data.cleaning.duplicates == "drop" else "near_duplicate_across_splits"
-    dropped = rows[~resolution.kept[number]]
-    reasons[dropped] = np.where(reasons[dropped] == "", reason, reasons[dropped])
-    pairs = resolution.matched[number]
-    paired = (matched[rows] < 0) & (pairs >= 0)
-    matched[rows[paired]] = first[pairs[paired]]
-
+    wanted = data.validation > 0 or data.test > 0
+    held_out = wanted and int(resolution.kept.sum()) >= HOLD_OUT_FROM
     splits = np.full(len(reasons), "class", object)
-    splits[rows] = resolution.split[number]
-    held_out = int(resolution.kept.sum()) >= HOLD_OUT_FROM and data.validation > 0 and data.test > 0
+    splits[pictures.rows] = resolution.split[pictures.number] if held_out else "train"
     if held_out:
-        _remember(config, dataset, digests, resolution)
-    else:
-        splits[rows] = "train"
-    roots = _roots(resolution)
+        _remember(config, dataset, pictures.digests, resolution)
     folds = np.zeros(len(reasons), np.int16)
     if data.folds:
-        of_picture = np.array(
-            [fold_of(digests[root].decode(), data.split_seed, data.folds) for root in roots], np.int16
-        )
-        folds[rows] = np.where(splits[rows] == "test", 0, of_picture[number])
-    duplicates = Counter(r for r in reasons[rows] if r)
-    captions = len(np.unique(columns["text_hash"][reasons == ""]))
+        names = [pictures.digests[group].decode() for group in groups]
+        of_picture = np.array([fold_of(name, data.split_seed, data.folds) for name in names], np.int16)
+        folds[pictures.rows] = of_picture[pictures.number]
+        folds[splits == "test"] = 0
     return Decisions(
-        counts,
-        reasons,
-        matched,
-        splits,
-        folds,
-        held_out,
-        dict(rejected),
-        dict(duplicates),
-        histograms,
-        captions,
-        details,
+        counts=counts,
+        reasons=reasons,
+        matched=matched,
+        splits=splits,
+        folds=folds,
+        held_out=held_out,
+        rejected=dict(rejected),
+        duplicates=dict(Counter(reason for reason in reasons[pictures.rows] if reason)),
+        histograms=histograms,
+        num_captions=len(np.unique(columns["text_hash"][reasons == ""])),
+        details=details,
     )
+
+
+def _mark_duplicates(
+    cleaning: CleaningConfig,
+    pictures: _Pictures,
+    text_hashes: np.ndarray,
+    resolution: Resolution,
+    reasons: np.ndarray,
+) -> np.ndarray:
+    """Write the reasons of rows that are set aside as duplicates; returns `Decisions.matched`."""
+    rows, number = pictures.rows, pictures.number
+    matched = np.full(len(reasons), -1)
+    if cleaning.duplicates == "drop":  # the same picture with the same caption
+        pairs = np.stack([number.astype(np.uint64), text_hashes[rows]])
+        _, first, of = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+        copies = np.flatnonzero(first[of] != np.arange(len(rows)))
+        reasons[rows[copies]] = "duplicate"
+        matched[rows[copies]] = rows[first[of[copies]]]
+    reason = "near_duplicate" if cleaning.duplicates == "drop" else "near_duplicate_across_splits"
+    dropped = rows[~resolution.kept[number]]
+    reasons[dropped[reasons[dropped] == ""]] = reason
+    twins = resolution.matched[number]
+    paired = (matched[rows] < 0) & (twins >= 0)
+    matched[rows[paired]] = pictures.first[twins[paired]]
+    return matched
 
 
 def _read_columns(
@@ -184,13 +200,15 @@ def _read_columns(
     sizes = ["width", "height", *MEASURES]
     counts: list[int] = []
     details: dict[int, str] = {}
+    start = 0
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*names[:-1], "text_hash")}
     histograms = {name: histogram(name, np.empty(0)) for name in MEASURES}
     for table in read_index(index, files, [*names, *sizes]):
         reasons = table["reason"].to_pylist()
         for number, values in enumerate(zip(*(table[name].to_pylist() for name in sizes), strict=True)):
             if not reasons[number] and (fault := _fault(dict(zip(sizes, values, strict=True)), cleaning)):
-                reasons[number], details[sum(counts) + number] = fault.reason, fault.detail
+                reasons[number], details[start + number] = fault.reason, fault.detail
+        start += len(table)
         counts.append(len(table))
         found["digest"].append(np.array(table["digest"].to_pylist(), "S64"))
         for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
@@ -218,14 +236,13 @@ def _short(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _own_splits(
-    digests: np.ndarray, strata: np.ndarray, shares: Shares, known: dict[str, Split], *, stratified: bool
-) -> np.ndarray:
-    """The split of every picture, whatever the others are."""
-    names = [digest.decode() for digest in digests]
-    if stratified:
+def _own_splits(config: Config, names: list[str], strata: np.ndarray, known: dict[str, Split]) -> np.ndarray:
+    """The split of every picture where no near duplicate decides."""
+    data = config.data
+    shares = Shares(data.split_seed, data.validation, data.test)
+    if data.stratify:
         return np.array(stratified_splits(names, [str(s) for s in strata], shares, known), object)
-    return np.array([split_of(digest, shares) for digest in names], object)
+    return np.array([known.get(name) or split_of(name, shares) for name in names], object)
 
 
 def _resolve(
@@ -233,41 +250,52 @@ def _resolve(
     index: Storage,
     files: Sequence[str],
     counts: np.ndarray,
-    digests: np.ndarray,
-    first: np.ndarray,
-    own: np.ndarray,
-    known: dict[str, Split],
-) -> Resolution:
-    """Settle near duplicates. Pictures that were assigned by an earlier run have the say over new ones."""
-    cleaning = config.data.cleaning
-    is_new = np.array([digest.decode() not in known for digest in digests])
-    turn = np.argsort(is_new, kind="stable")
+    pictures: _Pictures,
+    strata: np.ndarray,
+    dataset: Storage,
+) -> tuple[Resolution, np.ndarray]:
+    """Splits, near duplicates settled, and of each picture the first of its group. Pictures that an earlier
+    run assigned have the say over new ones."""
+    cleaning, num = config.data.cleaning, len(pictures.digests)
+    known = _known_splits(config, dataset)
+    names = [digest.decode() for digest in pictures.digests]
+    own = _own_splits(config, names, strata, known)
+    if cleaning.duplicates == "ignore" or num < 2:
+        return Resolution(np.ones(num, bool), own, np.full(num, -1)), np.arange(num)
+    turn = np.argsort([name not in known for name in names], kind="stable")
     place = np.empty_like(turn)
-    place[turn] = np.arange(len(turn))
+    place[turn] = np.arange(num)
     ids = np.full(int(counts.sum()), -1)
-    ids[first] = place
+    ids[pictures.first] = place
     ends = np.cumsum(counts)
     parts = []
     for start in range(0, len(files), FILES_A_HASH_PART):
         chosen = slice(start, start + FILES_A_HASH_PART)
         low, high = int(ends[start] - counts[start]), int(ends[chosen][-1])
         parts.append(HashPart(index, list(files[chosen]), ids[low:high]))
-    pairs = find_near_pairs(parts, distance=cleaning.duplicate_distance, colour=cleaning.duplicate_colour)
-    mode: Literal["drop", "keep"] = "drop" if cleaning.duplicates == "drop" else "keep"
-    settled = np.array([known.get(d.decode(), s) for d, s in zip(digests, own, strict=True)], object)
-    found = resolve(len(digests), pairs, mode, settled[turn])
+    distance, colour = cleaning.duplicate_distance, cleaning.duplicate_colour
+    pairs = find_near_pairs(parts, distance=distance, colour=colour)
+    found = resolve(num, pairs, cleaning.duplicates, own[turn])
     matched = found.matched[place]
     matched = np.where(matched >= 0, turn[matched], -1)
-    return Resolution(found.kept[place], found.split[place], matched)
+    groups = turn[connected(num, np.concatenate([pairs.near, pairs.copies]))[place]]
+    return Resolution(found.kept[place], found.split[place], matched), groups
 
 
-def _roots(resolution: Resolution) -> np.ndarray:
-    """Of each picture the one that its group began with, so that a group stays in one fold."""
-    roots = np.arange(len(resolution.kept))
-    for picture in np.flatnonzero(resolution.matched >= 0):
-        while resolution.matched[roots[picture]] >= 0:
-            roots[picture] = resolution.matched[roots[picture]]
-    return roots
+def connected(num: int, edges: np.ndarray) -> np.ndarray:
+    """The least member of each node's connected component: int64, num.
+
+    Args:
+        edges: int64, M x 2, nodes in 0..num-1.
+    """
+    least = np.arange(num)
+    while True:
+        before = least.copy()
+        np.minimum.at(least, edges[:, 0], before[edges[:, 1]])
+        np.minimum.at(least, edges[:, 1], before[edges[:, 0]])
+        least = least[least]
+        if (least == before).all():
+            return least
 
 
 def _split_settings(config: Config) -> str:

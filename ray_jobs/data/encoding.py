@@ -23,11 +23,16 @@ from ray_jobs.config import Config, ModelConfig, resolve_path
 from ray_jobs.data.augmentation import augment, row_generator
 from ray_jobs.data.geometry import Fitted, Size, fit
 from ray_jobs.data.images import Picture, encode_png, read_picture
-from ray_jobs.data.plan import PlannedPart
+from ray_jobs.data.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
 from ray_jobs.data.splits import content_digest
 from ray_jobs.data.tensors import tensor_column
+
+# What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
+# part; so the three differ: reading waits for disks and networks, decoding needs memory for pixels.
+GATHERING = {"num_cpus": 0.5}
+DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
 
 CONDITIONING = ("original_height", "original_width", "top", "left", "target_height", "target_width")
 
@@ -273,10 +278,8 @@ def encode_parts(
     use_gpu = train.use_gpu
     written = (
         ray.data.from_items(list(items.values()), override_num_blocks=len(items))
-        # Reading waits for disks and networks. Other resources than decoding's keep the two apart, so that
-        # the pictures of one source are decoded on many CPUs.
-        .flat_map(Gather([source.reader() for source in sources]), num_cpus=0.5)
-        .map(Decode(config), num_cpus=1)
+        .flat_map(Gather([source.reader() for source in sources]), **GATHERING)
+        .map(Decode(config), **DECODING)
         .map(
             EncodePart,
             fn_constructor_args=(cache, config, reuse),
@@ -285,6 +288,7 @@ def encode_parts(
             num_gpus=1 if use_gpu else 0,
         )
     )
+    written.context.target_max_block_size = 1  # a block a part, so that parts move on one by one
     done, encoded, whole = 0, 0, sum(len(part.rows) for part in missing)
     for row in written.iter_rows():
         done, encoded = done + row["rows"], encoded + row["encoded"]

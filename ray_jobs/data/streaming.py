@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.encoding import ChangedFile, Decode, EncodeRows
+from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows
 from ray_jobs.data.order import Order, Part, Step
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
@@ -189,8 +189,8 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
     order = settings.order([part.record() for part in live.parts], 3 * data.resolution**2)
     return (
         _windows(order, first_step, last_step)
-        .flat_map(GatherWindow(live, order, settings.world_size), num_cpus=0.5)
-        .map(DecodeBatch(config), num_cpus=1)
+        .flat_map(GatherWindow(live, order, settings.world_size), **GATHERING)
+        .map(DecodeBatch(config), **DECODING)
         .map(
             EncodeBatch,
             fn_constructor_args=(config, settings.columns),
