@@ -123,8 +123,11 @@ def batches(
             step += 1
 
 
-def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """A row of the stream: a rank's batches of some steps, the bytes of each column in one piece."""
+def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray]]) -> pa.Table:
+    """A row of the stream: a rank's batches of some steps, the bytes of each column in one piece.
+
+    A table, which Ray Data takes as it is; a row as a dict it would copy several times.
+    """
     names = list(batches[0])
     layout = {
         "rank": rank,
@@ -132,8 +135,12 @@ def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray
         "dtypes": {name: batches[0][name].dtype.str for name in names},
         "shapes": {name: [batch[name].shape for batch in batches] for name in names},
     }
-    contents = {name: b"".join(batch[name].data for batch in batches) for name in names}
-    return {"layout": json.dumps(layout), **contents}
+    columns = {"layout": pa.array([json.dumps(layout)])}
+    for name in names:
+        content = b"".join(batch[name].data for batch in batches)
+        ends = pa.py_buffer(np.array([0, len(content)]))
+        columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(content)])
+    return pa.table(columns)
 
 
 def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
@@ -169,12 +176,12 @@ def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_st
     order = settings.order(records, row_bytes)
     files = [part["file"] for part in records]
     read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, row_bytes)
-    return _windows(order, first_step, last_step).flat_map(read)
+    return _windows(order, first_step, last_step).map_batches(read, batch_size=1)
 
 
 @dataclass(frozen=True)
 class ReadWindow:
-    """Reads the parts of a window and deals its rows: a row out for each rank and run of steps."""
+    """Reads the parts of a window and deals its rows: a table out for each rank and run of steps."""
 
     cache: Storage
     files: list[str]
@@ -183,8 +190,9 @@ class ReadWindow:
     world_size: int
     row_bytes: int
 
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        steps = self.order.steps(row["window"])
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        [window] = batch["window"]
+        steps = self.order.steps(window)
         numbers = np.unique(np.concatenate([step.rows[:, 0] for step in steps]))
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             read = dict(zip(numbers.tolist(), pool.map(self._read, numbers), strict=True))
@@ -219,8 +227,9 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
         _windows(order, first_step, last_step)
         .flat_map(GatherWindow(live, order, settings.world_size), **GATHERING)
         .map(DecodeBatch(config), **DECODING)
-        .map(
+        .map_batches(
             EncodeBatch,
+            batch_size=1,
             fn_constructor_args=(config, settings.columns),
             compute=ray.data.ActorPoolStrategy(size=data.encode_workers),
             num_cpus=config.train.cpus_per_worker,
@@ -299,9 +308,10 @@ class EncodeBatch(EncodeRows):
         )
         self.columns = columns
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         import torch
 
+        row = {name: values[0] for name, values in batch.items()}
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
         tensors = self.encode(pixels, [str(text) for text in row["text"]])
@@ -310,4 +320,4 @@ class EncodeBatch(EncodeRows):
             for name, t in tensors.items()
             if name in self.columns
         }
-        return pack(row["rank"], [row["step"]], [plain])
+        return pack(int(row["rank"]), [int(row["step"])], [plain])
