@@ -106,7 +106,7 @@ def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> N
 def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     """A complete pipeline: the trained autoencoder, and the rest with random weights."""
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
 
     from ray_jobs.diffusion import architecture
 
@@ -114,24 +114,15 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
     captions = [s.text for each in config.data.all_sources for s in _samples(config, each.path)]
     tokenizer = architecture.build_tokenizer(captions, sizes.vocabulary, sizes.max_tokens)
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        tokenizer=tokenizer,
-        text_encoder=architecture.build_text_encoder(
-            tokenizer, width=sizes.text_width, layers=sizes.text_layers, heads=sizes.attention_heads
-        ),
-        unet=architecture.build_denoiser(
-            sizes.denoiser_channels,
-            layers=sizes.denoiser_layers,
-            heads=sizes.attention_heads,
-            latent_size=config.data.resolution // 2 ** (len(sizes.autoencoder_channels) - 1),
-            latent_channels=sizes.latent_channels,
-            text_width=sizes.text_width,
-        ),
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    pipeline = architecture.build_pipeline(
+        autoencoder,
+        tokenizer,
+        text_width=sizes.text_width,
+        text_layers=sizes.text_layers,
+        heads=sizes.attention_heads,
+        denoiser_channels=sizes.denoiser_channels,
+        denoiser_layers=sizes.denoiser_layers,
+        latent_size=config.data.resolution // 2 ** (len(sizes.autoencoder_channels) - 1),
     )
     pipeline.save_pretrained(run / "initial")
 

@@ -33,24 +33,21 @@ def ray_cluster() -> Iterator[LocalCluster]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline of 64x64 pixels with random weights, in diffusers' format."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from ray_jobs.diffusion import architecture
 
     torch.manual_seed(0)
     tokenizer = architecture.build_tokenizer(captions(), vocabulary=600, max_tokens=16)
     folder = tmp_path_factory.mktemp("tiny-model")
-    StableDiffusionPipeline(
-        vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
-        text_encoder=architecture.build_text_encoder(tokenizer, width=32, layers=2, heads=2),
-        tokenizer=tokenizer,
-        unet=architecture.build_denoiser(
-            [32, 64], layers=1, heads=2, latent_size=8, latent_channels=4, text_width=32
-        ),
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    architecture.build_pipeline(
+        architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+        tokenizer,
+        text_width=32,
+        text_layers=2,
+        heads=2,
+        denoiser_channels=[32, 64],
+        denoiser_layers=1,
+        latent_size=8,
     ).save_pretrained(folder)
     return folder
 

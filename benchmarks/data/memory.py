@@ -46,24 +46,21 @@ def run(size: str) -> dict[str, Any]:
 def write_tiny_model(folder: Path) -> None:
     """A StableDiffusionPipeline of 64 x 64 pixels with random weights: encoding costs next to nothing."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from ray_jobs.diffusion import architecture
 
     torch.manual_seed(0)
     captions = [f"picture {number} of noise" for number in range(100)]
     tokenizer = architecture.build_tokenizer(captions, vocabulary=600, max_tokens=16)
-    StableDiffusionPipeline(
-        vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
-        text_encoder=architecture.build_text_encoder(tokenizer, width=32, layers=2, heads=2),
-        tokenizer=tokenizer,
-        unet=architecture.build_denoiser(
-            [32, 64], layers=1, heads=2, latent_size=8, latent_channels=4, text_width=32
-        ),
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    architecture.build_pipeline(
+        architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+        tokenizer,
+        text_width=32,
+        text_layers=2,
+        heads=2,
+        denoiser_channels=[32, 64],
+        denoiser_layers=1,
+        latent_size=8,
     ).save_pretrained(folder)
 
 

@@ -119,3 +119,36 @@ def build_scheduler() -> Any:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
+
+
+def build_pipeline(
+    autoencoder: "AutoencoderKL",
+    tokenizer: Any,
+    *,
+    text_width: int,
+    text_layers: int,
+    heads: int,
+    denoiser_channels: list[int],
+    denoiser_layers: int,
+    latent_size: int,
+) -> Any:
+    """A StableDiffusionPipeline around an autoencoder; text encoder and denoiser have fresh weights."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        tokenizer=tokenizer,
+        text_encoder=build_text_encoder(tokenizer, width=text_width, layers=text_layers, heads=heads),
+        unet=build_denoiser(
+            denoiser_channels,
+            layers=denoiser_layers,
+            heads=heads,
+            latent_size=latent_size,
+            latent_channels=autoencoder.config.latent_channels,
+            text_width=text_width,
+        ),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
