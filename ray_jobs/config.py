@@ -137,6 +137,11 @@ class DataConfig(Section):
     def all_sources(self) -> list[SourceConfig]:
         return self.sources or [SourceConfig(path=self.source or "")]
 
+    @property
+    def weights(self) -> dict[int, float]:
+        """Of the sources by their number; empty where they have none."""
+        return {number: each.weight for number, each in enumerate(self.sources) if each.weight}
+
     @model_validator(mode="after")
     def _combinations(self) -> "DataConfig":
         if bool(self.source) == bool(self.sources):

@@ -139,7 +139,7 @@ def _plan(
     counts = Counter[str]()
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
-    manifest = describe(config, sources, found, decisions, parts, counts)
+    manifest = describe(config, sources, decisions, parts, counts)
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     duplicates = manifest["duplicates"]["pictures"]
     say(
@@ -172,7 +172,6 @@ def _buckets(config: Config) -> list[Size]:
 def describe(
     config: Config,
     sources: Sequence[Source],
-    found: Sequence[Entry],
     decisions: Decisions,
     parts: Sequence[PlannedPart],
     counts: Counter[str],
@@ -226,8 +225,9 @@ def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPa
     shares: dict[int, float] = {}
     if training:
         records = [Part(len(part.rows), str(part.bucket), part.source) for part in training]
-        weights = {n: each.weight for n, each in enumerate(config.data.sources) if each.weight}
-        order = Order(records, batch_size=_rows_a_step(config), window_rows=1, seed=0, weights=weights)
+        order = Order(
+            records, batch_size=_rows_a_step(config), window_rows=1, seed=0, weights=config.data.weights
+        )
         shares = order.shares()
     return [
         {"name": source.name, "rows": rows[number], "share": shares.get(number, 0.0)}

@@ -205,9 +205,7 @@ def load(work: Work, cache: Storage) -> dict[str, float]:
     """The rival: a DataLoader decodes, this process encodes and writes the files of the same parts."""
     config, spent, started = work.config, Spent(), time.time()
     data = config.data
-    encoder = EncodeRows(
-        config.model, data.encode_batch_size, data.encode_dtype, config.train.cpus_per_worker
-    )
+    encoder = EncodeRows(config)
     batches, first = [], 0
     for part in work.parts:
         last = first + len(part.rows)

@@ -107,7 +107,7 @@ def stream(folder: Path, world_size: int, seconds: float) -> dict[str, float]:
     def take(last_step: int) -> dict[str, float]:
         def opened() -> list[Iterator[Batch]]:
             ends = split_stream(dataset, settings, first_step=1, last_step=last_step)
-            return [batches(end, settings, rank=rank, first_step=1) for rank, end in enumerate(ends)]
+            return [batches(end, rank=rank, first_step=1) for rank, end in enumerate(ends)]
 
         return consume(opened, None)
 

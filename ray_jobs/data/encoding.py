@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ModelConfig, resolve_path
+from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.augmentation import augment, row_generator
 from ray_jobs.data.geometry import Fitted, Size, fit
 from ray_jobs.data.images import Picture, encode_png, read_picture
@@ -141,23 +141,19 @@ class Decode:
 
 
 class EncodeRows:
-    """The encoders on an actor: pixels and captions to tensors as they are stored.
+    """The encoders on an actor: pixels and captions to tensors as they are stored."""
 
-    Args:
-        batch_size: pictures or captions encoded at once.
-        dtype: bf16 or fp32, of latents and embeddings.
-    """
-
-    def __init__(self, model: ModelConfig, batch_size: int, dtype: str, num_threads: int) -> None:
+    def __init__(self, config: Config) -> None:
         import torch
 
         from ray_jobs.diffusion.encoders import Encoders
 
-        torch.set_num_threads(num_threads)
+        data, model = config.data, config.model
+        torch.set_num_threads(config.train.cpus_per_worker)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.encoders = Encoders(resolve_path(model.base), revision=model.revision, device=device)
-        self.batch_size = batch_size
-        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self.batch_size = data.encode_batch_size
+        self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
 
     def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, the captions' forms."""
@@ -186,10 +182,7 @@ class EncodePart(EncodeRows):
     """An actor that encodes decoded parts and writes their files."""
 
     def __init__(self, cache: Storage, config: Config, reuse: dict[bytes, tuple[str, int]]) -> None:
-        data = config.data
-        super().__init__(
-            config.model, data.encode_batch_size, data.encode_dtype, config.train.cpus_per_worker
-        )
+        super().__init__(config)
         self.cache, self.reuse = cache, reuse
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -247,6 +240,17 @@ class EncodePart(EncodeRows):
         return pa.concat_tables(tables) if tables else None
 
 
+def encoder_actors(config: Config) -> dict[str, Any]:
+    """How Ray Data runs a step of `EncodeRows`: as a pool of actors that keep the model."""
+    import ray.data
+
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=config.data.encode_workers),
+        "num_cpus": config.train.cpus_per_worker,
+        "num_gpus": 1 if config.train.use_gpu else 0,
+    }
+
+
 def encode_parts(
     config: Config,
     sources: Sequence[Source],
@@ -274,19 +278,11 @@ def encode_parts(
         item["entries"] |= {int(n): entries[n] for n in np.unique(part.entries)}
     for item in items.values():
         item["entries"] = dict(sorted(item["entries"].items()))
-    train = config.train
-    use_gpu = train.use_gpu
     written = (
         ray.data.from_items(list(items.values()), override_num_blocks=len(items))
         .flat_map(Gather([source.reader() for source in sources]), **GATHERING)
         .map(Decode(config), **DECODING)
-        .map(
-            EncodePart,
-            fn_constructor_args=(cache, config, reuse),
-            compute=ray.data.ActorPoolStrategy(size=config.data.encode_workers),
-            num_cpus=train.cpus_per_worker,
-            num_gpus=1 if use_gpu else 0,
-        )
+        .map(EncodePart, fn_constructor_args=(cache, config, reuse), **encoder_actors(config))
     )
     written.context.target_max_block_size = 1  # a block a part, so that parts move on one by one
     # Ray Data would measure its workers' memory every second, which costs the encoder some 5 %.

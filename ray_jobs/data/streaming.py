@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows
+from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
 from ray_jobs.data.order import Order, Part, Step
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
 from ray_jobs.data.splits import content_digest
-from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.data.tensors import as_numpy, as_torch, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +71,12 @@ class StreamSettings:
     def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
         """The order of the rows of some parts."""
         data = self.config.data
-        weights = {number: each.weight for number, each in enumerate(data.sources) if each.weight}
         return Order(
             [Part(part["rows"], part["bucket"], part["source"]) for part in records],
             batch_size=self.rows_a_step,
             window_rows=(data.shuffle_mb << 20) // row_bytes,
             seed=self.config.seed,
-            weights=weights,
+            weights=data.weights,
         )
 
 
@@ -97,17 +96,14 @@ def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int,
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    stream = _live(dataset, settings, first_step, last_step) if dataset.live is not None else None
-    if stream is None:
-        stream = _cached(dataset, settings, first_step, last_step)
+    source = _cached if dataset.live is None else _live
+    stream = source(dataset, settings, first_step, last_step)
     # A block ends when it has this many bytes: after each row, which holds what one rank gets.
     stream.context.target_max_block_size = 1
     return list(stream.streaming_split(settings.world_size, equal=True))
 
 
-def batches(
-    iterator: Any, settings: StreamSettings, *, rank: int, first_step: int
-) -> Iterator[dict[str, "torch.Tensor"]]:
+def batches(iterator: Any, *, rank: int, first_step: int) -> Iterator[dict[str, "torch.Tensor"]]:
     """This rank's rows of each step, from `first_step` on: tensors by column, N x ..."""
     step = first_step
     for block in iterator.iter_batches(
@@ -220,9 +216,9 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
     import ray
 
     live: Live = ray.get(dataset.live)
-    config, data = settings.config, settings.config.data
+    config = settings.config
     # A window holds files; what a picture takes when it is decoded is a safe guess of their size.
-    order = settings.order([part.record() for part in live.parts], 3 * data.resolution**2)
+    order = settings.order([part.record() for part in live.parts], 3 * config.data.resolution**2)
     return (
         _windows(order, first_step, last_step)
         .flat_map(GatherWindow(live, order, settings.world_size), **GATHERING)
@@ -231,9 +227,7 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
             EncodeBatch,
             batch_size=1,
             fn_constructor_args=(config, settings.columns),
-            compute=ray.data.ActorPoolStrategy(size=data.encode_workers),
-            num_cpus=config.train.cpus_per_worker,
-            num_gpus=1 if config.train.use_gpu else 0,
+            **encoder_actors(config),
         )
     )
 
@@ -302,22 +296,13 @@ class EncodeBatch(EncodeRows):
     """An actor that encodes decoded batches to what `ReadWindow` yields."""
 
     def __init__(self, config: Config, columns: tuple[str, ...]) -> None:
-        data = config.data
-        super().__init__(
-            config.model, data.encode_batch_size, data.encode_dtype, config.train.cpus_per_worker
-        )
+        super().__init__(config)
         self.columns = columns
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        import torch
-
         row = {name: values[0] for name, values in batch.items()}
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
         tensors = self.encode(pixels, [str(text) for text in row["text"]])
-        plain = {
-            name: (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
-            for name, t in tensors.items()
-            if name in self.columns
-        }
+        plain = {name: as_numpy(tensor) for name, tensor in tensors.items() if name in self.columns}
         return pack(int(row["rank"]), [int(row["step"])], [plain])

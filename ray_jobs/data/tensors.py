@@ -18,16 +18,13 @@ STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array]:
     """A tensor (N x ...) of a dtype in STORED_AS, a row an element of its first dimension."""
-    import torch
-
     dtype = str(tensor.dtype).removeprefix("torch.")
     assert dtype in STORED_AS, dtype
-    plain = tensor.contiguous().view(torch.uint16) if dtype == "bfloat16" else tensor.contiguous()
     shape = list(tensor.shape[1:])
     width = int(np.prod(shape)) * np.dtype(STORED_AS[dtype]).itemsize
     field = pa.field(name, pa.binary(width), False, {"shape": json.dumps(shape), "dtype": dtype})
     return field, pa.FixedSizeBinaryArray.from_buffers(
-        field.type, len(tensor), [None, pa.py_buffer(plain.numpy().tobytes())]
+        field.type, len(tensor), [None, pa.py_buffer(as_numpy(tensor).tobytes())]
     )
 
 
@@ -39,19 +36,22 @@ def read_tensors(table: pa.Table, names: list[str]) -> dict[str, np.ndarray]:
 def _read(table: pa.Table, name: str) -> np.ndarray:
     metadata = table.schema.field(name).metadata
     shape, dtype = json.loads(metadata[b"shape"]), STORED_AS[metadata[b"dtype"].decode()]
-    column = table[name].combine_chunks()
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8)[
             chunk.offset * chunk.type.byte_width : (chunk.offset + len(chunk)) * chunk.type.byte_width
         ]
-        for chunk in chunks
+        for chunk in table[name].chunks
     ]
-    return (
-        np.concatenate(parts).view(dtype).reshape(-1, *shape)
-        if len(parts) != 1
-        else parts[0].view(dtype).reshape(-1, *shape)
-    )
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return values.view(dtype).reshape(-1, *shape)
+
+
+def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
+    """A tensor of a dtype in STORED_AS as what holds its bits there, in plain order."""
+    import torch
+
+    plain = tensor.contiguous()
+    return (plain.view(torch.uint16) if tensor.dtype == torch.bfloat16 else plain).numpy()
 
 
 def as_torch(values: np.ndarray) -> "torch.Tensor":

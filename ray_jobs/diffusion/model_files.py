@@ -19,17 +19,20 @@ def model_folder(base: str, *, revision: str | None = None, weights: bool = Fals
     Raises:
         ValueError: if it is neither a folder with a `model_index.json` nor a name that the hub knows.
     """
-    if Path(base).is_dir():
-        if not (Path(base) / INDEX).is_file():
-            raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
-        return Path(base)
+    folder = Path(base) if Path(base).is_dir() else _downloaded(base, revision, weights)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
+    return folder
+
+
+def _downloaded(base: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     kinds = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     left_out = [f"{name}/*.safetensors" for name in NOT_ENCODERS] + ["*.fp16.safetensors", "*.onnx*", "flax*"]
     try:
-        folder = Path(
+        return Path(
             snapshot_download(base, revision=revision, allow_patterns=kinds, ignore_patterns=left_out)
         )
     except (OSError, HFValidationError) as error:
@@ -37,9 +40,6 @@ def model_folder(base: str, *, revision: str | None = None, weights: bool = Fals
         raise ValueError(
             f"{base}: no model in diffusers' format: neither a folder nor a name of the hub ({reason})"
         ) from None
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
-    return folder
 
 
 def encoders_digest(base: str, *, revision: str | None = None) -> str:

@@ -127,7 +127,7 @@ def stream_of_rank(settings: LoopSettings, *, first_step: int) -> Iterator[dict[
         # By reference: what is broadcast has to be small.
         ends = [ray.put(split_stream(settings.dataset, stream, first_step=first_step, last_step=last_step))]
     [reference] = broadcast_from_rank_zero(ends)
-    return batches(ray.get(reference)[rank], stream, rank=rank, first_step=first_step)
+    return batches(ray.get(reference)[rank], rank=rank, first_step=first_step)
 
 
 def _step(engine: Any, source: "NoiseSource", rows: dict[str, torch.Tensor], step: int) -> float:

@@ -47,7 +47,7 @@ def read(dataset: Dataset, config: Config, world_size: int, first: int = 1) -> l
 
     def consume(rank: int, iterator: Any) -> None:
         try:
-            found[rank] = list(batches(iterator, settings, rank=rank, first_step=first))
+            found[rank] = list(batches(iterator, rank=rank, first_step=first))
         except BaseException as error:
             failed.append(error)
             raise
