@@ -171,7 +171,7 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
     """
     train, evaluate = config.train, config.evaluate
     trials = min(config.search.max_concurrent_trials, len(config.search.learning_rates))
-    workers = train.num_workers * trials
+    workers = train.min_workers * trials
     # A trial's own driver takes one CPU; the controller of its workers takes none.
     cpus = workers * train.cpus_per_worker + trials + evaluate.num_actors + RESERVED_CPUS
     gpus = workers * train.use_gpu + evaluate.num_actors * evaluate.use_gpu
@@ -179,7 +179,7 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
         encoders = trials * config.data.encode_workers
         cpus += encoders * (train.cpus_per_worker + 1)
         gpus += encoders * train.use_gpu
-    lower = f"lower train.num_workers ({train.num_workers})"
+    lower = f"lower train.num_workers ({train.min_workers})"
     if trials > 1:
         lower += f", search.max_concurrent_trials ({trials})"
     if config.data.encode == "stream":

@@ -92,13 +92,8 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
     """Identifies what the data set depends on: the sources, how they are prepared, and the encoders."""
     speed = {"encode_batch_size", "encode_workers"}
     settings = config.data.model_dump(mode="json", exclude=speed)
-    content = [[source.digest for source in sources], settings, encoders, config.seed, _rows_a_step(config)]
+    content = [[source.digest for source in sources], settings, encoders, config.seed, config.train.batch_size]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _rows_a_step(config: Config) -> int:
-    train = config.train
-    return train.batch_size * train.gradient_accumulation * train.num_workers
 
 
 def _stored(dataset: Dataset, inputs: str) -> Dataset:
@@ -226,7 +221,7 @@ def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPa
     if training:
         records = [Part(len(part.rows), str(part.bucket), part.source) for part in training]
         order = Order(
-            records, batch_size=_rows_a_step(config), window_rows=1, seed=0, weights=config.data.weights
+            records, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=config.data.weights
         )
         shares = order.shares()
     return [
@@ -242,7 +237,7 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict
     for part in parts:
         if part.split == "train":
             rows[part.record()["bucket"]] += len(part.rows)
-    size = _rows_a_step(config)
+    size = config.train.batch_size
     return {
         bucket: {"rows": count, "steps": count // size, "rows_over": count % size}
         for bucket, count in sorted(rows.items())

@@ -80,7 +80,7 @@ def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> N
     from ray_jobs.diffusion.autoencoder import standardise_latents, train_autoencoder
 
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.train.cpus_per_worker * config.train.num_workers)
+    torch.set_num_threads(config.train.cpus_per_worker * config.train.min_workers)
     pictures = _load_pictures(config, sizes.pictures)
     autoencoder = build_autoencoder(
         sizes.autoencoder_channels, sizes.latent_channels, config.data.resolution

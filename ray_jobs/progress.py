@@ -50,22 +50,33 @@ def say(stage: str, message: str) -> None:
     show(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training is, as its rank 0 reports it."""
+    """Where a training is, as its rank 0 reports it.
+
+    Attributes:
+        waiting: share of the time since the last checkpoint that was spent waiting for data.
+        memory_gib: of rank 0, on its device.
+    """
 
     trial_id: str
     step: int
     last_step: int
     next_rung: int
     loss: float
+    grad_norm: float
+    learning_rate: float
     images_per_second: float
+    waiting: float
+    memory_gib: float
+    seconds_left: float
 
-    def line(self, seconds_per_step: float) -> str:
-        left = (self.last_step - self.step) * seconds_per_step
+    def line(self) -> str:
         return (
-            f"{self.trial_id}  step {self.step}/{self.last_step}  rung {self.next_rung}  "
-            f"loss {self.loss:.4f}  {self.images_per_second:.0f} images/s  {clock(left)} left"
+            f"{self.trial_id}  step {self.step}/{self.last_step}  rung {self.next_rung}  loss {self.loss:.4f}  "
+            f"gradient {self.grad_norm:.2g}  rate {self.learning_rate:.2g}  "
+            f"{self.images_per_second:.0f} images/s ({self.waiting:.0%} waiting)  {self.memory_gib:.1f} GiB  "
+            f"{clock(self.seconds_left)} left"
         )
 
 

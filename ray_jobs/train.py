@@ -36,7 +36,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
         train_worker,
         train_loop_config={"settings": settings},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
             use_gpu=train.use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
         ),
@@ -52,9 +52,11 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
 def train(config: Config) -> Any:
     """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
     dataset = prepare(config)
+    few, many = config.train.min_workers, config.train.max_workers
+    workers = f"{few} to {many}" if config.train.is_elastic else str(few)
     say(
         "train",
-        f"{trial_id(config.train.learning_rate)}: {config.train.num_workers} workers, "
+        f"{trial_id(config.train.learning_rate)}: {workers} workers, "
         f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}",
     )
     with watched_board() as board:

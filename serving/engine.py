@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.loading import encode_prompts
-from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents, whole_pictures
 
 # Their steps draw fresh noise, which a batch cannot give each row from its own generator.
 STOCHASTIC_SCHEDULERS = (
@@ -27,7 +28,7 @@ STOCHASTIC_SCHEDULERS = (
 
 
 class Engine:
-    """Draws pictures with a StableDiffusionPipeline, many requests at once.
+    """Draws pictures with a pipeline of any family, many requests at once.
 
     Args:
         pipeline: as `load_pipeline` gives it; moved to `device`.
@@ -39,43 +40,52 @@ class Engine:
     """
 
     def __init__(self, pipeline: Any, *, device: str = "cpu", cached_prompts: int = 256):
-        scheduler = type(pipeline.scheduler).__name__
-        if scheduler in STOCHASTIC_SCHEDULERS or "sde" in pipeline.scheduler.config.get("algorithm_type", ""):
+        scheduler, options = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+        if (
+            scheduler in STOCHASTIC_SCHEDULERS
+            or "sde" in options.get("algorithm_type", "")
+            or options.get("stochastic_sampling")
+        ):
             raise ValueError(
                 f"scheduler: {scheduler} draws noise while it steps, so a seed would not fix a picture "
                 "in a batch; save the model with DDIMScheduler or DPMSolverMultistepScheduler"
             )
-        self.pipeline = pipeline.to(device)
+        self.pipeline, self.family = pipeline.to(device), family_of(pipeline)
         self.device = device
         self.cached_prompts = cached_prompts
         self._possible_steps: set[int] = set()
-        self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._embeddings: OrderedDict[str, Captions] = OrderedDict()
 
     @property
     def resolution(self) -> int:
         """Pixels a side."""
-        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+        return int(self.family.sample_size(self.pipeline) * self.pipeline.vae_scale_factor)
 
     def check_steps(self, num_steps: int) -> None:
         """Raise ValueError if the scheduler cannot denoise in so many steps (some need a few at least)."""
         if num_steps in self._possible_steps:
             return
+        side = self.family.sample_size(self.pipeline)
         try:
-            deepcopy(self.pipeline.scheduler).set_timesteps(num_steps)
+            self.family.set_timesteps(deepcopy(self.pipeline.scheduler), num_steps, (side, side), "cpu")
         except (ValueError, IndexError) as error:
             scheduler = type(self.pipeline.scheduler).__name__
             raise ValueError(f"{scheduler} cannot draw in {num_steps} steps; ask for more") from error
         self._possible_steps.add(num_steps)
 
-    def embed(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings from the cache, the missing ones encoded in one batch: N x tokens x width."""
+    def embed(self, prompts: Sequence[str]) -> Captions:
+        """Embeddings from the cache, the missing ones encoded in one batch: N x ..., by name."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
-            encoded = encode_prompts(self.pipeline.tokenizer, self.pipeline.text_encoder, missing)
-            self._embeddings.update(zip(missing, encoded, strict=True))
+            encoded = encode_prompts(self.pipeline, missing)
+            for row, prompt in enumerate(missing):
+                self._embeddings[prompt] = {name: embeds[row] for name, embeds in encoded.items()}
         for prompt in prompts:
             self._embeddings.move_to_end(prompt)
-        rows = torch.stack([self._embeddings[prompt] for prompt in prompts])
+        rows = {
+            name: torch.stack([self._embeddings[prompt][name] for prompt in prompts])
+            for name in self.family.embeds
+        }
         while len(self._embeddings) > self.cached_prompts:
             self._embeddings.popitem(last=False)
         return rows
@@ -111,16 +121,17 @@ class Engine:
         self, prompts: list[str], seeds: list[int], num_steps: int, guidance_scales: torch.Tensor
     ) -> torch.Tensor:
         """One batch, one step count: uint8, N x height x width x 3."""
-        unet, vae = self.pipeline.unet, self.pipeline.vae
-        side = unet.config.sample_size
-        noise = initial_noise(seeds, (unet.config.in_channels, side, side))
+        pipeline, family, side = self.pipeline, self.family, self.family.sample_size(self.pipeline)
+        noise = initial_noise(seeds, (pipeline.vae.config.latent_channels, side, side))
         latents = sample_latents(
-            unet,
-            self.pipeline.scheduler,
+            family,
+            getattr(pipeline, family.denoiser),
+            pipeline.scheduler,
             noise.to(self.device),
             self.embed(prompts),
             self.embed([""]),
             num_steps=num_steps,
             guidance_scale=guidance_scales.to(self.device),
+            sizes=whole_pictures(family, len(noise), self.resolution, self.resolution),
         )
-        return decode_latents(vae, latents).permute(0, 2, 3, 1)
+        return decode_latents(pipeline.vae, latents).permute(0, 2, 3, 1)

@@ -31,7 +31,7 @@ from ray_jobs.data.tensors import tensor_column
 
 # What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
 # part; so the three differ: reading waits for disks and networks, decoding needs memory for pixels.
-GATHERING = {"num_cpus": 0.5}
+GATHERING = {"num_cpus": 1}
 DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
 
 CONDITIONING = ("original_height", "original_width", "top", "left", "target_height", "target_width")
@@ -108,7 +108,7 @@ class Decode:
                 raise ChangedFile(f"{row['name'][index]}: changed while it was being prepared; run again")
             fitted = self.fit(picture, part.split, part.bucket, digest, int(part.variants[number]))
             pixels[number] = fitted.pixels
-            conditioning.append([*fitted.original_size, *fitted.crop, *fitted.target_size])
+            conditioning.append(fitted.sizes)
             plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
             pngs.append(b"" if plain is None else encode_png(plain))
         return {
@@ -207,6 +207,8 @@ class EncodePart(EncodeRows):
         self, part: PlannedPart, row: dict[str, Any], pixels: np.ndarray, chosen: list[int]
     ) -> pa.Table:
         """The chosen rows of a part, encoded."""
+        import torch
+
         texts = [str(row["text"][n]) for n in chosen]
         columns = [
             (pa.field("key", pa.binary(16)), pa.array([part.keys[n] for n in chosen], pa.binary(16))),
@@ -214,14 +216,10 @@ class EncodePart(EncodeRows):
             (pa.field("text", pa.string()), pa.array(texts)),
             (pa.field("image", pa.binary()), pa.array([row["image"][n] for n in chosen], pa.binary())),
         ]
-        conditioning = np.array([row["conditioning"][n] for n in chosen], np.int32)
-        metadata = {"names": json.dumps(CONDITIONING)}
-        kind = pa.list_(pa.int32(), len(CONDITIONING))
+        sizes = np.array([row["conditioning"][n] for n in chosen], np.int32)
+        field, values = tensor_column("conditioning", torch.from_numpy(sizes))
         columns.append(
-            (
-                pa.field("conditioning", kind, metadata=metadata),
-                pa.FixedSizeListArray.from_arrays(pa.array(conditioning.ravel()), len(CONDITIONING)),
-            )
+            (field.with_metadata(field.metadata | {b"names": json.dumps(CONDITIONING).encode()}), values)
         )
         columns += [tensor_column(name, t) for name, t in self.encode(pixels[chosen], texts).items()]
         return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))

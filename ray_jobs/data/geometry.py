@@ -28,6 +28,11 @@ class Fitted:
     crop: tuple[int, int]
     target_size: tuple[int, int]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Original height and width, top and left of the crop, target height and width."""
+        return [*self.original_size, *self.crop, *self.target_size]
+
 
 def bucket_shapes(resolution: int, *, multiple: int, max_aspect_ratio: float) -> list[Size]:
     """Shapes of nearly one area, from upright to lying: what pictures of any aspect ratio are cropped to.

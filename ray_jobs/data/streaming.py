@@ -21,7 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
-from ray_jobs.data.order import Order, Part, Step
+from ray_jobs.data.order import Order, Part, Step, rows_of_rank
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -59,7 +59,8 @@ class StreamSettings:
 
     Attributes:
         rows_a_step: of all ranks together.
-        world_size: number of ranks; each gets an equal, consecutive part of a step's rows.
+        world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the first
+            ranks, one row more.
         columns: tensors that training needs.
     """
 
@@ -81,16 +82,7 @@ class StreamSettings:
 
 
 def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
-    """Start the stream of the steps `first_step` to `last_step`; returns a Ray Data iterator a rank.
-
-    Raises:
-        ValueError: the rows of a step cannot be dealt equally to the ranks.
-    """
-    if settings.rows_a_step % settings.world_size:
-        raise ValueError(
-            f"train.batch_size: {settings.rows_a_step} rows a step cannot be dealt to "
-            f"{settings.world_size} workers"
-        )
+    """Start the stream of the steps `first_step` to `last_step`; returns a Ray Data iterator a rank."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -192,12 +184,13 @@ class ReadWindow:
         numbers = np.unique(np.concatenate([step.rows[:, 0] for step in steps]))
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             read = dict(zip(numbers.tolist(), pool.map(self._read, numbers), strict=True))
-        share = self.order.batch_size // self.world_size
-        together = max(1, BYTES_A_BLOCK // (share * self.row_bytes))
+        shares = [
+            rows_of_rank(self.order.batch_size, self.world_size, rank) for rank in range(self.world_size)
+        ]
+        together = max(1, BYTES_A_BLOCK // (len(shares[0]) * self.row_bytes))
         for start in range(0, len(steps), together):
             run = steps[start : start + together]
-            for rank in range(self.world_size):
-                mine = slice(rank * share, (rank + 1) * share)
+            for rank, mine in enumerate(shares):
                 taken = [self._take(read, step.rows[mine]) for step in run]
                 yield pack(rank, [step.step for step in run], taken)
 
@@ -253,10 +246,10 @@ class GatherWindow:
                 if sample.problem:
                     raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read before)")
                 samples[number, sample.row] = sample
-        share = self.order.batch_size // self.world_size
         for step in steps:
             for rank in range(self.world_size):
-                yield self._dealt(step, rank, step.rows[rank * share : (rank + 1) * share], samples)
+                mine = rows_of_rank(self.order.batch_size, self.world_size, rank)
+                yield self._dealt(step, rank, step.rows[mine], samples)
 
     def _dealt(
         self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Any]
@@ -283,13 +276,15 @@ class DecodeBatch(Decode):
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         width, height = (int(side) for side in row["bucket"].split("x"))
-        pixels = []
+        pixels, sizes = [], []
         for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):
             if content_digest(data) != digest:
                 raise ChangedFile(f"{name}: changed since it was prepared; run again")
             picture = self.open(data, (width, height))
-            pixels.append(self.fit(picture, "train", (width, height), digest, row["epoch"]).pixels)
-        return row | {"pixels": np.stack(pixels).tobytes()}
+            fitted = self.fit(picture, "train", (width, height), digest, row["epoch"])
+            pixels.append(fitted.pixels)
+            sizes.append(fitted.sizes)
+        return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
 
 
 class EncodeBatch(EncodeRows):
@@ -304,5 +299,7 @@ class EncodeBatch(EncodeRows):
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
         tensors = self.encode(pixels, [str(text) for text in row["text"]])
-        plain = {name: as_numpy(tensor) for name, tensor in tensors.items() if name in self.columns}
+        arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
+        arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)
+        plain = {name: arrays[name] for name in self.columns}
         return pack(int(row["rank"]), [int(row["step"])], [plain])

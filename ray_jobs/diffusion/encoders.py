@@ -1,10 +1,10 @@
 """What turns pictures and captions into what the denoiser is trained on: autoencoder and text encoders."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
+from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.loading import left_out, read_index
 from ray_jobs.diffusion.model_files import NOT_ENCODERS
 
 
@@ -16,20 +16,21 @@ class Encoders:
         device: where they run, in float32.
 
     Raises:
-        ValueError: for a pipeline whose captions this does not know how to encode.
+        ValueError: for a pipeline of no known family.
     """
 
     def __init__(self, base: str, *, revision: str | None = None, device: str = "cpu") -> None:
         from diffusers import DiffusionPipeline
 
-        present = DiffusionPipeline.load_config(base, revision=revision)
-        left_out = {name: None for name in NOT_ENCODERS if name in present}
+        index = read_index(base, revision)
+        self.family = family_of(index["_class_name"])
         self.pipeline = DiffusionPipeline.from_pretrained(
-            base, revision=revision, torch_dtype=torch.float32, use_safetensors=True, **left_out
+            base,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **left_out(index, NOT_ENCODERS),
         ).to(device)
-        self.kind = present["_class_name"]
-        if self.kind not in CAPTIONS:
-            raise ValueError(f"model.base: {base}: {self.kind} is none of {', '.join(CAPTIONS)}")
         self.device = device
         self.pipeline.vae.requires_grad_(False).eval()
 
@@ -49,31 +50,9 @@ class Encoders:
         return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
 
     @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """Each form of the captions that the model's denoiser takes, by name, on the CPU."""
-        return CAPTIONS[self.kind](self.pipeline, captions)
-
-
-def _stable_diffusion(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` (int32, N x tokens; where the text encoder is trained) and `prompt_embeds` (float32, N x
-    tokens x width)."""
-    from ray_jobs.diffusion.loading import embed_tokens, tokenize
-
-    input_ids = tokenize(pipeline.tokenizer, captions)
-    return {
-        "input_ids": input_ids.int(),
-        "prompt_embeds": embed_tokens(pipeline.text_encoder, input_ids).float().cpu(),
-    }
-
-
-def _stable_diffusion_xl(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
-    """`prompt_embeds` (float32, N x tokens x both widths) and `pooled_prompt_embeds` (N x width) of the two
-    text encoders (arXiv 2307.01952, section 2.1)."""
-    embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
-    return {"prompt_embeds": embeds.float().cpu(), "pooled_prompt_embeds": pooled.float().cpu()}
-
-
-CAPTIONS = {
-    "StableDiffusionPipeline": _stable_diffusion,
-    "StableDiffusionXLPipeline": _stable_diffusion_xl,
-}
+    def encode_captions(self, captions: list[str]) -> Captions:
+        """Tokens (int32, for text encoders that are trained) and what the denoiser takes (float32), on the CPU."""
+        tokens = self.family.tokenize(self.pipeline, captions)
+        placed = {name: ids.to(self.device) for name, ids in tokens.items()}
+        embeds = self.family.embed(self.family.encoders(self.pipeline), placed)
+        return tokens | {name: tensor.float().cpu() for name, tensor in embeds.items()}

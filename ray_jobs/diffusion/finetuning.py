@@ -1,117 +1,191 @@
 """What is trained of a text-to-image model: LoRA adapters or everything, and how it is saved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ray_jobs.diffusion.families.family import Captions, Family
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
-from ray_jobs.diffusion.objectives import alphas_cumprod, denoising_loss
+from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
+
+OTHER = "other"  # the group of the parameters that are in no named one
 
 
 class FineTuning(nn.Module):
-    """A denoiser with what it needs for a loss. The engine wraps this module.
+    """A denoiser, and the text encoders where they are trained too, with a loss. The engine wraps this module.
 
     Args:
         pipeline: from `load_pipeline`.
-        text_encoder_trained: train the text encoder too; the captions then come as tokens.
+        family: of the pipeline.
+        objective: on the device that the module will be on.
+        text_encoders_trained: captions then come as tokens, else as embeddings.
     """
-
-    schedule: torch.Tensor  # alpha-bar, one a training timestep
 
     def __init__(
         self,
         pipeline: Any,
+        family: Family,
+        objective: Objective,
+        settings: LossSettings,
         *,
-        text_encoder_trained: bool = False,
-        min_snr_gamma: float | None = None,
+        text_encoders_trained: bool = False,
     ) -> None:
         super().__init__()
-        self.unet = pipeline.unet
-        self.text_encoder = pipeline.text_encoder if text_encoder_trained else None
-        self.prediction_type = pipeline.scheduler.config.prediction_type
-        self.min_snr_gamma = min_snr_gamma
-        schedule = alphas_cumprod(pipeline.scheduler.config)
-        self.register_buffer("schedule", schedule, persistent=False)
+        self.family, self.objective, self.settings = family, objective, settings
+        self.denoiser = getattr(pipeline, family.denoiser)
+        names = family.text_encoders if text_encoders_trained else ()
+        present = {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
+        self.text_encoders = nn.ModuleDict(present)
+        self.all_trained: list[tuple[str, nn.Parameter]] = []
+        self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
 
     def forward(
-        self,
-        latents: torch.Tensor,
-        captions: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
+        self, latents: torch.Tensor, captions: Captions, draws: Draws, sizes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The loss of a batch.
+        """The losses of N pictures: float32, N.
 
         Args:
-            latents, noise: float, N x C x H x W.
-            captions: prompt embeddings (float, N x tokens x width), or tokens (int, N x tokens) where
-                the text encoder is trained.
-            timesteps: int64, N.
+            latents: float32, N x C x H x W, as the denoiser takes them.
+            captions: embeddings, or tokens where the text encoders are trained.
+            sizes: N x 6, for families that are told of them.
         """
-        if self.text_encoder is not None:
-            captions = self.text_encoder(captions, return_dict=False)[0]
+        if self.text_encoders:
+            captions = self.family.embed(self.text_encoders, captions)
+        dtype = self.denoiser.dtype
+        captions = {name: tensor.to(dtype) for name, tensor in captions.items()}
 
-        def denoise(noisy: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-            return self.unet(noisy, at, encoder_hidden_states=captions, return_dict=False)[0]
+        def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.family.denoise(self.denoiser, noisy.to(dtype), timesteps, captions, sizes).float()
 
-        return denoising_loss(
-            denoise,
-            latents,
-            noise,
-            timesteps,
-            self.schedule,
-            prediction_type=self.prediction_type,
-            min_snr_gamma=self.min_snr_gamma,
-        )
+        return denoising_loss(denoise, self.objective, latents, draws, self.settings)
+
+    def remember_trained(self, groups: Mapping[str, list[str]]) -> None:
+        """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the run may
+        freeze some of them for a while."""
+        self.all_trained = list(self.trained())
+        self.layer_groups = group_members(self, groups)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that training changes, by name."""
+        """The parameters that training changes, by name, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
-def add_lora(denoiser: Any, *, rank: int, alpha: int, dropout: float, target_modules: list[str]) -> None:
-    """Freeze `denoiser` and add adapters (Hu et al., arXiv 2106.09685) to the named layers.
+def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:
+    """Freeze what is in none of the `chosen` groups (None: train all that is trained).
 
-    The down projections are drawn from the global generator; the up projections start at 0, so the
-    model starts as the base.
+    Raises:
+        ValueError: a group matches no trained parameter, or nothing would be trained.
+    """
+    members = group_members(model, groups)
+    if chosen is None:
+        return
+    for group in set(members) - set(chosen):
+        for parameter in members[group].values():
+            parameter.requires_grad_(False)
+    if not any(True for _ in model.trained()):
+        raise ValueError(f"train.trainable: {chosen}: no layer that this method trains is in these groups")
+
+
+def group_members(model: FineTuning, groups: Mapping[str, list[str]]) -> dict[str, dict[str, nn.Parameter]]:
+    """The trained parameters of each group by name: of the first whose patterns match, or of `other`.
+
+    Raises:
+        ValueError: a group matches no trained parameter.
+    """
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*groups, OTHER)}
+    for name, parameter in model.trained():
+        matching = (
+            group for group, patterns in groups.items() if any(fnmatchcase(name, p) for p in patterns)
+        )
+        members[next(matching, OTHER)][name] = parameter
+    for group, patterns in groups.items():
+        if not members[group]:
+            example = next(name for name, _ in model.trained())
+            raise ValueError(
+                f"train.groups.{group}: {patterns} match none of the trained parameters, which have names "
+                f"like {example}"
+            )
+    return members
+
+
+def add_lora(
+    part: Any,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: list[str],
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> None:
+    """Freeze a denoiser or text encoder and add adapters (Hu et al., arXiv 2106.09685) to the named layers.
+
+    The down projections are drawn from the global generator; the up projections start at 0, so the model starts
+    as the base.
 
     Raises:
         ValueError: no layer has such a name.
     """
     from peft import LoraConfig
 
-    denoiser.requires_grad_(False)
-    denoiser.add_adapter(
+    part.requires_grad_(False)
+    part.add_adapter(
         LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
             init_lora_weights="gaussian",
             target_modules=target_modules,
+            use_dora=use_dora,
+            use_rslora=use_rslora,
         )
     )
 
 
-def save_weights(pipeline: Any, method: str, folder: Path) -> None:
-    """Write what was trained in diffusers' format, as safetensors.
+def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write adapters as `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` takes.
 
-    LoRA: `pytorch_lora_weights.safetensors`, which `load_lora_weights` takes. Full: the pipeline.
+    Args:
+        weights: the adapters' tensors by their name in `model`.
     """
-    if method == "full":
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        return
-    from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
 
     # In peft's names. diffusers' own converter renames attention layers only, and its loader then drops
     # those of a file with both kinds of names, with a warning.
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
-        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
-        safe_serialization=True,
-    )
+    arguments: dict[str, Any] = {}
+    parts = {model.family.denoiser: ("denoiser", model.denoiser)}
+    parts |= {name: (f"text_encoders.{name}", part) for name, part in model.text_encoders.items()}
+    for name, (prefix, part) in parts.items():
+        mine = {
+            key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
+        }
+        if mine:
+            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(part, state_dict=mine)
+            arguments[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+    type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
     assert (folder / LORA_WEIGHTS).exists()
+
+
+@torch.no_grad()
+def save_pipeline(pipeline: Any, family: Family, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
+
+    Args:
+        pipeline: not the one that is being trained: its weights are overwritten.
+        weights: what was trained, by its name in `FineTuning`.
+    """
+    parts = {"denoiser": getattr(pipeline, family.denoiser)}
+    parts |= {f"text_encoders.{name}": getattr(pipeline, name) for name in family.text_encoders}
+    own = {
+        f"{prefix}.{name}": parameter
+        for prefix, part in parts.items()
+        if part is not None
+        for name, parameter in part.named_parameters()
+    }
+    for name, value in weights.items():
+        own[name].copy_(value)
+    pipeline.save_pretrained(folder, safe_serialization=True)

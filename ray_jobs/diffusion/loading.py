@@ -1,15 +1,18 @@
 """Load a text-to-image model in diffusers' format, with or without what was fine-tuned on it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ray_jobs.diffusion.families import Captions, family_of
+
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str | None = None) -> Any:
-    """A StableDiffusionPipeline in float32 on the CPU, in evaluation mode.
+    """A pipeline of one of the families in float32 on the CPU, frozen, in evaluation mode.
 
     Args:
         base: folder or hub name of the base model.
@@ -18,27 +21,41 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
         revision: of the base on the hub.
 
     Raises:
-        ValueError: if `weights` is neither.
+        ValueError: if `weights` is neither, or the model is of no known family.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     source = str(weights) if weights and (Path(weights) / "model_index.json").exists() else base
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        source,
-        revision=revision if source == base else None,
-        torch_dtype=torch.float32,
-        safety_checker=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
+    revision = revision if source == base else None
+    index = read_index(source, revision)
+    family_of(index["_class_name"])
+    options = left_out(index, ["safety_checker"])
+    if "safety_checker" in index:
+        options["requires_safety_checker"] = False
+    pipeline = DiffusionPipeline.from_pretrained(
+        source, revision=revision, dtype=torch.float32, use_safetensors=True, **options
     )
     pipeline.set_progress_bar_config(disable=True)
     if weights and source == base:
         if not (Path(weights) / LORA_WEIGHTS).exists():
             raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
         load_lora(pipeline, Path(weights))
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
     return pipeline
+
+
+def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
+    """The `model_index.json` of a folder or hub name: the pipeline's class and its components."""
+    from diffusers import DiffusionPipeline
+
+    return dict(DiffusionPipeline.load_config(base, revision=revision))
+
+
+def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The named components, and those that the model itself leaves out, as None for `from_pretrained`."""
+    return {name: None for name, entry in index.items() if name in names or entry == [None, None]}
 
 
 def load_lora(pipeline: Any, folder: Path) -> None:
@@ -52,9 +69,10 @@ def load_lora(pipeline: Any, folder: Path) -> None:
 
     pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
     with safe_open(folder / LORA_WEIGHTS, "pt") as file:
-        names = file.keys()
-    stored = sum(name.endswith("weight") for name in names)
-    parts = (pipeline.unet, pipeline.text_encoder)
+        # An alpha is a scale, not a layer; diffusers' files have it in their metadata.
+        stored = sum(not name.endswith("alpha") for name in file.keys())
+    family = family_of(pipeline)
+    parts = (getattr(pipeline, family.denoiser), *family.encoders(pipeline).values())
     loaded = sum(".lora_" in name for part in parts for name, _ in part.named_parameters())
     if loaded != stored:
         pipeline.unload_lora_weights()
@@ -64,24 +82,10 @@ def load_lora(pipeline: Any, folder: Path) -> None:
         )
 
 
-def tokenize(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
-    """Prompts to tokens: int64, N x tokens, cut or padded to the tokenizer's length."""
-    tokens = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return tokens.input_ids
-
-
 @torch.no_grad()
-def embed_tokens(text_encoder: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Tokens (N x tokens) to embeddings: float, N x tokens x width, on the encoder's device."""
-    return text_encoder(input_ids.to(text_encoder.device), return_dict=False)[0]
-
-
-def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> torch.Tensor:
-    """Prompts to embeddings: float, N x tokens x width, on the encoder's device."""
-    return embed_tokens(text_encoder, tokenize(tokenizer, prompts))
+def encode_prompts(pipeline: Any, prompts: list[str]) -> Captions:
+    """What the denoiser takes of N prompts: float, N x ..., by name, on the pipeline's device."""
+    family = family_of(pipeline)
+    tokens = family.tokenize(pipeline, prompts)
+    placed = {name: ids.to(pipeline.device) for name, ids in tokens.items()}
+    return family.embed(family.encoders(pipeline), placed)

@@ -1,114 +1,322 @@
-"""What a denoiser is trained to predict, and how far off it is. Pure functions of tensors."""
+"""What a denoiser is trained to predict, and how far off it is. Pure functions of tensors.
 
-from collections.abc import Callable
-from typing import Any
+Everything random comes in as `Draws`: a loss is a function of its arguments alone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, timesteps) -> prediction of the latents' shape
 
 
-def alphas_cumprod(scheduler_config: dict[str, Any]) -> torch.Tensor:
-    """The noise schedule (alpha-bar of Ho et al., arXiv 2006.11239) of a scheduler's configuration.
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of a batch of N pictures; everything float32."""
 
-    Returns:
-        float32, one a training timestep: the share of the signal's variance that is left.
+    position: Tensor  # N, uniform in [0, 1): where on the schedule
+    noise: Tensor  # N x C x H x W, standard normal
+    offset: Tensor | None = None  # N x C, standard normal; needed for offset noise
+    perturbation: Tensor | None = None  # N x C x H x W, standard normal; needed for input perturbation
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the loss departs from the plain squared error; the defaults do not."""
+
+    timestep_sampling: str | None = None  # "uniform" or "logit_normal"; None: the objective's own
+    timestep_mean: float = 0.0  # of the logit-normal density
+    timestep_std: float = 1.0  # of the logit-normal density, > 0
+    min_snr_gamma: float | None = None  # > 0; arXiv 2303.09556
+    offset_noise: float = 0.0  # strength, >= 0
+    input_perturbation: float = 0.0  # strength, >= 0; gamma of arXiv 2301.11706
+    huber_delta: float | None = None  # > 0, in units of the prediction; None: squared error
+
+
+class Objective(ABC):
+    """How latents become noisy and what the denoiser should then return.
+
+    Latents, noise and targets are float32, N x C x H x W; positions and timesteps are N.
     """
-    from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(scheduler_config).alphas_cumprod
+    prediction_type: str
+    num_timesteps: int
+    default_sampling: str  # "uniform" or "logit_normal"
+
+    @abstractmethod
+    def timesteps(self, position: Tensor) -> Tensor:
+        """Positions in (0, 1), from clean to noisy, to what the denoiser is told."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noisy latents x_t of the latents x_0."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should return for x_t."""
+
+    def weight(self, timesteps: Tensor, settings: LossSettings) -> Tensor:
+        """The weight of each picture's loss; float32, N."""
+        return torch.ones(len(timesteps), device=timesteps.device)
+
+    def to(self, device: str | torch.device) -> Self:
+        """An objective for tensors on `device`."""
+        return self
+
+    def check(self, settings: LossSettings) -> None:
+        """Refuse settings that this objective cannot follow.
+
+        Raises:
+            ValueError: naming `train.loss.<field>`.
+        """
+        sampling = settings.timestep_sampling or self.default_sampling
+        if sampling not in ("uniform", "logit_normal"):
+            raise ValueError(
+                f"train.loss.timestep_sampling: {sampling!r} is not one of uniform, logit_normal; "
+                "empty: the model's own"
+            )
+        if sampling == "uniform" and (settings.timestep_mean, settings.timestep_std) != (0.0, 1.0):
+            raise ValueError(
+                "train.loss.timestep_mean, train.loss.timestep_std: uniform sampling has neither; "
+                "set train.loss.timestep_sampling: logit_normal or leave both out"
+            )
+
+
+class Diffusion(Objective):
+    """Noise over a variance-preserving schedule (Ho et al., arXiv 2006.11239).
+
+    Args:
+        alphas_cumprod: alpha-bar, float32, one a timestep: the share of the signal's variance that is left.
+        prediction_type: `epsilon`, `sample` or `v_prediction`.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    default_sampling = "uniform"
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"model.base: prediction_type {prediction_type!r} of its scheduler is not one of epsilon, "
+                "sample, v_prediction; choose another model or correct its scheduler_config.json"
+            )
+        self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
+        self.num_timesteps = len(alphas_cumprod)
+
+    @classmethod
+    def from_scheduler(cls, scheduler_config: dict[str, Any], *, zero_terminal_snr: bool = False) -> Self:
+        """The objective that a diffusers scheduler's configuration states.
+
+        Args:
+            zero_terminal_snr: rescale the schedule so that its last step is pure noise.
+
+        Raises:
+            ValueError: no beta schedule, an unknown prediction type, or zero terminal SNR for epsilon.
+        """
+        from diffusers import DDPMScheduler
+
+        if "beta_schedule" not in scheduler_config:
+            raise ValueError("model.base: its scheduler has no beta_schedule; choose a diffusion model")
+        scheduler = DDPMScheduler.from_config(scheduler_config)
+        alphas_cumprod, prediction_type = scheduler.alphas_cumprod, scheduler.config.prediction_type
+        if zero_terminal_snr:
+            if prediction_type == "epsilon":
+                raise ValueError(
+                    "train.loss.zero_terminal_snr: the last step is then pure noise, of which a model that "
+                    "predicts epsilon learns nothing; choose a v_prediction model or turn it off"
+                )
+            alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
+        return cls(alphas_cumprod, prediction_type)
+
+    def to(self, device: str | torch.device) -> Self:
+        return type(self)(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        """int64, 0 to num_timesteps - 1: each step is an equal part of (0, 1)."""
+        return (position * self.num_timesteps).long()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4)."""
+        signal = _per_picture(self.alphas_cumprod[timesteps])
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise (`epsilon`), x_0 (`sample`), or the velocity sqrt(alpha-bar) noise -
+        sqrt(1 - alpha-bar) x_0 (`v_prediction`; Salimans & Ho, arXiv 2202.00512, appendix D)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        signal = _per_picture(self.alphas_cumprod[timesteps])
+        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """alpha-bar / (1 - alpha-bar), the signal-to-noise ratio; float32, N."""
+        signal = self.alphas_cumprod[timesteps]
+        return signal / (1 - signal)
+
+    def weight(self, timesteps: Tensor, settings: LossSettings) -> Tensor:
+        """min(SNR, gamma) as a weight on x_0's error, turned into one on the prediction's error (Hang et
+        al., arXiv 2303.09556, section 3.4): divided by SNR for epsilon, by SNR + 1 for velocity.
+
+        At SNR 0 the weight is 1 for epsilon, and 0 for the others.
+        """
+        gamma = settings.min_snr_gamma
+        if gamma is None:
+            return super().weight(timesteps, settings)
+        snr = self.snr(timesteps)
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR would be 0 / 0 at SNR 0
+        weight = snr.clamp(max=gamma)
+        return weight / (snr + 1) if self.prediction_type == "v_prediction" else weight
+
+
+class FlowMatching(Objective):
+    """Rectified flow: a straight line from latents to noise (Esser et al., arXiv 2403.03206, eq. 13).
+
+    Args:
+        num_timesteps: what the denoiser is told for pure noise.
+        shift: moves timesteps to more noise for larger pictures (arXiv 2403.03206, eq. 23); 1: none.
+    """
+
+    prediction_type = "flow_prediction"
+    default_sampling = "logit_normal"
+
+    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
+        self.num_timesteps, self.shift = num_timesteps, shift
+
+    @classmethod
+    def from_scheduler(cls, scheduler_config: Mapping[str, Any]) -> Self:
+        """The objective that a diffusers scheduler's configuration states; dynamic shifting, by the
+        picture's size, is a matter of sampling, and the shift here is then 1.
+
+        Raises:
+            ValueError: a configuration that is not of flow matching.
+        """
+        if "shift" not in scheduler_config:
+            raise ValueError("model.base: its scheduler has no shift; choose a flow-matching model")
+        shift = 1.0 if scheduler_config.get("use_dynamic_shifting") else scheduler_config["shift"]
+        return cls(scheduler_config["num_train_timesteps"], shift)
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        """float32, num_timesteps * sigma, with sigma = shift u / (1 + (shift - 1) u) at position u
+        (arXiv 2403.03206, eq. 23)."""
+        return self.shift * position / (1 + (self.shift - 1) * position) * self.num_timesteps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = (1 - sigma) x_0 + sigma noise (arXiv 2403.03206, eq. 13)."""
+        sigma = _per_picture(timesteps / self.num_timesteps)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """noise - x_0, the derivative of x_t by sigma (Liu et al., arXiv 2209.03003, eq. 1)."""
+        return noise - latents
+
+    def check(self, settings: LossSettings) -> None:
+        super().check(settings)
+        if settings.min_snr_gamma is not None:
+            raise ValueError(
+                "train.loss.min_snr_gamma: there is no min-SNR weight for flow matching; leave it empty and "
+                "move the timesteps by train.loss.timestep_mean and train.loss.timestep_std instead"
+            )
+
+
+def _per_picture(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1, 1)
+
+
+def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha-bar) so that its last value is 0 and its first stays (Lin et al.,
+    arXiv 2305.08891, algorithm 1)."""
+    root = alphas_cumprod.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * (first / (first - last))).square()
 
 
 def sample_posterior(
-    mean: torch.Tensor, logvar: torch.Tensor, autoencoder: Any, generator: torch.Generator
-) -> torch.Tensor:
+    mean: Tensor, logvar: Tensor, autoencoder_config: Mapping[str, Any], noise: Tensor
+) -> Tensor:
     """Draw latents from the autoencoder's posterior (Kingma & Welling, arXiv 1312.6114, section 2.4), scaled
     as the denoiser takes them (Rombach et al., arXiv 2112.10752, appendix G).
 
     Args:
         mean, logvar: float32, N x C x H x W.
-        autoencoder: its configuration, with `scaling_factor` and perhaps `shift_factor`.
+        autoencoder_config: with `scaling_factor` and perhaps `shift_factor`.
+        noise: float32, N x C x H x W, standard normal.
     """
-    drawn = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
-    return (drawn - (autoencoder.get("shift_factor") or 0.0)) * autoencoder["scaling_factor"]
+    drawn = mean + (0.5 * logvar).exp() * noise
+    return (drawn - (autoencoder_config.get("shift_factor") or 0.0)) * autoencoder_config["scaling_factor"]
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, signal_variance: torch.Tensor) -> torch.Tensor:
-    """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4).
+def density(position: Tensor, settings: LossSettings, default: str) -> Tensor:
+    """Uniform quantiles to positions under the chosen density, strictly inside (0, 1).
+
+    Logit-normal: sigmoid(mean + std * z) has the density of arXiv 2403.03206, eq. 19, where z is standard
+    normal; here z is the normal quantile of `position`.
 
     Args:
-        latents, noise: N x C x H x W.
-        signal_variance: alpha-bar at each picture's timestep, N.
+        position: float32, N, in [0, 1).
+        default: the objective's own sampling, used where the settings name none.
     """
-    variance = signal_variance.reshape(-1, 1, 1, 1)
-    return variance.sqrt() * latents + (1 - variance).sqrt() * noise
+    if (settings.timestep_sampling or default) == "logit_normal":
+        normal = torch.special.ndtri(position)
+        position = torch.sigmoid(settings.timestep_mean + settings.timestep_std * normal)
+    # The largest float32 below 1; 0 is moved by less than the step of a float32 uniform draw, 2^-24.
+    return position.clamp(2**-25, 1 - 2**-24)
 
 
-def prediction_target(
-    prediction_type: str,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    signal_variance: torch.Tensor,
-) -> torch.Tensor:
-    """What the denoiser should return: the noise (`epsilon`), x_0 (`sample`), or the velocity
-    sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (`v_prediction`; Salimans & Ho, arXiv 2202.00512).
+def pointwise_error(prediction: Tensor, target: Tensor, huber_delta: float | None) -> Tensor:
+    """The squared error of each element, or the pseudo-Huber loss (Khrapov et al., arXiv 2403.16728) in the
+    form 2 delta^2 (sqrt(1 + (error / delta)^2) - 1).
 
-    Raises:
-        ValueError: for another prediction type.
+    It tends to the squared error for large delta, and to 2 delta |error| for small delta.
     """
-    variance = signal_variance.reshape(-1, 1, 1, 1)
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return latents
-    if prediction_type == "v_prediction":
-        return variance.sqrt() * noise - (1 - variance).sqrt() * latents
-    raise ValueError(
-        f"prediction_type {prediction_type!r} of the model's scheduler is not one of "
-        "epsilon, sample, v_prediction"
-    )
-
-
-def min_snr_weight(prediction_type: str, signal_variance: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min(SNR, gamma) as a weight on x_0's error, turned into one on the prediction's error
-    (Hang et al., arXiv 2303.09556, section 3.4).
-
-    Args:
-        signal_variance: alpha-bar, N.
-
-    Returns:
-        N weights: divided by SNR for epsilon, by SNR + 1 for velocity.
-    """
-    snr = signal_variance / (1 - signal_variance)
-    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}
-    return snr.clamp(max=gamma) / divisor[prediction_type]
+    squared = (prediction - target).square()
+    if huber_delta is None:
+        return squared
+    # The same by sqrt(1 + y) - 1 = y / (sqrt(1 + y) + 1), which loses no digits where the error is small.
+    return 2 * squared / ((1 + squared / huber_delta**2).sqrt() + 1)
 
 
 def denoising_loss(
     denoise: Denoise,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    schedule: torch.Tensor,
-    *,
-    prediction_type: str,
-    min_snr_gamma: float | None = None,
-) -> torch.Tensor:
-    """Draw noise onto latents, predict, square the error (arXiv 2006.11239, eq. 14).
+    objective: Objective,
+    latents: Tensor,
+    draws: Draws,
+    settings: LossSettings = LossSettings(),
+) -> Tensor:
+    """Draw noise onto latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
+
+    Offset noise is one more normal draw for each channel as a whole (Guttenberg, "Diffusion with offset
+    noise", 2023); the target has it too. Input perturbation is in the noise that is added and not in the
+    target (Ning et al., arXiv 2301.11706).
 
     Args:
         denoise: (noisy latents, timesteps) to a prediction of the latents' shape.
-        latents, noise: float, N x C x H x W.
-        timesteps: int64, N, indices into the schedule.
-        schedule: alpha-bar, from `alphas_cumprod`.
+        latents: float32, N x C x H x W.
 
     Returns:
-        The mean over the batch, a float32 scalar.
+        float32, N: each picture's loss, the mean over its elements.
+
+    Raises:
+        ValueError: settings that the objective cannot follow.
     """
-    variance = schedule[timesteps]
-    noisy = add_noise(latents, noise, variance)
-    target = prediction_target(prediction_type, latents, noise, variance)
-    error = (denoise(noisy, timesteps).float() - target).square().mean(dim=(1, 2, 3))
-    if min_snr_gamma is not None:
-        error = error * min_snr_weight(prediction_type, variance, min_snr_gamma)
-    return error.mean()
+    objective.check(settings)
+    timesteps = objective.timesteps(density(draws.position, settings, objective.default_sampling))
+    noise = draws.noise
+    if settings.offset_noise:
+        assert draws.offset is not None
+        noise = noise + settings.offset_noise * draws.offset[:, :, None, None]
+    added = noise
+    if settings.input_perturbation:
+        assert draws.perturbation is not None
+        added = noise + settings.input_perturbation * draws.perturbation
+    prediction = denoise(objective.add_noise(latents, added, timesteps), timesteps).float()
+    target = objective.target(latents, noise, timesteps)
+    error = pointwise_error(prediction, target, settings.huber_delta).mean(dim=(1, 2, 3))
+    return error * objective.weight(timesteps, settings)

@@ -1,7 +1,7 @@
 """Turn noise and prompt embeddings into pictures. Pure PyTorch; state in the arguments.
 
-The arithmetic is that of diffusers' StableDiffusionPipeline, so that a picture made here and one made
-by plain diffusers from the same seed are the same picture.
+The arithmetic is that of diffusers' pipelines, so that a picture made here and one made by plain diffusers
+from the same noise are the same picture.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+
+from ray_jobs.diffusion.families import Captions, Family
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -26,48 +28,72 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
     return torch.cat(rows)
 
 
+def whole_pictures(family: Family, count: int, height: int, width: int) -> torch.Tensor | None:
+    """The sizes of N pictures that are neither scaled nor cropped: int64, N x 6, for `Family.denoise`; None
+    for a family that is not told of sizes."""
+    if not family.sizes:
+        return None
+    return torch.tensor([[height, width, 0, 0, height, width]]).expand(count, -1)
+
+
 @torch.no_grad()
 def sample_latents(
+    family: Family,
     denoiser: torch.nn.Module,
     scheduler: Any,
     noise: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    null_embeds: torch.Tensor,
+    captions: Captions,
+    null_captions: Captions | None,
     *,
     num_steps: int,
     guidance_scale: float | torch.Tensor,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Denoise with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6).
+    """Denoise with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both halves in one batch,
+    or with guidance that the denoiser is told.
 
     Args:
-        denoiser: called with (latents, timestep, encoder_hidden_states=...), like UNet2DConditionModel.
         scheduler: any diffusers scheduler; a copy is stepped, the argument stays as it is.
-        noise: float, N x C x H x W, standard normal.
-        prompt_embeds: float, N x tokens x width.
-        null_embeds: float, 1 x tokens x width, of the empty prompt.
+        noise: float, N x C x h x w, standard normal.
+        captions: from `Family.embed`, N.
+        null_captions: the same of the empty prompt, 1; not used where the denoiser is told its guidance.
         num_steps: denoising steps.
         guidance_scale: one, or a float tensor of N, one a picture.
+        sizes: int, N x 6, for families with `sizes`.
 
     Returns:
-        Denoised latents, N x C x H x W, still in the denoiser's scale.
+        Denoised latents, N x C x h x w, still in the denoiser's scale.
     """
     scheduler = deepcopy(scheduler)
-    scheduler.set_timesteps(num_steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
-    embeds = torch.cat([null_embeds.expand(len(noise), -1, -1), prompt_embeds])
-    scale = torch.as_tensor(guidance_scale, dtype=latents.dtype, device=latents.device)
-    scale = scale.reshape(-1, 1, 1, 1)
+    family.set_timesteps(scheduler, num_steps, noise.shape, noise.device)
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has no such scale
+    scale = torch.as_tensor(guidance_scale, dtype=latents.dtype, device=latents.device).expand(len(noise))
+    told = family.distilled_guidance(denoiser)
+    if not told:
+        assert null_captions is not None
+        captions = {
+            name: torch.cat([null_captions[name].expand_as(captions[name]), captions[name]])
+            for name in family.embeds
+        }
+        sizes = None if sizes is None else torch.cat([sizes, sizes]).to(noise.device)
     for timestep in scheduler.timesteps:
-        both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        predicted = denoiser(both, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
-        unconditional, conditional = predicted.chunk(2)
-        guided = unconditional + scale * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+        inputs = latents if told else torch.cat([latents, latents])
+        if hasattr(scheduler, "scale_model_input"):
+            inputs = scheduler.scale_model_input(inputs, timestep)
+        predicted = family.denoise(
+            denoiser, inputs, timestep.expand(len(inputs)), captions, sizes, scale if told else None
+        )
+        if not told:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + scale.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
 
 
 @torch.no_grad()
 def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents in the denoiser's scale to pictures: uint8, N x 3 x height x width, on the CPU."""
-    pixels = autoencoder.decode(latents / autoencoder.config.scaling_factor, return_dict=False)[0]
+    config = autoencoder.config
+    unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    pixels = autoencoder.decode(unscaled, return_dict=False)[0]
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -1,12 +1,17 @@
-"""A rung's checkpoint: the weights to evaluate, and the state to go on from.
+"""A checkpoint: the state to go on from and, at a rung, the weights to evaluate.
 
-weights/             what was trained, averaged, in diffusers' format (rank 0)
-deepspeed/           the engine's own checkpoint (every rank its shard)
-ema.safetensors      the averages (rank 0)
-progress.json        what the rung reported: step, train_loss, images_per_second (rank 0)
+weights/                        rungs: what was trained, averaged, in diffusers' format (rank 0)
+state/0000-of-0002.safetensors  what each rank owns of weights, averages and Adam's moments
+series.json                     loss, gradient norm and learning rate of each step since the last one (rank 0)
+progress.json                   step, number of workers, whether it is a rung, what was measured (rank 0)
+complete-0000-of-0002           written last by each rank: without all of them the checkpoint is not whole
+
+The position in the data and all randomness follow from the step, so there is no more to keep.
 """
 
 import json
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,62 +19,97 @@ from typing import Any
 import torch
 
 from cluster.storage import Storage
-from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.diffusion.finetuning import save_weights
-from ray_jobs.training.engine import gathered
+from ray_jobs.training.state import Shards, load_moments, owned_fragments, snapshot, whole, write_shard
 
 WEIGHTS = "weights"
+STATE = "state"
 PROGRESS = "progress.json"
+SERIES = "series.json"
+
+Export = Callable[[dict[str, torch.Tensor], Path], None]
 
 
-def save_checkpoint(
-    folder: Path,
-    pipeline: Any,
-    engine: Any,
-    ema: EMA | None,
-    config: TrainConfig,
-    metrics: dict[str, Any],
-) -> None:
-    """Write this rank's part of the checkpoint into `folder`; every rank calls it."""
-    from safetensors.torch import save_file
+class CheckpointWriter:
+    """Writes checkpoints beside the training: a step waits for a copy to the host's memory, not for the storage.
 
-    engine.save_checkpoint(str(folder / "deepspeed"), tag="rung", exclude_frozen_parameters=True)
-    model = engine.module
-    with gathered((p for _, p in model.trained()), config.zero_stage):
-        if engine.global_rank != 0:
-            return
-        # The averages take the place of the weights while they are written.
-        trained = {name: parameter.detach().clone() for name, parameter in model.trained()}
-        _fill(model, ema.averages if ema else trained)
-        save_weights(pipeline, config.method, folder / WEIGHTS)
-        _fill(model, trained)
-    if ema:
-        save_file(ema.averages, folder / "ema.safetensors")
-    (folder / PROGRESS).write_text(json.dumps(metrics))
+    Args:
+        export: writes a rung's weights, by name, in diffusers' format; called on rank 0, in another thread.
+    """
+
+    def __init__(self, engine: Any, ema: EMA | None, export: Export) -> None:
+        self.engine, self.ema, self.export = engine, ema, export
+
+    def save(self, metrics: dict[str, Any], series: list[dict[str, float]], *, is_rung: bool) -> None:
+        """Report a checkpoint of the present state to Ray Train; every rank calls it.
+
+        Args:
+            metrics, series: from the meter.
+        """
+        import ray.train
+
+        rank, world_size = self.engine.global_rank, self.engine.world_size
+        tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
+        weights = self._evaluated_weights() if is_rung else {}
+        storage = ray.train.get_context().get_storage()
+
+        def upload(checkpoint: Any, name: str) -> Any:
+            folder = Path(checkpoint.path)
+            write_shard(folder / STATE, rank, world_size, tensors, steps)
+            if rank == 0:
+                progress = metrics | {"rung": is_rung, "world_size": world_size}
+                (folder / SERIES).write_text(json.dumps(series))
+                (folder / PROGRESS).write_text(json.dumps(progress))
+                if is_rung:
+                    self.export(weights, folder / WEIGHTS)
+            there = storage.persist_current_checkpoint(checkpoint, name)
+            with there.filesystem.open_output_stream(f"{there.path}/{_mark(rank, world_size)}"):
+                return there
+
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="diffray-checkpoint-")),
+            checkpoint_dir_name=f"step-{metrics['step']:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+        )
+
+    def _evaluated_weights(self) -> dict[str, torch.Tensor]:
+        """The averages, or the weights where nothing is averaged, whole, on rank 0."""
+        if self.ema:
+            return whole(self.engine, self.ema.averages)
+        return whole(self.engine, {piece.key: piece.weights for piece in owned_fragments(self.engine)})
 
 
-@torch.no_grad()
-def _fill(model: Any, values: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.trained():
-        parameter.data.copy_(values[name])
+def _mark(rank: int, world_size: int) -> str:
+    return f"complete-{rank:04d}-of-{world_size:04d}"
 
 
-def load_checkpoint(checkpoint: Any, engine: Any, ema: EMA | None) -> int:
-    """Bring the engine and the averages to the state of a checkpoint; returns its step."""
-    from safetensors.torch import load_file
+class Resumed:
+    """A checkpoint to go on from, for the lifetime of a block.
 
-    with checkpoint.as_directory() as name:
-        folder = Path(name)
-        engine.load_checkpoint(str(folder / "deepspeed"), tag="rung", load_module_strict=False)
+    Attributes:
+        step: the last one it contains.
+        shards: the state of all ranks that wrote it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        progress = json.loads((folder / PROGRESS).read_text())
+        self.step = int(progress["step"])
+        self.shards = Shards(folder / STATE, int(progress["world_size"]))
+
+    def restore(self, engine: Any, ema: EMA | None) -> None:
+        """Bring Adam's moments and the averages to the stored ones; the weights are there already."""
+        load_moments(self.shards, engine)
         if ema:
-            ema.averages = load_file(folder / "ema.safetensors", device=str(engine.device))
-        return int(json.loads((folder / PROGRESS).read_text())["step"])
+            for piece in owned_fragments(engine):
+                stored = self.shards.read("ema", piece.name, piece.start, piece.numel)
+                ema.averages[piece.key].copy_(stored)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A checkpoint in the run's storage."""
+    """A checkpoint in the run's storage whose weights can be evaluated."""
 
     uri: str
     metrics: dict[str, Any]
@@ -80,13 +120,20 @@ class Rung:
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
-    """The complete checkpoints of every trial below `trainings`, by trial, in the order of their steps."""
+    """The whole rungs of every trial below `trainings`, by trial, in the order of their steps."""
     found: dict[str, list[Rung]] = {}
     for trial in trainings.folders():
         below = trainings.child(trial)
-        names = [name for name in below.folders() if below.exists(f"{name}/{PROGRESS}")]
-        rungs = [
-            Rung(below.child(name).uri, json.loads(below.read_text(f"{name}/{PROGRESS}"))) for name in names
-        ]
+        rungs = [rung for name in below.folders() if (rung := _rung(below.child(name)))]
         found[trial] = sorted(rungs, key=lambda rung: int(rung.metrics["step"]))
     return found
+
+
+def _rung(folder: Storage) -> Rung | None:
+    """The rung in a folder, or None if it holds something else or a checkpoint that is not whole."""
+    files = set(folder.files())
+    if PROGRESS not in files:
+        return None
+    metrics = json.loads(folder.read_text(PROGRESS))
+    marks = {_mark(rank, metrics["world_size"]) for rank in range(metrics["world_size"])}
+    return Rung(folder.uri, metrics) if metrics["rung"] and marks <= files else None

@@ -1,72 +1,146 @@
-"""The DeepSpeed engine of a training worker."""
+"""The DeepSpeed engine of a training worker: how it is configured, built, and told what to do at a step."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ray_jobs.config import TrainConfig
+from ray_jobs.data.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.training.stages import Stage
+from ray_jobs.training.state import restart_adam
+
+# What `train` has fields for: the same thing said twice would leave one of them ignored.
+MODELLED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload_optimizer",
+    "zero_optimization.offload_param": "train.offload_parameters",
+}
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes as its configuration."""
-    return {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
+def pieces_a_step(config: TrainConfig, world_size: int) -> int:
+    """In how many pieces every rank takes its rows of a step."""
+    most = len(rows_of_rank(config.batch_size, world_size, 0))
+    return -(-most // (config.micro_batch_size or most))
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` takes as its configuration, with `train.deepspeed` merged in.
+
+    Raises:
+        ValueError: `train.deepspeed` says what `train` has a field for.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    pieces = pieces_a_step(config, world_size)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": -(-len(rows_of_rank(config.batch_size, world_size, 0)) // pieces),
+        "gradient_accumulation_steps": pieces,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 2**31,
         # Ours is a plain torch optimizer, so that CPU and GPU run the same arithmetic.
         "zero_allow_untested_optimizer": True,
     }
+    return _merged(settings, config.deepspeed, "")
 
 
-def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
-    """What the learning rate is multiplied with at optimizer step `step` (from 0).
+def _merged(settings: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in raw.items():
+        name = f"{path}{key}"
+        if name in MODELLED:
+            raise ValueError(f"train.deepspeed: {name}: set {MODELLED[name]} instead")
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value, f"{name}.") if both else value
+    return merged
 
-    A linear warm-up, then constant, or half a cosine down to 0.
+
+def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
+    """The optimizer's groups: for each group of layers, what decays and what does not (biases and norms)."""
+    found = []
+    for layers, members in model.layer_groups.items():
+        for decays in (True, False):
+            parameters = [p for p in members.values() if (p.ndim > 1) == decays]
+            if parameters:
+                found.append({"params": parameters, "layers": layers, "decays": decays})
+    return found
+
+
+def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters.
+
+    Raises:
+        ValueError: 8-bit states were asked for and bitsandbytes is not installed.
     """
-    import math
+    groups = parameter_groups(model)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ValueError(
+                f"train.optimizer: adamw_8bit needs bitsandbytes on every node (pip install bitsandbytes): {error}"
+            ) from None
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+        return optimizer
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "constant":
-        return warmup
-    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **settings)
+        return offloaded
+    return torch.optim.AdamW(groups, **settings)
 
 
-def build_engine(model: FineTuning, config: TrainConfig, total_steps: int) -> Any:
-    """Wrap `model` in a DeepSpeedEngine with AdamW over its trained parameters.
-
-    The process group is Ray Train's, set up before.
-    """
+def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any:
+    """Wrap `model` in a DeepSpeedEngine over the trained parameters; the process group is Ray Train's."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW(
-        [parameter for _, parameter in model.trained()],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(config, step, total_steps)
-    )
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=deepspeed_config(config),
+        optimizer=build_optimizer(model, config),
+        config=deepspeed_config(config, world_size),
         dist_init_required=False,
     )
     return engine
 
 
-def gathered(parameters: Iterable[torch.Tensor], zero_stage: int) -> AbstractContextManager[None]:
-    """Within it, every rank sees whole parameters: ZeRO stage 3 shards them, the others don't."""
-    if zero_stage < 3:
-        return nullcontext()
-    import deepspeed
+def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
+    """Give the optimizer what holds at a step: learning rate, decay, betas.
 
-    return deepspeed.zero.GatheredParameters(list(parameters))
+    Frozen layers stay in the optimizer, with a learning rate of 0, so that ZeRO's partitions stay as they are.
+    """
+    rate = stage.rate(step)
+    for group in engine.optimizer.param_groups:
+        active = stage.trains(group["layers"])
+        group["lr"] = rate if active else 0.0
+        group["weight_decay"] = stage.weight_decay if active and group["decays"] else 0.0
+        group["betas"], group["eps"] = stage.betas, stage.epsilon
+
+
+def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
+    """Let gradients reach the layers of a stage, and no others.
+
+    Args:
+        before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it did
+            not train: their moments are zero, so their first step must count as the first.
+    """
+    for layers, members in engine.module.layer_groups.items():
+        if before and stage.trains(layers) and not before.trains(layers):
+            restart_adam(engine, members)
+        for parameter in members.values():
+            parameter.requires_grad_(stage.trains(layers))

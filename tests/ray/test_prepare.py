@@ -251,7 +251,7 @@ def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_p
 
 
 def conditioning(table: Any) -> tuple[list[list[int]], list[list[int]]]:
-    values = table["conditioning"].to_pylist()
+    values = read_tensors(table, ["conditioning"])["conditioning"].tolist()
     return [row[:2] for row in values], [row[4:] for row in values]
 
 

@@ -51,10 +51,10 @@ def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:
 
 def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path) -> None:
     engine = Engine(load_pipeline(str(tiny_model)), cached_prompts=2)
-    first = engine.embed(["a", "b"])
+    first = engine.embed(["a", "b"])["prompt_embeds"]
     encoded = []
     engine.pipeline.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    assert torch.equal(engine.embed(["a", "b"]), first) and not encoded
+    assert torch.equal(engine.embed(["a", "b"])["prompt_embeds"], first) and not encoded
     engine.embed(["c"])
     engine.embed(["b"])
     assert len(encoded) == 1

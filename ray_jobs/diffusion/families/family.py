@@ -1,0 +1,155 @@
+"""What differs between the families of text-to-image models, each stated in one small file."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_jobs.diffusion.objectives import Diffusion, FlowMatching, Objective
+
+Captions = dict[str, torch.Tensor]  # what is made of N captions, by name, each N x ...
+Encoders = Mapping[str, nn.Module] | nn.ModuleDict  # text encoders by the pipeline's name for them
+
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MMDIT_ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PATCH = 2  # the side of a transformer's patch, in latents; the same in Stable Diffusion 3 and FLUX
+
+
+class Family(ABC):
+    """A family of models in diffusers' format; it has no state of its own."""
+
+    pipeline_class: str  # as in model_index.json
+    denoiser: str  # the pipeline's component that is trained: "unet" or "transformer"
+    tokens: tuple[str, ...]  # names of what the text encoders take
+    embeds: tuple[str, ...]  # names of what the denoiser takes
+    text_encoders: tuple[str, ...]  # components that make embeds of tokens, in the order of `tokens`
+    trainable_text_encoders: tuple[str, ...]  # those that fine-tuning may train: CLIP, not T5
+    lora_targets: tuple[str, ...]  # default layers for LoRA, by the end of their name: the attention's
+    sizes: bool = False  # whether the denoiser is told original size, crop offset and target size
+    max_tokens: Mapping[str, int] = {}  # where diffusers does not take the tokenizer's own length
+
+    def encoders(self, pipeline: Any) -> dict[str, nn.Module]:
+        """The text encoders that a pipeline has, by name; some models leave one out."""
+        parts = {name: getattr(pipeline, name) for name in self.text_encoders}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
+        """Captions cut or padded to each tokenizer's length: int32, N x tokens, each.
+
+        A tokenizer that the pipeline does not have gives nothing.
+        """
+        found = {}
+        for name in self.tokens:
+            tokenizer = getattr(pipeline, name.replace("input_ids", "tokenizer"))
+            if tokenizer is None:
+                continue
+            length = self.max_tokens.get(name, tokenizer.model_max_length)
+            encoded = tokenizer(
+                captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            found[name] = encoded.input_ids.int()
+        return found
+
+    @abstractmethod
+    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+        """What the denoiser takes of captions; gradients reach the encoders.
+
+        Args:
+            parts: the text encoders, of those in `text_encoders` that the model has.
+            tokens: from `tokenize`, on the encoders' device.
+
+        Returns:
+            Float, in the encoders' dtype: `prompt_embeds`, N x tokens x width, and where the family has it
+            `pooled_prompt_embeds`, N x width.
+        """
+
+    @abstractmethod
+    def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
+        """What the denoiser is trained to predict.
+
+        Raises:
+            ValueError: for a scheduler of another family, or what this family cannot do.
+        """
+
+    @abstractmethod
+    def denoise(
+        self,
+        denoiser: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        captions: Captions,
+        sizes: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The denoiser's prediction, of the latents' shape.
+
+        Args:
+            latents: float, N x C x h x w, noisy.
+            timesteps: N, as the objective or the scheduler gives them.
+            captions: from `embed`; other names are left alone.
+            sizes: int, N x 6: original height and width, top and left of the crop, target height and width, in
+                pixels (arXiv 2307.01952, section 2.2). For families with `sizes`, and only for them.
+            guidance: float32, N. For denoisers with `distilled_guidance`, and only for them; 1 if left out.
+        """
+
+    def distilled_guidance(self, denoiser: Any) -> bool:
+        """Whether guidance is told to the denoiser (Meng et al., arXiv 2210.03142), not done by two passes."""
+        return False
+
+    def set_timesteps(
+        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
+    ) -> None:
+        """Prepare a scheduler for sampling, as the family's pipeline does.
+
+        Args:
+            latent_shape: (..., h, w).
+        """
+        scheduler.set_timesteps(num_steps, device=device)
+
+    def sample_size(self, pipeline: Any) -> int:
+        """The side of the model's own latents."""
+        return int(getattr(pipeline, self.denoiser).config.sample_size)
+
+
+class DiffusionFamily(Family):
+    """A UNet over a variance-preserving noise schedule."""
+
+    denoiser = "unet"
+    lora_targets = UNET_ATTENTION
+
+    def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
+        return Diffusion.from_scheduler(scheduler_config, zero_terminal_snr=zero_terminal_snr)
+
+
+class FlowMatchingFamily(Family):
+    """A multimodal diffusion transformer that predicts a rectified flow (Esser et al., arXiv 2403.03206)."""
+
+    denoiser = "transformer"
+    lora_targets = MMDIT_ATTENTION
+    max_shift: float  # where the scheduler's configuration names none
+
+    def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
+        if zero_terminal_snr:
+            raise ValueError(
+                f"train.loss.zero_terminal_snr: the schedule of {self.pipeline_class} ends in pure noise by "
+                "itself; turn it off"
+            )
+        return FlowMatching.from_scheduler(scheduler_config)
+
+    def dynamic_shift(self, config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, float]:
+        """`mu`, by which larger pictures get more of the noisy timesteps: linear in the number of patches
+        between two known numbers. Nothing where the scheduler does not ask for it."""
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", self.max_shift)
+        patches = (latent_shape[-2] // PATCH) * (latent_shape[-1] // PATCH)
+        return {"mu": least + (most - least) * (patches - few) / (many - few)}
+
+    def set_timesteps(
+        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
+    ) -> None:
+        shift = self.dynamic_shift(scheduler.config, latent_shape)
+        scheduler.set_timesteps(num_steps, device=device, **shift)

@@ -1,0 +1,32 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752)."""
+
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encoders
+
+
+class StableDiffusion(DiffusionFamily):
+    """One CLIP text encoder; the noise (1.x) or the velocity (2.x) is predicted, as the scheduler says."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    tokens = ("input_ids",)
+    embeds = ("prompt_embeds",)
+    text_encoders = trainable_text_encoders = ("text_encoder",)
+
+    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+        return {"prompt_embeds": parts["text_encoder"](tokens["input_ids"]).last_hidden_state}
+
+    def denoise(
+        self,
+        denoiser: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        captions: Captions,
+        sizes: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert sizes is None and guidance is None
+        embeds = captions["prompt_embeds"]
+        return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]

@@ -1,0 +1,60 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206)."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from ray_jobs.diffusion.families.family import Captions, Encoders, FlowMatchingFamily
+
+T5_TOKENS = 256
+
+
+class StableDiffusion3(FlowMatchingFamily):
+    """Two CLIP text encoders and T5, which a model may leave out (section 5.3.3)."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    tokens = ("input_ids", "input_ids_2", "input_ids_3")
+    embeds = ("prompt_embeds", "pooled_prompt_embeds")
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    max_tokens = {"input_ids_3": T5_TOKENS}
+    max_shift = 1.16
+
+    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+        """CLIP's last layers but one side by side, as wide as T5's embeddings, and these after them.
+
+        Without T5 only CLIP's own: how wide T5's would be is the denoiser's to say, in `denoise`.
+        """
+        clip = [
+            parts[part](tokens[name], output_hidden_states=True)
+            for part, name in zip(self.text_encoders[:2], self.tokens[:2], strict=True)
+        ]
+        embeds = torch.cat([each.hidden_states[-2] for each in clip], dim=-1)
+        if "text_encoder_3" in parts:
+            t5 = parts["text_encoder_3"](tokens["input_ids_3"]).last_hidden_state
+            embeds = torch.cat([pad(embeds, (0, t5.shape[-1] - embeds.shape[-1])), t5], dim=1)
+        pooled = torch.cat([each.text_embeds for each in clip], dim=-1)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def denoise(
+        self,
+        denoiser: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        captions: Captions,
+        sizes: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert sizes is None and guidance is None
+        embeds = captions["prompt_embeds"]
+        missing = denoiser.config.joint_attention_dim - embeds.shape[-1]
+        if missing:  # there is no T5: zeros in its place
+            embeds = pad(embeds, (0, missing, 0, T5_TOKENS))
+        return denoiser(
+            latents,
+            encoder_hidden_states=embeds,
+            pooled_projections=captions["pooled_prompt_embeds"],
+            timestep=timesteps,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,44 @@
+"""Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
+
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encoders
+
+
+class StableDiffusionXL(DiffusionFamily):
+    """Two CLIP text encoders, the second also pooled, and the sizes of the picture (section 2.1 and 2.2)."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    tokens = ("input_ids", "input_ids_2")
+    embeds = ("prompt_embeds", "pooled_prompt_embeds")
+    text_encoders = trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    sizes = True
+
+    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+        """The last layer but one of both encoders, and the projection of the second."""
+        first = parts["text_encoder"](tokens["input_ids"], output_hidden_states=True)
+        second = parts["text_encoder_2"](tokens["input_ids_2"], output_hidden_states=True)
+        return {
+            "prompt_embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "pooled_prompt_embeds": second.text_embeds,
+        }
+
+    def denoise(
+        self,
+        denoiser: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        captions: Captions,
+        sizes: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert sizes is not None and guidance is None
+        return denoiser(
+            latents,
+            timesteps,
+            encoder_hidden_states=captions["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": captions["pooled_prompt_embeds"], "time_ids": sizes},
+            return_dict=False,
+        )[0]

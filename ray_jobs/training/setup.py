@@ -1,0 +1,85 @@
+"""What a worker trains: the model around its base, frozen and prepared as the configuration says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.config import Config, TrainConfig, resolve_path
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
+from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.training.stages import ever_trainable, stages_of
+
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def loss_settings(config: TrainConfig) -> LossSettings:
+    """What the core takes of `train.loss`."""
+    return LossSettings(**config.loss.model_dump(exclude={"zero_terminal_snr"}))
+
+
+def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
+    """The base pipeline and, around its denoiser, what is trained.
+
+    Raises:
+        ValueError: naming the setting that does not suit the base model.
+    """
+    from ray_jobs.diffusion.loading import load_pipeline
+
+    train = config.train
+    pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+    family = family_of(pipeline)
+    settings = loss_settings(train)
+    objective = family.objective(pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr)
+    objective.check(settings)
+    encoders = family.trainable_text_encoders if train.train_text_encoder else ()
+    parts = [getattr(pipeline, name) for name in (family.denoiser, *encoders)]
+    torch.manual_seed(config.seed)  # the adapters' first values
+    for name, part in zip((family.denoiser, *encoders), parts, strict=True):
+        if train.method == "lora":
+            chosen = train.lora.target_modules if name == family.denoiser else None
+            usual = family.lora_targets if name == family.denoiser else CLIP_ATTENTION
+            settings_of_lora = train.lora.model_dump(exclude={"target_modules"})
+            add_lora(part, target_modules=list(chosen or usual), **settings_of_lora)
+        else:
+            part.requires_grad_(True)
+    model = FineTuning(
+        pipeline, family, objective.to(device), settings, text_encoders_trained=train.train_text_encoder
+    )
+    choose_layers(model, train.groups, ever_trainable(stages_of(train, config.search.ladder[-1])))
+    model.remember_trained(train.groups)
+    _prepare(parts, train)
+    return pipeline, model.train()
+
+
+def _prepare(parts: list[Any], config: TrainConfig) -> None:
+    """The switches that change how fast a model runs and how much memory it takes, and nothing else."""
+    for part in parts:
+        if config.gradient_checkpointing:
+            enable = (
+                getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
+            )
+            enable()
+        if config.channels_last:
+            part.to(memory_format=torch.channels_last)
+    if config.compile:
+        parts[0].compile()
+
+
+def exporter(
+    config: Config, pipeline: Any, model: FineTuning
+) -> Callable[[dict[str, torch.Tensor], Path], None]:
+    """What writes trained weights in diffusers' format, while the training goes on."""
+    if config.train.method == "lora":
+        return lambda weights, folder: save_lora(pipeline, model, weights, folder)
+
+    def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
+        from ray_jobs.diffusion.loading import load_pipeline
+
+        # A copy of its own, in fp32: the one that is trained changes meanwhile, and may be sharded.
+        base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+        save_pipeline(base, model.family, weights, folder)
+
+    return save

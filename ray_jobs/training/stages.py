@@ -1,0 +1,79 @@
+"""The stages of a run: from which step to which, at what learning rate, with which layers."""
+
+from dataclasses import dataclass
+
+from ray_jobs.config import StageConfig, TrainConfig
+from ray_jobs.diffusion.schedules import LearningRateSchedule
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `first` to `last` (counted from 1, inclusive) with the same settings.
+
+    Attributes:
+        trainable: groups of layers that move; None: all.
+    """
+
+    first: int
+    last: int
+    learning_rate: float
+    schedule: LearningRateSchedule
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    trainable: tuple[str, ...] | None
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step of the stage."""
+        return self.learning_rate * self.schedule.factor(step - self.first)
+
+    def trains(self, layers: str) -> bool:
+        """Whether a group of layers moves in this stage."""
+        return self.trainable is None or layers in self.trainable
+
+
+def stages_of(config: TrainConfig, last_step: int) -> list[Stage]:
+    """The stages up to the end of the ladder; one of the whole run where none are given."""
+    given = config.stages or [StageConfig(steps=last_step)]
+    found, first = [], 1
+    for number, stage in enumerate(given):
+        last = last_step if number == len(given) - 1 else first + stage.steps - 1
+        found.append(_stage(config, stage, first, last))
+        first = last + 1
+    return found
+
+
+def _stage(config: TrainConfig, own: StageConfig, first: int, last: int) -> Stage:
+    settings = {name: getattr(config, name) for name in StageConfig.model_fields if name != "steps"}
+    settings |= own.model_dump(exclude={"steps"}, exclude_none=True)
+    trainable = settings["trainable"]
+    return Stage(
+        first,
+        last,
+        settings["learning_rate"],
+        LearningRateSchedule(
+            settings["schedule"],
+            last - first + 1,
+            settings["warmup_steps"],
+            cycles=config.schedule_cycles,
+            power=config.schedule_power,
+            end=config.schedule_end,
+            decay_share=config.decay_share,
+        ),
+        settings["weight_decay"],
+        tuple(settings["betas"]),
+        settings["epsilon"],
+        None if trainable is None else tuple(trainable),
+    )
+
+
+def stage_at(stages: list[Stage], step: int) -> Stage:
+    """The stage that a step belongs to."""
+    return next(stage for stage in stages if step <= stage.last)
+
+
+def ever_trainable(stages: list[Stage]) -> list[str] | None:
+    """The groups of layers that any stage trains; None: all."""
+    if any(stage.trainable is None for stage in stages):
+        return None
+    return sorted({group for stage in stages for group in stage.trainable or ()})

@@ -1,0 +1,269 @@
+"""Each family encodes, denoises and draws as its pipeline in diffusers does, and can be trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.loading import LORA_WEIGHTS, encode_prompts, load_pipeline
+from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
+from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents, whole_pictures
+
+PROMPTS = ["a small red circle", "a big blue cross"]
+HEIGHT, WIDTH, FACTOR = 64, 48, 8  # pixels, pixels, and pixels a latent
+MODELS = ("tiny_model", "tiny_xl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux", "tiny_schnell")
+
+
+@pytest.fixture(params=MODELS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def plain(folder: Path) -> Any:
+    """The pipeline as a user of diffusers loads it."""
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(folder)
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
+    """What the pipeline's own `encode_prompt` makes of the prompts, by our names."""
+    kind = type(pipeline).__name__
+    if kind == "StableDiffusionPipeline":
+        embeds, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds}
+    if kind == "FluxPipeline":
+        embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
+    elif kind == "StableDiffusion3Pipeline":
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    else:
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def noise() -> torch.Tensor:
+    return initial_noise([3, 4], (4, HEIGHT // FACTOR, WIDTH // FACTOR))
+
+
+def predict(pipeline: Any, sizes: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """One step's prediction for the prompts."""
+    family = family_of(pipeline)
+    sizes = whole_pictures(family, 2, HEIGHT, WIDTH) if sizes is None else sizes
+    captions = encode_prompts(pipeline, PROMPTS)
+    denoiser = getattr(pipeline, family.denoiser)
+    return family.denoise(denoiser, noise(), torch.tensor([100, 900]), captions, sizes, **options)
+
+
+def test_prompts_are_encoded_as_by_the_pipeline_itself(folder: Path) -> None:
+    pipeline = load_pipeline(str(folder))
+    ours, theirs = encode_prompts(pipeline, PROMPTS), encoded_by_diffusers(plain(folder))
+    assert ours.keys() == theirs.keys() == set(family_of(pipeline).embeds)
+    for name, expected in theirs.items():
+        # Without T5 the pipeline has zeros after and beside CLIP's, which ours gets when it denoises.
+        places = tuple(slice(size) for size in ours[name].shape)
+        assert torch.allclose(ours[name], expected[places], atol=1e-5)
+        rest = expected.clone()
+        rest[places] = 0
+        assert not rest.any()
+        assert "without" in folder.name or ours[name].shape == expected.shape
+
+
+@pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
+def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: float) -> None:
+    pipeline, theirs = load_pipeline(str(folder)), plain(folder)
+    family = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    latents = sample_latents(
+        family,
+        denoiser,
+        pipeline.scheduler,
+        noise(),
+        encode_prompts(pipeline, PROMPTS),
+        None if family.distilled_guidance(denoiser) else encode_prompts(pipeline, [""]),
+        num_steps=4,
+        guidance_scale=guidance_scale,
+        sizes=whole_pictures(family, 2, HEIGHT, WIDTH),
+    )
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
+    options |= {"guidance_scale": guidance_scale, "negative_prompt": ["", ""], "latents": noise()}
+    if type(pipeline).__name__ == "FluxPipeline":
+        options["latents"] = theirs._pack_latents(noise(), 2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+        told = family.distilled_guidance(denoiser)
+        options["true_cfg_scale"] = 1.0 if told else guidance_scale
+    expected = theirs(PROMPTS, output_type="latent", **options).images
+    if type(pipeline).__name__ == "FluxPipeline":
+        expected = theirs._unpack_latents(expected, HEIGHT, WIDTH, FACTOR)
+    assert torch.allclose(latents, expected, atol=1e-4)
+    pixels = theirs(PROMPTS, output_type="pt", **options).images
+    assert (decode_latents(pipeline.vae, latents) - 255 * pixels).abs().max() < 0.5 + 255e-4
+
+
+def test_every_row_has_its_own_guidance(folder: Path) -> None:
+    pipeline = load_pipeline(str(folder))
+    family = family_of(pipeline)
+
+    def draw(guidance_scale: float | torch.Tensor) -> torch.Tensor:
+        return sample_latents(
+            family,
+            getattr(pipeline, family.denoiser),
+            pipeline.scheduler,
+            noise(),
+            encode_prompts(pipeline, PROMPTS),
+            encode_prompts(pipeline, [""]),
+            num_steps=2,
+            guidance_scale=guidance_scale,
+            sizes=whole_pictures(family, 2, HEIGHT, WIDTH),
+        )
+
+    low, high, mixed = draw(1.0), draw(9.0), draw(torch.tensor([1.0, 9.0]))
+    assert torch.allclose(mixed, torch.stack([low[0], high[1]]), atol=1e-5)
+    assert not torch.allclose(low, high, atol=1e-3)
+
+
+def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Path) -> None:
+    pipeline = load_pipeline(str(folder))
+    family = family_of(pipeline)
+    denoiser, parts = getattr(pipeline, family.denoiser), family.encoders(pipeline)
+    trained = [denoiser, *(parts[name] for name in family.trainable_text_encoders)]
+    for part in trained:
+        part.requires_grad_(True)
+    captions = family.embed(parts, family.tokenize(pipeline, PROMPTS))
+    sizes = whole_pictures(family, 2, HEIGHT, WIDTH)
+    predicted = family.denoise(denoiser, noise(), torch.tensor([100, 900]), captions, sizes)
+    assert predicted.shape == noise().shape
+    predicted.square().mean().backward()
+    for part in trained:
+        assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+
+
+def test_all_that_is_loaded_is_frozen(folder: Path) -> None:
+    pipeline = load_pipeline(str(folder))
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) >= 3
+    assert not any(module.training for module in modules)
+    assert not any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def test_adapters_of_all_that_can_be_trained_are_loaded(folder: Path, tmp_path: Path) -> None:
+    trained = load_pipeline(str(folder))
+    add_adapters(trained)
+    save_adapters(trained, tmp_path)
+    loaded = load_pipeline(str(folder), tmp_path)
+    with torch.no_grad():
+        expected = predict(trained)
+        assert torch.allclose(predict(loaded), expected, atol=1e-5)
+        assert not torch.allclose(predict(load_pipeline(str(folder))), expected, atol=1e-3)
+
+
+def test_adapters_of_layers_that_the_model_does_not_have_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained = load_pipeline(str(folder))
+    add_adapters(trained)
+    save_adapters(trained, tmp_path)
+    stored = load_file(tmp_path / LORA_WEIGHTS)
+    for part in (family_of(trained).denoiser, "text_encoder"):
+        layer = next(name for name in stored if name.startswith(f"{part}.")).split(".lora_")[0]
+        other = {name.replace(f"{layer}.", f"{layer}_elsewhere."): value for name, value in stored.items()}
+        save_file(other, tmp_path / LORA_WEIGHTS)
+        with pytest.raises(
+            ValueError, match=f"{len(stored) - 2} of {len(stored)} tensors fit the base model"
+        ):
+            load_pipeline(str(folder), tmp_path)
+
+
+def add_adapters(pipeline: Any) -> None:
+    """LoRA with random weights on the denoiser and on the text encoders that can be trained."""
+    from peft import LoraConfig
+
+    family = family_of(pipeline)
+    targets = {family.denoiser: family.lora_targets}
+    targets |= dict.fromkeys(family.trainable_text_encoders, ("q_proj", "v_proj"))
+    torch.manual_seed(1)
+    for name, layers in targets.items():
+        part = getattr(pipeline, name)
+        part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(layers)))
+        for key, parameter in part.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+
+
+def save_adapters(pipeline: Any, folder: Path) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    family = family_of(pipeline)
+    layers = {
+        f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipeline, name))
+        for name in (family.denoiser, *family.trainable_text_encoders)
+    }
+    type(pipeline).save_lora_weights(folder, **layers)
+
+
+def test_the_sizes_change_what_stable_diffusion_xl_predicts(tiny_xl: Path) -> None:
+    pipeline = load_pipeline(str(tiny_xl))
+    with torch.no_grad():
+        whole = predict(pipeline)
+        for column in range(6):
+            sizes = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]] * 2)
+            sizes[0, column] += 500
+            other = predict(pipeline, sizes)
+            assert not torch.allclose(other[0], whole[0], atol=1e-4)
+            assert torch.allclose(other[1], whole[1], atol=1e-6)
+
+
+def test_guidance_is_one_unless_it_is_told(tiny_flux: Path) -> None:
+    pipeline = load_pipeline(str(tiny_flux))
+    with torch.no_grad():
+        plain_step = predict(pipeline)
+        assert torch.equal(predict(pipeline, guidance=torch.ones(2)), plain_step)
+        assert not torch.allclose(predict(pipeline, guidance=torch.full((2,), 4.0)), plain_step, atol=1e-4)
+
+
+def test_the_objective_is_that_of_the_models_scheduler(request: pytest.FixtureRequest) -> None:
+    def objective(name: str) -> Any:
+        pipeline = load_pipeline(str(request.getfixturevalue(name)))
+        return family_of(pipeline).objective(pipeline.scheduler.config)
+
+    diffusion = {name: objective(name) for name in ("tiny_model", "tiny_xl")}
+    assert all(isinstance(each, Diffusion) for each in diffusion.values())
+    assert diffusion["tiny_model"].prediction_type == "v_prediction"
+    assert diffusion["tiny_xl"].prediction_type == "epsilon"
+    flows = {name: objective(name) for name in ("tiny_sd3", "tiny_flux")}
+    assert all(isinstance(each, FlowMatching) for each in flows.values())
+    assert flows["tiny_sd3"].shift == 3.0
+    assert flows["tiny_flux"].shift == 1.0
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_flow_matching_has_no_terminal_snr_to_correct(name: str) -> None:
+    with pytest.raises(ValueError, match=r"train\.loss\.zero_terminal_snr: .*turn it off"):
+        FAMILIES[name].objective({"shift": 1.0, "num_train_timesteps": 1000}, zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("load", [family_of, None])
+def test_a_pipeline_of_no_known_family_is_named(load: Callable[[str], Any] | None, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    with pytest.raises(ValueError, match="model.base: DDPMPipeline is none of StableDiffusionPipeline"):
+        load("DDPMPipeline") if load else load_pipeline(str(tmp_path))
+
+
+def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> None:
+    pipeline = load_pipeline(str(folder))
+    family = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    linear = {
+        name
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".attn" in name
+    }
+    assert linear and linear == {
+        name for name, _ in denoiser.named_modules() if name.endswith(family.lora_targets)
+    }
