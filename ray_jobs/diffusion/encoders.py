@@ -51,7 +51,8 @@ class Encoders:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Captions:
-        """Tokens (int32, for text encoders that are trained) and what the denoiser takes (float32), on the CPU."""
+        """Tokens (int32, for text encoders that are trained) and what the denoiser takes (float32), by name,
+        on the CPU."""
         tokens = self.family.tokenize(self.pipeline, captions)
         placed = {name: ids.to(self.device) for name, ids in tokens.items()}
         embeds = self.family.embed(self.family.encoders(self.pipeline), placed)

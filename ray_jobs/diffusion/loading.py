@@ -69,8 +69,9 @@ def load_lora(pipeline: Any, folder: Path) -> None:
 
     pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
     with safe_open(folder / LORA_WEIGHTS, "pt") as file:
-        # An alpha is a scale, not a layer; diffusers' files have it in their metadata.
-        stored = sum(not name.endswith("alpha") for name in file.keys())
+        names = file.keys()
+    # An alpha is a scale, not a layer; diffusers' files have it in their metadata.
+    stored = sum(not name.endswith("alpha") for name in names)
     family = family_of(pipeline)
     parts = (getattr(pipeline, family.denoiser), *family.encoders(pipeline).values())
     loaded = sum(".lora_" in name for part in parts for name, _ in part.named_parameters())

@@ -49,8 +49,8 @@ def sample_latents(
     guidance_scale: float | torch.Tensor,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Denoise with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both halves in one batch,
-    or with guidance that the denoiser is told.
+    """Denoise with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both halves in one
+    batch, or with guidance that the denoiser is told.
 
     Args:
         scheduler: any diffusers scheduler; a copy is stepped, the argument stays as it is.

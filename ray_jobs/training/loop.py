@@ -75,13 +75,14 @@ class Training:
         pipeline, model = build_model(config, str(device))
         if resumed:
             load_weights(resumed.shards, model.all_trained)
+        export = exporter(config, pipeline, model, self.rank)
         self.inputs = InputMaker(config, pipeline, model, device)
         self.engine = build_engine(model, config.train, self.world_size)
         self.ema = self._averages()
         if resumed:
             resumed.restore(self.engine, self.ema)
         self.done = resumed.step if resumed else 0
-        self.writer = CheckpointWriter(self.engine, self.ema, exporter(config, pipeline, model))
+        self.writer = CheckpointWriter(self.engine, self.ema, export)
         self.meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, self.rank)
 
     def _averages(self) -> EMA | None:

@@ -1,7 +1,6 @@
 """What a worker trains: the model around its base, frozen and prepared as the configuration says."""
 
-from collections.abc import Callable
-from pathlib import Path
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from ray_jobs.config import Config, TrainConfig, resolve_path
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.stages import ever_trainable, stages_of
 
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -68,18 +68,13 @@ def _prepare(parts: list[Any], config: TrainConfig) -> None:
         parts[0].compile()
 
 
-def exporter(
-    config: Config, pipeline: Any, model: FineTuning
-) -> Callable[[dict[str, torch.Tensor], Path], None]:
-    """What writes trained weights in diffusers' format, while the training goes on."""
+def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Export:
+    """What writes trained weights in diffusers' format on rank 0, while the training goes on.
+
+    To be made before the engine, which may shard the pipeline's weights.
+    """
     if config.train.method == "lora":
         return lambda weights, folder: save_lora(pipeline, model, weights, folder)
-
-    def save(weights: dict[str, torch.Tensor], folder: Path) -> None:
-        from ray_jobs.diffusion.loading import load_pipeline
-
-        # A copy of its own, in fp32: the one that is trained changes meanwhile, and may be sharded.
-        base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
-        save_pipeline(base, model.family, weights, folder)
-
-    return save
+    # A copy of its own, in fp32: the one that is trained changes meanwhile.
+    own = copy.deepcopy(pipeline) if rank == 0 else None
+    return lambda weights, folder: save_pipeline(own, model.family, weights, folder)

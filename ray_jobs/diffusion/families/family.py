@@ -89,13 +89,13 @@ class Family(ABC):
             latents: float, N x C x h x w, noisy.
             timesteps: N, as the objective or the scheduler gives them.
             captions: from `embed`; other names are left alone.
-            sizes: int, N x 6: original height and width, top and left of the crop, target height and width, in
-                pixels (arXiv 2307.01952, section 2.2). For families with `sizes`, and only for them.
+            sizes: int, N x 6, pixels: original height and width, top and left of the crop, target height and
+                width (arXiv 2307.01952, section 2.2). For families with `sizes`, and only for them.
             guidance: float32, N. For denoisers with `distilled_guidance`, and only for them; 1 if left out.
         """
 
     def distilled_guidance(self, denoiser: Any) -> bool:
-        """Whether guidance is told to the denoiser (Meng et al., arXiv 2210.03142), not done by two passes."""
+        """Whether the denoiser is told its guidance (Meng et al., arXiv 2210.03142): one pass, not two."""
         return False
 
     def set_timesteps(
