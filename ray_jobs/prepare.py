@@ -92,7 +92,13 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
     """Identifies what the data set depends on: the sources, how they are prepared, and the encoders."""
     speed = {"encode_batch_size", "encode_workers"}
     settings = config.data.model_dump(mode="json", exclude=speed)
-    content = [[source.digest for source in sources], settings, encoders, config.seed, config.train.batch_size]
+    content = [
+        [source.digest for source in sources],
+        settings,
+        encoders,
+        config.seed,
+        config.train.batch_size,
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -73,8 +73,8 @@ class TrainingProgress:
 
     def line(self) -> str:
         return (
-            f"{self.trial_id}  step {self.step}/{self.last_step}  rung {self.next_rung}  loss {self.loss:.4f}  "
-            f"gradient {self.grad_norm:.2g}  rate {self.learning_rate:.2g}  "
+            f"{self.trial_id}  step {self.step}/{self.last_step}  rung {self.next_rung}  "
+            f"loss {self.loss:.4f}  gradient {self.grad_norm:.2g}  rate {self.learning_rate:.2g}  "
             f"{self.images_per_second:.0f} images/s ({self.waiting:.0%} waiting)  {self.memory_gib:.1f} GiB  "
             f"{clock(self.seconds_left)} left"
         )

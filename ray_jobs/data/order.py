@@ -53,7 +53,8 @@ class Window:
 
 
 def rows_of_rank(rows: int, world_size: int, rank: int) -> range:
-    """Which of a step's rows a rank gets: consecutive ones, the first ranks one more where it does not divide."""
+    """Which of a step's rows a rank gets: consecutive ones, the first ranks one more where it does not
+    divide."""
     each, more = divmod(rows, world_size)
     first = rank * each + min(rank, more)
     return range(first, first + each + (rank < more))

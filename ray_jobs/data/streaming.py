@@ -59,8 +59,8 @@ class StreamSettings:
 
     Attributes:
         rows_a_step: of all ranks together.
-        world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the first
-            ranks, one row more.
+        world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the
+            first ranks, one row more.
         columns: tensors that training needs.
     """
 

@@ -16,7 +16,7 @@ OTHER = "other"  # the group of the parameters that are in no named one
 
 
 class FineTuning(nn.Module):
-    """A denoiser, and the text encoders where they are trained too, with a loss. The engine wraps this module.
+    """A denoiser, and the text encoders where they are trained too, with a loss; the engine wraps this.
 
     Args:
         pipeline: from `load_pipeline`.
@@ -64,8 +64,8 @@ class FineTuning(nn.Module):
         return denoising_loss(denoise, self.objective, latents, draws, self.settings)
 
     def remember_trained(self, groups: Mapping[str, list[str]]) -> None:
-        """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the run may
-        freeze some of them for a while."""
+        """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the
+        run may freeze some of them for a while."""
         self.all_trained = list(self.trained())
         self.layer_groups = group_members(self, groups)
 
@@ -124,8 +124,8 @@ def add_lora(
 ) -> None:
     """Freeze a denoiser or text encoder and add adapters (Hu et al., arXiv 2106.09685) to the named layers.
 
-    The down projections are drawn from the global generator; the up projections start at 0, so the model starts
-    as the base.
+    The down projections are drawn from the global generator; the up projections start at 0, so the model
+    starts as the base.
 
     Raises:
         ValueError: no layer has such a name.

@@ -1,8 +1,8 @@
 """The randomness of a training step, drawn for each picture by itself.
 
-A picture's draws depend on the seed, the step and its place in the step's batch, and on nothing else: not on how
-many workers share the batch, nor in how many pieces they take it, nor on what was drawn before. So runs on
-clusters of different sizes, and resumed ones, see the same noise.
+A picture's draws depend on the seed, the step and its place in the step's batch, and on nothing else: not on
+how many workers share the batch, nor in how many pieces they take it, nor on what was drawn before. So runs
+on clusters of different sizes, and resumed ones, see the same noise.
 """
 
 from collections.abc import Iterable
@@ -58,7 +58,8 @@ def draw(
 def _draw_one(
     entropy: tuple[int, ...], shape: tuple[int, ...], settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(position, caption), posterior, noise, offset, perturbation; the last two empty where they are not used."""
+    """(position, caption), posterior, noise, offset, perturbation; the last two empty where they are not
+    used."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     nothing = torch.empty(0)

@@ -11,8 +11,8 @@ class LearningRateSchedule:
     Attributes:
         name: `constant` (no warm-up), `constant_with_warmup`, `linear`, `cosine` (half a period; Loshchilov &
             Hutter, arXiv 1608.03983, eq. 5), `cosine_with_restarts` (the same, `cycles` times over),
-            `polynomial` ((1 - progress) ** power), or `warmup_stable_decay` (full until the last `decay_share` of
-            the steps, then linear; Hu et al., arXiv 2404.06395, section 4.2).
+            `polynomial` ((1 - progress) ** power), or `warmup_stable_decay` (full until the last
+            `decay_share` of the steps, then linear; Hu et al., arXiv 2404.06395, section 4.2).
         steps: from the first to where the schedule ends.
         end: the share of the learning rate that is left there.
     """
@@ -39,7 +39,8 @@ class LearningRateSchedule:
         return self.end + (1 - self.end) * self._left(progress)
 
     def _left(self, progress: float) -> float:
-        """What is left of the way to the end's share, from 1 to 0, at a share of the steps after the warm-up."""
+        """What is left of the way to the end's share, from 1 to 0, at a share of the steps after the
+        warm-up."""
         match self.name:
             case "constant_with_warmup":
                 return 1.0

@@ -31,7 +31,7 @@ Export = Callable[[dict[str, torch.Tensor], Path], None]
 
 
 class CheckpointWriter:
-    """Writes checkpoints beside the training: a step waits for a copy to the host's memory, not for the storage.
+    """Writes checkpoints beside the training: a step waits for a copy to the host's memory only.
 
     Args:
         export: writes a rung's weights, by name, in diffusers' format; called on rank 0, in another thread.

@@ -94,7 +94,8 @@ def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optim
             from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
         except ImportError as error:
             raise ValueError(
-                f"train.optimizer: adamw_8bit needs bitsandbytes on every node (pip install bitsandbytes): {error}"
+                "train.optimizer: adamw_8bit needs bitsandbytes on every node (pip install bitsandbytes): "
+                f"{error}"
             ) from None
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
         return optimizer
@@ -122,7 +123,8 @@ def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any
 def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
     """Give the optimizer what holds at a step: learning rate, decay, betas.
 
-    Frozen layers stay in the optimizer, with a learning rate of 0, so that ZeRO's partitions stay as they are.
+    Frozen layers stay in the optimizer, with a learning rate of 0, so that ZeRO's partitions stay as they
+    are.
     """
     rate = stage.rate(step)
     for group in engine.optimizer.param_groups:
@@ -136,7 +138,8 @@ def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
     """Let gradients reach the layers of a stage, and no others.
 
     Args:
-        before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it did
+        before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it
+            did
             not train: their moments are zero, so their first step must count as the first.
     """
     for layers, members in engine.module.layer_groups.items():

@@ -1,4 +1,5 @@
-"""From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the loss."""
+"""From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the
+loss."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,8 @@ class Piece:
     ) -> list["Piece"]:
         """A rank's rows of a step in so many pieces, of equal size give or take one row.
 
-        A rank with fewer rows than pieces takes a row again, with no weight, so that all ranks take as many steps.
+        A rank with fewer rows than pieces takes a row again, with no weight, so that all ranks take as many
+        steps.
         """
         mine = rows_of_rank(rows_a_step, world_size, rank)
         found = []

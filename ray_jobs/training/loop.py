@@ -124,7 +124,8 @@ class Training:
         share = torch.zeros((), device=self.engine.device)
         for piece in rows:
             inputs, weights = self.inputs.make(piece, step)
-            # DeepSpeed divides by the number of pieces and of ranks; the weights are shares of the whole batch.
+            # DeepSpeed divides by the number of pieces and of ranks; the weights are shares of the whole
+            # batch.
             loss = (self.engine(**inputs) * weights).sum()
             self.engine.backward(loss * len(rows) * self.world_size)
             self.engine.step()

@@ -110,9 +110,10 @@ class Meter:
             f"the last checkpoint is that of step {self.saved_step}" if self.saved_step else "none was saved"
         )
         raise Diverged(
-            f"the loss {what} at step {step}; {good}. Likely causes: a learning rate that is too high (lower "
-            "train.learning_rate or give train.warmup_steps), gradients that are let through "
-            f"(train.max_grad_norm is {self.config.max_grad_norm:g}), train.precision: {self.config.precision}"
+            f"the loss {what} at step {step}; {good}. Likely causes: a learning rate that is too high "
+            "(lower train.learning_rate or give train.warmup_steps), gradients that are let through "
+            f"(train.max_grad_norm is {self.config.max_grad_norm:g}), "
+            f"train.precision: {self.config.precision}"
         )
 
     @property

@@ -1,9 +1,9 @@
 """What a rank keeps of the training's state, by parameter and position, under any ZeRO stage.
 
-DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors of its own, cut differently for each stage and
-number of workers. Here they are seen as fragments: elements `start` to `start + n` of a named parameter. A
-checkpoint stores fragments, so it can be loaded by any number of workers and under any other stage, and needs no
-pickle.
+DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors of its own, cut differently for each stage
+and number of workers. Here they are seen as fragments: elements `start` to `start + n` of a named parameter.
+A checkpoint stores fragments, so it can be loaded by any number of workers and under any other stage, and
+needs no pickle.
 """
 
 import json
@@ -26,7 +26,8 @@ class Fragment:
     Attributes:
         name: of the parameter.
         start: its first element in the flattened parameter.
-        owner: the tensor that the optimizer steps, fp32; the fragment is `numel` elements of it from `offset` on.
+        owner: the tensor that the optimizer steps, fp32; the fragment is `numel` elements of it from `offset`
+            on.
     """
 
     name: str
@@ -99,7 +100,8 @@ def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
 
 
 def restart_adam(engine: Any, names: Iterable[str]) -> None:
-    """Adam's first step is the next one for the named parameters: they were frozen, their moments are zero."""
+    """Adam's first step is the next one for the named parameters: they were frozen, their moments are
+    zero."""
     wanted = set(names)
     for piece in held_fragments(engine):
         if piece.name in wanted:
@@ -180,7 +182,8 @@ class Shards:
         return {name for _, name in self.pieces}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements `start` to `start + numel` of a flattened parameter's weights, averages or moments: fp32."""
+        """Elements `start` to `start + numel` of a flattened parameter's weights, averages or moments:
+        fp32."""
         values, filled = torch.empty(numel), 0
         for begin, end, file, key in self.pieces.get((kind, name), []):
             low, high = max(begin, start), min(end, start + numel)
@@ -203,8 +206,8 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
     if parameters.keys() != shards.names:
         different = sorted(parameters.keys() ^ shards.names)
         raise ValueError(
-            f"the checkpoint was made with other trained layers: {different[0]} and {len(different) - 1} more "
-            "are in one of both only; give the run another name"
+            f"the checkpoint was made with other trained layers: {different[0]} and {len(different) - 1} "
+            "more are in one of both only; give the run another name"
         )
     for name, parameter in parameters.items():
         parameter.copy_(shards.read(WEIGHTS, name, 0, parameter.numel()).view_as(parameter))

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 from cluster.connect import LocalCluster
-from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
-from ray_jobs.train import build_trainer
-from ray_jobs.training.checkpoint import SERIES, find_rungs
+from ray_jobs.training.checkpoint import SERIES
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

@@ -37,8 +37,10 @@ def lora_folder(storage: Path, tiny_model: Path) -> Path:
     """Adapters that change the model's pictures, as a finished search would leave them."""
     import torch
 
-    from ray_jobs.diffusion.finetuning import add_lora, save_weights
+    from ray_jobs.diffusion.families import family_of
+    from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
     from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.diffusion.objectives import LossSettings
 
     torch.manual_seed(0)
     pipeline = load_pipeline(str(tiny_model))
@@ -48,7 +50,9 @@ def lora_folder(storage: Path, tiny_model: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     folder = storage / "demo" / "model"
     folder.mkdir(parents=True)
-    save_weights(pipeline, "lora", folder)
+    family = family_of(pipeline)
+    model = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
+    save_lora(pipeline, model, dict(model.trained()), folder)
     return folder
 
 

@@ -19,7 +19,15 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("search.ladder=[20,10]", "ladder must increase"),
         ("search.learning_rates=[0.1,0.1]", "repeats a value"),
         ("data.validation=0.9", "must leave a share for training"),
-        ("train.train_text_encoder=true", "needs method: full"),
+        ("train.trainable=[attention]", "must name some of groups: ['other']"),
+        ("train.groups={other: [x]}", "other is the name of what is in no group"),
+        ("train.stages=[{steps: 400},{steps: 1}]", "the last one begins after step 400, the ladder ends at"),
+        ("train.stages=[{steps: 9, learning_rate: 0.1}]", "every stage names a learning_rate"),
+        ("train.num_workers=[4,2]", "must be [min, max]"),
+        ("train.batch_size=1", "leave some of 2 workers without one"),
+        ("train.offload_parameters=true", "offload_parameters needs zero_stage: 3"),
+        ("train.precision=fp16", "fp16 needs use_gpu"),
+        ("train.optimizer=adamw_8bit", "adamw_8bit needs use_gpu"),
         ("name=../elsewhere", "name"),
         ("train.num_workers=many", "train.num_workers"),
         ("name.first=x", "is a value, not a section"),
@@ -31,6 +39,19 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         load_config(DEMO, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.zero_stage=0", "train.precision=bf16"], "bf16 needs zero_stage 1, 2 or 3"),
+        (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
+        (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has none"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(DEMO, overrides)
 
 
 def test_a_missing_file_is_named() -> None:
