@@ -231,9 +231,6 @@ class TrainConfig(Section):
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
     train_text_encoder: bool = Field(False, description="train the (CLIP) text encoders too")
-    prior_loss_weight: float = Field(
-        1.0, gt=0, description="of DreamBooth's class pictures, if there are any"
-    )
     groups: dict[str, list[str]] = Field(
         {}, description="named groups of layers: patterns of parameter names, for example *attn*"
     )

@@ -24,7 +24,7 @@ from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
-from ray_jobs.train import build_trainer, trial_id
+from ray_jobs.train import build_trainer, check_diverged, trial_id
 from ray_jobs.training.checkpoint import Rung, find_rungs
 
 RESULTS = "results.jsonl"
@@ -153,6 +153,7 @@ def run_trial(
     if not rungs or rungs[-1].metrics["step"] < config.search.ladder[-1]:
         callback = RungCallback(name, rate, pool)
         build_trainer(config, dataset, callbacks=[callback], board=board).fit()
+        check_diverged(trainings.child(name))
 
 
 def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, Any]:
@@ -173,6 +174,8 @@ class RungCallback(TuneReportCallback):
         self.name, self.rate, self.pool = name, rate, pool
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if not metrics[0]["rung"]:
+            return  # a checkpoint to go on from, between rungs
         rung = Rung(checkpoint.path, metrics[0])
         super().after_report(run_context, [_row(self.name, self.rate, rung, self.pool)], checkpoint)
 

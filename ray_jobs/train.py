@@ -6,6 +6,7 @@ Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each 
 `<storage>/<run>/train/<trial>/`. A run that was interrupted goes on from its last checkpoint.
 """
 
+import json
 from typing import Any
 
 from cluster.storage import Storage
@@ -14,7 +15,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
-from ray_jobs.training.loop import LoopSettings, train_worker
+from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 
 
 def trial_id(learning_rate: float) -> str:
@@ -32,6 +33,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     name = trial_id(train.learning_rate)
     settings = LoopSettings(config, dataset, name, ladder, board)
     storage = Storage.open(config.storage).child(config.name, "train")
+    storage.child(name).delete(DIVERGED)
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
@@ -49,6 +51,13 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     )
 
 
+def check_diverged(trial: Storage) -> None:
+    """Raise RuntimeError with the reason if the training in a folder has stopped because its loss
+    diverged."""
+    if trial.exists(DIVERGED):
+        raise RuntimeError(json.loads(trial.read_text(DIVERGED))["reason"])
+
+
 def train(config: Config) -> Any:
     """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
     dataset = prepare(config)
@@ -61,6 +70,8 @@ def train(config: Config) -> Any:
     )
     with watched_board() as board:
         result = build_trainer(config, dataset, callbacks=[], board=board).fit()
+    trainings = Storage.open(config.storage).child(config.name, "train")
+    check_diverged(trainings.child(trial_id(config.train.learning_rate)))
     metrics = result.metrics or {}
     say(
         "train",

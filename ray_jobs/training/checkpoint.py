@@ -49,6 +49,7 @@ class CheckpointWriter:
         import ray.train
 
         rank, world_size = self.engine.global_rank, self.engine.world_size
+        metrics = metrics | {"rung": is_rung}
         tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
         weights = self._evaluated_weights() if is_rung else {}
         storage = ray.train.get_context().get_storage()
@@ -57,7 +58,7 @@ class CheckpointWriter:
             folder = Path(checkpoint.path)
             write_shard(folder / STATE, rank, world_size, tensors, steps)
             if rank == 0:
-                progress = metrics | {"rung": is_rung, "world_size": world_size}
+                progress = metrics | {"world_size": world_size}
                 (folder / SERIES).write_text(json.dumps(series))
                 (folder / PROGRESS).write_text(json.dumps(progress))
                 if is_rung:

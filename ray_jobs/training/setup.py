@@ -51,7 +51,10 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     choose_layers(model, train.groups, ever_trainable(stages_of(train, config.search.ladder[-1])))
     model.remember_trained(train.groups)
     _prepare(parts, train)
-    return pipeline, model.train()
+    model.train()
+    for part in model.text_encoders.values():
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    return pipeline, model
 
 
 def _prepare(parts: list[Any], config: TrainConfig) -> None:

@@ -1,16 +1,21 @@
 """Ray Train workers with a real DeepSpeed engine: sharded, exact, resumable."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.connect import LocalCluster
+from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
-from ray_jobs.training.checkpoint import SERIES
+from ray_jobs.train import build_trainer
+from ray_jobs.training.checkpoint import SERIES, find_rungs
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -50,9 +55,15 @@ def run_inside(function: Any, loop: dict[str, Any], *, num_workers: int, folder:
 
 
 def train_variants(
-    variants: dict[str, Config], dataset: Dataset, folder: Path, *, num_workers: int, name: str
+    variants: dict[str, Config],
+    dataset: Dataset,
+    folder: Path,
+    *,
+    num_workers: int,
+    name: str,
+    steps: int = 20,
 ) -> dict[str, list[float]]:
-    """20 steps of each variant, one after the other on the same workers; the losses of each."""
+    """So many steps of each variant, one after the other on the same workers; the losses of each."""
 
     def train_all(loop: dict[str, Any]) -> None:
         import torch
@@ -62,16 +73,41 @@ def train_variants(
         torch.set_num_threads(1)
         for number, config in enumerate(loop["variants"].values()):
             # Each ends at another step, so that each writes a checkpoint of its own.
-            settings = LoopSettings(config, loop["dataset"], "trial", [20 + number])
+            settings = LoopSettings(config, loop["dataset"], "trial", [loop["steps"] + number])
             Training(settings, torch.device("cpu"), None).run()
 
-    loop = {"variants": variants, "dataset": dataset}
+    loop = {"variants": variants, "dataset": dataset, "steps": steps}
     run_inside(train_all, loop, num_workers=num_workers, folder=folder, name=name)
     found = {}
     for number, variant in enumerate(variants):
-        series = json.loads((folder / name / f"step-{20 + number:08d}" / SERIES).read_text())
-        found[variant] = [row["loss"] for row in series][:20]
+        series = json.loads((folder / name / f"step-{steps + number:08d}" / SERIES).read_text())
+        found[variant] = [row["loss"] for row in series][:steps]
     return found
+
+
+def state_at(folder: Path) -> dict[str, Any]:
+    """All tensors that the ranks stored in a checkpoint."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{path.name} {name}": tensor
+        for path in sorted((folder / "state").iterdir())
+        for name, tensor in load_file(path).items()
+    }
+
+
+def kill_a_worker_after(checkpoint: Path) -> threading.Thread:
+    """A thread that kills one training worker without warning once a checkpoint is whole."""
+
+    def watch() -> None:
+        while not (checkpoint / "complete-0001-of-0002").exists():
+            time.sleep(0.02)
+        workers = [each for each in psutil.process_iter() if "RayTrainWorker" in " ".join(each.cmdline())]
+        workers[0].kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 def test_the_losses_do_not_depend_on_the_zero_stage_the_number_of_workers_or_the_micro_batches(
@@ -94,3 +130,29 @@ def test_the_losses_do_not_depend_on_the_zero_stage_the_number_of_workers_or_the
     assert max(expected) > min(expected) > 0
     for variant, losses in found.items():
         assert losses == pytest.approx(expected, abs=1e-4), variant
+
+
+def test_a_training_whose_worker_is_killed_ends_with_the_very_same_state(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    def config(ladder: str) -> Config:
+        settings = ["train.lora.dropout=0.2", "train.zero_stage=3", "train.precision=bf16"]
+        return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
+
+    dataset = prepare(config("[80]"))
+    train_variants({"unbroken": config("[80]")}, dataset, tmp_path, num_workers=2, name="unbroken", steps=80)
+    run = Storage.open(f"{tmp_path}/tiny").child("train")
+    trial = Path(run.path) / "lr-0.0001"
+    killer = kill_a_worker_after(trial / "step-00000004")
+    build_trainer(config("[4,80]"), dataset, callbacks=[]).fit()
+    killer.join()
+    assert [rung.metrics["step"] for rung in find_rungs(run)["lr-0.0001"]] == [4, 80]
+    series = json.loads((trial / "step-00000080" / SERIES).read_text())
+    assert [row["step"] for row in series] == list(range(5, 81))
+    expected = state_at(tmp_path / "unbroken" / "step-00000080")
+    found = state_at(trial / "step-00000080")
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
