@@ -1,0 +1,122 @@
+"""Learning rates at their steps, and the stages of a run."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.config import TrainConfig
+from ray_jobs.diffusion.schedules import LearningRateSchedule
+from ray_jobs.training.stages import ever_trainable, stage_at, stages_of
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (LearningRateSchedule("constant", 10, warmup_steps=4), {0: 1, 9: 1}),
+        (LearningRateSchedule("constant_with_warmup", 10, warmup_steps=4), {0: 0.2, 3: 0.8, 4: 1, 9: 1}),
+        (LearningRateSchedule("linear", 12, warmup_steps=2), {0: 1 / 3, 2: 1, 7: 0.5, 12: 0}),
+        (LearningRateSchedule("linear", 10, end=0.1), {0: 1, 5: 0.55, 10: 0.1}),
+        (LearningRateSchedule("cosine", 8), {0: 1, 2: 0.853553, 4: 0.5, 8: 0}),
+        (LearningRateSchedule("cosine_with_restarts", 8, cycles=2), {0: 1, 2: 0.5, 4: 1, 6: 0.5, 8: 0}),
+        (LearningRateSchedule("polynomial", 10, power=2.0), {0: 1, 5: 0.25, 10: 0}),
+        (LearningRateSchedule("warmup_stable_decay", 10, decay_share=0.4), {0: 1, 6: 1, 8: 0.5, 10: 0}),
+    ],
+)
+def test_a_schedule_gives_the_rate_worked_out_by_hand(
+    schedule: LearningRateSchedule, expected: dict[int, float]
+) -> None:
+    assert {step: schedule.factor(step) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="schedule: there is none of the name 'sawtooth'"):
+        LearningRateSchedule("sawtooth", 10).factor(1)
+
+
+def staged() -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "method": "full",
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "groups": {"attention": ["*attn*"]},
+            "stages": [
+                {"steps": 3, "trainable": ["attention"]},
+                {"steps": 1, "learning_rate": 1e-4, "schedule": "linear"},
+            ],
+        }
+    )
+
+
+def test_stages_follow_each_other_and_the_last_goes_on_to_the_end_of_the_ladder() -> None:
+    stages = stages_of(staged(), 7)
+    assert [(stage.first, stage.last) for stage in stages] == [(1, 3), (4, 7)]
+    assert [stage_at(stages, step).first for step in (1, 3, 4, 7)] == [1, 1, 4, 4]
+    assert [stages[0].rate(step) for step in (1, 3)] == [1e-3, 1e-3]
+    assert [stages[1].rate(step) for step in (4, 6)] == pytest.approx([1e-4, 0.5e-4])
+    assert stages[0].trains("attention") and not stages[0].trains("other")
+    assert ever_trainable(stages) is None
+
+
+def train_in_stages(folder: Path, base: Path, zero_stage: int) -> dict[str, tuple[bool, bool, bool]]:
+    """Six steps on one rank; for each parameter: of the attention, moved in stage 1, moved in stage 2."""
+    import torch
+
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; Ray Train sets it
+    from ray_jobs.config import Config
+    from ray_jobs.training.engine import build_engine, enter_stage, set_hyperparameters
+    from ray_jobs.training.setup import build_model
+    from ray_jobs.training.state import held_fragments
+
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=0, world_size=1)
+    settings = staged().model_copy(update={"zero_stage": zero_stage, "num_workers": 1})
+    config = Config.model_validate(
+        {
+            "name": "staged",
+            "data": {"source": "unused"},
+            "model": {"base": str(base)},
+            "train": settings.model_dump(exclude_unset=True),
+            "search": {"learning_rates": [1e-3], "ladder": [6]},
+        }
+    )
+    pipeline, model = build_model(config)
+    engine = build_engine(model, config.train, 1)
+    from tests.unit.test_finetuning import inputs
+
+    batch = inputs(pipeline, model)
+    stages = stages_of(config.train, 6)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {piece.name: piece.weights.clone() for piece in held_fragments(engine)}
+
+    seen = [weights()]
+    for number, stage in enumerate(stages):
+        enter_stage(engine, stage, stages[number - 1] if number else None)
+        for step in range(stage.first, stage.last + 1):
+            set_hyperparameters(engine, stage, step)
+            engine.backward(engine(**batch).mean())
+            engine.step()
+        seen.append(weights())
+    return {
+        name: (
+            "attn" in name,
+            not torch.equal(seen[0][name], seen[1][name]),
+            not torch.equal(seen[1][name], seen[2][name]),
+        )
+        for name in seen[0]
+    }
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_frozen_layers_stay_bit_by_bit_until_their_stage_begins(
+    zero_stage: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(train_in_stages, tmp_path, tiny_model, zero_stage).result()
+    assert {attention for attention, _, _ in found.values()} == {True, False}
+    for name, (attention, first, second) in found.items():
+        assert first == attention, name
+        assert second, name
