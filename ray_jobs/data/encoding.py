@@ -30,7 +30,8 @@ from ray_jobs.data.splits import content_digest
 from ray_jobs.data.tensors import tensor_column
 
 # What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
-# part; so the three differ: reading waits for disks and networks, decoding needs memory for pixels.
+# part; so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its
+# processes, and the memory they take, from growing with the set while the encoders start.
 GATHERING = {"num_cpus": 1}
 DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
 
