@@ -124,9 +124,3 @@ def test_streamed_encoding_has_the_order_of_the_cache_and_augments_anew_but_stor
     unflipped = [is_plain for seen in versions.values() for is_plain in seen]
     assert 0.35 < np.mean(unflipped) < 0.65
     assert np.mean([0 < np.mean(seen) < 1 for seen in versions.values()]) > 0.6
-
-
-def test_rows_that_cannot_be_dealt_equally_are_refused(config: Config) -> None:
-    settings = StreamSettings(config, 8, 3, ("latents_mean",))
-    with pytest.raises(ValueError, match="8 rows a step cannot be dealt to 3 workers"):
-        split_stream(prepare(config), settings, first_step=1, last_step=2)

@@ -78,7 +78,7 @@ def test_an_interrupt_stops_the_job(ray_cluster: LocalCluster, tmp_path: Path) -
         ({"traning": {}}, "traning"),
         ({"search": {"learning_rates": [0], "ladder": [2]}}, "search.learning_rates.0"),
         ({"search": {"learning_rates": [1e-3], "ladder": [4, 2]}}, "ladder must increase"),
-        ({"train": {"num_workers": 64}}, "train.num_workers"),
+        ({"train": {"num_workers": 64, "batch_size": 64}}, "train.num_workers"),
     ],
 )
 def test_a_bad_configuration_exits_2_with_one_line(
