@@ -17,6 +17,7 @@ from ray_jobs.progress import say
 from ray_jobs.publish import publish
 from ray_jobs.search import search
 from ray_jobs.stage import run_stage
+from ray_jobs.train import checked
 
 
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:
@@ -27,7 +28,7 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
         run.delete("")
     run.write_text("config.yaml", config.to_yaml())
     say("pipeline", f"run {config.name}; results in {run.uri}")
-    dataset = prepare(config)
+    dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         publish(config, dataset, pool, found)

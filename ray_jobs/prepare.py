@@ -52,8 +52,11 @@ def open_sources(config: Config) -> list[Source]:
     return [open_source(each, config.data.stratify) for each in config.data.all_sources]
 
 
-def prepare(config: Config) -> Dataset:
+def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     """Run the stage, or find its result. Ray must be initialised.
+
+    Args:
+        check: called before anything is encoded, and so before a GPU is asked for; raises to stop the job.
 
     Raises:
         ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
@@ -64,10 +67,14 @@ def prepare(config: Config) -> Dataset:
     dataset = _stored(dataset, inputs)
     if dataset.manifest and config.data.encode == "cache":
         say("prepare", "unchanged, skipped")
+        if check:
+            check()
         return dataset
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
     _require_enough(config, manifest, dataset.storage)
+    if check:
+        check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
     stored = [part for part in parts if part.split != "train"] if streamed else parts
     encoded = encode_parts(config, sources, found, stored, dataset.cache, _progress("encoded"))

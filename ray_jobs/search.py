@@ -24,8 +24,9 @@ from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
-from ray_jobs.train import build_trainer, check_diverged, trial_id
+from ray_jobs.train import build_trainer, check_diverged, checked, depends_on, trial_id
 from ray_jobs.training.checkpoint import Rung, find_rungs
+from ray_jobs.training.meter import RUNG
 
 RESULTS = "results.jsonl"
 FINISHED = "finished.json"
@@ -47,8 +48,8 @@ class SearchResult:
 
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Identifies what the results depend on: data, model, training, search and evaluation."""
-    settings = config.model_dump(mode="json", include={"model", "train", "search", "evaluate", "seed"})
-    content = f"{dataset.manifest['inputs']}{json.dumps(settings, sort_keys=True)}"
+    settings = config.model_dump(mode="json", include={"search", "evaluate"})
+    content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -174,7 +175,7 @@ class RungCallback(TuneReportCallback):
         self.name, self.rate, self.pool = name, rate, pool
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if not metrics[0]["rung"]:
+        if metrics[0]["why"] != RUNG:
             return  # a checkpoint to go on from, between rungs
         rung = Rung(checkpoint.path, metrics[0])
         super().after_report(run_context, [_row(self.name, self.rate, rung, self.pool)], checkpoint)
@@ -217,7 +218,7 @@ class Recorder(Callback):
 
 
 def _run(config: Config) -> SearchResult:
-    dataset = prepare(config)
+    dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         return search(config, dataset, pool)
 

@@ -7,15 +7,69 @@ Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each 
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
+from ray_jobs.training.setup import check_settings
+
+DEPENDS_ON = "depends_on.json"
+# What changes how fast a training runs and where, but not what comes out, up to rounding.
+FREE_SETTINGS = {
+    "num_workers",
+    "micro_batch_size",
+    "use_gpu",
+    "cpus_per_worker",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+    "gradient_checkpointing",
+    "channels_last",
+    "compile",
+    "checkpoint_minutes",
+    "max_failures",
+}
+ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
+
+
+def checked(config: Config) -> Callable[[], None]:
+    """Begin to look whether the settings suit the base model, on a CPU; what is returned waits for the end.
+
+    Raises:
+        ConfigError: when waiting; naming the setting.
+    """
+    import ray
+
+    found = ray.remote(num_cpus=1)(check_settings).remote(config)
+
+    def wait() -> None:
+        try:
+            ray.get(found)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise ConfigError(str(error.cause)) from None
+            raise
+
+    return wait
+
+
+def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """All that the weights of a training depend on, up to rounding."""
+    train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
+    schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
+    return {
+        "dataset": dataset.manifest["inputs"],
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.seed,
+        "train": train,
+        "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
+    }
 
 
 def trial_id(learning_rate: float) -> str:
@@ -34,12 +88,15 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     settings = LoopSettings(config, dataset, name, ladder, board)
     storage = Storage.open(config.storage).child(config.name, "train")
     storage.child(name).delete(DIVERGED)
+    _require_same(storage.child(name), depends_on(config, dataset))
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
             use_gpu=train.use_gpu,
+            # A group that grows begins again at its last checkpoint.
+            elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
         ),
         run_config=ray.train.RunConfig(
@@ -51,6 +108,29 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     )
 
 
+def _require_same(trial: Storage, now: dict[str, Any]) -> None:
+    """Write down what a training depends on, or compare with what was written when it began.
+
+    Raises:
+        ConfigError: it began with other settings or data.
+    """
+    if not trial.exists(DEPENDS_ON):
+        trial.write_text(DEPENDS_ON, json.dumps(now, indent=2))
+        return
+    before = json.loads(trial.read_text(DEPENDS_ON))
+    [was, is_now] = (
+        {**settings, **{f"train.{name}": value for name, value in settings["train"].items()}}
+        for settings in (before, now)
+    )
+    changed = [name for name in is_now if name != "train" and was.get(name) != is_now[name]]
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"{name}: {is_now[name]} now, but the training in {trial.uri} began with {was.get(name)}; "
+            "give the run another name, change it back, or delete that folder"
+        )
+
+
 def check_diverged(trial: Storage) -> None:
     """Raise RuntimeError with the reason if the training in a folder has stopped because its loss
     diverged."""
@@ -60,7 +140,7 @@ def check_diverged(trial: Storage) -> None:
 
 def train(config: Config) -> Any:
     """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
-    dataset = prepare(config)
+    dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
     say(

@@ -46,6 +46,38 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
     return pipeline
 
 
+def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
+    """An object with a model's scheduler and some of its other components, their weights without memory.
+
+    Args:
+        parts: names of components that hold weights. One that the model leaves out is None.
+    """
+    import importlib
+    from types import SimpleNamespace
+
+    from accelerate import init_empty_weights
+    from diffusers import ModelMixin
+
+    index, found = read_index(base, revision), SimpleNamespace()
+    for name in ("scheduler", *parts):
+        library, class_name = index.get(name, (None, None))
+        if library is None:
+            setattr(found, name, None)
+            continue
+        kind = getattr(importlib.import_module(library), class_name)
+        options = {"subfolder": name, "revision": revision}
+        if name == "scheduler":
+            found.scheduler = kind.from_pretrained(base, **options)
+            continue
+        with init_empty_weights():
+            if issubclass(kind, ModelMixin):
+                part = kind.from_config(kind.load_config(base, **options))
+            else:
+                part = kind(kind.config_class.from_pretrained(base, **options))
+        setattr(found, name, part)
+    return found
+
+
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
     """The `model_index.json` of a folder or hub name: the pipeline's class and its components."""
     from diffusers import DiffusionPipeline

@@ -3,7 +3,8 @@
 weights/                        rungs: what was trained, averaged, in diffusers' format (rank 0)
 state/0000-of-0002.safetensors  what each rank owns of weights, averages and Adam's moments
 series.json                     loss, gradient norm and learning rate of each step since the last one (rank 0)
-progress.json                   step, number of workers, whether it is a rung, what was measured (rank 0)
+progress.json                   step, number of workers, why it was written, what was measured (rank 0)
+config.yaml                     the resolved configuration of the run (rank 0)
 complete-0000-of-0002           written last by each rank: without all of them the checkpoint is not whole
 
 The position in the data and all randomness follow from the step, so there is no more to keep.
@@ -20,12 +21,14 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.training.meter import RUNG
 from ray_jobs.training.state import Shards, load_moments, owned_fragments, snapshot, whole, write_shard
 
 WEIGHTS = "weights"
 STATE = "state"
 PROGRESS = "progress.json"
 SERIES = "series.json"
+CONFIG = "config.yaml"
 
 Export = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -35,23 +38,25 @@ class CheckpointWriter:
 
     Args:
         export: writes a rung's weights, by name, in diffusers' format; called on rank 0, in another thread.
+        config: the run's, as YAML.
     """
 
-    def __init__(self, engine: Any, ema: EMA | None, export: Export) -> None:
-        self.engine, self.ema, self.export = engine, ema, export
+    def __init__(self, engine: Any, ema: EMA | None, export: Export, config: str) -> None:
+        self.engine, self.ema, self.export, self.config = engine, ema, export, config
 
-    def save(self, metrics: dict[str, Any], series: list[dict[str, float]], *, is_rung: bool) -> None:
+    def save(self, metrics: dict[str, Any], series: list[dict[str, float]], *, why: str) -> None:
         """Report a checkpoint of the present state to Ray Train; every rank calls it.
 
         Args:
             metrics, series: from the meter.
+            why: RUNG, INTERVAL or PREEMPTION.
         """
         import ray.train
 
         rank, world_size = self.engine.global_rank, self.engine.world_size
-        metrics = metrics | {"rung": is_rung}
+        metrics = metrics | {"why": why}
         tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
-        weights = self._evaluated_weights() if is_rung else {}
+        weights = self._evaluated_weights() if why == RUNG else {}
         storage = ray.train.get_context().get_storage()
 
         def upload(checkpoint: Any, name: str) -> Any:
@@ -60,8 +65,9 @@ class CheckpointWriter:
             if rank == 0:
                 progress = metrics | {"world_size": world_size}
                 (folder / SERIES).write_text(json.dumps(series))
+                (folder / CONFIG).write_text(self.config, encoding="utf-8")
                 (folder / PROGRESS).write_text(json.dumps(progress))
-                if is_rung:
+                if why == RUNG:
                     self.export(weights, folder / WEIGHTS)
             there = storage.persist_current_checkpoint(checkpoint, name)
             with there.filesystem.open_output_stream(f"{there.path}/{_mark(rank, world_size)}"):
@@ -137,4 +143,4 @@ def _rung(folder: Storage) -> Rung | None:
         return None
     metrics = json.loads(folder.read_text(PROGRESS))
     marks = {_mark(rank, metrics["world_size"]) for rank in range(metrics["world_size"])}
-    return Rung(folder.uri, metrics) if metrics["rung"] and marks <= files else None
+    return Rung(folder.uri, metrics) if metrics["why"] == RUNG and marks <= files else None

@@ -17,7 +17,7 @@ from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.checkpoint import CheckpointWriter, Resumed
 from ray_jobs.training.engine import build_engine, enter_stage, pieces_a_step, set_hyperparameters
 from ray_jobs.training.inputs import InputMaker, Piece
-from ray_jobs.training.meter import Diverged, Meter
+from ray_jobs.training.meter import RUNG, Diverged, Meter
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.training.stages import Stage, stage_at, stages_of
 from ray_jobs.training.state import load_weights, owned_fragments
@@ -82,7 +82,7 @@ class Training:
         if resumed:
             resumed.restore(self.engine, self.ema)
         self.done = resumed.step if resumed else 0
-        self.writer = CheckpointWriter(self.engine, self.ema, export)
+        self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml())
         self.meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, self.rank)
 
     def _averages(self) -> EMA | None:
@@ -108,13 +108,13 @@ class Training:
             with self.meter.waiting():
                 rows = next(stream)
             try:
-                due = self.meter.add(step, stage.rate(step), self._step(rows, step))
+                why = self.meter.add(step, stage.rate(step), self._step(rows, step))
             except Diverged as error:
                 self._give_up(error)
                 return
             self._average(step)
-            if step in ladder or due:
-                self.writer.save(*self.meter.metrics(), is_rung=step in ladder)
+            if step in ladder or why:
+                self.writer.save(*self.meter.metrics(), why=RUNG if step in ladder else why)
             if step == stage.last and step < ladder[-1]:
                 stage = stage_at(stages, step + 1)
 

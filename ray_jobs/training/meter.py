@@ -11,10 +11,12 @@ import torch
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.progress import TrainingProgress
+from ray_jobs.training.memory import state_bytes
 
 POST_EVERY = 2.0  # seconds between lines, and between looks for a preemption
 SMOOTHED = 20  # steps that the shown loss is the mean of
 EXPLODED = 5.0  # times the lowest smoothed loss
+RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
 
 
 class Diverged(RuntimeError):
@@ -38,8 +40,12 @@ class Meter:
         self.preempted = False
 
     def start(self, engine: Any) -> None:
-        """Begin to measure the steps of an engine."""
-        self.engine = engine
+        """Begin to measure the steps of an engine, and say what it keeps in memory."""
+        self.engine, self.state_bytes = engine, state_bytes(engine)
+        if self.rank == 0 and self.board is not None:
+            kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())
+            line = f"{self.trial_id}  {engine.world_size} workers; rank 0 keeps: {kept}"
+            self.board.post.remote(f"{self.trial_id}/memory", line.replace("_", " "))
         self._restart()
 
     def _restart(self) -> None:
@@ -53,8 +59,8 @@ class Meter:
         yield
         self.waited += time.monotonic() - begin
 
-    def add(self, step: int, rate: float, share: torch.Tensor) -> bool:
-        """Take in a step; returns whether a checkpoint is due, on all ranks alike.
+    def add(self, step: int, rate: float, share: torch.Tensor) -> str:
+        """Take in a step; returns why a checkpoint is due (INTERVAL, PREEMPTION) or "", on all ranks alike.
 
         Args:
             share: this rank's part of the step's loss.
@@ -74,14 +80,15 @@ class Meter:
         self._watch(step, loss)
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         self.series.append({"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate})
+        preempted = False
         if look:
             self.posted_at = now
-            due |= self._preempted()
+            preempted = self._preempted()
             if self.rank == 0 and self.board is not None and self.seconds:
                 self.board.post.remote(self.trial_id, self._progress().line())
-        if due:
+        if due or preempted:
             self.saved_at = now
-        return due
+        return PREEMPTION if preempted else INTERVAL if due else ""
 
     def _agreed(self, share: torch.Tensor, look: bool, due: bool) -> tuple[float, bool, bool]:
         """The loss of all ranks together, and what rank 0 decided by its clock."""
@@ -150,6 +157,7 @@ class Meter:
             "grad_norm": sum(row["grad_norm"] for row in series) / len(series),
             "images_per_second": self.images_per_second,
             "waiting_for_data": self.waited / self.seconds if self.seconds else 0.0,
+            "state_bytes": self.state_bytes,
         }
         self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
         self._restart()

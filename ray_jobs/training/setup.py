@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from ray_jobs.config import Config, TrainConfig, resolve_path
-from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.training.checkpoint import Export
+from ray_jobs.training.engine import deepspeed_config
 from ray_jobs.training.stages import ever_trainable, stages_of
 
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -28,9 +29,39 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     """
     from ray_jobs.diffusion.loading import load_pipeline
 
-    train = config.train
     pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
-    family = family_of(pipeline)
+    model, parts = _choose_trained(config, pipeline, family_of(pipeline), device)
+    _prepare(parts, config.train)
+    model.train()
+    for part in model.text_encoders.values():
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    return pipeline, model
+
+
+def check_settings(config: Config) -> None:
+    """Choose what would be trained as `build_model` does, without the memory that its weights take.
+
+    Raises:
+        ValueError: naming the setting that does not suit the base model.
+    """
+    from accelerate import init_empty_weights
+
+    from ray_jobs.diffusion.loading import empty_model, read_index
+
+    base, revision = resolve_path(config.model.base), config.model.revision
+    index = read_index(base, revision)
+    family = family_of(index["_class_name"])
+    model = empty_model(base, (family.denoiser, *family.text_encoders), revision=revision)
+    with init_empty_weights():
+        _choose_trained(config, model, family, "cpu")
+    deepspeed_config(config.train, config.train.min_workers)
+
+
+def _choose_trained(
+    config: Config, pipeline: Any, family: Family, device: str
+) -> tuple[FineTuning, list[Any]]:
+    """What is trained of a pipeline, and the components that it lies in."""
+    train = config.train
     settings = loss_settings(train)
     objective = family.objective(pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr)
     objective.check(settings)
@@ -42,7 +73,10 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
             chosen = train.lora.target_modules if name == family.denoiser else None
             usual = family.lora_targets if name == family.denoiser else CLIP_ATTENTION
             settings_of_lora = train.lora.model_dump(exclude={"target_modules"})
-            add_lora(part, target_modules=list(chosen or usual), **settings_of_lora)
+            try:
+                add_lora(part, target_modules=list(chosen or usual), **settings_of_lora)
+            except ValueError as error:
+                raise ValueError(f"train.lora: {name}: {error}") from None
         else:
             part.requires_grad_(True)
     model = FineTuning(
@@ -50,11 +84,7 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     )
     choose_layers(model, train.groups, ever_trainable(stages_of(train, config.search.ladder[-1])))
     model.remember_trained(train.groups)
-    _prepare(parts, train)
-    model.train()
-    for part in model.text_encoders.values():
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    return pipeline, model
+    return model, parts
 
 
 def _prepare(parts: list[Any], config: TrainConfig) -> None:

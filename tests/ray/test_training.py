@@ -1,21 +1,20 @@
 """Ray Train workers with a real DeepSpeed engine: sharded, exact, resumable."""
 
 import json
-import threading
-import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+import torch
 
 from cluster.connect import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
-from ray_jobs.train import build_trainer
 from ray_jobs.training.checkpoint import SERIES, find_rungs
+from ray_jobs.training.loop import LoopSettings
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -41,7 +40,9 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
     )
 
 
-def run_inside(function: Any, loop: dict[str, Any], *, num_workers: int, folder: Path, name: str) -> None:
+def run_inside(
+    function: Any, loop: dict[str, Any], *, num_workers: int, folder: Path, name: str, max_failures: int = 0
+) -> None:
     """Run a train function on Ray Train workers."""
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -50,7 +51,11 @@ def run_inside(function: Any, loop: dict[str, Any], *, num_workers: int, folder:
         function,
         train_loop_config=loop,
         scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
-        run_config=ray.train.RunConfig(name=name, storage_path=str(folder)),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
     ).fit()
 
 
@@ -63,20 +68,60 @@ def train_variants(
     name: str,
     steps: int = 20,
 ) -> dict[str, list[float]]:
-    """So many steps of each variant, one after the other on the same workers; the losses of each."""
+    """So many steps of each variant, one after the other on the same workers; the losses of each.
+
+    `folder` then has of each `<variant>.safetensors`, the averaged weights before the last step, and
+    `<variant>-<rank>.json`: what `state_bytes` says, and the bytes of the gradients that are there after the
+    first backward pass.
+    """
 
     def train_all(loop: dict[str, Any]) -> None:
         import torch
+        from safetensors.torch import save_file
 
         from ray_jobs.training.loop import LoopSettings, Training
+        from ray_jobs.training.memory import state_bytes
+        from ray_jobs.training.state import whole
+
+        def gradients(engine: Any) -> int:
+            optimizer, tensors = engine.optimizer, [p.grad for _, p in engine.module.all_trained]
+            if engine.zero_optimization_stage() == 3:
+                tensors = [optimizer.grad_partitions_flat_buffer]
+            elif engine.zero_optimization_stage():
+                tensors += [
+                    tensor for group in optimizer.averaged_gradients.values() for tensor in group or ()
+                ]
+            storages = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t is not None}
+            return sum(storages.values())
+
+        def watch(training: Any, variant: str, last: int) -> None:
+            engine, add, advance = training.engine, training.meter.add, training.engine.step
+
+            def step_and_tell() -> None:
+                there = gradients(engine)
+                told = json.dumps({"state": state_bytes(engine), "gradients": there})
+                Path(loop["folder"], f"{variant}-{training.rank}.json").write_text(told)
+                engine.step = advance
+                advance()
+
+            def add_and_keep(step: int, *rest: Any) -> str:
+                if step == last:
+                    averages = whole(engine, training.ema.averages)
+                    if training.rank == 0:
+                        save_file(averages, Path(loop["folder"], f"{variant}.safetensors"))
+                return str(add(step, *rest))
+
+            engine.step, training.meter.add = step_and_tell, add_and_keep
 
         torch.set_num_threads(1)
-        for number, config in enumerate(loop["variants"].values()):
+        for number, (variant, config) in enumerate(loop["variants"].items()):
             # Each ends at another step, so that each writes a checkpoint of its own.
             settings = LoopSettings(config, loop["dataset"], "trial", [loop["steps"] + number])
-            Training(settings, torch.device("cpu"), None).run()
+            training = Training(settings, torch.device("cpu"), None)
+            watch(training, variant, loop["steps"])
+            training.run()
 
-    loop = {"variants": variants, "dataset": dataset, "steps": steps}
+    loop = {"variants": variants, "dataset": dataset, "steps": steps, "folder": str(folder)}
     run_inside(train_all, loop, num_workers=num_workers, folder=folder, name=name)
     found = {}
     for number, variant in enumerate(variants):
@@ -96,63 +141,98 @@ def state_at(folder: Path) -> dict[str, Any]:
     }
 
 
-def kill_a_worker_after(checkpoint: Path) -> threading.Thread:
-    """A thread that kills one training worker without warning once a checkpoint is whole."""
+def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
+    """A train function whose rank 1 is killed in the middle of writing the second rung's checkpoint.
 
-    def watch() -> None:
-        while not (checkpoint / "complete-0001-of-0002").exists():
-            time.sleep(0.02)
-        workers = [each for each in psutil.process_iter() if "RayTrainWorker" in " ".join(each.cmdline())]
-        workers[0].kill()
+    Args:
+        told: a file that then says which rungs were whole at that moment.
+    """
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    def train_all(loop: dict[str, Any]) -> None:
+        import os
+        import signal
+
+        import ray.train
+        from ray.train.v2._internal.execution.storage import StorageContext
+
+        from ray_jobs.training.checkpoint import find_rungs
+        from ray_jobs.training.loop import train_worker
+
+        persist, doomed = StorageContext.persist_current_checkpoint, f"step-{settings.ladder[1]:08d}"
+
+        def persist_or_die(self: Any, checkpoint: Any, name: str) -> Any:
+            if name != doomed or told.exists() or ray.train.get_context().get_world_rank() == 0:
+                return persist(self, checkpoint, name)
+            [shard] = Path(checkpoint.path, "state").iterdir()
+            written = Path(self.build_checkpoint_path_from_name(name)) / "state" / shard.name
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+            run = Storage.open(settings.config.storage).child(settings.config.name, "train")
+            rungs = find_rungs(run)[settings.trial_id]
+            told.write_text(json.dumps([rung.metrics["step"] for rung in rungs]))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        StorageContext.persist_current_checkpoint = persist_or_die
+        train_worker({"settings": settings})
+
+    return train_all
 
 
-def test_the_losses_do_not_depend_on_the_zero_stage_the_number_of_workers_or_the_micro_batches(
+def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_workers_promise(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
+    from safetensors.torch import load_file
+
     def config(**train: Any) -> Config:
         overrides = [f"train.{name}={value}" for name, value in train.items()]
         plain = ["train.method=full", "train.learning_rate=1e-3", "search.ladder=[20]", *overrides]
         return tiny_config(tiny_model, picture_folder, tmp_path, *plain)
 
     dataset = prepare(config())
-    stages = {f"2 workers, stage {stage}": config(zero_stage=stage) for stage in range(4)}
+    stages = {f"2 workers, stage {n}": config(zero_stage=n, micro_batch_size=1) for n in range(4)}
     found = train_variants(stages, dataset, tmp_path, num_workers=2, name="two")
     ones = {"1 worker": config(), "1 worker, 3 + 1 pictures": config(micro_batch_size=3)}
     found |= train_variants(ones, dataset, tmp_path, num_workers=1, name="one")
     fours = {"4 workers": config(), "4 workers, 4 for 5": config(batch_size=5)}
     found |= train_variants(fours, dataset, tmp_path, num_workers=4, name="four")
     del found["4 workers, 4 for 5"]  # other batches, other losses: it only has to run
-    expected = found["1 worker"]
+    expected, averages = found["1 worker"], load_file(tmp_path / "1 worker.safetensors")
     assert max(expected) > min(expected) > 0
     for variant, losses in found.items():
         assert losses == pytest.approx(expected, abs=1e-4), variant
+        for name, values in load_file(tmp_path / f"{variant}.safetensors").items():
+            torch.testing.assert_close(values, averages[name], rtol=0, atol=1e-4)
+
+    whole = sum(values.nbytes for values in averages.values())
+    largest = max(values.nbytes for values in averages.values())
+    halved = {0: (), 1: ("moments",), 2: ("moments", "gradients"), 3: ("moments", "gradients", "parameters")}
+    for stage, rank in product(range(4), range(2)):
+        told = json.loads((tmp_path / f"2 workers, stage {stage}-{rank}.json").read_text())
+        for kind, bytes_unsharded in (("parameters", whole), ("gradients", whole), ("moments", 2 * whole)):
+            share = 0.5 if kind in halved[stage] else 1
+            assert told["state"][kind] == pytest.approx(share * bytes_unsharded, rel=0.01), (stage, kind)
+        # A tensor that lies in both ranks' parts is kept whole.
+        assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, stage
 
 
-def test_a_training_whose_worker_is_killed_ends_with_the_very_same_state(
+def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     def config(ladder: str) -> Config:
         settings = ["train.lora.dropout=0.2", "train.zero_stage=3", "train.precision=bf16"]
         return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
 
-    dataset = prepare(config("[80]"))
-    train_variants({"unbroken": config("[80]")}, dataset, tmp_path, num_workers=2, name="unbroken", steps=80)
-    run = Storage.open(f"{tmp_path}/tiny").child("train")
-    trial = Path(run.path) / "lr-0.0001"
-    killer = kill_a_worker_after(trial / "step-00000004")
-    build_trainer(config("[4,80]"), dataset, callbacks=[]).fit()
-    killer.join()
-    assert [rung.metrics["step"] for rung in find_rungs(run)["lr-0.0001"]] == [4, 80]
-    series = json.loads((trial / "step-00000080" / SERIES).read_text())
-    assert [row["step"] for row in series] == list(range(5, 81))
-    expected = state_at(tmp_path / "unbroken" / "step-00000080")
-    found = state_at(trial / "step-00000080")
+    dataset = prepare(config("[40]"))
+    train_variants({"unbroken": config("[40]")}, dataset, tmp_path, num_workers=2, name="unbroken", steps=40)
+    run, told = tmp_path / "tiny" / "train", tmp_path / "rungs.json"
+    settings = LoopSettings(config("[2,4,40]"), dataset, "trial", [2, 4, 40])
+    dying = train_and_die_once(settings, told)
+    run_inside(dying, {}, num_workers=2, folder=run, name="trial", max_failures=1)
+    assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
+    rungs = find_rungs(Storage.open(str(run)))["trial"]
+    assert [rung.metrics["step"] for rung in rungs] == [2, 4, 40]
+    expected = state_at(tmp_path / "unbroken" / "step-00000040")
+    found = state_at(run / "trial" / "step-00000040")
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(value, found[key]), key

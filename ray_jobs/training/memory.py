@@ -1,0 +1,42 @@
+"""What a training keeps on each rank, and what ZeRO saves of it (arXiv 1910.02054, section 5)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ray_jobs.training.state import MOMENTS, adam_state, held_fragments
+
+
+def state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes that this rank keeps, on whatever device, by what they are:
+
+    parameters: the model's, trained and frozen, without encoders and autoencoder.
+    gradients: between backward and step. They are not there yet at the start: this is what ZeRO will keep.
+    master_weights: what the optimizer steps, in fp32; none where it steps the parameters themselves.
+    moments: Adam's two.
+    """
+    parameters = _storages(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
+    owners = {id(piece.owner): piece.owner for piece in held_fragments(engine)}.values()
+    masters = _storages(owners)
+    return {
+        "parameters": sum(parameters.values()),
+        "gradients": _gradients(engine),
+        "master_weights": sum(size for place, size in masters.items() if place not in parameters),
+        "moments": sum(_storages(adam_state(engine, o)[m] for o in owners for m in MOMENTS).values()),
+    }
+
+
+def _gradients(engine: Any) -> int:
+    """Stages 0 and 1 keep whole gradients, stages 2 and 3 this rank's part of them."""
+    whole = [parameter for _, parameter in engine.module.all_trained]
+    if engine.zero_optimization_stage() < 2:
+        return sum(parameter.numel() * parameter.element_size() for parameter in whole)
+    size = whole[0].element_size()
+    return sum(piece.numel for piece in held_fragments(engine)) * size
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the memory that tensors lie in, by its address; each once."""
+    pieces = (tensor.untyped_storage() for tensor in tensors)
+    return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}

@@ -1,0 +1,75 @@
+"""Nodes die, join and are taken away, the driver dies: the losses are those of a quiet training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.connect import LocalCluster
+from ray_jobs.config import Config
+from ray_jobs.prepare import prepare
+from ray_jobs.training.checkpoint import SERIES
+from tests.faults.elastic_run import GRACE_S
+from tests.ray.test_training import tiny_config, train_variants
+
+EVENTS = ["two nodes", "a node died", "a node joined", "a node will be taken away"]
+
+
+def start(config: Config, folder: Path, what: str) -> subprocess.Popen[str]:
+    """`elastic_run` on a cluster of its own; its errors go to a file."""
+    written = folder / f"{what}.yaml"
+    written.write_text(config.to_yaml())
+    ours = {"RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_JOB_ID"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.elastic_run", str(written), what],
+        env={name: value for name, value in os.environ.items() if name not in ours},
+        stdout=subprocess.PIPE,
+        stderr=(folder / f"{what}.log").open("w"),
+        text=True,
+    )
+
+
+def curve(trial: Path) -> list[tuple[int, float]]:
+    """(step, loss) of all steps that checkpoints of a training tell; repeated ones as often as they were."""
+    series = [json.loads(path.read_text()) for path in sorted(trial.glob(f"step-*/{SERIES}"))]
+    return [(row["step"], row["loss"]) for rows in series for row in rows]
+
+
+def test_a_training_goes_on_with_fewer_and_more_nodes_and_after_its_driver_died(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    def config(**train: Any) -> Config:
+        overrides = [f"train.{name}={value}" for name, value in train.items()]
+        return tiny_config(tiny_model, picture_folder, tmp_path, *overrides)
+
+    elastic = config(num_workers=[1, 2], cpus_per_worker=2, checkpoint_minutes=0.1, max_failures=3)
+    dataset = prepare(elastic)
+    endless = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [10**6]})})
+    driver = start(endless, tmp_path, "disturb")
+    assert driver.stdout is not None
+    told = [json.loads(next(driver.stdout)) for _ in EVENTS]
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert [line["event"] for line in told] == EVENTS
+    assert [line["world_size"] for line in told] == [2, 1, 2, 2]
+    assert told[-1]["seconds"] < GRACE_S
+
+    trial = tmp_path / "tiny" / "train" / "lr-0.0001"
+    last = told[-1]["step"] + 20
+    shortened = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [last]})})
+    assert start(shortened, tmp_path, "finish").wait(300) == 0
+    series = json.loads((trial / f"step-{last:08d}" / SERIES).read_text())
+    assert series[0]["step"] == told[-1]["step"] + 1  # it went on where the killed driver was
+
+    found = curve(trial)
+    assert sorted({step for step, _ in found}) == list(range(1, last + 1))
+    [quiet] = train_variants(
+        {"quiet": config()}, dataset, tmp_path, num_workers=1, name="quiet", steps=last
+    ).values()
+    for step, loss in found:
+        assert loss == pytest.approx(quiet[step - 1], abs=1e-4), step

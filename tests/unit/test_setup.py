@@ -1,0 +1,47 @@
+"""The settings of a training are looked at on a CPU, without the base model's weights, before it starts."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.config import Config, load_config
+from ray_jobs.training.setup import check_settings
+from tests.tiny_models import tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def config(base: Path, *overrides: str) -> Config:
+    plain = ["train.lora.target_modules=null", *overrides]
+    return load_config(DEMO, [f"model.base={base}", *plain])
+
+
+@pytest.mark.parametrize("family", [tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux])
+@pytest.mark.parametrize(
+    "method", [["train.lora.use_dora=true"], ["train.method=full", "train.train_text_encoder=true"]]
+)
+def test_settings_that_suit_the_model_pass_without_its_weights(
+    family: object, method: list[str], tmp_path: Path
+) -> None:
+    assert callable(family)
+    base = family(tmp_path)
+    for weights in base.rglob("*.safetensors"):
+        weights.unlink()
+    check_settings(config(base, *method))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.lora.target_modules=[to_qq]"], r"train\.lora: unet: .*to_qq"),
+        (["train.method=full", "train.groups={up: ['*upp*']}"], r"train\.groups\.up: .*upp.* names like"),
+        (["train.loss.zero_terminal_snr=true"], r"train\.loss\.zero_terminal_snr"),
+        (["train.deepspeed={bf16: {enabled: true}}"], r"train\.deepspeed: bf16: set train\.precision"),
+        (["train.deepspeed={zero_optimization: {stage: 1}}"], r"set train\.zero_stage instead"),
+    ],
+)
+def test_a_setting_that_does_not_suit_the_model_is_named(
+    settings: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_settings(config(tiny_stable_diffusion_xl(tmp_path), *settings))
