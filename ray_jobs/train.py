@@ -88,7 +88,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     settings = LoopSettings(config, dataset, name, ladder, board)
     storage = Storage.open(config.storage).child(config.name, "train")
     storage.child(name).delete(DIVERGED)
-    _require_same(storage.child(name), depends_on(config, dataset))
+    require_same(storage.child(name), depends_on(config, dataset))
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
@@ -108,7 +108,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     )
 
 
-def _require_same(trial: Storage, now: dict[str, Any]) -> None:
+def require_same(trial: Storage, now: dict[str, Any]) -> None:
     """Write down what a training depends on, or compare with what was written when it began.
 
     Raises:

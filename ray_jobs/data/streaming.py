@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
-from ray_jobs.data.order import Order, Part, Step, rows_of_rank
+from ray_jobs.data.order import Order, Part, Step, Window, rows_of_rank
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # however small it is.
 BYTES_A_BLOCK = 4 << 20
 PREFETCHED_BLOCKS = 4
+STEPS_A_TASK = 64  # a task costs milliseconds, however little it reads
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,23 @@ def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
 
 
 def _windows(order: Order, first_step: int, last_step: int) -> Any:
-    """A Ray data set of the windows to produce, one a row."""
+    """A Ray data set of the windows to produce, in runs: a small set's window is an epoch of few steps."""
     import ray
 
-    items = [{"window": window} for window in order.windows(first_step, last_step)]
-    return ray.data.from_items(items, override_num_blocks=len(items))
+    runs: list[list[tuple[int, ...]]] = []
+    steps = STEPS_A_TASK
+    for window in order.windows(first_step, last_step):
+        if steps >= STEPS_A_TASK:
+            runs.append([])
+            steps = 0
+        runs[-1].append(astuple(window))
+        steps += window.last - window.first + 1
+    return ray.data.from_items([{"windows": run} for run in runs], override_num_blocks=len(runs))
+
+
+def _steps(order: Order, run: Sequence[Sequence[int]]) -> list[Step]:
+    """The steps of a run of windows, as `_windows` writes it."""
+    return [step for window in run for step in order.steps(Window(*map(int, window)))]
 
 
 def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
@@ -169,7 +182,7 @@ def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_st
 
 @dataclass(frozen=True)
 class ReadWindow:
-    """Reads the parts of a window and deals its rows: a table out for each rank and run of steps."""
+    """Reads the parts of a run of windows and deals its rows: a table out for each rank and run of steps."""
 
     cache: Storage
     files: list[str]
@@ -179,8 +192,8 @@ class ReadWindow:
     row_bytes: int
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        [window] = batch["window"]
-        steps = self.order.steps(window)
+        [windows] = batch["windows"]
+        steps = _steps(self.order, windows)
         numbers = np.unique(np.concatenate([step.rows[:, 0] for step in steps]))
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             read = dict(zip(numbers.tolist(), pool.map(self._read, numbers), strict=True))
@@ -227,14 +240,14 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
 
 @dataclass(frozen=True)
 class GatherWindow:
-    """Reads the picture files of a window and deals them: a row out for each step and rank."""
+    """Reads the picture files of a run of windows and deals them: a row out for each step and rank."""
 
     live: Live
     order: Order
     world_size: int
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        steps = self.order.steps(row["window"])
+        steps = _steps(self.order, row["windows"])
         wanted: dict[int, set[int]] = {}
         for number, index in np.unique(np.concatenate([step.rows for step in steps]), axis=0).tolist():
             part = self.live.parts[number]

@@ -15,6 +15,7 @@ from ray_jobs.training.memory import state_bytes
 
 POST_EVERY = 2.0  # seconds between lines, and between looks for a preemption
 SMOOTHED = 20  # steps that the shown loss is the mean of
+ENOUGH = 64  # pictures whose mean loss can be compared with, where they are fewer than SMOOTHED steps
 EXPLODED = 5.0  # times the lowest smoothed loss
 RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
 
@@ -33,7 +34,7 @@ class Meter:
     def __init__(self, trial_id: str, ladder: list[int], config: TrainConfig, board: Any, rank: int) -> None:
         self.trial_id, self.ladder, self.config, self.board, self.rank = trial_id, ladder, config, board, rank
         self.warming_up = True  # the first step compiles and fills caches: its time is left out
-        self.posted_at = self.saved_at = time.monotonic()
+        self.posted_at = time.monotonic()
         self.saved_step = 0
         self.lowest = math.inf
         self.recent: list[float] = []
@@ -41,6 +42,7 @@ class Meter:
 
     def start(self, engine: Any) -> None:
         """Begin to measure the steps of an engine, and say what it keeps in memory."""
+        self.saved_at = time.monotonic()
         self.engine, self.state_bytes = engine, state_bytes(engine)
         if self.rank == 0 and self.board is not None:
             kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())
@@ -70,7 +72,7 @@ class Meter:
         """
         now = time.monotonic()
         if not self.series and self.warming_up:
-            self.waited = 0.0
+            self.waited, self.saved_at = 0.0, now
         else:
             self.seconds += now - self.last
         self.last = now
@@ -108,7 +110,7 @@ class Meter:
     def _watch(self, step: int, loss: float) -> None:
         self.recent = [*self.recent[-SMOOTHED + 1 :], loss]
         smoothed = sum(self.recent) / len(self.recent)
-        if len(self.recent) == SMOOTHED:
+        if len(self.recent) >= min(SMOOTHED, ENOUGH / self.config.batch_size):
             self.lowest = min(self.lowest, smoothed)
         if math.isfinite(loss) and smoothed <= EXPLODED * self.lowest:
             return

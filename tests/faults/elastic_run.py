@@ -23,6 +23,9 @@ from ray_jobs.prepare import prepare
 from ray_jobs.train import build_trainer, trial_id
 from ray_jobs.training.checkpoint import PROGRESS
 
+# The head has room for what reads the data, not for a worker, which takes two CPUs.
+HEAD_NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+WORKER_NODE = HEAD_NODE | {"num_cpus": 2}
 GRACE_S = 60
 PATIENCE_S = 300
 
@@ -54,13 +57,13 @@ def wait_for(config: Config, event: str, wanted: Callable[[dict[str, Any]], bool
 
 def disturb(cluster: Cluster, config: Config) -> None:
     """What happens to the cluster's nodes while the training runs."""
-    first = cluster.add_node(num_cpus=2)
-    cluster.add_node(num_cpus=2)
+    first = cluster.add_node(**WORKER_NODE)
+    cluster.add_node(**WORKER_NODE)
     threading.Thread(target=run, args=(config,), daemon=True).start()
     wait_for(config, "two nodes", lambda progress: progress["world_size"] == 2)
     cluster.remove_node(first, allow_graceful=False)
     wait_for(config, "a node died", lambda progress: progress["world_size"] == 1)
-    joined = cluster.add_node(num_cpus=2)
+    joined = cluster.add_node(**WORKER_NODE)
     wait_for(config, "a node joined", lambda progress: progress["world_size"] == 2)
     from ray.core.generated import autoscaler_pb2
 
@@ -81,13 +84,12 @@ def run(config: Config) -> None:
 
 def main() -> None:
     config = load_config(sys.argv[1])
-    # The head has room for what reads the data, not for a worker, which takes two CPUs.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD_NODE)
     cluster.connect()
     if sys.argv[2] == "disturb":
         disturb(cluster, config)
     else:
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(**WORKER_NODE)
         run(config)
     ray.shutdown()
     cluster.shutdown()

@@ -24,7 +24,7 @@ def start(config: Config, folder: Path, what: str) -> subprocess.Popen[str]:
     """`elastic_run` on a cluster of its own; its errors go to a file."""
     written = folder / f"{what}.yaml"
     written.write_text(config.to_yaml())
-    ours = {"RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_JOB_ID"}
+    ours = {"RAY_ADDRESS", "RAY_JOB_ID"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.faults.elastic_run", str(written), what],
         env={name: value for name, value in os.environ.items() if name not in ours},

@@ -13,6 +13,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
+from ray_jobs.train import check_diverged
 from ray_jobs.training.checkpoint import SERIES, find_rungs
 from ray_jobs.training.loop import LoopSettings
 
@@ -125,8 +126,9 @@ def train_variants(
     run_inside(train_all, loop, num_workers=num_workers, folder=folder, name=name)
     found = {}
     for number, variant in enumerate(variants):
-        series = json.loads((folder / name / f"step-{steps + number:08d}" / SERIES).read_text())
-        found[variant] = [row["loss"] for row in series][:steps]
+        written = folder / name / f"step-{steps + number:08d}" / SERIES
+        if written.exists():
+            found[variant] = [row["loss"] for row in json.loads(written.read_text())][:steps]
     return found
 
 
@@ -192,9 +194,14 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
     stages = {f"2 workers, stage {n}": config(zero_stage=n, micro_batch_size=1) for n in range(4)}
     found = train_variants(stages, dataset, tmp_path, num_workers=2, name="two")
     ones = {"1 worker": config(), "1 worker, 3 + 1 pictures": config(micro_batch_size=3)}
+    ones["diverges"] = config(stages="[{steps: 17, learning_rate: 1e-5}, {steps: 1, learning_rate: 0.9}]")
     found |= train_variants(ones, dataset, tmp_path, num_workers=1, name="one")
     fours = {"4 workers": config(), "4 workers, 4 for 5": config(batch_size=5)}
     found |= train_variants(fours, dataset, tmp_path, num_workers=4, name="four")
+    assert "diverges" not in found
+    with pytest.raises(RuntimeError, match=r"the loss .* at step (19|2\d); none was saved.*learning rate"):
+        check_diverged(Storage.open(f"{tmp_path}/tiny/train/trial"))
+
     del found["4 workers, 4 for 5"]  # other batches, other losses: it only has to run
     expected, averages = found["1 worker"], load_file(tmp_path / "1 worker.safetensors")
     assert max(expected) > min(expected) > 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_jobs.data.order import Order, Part, Step
+from ray_jobs.data.order import Order, Part, Step, rows_of_rank
 
 
 def steps_of(order: Order, first: int, last: int) -> list[Step]:
@@ -121,3 +121,10 @@ def test_fewer_rows_than_a_batch_fill_it_by_coming_several_times() -> None:
 def test_no_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
         Order([Part(0)], batch_size=1, window_rows=1, seed=0)
+
+
+@given(st.integers(1, 100), st.integers(1, 9))
+def test_every_rank_gets_its_share_of_a_step_to_within_one_row(rows: int, world_size: int) -> None:
+    shares = [rows_of_rank(rows, world_size, rank) for rank in range(world_size)]
+    assert [row for share in shares for row in share] == list(range(rows))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

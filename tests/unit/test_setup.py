@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.config import Config, load_config
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.train import depends_on, require_same
 from ray_jobs.training.setup import check_settings
 from tests.tiny_models import tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
@@ -45,3 +48,20 @@ def test_a_setting_that_does_not_suit_the_model_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_settings(config(tiny_stable_diffusion_xl(tmp_path), *settings))
+
+
+def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_another_training(
+    tmp_path: Path,
+) -> None:
+    storage = Storage.open(str(tmp_path))
+    dataset = Dataset(storage, storage, {"inputs": "some pictures"})
+
+    def resume(*overrides: str) -> None:
+        require_same(storage, depends_on(load_config(DEMO, list(overrides)), dataset))
+
+    resume()
+    resume("train.num_workers=[1,4]", "train.zero_stage=3", "train.micro_batch_size=1", "search.ladder=[999]")
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 8 now, but .* began with 16; give the run"):
+        resume("train.batch_size=8")
+    with pytest.raises(ConfigError, match=r"last_step"):
+        resume("train.schedule=cosine")
