@@ -25,7 +25,7 @@ from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.cleaning import MEASURES
 from ray_jobs.data.dataset import MANIFEST, PARTS, Dataset
 from ray_jobs.data.decisions import Decisions, decide
-from ray_jobs.data.encoding import encode_parts
+from ray_jobs.data.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.findings import examples, write_findings
 from ray_jobs.data.geometry import Size, bucket_shapes
 from ray_jobs.data.order import Order, Part
@@ -115,7 +115,8 @@ def _stored(dataset: Dataset, inputs: str) -> Dataset:
         return dataset
     manifest = json.loads(dataset.storage.read_text(MANIFEST))
     present = set(dataset.cache.files())
-    if manifest["inputs"] != inputs or any(part["file"] not in present for part in dataset.all_parts):
+    needed = {EMPTY_CAPTION, *(part["file"] for part in dataset.all_parts)}
+    if manifest["inputs"] != inputs or not needed <= present:
         return dataset
     return Dataset(dataset.storage, dataset.cache, manifest)
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
+from ray_jobs.data.encoding import EMPTY_CAPTION
 from ray_jobs.data.scan import FILES_AT_ONCE
 
 MANIFEST = "manifest.json"
@@ -64,6 +65,12 @@ class Dataset:
     def num_rows(self, split: str) -> int:
         """Rows of a split; an augmented picture has one a variant."""
         return sum(int(part["rows"]) for part in self.parts(split))
+
+    def empty_caption(self) -> dict[str, Any]:
+        """What the encoders make of the empty caption: tokens (int32) and embeddings (float32), by name."""
+        from safetensors.torch import load
+
+        return dict(load(self.cache.read_bytes(EMPTY_CAPTION)))
 
     def table(self, split: str, columns: list[str]) -> pa.Table:
         """Columns of a split's rows."""

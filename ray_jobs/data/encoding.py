@@ -4,7 +4,8 @@ Parts are files of the encoding cache, `<storage>/encoded/<encoders>/<part>.parq
 hold: the rows' keys. A row's key is the hash of all that its encoding depends on. A part that is there is
 left alone; of a part that is missing, rows that lie in other files of the cache are copied, and only the
 others are encoded. Each part is encoded by itself and written whole, so that an interrupted run, started
-again, writes the same bytes as an unbroken one.
+again, writes the same bytes as an unbroken one. Beside the parts lies the empty caption's encoding, which
+training puts in the place of dropped captions.
 """
 
 import io
@@ -35,6 +36,7 @@ from ray_jobs.data.tensors import tensor_column
 GATHERING = {"num_cpus": 1}
 DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
 
+EMPTY_CAPTION = "empty_caption.safetensors"
 CONDITIONING = ("original_height", "original_width", "top", "left", "target_height", "target_width")
 
 
@@ -183,8 +185,13 @@ class EncodePart(EncodeRows):
     """An actor that encodes decoded parts and writes their files."""
 
     def __init__(self, cache: Storage, config: Config, reuse: dict[bytes, tuple[str, int]]) -> None:
+        from safetensors.torch import save
+
         super().__init__(config)
         self.cache, self.reuse = cache, reuse
+        if not cache.exists(EMPTY_CAPTION):
+            forms = self.encoders.encode_captions([""])
+            cache.write_bytes(EMPTY_CAPTION, save({name: t.contiguous() for name, t in forms.items()}))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part: PlannedPart = row["part"]

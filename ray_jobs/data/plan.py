@@ -23,7 +23,7 @@ from ray_jobs.data.splits import Shares, is_floor_candidate
 ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # bytes of a part's decoded pictures, at most
-VERSION = 2  # of what an encoding depends on; another one encodes anew
+VERSION = 3  # of what an encoding depends on; another one encodes anew
 
 
 @dataclass(frozen=True)

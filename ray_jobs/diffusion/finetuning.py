@@ -1,5 +1,7 @@
 """What is trained of a text-to-image model: LoRA adapters or everything, and how it is saved."""
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,7 +11,8 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families.family import Captions, Family
-from ray_jobs.diffusion.loading import LORA_WEIGHTS
+from ray_jobs.diffusion.loading import LORA_WEIGHTS, SAFETY_CHECKER
+from ray_jobs.diffusion.model_files import INDEX
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
 
 OTHER = "other"  # the group of the parameters that are in no named one
@@ -171,21 +174,30 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
 
 
 @torch.no_grad()
-def save_pipeline(pipeline: Any, family: Family, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_pipeline(
+    base: Path, components: Mapping[str, Any], weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
     """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
 
     Args:
-        pipeline: not the one that is being trained: its weights are overwritten.
+        base: folder of the base model, whose files are taken for all other components.
+        components: those with trained weights, by their name in the pipeline; not the ones that are being
+            trained, for their weights are overwritten.
         weights: what was trained, by its name in `FineTuning`.
     """
-    parts = {"denoiser": getattr(pipeline, family.denoiser)}
-    parts |= {f"text_encoders.{name}": getattr(pipeline, name) for name in family.text_encoders}
-    own = {
-        f"{prefix}.{name}": parameter
-        for prefix, part in parts.items()
-        if part is not None
-        for name, parameter in part.named_parameters()
-    }
-    for name, value in weights.items():
-        own[name].copy_(value)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    own: dict[str, torch.Tensor] = {}
+    for name, part in components.items():
+        prefix = f"text_encoders.{name}" if name.startswith("text_encoder") else "denoiser"
+        own |= {f"{prefix}.{key}": parameter for key, parameter in part.named_parameters()}
+    for key, value in weights.items():
+        own[key].copy_(value)
+    for name, part in components.items():
+        part.save_pretrained(folder / name, safe_serialization=True)
+    others = [path for path in base.iterdir() if path.is_dir() and path.name not in components]
+    for path in others:
+        if path.name != SAFETY_CHECKER:
+            shutil.copytree(path, folder / path.name)
+    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+    if SAFETY_CHECKER in index:
+        index |= {SAFETY_CHECKER: [None, None], "requires_safety_checker": False}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

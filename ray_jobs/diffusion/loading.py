@@ -9,9 +9,16 @@ import torch
 from ray_jobs.diffusion.families import Captions, family_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+SAFETY_CHECKER = "safety_checker"  # never loaded, nor a part of what is written
 
 
-def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str | None = None) -> Any:
+def load_pipeline(
+    base: str,
+    weights: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    without: Sequence[str] = (),
+) -> Any:
     """A pipeline of one of the families in float32 on the CPU, frozen, in evaluation mode.
 
     Args:
@@ -19,6 +26,7 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
         weights: a folder that holds either LoRA weights (`pytorch_lora_weights.safetensors`), which
             are loaded onto the base, or a whole pipeline (`model_index.json`), which replaces it.
         revision: of the base on the hub.
+        without: components that are not loaded.
 
     Raises:
         ValueError: if `weights` is neither, or the model is of no known family.
@@ -29,8 +37,8 @@ def load_pipeline(base: str, weights: str | Path | None = None, *, revision: str
     revision = revision if source == base else None
     index = read_index(source, revision)
     family_of(index["_class_name"])
-    options = left_out(index, ["safety_checker"])
-    if "safety_checker" in index:
+    options = left_out(index, [SAFETY_CHECKER, *without])
+    if SAFETY_CHECKER in index:
         options["requires_safety_checker"] = False
     pipeline = DiffusionPipeline.from_pretrained(
         source, revision=revision, dtype=torch.float32, use_safetensors=True, **options

@@ -1,6 +1,7 @@
 """From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the
 loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 
 from ray_jobs.config import Config
 from ray_jobs.data.order import rows_of_rank
+from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.loading import encode_prompts
 from ray_jobs.diffusion.objectives import Draws, sample_posterior
 from ray_jobs.diffusion.randomness import draw
 
@@ -55,19 +56,27 @@ class Piece:
 
 
 class InputMaker:
-    """Makes a piece's inputs; all that is random comes from the run's seed, the step and the row's place."""
+    """Makes a piece's inputs; all that is random comes from the run's seed, the step and the row's place.
 
-    def __init__(self, config: Config, pipeline: Any, model: FineTuning, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.autoencoder, self.settings = dict(pipeline.vae.config), model.settings
-        self.sizes = model.family.sizes
-        if config.train.train_text_encoder:
-            present = model.family.tokenize(pipeline, [""])
-            self.null = {name: tensor.long() for name, tensor in present.items()}
-        else:
-            self.null = {
-                name: tensor.float().cpu() for name, tensor in encode_prompts(pipeline, [""]).items()
-            }
+    Args:
+        autoencoder: its configuration.
+        empty_caption: from `Dataset.empty_caption`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        autoencoder: Mapping[str, Any],
+        model: FineTuning,
+        empty_caption: Captions,
+        device: torch.device,
+    ) -> None:
+        self.config, self.autoencoder, self.device = config, autoencoder, device
+        self.settings, self.sizes = model.settings, model.family.sizes
+        trained = config.train.train_text_encoder
+        names = model.family.tokens if trained else model.family.embeds
+        present = {name: empty_caption[name] for name in names if name in empty_caption}
+        self.null = {name: tensor.long() if trained else tensor for name, tensor in present.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -76,7 +76,8 @@ class Training:
         if resumed:
             load_weights(resumed.shards, model.all_trained)
         export = exporter(config, pipeline, model, self.rank)
-        self.inputs = InputMaker(config, pipeline, model, device)
+        empty_caption = settings.dataset.empty_caption()
+        self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
         self.engine = build_engine(model, config.train, self.world_size)
         self.ema = self._averages()
         if resumed:

@@ -8,6 +8,7 @@ import torch
 from ray_jobs.config import Config, TrainConfig, resolve_path
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
+from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import deepspeed_config
@@ -27,10 +28,14 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     Raises:
         ValueError: naming the setting that does not suit the base model.
     """
-    from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.diffusion.loading import load_pipeline, read_index
 
-    pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
-    model, parts = _choose_trained(config, pipeline, family_of(pipeline), device)
+    base, revision = resolve_path(config.model.base), config.model.revision
+    family = family_of(read_index(base, revision)["_class_name"])
+    # Captions come encoded; a T5 would take ten gigabytes on each worker for nothing.
+    without = () if config.train.train_text_encoder else family.text_encoders
+    pipeline = load_pipeline(base, revision=revision, without=without)
+    model, parts = _choose_trained(config, pipeline, family, device)
     _prepare(parts, config.train)
     model.train()
     for part in model.text_encoders.values():
@@ -108,6 +113,9 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
     """
     if config.train.method == "lora":
         return lambda weights, folder: save_lora(pipeline, model, weights, folder)
-    # A copy of its own, in fp32: the one that is trained changes meanwhile.
-    own = copy.deepcopy(pipeline) if rank == 0 else None
-    return lambda weights, folder: save_pipeline(own, model.family, weights, folder)
+    # Copies of their own, in fp32: those that are trained change meanwhile.
+    trained = dict(pipeline.components)
+    names = (model.family.denoiser, *model.text_encoders)
+    own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}
+    base = model_folder(resolve_path(config.model.base), revision=config.model.revision, weights=True)
+    return lambda weights, folder: save_pipeline(base, own, weights, folder)

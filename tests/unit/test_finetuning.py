@@ -115,7 +115,9 @@ def test_a_whole_pipeline_is_saved_with_the_weights_it_is_given(base: Path, tmp_
     pipeline, model = finetuning(base, "full")
     batch = inputs(pipeline, model)
     steps(model, batch, 2)
-    save_pipeline(load_pipeline(str(base)), model.family, dict(model.trained()), tmp_path)
+    names = (model.family.denoiser, *model.text_encoders)
+    components = {name: getattr(load_pipeline(str(base)), name) for name in names}
+    save_pipeline(base, components, dict(model.trained()), tmp_path)
     again = FineTuning(load_pipeline(str(tmp_path)), model.family, model.objective, model.settings)
     with torch.no_grad():
         assert torch.allclose(again(**batch), model(**batch), atol=1e-6)
