@@ -6,7 +6,8 @@
 Writes `<storage>/<run>/dataset/`: `index/` (what every picture measures), `rejected.jsonl`,
 `duplicates.jsonl`, `parts.json` and, last, `manifest.json`; latents and embeddings go to the encoding cache,
 `<storage>/encoded/`, which all runs share. With the same inputs it is skipped; with others, only what is
-new is scanned and encoded. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
+new is scanned and encoded. For DreamBooth the base model draws missing class pictures first, to
+`<storage>/class_pictures/`. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
 be kept, and a contact sheet of what would be set aside and why.
 """
 
