@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -49,6 +49,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, lt=1)]
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class SourceConfig(Section):
@@ -58,6 +59,12 @@ class SourceConfig(Section):
     weight: float | None = Field(None, gt=0, description="share among the sources of an epoch's rows")
     image_column: str = Field("image", description="Parquet: bytes, or a struct with bytes")
     caption_column: str = Field("text", description="Parquet and tar: column or key of the caption")
+    instance_prompt: Prompt | None = Field(
+        None, description="DreamBooth: caption of every picture of a folder that has no captions"
+    )
+    class_prompt: Prompt | None = Field(
+        None, description="DreamBooth: what kind of thing it is, without the subject's own word"
+    )
 
 
 class CleaningConfig(Section):
@@ -125,11 +132,16 @@ class DataConfig(Section):
     split_seed: int = Field(0, description="seed of the split; changing it moves pictures")
     stratify: str | None = Field(None, description="column whose values are split alike")
     folds: int = Field(0, ge=0, description="of training and validation pictures; 0: none")
+    num_class_images: Positive = Field(
+        100, description="class pictures a subject, for prior preservation; the base model draws missing ones"
+    )
     encode: Literal["cache", "stream"] = Field(
         "cache", description="cache: encode once, to Parquet; stream: while training, nothing is written"
     )
     encode_batch_size: Positive = Field(32, description="pictures encoded at once")
-    encode_workers: Positive = Field(1, description="actors that hold the encoders")
+    encode_workers: Positive = Field(
+        1, description="actors that hold the encoders, or the model that generates class pictures"
+    )
     encode_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of stored latents and embeddings")
     shuffle_mb: Positive = Field(256, description="window of the shuffle: rows mixed at once, in MiB")
 
@@ -246,6 +258,12 @@ class TrainConfig(Section):
     schedule_end: Share = Field(0.0, description="share of the learning rate that is left at the end")
     decay_share: float = Field(0.2, gt=0, le=1, description="of the steps, in warmup_stable_decay")
     batch_size: Positive = Field(16, description="pictures an optimizer step, over all workers")
+    prior_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        description="lambda of DreamBooth's prior preservation (arXiv 2208.12242, eq. 2); above 0, "
+        "batch_size // 2 pictures of a step are class pictures; 0: they are not used",
+    )
     micro_batch_size: Positive | None = Field(
         None, description="pictures a worker takes at once, accumulating gradients; empty: all of its own"
     )
@@ -277,6 +295,16 @@ class TrainConfig(Section):
     max_failures: int = Field(1, ge=0, description="restarts of the worker group from its checkpoint")
 
     @property
+    def class_rows(self) -> int:
+        """Rows of a step that are class pictures."""
+        return self.batch_size // 2 if self.prior_loss_weight else 0
+
+    @property
+    def training_rows(self) -> int:
+        """Rows of a step that are the user's own training pictures."""
+        return self.batch_size - self.class_rows
+
+    @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
@@ -296,6 +324,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size: {self.batch_size} pictures a step leave some of {self.max_workers} workers "
                 "without one; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prior_preservation(self) -> "TrainConfig":
+        if self.prior_loss_weight and self.batch_size < 2:
+            raise ValueError(
+                f"prior_loss_weight: {self.prior_loss_weight:g} needs a batch_size of at least 2: "
+                "half of a step's pictures are class pictures"
             )
         return self
 
@@ -449,6 +486,22 @@ class Config(Section):
             raise ValueError(
                 "train.stages: every stage names a learning_rate, so searching one would change nothing; "
                 "leave it out of a stage, or give search.learning_rates one value"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prior_preservation(self) -> "Config":
+        if not self.train.prior_loss_weight:
+            return self
+        if self.data.buckets:
+            raise ValueError(
+                "train.prior_loss_weight needs data.buckets: false: a step takes class pictures of the "
+                "same shape as the others"
+            )
+        if self.data.encode == "stream":
+            raise ValueError(
+                "train.prior_loss_weight needs data.encode: cache: class pictures are few, so that it "
+                "costs next to nothing"
             )
         return self
 

@@ -64,36 +64,19 @@ class Evaluator:
 
     def _sample(self, weights: str | None, captions: list[str], seeds: list[int]) -> Iterator[Any]:
         """Batches of pictures: uint8, N x 3 x H x W."""
-        from ray_jobs.diffusion.families import family_of
-        from ray_jobs.diffusion.loading import encode_prompts
-        from ray_jobs.diffusion.sampling import (
-            decode_latents,
-            initial_noise,
-            sample_latents,
-            whole_pictures,
-        )
+        from ray_jobs.diffusion.sampling import sample_pictures
 
         self._use(weights)
-        pipeline, evaluate = self.pipeline, self.config.evaluate
-        family, resolution = family_of(pipeline), self.config.data.resolution
-        side = resolution // pipeline.vae_scale_factor
-        shape = (pipeline.vae.config.latent_channels, side, side)
-        null = encode_prompts(pipeline, [""])
-        for start in range(0, len(captions), evaluate.batch_size):
-            batch = slice(start, start + evaluate.batch_size)
-            noise = initial_noise(seeds[batch], shape).to(self.device)
-            latents = sample_latents(
-                family,
-                getattr(pipeline, family.denoiser),
-                pipeline.scheduler,
-                noise,
-                encode_prompts(pipeline, captions[batch]),
-                null,
-                num_steps=evaluate.inference_steps,
-                guidance_scale=evaluate.guidance_scale,
-                sizes=whole_pictures(family, len(noise), resolution, resolution),
-            )
-            yield decode_latents(pipeline.vae, latents)
+        evaluate = self.config.evaluate
+        return sample_pictures(
+            self.pipeline,
+            captions,
+            seeds,
+            resolution=self.config.data.resolution,
+            num_steps=evaluate.inference_steps,
+            guidance_scale=evaluate.guidance_scale,
+            batch_size=evaluate.batch_size,
+        )
 
     def sample_moments(self, weights: str | None, captions: list[str], seeds: list[int]) -> Moments:
         """Feature moments of one picture a caption."""

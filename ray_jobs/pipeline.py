@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.class_pictures import announce_class_pictures
 from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import open_sources, prepare
@@ -40,7 +41,7 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    open_sources(config)
+    announce_class_pictures(config, open_sources(config))
     if not Path(resolve_path(config.evaluate.feature_network)).is_file():
         raise ConfigError(
             f"evaluate.feature_network: {config.evaluate.feature_network}: no such file; "

@@ -6,7 +6,8 @@
 Writes `<storage>/<run>/dataset/`: `index/` (what every picture measures), `rejected.jsonl`,
 `duplicates.jsonl`, `parts.json` and, last, `manifest.json`; latents and embeddings go to the encoding cache,
 `<storage>/encoded/`, which all runs share. With the same inputs it is skipped; with others, only what is
-new is scanned and encoded. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
+new is scanned and encoded. For DreamBooth the base model draws missing class pictures first, to
+`<storage>/class_pictures/`. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
 be kept, and a contact sheet of what would be set aside and why.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.class_pictures import announce_class_pictures, generate_class_pictures, lacking
 from ray_jobs.data.cleaning import MEASURES
 from ray_jobs.data.dataset import MANIFEST, PARTS, Dataset
 from ray_jobs.data.decisions import Decisions, decide
@@ -56,12 +58,17 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     """Run the stage, or find its result. Ray must be initialised.
 
     Args:
-        check: called before anything is encoded, and so before a GPU is asked for; raises to stop the job.
+        check: called before anything is drawn or encoded, and so before a GPU is asked for; raises to stop
+            the job.
 
     Raises:
         ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
     """
     sources = open_sources(config)
+    _buckets(config)  # a wrong resolution is found before pictures are drawn at it
+    if check and lacking(config, sources):
+        check()
+    sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
     inputs = _inputs(config, sources, encoders)
     dataset = _stored(dataset, inputs)
@@ -72,7 +79,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         return dataset
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
-    _require_enough(config, manifest, dataset.storage)
+    _require_enough(config, manifest, decisions.num_own, dataset.storage)
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
@@ -97,14 +104,15 @@ def _open(config: Config) -> tuple[Dataset, str]:
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
     """Identifies what the data set depends on: the sources, how they are prepared, and the encoders."""
-    speed = {"encode_batch_size", "encode_workers"}
-    settings = config.data.model_dump(mode="json", exclude=speed)
+    # Speed changes nothing, and what num_class_images changes are the sources.
+    left_out = {"encode_batch_size", "encode_workers", "num_class_images"}
+    settings = config.data.model_dump(mode="json", exclude=left_out)
     content = [
         [source.digest for source in sources],
         settings,
         encoders,
         config.seed,
-        config.train.batch_size,
+        config.train.training_rows,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -155,6 +163,13 @@ def _plan(
         "prepare",
         f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
     )
+    if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
+        say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
+    if manifest["class"] and not config.train.prior_loss_weight:
+        say(
+            "prepare",
+            f"{manifest['class']:,} class pictures are not trained on: train.prior_loss_weight is 0",
+        )
     if not decisions.held_out:
         say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
     return manifest, parts
@@ -251,19 +266,18 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict
     for part in parts:
         if part.split == "train":
             rows[part.record()["bucket"]] += len(part.rows)
-    size = config.train.batch_size
+    size = config.train.training_rows
     return {
         bucket: {"rows": count, "steps": count // size, "rows_over": count % size}
         for bucket, count in sorted(rows.items())
     }
 
 
-def _require_enough(config: Config, manifest: dict[str, Any], storage: Storage) -> None:
-    """Raise ConfigError where so much was set aside that the set is wrong, or a split is empty."""
+def _require_enough(config: Config, manifest: dict[str, Any], seen: int, storage: Storage) -> None:
+    """Raise ConfigError where so much of `seen` pictures was set aside that the set is wrong, or a split is
+    empty."""
     source = ", ".join(each.path for each in config.data.all_sources)
     aside = sum(manifest["rejected"].values())
-    kept = sum(manifest[split] for split in SPLITS)
-    seen = aside + kept + manifest["duplicates"]["pictures"] + manifest["class"]
     if aside > config.data.cleaning.max_rejected * seen:
         reasons = ", ".join(
             f"{count} {reason}" for reason, count in Counter(manifest["rejected"]).most_common()
@@ -279,6 +293,11 @@ def _require_enough(config: Config, manifest: dict[str, Any], storage: Storage) 
                 f"{source}: {manifest[split]} pictures in the {split} split, 2 are needed; "
                 f"add pictures or raise data.{'validation' if split == 'train' else split}"
             )
+    if config.train.prior_loss_weight and not manifest["class"]:
+        raise ConfigError(
+            f"{source}: all class pictures are set aside, {storage.uri}/rejected.jsonl says why; put others "
+            "into class_data_dir/, or loosen data.cleaning"
+        )
 
 
 def _progress(verb: str) -> Callable[..., None]:
@@ -297,6 +316,7 @@ def _progress(verb: str) -> Callable[..., None]:
 def dry_run(config: Config) -> str:
     """Scan and decide, encode nothing; writes the preview and returns its address."""
     sources = open_sources(config)
+    announce_class_pictures(config, sources)
     storage = Storage.open(config.storage).child(config.name, "dataset")
     found, decisions = examine(config, sources, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)

@@ -38,7 +38,9 @@ class Decisions:
         splits: of kept rows: train, validation, test, or class (prior preservation's pictures).
         folds: of kept rows.
         held_out: whether validation and test are other pictures than train.
-        rejected: reason to count, of what cannot be used (duplicates are counted apart).
+        rejected: reason to count, of what cannot be used (duplicates are counted apart) of the user's own
+            pictures: bad ones among those that the base model drew do not speak against the set.
+        num_own: rows of the user's own sources, which are the first.
         duplicates: reason to count.
         histograms: measure to counts of `cleaning.MEASURES`' bins.
         num_captions: different captions of kept rows.
@@ -52,6 +54,7 @@ class Decisions:
     folds: np.ndarray
     held_out: bool
     rejected: dict[str, int]
+    num_own: int
     duplicates: dict[str, int]
     histograms: dict[str, np.ndarray]
     num_captions: int
@@ -132,7 +135,9 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     files = [entry.file for entry in entries]
     counts, columns, histograms, details = _read_columns(index, files, data.cleaning)
     reasons = columns["reason"]
-    rejected = Counter(reason for reason in reasons if reason)
+    of_user = [entry.source < len(data.all_sources) for entry in entries]
+    num_own = int(counts[of_user].sum())
+    rejected = Counter(reason for reason in reasons[:num_own] if reason)
     usable = np.flatnonzero((reasons == "") & (columns["role"] == "instance"))
     pictures = _Pictures.of(columns["digest"], usable)
     strata = columns["stratum"][pictures.first]
@@ -159,6 +164,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
         folds=folds,
         held_out=held_out,
         rejected=dict(rejected),
+        num_own=num_own,
         duplicates=dict(Counter(reason for reason in reasons[pictures.rows] if reason)),
         histograms=histograms,
         num_captions=len(np.unique(columns["text_hash"][reasons == ""])),

@@ -1,4 +1,4 @@
-"""Folders of picture files as a source: with a metadata file, with caption files, or for DreamBooth."""
+"""Folders of picture files as a source: with a metadata file, or with caption files."""
 
 import csv
 import io
@@ -33,9 +33,6 @@ from ray_jobs.data.samples import (
 
 ROWS_A_PIECE = 128
 FIELDS = ("file_name", "text")
-DREAMBOOTH_KEYS = ("instance_prompt", "class_prompt")
-DREAMBOOTH_SUFFIXES = (".jpg", ".jpeg", ".png")
-CLASS_FOLDER = "class_data_dir"
 
 
 class Row(NamedTuple):
@@ -146,7 +143,7 @@ def open_image_folder(listing: Listing, metadata: str, stratify: str | None) -> 
         )
         numbered = _csv_lines(where, lines) if is_csv else _json_lines(where, lines)
         rows = (_row(f"{where}: line {number}", fields, stratify) for number, fields in numbered)
-        source = _folder(listing, rows, f"{metadata}: rows")
+        source = folder_of_rows(listing, rows, f"{metadata}: rows")
     if not source.pieces:
         raise ConfigError(f"{where}: has no lines; write one a picture")
     return source
@@ -154,38 +151,15 @@ def open_image_folder(listing: Listing, metadata: str, stratify: str | None) -> 
 
 def open_caption_files(listing: Listing, stratify: str | None) -> Folder:
     """A folder, with subfolders, of pictures, each with its caption in a .txt of the same name."""
-    _refuse_stratify(listing, stratify)
+    refuse_stratify(listing, stratify)
     rows = []
     for name in listing.ending(*PICTURE_SUFFIXES):
         text_file = posixpath.splitext(name)[0] + ".txt"
-        rows.append(_file_row(name, text_file=legible(text_file) if text_file in listing.files else None))
-    return _folder(listing, rows, "pictures")
+        rows.append(file_row(name, text_file=legible(text_file) if text_file in listing.files else None))
+    return folder_of_rows(listing, rows, "pictures")
 
 
-def open_dreambooth(listing: Listing, stratify: str | None) -> Folder:
-    """A few pictures of one thing, its prompt in dataset_info.json; and pictures of its class, if any.
-
-    Raises:
-        ConfigError: dataset_info.json lacks a prompt or has an unknown key, or there are no pictures.
-    """
-    _refuse_stratify(listing, stratify)
-    where = f"{listing.name}/dataset_info.json"
-    with listing.filesystem.open_input_file(f"{listing.folder}/dataset_info.json") as file:
-        prompts = _prompts(where, file.read())
-    rows, folders = [], {"": ("instance", "instance_prompt"), CLASS_FOLDER: ("class", "class_prompt")}
-    for name in listing.ending(*DREAMBOOTH_SUFFIXES):
-        role, key = folders.get(posixpath.dirname(name), ("", ""))
-        if not role:
-            continue
-        if key not in prompts:
-            raise ConfigError(f"{where}: {key!r} is missing; {CLASS_FOLDER}/ has pictures that need it")
-        rows.append(_file_row(name, text=prompts[key], role=role))
-    if not any(row.role == "instance" for row in rows):
-        raise ConfigError(f"{listing.name}: has no .jpg or .png file beside dataset_info.json; add some")
-    return _folder(listing, rows, "pictures")
-
-
-def _folder(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
+def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
     """Cut `rows` into pieces, which `label` names."""
 
     def stamp(name: str | None) -> Stamp | None:
@@ -260,30 +234,13 @@ def _row(where: str, fields: dict[str, Any], stratify: str | None) -> Row:
     )
 
 
-def _file_row(name: str, **values: Any) -> Row:
+def file_row(name: str, **values: Any) -> Row:
     """Of a file that the listing found; a name that is not UTF-8 cannot be asked for again."""
     return Row(legible(name), is_utf8=name == legible(name), **values)
 
 
-def _prompts(where: str, content: bytes) -> dict[str, str]:
-    """The content of dataset_info.json, checked."""
-    try:
-        prompts = json.loads(content)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from None
-    if not isinstance(prompts, dict):
-        raise ConfigError(f'{where}: not an object; write {{"instance_prompt": "a photo of sks dog"}}')
-    for key, value in prompts.items():
-        if key not in DREAMBOOTH_KEYS:
-            raise ConfigError(f"{where}: unknown key {key!r}; it takes {' and '.join(DREAMBOOTH_KEYS)}")
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: {key!r} must be a text that is not empty, not {value!r}")
-    if "instance_prompt" not in prompts:
-        raise ConfigError(f"{where}: 'instance_prompt' is missing; write what the pictures show")
-    return prompts
-
-
-def _refuse_stratify(listing: Listing, stratify: str | None) -> None:
+def refuse_stratify(listing: Listing, stratify: str | None) -> None:
+    """Raise ConfigError where a source without columns is to be stratified by one."""
     if stratify:
         raise ConfigError(
             f"data.stratify: {stratify}: {listing.name} has no columns, only files; remove it, "

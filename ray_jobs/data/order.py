@@ -12,7 +12,7 @@ batch of the next one, so that no row is ever left out. The position in this ord
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -221,3 +221,36 @@ class Order:
 
     def _generator(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *purpose])))
+
+
+class JoinedOrder:
+    """Two orders side by side: each step has the rows of the one, then those of the other.
+
+    Each goes round in its own epochs; a step counts as one of the first's.
+
+    Args:
+        first, second: the second's parts are numbered behind the first's.
+        window_rows: rows that are read at once, rounded to whole batches. Windows are not cut at epochs,
+            which a few pictures fill in less than a step.
+    """
+
+    def __init__(self, first: Order, second: Order, *, window_rows: int) -> None:
+        self.first, self.second = first, second
+        self.batch_size = first.batch_size + second.batch_size
+        self.steps_a_window = max(1, window_rows // self.batch_size)
+
+    def windows(self, first: int, last: int) -> Iterator[Window]:
+        """Windows that hold the steps `first` to `last`."""
+        for start in range(first, last + 1, self.steps_a_window):
+            yield Window(self.first.epoch_of(start), start, min(start + self.steps_a_window - 1, last))
+
+    def steps(self, window: Window) -> list[Step]:
+        """The batches of a window."""
+        both = zip(_steps(self.first, window), _steps(self.second, window), strict=True)
+        behind = [len(self.first.sizes), 0]
+        return [replace(one, rows=np.concatenate([one.rows, other.rows + behind])) for one, other in both]
+
+
+def _steps(order: Order, window: Window) -> Iterator[Step]:
+    for own in order.windows(window.first, window.last):
+        yield from order.steps(own)

@@ -5,12 +5,13 @@ Opening reads names and captions, or the footers of Parquet files, never a pictu
 
 import os
 import posixpath
+from collections.abc import Iterator
 
 from pyarrow import fs
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig, resolve_path
-from ray_jobs.data import folders, parquet, shards
+from ray_jobs.data import dreambooth, folders, parquet, shards
 from ray_jobs.data.samples import PICTURE_SUFFIXES, Listing, Piece, Sample, Source, Stamp, file_stamp
 
 __all__ = ["Piece", "Sample", "Source", "list_files", "open_source"]
@@ -34,23 +35,39 @@ def open_source(config: SourceConfig, stratify: str | None) -> Source:
         if len(metadata) > 1 or (tables and tars):
             both = metadata if len(metadata) > 1 else [tables[0], tars[0]]
             raise ConfigError(f"{config.path}: has {both[0]} and {both[1]}; remove one of them")
-        if "dataset_info.json" in files:
-            return folders.open_dreambooth(listing, stratify)
+        if config.instance_prompt and (captions := [*metadata, *tables, *tars, *_caption_files(listing)]):
+            raise ConfigError(
+                f"{config.path}: has captions ({captions[0]}), and an instance_prompt in data.sources; "
+                "remove one of them"
+            )
+        if config.instance_prompt or dreambooth.DREAMBOOTH_FILE in files:
+            return dreambooth.open_dreambooth(listing, config, stratify)
+        if config.class_prompt:
+            raise ConfigError(
+                f"{config.path}: has a class_prompt in data.sources, but no instance_prompt; give it one"
+            )
         if metadata:
             return folders.open_image_folder(listing, metadata[0], stratify)
         if tables:
             return parquet.open_parquet(listing, tables, config, stratify)
         if tars:
             return shards.open_tars(listing, tars, config, stratify)
-        if any(posixpath.splitext(name)[0] + ".txt" in files for name in listing.ending(*PICTURE_SUFFIXES)):
+        if any(_caption_files(listing)):
             return folders.open_caption_files(listing, stratify)
     except OSError as error:
         raise ConfigError(f"data.source: {config.path}: cannot be read: {error}") from None
     raise ConfigError(
         f"{config.path}: has no metadata.jsonl or metadata.csv, no dataset_info.json, no *.parquet, "
         "no *.tar, and no picture with a .txt of the same name; write a metadata.jsonl with one line "
-        'a picture: {"file_name": "cat.png", "text": "a cat"}'
+        'a picture: {"file_name": "cat.png", "text": "a cat"}; or give data.sources an instance_prompt, if '
+        "all show the same thing"
     )
+
+
+def _caption_files(listing: Listing) -> Iterator[str]:
+    """The caption files that lie beside pictures."""
+    names = (posixpath.splitext(name)[0] + ".txt" for name in listing.ending(*PICTURE_SUFFIXES))
+    return (name for name in names if name in listing.files)
 
 
 def list_files(path: str) -> Listing:

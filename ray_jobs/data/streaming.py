@@ -21,7 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
-from ray_jobs.data.order import Order, Part, Step, Window, rows_of_rank
+from ray_jobs.data.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -63,23 +63,41 @@ class StreamSettings:
         world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the
             first ranks, one row more.
         columns: tensors that training needs.
+        class_rows: how many of a step's rows, the last ones, are class pictures.
     """
 
     config: Config
     rows_a_step: int
     world_size: int
     columns: tuple[str, ...]
+    class_rows: int = 0
 
     def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
-        """The order of the rows of some parts."""
+        """The order of the training rows in some parts."""
         data = self.config.data
         return Order(
-            [Part(part["rows"], part["bucket"], part["source"]) for part in records],
-            batch_size=self.rows_a_step,
-            window_rows=(data.shuffle_mb << 20) // row_bytes,
+            _parts(records),
+            batch_size=self.rows_a_step - self.class_rows,
+            window_rows=self._window_rows(row_bytes),
             seed=self.config.seed,
             weights=data.weights,
         )
+
+    def joined_order(
+        self, records: Sequence[dict[str, Any]], of_class: Sequence[dict[str, Any]], row_bytes: int
+    ) -> JoinedOrder:
+        """The order of training rows and, behind them in each step, class rows; these in one of their own."""
+        window_rows = self._window_rows(row_bytes)
+        seed = int(np.random.SeedSequence((self.config.seed, 1)).generate_state(1)[0])
+        regular = Order(_parts(of_class), batch_size=self.class_rows, window_rows=window_rows, seed=seed)
+        return JoinedOrder(self.order(records, row_bytes), regular, window_rows=window_rows)
+
+    def _window_rows(self, row_bytes: int) -> int:
+        return (self.config.data.shuffle_mb << 20) // row_bytes
+
+
+def _parts(records: Sequence[dict[str, Any]]) -> list[Part]:
+    return [Part(part["rows"], part["bucket"], part["source"]) for part in records]
 
 
 def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
@@ -149,7 +167,7 @@ def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
             yield step, layout["rank"], arrays
 
 
-def _windows(order: Order, first_step: int, last_step: int) -> Any:
+def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> Any:
     """A Ray data set of the windows to produce, in runs: a small set's window is an epoch of few steps."""
     import ray
 
@@ -164,7 +182,7 @@ def _windows(order: Order, first_step: int, last_step: int) -> Any:
     return ray.data.from_items([{"windows": run} for run in runs], override_num_blocks=len(runs))
 
 
-def _steps(order: Order, run: Sequence[Sequence[int]]) -> list[Step]:
+def _steps(order: Order | JoinedOrder, run: Sequence[Sequence[int]]) -> list[Step]:
     """The steps of a run of windows, as `_windows` writes it."""
     return [step for window in run for step in order.steps(Window(*map(int, window)))]
 
@@ -174,8 +192,12 @@ def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_st
     with dataset.cache.open_input(records[0]["file"]) as file:
         schema = pq.read_schema(file)
     row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
-    order = settings.order(records, row_bytes)
+    order: Order | JoinedOrder = settings.order(records, row_bytes)
     files = [part["file"] for part in records]
+    if settings.class_rows:
+        of_class = dataset.parts("class")
+        order = settings.joined_order(records, of_class, row_bytes)
+        files += [part["file"] for part in of_class]
     read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, row_bytes)
     return _windows(order, first_step, last_step).map_batches(read, batch_size=1)
 
@@ -186,7 +208,7 @@ class ReadWindow:
 
     cache: Storage
     files: list[str]
-    order: Order
+    order: Order | JoinedOrder
     columns: tuple[str, ...]
     world_size: int
     row_bytes: int

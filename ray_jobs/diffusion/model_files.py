@@ -2,35 +2,38 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Folders of a model that are not needed to encode pictures and captions.
-NOT_ENCODERS = ("unet", "transformer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
+# Folders of a model that are not needed to draw pictures, or to encode pictures and captions.
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
 INDEX = "model_index.json"
 
 
-def model_folder(base: str, *, revision: str | None = None, weights: bool = False) -> Path:
+def model_folder(base: str, *, revision: str | None = None, without: Sequence[str] | None = None) -> Path:
     """The folder of a model: `base` itself, or a hub name's files in the local cache of the hub.
 
     Args:
-        weights: also the weights of its encoders, else the configurations only.
+        without: of a hub name, the folders whose weights are not fetched; None: only configurations are.
 
     Raises:
         ValueError: if it is neither a folder with a `model_index.json` nor a name that the hub knows.
     """
-    folder = Path(base) if Path(base).is_dir() else _downloaded(base, revision, weights)
+    folder = Path(base) if Path(base).is_dir() else _downloaded(base, revision, without)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
     return folder
 
 
-def _downloaded(base: str, revision: str | None, weights: bool) -> Path:
+def _downloaded(base: str, revision: str | None, without: Sequence[str] | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    kinds = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-    left_out = [f"{name}/*.safetensors" for name in NOT_ENCODERS] + ["*.fp16.safetensors", "*.onnx*", "flax*"]
+    kinds = ["*.json", "*.txt", "*.model", *(["*/*.safetensors"] if without is not None else [])]
+    left_out = [f"{name}/*.safetensors" for name in without or ()]
+    left_out += ["*.fp16.safetensors", "*.non_ema.safetensors", "*.onnx*", "flax*"]
     try:
         return Path(
             snapshot_download(base, revision=revision, allow_patterns=kinds, ignore_patterns=left_out)
@@ -45,10 +48,21 @@ def _downloaded(base: str, revision: str | None, weights: bool) -> Path:
 def encoders_digest(base: str, *, revision: str | None = None) -> str:
     """The sha256 of all that encodings depend on: weights and configurations of the autoencoder, the
     tokenizers and the text encoders."""
-    folder, digest = model_folder(base, revision=revision, weights=True), hashlib.sha256()
+    return _digest(base, revision, NOT_ENCODERS)
+
+
+def model_digest(base: str, *, revision: str | None = None) -> str:
+    """The sha256 of all that a model's pictures depend on: its encoders, denoiser and scheduler, and their
+    classes."""
+    components = (model_folder(base, revision=revision) / INDEX).read_bytes()
+    return hashlib.sha256(components + _digest(base, revision, UNUSED).encode()).hexdigest()
+
+
+def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
+    folder, digest = model_folder(base, revision=revision, without=without), hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_dir() or len(inside.parts) < 2 or inside.parts[0] in NOT_ENCODERS:
+        if path.is_dir() or len(inside.parts) < 2 or inside.parts[0] in without:
             continue
         with path.open("rb") as file:
             digest.update(f"{inside.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

@@ -4,13 +4,14 @@ The arithmetic is that of diffusers' pipelines, so that a picture made here and 
 from the same noise are the same picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families import Captions, Family
+from ray_jobs.diffusion.families import Captions, Family, family_of
+from ray_jobs.diffusion.loading import encode_prompts
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -97,3 +98,38 @@ def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
     pixels = autoencoder.decode(unscaled, return_dict=False)[0]
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def sample_pictures(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    resolution: int,
+    num_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> Iterator[torch.Tensor]:
+    """Square pictures of N prompts in batches: uint8, n x 3 x resolution x resolution, on the CPU.
+
+    Args:
+        pipeline: from `load_pipeline`, on the device that draws.
+        prompts, seeds: N of each, one a picture.
+    """
+    family, side = family_of(pipeline), resolution // pipeline.vae_scale_factor
+    null = encode_prompts(pipeline, [""])
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        noise = initial_noise(seeds[batch], (pipeline.vae.config.latent_channels, side, side))
+        latents = sample_latents(
+            family,
+            getattr(pipeline, family.denoiser),
+            pipeline.scheduler,
+            noise.to(pipeline.device),
+            encode_prompts(pipeline, list(prompts[batch])),
+            null,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            sizes=whole_pictures(family, len(noise), resolution, resolution),
+        )
+        yield decode_latents(pipeline.vae, latents)

@@ -1,13 +1,13 @@
 """From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the
 loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ray_jobs.config import Config
+from ray_jobs.config import Config, TrainConfig
 from ray_jobs.data.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
@@ -15,6 +15,16 @@ from ray_jobs.diffusion.objectives import Draws, sample_posterior
 from ray_jobs.diffusion.randomness import draw
 
 CONDITIONING = "conditioning"  # the column of SDXL's sizes
+
+
+def loss_shares(config: TrainConfig) -> list[float]:
+    """Of each row of a step in its loss: the mean over the training rows, which come first, and lambda times
+    the mean over the class rows (Ruiz et al., arXiv 2208.12242, eq. 2).
+
+    Ranks need no even mix of both: gradients are summed over all rows, wherever they are.
+    """
+    rows, of_class = config.training_rows, config.class_rows
+    return [1 / rows] * rows + [config.prior_loss_weight / max(of_class, 1)] * of_class
 
 
 @dataclass(frozen=True)
@@ -33,23 +43,27 @@ class Piece:
 
     @staticmethod
     def cut(
-        batch: dict[str, torch.Tensor], rows_a_step: int, world_size: int, rank: int, pieces: int
+        batch: dict[str, torch.Tensor], shares: Sequence[float], world_size: int, rank: int, pieces: int
     ) -> list["Piece"]:
         """A rank's rows of a step in so many pieces, of equal size give or take one row.
 
         A rank with fewer rows than pieces takes a row again, with no weight, so that all ranks take as many
         steps.
+
+        Args:
+            batch: the rank's rows.
+            shares: of each row of the whole step in its loss.
         """
-        mine = rows_of_rank(rows_a_step, world_size, rank)
+        mine = rows_of_rank(len(shares), world_size, rank)
         found = []
         for numbers in torch.arange(len(mine)).tensor_split(pieces):
             taken = numbers if len(numbers) else torch.tensor([0])
-            weight = 1 / rows_a_step if len(numbers) else 0.0
+            places = [mine[number] for number in taken.tolist()]
             found.append(
                 Piece(
                     {name: tensor[taken] for name, tensor in batch.items()},
-                    [mine[number] for number in taken.tolist()],
-                    [weight] * len(taken),
+                    places,
+                    [shares[place] if len(numbers) else 0.0 for place in places],
                 )
             )
         return found

@@ -16,7 +16,7 @@ from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.checkpoint import CheckpointWriter, Resumed
 from ray_jobs.training.engine import build_engine, enter_stage, pieces_a_step, set_hyperparameters
-from ray_jobs.training.inputs import InputMaker, Piece
+from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.meter import RUNG, Diverged, Meter
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.training.stages import Stage, stage_at, stages_of
@@ -41,7 +41,8 @@ class LoopSettings:
 
     def stream(self, world_size: int, columns: tuple[str, ...]) -> StreamSettings:
         """What a step consists of."""
-        return StreamSettings(self.config, self.config.train.batch_size, world_size, columns)
+        train = self.config.train
+        return StreamSettings(self.config, train.batch_size, world_size, columns, train.class_rows)
 
 
 def train_worker(loop: dict[str, LoopSettings]) -> None:
@@ -154,9 +155,9 @@ class Training:
         [reference] = broadcast_from_rank_zero(ends)
         taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=first_step)
         pieces = pieces_a_step(settings.config.train, self.world_size)
-        rows = settings.config.train.batch_size
+        shares = loss_shares(settings.config.train)
         for batch in taken:
-            yield Piece.cut(batch, rows, self.world_size, self.rank, pieces)
+            yield Piece.cut(batch, shares, self.world_size, self.rank, pieces)
 
     def _give_up(self, error: Diverged) -> None:
         """Leave word for the driver; a restart from the last checkpoint would end in the same way."""

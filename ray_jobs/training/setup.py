@@ -8,7 +8,7 @@ import torch
 from ray_jobs.config import Config, TrainConfig, resolve_path
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
-from ray_jobs.diffusion.model_files import model_folder
+from ray_jobs.diffusion.model_files import UNUSED, model_folder
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import deepspeed_config
@@ -117,5 +117,5 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
     trained = dict(pipeline.components)
     names = (model.family.denoiser, *model.text_encoders)
     own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}
-    base = model_folder(resolve_path(config.model.base), revision=config.model.revision, weights=True)
+    base = model_folder(resolve_path(config.model.base), revision=config.model.revision, without=UNUSED)
     return lambda weights, folder: save_pipeline(base, own, weights, folder)

@@ -28,6 +28,8 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("train.offload_parameters=true", "offload_parameters needs zero_stage: 3"),
         ("train.precision=fp16", "fp16 needs use_gpu"),
         ("train.optimizer=adamw_8bit", "adamw_8bit needs use_gpu"),
+        ("train.prior_loss_weight=-1", "train.prior_loss_weight"),
+        ("data.num_class_images=0", "data.num_class_images"),
         ("name=../elsewhere", "name"),
         ("train.num_workers=many", "train.num_workers"),
         ("name.first=x", "is a value, not a section"),
@@ -47,6 +49,12 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         (["train.zero_stage=0", "train.precision=bf16"], "bf16 needs zero_stage 1, 2 or 3"),
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
         (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has none"),
+        (
+            ["train.prior_loss_weight=1", "train.batch_size=1", "train.num_workers=1"],
+            "prior_loss_weight: 1 needs a batch_size of at least 2",
+        ),
+        (["train.prior_loss_weight=1", "data.buckets=true"], "prior_loss_weight needs data.buckets: false"),
+        (["train.prior_loss_weight=1", "data.encode=stream"], "prior_loss_weight needs data.encode: cache"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], expected: str) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ray_jobs.config import ConfigError
+from ray_jobs.data.dreambooth import Subject
 from ray_jobs.data.folders import ROWS_A_PIECE
 from tests.unit.test_sources import (
     caption_files,
@@ -15,9 +17,11 @@ from tests.unit.test_sources import (
     image_folder,
     lines,
     opened,
+    parquet_files,
     picture,
     problems,
     samples,
+    tar_files,
     write,
 )
 
@@ -222,8 +226,51 @@ def test_a_wrong_dataset_info_names_the_key(tmp_path: Path, info: str, expected:
     assert f"dataset_info.json: {expected}" in str(caught.value)
 
 
-def test_dreambooth_needs_pictures_of_the_instance(tmp_path: Path) -> None:
+def test_dreambooth_needs_pictures_of_the_subject(tmp_path: Path) -> None:
     for file in dreambooth(tmp_path).glob("*.png"):
         file.unlink()
-    with pytest.raises(ConfigError, match="no .jpg or .png file beside dataset_info.json"):
+    with pytest.raises(ConfigError, match="no picture of the subject, outside of subfolders; add some"):
         opened(tmp_path)
+
+
+def test_prompts_of_the_configuration_need_no_file_beside_the_pictures(tmp_path: Path) -> None:
+    write(tmp_path, {"a.webp": picture(0), "class_data_dir/b.png": picture(1), "other/c.png": picture(2)})
+    source = opened(tmp_path, instance_prompt=" a photo of sks cat ", class_prompt="a photo of a cat")
+    assert isinstance(source, Subject)
+    assert (source.class_prompt, source.num_class_pictures) == ("a photo of a cat", 1)
+    assert [(s.name, s.role, s.text) for s in samples(source)] == [
+        ("a.webp", "instance", "a photo of sks cat"),
+        ("class_data_dir/b.png", "class", "a photo of a cat"),
+    ]
+
+
+def test_a_class_prompt_of_the_configuration_completes_a_dataset_info(tmp_path: Path) -> None:
+    write(dreambooth(tmp_path), {"dataset_info.json": '{"instance_prompt": "a photo of sks dog"}'})
+    texts = {sample.role: sample.text for sample in samples(opened(tmp_path, class_prompt="a dog"))}
+    assert texts == {"instance": "a photo of sks dog", "class": "a dog"}
+
+
+@pytest.mark.parametrize("key", ["instance_prompt", "class_prompt"])
+def test_a_prompt_that_is_given_twice_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{key}' is given here and in data.sources; remove one"):
+        opened(dreambooth(tmp_path), **{key: "a photo of sks dog"})
+
+
+def test_a_class_prompt_without_an_instance_prompt_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture()})
+    with pytest.raises(ConfigError, match="has a class_prompt in data.sources, but no instance_prompt"):
+        opened(tmp_path, class_prompt="a cat")
+
+
+def test_class_pictures_without_a_class_prompt_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture(0), "class_data_dir/b.png": picture(1)})
+    with pytest.raises(ConfigError, match="'class_prompt' is missing; class_data_dir/ has pictures"):
+        opened(tmp_path, instance_prompt="a sks cat")
+
+
+@pytest.mark.parametrize("kind", [image_folder, csv_folder, caption_files, parquet_files, tar_files])
+def test_a_folder_with_captions_refuses_an_instance_prompt(
+    tmp_path: Path, kind: Callable[[Path], Path]
+) -> None:
+    with pytest.raises(ConfigError, match="has captions .*, and an instance_prompt in data.sources; remove"):
+        opened(kind(tmp_path), instance_prompt="a sks cat")

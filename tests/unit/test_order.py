@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_jobs.data.order import Order, Part, Step, rows_of_rank
+from ray_jobs.data.order import JoinedOrder, Order, Part, Step, rows_of_rank
 
 
-def steps_of(order: Order, first: int, last: int) -> list[Step]:
+def steps_of(order: Order | JoinedOrder, first: int, last: int) -> list[Step]:
     return [step for window in order.windows(first, last) for step in order.steps(window)]
 
 
@@ -128,3 +128,49 @@ def test_every_rank_gets_its_share_of_a_step_to_within_one_row(rows: int, world_
     shares = [rows_of_rank(rows, world_size, rank) for rank in range(world_size)]
     assert [row for share in shares for row in share] == list(range(rows))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def joined(
+    training: list[int], of_class: list[int], batch: int, class_batch: int, window: int
+) -> JoinedOrder:
+    return JoinedOrder(
+        Order([Part(n) for n in training], batch_size=batch, window_rows=window, seed=0),
+        Order([Part(n) for n in of_class], batch_size=class_batch, window_rows=window, seed=1),
+        window_rows=window,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, st.integers(1, 9), st.integers(1, 9), st.integers(1, 80), st.integers(1, 60))
+def test_joined_orders_take_the_rows_of_both_and_any_step_is_found_without_those_before(
+    training: list[int], of_class: list[int], batch: int, class_batch: int, window: int, first: int
+) -> None:
+    order = joined(training, of_class, batch, class_batch, window)
+    assert order.batch_size == batch + class_batch
+    whole, resumed = steps_of(order, 1, 70), steps_of(order, first, 70)
+    assert [step.step for step in whole] == list(range(1, 71))
+    for one, other in zip(whole[first - 1 :], resumed, strict=True):
+        assert (one.step, one.epoch, one.bucket) == (other.step, other.epoch, other.bucket)
+        assert (one.rows == other.rows).all()
+    alone = steps_of(order.first, 1, 70), steps_of(order.second, 1, 70)
+    for step, one, other in zip(whole, *alone, strict=True):
+        assert (step.rows[:batch] == one.rows).all()
+        assert (step.rows[batch:] - [len(training), 0] == other.rows).all()
+
+
+def test_every_class_row_comes_round_however_few_the_training_rows_are() -> None:
+    order = joined([3], [5, 6], 4, 2, 1000)
+    steps = steps_of(order, 1, 44)
+    counts = Counter(rows_of(steps))
+    assert {counts[0, row] for row in range(3)} == {44 * 4 // 3, 44 * 4 // 3 + 1}
+    assert [counts[part, row] for part, n in ((1, 5), (2, 6)) for row in range(n)] == [44 * 2 // 11] * 11
+    # A window goes on over many epochs of a small set, so that its few files are not read for each step.
+    assert len(list(order.windows(1, 44))) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_workers_share_a_joined_step_without_changing_it(world_size: int) -> None:
+    order = joined([5], [9], 3, 2, 20)
+    for step in steps_of(order, 1, 20):
+        dealt = [step.rows[rows_of_rank(order.batch_size, world_size, rank)] for rank in range(world_size)]
+        assert (np.concatenate(dealt) == step.rows).all()

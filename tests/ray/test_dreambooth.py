@@ -1,0 +1,145 @@
+"""Two subjects in one run: the base model draws the class pictures that lack, and training preserves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.connect import LocalCluster
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.prepare import dry_run, prepare
+from tests.conftest import captions, draw
+from tests.ray.test_prepare import members
+from tests.ray.test_training import tiny_config, train_variants
+
+CAT, DOG = "a photo of a cat", "a photo of a dog"
+SKS_CAT, SKS_DOG = "a photo of sks cat", "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A cat with its prompts in the configuration; a dog with dataset_info.json and one class picture."""
+    folder = tmp_path_factory.mktemp("subjects")
+    drawn = [draw(caption, number) for number, caption in enumerate(captions()[:9])]
+    for name in ("cat", "dog/class_data_dir"):
+        (folder / name).mkdir(parents=True)
+    for number in range(4):
+        drawn[number].save(folder / "cat" / f"{number}.webp", lossless=True)
+        drawn[4 + number].save(folder / "dog" / f"{number}.png")
+    drawn[8].save(folder / "dog" / "class_data_dir" / "own.png")
+    prompts = {"instance_prompt": SKS_DOG, "class_prompt": DOG}
+    (folder / "dog" / "dataset_info.json").write_text(json.dumps(prompts))
+    cat = {"path": str(folder / "cat"), "instance_prompt": SKS_CAT, "class_prompt": CAT}
+    return tiny_config(
+        tiny_model,
+        folder,
+        folder / "runs",
+        "data.source=null",
+        f"data.sources={json.dumps([cat, {'path': str(folder / 'dog')}])}",
+        "data.num_class_images=3",
+        "data.cleaning={min_contrast: null, max_dark: null, max_bright: null, duplicates: ignore}",
+        "data.encode_dtype=fp32",
+        "train.prior_loss_weight=1",
+        "evaluate.inference_steps=2",
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config) -> Dataset:
+    return prepare(config)
+
+
+def drawn_files(config: Config) -> dict[str, dict[str, Path]]:
+    """The class pictures in the storage: prompt to name to file."""
+    return {
+        json.loads(settings.read_text())["prompt"]: {p.name: p for p in settings.parent.glob("*.png")}
+        for settings in Path(config.storage).glob("class_pictures/*/settings.json")
+    }
+
+
+def test_a_dry_run_says_what_would_be_drawn_and_draws_nothing(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(config.model_copy(update={"storage": str(tmp_path)}))
+    out = capsys.readouterr().out
+    assert f"'{CAT}': 3 class pictures are to be drawn" in out
+    assert f"'{DOG}': 2 class pictures are to be drawn" in out
+    assert not (tmp_path / "class_pictures").exists()
+
+
+def test_the_base_model_draws_exactly_the_class_pictures_that_are_lacking(
+    config: Config, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = drawn_files(config)
+    numbers = ["000000.png", "000001.png", "000002.png"]
+    assert {prompt: sorted(found) for prompt, found in files.items()} == {CAT: numbers, DOG: numbers[:2]}
+    contents = [path.read_bytes() for found in files.values() for path in found.values()]
+    assert len(set(contents)) == 5
+
+    prepare(config)
+    assert "class pictures by the base model: 0 drawn, 5 found" in capsys.readouterr().out
+    lost = files[CAT]["000001.png"]
+    before, others = lost.read_bytes(), {p: p.stat().st_mtime_ns for p in files[CAT].values() if p != lost}
+    lost.unlink()
+    prepare(config)
+    assert "class pictures by the base model: 1 drawn, 4 found" in capsys.readouterr().out
+    assert lost.read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+
+
+def test_class_pictures_have_a_split_of_their_own_and_their_class_prompts(dataset: Dataset) -> None:
+    assert (dataset.manifest["train"], dataset.manifest["class"]) == (8, 6)
+    assert members(dataset, "train") == {SKS_CAT, SKS_DOG}
+    texts = [row["text"] for row in dataset.read("class", ["text"])]
+    assert sorted(texts) == [CAT] * 3 + [DOG] * 3
+
+
+def first_step_by_hand(config: Config, dataset: Dataset) -> tuple[list[str], list[float]]:
+    """Captions and losses of the four rows of step 1, before anything is learnt."""
+    import torch
+
+    from ray_jobs.data.tensors import as_torch, read_tensors
+    from ray_jobs.training.inputs import InputMaker, Piece
+    from ray_jobs.training.loop import LoopSettings
+    from ray_jobs.training.setup import build_model
+
+    pipeline, model = build_model(config)
+    empty_caption = dataset.empty_caption()
+    maker = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, torch.device("cpu"))
+    parts, of_class = dataset.parts("train"), dataset.parts("class")
+    stream = LoopSettings(config, dataset, "trial", [2]).stream(1, maker.columns)
+    order = stream.joined_order(parts, of_class, row_bytes=1 << 10)
+    [window] = order.windows(1, 1)
+    [step] = order.steps(window)
+    texts: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for part, row in step.rows.tolist():
+        table = pq.read_table(dataset.cache.open_input([*parts, *of_class][part]["file"]))
+        texts.append(table["text"][row].as_py())
+        rows.append({name: values[row] for name, values in read_tensors(table, [*maker.columns]).items()})
+    batch = {name: as_torch(np.stack([row[name] for row in rows])) for name in maker.columns}
+    inputs, _ = maker.make(Piece(batch, [0, 1, 2, 3], [0.0] * 4), step=1)
+    with torch.no_grad():
+        return texts, model(**inputs).tolist()
+
+
+def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes(
+    config: Config, dataset: Dataset, tmp_path: Path
+) -> None:
+    def with_weight(weight: float) -> Config:
+        train = config.train.model_copy(update={"prior_loss_weight": weight})
+        return config.model_copy(update={"train": train})
+
+    texts, losses = first_step_by_hand(config, dataset)
+    assert set(texts[:2]) <= {SKS_CAT, SKS_DOG} and set(texts[2:]) <= {CAT, DOG}
+    own, prior = sum(losses[:2]) / 2, sum(losses[2:]) / 2
+    assert abs(own - prior) > 1e-3  # else it would not matter which rows are weighed
+    variants = {str(weight): with_weight(weight) for weight in (1.0, 0.5)}
+    two = train_variants(variants, dataset, tmp_path, num_workers=2, name="two", steps=2)
+    for weight in (1.0, 0.5):
+        assert two[str(weight)][0] == pytest.approx(own + weight * prior, abs=1e-5)
+        assert np.isfinite(two[str(weight)]).all() and len(two[str(weight)]) == 2
