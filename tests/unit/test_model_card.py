@@ -67,7 +67,7 @@ def test_a_base_in_a_folder_is_no_base_of_the_hub() -> None:
 def test_a_model_that_was_trained_whole_has_no_adapter() -> None:
     read = ModelCard(card(config_of(train={"method": "full"})))
     assert read.data.to_dict()["base_model_relation"] == "finetune"
-    assert "lora" not in read.data.tags and "load_lora_weights" not in read.text
+    assert "lora" not in read.data.to_dict()["tags"] and "load_lora_weights" not in read.text
 
 
 def test_the_scores_stand_with_their_counts_the_base_the_floor_and_the_network() -> None:
