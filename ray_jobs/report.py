@@ -223,7 +223,7 @@ def _strip(strip: Strip | None) -> str:
         rows.append(f'<tr><th scope="row"><span>{escape(caption)}</span></th>{cells}</tr>')
     note = (
         "The winning trial at each rung (training steps), from the same noise as the base model; ★ the"
-        " winner. Pictures that turn stiff, noisy or all alike to the right are the sign of over-fitting."
+        " winner. Pictures that turn stiff, noisy or all alike to the right are a sign of over-fitting."
     )
     return (
         f'<h2>How it learned</h2><p class="note">{note}</p><div class="wide"><table class="strip">'
