@@ -8,9 +8,10 @@ Scores the base model and every checkpoint that the run's trainings have left, o
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from cluster.storage import Storage
+from cluster.storage import Storage, slug
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.metrics.frechet import Moments, Score
@@ -22,6 +23,25 @@ from ray_jobs.training.checkpoint import find_rungs
 # More pictures of one caption would say little about other captions; and prepare keeps no more real
 # training pictures to compare with.
 CAPTION_USES = 2
+
+SAMPLES = "samples"  # folder of the pictures that are kept of a rung, beside its checkpoint
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The first pictures of an actor's share, which it writes as PNGs while it measures them.
+
+    Attributes:
+        names: of the files, one a picture.
+    """
+
+    folder: Storage
+    names: list[str]
+
+
+def sample_name(number: int, caption: str) -> str:
+    """The file of a kept picture."""
+    return f"{number}-{slug(caption)}.png"
 
 
 class Evaluator:
@@ -78,11 +98,20 @@ class Evaluator:
             batch_size=evaluate.batch_size,
         )
 
-    def sample_moments(self, weights: str | None, captions: list[str], seeds: list[int]) -> Moments:
-        """Feature moments of one picture a caption."""
+    def sample_moments(
+        self, weights: str | None, captions: list[str], seeds: list[int], kept: Kept | None = None
+    ) -> Moments:
+        """Feature moments of one picture a caption, of which the first are kept."""
         import torch
 
-        features = [self.network.features(batch) for batch in self._sample(weights, captions, seeds)]
+        from ray_jobs.data.images import encode_png
+
+        features, names = [], list(kept.names) if kept else []
+        for batch in self._sample(weights, captions, seeds):
+            features.append(self.network.features(batch))
+            for picture in batch[: len(names)]:
+                assert kept
+                kept.folder.write_bytes(names.pop(0), encode_png(picture.permute(1, 2, 0).numpy()))
         return Moments.of(torch.cat(features), self.network.identity)
 
     def sample_pictures(self, weights: str | None, captions: list[str], seeds: list[int]) -> list[bytes]:
@@ -163,12 +192,26 @@ class EvaluatorPool:
             for actor, part in self._share(range(self._num_samples(split))[:count])
         ]
 
-    def score(self, weights: str | None, split: str) -> Score:
-        """FID of the weights (None: the base model) on a split that was loaded."""
+    def score(self, weights: str | None, split: str, samples: Storage | None = None) -> Score:
+        """FID of the weights (None: the base model) on a split that was loaded.
+
+        Args:
+            samples: where the first `publish.sample_count` of the pictures are kept.
+        """
         import ray
 
-        parts = [a.sample_moments.remote(weights, *work) for a, *work in self._tasks(split)]
+        names = self.sample_names(split) if samples else []
+        parts = []
+        for actor, captions, seeds in self._tasks(split):
+            kept = Kept(samples, names[: len(captions)]) if samples else None
+            names = names[len(captions) :]
+            parts.append(actor.sample_moments.remote(weights, captions, seeds, kept))
         return ray.get(self.actors[0].score.remote(self._real[split], *parts))
+
+    def sample_names(self, split: str) -> list[str]:
+        """The files of the pictures that are kept of a split's rungs, one a caption."""
+        count = min(self.config.publish.sample_count, self._num_samples(split))
+        return [sample_name(i, caption) for i, caption in enumerate(self.captions[split][:count])]
 
     def floor(self, split: str) -> Score:
         """FID of as many real training pictures as `score` generates, or as many as prepare kept."""

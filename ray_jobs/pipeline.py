@@ -16,6 +16,7 @@ from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import open_sources, prepare
 from ray_jobs.progress import say
 from ray_jobs.publish import publish
+from ray_jobs.registry import check_store
 from ray_jobs.search import search
 from ray_jobs.stage import run_stage
 from ray_jobs.train import checked
@@ -36,12 +37,13 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Look at what the stages will read, so that a wrong name costs seconds and no GPU.
+    """Look at what the stages need (files, model, MLflow), so that a wrong name costs seconds and no GPU.
 
     Raises:
         ConfigError: naming the field.
     """
     announce_class_pictures(config, open_sources(config))
+    check_store(config)
     if not Path(resolve_path(config.evaluate.feature_network)).is_file():
         raise ConfigError(
             f"evaluate.feature_network: {config.evaluate.feature_network}: no such file; "

@@ -2,30 +2,34 @@
 
     python -m ray_jobs.publish --config configs/demo.yaml
 
-Writes `<storage>/<run>/`: `model/`, `samples/`, `winner.json`, `report.html`; the registry's version gets
-the alias `champion`. The search must have finished. With the same winner it is skipped.
+Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`; the registry's
+version gets the alias `champion`. The search must have finished. With the same winner it is skipped.
 """
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from cluster.storage import Storage, slug
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators
+from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.registry import register
-from ray_jobs.report import PictureRow, closed_share, grid_image, write_report
+from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.search import FINISHED, SearchResult, read_rows, search_digest
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import WEIGHTS
 
 WINNER = "winner.json"
 REPORT = "report.html"
+CARD = "README.md"
+CARD_PICTURES = 4  # shown in the model's card
 
 
 def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult) -> dict[str, Any]:
@@ -37,11 +41,13 @@ def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: Search
             say("publish", f"unchanged, skipped: version {winner['registry_version']}")
             return dict(winner)
     best = found.winner
-    weights = f"{best['checkpoint']}/{WEIGHTS}"
+    checkpoint = Storage.open(best["checkpoint"])
+    weights = checkpoint.child(WEIGHTS).uri
     scores = _measure(pool, weights)
     run.upload(Storage.open(weights).local_copy(), "model")
     winner = {name: best[name] for name in ("trial_id", "learning_rate", "step")}
     winner |= {"validation_fid": best["fid"]} | scores
+    _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"))
     winner["registry_version"] = register(
         config,
         source=run.child("model").uri,
@@ -53,6 +59,7 @@ def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: Search
             "dataset": dataset.manifest["digest"],
         },
         metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
+        description=f"{headline(winner)} Card: {run.child('model').uri}/{CARD}",
     )
     winner["search_digest"] = found.digest
     _write_report(config, dataset, pool, found, winner, run)
@@ -77,13 +84,62 @@ def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
     test, floor = pool.score(weights, "test"), pool.floor("test")
     if floor.num_samples < test.num_samples:
         say("publish", f"the floor comes out high: it has {floor.num_samples} real training pictures only")
+    validation = pool.score(None, "validation")
     scores = {
         "test_fid": test.fid,
-        "base_validation_fid": pool.score(None, "validation").fid,
+        "base_validation_fid": validation.fid,
+        "validation_num_samples": validation.num_samples,
         "base_test_fid": pool.score(None, "test").fid,
         "test_floor_fid": floor.fid,
     }
     return scores | {"feature_network": test.feature_network, "num_samples": test.num_samples}
+
+
+def _write_card(
+    config: Config,
+    dataset: Dataset,
+    pool: EvaluatorPool,
+    winner: dict[str, Any],
+    samples: Storage,
+    model: Storage,
+) -> None:
+    """The model's card and its pictures, beside the weights."""
+    names = pool.sample_names("validation")[:CARD_PICTURES]
+    shown = [(caption, name) for caption, name in zip(pool.captions["validation"], names, strict=False)]
+    shown = [(caption, name) for caption, name in shown if samples.exists(name)]
+    for _, name in shown:
+        model.write_bytes(f"images/{name}", samples.read_bytes(name))
+    card = model_card(
+        config=config,
+        base_on_hub=not Path(resolve_path(config.model.base)).is_dir(),
+        winner=winner,
+        manifest=dataset.manifest,
+        prompt=pool.captions["validation"][0],
+        pictures=[(caption, f"images/{name}") for caption, name in shown],
+    )
+    model.write_text(CARD, card)
+
+
+def _strip(
+    pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
+) -> Strip | None:
+    """The pictures that are kept of the winning trial's rungs."""
+    names = pool.sample_names("validation")
+    columns: list[tuple[str, list[Image.Image]]] = []
+    for row in sorted(found.rows, key=lambda row: int(row["step"])):
+        if row["trial_id"] != winner["trial_id"]:
+            continue
+        samples = Storage.open(row["checkpoint"]).child(SAMPLES)
+        if not all(samples.exists(name) for name in names):
+            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row['step']} out")
+            continue
+        pictures: list[Image.Image]
+        pictures = [Image.open(io.BytesIO(samples.read_bytes(name))) for name in names]
+        columns.append((f"{row['step']:,}", pictures))
+    if not columns:
+        return None
+    captions = pool.captions["validation"][: len(names)]
+    return Strip(captions, [("base", base), *columns], f"{winner['step']:,}")
 
 
 def _write_report(
@@ -95,8 +151,9 @@ def _write_report(
     run: Storage,
 ) -> None:
     """The samples as files, and the page around them."""
-    count = config.publish.sample_count
-    real = dataset.pictures("validation", min(count, config.evaluate.num_samples))
+    count = min(config.publish.sample_count, config.evaluate.num_samples)
+    real = dataset.pictures("validation", count)
+    count = len(real)
     weights = run.child("model").uri
     columns = {
         "real": [row["image"] for row in real],
@@ -108,6 +165,7 @@ def _write_report(
     for kind, pictures in columns.items():
         for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
             run.write_bytes(f"samples/{number}-{slug(caption)}-{kind}.png", data)
+    opened: dict[str, list[Image.Image]]
     opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
     rows = [
         PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
@@ -123,6 +181,7 @@ def _write_report(
         config_yaml=config.to_yaml(),
         rows=rows,
         run_name=config.name,
+        strip=_strip(pool, found, winner, opened["base"]),
     )
     run.write_text(REPORT, page)
 

@@ -16,6 +16,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
 CHAMPION = "champion"
+ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,28 @@ def tracking_uri(config: Config) -> str:
             "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
         )
     return f"sqlite:///{Storage.open(config.storage).uri}/mlflow.db"
+
+
+def check_store(config: Config) -> None:
+    """Look whether the MLflow store of a run can be there, before hours of training; takes no MLflow.
+
+    Raises:
+        ConfigError: there is no address, or no server answers at it.
+    """
+    import requests
+
+    uri = tracking_uri(config)
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        requests.get(uri, timeout=ANSWERS_WITHIN, stream=True).close()
+    except requests.exceptions.SSLError:
+        return  # it answers; whether its certificate will do is MLflow's to say
+    except requests.RequestException as error:
+        raise ConfigError(
+            f"publish.tracking_uri: {uri}: no MLflow server answers ({type(error).__name__}); start it, or "
+            "correct the address here or in MLFLOW_TRACKING_URI"
+        ) from None
 
 
 def weights_digest(source: str) -> str:
@@ -81,7 +104,7 @@ def verify_weights(registered: RegisteredModel, folder: str) -> None:
         )
 
 
-def _client(config: Config) -> Any:
+def open_client(config: Config) -> Any:
     """MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -95,18 +118,19 @@ def _client(config: Config) -> Any:
 
 
 @contextmanager
-def _store_errors(config: Config) -> Iterator[None]:
+def store_errors(config: Config) -> Iterator[None]:
     """A store that refuses or cannot be reached is the user's to mend: one line that names it."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"publish.tracking_uri: {tracking_uri(config)}: {reason}") from error
 
 
-def _experiment_id(client: Any, name: str) -> str:
+def experiment_id(client: Any, name: str) -> str:
     """The experiment that holds a run's entries, created at its first use."""
     experiment = client.get_experiment_by_name(name)
     return str(experiment.experiment_id if experiment else client.create_experiment(name))
@@ -116,7 +140,7 @@ def _log_run(client: Any, config: Config, params: dict[str, str], metrics: dict[
     """Log one finished MLflow run and return its id."""
     from mlflow.entities import Metric, Param
 
-    run = client.create_run(_experiment_id(client, config.name), run_name=config.name)
+    run = client.create_run(experiment_id(client, config.name), run_name=config.name)
     now = run.info.start_time
     client.log_batch(
         run.info.run_id,
@@ -145,6 +169,7 @@ def register(
     params: dict[str, str],
     metrics: dict[str, float],
     tags: dict[str, str] | None = None,
+    description: str | None = None,
 ) -> int:
     """Make `source` the champion of `config.publish.model_name` and return its version.
 
@@ -155,6 +180,7 @@ def register(
         params: logged with the run, for example the learning rate.
         metrics: logged with the run, for example `test_fid`.
         tags: of the version, beside base, base_revision, method and digest.
+        description: of the version, for a person.
 
     Raises:
         ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
@@ -162,8 +188,8 @@ def register(
     name = config.publish.model_name
     source = Storage.open(source).uri
     digest = weights_digest(source)
-    client = _client(config)
-    with _store_errors(config):
+    with store_errors(config):
+        client = open_client(config)
         _ensure_model(client, name)
         same = client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
         if same:
@@ -180,6 +206,7 @@ def register(
                 source=source,
                 run_id=_log_run(client, config, params, metrics),
                 tags={**(tags or {}), **identity},
+                description=description,
             )
             version = int(created.version)
         client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -199,10 +226,10 @@ def champion(config: Config) -> RegisteredModel:
     )
     if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
         raise missing
-    client = _client(config)
     from mlflow.exceptions import MlflowException
 
-    with _store_errors(config):
+    with store_errors(config):
+        client = open_client(config)
         try:
             found = client.get_model_version_by_alias(name, CHAMPION)
         except MlflowException as error:

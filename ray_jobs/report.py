@@ -19,6 +19,7 @@ from ray_jobs.dataset_report import STYLE, counted, data_uri, dataset_section, t
 
 COLUMNS = ("real", "base", "fine-tuned")
 PAGE_PICTURE = 192  # pixels a side on the page at most; larger ones are made smaller
+STRIP_PICTURE = 128  # pixels a side in the strip at most: there are many
 SHEET_PICTURE = 128  # pixels a side on the sheet
 TEMPLATE = Path(__file__).with_name("report.html")
 # Readable on white and on near-black alike; in order of the learning rate.
@@ -40,6 +41,21 @@ class PictureRow:
     def pictures(self) -> tuple[Image.Image, Image.Image, Image.Image]:
         """In the order of COLUMNS."""
         return self.real, self.base, self.winner
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What the winning trial drew at each rung, from the same captions and the same noise.
+
+    Attributes:
+        captions: the rows.
+        columns: heading (`base`, or the rung's step) and a picture a caption, in the order of the steps.
+        winner: heading of the winner's column.
+    """
+
+    captions: Sequence[str]
+    columns: Sequence[tuple[str, Sequence[Image.Image]]]
+    winner: str
 
 
 def closed_share(winner: dict[str, Any]) -> float | None:
@@ -180,6 +196,41 @@ def _card(row: PictureRow) -> str:
     return f'<figure class="card"><figcaption>{caption}</figcaption><div class="three">{cells}</div></figure>'
 
 
+def _strip(strip: Strip | None) -> str:
+    """The section with the strip; nothing where no rung has samples."""
+    if strip is None:
+        return ""
+
+    def cell(tag: str, heading: str, content: str) -> str:
+        mark = ' class="winner"' if heading == strip.winner else ""
+        return f"<{tag}{mark}>{content}</{tag}>"
+
+    def name(heading: str) -> str:
+        return f"★ {heading}" if heading == strip.winner else heading
+
+    head = "".join(cell("th", heading, escape(name(heading))) for heading, _ in strip.columns)
+    rows = []
+    for number, caption in enumerate(strip.captions):
+        cells = "".join(
+            cell(
+                "td",
+                heading,
+                f'<img src="{data_uri(pictures[number], STRIP_PICTURE)}" '
+                f'alt="{escape(caption)}: {escape(name(heading))}">',
+            )
+            for heading, pictures in strip.columns
+        )
+        rows.append(f'<tr><th scope="row"><span>{escape(caption)}</span></th>{cells}</tr>')
+    note = (
+        "The winning trial at each rung (training steps), from the same noise as the base model; ★ the"
+        " winner. Pictures that turn stiff, noisy or all alike to the right are a sign of over-fitting."
+    )
+    return (
+        f'<h2>How it learned</h2><p class="note">{note}</p><div class="wide"><table class="strip">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
@@ -208,6 +259,7 @@ def write_report(
     config_yaml: str,
     rows: Sequence[PictureRow],
     run_name: str,
+    strip: Strip | None = None,
 ) -> str:
     """The page of a run.
 
@@ -217,6 +269,7 @@ def write_report(
         manifest: what dataset/manifest.json holds.
         config_yaml: the resolved configuration.
         rows: the picture grid.
+        strip: the winning trial at each rung; None where no rung has samples.
 
     Returns:
         One HTML document, to be written as UTF-8.
@@ -237,6 +290,7 @@ def write_report(
             f" real pictures score {winner['test_floor_fid']:.1f} against each other."
         ),
         cards="".join(map(_card, rows)),
+        strip=_strip(strip),
         plot=fid_plot(winner, results),
         scores=table(("FID", "", "what it is"), _explained(winner), "scores"),
         facts=escape(facts),

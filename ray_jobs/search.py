@@ -20,12 +20,20 @@ from ray.tune.schedulers import ASHAScheduler
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
-from ray_jobs.train import build_trainer, check_diverged, checked, depends_on, trial_id
-from ray_jobs.training.checkpoint import Rung, find_rungs
+from ray_jobs.tracking import opened_store, tracked
+from ray_jobs.train import (
+    build_trainer,
+    check_diverged,
+    checked,
+    depends_on,
+    trial_id,
+    with_learning_rate,
+)
+from ray_jobs.training.checkpoint import Rung, find_rungs, folder_of
 from ray_jobs.training.meter import RUNG
 
 RESULTS = "results.jsonl"
@@ -76,7 +84,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     if storage.exists(FINISHED):
         say("search", "unchanged, skipped")
         return SearchResult(digest, read_rows(storage))
-    pool.load("validation")
+    with opened_store(config):
+        pool.load("validation")
     errors = _tune(config, dataset, pool, storage)
     rows = read_rows(storage)
     if not rows:
@@ -97,7 +106,9 @@ def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storag
     if recorded:
         say("search", f"going on after {len(recorded)} measured rungs")
     storage.delete("tune")
-    with watched_board() as board:
+    trials = {trial_id(rate): with_learning_rate(config, rate) for rate in config.search.learning_rates}
+    mirrored = tracked(config, trials, dataset.manifest["digest"], lambda: read_rows(storage))
+    with watched_board() as board, mirrored:
         trial = tune.with_parameters(
             run_trial, config=config, dataset=dataset, pool=pool, board=board, recorded=recorded
         )
@@ -144,22 +155,21 @@ def run_trial(
     rate = space["learning_rate"]
     name = trial_id(rate)
     known = {row["step"]: row for row in recorded if row["trial_id"] == name}
-    trained = config.train.model_copy(update={"learning_rate": rate})
-    config = config.model_copy(update={"train": trained})
+    config = with_learning_rate(config, rate)
     trainings = Storage.open(config.storage).child(config.name, "train")
     rungs = find_rungs(trainings).get(name, [])
     for rung in rungs:
         step = rung.metrics["step"]
         tune.report(known[step] if step in known else _row(name, rate, rung, pool))
     if not rungs or rungs[-1].metrics["step"] < config.search.ladder[-1]:
-        callback = RungCallback(name, rate, pool)
+        callback = RungCallback(name, rate, pool, trainings.child(name))
         build_trainer(config, dataset, callbacks=[callback], board=board).fit()
         check_diverged(trainings.child(name))
 
 
 def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, Any]:
-    """A rung's line: what the training reported, and the FID of its weights."""
-    score = pool.score(rung.weights, "validation")
+    """A rung's line: what the training reported, and the FID of its weights, of which samples are kept."""
+    score = pool.score(rung.weights, "validation", samples=Storage.open(rung.uri).child(SAMPLES))
     measured = {"trial_id": name, "learning_rate": rate, "fid": score.fid, "checkpoint": rung.uri}
     return rung.metrics | measured
 
@@ -170,14 +180,15 @@ class RungCallback(TuneReportCallback):
     The workers train on towards the next rung meanwhile.
     """
 
-    def __init__(self, name: str, rate: float, pool: EvaluatorPool) -> None:
+    def __init__(self, name: str, rate: float, pool: EvaluatorPool, trial: Storage) -> None:
         super().__init__()
-        self.name, self.rate, self.pool = name, rate, pool
+        self.name, self.rate, self.pool, self.trial = name, rate, pool, trial
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["why"] != RUNG:
             return  # a checkpoint to go on from, between rungs
-        rung = Rung(checkpoint.path, metrics[0])
+        # Not `checkpoint.path`, which on s3:// and gs:// lacks the scheme.
+        rung = Rung(self.trial.child(folder_of(metrics[0]["step"])).uri, metrics[0])
         super().after_report(run_context, [_row(self.name, self.rate, rung, self.pool)], checkpoint)
 
 

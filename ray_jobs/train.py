@@ -16,6 +16,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
 from ray_jobs.stage import run_stage
+from ray_jobs.tracking import opened_store, tracked
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 from ray_jobs.training.setup import check_settings
 
@@ -75,6 +76,11 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
 def trial_id(learning_rate: float) -> str:
     """A trial's name, the same in every attempt: it is what a resumed run finds its state by."""
     return f"lr-{learning_rate:g}"
+
+
+def with_learning_rate(config: Config, rate: float) -> Config:
+    """The configuration of one trial of a search."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
 def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], board: Any = None) -> Any:
@@ -140,18 +146,20 @@ def check_diverged(trial: Storage) -> None:
 
 def train(config: Config) -> Any:
     """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
-    dataset = prepare(config, check=checked(config))
+    with opened_store(config):
+        dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
+    name, digest = trial_id(config.train.learning_rate), dataset.manifest["digest"]
     say(
         "train",
-        f"{trial_id(config.train.learning_rate)}: {workers} workers, "
+        f"{name}: {workers} workers, "
         f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}",
     )
-    with watched_board() as board:
+    with watched_board() as board, tracked(config, {name: config}, digest, lambda: []):
         result = build_trainer(config, dataset, callbacks=[], board=board).fit()
     trainings = Storage.open(config.storage).child(config.name, "train")
-    check_diverged(trainings.child(trial_id(config.train.learning_rate)))
+    check_diverged(trainings.child(name))
     metrics = result.metrics or {}
     say(
         "train",

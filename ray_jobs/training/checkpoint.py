@@ -2,7 +2,8 @@
 
 weights/                        rungs: what was trained, averaged, in diffusers' format (rank 0)
 state/0000-of-0002.safetensors  what each rank owns of weights, averages and Adam's moments
-series.json                     loss, gradient norm and learning rate of each step since the last one (rank 0)
+series.json                     loss, gradient norm, learning rate and time (seconds since 1970) of each step
+                                since the last one (rank 0)
 progress.json                   step, number of workers, why it was written, what was measured (rank 0)
 config.yaml                     the resolved configuration of the run (rank 0)
 complete-0000-of-0002           written last by each rank: without all of them the checkpoint is not whole
@@ -29,6 +30,7 @@ STATE = "state"
 PROGRESS = "progress.json"
 SERIES = "series.json"
 CONFIG = "config.yaml"
+FOLDER = "step-"
 
 Export = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -76,7 +78,7 @@ class CheckpointWriter:
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="diffray-checkpoint-")),
-            checkpoint_dir_name=f"step-{metrics['step']:08d}",
+            checkpoint_dir_name=folder_of(metrics["step"]),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
         )
@@ -123,7 +125,17 @@ class Rung:
 
     @property
     def weights(self) -> str:
-        return f"{self.uri}/{WEIGHTS}"
+        return Storage.open(self.uri).child(WEIGHTS).uri
+
+
+def folder_of(step: int) -> str:
+    """The name of a checkpoint's folder in its trial's."""
+    return f"{FOLDER}{step:08d}"
+
+
+def steps_of(trial: Storage) -> list[int]:
+    """The steps of the checkpoints in a trial's folder, whole or not, in their order."""
+    return sorted(int(name.removeprefix(FOLDER)) for name in trial.folders() if name.startswith(FOLDER))
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
@@ -138,9 +150,15 @@ def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
 
 def _rung(folder: Storage) -> Rung | None:
     """The rung in a folder, or None if it holds something else or a checkpoint that is not whole."""
+    metrics = read_progress(folder)
+    return Rung(folder.uri, metrics) if metrics and metrics["why"] == RUNG else None
+
+
+def read_progress(folder: Storage) -> dict[str, Any] | None:
+    """What was measured up to the checkpoint in a folder, or None if there is none that is whole."""
     files = set(folder.files())
     if PROGRESS not in files:
         return None
-    metrics = json.loads(folder.read_text(PROGRESS))
+    metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
     marks = {_mark(rank, metrics["world_size"]) for rank in range(metrics["world_size"])}
-    return Rung(folder.uri, metrics) if metrics["why"] == RUNG and marks <= files else None
+    return metrics if marks <= files else None

@@ -81,7 +81,9 @@ class Meter:
         loss, look, due = self._agreed(share, look, due)
         self._watch(step, loss)
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        self.series.append({"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate})
+        self.series.append(
+            {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "time": time.time()}
+        )
         preempted = False
         if look:
             self.posted_at = now

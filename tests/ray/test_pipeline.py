@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+import pytest
+from huggingface_hub import ModelCard
+from mlflow import MlflowClient
+from PIL import Image, ImageChops
 
 from cluster import submit
 from cluster.connect import LocalCluster
+from cluster.storage import slug
+from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 
 OVERRIDES = ["search.learning_rates=[1.0e-3,1.0e-4]", "evaluate.inference_steps=2", "evaluate.num_actors=1"]
@@ -42,11 +48,73 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     assert (run / "model" / "pytorch_lora_weights.safetensors").exists()
     for path in (run / "samples").glob("*.png"):
         Image.open(path).verify()
+    check_samples_of_rungs(run, rows)
+    check_series(str(tmp_path), rows)
+    check_model_card(run, tiny_model)
 
     changed = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert submit.run_job(ray_cluster.address, job, environment) == 0
     for path in (run / "winner.json", run / "search" / "results.jsonl", run / "dataset" / "manifest.json"):
         assert path.stat().st_mtime_ns == changed[path]
+
+
+def check_samples_of_rungs(run: Path, rows: list[dict[str, Any]]) -> None:
+    """Each measured rung keeps the pictures of the first captions; the report shows the winner's."""
+    captions = json.loads((run / "samples" / "captions.json").read_text())
+    expected = [f"{number}-{slug(caption)}.png" for number, caption in enumerate(captions)]
+    for row in rows:
+        folder = Path(row["checkpoint"]) / "samples"
+        assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+        for path in folder.iterdir():
+            assert Image.open(path).size == (64, 64)
+    # Drawn for the score, they are the pictures that the winner draws from the same noise.
+    winner = json.loads((run / "winner.json").read_text())
+    [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
+    kept = Image.open(Path(best["checkpoint"]) / "samples" / expected[0])
+    drawn = Image.open(run / "samples" / expected[0].replace(".png", "-winner.png"))
+    assert max(ImageChops.difference(kept, drawn).tobytes()) <= 2  # other batches round otherwise
+    page = (run / "report.html").read_text()
+    assert "How it learned" in page and f"{captions[0]}: ★ {best['step']}" in page
+
+
+def check_series(storage: str, rows: list[dict[str, Any]]) -> None:
+    """MLflow has a run a trial, with every step of its series and the FID of each rung."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    trials = {row["trial_id"] for row in rows}
+    assert set(runs) == {*trials, "tiny"}  # and the one that the registered version belongs to
+    for trial in trials:
+        measured = {row["step"]: row["fid"] for row in rows if row["trial_id"] == trial}
+        histories = {
+            name: {
+                point.step: point.value for point in client.get_metric_history(runs[trial].info.run_id, name)
+            }
+            for name in ("train/loss", "train/images_per_second", "validation/fid")
+        }
+        assert set(histories["train/loss"]) == set(range(1, max(histories["train/loss"]) + 1))
+        assert histories["validation/fid"] == pytest.approx(measured)
+        assert set(measured) <= set(histories["train/images_per_second"])
+        assert runs[trial].info.status == "FINISHED"
+        assert float(runs[trial].data.params["train.learning_rate"]) == float(trial.removeprefix("lr-"))
+
+
+def check_model_card(run: Path, base: Path) -> None:
+    """The card beside the weights has a program that draws with them, and its pictures are there."""
+    folder = run / "model"
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "diffusers" and "lora" in data["tags"]
+    for picture in data["widget"]:
+        Image.open(folder / picture["output"]["url"]).verify()
+    winner = json.loads((run / "winner.json").read_text())
+    assert f"{winner['test_fid']:.1f}" in card.text and winner["feature_network"] in card.text.replace(
+        "\\", ""
+    )
+    assert str(base.parent) not in card.content
+    (folder / base.name).symlink_to(base)
+    draw(card.text, folder)
+    (folder / base.name).unlink()
 
 
 def test_the_demo_searches_learning_rates_by_sharded_lora_training() -> None:

@@ -11,6 +11,7 @@ from ray_jobs.report import (
     COLUMNS,
     SHEET_PICTURE,
     PictureRow,
+    Strip,
     closed_share,
     grid_image,
     headline,
@@ -163,6 +164,39 @@ def test_captions_configuration_and_names_are_text_never_markup() -> None:
     assert page.text.count(evil) == 5  # title, run, caption, reason, configuration
     alternatives = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert alternatives == [f"{evil}: {name}" for name in COLUMNS]
+
+
+def strip(*steps: str, winner: str, captions: tuple[str, ...] = ("a red apple", "a pear")) -> Strip:
+    """A picture of another colour for each caption and step."""
+    colours = iter(range(10, 250, 20))
+    columns = [
+        (step, [Image.new("RGB", (64, 64), (next(colours), 0, 0)) for _ in captions])
+        for step in ("base", *steps)
+    ]
+    return Strip(captions, columns, winner)
+
+
+def test_the_strip_shows_each_caption_at_the_base_and_every_rung_with_the_winner_marked() -> None:
+    page = Page(report(strip=strip("80", "1,600", winner="80")))
+    pictures = [attrs for tag, attrs in page.tags if tag == "img" and "real" not in (attrs["alt"] or "")]
+    shown = [attrs["alt"] for attrs in pictures if (attrs["alt"] or "").split(": ")[1] not in COLUMNS[1:]]
+    assert shown == ["a red apple: ★ 80", "a red apple: 1,600", "a pear: ★ 80", "a pear: 1,600"]
+    assert "a pear: base" in [attrs["alt"] for attrs in pictures]
+    assert len({attrs["src"] for attrs in pictures if "a red apple: " in (attrs["alt"] or "")}) == 5
+    marked = [tag for tag, attrs in page.tags if attrs.get("class") == "winner"]
+    assert marked == ["th", "td", "td"]
+
+
+def test_without_samples_of_the_rungs_there_is_no_strip() -> None:
+    assert "How it learned" in report(strip=strip("80", winner="80"))
+    assert "How it learned" not in report()
+
+
+def test_captions_of_the_strip_are_text_never_markup() -> None:
+    evil = '"><script>alert(1)</script>'
+    page = Page(report(strip=strip("80", winner="80", captions=(evil,))))
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert evil in page.text
 
 
 def test_the_same_run_gives_the_same_page() -> None:

@@ -1,0 +1,264 @@
+"""The model card: what a published model is, in the Hub's format (README.md beside the weights).
+
+Pure: values in, text out. Whatever a user wrote (captions, names, paths) is text there, never markup, and of
+local paths and addresses only the last part is told.
+
+Format: https://huggingface.co/docs/hub/model-cards
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ray_jobs.config import Config
+from ray_jobs.report import headline
+
+# What it takes to train the model again; the rest says where things lie and how the model is served.
+REPRODUCED = {"name", "seed", "data", "model", "train", "search", "evaluate"}
+
+
+def model_card(
+    *,
+    config: Config,
+    base_on_hub: bool,
+    winner: dict[str, Any],
+    manifest: dict[str, Any],
+    prompt: str,
+    pictures: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The text of README.md.
+
+    Args:
+        base_on_hub: whether `model.base` is a name of the Hub, not a folder.
+        winner: what winner.json holds.
+        manifest: what dataset/manifest.json holds.
+        prompt: of the example.
+        pictures: (caption, path beside the card) of what the model drew.
+
+    Raises:
+        KeyError: if `winner` or `manifest` lacks a key.
+    """
+    config = _of_the_winner(config, winner)
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(config, base_on_hub, pictures), sort_keys=False)}---",
+        f"# {_text(config.name)}",
+        _introduction(config, winner),
+        *(_pictures(pictures) if pictures else ()),
+        *_use(config, base_on_hub, prompt),
+        *_scores(winner, manifest),
+        *_data(config, manifest),
+        *_settings(config, winner),
+        *_reproduce(config, winner),
+        *_limits(config, manifest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def portable(path: str) -> str:
+    """A path or address as it may be told: names of the Hub and relative paths whole, else the last part.
+
+    So neither a home folder nor a bucket, nor what an address holds of credentials, gets into the card.
+    """
+    plain = path.partition("?")[0] if "://" in path else path
+    if "://" in plain or re.match(r"[/~\\]|\.\.|[A-Za-z]:[/\\]", plain):
+        return re.split(r"[/\\]", plain.rstrip("/\\"))[-1]
+    return plain
+
+
+def _of_the_winner(config: Config, winner: dict[str, Any]) -> Config:
+    train = config.train.model_copy(update={"learning_rate": winner["learning_rate"]})
+    return config.model_copy(update={"train": train})
+
+
+def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    lora = config.train.method == "lora"
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if base_on_hub:  # the Hub takes names of its own only
+        found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
+    found["tags"] = ["text-to-image", "diffusers", *(["lora"] if lora else []), "diffray"]
+    if pictures:
+        widget = [{"text": _line(caption), "output": {"url": path}} for caption, path in pictures]
+        found["widget"] = widget
+    return found
+
+
+def _introduction(config: Config, winner: dict[str, Any]) -> str:
+    base = _text(portable(config.model.base))
+    kind = (
+        f"LoRA weights (rank {config.train.lora.rank}) for the text-to-image model {base}"
+        if config.train.method == "lora"
+        else f"A text-to-image model: {base}, all of its denoiser fine-tuned"
+    )
+    return f"{kind}, in diffusers' format. {_text(headline(winner))}"
+
+
+def _pictures(pictures: Sequence[tuple[str, str]]) -> list[str]:
+    table = [
+        "| " + " | ".join(f"![]({path})" for _, path in pictures) + " |",
+        "|" + " --- |" * len(pictures),
+        "| " + " | ".join(_text(caption) for caption, _ in pictures) + " |",
+    ]
+    return ["Captions that the fine-tuning did not see:", "\n".join(table)]
+
+
+def usage(config: Config, prompt: str) -> str:
+    """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder."""
+    revision = f", revision={config.model.revision!r}" if config.model.revision else ""
+    base = f"{portable(config.model.base)!r}{revision}"
+    if config.train.method == "lora":
+        load = [
+            f"pipeline = DiffusionPipeline.from_pretrained({base})",
+            'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',
+        ]
+    else:
+        load = ['pipeline = DiffusionPipeline.from_pretrained(".")']
+    side, evaluate = config.data.resolution, config.evaluate
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            *load,
+            "picture = pipeline(",
+            f"    {prompt!r},",
+            f"    height={side},",
+            f"    width={side},",
+            f"    num_inference_steps={evaluate.inference_steps},",
+            f"    guidance_scale={evaluate.guidance_scale!r},",
+            "    generator=torch.Generator().manual_seed(0),",
+            ").images[0]",
+            'picture.save("picture.png")',
+        ]
+    )
+
+
+def _use(config: Config, base_on_hub: bool, prompt: str) -> list[str]:
+    where = "In this folder (on the Hub, put the repository's name in place of the dot)"
+    if config.train.method == "lora" and not base_on_hub:
+        where += f"; {_text(portable(config.model.base))} is the folder of the base model"
+    packages = "`pip install torch diffusers transformers accelerate peft`"
+    return ["## Use", f"{packages}. {where}:", _fenced(usage(config, prompt), "python")]
+
+
+def _scores(winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    def fid(key: str) -> str:
+        return f"{winner[key]:.1f}"
+
+    counts = [
+        f"{winner[key]:,} generated, {manifest[split]:,} real"
+        for key, split in (("num_samples", "test"), ("validation_num_samples", "validation"))
+    ]
+    table = _table(
+        ("FID (lower is nearer to real pictures)", "test", "validation"),
+        [
+            ("this model", fid("test_fid"), fid("validation_fid")),
+            ("base model", fid("base_test_fid"), fid("base_validation_fid")),
+            ("real training pictures (the floor)", fid("test_floor_fid"), "–"),
+            ("pictures", *counts),
+        ],
+    )
+    return [
+        "## Scores",
+        table,
+        f"Feature network: {_text(winner['feature_network'])}. The test split was looked at once, after the"
+        " search; the search chose by validation, so that score is a little flattered. FID depends on the"
+        " number of pictures and on the network: compare within this table only.",
+    ]
+
+
+def _data(config: Config, manifest: dict[str, Any]) -> list[str]:
+    splits = ", ".join(f"{manifest[split]:,} {split}" for split in ("train", "validation", "test"))
+    rows = [
+        (portable(each["name"]), f"{each['rows']:,}", f"{each['share']:.0%}") for each in manifest["source"]
+    ]
+    held_out = (
+        "" if manifest["held_out"] else " The set is too small to hold any out: scores compare with it."
+    )
+    return [
+        "## Training data",
+        f"{manifest['captions']['different']:,} different captions; pictures: {splits};"
+        f" {config.data.resolution} pixels.{held_out} Digest of the prepared data: `{manifest['digest']}`.",
+        _table(("source", "pictures", "share of training"), rows),
+    ]
+
+
+def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
+    train = config.train
+    method = "all weights of the denoiser"
+    if train.method == "lora":
+        method = f"LoRA, rank {train.lora.rank}, alpha {train.lora.alpha}"
+    workers = f"{train.min_workers} to {train.max_workers}" if train.is_elastic else f"{train.min_workers}"
+    rows = [
+        ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),
+        ("learning rate", f"{winner['learning_rate']:g}, {train.schedule}"),
+        ("steps", f"{winner['step']:,} of {train.batch_size} pictures"),
+        ("precision", train.precision),
+        ("sharding", f"DeepSpeed ZeRO stage {train.zero_stage}, {workers} workers"),
+        ("averaged weights (EMA)", f"decay {train.ema_decay:g}" if train.ema_decay else "off"),
+        ("seed", str(config.seed)),
+    ]
+    return ["## Training", _table(("setting", "value"), rows)]
+
+
+def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
+    told = _told(config.model_dump(mode="json", include=REPRODUCED))
+    settings = _fenced(yaml.safe_dump(told, sort_keys=False), "yaml")
+    command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
+    commands = "\n".join(
+        [
+            "# the search, and the model that won it",
+            f"{command}.pipeline --config run.yaml",
+            f"# this model's training alone; its weights are those of step {winner['step']}",
+            f"{command}.train --config run.yaml",
+        ]
+    )
+    return [
+        "## Reproduce",
+        "With diffray, and this as `run.yaml` (names stand in place of paths outside of the checkout):",
+        _fenced(commands, "sh"),
+        f"<details><summary>run.yaml</summary>\n\n{settings}\n\n</details>",
+    ]
+
+
+def _limits(config: Config, manifest: dict[str, Any]) -> list[str]:
+    return [
+        "## Limits and licence",
+        f"The model has learnt from {manifest['train']:,} pictures: what they lack it draws as the base model"
+        " does, and what is rare among them it may have learnt by heart. It has the base model's biases, and"
+        f" no filter of its own. It was measured at {config.data.resolution} pixels with"
+        f" {config.evaluate.inference_steps} denoising steps and a guidance scale of"
+        f" {config.evaluate.guidance_scale:g}, and in no other way.",
+        "No licence is claimed here. The licences of the base model and of the training data apply to the"
+        " model and to what it draws.",
+    ]
+
+
+def _told(value: Any) -> Any:
+    """A configuration's values with `portable` text."""
+    if isinstance(value, dict):
+        return {key: _told(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return portable(value) if isinstance(value, str) else value
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _text(text: str) -> str:
+    """Text as markdown that shows just that, within a line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", _line(text))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text (CommonMark, section 4.5)."""
+    ticks = max([2, *map(len, re.findall("`+", text))]) + 1
+    return f"{'`' * ticks}{language}\n{text.rstrip()}\n{'`' * ticks}"

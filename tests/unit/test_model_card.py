@@ -1,0 +1,198 @@
+"""The model card: the Hub reads it, its program runs, and nothing a user wrote becomes markup."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from ray_jobs.config import Config
+from ray_jobs.model_card import model_card, portable, usage
+from tests.cards import draw, program
+from tests.unit.test_report import MANIFEST
+from tests.unit.test_report import WINNER as REPORTED
+
+WINNER = REPORTED | {"validation_num_samples": 90}
+
+
+def config_of(base: str = "org/model", **changes: Any) -> Config:
+    return Config.model_validate(
+        {
+            "name": "demo",
+            "data": {"source": "/home/someone/pictures", "resolution": 64},
+            "model": {"base": base},
+            "search": {"learning_rates": [1e-3, 3e-4], "ladder": [100, 400]},
+            "evaluate": {"inference_steps": 2},
+            "publish": {"tracking_uri": "http://someone:secret@mlflow"},
+            **changes,
+        }
+    )
+
+
+def card(config: Config | None = None, **changes: Any) -> str:
+    values: dict[str, Any] = {
+        "config": config or config_of(),
+        "base_on_hub": True,
+        "winner": WINNER,
+        "manifest": MANIFEST,
+        "prompt": "a red apple",
+        "pictures": [("a red apple", "images/0-a-red-apple.png")],
+    }
+    return model_card(**{**values, **changes})
+
+
+def test_the_hub_reads_the_front_matter() -> None:
+    read = ModelCard(card())
+    assert isinstance(read.data, ModelCardData)
+    assert read.data.to_dict() == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "org/model",
+        "base_model_relation": "adapter",
+        "tags": ["text-to-image", "diffusers", "lora", "diffray"],
+        "widget": [{"text": "a red apple", "output": {"url": "images/0-a-red-apple.png"}}],
+    }
+    assert read.data.license is None
+
+
+def test_a_base_in_a_folder_is_no_base_of_the_hub() -> None:
+    read = ModelCard(card(config_of("/home/someone/base"), base_on_hub=False))
+    assert "base_model" not in read.data.to_dict()
+    assert "the text-to-image model base" in read.text
+
+
+def test_a_model_that_was_trained_whole_has_no_adapter() -> None:
+    read = ModelCard(card(config_of(train={"method": "full"})))
+    assert read.data.to_dict()["base_model_relation"] == "finetune"
+    assert "lora" not in read.data.to_dict()["tags"] and "load_lora_weights" not in read.text
+
+
+def test_the_scores_stand_with_their_counts_the_base_the_floor_and_the_network() -> None:
+    text = ModelCard(card()).text
+    assert "| this model | 110.0 | 99.5 |" in text
+    assert "| base model | 210.0 | 214.6 |" in text
+    assert "| real training pictures (the floor) | 70.0 | – |" in text
+    assert "| pictures | 96 generated, 91 real | 90 generated, 90 real |" in text
+    assert WINNER["feature_network"] in text
+
+
+def test_data_and_settings_are_told() -> None:
+    text = ModelCard(card()).text
+    for part in ("1,420 train, 90 validation, 91 test", MANIFEST["digest"], "| pictures | 1,601 | 100% |"):
+        assert part in text
+    for part in (
+        "0.0003",
+        "400 of 16 pictures",
+        "ZeRO stage 2, 2 workers",
+        "| precision | fp32 |",
+        "| seed | 0 |",
+    ):
+        assert part in text
+
+
+def test_local_paths_addresses_and_secrets_stay_at_home() -> None:
+    config = config_of("/home/someone/base", train={"deepspeed": {"nvme_path": "/home/someone/disk"}})
+    manifest = MANIFEST | {
+        "source": [{"name": "s3://key:secret@private/set?region=x", "rows": 1, "share": 1.0}]
+    }
+    text = card(config, base_on_hub=False, manifest=manifest)
+    for part in ("/home", "someone", "secret", "private", "mlflow"):
+        assert part not in text
+    assert portable("s3://bucket/a/set/?x=1/2") == "set"
+    assert portable("examples/set") == "examples/set" and portable("org/model") == "org/model"
+    assert portable("../up/set") == portable("~/set") == portable("C:\\set") == "set"
+
+
+def test_the_configuration_in_the_card_is_one_that_trains_the_winner() -> None:
+    text = card()
+    block = text.partition("```yaml\n")[2].partition("\n```")[0]
+    told = Config.model_validate(yaml.safe_load(block))
+    assert told.train.learning_rate == WINNER["learning_rate"]
+    assert told.search == config_of().search and told.data.source == "pictures"
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "---\nlicense: mit\n---\n# heading",
+        "| a | `b` ``` c ```` <script>x</script> [d](javascript:e) ![f](g) $x$ **h** &amp;",
+        "quote ' \" \\ colon: {brace} # comment \u2028 \x07 é 猫",
+        "```\n```python\nprint()",
+    ],
+)
+def test_what_a_user_wrote_breaks_neither_the_front_matter_nor_the_markdown(evil: str) -> None:
+    manifest = MANIFEST | {"source": [{"name": evil, "rows": 1, "share": 1.0}]}
+    text = card(config_of(evil), manifest=manifest, prompt=evil, pictures=[(evil, "images/0-a.png")])
+    plain = card()
+    read = ModelCard(text)
+    assert set(read.data.to_dict()) == set(ModelCard(plain).data.to_dict())
+    assert read.data.to_dict()["widget"][0]["text"] == " ".join(evil.split())
+    compile(program(read.text), "card", "exec")
+    outside = without_code(read.text)
+    assert [line for line in outside if line.startswith("#")] == [
+        line for line in without_code(ModelCard(plain).text) if line.startswith("#")
+    ]
+    bare = [re.sub(r"\\.", "", line) for line in outside]  # what is escaped shows as it is
+    assert not [line for line in bare if "<script" in line or "](javascript" in line or "**" in line]
+    table = [line.count("|") for line in bare if line.startswith("|")]
+    assert table == [line.count("|") for line in without_code(ModelCard(plain).text) if line.startswith("|")]
+
+
+def without_code(markdown: str) -> list[str]:
+    """The lines outside of fenced blocks, as CommonMark reads them."""
+    lines, fence = [], ""
+    for line in markdown.splitlines():
+        ticks = line[: len(line) - len(line.lstrip("`"))]
+        if not fence and len(ticks) >= 3:
+            fence = ticks
+        elif fence and line.strip() == ticks and len(ticks) >= len(fence):
+            fence = ""
+        elif not fence:
+            lines.append(line)
+    assert not fence
+    return lines
+
+
+def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = DiffusionPipeline.from_pretrained(tiny_model)
+    unadapted = draw_here(pipeline)
+    pipeline.unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    layers = get_peft_model_state_dict(pipeline.unet)
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    (tmp_path / tiny_model.name).symlink_to(tiny_model)
+    text = card(config_of(str(tiny_model)), base_on_hub=False)
+    picture = draw(text, tmp_path)
+    assert picture.size == (64, 64)
+    assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
+
+
+def test_the_program_for_a_whole_model_draws_with_plain_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.save_pretrained(tmp_path)
+    picture = draw(card(config_of(train={"method": "full"})), tmp_path)
+    assert picture.tobytes() == draw_here(pipeline).tobytes()
+
+
+def draw_here(pipeline: Any) -> Any:
+    """The picture of the card's program, in this process."""
+    seeded = torch.Generator().manual_seed(0)
+    size = {"height": 64, "width": 64}
+    return pipeline(
+        "a red apple", **size, num_inference_steps=2, guidance_scale=3.0, generator=seeded
+    ).images[0]
+
+
+def test_the_revision_of_the_base_is_in_the_program() -> None:
+    config = config_of(model={"base": "org/model", "revision": "v1"})
+    assert "from_pretrained('org/model', revision='v1')" in usage(config, "a red apple")
