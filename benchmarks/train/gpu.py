@@ -129,7 +129,7 @@ def peak_of(name: str) -> float | None:
 def settings(method: str, size: str, device: str) -> TrainConfig:
     """What both train with, as far as they know it."""
     return TrainConfig(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         lora=LoraConfig(rank=16, alpha=16),
         precision="bf16",
         use_gpu=device == "cuda",

@@ -8,8 +8,8 @@ from benchmarks.train.rivals import BareLoop
 from ray_jobs.config import Config
 from ray_jobs.training.setup import build_model
 
-TURNS = {"small": 2, "full": 15}
-STEPS = {"small": 2, "full": 10}  # of a turn
+TURNS = {"small": 2, "full": 9}
+STEPS = {"small": 2, "full": 4}  # of a turn
 METHODS = ("lora", "full")
 CORES = 2
 
@@ -28,7 +28,7 @@ def run(size: str) -> dict[str, Any]:
 
 
 def measure(size: str) -> dict[str, dict[str, Any]]:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     with prepared(size) as (config, dataset, folder):
         for num_workers in (1, CORES):
             workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"

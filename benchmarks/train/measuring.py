@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Clock:
     """Seconds by what they were spent on, wherever a watched method runs."""
 
     def __init__(self) -> None:
-        self.seconds = Counter[str]()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.began = time.perf_counter()
 
     def watch(self, owner: Any, **methods: str) -> None:

@@ -12,7 +12,7 @@ from ray_jobs.config import Config
 from ray_jobs.training.setup import build_model
 
 TURNS = {"small": 2, "full": 9}
-STEPS = {"small": 2, "full": 10}  # of a turn
+STEPS = {"small": 2, "full": 4}  # of a turn
 PRECISIONS = ("fp32", "bf16")
 
 

@@ -82,7 +82,7 @@ class BareLoop(Optimizing):
         batch: latents, noise, timesteps, embeds, as `diffusion_loss` takes them: this rank's share.
     """
 
-    causes = ("forward", "backward", "update")
+    causes: tuple[str, ...] = ("forward", "backward", "update")
 
     def __init__(self, pipeline: Any, train: TrainConfig, batch: dict[str, torch.Tensor]) -> None:
         super().__init__(pipeline.unet, train)
@@ -124,7 +124,7 @@ class UsualRecipe(Optimizing):
     without workers, the frozen autoencoder and text encoder at every step.
     """
 
-    causes = ("fetch", "encode", "forward", "backward", "update")
+    causes: tuple[str, ...] = ("fetch", "encode", "forward", "backward", "update")
 
     def __init__(
         self, pipeline: Any, train: TrainConfig, rows: list[tuple[Path, str]], resolution: int

@@ -16,7 +16,7 @@ from ray_jobs.training.setup import build_model
 from ray_jobs.training.stages import stages_of
 
 TURNS = {"small": 2, "full": 9}  # after one that warms up
-STEPS = {"small": 1, "full": 5}  # of a turn
+STEPS = {"small": 1, "full": 3}  # of a turn
 WORKERS = 2
 RIVAL = "DistributedDataParallel"
 KINDS = ("parameters", "gradients", "optimizer")
