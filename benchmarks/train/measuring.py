@@ -254,15 +254,18 @@ def inputs_of(config: Config, rows: dict[str, torch.Tensor], rank: int, world_si
 def prepared(size: str) -> Iterator[tuple[Config, Dataset, Path]]:
     """The demo on an embedded Ray, its data prepared, and a folder to write to, all for the block's time.
 
-    `small` prepares generated pictures instead of the example's.
+    `small` prepares generated pictures instead of the example's. What is prepared is kept in `runs/`.
     """
+    storage = ROOT / "runs" / f"benchmark-{size}"
+    source = ROOT / "examples" / "fluent-emoji"
+    if size == "small":
+        source = storage / "pictures"
+        if not source.exists():
+            storage.mkdir(parents=True, exist_ok=True)
+            write_folder(source, SMALL_PICTURES, smooth)
+    config = configured(source, storage)
     with tempfile.TemporaryDirectory(prefix="diffray-benchmark-") as name:
         folder = Path(name)
-        source = ROOT / "examples" / "fluent-emoji"
-        if size == "small":
-            source = folder / "pictures"
-            write_folder(source, SMALL_PICTURES, smooth)
-        config = configured(source, folder / "runs")
         with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
             yield config, prepare(config), folder
 
