@@ -8,7 +8,7 @@ INCEPTION := .cache/inception-2015-12-05.pt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format serve base-model lock clean
+.PHONY: help setup demo test lint format serve bench-gpu base-model lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ format: setup ## rewrite the code in the project's style
 
 serve: setup ## serve the champion over HTTP until Ctrl-C
 	$(BIN)/python -m serving.command --config $(CONFIG)
+
+bench-gpu: setup ## training speed on a GPU, beside diffusers' plain loop
+	$(BIN)/python -m benchmarks.train gpu
 
 base-model: setup ## train the demo's base model from nothing (an afternoon on two cores)
 	$(BIN)/python -m examples.emoji base

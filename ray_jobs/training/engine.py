@@ -26,6 +26,8 @@ MODELLED = {
     "zero_optimization.offload_param": "train.offload_parameters",
 }
 
+REDUCED_AT_ONCE = 500_000_000  # elements of gradients: DeepSpeed's own default
+
 
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:
     """In how many pieces every rank takes its rows of a step."""
@@ -111,10 +113,14 @@ def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any
     """Wrap `model` in a DeepSpeedEngine over the trained parameters; the process group is Ray Train's."""
     import deepspeed
 
+    settings = deepspeed_config(config, world_size)
+    # ZeRO takes memory for a whole bucket of gradients, at every step anew, however few there are.
+    num_trained = sum(parameter.numel() for _, parameter in model.all_trained)
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config),
-        config=deepspeed_config(config, world_size),
+        config=settings,
         dist_init_required=False,
     )
     return engine

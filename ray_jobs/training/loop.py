@@ -20,6 +20,7 @@ from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.meter import RUNG, Diverged, Meter
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.training.stages import Stage, stage_at, stages_of
+from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, owned_fragments
 
 DIVERGED = "diverged.json"
@@ -47,26 +48,37 @@ class LoopSettings:
 
 def train_worker(loop: dict[str, LoopSettings]) -> None:
     """The function that Ray Train runs on every worker."""
+    startup = StartUp()
+    import deepspeed  # noqa: F401  here, so that importing is told from building
     import ray.train
+    from diffusers import DiffusionPipeline  # noqa: F401
     from ray.train.torch import get_device
 
+    startup.done("imports")
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        Training(settings, get_device(), None).run()
+        Training(settings, get_device(), None, startup).run()
         return
     with checkpoint.as_directory() as folder:
-        training = Training(settings, get_device(), Resumed(Path(folder)))
+        training = Training(settings, get_device(), Resumed(Path(folder)), startup)
     training.run()
 
 
 class Training:
     """A worker's part of a training, from its beginning or from a checkpoint."""
 
-    def __init__(self, settings: LoopSettings, device: torch.device, resumed: Resumed | None) -> None:
+    def __init__(
+        self,
+        settings: LoopSettings,
+        device: torch.device,
+        resumed: Resumed | None,
+        startup: StartUp | None = None,
+    ) -> None:
         import ray.train
 
+        startup = startup or StartUp()
         context, config = ray.train.get_context(), settings.config
         self.settings, self.rank, self.world_size = (
             settings,
@@ -79,13 +91,17 @@ class Training:
         export = exporter(config, pipeline, model, self.rank)
         empty_caption = settings.dataset.empty_caption()
         self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
+        startup.done("model")
         self.engine = build_engine(model, config.train, self.world_size)
         self.ema = self._averages()
         if resumed:
             resumed.restore(self.engine, self.ema)
         self.done = resumed.step if resumed else 0
         self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml())
-        self.meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, self.rank)
+        self.meter = Meter(
+            settings.trial_id, settings.ladder, config.train, settings.board, self.rank, startup
+        )
+        startup.done("engine")
 
     def _averages(self) -> EMA | None:
         """Of what this rank owns, so that averaging needs no communication."""

@@ -12,6 +12,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.progress import TrainingProgress
 from ray_jobs.training.memory import state_bytes
+from ray_jobs.training.startup import StartUp
 
 POST_EVERY = 2.0  # seconds between lines, and between looks for a preemption
 SMOOTHED = 20  # steps that the shown loss is the mean of
@@ -29,9 +30,19 @@ class Meter:
 
     Args:
         board: handle of a ProgressBoard, or None.
+        startup: of this worker, until its engine is built.
     """
 
-    def __init__(self, trial_id: str, ladder: list[int], config: TrainConfig, board: Any, rank: int) -> None:
+    def __init__(
+        self,
+        trial_id: str,
+        ladder: list[int],
+        config: TrainConfig,
+        board: Any,
+        rank: int,
+        startup: StartUp,
+    ) -> None:
+        self.startup: StartUp | None = startup  # until a checkpoint has told it
         self.trial_id, self.ladder, self.config, self.board, self.rank = trial_id, ladder, config, board, rank
         self.warming_up = True  # the first step compiles and fills caches: its time is left out
         self.posted_at = time.monotonic()
@@ -60,6 +71,8 @@ class Meter:
         begin = time.monotonic()
         yield
         self.waited += time.monotonic() - begin
+        if self.startup:
+            self.startup.done("first_row")
 
     def add(self, step: int, rate: float, share: torch.Tensor) -> str:
         """Take in a step; returns why a checkpoint is due (INTERVAL, PREEMPTION) or "", on all ranks alike.
@@ -71,6 +84,8 @@ class Meter:
             Diverged: on all ranks alike.
         """
         now = time.monotonic()
+        if self.startup:
+            self.startup.done("first_step")
         if not self.series and self.warming_up:
             self.waited, self.saved_at = 0.0, now
         else:
@@ -155,7 +170,7 @@ class Meter:
     def metrics(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
         """What a checkpoint reports of the steps since the last one, and each of these; starts the next."""
         series, step = self.series, int(self.series[-1]["step"])
-        metrics = {
+        metrics: dict[str, Any] = {
             "step": step,
             "train_loss": sum(row["loss"] for row in series) / len(series),
             "grad_norm": sum(row["grad_norm"] for row in series) / len(series),
@@ -163,6 +178,8 @@ class Meter:
             "waiting_for_data": self.waited / self.seconds if self.seconds else 0.0,
             "state_bytes": self.state_bytes,
         }
+        if self.startup:
+            metrics["startup_seconds"], self.startup = self.startup.record, None
         self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
         self._restart()
         return metrics, series

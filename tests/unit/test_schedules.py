@@ -67,6 +67,7 @@ def train_in_stages(folder: Path, base: Path, zero_stage: int) -> dict[str, tupl
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; Ray Train sets it
     from ray_jobs.config import Config
+    from ray_jobs.diffusion.loading import load_pipeline
     from ray_jobs.training.engine import build_engine, enter_stage, set_hyperparameters
     from ray_jobs.training.setup import build_model
     from ray_jobs.training.state import held_fragments
@@ -82,11 +83,11 @@ def train_in_stages(folder: Path, base: Path, zero_stage: int) -> dict[str, tupl
             "search": {"learning_rates": [1e-3], "ladder": [6]},
         }
     )
-    pipeline, model = build_model(config)
+    _, model = build_model(config)
     engine = build_engine(model, config.train, 1)
     from tests.unit.test_finetuning import inputs
 
-    batch = inputs(pipeline, model)
+    batch = inputs(load_pipeline(str(base)), model)
     stages = stages_of(config.train, 6)
 
     def weights() -> dict[str, torch.Tensor]:

@@ -69,7 +69,9 @@ def checkpoint(config: Config, first: int, last: int, *, whole: bool = True, run
     ]
     measured = {"step": last, "images_per_second": 16.0, "waiting_for_data": 0.25}
     folder.write_text("series.json", json.dumps(series))
-    folder.write_text("progress.json", json.dumps(measured | {"world_size": 1, "rung": rung}))
+    folder.write_text(
+        "progress.json", json.dumps(measured | {"world_size": 1, "why": "rung" if rung else "interval"})
+    )
     if whole:
         folder.write_text("complete-0000-of-0001", "")
     return trial
