@@ -8,7 +8,8 @@ from benchmarks.data.measuring import in_fresh_process
 from benchmarks.train.limit import CORES, METHODS
 from benchmarks.train.measuring import Contest, changed, prepared, run_contests
 from benchmarks.train.rivals import UsualRecipe
-from ray_jobs.config import Config
+from ray_jobs.config import Config, resolve_path
+from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.training.setup import build_model
 
 TURNS = {"small": 2, "full": 9}
@@ -46,6 +47,8 @@ def measure(size: str) -> dict[str, dict[str, Any]]:
 def usual_recipe(config: Config, inputs: dict[str, Any]) -> UsualRecipe:
     """The rival, with a model of its own in fp32; it reads the pictures, not what was made of them."""
     pipeline, _ = build_model(config)
+    # Ours has no use for it: captions come encoded.
+    pipeline.text_encoder = load_pipeline(resolve_path(config.model.base)).text_encoder
     folder = Path(str(config.data.source))
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [(folder / row["file_name"], row["text"]) for row in map(json.loads, lines)]

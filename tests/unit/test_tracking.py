@@ -67,11 +67,10 @@ def checkpoint(config: Config, first: int, last: int, *, whole: bool = True, run
         {"step": step, "loss": 1 / step, "grad_norm": 0.5, "learning_rate": 1e-3, "time": BEGIN + step}
         for step in range(first, last + 1)
     ]
-    measured = {"step": last, "images_per_second": 16.0, "waiting_for_data": 0.25}
+    why = "rung" if rung else "interval"
+    measured = {"step": last, "why": why, "images_per_second": 16.0, "waiting_for_data": 0.25}
     folder.write_text("series.json", json.dumps(series))
-    folder.write_text(
-        "progress.json", json.dumps(measured | {"world_size": 1, "why": "rung" if rung else "interval"})
-    )
+    folder.write_text("progress.json", json.dumps(measured | {"world_size": 1}))
     if whole:
         folder.write_text("complete-0000-of-0001", "")
     return trial
