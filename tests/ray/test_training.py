@@ -89,11 +89,10 @@ def train_variants(
             if engine.zero_optimization_stage() == 3:
                 tensors = [optimizer.grad_partitions_flat_buffer]
             elif engine.zero_optimization_stage():
-                tensors += [
-                    tensor for group in optimizer.averaged_gradients.values() for tensor in group or ()
-                ]
-            storages = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t is not None}
-            return sum(storages.values())
+                kept = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
+                tensors += [tensor for group in kept for tensor in group or ()]
+            storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+            return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
         def watch(training: Any, variant: str, last: int) -> None:
             engine, add, advance = training.engine, training.meter.add, training.engine.step
