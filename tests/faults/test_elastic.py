@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def start(config: Config, folder: Path, what: str) -> subprocess.Popen[str]:
     written = folder / f"{what}.yaml"
     written.write_text(config.to_yaml())
     ours = {"RAY_ADDRESS", "RAY_JOB_ID"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.faults.elastic_run", str(written), what],
-        env={name: value for name, value in os.environ.items() if name not in ours},
+        env=environment | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"},  # how long a dead node is asked
         stdout=subprocess.PIPE,
         stderr=(folder / f"{what}.log").open("w"),
         text=True,
@@ -52,7 +54,8 @@ def test_a_training_goes_on_with_fewer_and_more_nodes_and_after_its_driver_died(
     endless = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [10**6]})})
     driver = start(endless, tmp_path, "disturb")
     assert driver.stdout is not None
-    told = [json.loads(next(driver.stdout)) for _ in EVENTS]
+    lines = (line for line in driver.stdout if line.startswith("{"))
+    told = [json.loads(line) for line in islice(lines, len(EVENTS))]
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert [line["event"] for line in told] == EVENTS
