@@ -257,6 +257,16 @@ def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
     assert len(history(config, run, "train/loss")) == 4  # what it missed was made good
 
 
+def test_a_store_that_fails_to_the_end_is_said_and_the_steps_are_named(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").unlink()
+    (tmp_path / "mlflow.db").mkdir()
+    with tracked(config, {TRIAL: config}, "d1", lambda: []):
+        checkpoint(config, 1, 2)
+    assert "the checkpoints have them, in series.json" in capsys.readouterr().out
+
+
 def test_a_store_that_hangs_does_not_hold_up_the_end(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
