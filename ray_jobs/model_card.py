@@ -45,9 +45,9 @@ def model_card(
         f"---\n{yaml.safe_dump(_front_matter(config, base_on_hub, pictures), sort_keys=False)}---",
         f"# {_text(config.name)}",
         _introduction(config, winner),
-        *(_pictures(pictures) if pictures else ()),
+        *(_pictures(pictures, manifest) if pictures else ()),
         *_use(config, base_on_hub, prompt),
-        *_scores(winner, manifest),
+        *_scores(config, winner, manifest),
         *_data(config, manifest),
         *_settings(config, winner),
         *_reproduce(config, winner),
@@ -94,13 +94,14 @@ def _introduction(config: Config, winner: dict[str, Any]) -> str:
     return f"{kind}, in diffusers' format. {_text(headline(winner))}"
 
 
-def _pictures(pictures: Sequence[tuple[str, str]]) -> list[str]:
+def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> list[str]:
     table = [
         "| " + " | ".join(f"![]({path})" for _, path in pictures) + " |",
         "|" + " --- |" * len(pictures),
         "| " + " | ".join(_text(caption) for caption, _ in pictures) + " |",
     ]
-    return ["Captions that the fine-tuning did not see:", "\n".join(table)]
+    seen = "did not see" if manifest["held_out"] else "saw"
+    return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
 def usage(config: Config, prompt: str) -> str:
@@ -142,12 +143,16 @@ def _use(config: Config, base_on_hub: bool, prompt: str) -> list[str]:
     return ["## Use", f"{packages}. {where}:", _fenced(usage(config, prompt), "python")]
 
 
-def _scores(winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     def fid(key: str) -> str:
         return f"{winner[key]:.1f}"
 
+    def real(split: str) -> int:
+        """Pictures that are compared with; without a held-out split they are those of training."""
+        return int(min(config.evaluate.num_samples, manifest[split if manifest["held_out"] else "train"]))
+
     counts = [
-        f"{winner[key]:,} generated, {manifest[split]:,} real"
+        f"{winner[key]:,} generated, {real(split):,} real"
         for key, split in (("num_samples", "test"), ("validation_num_samples", "validation"))
     ]
     table = _table(

@@ -83,8 +83,8 @@ def tracked(
 
 
 def _watch(mirror: "Mirror", done: threading.Event) -> None:
-    """Look until all is done, and once more. Trainings of hours must not end because of a store, so every
-    error is said, once, and the next look tries again."""
+    """Look until all is done, and once more. Trainings of hours must not end because of a store: an error is
+    said, at its first time and at the end, and the next look tries again."""
     said, last = False, False
     while not last:
         last = done.wait(LOOK_EVERY)
@@ -93,9 +93,10 @@ def _watch(mirror: "Mirror", done: threading.Event) -> None:
             if last:
                 mirror.end()
         except Exception as error:
-            if not said:
+            if last or not said:
                 reason = " ".join(str(error).split())[:300]
-                say("tracking", f"MLflow lacks the latest steps ({reason}); training goes on, trying again")
+                then = f"the checkpoints have them, in {SERIES}" if last else "training goes on, trying again"
+                say("tracking", f"MLflow lacks the latest steps ({reason}); {then}")
             said = True
 
 

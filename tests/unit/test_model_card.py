@@ -79,6 +79,15 @@ def test_the_scores_stand_with_their_counts_the_base_the_floor_and_the_network()
     assert WINNER["feature_network"] in text
 
 
+def test_no_more_real_pictures_are_told_than_were_compared_with() -> None:
+    text = card(config_of(evaluate={"num_samples": 50}))
+    assert "| pictures | 96 generated, 50 real | 90 generated, 50 real |" in text
+    none_held_out = MANIFEST | {"held_out": False, "train": 20, "validation": 0, "test": 0}
+    text = card(manifest=none_held_out)
+    assert "| pictures | 96 generated, 20 real | 90 generated, 20 real |" in text
+    assert "captions that the fine-tuning saw" in text and "too small to hold any out" in text
+
+
 def test_data_and_settings_are_told() -> None:
     text = ModelCard(card()).text
     for part in ("1,420 train, 90 validation, 91 test", MANIFEST["digest"], "| pictures | 1,601 | 100% |"):

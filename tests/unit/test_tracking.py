@@ -22,6 +22,7 @@ from ray_jobs.training.loop import DIVERGED
 
 pytestmark = pytest.mark.usefixtures("no_server")
 TRIAL = "lr-0.001"
+NO_DATABASE = "no database, but long enough to be read as the header of one" * 20
 BEGIN = 1_700_000_000.0
 
 
@@ -232,7 +233,7 @@ def test_a_server_that_does_not_answer_is_an_error_before_the_start(config: Conf
 
 
 def test_a_store_that_refuses_is_an_error_before_the_start(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("no database, but long enough to be read as the header of one" * 20)
+    (tmp_path / "mlflow.db").write_text(NO_DATABASE)
     with pytest.raises(ConfigError, match=r"publish.tracking_uri: sqlite:.*mlflow.db"), opened_store(config):
         pass
 
@@ -256,6 +257,15 @@ def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
     assert len(said) == 1 and "training goes on" in said[0]
     [run] = runs(config)
     assert len(history(config, run, "train/loss")) == 4  # what it missed was made good
+
+
+def test_a_store_that_fails_to_the_end_is_said_and_the_steps_are_named(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_text(NO_DATABASE)
+    with tracked(config, {TRIAL: config}, "d1", lambda: []):
+        checkpoint(config, 1, 2)
+    assert "the checkpoints have them, in series.json" in capsys.readouterr().out
 
 
 def test_a_store_that_hangs_does_not_hold_up_the_end(
