@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from itertools import islice
@@ -55,9 +54,11 @@ def test_a_training_goes_on_with_fewer_and_more_nodes_and_after_its_driver_died(
     driver = start(endless, tmp_path, "disturb")
     assert driver.stdout is not None
     lines = (line for line in driver.stdout if line.startswith("{"))
-    told = [json.loads(line) for line in islice(lines, len(EVENTS))]
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    try:
+        told = [json.loads(line) for line in islice(lines, len(EVENTS))]
+    finally:
+        driver.kill()
+        driver.wait()
     assert [line["event"] for line in told] == EVENTS
     assert [line["world_size"] for line in told] == [2, 1, 2, 2]
     assert told[-1]["seconds"] < GRACE_S
