@@ -123,10 +123,10 @@ class Engine(Trained):
         given = {name: inputs[name] for name in ("latents", "captions", "draws")}
         self.backward = lambda: engine.backward(engine(**given).mean())
         self.update = engine.step
-        self.state = lambda: state_bytes(engine)
+        self.state = lambda: kept_bytes(engine)
 
 
-def state_bytes(engine: Any) -> dict[str, int]:
+def kept_bytes(engine: Any) -> dict[str, int]:
     """Bytes that a rank keeps of parameters (frozen ones too), gradients, and the optimizer's states with
     ZeRO's fp32 weights; memory that several share counts once."""
     parameters = list(engine.module.parameters())

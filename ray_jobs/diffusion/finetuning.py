@@ -26,6 +26,8 @@ class FineTuning(nn.Module):
         family: of the pipeline.
         objective: on the device that the module will be on.
         text_encoders_trained: captions then come as tokens, else as embeddings.
+        channels_last: memory layout of what goes through the denoiser's convolutions. Not of its weights: ZeRO
+            flattens and broadcasts those.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class FineTuning(nn.Module):
         settings: LossSettings,
         *,
         text_encoders_trained: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.family, self.objective, self.settings = family, objective, settings
         self.denoiser = getattr(pipeline, family.denoiser)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         names = family.text_encoders if text_encoders_trained else ()
         present = {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
         self.text_encoders = nn.ModuleDict(present)
@@ -62,7 +66,8 @@ class FineTuning(nn.Module):
         captions = {name: tensor.to(dtype) for name, tensor in captions.items()}
 
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return self.family.denoise(self.denoiser, noisy.to(dtype), timesteps, captions, sizes).float()
+            noisy = noisy.to(dtype, memory_format=self.layout)
+            return self.family.denoise(self.denoiser, noisy, timesteps, captions, sizes).float()
 
         return denoising_loss(denoise, self.objective, latents, draws, self.settings)
 

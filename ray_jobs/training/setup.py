@@ -85,7 +85,12 @@ def _choose_trained(
         else:
             part.requires_grad_(True)
     model = FineTuning(
-        pipeline, family, objective.to(device), settings, text_encoders_trained=train.train_text_encoder
+        pipeline,
+        family,
+        objective.to(device),
+        settings,
+        text_encoders_trained=train.train_text_encoder,
+        channels_last=train.channels_last,
     )
     choose_layers(model, train.groups, ever_trainable(stages_of(train, config.search.ladder[-1])))
     model.remember_trained(train.groups)
@@ -100,8 +105,6 @@ def _prepare(parts: list[Any], config: TrainConfig) -> None:
                 getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
             )
             enable()
-        if config.channels_last:
-            part.to(memory_format=torch.channels_last)
     if config.compile:
         parts[0].compile()
 
