@@ -26,8 +26,8 @@ class FineTuning(nn.Module):
         family: of the pipeline.
         objective: on the device that the module will be on.
         text_encoders_trained: captions then come as tokens, else as embeddings.
-        channels_last: memory layout of what goes through the denoiser's convolutions. Not of its weights: ZeRO
-            flattens and broadcasts those.
+        channels_last: memory layout of what goes through the denoiser's convolutions. Their weights keep the
+            plain one: ZeRO flattens and broadcasts them.
     """
 
     def __init__(
