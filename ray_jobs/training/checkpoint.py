@@ -63,6 +63,9 @@ class CheckpointWriter:
 
         def upload(checkpoint: Any, name: str) -> Any:
             folder = Path(checkpoint.path)
+            mark = f"{storage.build_checkpoint_path_from_name(name)}/{_mark(rank, world_size)}"
+            if storage.storage_filesystem.get_file_info(mark).is_file:
+                storage.storage_filesystem.delete_file(mark)  # an attempt that died left it here
             write_shard(folder / STATE, rank, world_size, tensors, steps)
             if rank == 0:
                 progress = metrics | {"world_size": world_size}
@@ -72,7 +75,7 @@ class CheckpointWriter:
                 if why == RUNG:
                     self.export(weights, folder / WEIGHTS)
             there = storage.persist_current_checkpoint(checkpoint, name)
-            with there.filesystem.open_output_stream(f"{there.path}/{_mark(rank, world_size)}"):
+            with there.filesystem.open_output_stream(mark):
                 return there
 
         ray.train.report(
@@ -136,6 +139,15 @@ def folder_of(step: int) -> str:
 def steps_of(trial: Storage) -> list[int]:
     """The steps of the checkpoints in a trial's folder, whole or not, in their order."""
     return sorted(int(name.removeprefix(FOLDER)) for name in trial.folders() if name.startswith(FOLDER))
+
+
+def last_whole(trial: Storage) -> Storage | None:
+    """The folder of the last whole checkpoint of a training; None if there is none.
+
+    It may be one that Ray Train does not know of: a crash can come between writing it and reporting it.
+    """
+    below = (trial.child(folder_of(step)) for step in reversed(steps_of(trial)))
+    return next((folder for folder in below if read_progress(folder)), None)
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:

@@ -14,7 +14,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.checkpoint import CheckpointWriter, Resumed
+from ray_jobs.training.checkpoint import CheckpointWriter, Resumed, last_whole
 from ray_jobs.training.engine import build_engine, enter_stage, pieces_a_step, set_hyperparameters
 from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.meter import RUNG, Diverged, Meter
@@ -37,6 +37,11 @@ class LoopSettings:
     board: Any = None  # handle of a ProgressBoard
 
     @property
+    def trial(self) -> Storage:
+        """Where the checkpoints are."""
+        return Storage.open(self.config.storage).child(self.config.name, "train", self.trial_id)
+
+    @property
     def stages(self) -> list[Stage]:
         return stages_of(self.config.train, self.ladder[-1])
 
@@ -52,16 +57,19 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     import deepspeed  # noqa: F401  here, so that importing is told from building
     import ray.train
     from diffusers import DiffusionPipeline  # noqa: F401
+    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     startup.done("imports")
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    # Rank 0 looks for all: another rank could already see a later one.
+    found = last_whole(settings.trial) if ray.train.get_context().get_world_rank() == 0 else None
+    last = broadcast_from_rank_zero(found)
+    if last is None:
         Training(settings, get_device(), None, startup).run()
         return
-    with checkpoint.as_directory() as folder:
+    with ray.train.Checkpoint(last.path, last.filesystem).as_directory() as folder:
         training = Training(settings, get_device(), Resumed(Path(folder)), startup)
     training.run()
 
@@ -178,9 +186,7 @@ class Training:
     def _give_up(self, error: Diverged) -> None:
         """Leave word for the driver; a restart from the last checkpoint would end in the same way."""
         if self.rank == 0:
-            config = self.settings.config
-            trial = Storage.open(config.storage).child(config.name, "train", self.settings.trial_id)
-            trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))
+            self.settings.trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))
 
 
 def _entropy(*numbers: int) -> int:
