@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -20,5 +21,8 @@ class EMA:
     def update(self, parameters: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
         """Move the averages towards `parameters`, after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in parameters:
-            self.averages[name].lerp_(value.detach().float(), 1 - decay)
+        moved = {name: value.detach().float() for name, value in parameters}
+        if moved:  # of many workers, one may own nothing
+            # All at once: on a GPU, a kernel for each layer would cost more than its arithmetic.
+            averages = [self.averages[name] for name in moved]
+            get_ema_multi_avg_fn(decay)(averages, list(moved.values()), step)

@@ -101,6 +101,7 @@ class Training:
         self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
         startup.done("model")
         self.engine = build_engine(model, config.train, self.world_size)
+        self.owned = owned_fragments(self.engine)
         self.ema = self._averages()
         if resumed:
             resumed.restore(self.engine, self.ema)
@@ -114,8 +115,7 @@ class Training:
     def _averages(self) -> EMA | None:
         """Of what this rank owns, so that averaging needs no communication."""
         decay = self.settings.config.train.ema_decay
-        owned = owned_fragments(self.engine)
-        return EMA([(piece.key, piece.weights) for piece in owned], decay) if decay else None
+        return EMA([(piece.key, piece.weights) for piece in self.owned], decay) if decay else None
 
     def run(self) -> None:
         """Climb the rest of the ladder."""
@@ -160,8 +160,7 @@ class Training:
 
     def _average(self, step: int) -> None:
         if self.ema:
-            owned = owned_fragments(self.engine)
-            self.ema.update([(piece.key, piece.weights) for piece in owned], step)
+            self.ema.update([(piece.key, piece.weights) for piece in self.owned], step)
 
     def _stream(self, first_step: int) -> Iterator[list[Piece]]:
         """This rank's pieces of each step from `first_step` on; all ranks call it."""
