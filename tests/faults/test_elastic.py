@@ -50,7 +50,7 @@ def test_a_training_goes_on_with_fewer_and_more_nodes_and_after_its_driver_died(
 
     elastic = config(num_workers=[1, 2], cpus_per_worker=2, checkpoint_minutes=0.1, max_failures=3)
     dataset = prepare(elastic)
-    endless = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [10**6]})})
+    endless = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [10**5]})})
     driver = start(endless, tmp_path, "disturb")
     assert driver.stdout is not None
     lines = (line for line in driver.stdout if line.startswith("{"))
