@@ -15,7 +15,8 @@ from ray_jobs.config import Config
 from ray_jobs.prepare import prepare
 from ray_jobs.training.checkpoint import SERIES
 from tests.faults.elastic_run import GRACE_S
-from tests.ray.test_training import tiny_config, train_variants
+from tests.plain_training import PlainTraining
+from tests.ray.test_training import tiny_config
 
 EVENTS = ["two nodes", "a node died", "a node joined", "a node will be taken away"]
 
@@ -72,8 +73,6 @@ def test_a_training_goes_on_with_fewer_and_more_nodes_and_after_its_driver_died(
 
     found = curve(trial)
     assert sorted({step for step, _ in found}) == list(range(1, last + 1))
-    [quiet] = train_variants(
-        {"quiet": config()}, dataset, tmp_path, num_workers=1, name="quiet", steps=last
-    ).values()
+    quiet = PlainTraining(elastic, dataset).run(last)
     for step, loss in found:
         assert loss == pytest.approx(quiet[step - 1], abs=1e-4), step

@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from cluster.connect import LocalCluster
@@ -13,6 +11,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import dry_run, prepare
 from tests.conftest import captions, draw
+from tests.plain_training import PlainTraining
 from tests.ray.test_prepare import members
 from tests.ray.test_training import tiny_config, train_variants
 
@@ -98,35 +97,6 @@ def test_class_pictures_have_a_split_of_their_own_and_their_class_prompts(datase
     assert sorted(texts) == [CAT] * 3 + [DOG] * 3
 
 
-def first_step_by_hand(config: Config, dataset: Dataset) -> tuple[list[str], list[float]]:
-    """Captions and losses of the four rows of step 1, before anything is learnt."""
-    import torch
-
-    from ray_jobs.data.tensors import as_torch, read_tensors
-    from ray_jobs.training.inputs import InputMaker, Piece
-    from ray_jobs.training.loop import LoopSettings
-    from ray_jobs.training.setup import build_model
-
-    pipeline, model = build_model(config)
-    empty_caption = dataset.empty_caption()
-    maker = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, torch.device("cpu"))
-    parts, of_class = dataset.parts("train"), dataset.parts("class")
-    stream = LoopSettings(config, dataset, "trial", [2]).stream(1, maker.columns)
-    order = stream.joined_order(parts, of_class, row_bytes=1 << 10)
-    [window] = order.windows(1, 1)
-    [step] = order.steps(window)
-    texts: list[str] = []
-    rows: list[dict[str, Any]] = []
-    for part, row in step.rows.tolist():
-        table = pq.read_table(dataset.cache.open_input([*parts, *of_class][part]["file"]))
-        texts.append(table["text"][row].as_py())
-        rows.append({name: values[row] for name, values in read_tensors(table, [*maker.columns]).items()})
-    batch = {name: as_torch(np.stack([row[name] for row in rows])) for name in maker.columns}
-    inputs, _ = maker.make(Piece(batch, [0, 1, 2, 3], [0.0] * 4), step=1)
-    with torch.no_grad():
-        return texts, model(**inputs).tolist()
-
-
 def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes(
     config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -134,7 +104,9 @@ def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes
         train = config.train.model_copy(update={"prior_loss_weight": weight})
         return config.model_copy(update={"train": train})
 
-    texts, losses = first_step_by_hand(config, dataset)
+    plain = PlainTraining(with_weight(1.0), dataset)
+    texts, _ = plain.batch(1)
+    losses = plain.row_losses(1).tolist()
     assert set(texts[:2]) <= {SKS_CAT, SKS_DOG} and set(texts[2:]) <= {CAT, DOG}
     own, prior = sum(losses[:2]) / 2, sum(losses[2:]) / 2
     assert abs(own - prior) > 1e-3  # else it would not matter which rows are weighed

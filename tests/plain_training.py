@@ -1,0 +1,69 @@
+"""A training in plain PyTorch, in this process: what Ray, DeepSpeed, restarts and workers must not change."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.training.engine import build_optimizer, set_hyperparameters
+from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
+from ray_jobs.training.loop import LoopSettings
+from ray_jobs.training.setup import build_model
+from ray_jobs.training.stages import stage_at, stages_of
+
+
+class PlainTraining:
+    """Trains on prepared rows, one by one read from their files, in fp32 and without sharding."""
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        pipeline, self.model = build_model(config)
+        autoencoder, device = dict(pipeline.vae.config), torch.device("cpu")
+        self.inputs = InputMaker(config, autoencoder, self.model, dataset.empty_caption(), device)
+        self.optimizer = build_optimizer(self.model, config.train)
+        records, of_class = dataset.parts("train"), dataset.parts("class")
+        stream = LoopSettings(config, dataset, "plain", [1]).stream(1, self.inputs.columns)
+        joined = config.train.prior_loss_weight > 0
+        order = stream.joined_order(records, of_class, 1 << 10) if joined else stream.order(records, 1 << 10)
+        self.order, self.records = order, [*records, *of_class]
+
+    def batch(self, step: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """Captions and tensors of the rows of a step."""
+        [window] = self.order.windows(step, step)
+        [found] = self.order.steps(window)
+        texts, rows = [], []
+        for part, row in found.rows.tolist():
+            with self.dataset.cache.open_input(self.records[part]["file"]) as file:
+                table = pq.read_table(file)
+            texts.append(table["text"][row].as_py())
+            tensors = read_tensors(table, list(self.inputs.columns))
+            rows.append({name: values[row] for name, values in tensors.items()})
+        columns = {name: np.stack([row[name] for row in rows]) for name in self.inputs.columns}
+        return texts, {name: as_torch(values) for name, values in columns.items()}
+
+    def row_losses(self, step: int) -> torch.Tensor:
+        """The loss of each row of a step."""
+        rows = self.batch(step)[1]
+        places = list(range(self.config.train.batch_size))
+        inputs, _ = self.inputs.make(Piece(rows, places, [0.0] * len(places)), step)
+        losses: torch.Tensor = self.model(**inputs)
+        return losses
+
+    def run(self, steps: int) -> list[float]:
+        """The loss of each step."""
+        train = self.config.train
+        stages, shares, losses = stages_of(train, steps), torch.tensor(loss_shares(train)), []
+        trained = [parameter for _, parameter in self.model.trained()]
+        for step in range(1, steps + 1):
+            set_hyperparameters(SimpleNamespace(optimizer=self.optimizer), stage_at(stages, step), step)
+            loss = (self.row_losses(step) * shares).sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
