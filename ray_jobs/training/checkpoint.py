@@ -23,7 +23,7 @@ import torch
 from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.meter import RUNG
-from ray_jobs.training.state import Shards, load_moments, owned_fragments, snapshot, whole, write_shard
+from ray_jobs.training.state import Shards, load_state, owned_fragments, snapshot, whole, write_shard
 
 WEIGHTS = "weights"
 STATE = "state"
@@ -111,8 +111,8 @@ class Resumed:
         self.shards = Shards(folder / STATE, int(progress["world_size"]))
 
     def restore(self, engine: Any, ema: EMA | None) -> None:
-        """Bring Adam's moments and the averages to the stored ones; the weights are there already."""
-        load_moments(self.shards, engine)
+        """Bring the optimizer's state and the averages to the stored ones; the model has its weights."""
+        load_state(self.shards, engine)
         if ema:
             for piece in owned_fragments(engine):
                 stored = self.shards.read("ema", piece.name, piece.start, piece.numel)

@@ -214,10 +214,14 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
 
 
 @torch.no_grad()
-def load_moments(shards: Shards, engine: Any) -> None:
-    """Bring Adam's state to the stored one."""
+def load_state(shards: Shards, engine: Any) -> None:
+    """Bring the weights that the optimizer steps, and Adam's state, to the stored ones.
+
+    An engine makes its fp32 weights of the model's after it has rounded those to bf16 or fp16.
+    """
     for piece in held_fragments(engine):
         state = adam_state(engine, piece.owner)
+        piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
         for kind in MOMENTS:
             piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
         stored = shards.steps[piece.name]
