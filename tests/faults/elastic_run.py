@@ -1,10 +1,9 @@
 """A training on a cluster of several nodes that die, join and are taken away while it runs.
 
-    python -m tests.faults.elastic_run CONFIG disturb|finish
+    python -m tests.faults.elastic_run CONFIG
 
-`disturb` kills a node, adds one and announces that it will be taken away; each time it waits until a
-checkpoint shows that the training went on, and prints a line of JSON about it. It then waits to be killed.
-`finish` trains to the end of the ladder on one node.
+Kills a node, adds one and announces that it will be taken away; each time it waits until a checkpoint shows
+that the training went on, and prints a line of JSON about it. It then waits to be killed.
 """
 
 import json
@@ -86,13 +85,7 @@ def main() -> None:
     config = load_config(sys.argv[1])
     cluster = Cluster(initialize_head=True, head_node_args=HEAD_NODE)
     cluster.connect()
-    if sys.argv[2] == "disturb":
-        disturb(cluster, config)
-    else:
-        cluster.add_node(**WORKER_NODE)
-        run(config)
-    ray.shutdown()
-    cluster.shutdown()
+    disturb(cluster, config)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,8 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
     )
 
 
-def run_inside(
-    function: Any, loop: dict[str, Any], *, num_workers: int, folder: Path, name: str, max_failures: int = 0
-) -> None:
-    """Run a train function on Ray Train workers."""
+def run_inside(function: Any, loop: dict[str, Any], *, num_workers: int, folder: Path, name: str) -> None:
+    """Run a train function on Ray Train workers; a failure ends it."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -53,11 +51,7 @@ def run_inside(
         function,
         train_loop_config=loop,
         scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-        ),
+        run_config=ray.train.RunConfig(name=name, storage_path=str(folder)),
     ).fit()
 
 
@@ -229,6 +223,8 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
+    from ray.train import WorkerGroupError
+
     def config(ladder: str) -> Config:
         settings = ["train.lora.dropout=0.2", "train.zero_stage=3", "train.precision=bf16"]
         return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
@@ -238,7 +234,9 @@ def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_sa
     run, told = tmp_path / "tiny" / "train", tmp_path / "rungs.json"
     settings = LoopSettings(config("[2,4,40]"), dataset, "trial", [2, 4, 40])
     dying = train_and_die_once(settings, told)
-    run_inside(dying, {}, num_workers=2, folder=run, name="trial", max_failures=1)
+    with pytest.raises(WorkerGroupError):
+        run_inside(dying, {}, num_workers=2, folder=run, name="trial")
+    run_inside(dying, {}, num_workers=2, folder=run, name="trial")  # a driver that is started again
     assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
     rungs = find_rungs(Storage.open(str(run)))["trial"]
     assert [rung.metrics["step"] for rung in rungs] == [2, 4, 40]
