@@ -14,7 +14,7 @@ from cluster.connect import LocalCluster
 from ray_jobs.config import Config
 from ray_jobs.prepare import prepare
 from ray_jobs.training.checkpoint import SERIES
-from tests.faults.elastic_run import GRACE_S
+from tests.faults.elastic_run import GRACE_S, checkpoints
 from tests.plain_training import PlainTraining
 from tests.ray.test_training import tiny_config
 
@@ -36,9 +36,10 @@ def start(config: Config, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def curve(trial: Path) -> list[tuple[int, float]]:
-    """(step, loss) of all steps that checkpoints of a training tell; repeated ones as often as they were."""
-    series = [json.loads(path.read_text()) for path in sorted(trial.glob(f"step-*/{SERIES}"))]
+def curve(config: Config) -> list[tuple[int, float]]:
+    """(step, loss) of all steps that whole checkpoints tell; repeated ones as often as they were."""
+    trial = Path(config.storage) / config.name / "train" / "lr-0.0001"
+    series = [json.loads((trial / f"step-{step:08d}" / SERIES).read_text()) for step in checkpoints(config)]
     return [(row["step"], row["loss"]) for rows in series for row in rows]
 
 
@@ -64,8 +65,9 @@ def test_a_training_goes_on_with_fewer_and_more_nodes(
     assert [line["world_size"] for line in told] == [2, 1, 2, 2]
     assert told[-1]["seconds"] < GRACE_S
 
-    found, last = curve(tmp_path / "tiny" / "train" / "lr-0.0001"), told[-1]["step"]
-    assert sorted({step for step, _ in found}) == list(range(1, last + 1))
+    found = curve(elastic)
+    last = max(step for step, _ in found)
+    assert {step for step, _ in found} == set(range(1, last + 1))
     quiet = PlainTraining(elastic, dataset).run(last)
     for step, loss in found:
         assert loss == pytest.approx(quiet[step - 1], abs=1e-4), step
