@@ -35,6 +35,10 @@ KEEP_MEMORY = {
 """Environment of the embedded Ray's processes. glibc would return the memory of each large tensor to the
 system and get it back page by page for the next one: a quarter of an encoder's time, on two cores."""
 
+ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Environment of the embedded Ray's processes. Nobody takes its only machine away, so each training saves the
+process that would watch for that."""
+
 
 @dataclass(frozen=True)
 class LocalCluster:
@@ -63,7 +67,7 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
         RuntimeError: if Ray does not come up; it names the log.
     """
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(QUIET | KEEP_MEMORY)
+    os.environ.update(QUIET | KEEP_MEMORY | ONE_MACHINE)
     _require_token()
     _stay_on_loopback()
     folder = Path(tempfile.mkdtemp(prefix="diffray-"))

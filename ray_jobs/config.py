@@ -272,7 +272,9 @@ class TrainConfig(Section):
     )
     use_gpu: bool = Field(False, description="one GPU a worker")
     cpus_per_worker: Positive = Field(1, description="logical CPUs (and PyTorch threads) a worker")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage (arXiv 1910.02054)")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); one worker in fp32 needs none"
+    )
     offload_optimizer: bool = Field(False, description="optimizer in the host's memory (stages 1 to 3)")
     offload_parameters: bool = Field(False, description="weights in the host's memory (stage 3)")
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
@@ -504,6 +506,10 @@ class Config(Section):
                 "costs next to nothing"
             )
         return self
+
+    def with_learning_rate(self, rate: float) -> "Config":
+        """The configuration of one trial of a search."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": rate})})
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

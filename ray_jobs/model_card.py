@@ -40,7 +40,7 @@ def model_card(
     Raises:
         KeyError: if `winner` or `manifest` lacks a key.
     """
-    config = _of_the_winner(config, winner)
+    config = config.with_learning_rate(winner["learning_rate"])
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, base_on_hub, pictures), sort_keys=False)}---",
         f"# {_text(config.name)}",
@@ -65,11 +65,6 @@ def portable(path: str) -> str:
     if "://" in plain or re.match(r"[/~\\]|\.\.|[A-Za-z]:[/\\]", plain):
         return re.split(r"[/\\]", plain.rstrip("/\\"))[-1]
     return plain
-
-
-def _of_the_winner(config: Config, winner: dict[str, Any]) -> Config:
-    train = config.train.model_copy(update={"learning_rate": winner["learning_rate"]})
-    return config.model_copy(update={"train": train})
 
 
 def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]) -> dict[str, Any]:

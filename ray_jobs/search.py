@@ -31,7 +31,6 @@ from ray_jobs.train import (
     checked,
     depends_on,
     trial_id,
-    with_learning_rate,
 )
 from ray_jobs.training.checkpoint import Rung, find_rungs, folder_of
 from ray_jobs.training.meter import RUNG
@@ -106,7 +105,7 @@ def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storag
     if recorded:
         say("search", f"going on after {len(recorded)} measured rungs")
     storage.delete("tune")
-    trials = {trial_id(rate): with_learning_rate(config, rate) for rate in config.search.learning_rates}
+    trials = {trial_id(rate): config.with_learning_rate(rate) for rate in config.search.learning_rates}
     mirrored = tracked(config, trials, dataset.manifest["digest"], lambda: read_rows(storage))
     with watched_board() as board, mirrored:
         trial = tune.with_parameters(
@@ -155,7 +154,7 @@ def run_trial(
     rate = space["learning_rate"]
     name = trial_id(rate)
     known = {row["step"]: row for row in recorded if row["trial_id"] == name}
-    config = with_learning_rate(config, rate)
+    config = config.with_learning_rate(rate)
     trainings = Storage.open(config.storage).child(config.name, "train")
     rungs = find_rungs(trainings).get(name, [])
     for rung in rungs:

@@ -68,19 +68,14 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset.manifest["inputs"],
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
-        "train": train,
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
+        **{f"train.{name}": value for name, value in train.items()},
     }
 
 
 def trial_id(learning_rate: float) -> str:
     """A trial's name, the same in every attempt: it is what a resumed run finds its state by."""
     return f"lr-{learning_rate:g}"
-
-
-def with_learning_rate(config: Config, rate: float) -> Config:
-    """The configuration of one trial of a search."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
 def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], board: Any = None) -> Any:
@@ -93,8 +88,8 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
     name = trial_id(train.learning_rate)
     settings = LoopSettings(config, dataset, name, ladder, board)
     storage = Storage.open(config.storage).child(config.name, "train")
-    storage.child(name).delete(DIVERGED)
-    require_same(storage.child(name), depends_on(config, dataset))
+    settings.trial.delete(DIVERGED)
+    require_same(settings.trial, depends_on(config, dataset))
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
@@ -124,17 +119,12 @@ def require_same(trial: Storage, now: dict[str, Any]) -> None:
         trial.write_text(DEPENDS_ON, json.dumps(now, indent=2))
         return
     before = json.loads(trial.read_text(DEPENDS_ON))
-    [was, is_now] = (
-        {**settings, **{f"train.{name}": value for name, value in settings["train"].items()}}
-        for settings in (before, now)
-    )
-    changed = [name for name in is_now if name != "train" and was.get(name) != is_now[name]]
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"{name}: {is_now[name]} now, but the training in {trial.uri} began with {was.get(name)}; "
-            "give the run another name, change it back, or delete that folder"
-        )
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{name}: {value} now, but the training in {trial.uri} began with {before.get(name)}; "
+                "give the run another name, change it back, or delete that folder"
+            )
 
 
 def check_diverged(trial: Storage) -> None:

@@ -9,6 +9,7 @@ import torch
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.engine import build_optimizer, set_hyperparameters
 from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.loop import LoopSettings
@@ -25,6 +26,7 @@ class PlainTraining:
         autoencoder, device = dict(pipeline.vae.config), torch.device("cpu")
         self.inputs = InputMaker(config, autoencoder, self.model, dataset.empty_caption(), device)
         self.optimizer = build_optimizer(self.model, config.train)
+        self.ema = EMA(self.model.trained(), config.train.ema_decay)
         records, of_class = dataset.parts("train"), dataset.parts("class")
         stream = LoopSettings(config, dataset, "plain", [1]).stream(1, self.inputs.columns)
         joined = config.train.prior_loss_weight > 0
@@ -53,17 +55,18 @@ class PlainTraining:
         losses: torch.Tensor = self.model(**inputs)
         return losses
 
-    def run(self, steps: int) -> list[float]:
-        """The loss of each step."""
+    def run(self, last: int, first: int = 1) -> list[float]:
+        """The loss of each step from `first` to `last`."""
         train = self.config.train
-        stages, shares, losses = stages_of(train, steps), torch.tensor(loss_shares(train)), []
+        stages, shares, losses = stages_of(train, last), torch.tensor(loss_shares(train)), []
         trained = [parameter for _, parameter in self.model.trained()]
-        for step in range(1, steps + 1):
+        for step in range(first, last + 1):
             set_hyperparameters(SimpleNamespace(optimizer=self.optimizer), stage_at(stages, step), step)
             loss = (self.row_losses(step) * shares).sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.ema.update(self.model.trained(), step)
             losses.append(loss.item())
         return losses

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.data.measuring import in_fresh_process
-from benchmarks.train.measuring import Contest, changed, prepared, run_contests
+from benchmarks.train.measuring import Contest, changed, prepared, run_contests, tell
 from benchmarks.train.rivals import BareLoop
 from ray_jobs.config import Config
 from ray_jobs.training.setup import build_model
@@ -16,14 +16,7 @@ CORES = 2
 
 def run(size: str) -> dict[str, Any]:
     figures = in_fresh_process(measure, size)
-    for name, found in figures.items():
-        speeds = found["images_per_second"]
-        print(f"{name}: {speeds['ours']:.1f} images a second, the rival {speeds['rival']:.1f}", flush=True)
-        for who, causes in found["ms_a_step"].items():
-            told = ", ".join(f"{cause} {ms:.1f}" for cause, ms in causes.items())
-            print(f"    {who:>5}, ms a step: {told}", flush=True)
-    said = ", ".join(f"{name}: {found['ratio']:.2f}" for name, found in figures.items())
-    print(f"ratio: of a bare loop's images a second, {said}", flush=True)
+    tell(figures, rival="the rival", of="a bare loop's images a second")
     return {"turns": TURNS[size], "steps_a_turn": STEPS[size], "figures": figures}
 
 

@@ -230,6 +230,23 @@ def _causes(turns: list[dict[str, float]], steps: int) -> dict[str, float]:
     return {cause: 1e3 * seconds / steps for cause, seconds in (found | {"other": median(rest)}).items()}
 
 
+def tell(figures: Mapping[str, dict[str, Any]], *, rival: str, of: str) -> None:
+    """Print what `run_contests` found: speeds, where the time went, and last the ratios.
+
+    Args:
+        rival: what it is called.
+        of: whose images a second the ratios are of.
+    """
+    for name, found in figures.items():
+        speeds = found["images_per_second"]
+        print(f"{name}: {speeds['ours']:.1f} images a second, {rival} {speeds['rival']:.1f}", flush=True)
+        for who, causes in found["ms_a_step"].items():
+            told = ", ".join(f"{cause} {ms:.1f}" for cause, ms in causes.items())
+            print(f"    {who:>5}, ms a step: {told}", flush=True)
+    said = ", ".join(f"{name}: {found['ratio']:.2f}" for name, found in figures.items())
+    print(f"ratio: of {of}, {said}", flush=True)
+
+
 def first_inputs(config: Config, dataset: Dataset, rank: int, world_size: int) -> dict[str, Any]:
     """A rank's share of a batch of prepared rows, as `inputs_of` makes it."""
     names = ["latents_mean", "latents_logvar", "prompt_embeds"]

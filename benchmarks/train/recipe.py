@@ -5,28 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.measuring import in_fresh_process
-from benchmarks.train.limit import CORES, METHODS
-from benchmarks.train.measuring import Contest, changed, prepared, run_contests
+from benchmarks.train.limit import CORES, METHODS, STEPS, TURNS
+from benchmarks.train.measuring import Contest, changed, prepared, run_contests, tell
 from benchmarks.train.rivals import UsualRecipe
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.training.setup import build_model
 
-TURNS = {"small": 2, "full": 9}
-STEPS = {"small": 2, "full": 4}  # of a turn
 PRECISIONS = ("fp32", "bf16")
 
 
 def run(size: str) -> dict[str, Any]:
     figures = in_fresh_process(measure, size)
-    for name, found in figures.items():
-        speeds = found["images_per_second"]
-        print(f"{name}: {speeds['ours']:.1f} images a second, the recipe {speeds['rival']:.1f}", flush=True)
-        for who, causes in found["ms_a_step"].items():
-            told = ", ".join(f"{cause} {ms:.1f}" for cause, ms in causes.items())
-            print(f"    {who:>5}, ms a step: {told}", flush=True)
-    said = ", ".join(f"{name}: {found['ratio']:.2f}" for name, found in figures.items())
-    print(f"ratio: of the usual recipe's images a second (fp32), {said}", flush=True)
+    tell(figures, rival="the recipe", of="the usual recipe's images a second (fp32)")
     return {"turns": TURNS[size], "steps_a_turn": STEPS[size], "figures": figures}
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families.family import Captions, Family
-from ray_jobs.diffusion.loading import LORA_WEIGHTS, SAFETY_CHECKER
-from ray_jobs.diffusion.model_files import INDEX
+from ray_jobs.diffusion.loading import LORA_WEIGHTS
+from ray_jobs.diffusion.model_files import INDEX, SAFETY_CHECKER
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
 
 OTHER = "other"  # the group of the parameters that are in no named one
@@ -198,9 +198,8 @@ def save_pipeline(
         own[key].copy_(value)
     for name, part in components.items():
         part.save_pretrained(folder / name, safe_serialization=True)
-    others = [path for path in base.iterdir() if path.is_dir() and path.name not in components]
-    for path in others:
-        if path.name != SAFETY_CHECKER:
+    for path in base.iterdir():
+        if path.is_dir() and path.name not in {SAFETY_CHECKER, *components}:
             shutil.copytree(path, folder / path.name)
     index = json.loads((base / INDEX).read_text(encoding="utf-8"))
     if SAFETY_CHECKER in index:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.model_files import SAFETY_CHECKER
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-SAFETY_CHECKER = "safety_checker"  # never loaded, nor a part of what is written
 
 
 def load_pipeline(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SAFETY_CHECKER = "safety_checker"  # never loaded, nor a part of what is written
 # Folders of a model that are not needed to draw pictures, or to encode pictures and captions.
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+UNUSED = (SAFETY_CHECKER, "feature_extractor", "image_encoder")
 NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
 INDEX = "model_index.json"
 

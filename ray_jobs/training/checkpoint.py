@@ -31,6 +31,7 @@ PROGRESS = "progress.json"
 SERIES = "series.json"
 CONFIG = "config.yaml"
 FOLDER = "step-"
+MARK = "complete-"
 
 Export = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -94,7 +95,7 @@ class CheckpointWriter:
 
 
 def _mark(rank: int, world_size: int) -> str:
-    return f"complete-{rank:04d}-of-{world_size:04d}"
+    return f"{MARK}{rank:04d}-of-{world_size:04d}"
 
 
 class Resumed:
@@ -169,8 +170,8 @@ def _rung(folder: Storage) -> Rung | None:
 def read_progress(folder: Storage) -> dict[str, Any] | None:
     """What was measured up to the checkpoint in a folder, or None if there is none that is whole."""
     files = set(folder.files())
-    if PROGRESS not in files:
-        return None
+    if not any(name.startswith(f"{MARK}0000-") for name in files):
+        return None  # rank 0 may be in the middle of writing progress.json
     metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
     marks = {_mark(rank, metrics["world_size"]) for rank in range(metrics["world_size"])}
     return metrics if marks <= files else None

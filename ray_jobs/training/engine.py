@@ -1,5 +1,6 @@
 """The DeepSpeed engine of a training worker: how it is configured, built, and told what to do at a step."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,17 @@ MODELLED = {
 }
 
 REDUCED_AT_ONCE = 500_000_000  # elements of gradients: DeepSpeed's own default
+
+
+def sharded_for(config: TrainConfig, world_size: int) -> TrainConfig:
+    """`config` without sharding where that would only cost copies: one worker has nobody to share with.
+
+    Not with bf16 or fp16, whose fp32 weights ZeRO keeps, and not where the user asks for what only ZeRO has.
+    """
+    offloads = config.offload_optimizer or config.offload_parameters
+    if world_size > 1 or config.precision != "fp32" or offloads or config.deepspeed:
+        return config
+    return config.model_copy(update={"zero_stage": 0})
 
 
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:
@@ -109,15 +121,32 @@ def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optim
     return torch.optim.AdamW(groups, **settings)
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed, without two things that no training here needs and that every worker would wait for.
+
+    Its autotuner imports MLflow where that is installed, which takes longer than all the rest of DeepSpeed.
+    And on a CPU it compiles an all-reduce for inference before anything else: that takes a compiler, and a
+    worker that dies meanwhile leaves a lock behind for which all later ones would wait for ever.
+    """
+    hide = "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to import it now is an ImportError
+    try:
+        import deepspeed
+    finally:
+        if hide:
+            del sys.modules["mlflow"]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any:
     """Wrap `model` in a DeepSpeedEngine over the trained parameters; the process group is Ray Train's."""
-    import deepspeed
-
     settings = deepspeed_config(config, world_size)
     # ZeRO takes memory for a whole bucket of gradients, at every step anew, however few there are.
     num_trained = sum(parameter.numel() for _, parameter in model.all_trained)
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=build_optimizer(model, config),
         config=settings,
@@ -145,8 +174,7 @@ def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
 
     Args:
         before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it
-            did
-            not train: their moments are zero, so their first step must count as the first.
+            did not train: their moments are zero, so their first step must count as the first.
     """
     for layers, members in engine.module.layer_groups.items():
         if before and stage.trains(layers) and not before.trains(layers):

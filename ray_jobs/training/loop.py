@@ -15,7 +15,14 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.checkpoint import CheckpointWriter, Resumed, last_whole
-from ray_jobs.training.engine import build_engine, enter_stage, pieces_a_step, set_hyperparameters
+from ray_jobs.training.engine import (
+    build_engine,
+    enter_stage,
+    import_deepspeed,
+    pieces_a_step,
+    set_hyperparameters,
+    sharded_for,
+)
 from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.meter import RUNG, Diverged, Meter
 from ray_jobs.training.setup import build_model, exporter
@@ -54,12 +61,12 @@ class LoopSettings:
 def train_worker(loop: dict[str, LoopSettings]) -> None:
     """The function that Ray Train runs on every worker."""
     startup = StartUp()
-    import deepspeed  # noqa: F401  here, so that importing is told from building
     import ray.train
-    from diffusers import DiffusionPipeline  # noqa: F401
+    from diffusers import DiffusionPipeline  # noqa: F401  here, so that importing is told from building
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
+    import_deepspeed()
     startup.done("imports")
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
@@ -100,7 +107,7 @@ class Training:
         empty_caption = settings.dataset.empty_caption()
         self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
         startup.done("model")
-        self.engine = build_engine(model, config.train, self.world_size)
+        self.engine = build_engine(model, sharded_for(config.train, self.world_size), self.world_size)
         self.owned = owned_fragments(self.engine)
         self.ema = self._averages()
         if resumed:
@@ -150,8 +157,7 @@ class Training:
         share = torch.zeros((), device=self.engine.device)
         for piece in rows:
             inputs, weights = self.inputs.make(piece, step)
-            # DeepSpeed divides by the number of pieces and of ranks; the weights are shares of the whole
-            # batch.
+            # DeepSpeed divides by the number of pieces and of ranks; weights are shares of the whole batch.
             loss = (self.engine(**inputs) * weights).sum()
             self.engine.backward(loss * len(rows) * self.world_size)
             self.engine.step()

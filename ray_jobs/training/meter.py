@@ -45,7 +45,7 @@ class Meter:
         self.startup: StartUp | None = startup  # until a checkpoint has told it
         self.trial_id, self.ladder, self.config, self.board, self.rank = trial_id, ladder, config, board, rank
         self.warming_up = True  # the first step compiles and fills caches: its time is left out
-        self.posted_at = time.monotonic()
+        self.posted_at = self.saved_at = time.monotonic()
         self.saved_step = 0
         self.lowest = math.inf
         self.recent: list[float] = []
@@ -53,7 +53,6 @@ class Meter:
 
     def start(self, engine: Any) -> None:
         """Begin to measure the steps of an engine, and say what it keeps in memory."""
-        self.saved_at = time.monotonic()
         self.engine, self.state_bytes = engine, state_bytes(engine)
         if self.rank == 0 and self.board is not None:
             kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())

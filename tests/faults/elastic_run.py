@@ -1,8 +1,8 @@
-"""A training on a cluster of several nodes that die, join and are taken away while it runs.
+"""A training on a cluster of several nodes that join, are taken away and die while it runs.
 
     python -m tests.faults.elastic_run CONFIG
 
-Kills a node, adds one and announces that it will be taken away; each time it waits until a checkpoint shows
+Adds a node, announces that it will be taken away, and kills it; each time it waits until a checkpoint shows
 that the training went on, and prints a line of JSON about it. It then waits to be killed.
 """
 
@@ -11,34 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.prepare import prepare
 from ray_jobs.train import build_trainer, trial_id
-from ray_jobs.training.checkpoint import PROGRESS
+from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
 
 # The head has room for what reads the data, not for a worker, which takes two CPUs.
-HEAD_NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
-WORKER_NODE = HEAD_NODE | {"num_cpus": 2}
+NODE = {"object_store_memory": 100 << 20, "include_dashboard": False}
+HEAD_NODE = NODE | {"num_cpus": 1}
+WORKER_NODE = NODE | {"num_cpus": 2}
 GRACE_S = 60
 PATIENCE_S = 300
 
 
 def checkpoints(config: Config) -> dict[int, dict[str, Any]]:
     """What progress.json says in the whole checkpoints of the training, by step."""
-    trial = Path(config.storage) / config.name / "train" / trial_id(config.train.learning_rate)
-    found = {}
-    for path in sorted(trial.glob(f"step-*/{PROGRESS}")):
-        progress = json.loads(path.read_text())
-        marks = len(list(path.parent.glob(f"complete-*-of-{progress['world_size']:04d}")))
-        if marks == progress["world_size"]:
-            found[int(progress["step"])] = progress
-    return found
+    folder = trial(config)
+    found = {step: read_progress(folder.child(folder_of(step))) for step in steps_of(folder)}
+    return {step: progress for step, progress in found.items() if progress}
+
+
+def trial(config: Config) -> Storage:
+    """Where the training's checkpoints lie."""
+    return Storage.open(config.storage).child(config.name, "train", trial_id(config.train.learning_rate))
 
 
 def wait_for(config: Config, event: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -56,12 +57,9 @@ def wait_for(config: Config, event: str, wanted: Callable[[dict[str, Any]], bool
 
 def disturb(cluster: Cluster, config: Config) -> None:
     """What happens to the cluster's nodes while the training runs."""
-    first = cluster.add_node(**WORKER_NODE)
     cluster.add_node(**WORKER_NODE)
     threading.Thread(target=run, args=(config,), daemon=True).start()
-    wait_for(config, "two nodes", lambda progress: progress["world_size"] == 2)
-    cluster.remove_node(first, allow_graceful=False)
-    wait_for(config, "a node died", lambda progress: progress["world_size"] == 1)
+    wait_for(config, "one node", lambda progress: progress["world_size"] == 1)
     joined = cluster.add_node(**WORKER_NODE)
     wait_for(config, "a node joined", lambda progress: progress["world_size"] == 2)
     from ray.core.generated import autoscaler_pb2
@@ -73,6 +71,8 @@ def disturb(cluster: Cluster, config: Config) -> None:
         int((time.time() + GRACE_S) * 1000),
     )
     wait_for(config, "a node will be taken away", lambda progress: progress["why"] == "preemption")
+    cluster.remove_node(joined, allow_graceful=False)
+    wait_for(config, "the node died", lambda progress: progress["world_size"] == 1)
     time.sleep(PATIENCE_S)
 
 

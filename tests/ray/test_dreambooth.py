@@ -14,6 +14,7 @@ from tests.conftest import captions, draw
 from tests.plain_training import PlainTraining
 from tests.ray.test_prepare import members
 from tests.ray.test_training import tiny_config, train_variants
+from tests.workers import Workers
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 SKS_CAT, SKS_DOG = "a photo of sks cat", "a photo of sks dog"
@@ -98,7 +99,7 @@ def test_class_pictures_have_a_split_of_their_own_and_their_class_prompts(datase
 
 
 def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes(
-    config: Config, dataset: Dataset, tmp_path: Path
+    config: Config, dataset: Dataset, two_workers: Workers, tmp_path: Path
 ) -> None:
     def with_weight(weight: float) -> Config:
         train = config.train.model_copy(update={"prior_loss_weight": weight})
@@ -111,7 +112,7 @@ def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes
     own, prior = sum(losses[:2]) / 2, sum(losses[2:]) / 2
     assert abs(own - prior) > 1e-3  # else it would not matter which rows are weighed
     variants = {str(weight): with_weight(weight) for weight in (1.0, 0.5)}
-    two = train_variants(variants, dataset, tmp_path, num_workers=2, name="two", steps=2)
+    two = train_variants(variants, dataset, tmp_path, two_workers, steps=2)
     for weight in (1.0, 0.5):
         assert two[str(weight)][0] == pytest.approx(own + weight * prior, abs=1e-5)
         assert np.isfinite(two[str(weight)]).all() and len(two[str(weight)]) == 2

@@ -1,22 +1,22 @@
 """Ray Train workers with a real DeepSpeed engine: sharded, exact, resumable."""
 
 import json
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cluster.connect import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
 from ray_jobs.train import check_diverged
-from ray_jobs.training.checkpoint import SERIES, find_rungs
+from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of
 from ray_jobs.training.loop import LoopSettings
 from tests.plain_training import PlainTraining
+from tests.workers import Workers, run_inside
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -42,27 +42,8 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
     )
 
 
-def run_inside(function: Any, loop: dict[str, Any], *, num_workers: int, folder: Path, name: str) -> None:
-    """Run a train function on Ray Train workers; a failure ends it."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    TorchTrainer(
-        function,
-        train_loop_config=loop,
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
-        run_config=ray.train.RunConfig(name=name, storage_path=str(folder)),
-    ).fit()
-
-
 def train_variants(
-    variants: dict[str, Config],
-    dataset: Dataset,
-    folder: Path,
-    *,
-    num_workers: int,
-    name: str,
-    steps: int = 20,
+    variants: dict[str, Config], dataset: Dataset, folder: Path, workers: Workers, steps: int = 20
 ) -> dict[str, list[float]]:
     """So many steps of each variant, one after the other on the same workers; the losses of each.
 
@@ -109,18 +90,20 @@ def train_variants(
             engine.step, training.meter.add = step_and_tell, add_and_keep
 
         torch.set_num_threads(1)
-        for number, (variant, config) in enumerate(loop["variants"].items()):
-            # Each ends at another step, so that each writes a checkpoint of its own.
-            settings = LoopSettings(config, loop["dataset"], "trial", [loop["steps"] + number])
+        for variant, config in loop["variants"].items():
+            settings = LoopSettings(config, loop["dataset"], "trial", [loop["last"][variant]])
             training = Training(settings, torch.device("cpu"), None)
             watch(training, variant, loop["steps"])
             training.run()
 
-    loop = {"variants": variants, "dataset": dataset, "steps": steps, "folder": str(folder)}
-    run_inside(train_all, loop, num_workers=num_workers, folder=folder, name=name)
+    # Each ends at another step, so that each writes a checkpoint of its own.
+    free = (step for step in count(steps) if not (workers.checkpoints / folder_of(step)).exists())
+    last = dict(zip(variants, free, strict=False))
+    loop = {"variants": variants, "dataset": dataset, "steps": steps, "last": last, "folder": str(folder)}
+    workers.run(train_all, loop)
     found = {}
-    for number, variant in enumerate(variants):
-        written = folder / name / f"step-{steps + number:08d}" / SERIES
+    for variant, step in last.items():
+        written = workers.checkpoints / folder_of(step) / SERIES
         if written.exists():
             found[variant] = [row["loss"] for row in json.loads(written.read_text())][:steps]
     return found
@@ -154,7 +137,7 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
         from ray_jobs.training.checkpoint import find_rungs
         from ray_jobs.training.loop import train_worker
 
-        persist, doomed = StorageContext.persist_current_checkpoint, f"step-{settings.ladder[1]:08d}"
+        persist, doomed = StorageContext.persist_current_checkpoint, folder_of(settings.ladder[1])
 
         def persist_or_die(self: Any, checkpoint: Any, name: str) -> Any:
             if name != doomed or told.exists() or ray.train.get_context().get_world_rank() == 0:
@@ -175,7 +158,7 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
 
 
 def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_workers_promise(
-    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
@@ -186,22 +169,22 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
 
     dataset = prepare(config())
     stages = {f"2 workers, stage {n}": config(zero_stage=n, micro_batch_size=1) for n in range(4)}
-    found = train_variants(stages, dataset, tmp_path, num_workers=2, name="two")
-    ones = {"1 worker": config(), "1 worker, 3 + 1 pictures": config(micro_batch_size=3)}
     wild = "{steps: 1, learning_rate: 0.9, schedule: constant}"
-    ones["diverges"] = config(stages=f"[{{steps: 17, learning_rate: 1e-5}}, {wild}]")
-    found |= train_variants(ones, dataset, tmp_path, num_workers=1, name="one")
+    stages["diverges"] = config(stages=f"[{{steps: 17, learning_rate: 1e-5}}, {wild}]")
+    found = train_variants(stages, dataset, tmp_path, two_workers)
     fours = {"4 workers": config(), "4 workers, 4 for 5": config(batch_size=5)}
-    found |= train_variants(fours, dataset, tmp_path, num_workers=4, name="four")
+    four_workers = Workers(4, tmp_path)
+    found |= train_variants(fours, dataset, tmp_path, four_workers)
+    four_workers.stop()
     assert "diverges" not in found
     with pytest.raises(RuntimeError, match=r"the loss .* at step (19|2\d); none was saved.*learning rate"):
         check_diverged(Storage.open(f"{tmp_path}/tiny/train/trial"))
 
     del found["4 workers, 4 for 5"]  # other batches, other losses: it only has to run
-    expected, averages = (
-        PlainTraining(config(), dataset).run(20),
-        load_file(tmp_path / "1 worker.safetensors"),
-    )
+    plain = PlainTraining(config(), dataset)
+    expected = plain.run(19)
+    averages = {name: values.clone() for name, values in plain.ema.averages.items()}
+    expected += plain.run(20, first=20)
     assert max(expected) > min(expected) > 0
     for variant, losses in found.items():
         assert losses == pytest.approx(expected, abs=1e-4), variant
@@ -221,7 +204,7 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
 
 
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
-    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     from ray.train import WorkerGroupError
 
@@ -230,7 +213,7 @@ def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_sa
         return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
 
     dataset = prepare(config("[40]"))
-    train_variants({"unbroken": config("[40]")}, dataset, tmp_path, num_workers=2, name="unbroken", steps=40)
+    train_variants({"unbroken": config("[40]")}, dataset, tmp_path, two_workers, steps=40)
     run, told = tmp_path / "tiny" / "train", tmp_path / "rungs.json"
     settings = LoopSettings(config("[2,4,40]"), dataset, "trial", [2, 4, 40])
     dying = train_and_die_once(settings, told)
@@ -240,8 +223,8 @@ def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_sa
     assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
     rungs = find_rungs(Storage.open(str(run)))["trial"]
     assert [rung.metrics["step"] for rung in rungs] == [2, 4, 40]
-    expected = state_at(tmp_path / "unbroken" / "step-00000040")
-    found = state_at(run / "trial" / "step-00000040")
+    expected = state_at(two_workers.checkpoints / folder_of(40))
+    found = state_at(run / "trial" / folder_of(40))
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(value, found[key]), key

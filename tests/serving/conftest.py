@@ -62,9 +62,9 @@ def registered(config: Config, lora_folder: Path) -> RegisteredModel:
     return champion(config)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(ray_cluster: Any, config: Config, registered: RegisteredModel) -> Iterator[str]:
-    """A running endpoint."""
+    """A running endpoint; stopped with its module, because it takes a share of a core even when idle."""
     from serving.command import endpoint
 
     with socket.socket() as listener:
