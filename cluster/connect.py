@@ -71,11 +71,15 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
     _require_token()
     _stay_on_loopback()
     folder = Path(tempfile.mkdtemp(prefix="diffray-"))
-    log = folder / "start.log"
+    log, port = folder / "start.log", _free_port()
+    # For Ray Train, whose processes else ask the Ray that was started last on this machine whether a training
+    # is still wanted, and end it if that one does not know it.
+    address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     settings = {
         "num_cpus": local.num_cpus,
         "object_store_memory": local.object_store_mb * 2**20,
         "temp_dir": str(folder / "ray"),
+        "gcs_server_port": port,
         "node_ip_address": "127.0.0.1",
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
@@ -88,7 +92,7 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | {"RAY_TMPDIR": str(folder)},
+            env=os.environ | address | {"RAY_TMPDIR": str(folder)},
             text=True,
         )
     assert holder.stdin is not None and holder.stdout is not None

@@ -30,6 +30,19 @@ def submit(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def test_workers_ask_their_own_ray_and_not_the_one_that_was_started_last(ray_cluster: LocalCluster) -> None:
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._private.utils import write_ray_address
+
+    write_ray_address("127.0.0.1:1")  # as another Ray on this machine does
+    try:
+        asked = ray.get(ray.remote(canonicalize_bootstrap_address).remote(None))
+    finally:
+        write_ray_address(ray_cluster.gcs_address)
+    assert asked == ray_cluster.gcs_address
+
+
 def test_a_job_gives_its_lines_and_its_own_exit_code(
     ray_cluster: LocalCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
