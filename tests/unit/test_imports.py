@@ -15,11 +15,12 @@ OURS = ("ray_jobs", "cluster", "serving")
 
 # Earlier ranks know nothing of later ones. A room (a folder) stands for all its modules.
 ORDER = (
-    ("ray_jobs.config", "ray_jobs.dataset_report"),
-    ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report"),
+    ("ray_jobs.config", "ray_jobs.dataset_report", "ray_jobs.promotion"),
+    ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
     ("cluster",),
     ("ray_jobs.stage", "ray_jobs.registry", "ray_jobs.model_card"),
-    ("ray_jobs.data",),
+    ("ray_jobs.data", "ray_jobs.versions", "ray_jobs.test_split"),
+    ("ray_jobs.registration",),
     ("ray_jobs.prepare",),
     ("ray_jobs.training",),
     ("ray_jobs.tracking",),
