@@ -23,7 +23,7 @@ from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
+from ray_jobs.registration import Registered, register
 from ray_jobs.registry import weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.search import FINISHED, SearchResult, read_rows, search_digest
@@ -64,26 +64,7 @@ def publish(
     winner = {name: best[name] for name in ("trial_id", "learning_rate", "step")}
     winner |= {"validation_fid": best["fid"], "test_reads": test_reads} | scores
     _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"))
-    registered = register(
-        config,
-        source=run.child("model").uri,
-        measured=Measured(
-            fid=winner["test_fid"],
-            error=winner.get("test_fid_error"),
-            num_samples=winner["num_samples"],
-            feature_network=winner["feature_network"],
-            data=data,
-        ),
-        params={
-            "learning_rate": f"{best['learning_rate']:g}",
-            "step": str(best["step"]),
-            "method": config.train.method,
-            "base": config.model.base,
-            "dataset": data,
-        },
-        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
-        description=f"{headline(winner)} Card: {CARD} beside the weights.",
-    )
+    registered = _register(config, winner, data, run.child("model").uri)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner["search_digest"] = found.digest
     _write_report(config, dataset, pool, found, winner, run)
@@ -97,6 +78,30 @@ def publish(
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")
     return winner
+
+
+def _register(config: Config, winner: dict[str, Any], data: str, source: str) -> Registered:
+    """The winner as a version; `data`: digest of the prepared data."""
+    return register(
+        config,
+        source=source,
+        measured=Measured(
+            fid=winner["test_fid"],
+            error=winner.get("test_fid_error"),
+            num_samples=winner["num_samples"],
+            feature_network=winner["feature_network"],
+            data=data,
+        ),
+        params={
+            "learning_rate": f"{winner['learning_rate']:g}",
+            "step": str(winner["step"]),
+            "method": config.train.method,
+            "base": config.model.base,
+            "dataset": data,
+        },
+        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
+        description=f"{headline(winner)} Card: {CARD} beside the weights.",
+    )
 
 
 def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
