@@ -45,4 +45,5 @@ def objection(new: Measured, champion: Measured | None) -> str | None:
     error = math.hypot(new.error or 0.0, champion.error or 0.0)
     if math.isnan(champion.fid) or champion.fid - new.fid > error:
         return None
-    return f"its test FID {new} does not beat the champion's {champion} by more than the error {error:.2f}"
+    margin = f" by more than the error {error:.2f}" if error else ""
+    return f"its test FID {new} does not beat the champion's {champion}{margin}"
