@@ -2,10 +2,12 @@
 
     python -m ray_jobs.publish --config configs/demo.yaml
 
-Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`; the registry's
-version gets the alias `champion`. The search must have finished. With the same winner it is skipped.
+Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`,
+`test_reads.jsonl`; the registry gets a version, the champion if it beats the present one. The search must
+have finished. With the same winner it is skipped. A run reads its test split once; `--force` reads it again.
 """
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -20,10 +22,13 @@ from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators
 from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
-from ray_jobs.registry import register
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import Registered, register
+from ray_jobs.registry import weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.search import FINISHED, SearchResult, read_rows, search_digest
 from ray_jobs.stage import run_stage
+from ray_jobs.test_split import close_test, open_test
 from ray_jobs.training.checkpoint import WEIGHTS
 
 WINNER = "winner.json"
@@ -32,10 +37,19 @@ CARD = "README.md"
 CARD_PICTURES = 4  # shown in the model's card
 
 
-def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult) -> dict[str, Any]:
-    """Run the stage, or find its result; returns what winner.json holds."""
+def publish(
+    config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult, forced: bool = False
+) -> dict[str, Any]:
+    """Run the stage, or find its result; returns what winner.json holds.
+
+    Args:
+        forced: measure on the test split although this run has read it.
+
+    Raises:
+        ConfigError: the run has read its test split before, or the registry refuses.
+    """
     run = Storage.open(config.storage).child(config.name)
-    if run.exists(WINNER):
+    if run.exists(WINNER) and not forced:
         winner = json.loads(run.read_text(WINNER))
         if winner["search_digest"] == found.digest and run.exists(REPORT):
             say("publish", f"unchanged, skipped: version {winner['registry_version']}")
@@ -43,38 +57,51 @@ def publish(config: Config, dataset: Dataset, pool: EvaluatorPool, found: Search
     best = found.winner
     checkpoint = Storage.open(best["checkpoint"])
     weights = checkpoint.child(WEIGHTS).uri
+    digest, data = weights_digest(weights), dataset.manifest["digest"]
+    test_reads = open_test(run, digest, data, forced)
     scores = _measure(pool, weights)
     run.upload(Storage.open(weights).local_copy(), "model")
     winner = {name: best[name] for name in ("trial_id", "learning_rate", "step")}
-    winner |= {"validation_fid": best["fid"]} | scores
+    winner |= {"validation_fid": best["fid"], "test_reads": test_reads} | scores
     _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"))
-    winner["registry_version"] = register(
-        config,
-        source=run.child("model").uri,
-        params={
-            "learning_rate": f"{best['learning_rate']:g}",
-            "step": str(best["step"]),
-            "method": config.train.method,
-            "base": config.model.base,
-            "dataset": dataset.manifest["digest"],
-        },
-        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
-        description=f"{headline(winner)} Card: {run.child('model').uri}/{CARD}",
-    )
+    registered = _register(config, winner, data, run.child("model").uri)
+    winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner["search_digest"] = found.digest
     _write_report(config, dataset, pool, found, winner, run)
     run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
+    close_test(run, digest, data)
     share = closed_share(winner)
     closed = (
         "" if share is None else f", {share:.0%} of the way to real pictures ({winner['test_floor_fid']:.1f})"
     )
     say("publish", f"test FID {winner['base_test_fid']:.1f} (base) -> {winner['test_fid']:.1f}{closed}")
-    say(
-        "publish",
-        f"registered {config.publish.model_name} version {winner['registry_version']}, "
-        f"alias champion; report: {run.uri}/{REPORT}",
-    )
+    say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
+    say("publish", f"report: {run.uri}/{REPORT}")
     return winner
+
+
+def _register(config: Config, winner: dict[str, Any], data: str, source: str) -> Registered:
+    """The winner as a version; `data`: digest of the prepared data."""
+    return register(
+        config,
+        source=source,
+        measured=Measured(
+            fid=winner["test_fid"],
+            error=winner.get("test_fid_error"),
+            num_samples=winner["num_samples"],
+            feature_network=winner["feature_network"],
+            data=data,
+        ),
+        params={
+            "learning_rate": f"{winner['learning_rate']:g}",
+            "step": str(winner["step"]),
+            "method": config.train.method,
+            "base": config.model.base,
+            "dataset": data,
+        },
+        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
+        description=f"{headline(winner)} Card: {CARD} beside the weights.",
+    )
 
 
 def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
@@ -186,7 +213,7 @@ def _write_report(
     run.write_text(REPORT, page)
 
 
-def _run(config: Config) -> dict[str, Any]:
+def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     dataset = prepare(config)
     storage = Storage.open(config.storage).child(config.name, "search")
     if not storage.exists(FINISHED) or storage.read_text("digest") != search_digest(config, dataset):
@@ -195,8 +222,12 @@ def _run(config: Config) -> dict[str, Any]:
         )
     found = SearchResult(search_digest(config, dataset), read_rows(storage))
     with evaluators(config, dataset) as pool:
-        return publish(config, dataset, pool, found)
+        return publish(config, dataset, pool, found, forced=arguments.force)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="read the test split again; it is recorded")
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, _run)
+    run_stage(__doc__, _run, _arguments)

@@ -1,7 +1,7 @@
-"""The model registry: `publish` adds a version to MLflow, `serving` reads the champion.
+"""The model registry: the MLflow store of a run, and the champion that `serving` reads from it.
 
-A version points to the winner's folder (diffusers' format, safetensors); its tags say which base it
-belongs to and the digest of its weights. Nothing is pickled and nothing is copied.
+A version points to a folder of weights (diffusers' format, safetensors); its tags say which base it belongs
+to and the digest of its weights. Nothing is pickled. `ray_jobs/versions.py` makes and promotes versions.
 """
 
 import hashlib
@@ -15,7 +15,9 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
-CHAMPION = "champion"
+CHAMPION = "champion"  # the version that is served
+CANDIDATE = "candidate"  # the newest version that was not promoted
+PREVIOUS = "previous"  # the version that the champion replaced
 ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
 
 
@@ -136,81 +138,32 @@ def experiment_id(client: Any, name: str) -> str:
     return str(experiment.experiment_id if experiment else client.create_experiment(name))
 
 
-def _log_run(client: Any, config: Config, params: dict[str, str], metrics: dict[str, float]) -> str:
-    """Log one finished MLflow run and return its id."""
-    from mlflow.entities import Metric, Param
-
-    run = client.create_run(experiment_id(client, config.name), run_name=config.name)
-    now = run.info.start_time
-    client.log_batch(
-        run.info.run_id,
-        params=[Param(key, str(value)) for key, value in params.items()],
-        metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
-    )
-    client.set_terminated(run.info.run_id)
-    return str(run.info.run_id)
-
-
-def _ensure_model(client: Any, name: str) -> None:
-    """Create the registered model unless it is there."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def register(
-    config: Config,
-    *,
-    source: str,
-    params: dict[str, str],
-    metrics: dict[str, float],
-    tags: dict[str, str] | None = None,
-    description: str | None = None,
-) -> int:
-    """Make `source` the champion of `config.publish.model_name` and return its version.
-
-    Weights that are registered already keep their version, so that a repeated publish changes nothing.
-
-    Args:
-        source: folder (local path or URI) in diffusers' format, with safetensors weights.
-        params: logged with the run, for example the learning rate.
-        metrics: logged with the run, for example `test_fid`.
-        tags: of the version, beside base, base_revision, method and digest.
-        description: of the version, for a person.
+def open_existing(config: Config) -> Any:
+    """MLflow's client of a store that is there: reading makes no SQLite file.
 
     Raises:
-        ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
+        ConfigError: there is no store yet.
     """
-    name = config.publish.model_name
-    source = Storage.open(source).uri
-    digest = weights_digest(source)
-    with store_errors(config):
-        client = open_client(config)
-        _ensure_model(client, name)
-        same = client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
-        if same:
-            version = max(int(each.version) for each in same)
-        else:
-            identity = {
-                "base": config.model.base,
-                "base_revision": config.model.revision or "",
-                "method": config.train.method,
-                "digest": digest,
-            }
-            created = client.create_model_version(
-                name,
-                source=source,
-                run_id=_log_run(client, config, params, metrics),
-                tags={**(tags or {}), **identity},
-                description=description,
-            )
-            version = int(created.version)
-        client.set_registered_model_alias(name, CHAMPION, str(version))
-    return version
+    uri = tracking_uri(config)
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+        raise nothing_published(config)
+    return open_client(config)
+
+
+def nothing_published(config: Config) -> ConfigError:
+    """What to say where a name has no champion."""
+    return ConfigError(
+        f"publish.model_name: {tracking_uri(config)} holds no champion of {config.publish.model_name!r}; run "
+        "the pipeline first: python -m ray_jobs.pipeline --config ..."
+    )
+
+
+def not_ours(config: Config, version: int) -> ConfigError:
+    """What to say of a version without the tags that this program sets."""
+    return ConfigError(
+        f"publish.model_name: version {version} of {config.publish.model_name!r} in {tracking_uri(config)} "
+        f"was not registered by this program; point its alias {CHAMPION!r} to one that was"
+    )
 
 
 def champion(config: Config) -> RegisteredModel:
@@ -219,29 +172,20 @@ def champion(config: Config) -> RegisteredModel:
     Raises:
         ConfigError: if there is no registry, model or champion yet, or the registry cannot be reached.
     """
-    uri, name = tracking_uri(config), config.publish.model_name
-    missing = ConfigError(
-        f"publish.model_name: {uri} holds no champion of {name!r}; run the pipeline first: "
-        "python -m ray_jobs.pipeline --config ..."
-    )
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
-        raise missing
     from mlflow.exceptions import MlflowException
 
+    name = config.publish.model_name
     with store_errors(config):
-        client = open_client(config)
+        client = open_existing(config)
         try:
             found = client.get_model_version_by_alias(name, CHAMPION)
         except MlflowException as error:
             # MLflow answers an unknown alias with INVALID_PARAMETER_VALUE.
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise missing from None
+                raise nothing_published(config) from None
             raise
         if "digest" not in found.tags:
-            raise ConfigError(
-                f"publish.model_name: version {found.version} of {name!r} in {uri} was not registered by "
-                f"this program; point its alias {CHAMPION!r} to one that was"
-            )
+            raise not_ours(config, int(found.version))
         metrics = client.get_run(found.run_id).data.metrics
     return RegisteredModel(
         name=name,

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config
-from ray_jobs.registry import RegisteredModel, champion, register
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import register
+from ray_jobs.registry import RegisteredModel, champion
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +60,8 @@ def lora_folder(storage: Path, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def registered(config: Config, lora_folder: Path) -> RegisteredModel:
-    register(config, source=str(lora_folder), params={"learning_rate": "0.001"}, metrics={"test_fid": 12.5})
+    measured = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
+    register(config, source=str(lora_folder), measured=measured, params={"learning_rate": "0.001"})
     return champion(config)
 
 

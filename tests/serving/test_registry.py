@@ -1,5 +1,6 @@
-"""The registry keeps one version for one set of weights, and the champion leads back to them."""
+"""The registry keeps the weights of its versions, and the champion leads back to them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import champion, register, tracking_uri, verify_weights, weights_digest
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import register
+from ray_jobs.registry import champion, tracking_uri, verify_weights, weights_digest
+
+MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
 
 def named(config: Config, model_name: str) -> Config:
@@ -24,27 +29,27 @@ def weights(folder: Path, value: float) -> str:
 def test_the_champion_is_what_was_registered(config: Config, tmp_path: Path) -> None:
     config = named(config, "round-trip")
     source = weights(tmp_path / "model", 1.0)
-    version = register(config, source=source, params={"step": "20"}, metrics={"test_fid": 12.5})
+    version = register(config, source=source, measured=MEASURED, params={"step": "20"}).version
     found = champion(config)
-    assert (found.name, found.version, found.source) == ("round-trip", version, source)
+    assert (found.name, found.version) == ("round-trip", version)
     assert (found.base, found.base_revision, found.method) == (config.model.base, None, "lora")
     assert found.metrics == {"test_fid": 12.5}
-    assert found.digest == weights_digest(source)
+    assert found.digest == weights_digest(source) == weights_digest(found.source)
 
 
-def test_the_same_weights_are_registered_once(config: Config, tmp_path: Path) -> None:
-    config = named(config, "once")
+def test_the_champion_outlives_the_folder_that_it_was_registered_from(config: Config, tmp_path: Path) -> None:
+    config = named(config, "outlives")
     source = weights(tmp_path / "model", 1.0)
-    first = register(config, source=source, params={}, metrics={})
-    assert register(config, source=source, params={}, metrics={}) == first
-    weights(tmp_path / "model", 2.0)
-    second = register(config, source=source, params={}, metrics={})
-    assert second == first + 1 == champion(config).version
+    register(config, source=source, measured=MEASURED, params={})
+    shutil.rmtree(source)
+    found = champion(config)
+    verify_weights(found, found.source)
+    assert Path(found.source).is_relative_to(config.storage)
 
 
 def test_a_folder_without_weights_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no safetensors"):
-        register(config, source=str(tmp_path), params={}, metrics={})
+        register(config, source=str(tmp_path), measured=MEASURED, params={})
 
 
 def test_a_model_that_was_never_registered_is_named_with_the_command_to_run(config: Config) -> None:
@@ -76,7 +81,7 @@ def test_the_digest_follows_content_not_place(tmp_path: Path) -> None:
 def test_weights_that_changed_after_registering_are_refused(config: Config, tmp_path: Path) -> None:
     config = named(config, "changed")
     source = weights(tmp_path / "model", 1.0)
-    register(config, source=source, params={}, metrics={})
+    register(config, source=source, measured=MEASURED, params={})
     verify_weights(champion(config), source)
     weights(tmp_path / "model", 2.0)
     with pytest.raises(ConfigError, match="not the weights registered as version 1"):

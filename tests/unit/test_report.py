@@ -1,6 +1,8 @@
 """The report: what it says, that it is self-contained, and that nothing a user wrote becomes markup."""
 
+import io
 import math
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -8,15 +10,19 @@ import pytest
 from PIL import Image
 
 from ray_jobs.report import (
-    COLUMNS,
-    SHEET_PICTURE,
+    Memorisation,
     PictureRow,
+    Spent,
     Strip,
+    TrialCost,
     closed_share,
     grid_image,
     headline,
     write_report,
 )
+from ray_jobs.report.charts import rise_starts
+from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
+from ray_jobs.report.svg import Point, ticks
 
 WINNER: dict[str, Any] = {
     "trial_id": "a_00001",
@@ -138,6 +144,152 @@ def test_the_plot_has_a_line_a_learning_rate_and_marks_the_stopped() -> None:
     for label in ("0.0001 (stopped)", "0.0003", "0.01 (stopped)", "base model"):
         assert label in text
     assert "0.0003 (stopped)" not in text
+
+
+def measured(**changes: Any) -> str:
+    """A page with all that a search may measure."""
+    results = [
+        rung(trial, rate, step, fid)
+        | {"fid_error": 2.0, "kid": fid / 2e4, "kid_error": 1e-4}
+        | {"fid_2": other, "feature_network_2": "second@sha256:00", "validation_loss": loss}
+        for trial, rate, step, fid, other, loss in (
+            (0, 1e-4, 100, 180.0, 60.0, 0.20),
+            (1, 3e-4, 100, 150.0, 55.0, 0.18),
+            (1, 3e-4, 200, 101.5, 40.0, 0.15),
+            (1, 3e-4, 400, 99.5, 45.0, 0.17),
+        )
+    ]
+    return report(**{"results": results, **changes})
+
+
+def test_points_have_their_error_and_the_last_of_a_stopped_trial_a_cross() -> None:
+    html = measured()
+    assert "0.0003, 400 steps: 99.5 ± 2.0" in html
+    drawing = html[html.index('id="fid"') : html.index('id="heat-map"')]
+    counts = {kind: drawing.count(f'class="{kind}"') for kind in ("curve", "error", "star", "stopped")}
+    assert counts == {"curve": 2, "error": 4, "star": 1, "stopped": 1}
+
+
+def test_the_map_has_a_cell_a_learning_rate_and_step_and_frames_the_winner() -> None:
+    html = measured()
+    drawing = html[html.index('id="heat-map"') : html.index('id="kid"')]
+    counts = {kind: drawing.count(f'class="{kind}"') for kind in ("cell", "empty", "frame")}
+    assert counts == {"cell": 4, "empty": 2, "frame": 1}
+    opacity = {
+        title: float(value)
+        for value, title in re.findall(r'fill-opacity="([\d.]+)"[^>]*><title>([^<]+)', drawing)
+    }
+    assert min(opacity, key=lambda name: opacity[name]) == "0.0001, 100 steps: 180.0"
+    assert max(opacity, key=lambda name: opacity[name]) == "0.0003, 400 steps: 99.5"
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [([0.20, 0.15, 0.17], 200), ([0.20, 0.15, 0.10], None), ([0.1, 0.2, 0.3], 100), ([], None)],
+)
+def test_over_fitting_starts_at_the_lowest_validation_loss_that_higher_ones_follow(
+    losses: list[float], step: int | None
+) -> None:
+    points = [Point(at, loss) for at, loss in zip((100, 200, 400), losses, strict=False)]
+    assert rise_starts(points) == step
+
+
+def test_the_start_of_over_fitting_is_marked_and_told() -> None:
+    html = measured()
+    assert html.count("validation loss rises") == 1
+    assert "Validation loss is lowest at 200 steps and rises from there." in html
+
+
+def test_the_page_says_when_the_feature_networks_disagree_about_the_winner() -> None:
+    assert (
+        "The feature networks disagree about the winner: inception-2015-12-05 takes 0.0003 at 400 steps,"
+        " second takes 0.0003 at 200 steps." in Page(measured()).text
+    )
+    agreeing = [rung(0, 1e-4, 100, 180.0), rung(1, 3e-4, 400, 99.5)]
+    for row, other in zip(agreeing, (60.0, 40.0), strict=True):
+        row |= {"fid_2": other, "feature_network_2": "second@sha256:00"}
+    assert "inception-2015-12-05 and second, name the same winner" in Page(report(results=agreeing)).text
+
+
+def test_second_scores_of_different_networks_are_never_compared() -> None:
+    mixed = [rung(0, 1e-4, 100, 180.0) | {"fid_2": 1.0, "feature_network_2": name} for name in ("a", "b")]
+    with pytest.raises(ValueError, match="feature_network_2: a, b: .* cannot be compared"):
+        report(results=mixed)
+
+
+def test_few_samples_are_called_out_and_enough_are_not() -> None:
+    assert "96 pictures a score are fewer than 2,048" in Page(report()).text
+    assert "may be noise" not in Page(report(enough_samples=96)).text
+
+
+def test_rungs_within_the_error_of_the_winner_are_named_as_ties() -> None:
+    text = Page(measured()).text
+    assert "Within the error of the winner, so not told from it: 0.0003 at 200 steps." in text
+    assert "Within the error" not in Page(report()).text
+
+
+def test_a_test_split_that_was_read_twice_is_told() -> None:
+    again = Page(report(winner={**WINNER, "test_reads": 2})).text
+    assert "was read 2 times" in again and "measured once" not in again
+    assert "measured once" in Page(report(winner={**WINNER, "test_reads": 1})).text
+
+
+def test_the_scores_have_their_errors_and_kid_beside_fid() -> None:
+    winner = {**WINNER, "test_fid_error": 1.4, "test_kid": 0.0061, "test_kid_error": 0.0004}
+    text = Page(report(winner=winner)).text
+    assert "110.0 ± 1.4" in text and "0.0061 ± 0.0004" in text
+
+
+def test_costs_add_up_and_tell_what_each_stopped_trial_saved() -> None:
+    trials = [TrialCost("a", 1e-4, 100, 60.0, 0.5, saved_steps=300), TrialCost("b", 3e-4, 400, 3700.0, 2.0)]
+    html = report(spent=Spent(trials, price=2.0))
+    assert "500 steps trained; stopping trials early saved 300, which is 38%" in html
+    section = html[html.index("<h2>Costs</h2>") : html.index("<h2>Data</h2>")]
+    cells = re.findall("<td>([^<]*)</td>", section)
+    assert [cells[start : start + 7] for start in (0, 7, 14)] == [
+        ["0.0001", "100", "0:01:00", "0.50", "1.00", "300", "1.50"],  # 300 steps at half an hour a hundred
+        ["0.0003", "400", "1:01:40", "2.00", "4.00", "0", "0.00"],
+        ["all", "500", "1:02:40", "2.50", "5.00", "300", "1.50"],
+    ]
+    assert "saved" not in Page(report()).text
+
+
+def png(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), color).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_samples_stand_beside_their_nearest_training_pictures_with_the_share_of_copies() -> None:
+    pairs = [(png("red"), png("blue"), 0.4), (png("red"), png("red"), 0.01), (png("red"), png("pink"), 0.2)]
+    page = Page(report(memorisation=Memorisation(pairs, near_copy=0.05, measure="cosine distance")))
+    assert "1 of 3 samples (33%) are near copies" in page.text
+    shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "sample," in (attrs["alt"] or "")]
+    assert shown == ["sample, distance 0.01, a near copy", "sample, distance 0.2", "sample, distance 0.4"]
+
+
+def test_a_part_without_data_is_left_out() -> None:
+    text = Page(report()).text
+    for part in ("KID", "Over-fitting", "Learnt by heart", "Costs", "The same pictures", "validation loss"):
+        assert part not in text
+
+
+def test_every_drawing_has_a_title_and_a_description() -> None:
+    page = Page(measured())
+    drawings = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    names = {attrs["id"] for tag, attrs in page.tags if tag in ("title", "desc") and "id" in attrs}
+    labels = [(attrs["aria-labelledby"] or "").split() for attrs in drawings]
+    assert len(labels) == 5 and all(len(pair) == 2 and names.issuperset(pair) for pair in labels)
+    identifiers = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(set(identifiers)) == len(identifiers)
+
+
+@pytest.mark.parametrize(("low", "high"), [(99.5, 214.6), (0.006, 0.0113), (-3.0, 4.0), (1e5, 9e5)])
+def test_ticks_are_few_round_numbers_around_the_values(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low and high <= found[-1] and 4 <= len(found) <= 8
+    apart = {f"{later - earlier:.0e}" for earlier, later in zip(found, found[1:], strict=False)}
+    assert len(apart) == 1 and apart.pop()[0] in "125"
 
 
 def test_the_page_fetches_nothing() -> None:

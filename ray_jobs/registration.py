@@ -1,0 +1,167 @@
+"""Registration: a folder of weights becomes a version, and the champion if it deserves it.
+
+`publish` calls it. What is told by `ray_jobs/versions.py` of aliases holds here.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.promotion import Measured, objection
+from ray_jobs.provenance import code_version, signature
+from ray_jobs.registry import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    experiment_id,
+    open_client,
+    store_errors,
+    weights_digest,
+)
+from ray_jobs.versions import aliases_of, command_line, make_champion, measured_of, names_of
+
+FOLDER = "registry"  # below the storage: the weights of every version
+DECISION = "decision"  # tag; written last, so that an interrupted registration is seen and finished
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a registration: the version, its aliases now, and why, as a person is told it."""
+
+    version: int
+    aliases: tuple[str, ...]
+    message: str
+
+
+def register(
+    config: Config,
+    *,
+    source: str,
+    measured: Measured,
+    params: dict[str, str],
+    metrics: dict[str, float] | None = None,
+    description: str | None = None,
+) -> Registered:
+    """Make `source` a version of `config.publish.model_name`, and the champion if it deserves it.
+
+    The weights are copied to `<storage>/registry/`, so that a champion outlives its run's next result.
+    Weights that are registered already keep their version, aliases and numbers.
+
+    Args:
+        source: folder (local path or URI) in diffusers' format, with safetensors weights.
+        params: logged with the run, for example the learning rate.
+        metrics: logged with the run beside `test_fid` and `test_fid_error`.
+        description: of the version, for a person.
+
+    Raises:
+        ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
+    """
+    name, digest = config.publish.model_name, weights_digest(source)
+    with store_errors(config):
+        client = open_client(config)
+        _ensure_model(client, name)
+        same = client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
+        found = max(same, key=lambda each: int(each.version), default=None)
+        if found is not None and DECISION in found.tags:
+            aliases = names_of(aliases_of(client, config), int(found.version))
+            now = f"its aliases now: {', '.join(aliases) or 'none'}"
+            return Registered(
+                int(found.version), aliases, f"registered before, {found.tags[DECISION]}; {now}"
+            )
+        if found is None:
+            found = client.create_model_version(
+                name,
+                source=_keep(config, source, digest),
+                run_id=_log_run(client, config, measured, params, metrics or {}),
+                tags=_tags(config, measured, digest),
+                description=description,
+            )
+        return _decide(client, config, int(found.version), measured)
+
+
+def _decide(client: Any, config: Config, version: int, measured: Measured) -> Registered:
+    """Give a new version its alias; the tag says last that this was done."""
+    name, aliases = config.publish.model_name, aliases_of(client, config)
+    champion = aliases.get(CHAMPION)
+    against: str | None = None
+    if champion is None:
+        decision = "champion: the first version of its name"
+    elif champion == version:
+        decision = "champion"
+    elif against := objection(measured, measured_of(client, client.get_model_version(name, str(champion)))):
+        decision = (
+            f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
+        )
+    else:
+        decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
+    if against:
+        client.set_registered_model_alias(name, CANDIDATE, str(version))
+    else:
+        make_champion(client, name, version, aliases)
+    client.set_model_version_tag(name, str(version), DECISION, decision)
+    return Registered(version, names_of(aliases_of(client, config), version), decision)
+
+
+def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
+    return {
+        "base": config.model.base,
+        "base_revision": config.model.revision or "",
+        "method": config.train.method,
+        "digest": digest,
+        "data_digest": measured.data,
+        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # that of config.yaml
+        "code_version": code_version(),
+        "feature_network": measured.feature_network,
+        "num_samples": str(measured.num_samples),
+        "signature": json.dumps(signature(config.data.resolution)),
+    }
+
+
+def _keep(config: Config, source: str, digest: str) -> str:
+    """Copy the weights to a folder named by their digest, unless they are there; returns its address."""
+    models, kept = Storage.open(config.storage).child(FOLDER, config.publish.model_name), digest[:16]
+    place = models.child(kept).uri
+    if models.exists(kept) and weights_digest(place) == digest:
+        return place
+    origin = Storage.open(source)
+    local = origin.local_copy()
+    models.upload(local, kept)
+    if not origin.is_local:
+        shutil.rmtree(local.parent)  # the download
+    return place
+
+
+def _log_run(
+    client: Any, config: Config, measured: Measured, params: dict[str, str], metrics: dict[str, float]
+) -> str:
+    """Log one finished MLflow run and return its id."""
+    from mlflow.entities import Metric, Param
+
+    errors = {} if measured.error is None else {"test_fid_error": measured.error}
+    run = client.create_run(experiment_id(client, config.name), run_name=config.name)
+    now = run.info.start_time
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(key, str(value)) for key, value in params.items()],
+        metrics=[
+            Metric(key, float(value), now, 0)
+            for key, value in {**metrics, "test_fid": measured.fid, **errors}.items()
+        ],
+    )
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    """Create the registered model unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

@@ -1,0 +1,21 @@
+"""The page that a run leaves behind: what was found, how, and the pictures. Pure: values in, HTML out.
+
+One self-contained file: no script, nothing fetched, light and dark by the reader's own setting.
+"""
+
+from ray_jobs.report.page import write_report
+from ray_jobs.report.pictures import Memorisation, PictureRow, Strip, grid_image
+from ray_jobs.report.tables import Spent, TrialCost
+from ray_jobs.report.verdict import closed_share, headline
+
+__all__ = [
+    "Memorisation",
+    "PictureRow",
+    "Spent",
+    "Strip",
+    "TrialCost",
+    "closed_share",
+    "grid_image",
+    "headline",
+    "write_report",
+]

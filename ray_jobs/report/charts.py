@@ -1,0 +1,213 @@
+"""The charts of a search: scores over steps, a map of learning rate by steps, training against validation."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart
+
+NUMBERS = "All numbers are in the table “Every rung in numbers”."
+# Units of the map's view box.
+CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
+# Opacity of the best cell and of the worst: the text stays readable on either, light and dark.
+STRONGEST, FAINTEST = 0.55, 0.05
+
+Rows = Sequence[dict[str, Any]]
+
+
+def finite(row: dict[str, Any], key: str) -> float | None:
+    """A row's value; None where it has none or one that is not finite."""
+    value = row.get(key)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def trials_of(results: Rows) -> list[tuple[float, str, list[dict[str, Any]]]]:
+    """(learning rate, trial, its rows in the order of the steps) of every trial, by learning rate.
+
+    A rung that was measured twice (a resumed search) counts once, the last time.
+    """
+    trials: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
+    for row in results:
+        rungs = trials.setdefault((float(row["learning_rate"]), str(row["trial_id"])), {})
+        rungs[int(row["step"])] = row
+    return [
+        (rate, trial, [rungs[step] for step in sorted(rungs)])
+        for (rate, trial), rungs in sorted(trials.items())
+    ]
+
+
+def score_curves(winner: dict[str, Any], results: Rows, key: str) -> list[Curve]:
+    """A curve a trial of `key` with `<key>_error`; those that ended before the last rung are stopped."""
+    last_rung = max((int(row["step"]) for row in results), default=0)
+    curves = []
+    for number, (rate, trial, rungs) in enumerate(trials_of(results)):
+        found = [(int(row["step"]), finite(row, key), finite(row, f"{key}_error")) for row in rungs]
+        points = [Point(step, value, error) for step, value, error in found if value is not None]
+        diverged = any(finite(row, "fid") is None for row in rungs)
+        stopped = int(rungs[-1]["step"]) < last_rung or diverged
+        star = int(winner["step"]) if trial == winner["trial_id"] else None
+        curves.append(Curve(f"{rate:g}", points, number, stopped, star))
+    return curves
+
+
+def fid_chart(winner: dict[str, Any], results: Rows) -> str:
+    """Validation FID over steps, a curve a trial, the base model as a dashed line."""
+    chart = Chart(
+        name="fid",
+        title="Validation FID over training steps",
+        description=f"A line a learning rate, a point a rung; lower is better. {NUMBERS}",
+        unit="FID (lower is better)",
+        digits=1,
+        level=("base model", float(winner["base_validation_fid"])),
+    )
+    return line_chart(chart, score_curves(winner, results, "fid"))
+
+
+def kid_chart(winner: dict[str, Any], results: Rows) -> str:
+    """Validation KID over steps; empty where no row has one."""
+    if not any(finite(row, "kid") is not None for row in results):
+        return ""
+    chart = Chart(
+        name="kid",
+        title="Validation KID over training steps",
+        description=f"The kernel distance, unbiased at any number of pictures; lower is better. {NUMBERS}",
+        unit="KID (lower is better)",
+        digits=4,
+    )
+    return line_chart(chart, score_curves(winner, results, "kid"))
+
+
+def second_chart(winner: dict[str, Any], results: Rows, network: str) -> str:
+    """Fréchet distance over steps in the second feature network, `network`."""
+    chart = Chart(
+        name="fid-2",
+        title=f"The same pictures, seen by {network.split('@')[0]}",
+        description=f"Fréchet distance in the second network; only the order compares with FID. {NUMBERS}",
+        unit="Fréchet distance (lower is better)",
+        digits=2,
+    )
+    return line_chart(chart, score_curves(winner, results, "fid_2"))
+
+
+def heat_map(winner: dict[str, Any], results: Rows) -> str:
+    """Validation FID of learning rate (rows) by steps (columns): the lower, the stronger the colour.
+
+    Of several trials of a learning rate a cell shows the best. Empty with fewer than two cells of values.
+    """
+    cells: dict[tuple[float, int], float] = {}
+    for rate, _, rungs in trials_of(results):
+        for row in rungs:
+            if (value := finite(row, "fid")) is not None:
+                place = rate, int(row["step"])
+                cells[place] = min(value, cells.get(place, math.inf))
+    if len(cells) < 2:
+        return ""
+    rates = sorted({float(row["learning_rate"]) for row in results}, reverse=True)
+    steps = sorted({int(row["step"]) for row in results})
+    width = (WIDTH - MAP_LEFT - 4) / len(steps)
+    best = float(winner["learning_rate"]), int(winner["step"])
+    parts = []
+    for line, rate in enumerate(rates):
+        y = MAP_TOP + line * CELL_HEIGHT
+        parts.append(f'<text x="{MAP_LEFT - 8}" y="{y + 21}" text-anchor="end">{rate:g}</text>')
+        for column, step in enumerate(steps):
+            x = MAP_LEFT + column * width
+            parts.append(_cell(x, y, width, cells, (rate, step), (rate, step) == best))
+    foot = MAP_TOP + len(rates) * CELL_HEIGHT
+    every = math.ceil(44 / width)  # columns without room for a label have none
+    parts += [
+        f'<text x="{MAP_LEFT + (column + 0.5) * width:.1f}" y="{foot + 16}" text-anchor="middle">'
+        f"{step:,}</text>"
+        for column, step in enumerate(steps)
+        if column % every == 0
+    ]
+    middle = (MAP_LEFT + WIDTH) / 2
+    parts.append(f'<text x="{middle:g}" y="{foot + 36}" text-anchor="middle">training steps</text>')
+    note = (
+        '<p class="note">Learning rate by steps; the stronger the colour, the lower the FID; –: no value.</p>'
+    )
+    words = (
+        "A cell a learning rate and step count, with its validation FID; the winner has a frame. " + NUMBERS
+    )
+    title = "Validation FID by learning rate and steps"
+    return framed("heat-map", title, words, "".join(parts), note, foot + MAP_FOOT)
+
+
+def _cell(
+    x: float,
+    y: float,
+    width: float,
+    cells: dict[tuple[float, int], float],
+    place: tuple[float, int],
+    wins: bool,
+) -> str:
+    value, low, high = cells.get(place), min(cells.values()), max(cells.values())
+    gap = 1.5
+    box = (
+        f'x="{x + gap:.1f}" y="{y + gap:.1f}" width="{width - 2 * gap:.1f}" height="{CELL_HEIGHT - 2 * gap}"'
+    )
+    middle = f'x="{x + width / 2:.1f}" y="{y + 21}" text-anchor="middle"'
+    if value is None:
+        return f'<rect class="empty" {box} rx="4"/><text {middle}>–</text>'
+    # By the logarithm: one trial that diverged must not make all others alike.
+    spread = math.log(high) - math.log(low) if low > 0 else 0.0
+    nearness = (math.log(high) - math.log(value)) / spread if spread else 1.0
+    opacity = FAINTEST + (STRONGEST - FAINTEST) * nearness
+    says = f"<title>{place[0]:g}, {place[1]:,} steps: {value:.1f}</title>"
+    shown = f"{value:.1f}" if width >= 46 else f"{value:.0f}" if width >= 30 else ""
+    frame = f'<rect class="frame" {box} rx="4"/>' if wins else ""
+    return (
+        f'<rect class="cell" fill-opacity="{opacity:.2f}" {box} rx="4">{says}</rect>{frame}'
+        f'<text class="value" {middle}>{shown}</text>'
+    )
+
+
+def rise_starts(points: Sequence[Point]) -> int | None:
+    """The step of the lowest value, if higher ones follow: over-fitting begins there. Else None."""
+    lowest = min(points, key=lambda point: point.value, default=None)
+    return lowest.step if lowest and lowest.step < points[-1].step else None
+
+
+def loss_section(winner: dict[str, Any], results: Rows) -> str:
+    """Training against validation loss, a chart a trial, the winner's first; empty where none is known."""
+    trials = [
+        each
+        for each in trials_of(results)
+        if sum(finite(row, "validation_loss") is not None for row in each[2]) > 1
+    ]
+    if not trials:
+        return ""
+    trials.sort(key=lambda each: each[1] != winner["trial_id"])
+    charts = [_loss_chart(number, rate, rungs) for number, (rate, _, rungs) in enumerate(trials)]
+    note = (
+        "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
+        " pictures, with the same noise and timesteps at every rung. Where it starts to rise, the model"
+        " begins to learn by heart."
+    )
+    others = (
+        "<details><summary>The other learning rates</summary>"
+        f'<div class="charts">{"".join(charts[1:])}</div></details>'
+    )
+    return f'<h2>Over-fitting</h2><p class="note">{escape(note)}</p><div class="charts">{charts[0]}</div>' + (
+        others if charts[1:] else ""
+    )
+
+
+def _loss_chart(number: int, rate: float, rungs: list[dict[str, Any]]) -> str:
+    curves = []
+    for color, (label, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
+        found = [(int(row["step"]), finite(row, key)) for row in rungs]
+        points = [Point(step, value) for step, value in found if value is not None]
+        curves.append(Curve(label, points, color))
+    rises = rise_starts(curves[1].points)
+    told = f"Validation loss is lowest at {rises:,} steps and rises from there." if rises else ""
+    chart = Chart(
+        name=f"loss-{number}",
+        title=f"Loss at a learning rate of {rate:g}",
+        description=f"{told or 'Validation loss is lowest at the last rung.'} {NUMBERS}",
+        unit="loss",
+        digits=4,
+        mark=(rises, "validation loss rises") if rises else None,
+    )
+    return line_chart(chart, curves)

@@ -1,0 +1,100 @@
+"""The page itself: the parts in their order."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ray_jobs.dataset_report import STYLE, dataset_section, table
+from ray_jobs.report.charts import fid_chart, heat_map, kid_chart, loss_section, second_chart
+from ray_jobs.report.pictures import (
+    Memorisation,
+    PictureRow,
+    Strip,
+    card,
+    memorisation_section,
+    strip_section,
+)
+from ray_jobs.report.tables import Spent, costs_section, number, rungs_table, scores
+from ray_jobs.report.verdict import ENOUGH_SAMPLES, headline, notes, second_network
+
+TEMPLATE = Path(__file__).parents[1] / "report.html"
+
+
+def write_report(
+    *,
+    winner: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    manifest: dict[str, Any],
+    config_yaml: str,
+    rows: Sequence[PictureRow],
+    run_name: str,
+    strip: Strip | None = None,
+    memorisation: Memorisation | None = None,
+    spent: Spent | None = None,
+    enough_samples: int = ENOUGH_SAMPLES,
+) -> str:
+    """The page of a run. A part whose data are missing is left out.
+
+    Args:
+        winner: what winner.json holds; `<score>_error`, `base_test_kid`, `test_kid` and the scores of a
+            second network, `base_test_fid_2` and `test_fid_2`, are shown where they are there.
+        results: the lines of search/results.jsonl; of each are shown, where they are there: `fid_error`,
+            `kid` and `kid_error`, `fid_2` with `fid_2_error` and `feature_network_2`, `validation_loss`.
+        manifest: what dataset/manifest.json holds.
+        config_yaml: the resolved configuration.
+        rows: the picture grid.
+        strip: the winning trial at each rung; None where no rung has samples.
+        memorisation: samples beside their nearest training pictures.
+        spent: what the search took.
+        enough_samples: with fewer pictures a score the page says that the ranking may be noise.
+
+    Returns:
+        One HTML document, to be written as UTF-8.
+
+    Raises:
+        KeyError: if `winner`, `results` or `manifest` lacks a key.
+        ValueError: the second scores of `results` are of different networks.
+    """
+    network = second_network(results)
+    charts = [fid_chart(winner, results), heat_map(winner, results), kid_chart(winner, results)]
+    charts += [second_chart(winner, results, network)] if network else []
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=STYLE.read_text(encoding="utf-8"),
+        run_name=escape(run_name),
+        headline=escape(headline(winner)),
+        summary=escape(_summary(winner)),
+        cards="".join(map(card, rows)),
+        strip=strip_section(strip),
+        charts="".join(charts),
+        notes="".join(
+            f'<p class="note{" alert" if each.alert else ""}">{escape(each.text)}</p>'
+            for each in notes(winner, results, enough_samples)
+        ),
+        rungs=rungs_table(results),
+        losses=loss_section(winner, results),
+        memorisation=memorisation_section(memorisation),
+        scores=table(("score", "", "what it is"), scores(winner), "scores"),
+        facts=escape(_facts(winner)),
+        costs=costs_section(spent),
+        dataset=dataset_section(manifest),
+        digest=escape(str(manifest["digest"])[:16]),
+        config=escape(config_yaml),
+    )
+
+
+def _summary(winner: dict[str, Any]) -> str:
+    before, after = (
+        number(winner[key], 1, winner.get(f"{key}_error")) for key in ("base_test_fid", "test_fid")
+    )
+    floor = number(winner["test_floor_fid"], 1)
+    return f"Test FID {before} before, {after} after; real pictures score {floor} against each other."
+
+
+def _facts(winner: dict[str, Any]) -> str:
+    decision = f" ({winner['registry_decision']})" if "registry_decision" in winner else ""
+    return (
+        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures a score."
+        f" Registered as version {winner['registry_version']}{decision}; trial {winner['trial_id']}."
+    )

@@ -1,0 +1,170 @@
+"""The tables of the page: scores, rungs, costs; and what must be said of the numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from ray_jobs.dataset_report import counted, table
+from ray_jobs.report.charts import Rows, finite
+from ray_jobs.report.verdict import closed_share
+
+
+@dataclass(frozen=True)
+class TrialCost:
+    """What a trial took.
+
+    Attributes:
+        seconds: of wall time, evaluation included.
+        device_hours: hours times workers' devices.
+        saved_steps: between where it was stopped and the end of the ladder; 0: it went to the end.
+    """
+
+    trial_id: str
+    learning_rate: float
+    steps: int
+    seconds: float
+    device_hours: float
+    saved_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a search took, a row a trial; `price`: of a device hour, where it is known."""
+
+    trials: Sequence[TrialCost]
+    price: float | None = None
+
+
+def number(value: float | None, digits: int, error: float | None = None) -> str:
+    """`12.3 ± 0.4`; a dash for what is missing or not finite."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def scores(winner: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of the table of scores: name, value, meaning."""
+    samples, share = winner["num_samples"], closed_share(winner)
+    again = int(winner.get("test_reads", 1)) > 1
+    when = "measured after the search" if again else "measured once, after the search"
+
+    def value(key: str, digits: int = 1) -> str:
+        return number(winner[key], digits, winner.get(f"{key}_error"))
+
+    rows = [
+        (
+            "Base model, test",
+            value("base_test_fid"),
+            f"{samples} pictures of the model before fine-tuning, against real test pictures",
+        ),
+        (
+            "Winner, test",
+            value("test_fid"),
+            f"{samples} pictures of the winner, same captions and seeds; {when}",
+        ),
+        (
+            "Real pictures, test",
+            value("test_floor_fid"),
+            f"the floor: {samples} real training pictures against the same test pictures; at this count"
+            " no model can be expected to reach 0",
+        ),
+        (
+            "Share closed",
+            "–" if share is None else f"{share:.0%}",
+            "(base − winner) / (base − real pictures), on the test split",
+        ),
+        ("Base model, validation", value("base_validation_fid"), "the dashed line of the chart"),
+        (
+            "Winner, validation",
+            value("validation_fid"),
+            "what the search chose by: the lowest of all rungs, so a little flattered",
+        ),
+    ]
+    others = (
+        ("test_kid", 4, "KID, test", "kernel distance on the same pictures, not biased by their number"),
+        ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
+    )
+    for key, digits, name, meaning in others:
+        for whose, prefix in (("base", "base_"), ("winner", "")):
+            if finite(winner, prefix + key) is not None:
+                rows.append((f"{name}: {whose}", value(prefix + key, digits), meaning))
+    return rows
+
+
+def rungs_table(results: Rows) -> str:
+    """Every rung with all that was measured of it; columns without a value are left out."""
+    columns = [("FID", "fid", 1), ("KID", "kid", 4), ("second network", "fid_2", 2)]
+    columns += [("training loss", "train_loss", 4), ("validation loss", "validation_loss", 4)]
+    columns += [("images/s", "images_per_second", 1)]
+    always = {"fid", "train_loss", "images_per_second"}
+    shown = [
+        (head, key, digits)
+        for head, key, digits in columns
+        if key in always or any(finite(row, key) is not None for row in results)
+    ]
+    rows = [
+        (
+            f"{row['learning_rate']:g}",
+            f"{row['step']:,}",
+            *(number(finite(row, key), digits, finite(row, f"{key}_error")) for _, key, digits in shown),
+            row["trial_id"],
+        )
+        for row in sorted(results, key=lambda row: (row["learning_rate"], row["step"]))
+    ]
+    return table(("learning rate", "step", *(head for head, _, _ in shown), "trial"), rows, "numbers rungs")
+
+
+def costs_section(spent: Spent | None) -> str:
+    """What each trial took, and what stopping it saved; empty without data."""
+    if spent is None or not spent.trials:
+        return ""
+    head = ["learning rate", "steps", "time", "device hours"]
+    head += (["cost"] if spent.price is not None else []) + ["steps saved", "device hours saved"]
+    rows = [
+        _cost(
+            f"{each.learning_rate:g}",
+            each.steps,
+            each.seconds,
+            each.device_hours,
+            each.saved_steps,
+            _saved(each),
+            spent.price,
+        )
+        for each in spent.trials
+    ]
+    sums = (
+        sum(each.steps for each in spent.trials),
+        sum(each.seconds for each in spent.trials),
+        sum(each.device_hours for each in spent.trials),
+        sum(each.saved_steps for each in spent.trials),
+        sum(map(_saved, spent.trials)),
+    )
+    rows.append(_cost("all", *sums, spent.price))
+    steps, saved = sums[0], sums[3]
+    words = (
+        f"{counted(steps, 'step')} trained; stopping trials early saved {saved:,}, which is"
+        f" {saved / max(steps + saved, 1):.0%} of what the whole grid takes. Saved hours are at each trial's"
+        " own pace."
+    )
+    return f'<h2>Costs</h2><p class="note">{escape(words)}</p>' + table(head, rows, "numbers sums")
+
+
+def _saved(trial: TrialCost) -> float:
+    """Device hours that the steps which were not trained would have taken at the trial's own pace."""
+    return trial.saved_steps * trial.device_hours / trial.steps if trial.steps else 0.0
+
+
+def _cost(
+    name: str,
+    steps: int,
+    seconds: float,
+    hours: float,
+    saved_steps: int,
+    saved_hours: float,
+    price: float | None,
+) -> list[str]:
+    clock = f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    cost = [] if price is None else [f"{price * hours:.2f}"]
+    return [name, f"{steps:,}", clock, f"{hours:.2f}", *cost, f"{saved_steps:,}", f"{saved_hours:.2f}"]

@@ -1,0 +1,132 @@
+"""What the numbers say, in sentences, and how far they can be trusted."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ray_jobs.dataset_report import counted
+from ray_jobs.report.charts import Rows, finite
+
+# Pictures a score. With fewer than the 2048 features of the FID network the covariance is singular, and the
+# bias of FID, which falls with the number of pictures, is as large as what tells candidates apart.
+ENOUGH_SAMPLES = 2048
+
+
+def closed_share(winner: dict[str, Any]) -> float | None:
+    """Share of the distance from the base to real pictures that the winner closed, on the test split.
+
+    1: as near as other real pictures; 0: no better than the base; negative: worse. None where the base is
+    already as near as real pictures, or a score is not finite.
+    """
+    base, tuned, floor = (float(winner[k]) for k in ("base_test_fid", "test_fid", "test_floor_fid"))
+    if not all(map(math.isfinite, (base, tuned, floor))) or base <= floor:
+        return None
+    return (base - tuned) / (base - floor)
+
+
+def headline(winner: dict[str, Any]) -> str:
+    """The result in one sentence."""
+    who = f"A learning rate of {winner['learning_rate']:g} for {counted(winner['step'], 'step')}"
+    share = closed_share(winner)
+    if share is None:
+        return f"{who} won; the base model left no distance to real pictures to close."
+    if share < 0:
+        return f"{who} won, yet on the test split it is further from real pictures than the base model."
+    return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."
+
+
+class Note(NamedTuple):
+    """A sentence; `alert`: one that takes away from the result."""
+
+    text: str
+    alert: bool = True
+
+
+def notes(winner: dict[str, Any], results: Rows, enough_samples: int = ENOUGH_SAMPLES) -> list[Note]:
+    """What to keep in mind when reading the ranking; none where there is nothing.
+
+    Raises:
+        ValueError: the rungs' second scores are of different networks.
+    """
+    found: list[Note | None] = [_too_few(winner, results, enough_samples), _ties(winner, results)]
+    if (network := second_network(results)) is not None:
+        found.append(_agreement(winner, results, network))
+    if int(winner.get("test_reads", 1)) > 1:
+        times = f"The test split of this run was read {winner['test_reads']} times"
+        found.append(Note(f"{times}: whoever chose by it has flattered the scores on it."))
+    return [note for note in found if note]
+
+
+def second_network(results: Rows) -> str | None:
+    """The feature network of `fid_2`; None where no row has a score of a second one.
+
+    Raises:
+        ValueError: there are several, whose scores must not be compared.
+    """
+    scored = [row for row in results if finite(row, "fid_2") is not None]
+    networks = {str(row["feature_network_2"]) for row in scored}
+    if len(networks) > 1:
+        raise ValueError(
+            f"feature_network_2: {', '.join(sorted(networks))}: scores of different networks cannot be"
+            " compared; measure all rungs with one"
+        )
+    return networks.pop() if networks else None
+
+
+def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
+    samples = int(winner["num_samples"])
+    if samples >= enough:
+        return None
+    shown = any(finite(row, "kid") is not None for row in results)
+    kid = " KID, shown beside it, is not biased by that." if shown else ""
+    return Note(
+        f"{counted(samples, 'picture')} a score are fewer than {enough:,}: FID is biased at that count, and"
+        f" the ranking of close candidates may be noise.{kid}"
+    )
+
+
+def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
+    """Which other rungs the error does not tell from the winner."""
+    best = _row_of(winner, results)
+    if best is None or (error := finite(best, "fid_error")) is None:
+        return None
+    close = [
+        row
+        for row in results
+        if row is not best
+        and (value := finite(row, "fid")) is not None
+        and value - float(best["fid"]) <= math.hypot(error, finite(row, "fid_error") or 0.0)
+    ]
+    if not close:
+        return None
+    names = ", ".join(_name(row) for row in close[:4]) + (", …" if len(close) > 4 else "")
+    told = f"Within the error of the winner, so not told from it: {names}."
+    return Note(f"{told} Of such a tie the fewest steps win.")
+
+
+def _agreement(winner: dict[str, Any], results: Rows, network: str) -> Note | None:
+    """Whether the second network would have chosen the same rung."""
+    scored = [row for row in results if None not in (finite(row, "fid"), finite(row, "fid_2"))]
+    first, second = (_lowest(scored, key) for key in ("fid", "fid_2"))
+    if first is None or second is None:
+        return None
+    mine, other = (name.split("@")[0] for name in (str(winner["feature_network"]), network))
+    if (first["trial_id"], first["step"]) == (second["trial_id"], second["step"]):
+        return Note(f"Both feature networks, {mine} and {other}, name the same winner.", alert=False)
+    return Note(
+        f"The feature networks disagree about the winner: {mine} takes {_name(first)}, {other} takes"
+        f" {_name(second)}. Let the pictures decide."
+    )
+
+
+def _row_of(winner: dict[str, Any], results: Rows) -> dict[str, Any] | None:
+    wanted = winner["trial_id"], winner["step"]
+    return next((row for row in reversed(results) if (row["trial_id"], row["step"]) == wanted), None)
+
+
+def _lowest(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    return min(rows, key=lambda row: (row[key], row["step"]), default=None)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['learning_rate']:g} at {counted(int(row['step']), 'step')}"

@@ -1,0 +1,211 @@
+"""Versions of the registry: see them, promote one by hand, take a promotion back.
+
+    python -m ray_jobs.versions status --config configs/demo.yaml
+    python -m ray_jobs.versions promote --config configs/demo.yaml --version 3
+    python -m ray_jobs.versions rollback --config configs/demo.yaml
+
+A new version is the `candidate`. It becomes the `champion`, which is served, if its test FID beats the
+champion's by more than the error, both being measured alike; the former champion becomes `previous`.
+All of this can be done again after an interruption, and done twice it changes nothing more.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.progress import show
+from ray_jobs.promotion import Measured
+from ray_jobs.registry import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    not_ours,
+    nothing_published,
+    open_existing,
+    store_errors,
+    weights_digest,
+)
+
+
+def promote(config: Config, version: int) -> None:
+    """Make a version the champion whatever its scores, and the former champion `previous`.
+
+    Raises:
+        ConfigError: if there is no such version, or its weights are no longer those that were registered.
+    """
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        _check_weights(client, config, version)
+        make_champion(client, config.publish.model_name, version, aliases)
+
+
+def rollback(config: Config) -> int:
+    """Make `previous` the champion again and return it.
+
+    The alias `previous` is gone afterwards: doing it twice must not bring back what was taken back.
+
+    Raises:
+        ConfigError: if there is no previous version, or its weights are gone.
+    """
+    name = config.publish.model_name
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        if PREVIOUS not in aliases:
+            raise ConfigError(
+                f"{name!r} has no version with the alias {PREVIOUS!r}: there is nothing to go back to; see "
+                f"{command_line('status')} and take {command_line('promote')} --version ..."
+            )
+        _check_weights(client, config, aliases[PREVIOUS])
+        client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS]))
+        client.delete_registered_model_alias(name, PREVIOUS)
+    return aliases[PREVIOUS]
+
+
+def status(config: Config) -> str:
+    """A table of the versions, newest first: what they scored, how that was measured, where they lie."""
+    head = ("version", "aliases", "test FID", "samples", "network", "created (UTC)", "source")
+    rows = []
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        found = client.search_model_versions(f"name = '{config.publish.model_name}'")
+        for each in sorted(found, key=lambda each: -int(each.version)):
+            measured = measured_of(client, each)
+            scores = ("–", "–", "–")
+            if measured:
+                scores = (str(measured), str(measured.num_samples), measured.feature_network)
+            created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.creation_timestamp / 1000))
+            names = ", ".join(names_of(aliases, int(each.version)))
+            rows.append((str(each.version), names, *scores, created, each.source))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    )
+
+
+def measured_of(client: Any, version: Any) -> Measured | None:
+    """What a version's tags and metrics say of its score; None where they do not."""
+    tags = version.tags
+    if not version.run_id or not {"feature_network", "num_samples", "data_digest"} <= set(tags):
+        return None
+    metrics = client.get_run(version.run_id).data.metrics
+    return Measured(
+        fid=metrics["test_fid"],
+        error=metrics.get("test_fid_error"),
+        num_samples=int(tags["num_samples"]),
+        feature_network=tags["feature_network"],
+        data=tags["data_digest"],
+    )
+
+
+def aliases_of(client: Any, config: Config) -> dict[str, int]:
+    """The version that each alias of `config.publish.model_name` points to.
+
+    Raises:
+        ConfigError: nothing was published under that name.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(config.publish.model_name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise nothing_published(config) from None
+        raise
+    return {alias: int(version) for alias, version in found.items()}
+
+
+def names_of(aliases: dict[str, int], version: int) -> tuple[str, ...]:
+    """The aliases of a version, sorted."""
+    return tuple(sorted(alias for alias, each in aliases.items() if each == version))
+
+
+def make_champion(client: Any, name: str, version: int, aliases: dict[str, int]) -> None:
+    """Give a version the alias `champion`, and the former champion `previous`.
+
+    In this order: after a crash in between there still is a champion, and doing it again mends the rest.
+
+    Args:
+        aliases: as they are, by `aliases_of`.
+    """
+    former = aliases.get(CHAMPION)
+    if former not in (None, version):
+        client.set_registered_model_alias(name, PREVIOUS, str(former))
+    client.set_registered_model_alias(name, CHAMPION, str(version))
+    if aliases.get(CANDIDATE) == version:
+        client.delete_registered_model_alias(name, CANDIDATE)
+
+
+def _check_weights(client: Any, config: Config, version: int) -> None:
+    """Raise ConfigError unless the version is there with the weights that were registered."""
+    from mlflow.exceptions import MlflowException
+
+    name = config.publish.model_name
+    try:
+        found = client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConfigError(
+            f"--version: {name!r} has no version {version}; see {command_line('status')}"
+        ) from None
+    if "digest" not in found.tags:
+        raise not_ours(config, version)
+    if weights_digest(found.source) != found.tags["digest"]:
+        raise ConfigError(
+            f"{found.source}: no longer the weights of version {version} of {name!r}, so it cannot be "
+            f"served; take another version of {command_line('status')}"
+        )
+
+
+def command_line(name: str, version: int | None = None) -> str:
+    """The command of this module that a person is to type."""
+    return f"python -m ray_jobs.versions {name} --config ..." + (f" --version {version}" if version else "")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    name = config.publish.model_name
+    if arguments.command == "status":
+        show(status(config))
+    elif arguments.command == "promote":
+        promote(config, arguments.version)
+        show(
+            f"version {arguments.version} is the champion of {name!r}; to undo it: {command_line('rollback')}"
+        )
+    else:
+        show(f"version {rollback(config)} is the champion of {name!r} again")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 2 for what the user must mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.versions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, purpose in (
+        ("status", "the versions, their aliases and scores"),
+        ("promote", "make a version the champion, whatever its scores"),
+        ("rollback", "make the previous version the champion again"),
+    ):
+        options = commands.add_parser(command, help=purpose, description=purpose)
+        add_config_arguments(options)
+        if command == "promote":
+            options.add_argument("--version", type=int, required=True, help="a number that status lists")
+    try:
+        _run(parser.parse_args(argv))
+    except ConfigError as error:
+        show(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Which measurements may be compared, and when one beats the other."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from ray_jobs.promotion import Measured, objection
+
+CHAMPION = Measured(20.0, 0.3, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
+
+
+@pytest.mark.parametrize(("fid", "error", "promoted"), [(19.4, 0.4, True), (19.6, 0.4, False)])
+def test_the_difference_must_exceed_the_error_of_a_difference(
+    fid: float, error: float, promoted: bool
+) -> None:
+    # The error of a difference of 0.3 and 0.4 is 0.5.
+    assert (objection(replace(CHAMPION, fid=fid, error=error), CHAMPION) is None) == promoted
+
+
+def test_without_errors_a_lower_fid_is_enough_and_an_equal_one_is_not() -> None:
+    champion = replace(CHAMPION, error=None)
+    assert objection(replace(champion, fid=19.9), champion) is None
+    assert objection(champion, champion) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"feature_network": "dino@sha256:00"}, "feature network dino@sha256:00, the champion's inception"),
+        ({"num_samples": 5000}, "number of samples 5000, the champion's 96"),
+        ({"data": "00" * 32}, "data 000000000000, the champion's 9f9f9f9f9f9f"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared_and_the_difference_is_named(
+    change: dict[str, object], named: str
+) -> None:
+    assert named in (objection(replace(CHAMPION, fid=1.0, **change), CHAMPION) or "")  # type: ignore[arg-type]
+
+
+def test_a_champion_without_a_record_is_not_replaced_unasked() -> None:
+    assert "no record" in (objection(CHAMPION, None) or "")
+
+
+def test_a_score_that_is_no_number_never_wins_and_always_loses() -> None:
+    diverged = replace(CHAMPION, fid=math.nan)
+    assert "not a number" in (objection(diverged, CHAMPION) or "")
+    assert objection(CHAMPION, diverged) is None
