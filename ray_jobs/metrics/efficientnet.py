@@ -71,7 +71,7 @@ class InvertedBottleneck(torch.nn.Sequential):
 
 
 class EfficientNetLite0(torch.nn.Module):
-    """Pictures (float32, N x 3 x 224 x 224) to pooled features (N x 1280); `classifier` gives their logits."""
+    """Pictures (float32, N x 3 x 224 x 224) to pooled features (N x 1280); `classifier` makes logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,4 +125,4 @@ def load_efficientnet(path: str | Path, device: str | torch.device = "cpu") -> E
     module = EfficientNetLite0()
     module.load_state_dict(load(content))
     freeze(module, device)
-    return EfficientNet(NAME, digest, device, NUM_FEATURES, module.to(memory_format=torch.channels_last))
+    return EfficientNet(NAME, digest, device, NUM_FEATURES, module)

@@ -28,7 +28,12 @@ class VisionModel(FeatureNetwork):
     processor: Any  # of pictures
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.module(pixel_values=self._pixels(images)).pooler_output
+        pooled = self.module(pixel_values=self._pixels(images)).pooler_output
+        if pooled is None:
+            raise ValueError(
+                f"evaluate.feature_network: {self.name} has no pooled output; take another model"
+            )
+        return pooled
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         pictures = [picture.numpy() for picture in images.cpu()]
@@ -38,7 +43,7 @@ class VisionModel(FeatureNetwork):
 
 @dataclass(frozen=True, eq=False)
 class Clip(VisionModel):
-    """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one space, for both their features."""
+    """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one space."""
 
     tokenizer: Any
 
@@ -47,7 +52,7 @@ class Clip(VisionModel):
 
     @torch.inference_mode()
     def text_features(self, captions: list[str]) -> torch.Tensor:
-        """Of captions, which are cut where they are longer than the model reads: float32, N x num_features."""
+        """Of captions, cut to what the model reads: float32, N x num_features, on the CPU."""
         tokens = self.tokenizer(
             captions,
             padding=True,
@@ -68,7 +73,7 @@ def load_vision_model(
         revision: of a hub name; a commit keeps a score's network what it was.
 
     Raises:
-        ValueError: if it is neither, has no safetensors, lacks weights or has no pooled output.
+        ValueError: if it is neither, has no safetensors, or lacks weights.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
@@ -101,7 +106,9 @@ def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | 
     """
     model = load_vision_model(path, device, revision=revision)
     if not isinstance(model, Clip):
-        raise ValueError(f"evaluate.clip: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14")
+        raise ValueError(
+            f"evaluate.clip: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14"
+        )
     return model
 
 
