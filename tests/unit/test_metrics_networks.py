@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_jobs.metrics.efficientnet import PREPROCESSING, EfficientNet
+from ray_jobs.metrics.efficientnet import PREPROCESSING, EfficientNet, convolution
 from ray_jobs.metrics.feature_network import Preprocessing
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.networks import NetworkSpec, load_network
@@ -117,6 +117,16 @@ def test_efficientnet_gives_the_features_that_its_classes_are_made_of(efficientn
     assert efficientnet.identity == "efficientnet-lite0@sha256:162cab1588fe"
     classes = efficientnet.module.classifier(features).softmax(dim=1)
     torch.testing.assert_close(classes, efficientnet.probabilities(pictures), rtol=1e-4, atol=1e-6)
+
+
+def test_a_stride_of_two_pads_after_an_even_picture_and_not_before() -> None:
+    layers = convolution(1, 1, kernel=3, stride=2, activation=False).eval()
+    layers.load_state_dict({**layers.state_dict(), "1.weight": torch.ones(1, 1, 3, 3)})
+    picture = torch.arange(16.0).reshape(1, 1, 4, 4)
+    # Sums of rows 0 to 2 and 2 to 3, of columns 0 to 2 and 2 to 3; normalised by the root of 1 + 0.001.
+    expected = torch.tensor([[45.0, 39.0], [66.0, 50.0]]) / 1.001**0.5
+    with torch.inference_mode():
+        torch.testing.assert_close(layers(picture)[0, 0], expected)
 
 
 def test_the_inception_score_names_the_stand_in_that_gave_the_classes(efficientnet: EfficientNet) -> None:
