@@ -139,7 +139,7 @@ def bootstrap(count: int) -> dict[str, float]:
     real = Moments.of(torch.rand(count, 2048, generator=generator))
     with clock.measure("prepare"):
         distance = ReweightedFrechet(features, real)
-    for weights in bootstrap_weights(count, 3, seed=0):
+    for weights in bootstrap_weights(count, 7, seed=0):
         with clock.measure("by weights"):
             found = distance(weights)
         with clock.measure("afresh"):
