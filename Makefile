@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 INCEPTION := .cache/inception-2015-12-05.pt
+EFFICIENTNET := .cache/efficientnet-lite0.safetensors
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: .venv/complete $(INCEPTION) ## install everything into .venv, skipped when nothing changed
+setup: .venv/complete $(INCEPTION) $(EFFICIENTNET) ## install everything into .venv, skipped when nothing changed
 
 # torch goes first and by pip, which takes the build meant for this machine; uv then keeps it.
 .venv/complete: requirements.lock
@@ -24,7 +25,11 @@ setup: .venv/complete $(INCEPTION) ## install everything into .venv, skipped whe
 	touch $@
 
 $(INCEPTION): scripts/fetch_inception.py .venv/complete
-	$(BIN)/python scripts/fetch_inception.py
+	$(BIN)/python -m scripts.fetch_inception
+	touch $@
+
+$(EFFICIENTNET): scripts/fetch_efficientnet.py .venv/complete
+	$(BIN)/python -m scripts.fetch_efficientnet
 	touch $@
 
 demo: setup ## run the main job end to end, then ask the model it made for four pictures

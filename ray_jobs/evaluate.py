@@ -14,7 +14,8 @@ from typing import Any
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.metrics.frechet import Moments, Score
+from ray_jobs.metrics.frechet import Moments
+from ray_jobs.metrics.score import Score
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
@@ -54,7 +55,7 @@ class Evaluator:
         import torch
 
         from ray_jobs.diffusion.loading import load_pipeline
-        from ray_jobs.metrics.inception import load_feature_network
+        from ray_jobs.metrics.inception import load_inception as load_feature_network
 
         torch.set_num_threads(num_threads)
         self.config, self.device = config, "cuda" if config.evaluate.use_gpu else "cpu"

@@ -36,7 +36,7 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both sets together (Chan, Golub & LeVeque 1983, eq. 2.1), in any order."""
-        _require_same_network(self.feature_network, other.feature_network)
+        require_same_network(self.feature_network, other.feature_network)
         count = self.count + other.count
         apart = other.mean - self.mean
         between = apart * (self.count * other.count / count) ** 0.5
@@ -56,7 +56,8 @@ def _shorten(factor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(factor, mode="r").R
 
 
-def _require_same_network(one: str, other: str) -> None:
+def require_same_network(one: str, other: str) -> None:
+    """Raises ValueError if two numbers come from different feature networks."""
     if one != other:
         raise ValueError(f"feature_network: {one} and {other} measure different things; use one of them")
 
@@ -71,7 +72,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Raises:
         ValueError: if a set has fewer than 2 pictures, or the feature networks differ.
     """
-    _require_same_network(a.feature_network, b.feature_network)
+    require_same_network(a.feature_network, b.feature_network)
     if min(a.count, b.count) < 2:
         raise ValueError(f"evaluate.num_samples: FID needs 2 pictures a set; got {a.count} and {b.count}")
     left, right = a.factor / (a.count - 1) ** 0.5, b.factor / (b.count - 1) ** 0.5
@@ -80,24 +81,3 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root = torch.linalg.svdvals(left @ right.T).sum()
     # Of equal sets the difference is rounding of either sign; a distance is not negative.
     return max(0.0, float(means + traces - 2 * root))
-
-
-@dataclass(frozen=True)
-class Score:
-    """An FID with what it depends on. `<` (so `min`) compares only what is comparable."""
-
-    fid: float
-    num_samples: int  # pictures that were generated; FID falls as they grow in number
-    feature_network: str  # FeatureNetwork.identity
-
-    @classmethod
-    def of(cls, generated: Moments, real: Moments) -> "Score":
-        return cls(frechet_distance(generated, real), generated.count, generated.feature_network)
-
-    def __lt__(self, other: "Score") -> bool:
-        _require_same_network(self.feature_network, other.feature_network)
-        if self.num_samples != other.num_samples:
-            raise ValueError(
-                f"num_samples: FIDs of {self.num_samples} and {other.num_samples} pictures do not compare"
-            )
-        return self.fid < other.fid

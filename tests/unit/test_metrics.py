@@ -8,14 +8,15 @@ from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ray_jobs.config import EvaluateConfig
-from ray_jobs.metrics.frechet import Moments, Score, frechet_distance
+from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import (
     INPUT_SIZE,
-    FeatureNetwork,
+    Inception,
     interpolation_matrix,
-    load_feature_network,
+    load_inception,
     resize,
 )
+from ray_jobs.metrics.score import Score
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +134,7 @@ def test_resizing_a_picture_equals_the_values_worked_out_by_hand() -> None:
 
 def test_a_missing_network_names_the_field_and_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate\.feature_network: no such file: .*`make setup`"):
-        load_feature_network(tmp_path / "absent.pt")
+        load_inception(tmp_path / "absent.pt")
 
 
 def test_an_unknown_network_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
@@ -141,12 +142,12 @@ def test_an_unknown_network_is_refused_before_it_is_loaded(tmp_path: Path) -> No
     path = tmp_path / "other.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
     with pytest.raises(ValueError, match=r"evaluate\.feature_network: .*not a known.*`make setup`"):
-        load_feature_network(path)
+        load_inception(path)
 
 
 @pytest.fixture(scope="module")
-def network() -> FeatureNetwork:
-    return load_feature_network(ROOT / str(EvaluateConfig().feature_network))
+def network() -> Inception:
+    return load_inception(ROOT / str(EvaluateConfig().feature_network))
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +163,12 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def features(network: FeatureNetwork, pictures: torch.Tensor) -> torch.Tensor:
+def features(network: Inception, pictures: torch.Tensor) -> torch.Tensor:
     return network.features(pictures)
 
 
 def test_features_are_those_of_the_network_on_the_standard_input(
-    network: FeatureNetwork, pictures: torch.Tensor, features: torch.Tensor
+    network: Inception, pictures: torch.Tensor, features: torch.Tensor
 ) -> None:
     assert features.shape == (4, network.num_features) == (4, 2048)
     assert features.dtype == torch.float32
@@ -179,19 +180,19 @@ def test_features_are_those_of_the_network_on_the_standard_input(
 
 
 def test_features_of_a_picture_do_not_depend_on_its_batch(
-    network: FeatureNetwork, pictures: torch.Tensor, features: torch.Tensor
+    network: Inception, pictures: torch.Tensor, features: torch.Tensor
 ) -> None:
     torch.testing.assert_close(network.features(pictures[1:2]), features[1:2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_slightly_noisy_picture_is_nearest_to_itself(
-    network: FeatureNetwork, pictures: torch.Tensor, features: torch.Tensor
+    network: Inception, pictures: torch.Tensor, features: torch.Tensor
 ) -> None:
     noise = torch.randint(-8, 9, pictures.shape, generator=torch.Generator().manual_seed(0))
     noisy = (pictures.int() + noise).clamp(0, 255).to(torch.uint8)
     assert torch.cdist(network.features(noisy), features).argmin(dim=1).tolist() == [0, 1, 2, 3]
 
 
-def test_pictures_of_the_wrong_type_are_refused(network: FeatureNetwork) -> None:
+def test_pictures_of_the_wrong_type_are_refused(network: Inception) -> None:
     with pytest.raises(ValueError, match="uint8"):
         network.features(torch.rand(1, 3, 64, 64))

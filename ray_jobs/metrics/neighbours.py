@@ -1,0 +1,134 @@
+"""Nearest neighbours of feature vectors: precision and recall, memorisation. Pure PyTorch, in float64."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Distances that are in memory at once: 128 MiB.
+MAX_DISTANCES = 1 << 24
+
+
+def _distances(queries: torch.Tensor, references: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Euclidean distances of chunks of the queries to all references: float64, chunk x M."""
+    references = references.double()
+    for part in queries.split(max(1, limit // len(references))):
+        yield torch.cdist(part.double(), references)
+
+
+def nearest(
+    queries: torch.Tensor, references: torch.Tensor, k: int = 1, *, limit: int = MAX_DISTANCES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest references of each query by Euclidean distance.
+
+    Args:
+        queries, references: float, N x D and M x D.
+        limit: distances in memory at once, at least M.
+
+    Returns:
+        Distances (float64) and indices (int64), N x k each, the nearest first.
+    """
+    found = [part.topk(k, largest=False) for part in _distances(queries, references, limit)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Both in 0 to 1. They move with the counts and with k: compare only equal ones.
+
+    Attributes:
+        precision: share of generated pictures among the real ones: how good they are.
+        recall: share of real pictures among the generated ones: how much of the variety is there.
+    """
+
+    precision: float
+    recall: float
+    k: int
+    num_samples: int
+    num_real: int
+    feature_network: str
+
+
+def precision_recall(
+    generated: torch.Tensor,
+    real: torch.Tensor,
+    feature_network: str,
+    *,
+    k: int = 3,
+    limit: int = MAX_DISTANCES,
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, equations 1 to 3).
+
+    A set's manifold is the union of balls around its pictures, each as wide as the way to the k-th nearest
+    other picture of the set.
+
+    Args:
+        generated, real: features, float, N x D and M x D; more than k of each.
+        k: 3 in the paper.
+
+    Raises:
+        ValueError: if a set is too small for k.
+    """
+    if k < 1 or min(len(generated), len(real)) <= k:
+        raise ValueError(f"k: from 1 to one less than the pictures of either set; got {k}")
+    precision = _share_inside(generated, real, k, limit)
+    recall = _share_inside(real, generated, k, limit)
+    return PrecisionRecall(precision, recall, k, len(generated), len(real), feature_network)
+
+
+def _share_inside(queries: torch.Tensor, manifold: torch.Tensor, k: int, limit: int) -> float:
+    """Share of the queries that lie in a ball of the manifold."""
+    # Each is its own nearest, so the k-th other one is the last of k + 1.
+    radii = nearest(manifold, manifold, k + 1, limit=limit)[0][:, k]
+    inside = [(part <= radii).any(dim=1) for part in _distances(queries, manifold, limit)]
+    return float(torch.cat(inside).double().mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Memorisation:
+    """What of a training set its model has drawn again.
+
+    Attributes:
+        indices: the nearest training picture of each generated one: int64, N.
+        distances: to it: float64, N.
+        threshold: a nearer one is a near copy.
+        share: of near copies among the generated pictures, 0 to 1.
+        expected_share: that a model which has learnt nothing by heart would have.
+    """
+
+    indices: torch.Tensor
+    distances: torch.Tensor
+    threshold: float
+    share: float
+    expected_share: float
+    feature_network: str
+
+
+def memorisation(
+    generated: torch.Tensor,
+    training: torch.Tensor,
+    held_out: torch.Tensor,
+    feature_network: str,
+    *,
+    quantile: float = 0.01,
+    limit: int = MAX_DISTANCES,
+) -> Memorisation:
+    """The nearest training picture of each generated one, and the share of near copies.
+
+    The threshold is taken from real pictures that the model has not seen: nearer to the training set than
+    all but `quantile` of them is a near copy. So a model that draws as unlike the training set as new real
+    pictures are has a share of `quantile`; the excess is what it has memorised. Of fewer held-out pictures
+    than 1 / quantile the threshold is near their smallest distance, and as uncertain as that.
+
+    Args:
+        generated, training, held_out: features, float, N x D, M x D and V x D; `held_out` of the
+            validation split, without near duplicates of training pictures.
+        quantile: of the held-out distances, above 0 and below 1.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile: above 0 and below 1; not {quantile}")
+    unseen = nearest(held_out, training, limit=limit)[0][:, 0]
+    distances, indices = (found[:, 0] for found in nearest(generated, training, limit=limit))
+    threshold = float(unseen.quantile(quantile))
+    share = float((distances < threshold).double().mean())
+    return Memorisation(indices, distances, threshold, share, quantile, feature_network)

@@ -1,0 +1,101 @@
+"""Any feature network from its specification."""
+
+import hashlib
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ray_jobs.metrics.efficientnet import load_efficientnet
+from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing, freeze, read_checked
+from ray_jobs.metrics.inception import load_inception
+from ray_jobs.metrics.vision_model import load_vision_model
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which network, and where it lies.
+
+    Attributes:
+        kind: `inception`: the standard FID network; `efficientnet-lite0`; `transformers`: a vision model of
+            that library (DINOv2, CLIP); `torchscript`: any file that maps float pictures to N x D features.
+        path: of the file; of `transformers`, a folder or a hub name.
+        sha256: `torchscript` needs its file's, since such a file is code. Else, where it is given, the
+            network must have this digest.
+        name: of `torchscript`, for the record beside its scores.
+        preprocessing: of `torchscript`: the input that it was trained on.
+        revision: of `transformers`, on the hub.
+    """
+
+    kind: Literal["inception", "efficientnet-lite0", "transformers", "torchscript"]
+    path: str
+    sha256: str | None = None
+    name: str | None = None
+    preprocessing: Preprocessing | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting that is missing, or that the kind does not have."""
+        needed = {"torchscript": {"sha256", "name", "preprocessing"}}.get(self.kind, set())
+        optional = {"transformers": {"sha256", "revision"}}.get(self.kind, {"sha256"})
+        for field in ("sha256", "name", "preprocessing", "revision"):
+            is_given = getattr(self, field) is not None
+            if field in needed and not is_given:
+                raise ValueError(f"feature_network.{field}: a {self.kind} network needs it; add it")
+            if is_given and field not in needed | optional:
+                raise ValueError(f"feature_network.{field}: {self.kind} has no such setting; remove it")
+
+
+def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> FeatureNetwork:
+    """The network that `spec` describes, frozen.
+
+    Raises:
+        ValueError: if its file is missing, or is not the one that the digest names.
+    """
+    network: FeatureNetwork
+    match spec.kind:
+        case "inception":
+            network = load_inception(spec.path, device)
+        case "efficientnet-lite0":
+            network = load_efficientnet(spec.path, device)
+        case "transformers":
+            network = load_vision_model(spec.path, device, revision=spec.revision)
+        case "torchscript":
+            return _load_torchscript(spec, torch.device(device))
+    if spec.sha256 not in (None, network.digest):
+        raise ValueError(
+            f"feature_network.sha256: {spec.path} has {network.digest}, not {spec.sha256}; take the file that"
+            " is meant, or correct the digest"
+        )
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class TorchScript(FeatureNetwork):
+    """A network from a file that the user vouches for by its digest."""
+
+    module: torch.jit.ScriptModule
+    preprocessing: Preprocessing
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.module(self.preprocessing(images))
+        if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
+            found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+            raise ValueError(f"feature_network: {self.name} must give N x D features, not {found}")
+        return features
+
+
+def _load_torchscript(spec: NetworkSpec, device: torch.device) -> TorchScript:
+    assert spec.sha256 and spec.name and spec.preprocessing
+    content, digest = read_checked(
+        Path(spec.path), "feature_network.sha256 is not its digest", {spec.sha256.lower()}
+    )
+    module = torch.jit.load(io.BytesIO(content), map_location=device)
+    freeze(module, device)
+    # How a picture is prepared is not in the file, and changes its features.
+    whole = hashlib.sha256(f"{digest} {spec.preprocessing}".encode()).hexdigest()
+    black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing)
+    return replace(network, num_features=network.features(black).shape[1])

@@ -1,0 +1,134 @@
+"""Vision models of transformers as feature networks: DINOv2, CLIP, and what else has a pooled output.
+
+From a folder or a hub name, weights as safetensors only; no code that comes with a model is ever run.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.metrics.feature_network import FeatureNetwork, freeze
+
+# What a model's features depend on; the rest of a repository (other formats, pictures) is not fetched.
+FILES = ("*.json", "*.txt", "*.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class VisionModel(FeatureNetwork):
+    """The pooled output of a model, such as DINOv2's class token after the last layer norm.
+
+    Pictures are prepared as the model's own image processor says, in its PIL implementation everywhere, so
+    that a score does not depend on what is installed: resized, mostly cropped in the centre, normalised.
+    """
+
+    module: Any  # a PreTrainedModel
+    processor: Any  # of pictures
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.module(pixel_values=self._pixels(images)).pooler_output
+        if pooled is None:
+            raise ValueError(
+                f"evaluate.feature_network: {self.name} has no pooled output; take another model"
+            )
+        return pooled
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        pictures = [picture.numpy() for picture in images.cpu()]
+        inputs = self.processor(images=pictures, input_data_format="channels_first", return_tensors="pt")
+        return inputs["pixel_values"].to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(VisionModel):
+    """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one space."""
+
+    tokenizer: Any
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module.get_image_features(pixel_values=self._pixels(images)).pooler_output
+
+    @torch.inference_mode()
+    def text_features(self, captions: list[str]) -> torch.Tensor:
+        """Of captions, cut to what the model reads: float32, N x num_features, on the CPU."""
+        tokens = self.tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=self.module.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        return self.module.get_text_features(**tokens).pooler_output.float().cpu()
+
+
+def load_vision_model(
+    path: str, device: str | torch.device = "cpu", *, revision: str | None = None
+) -> VisionModel:
+    """A vision model in float32; a `Clip` where the folder holds a whole CLIPModel.
+
+    Args:
+        path: folder, or hub name.
+        revision: of a hub name; a commit keeps a score's network what it was.
+
+    Raises:
+        ValueError: if it is neither, has no safetensors, or lacks weights.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
+
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision)
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"evaluate.feature_network: {path}: no safetensors file; no other format is read")
+    is_clip = AutoConfig.from_pretrained(folder).model_type == "clip"
+    kind = CLIPModel if is_clip else AutoModel
+    module, loading = kind.from_pretrained(
+        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ValueError(f"evaluate.feature_network: {path}: its weights lack {missing}")
+    freeze(module, torch.device(device))
+    name = folder.name if folder == Path(path) else path
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    common = (name, _digest(folder), torch.device(device))
+    if is_clip:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return Clip(*common, module.config.projection_dim, module, processor, tokenizer)
+    return VisionModel(*common, module.config.hidden_size, module, processor)
+
+
+def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> Clip:
+    """As `load_vision_model`, for the scores that need captions too.
+
+    Raises:
+        ValueError: as there, or if it is no CLIPModel.
+    """
+    model = load_vision_model(path, device, revision=revision)
+    if not isinstance(model, Clip):
+        raise ValueError(
+            f"evaluate.clip: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14"
+        )
+    return model
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"evaluate.feature_network: {name}: neither a folder nor a name of the hub ({reason})"
+        ) from None
+
+
+def _digest(folder: Path) -> str:
+    """The sha256 of the weights, the architecture, the image processor and the tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
