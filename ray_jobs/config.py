@@ -375,6 +375,14 @@ class SearchConfig(Section):
     ladder: list[Positive] = Field(min_length=1, description="step counts, increasing: the rungs")
     reduction_factor: int = Field(2, ge=2, description="ASHA goes on with 1 / this many a rung")
     max_concurrent_trials: Positive = Field(1, description="trials that train at once")
+    patience: Positive | None = Field(
+        None,
+        description="a trial stops after so many rungs without a FID lower by more than its error; "
+        "null: only ASHA stops trials",
+    )
+    device_hour_price: float | None = Field(
+        None, gt=0, description="of one worker for an hour, for the report; null: unknown"
+    )
 
     @model_validator(mode="after")
     def _increases(self) -> "SearchConfig":
@@ -383,6 +391,41 @@ class SearchConfig(Section):
             raise ValueError(f"ladder must increase: {self.ladder}; sort it and drop repeats")
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rates repeats a value: {self.learning_rates}")
+        return self
+
+
+class NetworkConfig(Section):
+    """A feature network beside the FID Inception, since one alone can misrank (arXiv 2604.28190)."""
+
+    kind: Literal["efficientnet-lite0", "transformers", "torchscript"] = Field(
+        "efficientnet-lite0",
+        description="transformers: a vision model such as DINOv2; torchscript: any file",
+    )
+    path: str = Field(
+        ".cache/efficientnet-lite0.safetensors",
+        description="its file; of transformers a folder or a hub name",
+    )
+    sha256: str | None = Field(None, description="digest of the file; torchscript needs it, being code")
+    name: str | None = Field(None, description="torchscript: what its scores are recorded as")
+    revision: str | None = Field(None, description="transformers: on the hub")
+    size: Positive | None = Field(None, description="torchscript: pixels a side of its input")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="torchscript: to that size")
+    mean: tuple[float, float, float] | None = Field(None, description="torchscript: a channel, of 0 to 255")
+    std: tuple[float, float, float] | None = Field(None, description="torchscript: a channel, of 0 to 255")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "NetworkConfig":
+        of_torchscript = ("name", "size", "mean", "std")
+        if self.kind == "torchscript":
+            missing = [field for field in ("sha256", *of_torchscript) if getattr(self, field) is None]
+            if missing:
+                raise ValueError(f"{missing[0]}: kind torchscript needs it")
+        else:
+            given = [field for field in of_torchscript if getattr(self, field) is not None]
+            if given:
+                raise ValueError(f"{given[0]}: only kind torchscript has it; remove it")
+        if self.revision and self.kind != "transformers":
+            raise ValueError("revision: only kind transformers has it; remove it")
         return self
 
 
@@ -400,6 +443,10 @@ class EvaluateConfig(Section):
         ".cache/inception-2015-12-05.pt",
         description="TorchScript file of the FID Inception network; its digest is checked",
     )
+    second_network: NetworkConfig | None = Field(
+        NetworkConfig(), description="shown beside it, and told where they disagree; null: none"
+    )
+    bootstrap: int = Field(100, ge=0, description="resamples for the errors of scores; 0: no errors")
 
 
 class PublishConfig(Section):

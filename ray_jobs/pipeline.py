@@ -44,11 +44,13 @@ def check_inputs(config: Config) -> None:
     """
     announce_class_pictures(config, open_sources(config))
     check_store(config)
-    if not Path(resolve_path(config.evaluate.feature_network)).is_file():
-        raise ConfigError(
-            f"evaluate.feature_network: {config.evaluate.feature_network}: no such file; "
-            "make setup fetches it"
-        )
+    second = config.evaluate.second_network
+    files = {"evaluate.feature_network": config.evaluate.feature_network}
+    if second and second.kind != "transformers":
+        files["evaluate.second_network.path"] = second.path
+    for field, file in files.items():
+        if not Path(resolve_path(file)).is_file():
+            raise ConfigError(f"{field}: {file}: no such file; make setup fetches the default one")
     try:
         model_folder(resolve_path(config.model.base), revision=config.model.revision)
     except ValueError as error:

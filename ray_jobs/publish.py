@@ -26,7 +26,7 @@ from ray_jobs.promotion import Measured
 from ray_jobs.registration import Registered, register
 from ray_jobs.registry import weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
-from ray_jobs.search import FINISHED, SearchResult, read_rows, search_digest
+from ray_jobs.search_results import SearchResult, read_result, spent
 from ray_jobs.stage import run_stage
 from ray_jobs.test_split import close_test, open_test
 from ray_jobs.training.checkpoint import WEIGHTS
@@ -108,18 +108,18 @@ def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
     """Base and winner; the test split is looked at here and nowhere else."""
     pool.load("validation")
     pool.load("test")
-    test, floor = pool.score(weights, "test"), pool.floor("test")
-    if floor.num_samples < test.num_samples:
-        say("publish", f"the floor comes out high: it has {floor.num_samples} real training pictures only")
-    validation = pool.score(None, "validation")
-    scores = {
-        "test_fid": test.fid,
-        "base_validation_fid": validation.fid,
+    test, base, floor = pool.score(weights, "test"), pool.score(None, "test"), pool.floor("test")
+    if floor.fid.num_samples < test.fid.num_samples:
+        real = floor.fid.num_samples
+        say("publish", f"the floor comes out high: it has {real} real training pictures only")
+    validation = pool.score(None, "validation").fid
+    scores: dict[str, Any] = test.row("test_") | base.row("base_test_") | test.second_network
+    scores |= {
+        "base_validation_fid": validation.value,
         "validation_num_samples": validation.num_samples,
-        "base_test_fid": pool.score(None, "test").fid,
-        "test_floor_fid": floor.fid,
+        "test_floor_fid": floor.fid.value,
     }
-    return scores | {"feature_network": test.feature_network, "num_samples": test.num_samples}
+    return scores | {"feature_network": test.fid.feature_network, "num_samples": test.fid.num_samples}
 
 
 def _write_card(
@@ -209,18 +209,19 @@ def _write_report(
         rows=rows,
         run_name=config.name,
         strip=_strip(pool, found, winner, opened["base"]),
+        spent=spent(config, found.rows),
     )
     run.write_text(REPORT, page)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     dataset = prepare(config)
-    storage = Storage.open(config.storage).child(config.name, "search")
-    if not storage.exists(FINISHED) or storage.read_text("digest") != search_digest(config, dataset):
+    found = read_result(config, dataset)
+    if found is None:
+        searched = Storage.open(config.storage).child(config.name, "search")
         raise ConfigError(
-            f"{storage.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
+            f"{searched.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
         )
-    found = SearchResult(search_digest(config, dataset), read_rows(storage))
     with evaluators(config, dataset) as pool:
         return publish(config, dataset, pool, found, forced=arguments.force)
 

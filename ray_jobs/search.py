@@ -3,68 +3,47 @@
     python -m ray_jobs.search --config configs/demo.yaml
 
 Writes `<storage>/<run>/search/results.jsonl`, a line a rung. ASHA (Li et al., arXiv 1810.05934) stops a
-trial whose validation FID at a rung is not among the best. An interrupted search goes on: measured
-rungs are not measured again, and a training resumes from its last checkpoint.
+trial whose validation FID at a rung is not among the best. The winner is the rung of the lowest FID, or one
+of fewer steps that the error does not tell from it. An interrupted search goes on: measured rungs are not
+measured again, and a training resumes from its last checkpoint.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass
+import math
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators
+from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
+from ray_jobs.search_results import (
+    FIELDS,
+    FINISHED,
+    RESULTS,
+    SearchResult,
+    choose,
+    read_result,
+    read_rows,
+    search_digest,
+    with_error,
+)
 from ray_jobs.stage import run_stage
 from ray_jobs.tracking import opened_store, tracked
 from ray_jobs.train import (
     build_trainer,
     check_diverged,
     checked,
-    depends_on,
     trial_id,
 )
 from ray_jobs.training.checkpoint import Rung, find_rungs, folder_of
 from ray_jobs.training.meter import RUNG
-
-RESULTS = "results.jsonl"
-FINISHED = "finished.json"
-FIELDS = ("trial_id", "learning_rate", "step", "fid", "train_loss", "images_per_second", "checkpoint")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """Every measured rung, and the best of them."""
-
-    digest: str
-    rows: list[dict[str, Any]]
-
-    @property
-    def winner(self) -> dict[str, Any]:
-        """The row of the lowest FID; of equal ones that of the fewest steps."""
-        return min(self.rows, key=lambda row: (row["fid"], row["step"]))
-
-
-def search_digest(config: Config, dataset: Dataset) -> str:
-    """Identifies what the results depend on: data, model, training, search and evaluation."""
-    settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def read_rows(storage: Storage) -> list[dict[str, Any]]:
-    """The lines of results.jsonl; none if there is no such file."""
-    if not storage.exists(RESULTS):
-        return []
-    return [json.loads(line) for line in storage.read_text(RESULTS).splitlines()]
 
 
 def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResult:
@@ -80,9 +59,9 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         storage.delete("")
         run.delete("train")
     storage.write_text("digest", digest)
-    if storage.exists(FINISHED):
+    if finished := read_result(config, dataset):
         say("search", "unchanged, skipped")
-        return SearchResult(digest, read_rows(storage))
+        return finished
     with opened_store(config):
         pool.load("validation")
     errors = _tune(config, dataset, pool, storage)
@@ -91,12 +70,15 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         raise RuntimeError(f"no trial reached its first rung: {errors}")
     for error in errors:
         say("search", f"a trial failed and is left out: {error}")
+    best = choose(rows, pool)
     if not errors:
-        storage.write_text(FINISHED, json.dumps({"digest": digest}))
-    result = SearchResult(digest, rows)
-    best = result.winner
-    say("search", f"winner: {best['trial_id']} at step {best['step']}, validation FID {best['fid']:.1f}")
-    return result
+        chosen = {"digest": digest, "winner": [best["trial_id"], best["step"]]}
+        storage.write_text(FINISHED, json.dumps(chosen))
+    lowest = min(row["fid"] for row in rows)
+    tie = "" if best["fid"] == lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
+    what = f"{best['trial_id']} at step {best['step']}"
+    say("search", f"winner: {what}, validation FID {with_error(best)}{tie}")
+    return SearchResult(digest, rows, best)
 
 
 def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storage) -> list[str]:
@@ -137,6 +119,7 @@ def _tuner(config: Config, trial: Any, storage: Storage, recorded: list[dict[str
             storage_path=storage.uri,
             verbose=0,
             callbacks=[Recorder(storage, recorded, ladder[-1], len(rates))],
+            stop=Patience(config.search.patience) if config.search.patience else None,
         ),
     )
 
@@ -167,10 +150,34 @@ def run_trial(
 
 
 def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, Any]:
-    """A rung's line: what the training reported, and the FID of its weights, of which samples are kept."""
-    score = pool.score(rung.weights, "validation", samples=Storage.open(rung.uri).child(SAMPLES))
-    measured = {"trial_id": name, "learning_rate": rate, "fid": score.fid, "checkpoint": rung.uri}
-    return rung.metrics | measured
+    """A rung's line: what the training reported, and the scores of its weights, of which samples are kept."""
+    scores = pool.score(rung.weights, "validation", Storage.open(rung.uri))
+    measured = {"trial_id": name, "learning_rate": rate, "checkpoint": rung.uri}
+    return rung.metrics | measured | scores.row() | scores.second_network
+
+
+class Patience(Stopper):
+    """Stops a trial that has not improved at so many rungs in a row.
+
+    An FID is an improvement if it is lower than the best by more than its own standard error.
+    """
+
+    def __init__(self, rungs: int) -> None:
+        self.rungs = rungs
+        self.best: dict[str, float] = {}
+        self.waited: dict[str, int] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if "fid" not in result:
+            return False
+        needed = self.best.get(trial_id, math.inf) - (result.get("fid_error") or 0.0)
+        improved = result["fid"] < needed
+        self.waited[trial_id] = 0 if improved else self.waited.get(trial_id, 0) + 1
+        self.best[trial_id] = min(result["fid"], self.best.get(trial_id, math.inf))
+        return self.waited[trial_id] >= self.rungs
+
+    def stop_all(self) -> bool:
+        return False
 
 
 class RungCallback(TuneReportCallback):
@@ -210,14 +217,15 @@ class Recorder(Callback):
         if "fid" not in result:
             return
         name = trial_id(trial.config["learning_rate"])
-        row = {field: name if field == "trial_id" else result[field] for field in FIELDS}
+        known = result | {"trial_id": name, "seconds": result["time_total_s"]}
+        row = {field: known[field] for field in FIELDS if field in known}
         if any((row["trial_id"], row["step"]) == (old["trial_id"], old["step"]) for old in self.rows):
             return
         self.rows.append(row)
         self.storage.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in self.rows))
         say(
             "search",
-            f"{name}  rung {row['step']}/{self.last_step}: validation FID {row['fid']:.1f}, "
+            f"{name}  rung {row['step']}/{self.last_step}: validation FID {with_error(row)}, "
             f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s",
         )
 

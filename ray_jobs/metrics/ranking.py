@@ -7,30 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that was measured.
+    """A checkpoint beside the one of the lowest score.
 
     Attributes:
-        fid: lower is better.
-        error: standard error of `fid`.
+        behind: how much worse it scored than that one; of itself 0.
+        error: standard error of this difference (`paired_difference`).
         steps: training steps that it cost.
     """
 
-    fid: float
+    behind: float
     error: float
     steps: int
 
 
-def is_tie(one: Candidate, other: Candidate) -> bool:
-    """Whether two are closer than the error of their difference.
-
-    That is the root of their errors' squares, as of independent samples. On common noise the difference's
-    own error is smaller (`paired_difference`), so this rule rather calls a tie too many than too few.
-    """
-    return abs(one.fid - other.fid) <= math.hypot(one.error, other.error)
+def is_tie(candidate: Candidate) -> bool:
+    """Whether it is as good as the best, as far as its score can tell."""
+    return candidate.behind <= candidate.error
 
 
 def winner(candidates: Sequence[Candidate]) -> int:
-    """Index of the one with the fewest steps among those that tie with the best; then of the lowest FID.
+    """Index of the one with the fewest steps among those that tie with the best; then of the best score.
 
     As the one-standard-error rule chooses the simplest model (Breiman et al., Classification and Regression
     Trees, 1984, section 3.4.3).
@@ -41,11 +37,10 @@ def winner(candidates: Sequence[Candidate]) -> int:
     if not candidates:
         raise ValueError("candidates: there are none to choose from")
     for candidate in candidates:
-        if not math.isfinite(candidate.fid) or not math.isfinite(candidate.error) or candidate.error < 0:
-            raise ValueError(f"candidates: {candidate} has a FID or an error that is no number")
-    best = min(candidates, key=lambda candidate: candidate.fid)
-    tied = [i for i, candidate in enumerate(candidates) if is_tie(candidate, best)]
-    return min(tied, key=lambda i: (candidates[i].steps, candidates[i].fid))
+        if not math.isfinite(candidate.behind) or not math.isfinite(candidate.error) or candidate.error < 0:
+            raise ValueError(f"candidates: {candidate} has a difference or an error that is no number")
+    tied = [i for i, candidate in enumerate(candidates) if is_tie(candidate)]
+    return min(tied, key=lambda i: (candidates[i].steps, candidates[i].behind))
 
 
 def may_be_noise(num_samples: int, num_features: int) -> bool:

@@ -36,12 +36,19 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     assert rejected["file_name"].endswith("broken.png")
 
     rows = [json.loads(line) for line in (run / "search" / "results.jsonl").read_text().splitlines()]
-    fields = {"trial_id", "learning_rate", "step", "fid", "train_loss", "images_per_second", "checkpoint"}
-    assert all(set(row) == fields for row in rows)
+    fields = {"trial_id", "learning_rate", "step", "train_loss", "images_per_second", "seconds", "checkpoint"}
+    scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
+    assert all(set(row) == fields | scores for row in rows)
     winner = json.loads((run / "winner.json").read_text())
-    best = min(rows, key=lambda row: (row["fid"], row["step"]))
-    assert (winner["trial_id"], winner["step"]) == (best["trial_id"], best["step"])
+    [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
     assert winner["validation_fid"] == best["fid"]
+    # One of a lower FID took more steps, and cannot be told from it.
+    assert all(row["fid"] >= best["fid"] or row["step"] > best["step"] for row in rows)
+    lowest = min(row["fid"] for row in rows)
+    assert best["fid"] - lowest <= best["fid_error"] + max(row["fid_error"] for row in rows)
+    assert winner["test_fid_error"] > 0 and winner["test_fid_2"] > 0 and "test_kid" in winner
+    reads = [json.loads(line)["event"] for line in (run / "test_reads.jsonl").read_text().splitlines()]
+    assert reads == ["read", "published"]
     assert winner["feature_network"].startswith("inception-2015-12-05@sha256:")
     assert winner["num_samples"] == 2 * manifest["test"]  # each caption twice
     assert (run / "config.yaml").exists() and (run / "report.html").read_text().startswith("<!")
