@@ -1,4 +1,4 @@
-"""The denoising loss on validation rows: a cheap score, by which two checkpoints differ by their weights only."""
+"""The denoising loss on validation rows, a cheap score: checkpoints are compared on the same draws."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ PLAIN = LossSettings(timestep_sampling="uniform")
 
 
 class ValidationLoss:
-    """The plain squared error of Ho et al. (arXiv 2006.11239, eq. 14), or of the model's own objective, on rows,
-    timesteps and noise that never change: nothing that `train.loss` adds, and no caption is dropped.
+    """The plain squared error of the model's objective (Ho et al., arXiv 2006.11239, eq. 14; Esser et al.,
+    arXiv 2403.03206, eq. 13) on rows, timesteps and noise that never change: without what `train.loss` adds
+    to it, and no caption is dropped. Only `train.loss.zero_terminal_snr` counts, which is of the objective.
 
     Args:
         config: its `evaluate.seed` gives the noise, `evaluate.batch_size` the rows at once.
