@@ -1,0 +1,134 @@
+"""The denoising loss on validation rows, a cheap score: checkpoints are compared on the same draws."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.training.inputs import InputMaker, Piece
+
+# Positions are taken as they are, also by objectives that train on some of them more often.
+PLAIN = LossSettings(timestep_sampling="uniform")
+
+
+class ValidationLoss:
+    """The plain squared error of the model's objective (Ho et al., arXiv 2006.11239, eq. 14; Esser et al.,
+    arXiv 2403.03206, eq. 13) on rows, timesteps and noise that never change: without what `train.loss` adds
+    to it, and no caption is dropped. Only `train.loss.zero_terminal_snr` counts, which is of the objective.
+
+    Args:
+        config: its `evaluate.seed` gives the noise, `evaluate.batch_size` the rows at once.
+        device: where the pipelines will be.
+        rows: at most so many, the first in the order of their digests.
+        timesteps: in the middle of so many equal parts of the schedule; each row is taken at all of them.
+
+    Raises:
+        ValueError: there are no validation rows.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, device: torch.device, rows: int = 64, timesteps: int = 4
+    ) -> None:
+        train = config.train.model_copy(update={"caption_dropout": 0.0})
+        self.config = config.model_copy(update={"seed": config.evaluate.seed % 2**64, "train": train})
+        self.device, self.empty_caption = device, dataset.empty_caption()
+        self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
+        self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
+
+    def __call__(self, pipeline: Any) -> float:
+        """The mean over rows and timesteps of each picture's mean over its elements.
+
+        Where text encoders are trained, captions are encoded by the pipeline's own.
+
+        Args:
+            pipeline: of the family of `model.base`, on the device; it stays as it is.
+        """
+        train, family = self.config.train, family_of(pipeline)
+        objective = family.objective(
+            pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
+        )
+        model = FineTuning(
+            pipeline,
+            family,
+            objective.to(self.device),
+            PLAIN,
+            text_encoders_trained=train.train_text_encoder,
+        )
+        inputs = InputMaker(self.config, pipeline.vae.config, model, self.empty_caption, self.device)
+        total = 0.0
+        with evaluating(model), torch.inference_mode():
+            for piece in self.pieces:
+                for step, position in enumerate(self.positions, start=1):
+                    made, shares = inputs.make(piece, step)
+                    draws = made.pop("draws")
+                    draws = replace(draws, position=torch.full_like(draws.position, position))
+                    total += (model(**made, draws=draws) * shares).sum().item()
+        return total / len(self.positions)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own again: adapters are loaded with an active dropout."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
+    """The first validation rows in the order of their digests, those of one latent shape together; a row's
+    place is that in this order, its weight 1 / rows.
+
+    Raises:
+        ValueError: there are none.
+    """
+    parts = dataset.parts("validation")
+    if not parts:
+        raise ValueError(
+            "data.validation: the validation split has no pictures to take the denoising loss of; raise the "
+            "share or add pictures"
+        )
+    keys = dataset.table("validation", ["digest", "text"]).to_pylist()
+    origins = [(number, row) for number, part in enumerate(parts) for row in range(part["rows"])]
+    order = sorted(range(len(keys)), key=lambda n: (keys[n]["digest"], keys[n]["text"]))[:count]
+    wanted: dict[int, dict[int, int]] = defaultdict(dict)  # part -> row in it -> place
+    for place, number in enumerate(order):
+        part, row = origins[number]
+        wanted[part][row] = place
+    groups: dict[tuple[int, ...], list[tuple[list[int], dict[str, np.ndarray]]]] = defaultdict(list)
+    for number, places in wanted.items():
+        tensors = read_rows(dataset, parts[number]["file"], list(places))
+        groups[tensors["latents_mean"].shape[1:]].append((list(places.values()), tensors))
+    pieces = []
+    for group in groups.values():
+        places_of = [place for places, _ in group for place in places]
+        joined = {name: as_torch(np.concatenate([t[name] for _, t in group])) for name in group[0][1]}
+        for batch in torch.arange(len(places_of)).split(batch_size):
+            chosen = [places_of[n] for n in batch.tolist()]
+            rows = {name: tensor[batch] for name, tensor in joined.items()}
+            pieces.append(Piece(rows, chosen, [1 / len(order)] * len(chosen)))
+    return pieces
+
+
+def read_rows(dataset: Dataset, file: str, rows: list[int]) -> dict[str, np.ndarray]:
+    """All tensors of some rows of a part, by column."""
+    with dataset.cache.open_input(file) as opened:
+        stored = pq.ParquetFile(opened)
+        names = [field.name for field in stored.schema_arrow if b"shape" in (field.metadata or {})]
+        table = stored.read(columns=names)
+    return {name: values[rows] for name, values in read_tensors(table, names).items()}
