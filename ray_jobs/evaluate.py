@@ -46,7 +46,8 @@ class EvaluatorPool:
         self.config, self.dataset = config, dataset
         remote = ray.remote(num_cpus=1, num_gpus=1 if config.evaluate.use_gpu else 0)(Evaluator)
         self.actors = [
-            remote.remote(config, config.train.cpus_per_worker) for _ in range(config.evaluate.num_actors)
+            remote.remote(config, dataset, config.train.cpus_per_worker)
+            for _ in range(config.evaluate.num_actors)
         ]
         self.captions: dict[str, list[str]] = {}
         self._real: dict[str, Any] = {}
@@ -115,6 +116,12 @@ class EvaluatorPool:
             names = names[len(captions) :]
             parts.append(actor.sample_features.remote(weights, captions, seeds, kept))
         return ray.get(self.actors[0].score.remote(self._real[split], rung, *parts))
+
+    def validation_loss(self, weights: str | None) -> float:
+        """The denoising loss of the weights on validation rows, at fixed timesteps and noise."""
+        import ray
+
+        return ray.get(self.actors[-1].validation_loss.remote(weights))
 
     def difference(self, one: Storage, other: Storage, split: str) -> tuple[float, float]:
         """By how much the FID of one rung is above another's on the same noise, and its standard error."""

@@ -3,15 +3,21 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig, resolve_path
+from ray_jobs.data.dataset import Dataset
 from ray_jobs.metrics.score import Score
 
+if TYPE_CHECKING:
+    from ray_jobs.training.validation import ValidationLoss
+
 FEATURES = "features.safetensors"  # of a rung's pictures, beside its checkpoint
+LOSS_ROWS = 32  # of the denoising loss: a twentieth of what sampling as many pictures costs
 FEWEST = 4  # pictures of either set, below which neither a kernel distance nor an error is told
 
 Features = dict[str, np.ndarray]
@@ -64,13 +70,14 @@ class Evaluator:
     Only the fine-tuned weights change between calls.
     """
 
-    def __init__(self, config: Config, num_threads: int) -> None:
+    def __init__(self, config: Config, dataset: Dataset, num_threads: int) -> None:
         import torch
 
         from ray_jobs.diffusion.loading import load_pipeline
 
         torch.set_num_threads(num_threads)
-        self.config, self.device = config, "cuda" if config.evaluate.use_gpu else "cpu"
+        self.config, self.dataset = config, dataset
+        self.device = "cuda" if config.evaluate.use_gpu else "cpu"
         self.networks = load_networks(config.evaluate, self.device)
         self.base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
         self.base.to(self.device)
@@ -114,6 +121,20 @@ class Evaluator:
             guidance_scale=evaluate.guidance_scale,
             batch_size=evaluate.batch_size,
         )
+
+    def validation_loss(self, weights: str | None) -> float:
+        """The denoising loss on validation rows, always the same ones with the same noise."""
+        self._use(weights)
+        return self._loss(self.pipeline)
+
+    @cached_property
+    def _loss(self) -> "ValidationLoss":
+        """Reads its rows where it is first asked."""
+        import torch
+
+        from ray_jobs.training.validation import ValidationLoss
+
+        return ValidationLoss(self.config, self.dataset, torch.device(self.device), rows=LOSS_ROWS)
 
     def _features(self, batches: Iterator[Any]) -> Features:
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in self.networks}

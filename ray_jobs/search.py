@@ -153,6 +153,7 @@ def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, A
     """A rung's line: what the training reported, and the scores of its weights, of which samples are kept."""
     scores = pool.score(rung.weights, "validation", Storage.open(rung.uri))
     measured = {"trial_id": name, "learning_rate": rate, "checkpoint": rung.uri}
+    measured["validation_loss"] = pool.validation_loss(rung.weights)
     return rung.metrics | measured | scores.row() | scores.second_network
 
 

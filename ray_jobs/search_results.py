@@ -26,6 +26,7 @@ FIELDS = (
     "step",
     *SCORES,
     "train_loss",
+    "validation_loss",
     "images_per_second",
     "seconds",
     "checkpoint",
