@@ -99,7 +99,7 @@ def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def load_lora(pipeline: Any, folder: Path) -> None:
-    """Add the adapters in a folder to a pipeline that has none.
+    """Add the adapters in a folder to a pipeline that has none; none of them drops anything out.
 
     Raises:
         ValueError: if a layer of the file found no place in the pipeline. diffusers would leave it out and
@@ -114,6 +114,8 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     stored = sum(not name.endswith("alpha") for name in names)
     family = family_of(pipeline)
     parts = (getattr(pipeline, family.denoiser), *family.encoders(pipeline).values())
+    for part in parts:
+        part.eval()  # peft makes adapters that still train
     loaded = sum(".lora_" in name for part in parts for name, _ in part.named_parameters())
     if loaded != stored:
         pipeline.unload_lora_weights()
