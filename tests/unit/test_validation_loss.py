@@ -167,7 +167,7 @@ def test_weights_trained_on_the_rows_have_a_lower_loss(family: tuple[Path, Datas
 def test_adapters_that_were_loaded_have_the_loss_of_the_model_they_were_trained_in(
     tiny_model: Path, small: Dataset, tmp_path: Path
 ) -> None:
-    """With adapters of the text encoder too, so that captions are encoded anew; loaded ones drop nothing out."""
+    """With adapters of the text encoder too, so that captions are encoded anew; none drops anything out."""
     config = configured(tiny_model, "train.train_text_encoder=true", "train.lora.dropout=0.5")
     measure, pipeline = ValidationLoss(config, small, CPU), load_pipeline(str(tiny_model))
     before = measure(pipeline)
