@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from itertools import count
-from math import isfinite
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.families.family import PATCH
 from ray_jobs.diffusion.sampling import initial_noise
 from serving.adapters import AdapterCache, read_adapter
 from serving.decoding import Decoder
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
-from serving.rows import Batch, Drawing, OnPreview, Request, Row, next_group
+from serving.rows import Batch, Drawing, OnPreview, Request, Row, check_request, next_group
 from serving.solvers import Schedule, advance, check_scheduler, clip_range, coefficients, tabulate
 
 
@@ -144,7 +142,7 @@ class Engine:
             ValueError: naming the field that this model cannot do.
         """
         size = (request.height or self.resolution, request.width or self.resolution)
-        self._check(request, size)
+        check_request(request, size, self.pipeline, with_adapters=self.adapters is not None)
         if bool(request.previews) != (on_preview is not None):
             raise ValueError(f"previews: {request.previews}; they and on_preview go together")
         schedule = self._schedule(request.steps, *size)
@@ -189,24 +187,6 @@ class Engine:
         if self.adapters is not None:
             self.adapters.close()
 
-    def _check(self, request: Request, size: tuple[int, int]) -> None:
-        least = self.pipeline.vae_scale_factor
-        if self.family.denoiser == "transformer":
-            least *= PATCH
-        most = self.denoiser.config.get("pos_embed_max_size")
-        for field, pixels in zip(("height", "width"), size, strict=True):
-            if pixels < least or pixels % least or (most and pixels > most * least):
-                limit = f" up to {most * least}" if most else ""
-                raise ValueError(f"{field}: {pixels}; this model draws multiples of {least}{limit} pixels")
-        if request.steps < 1:
-            raise ValueError(f"steps: {request.steps}; at least one is needed")
-        if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
-            raise ValueError(f"guidance_scale: {request.guidance_scale}; 1 is off, and the least")
-        if request.negative_prompt is not None and self.told:
-            raise ValueError("negative_prompt: this model is told its guidance and has no negative prompt")
-        if request.adapter is not None and self.adapters is None:
-            raise ValueError(f"adapter: {request.adapter!r}; this model is served without adapters")
-
     def _tabulate(self, num_steps: int, height: int, width: int) -> Schedule:
         factor = self.pipeline.vae_scale_factor
         shape = (height // factor, width // factor)
@@ -239,19 +219,25 @@ class Engine:
         still being read is passed by others, and takes the first place that is free afterwards.
         """
         self._take_submitted()
-        ready = [row for row in self._waiting[: self.max_rows] if self._has_adapter(row)]
+        adapted = [row for row in self._waiting if row.request.adapter is not None]
+        read_ahead = set(adapted[: self.max_rows])
+        ready = [
+            row
+            for row in self._waiting
+            if row.request.adapter is None or (row in read_ahead and self._has_adapter(row))
+        ]
         joined = ready[: self.max_rows - len(self._running)]
+        self._waiting = [row for row in self._waiting if row not in joined and not row.future.done()]
         if joined:
-            self._waiting = [row for row in self._waiting if row not in joined]
             self._running += joined
             self._guarded(joined, lambda: self._begin(joined))
         return joined
 
     def _has_adapter(self, row: Row) -> bool:
         """Whether the row's adapter is in memory; if not, it is read."""
-        if row.request.adapter is None or row.adapter is not None:
+        if row.adapter is not None:
             return True
-        assert self.adapters is not None
+        assert self.adapters is not None and row.request.adapter is not None
         try:
             row.adapter = self.adapters.get(row.request.adapter)
         except Exception as error:  # whatever reading it may raise is the answer to this request

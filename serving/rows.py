@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 
-from ray_jobs.diffusion.families import Captions, Family
+from ray_jobs.diffusion.families import Captions, Family, family_of
+from ray_jobs.diffusion.families.family import PATCH
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.low_rank import Adapter, GroupedLowRank, Stacks
 from serving.solvers import Schedule
@@ -37,7 +39,36 @@ class Drawing(NamedTuple):
     total_s: float  # from its submission to now
 
 
-OnPreview = Callable[[int, torch.Tensor], None]  # steps done; uint8, height x width x 3
+OnPreview = Callable[[int, torch.Tensor], object]  # steps done; uint8, height x width x 3
+
+
+def check_request(request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool) -> None:
+    """Raise ValueError, naming the field, for what a model cannot draw: in a batch it would harm others.
+
+    Args:
+        size: height and width, pixels.
+    """
+    family = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    least = pipeline.vae_scale_factor * (PATCH if family.denoiser == "transformer" else 1)
+    most = denoiser.config.get("pos_embed_max_size")
+    for field_name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < least or pixels % least or (most and pixels > most * least):
+            limit = f" up to {most * least}" if most else ""
+            raise ValueError(f"{field_name}: {pixels}; this model draws multiples of {least}{limit} pixels")
+    if request.steps < 1:
+        raise ValueError(f"steps: {request.steps}; at least one is needed")
+    if not 0 <= request.seed < 2**63:
+        raise ValueError(f"seed: {request.seed}; it is from 0 to 2^63 - 1")
+    if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
+        raise ValueError(f"guidance_scale: {request.guidance_scale}; 1 is off, and the least")
+    if request.negative_prompt is not None and family.distilled_guidance(denoiser):
+        raise ValueError("negative_prompt: this model is told its guidance and has no negative prompt")
+    for text in (request.prompt, request.negative_prompt or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("prompt: it holds half of a surrogate pair, which is no text")
+    if request.adapter is not None and not with_adapters:
+        raise ValueError(f"adapter: {request.adapter!r}; this model is served without adapters")
 
 
 @dataclass(eq=False)

@@ -26,7 +26,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scaled": {"rank": 2, "alpha": 5, "target_modules": ["to_q", "to_v"]},
     "rslora": {"rank": 3, "alpha": 2, "target_modules": ["to_k"], "use_rslora": True},
     "dora": {"rank": 2, "alpha": 3, "target_modules": ["to_q", "to_out.0"], "use_dora": True},
-    "convolutions": {"rank": 2, "alpha": 2, "target_modules": ["conv1", "conv_shortcut", "downsamplers.0.conv"]},
+    "convolutions": {
+        "rank": 2,
+        "alpha": 2,
+        "target_modules": ["conv1", "conv_shortcut", "downsamplers.0.conv"],
+    },
     "dora of convolutions": {"rank": 2, "alpha": 3, "target_modules": ["conv2"], "use_dora": True},
     "text": {"rank": 2, "alpha": 2, "target_modules": ["to_q"], "text": ["q_proj", "fc1"]},
 }
@@ -185,8 +189,8 @@ def test_rows_step_while_an_adapter_is_read_and_a_later_request_passes(
         engine.step()
     assert others[0].done() and not slow.done()
     arrived.set()
-    while not engine.adapters._loading["attention"].done():
-        pass
+    assert engine.adapters is not None
+    engine.adapters._loading["attention"].result(60)
     engine.step()  # its place is the next that is free: now, before the other that waits
     assert not others[1].done() and engine.load().running == 1
     engine.drain()

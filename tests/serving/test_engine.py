@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_requests_are_let_in_first_come_first_served_up_to_max_rows(tiny_model: 
     order: list[int] = []
     for number in range(5):
         future = engine.submit(Request("a", number, 2, 1.0))
-        future.add_done_callback(lambda _, number=number: order.append(number))
+        future.add_done_callback(partial(lambda number, _: order.append(number), number))
     engine.step()
     assert (engine.load().waiting, engine.load().running) == (3, 2)
     engine.drain()
@@ -278,6 +279,8 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         ("sd", {"steps": 1001}, "cannot draw in 1001 steps"),
         ("sd", {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
         ("sd", {"guidance_scale": float("nan")}, "guidance_scale: nan"),
+        ("sd", {"seed": 2**64}, "seed: "),
+        ("sd", {"prompt": "\ud800"}, "prompt: it holds half"),
         ("sd", {"height": 60}, "height: 60; this model draws multiples of 8"),
         ("sd", {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
         ("sd", {"previews": 2}, "previews: 2"),

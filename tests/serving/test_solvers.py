@@ -118,7 +118,11 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
         ("DDPMScheduler", {}, "DDPMScheduler is not served, only DDIMScheduler"),
         ("EulerAncestralDiscreteScheduler", {}, "DPMSolverMultistepScheduler"),
         ("PNDMScheduler", {}, "PNDMScheduler is not served"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "set algorithm_type='dpmsolver"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++"},
+            "set algorithm_type='dpm",
+        ),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "set solver_order=1 or 2"),
         ("DDIMScheduler", {"thresholding": True}, "set thresholding=False"),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "set stochastic_sampling=False"),
