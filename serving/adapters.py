@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Here, not in the function: importing takes seconds, in which rows that are being drawn would wait.
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
@@ -44,8 +48,6 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module]) -> Ada
         ValueError: the file holds what this arithmetic does not cover, or is of another base.
         OSError: there is no such file.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = folder / LORA_WEIGHTS
     try:
         with safe_open(file, "pt") as opened:
@@ -117,8 +119,6 @@ def _update(
 def _scale(where: str, settings: Mapping[str, Any], place: Place, *, rank: int) -> float:
     """alpha / rank of a layer, as peft reads its own configuration; 1 where the file has none, as diffusers
     reads it."""
-    from peft.utils.other import get_pattern_key
-
     part, layer = place
     own = {
         key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")
