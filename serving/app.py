@@ -3,8 +3,8 @@
     python -m serving.command --config configs/demo.yaml            # stays up until Ctrl-C
     python -m serving.command --config configs/demo.yaml --ask 4    # draws four pictures and stops
 
-A thin ingress checks requests and takes them apart into rows, one a picture; the model's replicas
-batch the rows of all requests.
+A thin ingress checks requests and takes them apart into rows, one a picture; the engine in the model's
+replicas batches the rows of all requests.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 @serve.deployment
 class Model:
-    """A replica: the champion in an engine, drawing batches.
+    """A replica: the champion in an engine, drawing the rows of all requests.
 
     Raises:
         ConfigError: if the weights are not those that were registered.
@@ -63,6 +63,7 @@ class Model:
 
         from ray_jobs.diffusion.loading import load_pipeline
         from serving.engine import Engine
+        from serving.engine_thread import EngineThread
 
         # The weights that are checked are the ones that are loaded: a remote folder is fetched once.
         folder = Storage.open(registered.source).local_copy()
@@ -71,50 +72,47 @@ class Model:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // config.serve.replicas))
         pipeline = load_pipeline(registered.base, folder, revision=registered.base_revision)
-        self.engine = Engine(pipeline, device="cuda" if config.serve.use_gpu else "cpu")
+        device = "cuda" if config.serve.use_gpu else "cpu"
+        self.engine = Engine(pipeline, device=device, max_rows=config.serve.max_batch_size)
         self.card = ModelCard(
             id=registered.name,
             created=int(time.time()),
             version=registered.version,
             size=f"{self.engine.resolution}x{self.engine.resolution}",
         )
-        batch: Any = self.draw_batch  # the decorator's setters are not in its type
-        batch.set_max_batch_size(config.serve.max_batch_size)
-        batch.set_batch_wait_timeout_s(config.serve.batch_wait_s)
+        self.thread = EngineThread(self.engine)
+        self.thread.start()
 
     async def describe(self) -> ModelCard:
         """What is served."""
         return self.card
 
     async def draw(self, row: Row) -> bytes:
-        """Draw one row as a PNG, in a batch with the rows of other requests.
+        """Draw one row as a PNG, beside the rows of other requests. A client that goes away cancels it.
 
         Raises:
-            APIError: 400 for a step count that the scheduler refuses, before it can spoil a batch.
+            APIError: 400 for a step count that the scheduler refuses.
         """
+        from serving.rows import Request as DrawRequest
+
         try:
             self.engine.check_steps(row.steps)
         except ValueError as error:
             raise APIError(400, f"steps: {error}", "steps", "invalid_value") from error
-        return await self.draw_batch(row)
+        request = DrawRequest(row.prompt, row.seed, row.steps, row.guidance_scale)
+        drawing = await asyncio.wrap_future(self.thread.submit(request))
+        return await asyncio.to_thread(_png, drawing.pixels.numpy())
 
-    @serve.batch
-    async def draw_batch(self, rows: list[Row]) -> list[bytes]:
-        """Draw a batch of rows: one PNG each. In a thread, so that requests keep arriving meanwhile."""
-        return await asyncio.to_thread(self._draw, rows)
 
-    def _draw(self, rows: list[Row]) -> list[bytes]:
-        from io import BytesIO
+def _png(pixels: Any) -> bytes:
+    """A PNG file of uint8, height x width x 3."""
+    from io import BytesIO
 
-        from PIL import Image
+    from PIL import Image
 
-        prompts, seeds, steps, guidance_scales = zip(*rows, strict=True)
-        files = []
-        for picture in self.engine.generate(prompts, seeds, steps, guidance_scales):
-            file = BytesIO()
-            Image.fromarray(picture.numpy()).save(file, format="PNG")
-            files.append(file.getvalue())
-        return files
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 api = FastAPI(title="diffray", summary="Text-to-image in the shape of OpenAI's Images API")

@@ -1,83 +1,316 @@
-"""The engine draws what plain diffusers draws, whatever else is in the batch."""
+"""Each request's picture is the one of the diffusers pipeline alone, whatever else the engine is drawing."""
 
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from ray_jobs.diffusion.loading import load_pipeline
 from serving.engine import Engine
+from serving.rows import Drawing, Request
+from tests import tiny_models
+from tests.serving import plain_diffusers
 
-PROMPTS = ["a red apple", "a sad face", "a rocket", ""]
-SEEDS = [0, 7, 7, 2**31 - 1]
-STEPS = [4, 3, 4, 3]
-GUIDANCE_SCALES = [3.0, 1.0, 7.5, 3.0]
+TOLERANCE = 0.55
+"""Of a pixel's 255 levels: half of one for rounding, and a tenth of that for the arithmetic of a batch."""
+
+UNETS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+SQUARE, WIDE = (64, 64), (48, 64)
+# By when they join. Guidance and none, several step counts, one seed twice.
+MIXED = [
+    (0, Request("a small red circle", 0, 5, 3.0, None, *SQUARE)),
+    (0, Request("a big blue cross", 7, 3, 1.0, None, *SQUARE)),
+    (1, Request("a big blue cross", 7, 4, 7.5, None, *WIDE)),
+    (2, Request("", 2**31 - 1, 3, 2.0, "a big purple square", *SQUARE)),
+    (4, Request("a small red circle", 0, 1, 3.0, None, *WIDE)),
+    (5, Request("a small red circle", 3, 2, 1.0, None, *WIDE)),
+]
 
 
-def drawn_by_diffusers(pipeline: Any, row: int) -> np.ndarray:
-    generator = torch.Generator().manual_seed(SEEDS[row])
-    answer = pipeline(
-        PROMPTS[row],
-        generator=generator,
-        num_inference_steps=STEPS[row],
-        guidance_scale=GUIDANCE_SCALES[row],
-    )
-    return np.asarray(answer.images[0]).astype(int)
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
+    """The folder of a tiny model of each family."""
+    makers: dict[str, Callable[[Path], Path]] = {
+        "sd": lambda _: tiny_model,
+        "xl": tiny_models.tiny_stable_diffusion_xl,
+        "sd3": lambda folder: tiny_models.tiny_stable_diffusion_3(folder, dynamic_shifting=True),
+        "flux": tiny_models.tiny_flux,
+        "schnell": lambda folder: tiny_models.tiny_flux(folder, distilled_guidance=False),
+    }
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = makers[name](tmp_path_factory.mktemp(f"tiny-{name}"))
+        return made[name]
+
+    return folder
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
-def test_every_row_of_a_mixed_batch_is_the_picture_of_plain_diffusers(
-    tiny_model: Path, scheduler: str
-) -> None:
+def with_scheduler(pipeline: Any, name: str | None, **options: Any) -> Any:
     import diffusers
 
-    pipeline = load_pipeline(str(tiny_model))
-    # As Stable Diffusion's own PNDM is configured; without it the scheduler needs four steps.
-    options = {"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
-    pictures = Engine(pipeline).generate(PROMPTS, SEEDS, STEPS, GUIDANCE_SCALES)
-    for row, picture in enumerate(pictures):
-        difference = np.abs(picture.numpy().astype(int) - drawn_by_diffusers(pipeline, row))
-        assert difference.max() <= 2, f"row {row}"
+    if name:
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    return pipeline
 
 
-def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:
-    engine = Engine(load_pipeline(str(tiny_model)))
-    (picture,) = engine.generate(["a red apple"], [0], [1], [3.0])
-    assert picture.shape == (engine.resolution, engine.resolution, 3)
+def engine_of(folder: Path, scheduler: str | None = None, **options: Any) -> Engine:
+    return Engine(with_scheduler(load_pipeline(str(folder)), scheduler), **options)
+
+
+def steps_of(engine: Engine, number: int) -> None:
+    for _ in range(number):
+        engine.step()
+
+
+def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
+    futures = [engine.submit(request) for request in requests]
+    engine.drain()
+    return [future.result(0).pixels for future in futures]
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler"),
+    [
+        *product(("sd", "xl"), UNETS),
+        ("sd3", None),
+        ("sd3", "DPMSolverMultistepScheduler"),
+        ("flux", None),
+        ("schnell", None),
+    ],
+)
+def test_every_row_of_a_changing_batch_is_the_picture_of_plain_diffusers(
+    folders: Callable[[str], Path], model: str, scheduler: str | None
+) -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if model == "sd3" else {}
+    folder = folders(model)
+    plain = with_scheduler(plain_diffusers.load(folder), scheduler, **flow)
+    engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **flow), max_rows=4)
+    requests = [(call, replace(r, negative_prompt=None) if engine.told else r) for call, r in MIXED]
+    futures: list[Future[Drawing]] = []
+    for call in range(6):
+        futures += [engine.submit(request) for when, request in requests if when == call]
+        engine.step()
+    engine.drain()
+    (alone,) = drawn(engine, requests[0][1])
+    for (_, request), future in zip(requests, futures, strict=True):
+        expected = plain_diffusers.draw(plain, request)
+        assert future.result(0).pixels.shape == expected.shape
+        assert (future.result(0).pixels - expected).abs().max() <= TOLERANCE, request
+    assert (alone - plain_diffusers.draw(plain, requests[0][1])).abs().max() <= TOLERANCE
+
+
+def test_seed_prompt_guidance_and_negative_prompt_each_change_the_picture(tiny_model: Path) -> None:
+    base = Request("a small red circle", 1, 4, 5.0)
+    others = [
+        replace(base, seed=2),
+        replace(base, prompt="a big blue cross"),
+        replace(base, guidance_scale=1.0),
+        replace(base, negative_prompt="a big blue cross"),
+    ]
+    first, *rest = drawn(engine_of(tiny_model), base, *others)
+    for request, picture in zip(others, rest, strict=True):
+        assert (first.float() - picture.float()).abs().max() > 2, request
+
+
+def test_rows_of_one_size_share_a_call_and_only_guided_ones_are_doubled(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=4)
+    batches: list[int] = []
+    engine.denoiser.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    drawn(engine, Request("a", 0, 2, 3.0), Request("a", 1, 3, 1.0), Request("b", 2, 1, 1.0))
+    assert batches == [4, 3, 1]
+
+
+def test_a_row_joins_between_the_steps_of_another_and_overtakes_it(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    long = engine.submit(Request("a", 0, 20, 1.0))
+    steps_of(engine, 3)
+    short = engine.submit(Request("a", 1, 2, 1.0))
+    steps_of(engine, 2)
+    assert short.done() and not long.done()
+    assert engine.load().calls == 5
+
+
+def test_requests_are_let_in_first_come_first_served_up_to_max_rows(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=2)
+    order: list[int] = []
+    for number in range(5):
+        future = engine.submit(Request("a", number, 2, 1.0))
+        future.add_done_callback(partial(lambda number, _: order.append(number), number))
+    engine.step()
+    assert (engine.load().waiting, engine.load().running) == (3, 2)
+    engine.drain()
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_every_row_steps_at_least_once_in_as_many_calls_as_there_are_sizes(tiny_model: Path) -> None:
+    """A simulation: requests of three sizes keep coming, those of one size far more often than others."""
+    engine = engine_of(tiny_model, max_rows=6)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(32, 32), (32, 16), (16, 16)]
+    previous: dict[int, tuple[int, int]] = {}  # by arrival: steps done, and in which call the last one was
+    waits: list[int] = []
+    for _ in range(80):
+        if engine.load().waiting < 3:
+            kind = int(torch.multinomial(torch.tensor([0.8, 0.15, 0.05]), 1, generator=generator))
+            steps = int(torch.randint(2, 9, (), generator=generator))
+            engine.submit(Request("a", 0, steps, 1.0, height=sizes[kind][0], width=sizes[kind][1]))
+        engine.step()
+        for row in engine._running:
+            before = previous.get(row.arrival)
+            if before is not None and row.done == before[0]:
+                waits.append(engine.load().calls - row.last_call)
+            previous[row.arrival] = (row.done, row.last_call)
+    assert 0 < max(waits) <= len(sizes) - 1
+
+
+def test_a_cancelled_request_leaves_before_the_next_step_wherever_it_is(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=1)
+    running, waiting, kept = (engine.submit(Request("a", seed, 4, 1.0)) for seed in range(3))
+    steps_of(engine, 2)
+    assert running.cancel() and waiting.cancel()
+    engine.step()
+    assert engine.load().running == 1 and engine.load().waiting == 0
+    engine.drain()
+    assert kept.result(0).pixels.shape == (64, 64, 3)
+    assert engine.load().calls == 2 + 4
+    with pytest.raises(CancelledError):
+        running.result(0)
+
+
+def test_previews_are_the_predicted_pictures_on_the_way(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    previews: list[tuple[int, torch.Tensor]] = []
+    request = Request("a small red circle", 0, 8, 3.0, previews=3)
+    shown = engine.submit(request, lambda done, picture: previews.append((done, picture)))
+    other = engine.submit(replace(request, previews=0))
+    engine.drain()
+    assert [done for done, _ in previews] == [2, 4, 6]
+    assert torch.equal(shown.result(0).pixels, other.result(0).pixels)
+    errors = [(picture.float() - shown.result(0).pixels).abs().mean() for _, picture in previews]
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_decoding_holds_up_the_steps_of_others_by_a_chunk_at_most(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=6, decode_rows=2)
+    chunks: list[int] = []
+    decode = engine.pipeline.vae.decoder
+    decode.register_forward_pre_hook(lambda _, inputs: chunks.append(len(inputs[0])))
+    long = engine.submit(Request("a", 0, 6, 1.0))
+    short = [engine.submit(Request("a", seed, 1, 1.0)) for seed in range(5)]
+    for calls in range(1, 4):
+        engine.step()
+        assert engine.load().calls == calls and len(chunks) == calls
+    assert chunks == [2, 2, 1] and all(each.done() for each in short) and not long.done()
+
+
+def test_finished_pictures_that_wait_to_be_decoded_are_bounded(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=3, decode_rows=1)
+    futures = [engine.submit(Request("a", seed, 1, 1.0)) for seed in range(20)]
+    most = 0
+    while engine.unfinished:
+        engine.step()
+        most = max(most, engine.load().decoding)
+    assert most <= 2 * engine.max_rows and all(future.done() for future in futures)
+
+
+def test_an_error_in_a_step_fails_its_requests_and_the_engine_goes_on(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    other = engine.submit(Request("a", 0, 4, 1.0, height=32, width=32))
+    engine.step()
+    lost = engine.submit(Request("a", 0, 4, 1.0))
+
+    def burn(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].shape[-1] == 8:
+            raise RuntimeError("out of memory")
+
+    hook = engine.denoiser.register_forward_pre_hook(burn)
+    engine.drain()
+    hook.remove()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lost.result(0)
+    assert other.result(0).pixels.shape == (32, 32, 3)
+    assert drawn(engine, Request("a", 0, 1, 1.0))[0].shape == (64, 64, 3)
+
+
+def test_an_error_in_a_callers_preview_is_the_callers_alone(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+
+    def refuse(done: int, picture: torch.Tensor) -> None:
+        raise ConnectionError("gone")
+
+    failing = engine.submit(Request("a", 0, 4, 1.0, previews=1), refuse)
+    beside = engine.submit(Request("a", 0, 4, 1.0))
+    engine.drain()
+    with pytest.raises(ConnectionError):
+        failing.result(0)
+    assert beside.result(0).pixels.shape == (64, 64, 3)
 
 
 def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path) -> None:
-    engine = Engine(load_pipeline(str(tiny_model)), cached_prompts=2)
-    first = engine.embed(["a", "b"])["prompt_embeds"]
-    encoded = []
-    engine.pipeline.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    assert torch.equal(engine.embed(["a", "b"])["prompt_embeds"], first) and not encoded
-    engine.embed(["c"])
-    engine.embed(["b"])
-    assert len(encoded) == 1
-    engine.embed(["a"])
-    assert len(encoded) == 2
+    engine = engine_of(tiny_model, cached_prompts=3)
+    encoded: list[int] = []
+    engine.pipeline.text_encoder.register_forward_pre_hook(
+        lambda _, inputs, named: encoded.append(len((inputs or (named.get("input_ids"),))[0])),
+        with_kwargs=True,
+    )
+    first = drawn(engine, Request("a", 0, 1, 3.0), Request("b", 0, 1, 3.0))  # a, b and the empty one
+    assert encoded == [3]
+    again = drawn(engine, Request("b", 0, 1, 3.0), Request("a", 0, 1, 3.0))
+    assert encoded == [3] and torch.equal(again[1], first[0])
+    drawn(engine, Request("c", 0, 1, 1.0))  # drops the empty prompt or b: whichever came first
+    drawn(engine, Request("a", 0, 1, 1.0))
+    assert encoded == [3, 1]
+    drawn(engine, Request("b", 0, 1, 1.0))
+    assert encoded == [3, 1, 1]
 
 
-@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_a_scheduler_that_draws_noise_is_refused(tiny_model: Path, scheduler: str) -> None:
-    import diffusers
+@pytest.mark.parametrize(
+    ("model", "fields", "told"),
+    [
+        ("sd", {"steps": 0}, "steps: 0"),
+        ("sd", {"steps": 1001}, "cannot draw in 1001 steps"),
+        ("sd", {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
+        ("sd", {"guidance_scale": float("nan")}, "guidance_scale: nan"),
+        ("sd", {"seed": 2**64}, "seed: "),
+        ("sd", {"prompt": "\ud800"}, "prompt: it holds half"),
+        ("sd", {"height": 60}, "height: 60; this model draws multiples of 8"),
+        ("sd", {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
+        ("sd", {"previews": 2}, "previews: 2"),
+        ("sd3", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
+        ("sd3", {"width": 144}, "width: 144"),
+        ("flux", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
+    ],
+)
+def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
+    folders: Callable[[str], Path], model: str, fields: dict[str, Any], told: str
+) -> None:
+    engine = engine_of(folders(model), "DDIMScheduler" if model == "sd" else None)
+    with pytest.raises(ValueError, match=told):
+        engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert not engine.unfinished
 
-    pipeline = load_pipeline(str(tiny_model))
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
-    with pytest.raises(ValueError, match=f"{scheduler} draws noise"):
-        Engine(pipeline)
+
+def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    (picture,) = drawn(engine, Request("a", 0, 1, 3.0))
+    assert picture.shape == (engine.resolution, engine.resolution, 3)
 
 
-def test_a_step_count_below_the_schedulers_least_is_refused(tiny_model: Path) -> None:
-    from diffusers import PNDMScheduler
+def test_a_scheduler_that_draws_noise_is_refused_with_those_that_are_served(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler is not served, only DDIM"):
+        engine_of(tiny_model, "EulerAncestralDiscreteScheduler")
 
-    pipeline = load_pipeline(str(tiny_model))
-    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=False)
-    engine = Engine(pipeline)
+
+def test_a_step_count_that_the_scheduler_cannot_do_is_told_beforehand(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, "DDIMScheduler")
     engine.check_steps(4)
-    with pytest.raises(ValueError, match="cannot draw in 3 steps"):
-        engine.check_steps(3)
+    with pytest.raises(ValueError, match="cannot draw in 1001 steps"):
+        engine.check_steps(1001)

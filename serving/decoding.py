@@ -1,0 +1,72 @@
+"""Finished and unfinished latents on their way to pixels, a chunk at a time between the steps of others."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+
+from ray_jobs.diffusion.sampling import decode_latents
+from serving.rows import Row
+
+
+class Decoding(NamedTuple):
+    """Latents that wait to become pixels."""
+
+    row: Row
+    latents: torch.Tensor  # C x h x w
+    done: int  # steps behind them
+    last: bool  # the picture itself, not a preview
+
+
+class Decoder:
+    """The autoencoder and what waits for it, first come, first served.
+
+    Args:
+        chunk_rows: decoded at a time.
+    """
+
+    def __init__(self, autoencoder: Any, *, chunk_rows: int) -> None:
+        self.autoencoder, self.chunk_rows = autoencoder, chunk_rows
+        self._queue: deque[Decoding] = deque()
+        self.pictures = 0  # decoded, without previews
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [each.row for each in self._queue]
+
+    def add(self, row: Row) -> None:
+        """Queue a row's picture if it is finished, else the picture as it is predicted now."""
+        latents = row.latents if row.finished else row.clean
+        self._queue.append(Decoding(row, latents, row.done, row.finished))
+
+    def drop_answered(self) -> None:
+        """Forget the rows that nobody waits for any more."""
+        self._queue = deque(each for each in self._queue if not each.row.future.done())
+
+    def next_chunk(self) -> list[Decoding]:
+        """The longest waiting, and others of its size."""
+        chunk: list[Decoding] = []
+        others: deque[Decoding] = deque()
+        for each in self._queue:
+            fits = len(chunk) < self.chunk_rows and each.row.size == self._queue[0].row.size
+            (chunk if fits else others).append(each)
+        self._queue = others
+        return chunk
+
+    def decode(self, chunk: list[Decoding]) -> None:
+        """Decode rows of one size, and hand out the pictures."""
+        latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
+        pictures = decode_latents(self.autoencoder, latents).permute(0, 2, 3, 1).contiguous()
+        for each, pixels in zip(chunk, pictures.unbind(), strict=True):
+            if each.last:
+                self.pictures += 1
+                each.row.succeed(pixels)
+                continue
+            assert each.row.on_preview is not None
+            try:
+                each.row.on_preview(each.done, pixels)
+            except Exception as error:  # the caller's code, which must not harm the others of the chunk
+                each.row.fail(error)

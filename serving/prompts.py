@@ -1,0 +1,67 @@
+"""Prompt embeddings, kept: the same prompts come again, and the empty one with nearly every request."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.loading import encode_prompts
+from serving.low_rank import Adapter, GroupedLowRank, Stacks
+
+Text = tuple[str | None, Adapter | None]  # a prompt and the adapter that reads it; None: no negative prompt
+
+
+class PromptEmbeddings:
+    """Embeddings of prompts, the least recently used dropped first.
+
+    Args:
+        pipeline: on the device that draws.
+        low_rank: of the text encoders too.
+        max_prompts: how many are kept.
+    """
+
+    def __init__(self, pipeline: Any, low_rank: GroupedLowRank, *, max_prompts: int) -> None:
+        self.pipeline, self.family = pipeline, family_of(pipeline)
+        self.low_rank, self.max_prompts = low_rank, max_prompts
+        self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def embed(self, texts: Sequence[Text]) -> list[Captions]:
+        """What the denoiser takes of N texts, one by one without the first dimension. What is missing is
+        encoded in one batch.
+
+        Without a negative prompt there are the empty one's embeddings, or zeros if the model asks for them
+        (`force_zeros_for_empty_prompt`, Stable Diffusion XL), as in diffusers' pipelines.
+        """
+        wanted = {_key(text): text for text in texts}
+        missing = [key for key in wanted if key not in self._kept]
+        self.misses += len(missing)
+        self.hits += len(texts) - len(missing)
+        if missing:
+            adapters = [wanted[key][1] for key in missing]
+            stacks: Stacks = {}
+            for part in self.family.encoders(self.pipeline):
+                stacks = {**stacks, **self.low_rank.stack(adapters, part)}
+            with self.low_rank.applied(stacks):
+                encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing])
+            for row, key in enumerate(missing):
+                self._kept[key] = {name: encoded[name][row].clone() for name in self.family.embeds}
+        for key in wanted:
+            self._kept.move_to_end(key)
+        found = [self._embedding(text) for text in texts]
+        while len(self._kept) > self.max_prompts:
+            self._kept.popitem(last=False)
+        return found
+
+    def _embedding(self, text: Text) -> Captions:
+        embeds = self._kept[_key(text)]
+        if text[0] is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return {name: torch.zeros_like(tensor) for name, tensor in embeds.items()}
+        return embeds
+
+
+def _key(text: Text) -> tuple[str, str | None]:
+    prompt, adapter = text
+    return prompt or "", adapter.name if adapter and adapter.changes_text else None

@@ -1,0 +1,176 @@
+"""Rows: pictures on their way through the engine, and what a group of them brings to one denoiser call."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+
+from ray_jobs.diffusion.families import Captions, Family, family_of
+from ray_jobs.diffusion.families.family import PATCH
+from ray_jobs.diffusion.sampling import whole_pictures
+from serving.low_rank import Adapter, GroupedLowRank, Stacks
+from serving.solvers import Schedule
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw."""
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float  # 1: off; where the denoiser is told its guidance, what it is told
+    negative_prompt: str | None = None  # None: as diffusers without one
+    height: int | None = None  # pixels; None: the model's own
+    width: int | None = None
+    adapter: str | None = None  # None: the base alone
+    previews: int = 0  # unfinished pictures on the way, evenly spaced
+
+
+class Drawing(NamedTuple):
+    """A finished picture."""
+
+    pixels: torch.Tensor  # uint8, height x width x 3, on the CPU
+    waited_s: float  # from its submission to its first step
+    total_s: float  # from its submission to now
+
+
+OnPreview = Callable[[int, torch.Tensor], object]  # steps done; uint8, height x width x 3
+
+
+def check_request(request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool) -> None:
+    """Raise ValueError, naming the field, for what a model cannot draw: in a batch it would harm others.
+
+    Args:
+        size: height and width, pixels.
+    """
+    family = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    least = pipeline.vae_scale_factor * (PATCH if family.denoiser == "transformer" else 1)
+    most = denoiser.config.get("pos_embed_max_size")
+    for field_name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < least or pixels % least or (most and pixels > most * least):
+            limit = f" up to {most * least}" if most else ""
+            raise ValueError(f"{field_name}: {pixels}; this model draws multiples of {least}{limit} pixels")
+    if request.steps < 1:
+        raise ValueError(f"steps: {request.steps}; at least one is needed")
+    if not 0 <= request.seed < 2**63:
+        raise ValueError(f"seed: {request.seed}; it is from 0 to 2^63 - 1")
+    if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
+        raise ValueError(f"guidance_scale: {request.guidance_scale}; 1 is off, and the least")
+    if request.negative_prompt is not None and family.distilled_guidance(denoiser):
+        raise ValueError("negative_prompt: this model is told its guidance and has no negative prompt")
+    for text in (request.prompt, request.negative_prompt or ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("prompt: it holds half of a surrogate pair, which is no text")
+    if request.adapter is not None and not with_adapters:
+        raise ValueError(f"adapter: {request.adapter!r}; this model is served without adapters")
+
+
+@dataclass(eq=False)
+class Row:
+    """A request and how far it is."""
+
+    request: Request
+    schedule: Schedule
+    size: tuple[int, int]  # height and width, pixels
+    arrival: int  # counts requests
+    on_preview: OnPreview | None
+    future: Future[Drawing] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+    adapter: Adapter | None = None  # once it is in memory
+    captions: Captions = field(default_factory=dict)
+    null_captions: Captions | None = None  # of rows with classifier-free guidance
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
+    done: int = 0  # steps
+    last_call: int = 0  # of the denoiser: in which it took a step, or before which it joined
+
+    @property
+    def finished(self) -> bool:
+        return self.done == len(self.schedule)
+
+    @property
+    def shows_preview(self) -> bool:
+        """Whether the unfinished picture is shown after the steps that are done."""
+        count, steps = self.request.previews, len(self.schedule)
+        return self.done in {steps * i // (count + 1) for i in range(1, count + 1)}
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error, unless there is an answer."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def succeed(self, pixels: torch.Tensor) -> None:
+        """Answer with the picture, unless there is an answer."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_result(Drawing(pixels, self.waited_s, time.monotonic() - self.submitted))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What stays the same while the same rows step together: N rows, G of them with classifier-free guidance.
+
+    Attributes:
+        captions: N + G x ..., the unconditional halves last.
+        sizes: N + G x 6, or None.
+        guided: int64, G, which rows have an unconditional half.
+        guidance_scales: float32, G x 1 x 1 x 1.
+        told: float32, N: guidance for denoisers that are told it, or None.
+        stacks: of the adapters, N + G rows.
+    """
+
+    rows: list[Row]
+    captions: Captions
+    sizes: torch.Tensor | None
+    guided: torch.Tensor
+    guidance_scales: torch.Tensor
+    told: torch.Tensor | None
+    stacks: Stacks
+
+    @staticmethod
+    def of(rows: list[Row], family: Family, told: bool, low_rank: GroupedLowRank, device: str) -> "Batch":
+        guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
+        captions = [row.captions for row in rows]
+        captions += [row.null_captions for row in rows if row.null_captions is not None]
+        sizes = whole_pictures(family, len(captions), *rows[0].size)
+        scales = torch.tensor([row.request.guidance_scale for row in rows], device=device)
+        adapters = [row.adapter for row in rows] + [rows[i].adapter for i in guided]
+        index = torch.tensor(guided, dtype=torch.int64, device=device)
+        return Batch(
+            rows,
+            {name: torch.stack([each[name] for each in captions]) for name in family.embeds},
+            None if sizes is None else sizes.to(device),
+            index,
+            scales[index].reshape(-1, 1, 1, 1),
+            scales if told else None,
+            low_rank.stack(adapters, family.denoiser),
+        )
+
+    def twice(self, tensor: torch.Tensor) -> torch.Tensor:
+        """N x ... to N + G x ...: the rows with guidance once more."""
+        return torch.cat([tensor, tensor[self.guided]]) if len(self.guided) else tensor
+
+    def guide(self, output: torch.Tensor) -> torch.Tensor:
+        """N + G x ... to N x ...: classifier-free guidance (arXiv 2207.12598, eq. 6) of rows that have it."""
+        if not len(self.guided):
+            return output
+        conditional, unconditional = output.split([len(self.rows), len(self.guided)])
+        step = conditional[self.guided] - unconditional
+        return conditional.index_copy(0, self.guided, unconditional + self.guidance_scales * step)
+
+
+def next_group(rows: Sequence[Row]) -> list[Row]:
+    """Which rows share the next denoiser call: those of the size whose row has waited longest for a step.
+
+    So of S sizes that are being drawn every row steps at least once in S calls.
+    """
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.size, []).append(row)
+    return min(groups.values(), key=lambda group: min((r.last_call, r.arrival) for r in group), default=[])

@@ -1,0 +1,161 @@
+"""The solvers of a batch whose rows are each at a step of their own. Pure PyTorch.
+
+A step of each of these solvers is linear in the row's latents, the denoiser's output and the previous
+prediction. So a diffusers scheduler is walked once for a step count, with unit vectors in place of pictures;
+what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas, shift and
+order. A batch then takes its step with one gather and a few products, whatever its rows are at.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+
+from ray_jobs.diffusion.families import Family
+
+# By class, what each option must be for the scheduler to be deterministic and of the kind tabulated here.
+SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DDIMScheduler": {"thresholding": (False,)},
+    "EulerDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++",),
+        "solver_order": (1, 2),
+        "thresholding": (False,),
+    },
+    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
+}
+
+
+class Coefficients(NamedTuple):
+    """A step of N rows, each N x 1 x 1 x 1: what every term of `advance` is multiplied by."""
+
+    timestep: torch.Tensor
+    input_scale: torch.Tensor  # of the latents on their way into the denoiser
+    clean_latents: torch.Tensor  # the predicted clean latents: of the noisy ones
+    clean_output: torch.Tensor  # and of the denoiser's output
+    next_latents: torch.Tensor  # the next latents: of the present ones,
+    next_output: torch.Tensor  # of the denoiser's output,
+    next_previous: torch.Tensor  # of the clean latents predicted a step before,
+    next_clipped: torch.Tensor  # and of what clipping changes in the prediction
+
+
+class Schedule(NamedTuple):
+    """All steps of one step count.
+
+    Attributes:
+        table: float32, steps x 8, on the CPU; a column for each of `Coefficients`.
+        noise_scale: of the first latents, standard normal noise being 1.
+    """
+
+    table: torch.Tensor
+    noise_scale: float
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler that is none of `SOLVERS`, or is configured to draw noise."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in SOLVERS:
+        raise ValueError(
+            f"scheduler: {name} is not served, only {', '.join(SOLVERS)}; save the model with one of these, "
+            f"for example DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)"
+        )
+    for option, allowed in SOLVERS[name].items():
+        if config.get(option, allowed[0]) not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise ValueError(
+                f"scheduler: {name} with {option}={config[option]!r} is not served; set {option}={choice}"
+            )
+
+
+def clip_range(scheduler: Any) -> float | None:
+    """What predicted clean latents are clamped to, between minus and plus this; None: not at all."""
+    clips = type(scheduler).__name__ == "DDIMScheduler" and scheduler.config.clip_sample
+    return float(scheduler.config.clip_sample_range) if clips else None
+
+
+def tabulate(scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int]) -> Schedule:
+    """The coefficients of a diffusers scheduler for a step count.
+
+    Args:
+        scheduler: one that `check_scheduler` accepts; it stays as it is.
+        latent_shape: (..., h, w), by which some families shift their noise levels.
+
+    Raises:
+        ValueError: if the scheduler cannot denoise in so many steps.
+    """
+    scheduler = deepcopy(scheduler)
+    try:
+        family.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
+        rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps]
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number") from error
+    table = torch.tensor(rows, dtype=torch.float32)
+    if not len(table) or not table.isfinite().all():
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number")
+    return Schedule(table, float(getattr(scheduler, "init_noise_sigma", 1.0)))
+
+
+def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
+    """One step's row of the table, found by stepping the scheduler."""
+    # Three one-number pictures: only latents, only the denoiser's output, only the previous prediction.
+    latents, output, previous = torch.eye(3)
+    input_scale = 1.0
+    if hasattr(scheduler, "scale_model_input"):  # flow matching has none
+        input_scale = float(scheduler.scale_model_input(torch.ones(()), timestep))
+    kind, clipped = type(scheduler).__name__, 0.0
+    if kind == "DPMSolverMultistepScheduler":
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        clean = scheduler.convert_model_output(output, sample=latents)
+        scheduler.model_outputs[-1] = previous
+    elif kind == "FlowMatchEulerDiscreteScheduler":
+        clean = latents - timestep / scheduler.config.num_train_timesteps * output
+    elif kind == "DDIMScheduler":
+        scheduler.register_to_config(clip_sample=False)
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        before = int(timestep) - stride
+        alpha = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
+        clipped = float(alpha.sqrt())  # the weight of the clean latents in equation 12 of arXiv 2010.02502
+    stepped = scheduler.step(output, timestep, latents, return_dict=False)
+    if kind in ("DDIMScheduler", "EulerDiscreteScheduler"):
+        clean = stepped[1]
+    return [float(timestep), input_scale, *clean.tolist()[:2], *stepped[0].tolist(), clipped]
+
+
+def coefficients(rows: Sequence[tuple[Schedule, int]], device: str | torch.device) -> Coefficients:
+    """Gather the steps of N rows, each a schedule and how many of its steps are done."""
+    table = torch.stack([schedule.table[done] for schedule, done in rows]).to(device)
+    return Coefficients(*table.T.reshape(len(Coefficients._fields), -1, 1, 1, 1))
+
+
+def advance(
+    step: Coefficients,
+    latents: torch.Tensor,
+    output: torch.Tensor,
+    previous: torch.Tensor,
+    clip: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of N rows: DDIM (arXiv 2010.02502, eq. 12), Euler (arXiv 2206.00364, algorithm 1 without
+    churn), DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) or flow-matching Euler (arXiv 2403.03206).
+
+    Args:
+        latents: float32, N x C x h x w, noisy.
+        output: of the denoiser, guidance applied, of the same shape.
+        previous: the clean latents that the row's last step predicted; zeros before the first.
+        clip: from `clip_range`.
+
+    Returns:
+        The next latents and the predicted clean latents, each of the shape of `latents`.
+    """
+    clean = step.clean_latents * latents + step.clean_output * output
+    following = step.next_latents * latents + step.next_output * output + step.next_previous * previous
+    if clip is None:
+        return following, clean
+    clamped = clean.clamp(-clip, clip)
+    return following + step.next_clipped * (clamped - clean), clamped

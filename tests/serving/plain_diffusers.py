@@ -1,0 +1,39 @@
+"""What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.rows import Request
+
+
+def load(folder: Path) -> Any:
+    """The pipeline as a user of diffusers loads it."""
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(folder)
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, request: Request) -> torch.Tensor:
+    """The request's picture: float32, height x width x 3, from 0 to 255."""
+    options: dict[str, Any] = {"guidance_scale": request.guidance_scale}
+    told = pipeline.transformer.config.get("guidance_embeds") if hasattr(pipeline, "transformer") else None
+    if told is False:  # FLUX without distilled guidance: the classifier-free one has a name of its own there
+        options = {"true_cfg_scale": request.guidance_scale, "negative_prompt": ""}
+    if request.negative_prompt is not None:
+        options["negative_prompt"] = request.negative_prompt
+    picture = pipeline(
+        request.prompt,
+        generator=torch.Generator().manual_seed(request.seed),
+        num_inference_steps=request.steps,
+        height=request.height,
+        width=request.width,
+        output_type="pt",
+        **options,
+    ).images[0]
+    return 255 * picture.permute(1, 2, 0).float()

@@ -1,0 +1,150 @@
+"""Every row of a batch steps as its own diffusers scheduler would, whatever the others are at."""
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ray_jobs.diffusion.families import family_of
+from serving.solvers import advance, check_scheduler, clip_range, coefficients, tabulate
+
+STEPS = [2, 1, 5, 14, 15, 30]
+SHAPE = (4, 6, 10)  # of a picture's latents
+FAMILY = family_of("StableDiffusionPipeline")
+FLOW = family_of("StableDiffusion3Pipeline")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
+    *[("DDIMScheduler", {"timestep_spacing": s}) for s in ("leading", "trailing", "linspace")],
+    *[("DDIMScheduler", {"prediction_type": p}) for p in ("sample", "v_prediction")],
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    (
+        "DDIMScheduler",
+        {
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+            "clip_sample_range": 0.5,
+        },
+    ),
+    *[("EulerDiscreteScheduler", {"timestep_spacing": s}) for s in ("leading", "trailing", "linspace")],
+    *[("EulerDiscreteScheduler", {"prediction_type": p}) for p in ("sample", "v_prediction")],
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    *[("DPMSolverMultistepScheduler", {"timestep_spacing": s}) for s in ("leading", "trailing", "linspace")],
+    *[("DPMSolverMultistepScheduler", {"prediction_type": p}) for p in ("sample", "v_prediction")],
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun", "lower_order_final": False}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 1, "euler_at_final": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    ),
+]
+
+
+def build(name: str, options: dict[str, Any]) -> Any:
+    betas = {} if name.startswith("Flow") else BETAS
+    return getattr(diffusers, name)(**betas, **options)
+
+
+def output_of(inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """A denoiser for these tests: bounded, and neither linear in the latents nor blind to the timestep."""
+    return torch.tanh(inputs * 0.7 + 0.3) + 0.2 * torch.sin(timestep / 100)
+
+
+def drawn_by_diffusers(scheduler: Any, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+    family = FLOW if type(scheduler).__name__.startswith("Flow") else FAMILY
+    family.set_timesteps(scheduler, num_steps, noise.shape, "cpu")
+    latents = noise[None] * getattr(scheduler, "init_noise_sigma", 1.0)
+    for timestep in scheduler.timesteps:
+        inputs = latents
+        if hasattr(scheduler, "scale_model_input"):
+            inputs = scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(output_of(inputs, timestep), timestep, latents, return_dict=False)[0]
+    return latents[0]
+
+
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS)
+def test_rows_with_different_step_counts_step_together(name: str, options: dict[str, Any]) -> None:
+    scheduler = build(name, options)
+    check_scheduler(scheduler)
+    family = FLOW if name.startswith("Flow") else FAMILY
+    noise = torch.randn((len(STEPS), *SHAPE), generator=torch.Generator().manual_seed(0))
+    counts = [max(2, count) for count in STEPS] if options.get("shift_terminal") else STEPS  # 0 / 0 there
+    schedules = [tabulate(scheduler, family, num_steps, SHAPE) for num_steps in counts]
+    latents = {row: noise[row] * schedule.noise_scale for row, schedule in enumerate(schedules)}
+    clean = {row: torch.zeros(SHAPE) for row in latents}
+    finished = {}
+    for call in range(max(STEPS) + len(STEPS)):
+        # Row r joins at call r, so that all are at different steps; each leaves with its last one.
+        present = [row for row in latents if row <= call and row not in finished]
+        if not present:
+            break
+        step = coefficients([(schedules[row], call - row) for row in present], "cpu")
+        stacked = torch.stack([latents[row] for row in present])
+        output = output_of(stacked * step.input_scale, step.timestep)
+        previous = torch.stack([clean[row] for row in present])
+        following, predicted = advance(step, stacked, output, previous, clip_range(scheduler))
+        for place, row in enumerate(present):
+            latents[row], clean[row] = following[place], predicted[place]
+            if call - row + 1 == len(schedules[row]):
+                finished[row] = latents[row]
+    for row, count in enumerate(counts):
+        expected = drawn_by_diffusers(build(name, options), noise[row], count)
+        assert torch.allclose(finished[row], expected, rtol=1e-4, atol=1e-4), f"{count} steps"
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
+    scheduler = build(name, {"prediction_type": "v_prediction"})
+    schedule = tabulate(scheduler, FAMILY, 4, SHAPE)
+    noise = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(0))
+    latents, clean = noise * schedule.noise_scale, torch.zeros_like(noise)
+    for done in range(4):
+        step = coefficients([(schedule, done)], "cpu")
+        output = output_of(latents * step.input_scale, step.timestep)
+        latents, clean = advance(step, latents, output, clean, clip_range(scheduler))
+    assert torch.allclose(latents, clean, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("DDPMScheduler", {}, "DDPMScheduler is not served, only DDIMScheduler"),
+        ("EulerAncestralDiscreteScheduler", {}, "DPMSolverMultistepScheduler"),
+        ("PNDMScheduler", {}, "PNDMScheduler is not served"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++"},
+            "set algorithm_type='dpm",
+        ),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "set solver_order=1 or 2"),
+        ("DDIMScheduler", {"thresholding": True}, "set thresholding=False"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "set stochastic_sampling=False"),
+    ],
+)
+def test_a_scheduler_that_is_not_tabulated_is_refused(name: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=f"^scheduler: .*{told}"):
+        check_scheduler(build(name, options))
+
+
+def test_a_step_count_that_the_scheduler_cannot_do_is_refused() -> None:
+    scheduler = build("DDIMScheduler", {})
+    tabulate(scheduler, FAMILY, 1000, SHAPE)
+    with pytest.raises(ValueError, match="DDIMScheduler cannot draw in 1001 steps"):
+        tabulate(scheduler, FAMILY, 1001, SHAPE)
+    stretched = build("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1})
+    with pytest.raises(ValueError, match="cannot draw in 1 steps"), np.errstate(invalid="ignore"):
+        tabulate(stretched, FLOW, 1, SHAPE)
+
+
+def test_the_pipelines_scheduler_stays_as_it_is() -> None:
+    scheduler = build("DDIMScheduler", {})
+    before = (dict(scheduler.config), scheduler.timesteps.tolist())
+    tabulate(scheduler, FAMILY, 3, SHAPE)
+    assert (dict(scheduler.config), scheduler.timesteps.tolist()) == before
