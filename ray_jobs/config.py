@@ -468,7 +468,6 @@ class ServeConfig(Section):
     replicas: Positive = Field(1, description="copies of the model")
     use_gpu: bool = Field(False, description="one GPU a replica")
     max_batch_size: Positive = Field(8, description="pictures denoised together")
-    batch_wait_s: float = Field(0.05, ge=0, description="how long a batch waits to fill, in seconds")
     default_steps: Positive = Field(20, description="denoising steps where the request names none")
     default_guidance_scale: float = Field(3.0, ge=1, description="where the request names none")
     max_queued_requests: Positive = Field(64, description="more are answered with 503")

@@ -29,7 +29,7 @@ def config(storage: Path, tiny_model: Path) -> Config:
             "model": {"base": str(tiny_model)},
             "search": {"learning_rates": [1e-3], "ladder": [2]},
             "publish": {"model_name": "served"},
-            "serve": {"default_steps": 2, "max_queued_requests": 4, "batch_wait_s": 0.02},
+            "serve": {"default_steps": 2, "max_queued_requests": 4},
         }
     )
 
