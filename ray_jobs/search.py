@@ -26,13 +26,13 @@ from ray_jobs.progress import say, watched_board
 from ray_jobs.search_results import (
     FIELDS,
     FINISHED,
-    RESULTS,
     SearchResult,
     choose,
     read_result,
     read_rows,
     search_digest,
     with_error,
+    write_rows,
 )
 from ray_jobs.stage import run_stage
 from ray_jobs.tracking import opened_store, tracked
@@ -71,6 +71,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     for error in errors:
         say("search", f"a trial failed and is left out: {error}")
     best = choose(rows, pool)
+    write_rows(storage, rows)
     if not errors:
         chosen = {"digest": digest, "winner": [best["trial_id"], best["step"]]}
         storage.write_text(FINISHED, json.dumps(chosen))
@@ -223,7 +224,7 @@ class Recorder(Callback):
         if any((row["trial_id"], row["step"]) == (old["trial_id"], old["step"]) for old in self.rows):
             return
         self.rows.append(row)
-        self.storage.write_text(RESULTS, "".join(json.dumps(each) + "\n" for each in self.rows))
+        write_rows(self.storage, self.rows)
         say(
             "search",
             f"{name}  rung {row['step']}/{self.last_step}: validation FID {with_error(row)}, "

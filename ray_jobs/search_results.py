@@ -61,12 +61,15 @@ def read_rows(storage: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in storage.read_text(RESULTS).splitlines()]
 
 
+def write_rows(storage: Storage, rows: list[dict[str, Any]]) -> None:
+    """results.jsonl anew, as a whole."""
+    storage.write_text(RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     """What a finished search of this configuration found; None if there was none."""
-    storage, digest = (
-        Storage.open(config.storage).child(config.name, "search"),
-        search_digest(config, dataset),
-    )
+    storage = Storage.open(config.storage).child(config.name, "search")
+    digest = search_digest(config, dataset)
     if not storage.exists(FINISHED):
         return None
     finished = json.loads(storage.read_text(FINISHED))
@@ -78,7 +81,11 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
 
 
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
-    """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`)."""
+    """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`).
+
+    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`: by how much theirs
+    is higher, and the error of that.
+    """
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     candidates = []
     for row in rows:
@@ -87,6 +94,7 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
         if row["step"] < best["step"] and row.get("fid_error") is not None:
             rung, lowest = (Storage.open(each["checkpoint"]) for each in (row, best))
             behind, error = pool.difference(rung, lowest, "validation")
+            row |= {"behind": behind, "behind_error": error}
         candidates.append(Candidate(behind, error, row["step"]))
     return rows[winner(candidates)]
 

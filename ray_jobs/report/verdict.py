@@ -86,22 +86,17 @@ def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
 
 
 def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
-    """Which other rungs the error does not tell from the winner."""
-    best = _row_of(winner, results)
-    if best is None or (error := finite(best, "fid_error")) is None:
+    """Why the winner is not the rung of the lowest score."""
+    chosen = _row_of(winner, results)
+    lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
+    if chosen is None or lowest is None or not (behind := finite(chosen, "behind")):
         return None
-    close = [
-        row
-        for row in results
-        if row is not best
-        and (value := finite(row, "fid")) is not None
-        and value - float(best["fid"]) <= math.hypot(error, finite(row, "fid_error") or 0.0)
-    ]
-    if not close:
-        return None
-    names = ", ".join(_name(row) for row in close[:4]) + (", …" if len(close) > 4 else "")
-    told = f"Within the error of the winner, so not told from it: {names}."
-    return Note(f"{told} Of such a tie the fewest steps win.")
+    apart = f"{behind:.1f} ± {chosen['behind_error']:.1f}"
+    return Note(
+        f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
+        " within the error of that difference, so the winner is the one of fewer steps.",
+        alert=False,
+    )
 
 
 def _agreement(winner: dict[str, Any], results: Rows, network: str) -> Note | None:

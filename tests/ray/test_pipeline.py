@@ -39,14 +39,13 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     fields = {"trial_id", "learning_rate", "step", "train_loss", "images_per_second", "seconds", "checkpoint"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
     scores.add("validation_loss")
-    assert all(set(row) == fields | scores for row in rows)
+    assert all(set(row) - {"behind", "behind_error"} == fields | scores for row in rows)
     winner = json.loads((run / "winner.json").read_text())
     [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
     assert winner["validation_fid"] == best["fid"]
-    # One of a lower FID took more steps, and cannot be told from it.
+    # One of a lower FID took more steps, and on the same noise cannot be told from it.
     assert all(row["fid"] >= best["fid"] or row["step"] > best["step"] for row in rows)
-    lowest = min(row["fid"] for row in rows)
-    assert best["fid"] - lowest <= best["fid_error"] + max(row["fid_error"] for row in rows)
+    assert best.get("behind", 0) <= best.get("behind_error", 0)
     assert winner["test_fid_error"] > 0 and winner["test_fid_2"] > 0 and "test_kid" in winner
     reads = [json.loads(line)["event"] for line in (run / "test_reads.jsonl").read_text().splitlines()]
     assert reads == ["read", "published"]
