@@ -380,8 +380,11 @@ class SearchConfig(Section):
         description="a trial stops after so many rungs without a FID lower by more than its error; "
         "null: only ASHA stops trials",
     )
+    max_steps: Positive | None = Field(None, description="of all trials; then the search stops, at a rung")
+    max_hours: float | None = Field(None, gt=0, description="of workers, of all trials; likewise")
+    max_cost: float | None = Field(None, gt=0, description="in the currency of device_hour_price; likewise")
     device_hour_price: float | None = Field(
-        None, gt=0, description="of one worker for an hour, for the report; null: unknown"
+        None, gt=0, description="of one worker for an hour, for max_cost and the report; null: unknown"
     )
 
     @model_validator(mode="after")
@@ -391,6 +394,8 @@ class SearchConfig(Section):
             raise ValueError(f"ladder must increase: {self.ladder}; sort it and drop repeats")
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rates repeats a value: {self.learning_rates}")
+        if self.max_cost and not self.device_hour_price:
+            raise ValueError("max_cost needs device_hour_price")
         return self
 
 

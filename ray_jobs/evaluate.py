@@ -14,6 +14,7 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluator import Evaluator, Features, Kept, Scores, join
+from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
@@ -104,8 +105,8 @@ class EvaluatorPool:
         """Scores of the weights (None: the base model) on a split that was loaded.
 
         Args:
-            rung: a checkpoint's folder, in which the first `publish.sample_count` of the pictures and the
-                features of all are kept.
+            rung: a folder in which the first `publish.sample_count` of the pictures and the features of all
+                are kept: a checkpoint's.
         """
         import ray
 
@@ -123,8 +124,8 @@ class EvaluatorPool:
 
         return ray.get(self.actors[-1].validation_loss.remote(weights))
 
-    def difference(self, one: Storage, other: Storage, split: str) -> tuple[float, float]:
-        """By how much the FID of one rung is above another's on the same noise, and its standard error."""
+    def difference(self, one: Storage, other: Storage, split: str) -> PairedDifference:
+        """By how much the FID of one folder's features is above another's, made from the same noise."""
         import ray
 
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other))

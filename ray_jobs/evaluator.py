@@ -11,6 +11,7 @@ import numpy as np
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig, resolve_path
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.metrics.resampling import PairedDifference, paired_difference
 from ray_jobs.metrics.score import Score
 
 if TYPE_CHECKING:
@@ -174,21 +175,19 @@ class Evaluator:
             folder.write_bytes(FEATURES, save(whole))
         return scores_of(whole, real, self.identities(), self.config.evaluate.bootstrap)
 
-    def difference(self, real: Features, one: Storage, other: Storage) -> tuple[float, float]:
-        """How much worse the set that is kept in one folder is than that of another, and the error of it."""
+    def difference(self, real: Features, one: Storage, other: Storage) -> PairedDifference:
+        """How much worse the set whose features are kept in one folder is than that of another."""
         import torch
         from safetensors.numpy import load
 
         from ray_jobs.metrics.frechet import Moments
-        from ray_jobs.metrics.resampling import paired_difference
 
         [network, *_] = self.identities()
         first, second = (
             torch.from_numpy(load(folder.read_bytes(FEATURES))[network]) for folder in (one, other)
         )
         moments = Moments.of(torch.from_numpy(real[network]), network)
-        found = paired_difference(first, second, moments, num_resamples=self.config.evaluate.bootstrap)
-        return found.value, found.standard_error
+        return paired_difference(first, second, moments, num_resamples=self.config.evaluate.bootstrap)
 
 
 def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:

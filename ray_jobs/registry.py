@@ -167,10 +167,15 @@ def not_ours(config: Config, version: int) -> ConfigError:
 
 
 def champion(config: Config) -> RegisteredModel:
-    """The version that the alias `champion` of `config.publish.model_name` points to.
+    """The version that the alias `champion` of `config.publish.model_name` points to; errors as below."""
+    return registered(config, CHAMPION)
+
+
+def registered(config: Config, which: str) -> RegisteredModel:
+    """A version of `config.publish.model_name`, by its number or an alias.
 
     Raises:
-        ConfigError: if there is no registry, model or champion yet, or the registry cannot be reached.
+        ConfigError: if there is no registry, model or such version yet, or the registry cannot be reached.
     """
     from mlflow.exceptions import MlflowException
 
@@ -178,12 +183,20 @@ def champion(config: Config) -> RegisteredModel:
     with store_errors(config):
         client = open_existing(config)
         try:
-            found = client.get_model_version_by_alias(name, CHAMPION)
+            found = (
+                client.get_model_version(name, which)
+                if which.isdecimal()
+                else client.get_model_version_by_alias(name, which)
+            )
         except MlflowException as error:
             # MLflow answers an unknown alias with INVALID_PARAMETER_VALUE.
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            if which == CHAMPION:
                 raise nothing_published(config) from None
-            raise
+            raise ConfigError(
+                f"{which}: no version or alias of {name!r}; see python -m ray_jobs.versions status"
+            ) from None
         if "digest" not in found.tags:
             raise not_ours(config, int(found.version))
         metrics = client.get_run(found.run_id).data.metrics

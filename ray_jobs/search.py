@@ -8,14 +8,13 @@ of fewer steps that the error does not tell from it. An interrupted search goes 
 measured again, and a training resumes from its last checkpoint.
 """
 
-import json
-import math
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback, Stopper
+from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.stopper import CombinedStopper
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
@@ -27,14 +26,18 @@ from ray_jobs.search_results import (
     FIELDS,
     FINISHED,
     SearchResult,
+    bill,
     choose,
+    finished,
     read_result,
     read_rows,
+    result,
     search_digest,
     with_error,
     write_rows,
 )
 from ray_jobs.stage import run_stage
+from ray_jobs.stopping import stoppers
 from ray_jobs.tracking import opened_store, tracked
 from ray_jobs.train import (
     build_trainer,
@@ -59,9 +62,11 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         storage.delete("")
         run.delete("train")
     storage.write_text("digest", digest)
-    if finished := read_result(config, dataset):
+    if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
-        return finished
+        return before
+    trials, last = len(config.search.learning_rates), config.search.ladder[-1]
+    say("search", f"at most {trials} x {last:,} = {trials * last:,} steps")
     with opened_store(config):
         pool.load("validation")
     errors = _tune(config, dataset, pool, storage)
@@ -73,13 +78,13 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     best = choose(rows, pool)
     write_rows(storage, rows)
     if not errors:
-        chosen = {"digest": digest, "winner": [best["trial_id"], best["step"]]}
-        storage.write_text(FINISHED, json.dumps(chosen))
+        storage.write_text(FINISHED, finished(config, dataset, best))
     lowest = min(row["fid"] for row in rows)
     tie = "" if best["fid"] == lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
     what = f"{best['trial_id']} at step {best['step']}"
     say("search", f"winner: {what}, validation FID {with_error(best)}{tie}")
-    return SearchResult(digest, rows, best)
+    say("search", bill(config, rows))
+    return result(config, dataset, rows, best)
 
 
 def _tune(config: Config, dataset: Dataset, pool: EvaluatorPool, storage: Storage) -> list[str]:
@@ -120,7 +125,7 @@ def _tuner(config: Config, trial: Any, storage: Storage, recorded: list[dict[str
             storage_path=storage.uri,
             verbose=0,
             callbacks=[Recorder(storage, recorded, ladder[-1], len(rates))],
-            stop=Patience(config.search.patience) if config.search.patience else None,
+            stop=CombinedStopper(*stoppers(config, recorded)),
         ),
     )
 
@@ -156,30 +161,6 @@ def _row(name: str, rate: float, rung: Rung, pool: EvaluatorPool) -> dict[str, A
     measured = {"trial_id": name, "learning_rate": rate, "checkpoint": rung.uri}
     measured["validation_loss"] = pool.validation_loss(rung.weights)
     return rung.metrics | measured | scores.row() | scores.second_network
-
-
-class Patience(Stopper):
-    """Stops a trial that has not improved at so many rungs in a row.
-
-    An FID is an improvement if it is lower than the best by more than its own standard error.
-    """
-
-    def __init__(self, rungs: int) -> None:
-        self.rungs = rungs
-        self.best: dict[str, float] = {}
-        self.waited: dict[str, int] = {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if "fid" not in result:
-            return False
-        needed = self.best.get(trial_id, math.inf) - (result.get("fid_error") or 0.0)
-        improved = result["fid"] < needed
-        self.waited[trial_id] = 0 if improved else self.waited.get(trial_id, 0) + 1
-        self.best[trial_id] = min(result["fid"], self.best.get(trial_id, math.inf))
-        return self.waited[trial_id] >= self.rungs
-
-    def stop_all(self) -> bool:
-        return False
 
 
 class RungCallback(TuneReportCallback):

@@ -19,6 +19,7 @@ from ray_jobs.train import depends_on
 
 RESULTS = "results.jsonl"
 FINISHED = "finished.json"
+STOPPING = ("patience", "max_steps", "max_hours", "max_cost")  # settings that only end a search earlier
 SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2")
 FIELDS = (
     "trial_id",
@@ -50,8 +51,17 @@ class SearchResult:
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Identifies what the results depend on: data, model, training, search and evaluation."""
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
+    for field in (*STOPPING, "device_hour_price", "max_concurrent_trials"):
+        del settings["search"][field]
     content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
+    """What finished.json holds. With a larger budget or more patience a search goes on."""
+    stopping = config.search.model_dump(mode="json", include=set(STOPPING))
+    chosen = [best["trial_id"], best["step"]]
+    return json.dumps({"digest": search_digest(config, dataset), "stopping": stopping, "winner": chosen})
 
 
 def read_rows(storage: Storage) -> list[dict[str, Any]]:
@@ -69,15 +79,19 @@ def write_rows(storage: Storage, rows: list[dict[str, Any]]) -> None:
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     """What a finished search of this configuration found; None if there was none."""
     storage = Storage.open(config.storage).child(config.name, "search")
-    digest = search_digest(config, dataset)
     if not storage.exists(FINISHED):
         return None
-    finished = json.loads(storage.read_text(FINISHED))
-    if finished["digest"] != digest:
-        return None
-    rows = read_rows(storage)
-    [best] = [row for row in rows if (row["trial_id"], row["step"]) == tuple(finished["winner"])]
-    return SearchResult(digest, rows, best)
+    told, rows = storage.read_text(FINISHED), read_rows(storage)
+    [best] = [row for row in rows if [row["trial_id"], row["step"]] == json.loads(told)["winner"]]
+    return result(config, dataset, rows, best) if told == finished(config, dataset, best) else None
+
+
+def result(
+    config: Config, dataset: Dataset, rows: list[dict[str, Any]], best: dict[str, Any]
+) -> SearchResult:
+    """With the digest of all that it depends on, also where it stopped and what won."""
+    content = finished(config, dataset, best)
+    return SearchResult(hashlib.sha256(content.encode()).hexdigest(), rows, best)
 
 
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
@@ -89,11 +103,14 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     candidates = []
     for row in rows:
+        for stale in ("behind", "behind_error"):  # of an earlier start, which another rung was the best of
+            row.pop(stale, None)
         behind, error = row["fid"] - best["fid"], 0.0
         # Of more steps it could not win a tie; and without errors only equal scores are one.
         if row["step"] < best["step"] and row.get("fid_error") is not None:
             rung, lowest = (Storage.open(each["checkpoint"]) for each in (row, best))
-            behind, error = pool.difference(rung, lowest, "validation")
+            found = pool.difference(rung, lowest, "validation")
+            behind, error = found.value, found.standard_error
             row |= {"behind": behind, "behind_error": error}
         candidates.append(Candidate(behind, error, row["step"]))
     return rows[winner(candidates)]
@@ -120,3 +137,12 @@ def spent(config: Config, rows: list[dict[str, Any]]) -> Spent:
         for name, row in last.items()
     ]
     return Spent(costs, config.search.device_hour_price)
+
+
+def bill(config: Config, rows: list[dict[str, Any]]) -> str:
+    """What was spent, and what of the whole grid was not, for a person."""
+    found = spent(config, rows)
+    steps, hours = (sum(getattr(trial, name) for trial in found.trials) for name in ("steps", "device_hours"))
+    whole = len(config.search.learning_rates) * config.search.ladder[-1]
+    cost = f", at {found.price:g} an hour {hours * found.price:.2f}" if found.price else ""
+    return f"spent {steps:,} of {whole:,} steps, {hours:.2f} hours of workers{cost}"

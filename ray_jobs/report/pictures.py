@@ -150,17 +150,20 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def grid_image(rows: Sequence[PictureRow]) -> Image.Image:
-    """The picture grid as one RGB sheet: a row a caption, columns real, base, fine-tuned; for a README.
+def grid_image(rows: Sequence[PictureRow], columns: Sequence[str] = COLUMNS) -> Image.Image:
+    """The picture grid as one RGB sheet: a row a caption; for a README.
 
     From five captions on it is laid out in two blocks side by side.
+
+    Args:
+        columns: headings of a row's three pictures.
     """
     if not rows:
         raise ValueError("rows: a sheet needs at least one caption")
     side, gap, head, words = SHEET_PICTURE, 8, 28, 128
     blocks = 1 if len(rows) < 5 else 2
     height = math.ceil(len(rows) / blocks)
-    block_width = words + len(COLUMNS) * (side + gap) + 2 * gap
+    block_width = words + len(columns) * (side + gap) + 2 * gap
     sheet = Image.new("RGB", (blocks * block_width + gap, head + height * (side + gap)), "white")
     draw, font, small = ImageDraw.Draw(sheet), _font(14), _font(13)
     for index, row in enumerate(rows):
@@ -168,7 +171,7 @@ def grid_image(rows: Sequence[PictureRow]) -> Image.Image:
         left, top = block * block_width + 2 * gap, head + line * (side + gap)
         text = "\n".join(textwrap.wrap(row.caption, 15, max_lines=6, placeholder=" …"))
         draw.multiline_text((left, top + side / 2), text, "#222222", small, anchor="lm", spacing=5)
-        for column, (name, picture) in enumerate(zip(COLUMNS, row.pictures, strict=True)):
+        for column, (name, picture) in enumerate(zip(columns, row.pictures, strict=True)):
             x = left + words + column * (side + gap)
             sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, top))
             if line == 0:

@@ -12,6 +12,10 @@ from PIL import Image, ImageChops
 from cluster import submit
 from cluster.connect import LocalCluster
 from cluster.storage import slug
+from ray_jobs.compare import compare
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.evaluate import evaluators
+from ray_jobs.prepare import prepare
 from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 
@@ -59,10 +63,26 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     check_series(str(tmp_path), rows)
     check_model_card(run, tiny_model)
 
+    check_comparison(config, winner)
+
     changed = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert submit.run_job(ray_cluster.address, job, environment) == 0
     for path in (run / "winner.json", run / "search" / "results.jsonl", run / "dataset" / "manifest.json"):
         assert path.stat().st_mtime_ns == changed[path]
+
+
+def check_comparison(config: Config, winner: dict[str, Any]) -> None:
+    """The champion beside its base: scores as in the search, and the error of their difference."""
+    dataset = prepare(config)
+    with evaluators(config, dataset) as pool:
+        found = compare(config, dataset, pool, "champion", "base")
+        with pytest.raises(ConfigError, match="7: no version or alias of"):
+            compare(config, dataset, pool, "7", "base")
+    assert found.value == pytest.approx(winner["validation_fid"] - winner["base_validation_fid"], abs=1e-3)
+    assert found.standard_error > 0 and found.variance_ratio > 1
+    folder = Path(config.storage) / config.name / "comparisons" / "champion-base"
+    assert set(json.loads((folder / "comparison.json").read_text())) == {"version 1", "base", "difference"}
+    Image.open(folder / "grid.png").verify()
 
 
 def check_samples_of_rungs(run: Path, rows: list[dict[str, Any]]) -> None:

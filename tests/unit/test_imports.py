@@ -27,7 +27,7 @@ ORDER = (
     ("ray_jobs.train",),
     ("ray_jobs.evaluator", "ray_jobs.pretrain"),
     ("ray_jobs.evaluate",),
-    ("ray_jobs.search_results",),
+    ("ray_jobs.search_results", "ray_jobs.compare", "ray_jobs.stopping"),
     ("ray_jobs.search",),
     ("ray_jobs.publish",),
     ("ray_jobs.pipeline",),

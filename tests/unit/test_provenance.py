@@ -52,4 +52,5 @@ def test_the_history_of_a_folder_that_holds_other_things_is_not_taken(copy: Path
     (copy.parent / "home" / FILE).unlink()
     (copy.parent / "home" / "notes").write_text("a user's own repository")
     commit(copy.parent / "home")
-    assert provenance.code_version().startswith("diffray 0")
+    # What is named instead depends on whether the package is installed.
+    assert provenance.code_version().startswith(("diffray 0", "unknown: "))

@@ -1,0 +1,77 @@
+"""When a search stops trials on its own, beside what ASHA stops: no improvement, or the budget is spent."""
+
+import math
+from typing import Any
+
+from ray.tune import Stopper
+
+from ray_jobs.config import Config
+
+
+def stoppers(config: Config, recorded: list[dict[str, Any]]) -> list[Stopper]:
+    """Those that the configuration asks for.
+
+    Args:
+        recorded: lines of results.jsonl that an earlier start of this search has left; they were paid for.
+    """
+    patience = config.search.patience
+    return [Budget(config, recorded), *([Patience(patience)] if patience else [])]
+
+
+class Patience(Stopper):
+    """Stops a trial that has not improved at so many rungs in a row.
+
+    An FID is an improvement if it is lower than the best by more than its own standard error.
+    """
+
+    def __init__(self, rungs: int) -> None:
+        self.rungs = rungs
+        self.best: dict[str, float] = {}
+        self.waited: dict[str, int] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if "fid" not in result:
+            return False
+        best = self.best.get(trial_id, math.inf)
+        improved = result["fid"] < best - (result.get("fid_error") or 0.0)
+        self.waited[trial_id] = 0 if improved else self.waited.get(trial_id, 0) + 1
+        self.best[trial_id] = min(result["fid"], best)
+        return self.waited[trial_id] >= self.rungs
+
+    def stop_all(self) -> bool:
+        return False
+
+
+class Budget(Stopper):
+    """Stops the search once all trials together have spent `search.max_steps`, `max_hours` or `max_cost`.
+
+    It looks at each rung, so the last rungs may go beyond it. Hours are those of workers: two workers spend
+    two in an hour.
+    """
+
+    def __init__(self, config: Config, recorded: list[dict[str, Any]]) -> None:
+        self.search, self.workers = config.search, config.train.min_workers
+        self.steps: dict[float, int] = {}
+        self.seconds: dict[tuple[float, str], float] = {}
+        for row in recorded:
+            self._add(row, "before", row["seconds"])
+
+    def _add(self, row: dict[str, Any], start: str, seconds: float) -> None:
+        rate = row["learning_rate"]
+        self.steps[rate] = max(self.steps.get(rate, 0), row["step"])
+        self.seconds[rate, start] = max(self.seconds.get((rate, start), 0.0), seconds)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if "fid" in result:
+            self._add(result, "now", result["time_total_s"])
+        return False
+
+    def stop_all(self) -> bool:
+        hours = sum(self.seconds.values()) / 3600 * self.workers
+        spent = {
+            "max_steps": sum(self.steps.values()),
+            "max_hours": hours,
+            "max_cost": hours * (self.search.device_hour_price or 0.0),
+        }
+        limits = {name: getattr(self.search, name) for name in spent}
+        return any(limit is not None and spent[name] >= limit for name, limit in limits.items())

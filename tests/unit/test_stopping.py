@@ -1,0 +1,88 @@
+"""When a search stops trials beside ASHA: patience and budget."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.stopping import Budget, Patience, stoppers
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(DEMO, ["train.num_workers=2", *(f"search.{setting}" for setting in overrides)])
+
+
+def rung(step: int, rate: float = 1e-3, seconds: float = 0.0, **scores: Any) -> dict[str, Any]:
+    return {"learning_rate": rate, "step": step, "time_total_s": seconds, "fid": 100.0, **scores}
+
+
+def test_patience_ends_with_so_many_rungs_without_an_improvement_beyond_the_error() -> None:
+    patience = Patience(2)
+    fids = [140.0, 130.0, 129.0, 120.0, 119.0, 118.5]
+    stopped = [patience("a", rung(n, fid=fid, fid_error=3.0)) for n, fid in enumerate(fids)]
+    assert stopped == [False, False, False, False, False, True]
+    assert not patience("b", rung(1, fid=200.0, fid_error=3.0))  # another trial
+    assert not patience.stop_all()
+
+
+def test_a_result_without_a_score_is_no_rung() -> None:
+    patience = Patience(1)
+    assert not any(patience("a", {"step": step}) for step in range(3))
+
+
+@pytest.mark.parametrize(
+    ("limit", "rungs", "spent"),
+    [
+        ("max_steps=240", [rung(80), rung(160), rung(80, 2e-4)], [False, False, True]),
+        ("max_hours=1", [rung(80, seconds=900), rung(80, 2e-4, seconds=900)], [False, True]),
+        ("max_hours=1", [rung(80, seconds=900), rung(160, seconds=1700)], [False, False]),
+    ],
+    ids=[
+        "steps of all trials",
+        "two workers spend two hours an hour",
+        "seconds of a trial are not added twice",
+    ],
+)
+def test_the_search_stops_when_all_trials_together_have_spent_the_budget(
+    limit: str, rungs: list[dict[str, Any]], spent: list[bool]
+) -> None:
+    budget = Budget(configured(limit), [])
+    found = []
+    for row in rungs:
+        assert not budget("any", row)  # it stops no single trial
+        found.append(budget.stop_all())
+    assert found == spent
+
+
+def test_a_cost_is_hours_times_their_price() -> None:
+    config = configured("max_cost=3", "device_hour_price=2")
+    budget = Budget(config, [])
+    budget("a", rung(80, seconds=2600))
+    assert not budget.stop_all()
+    budget("a", rung(160, seconds=2800))
+    assert budget.stop_all()
+
+
+def test_what_an_earlier_start_has_spent_counts() -> None:
+    recorded = [rung(80) | {"seconds": 1000.0}, rung(160) | {"seconds": 1500.0}]
+    budget = Budget(configured("max_hours=1"), recorded)
+    assert not budget.stop_all()
+    budget("a", rung(160, seconds=1.0))  # reported again, since it is known
+    assert not budget.stop_all()
+    budget("a", rung(320, seconds=400.0))
+    assert budget.stop_all()
+
+
+def test_without_limits_nothing_stops() -> None:
+    [budget] = stoppers(configured(), [])
+    budget("a", rung(10**9, seconds=1e9))
+    assert not budget.stop_all()
+    assert len(stoppers(configured("patience=3"), [])) == 2
+
+
+def test_a_highest_cost_needs_a_price() -> None:
+    with pytest.raises(ConfigError, match="max_cost needs device_hour_price"):
+        configured("max_cost=3")
