@@ -79,6 +79,11 @@ def test_the_scores_stand_with_their_counts_the_base_the_floor_and_the_network()
     assert WINNER["feature_network"] in text
 
 
+def test_a_test_split_that_was_read_again_is_told() -> None:
+    assert "looked at once" in card()
+    assert "looked at 2 times" in card(winner=WINNER | {"test_reads": 2})
+
+
 def test_no_more_real_pictures_are_told_than_were_compared_with() -> None:
     text = card(config_of(evaluate={"num_samples": 50}))
     assert "| pictures | 96 generated, 50 real | 90 generated, 50 real |" in text
