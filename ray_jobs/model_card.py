@@ -165,8 +165,8 @@ def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
         "## Scores",
         table,
         f"Feature network: {_text(winner['feature_network'])}. The test split was looked at {reads},"
-        " after the search; the search chose by validation, so that score is a little flattered. FID depends on"
-        " the number of pictures and on the network: compare within this table only.",
+        " after the search; the search chose by validation, so that score is a little flattered. FID"
+        " depends on the number of pictures and on the network: compare within this table only.",
     ]
 
 
