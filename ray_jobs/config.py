@@ -273,7 +273,7 @@ class TrainConfig(Section):
     use_gpu: bool = Field(False, description="one GPU a worker")
     cpus_per_worker: Positive = Field(1, description="logical CPUs (and PyTorch threads) a worker")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); one worker in fp32 needs none"
+        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker needs none"
     )
     offload_optimizer: bool = Field(False, description="optimizer in the host's memory (stages 1 to 3)")
     offload_parameters: bool = Field(False, description="weights in the host's memory (stage 3)")

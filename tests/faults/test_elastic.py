@@ -50,7 +50,10 @@ def test_a_training_goes_on_with_fewer_and_more_nodes(
         overrides = [f"train.{name}={value}" for name, value in train.items()]
         return tiny_config(tiny_model, picture_folder, tmp_path, *overrides)
 
-    elastic = config(num_workers=[1, 2], cpus_per_worker=2, checkpoint_minutes=0.1, max_failures=3)
+    # Full training, of which one worker shards nothing, and two do.
+    elastic = config(
+        method="full", num_workers=[1, 2], cpus_per_worker=2, checkpoint_minutes=0.1, max_failures=3
+    )
     dataset = prepare(elastic)
     endless = elastic.model_copy(update={"search": elastic.search.model_copy(update={"ladder": [10**5]})})
     driver = start(endless, tmp_path)
