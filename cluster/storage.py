@@ -1,12 +1,15 @@
 """One view over local folders, s3:// and gs://, by pyarrow.fs (which Ray Data and Ray Train use too)."""
 
+import json
 import os
 import re
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyarrow import NativeFile, fs
 
@@ -105,6 +108,14 @@ class Storage:
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes`, in UTF-8."""
         self.write_bytes(name, text.encode("utf-8"))
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a file of JSON lines; none if there is no such file."""
+        return [json.loads(line) for line in self.read_text(name).splitlines()] if self.exists(name) else []
+
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """`write_bytes`, a line of JSON an object."""
+        self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def upload(self, local_folder: str | Path, name: str) -> None:
         """Copy a local folder here as `name`, in place of a folder of that name."""

@@ -17,6 +17,7 @@ from ray_jobs.evaluator import Evaluator, Features, Kept, Scores, join
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
+from ray_jobs.report import number
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import find_rungs
 
@@ -189,8 +190,7 @@ def told(found: Scores) -> str:
     lines = []
     for name, (score, digits) in named.items():
         if score:
-            error = "" if score.standard_error is None else f" ± {score.standard_error:.{digits}f}"
-            lines.append(f"{name} {score.value:.{digits}f}{error}")
+            lines.append(f"{name} {number(score.value, digits, score.standard_error)}")
     return ", ".join(lines)
 
 

@@ -25,6 +25,7 @@ from ray_jobs.progress import say, watched_board
 from ray_jobs.search_results import (
     FIELDS,
     FINISHED,
+    RESULTS,
     SearchResult,
     bill,
     choose,
@@ -34,7 +35,6 @@ from ray_jobs.search_results import (
     result,
     search_digest,
     with_error,
-    write_rows,
 )
 from ray_jobs.stage import run_stage
 from ray_jobs.stopping import stoppers
@@ -76,7 +76,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     for error in errors:
         say("search", f"a trial failed and is left out: {error}")
     best = choose(rows, pool)
-    write_rows(storage, rows)
+    storage.write_lines(RESULTS, rows)
     if not errors:
         storage.write_text(FINISHED, finished(config, dataset, best))
     lowest = min(row["fid"] for row in rows)
@@ -205,7 +205,7 @@ class Recorder(Callback):
         if any((row["trial_id"], row["step"]) == (old["trial_id"], old["step"]) for old in self.rows):
             return
         self.rows.append(row)
-        write_rows(self.storage, self.rows)
+        self.storage.write_lines(RESULTS, self.rows)
         say(
             "search",
             f"{name}  rung {row['step']}/{self.last_step}: validation FID {with_error(row)}, "

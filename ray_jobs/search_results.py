@@ -14,7 +14,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, winner
-from ray_jobs.report import Spent, TrialCost
+from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.train import depends_on
 
 RESULTS = "results.jsonl"
@@ -66,14 +66,7 @@ def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
 
 def read_rows(storage: Storage) -> list[dict[str, Any]]:
     """The lines of results.jsonl; none if there is no such file."""
-    if not storage.exists(RESULTS):
-        return []
-    return [json.loads(line) for line in storage.read_text(RESULTS).splitlines()]
-
-
-def write_rows(storage: Storage, rows: list[dict[str, Any]]) -> None:
-    """results.jsonl anew, as a whole."""
-    storage.write_text(RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
+    return storage.read_lines(RESULTS)
 
 
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
@@ -118,8 +111,7 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
 
 def with_error(row: dict[str, Any]) -> str:
     """A row's FID for a person."""
-    error = row.get("fid_error")
-    return f"{row['fid']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+    return number(row["fid"], 1, row.get("fid_error"))
 
 
 def spent(config: Config, rows: list[dict[str, Any]]) -> Spent:

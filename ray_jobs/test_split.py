@@ -3,7 +3,6 @@
 `<storage>/<run>/test_reads.jsonl` has a line for each reading and one for each publishing that finished.
 """
 
-import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,25 +41,19 @@ def open_test(run: Storage, weights: str, data: str, forced: bool) -> int:
             "recorded: python -m ray_jobs.publish --config ... --force"
         )
     records.append({"event": READ, "time": _now(), **same, "forced": forced, "repeats_unfinished": repeats})
-    _write(run, records)
+    run.write_lines(READS, records)
     return sum(record["event"] == READ and not record["repeats_unfinished"] for record in records)
 
 
 def close_test(run: Storage, weights: str, data: str) -> None:
     """Record that what was read has been published: from now on a further reading must be forced."""
     done = {"event": PUBLISHED, "time": _now(), "weights": weights, "data": data}
-    _write(run, [*read_records(run), done])
+    run.write_lines(READS, [*read_records(run), done])
 
 
 def read_records(run: Storage) -> list[dict[str, Any]]:
     """The lines of test_reads.jsonl, oldest first; none if there is no such file."""
-    if not run.exists(READS):
-        return []
-    return [json.loads(line) for line in run.read_text(READS).splitlines()]
-
-
-def _write(run: Storage, records: list[dict[str, Any]]) -> None:
-    run.write_text(READS, "".join(json.dumps(record) + "\n" for record in records))
+    return run.read_lines(READS)
 
 
 def _now() -> str:

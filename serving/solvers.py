@@ -91,13 +91,12 @@ def tabulate(scheduler: Any, family: Family, num_steps: int, latent_shape: Seque
     try:
         family.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
         rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps]
+        table = torch.tensor(rows, dtype=torch.float32)
+        if not len(table) or not table.isfinite().all():
+            raise ValueError("its coefficients are not finite, or there are none")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         name = type(scheduler).__name__
         raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number") from error
-    table = torch.tensor(rows, dtype=torch.float32)
-    if not len(table) or not table.isfinite().all():
-        name = type(scheduler).__name__
-        raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number")
     return Schedule(table, float(getattr(scheduler, "init_noise_sigma", 1.0)))
 
 

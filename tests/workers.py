@@ -70,14 +70,13 @@ class Workers:
     """A group of workers that runs one function after the other.
 
     Attributes:
-        num_workers: how many there are.
         checkpoints: the folder in which the checkpoints that they report come to lie.
     """
 
     def __init__(self, num_workers: int, folder: Path) -> None:
         import ray
 
-        self.num_workers, self.checkpoints = num_workers, folder / "run"
+        self.checkpoints = folder / "run"
         self.tasks = ray.remote(Tasks).options(num_cpus=0).remote(num_workers)
         settings: dict[str, Any] = {"num_workers": num_workers, "folder": folder, "name": "run"}
         self.pool = ThreadPoolExecutor(1)

@@ -5,6 +5,7 @@ One self-contained file: no script, nothing fetched, light and dark by the reade
 
 from ray_jobs.report.page import write_report
 from ray_jobs.report.pictures import Memorisation, PictureRow, Strip, grid_image
+from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, TrialCost
 from ray_jobs.report.verdict import closed_share, headline
 
@@ -17,5 +18,6 @@ __all__ = [
     "closed_share",
     "grid_image",
     "headline",
+    "number",
     "write_report",
 ]

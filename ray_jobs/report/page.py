@@ -16,7 +16,8 @@ from ray_jobs.report.pictures import (
     memorisation_section,
     strip_section,
 )
-from ray_jobs.report.tables import Spent, costs_section, number, rungs_table, scores
+from ray_jobs.report.svg import number
+from ray_jobs.report.tables import Spent, costs_section, rungs_table, scores
 from ray_jobs.report.verdict import ENOUGH_SAMPLES, headline, notes, second_network
 
 TEMPLATE = Path(__file__).parents[1] / "report.html"

@@ -26,6 +26,13 @@ CROSS = "M-5.5-5.5L5.5 5.5M-5.5 5.5L5.5-5.5"
 CHARACTER = 8.3  # width of a digit of a tick's label, as large as a phone has it
 
 
+def number(value: float | None, digits: int, error: float | None = None) -> str:
+    """`12.3 ± 0.4`; a dash for what is missing or not finite."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
 @dataclass(frozen=True)
 class Point:
     """A value at a step; `error`: its standard error, where it is known."""
@@ -166,12 +173,12 @@ def _curve(axes: Axes, chart: Chart, curve: Curve) -> str:
     parts = [f'<polyline points="{line}"/>']
     for point in curve.points:
         x, y = axes.x(point.step), axes.y(point.value)
-        says = f"{curve.label}, {point.step:,} steps: {point.value:.{chart.digits}f}"
+        value = number(point.value, chart.digits, point.error)
+        says = f"{curve.label}, {point.step:,} steps: {value}"
         if point.error is not None:
             top, foot = axes.y(point.value + point.error), axes.y(point.value - point.error)
             bar = f"M{x:.1f} {top:.1f}V{foot:.1f}M{x - 4:.1f} {top:.1f}h8M{x - 4:.1f} {foot:.1f}h8"
             parts.append(f'<path class="error" d="{bar}"/>')
-            says += f" ± {point.error:.{chart.digits}f}"
         shape, kind = (STAR, "star") if point.step == curve.star else (MARKERS[curve.color % 5], "point")
         place = f'transform="translate({x:.1f} {y:.1f})"'
         parts.append(f'<path class="{kind}" d="{shape}" {place}><title>{escape(says)}</title></path>')

@@ -1,6 +1,5 @@
 """The tables of the page: scores, rungs, costs; and what must be said of the numbers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -8,6 +7,7 @@ from typing import Any
 
 from ray_jobs.dataset_report import counted, table
 from ray_jobs.report.charts import Rows, finite
+from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share
 
 
@@ -35,13 +35,6 @@ class Spent:
 
     trials: Sequence[TrialCost]
     price: float | None = None
-
-
-def number(value: float | None, digits: int, error: float | None = None) -> str:
-    """`12.3 ± 0.4`; a dash for what is missing or not finite."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def scores(winner: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ray_jobs.dataset_report import counted
 from ray_jobs.report.charts import Rows, finite
+from ray_jobs.report.svg import number
 
 # Pictures a score. With fewer than the 2048 features of the FID network the covariance is singular, and the
 # bias of FID, which falls with the number of pictures, is as large as what tells candidates apart.
@@ -91,7 +92,7 @@ def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
     lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
     if chosen is None or lowest is None or not (behind := finite(chosen, "behind")):
         return None
-    apart = f"{behind:.1f} ± {chosen['behind_error']:.1f}"
+    apart = number(behind, 1, chosen["behind_error"])
     return Note(
         f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
         " within the error of that difference, so the winner is the one of fewer steps.",

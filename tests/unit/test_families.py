@@ -11,6 +11,7 @@ from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.loading import LORA_WEIGHTS, encode_prompts, load_pipeline
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
 from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents, whole_pictures
+from tests.serving import plain_diffusers
 
 PROMPTS = ["a small red circle", "a big blue cross"]
 HEIGHT, WIDTH, FACTOR = 64, 48, 8  # pixels, pixels, and pixels a latent
@@ -20,17 +21,6 @@ MODELS = ("tiny_model", "tiny_xl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux
 @pytest.fixture(params=MODELS)
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
-
-
-def plain(folder: Path) -> Any:
-    """The pipeline as a user of diffusers loads it."""
-    import diffusers
-
-    index = diffusers.DiffusionPipeline.load_config(folder)
-    absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @torch.no_grad()
@@ -64,7 +54,7 @@ def predict(pipeline: Any, sizes: torch.Tensor | None = None, **options: Any) ->
 
 def test_prompts_are_encoded_as_by_the_pipeline_itself(folder: Path) -> None:
     pipeline = load_pipeline(str(folder))
-    ours, theirs = encode_prompts(pipeline, PROMPTS), encoded_by_diffusers(plain(folder))
+    ours, theirs = encode_prompts(pipeline, PROMPTS), encoded_by_diffusers(plain_diffusers.load(folder))
     assert ours.keys() == theirs.keys() == set(family_of(pipeline).embeds)
     for name, expected in theirs.items():
         # Without T5 the pipeline has zeros after and beside CLIP's, which ours gets when it denoises.
@@ -78,7 +68,7 @@ def test_prompts_are_encoded_as_by_the_pipeline_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
 def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: float) -> None:
-    pipeline, theirs = load_pipeline(str(folder)), plain(folder)
+    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
     latents = sample_latents(

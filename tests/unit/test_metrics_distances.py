@@ -16,17 +16,7 @@ from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_distance, squared_mmd
 from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall
 from ray_jobs.metrics.similarity import class_drift, clip_score, image_similarity
-
-
-class GivenFeatures(torch.nn.Module):
-    """A feature network for torchmetrics that returns what it is given."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images
+from tests.unit.test_metrics import GivenFeatures
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
