@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -11,15 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.capacity import check_resources, sized
+from cluster.nodes import check_storage, described, living_nodes
 from ray_jobs.config import Config, ConfigError, LocalConfig
+from ray_jobs.progress import say
 
-RESERVED_CPUS = 2
-"""Logical CPUs left for drivers and Ray Data's tasks; without them a training run can wait for itself."""
+ANSWER_S = 10
+"""How long the head of a cluster may take to accept a connection, in seconds."""
 
 START_TIMEOUT_S = 180
 """How long the embedded Ray may take to come up, in seconds: a loaded machine of 2 cores needs 40."""
@@ -71,7 +73,7 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
     _require_token()
     _stay_on_loopback()
     folder = Path(tempfile.mkdtemp(prefix="diffray-"))
-    log, port = folder / "start.log", _free_port()
+    local, log, port = sized(local), folder / "start.log", _free_port()
     # For Ray Train, whose processes else ask the Ray that was started last on this machine whether a training
     # is still wanted, and end it if that one does not know it.
     address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
@@ -138,30 +140,66 @@ def connect(config: Config) -> Iterator[None]:
     Where this process has joined one already, that one is used and left up.
 
     Raises:
-        ConfigError: if the cluster is too small for `config`, before any actor starts.
+        ConfigError: if the cluster does not let this process in, is too small for `config`, or its nodes do
+            not share the storage; before any actor starts.
     """
     import ray
 
     if ray.is_initialized():
-        check_resources(config, ray.cluster_resources())
+        _look_around(config)
         yield
     elif os.environ.get("RAY_ADDRESS"):
         with joined(os.environ["RAY_ADDRESS"]):
-            check_resources(config, ray.cluster_resources())
+            _look_around(config)
             yield
     else:
         with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
-            check_resources(config, ray.cluster_resources())
+            _look_around(config)
             yield
+
+
+def _look_around(config: Config) -> None:
+    """Say what the cluster has, and check that the run fits and its storage is shared."""
+    nodes = living_nodes()
+    say("cluster", described(nodes))
+    total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    named = {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
+    try:
+        check_resources(config, total | named)
+    except ConfigError as error:
+        if not _grows():
+            raise
+        say("cluster", f"waiting for its autoscaler, since now {error}")
+    check_storage(config)
+
+
+def _grows() -> bool:
+    """Whether an autoscaler (version 2, as on Kubernetes) watches this cluster, so that what it lacks may
+    come."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
+    return bool(reply.autoscaling_state.autoscaler_state_version)
 
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """This process as a driver of the cluster at `address`, its workers' output left to Ray's logs."""
+    """This process as a driver of the cluster at `address`, its workers' output left to Ray's logs.
+
+    Raises:
+        ConfigError: nothing answers there, or it refuses the token or the version of Ray or Python.
+    """
     import ray
 
     os.environ.update(QUIET)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    _require_answer(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise ConfigError(f"RAY_ADDRESS: {address}: {one_line(error)}") from None
     _quiet_ray_data()
     try:
         yield
@@ -169,45 +207,23 @@ def joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_resources(config: Config, resources: Mapping[str, float]) -> None:
-    """Raise ConfigError unless the cluster holds one full search: its trials, workers and evaluators.
-
-    A run that does not fit would wait for ever instead of failing.
-
-    Args:
-        resources: logical totals, as `ray.cluster_resources()` gives them.
-    """
-    train, evaluate = config.train, config.evaluate
-    trials = min(config.search.max_concurrent_trials, len(config.search.learning_rates))
-    workers = train.min_workers * trials
-    # A trial's own driver takes one CPU; the controller of its workers takes none.
-    cpus = workers * train.cpus_per_worker + trials + evaluate.num_actors + RESERVED_CPUS
-    gpus = workers * train.use_gpu + evaluate.num_actors * evaluate.use_gpu
-    if config.data.encode == "stream":  # encoders, and a decoder for each, beside every training
-        encoders = trials * config.data.encode_workers
-        cpus += encoders * (train.cpus_per_worker + 1)
-        gpus += encoders * train.use_gpu
-    lower = f"lower train.num_workers ({train.min_workers})"
-    if trials > 1:
-        lower += f", search.max_concurrent_trials ({trials})"
-    if config.data.encode == "stream":
-        lower += f", data.encode_workers ({config.data.encode_workers})"
-    lower += f" or evaluate.num_actors ({evaluate.num_actors})"
-    nodes = max(1, sum(name.startswith("node:") and "__" not in name for name in resources))
-    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
-        present = resources.get(kind, 0)
-        if needed <= present:
-            continue
-        missing = math.ceil(needed - present)
-        add = f"or add {missing} {kind}s to the cluster"
-        if present:
-            add += f" ({math.ceil(missing / (present / nodes))} more nodes like the present)"
-        if kind == "CPU":
-            add += "; on the embedded cluster raise local.num_cpus"
+def _require_answer(address: str) -> None:
+    """Raise ConfigError if nothing listens at host:port; Ray itself would ask for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # `auto` and the like, which Ray looks up
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
         raise ConfigError(
-            f"train.num_workers: the run needs {needed} logical {kind}s and the cluster has "
-            f"{present:g}: {lower}, {add}"
-        )
+            f"RAY_ADDRESS: {address}: nothing answers there ({error}); name the head node and its GCS port, "
+            "or unset it for a Ray on this machine"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, for a line of ours."""
+    return " ".join(str(error).split())[:300]
 
 
 def _require_token() -> None:

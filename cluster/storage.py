@@ -6,7 +6,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,17 @@ class Storage:
         return self.read_bytes(name).decode("utf-8")
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: an interrupted write leaves the former content."""
+        """Write a file whole or not at all: an interrupted write leaves the former content.
+
+        Of a local one that holds for a machine that loses its power too.
+        """
         target = self._at(name)
-        aside = self._aside(target) if self.is_local else target
-        with self.filesystem.open_output_stream(aside, compression=None) as stream:
-            stream.write(content)
-        if self.is_local:
-            os.replace(aside, target)
+        if not self.is_local:  # where what is written appears once its stream was closed
+            with self.filesystem.open_output_stream(target, compression=None) as stream:
+                stream.write(content)
+            return
+        with _replacing(target) as aside, open(aside, "xb") as file:
+            file.write(content)
 
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes`, in UTF-8."""
@@ -118,20 +123,29 @@ class Storage:
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def upload(self, local_folder: str | Path, name: str) -> None:
-        """Copy a local folder here as `name`, in place of a folder of that name."""
-        if not self.is_local:
-            self.delete(name)
+        """Copy a local folder here as `name`, in place of a folder of that name.
+
+        A local one appears whole. In an object store the files directly in the folder, which readers look for
+        first (`model_index.json`), go first and come last, so what is not whole is not found.
+        """
+        target = self._at(name)
+        if self.is_local:
+            with _replacing(target) as aside:
+                shutil.copytree(local_folder, aside)
+            return
+        for file in self.child(name).files():
+            self.delete(f"{name}/{file}")
+        self.delete(name)
+        self.filesystem.create_dir(target)
+        for part in sorted(Path(local_folder).iterdir(), key=lambda part: (part.is_file(), part.name)):
+            if part.is_dir():
+                self.filesystem.create_dir(f"{target}/{part.name}")
             fs.copy_files(
-                str(local_folder),
-                self._at(name),
+                str(part),
+                f"{target}/{part.name}",
                 source_filesystem=fs.LocalFileSystem(),
                 destination_filesystem=self.filesystem,
             )
-            return
-        aside = self._aside(self._at(name))
-        shutil.copytree(local_folder, aside)
-        self.delete(name)
-        os.replace(aside, self._at(name))
 
     def local_copy(self, name: str = "") -> Path:
         """A local path with the content of `name`: itself where the storage is local, else a download.
@@ -168,12 +182,38 @@ class Storage:
         elif kind == fs.FileType.File:
             self.filesystem.delete_file(at)
 
-    @staticmethod
-    def _aside(target: str) -> str:
-        """A free name beside `target`, on the same disk so that renaming is atomic."""
-        folder, name = os.path.split(target)
-        os.makedirs(folder, exist_ok=True)
-        return f"{folder}/.{name}.{uuid.uuid4().hex}.partial"
+
+@contextmanager
+def _replacing(target: str) -> Iterator[str]:
+    """A free name beside `target`, on the same disk; what the block makes there takes the target's place."""
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
+    aside = f"{folder}/.{name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield aside
+        for path in [aside, *(str(below) for below in Path(aside).rglob("*"))]:
+            _flush(path)
+        if os.path.isdir(aside) and os.path.isdir(target):
+            former = f"{aside}.former"  # a folder cannot be renamed onto one that holds something
+            os.replace(target, former)
+            os.replace(aside, target)
+            shutil.rmtree(former)
+        else:
+            os.replace(aside, target)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: str) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def slug(caption: str) -> str:

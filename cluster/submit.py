@@ -3,7 +3,10 @@
     python -m cluster.submit -- python -m ray_jobs.pipeline --config configs/demo.yaml
     python -m cluster.submit --address http://head:8265 -- python -m ray_jobs.pipeline --config ...
 
-A cluster's token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+A cluster's token is read from --token-file, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+Ctrl-C asks, in a terminal, whether the job is to be stopped; elsewhere, and the second time, it is.
+`--no-wait` leaves the job to itself once the cluster has it. docs/cluster.md does the same with plain
+`ray job submit`.
 """
 
 import argparse
@@ -18,7 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cluster.connect import QUIET, check_resources, local_cluster
+from cluster.capacity import check_resources, sized
+from cluster.connect import QUIET, local_cluster, one_line
+from cluster.embedded import num_gpus
 from ray_jobs.config import ConfigError, home, load_config
 
 if TYPE_CHECKING:
@@ -63,6 +68,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--address", help="Jobs API of a cluster, http://host:8265; default: embedded Ray")
+    parser.add_argument("--token-file", help="file with the cluster's token, and nothing else")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="print the job's id and leave it; needs --address"
+    )
     parser.add_argument(
         "--config",
         help="checked before anything starts, its `local` sizes the Ray; default: the command's own",
@@ -72,6 +81,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
+    if options.no_wait and not options.address:
+        parser.error("--no-wait needs --address: the embedded Ray ends with this command")
     if options.config is None:
         after = command.index("--config") + 1 if "--config" in command else len(command)
         options.config = command[after] if after < len(command) else "configs/demo.yaml"
@@ -80,13 +91,33 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _run(options: argparse.Namespace, command: list[str]) -> int:
     config = load_config(options.config)
+    if options.token_file:
+        use_token(options.token_file)
     if options.address:
-        return run_job(options.address, command, runtime_environment())
-    check_resources(config, {"CPU": config.local.num_cpus, "GPU": float("inf")})
+        return run_job(options.address, command, runtime_environment(), wait=not options.no_wait)
+    local = sized(config.local)
+    check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
     print("starting Ray on this machine", flush=True)
-    with local_cluster(config.local) as cluster:
+    with local_cluster(local) as cluster:
         print(f"framework logs: {cluster.logs}", flush=True)
         return run_job(cluster.address, command, runtime_environment(local_variables()))
+
+
+def use_token(file: str) -> None:
+    """Authenticate with the token in a file, in this process and its children.
+
+    Raises:
+        ConfigError: there is no such file, or nothing in it.
+    """
+    path = Path(file).expanduser()
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {file}: cannot be read: {one_line(error)}") from None
+    if not token:
+        raise ConfigError(f"--token-file {file}: is empty; `ray get-auth-token --generate` makes a token")
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def local_variables() -> dict[str, str]:
@@ -123,39 +154,88 @@ def runtime_environment(env_vars: dict[str, str] | None = None) -> dict[str, Any
     }
 
 
-def run_job(address: str, command: list[str], runtime_env: dict[str, Any]) -> int:
+def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wait: bool = True) -> int:
     """Submit `command`, print what it prints, line by line, and return its exit code.
 
-    An interrupt stops the job before it goes on as KeyboardInterrupt.
+    An interrupt stops the job, unless a person at a terminal wants otherwise, before it goes on as
+    KeyboardInterrupt.
+
+    Args:
+        wait: else print the job's id and return 0 at once.
 
     Raises:
-        ConfigError: if nothing answers at `address`, or it refuses the token.
+        ConfigError: if nothing answers at `address`, or it refuses the token or the upload.
     """
+    from ray.exceptions import RayError
+
+    client = _client(address)
+    try:
+        job = _submit(client, shlex.join(command), runtime_env)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigError(f"--address {address}: {one_line(error)}") from None
+    if not wait:
+        print(f"job {job}; ray job logs --follow --address {address} {job}", flush=True)
+        return 0
+    while True:
+        try:
+            asyncio.run(_follow(client, job))
+            return _exit_code(client, job)
+        except KeyboardInterrupt:
+            answer = _ask(job)
+            if answer == "leave":
+                print(f"left running: ray job logs --follow --address {address} {job}", flush=True)
+                return 130
+            if answer == "stop":
+                _stop(client, job)
+                raise
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell the upload in a dozen lines
     try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--address {address}: {reason}") from None
-    job = _submit(client, shlex.join(command), runtime_env)
-    try:
-        asyncio.run(_follow(client, job))
-        info = client.get_job_info(job)
-    except KeyboardInterrupt:
-        print("stopping the job", file=sys.stderr, flush=True)
-        client.stop_job(job)
-        with suppress(KeyboardInterrupt):
-            while not client.get_job_status(job).is_terminal():
-                time.sleep(0.5)
-        raise
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigError(f"--address {address}: {one_line(error)}") from None
+
+
+def _exit_code(client: "JobSubmissionClient", job: str) -> int:
+    info = client.get_job_info(job)
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it never ran, so its log says nothing
         print(f"error: job {job}: {(info.message or info.status).splitlines()[0]}", file=sys.stderr)
     return info.driver_exit_code or 1
+
+
+def _ask(job: str) -> str:
+    """What a person wants of a job after Ctrl-C: `stop`, `leave` or `follow`. Another Ctrl-C is `stop`, and
+    so is an interrupt where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return "stop"
+    answers = {"s": "stop", "l": "leave", "f": "follow"}
+    question = f"\njob {job} is running: [s]top it, [l]eave it running, [f]ollow on? "
+    try:
+        while True:
+            print(question, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return "stop"
+            if answer := answers.get(line.strip().lower()[:1]):
+                return answer
+    except KeyboardInterrupt:
+        return "stop"
+
+
+def _stop(client: "JobSubmissionClient", job: str) -> None:
+    print("stopping the job", file=sys.stderr, flush=True)
+    client.stop_job(job)
+    with suppress(KeyboardInterrupt):
+        while not client.get_job_status(job).is_terminal():
+            time.sleep(0.5)
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:

@@ -1,5 +1,9 @@
 """Storage: the same view over a local folder and over an object store."""
 
+import errno
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,8 @@ from pyarrow import fs
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, resolve_path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -80,6 +86,55 @@ def test_a_local_write_leaves_no_partial_file(tmp_path: Path) -> None:
     storage.write_text("a.txt", "one")
     storage.write_text("a.txt", "two")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_an_upload_that_fails_leaves_the_former_folder_and_nothing_else(tmp_path: Path, former: bool) -> None:
+    storage = Storage.open(str(tmp_path / "runs"))
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.txt").write_text("good")
+    if former:
+        storage.upload(tmp_path / "good", "model")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "dangling").symlink_to("nowhere")
+    with pytest.raises(shutil.Error):
+        storage.upload(tmp_path / "bad", "model")
+    assert storage.folders() == (["model"] if former else [])
+    if former:
+        assert storage.read_text("model/a.txt") == "good"
+
+
+def test_a_full_disk_leaves_the_former_content_and_no_partial_file(
+    tmp_path: Path,
+) -> None:
+    storage = Storage.open(str(tmp_path))
+    storage.write_text("a.txt", "former")
+    program = f"""
+import resource, signal
+from cluster.storage import Storage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    Storage.open({str(tmp_path)!r}).write_bytes("a.txt", bytes(100_000))
+except OSError as error:
+    print(error.errno)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == str(errno.EFBIG), result.stderr
+    assert storage.files() == ["a.txt"] and storage.read_text("a.txt") == "former"
+
+
+def test_in_a_store_the_files_that_readers_look_for_first_are_the_last_of_an_upload(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    storage = Storage("s3://bucket", fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "bucket")
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "model_index.json").write_text("{}")
+    (model / "unet" / "weights").write_bytes(bytes(10))
+    storage.upload(model, "model")
+    written = tmp_path / "bucket" / "model"
+    times = [(written / name).stat().st_mtime_ns for name in ("unet/weights", "model_index.json")]
+    assert times == sorted(times) and times[0] < times[1]
 
 
 def test_relative_paths_start_from_diffray_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

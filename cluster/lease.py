@@ -1,0 +1,259 @@
+"""One driver a run: a lease in the run's folder, which a second driver of the same name finds taken.
+
+`lease/<number>-<owner>.json` is who holds the run, and is written anew every few seconds (`beat`). A new
+owner takes the next number. In a local folder that name is `lease/<number>.json` and is made with O_EXCL, so
+that one of two gets it. Object stores have no such thing in pyarrow; there each writes its claim and then
+looks, and who sees another's claim of the same number withdraws: of two that start in the same second both
+may be refused, but never both go on, since these stores list what was written (S3 does so since 2020).
+
+Clocks of other machines are not believed: an owner is dead when its beat stands still for `EXPIRY_S` on the
+clock of the one who watches; or at once, when its process or its Ray job is known to have ended.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.progress import say
+
+LEASES = "lease"
+BEAT_S = 10.0
+LOST = signal.SIGUSR1  # not SIGINT, which is ignored in what a shell runs in the background
+EXPIRY_S = 60.0  # several beats, since a store may be slow or refuse some
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A driver that holds a run, or would.
+
+    Attributes:
+        identity: of this attempt.
+        host: the machine, as a person knows it.
+        place: the boot and the container in which `process` means something.
+        started: when the process started, in seconds since 1970 on its own machine.
+        job: of the Ray cluster; empty without one.
+        cluster: the Ray session that `job` belongs to.
+        beat: counts up while the driver lives.
+    """
+
+    identity: str
+    host: str
+    place: str
+    process: int
+    started: float
+    job: str = ""
+    cluster: str = ""
+    beat: int = 0
+
+    @staticmethod
+    def this() -> "Owner":
+        """This process, as a driver of the Ray that it has joined, if any."""
+        job, cluster = _ray_job()
+        process = psutil.Process()
+        started = process.create_time()
+        return Owner(
+            uuid.uuid4().hex[:12], socket.gethostname(), _place(), process.pid, started, job, cluster
+        )
+
+    def told(self) -> str:
+        return f"process {self.process} on {self.host}" + (f", Ray job {self.job}" if self.job else "")
+
+
+def _place() -> str:
+    """The boot of this machine and the namespace of its process numbers; both differ between containers."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+    if boot.exists():
+        return f"{boot.read_text().strip()} {os.readlink(namespace)}"
+    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def _ray_job() -> tuple[str, str]:
+    """This driver's Ray job and session; empty where no Ray was joined."""
+    import ray
+
+    if not ray.is_initialized():
+        return "", ""
+    session = ray._private.worker.global_worker.node.session_name
+    return str(ray.get_runtime_context().get_job_id()), str(session)
+
+
+def known_fate(owner: Owner, here: Owner) -> bool | None:
+    """Whether an owner lives, where this process can know: on the same machine or of the same Ray; else
+    None."""
+    if owner.place == here.place:
+        try:
+            return abs(psutil.Process(owner.process).create_time() - owner.started) < 1
+        except psutil.NoSuchProcess:
+            return False
+    if owner.job and owner.cluster == here.cluster:
+        from ray._private.state import state
+
+        jobs = {job["JobID"]: job for job in state.job_table()}
+        return owner.job in jobs and not jobs[owner.job]["IsDead"]
+    return None
+
+
+class Lease:
+    """A run's lease as one driver sees it.
+
+    Args:
+        run: the run's folder.
+        beat_s, expiry_s: seconds between signs of life, and without one until an owner counts as dead.
+    """
+
+    def __init__(
+        self, run: Storage, owner: Owner, *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S
+    ) -> None:
+        self.run, self.owner = run, owner
+        self.beat_s, self.expiry_s = beat_s, expiry_s
+        self.folder = run.child(LEASES)
+        self.number, self.lost = 0, False
+        self._done = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+
+    def take(self) -> None:
+        """Hold the run, if need be after watching whether a former owner still lives.
+
+        Raises:
+            ConfigError: another driver holds it; it names that.
+        """
+        number = self._highest()
+        if number:
+            self._require_dead(number)
+        self.number = number + 1
+        if not self._claim():
+            raise self._taken(self._read(self._highest()))
+        for name in self._names():
+            if _number(name) < self.number:
+                self.folder.delete(name)
+        self._beating.start()
+
+    def release(self) -> None:
+        """Let the run go."""
+        self._done.set()
+        self._beating.join()
+        if not self.lost:
+            self.folder.delete(self.name)
+
+    @property
+    def name(self) -> str:
+        """Of this owner's claim."""
+        whose = "" if self.folder.is_local else f"-{self.owner.identity}"
+        return f"{self.number:06d}{whose}.json"
+
+    def _names(self) -> list[str]:
+        return [name for name in self.folder.files() if name.endswith(".json")]
+
+    def _highest(self) -> int:
+        return max((_number(name) for name in self._names()), default=0)
+
+    def _read(self, number: int) -> Owner | None:
+        """Who holds a number; None where that was let go, or is just being written."""
+        for name in self._names():
+            if _number(name) == number:
+                try:
+                    return Owner(**json.loads(self.folder.read_text(name)))
+                except (OSError, json.JSONDecodeError):  # a store may fail to read what is deleted meanwhile
+                    return None
+        return None
+
+    def _require_dead(self, number: int) -> None:
+        """Return once nobody holds `number`; raise ConfigError as soon as its owner gives a sign of life."""
+        first = self._read(number)
+        fate = known_fate(first, self.owner) if first else None
+        if fate is False:
+            return
+        if fate:
+            raise self._taken(first)
+        who = first.told() if first else "another driver"
+        say("lease", f"{who} held this run; waiting {self.expiry_s:.0f} s to see whether it lives")
+        deadline = time.monotonic() + self.expiry_s
+        while time.monotonic() < deadline:
+            time.sleep(min(self.beat_s, self.expiry_s) / 4)
+            now, highest = self._read(number), self._highest()
+            if highest > number or (now and first and now != first):
+                raise self._taken(self._read(highest))
+            if highest < number:  # let go meanwhile
+                return
+            first = now or first
+
+    def _taken(self, owner: Owner | None) -> ConfigError:
+        who = owner.told() if owner else "another driver that has just started"
+        return ConfigError(
+            f"name: the run {self.run.uri} is held by {who}: wait for its end, stop it, or give this run "
+            "another name"
+        )
+
+    def _claim(self) -> bool:
+        """Write this owner's claim; False if another had it first."""
+        content = json.dumps(asdict(self.owner))
+        if not self.folder.is_local:
+            self.folder.write_text(self.name, content)
+            others = [name for name in self._names() if _number(name) >= self.number and name != self.name]
+            if others:
+                self.folder.delete(self.name)
+            return not others
+        path = Path(self.folder.path, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def _beat(self) -> None:
+        """Give signs of life until the end. Whoever was taken for dead, by a driver that went on with the
+        run, must write no more."""
+        while not self._done.wait(self.beat_s):
+            try:
+                if self._highest() > self.number or not self.folder.exists(self.name):
+                    self.lost = True
+                    os.kill(os.getpid(), LOST)
+                    return
+                self.owner = replace(self.owner, beat=self.owner.beat + 1)
+                self.folder.write_text(self.name, json.dumps(asdict(self.owner)))
+            except OSError as error:  # the next beat may succeed; too many missed ones end as lost
+                say("lease", f"{self.folder.uri} cannot be written: {' '.join(str(error).split())}")
+
+
+def _number(name: str) -> int:
+    return int(name[:6])
+
+
+@contextmanager
+def held(config: Config, **times: Any) -> Iterator[None]:
+    """The run of a configuration held by this process while the block lasts.
+
+    Raises:
+        ConfigError: another driver holds it.
+        RuntimeError: it was taken over, since this process gave no sign of life for too long.
+    """
+    lease = Lease(Storage.open(config.storage).child(config.name), Owner.this(), **times)
+    lease.take()
+    # A KeyboardInterrupt, because Ray's own waiting lets no other exception of a signal through.
+    former = signal.signal(LOST, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if lease.lost:
+            raise RuntimeError(
+                f"{lease.run.uri} was taken over by another driver, to which this one seemed dead"
+            ) from None
+        raise
+    finally:
+        lease.release()
+        signal.signal(LOST, former)

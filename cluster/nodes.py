@@ -1,0 +1,142 @@
+"""The nodes of the cluster that this process has joined, and whether they all see the run's storage."""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+
+ANSWER_S = 120
+"""How long the nodes may take to look at the storage, in seconds: each may have to start a process first."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its id, the name that a person knows it by, and its resources as Ray counts them."""
+
+    identity: str
+    name: str
+    resources: Mapping[str, float]
+
+
+def living_nodes() -> list[Node]:
+    """Those of the cluster, in the order of their names."""
+    import ray
+
+    found = [
+        Node(
+            node["NodeID"],
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})",
+            node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: node.name)
+
+
+def described(nodes: Sequence[Node]) -> str:
+    """What a cluster has in all, on one line."""
+    has = {
+        kind: sum(node.resources.get(kind, 0) for node in nodes)
+        for kind in ("CPU", "GPU", "memory", "object_store_memory")
+    }
+    return (
+        f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {has['CPU']:g} logical CPUs, {has['GPU']:g} GPUs, "
+        f"{has['memory'] / 2**30:.1f} GiB of memory, "
+        f"{has['object_store_memory'] / 2**30:.1f} GiB of object store"
+    )
+
+
+def check_storage(config: Config) -> None:
+    """Have every node write into the run's storage and read what the others wrote; one node alone need not.
+
+    The tasks take no CPU, so a busy cluster answers too. Nodes that join later are not looked at.
+
+    Raises:
+        ConfigError: a node does not answer, cannot write, or does not see what another one wrote.
+    """
+    nodes = living_nodes()
+    if len(nodes) < 2:
+        return
+    probe = f".probe-{uuid.uuid4().hex[:12]}"
+    try:
+        errors = _on_each(nodes, _write_marker, config, probe)
+        if failed := [f"{name} ({error})" for name, error in errors.items() if error]:
+            raise ConfigError(
+                f"storage: {config.storage}: cannot be written by {', '.join(failed)}; give a folder, s3:// "
+                "or gs:// that every node can write"
+            )
+        if said := disagreement(_on_each(nodes, _markers, config, probe), nodes):
+            raise ConfigError(f"storage: {config.storage}: {said}")
+    finally:
+        _on_each(nodes, _clean, config, probe)
+
+
+def disagreement(seen: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> str:
+    """What is wrong, by the identities of the nodes whose markers each node (by name) sees; empty if
+    nothing."""
+    for name, there in seen.items():
+        unseen = [node.name for node in nodes if node.identity not in there]
+        if unseen:
+            return (
+                f"{name} does not see what {unseen[0]} writes there"
+                + (f", nor {len(unseen) - 1} more nodes" if unseen[1:] else "")
+                + ": it is a folder of each node's own; mount a shared one at the same absolute path on "
+                "every node, or give s3:// or gs://"
+            )
+    return ""
+
+
+def _on_each(
+    nodes: Sequence[Node], function: Callable[..., Any], config: Config, probe: str
+) -> dict[str, Any]:
+    """What a function returns on every node, by the node's name."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    waiting = {
+        node.name: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.identity, soft=False)
+        ).remote(config, probe, node.identity)
+        for node in nodes
+    }
+    ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=ANSWER_S)
+    try:
+        return {name: ray.get(found, timeout=0) for name, found in waiting.items()}
+    except ray.exceptions.GetTimeoutError:
+        late = [name for name, found in waiting.items() if not ray.wait([found], timeout=0)[0]]
+        raise ConfigError(
+            f"storage: {config.storage}: no answer within {ANSWER_S} s by {', '.join(late)}; look whether "
+            "its mount hangs there"
+        ) from None
+
+
+def _folder(config: Config, probe: str) -> Storage:
+    """Where a node of the cluster finds the run, as the stages' own actors do."""
+    return Storage.open(config.storage).child(config.name, probe)
+
+
+def _write_marker(config: Config, probe: str, identity: str) -> str:
+    """The error, if any."""
+    try:
+        _folder(config, probe).write_text(identity, "")
+    except OSError as error:
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+def _markers(config: Config, probe: str, identity: str) -> list[str]:
+    return _folder(config, probe).files()
+
+
+def _clean(config: Config, probe: str, identity: str) -> None:
+    """Several nodes may be at it at once, where they do share the folder."""
+    try:
+        _folder(config, probe).delete("")
+    except OSError:
+        if _folder(config, probe).files():
+            raise

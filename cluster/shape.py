@@ -1,0 +1,152 @@
+"""The shape of a cluster, described, of this machine or of a live one; and which machine holds what."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from cluster.capacity import Actors, sized
+from ray_jobs.config import ConfigError, LocalConfig
+
+CPUS_A_GPU = 12
+"""Of a machine that was described by its GPUs alone: what clouds give with one of theirs, at least."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node.
+
+    Attributes:
+        cpus: logical ones, as Ray counts them.
+        gpu_gib: memory of each GPU; None where it is not known.
+        memory_gib: of the host; None where it is not known.
+    """
+
+    name: str
+    cpus: float
+    gpus: float = 0
+    gpu_gib: float | None = None
+    memory_gib: float | None = None
+
+    @property
+    def size(self) -> tuple[float, float, float | None, float | None]:
+        return self.cpus, self.gpus, self.gpu_gib, self.memory_gib
+
+    def told(self) -> str:
+        parts = [f"{self.name} {self.cpus:g} logical CPUs"]
+        if self.memory_gib:
+            parts.append(f"{self.memory_gib:,.0f} GiB of memory")
+        if self.gpus:
+            parts.append(f"{self.gpus:g} GPUs" + (f" of {self.gpu_gib:g} GiB" if self.gpu_gib else ""))
+        return ", ".join(parts)
+
+
+def parse_nodes(text: str) -> list[Machine]:
+    """`4x8gpu80` (machines, GPUs each, GiB a GPU), `3x16cpu64` (machines, CPUs each, GiB of memory), several
+    with commas, or a YAML file with a list of {count, cpus, gpus, gpu_gib, memory_gib}.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return _numbered(_from_file(text))
+    found: list[tuple[int, Machine]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)(gpu|cpu)(\d+(?:\.\d+)?)?", part.strip())
+        if not match or not int(match[1]):
+            raise ConfigError(
+                f"--nodes {text}: write 4x8gpu80 (4 machines, 8 GPUs of 80 GiB), 3x16cpu64 (3 machines, 16 "
+                "CPUs, 64 GiB), several with commas, or name a YAML file"
+            )
+        count, each, size = int(match[1]), int(match[2]), float(match[4]) if match[4] else None
+        machine = (
+            Machine("", CPUS_A_GPU * each, each, size)
+            if match[3] == "gpu"
+            else Machine("", each, 0, None, size)
+        )
+        found.append((count, machine))
+    return _numbered(found)
+
+
+def _from_file(path: str) -> list[tuple[int, Machine]]:
+    try:
+        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = []
+        for row in listed:
+            row = dict(row)
+            found.append((int(row.pop("count", 1)), Machine("", **{k: float(v) for k, v in row.items()})))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--nodes {path}: give a list of {{count, cpus, gpus, gpu_gib, memory_gib}}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    return found
+
+
+def _numbered(kinds: Iterable[tuple[int, Machine]]) -> list[Machine]:
+    machines = [machine for count, machine in kinds for _ in range(count)]
+    return [Machine(f"node {number}", *machine.size) for number, machine in enumerate(machines, 1)]
+
+
+def embedded(local: LocalConfig) -> list[Machine]:
+    """This machine, as the embedded Ray would take it."""
+    from ray._common.utils import get_system_memory
+
+    from cluster.embedded import num_gpus
+
+    return [Machine("this machine", sized(local).num_cpus, num_gpus(), None, get_system_memory() / 2**30)]
+
+
+def live(address: str) -> list[Machine]:
+    """The nodes of a running cluster. The memory of its GPUs is not asked for."""
+    from cluster.connect import joined
+    from cluster.nodes import living_nodes
+
+    with joined(address):
+        return [
+            Machine(
+                node.name,
+                node.resources.get("CPU", 0),
+                node.resources.get("GPU", 0),
+                None,
+                node.resources.get("memory", 0) / 2**30,
+            )
+            for node in living_nodes()
+        ]
+
+
+@dataclass
+class Placed:
+    """What each machine holds, by kind, and what found no room, with the reason and the fix."""
+
+    held: dict[str, dict[str, int]] = field(default_factory=dict)
+    left_over: list[str] = field(default_factory=list)
+
+
+def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
+    """Put each actor on the first machine with room for it, those that need most first.
+
+    Ray packs training workers likewise; it may choose other machines of the same kind.
+    """
+    free = {machine.name: [machine.cpus, machine.gpus] for machine in machines}
+    placed = Placed({machine.name: {} for machine in machines})
+    for each in sorted(actors, key=lambda actor: (-actor.gpus, -actor.cpus)):
+        left = 0
+        for _ in range(each.count):
+            fitting = (n for n, (cpus, gpus) in free.items() if cpus >= each.cpus and gpus >= each.gpus)
+            name = next(fitting, None)
+            if name is None:
+                left += 1
+                continue
+            free[name][0] -= each.cpus
+            free[name][1] -= each.gpus
+            placed.held[name][each.kind] = placed.held[name].get(each.kind, 0) + 1
+        if left:
+            needs = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
+            placed.left_over.append(
+                f"{left} of {each.count} {each.kind}{'s' * (each.count > 1)} find no machine with {needs} "
+                f"free; lower {each.field}, or add machines"
+            )
+    return placed
