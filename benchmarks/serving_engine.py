@@ -1,7 +1,9 @@
-"""python -m benchmarks.serving_engine [--size small|full] [--max-rows N]
+"""python -m benchmarks.serving_engine [--part engine|faster] [--size small|full] [--max-rows N]
 
-The claims, without Ray and HTTP, with `models/emoji-base`, requests of 10 to 50 steps with guidance, all
-waiting from the start:
+faster: a table of what each switch gives and costs; see `benchmarks.serving_faster`.
+
+engine: the claims, without Ray and HTTP, with `models/emoji-base`, requests of 10 to 50 steps with guidance,
+all waiting from the start:
 
 limit: the engine draws 0.9 or more of the pictures a second that the bare denoiser would at its best batch
     size: full batches of pairs (with and without the prompt), nothing else, decoding not counted.
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import serving_faster
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
 from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
@@ -159,6 +162,14 @@ def measure(size: str, max_rows: int | None) -> dict[str, Any]:
     }
 
 
+def print_faster(size: str, max_rows: int, switches: list[str] | None) -> None:
+    names = dict.fromkeys([serving_faster.BASELINE, *(switches or serving_faster.SWITCHES)])
+    figures = serving_faster.measure(size, max_rows, list(names))
+    print(serving_faster.table(figures))
+    record = {"benchmark": "serving faster", "size": size, "cores": os.cpu_count(), "switches": figures}
+    print(f"JSON {json.dumps(record)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving_engine",
@@ -166,8 +177,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: only that it runs")
-    parser.add_argument("--max-rows", type=int, help="the bare denoiser's best batch size if left out")
+    parser.add_argument("--part", choices=("engine", "faster"), default="engine")
+    parser.add_argument(
+        "--max-rows", type=int, help="the bare denoiser's best batch size if left out; faster: 8"
+    )
+    parser.add_argument("--switches", nargs="+", choices=serving_faster.SWITCHES, help="of faster; else all")
     arguments = parser.parse_args()
+    if arguments.part == "faster":
+        return print_faster(arguments.size, arguments.max_rows or 8, arguments.switches)
     figures = measure(arguments.size, arguments.max_rows)
     speeds = figures["pictures_per_second"]
     for name, speed in speeds.items():

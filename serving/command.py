@@ -5,14 +5,13 @@ import base64
 import errno
 import json
 import logging
+import os
 import re
 import signal
 import socket
 import sys
 import time
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,17 +27,14 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
-from serving.app import APPLICATION, build_application
+from serving.app import APPLICATION, build_application, check_access, check_model
+from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 
 DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 """Environment of Serve's controller. By default it kills an HTTP proxy that is not up within 5 s, which
 on a busy machine with few cores none ever is."""
-
-
-class EndpointError(RuntimeError):
-    """The endpoint did not start or did not answer as it should."""
 
 
 def free_port(host: str, port: int, *, else_any: bool = False) -> int:
@@ -67,12 +63,6 @@ def free_port(host: str, port: int, *, else_any: bool = False) -> int:
         raise ConfigError(f"serve.host, serve.port: {host}:{port}: {error.strerror}") from None
 
 
-def browsable(host: str, port: int) -> str:
-    """The URL at which this machine reaches an endpoint that listens on `host`."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    return f"http://{name}:{port}"
-
-
 @contextmanager
 def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator[str]:
     """Serve `registered` on the Ray that is joined; yield its URL once it answers; stop what was started.
@@ -95,7 +85,7 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
             serve.run(build_application(config, registered), name=APPLICATION)
         except (RuntimeError, RayError) as error:
             raise EndpointError(_why_not_started(error)) from error
-        wait_until_healthy(url)
+        wait_until_ready(url)
         yield url
     finally:
         # A Serve that was there before keeps its other applications.
@@ -105,8 +95,8 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
             serve.shutdown()
 
 
-def wait_until_healthy(url: str, timeout_s: float = 120) -> None:
-    """Return once /healthz says ok; the HTTP proxy may come up after the model.
+def wait_until_ready(url: str, timeout_s: float = 120) -> None:
+    """Return once /readyz says ok; the HTTP proxy may come up after the model.
 
     Raises:
         EndpointError: with the last answer, after `timeout_s` seconds, or at once if another program answers.
@@ -114,13 +104,13 @@ def wait_until_healthy(url: str, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            answer = call(f"{url}/healthz")
+            answer = call(f"{url}/readyz")
             break
         except EndpointError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-    if answer != {"status": "ok"}:
+    if not isinstance(answer, dict) or answer.get("status") != "ok":
         raise EndpointError(f"{url}: another program answers there; choose another serve.port")
 
 
@@ -133,30 +123,6 @@ def _why_not_started(error: Exception) -> str:
     return (causes or [line for line in lines if line])[-1]
 
 
-def call(url: str, body: dict[str, Any] | None = None, timeout_s: float = 60) -> Any:
-    """GET (or POST `body` as JSON) and return the JSON answer.
-
-    Raises:
-        EndpointError: if there is no answer, or an error; with the server's message.
-    """
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    # Straight to the endpoint: a proxy of the environment would not reach this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        try:
-            text = json.loads(text)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            text = " ".join(text.split())[:200]
-        raise EndpointError(f"{url}: {error.code}: {text}") from None
-    except (OSError, ValueError) as error:
-        raise EndpointError(f"{url}: {error}") from None
-
-
 def default_prompts(storage: Storage) -> list[str]:
     """Distinct captions of the run's report (`samples/captions.json`), else DEFAULT_PROMPTS."""
     if not storage.exists("samples/captions.json"):
@@ -167,6 +133,22 @@ def default_prompts(storage: Storage) -> list[str]:
     return list(dict.fromkeys(captions)) or DEFAULT_PROMPTS
 
 
+def _drawn(config: Config, url: str, body: dict[str, Any]) -> Any:
+    """The answer to one request, made again where the endpoint says when."""
+    while True:
+        try:
+            return call(
+                f"{url}/v1/images/generations",
+                body,
+                config.serve.request_timeout_s + 10,
+                key=os.environ.get(KEY_VARIABLE),
+            )
+        except EndpointError as error:
+            if error.retry_after_s is None:
+                raise
+            time.sleep(error.retry_after_s)
+
+
 def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
     """Draw `count` pictures over HTTP, all requests at once, and save them in the run's samples folder."""
     storage = Storage.open(config.storage).child(config.name)
@@ -174,13 +156,9 @@ def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
     # Repeated prompts get other seeds, so that they are other pictures.
     bodies = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(chosen)]
     started = time.perf_counter()
-    with ThreadPoolExecutor(min(count, config.serve.max_queued_requests)) as pool:
-        answers = list(
-            pool.map(
-                lambda body: call(f"{url}/v1/images/generations", body, config.serve.request_timeout_s + 10),
-                bodies,
-            )
-        )
+    at_once = min(count, config.serve.max_queued_requests, config.serve.concurrent_requests)
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = list(pool.map(lambda body: _drawn(config, url, body), bodies))
     seconds = time.perf_counter() - started
     for index, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
         name = f"samples/served-{index}-{slug(prompt)}.png"
@@ -193,8 +171,9 @@ def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
     """Where it listens, and a command to paste."""
     show(f"serve: {registered.name} version {registered.version} at {url}/v1 (Ctrl-C stops it)")
     body = json.dumps({"prompt": DEFAULT_PROMPTS[0], "seed": 1})
+    key = "" if config.serve.allow_anonymous else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     show(
-        f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}' \\\n"
+        f"curl -s {url}/v1/images/generations{key} -H 'Content-Type: application/json' -d '{body}' \\\n"
         "  | python3 -c 'import sys, json, base64; "
         'sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' '
         "> picture.png"
@@ -207,7 +186,13 @@ def _stop(signum: int, _: Any) -> NoReturn:
 
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
     """Start the endpoint; draw `num_pictures` and stop, or stay up until a signal comes."""
+    check_access(config)
+    if num_pictures is not None and not (config.serve.allow_anonymous or os.environ.get(KEY_VARIABLE)):
+        raise ConfigError(
+            f"--ask: the endpoint asks for a key (serve.keys); give one in the environment, as {KEY_VARIABLE}"
+        )
     registered = champion(config)
+    check_model(config, registered)
     if Storage.open(registered.source).is_local:
         # The replicas check it too, but a mistake is better told before Ray starts.
         verify_weights(registered, registered.source)

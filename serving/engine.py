@@ -1,7 +1,8 @@
 """Draws the pictures of many requests, batched at every denoising step. Pure PyTorch: no Ray, no HTTP.
 
 A request becomes a row. Rows join and leave between denoiser calls, each with its own prompt, seed, step
-count, guidance, size and adapter, and each is the picture that plain diffusers draws of its request alone.
+count, guidance, size, adapter and picture to begin with, and each is the picture that plain diffusers draws
+of its request alone.
 Rows are let in first come, first served, at most `max_rows` at a time; of those being drawn, the ones of one
 size share a call, and the size whose row has waited longest for its step goes next.
 """
@@ -10,11 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,26 +22,15 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import initial_noise
 from serving.adapters import AdapterCache, read_adapter
 from serving.decoding import Decoder
+from serving.deep_features import DeepFeatures
+from serving.encoding import encode, next_chunk
+from serving.faster import check_switches
+from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
-from serving.rows import Batch, Drawing, OnPreview, Request, Row, check_request, next_group
+from serving.rows import Batch, Drawing, Kind, OnPreview, Request, Row, check_request, next_group
 from serving.solvers import Schedule, advance, check_scheduler, clip_range, coefficients, tabulate
-
-
-class Load(NamedTuple):
-    """What the engine is doing, and has done since it was made."""
-
-    waiting: int  # requests that have no place yet
-    running: int  # rows between their first step and their last
-    decoding: int  # pictures and previews after that
-    calls: int  # of the denoiser
-    row_steps: int  # steps of all rows in these calls
-    pictures: int  # finished
-    prompt_hits: int
-    prompt_misses: int
-    adapter_hits: int
-    adapter_misses: int
-    adapter_bytes: int
+from serving.waiting import WaitingLine
 
 
 class Engine:
@@ -51,14 +40,19 @@ class Engine:
         pipeline: as `load_pipeline` gives it; moved to `device`.
         device: of PyTorch.
         max_rows: drawn at a time; a call of the denoiser has at most twice as many, with guidance.
-        decode_rows: pictures a chunk: so long a step may have to wait for others' pictures.
+        decode_rows: pictures that are encoded or decoded at a time: so long others' steps may have to wait.
+        max_waiting: requests that may wait for a place; None: any number.
+        max_side: pixels of a picture's longer side; None: twice the model's own.
         cached_prompts: prompt embeddings that are kept, the least recently used is dropped first.
         adapter_folder: gives the local folder of an adapter's name, fetched and checked; it runs beside the
             loop. None: there are no adapters.
         adapter_bytes: of the adapters that are kept in memory.
+        cache_features: every other step of a row takes the deep features of the one before (`deep_features`):
+            faster, and not quite the same pictures. For UNets.
 
     Raises:
-        ValueError: if the pipeline's scheduler is none of `solvers.SOLVERS`.
+        ValueError: if the pipeline's scheduler is none of `solvers.SOLVERS`, or a switch of `faster.prepare`
+            does not go with the other arguments.
     """
 
     def __init__(
@@ -68,16 +62,21 @@ class Engine:
         device: str = "cpu",
         max_rows: int = 8,
         decode_rows: int = 4,
+        max_waiting: int | None = None,
+        max_side: int | None = None,
         cached_prompts: int = 256,
         adapter_folder: Callable[[str], Path] | None = None,
         adapter_bytes: int = 1 << 30,
+        cache_features: bool = False,
     ) -> None:
         check_scheduler(pipeline.scheduler)
+        check_switches(pipeline, with_adapters=adapter_folder is not None, cache_features=cache_features)
         self.pipeline, self.family, self.device = pipeline.to(device), family_of(pipeline), device
-        self.max_rows = max_rows
+        self.max_rows, self.chunk_rows = max_rows, decode_rows
         self.denoiser = getattr(pipeline, self.family.denoiser)
         self.told = self.family.distilled_guidance(self.denoiser)
         self.clip = clip_range(pipeline.scheduler)
+        self.deep = DeepFeatures(self.denoiser) if cache_features else None
         parts = {self.family.denoiser: self.denoiser, **self.family.encoders(pipeline)}
         self.low_rank = GroupedLowRank(parts)
         self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows)
@@ -90,13 +89,15 @@ class Engine:
                 max_bytes=adapter_bytes,
                 on_loaded=self.work.set,
             )
+        self.max_side = 2 * self.resolution if max_side is None else max_side
         self._schedule = lru_cache(1024)(self._tabulate)
         self._arrivals = count()
-        self._submitted: SimpleQueue[Row] = SimpleQueue()  # by other threads; the rest is the stepping one's
-        self._waiting: list[Row] = []
+        self._waiting = WaitingLine(self.adapters, read_ahead=max_rows, max_waiting=max_waiting)
+        self._encoding: list[Row] = []
         self._running: list[Row] = []
-        self._batches: dict[tuple[int, int], Batch] = {}
-        self._calls = self._row_steps = 0
+        self._batches: dict[Kind, Batch] = {}
+        self._calls = self._row_steps = self._first_steps = 0
+        self._seconds_to_first_step = 0.0
 
     @property
     def resolution(self) -> int:
@@ -106,18 +107,28 @@ class Engine:
     @property
     def unfinished(self) -> bool:
         """Whether any request is still to be answered."""
-        return bool(self._submitted.qsize() or self._waiting or self._running or len(self.decoder))
+        return bool(len(self._waiting) or self._encoding or self._running or len(self.decoder))
+
+    @property
+    def _free(self) -> int:
+        """Places that no row has."""
+        return self.max_rows - len(self._encoding) - len(self._running)
 
     def load(self) -> Load:
         """For metrics; may be called from any thread."""
         kept = self.adapters
         return Load(
-            waiting=self._submitted.qsize() + len(self._waiting),
+            places=self.max_rows,
+            waiting=len(self._waiting),
+            encoding=len(self._encoding),
             running=len(self._running),
             decoding=len(self.decoder),
+            rejected=self._waiting.rejected,
             calls=self._calls,
             row_steps=self._row_steps,
             pictures=self.decoder.pictures,
+            first_steps=self._first_steps,
+            seconds_to_first_step=self._seconds_to_first_step,
             prompt_hits=self.prompts.hits,
             prompt_misses=self.prompts.misses,
             adapter_hits=kept.hits if kept else 0,
@@ -140,25 +151,30 @@ class Engine:
 
         Raises:
             ValueError: naming the field that this model cannot do.
+            QueueFull: as many requests wait as may.
         """
         size = (request.height or self.resolution, request.width or self.resolution)
-        check_request(request, size, self.pipeline, with_adapters=self.adapters is not None)
+        with_adapters = self.adapters is not None
+        check_request(request, size, self.pipeline, with_adapters=with_adapters, max_side=self.max_side)
         if bool(request.previews) != (on_preview is not None):
             raise ValueError(f"previews: {request.previews}; they and on_preview go together")
-        schedule = self._schedule(request.steps, *size)
+        strength = None if request.image is None else request.strength
+        schedule = self._schedule(request.steps, *size, strength)
         row = Row(request, schedule, size, next(self._arrivals), on_preview)
-        self._submitted.put(row)
+        self._waiting.add(row, free=self._free)
         self.work.set()
         return row.future
 
     def step(self) -> bool:
-        """Let rows in, make one denoiser call, decode one chunk; whether there was anything to do.
+        """Let rows in, encode one chunk, make one denoiser call, decode one chunk; whether there was anything
+        to do.
 
         What goes wrong with a batch becomes the error of its requests.
         """
         with torch.inference_mode():
             self._drop_answered()
             joined = self._admit()
+            self._encode_chunk()
             # Finished pictures take memory too: while as many wait as may run, no more are made.
             group = next_group(self._running) if len(self.decoder) < self.max_rows else []
             if group:
@@ -177,8 +193,7 @@ class Engine:
 
     def fail_all(self, error: Exception) -> None:
         """Answer every request with an error."""
-        self._take_submitted()
-        for row in (*self._waiting, *self._running, *self.decoder.rows):
+        for row in (*self._waiting.rows, *self._encoding, *self._running, *self.decoder.rows):
             row.fail(error)
         self._drop_answered()
 
@@ -187,22 +202,19 @@ class Engine:
         if self.adapters is not None:
             self.adapters.close()
 
-    def _tabulate(self, num_steps: int, height: int, width: int) -> Schedule:
+    def _tabulate(self, num_steps: int, height: int, width: int, strength: float | None = None) -> Schedule:
         factor = self.pipeline.vae_scale_factor
         shape = (height // factor, width // factor)
-        return tabulate(self.pipeline.scheduler, self.family, num_steps, shape)
-
-    def _take_submitted(self) -> None:
-        while self._submitted.qsize():  # this thread is the only one that takes
-            self._waiting.append(self._submitted.get())
+        return tabulate(self.pipeline.scheduler, self.family, num_steps, shape, strength)
 
     def _drop_answered(self) -> None:
         """Forget the rows that were cancelled or have failed, and batches of sizes that nobody draws."""
-        self._waiting = [row for row in self._waiting if not row.future.done()]
+        self._waiting.drop_answered()
+        self._encoding = [row for row in self._encoding if not row.future.done()]
         self._running = [row for row in self._running if not row.future.done()]
         self.decoder.drop_answered()
         sizes = {row.size for row in self._running}
-        self._batches = {size: batch for size, batch in self._batches.items() if size in sizes}
+        self._batches = {kind: batch for kind, batch in self._batches.items() if kind[0] in sizes}
 
     def _guarded(self, rows: Sequence[Row], work: Callable[[], None]) -> None:
         try:
@@ -213,36 +225,24 @@ class Engine:
             self._drop_answered()
 
     def _admit(self) -> list[Row]:
-        """Give free places to the requests that came first and whose adapters are in memory.
-
-        Adapters are read ahead, for as many waiting requests as there are places. A request whose adapter is
-        still being read is passed by others, and takes the first place that is free afterwards.
-        """
-        self._take_submitted()
-        adapted = [row for row in self._waiting if row.request.adapter is not None]
-        read_ahead = set(adapted[: self.max_rows])
-        ready = [
-            row
-            for row in self._waiting
-            if row.request.adapter is None or (row in read_ahead and self._has_adapter(row))
-        ]
-        joined = ready[: self.max_rows - len(self._running)]
-        self._waiting = [row for row in self._waiting if row not in joined and not row.future.done()]
+        """Give free places to the requests whose turn it is."""
+        joined = self._waiting.take(self._free)
         if joined:
-            self._running += joined
+            self._encoding += [row for row in joined if row.request.image is not None]
+            self._running += [row for row in joined if row.request.image is None]
             self._guarded(joined, lambda: self._begin(joined))
         return joined
 
-    def _has_adapter(self, row: Row) -> bool:
-        """Whether the row's adapter is in memory; if not, it is read."""
-        if row.adapter is not None:
-            return True
-        assert self.adapters is not None and row.request.adapter is not None
-        try:
-            row.adapter = self.adapters.get(row.request.adapter)
-        except Exception as error:  # whatever reading it may raise is the answer to this request
-            row.fail(error)
-        return row.adapter is not None
+    def _encode_chunk(self) -> None:
+        """Let rows run that begin with a picture."""
+        if not self._encoding:
+            return
+        chunk = next_chunk(self._encoding, self.chunk_rows)
+        self._encoding = [row for row in self._encoding if row not in chunk]
+        self._running += chunk
+        for row in chunk:
+            row.last_call = self._calls
+        self._guarded(chunk, lambda: encode(self.pipeline.vae, chunk, self.device))
 
     def _begin(self, rows: list[Row]) -> None:
         """Embeddings and noise of rows that join."""
@@ -261,25 +261,22 @@ class Engine:
             row.captions, row.last_call = captions, self._calls
 
     def _denoise(self, rows: list[Row]) -> None:
-        """One step of rows of one size."""
-        size, now = rows[0].size, time.monotonic()
-        if size not in self._batches or self._batches[size].rows != rows:
-            self._batches[size] = Batch.of(rows, self.family, self.told, self.low_rank, self.device)
-        batch = self._batches[size]
+        """One step of rows of one kind."""
+        kind, now = rows[0].kind, time.monotonic()
+        if kind not in self._batches or self._batches[kind].rows != rows:
+            self._batches[kind] = Batch.of(rows, self.family, self.denoiser, self.low_rank, self.device)
+        batch = self._batches[kind]
         for row in rows:
-            row.waited_s = row.waited_s or now - row.submitted
+            if not row.done:
+                row.waited_s = now - row.submitted
+                self._first_steps += 1
+                self._seconds_to_first_step += row.waited_s
         step = coefficients([(row.schedule, row.done) for row in rows], self.device)
         latents = torch.stack([row.latents for row in rows])
         clean = torch.stack([row.clean for row in rows])
-        with self.low_rank.applied(batch.stacks):
-            output = self.family.denoise(
-                self.denoiser,
-                batch.twice(latents * step.input_scale).to(self.denoiser.dtype),
-                batch.twice(step.timestep.flatten()),
-                batch.captions,
-                batch.sizes,
-                batch.told,
-            )
+        output = self._predict(
+            batch, batch.twice(latents * step.input_scale), batch.twice(step.timestep.flatten())
+        )
         latents, clean = advance(step, latents, batch.guide(output.float()), clean, self.clip)
         self._calls += 1
         self._row_steps += len(rows)
@@ -290,3 +287,18 @@ class Engine:
             if row.finished or row.shows_preview:
                 self.decoder.add(row)
         self._running = [row for row in self._running if not row.finished]
+
+    def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The denoiser's output for N + G rows of one kind, whose deep features are kept for the next."""
+        inputs = inputs.to(self.denoiser.dtype)
+        conditions = (batch.captions, batch.sizes, batch.told)
+        work = partial(self.family.denoise, self.denoiser, inputs, timesteps, *conditions)
+        with self.low_rank.applied(batch.stacks):
+            if self.deep is None:
+                return work()
+            given = [row.deep for row in batch.rows if row.deep is not None]
+            output = self.deep.call(Batch.join(given) if given else None, work)
+        made = [None] * len(batch.rows) if given else batch.split(self.deep.made)
+        for row, deep in zip(batch.rows, made, strict=True):
+            row.deep = deep
+        return output

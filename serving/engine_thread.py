@@ -33,6 +33,7 @@ class EngineThread:
 
         Raises:
             ValueError: naming the field that this model cannot do.
+            QueueFull: as many requests wait as may.
             EngineStopped: after `stop`.
         """
         with self._lock:

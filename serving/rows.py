@@ -16,9 +16,9 @@ from serving.low_rank import Adapter, GroupedLowRank, Stacks
 from serving.solvers import Schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One picture to draw."""
+    """One picture to draw, or to draw anew from another."""
 
     prompt: str
     seed: int
@@ -29,6 +29,8 @@ class Request:
     width: int | None = None
     adapter: str | None = None  # None: the base alone
     previews: int = 0  # unfinished pictures on the way, evenly spaced
+    image: torch.Tensor | None = None  # to begin with: uint8, height x width x 3; see `encoding.fitted`
+    strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made, the last ones
 
 
 class Drawing(NamedTuple):
@@ -42,11 +44,14 @@ class Drawing(NamedTuple):
 OnPreview = Callable[[int, torch.Tensor], object]  # steps done; uint8, height x width x 3
 
 
-def check_request(request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool) -> None:
+def check_request(
+    request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool, max_side: int
+) -> None:
     """Raise ValueError, naming the field, for what a model cannot draw: in a batch it would harm others.
 
     Args:
         size: height and width, pixels.
+        max_side: pixels, of the longer side.
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
@@ -56,6 +61,9 @@ def check_request(request: Request, size: tuple[int, int], pipeline: Any, *, wit
         if pixels < least or pixels % least or (most and pixels > most * least):
             limit = f" up to {most * least}" if most else ""
             raise ValueError(f"{field_name}: {pixels}; this model draws multiples of {least}{limit} pixels")
+        if pixels > max_side:
+            raise ValueError(f"{field_name}: {pixels}; pictures of up to {max_side} pixels a side are drawn")
+    _check_image(request, size)
     if request.steps < 1:
         raise ValueError(f"steps: {request.steps}; at least one is needed")
     if not 0 <= request.seed < 2**63:
@@ -69,6 +77,19 @@ def check_request(request: Request, size: tuple[int, int], pipeline: Any, *, wit
             raise ValueError("prompt: it holds half of a surrogate pair, which is no text")
     if request.adapter is not None and not with_adapters:
         raise ValueError(f"adapter: {request.adapter!r}; this model is served without adapters")
+
+
+def _check_image(request: Request, size: tuple[int, int]) -> None:
+    if not 0 < request.strength <= 1:
+        raise ValueError(f"strength: {request.strength}; it is above 0 and at most 1")
+    image = request.image
+    if image is None and request.strength != 1:
+        raise ValueError(f"strength: {request.strength}; it is of an image, and there is none")
+    if image is not None and (image.dtype != torch.uint8 or image.shape != (*size, 3)):
+        raise ValueError(
+            f"image: {tuple(image.shape)} of {image.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "
+            "serving.encoding.fitted makes it"
+        )
 
 
 @dataclass(eq=False)
@@ -88,8 +109,13 @@ class Row:
     null_captions: Captions | None = None  # of rows with classifier-free guidance
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
+    deep: torch.Tensor | None = None  # features that the next step takes, with guidance those of both passes
     done: int = 0  # steps
     last_call: int = 0  # of the denoiser: in which it took a step, or before which it joined
+
+    @property
+    def kind(self) -> "Kind":
+        return self.size, self.deep is not None
 
     @property
     def finished(self) -> bool:
@@ -110,6 +136,9 @@ class Row:
         """Answer with the picture, unless there is an answer."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(Drawing(pixels, self.waited_s, time.monotonic() - self.submitted))
+
+
+Kind = tuple[tuple[int, int], bool]  # of rows that may share a call: the size, and whether features are given
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ class Batch:
     stacks: Stacks
 
     @staticmethod
-    def of(rows: list[Row], family: Family, told: bool, low_rank: GroupedLowRank, device: str) -> "Batch":
+    def of(rows: list[Row], family: Family, denoiser: Any, low_rank: GroupedLowRank, device: str) -> "Batch":
         guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
         captions = [row.captions for row in rows]
         captions += [row.null_captions for row in rows if row.null_captions is not None]
@@ -144,17 +173,30 @@ class Batch:
         index = torch.tensor(guided, dtype=torch.int64, device=device)
         return Batch(
             rows,
-            {name: torch.stack([each[name] for each in captions]) for name in family.embeds},
+            {
+                name: torch.stack([each[name] for each in captions]).to(denoiser.dtype)
+                for name in family.embeds
+            },
             None if sizes is None else sizes.to(device),
             index,
             scales[index].reshape(-1, 1, 1, 1),
-            scales if told else None,
+            scales if family.distilled_guidance(denoiser) else None,
             low_rank.stack(adapters, family.denoiser),
         )
 
     def twice(self, tensor: torch.Tensor) -> torch.Tensor:
         """N x ... to N + G x ...: the rows with guidance once more."""
         return torch.cat([tensor, tensor[self.guided]]) if len(self.guided) else tensor
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """N + G x ... to what each row has of it: 1 x ..., with guidance 2 x ..., as copies."""
+        second = {row: len(self.rows) + place for place, row in enumerate(self.guided.tolist())}
+        return [tensor[[i, second[i]] if i in second else [i]] for i in range(len(self.rows))]
+
+    @staticmethod
+    def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The same back."""
+        return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
     def guide(self, output: torch.Tensor) -> torch.Tensor:
         """N + G x ... to N x ...: classifier-free guidance (arXiv 2207.12598, eq. 6) of rows that have it."""
@@ -166,11 +208,11 @@ class Batch:
 
 
 def next_group(rows: Sequence[Row]) -> list[Row]:
-    """Which rows share the next denoiser call: those of the size whose row has waited longest for a step.
+    """Which rows share the next denoiser call: those of the kind whose row has waited longest for a step.
 
-    So of S sizes that are being drawn every row steps at least once in S calls.
+    So of S kinds that are being drawn every row steps at least once in S calls.
     """
-    groups: dict[tuple[int, int], list[Row]] = {}
+    groups: dict[Kind, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.size, []).append(row)
+        groups.setdefault(row.kind, []).append(row)
     return min(groups.values(), key=lambda group: min((r.last_call, r.arrival) for r in group), default=[])

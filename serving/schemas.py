@@ -5,9 +5,12 @@ A field of OpenAI's that this server has no use for is refused rather than ignor
 believes it did something; null, "auto" and values that change nothing are accepted.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from ray_jobs.config import ServeConfig
 
 MAX_SEED = 2**31 - 1
 
@@ -17,20 +20,26 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "output_compression": (100,),
     "output_format": ("png",),
-    "partial_images": (0,),
     "quality": ("standard",),
-    "stream": (False,),
     "style": (),
 }
 
 
 class APIError(Exception):
-    """What the client is told: an HTTP status and OpenAI's error body."""
+    """What the client is told: an HTTP status, OpenAI's error body, and headers such as Retry-After."""
 
     # Positional, so that it can be pickled on its way from a replica.
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, param, code)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, param, code, headers)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON that OpenAI's clients expect."""
@@ -40,21 +49,41 @@ class APIError(Exception):
 
 
 class ImageRequest(BaseModel):
-    """Body of POST /v1/images/generations."""
+    """Body of POST /v1/images/generations. `limited` adds the limits of a server's configuration."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a red apple", "seed": 1},
+                {"prompt": "a rocket", "n": 2, "steps": 20, "guidance_scale": 2.0, "user": "someone"},
+                {"prompt": "a cat", "stream": True, "partial_images": 3},
+            ]
+        },
+    )
 
-    prompt: str = Field(min_length=1, max_length=1000, description="what to draw")
-    model: str | None = Field(None, description="name in GET /v1/models; the served one if empty")
-    n: int = Field(1, ge=1, le=8, description="pictures; the i-th has seed + i")
-    size: str | None = Field(None, description="width x height in pixels, for example 64x64")
+    prompt: str = Field(min_length=1, description="what to draw")
+    model: str | None = Field(
+        None, max_length=300, description="a name of GET /v1/models; the served one if empty"
+    )
+    n: int = Field(1, ge=1, description="pictures; the i-th has seed + i")
+    size: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
+        description="width x height in pixels, for example 64x64; the model's own if empty",
+    )
     response_format: Literal["b64_json"] = Field("b64_json", description="PNG in base64")
-    steps: int | None = Field(None, ge=1, le=100, description="denoising steps")
+    stream: bool = Field(False, description="answer with server-sent events; needs n = 1")
+    partial_images: int = Field(0, ge=0, le=3, description="unfinished pictures on the way; needs stream")
+    negative_prompt: str | None = Field(None, description="what the picture should not show")
+    steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance_scale: float | None = Field(
         None, ge=1, le=20, allow_inf_nan=False, description="of classifier-free guidance; 1: off"
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="of the noise; drawn if empty")
-    user: str | None = Field(None, description="accepted, not used")
+    user: str | None = Field(
+        None, max_length=256, description="your user's name or a hash of it; one user stays with one version"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -72,9 +101,49 @@ class ImageRequest(BaseModel):
         return kept
 
 
+class EditRequest(ImageRequest):
+    """The fields beside the picture of POST /v1/images/edits, a form."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": []})
+
+    strength: float = Field(
+        0.8, gt=0, le=1, allow_inf_nan=False, description="how far the picture may change; 1: anything"
+    )
+
+
+Limited = TypeVar("Limited", bound=ImageRequest)
+
+
+def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
+    """A request with the limits of a configuration, which so stand in errors and the OpenAPI document."""
+    length = settings.max_prompt_length
+    fields: dict[str, Any] = {
+        "prompt": (str, _narrowed("prompt", max_length=length)),
+        "negative_prompt": (str | None, _narrowed("negative_prompt", max_length=length)),
+        "n": (int, _narrowed("n", le=settings.max_pictures)),
+        "steps": (int | None, _narrowed("steps", le=settings.max_steps)),
+    }
+    return create_model(request.__name__, __base__=request, __doc__=request.__doc__, **fields)
+
+
+def _narrowed(name: str, **limits: Any) -> Any:
+    """A field of ImageRequest with further limits."""
+    field = ImageRequest.model_fields[name]
+    lower: dict[str, Any] = {"min_length": 1} if name == "prompt" else {"ge": 1} if "le" in limits else {}
+    default = ... if field.is_required() else field.default
+    return Field(default, description=field.description, **lower, **limits)
+
+
+def width_and_height(size: str) -> tuple[int, int]:
+    """Pixels of a `size` that ImageRequest let through."""
+    width, height = size.split("x")
+    return int(width), int(height)
+
+
 class ImageData(BaseModel):
     """One picture."""
 
+    id: str = Field(pattern="^img-[0-9a-f]{24}$", description="to speak of this picture later")
     b64_json: str = Field(description="PNG in base64")
     revised_prompt: None = Field(None, description="always null: prompts are drawn as written")
     seed: int = Field(description="draws this picture again, with n = 1")
@@ -85,17 +154,82 @@ class ImageResponse(BaseModel):
 
     created: int = Field(description="seconds since 1970")
     data: list[ImageData]
+    model: str = Field(description="name@version that drew, to be asked for the same again")
+    size: str = Field(description="width x height in pixels")
+    output_format: Literal["png"] = "png"
+
+
+class Usage(BaseModel):
+    """OpenAI's field; this server counts no tokens."""
+
+    input_tokens: int = 0
+    input_tokens_details: dict[str, int] = {"image_tokens": 0, "text_tokens": 0}
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class PictureEvent(BaseModel):
+    """What both events of a stream tell of their picture."""
+
+    b64_json: str = Field(description="PNG in base64")
+    created_at: int = Field(description="seconds since 1970")
+    size: str = Field(description="width x height in pixels")
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png"] = "png"
+
+
+class PartialImageEvent(PictureEvent):
+    """An unfinished picture of a stream."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"] = (
+        "image_generation.partial_image"
+    )
+    partial_image_index: int = Field(description="counts from 0")
+
+
+class CompletedEvent(PictureEvent):
+    """The finished picture of a stream, its last event."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
+    id: str = Field(description="to speak of this picture later")
+    seed: int = Field(description="draws this picture again")
+    model: str = Field(description="name@version that drew")
+    usage: Usage = Usage()
+
+
+class ErrorBody(BaseModel):
+    """What is wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer but 200."""
+
+    error: ErrorBody
+
+
+class Readiness(BaseModel):
+    """Answer to GET /readyz."""
+
+    status: Literal["ok"] = "ok"
+    model: str = Field(description="name@version that answers requests")
+    notice: str | None = Field(description="what a person should look at, such as a refused champion")
 
 
 class ModelCard(BaseModel):
     """One entry of GET /v1/models."""
 
-    id: str
+    id: str = Field(description="what a request may give as its model")
     object: Literal["model"] = "model"
-    created: int = Field(description="seconds since 1970 when the model was loaded")
+    created: int = Field(description="seconds since 1970 when the endpoint started")
     owned_by: str = "diffray"
-    version: int = Field(description="of the model registry")
-    size: str = Field(description="width x height of its pictures")
+    version: int | None = Field(description="of the model registry; null: the base alone")
+    size: str = Field(description="width x height of its own pictures")
 
 
 class ModelList(BaseModel):
@@ -117,6 +251,9 @@ def invalid_request(error: dict[str, Any]) -> APIError:
         else:
             message = f"{field}: unknown field; remove it or correct its name"
         return APIError(400, message, param=field, code="unknown_parameter")
+    if error["type"] == "string_pattern_mismatch" and field == "size":
+        message = "size: must be width x height in pixels, for example 64x64"
+        return APIError(400, message, param=field, code="invalid_value")
     if field == "response_format":
         message = "response_format: only b64_json is served here, not links to pictures"
         return APIError(400, message, param=field, code="invalid_value")

@@ -46,10 +46,12 @@ class Schedule(NamedTuple):
     Attributes:
         table: float32, steps x 8, on the CPU; a column for each of `Coefficients`.
         noise_scale: of the first latents, standard normal noise being 1.
+        image_scale: what the latents of a given picture are multiplied by in them; 0 where there is none.
     """
 
     table: torch.Tensor
     noise_scale: float
+    image_scale: float = 0.0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -77,27 +79,52 @@ def clip_range(scheduler: Any) -> float | None:
     return float(scheduler.config.clip_sample_range) if clips else None
 
 
-def tabulate(scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int]) -> Schedule:
+def tabulate(
+    scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int], strength: float | None = None
+) -> Schedule:
     """The coefficients of a diffusers scheduler for a step count.
 
     Args:
         scheduler: one that `check_scheduler` accepts; it stays as it is.
         latent_shape: (..., h, w), by which some families shift their noise levels.
+        strength: in (0, 1], the share of the steps that image to image makes: the last ones, which begin with
+            a given picture noised to their level (SDEdit, arXiv 2108.01073). None: from noise alone.
 
     Raises:
-        ValueError: if the scheduler cannot denoise in so many steps.
+        ValueError: if the scheduler cannot denoise in so many steps, or none of them is made.
     """
     scheduler = deepcopy(scheduler)
+    first = 0 if strength is None else family.first_step(num_steps, strength)
+    if first >= num_steps > 0:
+        raise ValueError(f"strength: {strength} of {num_steps} steps is not one; ask for more of either")
     try:
         family.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
-        rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps]
+        image_scale, noise_scale = 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
+        if strength is not None:
+            image_scale, noise_scale = _noise_levels(scheduler, first)
+        rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps[first:]]
         table = torch.tensor(rows, dtype=torch.float32)
         if not len(table) or not table.isfinite().all():
             raise ValueError("its coefficients are not finite, or there are none")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         name = type(scheduler).__name__
         raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number") from error
-    return Schedule(table, float(getattr(scheduler, "init_noise_sigma", 1.0)))
+    return Schedule(table, noise_scale, image_scale)
+
+
+def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
+    """What the latents of a picture and the noise are multiplied by before a step, from which the scheduler
+    then goes on."""
+    if hasattr(scheduler, "set_begin_index"):  # DDIM has none
+        scheduler.set_begin_index(first)
+    picture, noise = torch.eye(2)
+    timestep = scheduler.timesteps[first : first + 1]
+    if hasattr(scheduler, "scale_noise"):  # flow matching's name for it
+        levels = scheduler.scale_noise(picture, timestep, noise)
+    else:
+        levels = scheduler.add_noise(picture, noise, timestep)
+    image_scale, noise_scale = levels.tolist()
+    return image_scale, noise_scale
 
 
 def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:

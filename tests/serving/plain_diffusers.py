@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoPipelineForImage2Image
 
 from serving.rows import Request
 
@@ -27,13 +28,25 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         options = {"true_cfg_scale": request.guidance_scale, "negative_prompt": ""}
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
+    if request.image is None:
+        options |= {"height": request.height, "width": request.width}
+    else:
+        options |= image_options(pipeline, request.image, request.strength)
+        pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
         request.prompt,
         generator=torch.Generator().manual_seed(request.seed),
         num_inference_steps=request.steps,
-        height=request.height,
-        width=request.width,
         output_type="pt",
         **options,
     ).images[0]
     return 255 * picture.permute(1, 2, 0).float()
+
+
+def image_options(pipeline: Any, image: torch.Tensor, strength: float) -> dict[str, Any]:
+    """What its image to image pipeline takes of an image; those of transformers ask for its size."""
+    options: dict[str, Any] = {"image": image.permute(2, 0, 1)[None] / 255, "strength": strength}
+    if hasattr(pipeline, "transformer"):
+        options |= {"height": image.shape[0], "width": image.shape[1]}
+    return options

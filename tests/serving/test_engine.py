@@ -14,6 +14,7 @@ import torch
 from ray_jobs.diffusion.loading import load_pipeline
 from serving.engine import Engine
 from serving.rows import Drawing, Request
+from serving.waiting import QueueFull
 from tests import tiny_models
 from tests.serving import plain_diffusers
 
@@ -286,6 +287,8 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         ("sd", {"previews": 2}, "previews: 2"),
         ("sd3", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
         ("sd3", {"width": 144}, "width: 144"),
+        ("sd", {"width": 136}, "width: 136; pictures of up to 128 pixels a side"),
+        ("flux", {"height": 72}, "height: 72; this model draws multiples of 16 pixels"),
         ("flux", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
     ],
 )
@@ -296,6 +299,38 @@ def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
     with pytest.raises(ValueError, match=told):
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
     assert not engine.unfinished
+
+
+def test_more_requests_than_may_wait_are_refused_and_counted(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=2, max_waiting=3)
+    futures = [engine.submit(Request("a", seed, 4, 1.0)) for seed in range(5)]  # two of them have a place
+    with pytest.raises(QueueFull, match="5 requests are waiting"):
+        engine.submit(Request("a", 5, 4, 1.0))
+    engine.step()
+    with pytest.raises(QueueFull, match="3 requests are waiting"):
+        engine.submit(Request("a", 5, 4, 1.0))
+    assert engine.load().rejected == 2 and engine.load().waiting == 3
+    futures[4].cancel()  # before the next step it makes room
+    kept = engine.submit(Request("a", 6, 4, 1.0))
+    engine.drain()
+    assert kept.result(0) and all(future.done() for future in futures)
+    assert engine.load().rejected == 2
+
+
+def test_the_load_tells_places_and_how_long_rows_waited_for_their_first_step(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=2)
+    futures = [engine.submit(Request("a", seed, 3, 1.0)) for seed in range(3)]
+    engine.step()
+    assert (engine.load().places, engine.load().first_steps, engine.load().waiting) == (2, 2, 1)
+    engine.drain()
+    load, waited = engine.load(), sum(future.result(0).waited_s for future in futures)
+    assert load.first_steps == 3 and load.seconds_to_first_step == pytest.approx(waited)
+
+
+def test_the_bound_on_a_side_can_be_set(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_side=64)
+    with pytest.raises(ValueError, match="height: 72; pictures of up to 64 pixels"):
+        engine.submit(Request("a", 0, 1, 1.0, height=72))
 
 
 def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:

@@ -1,0 +1,124 @@
+"""python -m benchmarks.serving_engine --part faster [--size small|full]
+
+What each switch of `serving.faster`, and keeping deep features, gives and costs with `models/emoji-base`: the
+same prompts and seeds in every engine, as many rows as `--max-rows`, all waiting from the start.
+
+speed: pictures a second over float32's. The switches take turns and medians are compared.
+FID to float32: between a switch's pictures and float32's of the same seeds; 0 if they were the same.
+change: the FID to real pictures, less float32's FID to them.
+"""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.metrics.frechet import Moments, frechet_distance
+from ray_jobs.metrics.inception import load_inception
+from serving.engine import Engine
+from serving.faster import prepare
+from serving.rows import Request
+
+ROOT = Path(__file__).parents[1]
+MODEL = "models/emoji-base"
+EXAMPLE = ROOT / "examples" / "fluent-emoji"
+NETWORK = ROOT / ".cache" / "inception-2015-12-05.pt"
+PICTURES = {"small": 32, "full": 512}
+TURNS = {"small": 1, "full": 5}
+STEPS, GUIDANCE_SCALE = 20, 3.0
+SIDE = 64  # pixels
+BASELINE = "float32"
+
+
+class Switches(NamedTuple):
+    prepare: dict[str, Any]
+    engine: dict[str, Any]
+
+
+SWITCHES = {
+    BASELINE: Switches({}, {}),
+    "channels_last": Switches({"channels_last": True}, {}),
+    "bf16": Switches({"precision": "bf16"}, {}),
+    "bf16, channels_last": Switches({"precision": "bf16", "channels_last": True}, {}),
+    "int8_weights": Switches({"int8_weights": True}, {}),
+    "bf16, int8_weights": Switches({"precision": "bf16", "int8_weights": True}, {}),
+    "compile": Switches({"compile": True}, {}),
+    "bf16, compile": Switches({"precision": "bf16", "compile": True}, {}),
+    "cache_features": Switches({}, {"cache_features": True}),
+    "bf16, cache_features": Switches({"precision": "bf16"}, {"cache_features": True}),
+}
+
+
+def read_example(count: int) -> tuple[torch.Tensor, list[str]]:
+    """Real pictures, uint8, count x 3 x SIDE x SIDE, and their captions."""
+    lines = (EXAMPLE / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:: max(1, len(lines) // count)][:count]]
+    pictures = []
+    for row in rows:
+        with Image.open(EXAMPLE / row["file_name"]) as picture:
+            pixels = bytearray(picture.convert("RGB").resize((SIDE, SIDE)).tobytes())
+        pictures.append(torch.frombuffer(pixels, dtype=torch.uint8).reshape(SIDE, SIDE, 3))
+    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [row["text"] for row in rows]
+
+
+def engine_of(switches: Switches, device: str, max_rows: int) -> Engine:
+    """A warm one: the number of rows shrinks as the last requests end, so that all is compiled."""
+    pipeline = load_pipeline(MODEL)
+    prepare(pipeline, device, **switches.prepare)
+    engine = Engine(pipeline, device=device, max_rows=max_rows, **switches.engine)
+    draw(engine, [Request("a cat", seed, 1 + seed, GUIDANCE_SCALE) for seed in range(max_rows)])
+    return engine
+
+
+def draw(engine: Engine, requests: list[Request]) -> torch.Tensor:
+    """uint8, N x 3 x SIDE x SIDE."""
+    futures = [engine.submit(request) for request in requests]
+    engine.drain()
+    return torch.stack([future.result(0).pixels for future in futures]).permute(0, 3, 1, 2).contiguous()
+
+
+def measure(size: str, max_rows: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """Pictures a second, speed and the two FIDs of each switch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    real, captions = read_example(PICTURES[size])
+    requests = [Request(caption, seed, STEPS, GUIDANCE_SCALE) for seed, caption in enumerate(captions)]
+    engines = {name: engine_of(SWITCHES[name], device, max_rows) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    pictures: dict[str, torch.Tensor] = {}
+    for _ in range(TURNS[size]):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            pictures[name] = draw(engine, requests)
+            seconds[name].append(time.perf_counter() - start)
+    network = load_inception(NETWORK)
+    moments = {
+        name: Moments.of(torch.cat([network.features(part) for part in drawn.split(16)]), network.identity)
+        for name, drawn in {"real": real, **pictures}.items()
+    }
+    to_real = {name: frechet_distance(moments[name], moments["real"]) for name in names}
+    return {
+        name: {
+            "pictures_per_second": len(requests) / median(seconds[name]),
+            "speed": median(seconds[BASELINE]) / median(seconds[name]),
+            "fid_to_float32": frechet_distance(moments[name], moments[BASELINE]),
+            "fid_change": to_real[name] - to_real[BASELINE],
+            "fid_to_real": to_real[name],
+        }
+        for name in names
+    }
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """One switch a line."""
+    lines = [f"{'switch':>22}  pictures/s  speed  FID to float32  change of FID to real"]
+    for name, found in figures.items():
+        lines.append(
+            f"{name:>22}  {found['pictures_per_second']:10.2f}  {found['speed']:5.2f}"
+            f"  {found['fid_to_float32']:14.3f}  {found['fid_change']:+8.3f} of {found['fid_to_real']:.2f}"
+        )
+    return "\n".join(lines)

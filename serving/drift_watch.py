@@ -1,0 +1,97 @@
+"""Which versions are watched for drift in a replica: the champion, and the last while it draws."""
+
+import logging
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.storage import Storage
+from ray_jobs.config import ConfigError, EvaluateConfig, resolve_path
+from ray_jobs.registry import RegisteredModel
+from serving.load import Drift
+from serving.order import label
+
+if TYPE_CHECKING:  # importing them takes PyTorch
+    from ray_jobs.metrics.feature_network import FeatureNetwork
+    from ray_jobs.metrics.vision_model import Clip
+    from serving.drift import DriftMonitor
+
+KEPT = 2  # versions
+
+log = logging.getLogger("ray.serve")
+
+
+class DriftWatch:
+    """A monitor a version, opened beside the pictures: those that are drawn meanwhile are passed over.
+
+    Any thread may call it.
+
+    Args:
+        evaluate: names the networks that the published pictures were measured by.
+        window: pictures; `serve.drift_pictures`.
+    """
+
+    def __init__(self, evaluate: EvaluateConfig, window: int) -> None:
+        self._evaluate, self._window = evaluate, window
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        # None: its monitor is being opened, or cannot be.
+        self._monitors: OrderedDict[tuple[str, int, str], DriftMonitor | None] = OrderedDict()
+        self._networks: tuple[FeatureNetwork, Clip | None] | None = None
+
+    def add(self, version: RegisteredModel, pixels: np.ndarray, caption: str) -> None:
+        """Hand over a served picture, uint8, height x width x 3; returns at once."""
+        gone, name = None, _identity(version)
+        with self._lock:
+            if name not in self._monitors:
+                self._monitors[name] = None
+                threading.Thread(target=self._open, args=(version,), daemon=True).start()
+                if len(self._monitors) > KEPT:
+                    _, gone = self._monitors.popitem(last=False)
+            self._monitors.move_to_end(name)
+            monitor = self._monitors[name]
+        if gone is not None:
+            gone.stop()
+        if monitor is not None:
+            monitor.add(pixels, caption)
+
+    def scores(self) -> dict[tuple[str, int], Drift]:
+        """By name and version, of those whose window is full."""
+        with self._lock:
+            found = [(name[:2], each.latest) for name, each in self._monitors.items() if each is not None]
+        return {name: drift for name, drift in found if drift is not None}
+
+    def _open(self, version: RegisteredModel) -> None:
+        from serving.drift import DriftMonitor, Reference
+
+        try:
+            network, clip = self._load_networks()
+            reference = Reference.read(Storage.open(version.source), network.identity)
+            monitor = DriftMonitor(network, reference, self._window, clip)
+        except (ConfigError, ValueError, OSError) as error:
+            log.warning("%s is not watched for drift: %s", label(version), error)
+            return
+        with self._lock:
+            if wanted := _identity(version) in self._monitors:
+                self._monitors[_identity(version)] = monitor
+        if not wanted:
+            monitor.stop()
+
+    def _load_networks(self) -> "tuple[FeatureNetwork, Clip | None]":
+        from ray_jobs.metrics.inception import load_inception
+        from ray_jobs.metrics.vision_model import load_clip
+
+        with self._loading:
+            if self._networks is None:
+                evaluate, clip = self._evaluate, None
+                network = load_inception(resolve_path(evaluate.feature_network))
+                if evaluate.clip:
+                    clip = load_clip(resolve_path(evaluate.clip), revision=evaluate.clip_revision)
+                self._networks = network, clip
+            return self._networks
+
+
+def _identity(version: RegisteredModel) -> tuple[str, int, str]:
+    return version.name, version.version, version.digest

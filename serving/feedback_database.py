@@ -1,0 +1,174 @@
+"""The SQL database of generations and ratings: its tables, and opening it.
+
+SQLite in the storage folder by default, which any number of processes of one machine may share; PostgreSQL
+by its URL for several machines.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    CheckConstraint,
+    Column,
+    Double,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    inspect,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.schema import CreateTable
+from sqlalchemy.types import BigInteger
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+
+FILE = "feedback.db"  # in the storage folder
+SCHEMA = 1  # raised, with a migration, whenever the tables change
+BUSY_S = 30  # a writer of SQLite waits so long for another one
+ID = String(28)
+
+metadata = MetaData()
+
+schema = Table(
+    "feedback_schema",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version", Integer, nullable=False),
+)
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("image_id", ID, primary_key=True),
+    Column("created", Double, nullable=False, index=True),
+    Column("model", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("adapter", Text),
+    Column("prompt", Text, nullable=False),
+    Column("negative_prompt", Text, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("guidance_scale", Double, nullable=False),
+    Column("size", Text, nullable=False),
+    Column("strength", Double),
+    Column("user", Text),
+    Column("key_id", Text),
+    Column("seconds", Double, nullable=False),
+    Column("role", Text, nullable=False),
+)
+
+# One rating a picture and key; without keys all people share the key "".
+ratings = Table(
+    "ratings",
+    metadata,
+    Column("image_id", ID, ForeignKey(generations.c.image_id), primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("rating", SmallInteger, CheckConstraint("rating IN (-1, 0, 1)"), nullable=False),
+    Column("comment", Text),
+    Column("created", Double, nullable=False),
+)
+
+# One vote a pair of pictures and key: `pair` is both ids in alphabetical order, so that a change of mind
+# replaces the former vote whichever picture won.
+votes = Table(
+    "votes",
+    metadata,
+    Column("pair", String(57), primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("winner_id", ID, ForeignKey(generations.c.image_id), nullable=False),
+    Column("loser_id", ID, ForeignKey(generations.c.image_id), nullable=False),
+    Column("comment", Text),
+    Column("created", Double, nullable=False),
+)
+
+UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+
+def feedback_url(config: Config) -> str | URL:
+    """`serve.feedback_url`, else SQLite in the storage folder.
+
+    Raises:
+        ConfigError: if the storage is remote, where a SQLite file cannot lie, and no URL is given.
+    """
+    if config.serve.feedback_url:
+        return config.serve.feedback_url
+    if config.storage.startswith(("s3://", "gs://")):
+        raise ConfigError(
+            f"serve.feedback_url: missing, and a SQLite database cannot lie in {config.storage}; give the "
+            "URL of a PostgreSQL database, for example postgresql+psycopg://user:password@host/diffray"
+        )
+    storage = Storage.open(config.storage)
+    storage.filesystem.create_dir(storage.path)
+    return URL.create("sqlite", database=f"{storage.uri}/{FILE}")
+
+
+def open_database(url: str | URL) -> Engine:
+    """Connect, and make the tables where there are none.
+
+    Raises:
+        ConfigError: naming serve.feedback_url, if it is no URL of SQLite or PostgreSQL, its driver is not
+            installed, nothing answers there, or a newer program made the tables.
+    """
+    try:
+        engine = create_engine(url, pool_pre_ping=True)
+    except ArgumentError:
+        raise ConfigError(
+            "serve.feedback_url: not the URL of a database; write it as "
+            "postgresql+psycopg://user:password@host/database"
+        ) from None
+    except ImportError as error:
+        raise ConfigError(f"serve.feedback_url: its driver is missing ({error}); pip install it") from None
+    where = engine.url.render_as_string(hide_password=True)
+    if engine.dialect.name not in UPSERT:
+        raise ConfigError(f"serve.feedback_url: {where}: only SQLite and PostgreSQL are known; take one")
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+    try:
+        _make_tables(engine, where)
+    except DBAPIError as error:
+        engine.dispose()
+        reason = " ".join(str(error.orig).split())
+        raise ConfigError(f"serve.feedback_url: {where}: {reason}; mend the database or the URL") from None
+    except ConfigError:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    """A commit is on the disk when it returns (FULL); reading and writing go on side by side (WAL)."""
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_S}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _make_tables(engine: Engine, where: str) -> None:
+    """Several processes may do it at once."""
+    if inspect(engine).has_table(schema.name):
+        with engine.connect() as connection:
+            found = connection.scalar(select(schema.c.version)) or 0
+        if found > SCHEMA:
+            raise ConfigError(
+                f"serve.feedback_url: {where}: its tables have version {found}, this program knows {SCHEMA}; "
+                "update diffray, or give another database"
+            )
+    with engine.begin() as connection:
+        for table in metadata.sorted_tables:
+            connection.execute(CreateTable(table, if_not_exists=True))
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
+        statement = UPSERT[engine.dialect.name](schema).values(id=1, version=SCHEMA)
+        connection.execute(statement.on_conflict_do_nothing())

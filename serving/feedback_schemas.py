@@ -1,0 +1,83 @@
+"""What is kept of a served picture, and what `POST /v1/feedback` takes and answers."""
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_COMMENT = 2000  # characters
+
+ImageId = Annotated[str, StringConstraints(pattern=r"^img-[0-9a-f]{24}$")]
+Rating = Literal[-1, 0, 1]
+"""Of a picture by a person: -1 bad, 0 neither (also: a rating taken back), +1 good. Not stars: people agree
+on two buttons far better than on five, and preference training needs no more than better and worse."""
+
+
+def new_image_id() -> str:
+    """A name that nobody can guess: `img-` and 96 random bits as 24 hexadecimal digits."""
+    return f"img-{secrets.token_hex(12)}"
+
+
+class Generation(BaseModel):
+    """A served picture: all that draws it again, and who asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_id: ImageId
+    created: float = Field(description="seconds since 1970, when it was drawn")
+    model: str = Field(description="name in GET /v1/models")
+    version: int = Field(description="of the model registry; 0: the base alone")
+    adapter: str | None = None
+    prompt: str
+    negative_prompt: str = ""
+    seed: int
+    steps: int
+    guidance_scale: float
+    size: str = Field(pattern=r"^\d+x\d+$", description="width x height in pixels")
+    strength: float | None = Field(None, description="of a picture that began with a given one, not kept")
+    user: str | None = Field(None, description="as the request named them")
+    key_id: str | None = Field(None, description="of the API key; null: none was needed")
+    seconds: float = Field(description="from the request to the picture")
+    role: Literal["champion", "candidate", "other"] = "champion"
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "rating": {
+        "summary": "Rate a picture",
+        "value": {"image_id": "img-0123456789abcdef01234567", "rating": 1, "comment": "the red is right"},
+    },
+    "vote": {
+        "summary": "Prefer one of two pictures",
+        "value": {"image_id": "img-0123456789abcdef01234567", "over": "img-89abcdef0123456789abcdef"},
+    },
+}
+
+
+class FeedbackRequest(BaseModel):
+    """Body of POST /v1/feedback: a rating, a preference between two pictures, or both."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: ImageId = Field(description="of the picture, as its answer told")
+    rating: Rating | None = Field(None, description="-1 bad, 0 neither, +1 good; a later one replaces it")
+    comment: str | None = Field(None, max_length=MAX_COMMENT, description="free text")
+    over: ImageId | None = Field(None, description="of the picture that image_id is preferred to")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "FeedbackRequest":
+        if self.rating is None and self.over is None:
+            raise ValueError("give a rating (-1, 0 or 1), or over: the picture that this one is preferred to")
+        if self.over == self.image_id:
+            raise ValueError("over: a picture cannot be preferred to itself")
+        return self
+
+
+class FeedbackResponse(BaseModel):
+    """Answer to POST /v1/feedback, once it is on disk."""
+
+    object: Literal["feedback"] = "feedback"
+    created: int = Field(description="seconds since 1970")
+    image_id: str
+    rating: Rating | None
+    comment: str | None
+    over: str | None

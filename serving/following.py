@@ -1,0 +1,104 @@
+"""The endpoint follows the registry: a new champion is loaded and warm before it gets a request."""
+
+import asyncio
+import logging
+
+from ray_jobs.config import Config
+from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel, entries
+from serving.canary import Canary
+from serving.catalogue import Catalogue
+from serving.order import label, place_of
+from serving.replicas import Replicas
+from serving.schemas import APIError
+
+logger = logging.getLogger("ray.serve")
+
+
+class Following:
+    """Looks at the registry's aliases from time to time and moves the catalogue on.
+
+    What cannot be read or served changes nothing: the last champion goes on, and `notice` says why.
+
+    Attributes:
+        notice: for GET /readyz; None while all is well.
+        looked: whether the registry was ever read.
+    """
+
+    def __init__(self, config: Config, catalogue: Catalogue, replicas: Replicas, canary: Canary) -> None:
+        self.config, self.catalogue, self.replicas, self.canary = config, catalogue, replicas, canary
+        self.notice: str | None = None
+        self.looked = False
+        self._lock = asyncio.Lock()
+
+    async def run(self, *, now: bool) -> None:
+        """Look again and again, until cancelled.
+
+        Args:
+            now: the first time at once; else after a pause, because the champion was just looked up.
+        """
+        while True:
+            if not now:
+                await asyncio.sleep(self.config.serve.follow_s)
+            now = False
+            await self.look()
+
+    async def look(self) -> None:
+        """Read the registry once and follow what it says."""
+        async with self._lock:
+            try:
+                found = await asyncio.to_thread(entries, self.config, self.catalogue.models)
+            except Exception as error:  # the endpoint goes on, whatever a registry may answer
+                self._tell(f"the registry does not answer, so the last state stays: {error}")
+                return
+            self.catalogue.entries, self.looked = found, True
+            notices = [await self._follow_champion(), await self._follow_candidate()]
+            self._tell("; ".join(filter(None, notices)) or None)
+
+    async def _follow_champion(self) -> str | None:
+        """Warm up a new champion and let it answer; why not, if it cannot."""
+        champion = self.catalogue.alias(CHAMPION)
+        if champion is None:
+            return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
+        former = self.catalogue.champion
+        refusal = await self._warm_up(champion)
+        if place_of(champion) == place_of(former):
+            return refusal
+        if refusal:
+            return f"{refusal}; {label(former)} stays the champion"
+        self.catalogue.champion = champion
+        logger.info("%s is the champion now, %s before", label(champion), label(former))
+        return None
+
+    async def _follow_candidate(self) -> str | None:
+        """Let the candidate answer its share, or nobody where there is none to serve."""
+        candidate, settings = self.catalogue.alias(CANDIDATE), self.config.serve
+        if (
+            candidate is None
+            or not (settings.candidate_share or settings.shadow_share)
+            or label(candidate) in self.canary.taken_out
+            or place_of(candidate) == place_of(self.catalogue.champion)
+        ):
+            self.catalogue.candidate = None
+            return None
+        refusal = await self._warm_up(candidate)
+        self.catalogue.candidate = None if refusal else candidate
+        return refusal
+
+    async def _warm_up(self, version: RegisteredModel) -> str | None:
+        """Have the replicas load a version, unless they have; why not, if they cannot."""
+        if not self.catalogue.fits(version):
+            return (
+                f"{label(version)} cannot be served: it was trained on {version.base}, and the replicas hold "
+                f"{self.catalogue.base[0]}; start the endpoint again"
+            )
+        try:
+            await self.replicas.warm_up(version)
+        except (APIError, TimeoutError) as error:
+            return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
+        return None
+
+    def _tell(self, notice: str | None) -> None:
+        """Keep a notice, and log it when it is new."""
+        if notice and notice != self.notice:
+            logger.warning("%s", notice)
+        self.notice = notice

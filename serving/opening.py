@@ -1,0 +1,45 @@
+"""Pictures that clients send, made into what the engine takes. Nothing of them is trusted."""
+
+import io
+from typing import TYPE_CHECKING
+
+from serving.schemas import APIError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 64 * 2**20  # of a picture that is opened; a small file may hold a huge one
+
+
+def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
+    """A file of a picture as uint8, height x width x 3, scaled until it covers that, and cut off evenly.
+
+    Transparent parts become white.
+
+    Raises:
+        APIError: 400, it is no such file.
+    """
+    import torch
+    from numpy import asarray
+    from PIL import Image, ImageOps
+
+    from serving.encoding import fitted
+
+    try:
+        file = Image.open(io.BytesIO(content), formats=FORMATS)
+        if file.width * file.height > MAX_PIXELS:
+            raise _invalid(f"{file.width}x{file.height} are more pixels than the {MAX_PIXELS:,} allowed")
+        # A camera's turn is in its metadata, not in its pixels.
+        picture: Image.Image = ImageOps.exif_transpose(file)
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        pixels = asarray(picture.convert("RGB")).copy()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _invalid(f"not a picture in one of {', '.join(FORMATS)}") from error
+    return fitted(torch.from_numpy(pixels), height, width)
+
+
+def _invalid(reason: str) -> APIError:
+    return APIError(400, f"image: {reason}", "image", "invalid_value")

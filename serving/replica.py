@@ -1,0 +1,268 @@
+"""A replica: the base and what was fine-tuned on it, drawing the pictures of all requests."""
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Future
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from ray_jobs.config import EvaluateConfig, ServeConfig
+from ray_jobs.registry import RegisteredModel
+from serving.library import Library
+from serving.opening import read_picture
+from serving.order import BASE, Order, Picture, ReplicaLoad, Traits, label, place_of
+from serving.outgoing import Outgoing
+from serving.schemas import APIError
+from serving.weights import local_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from serving.engine_thread import EngineThread
+    from serving.rows import Drawing, OnPreview
+
+logger = logging.getLogger("ray.serve")
+
+KEPT_ENGINES = 3  # the base, and two fully trained versions: a champion and the one that follows it
+
+
+@serve.deployment
+class Model:
+    """Draws with the bare base, with LoRA versions as its adapters, and with fully trained versions.
+
+    Args:
+        evaluate: the networks that drift is told by.
+        base: folder or hub name of the model that the LoRA versions were trained on.
+        first: the version that is expected to be asked for first; a fully trained one needs no base.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: ServeConfig,
+        evaluate: EvaluateConfig,
+        base: str,
+        base_revision: str | None,
+        first: RegisteredModel,
+    ) -> None:
+        self.settings, self.base, self.base_revision = settings, base, base_revision
+        self._name = uuid.uuid4().hex
+        self._outgoing = Outgoing(settings, evaluate, base)
+        self.device = "cuda" if settings.use_gpu else "cpu"
+        self._versions: dict[str, RegisteredModel] = {}  # by their engine's or adapter's name
+        self._fetched = ExitStack()  # the weights of the adapter that was read last
+        self.library: Library[EngineThread] = Library(self._load, _stop, max_kept=KEPT_ENGINES)
+        self._first = first
+        self._warm: set[str] = set()  # adapters
+        if not settings.use_gpu:
+            import torch
+
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // settings.max_replicas))
+        try:
+            await self.warm_up(first)
+        except APIError as error:
+            # A replica that is started later may find another champion; the ingress asks for it.
+            logger.warning("%s", error.message)
+
+    async def traits(self) -> Traits:
+        """What the model draws."""
+        async with self._engine(self._first) as (thread, _):
+            return Traits(thread.engine.resolution)
+
+    async def load(self) -> ReplicaLoad:
+        """What this replica is doing."""
+        engines = self.library.engines.items()
+        loads = {name: each.engine.load() for name, each in engines}
+        return ReplicaLoad(self._name, os.getpid(), loads, self._outgoing.drift())
+
+    async def warm_up(self, version: RegisteredModel | None) -> None:
+        """Load a version and draw a picture in few steps, unless that was done.
+
+        Raises:
+            APIError: the weights are not those that were registered, or do not fit.
+        """
+        place = place_of(version)
+        if place.adapter in self._warm or (place.adapter is None and place.engine in self.library.engines):
+            return
+        async with self._engine(version) as (thread, adapter):
+            steps = next(each for each in range(1, 100) if _accepts(thread, each))
+            # A compiled denoiser has a form for one row and one for several, as with guidance.
+            for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
+                await self._drawing(Order(version, "", 0, steps, guidance_scale))
+            self._warm |= {adapter} if adapter else set()
+
+    async def draw(self, order: Order) -> Picture:
+        """Draw one picture as a PNG, beside those of other requests. A client that goes away cancels it.
+
+        Raises:
+            APIError: naming what this model cannot do; 400 if the safety checker blocks the picture.
+        """
+        drawing = await self._drawing(order)
+        png = await asyncio.to_thread(self._outgoing.picture, drawing.pixels.numpy(), order)
+        return Picture(png, drawing.waited_s)
+
+    async def _drawing(self, order: Order) -> "Drawing":
+        async with self._engine(order.version) as (thread, adapter):
+            image = await _opened(thread, order)
+            future = _submit(thread, order, adapter, image)
+            try:
+                return await asyncio.wrap_future(future)
+            except ValueError as error:
+                raise _refused(order.version, error) from error
+
+    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
+        """As `draw`, with the unfinished pictures before the finished one, but for those that the safety
+        checker does not let out."""
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels; None at the end
+        async with self._engine(order.version) as (thread, adapter):
+            image = await _opened(thread, order)
+            show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
+            future = _submit(thread, order, adapter, image, show if order.previews else None)
+            drawing = asyncio.wrap_future(future)
+            drawing.add_done_callback(lambda _: seen.put_nowait(None))
+            try:
+                while (pixels := await seen.get()) is not None:
+                    preview = await asyncio.to_thread(self._outgoing.preview, pixels.numpy())
+                    if preview is not None:
+                        yield Picture(preview)
+                try:
+                    finished = drawing.result()
+                except ValueError as error:
+                    raise _refused(order.version, error) from error
+                png = await asyncio.to_thread(self._outgoing.picture, finished.pixels.numpy(), order)
+                yield Picture(png, finished.waited_s)
+            finally:
+                drawing.cancel()
+
+    @asynccontextmanager
+    async def _engine(
+        self, version: RegisteredModel | None
+    ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
+        """The engine that draws a version, and the adapter's name in it."""
+        place = place_of(version)
+        if place.adapter and self.settings.compile:
+            message = f"{label(version)} is a LoRA version, which a server with serve.compile does not draw"
+            raise APIError(503, message, "model", "model_refused")
+        if version is not None:
+            self._versions[place.adapter or place.engine] = version
+        try:
+            async with self.library.use(place.engine) as thread:
+                yield thread, place.adapter
+        except (ValueError, OSError) as error:
+            raise _refused(version, error) from error
+
+    def _load(self, name: str) -> "EngineThread":
+        """The engine of a name; takes a thread for seconds to minutes."""
+        from ray_jobs.diffusion.loading import load_pipeline
+        from serving.engine import Engine
+        from serving.engine_thread import EngineThread
+        from serving.faster import prepare
+
+        settings = self.settings
+        if name == BASE:
+            pipeline = load_pipeline(self.base, revision=self.base_revision)
+        else:
+            with local_weights(self._versions[name]) as folder:
+                pipeline = load_pipeline(self.base, folder, revision=self.base_revision)
+        try:
+            prepare(
+                pipeline,
+                self.device,
+                precision=settings.precision,
+                channels_last=settings.channels_last,
+                compile=settings.compile,
+                int8_weights=settings.int8_weights,
+            )
+            engine = Engine(
+                pipeline,
+                device=self.device,
+                max_rows=settings.max_batch_size,
+                max_waiting=settings.max_queued_requests * settings.max_pictures,
+                max_side=settings.max_side,
+                adapter_folder=self._adapter_folder if name == BASE and not settings.compile else None,
+                adapter_bytes=settings.adapter_mb << 20,
+                cache_features=settings.cache_features,
+            )
+        except ValueError as error:
+            raise ValueError(f"serve.{error}") from error
+        thread = EngineThread(engine)
+        thread.start()
+        return thread
+
+    def _adapter_folder(self, name: str) -> Path:
+        """Where an adapter lies on this machine. One thread reads them, one after the other, so what was
+        fetched for the last one may go."""
+        self._fetched.close()
+        return self._fetched.enter_context(local_weights(self._versions[name]))
+
+
+async def _opened(thread: "EngineThread", order: Order) -> "torch.Tensor | None":
+    """The picture that an order begins with, in the size that is drawn."""
+    if order.image is None:
+        return None
+    own = thread.engine.resolution
+    return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
+
+
+def _submit(
+    thread: "EngineThread",
+    order: Order,
+    adapter: str | None,
+    image: "torch.Tensor | None",
+    on_preview: "OnPreview | None" = None,
+) -> "Future[Drawing]":
+    """Hand an order to the engine.
+
+    Raises:
+        APIError: 400 for what this model cannot draw, 503 if too many wait.
+    """
+    from serving.rows import Request
+    from serving.waiting import QueueFull
+
+    request = Request(
+        order.prompt,
+        order.seed,
+        order.steps,
+        order.guidance_scale,
+        negative_prompt=order.negative_prompt,
+        height=order.height,
+        width=order.width,
+        adapter=adapter,
+        previews=order.previews,
+        image=image,
+        strength=order.strength,
+    )
+    try:
+        return thread.submit(request, on_preview)
+    except QueueFull as error:
+        raise APIError(503, str(error), code="queue_full") from error
+    except ValueError as error:
+        field, _, reason = str(error).partition(":")
+        known = {"height": "size", "width": "size"}.get(field, field)
+        if known not in Order._fields and known != "size":
+            known, reason = "steps", str(error)  # of the scheduler, which names no field
+        raise APIError(400, f"{known}: {reason.strip()}", known, "invalid_value") from error
+
+
+def _accepts(thread: "EngineThread", num_steps: int) -> bool:
+    try:
+        thread.engine.check_steps(num_steps)
+    except ValueError:
+        return False
+    return True
+
+
+def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
+    """What is told of a version that cannot be loaded."""
+    return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
+
+
+def _stop(thread: "EngineThread") -> None:
+    thread.stop()

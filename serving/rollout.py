@@ -1,0 +1,133 @@
+"""Rollouts: the candidate becomes the champion, a champion is taken back, and how the two compare.
+
+    python -m serving.rollout status --config configs/demo.yaml --url http://127.0.0.1:8000
+    python -m serving.rollout promote --config configs/demo.yaml
+    python -m serving.rollout rollback --config configs/demo.yaml
+    python -m serving.rollout withdraw --config configs/demo.yaml
+
+A running endpoint follows the registry's aliases, so these act on the registry only.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from ray_jobs import versions
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.progress import show
+from ray_jobs.registry import CANDIDATE, open_existing, store_errors
+from serving.client import KEY_VARIABLE, EndpointError, call
+
+TAKEN_OUT = "taken_out"  # tag of a version: why it is the candidate no more
+
+
+def withdraw(config: Config, version: int | None = None, reason: str = "by hand") -> int:
+    """Take the alias `candidate` away and note why; returns the version that had it.
+
+    Args:
+        version: only if this one has the alias.
+
+    Raises:
+        ConfigError: there is no candidate, or it is another version.
+    """
+    name = config.publish.model_name
+    with store_errors(config):
+        client = open_existing(config)
+        candidate = versions.aliases_of(client, config).get(CANDIDATE)
+        if candidate is None or version not in (None, candidate):
+            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to take out")
+        client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
+        client.delete_registered_model_alias(name, CANDIDATE)
+    return candidate
+
+
+def promote(config: Config, version: int | None = None) -> int:
+    """Make the candidate, or the version named, the champion, and return it.
+
+    Raises:
+        ConfigError: there is no candidate, or its weights are not those that were registered.
+    """
+    if version is None:
+        with store_errors(config):
+            version = versions.aliases_of(open_existing(config), config).get(CANDIDATE)
+        if version is None:
+            raise ConfigError(
+                f"{config.publish.model_name!r} has no candidate; name a version: promote --version ..."
+            )
+    versions.promote(config, version)
+    return version
+
+
+def comparison(answer: dict[str, Any]) -> str:
+    """A table of GET /v1/rollout."""
+    head = ("version", "", "answers", "errors", "median s", "p95 s", "median s a step")
+    rows = []
+    for version, tally in answer["versions"].items():
+        role = next((each for each in ("champion", "candidate") if answer[each] == version), "")
+        times = [tally[key] for key in ("median_s", "p95_s", "median_step_s")]
+        shown = ["–" if each is None else f"{each:.3g}" for each in times]
+        rows.append((version, role, str(tally["answers"]), str(tally["errors"]), *shown))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+    lines += [
+        f"feedback: {each['model']}@{each['version']} ({each['role']}): {each['ups']} up, "
+        f"{each['downs']} down, {each['wins']} votes won, {each['losses']} lost"
+        for each in answer["feedback"]
+    ]
+    lines += [f"taken out: {version}: {reason}" for version, reason in answer["taken_out"].items()]
+    return "\n".join(lines + ([f"notice: {answer['notice']}"] if answer["notice"] else []))
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    name = config.publish.model_name
+    if options.command == "promote":
+        show(f"version {promote(config, options.version)} is the champion of {name!r}")
+    elif options.command == "rollback":
+        show(f"version {versions.rollback(config)} is the champion of {name!r} again")
+    elif options.command == "withdraw":
+        show(f"version {withdraw(config)} of {name!r} is the candidate no more")
+    else:
+        show(versions.status(config))
+        if options.url:
+            key = os.environ.get(KEY_VARIABLE)
+            show(comparison(call(f"{options.url.rstrip('/')}/v1/rollout", key=key)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 2 for what the user must mend, 1 for an endpoint that does not answer."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.rollout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, purpose in (
+        ("status", "the versions; with --url how the running endpoint's compare"),
+        ("promote", "make the candidate the champion, whatever its scores"),
+        ("rollback", "make the previous version the champion again"),
+        ("withdraw", "take the candidate out; the champion answers everyone"),
+    ):
+        options = commands.add_parser(command, help=purpose, description=purpose)
+        add_config_arguments(options)
+        if command == "promote":
+            options.add_argument("--version", type=int, help="a number that status lists; else the candidate")
+        if command == "status":
+            options.add_argument("--url", help="of an endpoint; its admin key is read from " + KEY_VARIABLE)
+    try:
+        _run(parser.parse_args(arguments))
+    except ConfigError as error:
+        show(f"error: {error}")
+        return 2
+    except EndpointError as error:
+        show(f"error: rollout: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

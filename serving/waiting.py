@@ -1,0 +1,88 @@
+"""Requests that have no place in the engine yet: bounded, first come, first served."""
+
+import threading
+from collections.abc import Sequence
+
+from serving.adapters import AdapterCache
+from serving.rows import Row
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may; this one is not accepted."""
+
+
+class WaitingLine:
+    """`add` from any thread, the rest from the one that steps.
+
+    Args:
+        adapters: which rows need in memory before they have a place; None: there are none.
+        read_ahead: adapters that are read for rows that wait.
+        max_waiting: rows that may wait for a place, None: any number.
+    """
+
+    def __init__(self, adapters: AdapterCache | None, *, read_ahead: int, max_waiting: int | None) -> None:
+        self._adapters, self._read_ahead, self._max_waiting = adapters, read_ahead, max_waiting
+        self._rows: list[Row] = []
+        self._lock = threading.Lock()
+        self.rejected = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return tuple(self._rows)
+
+    def add(self, row: Row, *, free: int) -> None:
+        """Let a row wait.
+
+        Args:
+            free: places in the engine, for which nobody has to wait.
+
+        Raises:
+            QueueFull: if as many wait as may.
+        """
+        with self._lock:
+            if self._max_waiting is not None and len(self._rows) >= self._max_waiting + free:
+                self._rows = [each for each in self._rows if not each.future.done()]
+                if len(self._rows) >= self._max_waiting + free:
+                    self.rejected += 1
+                    raise QueueFull(f"{len(self._rows)} requests are waiting; try again later")
+            self._rows.append(row)
+
+    def take(self, places: int) -> list[Row]:
+        """The rows that came first and whose adapters are in memory, at most as many as there are places.
+
+        Adapters are read ahead. A row whose adapter is still being read is passed by others, and takes the
+        first place that is free afterwards.
+        """
+        waiting = self.rows
+        adapted = [row for row in waiting if row.request.adapter is not None]
+        read_ahead = set(adapted[: self._read_ahead])
+        ready = [
+            row
+            for row in waiting
+            if row.request.adapter is None or (row in read_ahead and self._has_adapter(row))
+        ]
+        taken = ready[:places]
+        self._forget(set(taken))
+        return taken
+
+    def drop_answered(self) -> None:
+        """Forget the rows that were cancelled or have failed."""
+        self._forget(set())
+
+    def _forget(self, taken: set[Row]) -> None:
+        with self._lock:
+            self._rows = [row for row in self._rows if row not in taken and not row.future.done()]
+
+    def _has_adapter(self, row: Row) -> bool:
+        """Whether the row's adapter is in memory; if not, it is read."""
+        if row.adapter is not None:
+            return True
+        assert self._adapters is not None and row.request.adapter is not None
+        try:
+            row.adapter = self._adapters.get(row.request.adapter)
+        except Exception as error:  # whatever reading it may raise is the answer to this request
+            row.fail(error)
+        return row.adapter is not None

@@ -1,0 +1,40 @@
+// A picture's parameters as a program that draws it again.
+
+/** The body of a request that draws a picture of the history again. */
+export function requestOf({ request, seed, model, size }) {
+  return { ...request, model: model ?? request.model, seed, size: size ?? request.size };
+}
+
+const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+
+/** For a POSIX shell; the picture lies in picture.png afterwards. The key itself is never in it. */
+export function asCurl(body, { root, needsKey }) {
+  const lines = [`curl --silent --show-error --fail-with-body ${quoted(`${root}v1/images/generations`)}`];
+  if (needsKey) lines.push(`  --header "Authorization: Bearer $DIFFRAY_KEY"`);
+  lines.push(`  --header 'Content-Type: application/json'`, `  --data ${quoted(JSON.stringify(body))}`);
+  const decode = `  | sed 's/.*"b64_json":"\\([^"]*\\)".*/\\1/' | base64 --decode > picture.png`;
+  return `${lines.join(" \\\n")} \\\n${decode}\n`;
+}
+
+/** For OpenAI's Python client. */
+export function asPython(body, { root, needsKey }) {
+  const { prompt, model, size, ...ours } = body;
+  const literal = (value) => JSON.stringify(value); // of strings and numbers: Python reads them alike
+  const named = Object.entries({ prompt, model, size }).filter(([, value]) => value !== undefined);
+  const extra = Object.entries(ours).map(([name, value]) => `${literal(name)}: ${literal(value)}`);
+  return [
+    "import base64",
+    ...(needsKey ? ["import os"] : []),
+    "from pathlib import Path",
+    "",
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${literal(`${root}v1`)}, api_key=${needsKey ? 'os.environ["DIFFRAY_KEY"]' : '"none"'})`,
+    "answer = client.images.generate(",
+    ...named.map(([name, value]) => `    ${name}=${literal(value)},`),
+    `    extra_body={${extra.join(", ")}},`,
+    ")",
+    'Path("picture.png").write_bytes(base64.b64decode(answer.data[0].b64_json))',
+    "",
+  ].join("\n");
+}

@@ -1,0 +1,85 @@
+"""The endpoint in this process: application, service, replica and engine are real, only Ray is not there.
+
+`HandleHere` calls the replica's methods where a `DeploymentHandle` would send them.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from ray_jobs.config import Config
+from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel, RegistryEntry
+from serving.access import Access
+from serving.api import create_api
+from serving.feedback import FeedbackStore
+from serving.keys import KeyRing
+from serving.replica import Model
+from serving.replicas import Replicas
+from serving.service import Service
+from tests.serving.http_server import http_server
+
+
+class HandleHere:
+    """What `Replicas` asks of a handle of `replica.Model`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def options(self, *, stream: bool) -> "HandleHere":
+        return self
+
+    def __getattr__(self, name: str) -> "MethodHere":
+        return MethodHere(getattr(self._model, name))
+
+
+class MethodHere:
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def remote(self, *arguments: Any) -> Any:
+        result = self._method(*arguments)
+        return asyncio.ensure_future(result) if asyncio.iscoroutine(result) else PicturesHere(result)
+
+
+class PicturesHere:
+    """A stream of a replica's; cancelling it ends the drawing."""
+
+    def __init__(self, pictures: AsyncGenerator[bytes]) -> None:
+        self._pictures = pictures
+        self._closing: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncGenerator[bytes]:
+        return self._pictures
+
+    def cancel(self) -> None:
+        self._closing = asyncio.ensure_future(self._pictures.aclose())
+
+
+async def _model(config: Config, first: RegisteredModel) -> Any:
+    model = object.__new__(Model.func_or_class)  # type: ignore[attr-defined]
+    await model.__init__(config.serve, config.evaluate, first.base, first.base_revision, first)
+    return model
+
+
+@contextmanager
+def page_server(
+    config: Config, champion: RegisteredModel, candidate: RegisteredModel, store: FeedbackStore
+) -> Iterator[str]:
+    """The URL of the page while the block runs; the registry holds two versions of one model."""
+    with ThreadPoolExecutor(1) as thread:  # the browser's driver has a loop in this one
+        model = thread.submit(asyncio.run, _model(config, champion)).result()
+    service = Service(config, champion, Replicas(HandleHere(model)), store)
+    versions = {each.version: each for each in (champion, candidate)}
+    aliases = {CHAMPION: champion.version, CANDIDATE: candidate.version}
+    service.catalogue.entries = {champion.name: RegistryEntry(versions, aliases)}
+    service.following.looked = True
+    api = create_api(service)
+    api.add_middleware(Access, settings=config.serve, keys=KeyRing.of(config.serve), metrics=service.metrics)
+    try:
+        with http_server(api) as url:
+            yield url
+    finally:
+        for engine in model.library.engines.values():
+            engine.stop()

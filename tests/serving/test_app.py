@@ -1,0 +1,68 @@
+"""What is told before an endpoint starts: who may ask, and which switches do not go together."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ray_jobs.config import Config, ConfigError, ServeConfig
+from ray_jobs.registry import REFERENCE, RegisteredModel
+from serving.app import build_application
+from serving.client import KEY_VARIABLE
+from serving.command import main
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    return config.model_copy(update={"serve": config.serve.model_copy(update=fields)})
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> RegisteredModel:
+    (tmp_path / REFERENCE).touch()
+    return RegisteredModel("m", 1, str(tmp_path), "00" * 32, "base", None, "lora", {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"keys": None}, "serve.keys: nobody may ask this server"),
+        ({"keys": "/nowhere/keys.json"}, "serve.keys: /nowhere/keys.json: no such file"),
+        ({"compile": True}, "serve.compile: m version 1 is a LoRA version"),
+    ],
+)
+def test_a_mistake_names_its_field_before_anything_starts(
+    config: Config, version: RegisteredModel, fields: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build_application(changed(config, **fields), version)
+
+
+def test_drift_without_a_reference_is_told(config: Config, version: RegisteredModel, tmp_path: Path) -> None:
+    build_application(config, version)
+    with pytest.raises(ConfigError, match="serve.drift_pictures: .*is missing; publish the model again"):
+        build_application(config, replace(version, source=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"compile": True, "cache_features": True}, "compile does not go with cache_features"),
+        ({"drift_pictures": 1}, "drift_pictures: one picture has no spread"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        ServeConfig.model_validate(fields)
+
+
+def test_asking_an_endpoint_with_keys_needs_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert main(["--config", str(file), "--ask", "1"]) == 2
+    assert KEY_VARIABLE in capsys.readouterr().out

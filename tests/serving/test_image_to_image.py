@@ -1,0 +1,154 @@
+"""A row that begins with a picture is that of diffusers' image to image pipeline, whatever else is drawn."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.loading import load_pipeline
+from serving.encoding import fitted
+from serving.engine import Engine
+from serving.rows import Request
+from tests import tiny_models
+from tests.conftest import draw
+from tests.serving import plain_diffusers
+from tests.serving.test_engine import UNETS, with_scheduler
+
+TOLERANCE = 0.65
+"""Of a pixel's 255 levels: half of one for rounding, the rest for a batch's arithmetic, the encoder's too."""
+
+
+def picture(height: int, width: int, number: int = 0) -> torch.Tensor:
+    """uint8, height x width x 3."""
+    drawn = draw("a small red circle", number).resize((width, height))
+    return torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+
+
+SQUARE, WIDE = (64, 64), (48, 64)
+MIXED = [
+    Request("a small red circle", 0, 5, 3.0, None, *SQUARE, image=picture(*SQUARE), strength=0.5),
+    Request("a big blue cross", 7, 4, 1.0, None, *SQUARE),
+    Request("a big blue cross", 7, 4, 7.5, None, *WIDE, image=picture(*WIDE), strength=0.75),
+    Request("", 3, 3, 2.0, "a big purple square", *SQUARE, image=picture(*SQUARE, number=5)),
+    Request("a big blue cross", 1, 7, 1.0, None, *SQUARE, image=picture(*SQUARE), strength=0.3),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
+    """The folder of a tiny model of each family."""
+    makers: dict[str, Callable[[Path], Path]] = {
+        "xl": tiny_models.tiny_stable_diffusion_xl,
+        "sd3": lambda folder: tiny_models.tiny_stable_diffusion_3(folder, dynamic_shifting=True),
+        "flux": tiny_models.tiny_flux,
+    }
+    return lambda name: makers[name](tmp_path_factory.mktemp(name)) if name in makers else tiny_model
+
+
+def engine_of(folder: Path, **options: Any) -> Engine:
+    return Engine(load_pipeline(str(folder)), **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler"),
+    [*(("sd", name) for name in UNETS), ("xl", "EulerDiscreteScheduler"), ("sd3", None), ("flux", None)],
+)
+def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch(
+    folders: Callable[[str], Path], model: str, scheduler: str | None
+) -> None:
+    folder = folders(model)
+    # Stable Diffusion's pipelines turn DDIM's clipping off when they are made, and the one for image to image
+    # is made of the other.
+    options = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
+    plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
+    engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **options), max_rows=8)
+    requests = [replace(request, negative_prompt=None) if engine.told else request for request in MIXED]
+    futures = [engine.submit(request) for request in requests]
+    engine.drain()
+    alone = engine.submit(requests[0])
+    engine.drain()
+    for request, future in zip([*requests, requests[0]], [*futures, alone], strict=True):
+        expected = plain_diffusers.draw(plain, request)
+        assert (future.result(0).pixels - expected).abs().max() <= TOLERANCE, request
+
+
+def test_a_weaker_one_stays_closer_to_the_picture_and_makes_fewer_steps(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    image = picture(*SQUARE)
+    distances, calls = [], []
+    for strength in (0.2, 0.6, 1.0):
+        before = engine.load().calls
+        future = engine.submit(Request("a big blue cross", 0, 10, 3.0, image=image, strength=strength))
+        engine.drain()
+        distances.append((future.result(0).pixels.float() - image).abs().mean())
+        calls.append(engine.load().calls - before)
+    assert calls == [2, 6, 10]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_encoding_holds_up_the_steps_of_others_by_a_chunk_at_most(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=6, decode_rows=2)
+    chunks: list[int] = []
+    engine.pipeline.vae.encoder.register_forward_pre_hook(lambda _, inputs: chunks.append(len(inputs[0])))
+    running = engine.submit(Request("a", 0, 9, 1.0))
+    others = [engine.submit(Request("a", seed, 2, 1.0, image=picture(*SQUARE))) for seed in range(5)]
+    for calls in range(1, 4):
+        engine.step()
+        assert engine.load().calls == calls and len(chunks) == calls
+    assert chunks == [2, 2, 1] and engine.load().encoding == 0
+    assert others[0].done() and not others[4].done() and not running.done()
+
+
+def test_rows_that_wait_to_be_encoded_have_places_and_can_be_cancelled(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model, max_rows=3, decode_rows=1)
+    futures = [engine.submit(Request("a", seed, 4, 1.0, image=picture(*SQUARE))) for seed in range(4)]
+    engine.step()
+    assert engine.load()[1:4] == (1, 2, 1)  # waiting, encoding, running
+    assert futures[2].cancel()
+    engine.drain()
+    assert [future.cancelled() for future in futures] == [False, False, True, False]
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_chunk_only(tiny_model: Path) -> None:
+    engine = engine_of(tiny_model)
+    kept = engine.submit(Request("a", 0, 3, 1.0))
+    lost = engine.submit(Request("a", 0, 3, 1.0, image=picture(*SQUARE)))
+
+    def burn(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        raise RuntimeError("out of memory")
+
+    engine.pipeline.vae.encoder.register_forward_pre_hook(burn)
+    engine.drain()
+    assert kept.result(0).pixels.shape == (64, 64, 3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lost.result(0)
+
+
+def test_a_picture_of_another_size_is_scaled_until_it_covers_and_cut_evenly() -> None:
+    image = torch.zeros(40, 120, 3, dtype=torch.uint8)
+    image[:, 40:80] = 200  # the middle third, which is square
+    inner = fitted(image, 20, 20)[:, 3:17]
+    assert fitted(image, 20, 20).shape == (20, 20, 3) and (inner == 200).all()
+    assert fitted(picture(10, 7), 33, 48).shape == (33, 48, 3)
+    assert fitted(image, 40, 120) is image
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"strength": 0.5}, "strength: 0.5; it is of an image, and there is none"),
+        ({"image": picture(*SQUARE), "strength": 0.0}, "strength: 0.0; it is above 0"),
+        ({"image": picture(*SQUARE), "strength": float("nan")}, "strength: nan"),
+        ({"image": picture(*SQUARE), "strength": 0.2}, "strength: 0.2 of 4 steps is not one"),
+        ({"image": picture(*WIDE)}, r"image: \(48, 64, 3\) of torch.uint8; uint8, 64 x 64 x 3 is needed"),
+        ({"image": picture(*SQUARE).float()}, "of torch.float32"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused(tiny_model: Path, fields: dict[str, Any], told: str) -> None:
+    engine = engine_of(tiny_model)
+    with pytest.raises(ValueError, match=told):
+        engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert not engine.unfinished

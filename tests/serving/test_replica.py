@@ -1,0 +1,211 @@
+"""A replica, without Ray around it: versions of both methods side by side, and what is refused."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_jobs.config import EvaluateConfig, ServeConfig
+from ray_jobs.registry import RegisteredModel, weights_digest
+from serving.order import BASE, Order, Picture, place_of
+from serving.replica import Model
+from serving.schemas import APIError
+from tests.serving.conftest import save_adapters
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RegisteredModel:
+    folder = save_adapters(tiny_model, tmp_path_factory.mktemp("replica") / "lora", seed=5)
+    return RegisteredModel(
+        "m", 1, str(folder), weights_digest(str(folder)), str(tiny_model), None, "lora", {}
+    )
+
+
+@pytest.fixture(scope="module")
+def full(
+    tiny_model: Path, lora: RegisteredModel, tmp_path_factory: pytest.TempPathFactory
+) -> RegisteredModel:
+    """A whole pipeline with other weights than the base."""
+    from ray_jobs.diffusion.loading import load_pipeline
+
+    pipeline = load_pipeline(str(tiny_model))
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.5
+    folder = str(tmp_path_factory.mktemp("replica") / "full")
+    pipeline.save_pretrained(folder)
+    return replace(lora, version=2, source=folder, digest=weights_digest(folder), method="full")
+
+
+@asynccontextmanager
+async def replica(first: RegisteredModel, **settings: Any) -> AsyncIterator[Any]:
+    model = object.__new__(Model.func_or_class)  # type: ignore[attr-defined]
+    # So many replicas leave each one thread of the machine's.
+    serve = ServeConfig(**{"max_batch_size": 4, "replicas": 64} | settings)
+    await model.__init__(serve, EvaluateConfig(), first.base, None, first)
+    try:
+        yield model
+    finally:
+        for thread in model.library.engines.values():
+            await asyncio.to_thread(thread.stop)
+
+
+def with_replica(first: RegisteredModel, work: Callable[[Any], Awaitable[Any]], **settings: Any) -> Any:
+    async def run() -> Any:
+        async with replica(first, **settings) as model:
+            return await work(model)
+
+    return asyncio.run(run())
+
+
+def order(version: RegisteredModel | None, **fields: Any) -> Order:
+    return Order(version, "a red apple", 3, 4, 3.0)._replace(**fields)
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture.png))).astype(int)
+
+
+def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> tuple[list[Picture], set[str]]:
+        drawn = await asyncio.gather(*(model.draw(order(each)) for each in (None, lora, full)))
+        return drawn, set((await model.load()).engines)
+
+    drawn, engines = with_replica(lora, work)
+    assert len({picture.png for picture in drawn}) == 3
+    assert engines == {BASE, place_of(full).engine}
+
+
+def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
+    async def work(model: Any) -> tuple[set[str], int]:
+        await model.draw(order(full))
+        return set((await model.load()).engines), (await model.traits()).resolution
+
+    assert with_replica(full, work) == ({place_of(full).engine}, 64)
+
+
+def test_a_fully_trained_version_draws_what_diffusers_draws_with_it(full: RegisteredModel) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(full.source, safety_checker=None)
+    plain = pipeline(
+        "a red apple",
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+    ).images[0]
+    drawn = with_replica(full, lambda model: model.draw(order(full)))
+    assert np.abs(pixels(drawn) - np.asarray(plain)).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_that_are_not_those_registered_are_refused(
+    lora: RegisteredModel, full: RegisteredModel, kind: str
+) -> None:
+    changed = replace(lora if kind == "lora" else full, version=9, digest="00" * 32)
+
+    async def work(model: Any) -> Picture:
+        for _ in range(2):
+            with pytest.raises(
+                APIError, match="m@9 cannot be served: .*not the weights registered"
+            ) as refused:
+                await model.warm_up(changed)
+            assert (refused.value.status, refused.value.code) == (503, "model_refused")
+        return await model.draw(order(lora))
+
+    assert with_replica(lora, work)
+
+
+def test_weights_that_are_gone_are_refused(lora: RegisteredModel) -> None:
+    gone = replace(lora, version=9, source="/nowhere", digest="11" * 32)
+
+    async def work(model: Any) -> None:
+        with pytest.raises(APIError, match="m@9 cannot be served: .*cannot be read"):
+            await model.draw(order(gone))
+
+    with_replica(lora, work)
+
+
+def test_a_replica_starts_though_its_first_version_is_refused(lora: RegisteredModel) -> None:
+    broken = replace(lora, digest="22" * 32)
+    assert with_replica(broken, lambda model: model.draw(order(lora)))
+
+
+def test_watching_ends_with_what_drawing_gives(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> tuple[list[Picture], Picture]:
+        return [each async for each in model.watch(order(lora, previews=2))], await model.draw(order(lora))
+
+    seen, drawn = with_replica(lora, work)
+    assert len(seen) == 3
+    assert np.abs(pixels(seen[-1]) - pixels(drawn)).max() <= 1
+
+
+def test_a_watcher_that_leaves_frees_its_row(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> int:
+        watching = model.watch(order(lora, previews=3, steps=400))
+        await anext(watching)
+        await watching.aclose()
+        await model.draw(order(lora))
+        return int((await model.load()).engines[BASE].calls)
+
+    assert with_replica(lora, work) < 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"width": 60}, "size"), ({"seed": -1}, "seed"), ({"prompt": "\ud800"}, "prompt")],
+)
+def test_what_the_engine_refuses_names_the_requests_field(
+    lora: RegisteredModel, fields: dict[str, Any], param: str
+) -> None:
+    async def work(model: Any) -> None:
+        with pytest.raises(APIError) as refused:
+            await model.draw(order(lora, **fields))
+        assert (refused.value.status, refused.value.param) == (400, param)
+
+    with_replica(lora, work)
+
+
+def test_unfinished_pictures_are_judged_and_the_finished_one_is_an_error(lora: RegisteredModel) -> None:
+    narrow = order(lora, previews=2, height=64, width=72)
+
+    async def work(model: Any) -> None:
+        with pytest.raises(APIError) as refused:
+            [each async for each in model.watch(narrow)]
+        assert (refused.value.status, refused.value.code) == (400, "content_policy_violation")
+
+    with_replica(lora, work, safety_checker="tests.serving.plain_pictures:make_shape_checker")
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"precision": "bf16"}, {"int8_weights": True}, {"cache_features": True}, {"channels_last": True}],
+)
+def test_a_faster_switch_draws_nearly_the_same_picture_with_adapters_too(
+    lora: RegisteredModel, switch: dict[str, Any]
+) -> None:
+    plain = pixels(with_replica(lora, lambda model: model.draw(order(lora))))
+    faster = pixels(with_replica(lora, lambda model: model.draw(order(lora)), **switch))
+    base = pixels(with_replica(lora, lambda model: model.draw(order(None))))
+    assert np.abs(faster - plain).mean() < np.abs(base - plain).mean() / 4
+    if "channels_last" not in switch:
+        assert (faster != plain).any()
+
+
+def test_a_compiled_replica_refuses_lora_versions(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> None:
+        with pytest.raises(APIError, match="m@1 is a LoRA version") as refused:
+            await model.draw(order(lora))
+        assert (refused.value.status, refused.value.code) == (503, "model_refused")
+
+    # The first version is the LoRA one too, so nothing is compiled.
+    with_replica(lora, work, compile=True)
