@@ -11,44 +11,78 @@ and both versions' side by side.
 import argparse
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators, told
-from ray_jobs.evaluator import FEWEST, Scores
+from ray_jobs.evaluate import EvaluatorPool, evaluators, told
+from ray_jobs.measures import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.registry import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
+from ray_jobs.samples import SAMPLES
 from ray_jobs.stage import run_stage
 
 BASE = "base"
 
 
-def compare(config: Config, dataset: Dataset, pool: EvaluatorPool, one: str, other: str) -> PairedDifference:
+@dataclass(frozen=True)
+class Version:
+    """One side of a comparison.
+
+    Attributes:
+        which: as it was asked for.
+        name: for a person.
+        weights: where they are; None: the base model.
+    """
+
+    which: str
+    name: str
+    weights: str | None
+
+
+def look_up(config: Config, which: str) -> Version:
+    """A version by number or alias, or `base`; its weights are checked.
+
+    Raises:
+        ConfigError: it is not in the registry, belongs to another base model, or its weights have changed.
+    """
+    if which == BASE:
+        return Version(which, BASE, None)
+    found = registered(config, which)
+    if found.base != config.model.base:
+        raise ConfigError(
+            f"{which}: version {found.version} belongs to {found.base}, not to model.base ("
+            f"{config.model.base}); compare versions of one base model"
+        )
+    verify_weights(found, found.source)
+    return Version(which, f"version {found.version}", found.source)
+
+
+def compare(
+    config: Config, dataset: Dataset, pool: EvaluatorPool, one: Version, other: Version
+) -> PairedDifference:
     """Run the stage; returns by how much the FID of `one` is above that of `other`.
 
     Raises:
-        ConfigError: a version is not in the registry, or belongs to another base model; or there are too few
-            pictures, or no resamples, to tell an error.
+        ConfigError: there are too few pictures, or no resamples, to tell an error.
     """
-    if config.evaluate.bootstrap < 2:
+    if not config.evaluate.bootstrap:
         raise ConfigError("evaluate.bootstrap: a comparison needs the error of a difference; set it to 100")
-    names = [name if name == BASE else f"version {registered(config, name).version}" for name in (one, other)]
-    weights = [_weights(config, name) for name in (one, other)]
+    names = [one.name, other.name]
     pool.load("validation")
-    folder = Storage.open(config.storage).child(config.name, "comparisons", f"{one}-{other}")
+    folder = Storage.open(config.storage).child(config.name, "comparisons", f"{one.which}-{other.which}")
     folder.delete("")
     sides = [folder.child(side) for side in "AB"]
     scores: list[Scores] = []
-    for name, source, side in zip(names, weights, sides, strict=True):
-        scores.append(pool.score(source, "validation", side))
-        say("compare", f"{name}: {told(scores[-1])}")
+    for version, side in zip((one, other), sides, strict=True):
+        scores.append(pool.score(version.weights, "validation", side))
+        say("compare", f"{version.name}: {told(scores[-1])}")
     if scores[0].fid.num_samples < FEWEST:
         raise ConfigError(f"evaluate.num_samples: a comparison needs {FEWEST} pictures; raise it")
     found = pool.difference(sides[0], sides[1], "validation")
@@ -64,20 +98,6 @@ def compare(config: Config, dataset: Dataset, pool: EvaluatorPool, one: str, oth
     folder.write_bytes("grid.png", _grid(dataset, pool, names, sides))
     say("compare", f"pictures: {folder.uri}/grid.png")
     return found
-
-
-def _weights(config: Config, which: str) -> str | None:
-    """Where a version's weights are; None for the base model."""
-    if which == BASE:
-        return None
-    version = registered(config, which)
-    if version.base != config.model.base:
-        raise ConfigError(
-            f"{which}: version {version.version} belongs to {version.base}, not to model.base ("
-            f"{config.model.base}); compare versions of one base model"
-        )
-    verify_weights(version, version.source)
-    return version.source
 
 
 def _grid(dataset: Dataset, pool: EvaluatorPool, names: list[str], sides: list[Storage]) -> bytes:
@@ -98,11 +118,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    for name in (arguments.one, arguments.other):
-        _weights(config, name)  # a wrong name is told at once
+    # Before the data are looked at: a wrong name is told at once.
+    versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
-        compare(config, dataset, pool, arguments.one, arguments.other)
+        compare(config, dataset, pool, *versions)
 
 
 if __name__ == "__main__":

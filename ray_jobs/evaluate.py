@@ -1,23 +1,30 @@
 """Evaluate: sample pictures from weights and measure them against real ones.
 
     python -m ray_jobs.evaluate --config configs/demo.yaml
+    python -m ray_jobs.evaluate --config configs/demo.yaml --all
 
-Scores the base model and every checkpoint that the run's trainings have left, on the validation split.
+Scores the base model and every checkpoint that the run's trainings have left, on the validation split; with
+`--all` by every measure, not only by those that rank.
 """
 
+import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.storage import Storage, slug
+import numpy as np
+
+from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluator import Evaluator, Features, Kept, Scores, join
+from ray_jobs.evaluator import FEATURES, Evaluator, Kept, join
+from ray_jobs.measures import Features, Measures, Real, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.report import number
+from ray_jobs.samples import SAMPLES, sample_name
 from ray_jobs.stage import run_stage
 from ray_jobs.training.checkpoint import find_rungs
 
@@ -25,13 +32,9 @@ from ray_jobs.training.checkpoint import find_rungs
 # training pictures to compare with.
 CAPTION_USES = 2
 
-SAMPLES = "samples"  # folder of the pictures that are kept of a rung, beside its checkpoint
+RESTARTS = 10  # of an evaluator: one that dies again and again has another cause than a node
+
 REAL_FEATURES = "features"  # folder in the storage: features of real pictures, by digest
-
-
-def sample_name(number: int, caption: str) -> str:
-    """The file of a kept picture."""
-    return f"{number}-{slug(caption)}.png"
 
 
 class EvaluatorPool:
@@ -46,23 +49,35 @@ class EvaluatorPool:
         import ray
 
         self.config, self.dataset = config, dataset
-        remote = ray.remote(num_cpus=1, num_gpus=1 if config.evaluate.use_gpu else 0)(Evaluator)
+        # One whose process or node dies starts again elsewhere and repeats what it was asked.
+        remote = ray.remote(
+            num_cpus=1,
+            num_gpus=1 if config.evaluate.use_gpu else 0,
+            max_restarts=RESTARTS,
+            max_task_retries=-1,
+        )(Evaluator)
         self.actors = [
             remote.remote(config, dataset, config.train.cpus_per_worker)
             for _ in range(config.evaluate.num_actors)
         ]
         self.captions: dict[str, list[str]] = {}
         self._real: dict[str, Any] = {}
+        self._training: Features | None = None
 
     def load(self, split: str) -> None:
-        """Read the captions of a split's pictures and start measuring the pictures, once."""
+        """Read the captions of a split's pictures and start measuring the pictures, once.
+
+        Args:
+            split: or a fold of cross-validation, `fold-2`.
+        """
         import ray
 
         if split in self._real:
             return
-        rows = self.dataset.pictures(split, self.config.evaluate.num_samples)
+        dataset, name = self.dataset.judged_by(split)
+        rows = dataset.pictures(name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
-        self._real[split] = ray.put(self._measure_real([row["image"] for row in rows]))
+        self._real[split] = ray.put(Real.of(self._measure_real([row["image"] for row in rows])))
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
         """From the storage, where they were measured before: they cost as much as a candidate's."""
@@ -77,10 +92,16 @@ class EvaluatorPool:
         file = f"{digest.hexdigest()[:32]}.safetensors"
         if folder.exists(file):
             return dict(load(folder.read_bytes(file)))
-        parts = [actor.real_features.remote(part) for actor, part in self._share(pictures)]
-        found = join(tuple(ray.get(parts)))
+        found = self.features(pictures)
         folder.write_bytes(file, save(found))
         return found
+
+    def features(self, pictures: Sequence[bytes]) -> Features:
+        """Of PNGs, by all networks."""
+        import ray
+
+        parts = [actor.picture_features.remote(part) for actor, part in self._share(pictures)]
+        return join(tuple(ray.get(parts)))
 
     def _share(self, items: Sequence[Any]) -> list[tuple[Any, Sequence[Any]]]:
         """(actor, its items), in order, without empty shares (and no set of features of one picture)."""
@@ -95,19 +116,30 @@ class EvaluatorPool:
     def _num_samples(self, split: str) -> int:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
 
-    def _tasks(self, split: str, count: int | None = None) -> list[tuple[Any, list[str], list[int]]]:
+    def _tasks(
+        self, split: str, numbers: Sequence[int] | None = None
+    ) -> list[tuple[Any, list[str], list[int]]]:
+        """(actor, captions, seeds) of a split's pictures of these numbers; of all that a score takes."""
         captions, seed = self.captions[split], self.config.evaluate.seed
+        wanted = range(self._num_samples(split)) if numbers is None else numbers
         return [
             (actor, [captions[i % len(captions)] for i in part], [seed + i for i in part])
-            for actor, part in self._share(range(self._num_samples(split))[:count])
+            for actor, part in self._share(wanted)
         ]
 
-    def score(self, weights: str | None, split: str, rung: Storage | None = None) -> Scores:
+    def score(
+        self,
+        weights: str | None,
+        split: str,
+        rung: Storage | None = None,
+        guidance_scale: float | None = None,
+    ) -> Scores:
         """Scores of the weights (None: the base model) on a split that was loaded.
 
         Args:
             rung: a folder in which the first `publish.sample_count` of the pictures and the features of all
                 are kept: a checkpoint's.
+            guidance_scale: None: `evaluate.guidance_scale`.
         """
         import ray
 
@@ -116,14 +148,62 @@ class EvaluatorPool:
         for actor, captions, seeds in self._tasks(split):
             kept = Kept(rung.child(SAMPLES), names[: len(captions)]) if rung else None
             names = names[len(captions) :]
-            parts.append(actor.sample_features.remote(weights, captions, seeds, kept))
+            parts.append(actor.sample_features.remote(weights, captions, seeds, kept, guidance_scale))
         return ray.get(self.actors[0].score.remote(self._real[split], rung, *parts))
 
-    def validation_loss(self, weights: str | None) -> float:
-        """The denoising loss of the weights on validation rows, at fixed timesteps and noise."""
+    def measure(self, weights: str | None, split: str, guidance_scale: float | None = None) -> Measures:
+        """All measures of the weights on a split that was loaded, from the pictures that `score` draws.
+
+        Near copies are looked for among the first `evaluate.memorisation_pictures` of the training pictures
+        that prepare keeps, in the order of their digests; the validation split says what is near, or the test
+        split where the weights were trained on validation pictures too (`search.folds`).
+        """
         import ray
 
-        return ray.get(self.actors[-1].validation_loss.remote(weights))
+        held = "test" if self.config.search.folds else "validation"
+        self.load(held)
+        bound = self.config.evaluate.memorisation_pictures
+        training = self.training_features(bound) if bound else None
+        held_out = self._real[held] if self.dataset.manifest["held_out"] else None
+        parts = [
+            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True)
+            for actor, captions, seeds in self._tasks(split)
+        ]
+        given = self._real[split], self.captions[split], training, held_out
+        return ray.get(self.actors[0].measure.remote(*given, *parts))
+
+    def training_features(self, count: int) -> Features:
+        """Of the first training pictures, in the order of `Dataset.pictures`; measured once."""
+        if self._training is None:
+            evaluate = self.config.evaluate
+            most = max(evaluate.memorisation_pictures, evaluate.num_samples)
+            rows = self.dataset.pictures("train", most)
+            self._training = self._measure_real([row["image"] for row in rows])
+        return {network: each[:count] for network, each in self._training.items()}
+
+    def reference(self, checkpoint: Storage) -> Features:
+        """What drift of a served checkpoint is told by: float32, N x D, named `<network>/<kind>`.
+
+        The kinds: `validation` and `training` pictures, these where near copies are looked for, and
+        `published`, those that the checkpoint's score was taken of.
+        """
+        import ray
+        from safetensors.numpy import load
+
+        self.load("validation")
+        kinds: dict[str, Features] = {"validation": ray.get(self._real["validation"]).features}
+        if bound := self.config.evaluate.memorisation_pictures:
+            kinds["training"] = self.training_features(bound)
+        if checkpoint.exists(FEATURES):
+            kinds["published"] = dict(load(checkpoint.read_bytes(FEATURES)))
+        found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
+        return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}
+
+    def validation_loss(self, weights: str | None, split: str = "validation") -> float:
+        """The denoising loss of the weights on rows of a split or fold, at fixed timesteps and noise."""
+        import ray
+
+        return ray.get(self.actors[-1].validation_loss.remote(weights, split))
 
     def difference(self, one: Storage, other: Storage, split: str) -> PairedDifference:
         """By how much the FID of one folder's features is above another's, made from the same noise."""
@@ -140,15 +220,36 @@ class EvaluatorPool:
         """Scores of as many real training pictures as `score` generates, or as many as prepare kept."""
         import ray
 
-        pictures = self.dataset.pictures("train", self._num_samples(split))
-        found = self._measure_real([row["image"] for row in pictures])
+        found = self.training_features(self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, found))
 
-    def pictures(self, weights: str | None, split: str, count: int) -> list[bytes]:
-        """PNGs for the first captions of a split, from the noise that `score` uses."""
+    def pictures(
+        self,
+        weights: str | None,
+        split: str,
+        numbers: int | Sequence[int],
+        guidance_scale: float | None = None,
+    ) -> list[bytes]:
+        """PNGs of a split's pictures, from the noise that `score` uses.
+
+        Args:
+            numbers: which of them; or how many, from the first.
+        """
+        wanted = range(self._num_samples(split))[:numbers] if isinstance(numbers, int) else numbers
+        return self._draw(weights, self._tasks(split, wanted), guidance_scale)
+
+    def prompted(self, weights: str | None, prompt: str, count: int) -> list[bytes]:
+        """PNGs of one prompt; picture i starts from noise seeded with `evaluate.seed` + i."""
+        seed = self.config.evaluate.seed
+        shares = self._share([seed + i for i in range(count)])
+        return self._draw(weights, [(actor, [prompt] * len(part), part) for actor, part in shares], None)
+
+    def _draw(
+        self, weights: str | None, tasks: Iterable[tuple[Any, Any, Any]], guidance_scale: float | None
+    ) -> list[bytes]:
         import ray
 
-        parts = [a.sample_pictures.remote(weights, *work) for a, *work in self._tasks(split, count)]
+        parts = [actor.sample_pictures.remote(weights, *work, guidance_scale) for actor, *work in tasks]
         return [picture for part in ray.get(parts) for picture in part]
 
     def stop(self) -> None:
@@ -168,18 +269,28 @@ def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
         pool.stop()
 
 
-def evaluate(config: Config) -> None:
+def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     """Run the stage."""
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         pool.load("validation")
-        found = pool.score(None, "validation")
-        fid = found.fid
-        say("evaluate", f"base: {told(found)} ({fid.num_samples} pictures, {fid.feature_network})")
-        for trial, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
-            for rung in rungs:
-                found = pool.score(rung.weights, "validation")
-                say("evaluate", f"{trial}  step {rung.metrics['step']}: {told(found)}")
+        for name, weights in _candidates(config):
+            measured = pool.measure(weights, "validation") if arguments.all else None
+            found = measured.scores if measured else pool.score(weights, "validation")
+            of = f" ({found.fid.num_samples} pictures, {found.fid.feature_network})" if not weights else ""
+            say("evaluate", f"{name}: {told(found)}{of}")
+            for record in measured.records() if measured else ():
+                say("evaluate", f"{name}: {told_record(record)}")
+            for sentence in measured.left_out if measured and not weights else ():
+                say("evaluate", sentence)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, str | None]]:
+    """(name, weights) of the base model and of every checkpoint of the run."""
+    yield "base", None
+    for trial, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
+        for rung in rungs:
+            yield f"{trial}  step {rung.metrics['step']}", rung.weights
 
 
 def told(found: Scores) -> str:
@@ -194,5 +305,15 @@ def told(found: Scores) -> str:
     return ", ".join(lines)
 
 
+def told_record(record: dict[str, Any]) -> str:
+    """A measure for a person."""
+    value = number(record["value"], 4, record["standard_error"])
+    return f"{record['metric']} {value} ({record['num_samples']} pictures, {record['feature_network']})"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="every measure, as publish takes them")
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, evaluate)
+    run_stage(__doc__, evaluate, _arguments)

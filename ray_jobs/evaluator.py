@@ -3,26 +3,30 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, EvaluateConfig, resolve_path
+from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.measures import (
+    Features,
+    Measures,
+    Real,
+    Scores,
+    further,
+    load_networks,
+    near_copies,
+    scores_of,
+)
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
-from ray_jobs.metrics.score import Score
 
 if TYPE_CHECKING:
     from ray_jobs.training.validation import ValidationLoss
 
 FEATURES = "features.safetensors"  # of a rung's pictures, beside its checkpoint
 LOSS_ROWS = 32  # of the denoising loss: a twentieth of what sampling as many pictures costs
-FEWEST = 4  # pictures of either set, below which neither a kernel distance nor an error is told
-
-Features = dict[str, np.ndarray]
-"""Of one set of pictures, by the identity of the network: float32, N x D."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +39,6 @@ class Kept:
 
     folder: Storage
     names: list[str]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a set of pictures scores against real ones.
-
-    Attributes:
-        fid: by `evaluate.feature_network`, with its bootstrap error.
-        kid: the kernel distance by the same network; None of too few pictures.
-        second: the Fréchet distance by `evaluate.second_network`; None without one.
-    """
-
-    fid: Score
-    kid: Score | None
-    second: Score | None
-
-    def row(self, prefix: str = "") -> dict[str, float | None]:
-        """The numbers with their errors: `fid`, `fid_error`, `kid`, ... each behind a prefix."""
-        named = {"fid": self.fid, "kid": self.kid, "fid_2": self.second}
-        found: dict[str, float | None] = {}
-        for name, score in named.items():
-            if score:
-                found |= {f"{prefix}{name}": score.value, f"{prefix}{name}_error": score.standard_error}
-        return found
-
-    @property
-    def second_network(self) -> dict[str, str]:
-        return {"feature_network_2": self.second.feature_network} if self.second else {}
 
 
 class Evaluator:
@@ -84,10 +60,11 @@ class Evaluator:
         self.base.to(self.device)
         self.loaded: str | None = None
         self.pipeline = self.base
+        self._losses: dict[str, ValidationLoss] = {}  # by split; each reads its rows once
 
     def identities(self) -> list[str]:
-        """Of the feature networks, the one that decides first."""
-        return [network.identity for network in self.networks]
+        """Of all feature networks, the one that decides first."""
+        return [network.identity for network in self.networks.all]
 
     def _use(self, weights: str | None) -> None:
         """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
@@ -107,7 +84,9 @@ class Evaluator:
             self.pipeline = load_pipeline(str(folder)).to(self.device)
         self.loaded = weights
 
-    def _sample(self, weights: str | None, captions: list[str], seeds: list[int]) -> Iterator[Any]:
+    def _sample(
+        self, weights: str | None, captions: list[str], seeds: list[int], guidance_scale: float | None
+    ) -> Iterator[Any]:
         """Batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
@@ -119,75 +98,114 @@ class Evaluator:
             seeds,
             resolution=self.config.data.resolution,
             num_steps=evaluate.inference_steps,
-            guidance_scale=evaluate.guidance_scale,
+            guidance_scale=evaluate.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=evaluate.batch_size,
         )
 
-    def validation_loss(self, weights: str | None) -> float:
-        """The denoising loss on validation rows, always the same ones with the same noise."""
-        self._use(weights)
-        return self._loss(self.pipeline)
-
-    @cached_property
-    def _loss(self) -> "ValidationLoss":
-        """Reads its rows where it is first asked."""
+    def validation_loss(self, weights: str | None, split: str) -> float:
+        """The denoising loss on rows of a split or fold, always the same ones with the same noise."""
         import torch
 
         from ray_jobs.training.validation import ValidationLoss
 
-        return ValidationLoss(self.config, self.dataset, torch.device(self.device), rows=LOSS_ROWS)
+        if split not in self._losses:
+            dataset, _ = self.dataset.judged_by(split)
+            device = torch.device(self.device)
+            self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
+        self._use(weights)
+        return self._losses[split](self.pipeline)
 
-    def _features(self, batches: Iterator[Any]) -> Features:
-        found: dict[str, list[np.ndarray]] = {network.identity: [] for network in self.networks}
+    def _features(self, batches: Iterator[Any], networks: list[Any]) -> Features:
+        found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
         for batch in batches:
-            for network in self.networks:
+            for network in networks:
                 found[network.identity].append(network.features(batch).numpy())
         return {identity: np.concatenate(parts) for identity, parts in found.items()}
 
     def sample_features(
-        self, weights: str | None, captions: list[str], seeds: list[int], kept: Kept | None = None
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        kept: Kept | None = None,
+        guidance_scale: float | None = None,
+        by_all: bool = False,
     ) -> Features:
-        """Features of one picture a caption, of which the first are kept."""
-        return self._features(_keeping(self._sample(weights, captions, seeds), kept))
+        """Features of one picture a caption, of which the first are kept.
 
-    def sample_pictures(self, weights: str | None, captions: list[str], seeds: list[int]) -> list[bytes]:
+        Args:
+            guidance_scale: None: `evaluate.guidance_scale`.
+            by_all: by CLIP too, not only by the networks that rank.
+        """
+        batches = _keeping(self._sample(weights, captions, seeds, guidance_scale), kept)
+        return self._features(batches, self.networks.all if by_all else self.networks.ranking)
+
+    def sample_pictures(
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        guidance_scale: float | None = None,
+    ) -> list[bytes]:
         """One PNG a caption."""
         from ray_jobs.data.images import encode_png
 
-        batches = self._sample(weights, captions, seeds)
+        batches = self._sample(weights, captions, seeds, guidance_scale)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
-    def real_features(self, pictures: list[bytes]) -> Features:
-        """Features of real pictures (PNG bytes at the training resolution)."""
+    def picture_features(self, pictures: list[bytes]) -> Features:
+        """Features of pictures (PNG bytes at the training resolution) by all networks."""
         import torch
         from PIL import Image
 
         pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
         stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        return self._features(iter(stacked.split(self.config.evaluate.batch_size)))
+        return self._features(iter(stacked.split(self.config.evaluate.batch_size)), self.networks.all)
 
-    def score(self, real: Features, folder: Storage | None, *generated: Features) -> Scores:
+    def score(self, real: Real, folder: Storage | None, *generated: Features) -> Scores:
         """What the parts of a set score, in their order; `folder`: where the features are kept."""
         from safetensors.numpy import save
 
         whole = join(generated)
         if folder:
             folder.write_bytes(FEATURES, save(whole))
-        return scores_of(whole, real, self.identities(), self.config.evaluate.bootstrap)
+        return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
 
-    def difference(self, real: Features, one: Storage, other: Storage) -> PairedDifference:
+    def measure(
+        self,
+        real: Real,
+        captions: list[str],
+        training: Features | None,
+        held_out: Real | None,
+        *generated: Features,
+    ) -> Measures:
+        """All measures of the parts of a set, in their order.
+
+        Args:
+            captions: of the real pictures.
+            training: of training pictures; None: near copies are not looked for.
+            held_out: pictures that were not trained on; None where there are none.
+        """
+        whole = join(generated)
+        found, left_out = further(whole, real, self.networks, captions)
+        copies, first = None, self.networks.first.identity
+        if training is not None:
+            copies = near_copies(whole, training, held_out.features if held_out else None, first)
+        return Measures(
+            scores_of(whole, real, self.networks, self.config.evaluate.bootstrap), found, left_out, copies
+        )
+
+    def difference(self, real: Real, one: Storage, other: Storage) -> PairedDifference:
         """How much worse the set whose features are kept in one folder is than that of another."""
         import torch
         from safetensors.numpy import load
 
-        from ray_jobs.metrics.frechet import Moments
-
-        [network, *_] = self.identities()
+        network = self.networks.first.identity
         first, second = (
             torch.from_numpy(load(folder.read_bytes(FEATURES))[network]) for folder in (one, other)
         )
-        moments = Moments.of(torch.from_numpy(real[network]), network)
-        return paired_difference(first, second, moments, num_resamples=self.config.evaluate.bootstrap)
+        moments, resamples = real.moments[network], self.config.evaluate.bootstrap
+        return paired_difference(first, second, moments, num_resamples=resamples)
 
 
 def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
@@ -202,48 +220,6 @@ def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
         yield batch
 
 
-def load_networks(evaluate: EvaluateConfig, device: str) -> list[Any]:
-    """The network that decides, and the second one where there is one.
-
-    Raises:
-        ValueError: a file is missing, or another one than it should be.
-    """
-    from ray_jobs.metrics.feature_network import Preprocessing
-    from ray_jobs.metrics.inception import load_inception
-    from ray_jobs.metrics.networks import NetworkSpec, load_network
-
-    networks: list[Any] = [load_inception(resolve_path(evaluate.feature_network), device)]
-    if second := evaluate.second_network:
-        prepared = None
-        if second.size and second.mean and second.std:
-            prepared = Preprocessing(second.size, second.interpolation, second.mean, second.std)
-        path = resolve_path(second.path)
-        spec = NetworkSpec(second.kind, path, second.sha256, second.name, prepared, second.revision)
-        networks.append(load_network(spec, device))
-    return networks
-
-
 def join(parts: tuple[Features, ...]) -> Features:
     """One set of its parts, in their order."""
     return {network: np.concatenate([part[network] for part in parts]) for network in parts[0]}
-
-
-def scores_of(generated: Features, real: Features, identities: list[str], resamples: int) -> Scores:
-    """All scores of a set of pictures."""
-    import torch
-
-    from ray_jobs.metrics.frechet import Moments
-    from ray_jobs.metrics.kernel import kernel_distance
-    from ray_jobs.metrics.resampling import frechet_score
-
-    def frechet(network: str) -> Score:
-        features, moments = torch.from_numpy(generated[network]), Moments.of(to_torch(real[network]), network)
-        if not resamples or len(features) < FEWEST:
-            return Score.of(Moments.of(features, network), moments)
-        return frechet_score(features, moments, num_resamples=resamples)
-
-    to_torch = torch.from_numpy
-    first, *others = identities
-    sets = to_torch(generated[first]), to_torch(real[first])
-    kid = kernel_distance(*sets, first) if min(map(len, sets)) >= FEWEST else None
-    return Scores(frechet(first), kid, frechet(others[0]) if others else None)

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from ray_jobs.config import Config
-from ray_jobs.report import headline
+from ray_jobs.config import LEARNING_RATE, Config
+from ray_jobs.report import headline, number
 
 # What it takes to train the model again; the rest says where things lie and how the model is served.
 REPRODUCED = {"name", "seed", "data", "model", "train", "search", "evaluate"}
@@ -40,7 +40,7 @@ def model_card(
     Raises:
         KeyError: if `winner` or `manifest` lacks a key.
     """
-    config = config.with_learning_rate(winner["learning_rate"])
+    config = config.with_settings({LEARNING_RATE: winner["learning_rate"], **winner.get("settings", {})})
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, base_on_hub, pictures), sort_keys=False)}---",
         f"# {_text(config.name)}",
@@ -48,10 +48,11 @@ def model_card(
         *(_pictures(pictures, manifest) if pictures else ()),
         *_use(config, base_on_hub, prompt),
         *_scores(config, winner, manifest),
+        *_measures(winner),
         *_data(config, manifest),
         *_settings(config, winner),
         *_reproduce(config, winner),
-        *_limits(config, manifest),
+        *_limits(config, winner, manifest),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -170,6 +171,20 @@ def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
     ]
 
 
+def _measures(winner: dict[str, Any]) -> list[str]:
+    """Records of base and winner on the test split; nothing where there are none."""
+    found = winner.get("measures", {"base": [], "winner": []})
+    base = {each["metric"]: each for each in found["base"]}
+    rows = []
+    for each in found["winner"]:
+        pair = (number(r["value"], 3, r["standard_error"]) for r in (each, base[each["metric"]]))
+        rows.append((each["metric"], *pair, f"{each['num_samples']:,}", each["feature_network"]))
+    if not rows:
+        return []
+    head = ("measure, on the test split", "this model", "base model", "pictures", "feature network")
+    return ["Further measures, of the same pictures:", _table(head, rows)]
+
+
 def _data(config: Config, manifest: dict[str, Any]) -> list[str]:
     splits = ", ".join(f"{manifest[split]:,} {split}" for split in ("train", "validation", "test"))
     rows = [
@@ -224,12 +239,20 @@ def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
     ]
 
 
-def _limits(config: Config, manifest: dict[str, Any]) -> list[str]:
+def _limits(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    records = winner.get("measures", {"winner": []})["winner"]
+    copies = "".join(
+        f" Of its pictures for the test captions {each['value']:.1%} are nearer to one of"
+        f" {each['num_training']:,} training pictures than {1 - each['expected_share']:.0%} of the pictures"
+        " are that it never saw."
+        for each in records
+        if each["metric"] == "near copies"
+    )
     return [
         "## Limits and licence",
         f"The model has learnt from {manifest['train']:,} pictures: what they lack it draws as the base model"
-        " does, and what is rare among them it may have learnt by heart. It has the base model's biases, and"
-        f" no filter of its own. It was measured at {config.data.resolution} pixels with"
+        f" does, and what is rare among them it may have learnt by heart.{copies} It has the base model's"
+        f" biases, and no filter of its own. It was measured at {config.data.resolution} pixels with"
         f" {config.evaluate.inference_steps} denoising steps and a guidance scale of"
         f" {config.evaluate.guidance_scale:g}, and in no other way.",
         "No licence is claimed here. The licences of the base model and of the training data apply to the"

@@ -8,8 +8,9 @@ A run of the same name goes on where it stopped: finished stages are skipped. `-
 import argparse
 from pathlib import Path
 
+from cluster.lease import LEASES
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.config import Config, ConfigError, add_budget_arguments, resolve_path
 from ray_jobs.data.class_pictures import announce_class_pictures
 from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.evaluate import evaluators
@@ -27,7 +28,8 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     check_inputs(config)
     run = Storage.open(config.storage).child(config.name)
     if arguments.fresh:
-        run.delete("")
+        for name in {*run.folders(), *run.files()} - {LEASES}:
+            run.delete(name)
     run.write_text("config.yaml", config.to_yaml())
     say("pipeline", f"run {config.name}; results in {run.uri}")
     dataset = prepare(config, check=checked(config))
@@ -58,6 +60,7 @@ def check_inputs(config: Config) -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_budget_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="delete the run's former results first")
 
 

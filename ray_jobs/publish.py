@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors.numpy import save
 
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import SAMPLES, EvaluatorPool, evaluators
+from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.final_scores import FinalScores, measure_final, settings_of
+from ray_jobs.folds import splits
+from ray_jobs.metrics.inception import NUM_FEATURES
+from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import Registered, register
-from ray_jobs.registry import weights_digest
+from ray_jobs.registry import REFERENCE, weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
+from ray_jobs.samples import SAMPLES
 from ray_jobs.search_results import SearchResult, read_result, spent
 from ray_jobs.stage import run_stage
 from ray_jobs.test_split import close_test, open_test
@@ -34,6 +40,8 @@ from ray_jobs.training.checkpoint import WEIGHTS
 WINNER = "winner.json"
 REPORT = "report.html"
 CARD = "README.md"
+# What winner.json takes over from the search.
+WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds")
 CARD_PICTURES = 4  # shown in the model's card
 
 
@@ -53,21 +61,29 @@ def publish(
         winner = json.loads(run.read_text(WINNER))
         if winner["search_digest"] == found.digest and run.exists(REPORT):
             say("publish", f"unchanged, skipped: version {winner['registry_version']}")
+            _tell_other_measures(config, winner)
             return dict(winner)
     best = found.winner
     checkpoint = Storage.open(best["checkpoint"])
     weights = checkpoint.child(WEIGHTS).uri
     digest, data = weights_digest(weights), dataset.manifest["digest"]
     test_reads = open_test(run, digest, data, forced)
-    scores = _measure(pool, weights)
+    guidance_scale = best.get("guidance_scale")
+    final = measure_final(config, dataset, pool, weights, guidance_scale)
+    if guidance_scale is not None:
+        evaluate = config.evaluate.model_copy(update={"guidance_scale": guidance_scale})
+        config = config.model_copy(update={"evaluate": evaluate})
     run.upload(Storage.open(weights).local_copy(), "model")
-    winner = {name: best[name] for name in ("trial_id", "learning_rate", "step")}
-    winner |= {"validation_fid": best["fid"], "test_reads": test_reads} | scores
+    winner = {name: best[name] for name in WINNING if name in best}
+    winner |= {"validation_fid": best["fid"], "validation_fid_error": best.get("fid_error")}
+    winner["test_reads"] = test_reads
+    winner |= final.numbers
     _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"))
+    run.child("model").write_bytes(REFERENCE, save(pool.reference(checkpoint)))
     registered = _register(config, winner, data, run.child("model").uri)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner["search_digest"] = found.digest
-    _write_report(config, dataset, pool, found, winner, run)
+    _write_report(config, dataset, pool, found, winner, final, run)
     run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
     close_test(run, digest, data)
     share = closed_share(winner)
@@ -78,6 +94,15 @@ def publish(
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")
     return winner
+
+
+def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:
+    """Say which settings a published result was not measured with."""
+    settings = settings_of(config.evaluate)
+    changed = [name for name in settings if winner.get("measure_settings", {}).get(name) != settings[name]]
+    if changed:
+        fields = ", ".join(f"evaluate.{name}" for name in changed)
+        say("publish", f"{fields} changed since it was measured; --force measures again")
 
 
 def _register(config: Config, winner: dict[str, Any], data: str, source: str) -> Registered:
@@ -95,31 +120,22 @@ def _register(config: Config, winner: dict[str, Any], data: str, source: str) ->
         params={
             "learning_rate": f"{winner['learning_rate']:g}",
             "step": str(winner["step"]),
+            **{name: str(value) for name, value in winner.get("settings", {}).items()},
+            "guidance_scale": f"{config.evaluate.guidance_scale:g}",
             "method": config.train.method,
             "base": config.model.base,
             "dataset": data,
         },
-        metrics={name: value for name, value in winner.items() if name.endswith("_fid")},
+        metrics=_metrics(winner),
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
     )
 
 
-def _measure(pool: EvaluatorPool, weights: str) -> dict[str, Any]:
-    """Base and winner; the test split is looked at here and nowhere else."""
-    pool.load("validation")
-    pool.load("test")
-    test, base, floor = pool.score(weights, "test"), pool.score(None, "test"), pool.floor("test")
-    if floor.fid.num_samples < test.fid.num_samples:
-        real = floor.fid.num_samples
-        say("publish", f"the floor comes out high: it has {real} real training pictures only")
-    validation = pool.score(None, "validation").fid
-    scores: dict[str, Any] = test.row("test_") | base.row("base_test_") | test.second_network
-    scores |= {
-        "base_validation_fid": validation.value,
-        "validation_num_samples": validation.num_samples,
-        "test_floor_fid": floor.fid.value,
-    }
-    return scores | {"feature_network": test.fid.feature_network, "num_samples": test.fid.num_samples}
+def _metrics(winner: dict[str, Any]) -> dict[str, float]:
+    """What MLflow shows of a winner: its FIDs, and every other measure on the test split."""
+    fids = {name: value for name, value in winner.items() if name.endswith("_fid")}
+    others = {slug(each["metric"]): each["value"] for each in winner["measures"]["winner"]}
+    return fids | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}
 
 
 def _write_card(
@@ -131,8 +147,9 @@ def _write_card(
     model: Storage,
 ) -> None:
     """The model's card and its pictures, beside the weights."""
-    names = pool.sample_names("validation")[:CARD_PICTURES]
-    shown = [(caption, name) for caption, name in zip(pool.captions["validation"], names, strict=False)]
+    split = shown_split(config)
+    names = pool.sample_names(split)[:CARD_PICTURES]
+    shown = [(caption, name) for caption, name in zip(pool.captions[split], names, strict=False)]
     shown = [(caption, name) for caption, name in shown if samples.exists(name)]
     for _, name in shown:
         model.write_bytes(f"images/{name}", samples.read_bytes(name))
@@ -141,17 +158,23 @@ def _write_card(
         base_on_hub=not Path(resolve_path(config.model.base)).is_dir(),
         winner=winner,
         manifest=dataset.manifest,
-        prompt=pool.captions["validation"][0],
+        prompt=pool.captions[split][0],
         pictures=[(caption, f"images/{name}") for caption, name in shown],
     )
     model.write_text(CARD, card)
+
+
+def shown_split(config: Config) -> str:
+    """Whose captions are shown: no picture of theirs may have been trained on."""
+    return "test" if config.search.folds else "validation"
 
 
 def _strip(
     pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
 ) -> Strip | None:
     """The pictures that are kept of the winning trial's rungs."""
-    names = pool.sample_names("validation")
+    split = splits(pool.config)[0]
+    names = pool.sample_names(split)
     columns: list[tuple[str, list[Image.Image]]] = []
     for row in sorted(found.rows, key=lambda row: int(row["step"])):
         if row["trial_id"] != winner["trial_id"]:
@@ -165,7 +188,9 @@ def _strip(
         columns.append((f"{row['step']:,}", pictures))
     if not columns:
         return None
-    captions = pool.captions["validation"][: len(names)]
+    if split != shown_split(pool.config):
+        base = [Image.open(io.BytesIO(each)) for each in pool.pictures(None, split, len(names))]
+    captions = pool.captions[split][: len(names)]
     return Strip(captions, [("base", base), *columns], f"{winner['step']:,}")
 
 
@@ -175,17 +200,19 @@ def _write_report(
     pool: EvaluatorPool,
     found: SearchResult,
     winner: dict[str, Any],
+    final: FinalScores,
     run: Storage,
 ) -> None:
     """The samples as files, and the page around them."""
     count = min(config.publish.sample_count, config.evaluate.num_samples)
-    real = dataset.pictures("validation", count)
+    split = shown_split(config)
+    real = dataset.pictures(split, count)
     count = len(real)
     weights = run.child("model").uri
     columns = {
         "real": [row["image"] for row in real],
-        "base": pool.pictures(None, "validation", count),
-        "winner": pool.pictures(weights, "validation", count),
+        "base": pool.pictures(None, split, count),
+        "winner": pool.pictures(weights, split, count, config.evaluate.guidance_scale),
     }
     captions = [row["text"] for row in real]
     run.delete("samples")
@@ -209,7 +236,10 @@ def _write_report(
         rows=rows,
         run_name=config.name,
         strip=_strip(pool, found, winner, opened["base"]),
-        spent=spent(config, found.rows),
+        memorisation=final.memorisation,
+        subjects=final.subjects,
+        enough_samples=enough_samples(NUM_FEATURES),
+        spent=spent(config, found.measured),
     )
     run.write_text(REPORT, page)
 

@@ -7,7 +7,7 @@ to and the digest of its weights. Nothing is pickled. `ray_jobs/versions.py` mak
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,9 @@ from ray_jobs.config import Config, ConfigError
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
+# Beside a version's weights: features that drift is told by. Not *.safetensors, although it is one: the
+# digest of the weights is of those files.
+REFERENCE = "reference.features"
 ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
 
 
@@ -33,6 +36,14 @@ class RegisteredModel:
     base_revision: str | None
     method: str  # lora | full
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RegistryEntry:
+    """A registered model: its versions by number, and the numbers that its aliases point to."""
+
+    versions: Mapping[int, RegisteredModel]
+    aliases: Mapping[str, int]
 
 
 def tracking_uri(config: Config) -> str:
@@ -200,13 +211,54 @@ def registered(config: Config, which: str) -> RegisteredModel:
         if "digest" not in found.tags:
             raise not_ours(config, int(found.version))
         metrics = client.get_run(found.run_id).data.metrics
+    return _of(found, dict(metrics))
+
+
+def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
+    """What the registry holds of some models; `*` stands for all. Versions of other programs are left out,
+    and so are the metrics, which would take a question a version.
+
+    Raises:
+        ConfigError: there is no registry, or it cannot be reached.
+    """
+    with store_errors(config):
+        client = open_existing(config)
+        models = _pages(client.search_registered_models)
+        found: dict[str, dict[int, RegisteredModel]] = {
+            each.name: {} for each in models if each.name in names or "*" in names
+        }
+        # One model is asked for by its name; of several, one question for all is cheaper than one each.
+        only = f"name = '{next(iter(found))}'" if len(found) == 1 else None
+        for each in _pages(client.search_model_versions, filter_string=only) if found else []:
+            if each.name in found and "digest" in each.tags:
+                found[each.name][int(each.version)] = _of(each, {})
+    aliases = {each.name: each.aliases for each in models}
+    return {
+        name: RegistryEntry(versions, {alias: int(to) for alias, to in aliases[name].items()})
+        for name, versions in found.items()
+    }
+
+
+def _pages(search: Any, **options: Any) -> list[Any]:
+    """All that one of MLflow's paged searches finds."""
+    found, token = [], None
+    while True:
+        page = search(page_token=token, **options)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _of(found: Any, metrics: dict[str, float]) -> RegisteredModel:
+    """MLflow's version, as this program knows it."""
     return RegisteredModel(
-        name=name,
+        name=found.name,
         version=int(found.version),
         source=found.source,
         digest=found.tags["digest"],
         base=found.tags["base"],
         base_revision=found.tags["base_revision"] or None,
         method=found.tags["method"],
-        metrics=dict(metrics),
+        metrics=metrics,
     )

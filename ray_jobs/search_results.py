@@ -10,20 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
+from ray_jobs.folds import averaged
 from ray_jobs.metrics.ranking import Candidate, winner
 from ray_jobs.report import Spent, TrialCost, number
+from ray_jobs.space import training_of
 from ray_jobs.train import depends_on
 
 RESULTS = "results.jsonl"
 FINISHED = "finished.json"
-STOPPING = ("patience", "max_steps", "max_hours", "max_cost")  # settings that only end a search earlier
+# With other values of these a search goes on with what it has.
+EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
 SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2")
 FIELDS = (
     "trial_id",
     "learning_rate",
+    "settings",
+    "fold",
+    "training",
+    "parent",
+    "begins_at",
     "step",
     *SCORES,
     "train_loss",
@@ -39,11 +47,14 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        rows: the measured rungs.
-        winner: one of them.
+        measured: the measured rungs, as results.jsonl holds them.
+        rows: the candidates: the same, or with `search.folds` means over the folds.
+        winner: one of them, with `guidance_scale` where several were tried; with `search.folds` its
+            checkpoint is that of the last training.
     """
 
     digest: str
+    measured: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     winner: dict[str, Any]
 
@@ -51,17 +62,18 @@ class SearchResult:
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Identifies what the results depend on: data, model, training, search and evaluation."""
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    for field in (*STOPPING, "device_hour_price", "max_concurrent_trials"):
+    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials"):
         del settings["search"][field]
+    for field in EvaluateConfig.AFTER_SEARCH:
+        del settings["evaluate"][field]
     content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
-    """What finished.json holds. With a larger budget or more patience a search goes on."""
-    stopping = config.search.model_dump(mode="json", include=set(STOPPING))
-    chosen = [best["trial_id"], best["step"]]
-    return json.dumps({"digest": search_digest(config, dataset), "stopping": stopping, "winner": chosen})
+    """What finished.json holds. With a larger budget, more trials or more patience a search goes on."""
+    extent = config.search.model_dump(mode="json", include=set(EXTENDING))
+    return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best})
 
 
 def read_rows(storage: Storage) -> list[dict[str, Any]]:
@@ -74,39 +86,48 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     storage = Storage.open(config.storage).child(config.name, "search")
     if not storage.exists(FINISHED):
         return None
-    told, rows = storage.read_text(FINISHED), read_rows(storage)
-    [best] = [row for row in rows if [row["trial_id"], row["step"]] == json.loads(told)["winner"]]
-    return result(config, dataset, rows, best) if told == finished(config, dataset, best) else None
+    told = storage.read_text(FINISHED)
+    best = json.loads(told)["winner"]
+    return (
+        result(config, dataset, read_rows(storage), best) if told == finished(config, dataset, best) else None
+    )
 
 
 def result(
-    config: Config, dataset: Dataset, rows: list[dict[str, Any]], best: dict[str, Any]
+    config: Config, dataset: Dataset, measured: list[dict[str, Any]], best: dict[str, Any]
 ) -> SearchResult:
     """With the digest of all that it depends on, also where it stopped and what won."""
     content = finished(config, dataset, best)
-    return SearchResult(hashlib.sha256(content.encode()).hexdigest(), rows, best)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return SearchResult(digest, measured, candidates(config, measured), best)
+
+
+def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the winner is chosen from."""
+    return averaged(measured, config.search.folds) if config.search.folds else measured
 
 
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
     """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`).
 
     Rows that were compared with the one of the lowest FID get `behind` and `behind_error`: by how much theirs
-    is higher, and the error of that.
+    is higher, and the error of that. `features` of a row: where the features of its pictures are kept, if not
+    with its checkpoint.
     """
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
-    candidates = []
+    compared = []
     for row in rows:
         for stale in ("behind", "behind_error"):  # of an earlier start, which another rung was the best of
             row.pop(stale, None)
         behind, error = row["fid"] - best["fid"], 0.0
         # Of more steps it could not win a tie; and without errors only equal scores are one.
         if row["step"] < best["step"] and row.get("fid_error") is not None:
-            rung, lowest = (Storage.open(each["checkpoint"]) for each in (row, best))
+            rung, lowest = (Storage.open(each.get("features", each["checkpoint"])) for each in (row, best))
             found = pool.difference(rung, lowest, "validation")
             behind, error = found.value, found.standard_error
             row |= {"behind": behind, "behind_error": error}
-        candidates.append(Candidate(behind, error, row["step"]))
-    return rows[winner(candidates)]
+        compared.append(Candidate(behind, error, row["step"]))
+    return rows[winner(compared)]
 
 
 def with_error(row: dict[str, Any]) -> str:
@@ -115,16 +136,22 @@ def with_error(row: dict[str, Any]) -> str:
 
 
 def spent(config: Config, rows: list[dict[str, Any]]) -> Spent:
-    """What every trial took up to its last rung, since it was last started."""
-    last = {row["trial_id"]: row for row in sorted(rows, key=lambda row: int(row["step"]))}
+    """What every training took up to its last rung.
+
+    Args:
+        rows: a line a rung of a training, as results.jsonl holds them.
+    """
+    last = {training_of(row): row for row in sorted(rows, key=lambda row: int(row["step"]))}
+    # A member that took over another's state saved nothing.
+    replaced = config.search.scheduler == "population"
     costs = [
         TrialCost(
             trial_id=name,
             learning_rate=row["learning_rate"],
-            steps=row["step"],
+            steps=row["step"] - row.get("begins_at", 0),
             seconds=row["seconds"],
             device_hours=row["seconds"] / 3600 * config.train.min_workers,
-            saved_steps=config.search.ladder[-1] - row["step"],
+            saved_steps=0 if replaced else config.search.ladder[-1] - row["step"],
         )
         for name, row in last.items()
     ]
@@ -135,6 +162,6 @@ def bill(config: Config, rows: list[dict[str, Any]]) -> str:
     """What was spent, and what of the whole grid was not, for a person."""
     found = spent(config, rows)
     steps, hours = (sum(getattr(trial, name) for trial in found.trials) for name in ("steps", "device_hours"))
-    whole = len(config.search.learning_rates) * config.search.ladder[-1]
+    whole = config.search.most_steps
     cost = f", at {found.price:g} an hour {hours * found.price:.2f}" if found.price else ""
     return f"spent {steps:,} of {whole:,} steps, {hours:.2f} hours of workers{cost}"

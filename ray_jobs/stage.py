@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.connect import connect
+from cluster.lease import held
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import quiet_logs, show
 
@@ -20,7 +21,8 @@ def run_stage(
 
     `stage` is called with the configuration, and with the parsed arguments where it adds its own.
 
-    Exit code 2 and one line for what the user must mend; 1, one line and the log's name for a failure.
+    Only one driver at a time works on a run. Exit code 2 and one line for what the user must mend; 1, one
+    line and the log's name for a failure; 130 for an interrupt.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,10 +38,13 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config):
+        with connect(config), held(config):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        show("stopped")
+        sys.exit(130)
     except Exception as error:
         traceback.print_exc()
         last = " ".join(str(error).strip().splitlines()[-1:])

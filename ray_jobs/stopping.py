@@ -6,6 +6,7 @@ from typing import Any
 from ray.tune import Stopper
 
 from ray_jobs.config import Config
+from ray_jobs.space import training_of
 
 
 def stoppers(config: Config, recorded: list[dict[str, Any]]) -> list[Stopper]:
@@ -51,15 +52,15 @@ class Budget(Stopper):
 
     def __init__(self, config: Config, recorded: list[dict[str, Any]]) -> None:
         self.search, self.workers = config.search, config.train.min_workers
-        self.steps: dict[float, int] = {}
-        self.seconds: dict[tuple[float, str], float] = {}
+        self.steps: dict[str, int] = {}
+        self.seconds: dict[tuple[str, str], float] = {}
         for row in recorded:
             self._add(row, "before", row["seconds"])
 
     def _add(self, row: dict[str, Any], start: str, seconds: float) -> None:
-        rate = row["learning_rate"]
-        self.steps[rate] = max(self.steps.get(rate, 0), row["step"])
-        self.seconds[rate, start] = max(self.seconds.get((rate, start), 0.0), seconds)
+        name, steps = training_of(row), row["step"] - row.get("begins_at", 0)
+        self.steps[name] = max(self.steps.get(name, 0), steps)
+        self.seconds[name, start] = max(self.seconds.get((name, start), 0.0), seconds)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if "fid" in result:

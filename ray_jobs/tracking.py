@@ -14,18 +14,22 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, Section
 from ray_jobs.progress import say
 from ray_jobs.registry import check_store, experiment_id, open_client, store_errors, tracking_uri
+from ray_jobs.samples import SAMPLES, sheet
+from ray_jobs.space import training_of
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.loop import DIVERGED
 
 LOOK_EVERY = 10.0  # seconds
 PATIENCE = 60.0  # seconds that the end of a stage waits for a slow store
+ARTIFACTS = "mlartifacts"  # folder in the storage, of the pictures beside a SQLite store
 LARGEST_BATCH = 1000  # metrics that MLflow takes at once
 STEP_METRICS = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
 CHECKPOINT_METRICS = {
@@ -55,25 +59,35 @@ def opened_store(config: Config) -> Iterator[None]:
 
 def _open(config: Config) -> None:
     with store_errors(config):
-        experiment_id(open_client(config), config.name)
+        _experiment(open_client(config), config)
+
+
+def _experiment(client: Any, config: Config) -> str:
+    """The run's experiment. Beside a SQLite file the pictures lie in the storage too: MLflow's own choice is
+    the current folder, which of a job is gone after it."""
+    if tracking_uri(config).startswith("sqlite:") and not client.get_experiment_by_name(config.name):
+        place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
+        return str(client.create_experiment(config.name, artifact_location=place))
+    return experiment_id(client, config.name)
 
 
 @contextmanager
 def tracked(
     config: Config, trials: dict[str, Config], digest: str, rungs: Callable[[], Rows]
-) -> Iterator[None]:
+) -> Iterator["Mirror"]:
     """Mirror trainings to MLflow while the block lasts. Whatever the store does, the block goes on.
 
     Args:
-        trials: the configuration of each, by its name.
+        trials: the configuration of each, by its name; more can be added to the mirror.
         digest: of the prepared data.
-        rungs: the measured ones so far, as dicts of at least `trial_id`, `step`, `fid`.
+        rungs: the measured ones so far, as dicts of at least `trial_id`, `step`, `fid`; where they have a
+            `checkpoint`, its samples are shown.
     """
     mirror, done = Mirror(config, trials, digest, rungs), threading.Event()
     thread = threading.Thread(target=_watch, args=(mirror, done), daemon=True)
     thread.start()
     try:
-        yield
+        yield mirror
         mirror.status = "FINISHED"
     finally:
         done.set()
@@ -84,29 +98,44 @@ def tracked(
 
 def _watch(mirror: "Mirror", done: threading.Event) -> None:
     """Look until all is done, and once more. Trainings of hours must not end because of a store: an error is
-    said, at its first time and at the end, and the next look tries again."""
-    said, last = False, False
+    said, at its first time and at the end, and the next look tries again. A store may take numbers and refuse
+    pictures, so each is tried by itself."""
+    said, last = set[str](), False
+
+    def log() -> None:
+        mirror.look()
+        if last:
+            mirror.end()
+
     while not last:
         last = done.wait(LOOK_EVERY)
-        try:
-            mirror.look()
-            if last:
-                mirror.end()
-        except Exception as error:
-            if last or not said:
-                reason = " ".join(str(error).split())[:300]
-                then = f"the checkpoints have them, in {SERIES}" if last else "training goes on, trying again"
-                say("tracking", f"MLflow lacks the latest steps ({reason}); {then}")
-            said = True
+        for what, file, task in (("steps", SERIES, log), ("pictures", SAMPLES, mirror.show_samples)):
+            try:
+                task()
+            except Exception as error:
+                if last or what not in said:
+                    reason = " ".join(str(error).split())[:300]
+                    then = (
+                        f"the checkpoints have them, in {file}" if last else "training goes on, trying again"
+                    )
+                    say("tracking", f"MLflow lacks the latest {what} ({reason}); {then}")
+                said.add(what)
 
 
 @dataclass
 class MlflowRun:
-    """What MLflow has of a trial."""
+    """What MLflow has of a trial.
+
+    Attributes:
+        step: the last one logged.
+        rungs: steps whose FID is logged.
+        shown: steps whose pictures were logged since this program started; the former are logged again.
+    """
 
     id: str
-    step: int  # the last one logged
-    rungs: set[int]  # steps whose FID is logged
+    step: int
+    rungs: set[int]
+    shown: set[int] = field(default_factory=set)
 
 
 class Mirror:
@@ -119,13 +148,21 @@ class Mirror:
     def __init__(
         self, config: Config, trials: dict[str, Config], digest: str, rungs: Callable[[], Rows]
     ) -> None:
-        self.config, self.trials, self.digest, self.rungs = config, trials, digest, rungs
+        self.config, self.digest, self.rungs = config, digest, rungs
         self.trainings = Storage.open(config.storage).child(config.name, "train")
-        steps = {trial: steps_of(self.trainings.child(trial)) for trial in trials}
-        self.began_after = {trial: max(found, default=0) for trial, found in steps.items()}
+        self.trials: dict[str, Config] = {}
+        self.began_after: dict[str, int] = {}
+        for trial, settings in trials.items():
+            self.add(trial, settings)
         self.runs: dict[str, MlflowRun] = {}
         self.status = "FAILED"
         self.client: Any = None
+
+    def add(self, trial: str, config: Config) -> None:
+        """Mirror this training too; to be called before it starts or goes on."""
+        if trial not in self.trials:
+            self.began_after[trial] = max(steps_of(self.trainings.child(trial)), default=0)
+            self.trials[trial] = config
 
     def look(self) -> None:
         """Log what has come since the last look.
@@ -134,10 +171,24 @@ class Mirror:
             MlflowException: the store refuses or cannot be reached.
         """
         self.client = self.client or open_client(self.config)
-        for trial in self.trials:
+        for trial in list(self.trials):  # another thread adds to it
             self._log_steps(trial)
         for row in self.rungs():
             self._log_rung(row)
+
+    def show_samples(self) -> None:
+        """Log a sheet of the pictures of each measured rung that is logged, one PNG.
+
+        Raises:
+            MlflowException: the store refuses or cannot be reached.
+        """
+        for row in self.rungs():
+            run, step = self.runs.get(training_of(row)), int(row["step"])
+            if run is None or step in run.shown or "checkpoint" not in row:
+                continue
+            if pictures := sheet(Storage.open(row["checkpoint"])):
+                self.client.log_image(run.id, pictures, artifact_file=f"samples/{folder_of(step)}.png")
+            run.shown.add(step)
 
     def end(self) -> None:
         """Say of each MLflow run how it ended."""
@@ -186,7 +237,7 @@ class Mirror:
     def _log_rung(self, row: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        run, step, fid = self.runs.get(row["trial_id"]), int(row["step"]), row["fid"]
+        run, step, fid = self.runs.get(training_of(row)), int(row["step"]), row["fid"]
         if run is None or step in run.rungs or fid is None or not math.isfinite(fid):
             return
         self.client.log_batch(run.id, metrics=[Metric(RUNG_METRIC, fid, int(1000 * time.time()), step)])
@@ -195,7 +246,7 @@ class Mirror:
     def _run(self, trial: str, started: int) -> MlflowRun:
         """The MLflow run of a trial: the one it had before it was interrupted, or a new one."""
         if trial not in self.runs:
-            experiment = experiment_id(self.client, self.config.name)
+            experiment = _experiment(self.client, self.config)
             place = hashlib.sha256(self.trainings.uri.encode()).hexdigest()[:16]
             tags = {TRAININGS_TAG: place, TRIAL_TAG: trial}
             run = self._former(experiment, trial, tags) or self._new(experiment, trial, tags, started)

@@ -7,36 +7,21 @@ Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
+from ray_jobs.space import trial_id
 from ray_jobs.stage import run_stage
 from ray_jobs.tracking import opened_store, tracked
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 from ray_jobs.training.setup import check_settings
 
 DEPENDS_ON = "depends_on.json"
-# What changes how fast a training runs and where, but not what comes out, up to rounding.
-FREE_SETTINGS = {
-    "num_workers",
-    "micro_batch_size",
-    "use_gpu",
-    "cpus_per_worker",
-    "zero_stage",
-    "offload_optimizer",
-    "offload_parameters",
-    "gradient_checkpointing",
-    "channels_last",
-    "compile",
-    "checkpoint_minutes",
-    "max_failures",
-}
-ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
 
 
 def checked(config: Config) -> Callable[[], None]:
@@ -73,23 +58,37 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def trial_id(learning_rate: float) -> str:
-    """A trial's name, the same in every attempt: it is what a resumed run finds its state by."""
-    return f"lr-{learning_rate:g}"
+def training_name(config: Config) -> str:
+    """What a single training is called: as the trial of a search over learning rates."""
+    return trial_id({LEARNING_RATE: config.train.learning_rate})
 
 
-def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], board: Any = None) -> Any:
-    """A Ray Train trainer for `config.train`, resuming from its own last checkpoint."""
+def build_trainer(
+    config: Config,
+    dataset: Dataset,
+    *,
+    name: str,
+    ladder: list[int] | None = None,
+    start: str | None = None,
+    callbacks: Sequence[Any] = (),
+    board: Any = None,
+) -> Any:
+    """A Ray Train trainer for `config.train`, resuming from its own last checkpoint.
+
+    Args:
+        name: of its folder below `<storage>/<run>/train/`.
+        ladder: the beginning of the configuration's; None: all of it.
+        start: checkpoint to begin from, which another training has left.
+    """
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    train, ladder = config.train, config.search.ladder
-    name = trial_id(train.learning_rate)
-    settings = LoopSettings(config, dataset, name, ladder, board)
+    train = config.train
+    settings = LoopSettings(config, dataset, name, ladder or config.search.ladder, board, start)
     storage = Storage.open(config.storage).child(config.name, "train")
     settings.trial.delete(DIVERGED)
-    require_same(settings.trial, depends_on(config, dataset))
+    require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
@@ -104,7 +103,7 @@ def build_trainer(config: Config, dataset: Dataset, *, callbacks: list[Any], boa
             name=name,
             storage_path=storage.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=callbacks,
+            callbacks=list(callbacks),
         ),
     )
 
@@ -140,14 +139,14 @@ def train(config: Config) -> Any:
         dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
-    name, digest = trial_id(config.train.learning_rate), dataset.manifest["digest"]
+    name, digest = training_name(config), dataset.manifest["digest"]
     say(
         "train",
         f"{name}: {workers} workers, "
         f"ZeRO stage {config.train.zero_stage}, {config.train.method}, rungs {config.search.ladder}",
     )
     with watched_board() as board, tracked(config, {name: config}, digest, lambda: []):
-        result = build_trainer(config, dataset, callbacks=[], board=board).fit()
+        result = build_trainer(config, dataset, name=name, board=board).fit()
     trainings = Storage.open(config.storage).child(config.name, "train")
     check_diverged(trainings.child(name))
     metrics = result.metrics or {}

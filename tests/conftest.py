@@ -53,6 +53,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIPModel of pictures of 28 x 28 pixels."""
+    from tests.tiny_models import clip_model
+
+    return clip_model(tmp_path_factory.mktemp("clip"), side=28)
+
+
+@pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 drawn pictures with their captions in metadata.jsonl, and one file that is no picture."""
     folder = tmp_path_factory.mktemp("pictures")

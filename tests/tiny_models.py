@@ -142,6 +142,29 @@ def clip(tokenizer: Any, width: int, projection: int | None = None) -> Any:
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
+def clip_model(folder: Path, side: int) -> Path:
+    """A whole CLIPModel, of pictures and captions, with its processor; `side`: pixels of what it looks at."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **tower,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**tower, "image_size": side, "patch_size": 14}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    square = {"height": side, "width": side}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
 def t5_tokenizer() -> Any:
     """A T5TokenizerFast that knows the words of the captions, and letters for what else there is."""
     from transformers import T5TokenizerFast

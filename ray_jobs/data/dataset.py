@@ -15,6 +15,7 @@ from ray_jobs.data.scan import FILES_AT_ONCE
 
 MANIFEST = "manifest.json"
 PARTS = "parts.json"
+NO_FOLD = -1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Dataset:
         both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
         return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
 
+    def judged_by(self, split: str) -> "tuple[Dataset, str]":
+        """The set and the split of it that `split` names, which may be `fold-2`: see `leave_out`."""
+        name, dash, fold = split.partition("-")
+        return (self.leave_out(int(fold)), "validation") if dash else (self, name)
+
     def leave_out(self, fold: int) -> "Dataset":
         """The set for one round of cross-validation: `fold` of train and validation is what is judged on, the
         others are trained on.
@@ -61,6 +67,10 @@ class Dataset:
         if fold not in range(len(self.manifest["folds"])):
             raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest['folds'])}")
         return replace(self, without_fold=fold)
+
+    def together(self) -> "Dataset":
+        """The set for a last training after cross-validation: all of train and validation is trained on."""
+        return replace(self, without_fold=NO_FOLD)
 
     def num_rows(self, split: str) -> int:
         """Rows of a split; an augmented picture has one a variant."""

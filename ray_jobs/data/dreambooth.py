@@ -19,10 +19,12 @@ class Subject(Folder):
     """Pictures of one thing, for DreamBooth.
 
     Attributes:
+        instance_prompt: the caption of them all.
         class_prompt: what kind of thing it is; None if that is not told.
         num_class_pictures: of its kind, that lie in the folder.
     """
 
+    instance_prompt: str
     class_prompt: str | None
     num_class_pictures: int
 
@@ -51,6 +53,7 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
         raise ConfigError(f"{listing.name}: has no picture of the subject, outside of subfolders; add some")
     return Subject(
         **vars(folder_of_rows(listing, rows, "pictures")),
+        instance_prompt=prompts["instance_prompt"],
         class_prompt=prompts.get("class_prompt"),
         num_class_pictures=num_class,
     )

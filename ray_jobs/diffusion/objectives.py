@@ -246,11 +246,29 @@ def sample_posterior(
 
     Args:
         mean, logvar: float32, N x C x H x W.
-        autoencoder_config: with `scaling_factor` and perhaps `shift_factor`.
+        autoencoder_config: as for `latent_scale`.
         noise: float32, N x C x H x W, standard normal.
     """
     drawn = mean + (0.5 * logvar).exp() * noise
-    return (drawn - (autoencoder_config.get("shift_factor") or 0.0)) * autoencoder_config["scaling_factor"]
+    shift, scale = latent_scale(autoencoder_config)
+    return (drawn - shift.to(drawn)) * scale.to(drawn)
+
+
+def latent_scale(autoencoder_config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Shift and scale of an autoencoder's latents: the denoiser's are (latents - shift) * scale.
+
+    Args:
+        autoencoder_config: with `scaling_factor` and perhaps either `shift_factor` or both `latents_mean` and
+            `latents_std`, a number a channel (some Stable Diffusion XL models).
+
+    Returns:
+        float32, 1 x C x 1 x 1, or 1 x 1 x 1 x 1 where all channels have the same.
+    """
+    mean, std = autoencoder_config.get("latents_mean"), autoencoder_config.get("latents_std")
+    if mean is None or std is None:  # diffusers takes both or neither
+        mean, std = [autoencoder_config.get("shift_factor") or 0.0], [1.0]
+    shift, spread = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
+    return shift, autoencoder_config["scaling_factor"] / spread
 
 
 def density(position: Tensor, settings: LossSettings, default: str) -> Tensor:

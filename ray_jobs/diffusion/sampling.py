@@ -12,6 +12,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, Family, family_of
 from ray_jobs.diffusion.loading import encode_prompts
+from ray_jobs.diffusion.objectives import latent_scale, sample_posterior
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -27,6 +28,16 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
     """
     rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def null_captions(pipeline: Any) -> Captions:
+    """What the denoiser takes without a prompt, 1 x ...: the empty prompt's embeddings, or zeros where the
+    model asks for them (`force_zeros_for_empty_prompt`, Stable Diffusion XL), as in diffusers' pipelines."""
+    empty = encode_prompts(pipeline, [""])
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
+        return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+    return empty
 
 
 def whole_pictures(family: Family, count: int, height: int, width: int) -> torch.Tensor | None:
@@ -57,7 +68,8 @@ def sample_latents(
         scheduler: any diffusers scheduler; a copy is stepped, the argument stays as it is.
         noise: float, N x C x h x w, standard normal.
         captions: from `Family.embed`, N.
-        null_captions: the same of the empty prompt, 1; not used where the denoiser is told its guidance.
+        null_captions: from `null_captions`, 1; not used where the denoiser is told its guidance, or all
+            guidance is 1, which is none.
         num_steps: denoising steps.
         guidance_scale: one, or a float tensor of N, one a picture.
         sizes: int, N x 6, for families with `sizes`.
@@ -70,21 +82,23 @@ def sample_latents(
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has no such scale
     scale = torch.as_tensor(guidance_scale, dtype=latents.dtype, device=latents.device).expand(len(noise))
     told = family.distilled_guidance(denoiser)
-    if not told:
+    guided = not told and bool((scale != 1).any())
+    if guided:
         assert null_captions is not None
         captions = {
             name: torch.cat([null_captions[name].expand_as(captions[name]), captions[name]])
             for name in family.embeds
         }
-        sizes = None if sizes is None else torch.cat([sizes, sizes]).to(noise.device)
+        sizes = None if sizes is None else torch.cat([sizes, sizes])
+    sizes = None if sizes is None else sizes.to(noise.device)
     for timestep in scheduler.timesteps:
-        inputs = latents if told else torch.cat([latents, latents])
+        inputs = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(inputs, timestep)
         predicted = family.denoise(
             denoiser, inputs, timestep.expand(len(inputs)), captions, sizes, scale if told else None
         )
-        if not told:
+        if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + scale.reshape(-1, 1, 1, 1) * (conditional - unconditional)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
@@ -94,10 +108,22 @@ def sample_latents(
 @torch.no_grad()
 def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents in the denoiser's scale to pictures: uint8, N x 3 x height x width, on the CPU."""
-    config = autoencoder.config
-    unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-    pixels = autoencoder.decode(unscaled, return_dict=False)[0]
+    shift, scale = (part.to(latents) for part in latent_scale(autoencoder.config))
+    pixels = autoencoder.decode(latents / scale + shift, return_dict=False)[0]
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Pictures to latents in the denoiser's scale, drawn from the autoencoder's posterior.
+
+    Args:
+        pixels: uint8, N x 3 x height x width.
+        noise: float32, N x C x h x w, standard normal, on the autoencoder's device.
+    """
+    pictures = pixels.to(noise.device, autoencoder.dtype) / 127.5 - 1
+    posterior = autoencoder.encode(pictures).latent_dist
+    return sample_posterior(posterior.mean.float(), posterior.logvar.float(), autoencoder.config, noise)
 
 
 def sample_pictures(
@@ -117,7 +143,7 @@ def sample_pictures(
         prompts, seeds: N of each, one a picture.
     """
     family, side = family_of(pipeline), resolution // pipeline.vae_scale_factor
-    null = encode_prompts(pipeline, [""])
+    null = null_captions(pipeline)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         noise = initial_noise(seeds[batch], (pipeline.vae.config.latent_channels, side, side))

@@ -110,8 +110,12 @@ class EfficientNet(FeatureNetwork):
             float32, N x 1000, on the CPU; each row sums to 1.
         """
         require_pictures(images)
-        logits = self.module.classifier(self._features(images.to(self.device)))
-        return logits.softmax(dim=1).float().cpu()
+        return self.classes(self._features(images.to(self.device)))
+
+    @torch.inference_mode()
+    def classes(self, features: torch.Tensor) -> torch.Tensor:
+        """As `probabilities`, of pictures whose `features` (float, N x 1280) are known."""
+        return self.module.classifier(features.to(self.device)).softmax(dim=1).float().cpu()
 
 
 def load_efficientnet(path: str | Path, device: str | torch.device = "cpu") -> EfficientNet:

@@ -19,12 +19,15 @@ class FidInfinity:
         slope: how much the distance rises with 1 / count.
         counts: pictures of each point, ascending.
         distances: at these counts.
+        standard_error: of the value, by least squares, in the distance's unit. It is that of the line: points
+            share pictures, so drawing other pictures moves the value by more.
         residual: standard deviation of the points from the line, in the distance's unit. Beside
             |value - distances[-1]|, the correction, it says what the extrapolation is worth.
         r_squared: share of the points' variance that the line explains.
     """
 
     value: float
+    standard_error: float
     slope: float
     counts: tuple[int, ...]
     distances: tuple[float, ...]
@@ -74,12 +77,16 @@ def _line(counts: list[int], distances: list[float], feature_network: str) -> Fi
     fit = torch.linalg.lstsq(design, y).solution
     left = float((y - design @ fit).square().sum())
     total = float((y - y.mean()).square().sum())
+    residual = (left / (len(counts) - 2)) ** 0.5
+    spread = float((inverse - inverse.mean()).square().mean())
     return FidInfinity(
         value=float(fit[0]),
+        # Of the intercept: the variance is the residual's, times the mean of x^2 over n var(x).
+        standard_error=residual * (float(inverse.square().mean()) / spread / len(counts)) ** 0.5,
         slope=float(fit[1]),
         counts=tuple(counts),
         distances=tuple(distances),
-        residual=(left / (len(counts) - 2)) ** 0.5,
+        residual=residual,
         r_squared=1 - left / total if total > 0 else 1.0,
         feature_network=feature_network,
     )

@@ -16,7 +16,7 @@ from ray_jobs.metrics.vision_model import load_vision_model
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network, and where it lies.
+    """Which network, and where it lies. `ray_jobs/config/search.py` checks that the settings fit the kind.
 
     Attributes:
         kind: `inception`: the standard FID network; `efficientnet-lite0`; `transformers`: a vision model of
@@ -35,17 +35,6 @@ class NetworkSpec:
     name: str | None = None
     preprocessing: Preprocessing | None = None
     revision: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting that is missing, or that the kind does not have."""
-        needed = {"torchscript": {"sha256", "name", "preprocessing"}}.get(self.kind, set())
-        optional = {"transformers": {"sha256", "revision"}}.get(self.kind, {"sha256"})
-        for field in ("sha256", "name", "preprocessing", "revision"):
-            is_given = getattr(self, field) is not None
-            if field in needed and not is_given:
-                raise ValueError(f"feature_network.{field}: a {self.kind} network needs it; add it")
-            if is_given and field not in needed | optional:
-                raise ValueError(f"feature_network.{field}: {self.kind} has no such setting; remove it")
 
 
 def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> FeatureNetwork:

@@ -43,11 +43,11 @@ def winner(candidates: Sequence[Candidate]) -> int:
     return min(tied, key=lambda i: (candidates[i].steps, candidates[i].behind))
 
 
-def may_be_noise(num_samples: int, num_features: int) -> bool:
-    """Whether a ranking by Fréchet distances of so few pictures should be shown with a warning.
+def enough_samples(num_features: int) -> int:
+    """Pictures from which on Fréchet distances by a network of so many features can be ranked.
 
     Up to as many pictures as features the covariance has not full rank, and the distance is mostly the
     sample's size: the authors of FID ask for more than 2,048 with Inception, better 10,000 (Heusel et al.,
     arXiv 1706.08500, and their program's instructions). The kernel distance has no such bias.
     """
-    return num_samples <= num_features
+    return num_features + 1

@@ -38,6 +38,18 @@ def image_similarity(generated: torch.Tensor, photos: torch.Tensor, feature_netw
     return _mean(_likeness(generated, photos), feature_network, "image similarity")
 
 
+def paired_similarity(generated: torch.Tensor, real: torch.Tensor, feature_network: str) -> Score:
+    """Mean cosine of each generated picture to the real picture of its caption.
+
+    Args:
+        generated, real: features, float, N x D each; picture i of both has the same caption.
+    """
+    if generated.shape != real.shape:
+        raise ValueError(f"real: one a picture; got {len(real)} for {len(generated)} pictures")
+    cosines = (_unit(generated) * _unit(real)).sum(dim=1)
+    return _mean(cosines, feature_network, "CLIP image similarity")
+
+
 @dataclass(frozen=True)
 class ClassDrift:
     """What fine-tuning on a subject did to the pictures of its class.

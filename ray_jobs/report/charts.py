@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart
+from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart, told_settings
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
@@ -22,32 +22,37 @@ def finite(row: dict[str, Any], key: str) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def trials_of(results: Rows) -> list[tuple[float, str, list[dict[str, Any]]]]:
-    """(learning rate, trial, its rows in the order of the steps) of every trial, by learning rate.
+def trials_of(results: Rows) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(label, trial, its rows in the order of the steps) of every trial, by learning rate.
+
+    The label: its learning rate and what else was searched, or its name where they change on the way.
 
     A rung that was measured twice (a resumed search) counts once, the last time.
     """
-    trials: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
+    trials: dict[str, dict[int, dict[str, Any]]] = {}
     for row in results:
-        rungs = trials.setdefault((float(row["learning_rate"]), str(row["trial_id"])), {})
-        rungs[int(row["step"])] = row
-    return [
-        (rate, trial, [rungs[step] for step in sorted(rungs)])
-        for (rate, trial), rungs in sorted(trials.items())
-    ]
+        trials.setdefault(str(row["trial_id"]), {})[int(row["step"])] = row
+    found = [(trial, [rungs[step] for step in sorted(rungs)]) for trial, rungs in trials.items()]
+    found.sort(key=lambda each: (float(each[1][0]["learning_rate"]), each[0]))
+    return [(_label(trial, rungs), trial, rungs) for trial, rungs in found]
+
+
+def _label(trial: str, rungs: Rows) -> str:
+    labels = {told_settings(row) for row in rungs}
+    return labels.pop() if len(labels) == 1 else trial
 
 
 def score_curves(winner: dict[str, Any], results: Rows, key: str) -> list[Curve]:
     """A curve a trial of `key` with `<key>_error`; those that ended before the last rung are stopped."""
     last_rung = max((int(row["step"]) for row in results), default=0)
     curves = []
-    for number, (rate, trial, rungs) in enumerate(trials_of(results)):
+    for number, (label, trial, rungs) in enumerate(trials_of(results)):
         found = [(int(row["step"]), finite(row, key), finite(row, f"{key}_error")) for row in rungs]
         points = [Point(step, value, error) for step, value, error in found if value is not None]
         diverged = any(finite(row, "fid") is None for row in rungs)
         stopped = int(rungs[-1]["step"]) < last_rung or diverged
         star = int(winner["step"]) if trial == winner["trial_id"] else None
-        curves.append(Curve(f"{rate:g}", points, number, stopped, star))
+        curves.append(Curve(label, points, number, stopped, star))
     return curves
 
 
@@ -96,10 +101,10 @@ def heat_map(winner: dict[str, Any], results: Rows) -> str:
     Of several trials of a learning rate a cell shows the best. Empty with fewer than two cells of values.
     """
     cells: dict[tuple[float, int], float] = {}
-    for rate, _, rungs in trials_of(results):
+    for _, _, rungs in trials_of(results):
         for row in rungs:
             if (value := finite(row, "fid")) is not None:
-                place = rate, int(row["step"])
+                place = float(row["learning_rate"]), int(row["step"])
                 cells[place] = min(value, cells.get(place, math.inf))
     if len(cells) < 2:
         return ""
@@ -179,7 +184,7 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     if not trials:
         return ""
     trials.sort(key=lambda each: each[1] != winner["trial_id"])
-    charts = [_loss_chart(number, rate, rungs) for number, (rate, _, rungs) in enumerate(trials)]
+    charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
     note = (
         "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
         " pictures, with the same noise and timesteps at every rung. Where it starts to rise, the model"
@@ -194,17 +199,17 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     )
 
 
-def _loss_chart(number: int, rate: float, rungs: list[dict[str, Any]]) -> str:
+def _loss_chart(number: int, label: str, rungs: list[dict[str, Any]]) -> str:
     curves = []
-    for color, (label, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
+    for color, (name, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
         found = [(int(row["step"]), finite(row, key)) for row in rungs]
         points = [Point(step, value) for step, value in found if value is not None]
-        curves.append(Curve(label, points, color))
+        curves.append(Curve(name, points, color))
     rises = rise_starts(curves[1].points)
     told = f"Validation loss is lowest at {rises:,} steps and rises from there." if rises else ""
     chart = Chart(
         name=f"loss-{number}",
-        title=f"Loss at a learning rate of {rate:g}",
+        title=f"Loss at a learning rate of {label}",
         description=f"{told or 'Validation loss is lowest at the last rung.'} {NUMBERS}",
         unit="loss",
         digits=4,

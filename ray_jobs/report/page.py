@@ -8,6 +8,7 @@ from typing import Any
 
 from ray_jobs.dataset_report import STYLE, dataset_section, table
 from ray_jobs.report.charts import fid_chart, heat_map, kid_chart, loss_section, second_chart
+from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
 from ray_jobs.report.pictures import (
     Memorisation,
     PictureRow,
@@ -18,7 +19,7 @@ from ray_jobs.report.pictures import (
 )
 from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, costs_section, rungs_table, scores
-from ray_jobs.report.verdict import ENOUGH_SAMPLES, headline, notes, second_network
+from ray_jobs.report.verdict import headline, notes, second_network
 
 TEMPLATE = Path(__file__).parents[1] / "report.html"
 
@@ -31,25 +32,28 @@ def write_report(
     config_yaml: str,
     rows: Sequence[PictureRow],
     run_name: str,
+    enough_samples: int,
     strip: Strip | None = None,
     memorisation: Memorisation | None = None,
+    subjects: Sequence[SubjectPictures] = (),
     spent: Spent | None = None,
-    enough_samples: int = ENOUGH_SAMPLES,
 ) -> str:
     """The page of a run. A part whose data are missing is left out.
 
     Args:
         winner: what winner.json holds; `<score>_error`, `base_test_kid`, `test_kid` and the scores of a
-            second network, `base_test_fid_2` and `test_fid_2`, are shown where they are there.
+            second network, `base_test_fid_2` and `test_fid_2`, and the records of `measures`, are shown
+            where they are there.
         results: the lines of search/results.jsonl; of each are shown, where they are there: `fid_error`,
             `kid` and `kid_error`, `fid_2` with `fid_2_error` and `feature_network_2`, `validation_loss`.
         manifest: what dataset/manifest.json holds.
         config_yaml: the resolved configuration.
         rows: the picture grid.
+        enough_samples: with fewer pictures a score the page says that the ranking may be noise.
         strip: the winning trial at each rung; None where no rung has samples.
         memorisation: samples beside their nearest training pictures.
+        subjects: of a DreamBooth run.
         spent: what the search took.
-        enough_samples: with fewer pictures a score the page says that the ranking may be noise.
 
     Returns:
         One HTML document, to be written as UTF-8.
@@ -76,7 +80,9 @@ def write_report(
         rungs=rungs_table(results),
         losses=loss_section(winner, results),
         memorisation=memorisation_section(memorisation),
-        scores=table(("score", "", "what it is"), scores(winner), "scores"),
+        subjects=subjects_section(subjects),
+        scores=table(("score", "", "what it is"), scores(winner, results), "scores"),
+        measures=measures_table(winner),
         facts=escape(_facts(winner)),
         costs=costs_section(spent),
         dataset=dataset_section(manifest),

@@ -54,19 +54,25 @@ class Memorisation:
     """Samples beside the training pictures that are nearest to them.
 
     Attributes:
-        pairs: PNG of the sample, PNG of the nearest training picture, their distance.
-        near_copy: a distance up to this one is a near copy.
-        measure: what the distance is, for a person.
+        pairs: of the nearest samples: PNG of the sample, PNG of the training picture, their distance.
+        num_samples: that were looked at.
+        share: of near copies among them; None, as the next two, without held-out pictures.
+        near_copy: a smaller distance than this one is a near copy.
+        expected_share: of a model that has learnt nothing by heart.
+        num_held_out: pictures that `near_copy` is taken from.
+        num_training, of_training: training pictures that were looked at, and all there are.
+        feature_network: in whose features the distance is.
     """
 
     pairs: Sequence[tuple[bytes, bytes, float]]
-    near_copy: float
-    measure: str
-
-    @property
-    def share(self) -> float:
-        """Of the samples that are near copies."""
-        return sum(distance <= self.near_copy for _, _, distance in self.pairs) / len(self.pairs)
+    num_samples: int
+    share: float | None
+    near_copy: float | None
+    expected_share: float | None
+    num_held_out: int
+    num_training: int
+    of_training: int
+    feature_network: str
 
 
 def card(row: PictureRow) -> str:
@@ -119,22 +125,45 @@ def memorisation_section(found: Memorisation | None) -> str:
     """Samples beside their nearest training pictures, nearest first; empty where there are none."""
     if found is None or not found.pairs:
         return ""
-    copies = sum(distance <= found.near_copy for _, _, distance in found.pairs)
-    words = (
-        f"{copies:,} of {len(found.pairs):,} samples ({found.share:.0%}) are near copies of a training"
-        f" picture: {found.measure} of at most {found.near_copy:g}. A fine-tuned model should draw"
-        " what it learnt, not what it saw."
+    looked_at = (
+        f" Looked at: {found.num_training:,} of {found.of_training:,} training pictures, distances in the"
+        f" features of {found.feature_network}."
     )
-    kind = "note alert" if copies else "note"
     nearest = sorted(found.pairs, key=lambda pair: pair[2])[:SHOWN_NEIGHBOURS]
+    kind = "note alert" if _copies_too_often(found) else "note"
     return (
-        f'<h2>Learnt by heart?</h2><p class="{kind}">{escape(words)}</p>'
+        f'<h2>Learnt by heart?</h2><p class="{kind}">{escape(_copies(found))}</p>'
+        f'<p class="note">{escape("The pictures that come nearest to a training picture." + looked_at)}</p>'
         f'<div class="sheet">{"".join(_neighbours(*pair, found.near_copy) for pair in nearest)}</div>'
     )
 
 
-def _neighbours(sample: bytes, training: bytes, distance: float, near_copy: float) -> str:
-    says = f"distance {distance:.3g}" + (", a near copy" if distance <= near_copy else "")
+def _copies(found: Memorisation) -> str:
+    """The share of near copies, and what a near copy is."""
+    if found.share is None or found.near_copy is None or found.expected_share is None:
+        return "No picture was held out, so nothing says how near is too near: look for yourself."
+    few = found.num_held_out * found.expected_share < 1
+    copies, rest = round(found.share * found.num_samples), 1 - found.expected_share
+    return (
+        f"{copies:,} of {found.num_samples:,} pictures of the winner ({found.share:.1%}) are near copies:"
+        f" nearer to a training picture than {rest:.0%} of the {found.num_held_out:,} validation pictures,"
+        f" which it never saw (distance {found.near_copy:.3g}). Of a model that has learnt nothing by heart"
+        f" it would be about {found.expected_share:.0%}."
+        + (" Of so few validation pictures that distance is little more than the smallest." if few else "")
+    )
+
+
+def _copies_too_often(found: Memorisation) -> bool:
+    """Whether the share is above the expected one by more than twice what chance makes of it."""
+    if found.share is None or found.expected_share is None:
+        return False
+    chance = math.sqrt(found.expected_share * (1 - found.expected_share) / found.num_samples)
+    return found.share > found.expected_share + 2 * chance
+
+
+def _neighbours(sample: bytes, training: bytes, distance: float, near_copy: float | None) -> str:
+    is_copy = near_copy is not None and distance < near_copy
+    says = f"distance {distance:.3g}" + (", a near copy" if is_copy else "")
     sides = "".join(
         f'<div><img src="{data_uri(Image.open(io.BytesIO(png)), STRIP_PICTURE)}" alt="{name}, {says}">'
         f"<small>{name}</small></div>"

@@ -5,9 +5,10 @@ curve, so that colour is never all that tells curves apart. Colours of text and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 # Units of a chart's own view box; the page scales it.
 WIDTH, HEIGHT = 440, 290
@@ -31,6 +32,12 @@ def number(value: float | None, digits: int, error: float | None = None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def told_settings(row: Mapping[str, Any]) -> str:
+    """A row's learning rate, and what else was searched: `0.001, rank 8`."""
+    others = (f"{name.rpartition('.')[2]} {value}" for name, value in row.get("settings", {}).items())
+    return ", ".join([f"{row['learning_rate']:g}", *others])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from ray_jobs.dataset_report import counted, table
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.svg import number
-from ray_jobs.report.verdict import closed_share
+from ray_jobs.report.verdict import closed_share, won_by_tie
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class Spent:
     price: float | None = None
 
 
-def scores(winner: dict[str, Any]) -> list[tuple[str, str, str]]:
+def scores(winner: dict[str, Any], results: Rows) -> list[tuple[str, str, str]]:
     """The rows of the table of scores: name, value, meaning."""
+    chosen = "the lowest of all rungs"
+    if won_by_tie(winner, results):
+        chosen = "within the error of the lowest of all rungs, and of fewer steps"
     samples, share = winner["num_samples"], closed_share(winner)
     again = int(winner.get("test_reads", 1)) > 1
     when = "measured after the search" if again else "measured once, after the search"
@@ -72,7 +75,7 @@ def scores(winner: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "Winner, validation",
             value("validation_fid"),
-            "what the search chose by: the lowest of all rungs, so a little flattered",
+            f"what the search chose by: {chosen}, so a little flattered",
         ),
     ]
     others = (
@@ -113,11 +116,11 @@ def costs_section(spent: Spent | None) -> str:
     """What each trial took, and what stopping it saved; empty without data."""
     if spent is None or not spent.trials:
         return ""
-    head = ["learning rate", "steps", "time", "device hours"]
+    head = ["trial", "steps", "time", "device hours"]
     head += (["cost"] if spent.price is not None else []) + ["steps saved", "device hours saved"]
     rows = [
         _cost(
-            f"{each.learning_rate:g}",
+            each.trial_id,
             each.steps,
             each.seconds,
             each.device_hours,

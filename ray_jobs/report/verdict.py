@@ -6,11 +6,7 @@ from typing import Any, NamedTuple
 
 from ray_jobs.dataset_report import counted
 from ray_jobs.report.charts import Rows, finite
-from ray_jobs.report.svg import number
-
-# Pictures a score. With fewer than the 2048 features of the FID network the covariance is singular, and the
-# bias of FID, which falls with the number of pictures, is as large as what tells candidates apart.
-ENOUGH_SAMPLES = 2048
+from ray_jobs.report.svg import number, told_settings
 
 
 def closed_share(winner: dict[str, Any]) -> float | None:
@@ -27,7 +23,9 @@ def closed_share(winner: dict[str, Any]) -> float | None:
 
 def headline(winner: dict[str, Any]) -> str:
     """The result in one sentence."""
-    who = f"A learning rate of {winner['learning_rate']:g} for {counted(winner['step'], 'step')}"
+    who = f"A learning rate of {told_settings(winner)} for {counted(winner['step'], 'step')}"
+    if "guidance_scale" in winner:
+        who += f", drawn with a guidance scale of {winner['guidance_scale']:g},"
     share = closed_share(winner)
     if share is None:
         return f"{who} won; the base model left no distance to real pictures to close."
@@ -43,8 +41,11 @@ class Note(NamedTuple):
     alert: bool = True
 
 
-def notes(winner: dict[str, Any], results: Rows, enough_samples: int = ENOUGH_SAMPLES) -> list[Note]:
+def notes(winner: dict[str, Any], results: Rows, enough_samples: int) -> list[Note]:
     """What to keep in mind when reading the ranking; none where there is nothing.
+
+    Args:
+        enough_samples: pictures a score from which on a ranking by FID says something.
 
     Raises:
         ValueError: the rungs' second scores are of different networks.
@@ -86,13 +87,19 @@ def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
     )
 
 
+def won_by_tie(winner: dict[str, Any], results: Rows) -> bool:
+    """Whether another rung has a lower score, within the error, and took more steps."""
+    chosen = _row_of(winner, results)
+    return chosen is not None and bool(finite(chosen, "behind"))
+
+
 def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
     """Why the winner is not the rung of the lowest score."""
     chosen = _row_of(winner, results)
     lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
-    if chosen is None or lowest is None or not (behind := finite(chosen, "behind")):
+    if chosen is None or lowest is None or not won_by_tie(winner, results):
         return None
-    apart = number(behind, 1, chosen["behind_error"])
+    apart = number(chosen["behind"], 1, chosen["behind_error"])
     return Note(
         f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
         " within the error of that difference, so the winner is the one of fewer steps.",
@@ -125,4 +132,4 @@ def _lowest(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any] | None:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['learning_rate']:g} at {counted(int(row['step']), 'step')}"
+    return f"{told_settings(row)} at {counted(int(row['step']), 'step')}"

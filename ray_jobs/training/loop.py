@@ -35,13 +35,20 @@ DIVERGED = "diverged.json"
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the driver hands to every worker; plain values and handles."""
+    """What the driver hands to every worker; plain values and handles.
+
+    Attributes:
+        ladder: the configuration's, or its beginning: schedules end where the whole one does.
+        start: checkpoint to begin from, which another training has left.
+        board: handle of a ProgressBoard.
+    """
 
     config: Config
     dataset: Dataset
     trial_id: str
     ladder: list[int]
-    board: Any = None  # handle of a ProgressBoard
+    board: Any = None
+    start: str | None = None
 
     @property
     def trial(self) -> Storage:
@@ -50,7 +57,11 @@ class LoopSettings:
 
     @property
     def stages(self) -> list[Stage]:
-        return stages_of(self.config.train, self.ladder[-1])
+        return stages_of(self.config.train, max(self.config.search.ladder[-1], self.ladder[-1]))
+
+    def resume_from(self) -> Storage | None:
+        """The checkpoint that the training goes on from, or begins with; None: it begins with the base."""
+        return last_whole(self.trial) or (Storage.open(self.start) if self.start else None)
 
     def stream(self, world_size: int, columns: tuple[str, ...]) -> StreamSettings:
         """What a step consists of."""
@@ -71,7 +82,7 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
     # Rank 0 looks for all: another rank could already see a later one.
-    found = last_whole(settings.trial) if ray.train.get_context().get_world_rank() == 0 else None
+    found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
     last = broadcast_from_rank_zero(found)
     if last is None:
         Training(settings, get_device(), None, startup).run()

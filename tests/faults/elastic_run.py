@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.prepare import prepare
-from ray_jobs.train import build_trainer, trial_id
+from ray_jobs.train import build_trainer, training_name
 from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
 
 # The head has room for what reads the data, not for a worker, which takes two CPUs.
@@ -39,7 +39,7 @@ def checkpoints(config: Config) -> dict[int, dict[str, Any]]:
 
 def trial(config: Config) -> Storage:
     """Where the training's checkpoints lie."""
-    return Storage.open(config.storage).child(config.name, "train", trial_id(config.train.learning_rate))
+    return Storage.open(config.storage).child(config.name, "train", training_name(config))
 
 
 def wait_for(config: Config, event: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -78,7 +78,7 @@ def disturb(cluster: Cluster, config: Config) -> None:
 
 def run(config: Config) -> None:
     """The training, as its stage runs it; its data are prepared already."""
-    build_trainer(config, prepare(config), callbacks=[]).fit()
+    build_trainer(config, prepare(config), name=training_name(config)).fit()
 
 
 def main() -> None:

@@ -1,6 +1,13 @@
 """The main job through the Jobs API: forty pictures in, a measured, registered model out."""
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +15,14 @@ import pytest
 from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from PIL import Image, ImageChops
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_actors
+from safetensors import safe_open
 
 from cluster import submit
 from cluster.connect import LocalCluster
 from cluster.storage import slug
-from ray_jobs.compare import compare
+from ray_jobs.compare import compare, look_up
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
@@ -22,7 +32,7 @@ from tests.ray.test_training import DEMO, tiny_config
 OVERRIDES = ["search.learning_rates=[1.0e-3,1.0e-4]", "evaluate.inference_steps=2", "evaluate.num_actors=1"]
 
 
-def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
+def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(tiny_model, picture_folder, tmp_path, *OVERRIDES)
@@ -30,9 +40,12 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     written.write_text(config.to_yaml())
     job = ["python", "-m", "ray_jobs.pipeline", "--config", str(written)]
     environment = submit.runtime_environment(submit.local_variables())
-    assert submit.run_job(ray_cluster.address, job, environment) == 0
-
     run = tmp_path / "tiny"
+    first = killed_at_its_first_rung(ray_cluster, job, environment, run)
+    with killing_a_trial(ray_cluster):
+        assert submit.run_job(ray_cluster.address, job, environment) == 0
+    assert (run / "search" / "results.jsonl").read_text().startswith(first), "a rung was measured again"
+
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == 40
     assert sum(manifest["rejected"].values()) == 1
@@ -42,7 +55,7 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     rows = [json.loads(line) for line in (run / "search" / "results.jsonl").read_text().splitlines()]
     fields = {"trial_id", "learning_rate", "step", "train_loss", "images_per_second", "seconds", "checkpoint"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
-    scores.add("validation_loss")
+    scores |= {"validation_loss", "settings"}
     assert all(set(row) - {"behind", "behind_error"} == fields | scores for row in rows)
     winner = json.loads((run / "winner.json").read_text())
     [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
@@ -57,9 +70,13 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
     assert winner["num_samples"] == 2 * manifest["test"]  # each caption twice
     assert (run / "config.yaml").exists() and (run / "report.html").read_text().startswith("<!")
     assert (run / "model" / "pytorch_lora_weights.safetensors").exists()
+    with safe_open(run / "model" / "reference.features", "numpy") as reference:
+        kinds = {"validation", "training", "published"}
+        assert {f"{winner['feature_network']}/{kind}" for kind in kinds} <= set(reference.keys())
     for path in (run / "samples").glob("*.png"):
         Image.open(path).verify()
     check_samples_of_rungs(run, rows)
+    check_measures(run, winner, manifest)
     check_series(str(tmp_path), rows)
     check_model_card(run, tiny_model)
 
@@ -71,13 +88,70 @@ def test_the_pipeline_runs_end_to_end_and_the_second_time_is_skipped(
         assert path.stat().st_mtime_ns == changed[path]
 
 
+def killed_at_its_first_rung(
+    cluster: LocalCluster, job: list[str], environment: dict[str, Any], run: Path
+) -> str:
+    """Submit the job and kill its driver once a rung is measured; returns what results.jsonl then holds."""
+    client, results = JobSubmissionClient(cluster.address), run / "search" / "results.jsonl"
+    before = {details.submission_id for details in client.list_jobs()}
+    with ThreadPoolExecutor(1) as beside:
+        code = beside.submit(submit.run_job, cluster.address, job, environment)
+        while not (results.exists() and results.read_text().endswith("\n")):
+            assert not code.done(), "the job ended before its first rung"
+            time.sleep(0.2)
+        [mine] = [details for details in client.list_jobs() if details.submission_id not in before]
+        assert mine.driver_info
+        os.kill(int(mine.driver_info.pid), signal.SIGKILL)
+        assert code.result() != 0
+    return results.read_text()
+
+
+@contextmanager
+def killing_a_trial(cluster: LocalCluster) -> Iterator[None]:
+    """Kill the process of the first of Tune's trials that begins in the block, which has to go on with it."""
+    done = threading.Event()
+    killed: list[Any] = []
+
+    def kill() -> None:
+        alive = [("class_name", "=", "ImplicitFunc"), ("state", "=", "ALIVE")]
+        while not killed and not done.wait(1):
+            for actor in list_actors(address=cluster.address, filters=alive):
+                os.kill(actor.pid, signal.SIGKILL)
+                killed.append(actor)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        killer.join()
+    assert len(killed) == 1
+
+
+def check_measures(run: Path, winner: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Of base and winner on the test split, from the pictures of the scores; near copies are shown."""
+    names = {
+        whose: [record["metric"] for record in winner["measures"][whose]] for whose in ("base", "winner")
+    }
+    assert names["base"] == names["winner"] and {"precision", "recall", "near copies"} <= set(names["winner"])
+    for record in winner["measures"]["winner"]:
+        assert record["num_samples"] == winner["num_samples"] and "@sha256:" in record["feature_network"]
+    [copies] = [each for each in winner["measures"]["winner"] if each["metric"] == "near copies"]
+    assert 0 < copies["num_training"] <= manifest["train"]
+    assert copies["num_held_out"] == manifest["validation"]
+    page = (run / "report.html").read_text()
+    assert "Learnt by heart?" in page and "Precision" in page
+    assert page.count('alt="nearest training picture') == min(12, winner["num_samples"])
+
+
 def check_comparison(config: Config, winner: dict[str, Any]) -> None:
     """The champion beside its base: scores as in the search, and the error of their difference."""
+    with pytest.raises(ConfigError, match="7: no version or alias of"):
+        look_up(config, "7")
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
-        found = compare(config, dataset, pool, "champion", "base")
-        with pytest.raises(ConfigError, match="7: no version or alias of"):
-            compare(config, dataset, pool, "7", "base")
+        found = compare(config, dataset, pool, look_up(config, "champion"), look_up(config, "base"))
     assert found.value == pytest.approx(winner["validation_fid"] - winner["base_validation_fid"], abs=1e-3)
     assert found.standard_error > 0 and found.variance_ratio > 1
     folder = Path(config.storage) / config.name / "comparisons" / "champion-base"
@@ -108,6 +182,7 @@ def check_series(storage: str, rows: list[dict[str, Any]]) -> None:
     """MLflow has a run a trial, with every step of its series and the FID of each rung."""
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny")
+    shown = {(path.parts[-4], path.stem) for path in Path(storage, "mlartifacts", "tiny").rglob("*.png")}
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     trials = {row["trial_id"] for row in rows}
     assert set(runs) == {*trials, "tiny"}  # and the one that the registered version belongs to
@@ -123,6 +198,8 @@ def check_series(storage: str, rows: list[dict[str, Any]]) -> None:
         assert histories["validation/fid"] == pytest.approx(measured)
         assert set(measured) <= set(histories["train/images_per_second"])
         assert runs[trial].info.status == "FINISHED"
+        steps = {name for run, name in shown if run == runs[trial].info.run_id}
+        assert steps == {f"step-{step:08d}" for step in measured}
         assert float(runs[trial].data.params["train.learning_rate"]) == float(trial.removeprefix("lr-"))
 
 
@@ -149,5 +226,5 @@ def test_the_demo_searches_learning_rates_by_sharded_lora_training() -> None:
     from ray_jobs.config import load_config
 
     config = load_config(DEMO)
-    assert len(config.search.learning_rates) >= 2 and len(config.search.ladder) >= 2
+    assert config.search.grid_size >= 2 and len(config.search.ladder) >= 2
     assert (config.train.method, config.train.num_workers, config.train.zero_stage) == ("lora", 2, 2)

@@ -1,17 +1,24 @@
 """Submitting a job: its lines, its exit code, and what is refused before Ray starts."""
 
+import fcntl
 import os
+import pty
+import shlex
+import signal
 import subprocess
 import sys
+import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.connect import LocalCluster, check_resources
+from cluster.capacity import check_resources, sized
+from cluster.connect import LocalCluster
 from cluster.submit import run_job, runtime_environment
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, LocalConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +123,191 @@ def test_an_address_where_nothing_answers_exits_2_with_one_line(tmp_path: Path) 
     result = submit("--config", str(tmp_path / "run.yaml"), "--address", "http://127.0.0.1:9", "--", "true")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "--address http://127.0.0.1:9" in result.stderr
+
+
+def stage(config: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A stage run as a driver of its own, on the cluster that RAY_ADDRESS names."""
+    command = [sys.executable, "-m", "ray_jobs.prepare", "--config", str(config)]
+    variables = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def test_a_head_node_that_does_not_answer_exits_2_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
+    result = stage(tmp_path / "run.yaml", RAY_ADDRESS="127.0.0.1:9")
+    assert result.returncode == 2
+    assert result.stdout.splitlines()[-1].startswith("error: RAY_ADDRESS: 127.0.0.1:9: nothing answers there")
+
+
+def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
+    result = stage(
+        tmp_path / "run.yaml",
+        RAY_ADDRESS=ray_cluster.gcs_address,
+        RAY_AUTH_TOKEN="0" * 64,
+        RAY_AUTH_MODE="token",
+    )
+    assert result.returncode == 2
+    assert result.stdout.splitlines()[-1].startswith(f"error: RAY_ADDRESS: {ray_cluster.gcs_address}: ")
+    (tmp_path / "token").write_text("0" * 64)
+    where = ["--config", str(tmp_path / "run.yaml"), "--address", ray_cluster.address]
+    result = submit("--token-file", str(tmp_path / "token"), *where, "--", "true")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"--address {ray_cluster.address}" in result.stderr
+
+
+def test_a_job_that_is_not_waited_for_runs_with_the_token_of_a_file(
+    ray_cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    (tmp_path / "token").write_text(os.environ["RAY_AUTH_TOKEN"] + "\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    where = ["--config", str(tmp_path / "run.yaml"), "--address", ray_cluster.address]
+    result = submit("--no-wait", "--token-file", str(tmp_path / "token"), *where, "--", "sleep", "1")
+    monkeypatch.undo()
+    assert result.returncode == 0, result.stderr
+    job = result.stdout.split()[1].rstrip(";")
+    client = JobSubmissionClient(ray_cluster.address)
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.2)
+    assert client.get_job_status(job) == "SUCCEEDED"
+
+
+def test_the_documented_ray_job_submit_runs_the_repositorys_code(ray_cluster: LocalCluster) -> None:
+    """The command of docs/cluster.md, with another entrypoint."""
+    documented = (ROOT / "docs" / "cluster.md").read_text()
+    [command] = [line for line in documented.splitlines() if line.strip().startswith("ray job submit")]
+    options = shlex.split(command.split(" -- ")[0])
+    options[options.index("--address") + 1] = ray_cluster.address
+    options[0] = str(Path(sys.executable).with_name("ray"))
+    program = "import os, ray_jobs.config; print('ran in', os.getcwd(), os.listdir('.'))"
+    result = subprocess.run(
+        [*options, "--", sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("ran in")]
+    assert str(ROOT) not in line.split()[2] and "'ray_jobs'" in line
+    assert not any(f"'{name}'" in line for name in (".venv", ".cache", "runs", "tests", ".git"))
+
+
+HOLDER = """
+import os, sys, time
+import ray
+from ray.util.placement_group import placement_group
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1)
+class Worker:
+    def pid(self):
+        return os.getpid()
+group = placement_group([{"CPU": 1}])
+ray.get(group.ready())
+worker = Worker.remote()
+print("process", ray.get(worker.pid.remote()), os.getpid(), flush=True)
+if sys.argv[1] == "fail":
+    sys.exit(3)
+if sys.argv[1] == "wait":
+    time.sleep(300)
+"""
+
+
+def free_cpus(wanted: float) -> bool:
+    """Whether so many CPUs become free within half a minute."""
+    import ray
+
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return ray.available_resources().get("CPU", 0) >= wanted
+
+
+@pytest.mark.parametrize(("way_out", "code"), [("succeed", 0), ("fail", 3), ("wait", 130)])
+def test_every_way_out_releases_actors_placement_groups_and_processes(
+    ray_cluster: LocalCluster, tmp_path: Path, way_out: str, code: int
+) -> None:
+    import psutil
+    import ray
+    from ray.util.state import list_actors, list_placement_groups
+
+    def held() -> set[str]:
+        """What is alive on the cluster, without what other tests keep."""
+        actors = list_actors(address=ray_cluster.address, filters=[("class_name", "=", "Worker")], limit=1000)
+        groups = list_placement_groups(address=ray_cluster.address, limit=1000)
+        found = {actor.actor_id for actor in actors if actor.state != "DEAD"}
+        return found | {group.placement_group_id for group in groups if group.state != "REMOVED"}
+
+    before, held_before = ray.available_resources()["CPU"], held()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    where = ["--config", str(tmp_path / "run.yaml"), "--address", ray_cluster.address]
+    program = [sys.executable, "-c", HOLDER, way_out]
+    command = [sys.executable, "-m", "cluster.submit", *where, "--", *program]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ignored, and by its children too, where these tests run in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    while not line.startswith("process"):
+        assert line, "the job ended before it began"
+        line = process.stdout.readline()
+    if way_out == "wait":
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == code
+    watchdog.cancel()
+
+    assert free_cpus(before)
+    assert held() <= held_before
+    gone = time.monotonic() + 20
+    pids = [int(pid) for pid in line.split()[1:]]
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < gone:
+        time.sleep(0.2)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"), [("l\n", "leave"), ("what?\nf\n", "follow"), ("stop\n", "stop"), ("\x03", "stop")]
+)
+def test_in_a_terminal_an_interrupt_asks_what_to_do_with_the_job(typed: str, answer: str) -> None:
+    terminal, inside = pty.openpty()
+    program = "from cluster.submit import _ask; print('answered', _ask('raysubmit_1'))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=inside,
+        stdout=subprocess.PIPE,
+        stderr=inside,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+    )
+    os.close(inside)
+    asked = b""
+    while b"ollow on?" not in asked:
+        asked += os.read(terminal, 1000)
+    os.write(terminal, typed.encode())
+    assert process.communicate(timeout=60)[0] == f"answered {answer}\n"
+    os.close(terminal)
+
+
+def test_a_run_for_gpus_on_a_cluster_without_any_is_told_which_setting_asks_for_them() -> None:
+    config = Config.model_validate(a_config(train={"use_gpu": True}, evaluate={"use_gpu": True}))
+    with pytest.raises(ConfigError, match="train.use_gpu, evaluate.use_gpu: .* has none: set use_gpu: false"):
+        check_resources(config, {"CPU": 64.0, "node:10.0.0.1": 1.0})
+
+
+def test_the_embedded_ray_takes_from_the_machine_only_what_is_not_set() -> None:
+    whole = LocalConfig()
+    assert sized(LocalConfig(num_cpus=3, object_store_mb=90)) == LocalConfig(num_cpus=3, object_store_mb=90)
+    found = sized(whole)
+    assert found.num_cpus >= max(whole.num_cpus, len(os.sched_getaffinity(0)))
+    assert found.object_store_mb >= whole.object_store_mb
 
 
 def test_too_few_gpus_are_told_with_the_number_of_missing_nodes() -> None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from scipy.stats import linregress
 
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.frechet import Moments, frechet_distance
-from ray_jobs.metrics.ranking import Candidate, may_be_noise, winner
+from ray_jobs.metrics.ranking import Candidate, enough_samples, winner
 from ray_jobs.metrics.resampling import (
     ReweightedFrechet,
     bootstrap_weights,
@@ -153,6 +154,10 @@ def test_fid_infinity_tells_its_fit() -> None:
     assert sum(left) == pytest.approx(0, abs=1e-9), "least squares"
     assert fit.residual == pytest.approx((sum(x * x for x in left) / (NUM_POINTS - 2)) ** 0.5)
     assert 0 <= fit.r_squared <= 1
+    inverse = [1 / count for count in fit.counts]
+    fitted = linregress(inverse, fit.distances)
+    assert (fit.value, fit.slope) == pytest.approx((fitted.intercept, fitted.slope))
+    assert fit.standard_error == pytest.approx(fitted.intercept_stderr)
     assert fit.feature_network == "network"
     with pytest.raises(ValueError, match=r"evaluate\.num_samples: fid_infinity needs 15 counts"):
         fid_infinity(features[:12], real)
@@ -187,8 +192,7 @@ def test_no_candidate_or_one_without_a_number_has_no_winner() -> None:
 
 
 def test_a_ranking_may_be_noise_up_to_as_many_pictures_as_features() -> None:
-    assert may_be_noise(2048, num_features=2048)
-    assert not may_be_noise(2049, num_features=2048)
+    assert enough_samples(num_features=2048) == 2049
 
 
 def test_scores_of_different_metrics_do_not_compare() -> None:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip, load_clip, load_vision_model
-from tests.tiny_models import MAX_TOKENS, clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LITE0 = ROOT / ".cache/efficientnet-lite0.safetensors"
@@ -45,30 +43,6 @@ def efficientnet() -> EfficientNet:
     network = load_network(NetworkSpec("efficientnet-lite0", str(LITE0)))
     assert isinstance(network, EfficientNet)
     return network
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIPModel with random weights and its processor, in transformers' format."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {
-        **tower,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**tower, "image_size": SIDE, "patch_size": 14}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    square = {"height": SIDE, "width": SIDE}
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square)
-    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -193,20 +167,6 @@ def test_torchscript_that_gives_no_features_is_refused(tmp_path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match=r"must give N x D features, not \(1, 3, 8, 8\)"):
         load_network(NetworkSpec("torchscript", str(path), digest, "picture", PLAIN))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kind": "torchscript", "name": "a", "preprocessing": PLAIN}, r"feature_network\.sha256: .*add it"),
-        ({"kind": "torchscript", "sha256": "00", "name": "a"}, r"feature_network\.preprocessing: .*add it"),
-        ({"kind": "inception", "name": "a"}, r"feature_network\.name: inception .*remove it"),
-        ({"kind": "transformers", "preprocessing": PLAIN}, r"feature_network\.preprocessing: .*remove it"),
-    ],
-)
-def test_a_setting_that_is_missing_or_without_effect_is_named(settings: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        NetworkSpec(path="somewhere", **settings)
 
 
 def test_dinov2_gives_the_class_token_of_pictures_prepared_by_its_own_processor(dino_folder: Path) -> None:

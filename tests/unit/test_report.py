@@ -14,6 +14,7 @@ from ray_jobs.report import (
     PictureRow,
     Spent,
     Strip,
+    SubjectPictures,
     TrialCost,
     closed_share,
     grid_image,
@@ -86,6 +87,7 @@ def report(**changes: Any) -> str:
         "config_yaml": "name: demo\nlearning_rates: [1.0e-4]\n",
         "rows": [picture_row()],
         "run_name": "demo",
+        "enough_samples": 2049,
     }
     return write_report(**{**values, **changes})
 
@@ -218,7 +220,7 @@ def test_second_scores_of_different_networks_are_never_compared() -> None:
 
 
 def test_few_samples_are_called_out_and_enough_are_not() -> None:
-    assert "96 pictures a score are fewer than 2,048" in Page(report()).text
+    assert "96 pictures a score are fewer than 2,049" in Page(report()).text
     assert "may be noise" not in Page(report(enough_samples=96)).text
 
 
@@ -226,7 +228,9 @@ def test_a_winner_of_fewer_steps_than_the_lowest_score_is_explained() -> None:
     tied = rung(1, 3e-4, 400, 99.5) | {"behind": 0.61, "behind_error": 0.9}
     text = Page(report(results=[*RESULTS[:2], tied, rung(1, 3e-4, 800, 98.9)])).text
     assert "The lowest FID is that of 0.0003 at 800 steps. On the same noise it is 0.6 ± 0.9 below" in text
+    assert "chose by: within the error of the lowest of all rungs, and of fewer steps" in text
     assert "On the same noise it is" not in Page(report()).text
+    assert "chose by: the lowest of all rungs" in Page(report()).text
 
 
 def test_a_test_split_that_was_read_twice_is_told() -> None:
@@ -248,8 +252,8 @@ def test_costs_add_up_and_tell_what_each_stopped_trial_saved() -> None:
     section = html[html.index("<h2>Costs</h2>") : html.index("<h2>Data</h2>")]
     cells = re.findall("<td>([^<]*)</td>", section)
     assert [cells[start : start + 7] for start in (0, 7, 14)] == [
-        ["0.0001", "100", "0:01:00", "0.50", "1.00", "300", "1.50"],  # 300 steps at half an hour a hundred
-        ["0.0003", "400", "1:01:40", "2.00", "4.00", "0", "0.00"],
+        ["a", "100", "0:01:00", "0.50", "1.00", "300", "1.50"],  # 300 steps at half an hour a hundred
+        ["b", "400", "1:01:40", "2.00", "4.00", "0", "0.00"],
         ["all", "500", "1:02:40", "2.50", "5.00", "300", "1.50"],
     ]
     assert "saved" not in Page(report()).text
@@ -261,17 +265,119 @@ def png(color: str) -> bytes:
     return file.getvalue()
 
 
-def test_samples_stand_beside_their_nearest_training_pictures_with_the_share_of_copies() -> None:
+def memorisation(**changes: Any) -> Memorisation:
     pairs = [(png("red"), png("blue"), 0.4), (png("red"), png("red"), 0.01), (png("red"), png("pink"), 0.2)]
-    page = Page(report(memorisation=Memorisation(pairs, near_copy=0.05, measure="cosine distance")))
-    assert "1 of 3 samples (33%) are near copies" in page.text
+    values: dict[str, Any] = {
+        "pairs": pairs,
+        "num_samples": 96,
+        "share": 1 / 96,
+        "near_copy": 0.05,
+        "expected_share": 0.01,
+        "num_held_out": 120,
+        "num_training": 1000,
+        "of_training": 1420,
+        "feature_network": WINNER["feature_network"],
+    }
+    return Memorisation(**{**values, **changes})
+
+
+def test_samples_stand_beside_their_nearest_training_pictures_the_nearest_first() -> None:
+    page = Page(report(memorisation=memorisation()))
     shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "sample," in (attrs["alt"] or "")]
     assert shown == ["sample, distance 0.01, a near copy", "sample, distance 0.2", "sample, distance 0.4"]
 
 
+def test_the_share_of_near_copies_comes_with_how_near_is_chosen_and_what_was_looked_at() -> None:
+    text = Page(report(memorisation=memorisation())).text
+    assert "1 of 96 pictures of the winner (1.0%) are near copies" in text
+    assert "than 99% of the 120 validation pictures" in text and "(distance 0.05)" in text
+    assert "Looked at: 1,000 of 1,420 training pictures" in text and WINNER["feature_network"] in text
+    assert "little more than the smallest" not in text
+    assert "little more than the smallest" in Page(report(memorisation=memorisation(num_held_out=90))).text
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(1 / 96, False), (2 / 96, False), (3 / 96, True)])
+def test_more_near_copies_than_chance_makes_are_an_alarm(share: float, alarms: bool) -> None:
+    # Of 96 pictures 0.96 are expected, give or take 0.97.
+    html = report(memorisation=memorisation(share=share))
+    section = html[html.index("<h2>Learnt by heart?") :]
+    assert section.startswith('<h2>Learnt by heart?</h2><p class="note alert">') is alarms
+
+
+def test_without_held_out_pictures_there_is_no_share_of_near_copies() -> None:
+    unknown = memorisation(share=None, near_copy=None, expected_share=None, num_held_out=0)
+    text = Page(report(memorisation=unknown)).text
+    assert "nothing says how near is too near" in text
+    assert "near copies" not in text and "a near copy" not in text
+
+
+NETWORK = "inception-2015-12-05@sha256:7ff4a85c3a63"
+
+
+def record(metric: str, value: float, error: float | None = None, **more: Any) -> dict[str, Any]:
+    shared = {"num_samples": 96, "feature_network": NETWORK}
+    return {"metric": metric, "value": value, "standard_error": error, **shared, **more}
+
+
+def with_measures() -> dict[str, Any]:
+    base = [record("precision", 0.25, num_real=90), record("IS", 2.5, 0.25), record("near copies", 0.0)]
+    tuned = [record("precision", 0.75, num_real=90), record("IS", 3.5, 0.5), record("near copies", 1 / 96)]
+    return {**WINNER, "measures": {"base": base, "winner": tuned, "left_out": ["No CLIP scores: why."]}}
+
+
+def test_further_measures_stand_beside_the_bases_with_error_count_and_network() -> None:
+    html = report(winner=with_measures())
+    cells = re.findall("<td>([^<]*)</td>", html[html.index('<table class="pairs">') :])
+    assert [cells[start : start + 3] for start in (0, 4, 8)] == [
+        ["Precision", "0.250", "0.750"],
+        ["Inception Score", "2.50 ± 0.25", "3.50 ± 0.50"],
+        ["Near copies", "0.0%", "1.0%"],
+    ]
+    assert cells[3].endswith(f"96 pictures and 90 real, {NETWORK}")
+    assert "No CLIP scores: why." in html
+
+
+def subject(toward: float = 0.01) -> SubjectPictures:
+    numbers = {
+        "instance_prompt": "a photo of sks dog",
+        "class_prompt": "a photo of a dog",
+        "num_photos": 4,
+        "base_similarity": record("image similarity", 0.5, 0.01),
+        "winner_similarity": record("image similarity", 0.875, 0.01),
+        "class_drift": record("class drift", 0.125, 0.02),
+        "toward_subject": record("drift toward subject", toward, 0.02),
+    }
+    return SubjectPictures(numbers, {"photo": [png("red")] * 4, "class, base": [png("blue")] * 4})
+
+
+def test_a_subject_is_shown_with_its_likeness_and_the_drift_of_its_class() -> None:
+    page = Page(report(subjects=[subject()]))
+    for part in ("a photo of sks dog / a photo of a dog", "0.500 ± 0.010", "0.875 ± 0.010", "0.125 ± 0.020"):
+        assert part in page.text
+    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"][3:] == ["photo"] * 4 + [
+        "class, base"
+    ] * 4
+
+
+def test_a_class_that_begins_to_look_like_the_subject_is_an_alarm() -> None:
+    assert "begins to look like the subject" not in report(subjects=[subject(0.01)])
+    assert "“a photo of a dog” begins to look like the subject: 0.030 ± 0.020." in report(
+        subjects=[subject(0.03)]
+    )
+
+
 def test_a_part_without_data_is_left_out() -> None:
     text = Page(report()).text
-    for part in ("KID", "Over-fitting", "Learnt by heart", "Costs", "The same pictures", "validation loss"):
+    for part in (
+        "KID",
+        "Over-fitting",
+        "Learnt by heart",
+        "Costs",
+        "Subjects",
+        "Precision",
+        "The same pictures",
+        "validation loss",
+    ):
         assert part not in text
 
 

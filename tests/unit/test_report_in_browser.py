@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.report import Memorisation, Spent, TrialCost
-from tests.unit.test_report import WINNER, measured, picture_row, png, strip
+from ray_jobs.report import Spent, TrialCost
+from tests.unit.test_report import (
+    measured,
+    memorisation,
+    picture_row,
+    png,
+    strip,
+    subject,
+    with_measures,
+)
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
@@ -26,6 +34,7 @@ MARKS = {
     "#fid-2 .curve .point": 3,
     "#loss-0 .mark line": 1,
     ".tile.pair img": 6,
+    ".pairs td:nth-child(3)": 6,
 }
 
 # Each frame has the page at one width, of the same origin, so that the script outside can measure it. What
@@ -43,7 +52,7 @@ window.onload = () => {
       const box = each.getBoundingClientRect(), chart = each.closest(".chart").getBoundingClientRect();
       return box.width && (box.left < chart.left - 1 || box.right > chart.right + 1);
     });
-    const scroller = ".wide:not(:has(.scores)), pre";  // a table of scores must not need to scroll
+    const scroller = ".wide:not(:has(.scores, .pairs)), pre";  // a table of scores must not need to scroll
     const wide = [...page.querySelectorAll("body *")].filter(each =>
       !each.closest(scroller) && each.getBoundingClientRect().right > root.clientWidth + 1);
     return {
@@ -62,7 +71,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What the browser made of the page, a dict a width."""
     page = measured(
         winner={
-            **WINNER,
+            **with_measures(),
             "test_kid": 0.0061,
             "test_kid_error": 0.0004,
             "test_fid_2": 31.2,
@@ -70,7 +79,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
         },
         rows=[picture_row("a very long caption " * 12)],
         strip=strip("100", "200", "400", winner="400"),
-        memorisation=Memorisation([(png("red"), png("blue"), 0.01)] * 3, 0.05, "cosine distance"),
+        memorisation=memorisation(pairs=[(png("red"), png("blue"), 0.01)] * 3),
+        subjects=[subject()],
         spent=Spent([TrialCost("a", 1e-4, 100, 60.0, 0.5, saved_steps=300)], price=2.0),
     ).replace("<details>", "<details open>")
     frames = "".join(

@@ -16,7 +16,7 @@ def configured(*overrides: str) -> Config:
 
 
 def rung(step: int, rate: float = 1e-3, seconds: float = 0.0, **scores: Any) -> dict[str, Any]:
-    return {"learning_rate": rate, "step": step, "time_total_s": seconds, "fid": 100.0, **scores}
+    return {"trial_id": f"lr-{rate:g}", "step": step, "time_total_s": seconds, "fid": 100.0, **scores}
 
 
 def test_patience_ends_with_so_many_rungs_without_an_improvement_beyond_the_error() -> None:

@@ -4,6 +4,7 @@ The store's trouble is not the training's. A real MLflow on a SQLite file, and c
 leaves them.
 """
 
+import io
 import json
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
@@ -177,6 +179,47 @@ def test_the_fid_of_each_rung_is_shown_once_at_its_step(config: Config) -> None:
     checkpoint(config, 5, 6)
     mirror(config, lambda: rows).look()
     assert history(config, runs(config)[0], "validation/fid") == [(4, 99.5)]
+
+
+def with_pictures(config: Config, step: int) -> dict[str, Any]:
+    """A measured rung that has kept a picture."""
+    folder = checkpoint(config, 1, step, rung=True).child(f"step-{step:08d}")
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, format="PNG")
+    folder.write_bytes("samples/0-a-caption.png", file.getvalue())
+    return {"trial_id": TRIAL, "step": step, "fid": 99.5, "checkpoint": folder.uri}
+
+
+def test_each_rung_shows_its_pictures_as_one_file_in_the_storage(config: Config, tmp_path: Path) -> None:
+    config = config.model_copy(update={"name": "other"})  # the store knows that of the fixture
+    with opened_store(config):
+        pass
+    rows = [with_pictures(config, 4), {"trial_id": TRIAL, "step": 5, "fid": 98.0, "checkpoint": "nowhere"}]
+    looking = mirror(config, lambda: rows)
+    looking.look()
+    looking.show_samples()
+    [run] = runs(config)
+    [shown] = open_client(config).list_artifacts(run.info.run_id, "samples")
+    assert shown.path == "samples/step-00000004.png"
+    [written] = (tmp_path / "mlartifacts").rglob("*.png")
+    assert Image.open(written).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_store_that_takes_no_pictures_still_gets_the_numbers(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config.model_copy(update={"name": "other"})
+    (tmp_path / "mlartifacts").write_text("a file where the folder should be")
+    with opened_store(config):
+        pass
+    rows = [with_pictures(config, 4)]
+    with tracked(config, {TRIAL: config}, "d1", lambda: rows):
+        pass
+    said = [line for line in capsys.readouterr().out.splitlines() if "MLflow lacks" in line]
+    assert len(said) == 1 and "the latest pictures" in said[0] and "have them, in samples" in said[0]
+    [run] = runs(config)
+    assert history(config, run, "validation/fid") == [(4, 99.5)]
+    assert run.info.status == "FINISHED"
 
 
 def test_the_params_are_the_resolved_settings_flat_and_without_what_is_empty(config: Config) -> None:

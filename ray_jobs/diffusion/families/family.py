@@ -108,6 +108,14 @@ class Family(ABC):
         """
         scheduler.set_timesteps(num_steps, device=device)
 
+    @abstractmethod
+    def first_step(self, num_steps: int, strength: float) -> int:
+        """How many of the steps image to image leaves out, as the family's own pipeline for it does.
+
+        Args:
+            strength: in (0, 1], the share of the steps that is made.
+        """
+
     def sample_size(self, pipeline: Any) -> int:
         """The side of the model's own latents."""
         return int(getattr(pipeline, self.denoiser).config.sample_size)
@@ -121,6 +129,9 @@ class DiffusionFamily(Family):
 
     def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
         return Diffusion.from_scheduler(scheduler_config, zero_terminal_snr=zero_terminal_snr)
+
+    def first_step(self, num_steps: int, strength: float) -> int:
+        return num_steps - int(num_steps * strength)
 
 
 class FlowMatchingFamily(Family):
@@ -153,3 +164,6 @@ class FlowMatchingFamily(Family):
     ) -> None:
         shift = self.dynamic_shift(scheduler.config, latent_shape)
         scheduler.set_timesteps(num_steps, device=device, **shift)
+
+    def first_step(self, num_steps: int, strength: float) -> int:
+        return int(num_steps - num_steps * strength)

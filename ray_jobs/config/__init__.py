@@ -1,0 +1,275 @@
+"""The whole configuration of a run: one documented field a line, with its unit.
+
+A run is one YAML file of this tree (`configs/demo.yaml`), completed by command-line overrides
+(`--set train.zero_stage=3`). Everything a user can get wrong without touching the data or the cluster
+is found here, before anything starts.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from ray_jobs.config.data import (
+    AugmentationConfig,
+    CleaningConfig,
+    DataConfig,
+    SourceConfig,
+)
+from ray_jobs.config.fields import ConfigError, LearningRate, Positive, Section, home, resolve_path
+from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, Range, SearchConfig
+from ray_jobs.config.serve import PublishConfig, ServeConfig
+from ray_jobs.config.train import (
+    ENDLESS,
+    FREE_SETTINGS,
+    OTHER_LAYERS,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    Schedule,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ENDLESS",
+    "FREE_SETTINGS",
+    "LEARNING_RATE",
+    "OTHER_LAYERS",
+    "AugmentationConfig",
+    "CleaningConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "LocalConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "PretrainConfig",
+    "PublishConfig",
+    "Range",
+    "Schedule",
+    "SearchConfig",
+    "Section",
+    "ServeConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TrainConfig",
+    "add_budget_arguments",
+    "add_config_arguments",
+    "home",
+    "load_config",
+    "resolve_path",
+]
+
+
+class PretrainConfig(Section):
+    """A new base model in Stable Diffusion's architecture, from nothing (`python -m ray_jobs.pretrain`)."""
+
+    output: str = Field(description="folder of the finished model")
+    pictures: str = Field(description="folder with metadata.jsonl that the autoencoder learns from")
+    autoencoder_channels: list[Positive] = Field([32, 48, 64, 96], description="of its levels")
+    autoencoder_steps: Positive = Field(8000, description="optimizer steps")
+    autoencoder_batch_size: Positive = Field(16, description="pictures a step")
+    autoencoder_learning_rate: LearningRate = Field(1e-3, description="lowered to 0 by a cosine")
+    kl_weight: float = Field(1e-4, ge=0, description="of the KL divergence a latent element")
+    latent_channels: Positive = Field(16, description="of the autoencoder")
+    denoiser_channels: list[Positive] = Field([128, 192], description="of the UNet's levels")
+    denoiser_layers: Positive = Field(1, description="residual blocks a level")
+    attention_heads: Positive = Field(4, description="of the UNet and the text encoder")
+    text_width: Positive = Field(192, description="of the text encoder")
+    text_layers: Positive = Field(3, description="of the text encoder")
+    vocabulary: Positive = Field(1500, description="tokens, learnt from the captions")
+    max_tokens: Positive = Field(20, description="longer captions are cut")
+
+
+class LocalConfig(Section):
+    """The embedded Ray that is started where no address is given."""
+
+    num_cpus: Positive = Field(
+        8, description="logical CPUs: more than cores, so that drivers and Ray Data tasks fit beside"
+    )
+    object_store_mb: int = Field(512, ge=80, description="object store, in MiB")
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a run of the same name is resumed"
+    )
+    storage: str = Field("runs", description="folder, s3:// or gs:// that every node can reach")
+    seed: int = Field(0, description="of training: data order, noise, initial adapters")
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+    serve: ServeConfig = ServeConfig()
+    local: LocalConfig = LocalConfig()
+    pretrain: PretrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Config":
+        stages, last = self.train.stages, self.search.ladder[-1]
+        before = sum(stage.steps for stage in stages[:-1])
+        if stages and before >= last:
+            raise ValueError(
+                f"train.stages: the last one begins after step {before}, the ladder ends at {last}"
+            )
+        fixed = stages and all(stage.learning_rate for stage in stages)
+        rates = self.search.learning_rates
+        if fixed and (isinstance(rates, Range) or len(rates) > 1):
+            raise ValueError(
+                "train.stages: every stage names a learning_rate, so searching one would change nothing; "
+                "leave it out of a stage, or give search.learning_rates one value"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prior_preservation(self) -> "Config":
+        if not self.train.prior_loss_weight:
+            return self
+        if self.data.buckets:
+            raise ValueError(
+                "train.prior_loss_weight needs data.buckets: false: a step takes class pictures of the "
+                "same shape as the others"
+            )
+        if self.data.encode == "stream":
+            raise ValueError(
+                "train.prior_loss_weight needs data.encode: cache: class pictures are few, so that it "
+                "costs next to nothing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _search(self) -> "Config":
+        search = self.search
+        if search.folds and search.folds != self.data.folds:
+            raise ValueError(
+                f"search.folds: {search.folds} needs data.folds: {search.folds}, into which prepare "
+                f"deals the pictures (it is {self.data.folds})"
+            )
+        if search.folds and self.data.encode == "stream":
+            raise ValueError("search.folds needs data.encode: cache")
+        if "train.prior_loss_weight" in search.space and not self.train.prior_loss_weight:
+            raise ValueError(
+                "search.space.train.prior_loss_weight needs train.prior_loss_weight above 0, so that prepare "
+                "makes class pictures"
+            )
+        for name, values in search.space.items():
+            ends = [values.low, values.high] if isinstance(values, Range) else values
+            for value in ends:
+                try:
+                    self.with_settings({name: value})
+                except ValidationError as error:
+                    reason = _explain(error, f"{value!r}")
+                    raise ValueError(f"search.space.{name}: {reason}") from None
+        return self
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Config":
+        """The configuration of one trial of a search.
+
+        Args:
+            settings: values by name, as `train.lora.rank`.
+
+        Raises:
+            ValueError: a name is no setting that may be searched.
+            ValidationError: a value is refused.
+        """
+        train = self.train.model_dump(exclude_unset=True)
+        for name, value in settings.items():
+            section, *path = name.split(".")
+            place: Any = train
+            for each in path[:-1]:
+                place = place.setdefault(each, {}) if isinstance(place, dict) else None
+            if section != "train" or not path or path[0] in FREE_SETTINGS or not isinstance(place, dict):
+                raise ValueError(f"{name} is not searched: name a setting of train that changes the result")
+            place[path[-1]] = value
+        return self.model_copy(update={"train": TrainConfig.model_validate(train)})
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` into `tree`; the value is read as YAML."""
+    dotted, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as section.field=value")
+    *sections, field = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    tree[field] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line for the first problem of `error`: file, field, what is wrong."""
+    first = error.errors()[0]
+    # In brackets: which kind of several a value is.
+    parts = [str(part) for part in first["loc"] if not str(part).startswith("[")]
+    field = ".".join(parts) or "configuration"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key; remove it or correct its name (ray_jobs/config/ lists them all)"
+    else:
+        message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
+    more = len(error.errors()) - 1
+    return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and lay `overrides` (`section.field=value`) over it.
+
+    Raises:
+        ConfigError: naming the file or field, and the fix.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give --config one of configs/*.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a configuration: it must be a mapping of sections")
+    for override in overrides or []:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from None
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--max-steps`, `--max-hours` and `--max-cost`: as `--set search.max_steps=...` and so on."""
+    for name, unit in (("steps", "of all trials"), ("hours", "of workers"), ("cost", "of workers, in money")):
+        parser.add_argument(
+            f"--max-{name}",
+            action="append",
+            dest="overrides",
+            type=f"search.max_{name}={{}}".format,
+            metavar="N",
+            help=f"{unit}: the search ends at the rung where it has spent so much",
+        )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every stage shares: `--config` and `--set`."""
+    parser.add_argument("--config", required=True, help="YAML file, for example configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        dest="overrides",
+        help="override one field; may be repeated",
+    )

@@ -1,0 +1,44 @@
+"""What every section is made of: the base class, its field types, paths, and the error of a bad setting."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+
+class ConfigError(ValueError):
+    """What a user must mend before the job can start. The message names the field or file and the fix."""
+
+
+def home() -> Path:
+    """The folder that relative paths start from: DIFFRAY_HOME, else the current one.
+
+    A job on the embedded local Ray runs in Ray's copy of the checkout; `cluster/submit.py` sets
+    DIFFRAY_HOME there, so that what it reads and writes is the user's own.
+    """
+    return Path(os.environ.get("DIFFRAY_HOME") or Path.cwd())
+
+
+def resolve_path(path: str) -> str:
+    """A relative path that exists under `home()` becomes absolute; all else is left as it is.
+
+    So s3:// and gs:// addresses and hub names pass through, and a missing file keeps the name that
+    the user wrote.
+    """
+    if "://" in path:
+        return path
+    found = home() / Path(path).expanduser()
+    return str(found) if found.exists() else path
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

@@ -1,0 +1,217 @@
+"""What is trained and how."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ray_jobs.config.fields import LearningRate, Positive, Section, Share
+
+
+class ModelConfig(Section):
+    """The model that is fine-tuned."""
+
+    base: str = Field(description="folder or hub name of a model in diffusers' format")
+    revision: str | None = Field(None, description="revision on the hub")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685), by peft."""
+
+    rank: Positive = Field(16, description="rank of the update")
+    alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
+    dropout: Share = Field(0.0, description="dropout before the down projection")
+    target_modules: list[str] | None = Field(
+        None, description="layers that get an adapter, by the end of their name; empty: the attention's"
+    )
+    use_dora: bool = Field(False, description="decompose weights into magnitude and direction (2402.09353)")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
+
+
+class LossConfig(Section):
+    """What the denoiser is trained on, and how its errors count; the defaults are the model's own."""
+
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = Field(
+        None, description="density of the timesteps; empty: uniform, or logit_normal for flow matching"
+    )
+    timestep_mean: float = Field(0.0, description="of the logit-normal density")
+    timestep_std: float = Field(1.0, gt=0, description="of the logit-normal density")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off if empty")
+    offset_noise: float = Field(0.0, ge=0, description="noise of a whole channel, as a share of the noise")
+    input_perturbation: float = Field(0.0, ge=0, description="noise on the input only (arXiv 2301.11706)")
+    huber_delta: float | None = Field(None, gt=0, description="pseudo-Huber loss; off if empty")
+    zero_terminal_snr: bool = Field(False, description="rescale the schedule to end in pure noise")
+
+
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "warmup_stable_decay",
+]
+
+
+class StageConfig(Section):
+    """A part of a run with settings of its own; what is empty is as in `train`."""
+
+    steps: Positive = Field(description="how many; the last stage goes on to the end of the ladder")
+    learning_rate: LearningRate | None = Field(None, description="at its height")
+    schedule: Schedule | None = Field(None, description="over the stage's own steps")
+    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
+    weight_decay: float | None = Field(None, ge=0, description="of AdamW")
+    betas: tuple[Share, Share] | None = Field(None, description="of AdamW")
+    epsilon: float | None = Field(None, gt=0, description="of AdamW")
+    trainable: list[str] | None = Field(None, description="groups of layers that are trained, of `groups`")
+
+
+OTHER_LAYERS = "other"
+# What changes how fast a training runs and where, but not what comes out, up to rounding.
+FREE_SETTINGS = {
+    "num_workers",
+    "micro_batch_size",
+    "use_gpu",
+    "cpus_per_worker",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+    "gradient_checkpointing",
+    "channels_last",
+    "compile",
+    "checkpoint_minutes",
+    "max_failures",
+}
+ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    method: Literal["lora", "full"] = Field("lora", description="what is trained")
+    lora: LoraConfig = LoraConfig()
+    loss: LossConfig = LossConfig()
+    train_text_encoder: bool = Field(False, description="train the (CLIP) text encoders too")
+    groups: dict[str, list[str]] = Field(
+        {}, description="named groups of layers: patterns of parameter names, for example *attn*"
+    )
+    trainable: list[str] | None = Field(
+        None, description=f"groups that are trained; {OTHER_LAYERS}: what is in none; empty: all"
+    )
+    stages: list[StageConfig] = Field([], description="parts of the run with settings of their own")
+    learning_rate: LearningRate = Field(1e-4, description="for a single run; a search sets its own")
+    schedule: Schedule = Field("constant_with_warmup", description="of the learning rate")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up; constant has none")
+    schedule_cycles: Positive = Field(1, description="of cosine_with_restarts")
+    schedule_power: float = Field(1.0, gt=0, description="of polynomial")
+    schedule_end: Share = Field(0.0, description="share of the learning rate that is left at the end")
+    decay_share: float = Field(0.2, gt=0, le=1, description="of the steps, in warmup_stable_decay")
+    batch_size: Positive = Field(16, description="pictures an optimizer step, over all workers")
+    prior_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        description="lambda of DreamBooth's prior preservation (arXiv 2208.12242, eq. 2); above 0, "
+        "batch_size // 2 pictures of a step are class pictures; 0: they are not used",
+    )
+    micro_batch_size: Positive | None = Field(
+        None, description="pictures a worker takes at once, accumulating gradients; empty: all of its own"
+    )
+    num_workers: Positive | tuple[Positive, Positive] = Field(
+        2, description="Ray Train workers; [min, max]: as many as there is room for, also while it runs"
+    )
+    use_gpu: bool = Field(False, description="one GPU a worker")
+    cpus_per_worker: Positive = Field(1, description="logical CPUs (and PyTorch threads) a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker needs none"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer in the host's memory (stages 1 to 3)")
+    offload_parameters: bool = Field(False, description="weights in the host's memory (stage 3)")
+    deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of weights and arithmetic; ZeRO keeps what it updates in fp32"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    channels_last: bool = Field(False, description="memory layout of convolutions")
+    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="8 bit: by bitsandbytes, GPUs only"
+    )
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; biases and norms are exempt")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")
+    epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    caption_dropout: Share = Field(0.1, description="share of captions replaced by the empty one")
+    ema_decay: Share = Field(0.99, description="of the averaged weights that are evaluated; 0: off")
+    checkpoint_minutes: float = Field(10, gt=0, description="between checkpoints, besides those of the rungs")
+    max_failures: int = Field(1, ge=0, description="restarts of the worker group from its checkpoint")
+
+    @property
+    def class_rows(self) -> int:
+        """Rows of a step that are class pictures."""
+        return self.batch_size // 2 if self.prior_loss_weight else 0
+
+    @property
+    def training_rows(self) -> int:
+        """Rows of a step that are the user's own training pictures."""
+        return self.batch_size - self.class_rows
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        return not isinstance(self.num_workers, int)
+
+    @model_validator(mode="after")
+    def _workers(self) -> "TrainConfig":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers: {list(self.num_workers)} must be [min, max]")  # type: ignore[arg-type]
+        if self.batch_size < self.max_workers:
+            raise ValueError(
+                f"batch_size: {self.batch_size} pictures a step leave some of {self.max_workers} workers "
+                "without one; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prior_preservation(self) -> "TrainConfig":
+        if self.prior_loss_weight and self.batch_size < 2:
+            raise ValueError(
+                f"prior_loss_weight: {self.prior_loss_weight:g} needs a batch_size of at least 2: "
+                "half of a step's pictures are class pictures"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding(self) -> "TrainConfig":
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError("offload_parameters needs zero_stage: 3")
+        if self.precision != "fp32" and not self.zero_stage:
+            raise ValueError(
+                f"precision: {self.precision} needs zero_stage 1, 2 or 3, which keep fp32 weights"
+            )
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError("precision: fp16 needs use_gpu; a CPU has bf16")
+        if self.optimizer == "adamw_8bit" and not self.use_gpu:
+            raise ValueError("optimizer: adamw_8bit needs use_gpu")
+        return self
+
+    @model_validator(mode="after")
+    def _schedules(self) -> "TrainConfig":
+        given = "warmup_steps" in self.model_fields_set and self.warmup_steps
+        if self.schedule == "constant" and given:
+            raise ValueError("warmup_steps: schedule constant has none; take constant_with_warmup")
+        known = {*self.groups, OTHER_LAYERS}
+        for names in [self.trainable, *(stage.trainable for stage in self.stages)]:
+            if names is not None and (not names or not known.issuperset(names)):
+                raise ValueError(f"trainable: {names} must name some of groups: {sorted(known)}")
+        if OTHER_LAYERS in self.groups:
+            raise ValueError(f"groups: {OTHER_LAYERS} is the name of what is in no group; take another")
+        return self

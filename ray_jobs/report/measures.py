@@ -1,0 +1,140 @@
+"""Measures beyond the scores that rank: a table of base and winner, and what became of each subject."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from ray_jobs.dataset_report import data_uri, table
+from ray_jobs.report.svg import number
+
+SUBJECT_PICTURE = 128  # pixels a side at most
+
+# Name, digits and meaning of each metric, in the order of the table.
+METRICS = {
+    "precision": (
+        "Precision",
+        3,
+        "share of the generated pictures that lie among real ones: how good they are",
+    ),
+    "recall": (
+        "Recall",
+        3,
+        "share of real pictures that lie among the generated ones: how much variety there is",
+    ),
+    "IS": (
+        "Inception Score",
+        2,
+        "clear and varied classes, higher is better; only scores of one classifier compare",
+    ),
+    "fid_infinity": (
+        "FID at infinity",
+        1,
+        "FID without the bias of the count; the error is that of the fit alone",
+    ),
+    "CLIP score": (
+        "CLIP score",
+        3,
+        "how well pictures fit their captions, 2.5 times the cosine; higher is better",
+    ),
+    "CLIP image similarity": ("CLIP image similarity", 3, "cosine to the real picture of the same caption"),
+    "near copies": (
+        "Near copies",
+        3,
+        "share of pictures that nearly are training pictures: see “Learnt by heart?”",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SubjectPictures:
+    """A subject of the run.
+
+    Attributes:
+        numbers: what winner.json holds of it.
+        rows: PNGs by what they show.
+    """
+
+    numbers: dict[str, Any]
+    rows: Mapping[str, Sequence[bytes]]
+
+
+def measures_table(winner: dict[str, Any]) -> str:
+    """Base beside winner, on the test split, and what was not measured; empty where nothing was."""
+    measures = winner.get("measures")
+    if not measures:
+        return ""
+    base, tuned = ({each["metric"]: each for each in measures[whose]} for whose in ("base", "winner"))
+    rows = []
+    for metric, (name, digits, meaning) in METRICS.items():
+        if metric in tuned:
+            values = [_value(records.get(metric), digits) for records in (base, tuned)]
+            rows.append((name, *values, f"{meaning}; {_source(tuned[metric])}"))
+    shown = table(("measure", "base", "winner", "what it is"), rows, "pairs") if rows else ""
+    return shown + "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in measures["left_out"])
+
+
+def subjects_section(subjects: Sequence[SubjectPictures]) -> str:
+    """What the model draws of each subject and of its class; empty without subjects."""
+    if not subjects:
+        return ""
+    note = (
+        "Pictures of the subject's prompt should look like its photos. Pictures of its class, from the same"
+        " noise before and after, should stay as they were."
+    )
+    return f'<h2>Subjects</h2><p class="note">{escape(note)}</p>' + "".join(map(_subject, subjects))
+
+
+def _subject(subject: SubjectPictures) -> str:
+    found = subject.numbers
+    like = found["winner_similarity"]
+    rows = [
+        (
+            "Likeness to the photos",
+            _value(found["base_similarity"], 3),
+            _value(like, 3),
+            f"mean cosine to {found['num_photos']} photos; {_source(like)}",
+        )
+    ]
+    alert = ""
+    if "class_drift" in found:
+        drift, toward = found["class_drift"], found["toward_subject"]
+        rows += [
+            ("Class has moved", "–", _value(drift, 3), f"1 − cosine of before and after; {_source(drift)}"),
+            ("… toward the subject", "–", _value(toward, 3), f"rise of its likeness; {_source(toward)}"),
+        ]
+        if toward["value"] > (toward["standard_error"] or 0.0):
+            words = f"“{found['class_prompt']}” begins to look like the subject: {_value(toward, 3)}."
+            alert = f'<p class="note alert">{escape(words)}</p>'
+    head = ("measure", "base", "winner", "what it is")
+    title = found["instance_prompt"] + (f" / {found['class_prompt']}" if found["class_prompt"] else "")
+    return f"<h3>{escape(title)}</h3>{_pictures(subject.rows)}{alert}{table(head, rows, 'pairs')}"
+
+
+def _pictures(rows: Mapping[str, Sequence[bytes]]) -> str:
+    lines = []
+    for name, pictures in rows.items():
+        opened = [Image.open(io.BytesIO(png)) for png in pictures]
+        cells = "".join(
+            f'<td><img src="{data_uri(picture, SUBJECT_PICTURE)}" alt="{escape(name)}"></td>'
+            for picture in opened
+        )
+        lines.append(f'<tr><th scope="row"><span>{escape(name)}</span></th>{cells}</tr>')
+    return f'<div class="wide"><table class="strip"><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _value(record: dict[str, Any] | None, digits: int) -> str:
+    if record is None:
+        return "–"
+    if record["metric"] == "near copies":
+        return f"{record['value']:.1%}"
+    return number(record["value"], digits, record["standard_error"])
+
+
+def _source(record: dict[str, Any]) -> str:
+    """Of how many pictures a number is, and by which network."""
+    real = f" and {record['num_real']:,} real" if "num_real" in record else ""
+    return f"{record['num_samples']:,} pictures{real}, {record['feature_network']}"

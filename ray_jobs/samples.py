@@ -1,0 +1,41 @@
+"""The pictures that are kept of a rung, beside its checkpoint."""
+
+import io
+import math
+from collections.abc import Sequence
+
+from PIL import Image
+
+from cluster.storage import Storage, slug
+
+SAMPLES = "samples"  # the folder, in that of the checkpoint
+SHEET_PICTURE = 128  # pixels a side on a sheet, at most
+SHEET_PICTURES = 64  # on a sheet, at most
+
+
+def sample_name(number: int, caption: str) -> str:
+    """The file of a kept picture."""
+    return f"{number}-{slug(caption)}.png"
+
+
+def sheet(checkpoint: Storage) -> Image.Image | None:
+    """A rung's first kept pictures as one, line by line in the order of their captions; None of none."""
+    folder = checkpoint.child(SAMPLES)
+    numbered = sorted(folder.files(), key=lambda name: int(name.partition("-")[0]))[:SHEET_PICTURES]
+    return _tiled([_opened(folder.read_bytes(name)) for name in numbered]) if numbered else None
+
+
+def _opened(png: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((SHEET_PICTURE, SHEET_PICTURE))
+    return picture
+
+
+def _tiled(pictures: Sequence[Image.Image]) -> Image.Image:
+    columns = math.ceil(len(pictures) ** 0.5)
+    width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    tiled = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for number, picture in enumerate(pictures):
+        line, column = divmod(number, columns)
+        tiled.paste(picture, (column * width, line * height))
+    return tiled

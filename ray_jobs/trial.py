@@ -1,0 +1,169 @@
+"""One trial of a search: a training that climbs the ladder, each rung measured as it comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.evaluate import EvaluatorPool
+from ray_jobs.space import Settings, further, training_of, trial_id
+from ray_jobs.train import build_trainer, check_diverged
+from ray_jobs.training.checkpoint import Rung, find_rungs, folder_of
+from ray_jobs.training.meter import RUNG
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial trains with, and how far.
+
+    Attributes:
+        trial_id: what its rungs are found by.
+        ladder: its own, up to the rung where it ends.
+        fold: of cross-validation: which one judges; None: the validation split.
+        training: folder of its checkpoints.
+        start: checkpoint to begin from, which another trial has left; None: the base model.
+        begins_at: the step of that checkpoint.
+    """
+
+    trial_id: str
+    settings: Settings
+    ladder: list[int]
+    training: str
+    fold: int | None = None
+    start: str | None = None
+    begins_at: int = 0
+
+    @staticmethod
+    def of(settings: Settings, ladder: list[int], fold: int | None = None) -> "Trial":
+        """Named by its settings and its fold."""
+        name = trial_id(settings)
+        return Trial(name, settings, ladder, name if fold is None else f"{name}_fold-{fold}", fold)
+
+    @property
+    def split(self) -> str:
+        """Whose pictures judge it."""
+        return "validation" if self.fold is None else f"fold-{self.fold}"
+
+    def labels(self, config: Config) -> dict[str, Any]:
+        """What tells its rows from others'."""
+        rate = config.with_settings(self.settings).train.learning_rate
+        found = {"trial_id": self.trial_id, "learning_rate": rate, "settings": further(self.settings)}
+        if self.training != self.trial_id:
+            found["training"] = self.training
+        if self.fold is not None:
+            found["fold"] = self.fold
+        if self.start:
+            found |= {"parent": self.start, "begins_at": self.begins_at}
+        return found
+
+
+Make = Callable[[Settings], Trial]
+"""The trial that a point of the space stands for."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every trial of a search works with.
+
+    Attributes:
+        board: handle of a ProgressBoard.
+        recorded: rows of rungs that were measured before.
+    """
+
+    config: Config
+    dataset: Dataset
+    pool: EvaluatorPool
+    board: Any
+    recorded: list[dict[str, Any]]
+
+
+def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> None:
+    """What Tune runs: train to the end of the trial's ladder, reporting the row of each rung.
+
+    Raises:
+        RuntimeError: its loss diverged.
+    """
+    trial, config, pool = make(space), around.config, around.pool
+    labels = trial.labels(config)
+    known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
+    trainings = Storage.open(config.storage).child(config.name, "train")
+    rungs = find_rungs(trainings).get(trial.training, [])
+    for rung in rungs:
+        step = rung.metrics["step"]
+        tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
+    check_diverged(trainings.child(trial.training))  # it would again
+    if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
+        callback = RungCallback(trial, labels, pool, trainings.child(trial.training))
+        train_trial(trial, around, [callback])
+
+
+def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> None:
+    """Train to the end of a trial's ladder.
+
+    Raises:
+        RuntimeError: its loss diverged.
+    """
+    dataset, config = around.dataset, around.config
+    build_trainer(
+        config.with_settings(trial.settings),
+        dataset if trial.fold is None else dataset.leave_out(trial.fold),
+        name=trial.training,
+        ladder=trial.ladder,
+        start=trial.start,
+        callbacks=callbacks,
+        board=around.board,
+    ).fit()
+    check_diverged(Storage.open(config.storage).child(config.name, "train", trial.training))
+
+
+def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool) -> dict[str, Any]:
+    """A rung's line: what the training reported, and the scores of its weights, of which samples are kept."""
+    scores = pool.score(rung.weights, split, Storage.open(rung.uri))
+    measured = {**labels, "checkpoint": rung.uri}
+    measured["validation_loss"] = pool.validation_loss(rung.weights, split)
+    return rung.metrics | measured | scores.row() | scores.second_network
+
+
+class RungCallback(TuneReportCallback):
+    """In the training's controller: measure each checkpoint, then tell Tune, whose scheduler decides.
+
+    The workers train on towards the next rung meanwhile.
+    """
+
+    def __init__(self, trial: Trial, labels: dict[str, Any], pool: EvaluatorPool, folder: Storage) -> None:
+        super().__init__()
+        self.trial, self.labels, self.pool, self.folder = trial, labels, pool, folder
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if metrics[0]["why"] != RUNG:
+            return  # a checkpoint to go on from, between rungs
+        # Not `checkpoint.path`, which on s3:// and gs:// lacks the scheme.
+        rung = Rung(self.folder.child(folder_of(metrics[0]["step"])).uri, metrics[0])
+        row = measure(rung, self.labels, self.trial.split, self.pool)
+        super().after_report(run_context, [row], checkpoint)
+
+
+def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
+    """Train a trial's settings on training and validation pictures together, to a step.
+
+    Raises:
+        RuntimeError: its loss diverged.
+    """
+    ladder = [rung for rung in trial.ladder if rung <= step]
+    last = replace(trial, fold=None, ladder=ladder, training=f"{trial.trial_id}_refit")
+    trainings = Storage.open(around.config.storage).child(around.config.name, "train")
+
+    def rungs() -> list[Rung]:
+        found = find_rungs(trainings).get(last.training, [])
+        return [rung for rung in found if rung.metrics["step"] == step]
+
+    if not rungs():
+        whole = replace(around, dataset=around.dataset.together())
+        train_trial(last, whole, [])
+    [rung] = rungs()
+    return rung

@@ -1,0 +1,158 @@
+"""The search under Ray Tune, on landscapes whose best point is known: what Tune runs is a formula here, and
+all that draws, stops, records and resumes is the real one. The pipeline's test trains.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.util.state import list_actors
+
+from cluster.connect import LocalCluster
+from cluster.storage import Storage
+from ray_jobs.config import Config, load_config
+from ray_jobs.evaluate import evaluators
+from ray_jobs.prepare import prepare
+from ray_jobs.search import run_trials, search
+from ray_jobs.search_results import read_rows
+from ray_jobs.tracking import Mirror
+from ray_jobs.trial import Surroundings
+from ray_jobs.trials import Trials
+from tests.landscape import climb
+from tests.ray.test_training import tiny_config
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+DECAY = "train.weight_decay"
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    search = [f"search.{override}" for override in overrides]
+    return load_config(DEMO, [f"storage={folder}", *search])
+
+
+def searched(config: Config, objective: Any = climb) -> Trials:
+    """The trials of a search after it has run, or gone on."""
+    storage = Storage.open(config.storage).child(config.name, "search")
+    dataset: Any = None
+    around = Surroundings(config, dataset, dataset, None, read_rows(storage))
+    done = Trials(around, storage, Mirror(config, {}, "digest", list), objective)
+    run_trials(config, done)
+    assert not done.errors
+    return done
+
+
+def test_optuna_draws_from_ranges_and_goes_on_with_what_it_began(
+    ray_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    settings = ["learning_rates={low: 1.0e-6, high: 1.0e-1}", "algorithm=optuna", "max_concurrent_trials=3"]
+    first = searched(configured(tmp_path, *settings, "num_trials=3"))
+    assert len(first.settings) == 3
+    went_on = searched(configured(tmp_path, *settings, "num_trials=6"))
+    assert list(went_on.settings)[:3] == list(first.settings) and len(went_on.settings) == 6
+    assert went_on.rows[: len(first.rows)] == first.rows
+
+
+def test_trials_worse_than_the_median_of_the_others_stop(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    rates = "learning_rates=[3.0e-4,2.9e-4,3.1e-4,1.0e-1]"
+    rows = searched(configured(tmp_path, rates, "scheduler=median")).rows
+    steps = {rate: max(row["step"] for row in rows if row["learning_rate"] == rate) for rate in (3e-4, 0.1)}
+    assert steps == {3e-4: 320, 0.1: 80}
+
+
+def test_folds_train_what_is_left_of_the_fold_before(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    config = load_config(
+        DEMO,
+        [
+            f"storage={tmp_path}",
+            "data.folds=2",
+            "search.folds=2",
+            "search.learning_rates=[3.0e-4,1.0e-1]",
+        ],
+    )
+    rows = searched(config).rows
+    reached = {
+        fold: {
+            row["trial_id"]: max(
+                r["step"] for r in rows if (r["trial_id"], r["fold"]) == (row["trial_id"], fold)
+            )
+            for row in rows
+            if row["fold"] == fold
+        }
+        for fold in (0, 1)
+    }
+    assert reached[0]["lr-0.0003"] == 320 and reached[0]["lr-0.1"] == 80
+    assert all(reached[1][name] <= reached[0][name] for name in reached[1])
+    assert {row["training"] for row in rows if row["fold"] == 1} <= {f"{n}_fold-1" for n in reached[0]}
+
+
+def test_a_population_improves_on_what_it_began_with(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    config = configured(
+        tmp_path,
+        "scheduler=population",
+        "learning_rates=[1.0e-1,1.0e-3,3.0e-4]",
+        "ladder=[80,160]",
+        "max_concurrent_trials=3",
+    )
+    found = searched(config)
+    members = {row["trial_id"] for row in found.rows}
+    assert members == {f"member-{n}" for n in range(3)}
+    for name in members:
+        assert [row["step"] for row in found.rows if row["trial_id"] == name] == [80, 160]
+    worst = [row for row in found.rows if row["trial_id"] == "member-0"]
+    assert worst[1]["parent"] == "member-2/80" and worst[1]["begins_at"] == 80
+    assert worst[1]["fid"] < worst[0]["fid"] / 2
+
+
+def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    config = configured(tmp_path, "space={train.weight_decay: [0.0,0.1]}", "scheduler=none", "max_steps=480")
+    rows = searched(config).rows
+    assert {(row["learning_rate"], row["settings"][DECAY]) for row in rows} == {(1e-3, 0.0), (1e-3, 0.1)}
+    steps = {row["trial_id"]: row["step"] for row in rows}
+    assert 480 <= sum(steps.values()) < 480 + 320, "four trials of 320 steps"
+
+
+def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """The trial would train for an hour; its budget is spent at the first rung (ray-project/ray#54305)."""
+    config = tiny_config(
+        tiny_model,
+        picture_folder,
+        tmp_path,
+        "train.num_workers=1",
+        "search.ladder=[2,100000]",
+        "search.max_steps=2",
+        "evaluate.num_actors=1",
+        "evaluate.inference_steps=2",
+    )
+    dataset = prepare(config)
+    before = [actor.actor_id for actor in alive(ray_cluster)]  # of other tests
+    with evaluators(config, dataset) as pool:
+        pool.load("validation")
+        [evaluator] = alive(ray_cluster, "Evaluator")
+        base = pool.score(None, "validation")
+        found = search(config, dataset, pool)
+        assert [row["step"] for row in found.rows] == [2]
+        wait_until_gone(ray_cluster, before, "ImplicitFunc", "RayTrainWorker", "TrainController")
+        assert [actor.pid for actor in alive(ray_cluster, "Evaluator")] == [evaluator.pid], (
+            "its models were loaded again"
+        )
+        os.kill(evaluator.pid, signal.SIGKILL)
+        assert pool.score(None, "validation").fid == base.fid, "it starts again and repeats"
+    wait_until_gone(ray_cluster, before, "Evaluator")
+
+
+def alive(cluster: LocalCluster, *names: str) -> list[Any]:
+    """Actors of these classes; without names all."""
+    actors = list_actors(address=cluster.address, filters=[("state", "=", "ALIVE")], limit=1000)
+    return [actor for actor in actors if not names or actor.class_name in names]
+
+
+def wait_until_gone(cluster: LocalCluster, before: list[str], *names: str, timeout_s: float = 30) -> None:
+    """Wait until all that is alive of these classes was there before."""
+    deadline = time.monotonic() + timeout_s
+    while new := [actor for actor in alive(cluster, *names) if actor.actor_id not in before]:
+        assert time.monotonic() < deadline, new
+        time.sleep(0.2)

@@ -1,0 +1,201 @@
+"""All measures of a set of pictures: each with its network and count, and a sentence for what is left out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, EvaluateConfig
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.images import encode_png
+from ray_jobs.evaluator import Evaluator, Kept
+from ray_jobs.measures import (
+    Features,
+    Networks,
+    Real,
+    further,
+    load_networks,
+    near_copies,
+    scores_of,
+)
+from ray_jobs.metrics.feature_network import FeatureNetwork
+from ray_jobs.metrics.frechet import Moments
+from ray_jobs.metrics.resampling import frechet_score
+from ray_jobs.metrics.vision_model import load_clip
+from tests.unit.test_metrics_networks import noise
+
+COLOURS = "colours@sha256:000000000000"
+NETWORK = "inception-2015-12-05@sha256:7ff4a85c3a63"
+CAPTIONS = ["a big red circle", "a small green square", "a big blue cross"]
+
+
+class Colours(FeatureNetwork):
+    """The mean of each channel."""
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def networks(clip_folder: Path) -> Networks:
+    return load_networks(EvaluateConfig(clip=str(clip_folder)), "cpu")
+
+
+def features(networks: Networks, count: int, seed: int, shift: float = 0.0) -> Features:
+    """Random ones of the widths that the networks have."""
+    generator = np.random.default_rng(seed)
+    return {
+        network.identity: (generator.normal(size=(count, network.num_features)) + shift).astype(np.float32)
+        for network in networks.all
+    }
+
+
+def test_scores_are_the_same_from_moments_that_were_made_before(networks: Networks) -> None:
+    generated, real = features(networks, 12, seed=1, shift=0.2), features(networks, 10, seed=2)
+    found = scores_of(generated, Real.of(real), networks, resamples=5)
+    pictures, references = torch.from_numpy(generated[NETWORK]), torch.from_numpy(real[NETWORK])
+    expected = frechet_score(pictures, Moments.of(references, NETWORK), num_resamples=5)
+    assert found.fid == expected and expected.standard_error is not None
+    assert found.second is not None and found.second.feature_network.startswith("efficientnet-lite0@")
+
+
+def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> None:
+    generated, real = features(networks, 24, seed=1), Real.of(features(networks, 3 * 4, seed=2))
+    found, _ = further(generated, real, networks, CAPTIONS * 4)
+    assert networks.second and networks.clip
+    of_network = {record["metric"]: record["feature_network"] for record in found}
+    assert of_network == {
+        "precision": NETWORK,
+        "recall": NETWORK,
+        "IS": networks.second.identity,
+        "CLIP score": networks.clip.identity,
+        "CLIP image similarity": networks.clip.identity,
+    }
+    assert {record["num_samples"] for record in found} == {24}
+    errors = {record["metric"] for record in found if record["standard_error"]}
+    assert errors == {"IS", "CLIP score", "CLIP image similarity"}
+
+
+def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> None:
+    generated, real = features(networks, 3, seed=1), Real.of(features(networks, 3, seed=2))
+    found, left_out = further(generated, real, Networks(networks.first, networks.second), CAPTIONS)
+    assert found == []
+    assert [sentence.split(":")[0] for sentence in left_out] == [
+        "Precision and recall need more than 3 pictures.",
+        "FID is not extrapolated to infinitely many pictures",
+        "No Inception Score",
+        "No CLIP scores",
+    ]
+    assert "from 2,049 on it does" in left_out[1]
+    _, left_out = further(generated, real, Networks(networks.first), CAPTIONS)
+    assert "No Inception Score: it needs evaluate.second_network of kind efficientnet-lite0." in left_out
+
+
+def test_fid_is_extrapolated_from_more_pictures_than_features_on(networks: Networks) -> None:
+    few = Networks(replace(networks.first, num_features=20))
+    generated, real = features(few, 21, seed=1), Real.of(features(few, 21, seed=2))
+    found, _ = further(generated, real, few, CAPTIONS * 7)
+    [record] = [record for record in found if record["metric"] == "fid_infinity"]
+    assert record["standard_error"] > 0 and record["num_samples"] == 21
+    found, _ = further(features(few, 20, seed=1), real, few, CAPTIONS * 7)
+    assert "fid_infinity" not in [record["metric"] for record in found]
+
+
+def test_a_picture_is_held_against_the_caption_and_the_real_picture_that_it_was_drawn_for(
+    networks: Networks,
+) -> None:
+    assert networks.clip
+    clip, texts = networks.clip.identity, networks.clip.text_features(CAPTIONS).numpy()
+    real = features(networks, 3, seed=2) | {clip: texts}
+    generated = features(networks, 6, seed=1)
+    values = {}
+    for name, order in (("own", [0, 1, 2, 0, 1, 2]), ("others", [1, 2, 0, 1, 2, 0])):
+        found, _ = further(generated | {clip: texts[order]}, Real.of(real), networks, CAPTIONS)
+        values[name] = {record["metric"]: record["value"] for record in found}
+    assert values["own"]["CLIP score"] == pytest.approx(2.5)
+    assert values["own"]["CLIP image similarity"] == pytest.approx(1)
+    assert values["others"]["CLIP score"] < 2.49
+
+
+def test_a_copied_training_picture_is_found_and_counted() -> None:
+    generator = np.random.default_rng(0)
+    training, held_out, drawn = (generator.normal(size=(n, 5)).astype(np.float32) for n in (40, 100, 20))
+    drawn[7] = training[31] + 1e-4
+    found = near_copies({"n": drawn}, {"n": training}, {"n": held_out}, "n")
+    number, distance = found.nearest[7]
+    assert number == 31 and distance == pytest.approx(1e-4 * 5**0.5, rel=0.05)
+    record = found.record()
+    assert record["value"] == pytest.approx(sum(d < record["threshold"] for _, d in found.nearest) / 20)
+    assert record["value"] >= 1 / 20
+    assert (record["num_samples"], record["num_training"], record["num_held_out"]) == (20, 40, 100)
+    assert (record["expected_share"], record["feature_network"]) == (0.01, "n")
+
+
+def test_without_held_out_pictures_the_nearest_are_told_and_no_share() -> None:
+    training = np.eye(4, dtype=np.float32)
+    found = near_copies({"n": training[[2, 0]]}, {"n": training}, None, "n")
+    assert found.nearest == [(2, 0), (0, 0)]
+    assert (found.share, found.threshold) == (None, None)
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny_model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
+    """One whose deciding network gives a picture's colours, in a moment."""
+    storage = Storage.open(str(tmp_path_factory.mktemp("evaluator")))
+    config = Config.model_validate(
+        {
+            "name": "run",
+            "storage": storage.uri,
+            "data": {"source": "pictures"},
+            "model": {"base": str(tiny_model)},
+            "search": {"learning_rates": [1e-3], "ladder": [4]},
+            "evaluate": {"inference_steps": 2, "batch_size": 4, "bootstrap": 3, "second_network": None},
+        }
+    )
+    evaluator = Evaluator(config, Dataset(storage, storage, {}), num_threads=1)
+    clip = load_clip(str(clip_folder))
+    evaluator.networks = Networks(Colours("colours", "0" * 64, torch.device("cpu"), 3), None, clip)
+    return evaluator
+
+
+def test_a_rung_pays_for_the_networks_that_rank_only(evaluator: Evaluator) -> None:
+    ranking = evaluator.sample_features(None, CAPTIONS, [0, 1, 2])
+    assert list(ranking) == [COLOURS]
+    whole = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], by_all=True)
+    assert list(whole) == evaluator.identities() and len(whole) == 2
+    np.testing.assert_array_equal(whole[COLOURS], ranking[COLOURS])
+
+
+def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator: Evaluator) -> None:
+    pictures = [encode_png(np.asarray(picture.permute(1, 2, 0))) for picture in noise(6, 64, 64)]
+    real = Real.of(evaluator.picture_features(pictures))
+    halves = [
+        evaluator.sample_features(None, CAPTIONS, seeds, by_all=True) for seeds in ([0, 1, 2], [3, 4, 5])
+    ]
+    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, *halves)
+    assert found.scores == evaluator.score(real, None, *halves)
+    assert {record["metric"] for record in found.records()} >= {"precision", "CLIP score", "near copies"}
+    assert found.copies is not None and len(found.copies.nearest) == 6
+
+
+def test_guidance_of_a_call_takes_the_place_of_the_configured_one(evaluator: Evaluator) -> None:
+    plain, same, other = (
+        evaluator.sample_pictures(None, CAPTIONS, [0, 1, 2], scale) for scale in (None, 3.0, 1.0)
+    )
+    assert evaluator.config.evaluate.guidance_scale == 3.0
+    assert plain == same and plain != other
+    given = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], guidance_scale=1.0)
+    configured = evaluator.sample_features(None, CAPTIONS, [0, 1, 2])
+    assert not np.array_equal(given[COLOURS], configured[COLOURS])
+
+
+def test_kept_pictures_and_features_lie_beside_the_checkpoint(evaluator: Evaluator, tmp_path: Path) -> None:
+    folder = Storage.open(str(tmp_path))
+    kept = Kept(folder.child("samples"), ["0-a.png", "1-b.png"])
+    drawn = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], kept)
+    evaluator.score(Real.of(drawn), folder, drawn)
+    assert folder.child("samples").files() == ["0-a.png", "1-b.png"]
+    assert evaluator.difference(Real.of(drawn), folder, folder).value == 0

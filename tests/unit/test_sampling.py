@@ -1,0 +1,72 @@
+"""Pictures that evaluation draws are those of diffusers' pipelines from the same seeds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_pictures
+from serving.rows import Request
+from tests.serving import plain_diffusers
+
+TOLERANCE = 0.55  # of a pixel's 255 levels: half of one is rounding
+STATISTICS = {
+    "latents_mean": [0.3, -0.2, 0.1, 0.0],
+    "latents_std": [2.0, 0.5, 1.5, 1.0],
+    "scaling_factor": 0.7,
+}
+
+
+def drawn(pipeline: Any, guidance_scale: float) -> torch.Tensor:
+    """uint8, height x width x 3."""
+    options: dict[str, Any] = {"num_steps": 3, "guidance_scale": guidance_scale, "batch_size": 2}
+    [[picture]] = sample_pictures(pipeline, ["a small red circle"], [5], resolution=64, **options)
+    return picture.permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_without_a_prompt_there_are_zeros_if_the_model_asks_for_them(tiny_xl: Path, zeros: bool) -> None:
+    ours, theirs = load_pipeline(str(tiny_xl)), plain_diffusers.load(tiny_xl)
+    for pipeline in (ours, theirs):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    expected = plain_diffusers.draw(theirs, Request("a small red circle", 5, 3, 4.0, None, 64, 64))
+    assert (drawn(ours, 4.0) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 1), (2.0, 2)])
+def test_guidance_of_one_takes_one_pass(tiny_schnell: Path, guidance_scale: float, rows: int) -> None:
+    pipeline, batches = load_pipeline(str(tiny_schnell)), []
+    pipeline.transformer.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    request = Request("a small red circle", 5, 3, guidance_scale, None, 64, 64)
+    expected = plain_diffusers.draw(plain_diffusers.load(tiny_schnell), request)
+    assert (drawn(pipeline, guidance_scale) - expected).abs().max() <= TOLERANCE
+    assert batches == [rows] * 3
+
+
+def test_latents_with_a_mean_and_a_spread_of_their_own_are_decoded_as_by_diffusers(tiny_xl: Path) -> None:
+    ours, theirs = load_pipeline(str(tiny_xl)), plain_diffusers.load(tiny_xl)
+    before = drawn(ours, 1.0)
+    for pipeline in (ours, theirs):
+        pipeline.vae.register_to_config(**STATISTICS)
+    expected = plain_diffusers.draw(theirs, Request("a small red circle", 5, 3, 1.0, None, 64, 64))
+    assert (before - expected).abs().max() > 5
+    assert (drawn(ours, 1.0) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("statistics", [{}, STATISTICS, {"scaling_factor": 1.5, "shift_factor": 0.25}])
+def test_encoded_latents_are_in_the_scale_that_is_decoded(
+    tiny_model: Path, statistics: dict[str, Any]
+) -> None:
+    autoencoder = load_pipeline(str(tiny_model)).vae
+    autoencoder.register_to_config(**statistics)
+    pixels = torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    latents = encode_pictures(autoencoder, pixels, torch.zeros(2, 4, 8, 8))
+    with torch.no_grad():
+        unscaled = autoencoder.encode(pixels / 127.5 - 1).latent_dist.mean
+        expected = autoencoder.decode(unscaled).sample
+    assert (
+        decode_latents(autoencoder, latents) - 127.5 * (expected.clamp(-1, 1) + 1)
+    ).abs().max() <= TOLERANCE
+    assert statistics == {} or not torch.allclose(latents, unscaled)

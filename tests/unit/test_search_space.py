@@ -1,0 +1,188 @@
+"""The space of a search: settings, names, folds and populations."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+
+from cluster.storage import Storage
+from ray_jobs.config import Config, Range, load_config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.folds import averaged, choose_over_folds, standing
+from ray_jobs.population import first_generation, next_generation, perturbed
+from ray_jobs.proposals import Proposals
+from ray_jobs.search_results import search_digest, spent
+from ray_jobs.space import points, sample, training_of, trial_id
+from ray_jobs.trial import Trial
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RATE, RANK, DECAY = "train.learning_rate", "train.lora.rank", "train.weight_decay"
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(DEMO, [f"search.{override}" for override in overrides])
+
+
+def test_a_trial_is_named_by_what_is_searched() -> None:
+    assert trial_id({RATE: 1e-3}) == "lr-0.001"
+    assert trial_id({RATE: 2e-4, RANK: 8, "train.schedule": "cosine"}) == "lr-0.0002_rank-8_schedule-cosine"
+    # Settings of the same last name are told apart by their sections.
+    both = trial_id({"train.lora.dropout": 0.1, "train.other.dropout": 0.2})
+    assert both == "lora.dropout-0.1_other.dropout-0.2"
+
+
+def test_a_random_search_draws_different_settings_and_the_same_again() -> None:
+    space = "space={train.lora.rank: [4, 8]}"
+    ranges = configured(
+        "algorithm=random", "num_trials=20", "learning_rates={low: 1.0e-5, high: 1.0e-2}", space
+    )
+    drawn = points(ranges)
+    assert len({trial_id(settings) for settings in drawn}) == 20 and points(ranges) == drawn
+    assert all(float(f"{settings[RATE]:.3g}") == settings[RATE] for settings in drawn), "as their names show"
+    lists = configured("algorithm=random", "num_trials=3", "learning_rates=[1.0e-3,2.0e-4]", space)
+    assert len({trial_id(settings) for settings in points(lists)}) == 3
+    # Other trials where more are asked for: the first ones stay.
+    assert (
+        points(ranges.model_copy(update={"search": ranges.search.model_copy(update={"num_trials": 5})}))
+        == drawn[:5]
+    )
+
+
+def test_optuna_proposes_no_settings_twice_and_says_when_there_are_no_more() -> None:
+    config = configured("algorithm=optuna", "num_trials=4", "space={train.lora.rank: [4, 8]}")
+    proposals = Proposals(config, [{RATE: 2e-4, RANK: 8}])
+    found: list[Any] = []
+    for number in range(4):
+        found.append(proposals.suggest(f"tune-{number}"))
+        proposals.on_trial_complete(f"tune-{number}", {"fid": float(number)})
+    assert found[0] == {RATE: 2e-4, RANK: 8}
+    assert len({trial_id(settings) for settings in found}) == 4
+    assert proposals.suggest("tune-4") == Searcher.FINISHED
+
+
+def test_optuna_learns_where_the_fid_is_low() -> None:
+    config = configured("algorithm=optuna", "num_trials=30", "learning_rates={low: 1.0e-6, high: 1.0e-1}")
+    proposals, away = Proposals(config, []), []
+    for number in range(30):
+        settings: Any = proposals.suggest(f"tune-{number}")
+        away.append(abs(math.log10(settings[RATE] / 3e-4)))
+        proposals.on_trial_complete(f"tune-{number}", {"fid": 100 + 30 * away[-1] ** 2})
+    # Of five decades; what is drawn at random lies 1.25 away in the mean.
+    assert min(away) < 0.1 and sum(away[10:]) / 20 < 0.85
+
+
+def test_settings_change_the_configuration_and_nothing_else() -> None:
+    config = configured()
+    changed = config.with_settings({RATE: 0.5, RANK: 7})
+    assert (changed.train.learning_rate, changed.train.lora.rank) == (0.5, 7)
+    assert changed.train.lora.target_modules == config.train.lora.target_modules
+    assert changed.with_settings({RATE: config.train.learning_rate, RANK: 32}) == config
+
+
+def test_more_trials_a_larger_budget_or_other_guidance_go_on_with_what_was_measured(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    dataset = Dataset(storage, storage, {"inputs": "as they are"})
+
+    def digest(*overrides: str) -> str:
+        drawn = ("algorithm=random", "learning_rates={low: 1.0e-5, high: 1.0e-2}")
+        return search_digest(configured(*drawn, "num_trials=4", *overrides), dataset)
+
+    assert digest() == digest("num_trials=8", "max_steps=100", "patience=2", "guidance_scales=[1.0]")
+    assert digest() != digest("space={train.lora.rank: [4, 8]}")
+    assert digest() != digest("ladder=[80,160]")
+
+
+def fold_row(trial: str, step: int, fold: int, fid: float) -> dict[str, Any]:
+    scores = {"fid": fid, "fid_error": 1.0, "kid": fid / 100, "kid_error": 0.1, "seconds": 10.0}
+    return {"trial_id": trial, "step": step, "fold": fold, "training": f"{trial}_fold-{fold}", **scores}
+
+
+def test_a_fold_trains_what_all_folds_before_it_have_measured_up_to_where_they_stopped() -> None:
+    rows = [fold_row("a", 80, 0, 9.0), fold_row("a", 160, 0, 8.0), fold_row("b", 80, 0, 9.5)]
+    assert standing(rows, 1) == {"a": 160, "b": 80}
+    rows += [fold_row("a", 80, 1, 7.0)]
+    assert standing(rows, 2) == {"a": 80}
+
+
+def test_candidates_are_averaged_over_the_folds_that_all_measured_them() -> None:
+    rows = [fold_row("a", 80, fold, fid) for fold, fid in enumerate((10.0, 14.0, 12.0))]
+    rows += [fold_row("a", 160, 0, 1.0)]  # a fold only
+    [row] = averaged(rows, 3)
+    assert (row["step"], row["fid"], row["folds"], row["seconds"]) == (80, 12.0, [10.0, 14.0, 12.0], 30.0)
+    assert row["fid_error"] == pytest.approx(2 / 3**0.5)  # standard deviation 2, of three folds
+    assert "fold" not in row and "training" not in row
+
+
+def test_folds_tell_apart_what_differs_in_each_however_much_the_folds_differ() -> None:
+    """The folds lie 40 apart; one candidate is better by 1 in each of them, another one only on average."""
+    hard = (10.0, 50.0, 90.0)
+    rows = [fold_row("late", 160, fold, fid) for fold, fid in enumerate(hard)]
+    rows += [fold_row("early", 80, fold, fid + 1) for fold, fid in enumerate(hard)]
+    assert choose_over_folds(averaged(rows, 3))["trial_id"] == "late"
+    rows = [row for row in rows if row["trial_id"] == "late"]
+    rows += [
+        fold_row("early", 80, fold, fid + gap)
+        for fold, (fid, gap) in enumerate(zip(hard, (9, -4, -2), strict=True))
+    ]
+    found = choose_over_folds(averaged(rows, 3))
+    assert found["trial_id"] == "early" and 0 < found["behind"] < found["behind_error"]
+
+
+def population_rows(members: list[Trial], fids: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"trial_id": m.trial_id, "step": m.ladder[-1], "fid": fid, "checkpoint": f"at/{m.training}"}
+        for m, fid in zip(members, fids, strict=True)
+    ]
+
+
+def test_the_worst_members_go_on_from_the_best_with_settings_a_little_changed() -> None:
+    config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4,1.0e-4]")
+    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4, 1e-4)], config.search.ladder)
+    assert [member.ladder for member in members] == [[80]] * 4
+    rows = population_rows(members, [20.0, 10.0, 30.0, 40.0])
+    following = next_generation(config, members, rows)
+    assert [member.ladder for member in following] == [[80, 160]] * 4
+    assert following[:3] == [Trial(m.trial_id, m.settings, [80, 160], m.training) for m in members[:3]]
+    taken = following[3]
+    assert (taken.trial_id, taken.start, taken.begins_at) == ("member-3", "at/member-1", 80)
+    assert taken.training == "member-3_from-80"  # its former checkpoints stay
+    assert taken.settings[RATE] in (4e-4, 6.25e-4) or taken.settings[RATE] in (1e-3, 5e-4, 2e-4, 1e-4)
+    assert next_generation(config, members, rows) == following, "the same again after an interruption"
+
+
+def test_a_member_that_failed_is_left_out() -> None:
+    config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4]")
+    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4)], config.search.ladder)
+    rows = population_rows(members[:2], [20.0, 10.0])
+    assert [member.trial_id for member in next_generation(config, members, rows)] == ["member-0", "member-1"]
+
+
+def test_only_numbers_that_may_change_in_a_training_are_changed_and_stay_in_their_range() -> None:
+    space: dict[str, list[Any] | Range] = {RATE: Range(low=1e-4, high=1e-3), RANK: [4, 8], DECAY: [0.0, 0.1]}
+    for seed in range(50):
+        found = perturbed({RATE: 9e-4, RANK: 8, DECAY: 0.1}, space, random.Random(seed))
+        assert found[RANK] == 8
+        assert 1e-4 <= found[RATE] <= 1e-3 and 0 <= found[DECAY] <= 0.1
+
+
+def test_a_range_is_drawn_from_evenly_in_the_logarithm() -> None:
+    draw = random.Random(0)
+    drawn = sorted(sample(Range(low=1e-5, high=1e-3), draw) for _ in range(1000))
+    assert drawn[0] >= 1e-5 and drawn[-1] <= 1e-3
+    assert 0.8e-4 < drawn[500] < 1.25e-4  # the middle of the decades
+    drawn = sorted(sample(Range(low=0, high=1, log=False), draw) for _ in range(1000))
+    assert 0.45 < drawn[500] < 0.55
+
+
+def test_what_a_member_took_over_was_not_spent_again() -> None:
+    config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4]")
+    own = {"trial_id": "member-1", "learning_rate": 1e-3, "step": 80, "seconds": 30.0}
+    taken = own | {"training": "member-1_from-80", "step": 160, "begins_at": 80}
+    assert training_of(taken) == "member-1_from-80"
+    assert [(each.trial_id, each.steps) for each in spent(config, [own, taken]).trials] == [
+        ("member-1", 80),
+        ("member-1_from-80", 80),
+    ]
