@@ -52,9 +52,12 @@ class Trial:
     def labels(self, config: Config) -> dict[str, Any]:
         """What tells its rows from others'."""
         rate = config.with_settings(self.settings).train.learning_rate
-        found = {"trial_id": self.trial_id, "learning_rate": rate, "settings": further(self.settings)}
-        if self.training != self.trial_id:
-            found["training"] = self.training
+        found = {
+            "trial_id": self.trial_id,
+            "training": self.training,  # Tune puts a name of its own in the place of trial_id
+            "learning_rate": rate,
+            "settings": further(self.settings),
+        }
         if self.fold is not None:
             found["fold"] = self.fold
         if self.start:

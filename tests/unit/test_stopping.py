@@ -76,6 +76,13 @@ def test_what_an_earlier_start_has_spent_counts() -> None:
     assert budget.stop_all()
 
 
+def test_a_recorded_rung_that_tune_reports_under_its_own_name_counts_once() -> None:
+    row = rung(80, seconds=1.0) | {"seconds": 1000.0, "training": "lr-0.001"}
+    budget = Budget(configured("max_steps=160"), [row])
+    budget("a", row | {"trial_id": "diffray_5f3a_00000"})
+    assert not budget.stop_all()
+
+
 def test_without_limits_nothing_stops() -> None:
     [budget] = stoppers(configured(), [])
     budget("a", rung(10**9, seconds=1e9))
