@@ -38,8 +38,8 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 
 # What needs no Ray runs on two cores at once; Ray's own tests use them all by themselves.
 test: setup ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/k8s
-	$(BIN)/python -m pytest tests/serving tests/ray tests/faults
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

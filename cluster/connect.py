@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.capacity import check_resources, sized
 from cluster.nodes import check_storage, described, living_nodes
-from ray_jobs.config import Config, ConfigError, LocalConfig
+from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
 
 ANSWER_S = 10
@@ -94,7 +94,8 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | address | {"RAY_TMPDIR": str(folder)},
+            # Ray Train's workers run in folders of their own: relative paths start where this process is.
+            env=os.environ | address | {"RAY_TMPDIR": str(folder), "DIFFRAY_HOME": str(home())},
             text=True,
         )
     assert holder.stdin is not None and holder.stdout is not None

@@ -18,7 +18,7 @@ from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception import load_inception
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_distance
-from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall
+from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
 from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.metrics.resampling import frechet_score
@@ -151,7 +151,8 @@ class Copies:
 
     def record(self) -> Record:
         found = {name: value for name, value in asdict(self).items() if name not in ("nearest", "share")}
-        told = {"metric": "near copies", "value": self.share, "standard_error": None}
+        error = None if self.share is None else share_error(self.share, len(self.nearest))
+        told = {"metric": "near copies", "value": self.share, "standard_error": error}
         return told | {"num_samples": len(self.nearest)} | found
 
 
@@ -221,9 +222,10 @@ def further(
 def _precision_recall(pictures: torch.Tensor, references: torch.Tensor, network: str) -> list[Record]:
     pair = precision_recall(pictures, references, network, k=NEIGHBOURS)
     shared = {name: value for name, value in asdict(pair).items() if name not in ("precision", "recall")}
+    values = {"precision": (pair.precision, pair.num_samples), "recall": (pair.recall, pair.num_real)}
     return [
-        {"metric": name, "value": getattr(pair, name), "standard_error": None, **shared}
-        for name in ("precision", "recall")
+        {"metric": name, "value": value, "standard_error": share_error(value, count), **shared}
+        for name, (value, count) in values.items()
     ]
 
 

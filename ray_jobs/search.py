@@ -126,7 +126,8 @@ def _tell(config: Config, found: SearchResult) -> None:
     what = f"{best['trial_id']} at step {best['step']}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
-    say("search", bill(config, found.measured))
+    refit = f"; and {best['step']:,} steps for the winner on all folds" if config.search.folds else ""
+    say("search", bill(config, found.measured) + refit)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:

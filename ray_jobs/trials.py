@@ -174,3 +174,15 @@ class Recorder(Callback):
         mine, step = self._trial(trial), (trial.last_result or {}).get("step", 0)
         if step < mine.ladder[-1]:
             say("search", f"{mine.training} stopped at rung {step}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say("search", f"{self._trial(trial).training} failed: {_reason(trial)}")
+
+
+def _reason(trial: Any) -> str:
+    """The last line of the traceback that Tune keeps of a trial."""
+    lines = str(trial.get_error() or "its process died").strip().splitlines()
+    return " ".join(lines[-1].split())[:300]

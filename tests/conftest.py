@@ -22,6 +22,13 @@ SHAPES = ["circle", "square", "triangle", "cross"]
 BROKEN = "broken.png"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs Ray, which has to have the machine to itself; all else runs on two cores at once."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[LocalCluster]:
     """An embedded Ray of 8 logical CPUs that this process has joined as a driver."""

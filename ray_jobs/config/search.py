@@ -58,7 +58,9 @@ class SearchConfig(Section):
         "population: none stops, the worst go on from the best with changed settings at each rung",
     )
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
-        [], description="of sampling, tried on the best rung of each trial beside evaluate.guidance_scale"
+        [],
+        description="of sampling, tried on the best rung of each trial beside evaluate.guidance_scale; "
+        "not with folds",
     )
     folds: int = Field(
         0,
@@ -136,6 +138,8 @@ class SearchConfig(Section):
             )
         if self.folds == 1:
             raise ValueError("folds: one fold leaves nothing to train on; give 0 or at least 2")
+        if self.folds and self.guidance_scales:
+            raise ValueError("guidance_scales: the validation split decides, and folds leave none; drop one")
         if self.scheduler == "population":
             if self.grid_size < 2:
                 raise ValueError("scheduler: population needs at least two trials")

@@ -84,6 +84,13 @@ def _share_inside(queries: torch.Tensor, manifold: torch.Tensor, k: int, limit: 
     return float(torch.cat(inside).double().mean())
 
 
+def share_error(share: float, count: int) -> float:
+    """Standard error of a share of `count` pictures that are drawn anew, what they are held against being
+    fixed; by the plus-four rule (Agresti & Coull, 1998), so that none or all of few is not called certain."""
+    adjusted = (share * count + 2) / (count + 4)
+    return float((adjusted * (1 - adjusted) / (count + 4)) ** 0.5)
+
+
 @dataclass(frozen=True, eq=False)
 class Memorisation:
     """What of a training set its model has drawn again.

@@ -130,7 +130,7 @@ def _value(record: dict[str, Any] | None, digits: int) -> str:
     if record is None:
         return "–"
     if record["metric"] == "near copies":
-        return f"{record['value']:.1%}"
+        return f"{record['value']:.1%} ± {record['standard_error']:.1%}"
     return number(record["value"], digits, record["standard_error"])
 
 

@@ -33,7 +33,11 @@ OVERRIDES = ["search.learning_rates=[1.0e-3,1.0e-4]", "evaluate.inference_steps=
 
 
 def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done(
-    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    ray_cluster: LocalCluster,
+    tiny_model: Path,
+    picture_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = tiny_config(tiny_model, picture_folder, tmp_path, *OVERRIDES)
     written = tmp_path / "tiny.yaml"
@@ -45,6 +49,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     with killing_a_trial(ray_cluster):
         assert submit.run_job(ray_cluster.address, job, environment) == 0
     assert (run / "search" / "results.jsonl").read_text().startswith(first), "a rung was measured again"
+    assert " failed and starts again: " in capfd.readouterr().out
 
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == 40

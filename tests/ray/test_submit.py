@@ -50,6 +50,19 @@ def test_workers_ask_their_own_ray_and_not_the_one_that_was_started_last(ray_clu
     assert asked == ray_cluster.gcs_address
 
 
+def test_workers_find_relative_paths_from_whatever_folder_they_run_in(ray_cluster: LocalCluster) -> None:
+    import ray
+
+    def found_elsewhere() -> tuple[str, str]:
+        from ray_jobs.config import home, resolve_path
+
+        os.chdir("/")
+        return str(home()), resolve_path("configs/demo.yaml")
+
+    expected = str(Path.cwd()), str(Path.cwd() / "configs" / "demo.yaml")
+    assert ray.get(ray.remote(max_calls=1)(found_elsewhere).remote()) == expected
+
+
 def test_a_job_gives_its_lines_and_its_own_exit_code(
     ray_cluster: LocalCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:

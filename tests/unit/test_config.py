@@ -90,6 +90,7 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
             ["search.scheduler=population", "search.folds=2", "data.folds=2"],
             "population and folds do not go together",
         ),
+        (["search.folds=2", "data.folds=2", "search.guidance_scales=[2]"], "folds leave none"),
         (["search.folds=2", "data.folds=2", "data.encode=stream"], "folds needs data.encode: cache"),
         (["train.prior_loss_weight=1", "data.buckets=true"], "prior_loss_weight needs data.buckets: false"),
         (["train.prior_loss_weight=1", "data.encode=stream"], "prior_loss_weight needs data.encode: cache"),

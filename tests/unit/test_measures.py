@@ -76,7 +76,7 @@ def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> 
     }
     assert {record["num_samples"] for record in found} == {24}
     errors = {record["metric"] for record in found if record["standard_error"]}
-    assert errors == {"IS", "CLIP score", "CLIP image similarity"}
+    assert errors == set(of_network)
 
 
 def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> None:
@@ -129,7 +129,7 @@ def test_a_copied_training_picture_is_found_and_counted() -> None:
     assert number == 31 and distance == pytest.approx(1e-4 * 5**0.5, rel=0.05)
     record = found.record()
     assert record["value"] == pytest.approx(sum(d < record["threshold"] for _, d in found.nearest) / 20)
-    assert record["value"] >= 1 / 20
+    assert record["value"] >= 1 / 20 and record["standard_error"] > 0
     assert (record["num_samples"], record["num_training"], record["num_held_out"]) == (20, 40, 100)
     assert (record["expected_share"], record["feature_network"]) == (0.01, "n")
 

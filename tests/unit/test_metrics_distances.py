@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_distance, squared_mmd
-from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall
+from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
 from ray_jobs.metrics.similarity import class_drift, clip_score, image_similarity
 from tests.unit.test_metrics import GivenFeatures
 
@@ -155,6 +156,12 @@ def test_good_pictures_of_one_mode_have_precision_and_no_recall() -> None:
     assert found.recall <= 0.5
     with pytest.raises(ValueError, match="k: from 1 to one less"):
         precision_recall(real, real[:3], "network", k=3)
+
+
+def test_a_share_has_the_spread_of_shares_that_are_drawn_anew() -> None:
+    drawn = np.random.default_rng(0).binomial(100, 0.3, size=20_000) / 100
+    assert share_error(0.3, 100) == pytest.approx(drawn.std(), rel=0.03)
+    assert share_error(0, 10) == share_error(1, 10) > 0, "none of few is not certain"
 
 
 def test_near_copies_are_counted_below_the_distance_of_unseen_pictures() -> None:

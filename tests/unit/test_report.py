@@ -320,8 +320,16 @@ def record(metric: str, value: float, error: float | None = None, **more: Any) -
 
 
 def with_measures() -> dict[str, Any]:
-    base = [record("precision", 0.25, num_real=90), record("IS", 2.5, 0.25), record("near copies", 0.0)]
-    tuned = [record("precision", 0.75, num_real=90), record("IS", 3.5, 0.5), record("near copies", 1 / 96)]
+    base = [
+        record("precision", 0.25, num_real=90),
+        record("IS", 2.5, 0.25),
+        record("near copies", 0.0, 0.012),
+    ]
+    tuned = [
+        record("precision", 0.75, num_real=90),
+        record("IS", 3.5, 0.5),
+        record("near copies", 1 / 96, 0.017),
+    ]
     return {**WINNER, "measures": {"base": base, "winner": tuned, "left_out": ["No CLIP scores: why."]}}
 
 
@@ -331,7 +339,7 @@ def test_further_measures_stand_beside_the_bases_with_error_count_and_network() 
     assert [cells[start : start + 3] for start in (0, 4, 8)] == [
         ["Precision", "0.250", "0.750"],
         ["Inception Score", "2.50 ± 0.25", "3.50 ± 0.50"],
-        ["Near copies", "0.0%", "1.0%"],
+        ["Near copies", "0.0% ± 1.2%", "1.0% ± 1.7%"],
     ]
     assert cells[3].endswith(f"96 pictures and 90 real, {NETWORK}")
     assert "No CLIP scores: why." in html
