@@ -27,7 +27,7 @@ CHALLENGE = 'Bearer realm="diffray"'
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def needed_scope(path: str, public_folders: tuple[str, ...]) -> str | None:
+def needed_scope(path: str, public_folders: tuple[str, ...] = ()) -> str | None:
     """The scope that a path asks for; None: everybody may. A path that nobody thought of needs `admin`."""
     if path in PUBLIC or path.startswith(public_folders):
         return None
@@ -196,14 +196,16 @@ class Access:
     def _record(self, exchange: Exchange) -> None:
         """Count and log a request that has ended."""
         method, path, state = exchange.scope["method"], _path(exchange.scope), exchange.state
-        if exchange.status >= 400 and state.get("reason"):
+        # A stream that goes wrong has begun with 200; its last event is the error.
+        status = state.get("stream_status", exchange.status)
+        if status >= 400 and state.get("reason"):
             self.metrics.rejected(state["reason"])
         if is_drawing(method, path):
-            self.metrics.answered(exchange.status, exchange.seconds, state)
+            self.metrics.answered(status, exchange.seconds, state)
         log_request(
             method=method,
             path=path,
-            status=exchange.status,
+            status=status,
             seconds=exchange.seconds,
             state=state,
             log_prompts=self.settings.log_prompts,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from serving.access import needed_scope
 from serving.feedback import feedback_router
 from serving.forms import form_fields
 from serving.metrics import CONTENT_TYPE
@@ -64,7 +65,7 @@ def create_api(service: Service) -> FastAPI:
     _add_operation(api, service)
     api.include_router(feedback_router(lambda: service.feedback, _key_id))
     _add_page(api)
-    _openapi_without_422(api)
+    _document(api, service.settings.allow_anonymous)
     return api
 
 
@@ -76,7 +77,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         state = request.scope.setdefault("state", {})
         if not body.stream:
             return _json(await service.generate(body, state))
-        return await EventStream.of(service.stream(body, state))
+        return await EventStream.of(service.stream(body, state), state)
 
     async def edit(request: Request) -> Response:
         """Draw `n` pictures that begin with a given one, a file in the field `image`."""
@@ -84,7 +85,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         state = request.scope.setdefault("state", {})
         if not body.stream:
             return _json(await service.generate(body, state, image))
-        return await EventStream.of(service.stream(body, state, image))
+        return await EventStream.of(service.stream(body, state, image), state)
 
     # Whose limits FastAPI checks and documents.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -175,15 +176,21 @@ class EventStream(StreamingResponse):
     """Server-sent events whose source is closed with the connection."""
 
     @classmethod
-    async def of(cls, events: AsyncGenerator[BaseModel]) -> "EventStream":
-        """The stream, once it has a first event: what goes wrong before is an answer with its own status."""
+    async def of(cls, events: AsyncGenerator[BaseModel], state: dict[str, Any]) -> "EventStream":
+        """The stream, once it has a first event: what goes wrong before is an answer with its own status.
+
+        Args:
+            state: of the request; told what goes wrong later.
+        """
         try:
             first = await anext(events)
         except BaseException:
             await events.aclose()
             raise
         return cls(
-            _as_text(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            _as_text(first, events, state),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,13 +200,16 @@ class EventStream(StreamingResponse):
             await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
-async def _as_text(first: BaseModel, events: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
+async def _as_text(
+    first: BaseModel, events: AsyncGenerator[BaseModel], state: dict[str, Any]
+) -> AsyncGenerator[str]:
     """Events as text, one named as its type; an error is the last."""
     try:
         yield _event(first.type, first.model_dump_json())  # type: ignore[attr-defined]
         async for event in events:
             yield _event(event.type, event.model_dump_json())  # type: ignore[attr-defined]
     except APIError as error:
+        state.update(reason=error.code, stream_status=error.status)
         yield _event("error", json.dumps(error.body()))
     finally:
         await events.aclose()
@@ -271,15 +281,21 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
 
 
-def _openapi_without_422(api: FastAPI) -> None:
-    """FastAPI documents a status for invalid requests that OpenAI's API does not use."""
+def _document(api: FastAPI, allow_anonymous: bool) -> None:
+    """What FastAPI's OpenAPI document lacks: which operations need a key. And what it has too much: a status
+    for invalid requests that OpenAI's API does not use."""
     make = api.openapi
 
     def openapi() -> dict[str, Any]:
         document = make()
-        for path in document["paths"].values():
-            for operation in path.values():
+        bearer = {"type": "http", "scheme": "bearer", "description": "a key of this server"}
+        document["components"]["securitySchemes"] = {"key": bearer}
+        for path, operations in document["paths"].items():
+            scope = needed_scope(path)
+            for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if scope:
+                    operation["security"] = [{"key": []}, *([{}] if allow_anonymous else [])]
         return document
 
     api.openapi = openapi  # type: ignore[method-assign]

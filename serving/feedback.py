@@ -181,7 +181,11 @@ class FeedbackStore:
             return [Vote(*row) for row in rows]
 
     def tally(self) -> list[Tally]:
-        """What was said of each model, version and role, so that versions can be compared."""
+        """What was said of each model, version and role, so that versions can be compared.
+
+        Raises:
+            APIError: 503, if the database does not answer.
+        """
         identity = (generations.c.model, generations.c.version, generations.c.role)
 
         def count(condition: Any) -> Any:
@@ -194,12 +198,15 @@ class FeedbackStore:
             "wins": (votes.c.winner_id, func.count()),
             "losses": (votes.c.loser_id, func.count()),
         }
-        with self._engine.connect() as connection:
-            for name, (image_id, number) in wanted.items():
-                joined = generations.join(image_id.table, generations.c.image_id == image_id)
-                query = select(*identity, number).select_from(joined).group_by(*identity)
-                for *version, found in connection.execute(query):
-                    said.setdefault(tuple(version), {})[name] = int(found)
+        try:
+            with self._engine.connect() as connection:
+                for name, (image_id, number) in wanted.items():
+                    joined = generations.join(image_id.table, generations.c.image_id == image_id)
+                    query = select(*identity, number).select_from(joined).group_by(*identity)
+                    for *version, found in connection.execute(query):
+                        said.setdefault(tuple(version), {})[name] = int(found)
+        except SQLAlchemyError as error:
+            raise _unavailable() from error
         return [
             Tally(*version, *(counts.get(name, 0) for name in wanted))
             for version, counts in sorted(said.items())

@@ -15,7 +15,7 @@ from ray_jobs.registry import RegisteredModel
 from serving.canary import Canary, Limits
 from serving.catalogue import Catalogue
 from serving.delivery import Delivery
-from serving.feedback import FeedbackStore
+from serving.feedback import FeedbackStore, Tally
 from serving.following import Following
 from serving.metrics import Metrics
 from serving.order import BASE, Order, label
@@ -144,8 +144,12 @@ class Service:
 
     async def rollout(self) -> dict[str, Any]:
         """Champion and candidate, what they answered and what people said: answer to GET /v1/rollout."""
-        candidate = self.catalogue.candidate
-        said = await asyncio.to_thread(self.feedback.tally)
+        candidate, notices = self.catalogue.candidate, [self.following.notice]
+        said: list[Tally] = []
+        try:
+            said = await asyncio.to_thread(self.feedback.tally)
+        except APIError as error:  # an operator wants the rest all the more
+            notices.append(error.message)
         return {
             "champion": label(self.catalogue.champion),
             "candidate": candidate and label(candidate),
@@ -154,7 +158,7 @@ class Service:
             "feedback": [tally._asdict() for tally in said],
             "taken_out": self.canary.taken_out,
             "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
-            "notice": self.following.notice,
+            "notice": "; ".join(filter(None, notices)) or None,
         }
 
     async def measured(self) -> bytes:

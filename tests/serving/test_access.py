@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,16 +21,18 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
 from serving.access import Access, client_of
+from serving.api import EventStream
 from serving.key_file import Scope, add_key, digest
 from serving.keys import KeyRing
 from serving.limits import ConcurrencyLimit
 from serving.logs import configure_logging
 from serving.metrics import Metrics
-from serving.schemas import APIError
+from serving.schemas import APIError, PartialImageEvent
 from tests.serving.http_server import eventually, http_server
 
 DRAW = "/v1/images/generations"
@@ -82,6 +84,8 @@ class Server:
                 raise ZeroDivisionError("a secret of the server")
             self.loop = asyncio.get_running_loop()
             events.append("began")
+            if told.get("late"):
+                return await EventStream.of(too_late(), request.scope["state"])
             if told.get("stream"):
                 return StreamingResponse(parts(told["stream"], told), media_type="text/event-stream")
             try:
@@ -93,6 +97,10 @@ class Server:
                 raise
             late = BackgroundTask(later, told["later"]) if "later" in told else None
             return JSONResponse({"key_id": request.state.key_id}, background=late)
+
+        async def too_late() -> AsyncGenerator[BaseModel]:
+            yield PartialImageEvent(b64_json="", created_at=0, size="8x8", partial_image_index=0)
+            raise APIError(504, "not drawn in time", code="timeout")
 
         async def later(seconds: float) -> None:
             await asyncio.sleep(seconds)
@@ -480,6 +488,17 @@ def test_a_stream_that_breaks_is_not_taken_for_a_whole_answer(server: Server) ->
         server.client.post(DRAW, headers=server.key("generate"), json={"stream": 9, "break": True})
     eventually(lambda: len(server.concurrency) == 0)
     assert [line["status"] for line in server.lines() if line["message"] == "request"] == [500]
+
+
+def test_an_error_within_a_stream_is_its_last_event_and_counts_with_its_own_status(plain: Server) -> None:
+    plain.metrics.serve([("diffray", 3)])
+    answer = plain.client.post(DRAW, headers=plain.key("generate"), json={"late": True})
+    assert answer.status_code == 200 and answer.text.splitlines()[-3] == "event: error"
+    assert '"code": "timeout"' in answer.text
+    eventually(lambda: sample(plain, "diffray_rejected_requests_total", reason="timeout") == 1)
+    counted = {"model": "diffray", "version": "3", "status": "504"}
+    assert sample(plain, "diffray_request_seconds_count", **counted) == 1
+    assert [line["status"] for line in plain.lines() if line["message"] == "request"] == [504]
 
 
 def test_an_error_comes_out_of_a_replica_with_its_headers() -> None:

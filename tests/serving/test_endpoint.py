@@ -488,6 +488,9 @@ def test_the_openapi_document_keeps_the_limits_and_gives_examples(url: str, conf
     assert request["properties"]["n"]["maximum"] == config.serve.max_pictures
     assert request["properties"]["prompt"]["maxLength"] == config.serve.max_prompt_length
     assert "422" not in document["paths"]["/v1/images/generations"]["post"]["responses"]
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert document["paths"]["/v1/images/generations"]["post"]["security"] == [{"key": []}]
+    assert "security" not in document["paths"]["/healthz"]["get"]
 
 
 def test_generated_requests_are_answered_as_the_openapi_document_says(url: str, key: str) -> None:

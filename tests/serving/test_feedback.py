@@ -100,6 +100,15 @@ def test_versions_are_tallied_apart(store: FeedbackStore) -> None:
     assert told == [("served", 3, "champion", 1, 1, 0, 1), ("served", 4, "candidate", 1, 0, 1, 0)]
 
 
+def test_without_its_tables_nothing_is_tallied_and_that_is_said(database: str) -> None:
+    store = FeedbackStore(open_database(database))
+    metadata.drop_all(sqlalchemy.create_engine(database))
+    with pytest.raises(APIError) as refused:
+        store.tally()
+    assert (refused.value.status, refused.value.code) == (503, "feedback_unavailable")
+    store.close()
+
+
 def test_any_text_can_be_kept(store: FeedbackStore) -> None:
     store.record(
         generation(1, prompt="zero \0, emoji \N{FOX FACE}, right to left \u202e, '; DROP TABLE ratings")
