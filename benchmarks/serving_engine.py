@@ -63,7 +63,7 @@ def requests_of(size: str, adapters: list[str] | None = None) -> list[Request]:
 
 
 @torch.inference_mode()
-def bare_calls_per_second(pipeline: Any, batch_size: int) -> float:
+def bare_rows_per_second(pipeline: Any, batch_size: int) -> float:
     """Denoised rows a second, with their unconditional halves, in calls of `batch_size` rows."""
     family, side = family_of(pipeline), pipeline.unet.config.sample_size
     channels = pipeline.unet.config.in_channels
@@ -106,13 +106,13 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
             decode_latents(pipeline.vae, latents)
 
 
-def write_adapters(root: Path) -> list[str]:
+def write_adapters(root: Path, count: int = ADAPTERS, model: str = MODEL) -> list[str]:
     """Adapters with random weights as publish writes them: one folder each."""
-    pipeline = load_pipeline(MODEL)
+    pipeline = load_pipeline(model)
     family = family_of(pipeline)
     add_lora(pipeline.unet, rank=RANK, alpha=RANK, dropout=0.0, target_modules=list(family.lora_targets))
     tuned = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
-    names = [f"adapter-{number}" for number in range(ADAPTERS)]
+    names = [f"adapter-{number}" for number in range(count)]
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         weights = {key: 0.02 * torch.randn(weight.shape) for key, weight in tuned.trained()}
@@ -129,7 +129,7 @@ def seconds_of(work: Callable[[], None]) -> float:
 
 def measure(size: str, max_rows: int | None) -> dict[str, Any]:
     pipeline = load_pipeline(MODEL)
-    rows_per_second = {n: bare_calls_per_second(pipeline, n) for n in BATCH_SIZES[size]}
+    rows_per_second = {n: bare_rows_per_second(pipeline, n) for n in BATCH_SIZES[size]}
     best = max_rows or max(rows_per_second, key=lambda n: rows_per_second[n])
     requests = requests_of(size)
     with TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def measure(size: str, max_rows: int | None) -> dict[str, Any]:
         bare: list[float] = []
         for _ in range(TURNS[size]):
             for name, work in parts.items():
-                bare.append(max(bare_calls_per_second(pipeline, n) for n in BATCH_SIZES[size]))
+                bare.append(max(bare_rows_per_second(pipeline, n) for n in BATCH_SIZES[size]))
                 seconds[name].append(seconds_of(work))
         engine.close()
     steps = mean(request.steps for request in requests)
