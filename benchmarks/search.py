@@ -15,12 +15,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load
+
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
-from ray_jobs.progress import quiet_logs, say, show
+from ray_jobs.progress import quiet_logs, show
 from ray_jobs.search import search
 from ray_jobs.search_results import spent
 from ray_jobs.train import build_trainer, checked
@@ -86,9 +89,19 @@ def check(config: Config) -> bool:
     shorter = separate.model_copy(update={"search": config.search.model_copy(update={"ladder": [first]})})
     build_trainer(shorter, dataset, name="separate").fit()
     found = find_rungs(trainings)
-    weights = [Storage.open(found[name][0].weights) for name in ("separate", f"lr-{rate:g}")]
-    one, other = ({name: each.read_bytes(name) for name in sorted(each.files())} for each in weights)
-    return one == other
+    one, other = (tensors(found[name][0].weights) for name in ("separate", f"lr-{rate:g}"))
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def tensors(weights: str) -> dict[str, np.ndarray]:
+    """All of a rung's, by file and name."""
+    folder = Storage.open(weights)
+    return {
+        f"{file}/{key}": tensor
+        for file in folder.files()
+        if file.endswith(".safetensors")
+        for key, tensor in load(folder.read_bytes(file)).items()
+    }
 
 
 def compared(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -112,6 +125,11 @@ def _told(found: dict[str, Any]) -> str:
     return f"{found['trial_id']} at {found['step']}: {score}"
 
 
+def written(out: Path, done: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(done, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,11 +146,11 @@ def main() -> None:
     with connect(configured(arguments, "grid", 0)):
         for seed in range(len(done["seeds"]), arguments.seeds):
             done["seeds"].append(compared(arguments, seed))
-            if done["same_weights"] is None:
-                done["same_weights"] = check(configured(arguments, "grid", seed))
-                say("bench", f"trained separately to the first rung: same weights {done['same_weights']}")
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(done, indent=1) + "\n")
+            written(arguments.out, done)
+        if done["same_weights"] is None:
+            done["same_weights"] = check(configured(arguments, "grid", 0))
+            written(arguments.out, done)
+    show(f"trained separately to the first rung: the same weights: {done['same_weights']}")
     for each in done["seeds"]:
         grid, ours = (_told(each[kind][which]) for kind, which in (("grid", "lowest"), ("search", "winner")))
         ratios = " ".join(f"{name} {each[f'{name}_ratio']:.3f}" for name in ("steps", "seconds", "test_fid"))

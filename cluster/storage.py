@@ -1,5 +1,6 @@
 """One view over local folders, s3:// and gs://, by pyarrow.fs (which Ray Data and Ray Train use too)."""
 
+import hashlib
 import json
 import os
 import re
@@ -88,6 +89,11 @@ class Storage:
         """The content of a file; FileNotFoundError if it is missing."""
         with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
             return stream.read()
+
+    def sha256(self, name: str) -> str:
+        """The digest of a file's content, in hexadecimal; FileNotFoundError if it is missing."""
+        with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def open_input(self, name: str) -> NativeFile:
         """A file for reading at any place, without the rest being fetched."""

@@ -32,10 +32,10 @@ from ray_jobs.registration import Registered, register
 from ray_jobs.registry import REFERENCE, weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.samples import SAMPLES
-from ray_jobs.search_results import SearchResult, read_result, spent
+from ray_jobs.search_results import FINISHED, SearchResult, read_result, spent
 from ray_jobs.stage import run_stage
 from ray_jobs.test_split import close_test, open_test
-from ray_jobs.training.checkpoint import WEIGHTS
+from ray_jobs.training.checkpoint import WEIGHTS, damaged
 
 WINNER = "winner.json"
 REPORT = "report.html"
@@ -65,6 +65,7 @@ def publish(
             return dict(winner)
     best = found.winner
     checkpoint = Storage.open(best["checkpoint"])
+    require_intact(checkpoint)
     weights = checkpoint.child(WEIGHTS).uri
     digest, data = weights_digest(weights), dataset.manifest["digest"]
     test_reads = open_test(run, digest, data, forced)
@@ -94,6 +95,15 @@ def publish(
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")
     return winner
+
+
+def require_intact(checkpoint: Storage) -> None:
+    """Raise ConfigError if the weights of a rung are other than its training wrote them."""
+    if wrong := [name for name in damaged(checkpoint) if name.startswith(f"{WEIGHTS}/")]:
+        raise ConfigError(
+            f"{checkpoint.uri}: damaged: {', '.join(wrong)}; delete that folder and search/{FINISHED}, and "
+            "start the run again: it trains on from the checkpoint before"
+        )
 
 
 def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.storage import Storage
 from ray_jobs.data.encoding import EMPTY_CAPTION
+from ray_jobs.data.parts import read_part
 from ray_jobs.data.scan import FILES_AT_ONCE
 
 MANIFEST = "manifest.json"
@@ -86,8 +86,7 @@ class Dataset:
         """Columns of a split's rows."""
 
         def read(part: dict[str, Any]) -> pa.Table:
-            with self.cache.open_input(part["file"]) as file:
-                return pq.read_table(file, columns=columns)
+            return read_part(self.cache, part["file"], columns)
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             return pa.concat_tables(pool.map(read, self.parts(split)))

@@ -8,7 +8,6 @@ again, writes the same bytes as an unbroken one. Beside the parts lies the empty
 training puts in the place of dropped captions.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.augmentation import augment, row_generator
 from ray_jobs.data.geometry import Fitted, Size, fit
 from ray_jobs.data.images import Picture, encode_png, read_picture
+from ray_jobs.data.parts import read_part, write_part
 from ray_jobs.data.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -205,10 +204,7 @@ class EncodePart(EncodeRows):
         assert table is not None
         order = {key: n for n, key in enumerate(table["key"].to_pylist())}
         table = table.take([order[key] for key in part.keys]).combine_chunks()
-        buffer = io.BytesIO()
-        # Latents and embeddings hardly compress; uncompressed they are read without a copy.
-        pq.write_table(table, buffer, compression="none", use_dictionary=False, row_group_size=len(table))
-        self.cache.write_bytes(part.file, buffer.getvalue())
+        write_part(self.cache, part.file, table)
         return {"rows": len(part.keys), "encoded": len(new)}
 
     def _table(
@@ -239,10 +235,7 @@ class EncodePart(EncodeRows):
             if key in self.reuse:
                 file, number = self.reuse[key]
                 places.setdefault(file, []).append(number)
-        tables = [
-            pq.read_table(io.BytesIO(self.cache.read_bytes(file))).take(numbers)
-            for file, numbers in places.items()
-        ]
+        tables = [read_part(self.cache, file).take(numbers) for file, numbers in places.items()]
         return pa.concat_tables(tables) if tables else None
 
 
@@ -307,8 +300,7 @@ def known_rows(
     needed = {key for part in missing for key in part.keys}
 
     def read(file: str) -> list[bytes]:
-        with cache.open_input(file) as opened:
-            return list(pq.read_table(opened, columns=["key"])["key"].to_pylist())
+        return list(read_part(cache, file, ["key"])["key"].to_pylist())
 
     found: dict[bytes, tuple[str, int]] = {}
     ordered = sorted(name for name in files if name.endswith(".parquet"))

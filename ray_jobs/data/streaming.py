@@ -22,6 +22,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
 from ray_jobs.data.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
+from ray_jobs.data.parts import read_part
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -230,9 +231,7 @@ class ReadWindow:
                 yield pack(rank, [step.step for step in run], taken)
 
     def _read(self, part: int) -> dict[str, np.ndarray]:
-        with self.cache.open_input(self.files[part]) as file:
-            table = pq.read_table(file, columns=list(self.columns))
-        return read_tensors(table, list(self.columns))
+        return read_tensors(read_part(self.cache, self.files[part], self.columns), list(self.columns))
 
     def _take(self, read: dict[int, dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, np.ndarray]:
         return {

@@ -173,7 +173,11 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
         }
         if mine:
             arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(part, state_dict=mine)
-            arguments[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+            # Sets have another order in each process: the same weights shall be the same file.
+            arguments[f"{name}_lora_adapter_metadata"] = {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in part.peft_config["default"].to_dict().items()
+            }
     type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
     assert (folder / LORA_WEIGHTS).exists()
 

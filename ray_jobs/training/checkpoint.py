@@ -6,7 +6,8 @@ series.json                     loss, gradient norm, learning rate and time (sec
                                 since the last one (rank 0)
 progress.json                   step, number of workers, why it was written, what was measured (rank 0)
 config.yaml                     the resolved configuration of the run (rank 0)
-complete-0000-of-0002           written last by each rank: without all of them the checkpoint is not whole
+complete-0000-of-0002           written last by each rank, the sha256 of its files: without all of these the
+                                checkpoint is not whole
 
 The position in the data and all randomness follow from the step, so there is no more to keep.
 """
@@ -14,6 +15,7 @@ The position in the data and all randomness follow from the step, so there is no
 import json
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,11 @@ class CheckpointWriter:
                 (folder / PROGRESS).write_text(json.dumps(progress))
                 if why == RUNG:
                     self.export(weights, folder / WEIGHTS)
+            written = digests(folder)
             there = storage.persist_current_checkpoint(checkpoint, name)
-            with there.filesystem.open_output_stream(mark):
-                return there
+            with there.filesystem.open_output_stream(mark) as stream:
+                stream.write(json.dumps(written).encode())
+            return there
 
         ray.train.report(
             metrics,
@@ -94,8 +98,19 @@ class CheckpointWriter:
         return whole(self.engine, {piece.key: piece.weights for piece in owned_fragments(self.engine)})
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file below a folder, by its path in it."""
+    below = Storage.open(str(folder))
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name: below.sha256(name) for name in names}
+
+
 def _mark(rank: int, world_size: int) -> str:
     return f"{MARK}{rank:04d}-of-{world_size:04d}"
+
+
+def _marks(world_size: int) -> set[str]:
+    return {_mark(rank, world_size) for rank in range(world_size)}
 
 
 class Resumed:
@@ -142,13 +157,40 @@ def steps_of(trial: Storage) -> list[int]:
     return sorted(int(name.removeprefix(FOLDER)) for name in trial.folders() if name.startswith(FOLDER))
 
 
-def last_whole(trial: Storage) -> Storage | None:
-    """The folder of the last whole checkpoint of a training; None if there is none.
+def last_intact(trial: Storage, tell: Callable[[str], None]) -> Storage | None:
+    """The folder of the last whole checkpoint of a training that is as it was written; None if there is none.
 
     It may be one that Ray Train does not know of: a crash can come between writing it and reporting it.
+
+    Args:
+        tell: is given a line about each that is passed over because it is damaged.
     """
-    below = (trial.child(folder_of(step)) for step in reversed(steps_of(trial)))
-    return next((folder for folder in below if read_progress(folder)), None)
+    for step in reversed(steps_of(trial)):
+        folder = trial.child(folder_of(step))
+        whole = read_progress(folder) is not None
+        if whole and not (wrong := damaged(folder)):
+            return folder
+        tell(f"{folder.uri} is passed over: {'damaged: ' + ', '.join(wrong) if whole else 'not whole'}")
+    return None
+
+
+def damaged(folder: Storage) -> list[str]:
+    """The files of a whole checkpoint that are missing, or other than its ranks wrote them."""
+    written: dict[str, str] = {}
+    for mark in sorted(_marks(json.loads(folder.read_text(PROGRESS))["world_size"])):
+        try:
+            written |= json.loads(folder.read_text(mark))
+        except ValueError:
+            return [mark]
+
+    def differs(name: str) -> bool:
+        try:
+            return folder.sha256(name) != written[name]
+        except FileNotFoundError:
+            return True
+
+    with ThreadPoolExecutor() as pool:
+        return [name for name, wrong in zip(written, pool.map(differs, written), strict=True) if wrong]
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
@@ -172,6 +214,8 @@ def read_progress(folder: Storage) -> dict[str, Any] | None:
     files = set(folder.files())
     if not any(name.startswith(f"{MARK}0000-") for name in files):
         return None  # rank 0 may be in the middle of writing progress.json
-    metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
-    marks = {_mark(rank, metrics["world_size"]) for rank in range(metrics["world_size"])}
-    return metrics if marks <= files else None
+    try:
+        metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
+    except ValueError:
+        return None  # damaged
+    return metrics if _marks(metrics["world_size"]) <= files else None

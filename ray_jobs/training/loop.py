@@ -1,6 +1,7 @@
 """What every training worker runs: stream rows, take steps, report checkpoints."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.checkpoint import CheckpointWriter, Resumed, last_whole
+from ray_jobs.training.checkpoint import CheckpointWriter, Resumed, damaged, last_intact
 from ray_jobs.training.engine import (
     build_engine,
     enter_stage,
@@ -60,8 +61,23 @@ class LoopSettings:
         return stages_of(self.config.train, max(self.config.search.ladder[-1], self.ladder[-1]))
 
     def resume_from(self) -> Storage | None:
-        """The checkpoint that the training goes on from, or begins with; None: it begins with the base."""
-        return last_whole(self.trial) or (Storage.open(self.start) if self.start else None)
+        """The checkpoint that the training goes on from, or begins with; None: it begins with the base.
+
+        Raises:
+            ValueError: the one that it begins with is damaged.
+        """
+        found = last_intact(self.trial, self._tell)
+        if found or self.start is None:
+            return found
+        start = Storage.open(self.start)
+        if wrong := damaged(start):
+            raise ValueError(f"{start.uri}: damaged: {', '.join(wrong)}; another training has left it")
+        return start
+
+    def _tell(self, line: str) -> None:
+        logging.getLogger(__name__).warning(line)
+        if self.board is not None:
+            self.board.post.remote(f"{self.trial_id}/{line}", line)
 
     def stream(self, world_size: int, columns: tuple[str, ...]) -> StreamSettings:
         """What a step consists of."""

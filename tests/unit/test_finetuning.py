@@ -1,10 +1,12 @@
 """What is trained of each family's model, and that plain diffusers loads what is saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
@@ -97,6 +99,15 @@ def test_saved_adapters_are_loaded_as_they_were_trained(
         assert torch.allclose(again(**batch), model(**batch), atol=1e-5)
         untouched = FineTuning(load_pipeline(str(base)), family, model.objective, model.settings)
         assert not torch.allclose(untouched(**inputs(pipeline, untouched)), model(**batch), atol=1e-4)
+
+
+def test_the_same_adapters_are_the_same_file_in_every_process(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline, model = finetuning(tiny_model, "lora")
+    save_lora(pipeline, model, dict(model.trained()), tmp_path)
+    with safe_open(tmp_path / LORA_WEIGHTS, "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    targets = told["unet.target_modules"]
+    assert len(targets) > 1 and targets == sorted(targets), "sets have another order in each process"
 
 
 def test_dora_is_saved_and_loaded_with_its_magnitudes(tiny_model: Path, tmp_path: Path) -> None:

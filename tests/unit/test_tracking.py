@@ -75,7 +75,7 @@ def checkpoint(config: Config, first: int, last: int, *, whole: bool = True, run
     folder.write_text("series.json", json.dumps(series))
     folder.write_text("progress.json", json.dumps(measured | {"world_size": 1}))
     if whole:
-        folder.write_text("complete-0000-of-0001", "")
+        folder.write_text("complete-0000-of-0001", "{}")
     return trial
 
 
