@@ -80,11 +80,11 @@ def pairs(tmp_path: Path) -> list[tuple[Any, ...]]:
 def test_votes_and_opposite_ratings_become_pairs(
     store: FeedbackStore, arguments: list[str], tmp_path: Path
 ) -> None:
-    for key in ("ann", "bob", "cat"):
+    for key in ("key-a", "key-b", "key-c"):
         store.rate(rated(2, None, over=image(1)), key)
-    store.rate(rated(1, None, over=image(2)), "dan")
+    store.rate(rated(1, None, over=image(2)), "key-d")
     for number, rating in ((3, 1), (4, 1), (1, -1), (5, 0), (6, -1)):
-        store.rate(rated(number, rating), "ann")
+        store.rate(rated(number, rating), "key-a")
     main(["preferences", *arguments])
     assert pairs(tmp_path) == [(APPLE, 2, 1, "vote", 2), (APPLE, 3, 1, "rating", 1)]
     reason = "a rating without an opposite one of the same key and prompt"
@@ -94,11 +94,11 @@ def test_votes_and_opposite_ratings_become_pairs(
 def test_what_compares_nothing_is_left_out_and_told(
     store: FeedbackStore, arguments: list[str], tmp_path: Path
 ) -> None:
-    store.rate(rated(5, None, over=image(1)), "ann")
-    store.rate(rated(5, None, over=image(6)), "ann")
-    store.rate(rated(6, None, over=image(5)), "bob")
-    store.rate(rated(1, 1), "ann")
-    store.rate(rated(2, -1), "bob")  # another person's taste
+    store.rate(rated(5, None, over=image(1)), "key-a")
+    store.rate(rated(5, None, over=image(6)), "key-a")
+    store.rate(rated(6, None, over=image(5)), "key-b")
+    store.rate(rated(1, 1), "key-a")
+    store.rate(rated(2, -1), "key-b")  # another person's taste
     main(["preferences", *arguments])
     assert exported(tmp_path) == []
     assert told(tmp_path)["left_out"] == {
@@ -111,7 +111,7 @@ def test_what_compares_nothing_is_left_out_and_told(
 def test_a_pair_has_all_that_draws_it_again_and_nothing_of_who_asked(
     store: FeedbackStore, arguments: list[str], tmp_path: Path
 ) -> None:
-    store.record(generation(8, user="ann", key_id="key-1", negative_prompt="blur", adapter="fox"))
+    store.record(generation(8, user="key-a", key_id="key-1", negative_prompt="blur", adapter="fox"))
     store.rate(rated(8, None, over=image(1), comment="mine"), "key-1")
     main(["preferences", *arguments])
     text = (tmp_path / "out" / "preferences.jsonl").read_text()
@@ -126,14 +126,14 @@ def test_a_pair_has_all_that_draws_it_again_and_nothing_of_who_asked(
         "guidance_scale": 3.0,
         "size": "64x64",
     }
-    assert "ann" not in text and "key-1" not in text and "mine" not in text
+    assert "key-a" not in text and "key-1" not in text and "mine" not in text
 
 
 def test_the_same_database_gives_the_same_files_also_as_parquet(
     store: FeedbackStore, arguments: list[str], tmp_path: Path
 ) -> None:
     for first, second in ((7, 6), (2, 1), (5, 6), (4, 3)):
-        store.rate(rated(first, None, over=image(second)), "ann")
+        store.rate(rated(first, None, over=image(second)), "key-a")
     main(["preferences", *arguments])
     before = (tmp_path / "out" / "preferences.jsonl").read_bytes()
     main(["preferences", *arguments, "--format", "parquet"])
@@ -159,8 +159,8 @@ def test_liked_pictures_become_a_source_of_training_data(
     store: FeedbackStore, arguments: list[str], tmp_path: Path, thread: EngineThread
 ) -> None:
     for number, rating in ((1, 1), (6, 1), (2, -1), (3, 0)):
-        store.rate(rated(number, rating), "ann")
-    store.rate(rated(6, 1), "bob")
+        store.rate(rated(number, rating), "key-a")
+    store.rate(rated(6, 1), "key-b")
     with drawing_server(thread) as url:
         main(["training", *arguments, "--draw", url, "--key", FEEDBACK_KEY])
     source = open_source(SourceConfig.model_validate({"path": str(tmp_path / "out")}), None)
@@ -182,7 +182,7 @@ def test_liked_pictures_become_a_source_of_training_data(
 def test_pictures_that_are_there_are_not_drawn_twice(
     store: FeedbackStore, arguments: list[str], tmp_path: Path, thread: EngineThread
 ) -> None:
-    store.rate(rated(1), "ann")
+    store.rate(rated(1), "key-a")
     with drawing_server(thread) as url:
         main(["training", *arguments, "--draw", url, "--key", FEEDBACK_KEY])
     main(["training", *arguments, "--draw", url, "--key", FEEDBACK_KEY])  # where nothing answers now

@@ -265,7 +265,7 @@ def test_by_default_it_lies_in_the_storage_folder(tmp_path: Path) -> None:
 def test_remote_storage_needs_a_url() -> None:
     with pytest.raises(ConfigError, match=r"serve\.feedback_url: missing.* cannot lie in s3://bucket/runs"):
         feedback_url(configured("s3://bucket/runs"))
-    url = "postgresql+psycopg://ann@host/diffray"
+    url = "postgresql+psycopg://user@host/diffray"
     assert feedback_url(configured("s3://bucket/runs", url)) == url
 
 

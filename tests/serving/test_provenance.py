@@ -46,7 +46,7 @@ def test_it_is_off_without_facts() -> None:
 
 
 def test_who_asked_is_never_written_and_the_prompt_only_if_wanted() -> None:
-    asked = generation(user="ann", key_id="key-1", negative_prompt="blur").model_dump()
+    asked = generation(user="somebody", key_id="key-1", negative_prompt="blur").model_dump()
     assert not {"user", "key_id"} & set(facts_of(asked, base="sd"))
     assert facts_of(asked, base="sd")["negative_prompt"] == "blur"
     without = encode_png(PIXELS, facts_of(asked, base="sd", with_prompt=False))
