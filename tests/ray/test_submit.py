@@ -288,6 +288,11 @@ def test_every_way_out_releases_actors_placement_groups_and_processes(
     ("typed", "answer"), [("l\n", "leave"), ("what?\nf\n", "follow"), ("stop\n", "stop"), ("\x03", "stop")]
 )
 def test_in_a_terminal_an_interrupt_asks_what_to_do_with_the_job(typed: str, answer: str) -> None:
+
+    def take_the_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where these tests run in the background
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     terminal, inside = pty.openpty()
     program = "from cluster.submit import _ask; print('answered', _ask('raysubmit_1'))"
     process = subprocess.Popen(
@@ -298,7 +303,7 @@ def test_in_a_terminal_an_interrupt_asks_what_to_do_with_the_job(typed: str, ans
         stderr=inside,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+        preexec_fn=take_the_terminal,
     )
     os.close(inside)
     asked = b""
