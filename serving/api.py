@@ -102,13 +102,13 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     events = {"schema": event, "example": "event: image_generation.completed\ndata: {...}\n\n"}
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": ImageResponse, "content": {"text/event-stream": events}},
-        **_errors(400, 401, 403, 404, 413, 429, 500, 503, 504),
+        **_errors(400, 404, 413, 429, 500, 503, 504),
     }
     api.post("/v1/images/generations", responses=responses)(generate)
     form = {"required": True, "content": {"multipart/form-data": {"schema": _form(fields_of_edits)}}}
     api.post("/v1/images/edits", responses=responses, openapi_extra={"requestBody": form})(edit)
 
-    @api.get("/v1/models", responses=_errors(401, 403))
+    @api.get("/v1/models")
     async def models() -> ModelList:
         """All that a request may give as its `model`."""
         side = (await service.replicas.traits()).resolution
@@ -139,15 +139,14 @@ def _add_operation(api: FastAPI, service: Service) -> None:
         await service.replicas.check_running(may_sleep=not service.settings.min_replicas)
         return Readiness(model=label(service.catalogue.champion), notice=service.following.notice)
 
-    @api.get("/v1/rollout", responses=_errors(401, 403))
+    @api.get("/v1/rollout")
     async def rollout() -> dict[str, Any]:
         """Champion and candidate: what they answered since the endpoint started, and what people said."""
         return await service.rollout()
 
     text = {"schema": {"type": "string"}}
-    described = {200: {"content": {"text/plain": text}}, **_errors(401, 403)}
 
-    @api.get("/metrics", response_class=Response, responses=described)
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": text}}})
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(await service.measured(), media_type=CONTENT_TYPE)
@@ -285,6 +284,8 @@ def _document(api: FastAPI, allow_anonymous: bool) -> None:
     """What FastAPI's OpenAPI document lacks: which operations need a key. And what it has too much: a status
     for invalid requests that OpenAI's API does not use."""
     make = api.openapi
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    refusals = {str(status): {"description": MEANINGS[status], "content": error} for status in (401, 403)}
 
     def openapi() -> dict[str, Any]:
         document = make()
@@ -295,6 +296,7 @@ def _document(api: FastAPI, allow_anonymous: bool) -> None:
             for operation in operations.values():
                 operation["responses"].pop("422", None)
                 if scope:
+                    operation["responses"] |= refusals
                     operation["security"] = [{"key": []}, *([{}] if allow_anonymous else [])]
         return document
 
