@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,20 @@ def quiet_logs() -> Path:
 def show(line: str) -> None:
     """Print a line that a person must see."""
     print(line, file=_terminal or sys.stdout, flush=True)
+
+
+def complain(error: Exception) -> int:
+    """Print what the user must mend, and return a command's exit code for that."""
+    show(f"error: {error}")
+    return 2
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, each column as wide as its widest one."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def say(stage: str, message: str) -> None:

@@ -72,8 +72,6 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         run_trials(config, done)
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
-        for error in done.errors:
-            say("search", f"a trial failed and is left out: {error}")
         best = _chosen(config, done)
     storage.write_lines(RESULTS, done.rows)
     if not done.errors:

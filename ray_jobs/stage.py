@@ -9,7 +9,7 @@ from typing import Any
 from cluster.connect import connect
 from cluster.lease import held
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import quiet_logs, show
+from ray_jobs.progress import complain, quiet_logs, show
 
 
 def run_stage(
@@ -34,14 +34,14 @@ def run_stage(
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
-        sys.exit(_complain(error))
+        sys.exit(complain(error))
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
         with connect(config), held(config):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
-        sys.exit(_complain(error))
+        sys.exit(complain(error))
     except KeyboardInterrupt:
         show("stopped")
         sys.exit(130)
@@ -50,8 +50,3 @@ def run_stage(
         last = " ".join(str(error).strip().splitlines()[-1:])
         show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
         sys.exit(1)
-
-
-def _complain(error: ConfigError) -> int:
-    show(f"error: {error}")
-    return 2

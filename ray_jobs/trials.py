@@ -179,7 +179,7 @@ class Recorder(Callback):
         say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        say("search", f"{self._trial(trial).training} failed: {_reason(trial)}")
+        say("search", f"{self._trial(trial).training} failed and is left out: {_reason(trial)}")
 
 
 def _reason(trial: Any) -> str:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import show
+from ray_jobs.progress import columns, complain, show
 from ray_jobs.promotion import Measured
 from ray_jobs.registry import (
     CANDIDATE,
@@ -81,11 +81,7 @@ def status(config: Config) -> str:
             created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.creation_timestamp / 1000))
             names = ", ".join(names_of(aliases, int(each.version)))
             rows.append((str(each.version), names, *scores, created, each.source))
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    )
+    return "\n".join(columns([head, *rows]))
 
 
 def measured_of(client: Any, version: Any) -> Measured | None:
@@ -202,8 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(parser.parse_args(argv))
     except ConfigError as error:
-        show(f"error: {error}")
-        return 2
+        return complain(error)
     return 0
 
 

@@ -25,7 +25,7 @@ from ray.serve.config import ProxyLocation
 from cluster.connect import connect
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import quiet_logs, show
+from ray_jobs.progress import complain, quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application, check_access, check_model
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
@@ -228,8 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--ask {options.ask}: ask for at least one picture")
         run(load_config(options.config, options.overrides), options.ask, options.prompt)
     except ConfigError as error:
-        show(f"error: {error}")
-        return 2
+        return complain(error)
     except Exception as error:
         if not isinstance(error, EndpointError):
             traceback.print_exc()  # into the log, whose path is on the screen

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import show
+from ray_jobs.progress import complain, show
 from serving.client import KEY_VARIABLE
 from serving.feedback import FeedbackStore, Rated, Vote
 from serving.feedback_schemas import Generation
@@ -246,8 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             store.close()
     except ConfigError as error:
-        show(f"error: {error}")
-        sys.exit(2)
+        sys.exit(complain(error))
     [(what, count), _] = report.items()
     show(f"export: {count} {what} in {out.uri}")
     for reason, number in report["left_out"].items():

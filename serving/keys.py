@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import get_args
 
 from ray_jobs.config import ConfigError, ServeConfig, load_config
-from ray_jobs.progress import show
+from ray_jobs.progress import complain, show
 from serving.key_file import Key, Scope, add_key, digest, key_file, read_keys, revoke_key
 from serving.logs import LOGGER
 
@@ -156,8 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _list(path)
     except ConfigError as error:
-        show(f"error: {error}")
-        return 2
+        return complain(error)
     except OSError as error:
         show(f"error: {error.filename}: {error.strerror}")
         return 2

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_jobs import versions
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import show
+from ray_jobs.progress import columns, complain, show
 from ray_jobs.registry import CANDIDATE, open_existing, store_errors
 from serving.client import KEY_VARIABLE, EndpointError, call
 
@@ -68,11 +68,7 @@ def comparison(answer: dict[str, Any]) -> str:
         times = [tally[key] for key in ("median_s", "p95_s", "median_step_s")]
         shown = ["–" if each is None else f"{each:.3g}" for each in times]
         rows.append((version, role, str(tally["answers"]), str(tally["errors"]), *shown))
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
+    lines = columns([head, *rows])
     lines += [
         f"feedback: {each['model']}@{each['version']} ({each['role']}): {each['ups']} up, "
         f"{each['downs']} down, {each['wins']} votes won, {each['losses']} lost"
@@ -121,8 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(parser.parse_args(arguments))
     except ConfigError as error:
-        show(f"error: {error}")
-        return 2
+        return complain(error)
     except EndpointError as error:
         show(f"error: rollout: {error}")
         return 1
