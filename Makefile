@@ -9,7 +9,7 @@ EFFICIENTNET := .cache/efficientnet-lite0.safetensors
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format serve bench-gpu base-model lock clean
+.PHONY: help setup demo test faults lint format serve bench-gpu base-model lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +38,11 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 
 # What needs no Ray runs on two cores at once; Ray's own tests use them all by themselves.
 test: setup ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not faults"
+	$(BIN)/python -m pytest -m "ray and not faults"
+
+faults: setup ## take machines, disks and the network away, and see what is lost (as root; apt-packages.txt)
+	$(BIN)/python -m benchmarks.faults
 
 lint: setup ## check style and types
 	$(BIN)/ruff check .

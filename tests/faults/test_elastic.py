@@ -17,6 +17,7 @@ from ray_jobs.training.checkpoint import SERIES, folder_of
 from tests.faults.elastic_run import GRACE_S, checkpoints, trial
 from tests.plain_training import PlainTraining
 from tests.ray.test_training import tiny_config
+from tests.record import record_fault
 
 EVENTS = ["one node", "a node joined", "a node will be taken away", "the node died"]
 
@@ -69,6 +70,10 @@ def test_a_training_goes_on_with_fewer_and_more_nodes(
     assert told[2]["seconds"] < GRACE_S
 
     found = curve(elastic)
+    again = len(found) - len(set(found))
+    for line in told[1:]:
+        lost = f"{again} steps were done again in all" if line["event"] == EVENTS[-1] else "no step"
+        record_fault(f"training: {line['event']}", recovery_s=line["seconds"], lost=lost)
     last = max(step for step, _ in found)
     assert {step for step, _ in found} == set(range(1, last + 1))
     quiet = PlainTraining(elastic, dataset).run(last)

@@ -28,6 +28,7 @@ from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
 from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
+from tests.record import record_fault
 
 OVERRIDES = ["search.learning_rates=[1.0e-3,1.0e-4]", "evaluate.inference_steps=2", "evaluate.num_actors=1"]
 
@@ -53,6 +54,8 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     again = [{name: row[name] for name in old} for row, old in zip(rows, before, strict=False)]
     assert before and again == before, "a rung was measured again"
     assert " failed and starts again: " in capfd.readouterr().out
+    record_fault("kill -9 of the job's driver, submitted again", recovery_s=None, lost="no measured rung")
+    record_fault("kill -9 of a trial's driver", recovery_s=None, lost="no measured rung")
 
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == 40

@@ -22,6 +22,7 @@ from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
 from tests.landscape import climb
 from tests.ray.test_training import tiny_config
+from tests.record import record_fault
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 DECAY = "train.weight_decay"
@@ -140,7 +141,10 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
             "its models were loaded again"
         )
         os.kill(evaluator.pid, signal.SIGKILL)
+        killed = time.monotonic()
         assert pool.score(None, "validation").fid == base.fid, "it starts again and repeats"
+        took = time.monotonic() - killed
+        record_fault("kill -9 of an evaluator", recovery_s=took, lost="one score, measured again")
     wait_until_gone(ray_cluster, before, "Evaluator")
 
 

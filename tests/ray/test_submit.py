@@ -17,8 +17,10 @@ import yaml
 
 from cluster.capacity import check_resources, sized
 from cluster.connect import LocalCluster
+from cluster.lease import LEASES
 from cluster.submit import run_job, runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
+from tests.ray.test_training import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,6 +169,26 @@ def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path
     result = submit("--token-file", str(tmp_path / "token"), *where, "--", "true")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"--address {ray_cluster.address}" in result.stderr
+
+
+def test_of_two_drivers_of_one_run_the_second_is_refused_and_the_first_goes_on(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_model, picture_folder, tmp_path)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    address = {"RAY_ADDRESS": ray_cluster.gcs_address}
+    command = [sys.executable, "-m", "ray_jobs.prepare", "--config", str(tmp_path / "run.yaml")]
+    first = subprocess.Popen(command, cwd=ROOT, env=os.environ | address, stdout=subprocess.DEVNULL)
+    leases = tmp_path / "tiny" / LEASES
+    while not (leases.exists() and list(leases.glob("*.json"))):
+        assert first.poll() is None, "it ended before it held the run"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)  # else it might be done before the second one begins
+    second = stage(tmp_path / "run.yaml", **address)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in second.stdout.splitlines()[-1]
+    assert first.wait(timeout=120) == 0
 
 
 def test_a_job_that_is_not_waited_for_runs_with_the_token_of_a_file(

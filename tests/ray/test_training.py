@@ -1,6 +1,7 @@
 """Ray Train workers with a real DeepSpeed engine: sharded, exact, resumable."""
 
 import json
+import time
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ray_jobs.train import check_diverged
 from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of
 from ray_jobs.training.loop import LoopSettings
 from tests.plain_training import PlainTraining
+from tests.record import record_fault
 from tests.workers import Workers, run_inside
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -219,7 +221,12 @@ def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_sa
     dying = train_and_die_once(settings, told)
     with pytest.raises(WorkerGroupError):
         run_inside(dying, {}, num_workers=2, folder=run, name="trial")
+    killed = time.monotonic()
     run_inside(dying, {}, num_workers=2, folder=run, name="trial")  # a driver that is started again
+    took = time.monotonic() - killed  # its 36 last steps included
+    record_fault(
+        "kill -9 of a worker that writes a checkpoint", recovery_s=took, lost="2 steps; the same end"
+    )
     assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
     rungs = find_rungs(Storage.open(str(run)))["trial"]
     assert [rung.metrics["step"] for rung in rungs] == [2, 4, 40]

@@ -22,6 +22,7 @@ from ray_jobs.registration import register
 from ray_jobs.registry import champion, open_client, registered
 from serving.order import place_of
 from serving.rollout import main, withdraw
+from tests.record import record_fault
 from tests.serving.conftest import loads, save_adapters, served, wait_until
 
 
@@ -169,12 +170,13 @@ def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str,
         os.kill(load.process, signal.SIGKILL)
         killed, seen = time.monotonic(), len(answers)
         wait_until(lambda: len(answers) > seen + 12, timeout_s=300)
-    print(f"back after {time.monotonic() - killed:.1f} s")
+    took = time.monotonic() - killed
     failed = [each.json()["error"]["code"] for each in answers if each.status_code != 200]
     assert set(failed) <= {"timeout"}, "what the replica was drawing is drawn again, in its time"
     assert answers[-1].status_code == 200
     wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
     assert loads()[0].process != load.process
+    record_fault("kill -9 of the only replica, under load", recovery_s=took, lost=f"{len(failed)} requests")
 
 
 def test_places_of_versions_differ_by_digest(followed: Config) -> None:

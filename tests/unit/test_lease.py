@@ -13,42 +13,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from cluster.lease import LEASES, Lease, Owner, held
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from tests.s3_server import S3Server, s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"beat_s": 0.05, "expiry_s": 0.5}
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The address of a bucket on an S3 server."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "testing"),
-            ("AWS_SECRET_ACCESS_KEY", "testing"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("AWS_EC2_METADATA_DISABLED", "true"),
-        ):
-            environment.setenv(name, value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        endpoint = "{}:{}".format(*server.get_host_and_port())
-        store = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", allow_bucket_creation=True)
-        store.create_dir("runs")
-        yield f"s3://runs/NAME?endpoint_override={endpoint}&scheme=http"
-        server.stop()
+def server() -> Iterator[S3Server]:
+    with s3_server("runs") as server:
+        yield server
 
 
 @pytest.fixture(params=["local", "s3"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage.open(str(tmp_path / "demo"))
-    return Storage.open(request.getfixturevalue("bucket").replace("NAME", tmp_path.name))
+    return Storage.open(request.getfixturevalue("server").address(tmp_path.name))
 
 
 def elsewhere(**fields: object) -> Owner:

@@ -1,0 +1,88 @@
+"""A disk that fills up ends a stage with a message, and what is written before it is whole."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.connect import LocalCluster
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.prepare import prepare
+from ray_jobs.train import build_trainer
+from ray_jobs.training.checkpoint import damaged, find_rungs, folder_of, steps_of
+from tests.ray.test_training import tiny_config
+from tests.record import record_fault
+
+FULL = "No space left on device"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a disk is not permitted")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """A file that leaves so many bytes free."""
+    filler, there = disk / "filler", os.statvfs(disk)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, there.f_bavail * there.f_bsize - leave)
+    return filler
+
+
+def test_encoded_parts_on_a_full_disk(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path, disk: Path
+) -> None:
+    def config(storage: Path) -> Config:
+        return tiny_config(tiny_model, picture_folder, storage)
+
+    quiet = prepare(config(tmp_path / "quiet"))
+    filler = fill(disk, leave=96 << 10)
+    with pytest.raises(Exception, match=FULL):
+        prepare(config(disk))
+    filler.unlink()
+    assert not list(disk.rglob("*.partial")), "what could not be written is taken away"
+    begun = time.monotonic()
+    again = prepare(config(disk))
+    assert again.all_parts == quiet.all_parts
+    record_fault(
+        "the disk is full while Parquet is written", recovery_s=time.monotonic() - begun, lost="no part"
+    )
+
+
+def test_a_checkpoint_on_a_full_disk(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, disk: Path
+) -> None:
+    config = tiny_config(tiny_model, picture_folder, disk, "search.ladder=[2,4,6]", "train.max_failures=0")
+    dataset = prepare(config)
+    training = Storage.open(config.storage).child(config.name, "train", "full")
+
+    def train(*ladder: int) -> None:
+        build_trainer(config, dataset, name="full", ladder=list(ladder)).fit()
+
+    train(2)
+    filler = fill(disk, leave=48 << 10)
+    with pytest.raises(ray.train.TrainingFailedError, match=FULL):
+        train(2, 4, 6)
+    assert [rung.metrics["step"] for rung in find_rungs(training.child(".."))["full"]] == [2]
+    filler.unlink()
+    begun = time.monotonic()
+    train(2, 4, 6)
+    assert steps_of(training) == [2, 4, 6]
+    assert not [name for step in (2, 4, 6) for name in damaged(training.child(folder_of(step)))]
+    record_fault(
+        "the disk is full while a checkpoint is written", recovery_s=time.monotonic() - begun, lost="2 steps"
+    )
