@@ -27,7 +27,7 @@ from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ray_jobs.metrics.frechet import Moments, frechet_distance
-from ray_jobs.metrics.inception import INPUT_SIZE, Inception, load_inception, resize
+from ray_jobs.metrics.inception import INPUT_SIZE, load_inception, resize
 from ray_jobs.metrics.resampling import (
     NUM_RESAMPLES,
     ReweightedFrechet,
@@ -95,7 +95,8 @@ def read_sets(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run(size: str) -> dict[str, Any]:
     real, generated = read_sets(COUNTS[size])
     clock, network = Clock(), load_inception(NETWORK)
-    ours: Inception = replace(network, module=clock.timed("network", network.module))
+    module: Any = clock.timed("network", network.module)
+    ours = replace(network, module=module)
     rival = FrechetInceptionDistance(feature=RivalNetwork(network.module))
     network.features(real[:BATCH])  # the first call is slow
     features = []

@@ -11,6 +11,9 @@ from cluster.lease import held
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import complain, quiet_logs, show
 
+FULL = ("No space left on device", "Disk quota exceeded")
+"""What the system says of a store that takes no more; an error of Ray holds it as text."""
+
 
 def run_stage(
     description: str | None,
@@ -47,6 +50,10 @@ def run_stage(
         sys.exit(130)
     except Exception as error:
         traceback.print_exc()
+        if full := next((told for told in FULL if told in str(error)), None):
+            where = f"{config.storage}, or a node's temporary folder"
+            mend = "make room and start it again; it goes on where it stopped"
+            sys.exit(complain(ConfigError(f"storage: {where}: {full}: {mend}")))
         last = " ".join(str(error).strip().splitlines()[-1:])
         show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
         sys.exit(1)

@@ -11,14 +11,13 @@ import ray
 
 from cluster.connect import LocalCluster
 from cluster.storage import Storage
-from ray_jobs.config import Config
 from ray_jobs.prepare import prepare
+from ray_jobs.stage import FULL
 from ray_jobs.train import build_trainer
 from ray_jobs.training.checkpoint import damaged, find_rungs, folder_of, steps_of
+from tests.ray.test_submit import stage
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
-
-FULL = "No space left on device"
 
 
 @pytest.fixture
@@ -46,21 +45,21 @@ def fill(disk: Path, *, leave: int) -> Path:
 def test_encoded_parts_on_a_full_disk(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path, disk: Path
 ) -> None:
-    def config(storage: Path) -> Config:
-        return tiny_config(tiny_model, picture_folder, storage)
-
-    quiet = prepare(config(tmp_path / "quiet"))
+    config = tiny_config(tiny_model, picture_folder, disk)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
     filler = fill(disk, leave=96 << 10)
-    with pytest.raises(Exception, match=FULL):
-        prepare(config(disk))
-    filler.unlink()
+    ended = stage(tmp_path / "run.yaml", RAY_ADDRESS=ray_cluster.gcs_address)
+    assert ended.returncode == 2
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith(f"error: storage: {disk}") and f"{FULL[0]}: make room" in last
     assert not list(disk.rglob("*.partial")), "what could not be written is taken away"
+    filler.unlink()
     begun = time.monotonic()
-    again = prepare(config(disk))
-    assert again.all_parts == quiet.all_parts
-    record_fault(
-        "the disk is full while Parquet is written", recovery_s=time.monotonic() - begun, lost="no part"
-    )
+    found = prepare(config).all_parts
+    took = time.monotonic() - begun
+    quiet = tiny_config(tiny_model, picture_folder, tmp_path / "quiet")
+    assert found == prepare(quiet).all_parts
+    record_fault("the disk is full while Parquet is written", recovery_s=took, lost="no part")
 
 
 def test_a_checkpoint_on_a_full_disk(
@@ -75,7 +74,7 @@ def test_a_checkpoint_on_a_full_disk(
 
     train(2)
     filler = fill(disk, leave=48 << 10)
-    with pytest.raises(ray.train.TrainingFailedError, match=FULL):
+    with pytest.raises(ray.train.TrainingFailedError, match=FULL[0]):
         train(2, 4, 6)
     assert [rung.metrics["step"] for rung in find_rungs(training.child(".."))["full"]] == [2]
     filler.unlink()

@@ -1,5 +1,6 @@
 """A cluster of machines that `ray start` brings together: what they refuse, and what is lost when they go."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,13 +15,26 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 import yaml
 
 from ray_jobs.config import Config
-from tests.faults.machines import GCS, HEAD, HTTP, JOBS, ROOT, Machines, machines, redis, wait_for, why_not
+from tests.faults.machines import (
+    CLIENT,
+    GCS,
+    HEAD,
+    HTTP,
+    JOBS,
+    ROOT,
+    Machines,
+    machines,
+    redis,
+    wait_for,
+    why_not,
+)
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
 
@@ -127,6 +141,56 @@ def test_a_machine_without_the_token_does_not_join(nodes: Nodes, token: dict[str
     stranger = nodes.machines.start_ray("stranger", cpus=1, more=token)
     assert stranger.process.wait(timeout=120)
     assert "stranger" not in nodes.alive()
+
+
+def listening(name: str) -> list[int]:
+    """The TCP ports of a machine that others reach."""
+    told = subprocess.run(
+        ["ip", "netns", "exec", name, "ss", "-H", "-l", "-t", "-n"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    places = [line.split()[3] for line in told.stdout.splitlines()]
+    return sorted({int(place.rpartition(":")[2]) for place in places if not place.startswith("127.")})
+
+
+GRPC = [
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+    "/ray.rpc.NodeManagerService/GetSystemConfig",
+    "/ray.rpc.RayletDriver/ClusterInfo",
+    "/ray.rpc.ReporterService/GetTraceback",
+]
+
+
+def without_token(address: str, port: int) -> dict[str, str]:
+    """What a port answers to somebody who does not know the token, by what was asked."""
+    answers = {}
+    for path in ("/", "/api/jobs/", "/nodes?view=summary"):
+        with contextlib.suppress(httpx.HTTPError):
+            told = httpx.get(f"http://{address}:{port}{path}", timeout=5, trust_env=False)
+            answers[f"GET {path}"] = str(told.status_code)
+    with grpc.insecure_channel(f"{address}:{port}") as channel:
+        for path in GRPC:
+            try:
+                channel.unary_unary(path)(b"", timeout=5)
+                answers[path] = "OK"
+            except grpc.RpcError as error:
+                answers[path] = error.code().name
+    return answers
+
+
+def test_no_port_answers_somebody_without_the_token(nodes: Nodes) -> None:
+    found = {
+        (name, port): without_token(nodes.machines.address(name), port)
+        for name in ("head", "a")
+        for port in listening(name)
+    }
+    refused = {place for place, answers in found.items() if {"401", "UNAUTHENTICATED"} & {*answers.values()}}
+    assert {("head", GCS), ("head", JOBS), ("head", CLIENT)} <= refused
+    assert any(name == "a" for name, _ in refused)
+    assert not {place: answers for place, answers in found.items() if {"200", "OK"} & {*answers.values()}}
 
 
 def test_a_folder_that_each_machine_has_for_itself_is_refused(nodes: Nodes, config: Config) -> None:
