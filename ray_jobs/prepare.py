@@ -43,6 +43,9 @@ from ray_jobs.stage import run_stage
 
 PREVIEW = "preview.html"
 SECONDS_BETWEEN_LINES = 10
+FORMAT = 2  # of the manifest; another one prepares anew
+# Settings of speed, and what only changes which sources there are.
+NO_CHANGE = {"encode_batch_size", "encode_workers", "num_class_images"}
 
 
 def open_sources(config: Config) -> list[Source]:
@@ -88,7 +91,8 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     rows = sum(len(part.rows) for part in stored)
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")
     dataset.storage.write_text(PARTS, json.dumps([part.record() for part in stored]))
-    manifest |= {"inputs": inputs, "encoders": encoders}
+    content = _content(config, parts, encoders)
+    manifest |= {"inputs": inputs, "content": content, "encoders": encoders}
     dataset.storage.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
     live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
     return Dataset(dataset.storage, dataset.cache, manifest, live)
@@ -103,17 +107,27 @@ def _open(config: Config) -> tuple[Dataset, str]:
 
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
-    """Identifies what the data set depends on: the sources, how they are prepared, and the encoders."""
-    # Speed changes nothing, and what num_class_images changes are the sources.
-    left_out = {"encode_batch_size", "encode_workers", "num_class_images"}
-    settings = config.data.model_dump(mode="json", exclude=left_out)
-    content = [
+    """Identifies what the data set depends on, as it is seen at a glance: sources that were copied are new."""
+    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE)
+    return _identity(
+        FORMAT,
         [source.digest for source in sources],
         settings,
         encoders,
         config.seed,
         config.train.training_rows,
-    ]
+    )
+
+
+def _content(config: Config, parts: Sequence[PlannedPart], encoders: str) -> str:
+    """Identifies what training reads: the same rows in the same order, wherever their pictures lie."""
+    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE | {"source"})
+    for source in settings["sources"]:
+        del source["path"]
+    return _identity([part.record() for part in parts], settings, encoders, config.seed)
+
+
+def _identity(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -143,6 +143,14 @@ def test_a_set_that_grows_and_changes_moves_no_picture_and_encodes_only_what_is_
     config = configured(tiny_model, pictures, tmp_path, "data.cleaning.duplicates=keep")
     before = prepare(config)
     splits = {split: members(before, split) for split in ("train", "validation", "test")}
+
+    # A copy elsewhere is the same set, and trainings on it go on.
+    shutil.copytree(pictures, tmp_path / "copy")
+    copied = prepare(configured(tiny_model, tmp_path / "copy", tmp_path, "data.cleaning.duplicates=keep"))
+    assert copied.manifest["inputs"] != before.manifest["inputs"]
+    assert copied.manifest["content"] == before.manifest["content"]
+    capsys.readouterr()
+
     # New ones first, some of them near duplicates of old ones, and one that resembles two of them.
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     rows[7]["text"] = "another caption"

@@ -84,7 +84,7 @@ def test_settings_change_the_configuration_and_nothing_else() -> None:
 
 def test_more_trials_a_larger_budget_or_other_guidance_go_on_with_what_was_measured(tmp_path: Path) -> None:
     storage = Storage.open(str(tmp_path))
-    dataset = Dataset(storage, storage, {"inputs": "as they are"})
+    dataset = Dataset(storage, storage, {"content": "as they are"})
 
     def digest(*overrides: str) -> str:
         drawn = ("algorithm=random", "learning_rates={low: 1.0e-5, high: 1.0e-2}")

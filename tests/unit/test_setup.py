@@ -54,7 +54,7 @@ def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_
     tmp_path: Path,
 ) -> None:
     storage = Storage.open(str(tmp_path))
-    dataset = Dataset(storage, storage, {"inputs": "some pictures"})
+    dataset = Dataset(storage, storage, {"content": "some pictures"})
 
     def resume(*overrides: str) -> None:
         require_same(storage, depends_on(load_config(DEMO, list(overrides)), dataset))
