@@ -148,7 +148,7 @@ def main() -> None:
             done["seeds"].append(compared(arguments, seed))
             written(arguments.out, done)
         if done["same_weights"] is None:
-            done["same_weights"] = check(configured(arguments, "grid", 0))
+            done["same_weights"] = check(configured(arguments, "grid", arguments.seeds - 1))
             written(arguments.out, done)
     show(f"trained separately to the first rung: the same weights: {done['same_weights']}")
     for each in done["seeds"]:

@@ -107,7 +107,7 @@ def _open(config: Config) -> tuple[Dataset, str]:
 
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
-    """Identifies what the data set depends on, as it is seen at a glance: sources that were copied are new."""
+    """Identifies what the data set depends on, as is seen at a glance: a source that was copied is new."""
     settings = config.data.model_dump(mode="json", exclude=NO_CHANGE)
     return _identity(
         FORMAT,
