@@ -58,9 +58,9 @@ class Clock:
         self.spent[cause].append(time.perf_counter() - start)
 
     def timed(self, cause: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(*arguments: Any) -> Any:
+        def measured(*arguments: Any, **named: Any) -> Any:
             with self.measure(cause):
-                return function(*arguments)
+                return function(*arguments, **named)
 
         return measured
 
