@@ -13,7 +13,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.space import Settings, further, training_of, trial_id
 from ray_jobs.train import build_trainer, check_diverged
-from ray_jobs.training.checkpoint import Rung, find_rungs, folder_of
+from ray_jobs.training.checkpoint import Rung, folder_of, rungs_of
 from ray_jobs.training.meter import RUNG
 
 
@@ -95,7 +95,7 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
     labels = trial.labels(config)
     known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
     trainings = Storage.open(config.storage).child(config.name, "train")
-    rungs = find_rungs(trainings).get(trial.training, [])
+    rungs = rungs_of(trainings.child(trial.training))
     for rung in rungs:
         step = rung.metrics["step"]
         tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
@@ -162,7 +162,7 @@ def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
     trainings = Storage.open(around.config.storage).child(around.config.name, "train")
 
     def rungs() -> list[Rung]:
-        found = find_rungs(trainings).get(last.training, [])
+        found = rungs_of(trainings.child(last.training))
         return [rung for rung in found if rung.metrics["step"] == step]
 
     if not rungs():

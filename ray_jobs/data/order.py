@@ -206,11 +206,12 @@ class Order:
         for source, quota in self.quotas[name].items():
             parts = self.members[name][source]
             there = int(self.sizes[parts].sum())
-            position, until = epoch * quota, (epoch + 1) * quota
+            position, until, drawn = epoch * quota, (epoch + 1) * quota, -1
             while position < until:  # laps of the source, each in another order
                 lap, inside = divmod(position, there)
-                order = self._generator(3, bucket, source, lap).permutation(parts)
-                ends = np.cumsum(self.sizes[order])
+                if lap != drawn:
+                    order = self._generator(3, bucket, source, lap).permutation(parts)
+                    ends, drawn = np.cumsum(self.sizes[order]), lap
                 index = int(np.searchsorted(ends, inside, side="right"))
                 begin = inside - (int(ends[index]) - int(self.sizes[order[index]]))
                 end = min(int(self.sizes[order[index]]), begin + until - position)

@@ -195,12 +195,12 @@ def damaged(folder: Storage) -> list[str]:
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
     """The whole rungs of every trial below `trainings`, by trial, in the order of their steps."""
-    found: dict[str, list[Rung]] = {}
-    for trial in trainings.folders():
-        below = trainings.child(trial)
-        rungs = [rung for name in below.folders() if (rung := _rung(below.child(name)))]
-        found[trial] = sorted(rungs, key=lambda rung: int(rung.metrics["step"]))
-    return found
+    return {trial: rungs_of(trainings.child(trial)) for trial in trainings.folders()}
+
+
+def rungs_of(trial: Storage) -> list[Rung]:
+    """The whole rungs of one trial, in the order of their steps; none if it has not begun."""
+    return [rung for step in steps_of(trial) if (rung := _rung(trial.child(folder_of(step))))]
 
 
 def _rung(folder: Storage) -> Rung | None:

@@ -14,7 +14,7 @@ from cluster.storage import Storage
 from ray_jobs.prepare import prepare
 from ray_jobs.stage import FULL
 from ray_jobs.train import build_trainer
-from ray_jobs.training.checkpoint import damaged, find_rungs, folder_of, steps_of
+from ray_jobs.training.checkpoint import damaged, folder_of, rungs_of, steps_of
 from tests.ray.test_submit import stage
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
@@ -76,7 +76,7 @@ def test_a_checkpoint_on_a_full_disk(
     filler = fill(disk, leave=48 << 10)
     with pytest.raises(ray.train.TrainingFailedError, match=FULL[0]):
         train(2, 4, 6)
-    assert [rung.metrics["step"] for rung in find_rungs(training.child(".."))["full"]] == [2]
+    assert [rung.metrics["step"] for rung in rungs_of(training)] == [2]
     filler.unlink()
     begun = time.monotonic()
     train(2, 4, 6)
