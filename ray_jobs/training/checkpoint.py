@@ -9,7 +9,8 @@ config.yaml                     the resolved configuration of the run (rank 0)
 complete-0000-of-0002           written last by each rank, the sha256 of its files: without all of these the
                                 checkpoint is not whole
 
-The position in the data and all randomness follow from the step, so there is no more to keep.
+The position in the data and all randomness follow from the step, so there is no more to keep. Between rungs
+only the last two checkpoints keep their state; what older ones tell of the training stays.
 """
 
 import json
@@ -81,6 +82,9 @@ class CheckpointWriter:
             there = storage.persist_current_checkpoint(checkpoint, name)
             with there.filesystem.open_output_stream(mark) as stream:
                 stream.write(json.dumps(written).encode())
+            if rank == 0:
+                trial = storage.experiment_fs_path
+                drop_old_states(Storage(trial, storage.storage_filesystem, trial))
             return there
 
         ray.train.report(
@@ -172,6 +176,19 @@ def last_intact(trial: Storage, tell: Callable[[str], None]) -> Storage | None:
             return folder
         tell(f"{folder.uri} is passed over: {'damaged: ' + ', '.join(wrong) if whole else 'not whole'}")
     return None
+
+
+def drop_old_states(trial: Storage) -> None:
+    """Delete what is there to go on from in all checkpoints but the rungs and the last two that are whole."""
+    newer = 0
+    for step in reversed(steps_of(trial)):
+        folder = trial.child(folder_of(step))
+        progress = read_progress(folder)
+        if progress and newer >= 2 and progress["why"] != RUNG:
+            if not folder.exists(STATE):
+                return  # nor do those before
+            folder.delete(STATE)
+        newer += progress is not None
 
 
 def damaged(folder: Storage) -> list[str]:

@@ -9,18 +9,25 @@ import pytest
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError
 from ray_jobs.publish import require_intact
-from ray_jobs.training.checkpoint import damaged, digests, find_rungs, folder_of, last_intact
+from ray_jobs.training.checkpoint import (
+    damaged,
+    digests,
+    drop_old_states,
+    find_rungs,
+    folder_of,
+    last_intact,
+)
 
 STATE = "state/0001-of-0002.safetensors"
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"
 
 
-def write(trial: Path, step: int, ranks: int = 2) -> Path:
-    """A rung of two ranks, as a training leaves it, with other bytes for the tensors."""
+def write(trial: Path, step: int, ranks: int = 2, why: str = "rung") -> Path:
+    """A checkpoint of two ranks, as a training leaves it, with other bytes for the tensors."""
     folder = trial / folder_of(step)
     files = {f"state/{rank:04d}-of-0002.safetensors": f"state of {rank} at {step}" for rank in range(2)}
     files |= {WEIGHTS: f"weights at {step}", "series.json": "[]", "config.yaml": "name: run"}
-    files["progress.json"] = json.dumps({"step": step, "world_size": 2, "why": "rung"})
+    files["progress.json"] = json.dumps({"step": step, "world_size": 2, "why": why})
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -79,6 +86,17 @@ def test_a_damaged_one_is_told_and_the_one_before_it_is_taken(
     name, [line] = found(trial)
     assert name == folder_of(4)
     assert line == f"{trial / folder_of(6)} is passed over: {told}"
+
+
+def test_between_rungs_only_the_last_two_whole_ones_keep_their_state(tmp_path: Path) -> None:
+    whys = {2: "interval", 4: "rung", 6: "interval", 8: "interval", 10: "preemption", 12: "interval"}
+    for step, why in whys.items():
+        write(tmp_path / "trial", step, why=why, ranks=1 if step == 12 else 2)
+        drop_old_states(Storage.open(str(tmp_path / "trial")))
+    folders = {step: tmp_path / "trial" / folder_of(step) for step in whys}
+    assert [step for step, folder in folders.items() if (folder / "state").exists()] == [4, 8, 10, 12]
+    assert all((folder / "series.json").exists() for folder in folders.values())
+    assert found(tmp_path / "trial")[0] == folder_of(10)
 
 
 def test_without_an_intact_one_a_training_begins_anew(trial: Path) -> None:
