@@ -87,10 +87,10 @@ def publish(
     _write_report(config, dataset, pool, found, winner, final, run)
     run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
     close_test(run, digest, data)
-    share = closed_share(winner)
-    closed = (
-        "" if share is None else f", {share:.0%} of the way to real pictures ({winner['test_floor_fid']:.1f})"
-    )
+    share, closed = closed_share(winner), ""
+    if share is not None:
+        way = f"{share:.0%} of the way to" if share >= 0 else "away from"
+        closed = f", {way} real pictures ({winner['test_floor_fid']:.1f})"
     say("publish", f"test FID {winner['base_test_fid']:.1f} (base) -> {winner['test_fid']:.1f}{closed}")
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")

@@ -13,10 +13,11 @@ def closed_share(winner: dict[str, Any]) -> float | None:
     """Share of the distance from the base to real pictures that the winner closed, on the test split.
 
     1: as near as other real pictures; 0: no better than the base; negative: worse. None where the base is
-    already as near as real pictures, or a score is not finite.
+    already as near as real pictures, to its standard error, or a score is not finite.
     """
     base, tuned, floor = (float(winner[k]) for k in ("base_test_fid", "test_fid", "test_floor_fid"))
-    if not all(map(math.isfinite, (base, tuned, floor))) or base <= floor:
+    error = float(winner.get("base_test_fid_error") or 0)
+    if not all(map(math.isfinite, (base, tuned, floor))) or base - floor <= error:
         return None
     return (base - tuned) / (base - floor)
 
@@ -28,7 +29,7 @@ def headline(winner: dict[str, Any]) -> str:
         who += f", drawn with a guidance scale of {winner['guidance_scale']:g},"
     share = closed_share(winner)
     if share is None:
-        return f"{who} won; the base model left no distance to real pictures to close."
+        return f"{who} won; the base model left no distance to real pictures that its error would show."
     if share < 0:
         return f"{who} won, yet on the test split it is further from real pictures than the base model."
     return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."

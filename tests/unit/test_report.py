@@ -120,9 +120,9 @@ def test_a_worse_winner_is_called_worse() -> None:
     assert "further from real pictures" in headline({**WINNER, "test_fid": 250.0})
 
 
-@pytest.mark.parametrize("base", [70.0, 60.0, math.nan])
+@pytest.mark.parametrize("base", [70.0, 60.0, math.nan, 73.0])
 def test_without_a_distance_to_close_there_is_no_share(base: float) -> None:
-    winner = {**WINNER, "base_test_fid": base}
+    winner = {**WINNER, "base_test_fid": base, "base_test_fid_error": 4.0}
     assert closed_share(winner) is None
     assert "no distance" in headline(winner)
     assert "nan%" not in report(winner=winner)
