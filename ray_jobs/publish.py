@@ -245,6 +245,7 @@ def _write_report(
         config_yaml=config.to_yaml(),
         rows=rows,
         run_name=config.name,
+        split=split,
         strip=_strip(pool, found, winner, opened["base"]),
         memorisation=final.memorisation,
         subjects=final.subjects,

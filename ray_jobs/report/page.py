@@ -33,6 +33,7 @@ def write_report(
     rows: Sequence[PictureRow],
     run_name: str,
     enough_samples: int,
+    split: str = "validation",
     strip: Strip | None = None,
     memorisation: Memorisation | None = None,
     subjects: Sequence[SubjectPictures] = (),
@@ -50,6 +51,7 @@ def write_report(
         config_yaml: the resolved configuration.
         rows: the picture grid.
         enough_samples: with fewer pictures a score the page says that the ranking may be noise.
+        split: whose captions the grid shows.
         strip: the winning trial at each rung; None where no rung has samples.
         memorisation: samples beside their nearest training pictures.
         subjects: of a DreamBooth run.
@@ -68,6 +70,7 @@ def write_report(
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         style=STYLE.read_text(encoding="utf-8"),
         run_name=escape(run_name),
+        split=escape(split),
         headline=escape(headline(winner)),
         summary=escape(_summary(winner)),
         cards="".join(map(card, rows)),

@@ -146,10 +146,10 @@ def _copies(found: Memorisation) -> str:
     copies, rest = round(found.share * found.num_samples), 1 - found.expected_share
     return (
         f"{copies:,} of {found.num_samples:,} pictures of the winner ({found.share:.1%}) are near copies:"
-        f" nearer to a training picture than {rest:.0%} of the {found.num_held_out:,} validation pictures,"
-        f" which it never saw (distance {found.near_copy:.3g}). Of a model that has learnt nothing by heart"
+        f" nearer to a training picture than {rest:.0%} of {found.num_held_out:,} pictures that it never saw"
+        f" (distance {found.near_copy:.3g}). Of a model that has learnt nothing by heart"
         f" it would be about {found.expected_share:.0%}."
-        + (" Of so few validation pictures that distance is little more than the smallest." if few else "")
+        + (" Of so few that distance is little more than the smallest." if few else "")
     )
 
 

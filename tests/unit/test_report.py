@@ -116,6 +116,11 @@ def test_the_headline_names_the_winner_and_the_share_closed() -> None:
     assert sentence in Page(report()).text
 
 
+def test_the_grid_says_whose_captions_it_shows() -> None:
+    assert "Captions of the validation split" in Page(report()).text
+    assert "Captions of the test split" in Page(report(split="test")).text
+
+
 def test_a_worse_winner_is_called_worse() -> None:
     assert "further from real pictures" in headline({**WINNER, "test_fid": 250.0})
 
@@ -290,7 +295,7 @@ def test_samples_stand_beside_their_nearest_training_pictures_the_nearest_first(
 def test_the_share_of_near_copies_comes_with_how_near_is_chosen_and_what_was_looked_at() -> None:
     text = Page(report(memorisation=memorisation())).text
     assert "1 of 96 pictures of the winner (1.0%) are near copies" in text
-    assert "than 99% of the 120 validation pictures" in text and "(distance 0.05)" in text
+    assert "than 99% of 120 pictures that it never saw" in text and "(distance 0.05)" in text
     assert "Looked at: 1,000 of 1,420 training pictures" in text and WINNER["feature_network"] in text
     assert "little more than the smallest" not in text
     assert "little more than the smallest" in Page(report(memorisation=memorisation(num_held_out=90))).text
