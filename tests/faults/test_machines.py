@@ -109,6 +109,7 @@ def config(tiny_model: Path, picture_folder: Path, tmp_path_factory: pytest.Temp
         "search.learning_rates=[1.0e-3,1.0e-4]",
         "search.scheduler=none",
         "search.max_concurrent_trials=1",
+        "search.guidance_scales=[1.0,3.0]",
         "evaluate.inference_steps=2",
         "evaluate.num_actors=1",
         "serve.host=0.0.0.0",
@@ -224,7 +225,8 @@ def test_the_main_job_of_someone_outside_outlives_a_machine(nodes: Nodes, config
     found = rows()
     assert len(found) == 4 and len({(row["trial_id"], row["step"]) for row in found}) == 4
     assert [row["fid"] for row in found[: len(before)]] == [row["fid"] for row in before]
-    assert Path(config.storage, config.name, "winner.json").exists()
+    winner = json.loads(Path(config.storage, config.name, "winner.json").read_text())
+    assert winner["guidance_scale"] in (1.0, 3.0)
     record_fault("a machine of a training's worker loses its power", recovery_s=took, lost="no measured rung")
 
 
