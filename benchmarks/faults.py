@@ -3,7 +3,7 @@
     python -m benchmarks.faults
 
 Runs the tests that do it and writes what each found to benchmarks/results/faults.json. Machines in network
-namespaces and small disks need root, iproute2, redis-server and faketime; a test without them is skipped.
+namespaces and small disks need root, iproute2 and redis-server; a test without them is skipped.
 """
 
 import json

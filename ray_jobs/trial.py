@@ -1,5 +1,6 @@
 """One trial of a search: a training that climbs the ladder, each rung measured as it comes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,10 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.space import Settings, further, training_of, trial_id
 from ray_jobs.train import build_trainer, check_diverged
-from ray_jobs.training.checkpoint import Rung, folder_of, rungs_of
+from ray_jobs.training.checkpoint import Rung, rungs_of
 from ray_jobs.training.meter import RUNG
+
+REPORTED = "reported"  # file of a rung that Tune was told of
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,27 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
     trial, config, pool = make(space), around.config, around.pool
     labels = trial.labels(config)
     known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
-    trainings = Storage.open(config.storage).child(config.name, "train")
-    rungs = rungs_of(trainings.child(trial.training))
+    folder = Storage.open(config.storage).child(config.name, "train", trial.training)
+    rungs = rungs_of(folder)
     for rung in rungs:
         step = rung.metrics["step"]
         tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
-    check_diverged(trainings.child(trial.training))  # it would again
+        Storage.open(rung.uri).write_text(REPORTED, "")
+    check_diverged(folder)  # it would again
     if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
-        callback = RungCallback(trial, labels, pool, trainings.child(trial.training))
-        train_trial(trial, around, [callback])
+        train_trial(trial, around, [RungCallback(trial, labels, pool, folder)])
+        for rung in unreported(folder):
+            tune.report(measure(rung, labels, trial.split, pool))
+
+
+def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
+    """The rungs of a training, up to a step, that Tune was not told of.
+
+    Workers that die take with them the reports that nobody has fetched yet; their checkpoints stay, and the
+    workers that follow go on behind them.
+    """
+    rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] <= until]
+    return [rung for rung in rungs if not Storage.open(rung.uri).exists(REPORTED)]
 
 
 def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> None:
@@ -145,10 +160,10 @@ class RungCallback(TuneReportCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["why"] != RUNG:
             return  # a checkpoint to go on from, between rungs
-        # Not `checkpoint.path`, which on s3:// and gs:// lacks the scheme.
-        rung = Rung(self.folder.child(folder_of(metrics[0]["step"])).uri, metrics[0])
-        row = measure(rung, self.labels, self.trial.split, self.pool)
-        super().after_report(run_context, [row], checkpoint)
+        for rung in unreported(self.folder, until=metrics[0]["step"]):
+            row = measure(rung, self.labels, self.trial.split, self.pool)
+            super().after_report(run_context, [row], None)
+            Storage.open(rung.uri).write_text(REPORTED, "")
 
 
 def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:

@@ -1,6 +1,6 @@
 """Machines of a Ray cluster, all on this one.
 
-Linux namespaces give each its own network address, host name, clock, process numbers and temporary folder.
+Linux namespaces give each its own network address, host name, process numbers and temporary folder.
 They share the rest of the file system, as machines do that mount a volume. Needs root and iproute2.
 """
 
@@ -157,13 +157,12 @@ class Machines:
         return machine
 
     def start_ray(
-        self, name: str, *options: str, cpus: int, odd: bool = False, more: Mapping[str, str] = NONE
+        self, name: str, *options: str, cpus: int, slow: bool = False, more: Mapping[str, str] = NONE
     ) -> Machine:
         """Switch a machine on as a node of the cluster: the first is its head.
 
         Args:
-            odd: its clock is an hour ahead (which takes faketime), and it gives way to others when cores are
-                few.
+            slow: it gives way to the others when cores are few.
         """
         place = ["--address", f"{HEAD}:{GCS}"]
         if self.address(name) == HEAD:
@@ -171,8 +170,8 @@ class Machines:
             place += ["--dashboard-host", HEAD, "--dashboard-port", str(JOBS), "--temp-dir", str(self.folder)]
         limits = ["--num-cpus", str(cpus), "--object-store-memory", str(100 << 20)]
         command = [str(PROGRAMS / "ray"), "start", "--block", "--node-ip-address", self.address(name)]
-        if odd:
-            command = ["faketime", "-f", "+1h", "nice", "-n", "10", *command]
+        if slow:
+            command = ["nice", "-n", "10", *command]
         return self.run(name, *command, *place, *limits, *options, more=more)
 
     def environment(self) -> dict[str, str]:
@@ -181,6 +180,7 @@ class Machines:
             "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
             "HOME": os.environ["HOME"],
             "PYTHONPATH": str(ROOT),
+            "DIFFRAY_HOME": str(ROOT),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",

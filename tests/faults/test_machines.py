@@ -41,7 +41,6 @@ from tests.record import record_fault
 pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
     pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed"),
-    pytest.mark.skipif(not shutil.which("faketime"), reason="faketime is not installed"),
 ]
 
 CPUS = 5
@@ -49,7 +48,7 @@ PATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}  # how long a machine
 
 
 class Nodes:
-    """A head, and the machines `a` and `b` that work: b's clock is ahead, and it is slow.
+    """A head, and the machines `a` and `b` that work: b is slow.
 
     The head's tables are kept in Redis; it runs none of the work, as on Kubernetes.
     """
@@ -64,7 +63,7 @@ class Nodes:
             options, environment = self.head_options
             machine = self.machines.start_ray(name, *options, cpus=0, more=PATIENT | environment)
         else:
-            machine = self.machines.start_ray(name, cpus=CPUS, odd=name == "b", more=PATIENT)
+            machine = self.machines.start_ray(name, cpus=CPUS, slow=name == "b", more=PATIENT)
         machine.wait_until_started()
 
     def alive(self) -> list[str]:
@@ -126,7 +125,7 @@ def written(config: Config, folder: Path) -> str:
     return str(path)
 
 
-def test_the_machines_are_one_cluster_though_a_clock_is_ahead(nodes: Nodes) -> None:
+def test_the_machines_are_one_cluster(nodes: Nodes) -> None:
     assert nodes.alive() == ["head", "a", "b"]
 
 
