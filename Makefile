@@ -37,11 +37,11 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 	$(BIN)/python -m serving.command --config $(CONFIG) --ask 4
 
 # What needs no Ray runs on two cores at once; Ray's own tests use them all by themselves.
-test: setup ## run all tests
+test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not faults"
 	$(BIN)/python -m pytest -m "ray and not faults"
 
-faults: setup ## take machines, disks and the network away, and see what is lost (as root; apt-packages.txt)
+faults: setup ## take machines, disks and processes away, and see what is lost (as root; docs/faults.md)
 	$(BIN)/python -m benchmarks.faults
 
 lint: setup ## check style and types
