@@ -17,6 +17,7 @@ from ray_jobs.training.checkpoint import (
     folder_of,
     last_intact,
 )
+from ray_jobs.trial import REPORTED, unreported
 
 STATE = "state/0001-of-0002.safetensors"
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"
@@ -120,6 +121,14 @@ def test_what_is_added_to_a_checkpoint_later_is_no_damage(trial: Path) -> None:
     (trial / folder_of(6) / "samples").mkdir()
     (trial / folder_of(6) / "samples" / "0-a-cat.png").write_bytes(b"PNG")
     assert damaged(Storage.open(str(trial / folder_of(6)))) == []
+
+
+def test_a_rung_whose_report_was_lost_is_found(trial: Path) -> None:
+    (trial / folder_of(2) / REPORTED).touch()
+    write(trial, 3, why="interval")
+    folder = Storage.open(str(trial))
+    assert [rung.metrics["step"] for rung in unreported(folder)] == [4, 6]
+    assert [rung.metrics["step"] for rung in unreported(folder, until=4)] == [4]
 
 
 def test_a_rung_with_damaged_measurements_is_none(trial: Path) -> None:
