@@ -37,12 +37,13 @@ OTHER_VARIANTS = (
 )
 
 
-def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module]) -> Adapter:
-    """An adapter from its folder, on the device and in the dtype of the layers that it changes.
+def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device: str = "cpu") -> Adapter:
+    """An adapter from its folder, in the dtype of the layers that it changes.
 
     Args:
         name: what it is called, for as long as the process lives: its weights never change.
         parts: the components of the pipeline that adapters may change, by name.
+        device: that draws; where the layers are, unless they are offloaded.
 
     Raises:
         ValueError: the file holds what this arithmetic does not cover, or is of another base.
@@ -70,7 +71,9 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module]) -> Ada
             layer = layer.removeprefix("text_model.")  # of files from before transformers flattened CLIP
         by_place.setdefault((part, layer), {})[kind] = tensor
     updates = {
-        place: _update(f"{file}: {'.'.join(place)}", _layer(parts, place, file), found, settings, place)
+        place: _update(
+            f"{file}: {'.'.join(place)}", _layer(parts, place, file), found, settings, place, device
+        )
         for place, found in by_place.items()
     }
     return Adapter(name, updates)
@@ -95,14 +98,19 @@ def _layer(parts: Mapping[str, nn.Module], place: Place, file: Path) -> Any:
 
 
 def _update(
-    where: str, layer: Any, found: Mapping[str, torch.Tensor], settings: Mapping[str, Any], place: Place
+    where: str,
+    layer: Any,
+    found: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    place: Place,
+    device: str,
 ) -> Update:
     """The update of one layer of its stored tensors."""
     weight = layer.weight
     if DOWN not in found or UP not in found:
         raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
     # Copies, because what safetensors gives are views of the file.
-    stored = {kind: tensor.to(weight.device, weight.dtype, copy=True) for kind, tensor in found.items()}
+    stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in found.items()}
     down, up = stored[DOWN], stored[UP].flatten(1)
     expected = (len(down), *weight.shape[1:])
     if down.shape != expected or up.shape != (len(weight), len(down)) or stored[UP].ndim != weight.ndim:
@@ -110,6 +118,11 @@ def _update(
     up = up * _scale(where, settings, place, rank=len(down))
     gain = None
     if MAGNITUDE in stored:
+        if weight.is_meta:
+            raise ValueError(
+                f"offload: {where} is DoRA, which needs the layer's own weights; fuse the version "
+                "(serve.fuse_champion), or serve it without offload"
+            )
         merged = weight.flatten(1) + up @ down.flatten(1)
         gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(merged, dim=1)
         up = up * gain[:, None]

@@ -30,10 +30,10 @@ def check_access(config: Config) -> None:
 
 def check_model(config: Config, registered: RegisteredModel) -> None:
     """Raise ConfigError where a switch of `serve` does not go with the champion."""
-    if config.serve.compile and registered.method == "lora":
+    if config.serve.compile and registered.method == "lora" and not config.serve.fuse_champion:
         raise ConfigError(
             f"serve.compile: {registered.name} version {registered.version} is a LoRA version, whose layers "
-            "a compiled denoiser does not take; turn it off"
+            "a compiled denoiser does not take; turn on serve.fuse_champion, or turn it off"
         )
     if config.serve.drift_pictures and not Storage.open(registered.source).exists(REFERENCE):
         raise ConfigError(

@@ -24,7 +24,7 @@ from serving.adapters import AdapterCache, read_adapter
 from serving.decoding import Decoder
 from serving.deep_features import DeepFeatures
 from serving.encoding import encode, next_chunk
-from serving.faster import check_switches
+from serving.faster import Attention, attention_kernel, check_switches, offloaded
 from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
@@ -37,7 +37,7 @@ class Engine:
     """The synchronous core: `submit` from any thread, `step` from one.
 
     Args:
-        pipeline: as `load_pipeline` gives it; moved to `device`.
+        pipeline: as `load_pipeline` or `faster.prepare` gives it; moved to `device`, unless it is offloaded.
         device: of PyTorch.
         max_rows: drawn at a time; a call of the denoiser has at most twice as many, with guidance.
         decode_rows: pictures that are encoded or decoded at a time: so long others' steps may have to wait.
@@ -47,6 +47,7 @@ class Engine:
         adapter_folder: gives the local folder of an adapter's name, fetched and checked; it runs beside the
             loop. None: there are no adapters.
         adapter_bytes: of the adapters that are kept in memory.
+        attention: the kernel of the denoiser's attention, `faster.attention_kernel`.
         cache_features: every other step of a row takes the deep features of the one before (`deep_features`):
             faster, and not quite the same pictures. For UNets.
 
@@ -67,25 +68,27 @@ class Engine:
         cached_prompts: int = 256,
         adapter_folder: Callable[[str], Path] | None = None,
         adapter_bytes: int = 1 << 30,
+        attention: Attention = "auto",
         cache_features: bool = False,
     ) -> None:
         check_scheduler(pipeline.scheduler)
         check_switches(pipeline, with_adapters=adapter_folder is not None, cache_features=cache_features)
-        self.pipeline, self.family, self.device = pipeline.to(device), family_of(pipeline), device
+        self.pipeline = pipeline if offloaded(pipeline) else pipeline.to(device)
+        self.family, self.device, self.attention = family_of(pipeline), device, attention
         self.max_rows, self.chunk_rows = max_rows, decode_rows
         self.denoiser = getattr(pipeline, self.family.denoiser)
         self.told = self.family.distilled_guidance(self.denoiser)
         self.clip = clip_range(pipeline.scheduler)
         self.deep = DeepFeatures(self.denoiser) if cache_features else None
-        parts = {self.family.denoiser: self.denoiser, **self.family.encoders(pipeline)}
+        parts = self.family.adaptable(pipeline)
         self.low_rank = GroupedLowRank(parts)
         self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows)
-        self.prompts = PromptEmbeddings(pipeline, self.low_rank, max_prompts=cached_prompts)
+        self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_prompts=cached_prompts)
         self.work = threading.Event()  # set when there may be something to do
         self.adapters: AdapterCache | None = None
         if adapter_folder is not None:
             self.adapters = AdapterCache(
-                lambda name: read_adapter(name, adapter_folder(name), parts),
+                lambda name: read_adapter(name, adapter_folder(name), parts, device),
                 max_bytes=adapter_bytes,
                 on_loaded=self.work.set,
             )
@@ -293,7 +296,7 @@ class Engine:
         inputs = inputs.to(self.denoiser.dtype)
         conditions = (batch.captions, batch.sizes, batch.told)
         work = partial(self.family.denoise, self.denoiser, inputs, timesteps, *conditions)
-        with self.low_rank.applied(batch.stacks):
+        with self.low_rank.applied(batch.stacks), attention_kernel(self.attention):
             if self.deep is None:
                 return work()
             given = [row.deep for row in batch.rows if row.deep is not None]

@@ -1,19 +1,31 @@
 """Switches that make a model draw faster, or smaller, before an engine is made of it. Pure PyTorch.
 
-They change the denoiser only: text encoders and autoencoder stay in float32, because they run once a picture,
-and half precision overflows in some autoencoders. `Engine(cache_features=True)` is one more switch.
+All but `offload` and `solver` change the denoiser only: text encoders and autoencoder stay in float32,
+because they run once a picture, and half precision overflows in some autoencoders.
+`Engine(cache_features=True)` is one more switch, and its `attention`.
 """
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from ray_jobs.diffusion.families import family_of
 from serving.low_rank import Adapter
+from serving.solvers import Solver, scheduler_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Offload = Literal["none", "encoders", "model"]
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def prepare(
@@ -24,6 +36,8 @@ def prepare(
     channels_last: bool = False,
     compile: bool = False,
     int8_weights: bool = False,
+    offload: Offload = "none",
+    solver: Solver = "model",
     fuse: Adapter | None = None,
 ) -> None:
     """Change a pipeline, in place, into a faster one, and move it to a device.
@@ -37,6 +51,9 @@ def prepare(
             take minutes. Rows of such an engine have no adapters.
         int8_weights: of the denoiser's linear layers, a scale an output channel, restored in every call: a
             quarter of their memory, not more speed.
+        offload: what stays in the host's memory, and is on the device a layer at a time while it runs: the
+            text encoders and the autoencoder, or the denoiser too, for models larger than the device.
+        solver: takes the place of the model's own scheduler, `solvers.scheduler_of`.
         fuse: is merged into the base's weights; the engine then serves this one, and no others.
 
     Raises:
@@ -53,10 +70,14 @@ def prepare(
         raise ValueError(
             f"{switch}: the denoiser has an adapter of peft in it; load the base alone, and fuse the adapter"
         )
+    if compile and offload == "model":
+        raise ValueError("offload: a compiled denoiser has its weights on the device; turn one off")
+    pipeline.scheduler = scheduler_of(pipeline.scheduler, solver)
     if fuse is not None:
         merge(pipeline, fuse)
-    pipeline.to(device)
     denoiser.to(PRECISIONS[precision])
+    if offload == "none":
+        pipeline.to(device)
     if int8_weights:
         quantise(denoiser)
     if channels_last:
@@ -64,7 +85,9 @@ def prepare(
     if compile:
         # The batch changes with nearly every call, and there is a size for every request.
         denoiser.compile(dynamic=True)
-    pipeline.switches = {"compile": compile, "fuse": fuse is not None}
+    if offload != "none":
+        keep_away(pipeline, device, offload)
+    pipeline.switches = {"compile": compile, "fuse": fuse is not None, "offload": offload}
 
 
 def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) -> None:
@@ -78,6 +101,35 @@ def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) 
     unet = family_of(pipeline).denoiser == "unet"
     if cache_features and not (unet and len(pipeline.unet.up_blocks) > 1):
         raise ValueError("cache_features: only a UNet of two levels or more has deep features; turn it off")
+
+
+def offloaded(pipeline: Any) -> bool:
+    """Whether `prepare` left parts of a pipeline in the host's memory."""
+    return bool(getattr(pipeline, "switches", {}).get("offload", "none") != "none")
+
+
+def keep_away(pipeline: Any, device: str, offload: Offload) -> None:
+    """Leave the weights of what `offload` names in the host's memory; a layer's are copied to the device for
+    as long as it runs, by accelerate, and have no storage in between."""
+    from accelerate import cpu_offload
+
+    own = family_of(pipeline).denoiser
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if offload == "model" or name != own:
+            cpu_offload(part, execution_device=torch.device(device), offload_buffers=True)
+        else:
+            part.to(device)
+
+
+def attention_kernel(attention: Attention) -> AbstractContextManager[None]:
+    """Within it, torch computes attention by this kernel and no other; auto leaves it the choice.
+
+    Raises:
+        RuntimeError: in the first call that the kernel does not cover on this device.
+    """
+    return nullcontext() if attention == "auto" else sdpa_kernel(KERNELS[attention])
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class Following:
         if champion is None:
             return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
         former = self.catalogue.champion
-        refusal = await self._warm_up(champion)
+        refusal = await self._warm_up(champion, fused=self.config.serve.fuse_champion)
         if place_of(champion) == place_of(former):
             return refusal
         if refusal:
@@ -84,7 +84,7 @@ class Following:
         self.catalogue.candidate = None if refusal else candidate
         return refusal
 
-    async def _warm_up(self, version: RegisteredModel) -> str | None:
+    async def _warm_up(self, version: RegisteredModel, *, fused: bool = False) -> str | None:
         """Have the replicas load a version, unless they have; why not, if they cannot."""
         if not self.catalogue.fits(version):
             return (
@@ -92,7 +92,7 @@ class Following:
                 f"{self.catalogue.base[0]}; start the endpoint again"
             )
         try:
-            await self.replicas.warm_up(version)
+            await self.replicas.warm_up(version, fused=fused)
         except (APIError, TimeoutError) as error:
             return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
         return None

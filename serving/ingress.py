@@ -43,7 +43,7 @@ class Ingress:
         fresh = time.time() - built < FRESH_S
         if not fresh:
             champion = _current(config, champion)
-        await replicas.warm_up(champion)
+        await replicas.warm_up(champion, fused=config.serve.fuse_champion)
         await replicas.traits()
         self.service = Service(config, champion, replicas, feedback)
         candidates = config.serve.candidate_share or config.serve.shadow_share

@@ -25,6 +25,7 @@ class Order(NamedTuple):
     image_id: str = ""  # what the picture is called
     scored: bool = False  # whether it counts for the drift of its version
     asked: float = 0.0  # seconds since 1970
+    fused: bool = False  # whether a LoRA version is drawn by an engine of its own, merged into the base
 
     def parameters(self, size: str) -> dict[str, Any]:
         """What its feedback and its file say of the picture.
@@ -80,12 +81,15 @@ def label(version: RegisteredModel | None) -> str:
     return BASE if version is None else f"{version.name}@{version.version}"
 
 
-def place_of(version: RegisteredModel | None) -> Place:
-    """LoRA versions are adapters of the base's engine; a fully trained version has an engine of its own.
+def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
+    """LoRA versions are adapters of the base's engine, unless fused; a fully trained version has an engine of
+    its own.
 
     The digest is part of the names, because a registry that was made anew counts from 1 again.
     """
     if version is None:
         return Place(BASE, None)
     name = f"{label(version)}#{version.digest[:12]}"
-    return Place(BASE, name) if version.method == "lora" else Place(name, None)
+    if version.method != "lora":
+        return Place(name, None)
+    return Place(f"fused {name}", None) if fused else Place(BASE, name)

@@ -77,6 +77,7 @@ class Ordering:
             # An edit is as far from the published pictures as what was sent.
             scored=image is None and version == self.catalogue.champion,
             asked=time.time(),
+            fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )
         state.update(self._names(version), steps=steps, n=request.n)
         # Wraps around, so that every seed in an answer is one that a request may name.

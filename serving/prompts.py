@@ -17,13 +17,14 @@ class PromptEmbeddings:
     """Embeddings of prompts, the least recently used dropped first.
 
     Args:
-        pipeline: on the device that draws.
+        pipeline: its text encoders run on `device`, wherever their weights are in between.
         low_rank: of the text encoders too.
+        device: of PyTorch.
         max_prompts: how many are kept.
     """
 
-    def __init__(self, pipeline: Any, low_rank: GroupedLowRank, *, max_prompts: int) -> None:
-        self.pipeline, self.family = pipeline, family_of(pipeline)
+    def __init__(self, pipeline: Any, low_rank: GroupedLowRank, *, device: str, max_prompts: int) -> None:
+        self.pipeline, self.family, self.device = pipeline, family_of(pipeline), device
         self.low_rank, self.max_prompts = low_rank, max_prompts
         self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
         self.hits = self.misses = 0
@@ -45,7 +46,7 @@ class PromptEmbeddings:
             for part in self.family.encoders(self.pipeline):
                 stacks = {**stacks, **self.low_rank.stack(adapters, part)}
             with self.low_rank.applied(stacks):
-                encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing])
+                encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing], self.device)
             for row, key in enumerate(missing):
                 self._kept[key] = {name: encoded[name][row].clone() for name in self.family.embeds}
         for key in wanted:

@@ -65,14 +65,14 @@ class Model:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // settings.max_replicas))
         try:
-            await self.warm_up(first)
+            await self.warm_up(first, settings.fuse_champion)
         except APIError as error:
             # A replica that is started later may find another champion; the ingress asks for it.
             logger.warning("%s", error.message)
 
     async def traits(self) -> Traits:
         """What the model draws."""
-        async with self._engine(self._first) as (thread, _):
+        async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
             return Traits(thread.engine.resolution)
 
     async def load(self) -> ReplicaLoad:
@@ -81,20 +81,20 @@ class Model:
         loads = {name: each.engine.load() for name, each in engines}
         return ReplicaLoad(self._name, os.getpid(), loads, self._outgoing.drift())
 
-    async def warm_up(self, version: RegisteredModel | None) -> None:
+    async def warm_up(self, version: RegisteredModel | None, fused: bool = False) -> None:
         """Load a version and draw a picture in few steps, unless that was done.
 
         Raises:
             APIError: the weights are not those that were registered, or do not fit.
         """
-        place = place_of(version)
+        place = place_of(version, fused=fused)
         if place.adapter in self._warm or (place.adapter is None and place.engine in self.library.engines):
             return
-        async with self._engine(version) as (thread, adapter):
+        async with self._engine(version, fused) as (thread, adapter):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
             # A compiled denoiser has a form for one row and one for several, as with guidance.
             for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
-                await self._drawing(Order(version, "", 0, steps, guidance_scale))
+                await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
             self._warm |= {adapter} if adapter else set()
 
     async def draw(self, order: Order) -> Picture:
@@ -108,7 +108,7 @@ class Model:
         return Picture(png, drawing.waited_s)
 
     async def _drawing(self, order: Order) -> "Drawing":
-        async with self._engine(order.version) as (thread, adapter):
+        async with self._engine(order.version, order.fused) as (thread, adapter):
             image = await _opened(thread, order)
             future = _submit(thread, order, adapter, image)
             try:
@@ -121,7 +121,7 @@ class Model:
         checker does not let out."""
         loop = asyncio.get_running_loop()
         seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels; None at the end
-        async with self._engine(order.version) as (thread, adapter):
+        async with self._engine(order.version, order.fused) as (thread, adapter):
             image = await _opened(thread, order)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
             future = _submit(thread, order, adapter, image, show if order.previews else None)
@@ -143,12 +143,15 @@ class Model:
 
     @asynccontextmanager
     async def _engine(
-        self, version: RegisteredModel | None
+        self, version: RegisteredModel | None, fused: bool
     ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
         """The engine that draws a version, and the adapter's name in it."""
-        place = place_of(version)
+        place = place_of(version, fused=fused)
         if place.adapter and self.settings.compile:
-            message = f"{label(version)} is a LoRA version, which a server with serve.compile does not draw"
+            message = (
+                f"{label(version)} is a LoRA version, which a server with serve.compile draws as "
+                "its champion only, with serve.fuse_champion"
+            )
             raise APIError(503, message, "model", "model_refused")
         if version is not None:
             self._versions[place.adapter or place.engine] = version
@@ -160,17 +163,23 @@ class Model:
 
     def _load(self, name: str) -> "EngineThread":
         """The engine of a name; takes a thread for seconds to minutes."""
+        from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.loading import load_pipeline
+        from serving.adapters import read_adapter
         from serving.engine import Engine
         from serving.engine_thread import EngineThread
         from serving.faster import prepare
 
-        settings = self.settings
-        if name == BASE:
+        settings, fuse = self.settings, None
+        version = self._versions.get(name)
+        if version is None or version.method == "lora":
             pipeline = load_pipeline(self.base, revision=self.base_revision)
-        else:
-            with local_weights(self._versions[name]) as folder:
-                pipeline = load_pipeline(self.base, folder, revision=self.base_revision)
+        if version is not None:
+            with local_weights(version) as folder:
+                if version.method == "lora":
+                    fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
+                else:
+                    pipeline = load_pipeline(self.base, folder, revision=self.base_revision)
         try:
             prepare(
                 pipeline,
@@ -179,6 +188,9 @@ class Model:
                 channels_last=settings.channels_last,
                 compile=settings.compile,
                 int8_weights=settings.int8_weights,
+                offload=settings.offload,
+                solver=settings.solver,
+                fuse=fuse,
             )
             engine = Engine(
                 pipeline,
@@ -188,6 +200,7 @@ class Model:
                 max_side=settings.max_side,
                 adapter_folder=self._adapter_folder if name == BASE and not settings.compile else None,
                 adapter_bytes=settings.adapter_mb << 20,
+                attention=settings.attention,
                 cache_features=settings.cache_features,
             )
         except ValueError as error:

@@ -74,7 +74,7 @@ class Replicas:
         finally:
             pictures.cancel()
 
-    async def warm_up(self, version: RegisteredModel | None) -> None:
+    async def warm_up(self, version: RegisteredModel | None, *, fused: bool = False) -> None:
         """Have every replica load a version, draw with it, and return when all have.
 
         A replica that dies meanwhile is passed over; the next one loads what it is asked for. Where there is
@@ -83,7 +83,7 @@ class Replicas:
         Raises:
             APIError: the version cannot be served.
         """
-        results = await self._ask_all("warm_up", version, timeout_s=WARM_UP_S)
+        results = await self._ask_all("warm_up", version, fused, timeout_s=WARM_UP_S)
         for result in results:
             if isinstance(result, RayTaskError):
                 raise _told(result) from result

@@ -8,7 +8,7 @@ order. A batch then takes its step with one gather and a few products, whatever 
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,6 +24,13 @@ SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
         "thresholding": (False,),
     },
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
+}
+
+Solver = Literal["model", "ddim", "euler", "dpm++"]
+BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }
 
 
@@ -57,19 +64,38 @@ class Schedule(NamedTuple):
         return len(self.table)
 
 
+def scheduler_of(scheduler: Any, solver: Solver) -> Any:
+    """A model's scheduler, or another that solves the same diffusion: its noise schedule, prediction type and
+    spacing of timesteps stay.
+
+    Raises:
+        ValueError: the model's is of flow matching, which has one solver.
+    """
+    if solver == "model":
+        return scheduler
+    if "beta_schedule" not in scheduler.config or scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(f"solver: {type(scheduler).__name__} has no other here than model; leave it out")
+    import diffusers
+
+    name, options = BY_NAME[solver]
+    # Latents are not clipped unless the model says so; diffusers' DDIM does where nothing is said.
+    config = {"clip_sample": False} | dict(scheduler.config)
+    return getattr(diffusers, name).from_config(config, **options)
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Raise ValueError for a scheduler that is none of `SOLVERS`, or is configured to draw noise."""
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SOLVERS:
         raise ValueError(
-            f"scheduler: {name} is not served, only {', '.join(SOLVERS)}; save the model with one of these, "
-            f"for example DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)"
+            f"solver: {name} is not served, only {', '.join(SOLVERS)}; set serve.solver, for example to "
+            "dpm++, or save the model with one of these"
         )
     for option, allowed in SOLVERS[name].items():
         if config.get(option, allowed[0]) not in allowed:
             choice = " or ".join(map(repr, allowed))
             raise ValueError(
-                f"scheduler: {name} with {option}={config[option]!r} is not served; set {option}={choice}"
+                f"solver: {name} with {option}={config[option]!r} is not served; set {option}={choice}"
             )
 
 

@@ -44,7 +44,7 @@ def measure(folder: Path, size: int) -> dict[str, float]:
 
     pipeline = load_pipeline(str(MODEL))
     family = family_of(pipeline)
-    parts = {family.denoiser: getattr(pipeline, family.denoiser), **family.encoders(pipeline)}
+    parts = family.adaptable(pipeline)
     read_adapter("first", folder / "adapter-0", parts)  # what is imported and allocated once
     arrived = threading.Event()
     cache = AdapterCache(

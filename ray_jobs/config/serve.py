@@ -40,6 +40,20 @@ class ServeConfig(Section):
     cache_features: bool = Field(
         False, description="every other step of a UNet takes deep features of the one before; not exact"
     )
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        "auto", description="kernel of the denoiser's attention; auto: torch's own choice"
+    )
+    fuse_champion: bool = Field(
+        False,
+        description="merge a LoRA champion into a copy of the base, for speed; others stay its adapters",
+    )
+    offload: Literal["none", "encoders", "model"] = Field(
+        "none",
+        description="in the host's memory but for the layer that runs: text encoders and autoencoder, or all",
+    )
+    solver: Literal["model", "ddim", "euler", "dpm++"] = Field(
+        "model", description="of the diffusion; model: its own scheduler, with which it was measured"
+    )
     default_steps: Positive = Field(20, description="denoising steps where the request names none")
     default_guidance_scale: float = Field(3.0, ge=1, description="where the request names none")
 
@@ -103,6 +117,14 @@ class ServeConfig(Section):
             raise ValueError("gpu_share needs use_gpu")
         if self.compile and self.cache_features:
             raise ValueError("compile does not go with cache_features; turn one off")
+        if self.offload != "none" and not self.use_gpu:
+            raise ValueError("offload needs use_gpu; on a CPU the weights are in the host's memory anyway")
+        if self.offload == "model" and self.compile:
+            raise ValueError("offload: model does not go with compile; turn one off")
+        if self.attention in ("efficient", "cudnn") and not self.use_gpu:
+            raise ValueError(f"attention: {self.attention} needs use_gpu; a CPU has flash and math")
+        if self.attention in ("flash", "cudnn") and self.use_gpu and self.precision == "fp32":
+            raise ValueError(f"attention: {self.attention} on a GPU needs precision bf16 or fp16")
         if self.drift_pictures == 1:
             raise ValueError("drift_pictures: one picture has no spread; give 0 (none), or better hundreds")
         if self.default_steps > self.max_steps:

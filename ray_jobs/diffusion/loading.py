@@ -126,9 +126,13 @@ def load_lora(pipeline: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: list[str]) -> Captions:
-    """What the denoiser takes of N prompts: float, N x ..., by name, on the pipeline's device."""
+def encode_prompts(pipeline: Any, prompts: list[str], device: str | torch.device | None = None) -> Captions:
+    """What the denoiser takes of N prompts: float, N x ..., by name.
+
+    Args:
+        device: that the text encoders run on; None: the pipeline's.
+    """
     family = family_of(pipeline)
     tokens = family.tokenize(pipeline, prompts)
-    placed = {name: ids.to(pipeline.device) for name, ids in tokens.items()}
+    placed = {name: ids.to(device or pipeline.device) for name, ids in tokens.items()}
     return family.embed(family.encoders(pipeline), placed)

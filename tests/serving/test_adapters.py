@@ -70,8 +70,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def parts_of(pipeline: Any) -> dict[str, Any]:
-    family = family_of(pipeline)
-    return {family.denoiser: getattr(pipeline, family.denoiser), **family.encoders(pipeline)}
+    return family_of(pipeline).adaptable(pipeline)
 
 
 def test_a_batch_mixes_adapters_of_every_kind_and_rows_without(

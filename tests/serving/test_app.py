@@ -51,6 +51,10 @@ def test_drift_without_a_reference_is_told(config: Config, version: RegisteredMo
         ({"compile": True, "cache_features": True}, "compile does not go with cache_features"),
         ({"drift_pictures": 1}, "drift_pictures: one picture has no spread"),
         ({"precision": "fp8"}, "precision"),
+        ({"offload": "encoders"}, "offload needs use_gpu"),
+        ({"offload": "model", "use_gpu": True, "compile": True}, "offload: model does not go with compile"),
+        ({"attention": "cudnn"}, "attention: cudnn needs use_gpu"),
+        ({"attention": "flash", "use_gpu": True}, "attention: flash on a GPU needs precision bf16 or fp16"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], expected: str) -> None:

@@ -24,6 +24,11 @@ REQUESTS = [
     Request("a big blue cross", 7, 4, 1.0, height=64, width=64),
     Request("a big blue cross", 7, 3, 2.0, height=48, width=64),
 ]
+MAKERS = {
+    "xl": tiny_models.tiny_stable_diffusion_xl,
+    "sd3": tiny_models.tiny_stable_diffusion_3,
+    "flux": tiny_models.tiny_flux,
+}
 SWITCHES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
@@ -71,17 +76,75 @@ def test_a_switch_keeps_the_pictures_with_and_without_adapters(
 
 @pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
 def test_every_family_can_be_of_half_precision_and_int8(tmp_path: Path, family: str) -> None:
-    makers = {
-        "xl": tiny_models.tiny_stable_diffusion_xl,
-        "sd3": tiny_models.tiny_stable_diffusion_3,
-        "flux": tiny_models.tiny_flux,
-    }
-    folder = makers[family](tmp_path)
+    folder = MAKERS[family](tmp_path)
     pipeline = prepared(folder, precision="bf16", int8_weights=True)
     expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
     assert max(differences(drawn(pipeline, REQUESTS[0]), expected)) <= LIMITS["bf16"] + LIMITS["int8"]
     denoiser = getattr(pipeline, family_of(pipeline).denoiser)
     assert denoiser.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["encoders", "model"])
+@pytest.mark.parametrize("switches", [{}, {"precision": "bf16"}, {"int8_weights": True}])
+def test_an_offloaded_model_has_no_weights_between_its_layers_calls_and_draws_the_same(
+    tiny_model: Path, adapters: dict[str, Path], part: str, switches: dict[str, Any]
+) -> None:
+    requests = [
+        *REQUESTS,
+        *(Request("a small red circle", 2, 3, 3.0, adapter=n) for n in ("attention", "text")),
+    ]
+    options: dict[str, Any] = {"adapter_folder": adapters.__getitem__}
+    expected = drawn(prepared(tiny_model, **switches), *requests, **options)
+    pipeline = prepared(tiny_model, offload=part, **switches)
+    assert max(differences(drawn(pipeline, *requests, **options), expected)) == 0
+    away = {pipeline.text_encoder, pipeline.vae} | ({pipeline.unet} if part == "model" else set())
+    for component in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+        assert {each.is_meta for each in component.parameters()} == {component in away}
+
+
+@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
+def test_every_family_can_be_offloaded(tmp_path: Path, family: str) -> None:
+    folder = MAKERS[family](tmp_path)
+    expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
+    assert differences(drawn(prepared(folder, offload="model"), REQUESTS[0]), expected) == [0]
+
+
+def test_an_offloaded_model_keeps_deep_features(tiny_model: Path) -> None:
+    expected = drawn(load_pipeline(str(tiny_model)), *REQUESTS, cache_features=True)
+    ours = drawn(prepared(tiny_model, offload="model"), *REQUESTS, cache_features=True)
+    assert max(differences(ours, expected)) == 0
+
+
+def test_dora_is_refused_where_the_layers_weights_are_away(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    engine = Engine(prepared(tiny_model, offload="model"), adapter_folder=adapters.__getitem__)
+    refused = engine.submit(Request("a small red circle", 2, 3, 3.0, adapter="dora"))
+    plain = engine.submit(REQUESTS[0])
+    engine.drain()
+    with pytest.raises(ValueError, match="offload: .* is DoRA.* fuse the version"):
+        refused.result(0)
+    assert plain.result(0).pixels.shape == (64, 64, 3)
+
+
+def test_a_compiled_denoiser_is_not_offloaded(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="^offload: a compiled denoiser"):
+        prepared(tiny_model, offload="model", compile=True)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+def test_an_attention_kernel_changes_no_picture(tiny_model: Path, kernel: Any) -> None:
+    expected = drawn(load_pipeline(str(tiny_model)), *REQUESTS)
+    ours = drawn(load_pipeline(str(tiny_model)), *REQUESTS, attention=kernel)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, expected, strict=True)) <= 1
+
+
+def test_an_attention_kernel_that_the_device_lacks_is_an_error_and_no_other_kernel(tiny_model: Path) -> None:
+    engine = Engine(load_pipeline(str(tiny_model)), attention="cudnn")
+    future = engine.submit(REQUESTS[0])
+    engine.drain()
+    with pytest.raises(RuntimeError, match="[Nn]o (available kernel|viable backend)"):
+        future.result(0)
 
 
 def test_int8_weights_are_stored_as_such_and_at_most_half_a_level_off(tiny_model: Path) -> None:

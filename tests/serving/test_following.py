@@ -28,12 +28,13 @@ from tests.serving.conftest import loads, save_adapters, served, wait_until
 
 @pytest.fixture(scope="module")
 def followed(config: Config, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Three versions of a model of its own: 1 is the champion, 2 and 3 are worse."""
+    """Three versions of a model of its own: 1 is the champion, which is fused, 2 and 3 are worse."""
     serve: dict[str, Any] = {
         "follow_s": 0.5,
         "candidate_share": 0.5,
         "shadow_share": 0.5,
         "max_queued_requests": 64,
+        "fuse_champion": True,
     }
     serve |= {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
     serve |= {"requests_per_minute": 100_000, "concurrent_requests": 64}
@@ -155,13 +156,16 @@ def test_shadows_are_stored_with_the_champions_picture_and_never_answered(url: s
     assert (pair / "champion.png").read_bytes() != (pair / "candidate.png").read_bytes()
 
 
-def test_versions_are_drawn_by_one_engine_together(url: str) -> None:
+def test_versions_are_drawn_by_one_engine_together_but_for_the_fused_champion(
+    url: str, followed: Config
+) -> None:
     models = ["followed@1", "followed@2", "followed@3", "base"]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda model: answer(url, model=model, seed=1).json(), models))
     assert len({each["data"][0]["b64_json"] for each in answers}) == 4
     (load,) = loads()
-    assert list(load.engines) == ["base"]
+    champions = {place_of(registered(followed, version), fused=True).engine for version in "12"}
+    assert set(load.engines) == {"base"} | champions
 
 
 def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str, followed: Config) -> None:

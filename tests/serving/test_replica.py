@@ -93,17 +93,22 @@ def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
     assert with_replica(full, work) == ({place_of(full).engine}, 64)
 
 
-def test_a_fully_trained_version_draws_what_diffusers_draws_with_it(full: RegisteredModel) -> None:
-    from diffusers import StableDiffusionPipeline
+@pytest.mark.parametrize("solver", ["model", "euler"])
+def test_a_fully_trained_version_draws_what_diffusers_draws_with_it(
+    full: RegisteredModel, solver: str
+) -> None:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(full.source, safety_checker=None)
+    if solver == "euler":
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     plain = pipeline(
         "a red apple",
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=4,
         guidance_scale=3.0,
     ).images[0]
-    drawn = with_replica(full, lambda model: model.draw(order(full)))
+    drawn = with_replica(full, lambda model: model.draw(order(full)), solver=solver)
     assert np.abs(pixels(drawn) - np.asarray(plain)).max() <= 2
 
 
@@ -199,6 +204,23 @@ def test_a_faster_switch_draws_nearly_the_same_picture_with_adapters_too(
     assert np.abs(faster - plain).mean() < np.abs(base - plain).mean() / 4
     if "channels_last" not in switch:
         assert (faster != plain).any()
+
+
+def test_a_fused_champion_is_drawn_as_its_adapter_is_by_an_engine_of_its_own(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> tuple[list[Picture], set[str]]:
+        before = set((await model.load()).engines)
+        return [await model.draw(order(lora, fused=fused)) for fused in (True, False)], before
+
+    (fused, adapted), before = with_replica(lora, work, fuse_champion=True)
+    assert before == {place_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
+    assert np.abs(pixels(fused) - pixels(adapted)).max() <= 1
+
+
+def test_the_denoiser_computes_attention_by_the_kernel_that_was_asked_for(lora: RegisteredModel) -> None:
+    plain = pixels(with_replica(lora, lambda model: model.draw(order(lora))))
+    for kernel in ("flash", "math"):
+        drawn = with_replica(lora, lambda model: model.draw(order(lora)), attention=kernel)
+        assert np.abs(pixels(drawn) - plain).max() <= 1
 
 
 def test_a_compiled_replica_refuses_lora_versions(lora: RegisteredModel) -> None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from serving.solvers import advance, check_scheduler, clip_range, coefficients, tabulate
+from serving.solvers import (
+    BY_NAME,
+    advance,
+    check_scheduler,
+    clip_range,
+    coefficients,
+    scheduler_of,
+    tabulate,
+)
 
 STEPS = [2, 1, 5, 14, 15, 30]
 SHAPE = (4, 6, 10)  # of a picture's latents
@@ -129,8 +137,39 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
     ],
 )
 def test_a_scheduler_that_is_not_tabulated_is_refused(name: str, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=f"^scheduler: .*{told}"):
+    with pytest.raises(ValueError, match=f"^solver: .*{told}"):
         check_scheduler(build(name, options))
+
+
+@pytest.mark.parametrize("solver", BY_NAME)
+def test_another_solver_keeps_the_models_diffusion(solver: Any) -> None:
+    """PNDM is what Stable Diffusion 1.5 is published with."""
+    own = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "steps_offset": 1}
+    found = scheduler_of(build("PNDMScheduler", own), solver)
+    check_scheduler(found)
+    assert clip_range(found) is None
+    assert {name: found.config[name] for name in {**own, **BETAS}} == {**own, **BETAS}
+    assert scheduler_of(found, "model") is found
+
+
+def test_another_solver_is_not_random() -> None:
+    sde = build("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3})
+    check_scheduler(scheduler_of(sde, "dpm++"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        ),
+    ],
+)
+def test_flow_matching_has_no_other_solver(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^solver: {name} has no other here than model"):
+        scheduler_of(build(name, options), "euler")
 
 
 def test_a_step_count_that_the_scheduler_cannot_do_is_refused() -> None:

@@ -35,6 +35,10 @@ class Family(ABC):
         parts = {name: getattr(pipeline, name) for name in self.text_encoders}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def adaptable(self, pipeline: Any) -> dict[str, nn.Module]:
+        """The components that adapters may change, by name: the denoiser and the text encoders."""
+        return {self.denoiser: getattr(pipeline, self.denoiser), **self.encoders(pipeline)}
+
     def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
         """Captions cut or padded to each tokenizer's length: int32, N x tokens, each.
 
