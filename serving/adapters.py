@@ -184,20 +184,33 @@ class AdapterCache:
             return self._kept[name]
         if name not in self._loading:
             self.misses += 1
-            self._loading[name] = self._thread.submit(self._read, name)
+            self._loading[name] = self._thread.submit(self._read_checked, name)
             self._loading[name].add_done_callback(lambda _: self._on_loaded())
-        if not self._loading[name].done():
-            return None
-        adapter = self._loading.pop(name).result()
+        self._keep_loaded(name)
+        failed = name in self._loading and self._loading[name].done()
+        return self._loading.pop(name).result() if failed else self._kept.get(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether an adapter is in memory."""
+        return name in self._kept
+
+    def _read_checked(self, name: str) -> Adapter:
+        adapter = self._read(name)
         if adapter.num_bytes > self.max_bytes:
             raise ValueError(
                 f"adapter: {name!r} takes {adapter.num_bytes:,} bytes, more than the {self.max_bytes:,} "
                 "that all may take together"
             )
-        self._kept[name] = adapter
+        return adapter
+
+    def _keep_loaded(self, wanted: str) -> None:
+        """Let what has been read count as kept, also if whoever asked for it has gone. Failures stay, for who
+        asks next."""
+        read = [name for name, each in self._loading.items() if each.done() and not each.exception()]
+        for name in sorted(read, key=lambda name: name == wanted):  # the wanted one last, so that it stays
+            self._kept[name] = self._loading.pop(name).result()
         while self.num_bytes > self.max_bytes:
             self._kept.popitem(last=False)
-        return adapter
 
     def close(self) -> None:
         """Stop the thread; what it is reading is not waited for."""

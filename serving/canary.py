@@ -10,7 +10,7 @@ from math import exp, lgamma
 from statistics import median
 from typing import Any
 
-WINDOW = 500  # answers of a version whose latency is looked at
+WINDOW = 500  # requests of a version that are looked at, the last ones
 CHANCE = 0.001  # of taking out a candidate that is no worse, at one look
 
 
@@ -20,16 +20,14 @@ class Tally:
 
     answers: int = 0
     errors: int = 0
+    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))  # the last requests
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds a step
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # a request
 
     @property
-    def requests(self) -> int:
-        return self.answers + self.errors
-
-    @property
     def error_rate(self) -> float:
-        return self.errors / self.requests if self.requests else 0.0
+        """Of the last requests."""
+        return sum(self.failed) / len(self.failed) if self.failed else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For GET /v1/rollout."""
@@ -64,12 +62,15 @@ class Canary:
         """Count an answer that took `seconds` for pictures of `steps` each."""
         tally = self.tallies.setdefault(version, Tally())
         tally.answers += 1
+        tally.failed.append(False)
         tally.seconds.append(seconds)
         tally.latencies.append(seconds / steps)
 
     def failed(self, version: str) -> None:
         """Count a request that the server could not answer; what the client did wrong does not count."""
-        self.tallies.setdefault(version, Tally()).errors += 1
+        tally = self.tallies.setdefault(version, Tally())
+        tally.errors += 1
+        tally.failed.append(True)
 
     def objection(self, champion: str, candidate: str) -> str | None:
         """Why the candidate should be taken out now; None if it may stay.
@@ -79,14 +80,16 @@ class Canary:
         step is beyond the limit's multiple of the champion's. Both need enough requests of both versions.
         """
         ours, theirs = self.tallies.get(champion, Tally()), self.tallies.get(candidate, Tally())
-        if min(ours.requests, theirs.requests) < self.limits.requests:
+        requests, others = len(theirs.failed), len(ours.failed)
+        if min(requests, others) < self.limits.requests:
             return None
         if theirs.error_rate - ours.error_rate > self.limits.error_rate:
-            chance = fisher_exact(theirs.errors, theirs.answers, ours.errors, ours.answers)
+            errors, other_errors = sum(theirs.failed), sum(ours.failed)
+            chance = fisher_exact(errors, requests - errors, other_errors, others - other_errors)
             if chance < CHANCE:
                 return (
-                    f"errors: {theirs.error_rate:.1%} of {theirs.requests} requests, the champion's "
-                    f"{ours.error_rate:.1%} of {ours.requests}; by chance in {chance:.1g} of cases"
+                    f"errors: {theirs.error_rate:.1%} of the last {requests} requests, the champion's "
+                    f"{ours.error_rate:.1%} of {others}; by chance in {chance:.1g} of cases"
                 )
         if min(len(ours.latencies), len(theirs.latencies)) >= self.limits.requests:
             slower = median(theirs.latencies) / median(ours.latencies)

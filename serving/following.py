@@ -40,7 +40,10 @@ class Following:
             if not now:
                 await asyncio.sleep(self.config.serve.follow_s)
             now = False
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # whatever one look meets, the next one is made
+                self._tell(f"the registry's aliases were not followed: {error!r}")
 
     async def look(self) -> None:
         """Read the registry once and follow what it says."""

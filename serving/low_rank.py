@@ -42,7 +42,7 @@ class Adapter:
         return any(part.startswith("text_encoder") for part, _ in self.updates)
 
 
-Stacks = Mapping[Place, Update]  # the updates of N rows, each tensor N x ...
+Stacks = Mapping[Place, Update]  # the updates of N rows, each tensor N x ..., or 1 x ... for all of them
 
 
 class GroupedLowRank:
@@ -58,7 +58,8 @@ class GroupedLowRank:
         self._active: Stacks = {}
 
     def stack(self, rows: Sequence[Adapter | None], part: str) -> Stacks:
-        """The updates that N rows need in a component; smaller ranks are filled up with zeros."""
+        """The updates that N rows need in a component; smaller ranks are filled up with zeros. Where all rows
+        have one adapter it stands there once."""
         unique = list(dict.fromkeys(rows))
         index = [unique.index(row) for row in rows]
         places = dict.fromkeys(place for adapter in unique if adapter for place in adapter.updates)
@@ -69,7 +70,8 @@ class GroupedLowRank:
             if place not in self._hooked:
                 self._parts[part].get_submodule(place[1]).register_forward_hook(partial(self._add, place))
                 self._hooked.add(place)
-            found[place] = _stacked([a.updates.get(place) if a else None for a in unique], index)
+            updates = [adapter.updates.get(place) if adapter else None for adapter in unique]
+            found[place] = _stacked(updates, index if len(unique) > 1 else [0])
         return found
 
     @contextmanager
@@ -87,7 +89,7 @@ class GroupedLowRank:
             return None  # the layer's own output
         added = _convolved(layer, inputs[0], update) if output.ndim == 4 else _multiplied(inputs[0], update)
         if update.gain is not None:
-            shape = (len(output), *(1,) * (output.ndim - 2), -1)
+            shape = (len(update.gain), *(1,) * (output.ndim - 2), -1)
             gain, bias = update.gain.reshape(shape), layer.bias
             if output.ndim == 4:
                 gain = gain.permute(0, 3, 1, 2)
@@ -97,30 +99,34 @@ class GroupedLowRank:
 
 
 def _multiplied(inputs: torch.Tensor, update: Update) -> torch.Tensor:
-    """N x ... x in to N x ... x out, each row by its own matrices."""
+    """N x ... x in to N x ... x out, each row by its own matrices, or all by the same ones as one product."""
     flat = inputs.reshape(len(update.down), -1, inputs.shape[-1])
     added = torch.bmm(torch.bmm(flat, update.down.mT), update.up.mT)
     return added.reshape(*inputs.shape[:-1], -1)
 
 
 def _convolved(layer: Any, inputs: torch.Tensor, update: Update) -> torch.Tensor:
-    """N x in x h x w to N x out x h' x w', each row by its own kernels: one grouped convolution."""
-    rows, rank = update.down.shape[:2]
+    """N x in x h x w to N x out x h' x w', each row by its own kernels, or all by the same ones: one grouped
+    convolution of as many groups as there are kernels."""
+    groups, rank = update.down.shape[:2]
     hidden = F.conv2d(
-        inputs.reshape(1, -1, *inputs.shape[2:]),
+        inputs.reshape(len(inputs) // groups, -1, *inputs.shape[2:]),
         update.down.flatten(0, 1),
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
-        groups=rows,
+        groups=groups,
     )
-    hidden = hidden.reshape(rows, rank, *hidden.shape[2:])
-    return torch.bmm(update.up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])
+    hidden = hidden.reshape(len(inputs), rank, *hidden.shape[2:])
+    return torch.matmul(update.up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])
 
 
 def _stacked(updates: Sequence[Update | None], index: Sequence[int]) -> Update:
     """The updates of one layer, of which a row takes the one that `index` names."""
     present = [update for update in updates if update]
+    if len(updates) == 1:
+        (update,) = present
+        return Update(update.down[None], update.up[None], None if update.gain is None else update.gain[None])
     rank = max(len(update.down) for update in present)
     down, up = present[0].down, present[0].up
     downs = down.new_zeros(len(updates), rank, *down.shape[1:])

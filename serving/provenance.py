@@ -64,7 +64,8 @@ def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:
         chunks.add_text(CHUNK, text)
         chunks.add_itxt(TOOLS_CHUNK, parameters_line(facts))
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+    # Of a large picture the usual level takes several times as long as all the rest of an answer.
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks, compress_level=1)
     return file.getvalue()
 
 

@@ -125,7 +125,7 @@ class Row:
     def shows_preview(self) -> bool:
         """Whether the unfinished picture is shown after the steps that are done."""
         count, steps = self.request.previews, len(self.schedule)
-        return self.done in {steps * i // (count + 1) for i in range(1, count + 1)}
+        return count > 0 and self.done in {steps * i // (count + 1) for i in range(1, count + 1)}
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless there is an answer."""

@@ -88,10 +88,12 @@ class Service:
         Raises:
             APIError: what the client is told.
         """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
-            async with asyncio.timeout(self.settings.request_timeout_s):
+            async with asyncio.timeout_at(deadline):
                 orders = await self._ordered(request, state, image)
-                with self._counted(orders[0]):
+            with self._counted(orders[0]):
+                async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(orders)
             size = await self.ordering.size(orders[0])
             data = await self.delivery.deliver(orders, pictures, request, state, size)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from cluster.storage import Storage
 from serving.order import Order, label
-from serving.schemas import APIError
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,7 +29,7 @@ class Shadow:
 
     Args:
         folder: gets `000/` and so on, each with `champion.png`, `candidate.png` and `parameters.json`, which
-            is written last.
+            is written last; of an edit with `given`, the file that it began with.
         draw: has one picture drawn.
         may_draw: whether the replicas have room beside the requests that wait for answers.
     """
@@ -63,7 +62,7 @@ class Shadow:
             try:
                 drawn = await self._draw(pair.order)
                 await asyncio.to_thread(self._store, pair, drawn)
-            except (APIError, OSError) as error:
+            except Exception as error:  # whatever is wrong with one pair, the next ones are drawn
                 self.passed_over += 1
                 logger.warning("shadow of %s: %s", pair.picture_id, error)
 
@@ -73,6 +72,8 @@ class Shadow:
         place.write_bytes("candidate.png", drawn)
         order = pair.order._asdict()
         del order["version"]
+        if (image := order.pop("image")) is not None:
+            place.write_bytes("given", image)
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.order.version)}
         place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **order}))
         self.stored += 1

@@ -23,6 +23,7 @@ class WaitingLine:
     def __init__(self, adapters: AdapterCache | None, *, read_ahead: int, max_waiting: int | None) -> None:
         self._adapters, self._read_ahead, self._max_waiting = adapters, read_ahead, max_waiting
         self._rows: list[Row] = []
+        self._answered = False  # whether any row was, since they were last looked through
         self._lock = threading.Lock()
         self.rejected = 0
 
@@ -49,6 +50,7 @@ class WaitingLine:
                     self.rejected += 1
                     raise QueueFull(f"{len(self._rows)} requests are waiting; try again later")
             self._rows.append(row)
+        row.future.add_done_callback(self._note_answered)
 
     def take(self, places: int) -> list[Row]:
         """The rows that came first and whose adapters are in memory, at most as many as there are places.
@@ -56,23 +58,34 @@ class WaitingLine:
         Adapters are read ahead. A row whose adapter is still being read is passed by others, and takes the
         first place that is free afterwards.
         """
-        waiting = self.rows
-        adapted = [row for row in waiting if row.request.adapter is not None]
-        read_ahead = set(adapted[: self._read_ahead])
-        ready = [
-            row
-            for row in waiting
-            if row.request.adapter is None or (row in read_ahead and self._has_adapter(row))
-        ]
-        taken = ready[:places]
-        self._forget(set(taken))
+        taken: list[Row] = []
+        ahead = 0
+        for row in self.rows:
+            if len(taken) >= places and (self._adapters is None or ahead >= self._read_ahead):
+                break
+            name, there = row.request.adapter, True
+            if name is not None and ahead < self._read_ahead:
+                ahead += 1
+                there = self._has_adapter(row)
+            elif name is not None:
+                assert self._adapters is not None
+                there = len(taken) < places and self._adapters.holds(name) and self._has_adapter(row)
+            if there and len(taken) < places:
+                taken.append(row)
+        if taken or self._answered:  # a row may just have failed
+            self._forget(set(taken))
         return taken
 
     def drop_answered(self) -> None:
         """Forget the rows that were cancelled or have failed."""
-        self._forget(set())
+        if self._answered:
+            self._forget(set())
+
+    def _note_answered(self, _: object) -> None:
+        self._answered = True
 
     def _forget(self, taken: set[Row]) -> None:
+        self._answered = False
         with self._lock:
             self._rows = [row for row in self._rows if row not in taken and not row.future.done()]
 

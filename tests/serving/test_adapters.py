@@ -150,6 +150,48 @@ def test_adapters_are_kept_up_to_their_bytes_least_recently_used_first_to_go(
     assert read == ["a", "b", "c", "b"]
 
 
+def test_an_adapter_whose_client_has_gone_counts_among_the_kept(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    pipeline = load_pipeline(str(tiny_model))
+    size = read_adapter("attention", adapters["attention"], parts_of(pipeline)).num_bytes
+    engine = Engine(pipeline, adapter_folder=lambda _: adapters["attention"], adapter_bytes=int(1.5 * size))
+    assert engine.adapters is not None
+    for name in ("left", "asked"):
+        future = engine.submit(Request("a", 0, 1, 1.0, adapter=name))
+        engine.step()
+        engine.adapters._loading[name].result(60)
+        if name == "left":
+            future.cancel()
+    engine.drain()
+    assert future.result(0)
+    assert not engine.adapters._loading
+    assert engine.load().adapter_bytes == size
+
+
+def test_adapters_that_are_read_keep_no_row_waiting_whose_own_is_there(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    import threading
+
+    arrived = threading.Event()
+
+    def folder(name: str) -> Path:
+        assert name == "hot" or arrived.wait(60)  # a slow store
+        return adapters["attention"]
+
+    engine = Engine(load_pipeline(str(tiny_model)), max_rows=2, adapter_folder=folder)
+    engine.submit(Request("a", 0, 1, 1.0, adapter="hot"))
+    engine.drain()
+    cold = [engine.submit(Request("a", 0, 1, 1.0, adapter=f"cold {number}")) for number in range(4)]
+    hot = engine.submit(Request("a", 0, 1, 1.0, adapter="hot"))
+    engine.step()
+    assert hot.result(0) and not any(each.done() for each in cold)
+    arrived.set()
+    engine.drain()
+    assert all(each.result(0) for each in cold)
+
+
 def test_an_adapter_larger_than_all_may_be_is_refused(tiny_model: Path, adapters: dict[str, Path]) -> None:
     engine = Engine(load_pipeline(str(tiny_model)), adapter_folder=adapters.__getitem__, adapter_bytes=1000)
     future = engine.submit(Request("a", 0, 1, 1.0, adapter="attention"))

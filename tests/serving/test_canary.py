@@ -49,6 +49,15 @@ def test_a_candidate_that_is_slower_within_the_limit_stays() -> None:
     assert simulated(champion=0, candidate=0, slower=1.7).objection("m@1", "m@2") is None
 
 
+def test_a_candidate_that_fails_after_a_long_good_time_is_taken_out_as_soon_as_a_new_one() -> None:
+    canary = simulated(champion=0, candidate=0, requests=10_000)
+    failures = 0
+    while canary.objection("m@1", "m@2") is None:
+        canary.failed("m@2")
+        failures += 1
+    assert failures <= 0.06 * 500 + 1
+
+
 @pytest.mark.parametrize("slower", [1.0, 10.0])
 def test_nothing_is_concluded_from_few_requests(slower: float) -> None:
     canary = simulated(champion=0, candidate=0.5, requests=LIMITS.requests - 1, slower=slower)

