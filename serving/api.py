@@ -111,18 +111,27 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     @api.get("/v1/models")
     async def models() -> ModelList:
         """All that a request may give as its `model`."""
+        return ModelList(data=await cards())
+
+    @api.get("/v1/models/{model}", responses=_errors(404))
+    async def model(model: str) -> ModelCard:
+        """One of them."""
+        found = next((card for card in await cards() if card.id == model), None)
+        if found is None:
+            raise APIError(404, f"{model!r} is not served; see /v1/models", "model", "model_not_found")
+        return found
+
+    async def cards() -> list[ModelCard]:
         side = (await service.replicas.traits()).resolution
-        return ModelList(
-            data=[
-                ModelCard(
-                    id=offer.id,
-                    created=service.started,
-                    version=offer.version and offer.version.version,
-                    size=f"{side}x{side}",
-                )
-                for offer in service.catalogue.offers()
-            ]
-        )
+        return [
+            ModelCard(
+                id=offer.id,
+                created=service.started,
+                version=offer.version and offer.version.version,
+                size=f"{side}x{side}",
+            )
+            for offer in service.catalogue.offers()
+        ]
 
 
 def _add_operation(api: FastAPI, service: Service) -> None:

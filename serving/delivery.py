@@ -66,9 +66,7 @@ class Delivery:
             candidate = self.catalogue.candidate
             drawn_by_champion = label(order.version) == label(self.catalogue.champion)
             if candidate and drawn_by_champion and random.random() < self.shadow_share:
-                again = order._replace(
-                    version=candidate, fused=False, previews=0, image_id=new_image_id(), scored=False
-                )
+                again = order._replace(version=candidate, fused=False, previews=0, image_id=new_image_id())
                 self.shadow.offer(Shadowed(order.image_id, order, picture.png, again))
         return data
 

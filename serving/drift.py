@@ -155,6 +155,12 @@ class DriftMonitor:
         except queue.Full:
             self.num_skipped += 1
 
+    def scores(self) -> Drift | None:
+        """The latest, and how many pictures are not in any up to now."""
+        if self.latest is None:
+            return None
+        return self.latest._replace(num_passed_over=self.num_skipped + self.num_failed)
+
     def stop(self) -> None:
         """End after the picture that is being measured."""
         self._stopping = True

@@ -1,4 +1,4 @@
-"""Which versions are watched for drift in a replica: the champion, and the last while it draws."""
+"""Which versions are watched in a replica: the champion, the candidate, and the last while it draws."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # importing them takes PyTorch
     from ray_jobs.metrics.vision_model import Clip
     from serving.drift import DriftMonitor
 
-KEPT = 2  # versions
+KEPT = 3  # versions
 
 log = logging.getLogger("ray.serve")
 
@@ -60,7 +60,7 @@ class DriftWatch:
     def scores(self) -> dict[tuple[str, int], Drift]:
         """By name and version, of those whose window is full."""
         with self._lock:
-            found = [(name[:2], each.latest) for name, each in self._monitors.items() if each is not None]
+            found = [(name[:2], each.scores()) for name, each in self._monitors.items() if each is not None]
         return {name: drift for name, drift in found if drift is not None}
 
     def _open(self, version: RegisteredModel) -> None:

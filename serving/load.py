@@ -34,6 +34,7 @@ class Drift(NamedTuple):
         near_copies: share of the window, 0 to 1.
         expected_near_copies: that a model which has learnt nothing by heart would have.
         scored_at: seconds since 1970.
+        num_passed_over: pictures that came faster than they could be measured, or could not be.
     """
 
     num_pictures: int
@@ -44,3 +45,4 @@ class Drift(NamedTuple):
     expected_near_copies: float | None
     feature_network: str
     scored_at: float
+    num_passed_over: int = 0

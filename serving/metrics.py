@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serving.load import Load
+from serving.load import Drift, Load
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"
@@ -124,6 +124,27 @@ class Metrics:
         self.near_copies = self._gauge(
             "drift_near_copies", "Share of served pictures that nearly are training pictures", version
         )
+        self.expected_fid = self._gauge(
+            "drift_expected_fid", "FID that as many pictures had when the version was published", version
+        )
+        self.expected_near_copies = self._gauge(
+            "drift_expected_near_copies", "Near copies of a model that learnt nothing by heart", version
+        )
+        self.drift_pictures = self._gauge(
+            "drift_pictures", "Served pictures behind the drift scores", version
+        )
+        self.drift_passed_over = self._gauge(
+            "drift_passed_over", "Served pictures that the drift scores left out", version
+        )
+        self.by_drift = {
+            "fid": self.fid,
+            "clip_score": self.clip_score,
+            "near_copies": self.near_copies,
+            "expected_fid": self.expected_fid,
+            "expected_near_copies": self.expected_near_copies,
+            "num_pictures": self.drift_pictures,
+            "num_passed_over": self.drift_passed_over,
+        }
 
     def render(self) -> bytes:
         """The text for GET /metrics, of type CONTENT_TYPE."""
@@ -138,13 +159,7 @@ class Metrics:
         served = list(dict.fromkeys((model, str(version)) for model, version in versions))
         kept = set(served[: self._max_versions])
         gone, self._served = self._served - kept, kept
-        by_version = (
-            self.request_seconds,
-            self.first_step_seconds,
-            self.fid,
-            self.clip_score,
-            self.near_copies,
-        )
+        by_version = (self.request_seconds, self.first_step_seconds, *self.by_drift.values())
         for model, version in gone:
             for metric in by_version:
                 metric.remove_by_labels({"model": model, "version": version})
@@ -199,18 +214,11 @@ class Metrics:
         while len(self._loads) > len(loads) + 256:
             self._loads.popitem(last=False)
 
-    def drift(
-        self,
-        model: str,
-        version: int | str,
-        *,
-        fid: float | None = None,
-        clip_score: float | None = None,
-        near_copies: float | None = None,
-    ) -> None:
+    def drift(self, model: str, version: int | str, scores: Drift) -> None:
         """Scores of a window of served pictures; what was not measured is absent, also if it once was."""
         labels = self._version(model, version)
-        for gauge, value in ((self.fid, fid), (self.clip_score, clip_score), (self.near_copies, near_copies)):
+        for name, gauge in self.by_drift.items():
+            value = getattr(scores, name)
             if value is None:
                 gauge.remove_by_labels({"model": labels[0], "version": labels[1]})
             else:

@@ -23,7 +23,7 @@ class Order(NamedTuple):
     image: bytes | None = None  # to begin with: a file of a picture
     strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made
     image_id: str = ""  # what the picture is called
-    scored: bool = False  # whether it counts for the drift of its version
+    scored: bool = False  # whether its version is judged by it too, see `drift`
     asked: float = 0.0  # seconds since 1970
     fused: bool = False  # whether a LoRA version is drawn by an engine of its own, merged into the base
 
@@ -37,6 +37,7 @@ class Order(NamedTuple):
             "image_id": self.image_id,
             "model": self.version.name if self.version else BASE,
             "version": self.version.version if self.version else 0,
+            "adapter": adapter_name(self.version) if self.version and self.version.method == "lora" else None,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt or "",
             "seed": self.seed,
@@ -81,6 +82,11 @@ def label(version: RegisteredModel | None) -> str:
     return BASE if version is None else f"{version.name}@{version.version}"
 
 
+def adapter_name(version: RegisteredModel) -> str:
+    """The version and the beginning of its weights' digest."""
+    return f"{label(version)}#{version.digest[:12]}"
+
+
 def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
     """LoRA versions are adapters of the base's engine, unless fused; a fully trained version has an engine of
     its own.
@@ -89,7 +95,7 @@ def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
     """
     if version is None:
         return Place(BASE, None)
-    name = f"{label(version)}#{version.digest[:12]}"
+    name = adapter_name(version)
     if version.method != "lora":
         return Place(name, None)
     return Place(f"fused {name}", None) if fused else Place(BASE, name)

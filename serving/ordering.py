@@ -75,7 +75,7 @@ class Ordering:
             image,
             request.strength if isinstance(request, EditRequest) else 1.0,
             # An edit is as far from the published pictures as what was sent.
-            scored=image is None and version == self.catalogue.champion,
+            scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )

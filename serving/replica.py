@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-KEPT_ENGINES = 3  # the base, and two fully trained versions: a champion and the one that follows it
+KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and the one that follows it
 
 
 @serve.deployment
@@ -54,6 +54,11 @@ class Model:
         self._name = uuid.uuid4().hex
         self._outgoing = Outgoing(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
+        if settings.use_gpu and settings.gpu_share < 1:
+            import torch
+
+            # Ray counts shares and watches none: one that takes more ends here, not in its neighbour.
+            torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
         self._versions: dict[str, RegisteredModel] = {}  # by their engine's or adapter's name
         self._fetched = ExitStack()  # the weights of the adapter that was read last
         self.library: Library[EngineThread] = Library(self._load, _stop, max_kept=KEPT_ENGINES)

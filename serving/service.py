@@ -4,7 +4,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import count
 from typing import Any
@@ -17,8 +17,9 @@ from serving.catalogue import Catalogue
 from serving.delivery import Delivery
 from serving.feedback import FeedbackStore, Tally
 from serving.following import Following
+from serving.load import Drift
 from serving.metrics import Metrics
-from serving.order import BASE, Order, label
+from serving.order import BASE, Order, ReplicaLoad, label
 from serving.ordering import Ordering, State
 from serving.replicas import Replicas
 from serving.rollout import withdraw
@@ -152,11 +153,13 @@ class Service:
             said = await asyncio.to_thread(self.feedback.tally)
         except APIError as error:  # an operator wants the rest all the more
             notices.append(error.message)
+        drift = latest_drift(await self.replicas.loads())
         return {
             "champion": label(self.catalogue.champion),
             "candidate": candidate and label(candidate),
             "candidate_share": self.settings.candidate_share,
             "versions": {name: tally.as_json() for name, tally in self.canary.tallies.items()},
+            "quality": {f"{model}@{version}": each._asdict() for (model, version), each in drift.items()},
             "feedback": [tally._asdict() for tally in said],
             "taken_out": self.canary.taken_out,
             "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
@@ -169,13 +172,8 @@ class Service:
         loads = await self.replicas.loads()
         engines = {f"{each.replica} {name}": load for each in loads for name, load in each.engines.items()}
         self.metrics.engines(engines, len(loads))
-        latest = sorted(
-            (item for each in loads for item in each.drift.items()), key=lambda item: item[1].scored_at
-        )
-        for (model, version), drift in latest:
-            self.metrics.drift(
-                model, version, fid=drift.fid, clip_score=drift.clip_score, near_copies=drift.near_copies
-            )
+        for (model, version), scores in latest_drift(loads).items():
+            self.metrics.drift(model, version, scores)
         return await asyncio.to_thread(self.metrics.render)
 
     def _name_versions(self) -> None:
@@ -263,3 +261,9 @@ class Service:
         task = asyncio.create_task(work)
         self._background.add(task)  # the loop itself keeps no hold of it
         task.add_done_callback(self._background.discard)
+
+
+def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], Drift]:
+    """By name and version, the scores of the replica that made them last."""
+    found = [item for each in loads for item in each.drift.items()]
+    return dict(sorted(found, key=lambda item: item[1].scored_at))

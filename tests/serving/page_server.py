@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +30,9 @@ class HandleHere:
     def options(self, *, stream: bool) -> "HandleHere":
         return self
 
+    def broadcast(self, method: str, *arguments: Any) -> "AnswersHere":
+        return AnswersHere(getattr(self._model, method)(*arguments))
+
     def __getattr__(self, name: str) -> "MethodHere":
         return MethodHere(getattr(self._model, name))
 
@@ -41,6 +44,17 @@ class MethodHere:
     def remote(self, *arguments: Any) -> Any:
         result = self._method(*arguments)
         return asyncio.ensure_future(result) if asyncio.iscoroutine(result) else PicturesHere(result)
+
+
+class AnswersHere:
+    """Of all replicas: of the only one."""
+
+    def __init__(self, answer: Coroutine[Any, Any, Any]) -> None:
+        self._answer = answer
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(self._answer, return_exceptions=return_exceptions)
 
 
 class PicturesHere:
@@ -64,10 +78,10 @@ async def _model(config: Config, first: RegisteredModel) -> Any:
 
 
 @contextmanager
-def page_server(
+def service_here(
     config: Config, champion: RegisteredModel, candidate: RegisteredModel, store: FeedbackStore
-) -> Iterator[str]:
-    """The URL of the page while the block runs; the registry holds two versions of one model."""
+) -> Iterator[tuple[Service, Any]]:
+    """A service and its only replica while the block runs; the registry holds two versions of one model."""
     with ThreadPoolExecutor(1) as thread:  # the browser's driver has a loop in this one
         model = thread.submit(asyncio.run, _model(config, champion)).result()
     service = Service(config, champion, Replicas(HandleHere(model)), store)
@@ -75,11 +89,20 @@ def page_server(
     aliases = {CHAMPION: champion.version, CANDIDATE: candidate.version}
     service.catalogue.entries = {champion.name: RegistryEntry(versions, aliases)}
     service.following.looked = True
-    api = create_api(service)
-    api.add_middleware(Access, settings=config.serve, keys=KeyRing.of(config.serve), metrics=service.metrics)
     try:
-        with http_server(api) as url:
-            yield url
+        yield service, model
     finally:
         for engine in model.library.engines.values():
             engine.stop()
+
+
+@contextmanager
+def page_server(
+    config: Config, champion: RegisteredModel, candidate: RegisteredModel, store: FeedbackStore
+) -> Iterator[str]:
+    """The URL of the page while the block runs, as `service_here`."""
+    with service_here(config, champion, candidate, store) as (service, _):
+        api, keys = create_api(service), KeyRing.of(config.serve)
+        api.add_middleware(Access, settings=config.serve, keys=keys, metrics=service.metrics)
+        with http_server(api) as url:
+            yield url

@@ -466,6 +466,9 @@ def test_all_that_may_be_asked_for_is_listed_with_its_version(
     assert (model.object, model.owned_by) == ("model", "diffray")
     assert model.model_extra == {"version": registered.version, "size": "64x64"}
     assert listed["base"].model_extra["version"] is None
+    assert client.models.retrieve("served:champion").id == "served:champion"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        client.models.retrieve("other")
 
 
 def test_healthz_answers_while_the_process_lives(url: str) -> None:

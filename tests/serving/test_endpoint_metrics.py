@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.load import Load
+from serving.load import Drift, Load
 from serving.metrics import COUNTED, OTHER, REASONS, Metrics
 
 NOTHING = Load(*[0] * len(Load._fields))
@@ -112,6 +112,13 @@ def test_what_is_not_served_is_counted_as_other(metrics: Metrics) -> None:
     assert metrics.render().count(b"\n") < 250
 
 
+def drift(**scores: Any) -> Drift:
+    """Scores of a window, of which only some were measured."""
+    unmeasured = dict.fromkeys(("expected_fid", "clip_score", "near_copies", "expected_near_copies"))
+    given: dict[str, Any] = {"num_pictures": 16, "fid": 1.0, "feature_network": "n", "scored_at": 0.0}
+    return Drift(**given | unmeasured | scores)
+
+
 def test_thousands_of_models_have_few_series_and_the_first_ones_their_own(metrics: Metrics) -> None:
     names = [(f"model {number}", 1) for number in range(5000)]
     metrics.serve(names)
@@ -126,7 +133,7 @@ def test_versions_that_are_served_no_more_leave_no_series(metrics: Metrics) -> N
     for version in range(300):
         metrics.serve([("diffray", version)])
         metrics.answered(200, 1.0, {"model": "diffray", "version": version})
-        metrics.drift("diffray", version, fid=10.0)
+        metrics.drift("diffray", version, drift(fid=10.0))
     text = metrics.render().decode()
     assert 'version="299"' in text and 'version="298"' not in text
 
@@ -140,10 +147,12 @@ def test_drift_that_was_not_measured_is_absent(metrics: Metrics) -> None:
     labels = {"model": "diffray", "version": "3"}
     metrics.serve([("diffray", 3)])
     assert value(metrics, "diffray_drift_fid", **labels) is None
-    metrics.drift("diffray", 3, fid=12.5, near_copies=0.0)
+    metrics.drift("diffray", 3, drift(fid=12.5, near_copies=0.0))
     assert value(metrics, "diffray_drift_fid", **labels) == 12.5
     assert value(metrics, "diffray_drift_near_copies", **labels) == 0
     assert value(metrics, "diffray_drift_clip_score", **labels) is None
-    metrics.drift("diffray", 3, clip_score=0.3)
-    assert value(metrics, "diffray_drift_fid", **labels) is None
+    metrics.drift("diffray", 3, drift(clip_score=0.3, expected_fid=9.0, num_passed_over=5))
+    assert value(metrics, "diffray_drift_near_copies", **labels) is None
     assert value(metrics, "diffray_drift_clip_score", **labels) == 0.3
+    assert value(metrics, "diffray_drift_expected_fid", **labels) == 9
+    assert value(metrics, "diffray_drift_passed_over", **labels) == 5

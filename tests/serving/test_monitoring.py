@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.load import Load
+from serving.load import Drift, Load
 from serving.metrics import ALIASES, REASONS, Metrics
 
 FOLDER = Path(__file__).parents[2] / "serving" / "monitoring"
@@ -28,7 +28,7 @@ def exported() -> dict[str, set[str]]:
     metrics.answered(200, 1.0, facts)
     metrics.first_step("diffray", 1, 1.0)
     metrics.engines({"a": Load(*[1] * len(Load._fields))}, replicas=1)
-    metrics.drift("diffray", 1, fid=1.0, clip_score=1.0, near_copies=0.0)
+    metrics.drift("diffray", 1, Drift(16, 1.0, 1.0, 1.0, 0.0, 0.0, "network", 0.0))
     families = text_string_to_metric_families(metrics.render().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

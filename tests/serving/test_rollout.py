@@ -90,16 +90,27 @@ def test_the_comparison_is_a_table_with_what_was_taken_out() -> None:
         "champion": "m@1",
         "candidate": None,
         "versions": {"m@1": tally, "m@2": tally},
+        "quality": {
+            "m@1": {
+                "fid": 12.5,
+                "expected_fid": 11.0,
+                "clip_score": None,
+                "near_copies": 0.01,
+                "num_pictures": 16,
+            }
+        },
         "feedback": [
             {"model": "m", "version": 2, "role": "candidate", "ups": 3, "downs": 1, "wins": 2, "losses": 0}
         ],
         "taken_out": {"m@2": "latency: 3.0 times"},
         "notice": None,
     }
-    head, first, second, said, out = comparison(answer).splitlines()
+    head, first, second, quality, said, out = comparison(answer).splitlines()
     assert head.split()[:1] == ["version"]
     assert first.split() == ["m@1", "champion", "9", "1", "0.25", "1.5", "–"]
     assert second.split() == ["m@2", "9", "1", "0.25", "1.5", "–"]
+    expected = "quality: m@1: FID 12.5 (when published 11.0), near copies 0.01, of the last 16 pictures"
+    assert quality == expected
     assert said == "feedback: m@2 (candidate): 3 up, 1 down, 2 votes won, 0 lost"
     assert out == "taken out: m@2: latency: 3.0 times"
 

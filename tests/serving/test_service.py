@@ -1,0 +1,156 @@
+"""The endpoint without HTTP and Ray: time-outs, and a candidate that is taken out by itself."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs.config import Config
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import register
+from ray_jobs.registry import CANDIDATE, RegisteredModel, open_client, registered
+from serving.feedback import FeedbackStore
+from serving.feedback_database import open_database
+from serving.order import BASE, place_of
+from serving.rollout import TAKEN_OUT
+from serving.schemas import APIError, ImageRequest
+from serving.service import Service
+from tests.serving.conftest import save_adapters
+from tests.serving.page_server import service_here
+
+REQUESTS = 20  # of each version before the candidate is judged
+
+
+@pytest.fixture(scope="module")
+def watched(config: Config, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two versions of a model of its own, champion and candidate."""
+    serve: dict[str, Any] = {"keys": None, "allow_anonymous": True, "safety_checker": None}
+    serve |= {"drift_pictures": 0, "replicas": 64, "rollback_requests": REQUESTS, "candidate_share": 0.5}
+    watched = config.model_copy(
+        update={
+            "publish": config.publish.model_copy(update={"model_name": "watched"}),
+            "serve": config.serve.model_copy(update=serve),
+        }
+    )
+    for seed, fid in ((1, 10.0), (2, 20.0)):
+        folder = save_adapters(tiny_model, tmp_path_factory.mktemp("watched") / str(seed), seed)
+        measured = Measured(fid, None, num_samples=96, feature_network="inception@1", data="9f" * 32)
+        register(watched, source=str(folder), measured=measured, params={})
+    return watched
+
+
+@pytest.fixture(scope="module")
+def versions(watched: Config) -> list[RegisteredModel]:
+    return [registered(watched, number) for number in "12"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FeedbackStore]:
+    store = FeedbackStore(open_database(f"sqlite:///{tmp_path / 'feedback.db'}"))
+    yield store
+    store.close()
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    return config.model_copy(update={"serve": config.serve.model_copy(update=fields)})
+
+
+async def answered(service: Service, version: RegisteredModel, **fields: Any) -> int:
+    """The status of a request for a version."""
+    request = ImageRequest(prompt="a red apple", model=f"{version.name}@{version.version}", **fields)
+    try:
+        if request.stream:
+            async for _ in service.stream(request, {}):
+                pass
+        else:
+            await service.generate(request, {})
+    except APIError as error:
+        return error.status
+    return 200
+
+
+def served(
+    config: Config,
+    champion: RegisteredModel,
+    candidate: RegisteredModel,
+    store: FeedbackStore,
+    work: Callable[[Service, Any], Coroutine[Any, Any, Any]],
+) -> Any:
+    with service_here(config, champion, candidate, store) as (service, model):
+        service.catalogue.candidate = candidate
+        return asyncio.run(work(service, model))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_is_a_504_frees_its_row_and_counts_against_its_version(
+    watched: Config, versions: list[RegisteredModel], store: FeedbackStore, stream: bool
+) -> None:
+    async def work(service: Service, model: Any) -> None:
+        assert await answered(service, versions[0], steps=100, stream=stream) == 504
+        assert service.canary.tallies["watched@1"].errors == 1
+        engine = model.library.engines[BASE].engine
+        while engine.unfinished:
+            await asyncio.sleep(0.01)
+        assert engine.load().row_steps < 100
+        assert service.num_open == 0
+
+    served(changed(watched, request_timeout_s=0.1), *versions, store, work)
+
+
+def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
+    watched: Config, versions: list[RegisteredModel], store: FeedbackStore
+) -> None:
+    client = open_client(watched)
+    client.set_registered_model_alias("watched", CANDIDATE, "2")
+    champion, candidate = versions
+    damaged = replace(candidate, digest="00" * 32)
+
+    async def work(service: Service, _: Any) -> dict[str, Any]:
+        for _ in range(REQUESTS):
+            assert await answered(service, champion, steps=1) == 200
+            assert await answered(service, damaged, steps=1) == 503
+        assert service.catalogue.candidate is None
+        assert service.catalogue.find(None, "whoever") == champion, "nobody is given the candidate any more"
+        await asyncio.gather(*service._background)
+        return await service.rollout()
+
+    told = served(watched, champion, damaged, store, work)
+    assert told["candidate"] is None
+    assert "errors: 100.0% of the last 20 requests" in told["taken_out"]["watched@2"]
+    assert CANDIDATE not in client.get_registered_model("watched").aliases
+    assert "errors: 100.0%" in client.get_model_version("watched", "2").tags[TAKEN_OUT]
+
+
+def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
+    watched: Config, versions: list[RegisteredModel], store: FeedbackStore, tmp_path: Path
+) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    config = changed(watched, shadow_share=1.0, fuse_champion=True).model_copy(
+        update={"storage": str(tmp_path)}
+    )
+
+    async def work(service: Service, model: Any) -> set[str]:
+        service.start(look_now=False)
+        for image in (file.getvalue(), None):
+            request = ImageRequest(prompt="a red apple", model="watched:champion", steps=2)
+            await service.generate(request, {}, image)
+        while service.shadow.stored < 2:
+            assert not service.shadow.passed_over
+            await asyncio.sleep(0.01)
+        for task in service._background:
+            task.cancel()
+        return set(model.library.engines)
+
+    engines = served(config, *versions, store, work)
+    folder = tmp_path / config.name / "shadow"
+    assert (folder / "000" / "given").read_bytes() == file.getvalue()
+    assert (folder / "001" / "parameters.json").exists() and not (folder / "001" / "given").exists()
+    assert engines == {BASE, place_of(versions[0], fused=True).engine}, "a shadow is no champion"
