@@ -4,6 +4,8 @@ What each switch of `serving.faster` and of the engine gives and costs with `mod
 prompts and seeds in every engine, as many rows as `--max-rows`, all waiting from the start. float32 draws in
 20 steps of the model's own solver, DPM-Solver++ 2M.
 
+With `--size full` the figures go to benchmarks/results/serving_faster.json.
+
 speed: pictures a second over float32's. The switches take turns and medians are compared.
 FID to float32: between a switch's pictures and float32's of the same seeds; 0 if they were the same.
 change: the FID to real pictures, less float32's FID to them.

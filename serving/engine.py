@@ -43,7 +43,7 @@ class Engine:
         decode_rows: pictures that are encoded or decoded at a time: so long others' steps may have to wait.
         max_waiting: requests that may wait for a place; None: any number.
         max_side: pixels of a picture's longer side; None: twice the model's own.
-        cached_prompts: prompt embeddings that are kept, the least recently used is dropped first.
+        prompt_bytes: of the prompt embeddings that are kept, the least recently used is dropped first.
         adapter_folder: gives the local folder of an adapter's name, fetched and checked; it runs beside the
             loop. None: there are no adapters.
         adapter_bytes: of the adapters that are kept in memory.
@@ -65,7 +65,7 @@ class Engine:
         decode_rows: int = 4,
         max_waiting: int | None = None,
         max_side: int | None = None,
-        cached_prompts: int = 256,
+        prompt_bytes: int = 256 << 20,
         adapter_folder: Callable[[str], Path] | None = None,
         adapter_bytes: int = 1 << 30,
         attention: Attention = "auto",
@@ -83,7 +83,7 @@ class Engine:
         parts = self.family.adaptable(pipeline)
         self.low_rank = GroupedLowRank(parts)
         self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows)
-        self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_prompts=cached_prompts)
+        self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
         self.work = threading.Event()  # set when there may be something to do
         self.adapters: AdapterCache | None = None
         if adapter_folder is not None:

@@ -20,13 +20,14 @@ class PromptEmbeddings:
         pipeline: its text encoders run on `device`, wherever their weights are in between.
         low_rank: of the text encoders too.
         device: of PyTorch.
-        max_prompts: how many are kept.
+        max_bytes: of the embeddings that are kept, on the device.
     """
 
-    def __init__(self, pipeline: Any, low_rank: GroupedLowRank, *, device: str, max_prompts: int) -> None:
+    def __init__(self, pipeline: Any, low_rank: GroupedLowRank, *, device: str, max_bytes: int) -> None:
         self.pipeline, self.family, self.device = pipeline, family_of(pipeline), device
-        self.low_rank, self.max_prompts = low_rank, max_prompts
+        self.low_rank, self.max_bytes = low_rank, max_bytes
         self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
+        self._num_bytes = 0
         self.hits = self.misses = 0
 
     def embed(self, texts: Sequence[Text]) -> list[Captions]:
@@ -49,11 +50,13 @@ class PromptEmbeddings:
                 encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing], self.device)
             for row, key in enumerate(missing):
                 self._kept[key] = {name: encoded[name][row].clone() for name in self.family.embeds}
+                self._num_bytes += _bytes_of(self._kept[key])
         for key in wanted:
             self._kept.move_to_end(key)
         found = [self._embedding(text) for text in texts]
-        while len(self._kept) > self.max_prompts:
-            self._kept.popitem(last=False)
+        while self._num_bytes > self.max_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_bytes -= _bytes_of(dropped)
         return found
 
     def _embedding(self, text: Text) -> Captions:
@@ -61,6 +64,10 @@ class PromptEmbeddings:
         if text[0] is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             return {name: torch.zeros_like(tensor) for name, tensor in embeds.items()}
         return embeds
+
+
+def _bytes_of(captions: Captions) -> int:
+    return sum(tensor.nbytes for tensor in captions.values())
 
 
 def _key(text: Text) -> tuple[str, str | None]:

@@ -205,6 +205,7 @@ class Model:
                 max_side=settings.max_side,
                 adapter_folder=self._adapter_folder if name == BASE and not settings.compile else None,
                 adapter_bytes=settings.adapter_mb << 20,
+                prompt_bytes=settings.prompt_mb << 20,
                 attention=settings.attention,
                 cache_features=settings.cache_features,
             )

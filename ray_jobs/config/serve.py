@@ -76,6 +76,7 @@ class ServeConfig(Section):
         [], description="other registered models of the same base that may be asked for, by name; * is all"
     )
     adapter_mb: Positive = Field(1024, description="MiB of adapters that a replica keeps in memory")
+    prompt_mb: Positive = Field(256, description="MiB of prompt embeddings that a replica keeps in memory")
     follow_s: float = Field(10, gt=0, description="seconds between looks at the registry's aliases")
     candidate_share: Share = Field(0.0, description="of users, whom the candidate answers")
     shadow_share: Share = Field(0.0, description="of requests, which the candidate draws too, unseen")

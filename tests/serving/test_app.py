@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.serve import Application
 
 from ray_jobs.config import Config, ConfigError, ServeConfig
 from ray_jobs.registry import REFERENCE, RegisteredModel
@@ -37,6 +38,27 @@ def test_a_mistake_names_its_field_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         build_application(changed(config, **fields), version)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"replicas": 2}, {"num_replicas": 2}),
+        ({"replicas": (0, 4)}, {"min_replicas": 0, "initial_replicas": 1, "max_replicas": 4}),
+        ({"replicas": (2, 4), "max_batch_size": 16}, {"initial_replicas": 2, "target_ongoing_requests": 16}),
+        ({"use_gpu": True, "gpu_share": 0.25}, {"num_gpus": 0.25}),
+    ],
+)
+def test_replicas_are_as_many_as_was_said_each_with_its_share_of_a_gpu(
+    config: Config, version: RegisteredModel, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    application = build_application(changed(config, **fields), version)
+    (model,) = (each for each in application._bound_deployment.init_args if isinstance(each, Application))
+    told = model._bound_deployment
+    scaling = told._deployment_config.autoscaling_config
+    found = {"num_replicas": told.num_replicas, **(scaling.model_dump() if scaling else {})}
+    found |= told.ray_actor_options or {}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_drift_without_a_reference_is_told(config: Config, version: RegisteredModel, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_an_error_in_a_callers_preview_is_the_callers_alone(tiny_model: Path) ->
 
 
 def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path) -> None:
-    engine = engine_of(tiny_model, cached_prompts=3)
+    engine = engine_of(tiny_model, prompt_bytes=3 * 16 * 32 * 4)  # three of 16 tokens, 32 wide
     encoded: list[int] = []
     engine.pipeline.text_encoder.register_forward_pre_hook(
         lambda _, inputs, named: encoded.append(len((inputs or (named.get("input_ids"),))[0])),

@@ -168,9 +168,25 @@ def test_versions_are_drawn_by_one_engine_together_but_for_the_fused_champion(
     assert set(load.engines) == {"base"} | champions
 
 
+def watch(url: str, begun: Event) -> Any:
+    """The last event of a long stream; `begun` is set at the first."""
+    body = {"prompt": "a red apple", "steps": 100, "stream": True, "partial_images": 3}
+    with httpx.stream(
+        "POST", f"{url}/v1/images/generations", json=body, timeout=120, trust_env=False
+    ) as told:
+        for line in told.iter_lines():
+            begun.set()
+            if line.startswith("data: "):
+                last = json.loads(line.removeprefix("data: "))
+    return last
+
+
 def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str, followed: Config) -> None:
     (load,) = loads()
-    with under_load(url, steps=30) as answers:
+    with under_load(url, steps=30) as answers, ThreadPoolExecutor(1) as pool:
+        begun = Event()
+        watching = pool.submit(watch, url, begun)
+        assert begun.wait(60)
         os.kill(load.process, signal.SIGKILL)
         killed, seen = time.monotonic(), len(answers)
         wait_until(lambda: len(answers) > seen + 12, timeout_s=300)
@@ -178,6 +194,8 @@ def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str,
     failed = [each.json()["error"]["code"] for each in answers if each.status_code != 200]
     assert set(failed) <= {"timeout"}, "what the replica was drawing is drawn again, in its time"
     assert answers[-1].status_code == 200
+    last = watching.result()
+    assert last["error"]["code"] == "model_lost", "whoever has seen unfinished pictures is told"
     wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
     assert loads()[0].process != load.process
     record_fault("kill -9 of the only replica, under load", recovery_s=took, lost=f"{len(failed)} requests")

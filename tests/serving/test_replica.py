@@ -16,6 +16,7 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry import RegisteredModel, weights_digest
 from serving.order import BASE, Order, Picture, place_of
+from serving.provenance import read_provenance
 from serving.replica import Model
 from serving.schemas import APIError
 from tests.serving.conftest import save_adapters
@@ -214,6 +215,16 @@ def test_a_fused_champion_is_drawn_as_its_adapter_is_by_an_engine_of_its_own(lor
     (fused, adapted), before = with_replica(lora, work, fuse_champion=True)
     assert before == {place_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
     assert np.abs(pixels(fused) - pixels(adapted)).max() <= 1
+
+
+@pytest.mark.parametrize("provenance", [True, False])
+def test_a_picture_says_which_adapter_drew_it_unless_it_is_to_say_nothing(
+    lora: RegisteredModel, provenance: bool
+) -> None:
+    drawn = with_replica(lora, lambda model: model.draw(order(lora)), provenance=provenance)
+    facts = read_provenance(drawn.png)
+    assert (facts or {}).get("adapter") == (f"m@1#{lora.digest[:12]}" if provenance else None)
+    assert (facts is None) != provenance
 
 
 def test_the_denoiser_computes_attention_by_the_kernel_that_was_asked_for(lora: RegisteredModel) -> None:
