@@ -73,6 +73,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
         best = _chosen(config, done)
+        done.computed.take()
     storage.write_lines(RESULTS, done.rows)
     if not done.errors:
         storage.write_text(FINISHED, finished(config, dataset, best))
@@ -124,8 +125,7 @@ def _tell(config: Config, found: SearchResult) -> None:
     what = f"{best['trial_id']} at step {best['step']}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
-    refit = f"; and {best['step']:,} steps for the winner on all folds" if config.search.folds else ""
-    say("search", bill(config, found.measured) + refit)
+    say("search", bill(config, found))
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:

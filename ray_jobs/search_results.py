@@ -6,10 +6,12 @@ with the winner once every trial has ended.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Storage
+from ray_jobs.computed_steps import read_computed
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
@@ -51,12 +53,14 @@ class SearchResult:
         rows: the candidates: the same, or with `search.folds` means over the folds.
         winner: one of them, with `guidance_scale` where several were tried; with `search.folds` its
             checkpoint is that of the last training.
+        computed: denoiser steps, by training.
     """
 
     digest: str
     measured: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     winner: dict[str, Any]
+    computed: dict[str, int]
 
 
 def search_digest(config: Config, dataset: Dataset) -> str:
@@ -99,7 +103,8 @@ def result(
     """With the digest of all that it depends on, also where it stopped and what won."""
     content = finished(config, dataset, best)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return SearchResult(digest, measured, candidates(config, measured), best)
+    computed = read_computed(Storage.open(config.storage).child(config.name, "search"))
+    return SearchResult(digest, measured, candidates(config, measured), best, computed)
 
 
 def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,33 +140,44 @@ def with_error(row: dict[str, Any]) -> str:
     return number(row["fid"], 1, row.get("fid_error"))
 
 
-def spent(config: Config, rows: list[dict[str, Any]]) -> Spent:
-    """What every training took up to its last rung.
+def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int]) -> Spent:
+    """What every training took: of steps all that were computed, of time what came before its last rung.
 
     Args:
         rows: a line a rung of a training, as results.jsonl holds them.
+        computed: steps by training; they are at least those of its last rung.
     """
     last = {training_of(row): row for row in sorted(rows, key=lambda row: int(row["step"]))}
     # A member that took over another's state saved nothing.
     replaced = config.search.scheduler == "population"
-    costs = [
-        TrialCost(
-            trial_id=name,
-            learning_rate=row["learning_rate"],
-            steps=row["step"] - row.get("begins_at", 0),
-            seconds=row["seconds"],
-            device_hours=row["seconds"] / 3600 * config.train.min_workers,
-            saved_steps=0 if replaced else config.search.ladder[-1] - row["step"],
+    costs = []
+    for name, row in last.items():
+        measured = row["step"] - row.get("begins_at", 0)
+        steps = max(measured, computed.get(name, 0))
+        costs.append(
+            TrialCost(
+                trial_id=name,
+                steps=steps,
+                measured_steps=measured,
+                seconds=row["seconds"],
+                device_hours=row["seconds"] / 3600 * config.train.min_workers,
+                saved_steps=0 if replaced else max(0, config.search.ladder[-1] - steps),
+            )
         )
-        for name, row in last.items()
-    ]
-    return Spent(costs, config.search.device_hour_price)
+    other = sum(steps for name, steps in computed.items() if name not in last)
+    return Spent(costs, config.search.device_hour_price, other)
 
 
-def bill(config: Config, rows: list[dict[str, Any]]) -> str:
+def bill(config: Config, found: SearchResult) -> str:
     """What was spent, and what of the whole grid was not, for a person."""
-    found = spent(config, rows)
-    steps, hours = (sum(getattr(trial, name) for trial in found.trials) for name in ("steps", "device_hours"))
-    whole = config.search.most_steps
-    cost = f", at {found.price:g} an hour {hours * found.price:.2f}" if found.price else ""
-    return f"spent {steps:,} of {whole:,} steps, {hours:.2f} hours of workers{cost}"
+    cost = spent(config, found.measured, found.computed)
+    steps, measured, hours = (
+        sum(getattr(trial, name) for trial in cost.trials)
+        for name in ("steps", "measured_steps", "device_hours")
+    )
+    price = f", at {cost.price:g} an hour {hours * cost.price:.2f}" if cost.price else ""
+    other = f", {cost.other_steps:,} of trainings without a measured rung" if cost.other_steps else ""
+    return (
+        f"computed {steps:,} of {config.search.most_steps:,} steps, {measured:,} of them up to a measured "
+        f"rung{other}; {hours:.2f} hours of workers{price}"
+    )

@@ -10,6 +10,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.stopper import CombinedStopper
 
 from cluster.storage import Storage
+from ray_jobs.computed_steps import ComputedSteps
 from ray_jobs.config import SearchConfig
 from ray_jobs.progress import say
 from ray_jobs.proposals import Proposals
@@ -35,6 +36,7 @@ class Trials:
     Attributes:
         rows: of the measured rungs.
         settings: of the trials that were begun, by `trial_id`.
+        computed: steps of their trainings.
         errors: of trials that failed.
     """
 
@@ -46,6 +48,7 @@ class Trials:
         self.settings: dict[str, Settings] = {
             line["trial_id"]: line["settings"] for line in storage.read_lines(BEGUN)
         }
+        self.computed = ComputedSteps(storage, around.board)
         self.errors: list[str] = []
         if self.rows:
             say("search", f"going on after {len(self.rows)} measured rungs")
@@ -102,7 +105,7 @@ class Trials:
                 # Of a trial's own driver; it goes on from what the training has left.
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
                 callbacks=[Recorder(self, make, count)],
-                stop=CombinedStopper(*stoppers(config, recorded)),
+                stop=CombinedStopper(*stoppers(config, recorded, self.computed.take)),
             ),
         )
         results = tuner.fit()
@@ -146,6 +149,9 @@ class Recorder(Callback):
 
     def _trial(self, trial: Any) -> Trial:
         return self.make(trial.config)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials.computed.take_if_due()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine = self._trial(trial)

@@ -76,7 +76,9 @@ class SearchConfig(Section):
         description="a trial stops after so many rungs without a FID lower by more than its error; "
         "null: only the scheduler stops trials",
     )
-    max_steps: Positive | None = Field(None, description="of all trials; then the search stops, at a rung")
+    max_steps: Positive | None = Field(
+        None, description="computed, of all trials; then the search stops, at a rung"
+    )
     max_hours: float | None = Field(None, gt=0, description="of workers, of all trials; likewise")
     max_cost: float | None = Field(None, gt=0, description="in the currency of device_hour_price; likewise")
     device_hour_price: float | None = Field(

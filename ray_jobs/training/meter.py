@@ -93,6 +93,8 @@ class Meter:
         look = self.rank == 0 and now - self.posted_at > POST_EVERY
         due = self.rank == 0 and now - self.saved_at > 60 * self.config.checkpoint_minutes
         loss, look, due = self._agreed(share, look, due)
+        if self.rank == 0 and self.board is not None:
+            self.board.count.remote(self.trial_id)
         self._watch(step, loss)
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         self.series.append(

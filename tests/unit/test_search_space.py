@@ -14,7 +14,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.folds import averaged, choose_over_folds, standing
 from ray_jobs.population import first_generation, next_generation, perturbed
 from ray_jobs.proposals import Proposals
-from ray_jobs.search_results import search_digest, spent
+from ray_jobs.search_results import SearchResult, bill, search_digest, spent
 from ray_jobs.space import points, sample, training_of, trial_id
 from ray_jobs.trial import Trial
 
@@ -182,7 +182,26 @@ def test_what_a_member_took_over_was_not_spent_again() -> None:
     own = {"trial_id": "member-1", "learning_rate": 1e-3, "step": 80, "seconds": 30.0}
     taken = own | {"training": "member-1_from-80", "step": 160, "begins_at": 80}
     assert training_of(taken) == "member-1_from-80"
-    assert [(each.trial_id, each.steps) for each in spent(config, [own, taken]).trials] == [
+    assert [(each.trial_id, each.steps) for each in spent(config, [own, taken], {}).trials] == [
         ("member-1", 80),
         ("member-1_from-80", 80),
     ]
+
+
+def test_steps_that_were_computed_while_the_last_rung_was_measured_are_spent_too() -> None:
+    config = configured("learning_rates=[1.0e-3,5.0e-4]", "device_hour_price=2")
+    rows = [
+        {"trial_id": "lr-0.001", "learning_rate": 1e-3, "step": 320, "seconds": 1800.0},
+        {"trial_id": "lr-0.0005", "learning_rate": 5e-4, "step": 80, "seconds": 900.0},
+    ]
+    found = spent(config, rows, {"lr-0.0005": 131, "lr-0.001_refit": 40})  # one that no count is known of
+    assert [(each.steps, each.measured_steps, each.saved_steps) for each in found.trials] == [
+        (131, 80, 189),
+        (320, 320, 0),
+    ]
+    assert found.other_steps == 40
+    told = bill(config, SearchResult("digest", rows, rows, rows[0], {"lr-0.0005": 131, "lr-0.001_refit": 40}))
+    assert told == (
+        "computed 451 of 640 steps, 400 of them up to a measured rung, 40 of trainings without a measured "
+        "rung; 1.50 hours of workers, at 2 an hour 3.00"
+    )
