@@ -16,7 +16,7 @@ from ray_jobs.progress import say
 from ray_jobs.proposals import Proposals
 from ray_jobs.search_results import FIELDS, RESULTS, with_error
 from ray_jobs.space import Settings, points, training_of
-from ray_jobs.stopping import stoppers
+from ray_jobs.stopping import Budget, stoppers
 from ray_jobs.tracking import Mirror
 from ray_jobs.trial import Make, Surroundings, Trial, run_trial
 
@@ -52,6 +52,11 @@ class Trials:
         self.errors: list[str] = []
         if self.rows:
             say("search", f"going on after {len(self.rows)} measured rungs")
+
+    @property
+    def budget_is_spent(self) -> bool:
+        """Whether a limit of the configuration is reached, so that nothing more is to be started."""
+        return Budget(self.around.config, self.rows, self.computed.take).stop_all()
 
     def run_space(self, make: Make) -> None:
         """Run the trials that `search.algorithm` draws from the space."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray.util.state import list_actors
 
 from cluster.connect import LocalCluster
@@ -62,11 +63,15 @@ def test_trials_worse_than_the_median_of_the_others_stop(ray_cluster: LocalClust
     assert steps == {3e-4: 320, 0.1: 80}
 
 
-def test_folds_train_what_is_left_of_the_fold_before(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["asha", "halving"])
+def test_folds_train_what_is_left_of_the_fold_before(
+    ray_cluster: LocalCluster, tmp_path: Path, scheduler: str
+) -> None:
     config = load_config(
         DEMO,
         [
             f"storage={tmp_path}",
+            f"search.scheduler={scheduler}",
             "data.folds=2",
             "search.folds=2",
             "search.learning_rates=[3.0e-4,1.0e-1]",

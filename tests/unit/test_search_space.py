@@ -140,7 +140,7 @@ def population_rows(members: list[Trial], fids: list[float]) -> list[dict[str, A
 
 def test_the_worst_members_go_on_from_the_best_with_settings_a_little_changed() -> None:
     config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4,1.0e-4]")
-    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4, 1e-4)], config.search.ladder)
+    members = first_generation(config)
     assert [member.ladder for member in members] == [[80]] * 4
     rows = population_rows(members, [20.0, 10.0, 30.0, 40.0])
     following = next_generation(config, members, rows)
@@ -155,7 +155,7 @@ def test_the_worst_members_go_on_from_the_best_with_settings_a_little_changed() 
 
 def test_a_member_that_failed_is_left_out() -> None:
     config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4]")
-    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4)], config.search.ladder)
+    members = first_generation(config)
     rows = population_rows(members[:2], [20.0, 10.0])
     assert [member.trial_id for member in next_generation(config, members, rows)] == ["member-0", "member-1"]
 
