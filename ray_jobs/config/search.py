@@ -72,6 +72,11 @@ class SearchConfig(Section):
     ladder: list[Positive] = Field(min_length=1, description="step counts, increasing: the rungs")
     reduction_factor: int = Field(2, ge=2, description="asha and halving go on with 1 / this many a rung")
     max_concurrent_trials: Positive = Field(1, description="trials that train at once")
+    wait_for_scores: bool = Field(
+        False,
+        description="a training waits at each rung until it is measured; false: it trains on meanwhile, for "
+        "nothing if it is then stopped",
+    )
     patience: Positive | None = Field(
         None,
         description="a trial stops after so many rungs without a FID lower by more than its error; "
@@ -80,10 +85,15 @@ class SearchConfig(Section):
     max_steps: Positive | None = Field(
         None, description="computed, of all trials; then the search stops, at a rung"
     )
-    max_hours: float | None = Field(None, gt=0, description="of workers, of all trials; likewise")
+    max_hours: float | None = Field(
+        None, gt=0, description="of workers, of all trials, without evaluators; likewise"
+    )
     max_cost: float | None = Field(None, gt=0, description="in the currency of device_hour_price; likewise")
     device_hour_price: float | None = Field(
-        None, gt=0, description="of one worker for an hour, for max_cost and the report; null: unknown"
+        None,
+        gt=0,
+        description="of one worker for an hour, for max_cost and the report; those of evaluators are not "
+        "counted; null: unknown",
     )
 
     @property

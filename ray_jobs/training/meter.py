@@ -64,6 +64,10 @@ class Meter:
         self.series: list[dict[str, float]] = []
         self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
 
+    def go_on(self) -> None:
+        """Measure again after a pause, which counts as no step's time."""
+        self.last = self.saved_at = time.monotonic()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what waits for data."""
