@@ -29,6 +29,7 @@ from ray_jobs.search_results import (
     FINISHED,
     RESULTS,
     SearchResult,
+    at_most,
     bill,
     candidates,
     choose,
@@ -62,8 +63,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
         return before
-    most, last = config.search.most_steps, config.search.ladder[-1]
-    say("search", f"at most {most // last} x {last:,} = {most:,} steps")
+    for line in at_most(config):
+        say("search", line)
     with opened_store(config):
         for split in splits(config):
             pool.load(split)

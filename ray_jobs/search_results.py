@@ -6,6 +6,7 @@ with the winner once every trial has ended.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class SearchResult:
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Identifies what the results depend on: data, model, training, search and evaluation."""
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials"):
+    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
         del settings["search"][field]
     for field in EvaluateConfig.AFTER_SEARCH:
         del settings["evaluate"][field]
@@ -115,14 +116,15 @@ def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str,
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
     """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`).
 
-    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`: by how much theirs
-    is higher, and the error of that. `features` of a row: where the features of its pictures are kept, if not
-    with its checkpoint.
+    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`, by how much theirs
+    is higher and the error of that, and `variance_ratio` (as in `PairedDifference`; None: infinite).
+    `features` of a row: where the features of its pictures are kept, if not with its checkpoint.
     """
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     compared = []
     for row in rows:
-        for stale in ("behind", "behind_error"):  # of an earlier start, which another rung was the best of
+        # Of an earlier start, which another rung was the best of.
+        for stale in ("behind", "behind_error", "variance_ratio"):
             row.pop(stale, None)
         behind, error = row["fid"] - best["fid"], 0.0
         # Of more steps it could not win a tie; and without errors only equal scores are one.
@@ -130,7 +132,8 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
             rung, lowest = (Storage.open(each.get("features", each["checkpoint"])) for each in (row, best))
             found = pool.difference(rung, lowest, "validation")
             behind, error = found.value, found.standard_error
-            row |= {"behind": behind, "behind_error": error}
+            ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
+            row |= {"behind": behind, "behind_error": error, "variance_ratio": ratio}
         compared.append(Candidate(behind, error, row["step"]))
     return rows[winner(compared)]
 
@@ -166,6 +169,33 @@ def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int
         )
     other = sum(steps for name, steps in computed.items() if name not in last)
     return Spent(costs, config.search.device_hour_price, other)
+
+
+def at_most(config: Config) -> list[str]:
+    """What a search takes at most, as far as that is known beforehand, in lines for a person."""
+    search, evaluate = config.search, config.evaluate
+    most, planned, last = search.most_steps, search.planned_steps, search.ladder[-1]
+    lines = [f"at most {most // last} x {last:,} = {most:,} steps"]
+    if planned < most:
+        lines = [f"at most {planned:,} steps, of {most:,} where no trial is stopped"]
+    if search.max_steps and search.max_steps < planned:
+        lines.append(f"it ends at the rung where {search.max_steps:,} steps are computed")
+    price = search.device_hour_price
+    bounds = [search.max_hours, search.max_cost / price if search.max_cost and price else None]
+    if known := [hours for hours in bounds if hours]:
+        cost = f", which cost {min(known) * price:.2f}" if price else ""
+        lines.append(f"it ends at the rung where {min(known):.2f} hours of workers are spent{cost}")
+    elif price:
+        lines.append(
+            f"at {price:g} an hour of a worker: what it comes to python -m cluster.plan tells from the speed"
+        )
+    if search.folds:
+        lines.append(f"beyond that up to {last:,} steps, of the winner on all folds")
+    if scales := [scale for scale in search.guidance_scales if scale != evaluate.guidance_scale]:
+        lines.append(f"and {search.grid_size * len(scales)} scores, of each trial's best rung at {scales}")
+    if evaluate.use_gpu and (price or known):
+        lines.append(f"hours and cost are without those of the {evaluate.num_actors} evaluators' GPUs")
+    return lines
 
 
 def bill(config: Config, found: SearchResult) -> str:
