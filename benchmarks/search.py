@@ -1,13 +1,16 @@
 """The search against the full grid of the same learning rates and step counts, each trained separately.
 
     python -m benchmarks.search                    # three seeds of the demo; about an hour on two cores
-    python -m benchmarks.search --seeds 1
+    python -m benchmarks.search --seeds 1 --scheduler asha
 
-What is compared: steps of the denoiser, time, and the test FID of the model that is found, relative to that
-of the grid's best, which is the one of the lowest validation FID. A training of few steps passes through the
-states that a longer one of the same rate has at that step (`check` trains one separately and compares the
-weights bit by bit), so the grid's models are the rungs of climbs that nobody stops, and its cost is counted
-as if each had been trained from its beginning. Results go to benchmarks/results/search.json.
+A seed's grid and searches that the results hold already are not run again, so another scheduler costs its
+search alone. What is compared: computed steps of the denoiser, time, and the test FID of the model that is
+found, relative to that of the grid's best, which is the one of the lowest validation FID. A training of few
+steps passes through the states that a longer one of the same rate has at that step (`check` trains one
+separately and compares the weights bit by bit), so the grid's models are the rungs of climbs that nobody
+stops, and its cost is counted as if each had been trained from its beginning. Results go to
+benchmarks/results/search.json, those of searches by their scheduler; where only `measured_steps` are told,
+those up to measured rungs, the computed ones were not counted.
 """
 
 import argparse
@@ -30,16 +33,16 @@ from ray_jobs.train import build_trainer, checked
 from ray_jobs.training.checkpoint import Rung, find_rungs
 
 RATES = [2e-3, 1e-3, 5e-4, 2e-4]
+TOLD = ("trial_id", "step", "fid", "fid_error", "seconds", "behind", "behind_error", "variance_ratio")
 RESULTS = Path(__file__).parent / "results" / "search.json"
 AIMS = "aims: at most 0.30 of the steps, a test FID within 1.02 of the grid's best"
 
 
 def configured(arguments: argparse.Namespace, kind: str, seed: int) -> Config:
-    """The demo with four learning rates; `grid` stops no trial."""
+    """The demo with four learning rates, searched by a scheduler; `grid` stops no trial."""
+    scheduler = "none" if kind == "grid" else kind
     overrides = [f"name=bench-{kind}-{seed}", f"seed={seed}", f"search.learning_rates={RATES}"]
-    if kind == "grid":
-        overrides.append("search.scheduler=none")
-    return load_config(arguments.config, [*overrides, *arguments.overrides])
+    return load_config(arguments.config, [*overrides, f"search.scheduler={scheduler}", *arguments.overrides])
 
 
 def searched(config: Config) -> dict[str, Any]:
@@ -49,15 +52,13 @@ def searched(config: Config) -> dict[str, Any]:
         found = search(config, dataset, pool)
         pool.load("test")
         lowest = min(found.rows, key=lambda row: row["fid"])
-        cost = spent(config, found.measured)
+        cost = spent(config, found.measured, found.computed)
         return {
-            "rungs": [
-                {name: row[name] for name in ("trial_id", "step", "fid", "fid_error", "seconds")}
-                for row in found.rows
-            ],
+            "rungs": [{name: row[name] for name in TOLD if name in row} for row in found.rows],
             "winner": tested(pool, found.winner),
             "lowest": tested(pool, lowest),
-            "steps": sum(trial.steps for trial in cost.trials),
+            "steps": sum(trial.steps for trial in cost.trials) + cost.other_steps,
+            "measured_steps": sum(trial.measured_steps for trial in cost.trials),
             "seconds": sum(trial.seconds for trial in cost.trials),
         }
 
@@ -104,19 +105,21 @@ def tensors(weights: str) -> dict[str, np.ndarray]:
     }
 
 
-def compared(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One seed: the grid, the search, and what of them is compared."""
+def gridded(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One seed: the grid, and no search yet."""
     grid = searched(configured(arguments, "grid", seed))
-    ours = searched(configured(arguments, "search", seed))
-    whole = trained_separately(grid)
-    return {
-        "seed": seed,
-        "grid": grid,
-        "search": ours,
-        "grid_trained_separately": whole,
+    return {"seed": seed, "grid": grid, "grid_trained_separately": trained_separately(grid), "searches": {}}
+
+
+def compared(arguments: argparse.Namespace, seed: dict[str, Any]) -> dict[str, Any]:
+    """The search of one seed, and what of it is compared with the grid."""
+    ours = searched(configured(arguments, arguments.scheduler, seed["seed"]))
+    whole = seed["grid_trained_separately"]
+    return ours | {
         "steps_ratio": ours["steps"] / whole["steps"],
+        "measured_steps_ratio": ours["measured_steps"] / whole["steps"],
         "seconds_ratio": ours["seconds"] / whole["seconds"],
-        "test_fid_ratio": ours["winner"]["test_fid"] / grid["lowest"]["test_fid"],
+        "test_fid_ratio": ours["winner"]["test_fid"] / seed["grid"]["lowest"]["test_fid"],
     }
 
 
@@ -136,6 +139,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scheduler", default="halving", choices=["halving", "asha", "median"])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -144,17 +148,23 @@ def main() -> None:
     if arguments.out.exists():
         done = json.loads(arguments.out.read_text())
     with connect(configured(arguments, "grid", 0)):
-        for seed in range(len(done["seeds"]), arguments.seeds):
-            done["seeds"].append(compared(arguments, seed))
-            written(arguments.out, done)
+        for seed in range(arguments.seeds):
+            if seed == len(done["seeds"]):
+                done["seeds"].append(gridded(arguments, seed))
+                written(arguments.out, done)
+            searches = done["seeds"][seed]["searches"]
+            if arguments.scheduler not in searches:
+                searches[arguments.scheduler] = compared(arguments, done["seeds"][seed])
+                written(arguments.out, done)
         if done["same_weights"] is None:
             done["same_weights"] = check(configured(arguments, "grid", arguments.seeds - 1))
             written(arguments.out, done)
     show(f"trained separately to the first rung: the same weights: {done['same_weights']}")
     for each in done["seeds"]:
-        grid, ours = (_told(each[kind][which]) for kind, which in (("grid", "lowest"), ("search", "winner")))
-        ratios = " ".join(f"{name} {each[f'{name}_ratio']:.3f}" for name in ("steps", "seconds", "test_fid"))
-        show(f"seed {each['seed']}: {ratios}; grid {grid}, search {ours}")
+        for scheduler, ours in each["searches"].items():
+            ratios = ", ".join(f"{name} {ours[name]:.3f}" for name in ours if name.endswith("_ratio"))
+            best = f"grid {_told(each['grid']['lowest'])}, search {_told(ours['winner'])}"
+            show(f"seed {each['seed']}, {scheduler}: {ratios}; {best}")
     show(AIMS)
 
 

@@ -208,9 +208,10 @@ def batch_lines(config: Config) -> list[str]:
         lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
     else:
         lines.append("an epoch: not known before the data set is prepared")
-    steps = config.search.most_steps
+    steps, planned = config.search.most_steps, config.search.planned_steps
     budget = config.search.max_steps
-    least = f", or {budget:,} by search.max_steps" if budget and budget < steps else ""
+    least = f", or {planned:,} by successive halving" if planned < steps else ""
+    least += f", or {budget:,} by search.max_steps" if budget and budget < planned else ""
     lines.append(f"the search: at most {steps // last} trainings x {last:,} = {steps:,} steps{least}")
     return lines
 
@@ -219,7 +220,7 @@ def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
     """Hours and money of the trainings, at a speed that a run has shown (`images/s` in its lines)."""
     if not images_per_second:
         return ["hours: give --images-per-second, of one trial, as a run's lines tell it"]
-    steps = min(config.search.most_steps, config.search.max_steps or config.search.most_steps)
+    steps = min(config.search.planned_steps, config.search.max_steps or config.search.planned_steps)
     seconds = steps * config.train.batch_size / images_per_second
     hours = seconds / 3600 * config.train.min_workers
     lines = [

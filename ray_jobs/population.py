@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray_jobs.config import Config, Range
-from ray_jobs.space import Settings, rounded, sample
+from ray_jobs.space import Settings, points, rounded, sample
 from ray_jobs.trial import Trial
 
 REPLACED = 0.25  # share of the members that take over another's state at a rung
@@ -30,11 +30,11 @@ PERTURBED = {
 }
 
 
-def first_generation(population: list[Settings], ladder: list[int]) -> list[Trial]:
+def first_generation(config: Config) -> list[Trial]:
     """The members, up to the first rung."""
     return [
-        Trial(f"member-{number}", settings, ladder[:1], f"member-{number}")
-        for number, settings in enumerate(population)
+        Trial(f"member-{number}", settings, config.search.ladder[:1], f"member-{number}")
+        for number, settings in enumerate(points(config))
     ]
 
 

@@ -96,9 +96,10 @@ class TrainingProgress:
 
 @dataclass
 class ProgressBoard:
-    """An actor that keeps the latest line of every training; the driver reads it."""
+    """An actor that keeps the latest line of every training, and counts steps; the driver reads it."""
 
     lines: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
 
     def post(self, trial_id: str, line: str) -> None:
         self.lines[trial_id] = line
@@ -108,13 +109,26 @@ class ProgressBoard:
         lines, self.lines = list(self.lines.values()), {}
         return lines
 
+    def count(self, trial_id: str) -> None:
+        """Count a step that a training has computed."""
+        self.steps[trial_id] = self.steps.get(trial_id, 0) + 1
+
+    def take_steps(self) -> dict[str, int]:
+        """The steps that were computed since the last call, by training."""
+        steps, self.steps = self.steps, {}
+        return steps
+
 
 @contextmanager
 def watched_board() -> Iterator[Any]:
     """A ProgressBoard actor whose lines are printed every five seconds while the block lasts."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    # Beside the driver: another node could be taken away, and what was counted with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    board = remote(ProgressBoard).remote()
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, done), daemon=True)
     watcher.start()

@@ -4,6 +4,7 @@ Unlike Ray's own OptunaSearch it proposes no settings twice: two trials of the s
 same in the same folder.
 """
 
+import math
 from typing import Any
 
 import optuna
@@ -35,6 +36,7 @@ class Proposals(Searcher):
         for settings in before:
             self.study.enqueue_trial({name: self._place(name, value) for name, value in settings.items()})
         self.asked: dict[str, optuna.Trial] = {}
+        self.lowest: dict[str, float] = {}  # FID of a trial's rungs, by its name in Tune
         self.proposed: set[str] = set()
 
     def suggest(self, trial_id_of_tune: str) -> Settings | str:
@@ -49,13 +51,20 @@ class Proposals(Searcher):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which counts for nothing
         return str(Searcher.FINISHED)
 
+    def on_trial_result(self, trial_id_of_tune: str, result: dict[str, Any]) -> None:
+        """Take in a rung."""
+        if "fid" in result:
+            lowest = self.lowest.get(trial_id_of_tune, math.inf)
+            self.lowest[trial_id_of_tune] = min(lowest, result["fid"])
+
     def on_trial_complete(
         self, trial_id_of_tune: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Learn from the last rung of a trial."""
-        trial = self.asked.pop(trial_id_of_tune)
-        if result and "fid" in result:
-            self.study.tell(trial, result["fid"])
+        """Learn from the best rung of a trial: every rung is a candidate, and the last one may overfit."""
+        self.on_trial_result(trial_id_of_tune, result or {})
+        trial, lowest = self.asked.pop(trial_id_of_tune), self.lowest.pop(trial_id_of_tune, math.inf)
+        if lowest < math.inf:
+            self.study.tell(trial, lowest)
         else:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
 

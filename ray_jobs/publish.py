@@ -250,7 +250,7 @@ def _write_report(
         memorisation=final.memorisation,
         subjects=final.subjects,
         enough_samples=enough_samples(NUM_FEATURES),
-        spent=spent(config, found.measured),
+        spent=spent(config, found.measured, found.computed),
     )
     run.write_text(REPORT, page)
 

@@ -3,13 +3,14 @@ rung of all wins.
 
     python -m ray_jobs.search --config configs/demo.yaml [--max-steps N] [--max-hours N] [--max-cost N]
 
-Writes `<storage>/<run>/search/results.jsonl`, a line a rung. ASHA (Li et al., arXiv 1810.05934) stops a
-trial whose validation FID at a rung is not among the best. The winner is the rung of the lowest FID, or one
-of fewer steps that the error does not tell from it. An interrupted search goes on: measured rungs are not
-measured again, and a training resumes from its last checkpoint.
+Writes `<storage>/<run>/search/results.jsonl`, a line a rung. `search.scheduler` stops trials: by default ASHA
+(Li et al., arXiv 1810.05934) one whose validation FID at a rung is not among the best. The winner is the rung
+of the lowest FID, or one of fewer steps that the error does not tell from it. An interrupted search goes on:
+measured rungs are not measured again, and a training resumes from its last checkpoint.
 """
 
 import argparse
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.folds import choose_over_folds, splits, standing
 from ray_jobs.guidance import choose_guidance
+from ray_jobs.halving import all_trials, best_trials
 from ray_jobs.population import first_generation, next_generation
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
@@ -27,6 +29,7 @@ from ray_jobs.search_results import (
     FINISHED,
     RESULTS,
     SearchResult,
+    at_most,
     bill,
     candidates,
     choose,
@@ -37,7 +40,6 @@ from ray_jobs.search_results import (
     search_digest,
     with_error,
 )
-from ray_jobs.space import points
 from ray_jobs.stage import run_stage
 from ray_jobs.tracking import Mirror, opened_store, tracked
 from ray_jobs.train import checked
@@ -61,8 +63,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
         return before
-    most, last = config.search.most_steps, config.search.ladder[-1]
-    say("search", f"at most {most // last} x {last:,} = {most:,} steps")
+    for line in at_most(config):
+        say("search", line)
     with opened_store(config):
         for split in splits(config):
             pool.load(split)
@@ -73,6 +75,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
         best = _chosen(config, done)
+        done.computed.take()
     storage.write_lines(RESULTS, done.rows)
     if not done.errors:
         storage.write_text(FINISHED, finished(config, dataset, best))
@@ -89,20 +92,33 @@ def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror
 def run_trials(config: Config, done: "Trials") -> None:
     """All that is trained before the winner is chosen."""
     search, ladder = config.search, config.search.ladder
+    first = 0 if search.folds else None
     if search.scheduler == "population":
-        members = first_generation(points(config), ladder)
-        while members:
-            done.run_all(members)
-            members = next_generation(config, members, done.rows) if members[0].ladder != ladder else []
-    elif search.folds:
-        done.run_space(partial(Trial.of, ladder=ladder, fold=0))
-        settings = done.settings
-        for fold in range(1, search.folds):
-            left = standing(done.rows, fold)
-            upwards = {name: [step for step in ladder if step <= last] for name, last in left.items()}
-            done.run_all([Trial.of(settings[name], rungs, fold) for name, rungs in upwards.items()])
+        run_generations(config, done, first_generation(config), next_generation)
+    elif search.scheduler == "halving":
+        run_generations(config, done, all_trials(config, first), best_trials)
     else:
-        done.run_space(partial(Trial.of, ladder=ladder))
+        done.run_space(partial(Trial.of, ladder=ladder, fold=first))
+    for fold in range(1, search.folds):
+        left = standing(done.rows, fold)
+        upwards = {name: [step for step in ladder if step <= last] for name, last in left.items()}
+        done.run_all([Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items()])
+
+
+Following = Callable[[Config, list[Trial], list[dict[str, Any]]], list[Trial]]
+"""Who climbs to the next rung, of those that were measured at one."""
+
+
+def run_generations(config: Config, done: "Trials", trials: list[Trial], following: Following) -> None:
+    """A generation a rung: all of it is measured before the next one begins."""
+    while trials and not done.budget_is_spent:
+        done.run_all(trials)
+        if trials[0].ladder == config.search.ladder:
+            return
+        before, trials = trials, following(config, trials, done.rows)
+        if len(trials) < len(before):
+            names = ", ".join(trial.training for trial in trials)
+            say("search", f"rung {before[0].ladder[-1]}: of {len(before)} trials go on: {names or 'none'}")
 
 
 def _chosen(config: Config, done: "Trials") -> dict[str, Any]:
@@ -124,8 +140,7 @@ def _tell(config: Config, found: SearchResult) -> None:
     what = f"{best['trial_id']} at step {best['step']}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
-    refit = f"; and {best['step']:,} steps for the winner on all folds" if config.search.folds else ""
-    say("search", bill(config, found.measured) + refit)
+    say("search", bill(config, found))
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:

@@ -6,10 +6,13 @@ with the winner once every trial has ended.
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Storage
+from ray_jobs.computed_steps import read_computed
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
@@ -51,18 +54,20 @@ class SearchResult:
         rows: the candidates: the same, or with `search.folds` means over the folds.
         winner: one of them, with `guidance_scale` where several were tried; with `search.folds` its
             checkpoint is that of the last training.
+        computed: denoiser steps, by training.
     """
 
     digest: str
     measured: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     winner: dict[str, Any]
+    computed: dict[str, int]
 
 
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Identifies what the results depend on: data, model, training, search and evaluation."""
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials"):
+    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
         del settings["search"][field]
     for field in EvaluateConfig.AFTER_SEARCH:
         del settings["evaluate"][field]
@@ -99,7 +104,8 @@ def result(
     """With the digest of all that it depends on, also where it stopped and what won."""
     content = finished(config, dataset, best)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return SearchResult(digest, measured, candidates(config, measured), best)
+    computed = read_computed(Storage.open(config.storage).child(config.name, "search"))
+    return SearchResult(digest, measured, candidates(config, measured), best, computed)
 
 
 def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,14 +116,15 @@ def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str,
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
     """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`).
 
-    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`: by how much theirs
-    is higher, and the error of that. `features` of a row: where the features of its pictures are kept, if not
-    with its checkpoint.
+    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`, by how much theirs
+    is higher and the error of that, and `variance_ratio` (as in `PairedDifference`; None: infinite).
+    `features` of a row: where the features of its pictures are kept, if not with its checkpoint.
     """
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     compared = []
     for row in rows:
-        for stale in ("behind", "behind_error"):  # of an earlier start, which another rung was the best of
+        # Of an earlier start, which another rung was the best of.
+        for stale in ("behind", "behind_error", "variance_ratio"):
             row.pop(stale, None)
         behind, error = row["fid"] - best["fid"], 0.0
         # Of more steps it could not win a tie; and without errors only equal scores are one.
@@ -125,7 +132,8 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
             rung, lowest = (Storage.open(each.get("features", each["checkpoint"])) for each in (row, best))
             found = pool.difference(rung, lowest, "validation")
             behind, error = found.value, found.standard_error
-            row |= {"behind": behind, "behind_error": error}
+            ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
+            row |= {"behind": behind, "behind_error": error, "variance_ratio": ratio}
         compared.append(Candidate(behind, error, row["step"]))
     return rows[winner(compared)]
 
@@ -135,33 +143,71 @@ def with_error(row: dict[str, Any]) -> str:
     return number(row["fid"], 1, row.get("fid_error"))
 
 
-def spent(config: Config, rows: list[dict[str, Any]]) -> Spent:
-    """What every training took up to its last rung.
+def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int]) -> Spent:
+    """What every training took: of steps all that were computed, of time what came before its last rung.
 
     Args:
         rows: a line a rung of a training, as results.jsonl holds them.
+        computed: steps by training; they are at least those of its last rung.
     """
     last = {training_of(row): row for row in sorted(rows, key=lambda row: int(row["step"]))}
     # A member that took over another's state saved nothing.
     replaced = config.search.scheduler == "population"
-    costs = [
-        TrialCost(
-            trial_id=name,
-            learning_rate=row["learning_rate"],
-            steps=row["step"] - row.get("begins_at", 0),
-            seconds=row["seconds"],
-            device_hours=row["seconds"] / 3600 * config.train.min_workers,
-            saved_steps=0 if replaced else config.search.ladder[-1] - row["step"],
+    costs = []
+    for name, row in last.items():
+        measured = row["step"] - row.get("begins_at", 0)
+        steps = max(measured, computed.get(name, 0))
+        costs.append(
+            TrialCost(
+                trial_id=name,
+                steps=steps,
+                measured_steps=measured,
+                seconds=row["seconds"],
+                device_hours=row["seconds"] / 3600 * config.train.min_workers,
+                saved_steps=0 if replaced else max(0, config.search.ladder[-1] - steps),
+            )
         )
-        for name, row in last.items()
-    ]
-    return Spent(costs, config.search.device_hour_price)
+    other = sum(steps for name, steps in computed.items() if name not in last)
+    return Spent(costs, config.search.device_hour_price, other)
 
 
-def bill(config: Config, rows: list[dict[str, Any]]) -> str:
+def at_most(config: Config) -> list[str]:
+    """What a search takes at most, as far as that is known beforehand, in lines for a person."""
+    search, evaluate = config.search, config.evaluate
+    most, planned, last = search.most_steps, search.planned_steps, search.ladder[-1]
+    lines = [f"at most {most // last} x {last:,} = {most:,} steps"]
+    if planned < most:
+        lines = [f"at most {planned:,} steps, of {most:,} where no trial is stopped"]
+    if search.max_steps and search.max_steps < planned:
+        lines.append(f"it ends at the rung where {search.max_steps:,} steps are computed")
+    price = search.device_hour_price
+    bounds = [search.max_hours, search.max_cost / price if search.max_cost and price else None]
+    if known := [hours for hours in bounds if hours]:
+        cost = f", which cost {min(known) * price:.2f}" if price else ""
+        lines.append(f"it ends at the rung where {min(known):.2f} hours of workers are spent{cost}")
+    elif price:
+        lines.append(
+            f"at {price:g} an hour of a worker: what it comes to python -m cluster.plan tells from the speed"
+        )
+    if search.folds:
+        lines.append(f"beyond that up to {last:,} steps, of the winner on all folds")
+    if scales := [scale for scale in search.guidance_scales if scale != evaluate.guidance_scale]:
+        lines.append(f"and {search.grid_size * len(scales)} scores, of each trial's best rung at {scales}")
+    if evaluate.use_gpu and (price or known):
+        lines.append(f"hours and cost are without those of the {evaluate.num_actors} evaluators' GPUs")
+    return lines
+
+
+def bill(config: Config, found: SearchResult) -> str:
     """What was spent, and what of the whole grid was not, for a person."""
-    found = spent(config, rows)
-    steps, hours = (sum(getattr(trial, name) for trial in found.trials) for name in ("steps", "device_hours"))
-    whole = config.search.most_steps
-    cost = f", at {found.price:g} an hour {hours * found.price:.2f}" if found.price else ""
-    return f"spent {steps:,} of {whole:,} steps, {hours:.2f} hours of workers{cost}"
+    cost = spent(config, found.measured, found.computed)
+    steps, measured, hours = (
+        sum(getattr(trial, name) for trial in cost.trials)
+        for name in ("steps", "measured_steps", "device_hours")
+    )
+    price = f", at {cost.price:g} an hour {hours * cost.price:.2f}" if cost.price else ""
+    other = f", {cost.other_steps:,} of trainings without a measured rung" if cost.other_steps else ""
+    return (
+        f"computed {steps:,} of {config.search.most_steps:,} steps, {measured:,} of them up to a measured "
+        f"rung{other}; {hours:.2f} hours of workers{price}"
+    )

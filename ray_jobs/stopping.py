@@ -1,6 +1,7 @@
 """When a search stops trials on its own, beside what ASHA stops: no improvement, or the budget is spent."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Stopper
@@ -8,15 +9,18 @@ from ray.tune import Stopper
 from ray_jobs.config import Config
 from ray_jobs.space import training_of
 
+Computed = Callable[[], Mapping[str, int]]
+"""The steps that were computed up to now, by training."""
 
-def stoppers(config: Config, recorded: list[dict[str, Any]]) -> list[Stopper]:
+
+def stoppers(config: Config, recorded: list[dict[str, Any]], computed: Computed) -> list[Stopper]:
     """Those that the configuration asks for.
 
     Args:
         recorded: lines of results.jsonl that an earlier start of this search has left; they were paid for.
     """
     patience = config.search.patience
-    return [Budget(config, recorded), *([Patience(patience)] if patience else [])]
+    return [Budget(config, recorded, computed), *([Patience(patience)] if patience else [])]
 
 
 class Patience(Stopper):
@@ -46,13 +50,13 @@ class Patience(Stopper):
 class Budget(Stopper):
     """Stops the search once all trials together have spent `search.max_steps`, `max_hours` or `max_cost`.
 
-    It looks at each rung, so the last rungs may go beyond it. Hours are those of workers: two workers spend
-    two in an hour.
+    It looks at each rung, so the last rungs may go beyond it. Steps are those that were computed, also such
+    as no rung has; hours are those of workers: two workers spend two in an hour.
     """
 
-    def __init__(self, config: Config, recorded: list[dict[str, Any]]) -> None:
-        self.search, self.workers = config.search, config.train.min_workers
-        self.steps: dict[str, int] = {}
+    def __init__(self, config: Config, recorded: list[dict[str, Any]], computed: Computed) -> None:
+        self.search, self.workers, self.computed = config.search, config.train.min_workers, computed
+        self.steps = dict(computed())
         self.seconds: dict[tuple[str, str], float] = {}
         for row in recorded:
             self._add(row, "before", row["seconds"])
@@ -64,6 +68,8 @@ class Budget(Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if "fid" in result:
+            for name, steps in self.computed().items():
+                self.steps[name] = max(self.steps.get(name, 0), steps)
             self._add(result, "now", result["time_total_s"])
         return False
 

@@ -72,6 +72,7 @@ def build_trainer(
     start: str | None = None,
     callbacks: Sequence[Any] = (),
     board: Any = None,
+    wait_for_scores: bool = False,
 ) -> Any:
     """A Ray Train trainer for `config.train`, resuming from its own last checkpoint.
 
@@ -79,13 +80,16 @@ def build_trainer(
         name: of its folder below `<storage>/<run>/train/`.
         ladder: the beginning of the configuration's; None: all of it.
         start: checkpoint to begin from, which another training has left.
+        wait_for_scores: no step is taken after a rung before a callback has marked it as `REPORTED`.
     """
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
     train = config.train
-    settings = LoopSettings(config, dataset, name, ladder or config.search.ladder, board, start)
+    settings = LoopSettings(
+        config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
+    )
     storage = Storage.open(config.storage).child(config.name, "train")
     settings.trial.delete(DIVERGED)
     require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))

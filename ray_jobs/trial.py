@@ -14,10 +14,8 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.space import Settings, further, training_of, trial_id
 from ray_jobs.train import build_trainer, check_diverged
-from ray_jobs.training.checkpoint import Rung, rungs_of
+from ray_jobs.training.checkpoint import REPORTED, Rung, rungs_of
 from ray_jobs.training.meter import RUNG
-
-REPORTED = "reported"  # file of a rung that Tune was told of
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,8 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
         start=trial.start,
         callbacks=callbacks,
         board=around.board,
+        # Without callbacks nobody measures a rung.
+        wait_for_scores=config.search.wait_for_scores and bool(callbacks),
     ).fit()
     check_diverged(Storage.open(config.storage).child(config.name, "train", trial.training))
 
@@ -150,7 +150,7 @@ def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool)
 class RungCallback(TuneReportCallback):
     """In the training's controller: measure each checkpoint, then tell Tune, whose scheduler decides.
 
-    The workers train on towards the next rung meanwhile.
+    The workers train on towards the next rung meanwhile, or wait for it (`search.wait_for_scores`).
     """
 
     def __init__(self, trial: Trial, labels: dict[str, Any], pool: EvaluatorPool, folder: Storage) -> None:

@@ -10,12 +10,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.stopper import CombinedStopper
 
 from cluster.storage import Storage
+from ray_jobs.computed_steps import ComputedSteps
 from ray_jobs.config import SearchConfig
 from ray_jobs.progress import say
 from ray_jobs.proposals import Proposals
 from ray_jobs.search_results import FIELDS, RESULTS, with_error
 from ray_jobs.space import Settings, points, training_of
-from ray_jobs.stopping import stoppers
+from ray_jobs.stopping import Budget, stoppers
 from ray_jobs.tracking import Mirror
 from ray_jobs.trial import Make, Surroundings, Trial, run_trial
 
@@ -35,6 +36,7 @@ class Trials:
     Attributes:
         rows: of the measured rungs.
         settings: of the trials that were begun, by `trial_id`.
+        computed: steps of their trainings.
         errors: of trials that failed.
     """
 
@@ -46,9 +48,15 @@ class Trials:
         self.settings: dict[str, Settings] = {
             line["trial_id"]: line["settings"] for line in storage.read_lines(BEGUN)
         }
+        self.computed = ComputedSteps(storage, around.board)
         self.errors: list[str] = []
         if self.rows:
             say("search", f"going on after {len(self.rows)} measured rungs")
+
+    @property
+    def budget_is_spent(self) -> bool:
+        """Whether a limit of the configuration is reached, so that nothing more is to be started."""
+        return Budget(self.around.config, self.rows, self.computed.take).stop_all()
 
     def run_space(self, make: Make) -> None:
         """Run the trials that `search.algorithm` draws from the space."""
@@ -102,7 +110,7 @@ class Trials:
                 # Of a trial's own driver; it goes on from what the training has left.
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
                 callbacks=[Recorder(self, make, count)],
-                stop=CombinedStopper(*stoppers(config, recorded)),
+                stop=CombinedStopper(*stoppers(config, recorded, self.computed.take)),
             ),
         )
         results = tuner.fit()
@@ -146,6 +154,9 @@ class Recorder(Callback):
 
     def _trial(self, trial: Any) -> Trial:
         return self.make(trial.config)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials.computed.take_if_due()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine = self._trial(trial)

@@ -165,7 +165,7 @@ def evaluations(clocks: Sequence[Clock]) -> list[tuple[int, float]]:
 
 
 def read_benchmark(results: Path, kind: str, config: Config) -> list[Run]:
-    """The grids or the searches of `benchmarks.search`, one a seed, made one trial after the other.
+    """The grids, or the searches with ASHA, of `benchmarks.search`: one a seed, one trial after the other.
 
     Args:
         kind: grid or search.
@@ -173,7 +173,8 @@ def read_benchmark(results: Path, kind: str, config: Config) -> list[Run]:
     """
     found = []
     for each in json.loads(results.read_text())["seeds"]:
-        trials = by_trial(each[kind]["rungs"])
+        made = each["grid"] if kind == "grid" else each["searches"]["asha"]
+        trials = by_trial(made["rungs"])
         plan = plan_of(config, len(trials))
         seconds = sum(rows[-1]["seconds"] for rows in trials.values())
         found.append(

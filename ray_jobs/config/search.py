@@ -52,9 +52,10 @@ class SearchConfig(Section):
         "grid", description="every combination; drawn ones; or ones that a tree of Parzen estimators proposes"
     )
     num_trials: Positive | None = Field(None, description="of random and optuna")
-    scheduler: Literal["asha", "median", "population", "none"] = Field(
+    scheduler: Literal["asha", "halving", "median", "population", "none"] = Field(
         "asha",
-        description="stops trials: not among the best at a rung; worse than the median of the others; never. "
+        description="stops trials: not among the best that a rung has seen up to then; not among the best of "
+        "all, for which they pause at it; worse than the median of the others; never. "
         "population: none stops, the worst go on from the best with changed settings at each rung",
     )
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
@@ -69,18 +70,30 @@ class SearchConfig(Section):
         "and validation pictures together; 0: the validation split decides",
     )
     ladder: list[Positive] = Field(min_length=1, description="step counts, increasing: the rungs")
-    reduction_factor: int = Field(2, ge=2, description="ASHA goes on with 1 / this many a rung")
+    reduction_factor: int = Field(2, ge=2, description="asha and halving go on with 1 / this many a rung")
     max_concurrent_trials: Positive = Field(1, description="trials that train at once")
+    wait_for_scores: bool = Field(
+        False,
+        description="a training waits at each rung until it is measured; false: it trains on meanwhile, for "
+        "nothing if it is then stopped",
+    )
     patience: Positive | None = Field(
         None,
         description="a trial stops after so many rungs without a FID lower by more than its error; "
         "null: only the scheduler stops trials",
     )
-    max_steps: Positive | None = Field(None, description="of all trials; then the search stops, at a rung")
-    max_hours: float | None = Field(None, gt=0, description="of workers, of all trials; likewise")
+    max_steps: Positive | None = Field(
+        None, description="computed, of all trials; then the search stops, at a rung"
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="of workers, of all trials, without evaluators; likewise"
+    )
     max_cost: float | None = Field(None, gt=0, description="in the currency of device_hour_price; likewise")
     device_hour_price: float | None = Field(
-        None, gt=0, description="of one worker for an hour, for max_cost and the report; null: unknown"
+        None,
+        gt=0,
+        description="of one worker for an hour, for max_cost and the report; those of evaluators are not "
+        "counted; null: unknown",
     )
 
     @property
@@ -106,6 +119,21 @@ class SearchConfig(Section):
     def most_steps(self) -> int:
         """Of all trials, where none is stopped."""
         return self.grid_size * max(1, self.folds) * self.ladder[-1]
+
+    def going_on(self, trials: int) -> int:
+        """How many halving lets go on, of so many that were measured at a rung."""
+        return min(trials, max(1, trials // self.reduction_factor))
+
+    @property
+    def planned_steps(self) -> int:
+        """Of all trials at most: where none is stopped, or what halving takes."""
+        if self.scheduler != "halving":
+            return self.most_steps
+        trials, before, steps = self.grid_size, 0, 0
+        for rung in self.ladder:
+            steps += trials * (rung - before)
+            trials, before = self.going_on(trials), rung
+        return steps * max(1, self.folds)
 
     @model_validator(mode="after")
     def _increases(self) -> "SearchConfig":
@@ -140,6 +168,11 @@ class SearchConfig(Section):
             raise ValueError("folds: one fold leaves nothing to train on; give 0 or at least 2")
         if self.folds and self.guidance_scales:
             raise ValueError("guidance_scales: the validation split decides, and folds leave none; drop one")
+        if self.scheduler == "halving" and self.algorithm == "optuna":
+            raise ValueError(
+                "scheduler: halving compares all trials at a rung, and optuna proposes one after the other: "
+                "algorithm grid or random"
+            )
         if self.scheduler == "population":
             if self.grid_size < 2:
                 raise ValueError("scheduler: population needs at least two trials")

@@ -16,14 +16,16 @@ class TrialCost:
     """What a trial took.
 
     Attributes:
+        steps: that were computed, those included that no measured rung has.
+        measured_steps: up to its last measured rung.
         seconds: of wall time, evaluation included.
         device_hours: hours times workers' devices.
         saved_steps: between where it was stopped and the end of the ladder; 0: it went to the end.
     """
 
     trial_id: str
-    learning_rate: float
     steps: int
+    measured_steps: int
     seconds: float
     device_hours: float
     saved_steps: int = 0
@@ -31,10 +33,16 @@ class TrialCost:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a search took, a row a trial; `price`: of a device hour, where it is known."""
+    """What a search took, a row a trial.
+
+    Attributes:
+        price: of a device hour, where it is known.
+        other_steps: of trainings without a measured rung: trials that failed, or the winner's on all folds.
+    """
 
     trials: Sequence[TrialCost]
     price: float | None = None
+    other_steps: int = 0
 
 
 def scores(winner: dict[str, Any], results: Rows) -> list[tuple[str, str, str]]:
@@ -116,12 +124,13 @@ def costs_section(spent: Spent | None) -> str:
     """What each trial took, and what stopping it saved; empty without data."""
     if spent is None or not spent.trials:
         return ""
-    head = ["trial", "steps", "time", "device hours"]
+    head = ["trial", "steps computed", "up to a rung", "time", "device hours"]
     head += (["cost"] if spent.price is not None else []) + ["steps saved", "device hours saved"]
     rows = [
         _cost(
             each.trial_id,
             each.steps,
+            each.measured_steps,
             each.seconds,
             each.device_hours,
             each.saved_steps,
@@ -132,15 +141,21 @@ def costs_section(spent: Spent | None) -> str:
     ]
     sums = (
         sum(each.steps for each in spent.trials),
+        sum(each.measured_steps for each in spent.trials),
         sum(each.seconds for each in spent.trials),
         sum(each.device_hours for each in spent.trials),
         sum(each.saved_steps for each in spent.trials),
         sum(map(_saved, spent.trials)),
     )
     rows.append(_cost("all", *sums, spent.price))
-    steps, saved = sums[0], sums[3]
+    steps, measured, saved = sums[0], sums[1], sums[4]
+    other = spent.other_steps
+    without = (
+        f" {counted(other, 'more step')} computed by trainings without a measured rung." if other else ""
+    )
     words = (
-        f"{counted(steps, 'step')} trained; stopping trials early saved {saved:,}, which is"
+        f"{counted(steps, 'step')} computed, {measured:,} up to the last measured rungs: a trial trains on"
+        f" while the rung that stops it is measured.{without} Stopping trials early saved {saved:,}, which is"
         f" {saved / max(steps + saved, 1):.0%} of what the whole grid takes. Saved hours are at each trial's"
         " own pace."
     )
@@ -155,6 +170,7 @@ def _saved(trial: TrialCost) -> float:
 def _cost(
     name: str,
     steps: int,
+    measured: int,
     seconds: float,
     hours: float,
     saved_steps: int,
@@ -163,4 +179,13 @@ def _cost(
 ) -> list[str]:
     clock = f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
     cost = [] if price is None else [f"{price * hours:.2f}"]
-    return [name, f"{steps:,}", clock, f"{hours:.2f}", *cost, f"{saved_steps:,}", f"{saved_hours:.2f}"]
+    return [
+        name,
+        f"{steps:,}",
+        f"{measured:,}",
+        clock,
+        f"{hours:.2f}",
+        *cost,
+        f"{saved_steps:,}",
+        f"{saved_hours:.2f}",
+    ]

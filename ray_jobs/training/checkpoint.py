@@ -35,6 +35,7 @@ SERIES = "series.json"
 CONFIG = "config.yaml"
 FOLDER = "step-"
 MARK = "complete-"
+REPORTED = "reported"  # file of a rung that was measured, and whose score the search was told
 
 Export = Callable[[dict[str, torch.Tensor], Path], None]
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.checkpoint import CheckpointWriter, Resumed, damaged, last_intact
+from ray_jobs.training.checkpoint import (
+    REPORTED,
+    CheckpointWriter,
+    Resumed,
+    damaged,
+    folder_of,
+    last_intact,
+)
 from ray_jobs.training.engine import (
     build_engine,
     enter_stage,
@@ -32,6 +40,7 @@ from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, owned_fragments
 
 DIVERGED = "diverged.json"
+LOOK_EVERY = 0.5  # seconds between looks for a rung's score
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class LoopSettings:
         ladder: the configuration's, or its beginning: schedules end where the whole one does.
         start: checkpoint to begin from, which another training has left.
         board: handle of a ProgressBoard.
+        wait_for_scores: at each rung until it is marked as `REPORTED`.
     """
 
     config: Config
@@ -50,6 +60,7 @@ class LoopSettings:
     ladder: list[int]
     board: Any = None
     start: str | None = None
+    wait_for_scores: bool = False
 
     @property
     def trial(self) -> Storage:
@@ -175,6 +186,8 @@ class Training:
             self._average(step)
             if step in ladder or why:
                 self.writer.save(*self.meter.metrics(), why=RUNG if step in ladder else why)
+            if self.settings.wait_for_scores and step in ladder[:-1]:
+                self._wait_for_score(step)
             if step == stage.last and step < ladder[-1]:
                 stage = stage_at(stages, step + 1)
 
@@ -190,6 +203,22 @@ class Training:
             self.engine.step()
             share += loss.detach()
         return share
+
+    def _wait_for_score(self, step: int) -> None:
+        """Wait until a rung that was just saved is measured; all ranks call it.
+
+        It ends also where the measuring fails: that is an error of the controller, which stops its workers. A
+        training that starts again there does not wait for the rung it goes on from, since the report of that
+        one may have been lost with the workers.
+        """
+        from ray.train.collective import broadcast_from_rank_zero
+
+        if self.rank == 0:
+            rung = self.settings.trial.child(folder_of(step))
+            while not rung.exists(REPORTED):
+                time.sleep(LOOK_EVERY)
+        broadcast_from_rank_zero(None)  # Ray's barrier: one of torch's would time out
+        self.meter.go_on()
 
     def _average(self, step: int) -> None:
         if self.ema:

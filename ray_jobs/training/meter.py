@@ -64,6 +64,10 @@ class Meter:
         self.series: list[dict[str, float]] = []
         self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
 
+    def go_on(self) -> None:
+        """Measure again after a pause, which counts as no step's time."""
+        self.last = self.saved_at = time.monotonic()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what waits for data."""
@@ -93,6 +97,8 @@ class Meter:
         look = self.rank == 0 and now - self.posted_at > POST_EVERY
         due = self.rank == 0 and now - self.saved_at > 60 * self.config.checkpoint_minutes
         loss, look, due = self._agreed(share, look, due)
+        if self.rank == 0 and self.board is not None:
+            self.board.count.remote(self.trial_id)
         self._watch(step, loss)
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         self.series.append(

@@ -2,12 +2,14 @@
 all that draws, stops, records and resumes is the real one. The pipeline's test trains.
 """
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray.util.state import list_actors
 
 from cluster.connect import LocalCluster
@@ -18,6 +20,7 @@ from ray_jobs.prepare import prepare
 from ray_jobs.search import run_trials, search
 from ray_jobs.search_results import read_rows
 from ray_jobs.tracking import Mirror
+from ray_jobs.training.checkpoint import REPORTED, SERIES
 from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
 from tests.landscape import climb
@@ -62,11 +65,15 @@ def test_trials_worse_than_the_median_of_the_others_stop(ray_cluster: LocalClust
     assert steps == {3e-4: 320, 0.1: 80}
 
 
-def test_folds_train_what_is_left_of_the_fold_before(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["asha", "halving"])
+def test_folds_train_what_is_left_of_the_fold_before(
+    ray_cluster: LocalCluster, tmp_path: Path, scheduler: str
+) -> None:
     config = load_config(
         DEMO,
         [
             f"storage={tmp_path}",
+            f"search.scheduler={scheduler}",
             "data.folds=2",
             "search.folds=2",
             "search.learning_rates=[3.0e-4,1.0e-1]",
@@ -117,14 +124,20 @@ def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_pat
 def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
-    """The trial would train for an hour; its budget is spent at the first rung (ray-project/ray#54305)."""
+    """Each trial would train for an hour, and of eight CPUs its worker takes five: the second one can begin
+    only if the first is stopped, at a rung that is no better than the one before (ray-project/ray#54305). No
+    step is begun before the rung below it is measured."""
     config = tiny_config(
         tiny_model,
         picture_folder,
         tmp_path,
         "train.num_workers=1",
-        "search.ladder=[2,100000]",
-        "search.max_steps=2",
+        "train.cpus_per_worker=5",
+        "search.learning_rates=[1.0e-9,2.0e-9]",
+        "search.ladder=[2,3,100000]",
+        "search.scheduler=none",
+        "search.patience=1",
+        "search.wait_for_scores=true",
         "evaluate.num_actors=1",
         "evaluate.inference_steps=2",
     )
@@ -135,7 +148,16 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         [evaluator] = alive(ray_cluster, "Evaluator")
         base = pool.score(None, "validation")
         found = search(config, dataset, pool)
-        assert [row["step"] for row in found.rows] == [2]
+        assert [(row["learning_rate"], row["step"]) for row in found.rows] == [
+            (1e-9, 2),
+            (1e-9, 3),
+            (2e-9, 2),
+            (2e-9, 3),
+        ]
+        for first, second in (found.rows[:2], found.rows[2:]):
+            [step] = json.loads((Path(second["checkpoint"]) / SERIES).read_text())
+            assert step["time"] > (Path(first["checkpoint"]) / REPORTED).stat().st_mtime
+        assert found.computed.keys() == {"lr-1e-09", "lr-2e-09"} and min(found.computed.values()) >= 3
         wait_until_gone(ray_cluster, before, "ImplicitFunc", "RayTrainWorker", "TrainController")
         assert [actor.pid for actor in alive(ray_cluster, "Evaluator")] == [evaluator.pid], (
             "its models were loaded again"

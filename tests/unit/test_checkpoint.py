@@ -10,6 +10,7 @@ from cluster.storage import Storage
 from ray_jobs.config import ConfigError
 from ray_jobs.publish import require_intact
 from ray_jobs.training.checkpoint import (
+    REPORTED,
     damaged,
     digests,
     drop_old_states,
@@ -17,7 +18,7 @@ from ray_jobs.training.checkpoint import (
     folder_of,
     last_intact,
 )
-from ray_jobs.trial import REPORTED, unreported
+from ray_jobs.trial import unreported
 
 STATE = "state/0001-of-0002.safetensors"
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"

@@ -251,15 +251,17 @@ def test_the_scores_have_their_errors_and_kid_beside_fid() -> None:
 
 
 def test_costs_add_up_and_tell_what_each_stopped_trial_saved() -> None:
-    trials = [TrialCost("a", 1e-4, 100, 60.0, 0.5, saved_steps=300), TrialCost("b", 3e-4, 400, 3700.0, 2.0)]
-    html = report(spent=Spent(trials, price=2.0))
-    assert "500 steps trained; stopping trials early saved 300, which is 38%" in html
+    trials = [TrialCost("a", 100, 80, 60.0, 0.5, saved_steps=300), TrialCost("b", 400, 400, 3700.0, 2.0)]
+    html = report(spent=Spent(trials, price=2.0, other_steps=7))
+    assert "500 steps computed, 480 up to the last measured rungs" in html
+    assert "7 more steps computed by trainings without a measured rung" in html
+    assert "Stopping trials early saved 300, which is 38%" in html
     section = html[html.index("<h2>Costs</h2>") : html.index("<h2>Data</h2>")]
     cells = re.findall("<td>([^<]*)</td>", section)
-    assert [cells[start : start + 7] for start in (0, 7, 14)] == [
-        ["a", "100", "0:01:00", "0.50", "1.00", "300", "1.50"],  # 300 steps at half an hour a hundred
-        ["b", "400", "1:01:40", "2.00", "4.00", "0", "0.00"],
-        ["all", "500", "1:02:40", "2.50", "5.00", "300", "1.50"],
+    assert [cells[start : start + 8] for start in (0, 8, 16)] == [
+        ["a", "100", "80", "0:01:00", "0.50", "1.00", "300", "1.50"],  # 300 steps at half an hour a hundred
+        ["b", "400", "400", "1:01:40", "2.00", "4.00", "0", "0.00"],
+        ["all", "500", "480", "1:02:40", "2.50", "5.00", "300", "1.50"],
     ]
     assert "saved" not in Page(report()).text
 

@@ -81,7 +81,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
         strip=strip("100", "200", "400", winner="400"),
         memorisation=memorisation(pairs=[(png("red"), png("blue"), 0.01)] * 3),
         subjects=[subject()],
-        spent=Spent([TrialCost("a", 1e-4, 100, 60.0, 0.5, saved_steps=300)], price=2.0),
+        spent=Spent([TrialCost("a", 100, 80, 60.0, 0.5, saved_steps=300)], price=2.0),
     ).replace("<details>", "<details open>")
     frames = "".join(
         f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{escape(page)}"></iframe>'

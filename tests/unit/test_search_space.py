@@ -12,9 +12,10 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, Range, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.folds import averaged, choose_over_folds, standing
+from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.population import first_generation, next_generation, perturbed
 from ray_jobs.proposals import Proposals
-from ray_jobs.search_results import search_digest, spent
+from ray_jobs.search_results import SearchResult, at_most, bill, choose, search_digest, spent
 from ray_jobs.space import points, sample, training_of, trial_id
 from ray_jobs.trial import Trial
 
@@ -72,6 +73,16 @@ def test_optuna_learns_where_the_fid_is_low() -> None:
         proposals.on_trial_complete(f"tune-{number}", {"fid": 100 + 30 * away[-1] ** 2})
     # Of five decades; what is drawn at random lies 1.25 away in the mean.
     assert min(away) < 0.1 and sum(away[10:]) / 20 < 0.85
+
+
+def test_optuna_learns_from_the_best_rung_of_a_trial() -> None:
+    proposals = Proposals(configured("algorithm=optuna", "num_trials=2"), [])
+    for tune_name, rungs in {"tune-0": [140.0, 130.0, 150.0], "tune-1": []}.items():
+        proposals.suggest(tune_name)
+        for fid in rungs:
+            proposals.on_trial_result(tune_name, {"fid": fid})
+        proposals.on_trial_complete(tune_name, {"fid": rungs[-1]} if rungs else None)
+    assert [trial.value for trial in proposals.study.trials] == [130.0, None]
 
 
 def test_settings_change_the_configuration_and_nothing_else() -> None:
@@ -140,7 +151,7 @@ def population_rows(members: list[Trial], fids: list[float]) -> list[dict[str, A
 
 def test_the_worst_members_go_on_from_the_best_with_settings_a_little_changed() -> None:
     config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4,1.0e-4]")
-    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4, 1e-4)], config.search.ladder)
+    members = first_generation(config)
     assert [member.ladder for member in members] == [[80]] * 4
     rows = population_rows(members, [20.0, 10.0, 30.0, 40.0])
     following = next_generation(config, members, rows)
@@ -155,7 +166,7 @@ def test_the_worst_members_go_on_from_the_best_with_settings_a_little_changed() 
 
 def test_a_member_that_failed_is_left_out() -> None:
     config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4,2.0e-4]")
-    members = first_generation([{RATE: rate} for rate in (1e-3, 5e-4, 2e-4)], config.search.ladder)
+    members = first_generation(config)
     rows = population_rows(members[:2], [20.0, 10.0])
     assert [member.trial_id for member in next_generation(config, members, rows)] == ["member-0", "member-1"]
 
@@ -166,6 +177,24 @@ def test_only_numbers_that_may_change_in_a_training_are_changed_and_stay_in_thei
         found = perturbed({RATE: 9e-4, RANK: 8, DECAY: 0.1}, space, random.Random(seed))
         assert found[RANK] == 8
         assert 1e-4 <= found[RATE] <= 1e-3 and 0 <= found[DECAY] <= 0.1
+
+
+class Differences:
+    """Tells of any two rungs that their pictures are 0.5 ± 1 apart."""
+
+    def difference(self, *pair: Any) -> PairedDifference:
+        return PairedDifference(0.5, 1.0, variance_ratio=4.0, num_samples=128, feature_network="inception")
+
+
+def test_a_rung_that_was_compared_keeps_by_how_much_the_common_noise_made_that_surer() -> None:
+    rows = [
+        {"trial_id": "a", "step": step, "fid": fid, "fid_error": 3.0, "checkpoint": f"a/{step}"}
+        for step, fid in ((80, 100.5), (160, 100.0), (320, 101.0))
+    ]
+    pool: Any = Differences()
+    assert choose(rows, pool) is rows[0], "the tie goes to fewer steps"
+    assert [rows[0][name] for name in ("behind", "behind_error", "variance_ratio")] == [0.5, 1.0, 4.0]
+    assert "variance_ratio" not in rows[1] and "variance_ratio" not in rows[2]
 
 
 def test_a_range_is_drawn_from_evenly_in_the_logarithm() -> None:
@@ -182,7 +211,52 @@ def test_what_a_member_took_over_was_not_spent_again() -> None:
     own = {"trial_id": "member-1", "learning_rate": 1e-3, "step": 80, "seconds": 30.0}
     taken = own | {"training": "member-1_from-80", "step": 160, "begins_at": 80}
     assert training_of(taken) == "member-1_from-80"
-    assert [(each.trial_id, each.steps) for each in spent(config, [own, taken]).trials] == [
+    assert [(each.trial_id, each.steps) for each in spent(config, [own, taken], {}).trials] == [
         ("member-1", 80),
         ("member-1_from-80", 80),
+    ]
+
+
+def test_steps_that_were_computed_while_the_last_rung_was_measured_are_spent_too() -> None:
+    config = configured("learning_rates=[1.0e-3,5.0e-4]", "device_hour_price=2")
+    rows = [
+        {"trial_id": "lr-0.001", "learning_rate": 1e-3, "step": 320, "seconds": 1800.0},
+        {"trial_id": "lr-0.0005", "learning_rate": 5e-4, "step": 80, "seconds": 900.0},
+    ]
+    found = spent(config, rows, {"lr-0.0005": 131, "lr-0.001_refit": 40})  # one that no count is known of
+    assert [(each.steps, each.measured_steps, each.saved_steps) for each in found.trials] == [
+        (131, 80, 189),
+        (320, 320, 0),
+    ]
+    assert found.other_steps == 40
+    told = bill(config, SearchResult("digest", rows, rows, rows[0], {"lr-0.0005": 131, "lr-0.001_refit": 40}))
+    assert told == (
+        "computed 451 of 640 steps, 400 of them up to a measured rung, 40 of trainings without a measured "
+        "rung; 1.50 hours of workers, at 2 an hour 3.00"
+    )
+
+
+def test_a_search_says_beforehand_what_it_takes_at_most_and_what_it_does_not_count() -> None:
+    assert at_most(configured()) == ["at most 2 x 320 = 640 steps"]
+    assert at_most(configured("scheduler=halving", "max_steps=300")) == [
+        "at most 400 steps, of 640 where no trial is stopped",
+        "it ends at the rung where 300 steps are computed",
+    ]
+    priced = configured("device_hour_price=2", "guidance_scales=[1.0,2.0,5.0]", "max_steps=1000")
+    assert at_most(priced)[1:] == [
+        "at 2 an hour of a worker: what it comes to python -m cluster.plan tells from the speed",
+        "and 4 scores, of each trial's best rung at [1.0, 5.0]",
+    ]
+    limited = [
+        "search.device_hour_price=2",
+        "search.max_hours=5",
+        "search.max_cost=7",
+        "evaluate.use_gpu=true",
+    ]
+    folds = ["search.folds=2", "data.folds=2"]
+    assert at_most(load_config(DEMO, [*limited, *folds])) == [
+        "at most 4 x 320 = 1,280 steps",
+        "it ends at the rung where 3.50 hours of workers are spent, which cost 7.00",
+        "beyond that up to 320 steps, of the winner on all folds",
+        "hours and cost are without those of the 2 evaluators' GPUs",
     ]

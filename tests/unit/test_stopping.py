@@ -49,7 +49,7 @@ def test_a_result_without_a_score_is_no_rung() -> None:
 def test_the_search_stops_when_all_trials_together_have_spent_the_budget(
     limit: str, rungs: list[dict[str, Any]], spent: list[bool]
 ) -> None:
-    budget = Budget(configured(limit), [])
+    budget = Budget(configured(limit), [], dict)
     found = []
     for row in rungs:
         assert not budget("any", row)  # it stops no single trial
@@ -59,7 +59,7 @@ def test_the_search_stops_when_all_trials_together_have_spent_the_budget(
 
 def test_a_cost_is_hours_times_their_price() -> None:
     config = configured("max_cost=3", "device_hour_price=2")
-    budget = Budget(config, [])
+    budget = Budget(config, [], dict)
     budget("a", rung(80, seconds=2600))
     assert not budget.stop_all()
     budget("a", rung(160, seconds=2800))
@@ -68,7 +68,7 @@ def test_a_cost_is_hours_times_their_price() -> None:
 
 def test_what_an_earlier_start_has_spent_counts() -> None:
     recorded = [rung(80) | {"seconds": 1000.0}, rung(160) | {"seconds": 1500.0}]
-    budget = Budget(configured("max_hours=1"), recorded)
+    budget = Budget(configured("max_hours=1"), recorded, dict)
     assert not budget.stop_all()
     budget("a", rung(160, seconds=1.0))  # reported again, since it is known
     assert not budget.stop_all()
@@ -78,16 +78,25 @@ def test_what_an_earlier_start_has_spent_counts() -> None:
 
 def test_a_recorded_rung_that_tune_reports_under_its_own_name_counts_once() -> None:
     row = rung(80, seconds=1.0) | {"seconds": 1000.0, "training": "lr-0.001"}
-    budget = Budget(configured("max_steps=160"), [row])
+    budget = Budget(configured("max_steps=160"), [row], dict)
     budget("a", row | {"trial_id": "diffray_5f3a_00000"})
     assert not budget.stop_all()
 
 
+def test_steps_that_no_rung_has_count_and_the_search_stops_at_the_next_rung() -> None:
+    computed = {"lr-0.001": 130, "lr-0.1": 20}  # one trains on behind its rung, another one has failed
+    budget = Budget(configured("max_steps=240"), [rung(80) | {"seconds": 1.0}], lambda: computed)
+    computed |= {"lr-0.0002": 90}
+    assert not budget.stop_all(), "in the middle of a rung"
+    budget("a", rung(80, 2e-4))
+    assert budget.stop_all()
+
+
 def test_without_limits_nothing_stops() -> None:
-    [budget] = stoppers(configured(), [])
+    [budget] = stoppers(configured(), [], dict)
     budget("a", rung(10**9, seconds=1e9))
     assert not budget.stop_all()
-    assert len(stoppers(configured("patience=3"), [])) == 2
+    assert len(stoppers(configured("patience=3"), [], dict)) == 2
 
 
 def test_a_highest_cost_needs_a_price() -> None:
