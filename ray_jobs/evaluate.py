@@ -11,6 +11,7 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ class EvaluatorPool:
     """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
 
     Picture i of a split has caption i modulo the number of captions and starts from noise seeded with
-    `evaluate.seed` + i, whatever the weights and however many actors share the work, so that checkpoints
-    are compared on the same noise.
+    `evaluate.seed` + i, in the same batch, whatever the weights and however many actors share the work, so
+    that checkpoints are compared on the same noise.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -104,14 +105,9 @@ class EvaluatorPool:
         return join(tuple(ray.get(parts)))
 
     def _share(self, items: Sequence[Any]) -> list[tuple[Any, Sequence[Any]]]:
-        """(actor, its items), in order, without empty shares (and no set of features of one picture)."""
-        actors = self.actors[: max(1, len(items) // 2)]
-        size = -(-len(items) // len(actors))
-        return [
-            (actor, items[i * size : (i + 1) * size])
-            for i, actor in enumerate(actors)
-            if items[i * size : (i + 1) * size]
-        ]
+        """(actor, its items), in order; see `dealt`."""
+        shares = dealt(items, len(self.actors), self.config.evaluate.batch_size)
+        return list(zip(self.actors, shares, strict=False))
 
     def _num_samples(self, split: str) -> int:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
@@ -257,6 +253,18 @@ class EvaluatorPool:
 
         for actor in self.actors:
             ray.kill(actor)
+
+
+def dealt(items: Sequence[Any], count: int, batch_size: int) -> list[Sequence[Any]]:
+    """Items as at most `count` shares in their order, each of whole batches but for the last batch of all.
+
+    An actor batches its share from the beginning. So a picture is always in the same batch, however many
+    actors there are: in a batch of another shape it would be rounded otherwise.
+    """
+    batches = -(-len(items) // batch_size)
+    count = min(count, batches)
+    ends = [batches * number // count * batch_size for number in range(count + 1)] if count else []
+    return [items[first:last] for first, last in pairwise(ends)]
 
 
 @contextmanager

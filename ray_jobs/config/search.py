@@ -194,7 +194,9 @@ class EvaluateConfig(Section):
     num_samples: int = Field(96, ge=2, description="pictures for a score, at most two a caption")
     inference_steps: Positive = Field(12, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
-    batch_size: Positive = Field(32, description="pictures sampled at once by an actor")
+    batch_size: Positive = Field(
+        16, description="pictures sampled at once by an actor; whole batches are dealt to the actors"
+    )
     num_actors: Positive = Field(2, description="evaluators, alive for the whole run")
     use_gpu: bool = Field(False, description="one GPU an evaluator")
     seed: int = Field(0, description="of the initial noise, the same for every checkpoint")

@@ -11,7 +11,8 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.images import encode_png
-from ray_jobs.evaluator import Evaluator, Kept
+from ray_jobs.evaluate import dealt
+from ray_jobs.evaluator import Evaluator, Kept, join
 from ray_jobs.measures import (
     Features,
     Networks,
@@ -179,6 +180,37 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     assert found.scores == evaluator.score(real, None, *halves)
     assert {record["metric"] for record in found.records()} >= {"precision", "CLIP score", "near copies"}
     assert found.copies is not None and len(found.copies.nearest) == 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_actors", [1, 2, 3, 5])
+def test_actors_are_dealt_whole_batches_that_are_the_same_however_many_they_are(
+    count: int, num_actors: int
+) -> None:
+    items = range(4 * count - 3)
+    shares = dealt(items, num_actors, batch_size=4)
+    assert len(shares) == min(num_actors, count) and all(shares)
+    batches = [list(share[i : i + 4]) for share in shares for i in range(0, len(share), 4)]
+    assert batches == [list(items[i : i + 4]) for i in range(0, len(items), 4)]
+    assert dealt([], num_actors, batch_size=4) == []
+
+
+def test_scores_do_not_depend_on_the_number_of_actors(evaluator: Evaluator) -> None:
+    """Eleven pictures, which three actors do not share evenly: the very same features and scores."""
+    numbers = range(11)
+    found = []
+    for num_actors in (1, 3):
+        shares = dealt(numbers, num_actors, evaluator.config.evaluate.batch_size)
+        assert [len(share) for share in shares] == ([11] if num_actors == 1 else [4, 4, 3])
+        parts = [
+            evaluator.sample_features(None, [CAPTIONS[i % 3] for i in share], list(share)) for share in shares
+        ]
+        pictures = [encode_png(np.asarray(each.permute(1, 2, 0))) for each in noise(11, 64, 64)]
+        real = join(tuple(evaluator.picture_features(list(pictures[s.start : s.stop])) for s in shares))
+        found.append((join(tuple(parts))[COLOURS], evaluator.score(Real.of(real), None, *parts)))
+    (one, scores), (three, same) = found
+    np.testing.assert_array_equal(one, three)
+    assert scores == same
 
 
 def test_guidance_of_a_call_takes_the_place_of_the_configured_one(evaluator: Evaluator) -> None:
