@@ -71,4 +71,5 @@ def _measure(row: Row, scale: float, pool: EvaluatorPool) -> Row:
         "guidance_scale": scale,
         "features": folder.uri,
         **scores.row(),
+        **scores.origin,
     }

@@ -110,8 +110,10 @@ class Scores:
         return found
 
     @property
-    def second_network(self) -> dict[str, str]:
-        return {"feature_network_2": self.second.feature_network} if self.second else {}
+    def origin(self) -> dict[str, str | int]:
+        """What must be equal where such numbers are compared: networks, and how many pictures."""
+        second = {"feature_network_2": self.second.feature_network} if self.second else {}
+        return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **second}
 
 
 def scores_of(generated: Features, real: Real, networks: Networks, resamples: int) -> Scores:

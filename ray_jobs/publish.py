@@ -135,6 +135,7 @@ def _register(config: Config, winner: dict[str, Any], data: str, source: str) ->
             "method": config.train.method,
             "base": config.model.base,
             "dataset": data,
+            "folds": str(config.search.folds),
         },
         metrics=_metrics(winner),
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
