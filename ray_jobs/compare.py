@@ -22,6 +22,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators, told
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.measures import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
@@ -143,6 +144,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     # Before the data are looked at: a wrong name is told at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
+    check_networks(config.evaluate)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         compare(config, dataset, pool, *versions)

@@ -21,6 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluator import FEATURES, Evaluator, Kept, join
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.folds import held_out, splits, trained_on, unseen_by
 from ray_jobs.measures import Features, Measures, Real, Scores
 from ray_jobs.metrics.resampling import PairedDifference
@@ -211,6 +212,12 @@ class EvaluatorPool:
 
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other))
 
+    def num_features(self) -> int:
+        """Of the network that decides."""
+        import ray
+
+        return ray.get(self.actors[0].num_features.remote())
+
     def sample_names(self, split: str) -> list[str]:
         """The files of the pictures that are kept of a split's rungs, one a caption."""
         count = min(self.config.publish.sample_count, self._num_samples(split))
@@ -283,6 +290,7 @@ def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
 
 def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     """Run the stage."""
+    check_networks(config.evaluate)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         for name, weights, split in _candidates(config):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,7 +18,8 @@ PICTURES = {"train": range(16), "validation": range(16, 27), "test": range(27, 3
 
 def small_set(storage: Storage, side: int = 64) -> Dataset:
     """Pictures of `side` pixels in three splits, and in folds of training and validation in turns."""
-    parts, texts = [], captions()
+    parts: list[dict[str, Any]] = []
+    texts = captions()
     for split, numbers in PICTURES.items():
         for fold in range(FOLDS if split != "test" else 1):
             chosen = [number for number in numbers if split == "test" or number % FOLDS == fold]

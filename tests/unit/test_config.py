@@ -22,6 +22,11 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
             "evaluate.second_network={kind: torchscript, sha256: a, name: a}",
             "size: kind torchscript needs it",
         ),
+        (
+            "evaluate.feature_network={kind: efficientnet-lite0}",
+            "second_network: the same as feature_network; name another one, or give null",
+        ),
+        ("evaluate.feature_network={revision: main}", "evaluate.feature_network: revision: only kind"),
         ("evaluate.second_network={name: a}", "name: only kind torchscript has it; remove it"),
         ("evaluate.second_network={interpolation: bicubic}", "interpolation: only kind torchscript has it"),
         ("evaluate.second_network={revision: main}", "revision: only kind transformers has it; remove it"),

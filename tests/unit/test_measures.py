@@ -13,12 +13,11 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.images import encode_png
 from ray_jobs.evaluate import dealt
 from ray_jobs.evaluator import Evaluator, Kept, join
+from ray_jobs.feature_networks import Networks, load_networks
 from ray_jobs.measures import (
     Features,
-    Networks,
     Real,
     further,
-    load_networks,
     near_copies,
     scores_of,
 )
@@ -206,7 +205,8 @@ def test_scores_do_not_depend_on_the_number_of_actors(evaluator: Evaluator) -> N
             evaluator.sample_features(None, [CAPTIONS[i % 3] for i in share], list(share)) for share in shares
         ]
         pictures = [encode_png(np.asarray(each.permute(1, 2, 0))) for each in noise(11, 64, 64)]
-        real = join(tuple(evaluator.picture_features(list(pictures[s.start : s.stop])) for s in shares))
+        of_real = dealt(pictures, num_actors, evaluator.config.evaluate.batch_size)
+        real = join(tuple(evaluator.picture_features(list(share)) for share in of_real))
         found.append((join(tuple(parts))[COLOURS], evaluator.score(Real.of(real), None, *parts)))
     (one, scores), (three, same) = found
     np.testing.assert_array_equal(one, three)
