@@ -23,6 +23,7 @@ from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.final_scores import FinalScores, measure_final, settings_of
 from ray_jobs.folds import splits
+from ray_jobs.guidance import measured_scales
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
@@ -252,6 +253,7 @@ def _write_report(
         subjects=final.subjects,
         enough_samples=enough_samples(pool.num_features()),
         spent=spent(config, found.measured),
+        guidance=measured_scales(pool.config, found.rows),
     )
     run.write_text(REPORT, page)
 

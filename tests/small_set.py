@@ -32,7 +32,12 @@ def small_set(storage: Storage, side: int = 64) -> Dataset:
             write_part(storage, file, pa.table(columns))
             parts.append({"split": split, "fold": fold, "rows": len(chosen), "file": file})
     storage.write_bytes(PARTS, json.dumps(parts).encode())
-    manifest = {"held_out": True, "encode": "cache", "digest": "d", "content": "d"}
+    manifest = {
+        **{"held_out": True, "encode": "cache", "digest": "d", "content": "d", "class": 0},
+        **{"rejected": {}, "measures": {}, "buckets": {}, "captions": {"different": len(texts)}},
+        "duplicates": {"mode": "keep", "groups": 0, "pictures": 0},
+        "source": [{"name": "drawn", "rows": len(texts), "share": 1.0}],
+    }
     counts = {split: len(numbers) for split, numbers in PICTURES.items()}
     folds = [
         sum(part["rows"] for part in parts if part["fold"] == n and part["split"] != "test") for n in (0, 1)
