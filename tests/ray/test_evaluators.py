@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 
 from cluster.connect import LocalCluster
 from cluster.storage import Storage
+from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import REAL_FEATURES, EvaluatorPool, evaluators
@@ -172,6 +173,24 @@ def test_a_subject_is_measured_by_its_photos_and_its_class_by_the_base_model(
     [same] = measure_subjects(config, dataset, started, base)
     assert same.numbers["class_drift"]["value"] == pytest.approx(0, abs=1e-5)
     assert same.numbers["winner_similarity"] == same.numbers["base_similarity"]
+
+
+def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_it_was_measured(
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
+) -> None:
+    weights = Rung(rows[0]["checkpoint"], {}).weights
+    one, other = Version("1", "version 1", weights, 1.0, "d"), Version("base", "base", None, 2.0)
+    found = compare(config, dataset, fresh(started), one, other)
+    folder = Storage.open(config.storage).child(config.name, "comparisons", "1-base")
+    written = json.loads(folder.read_text("comparison.json"))
+    for side, version in (("version 1", one), ("base", other)):
+        assert written[side]["guidance_scale"] == version.guidance_scale
+        assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
+    assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
+    pool = fresh(started)
+    pool.load("validation")
+    drawn = pool.score(weights, "validation", guidance_scale=1.0).fid.value
+    assert written["version 1"]["fid"] == drawn != rows[0]["fid"]
 
 
 def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
