@@ -4,8 +4,11 @@
     python -m ray_jobs.compare --config configs/demo.yaml 3 base
 
 Versions by number or alias; `base` is the base model. Both are measured on the validation split, picture by
-picture. Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures
-and both versions' side by side.
+picture, each drawn with the guidance scale that it was published with (the base: `evaluate.guidance_scale`).
+A version that `search.folds` has trained on these pictures too is refused.
+
+Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and both
+versions' side by side.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators, told
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.measures import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
@@ -27,6 +31,7 @@ from ray_jobs.registry import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.samples import SAMPLES
 from ray_jobs.stage import run_stage
+from ray_jobs.versions import command_line
 
 BASE = "base"
 
@@ -39,29 +44,42 @@ class Version:
         which: as it was asked for.
         name: for a person.
         weights: where they are; None: the base model.
+        guidance_scale: that it is drawn with.
+        data: digest of the data that it was trained on; None of the base model.
     """
 
     which: str
     name: str
     weights: str | None
+    guidance_scale: float
+    data: str | None = None
 
 
 def look_up(config: Config, which: str) -> Version:
     """A version by number or alias, or `base`; its weights are checked.
 
     Raises:
-        ConfigError: it is not in the registry, belongs to another base model, or its weights have changed.
+        ConfigError: it is not in the registry, belongs to another base model, has trained on the validation
+            split, or its weights have changed.
     """
+    usual = config.evaluate.guidance_scale
     if which == BASE:
-        return Version(which, BASE, None)
+        return Version(which, BASE, None, usual)
     found = registered(config, which)
     if found.base != config.model.base:
         raise ConfigError(
             f"{which}: version {found.version} belongs to {found.base}, not to model.base ("
             f"{config.model.base}); compare versions of one base model"
         )
+    if int(found.params.get("folds", config.search.folds)):
+        raise ConfigError(
+            f"search.folds: version {found.version} was trained on the validation pictures too, so a "
+            "comparison on them would flatter it; compare the test FIDs that publish has measured: "
+            f"{command_line('status')}"
+        )
     verify_weights(found, found.source)
-    return Version(which, f"version {found.version}", found.source)
+    scale = float(found.params.get("guidance_scale", usual))
+    return Version(which, f"version {found.version}", found.source, scale, found.params.get("dataset"))
 
 
 def compare(
@@ -81,8 +99,11 @@ def compare(
     sides = [folder.child(side) for side in "AB"]
     scores: list[Scores] = []
     for version, side in zip((one, other), sides, strict=True):
-        scores.append(pool.score(version.weights, "validation", side))
-        say("compare", f"{version.name}: {told(scores[-1])}")
+        if version.data not in (None, dataset.manifest["digest"]):
+            unsure = "it may have trained on some of these pictures"
+            say("compare", f"{version.name} was trained on other data than this run prepared: {unsure}")
+        scores.append(pool.score(version.weights, "validation", side, version.guidance_scale))
+        say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {told(scores[-1])}")
     if scores[0].fid.num_samples < FEWEST:
         raise ConfigError(f"evaluate.num_samples: a comparison needs {FEWEST} pictures; raise it")
     found = pool.difference(sides[0], sides[1], "validation")
@@ -93,7 +114,10 @@ def compare(
         + ("" if told_apart else ", not told apart")
         + f"; the common noise makes the variance {found.variance_ratio:.1f} times smaller",
     )
-    numbers = {name: score.row() for name, score in zip(names, scores, strict=True)}
+    numbers = {
+        version.name: score.row() | score.origin | {"guidance_scale": version.guidance_scale}
+        for version, score in zip((one, other), scores, strict=True)
+    }
     folder.write_text("comparison.json", json.dumps(numbers | {"difference": asdict(found)}, indent=2))
     folder.write_bytes("grid.png", _grid(dataset, pool, names, sides))
     say("compare", f"pictures: {folder.uri}/grid.png")
@@ -120,6 +144,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     # Before the data are looked at: a wrong name is told at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
+    check_networks(config.evaluate)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         compare(config, dataset, pool, *versions)

@@ -3,14 +3,16 @@
     python -m ray_jobs.evaluate --config configs/demo.yaml
     python -m ray_jobs.evaluate --config configs/demo.yaml --all
 
-Scores the base model and every checkpoint that the run's trainings have left, on the validation split; with
-`--all` by every measure, not only by those that rank.
+Scores the base model and every checkpoint that the run's trainings have left on pictures that it never saw:
+the validation split, or with `search.folds` the fold that its training left out; with `--all` by every
+measure, not only by those that rank. The test split is publish's alone.
 """
 
 import argparse
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluator import FEATURES, Evaluator, Kept, join
+from ray_jobs.feature_networks import check_networks
+from ray_jobs.folds import held_out, splits, trained_on, unseen_by
 from ray_jobs.measures import Features, Measures, Real, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
@@ -41,8 +45,8 @@ class EvaluatorPool:
     """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
 
     Picture i of a split has caption i modulo the number of captions and starts from noise seeded with
-    `evaluate.seed` + i, whatever the weights and however many actors share the work, so that checkpoints
-    are compared on the same noise.
+    `evaluate.seed` + i, in the same batch, whatever the weights and however many actors share the work, so
+    that checkpoints are compared on the same noise.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -62,7 +66,7 @@ class EvaluatorPool:
         ]
         self.captions: dict[str, list[str]] = {}
         self._real: dict[str, Any] = {}
-        self._training: Features | None = None
+        self._training: dict[int | None, Features] = {}  # by the fold that is left out
 
     def load(self, split: str) -> None:
         """Read the captions of a split's pictures and start measuring the pictures, once.
@@ -104,14 +108,9 @@ class EvaluatorPool:
         return join(tuple(ray.get(parts)))
 
     def _share(self, items: Sequence[Any]) -> list[tuple[Any, Sequence[Any]]]:
-        """(actor, its items), in order, without empty shares (and no set of features of one picture)."""
-        actors = self.actors[: max(1, len(items) // 2)]
-        size = -(-len(items) // len(actors))
-        return [
-            (actor, items[i * size : (i + 1) * size])
-            for i, actor in enumerate(actors)
-            if items[i * size : (i + 1) * size]
-        ]
+        """(actor, its items), in order; see `dealt`."""
+        shares = dealt(items, len(self.actors), self.config.evaluate.batch_size)
+        return list(zip(self.actors, shares, strict=False))
 
     def _num_samples(self, split: str) -> int:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
@@ -155,45 +154,47 @@ class EvaluatorPool:
         """All measures of the weights on a split that was loaded, from the pictures that `score` draws.
 
         Near copies are looked for among the first `evaluate.memorisation_pictures` of the training pictures
-        that prepare keeps, in the order of their digests; the validation split says what is near, or the test
-        split where the weights were trained on validation pictures too (`search.folds`).
+        that prepare keeps, in the order of their digests; the pictures of `held_out` say what is near.
         """
         import ray
 
-        held = "test" if self.config.search.folds else "validation"
+        held = held_out(self.config, split)
         self.load(held)
         bound = self.config.evaluate.memorisation_pictures
-        training = self.training_features(bound) if bound else None
-        held_out = self._real[held] if self.dataset.manifest["held_out"] else None
+        training = self.training_features(split, bound) if bound else None
+        unseen = self._real[held] if self.dataset.manifest["held_out"] else None
         parts = [
             actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True)
             for actor, captions, seeds in self._tasks(split)
         ]
-        given = self._real[split], self.captions[split], training, held_out
+        given = self._real[split], self.captions[split], training, unseen
         return ray.get(self.actors[0].measure.remote(*given, *parts))
 
-    def training_features(self, count: int) -> Features:
-        """Of the first training pictures, in the order of `Dataset.pictures`; measured once."""
-        if self._training is None:
+    def training_features(self, split: str, count: int) -> Features:
+        """Of the first pictures that the weights which a split judges were trained on, in the order of
+        `Dataset.pictures`; measured once."""
+        dataset = trained_on(self.config, self.dataset, split)
+        if dataset.without_fold not in self._training:
             evaluate = self.config.evaluate
-            most = max(evaluate.memorisation_pictures, evaluate.num_samples)
-            rows = self.dataset.pictures("train", most)
-            self._training = self._measure_real([row["image"] for row in rows])
-        return {network: each[:count] for network, each in self._training.items()}
+            rows = dataset.pictures("train", max(evaluate.memorisation_pictures, evaluate.num_samples))
+            self._training[dataset.without_fold] = self._measure_real([row["image"] for row in rows])
+        return {name: each[:count] for name, each in self._training[dataset.without_fold].items()}
 
     def reference(self, checkpoint: Storage) -> Features:
         """What drift of a served checkpoint is told by: float32, N x D, named `<network>/<kind>`.
 
-        The kinds: `validation` and `training` pictures, these where near copies are looked for, and
-        `published`, those that the checkpoint's score was taken of.
+        The kinds: `validation`, pictures that it never saw (`held_out` of the test split, which publish has
+        read by then); `training` pictures, where near copies are looked for; and `published`, those that the
+        checkpoint's score was taken of.
         """
         import ray
         from safetensors.numpy import load
 
-        self.load("validation")
-        kinds: dict[str, Features] = {"validation": ray.get(self._real["validation"]).features}
+        held = held_out(self.config, "test")
+        self.load(held)
+        kinds: dict[str, Features] = {"validation": ray.get(self._real[held]).features}
         if bound := self.config.evaluate.memorisation_pictures:
-            kinds["training"] = self.training_features(bound)
+            kinds["training"] = self.training_features("test", bound)
         if checkpoint.exists(FEATURES):
             kinds["published"] = dict(load(checkpoint.read_bytes(FEATURES)))
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
@@ -211,6 +212,12 @@ class EvaluatorPool:
 
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other))
 
+    def num_features(self) -> int:
+        """Of the network that decides."""
+        import ray
+
+        return ray.get(self.actors[0].num_features.remote())
+
     def sample_names(self, split: str) -> list[str]:
         """The files of the pictures that are kept of a split's rungs, one a caption."""
         count = min(self.config.publish.sample_count, self._num_samples(split))
@@ -220,7 +227,7 @@ class EvaluatorPool:
         """Scores of as many real training pictures as `score` generates, or as many as prepare kept."""
         import ray
 
-        found = self.training_features(self._num_samples(split))
+        found = self.training_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, found))
 
     def pictures(
@@ -259,6 +266,18 @@ class EvaluatorPool:
             ray.kill(actor)
 
 
+def dealt(items: Sequence[Any], count: int, batch_size: int) -> list[Sequence[Any]]:
+    """Items as at most `count` shares in their order, each of whole batches but for the last batch of all.
+
+    An actor batches its share from the beginning. So a picture is always in the same batch, however many
+    actors there are: in a batch of another shape it would be rounded otherwise.
+    """
+    batches = -(-len(items) // batch_size)
+    count = min(count, batches)
+    ends = [batches * number // count * batch_size for number in range(count + 1)] if count else []
+    return [items[first:last] for first, last in pairwise(ends)]
+
+
 @contextmanager
 def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
     """Evaluators that live as long as the block."""
@@ -271,12 +290,16 @@ def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
 
 def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     """Run the stage."""
+    check_networks(config.evaluate)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
-        pool.load("validation")
-        for name, weights in _candidates(config):
-            measured = pool.measure(weights, "validation") if arguments.all else None
-            found = measured.scores if measured else pool.score(weights, "validation")
+        for name, weights, split in _candidates(config):
+            if split is None:
+                say("evaluate", f"{name}: left out: only the test split is new to it, and publish reads that")
+                continue
+            pool.load(split)
+            measured = pool.measure(weights, split) if arguments.all else None
+            found = measured.scores if measured else pool.score(weights, split)
             of = f" ({found.fid.num_samples} pictures, {found.fid.feature_network})" if not weights else ""
             say("evaluate", f"{name}: {told(found)}{of}")
             for record in measured.records() if measured else ():
@@ -285,12 +308,13 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 say("evaluate", sentence)
 
 
-def _candidates(config: Config) -> Iterator[tuple[str, str | None]]:
-    """(name, weights) of the base model and of every checkpoint of the run."""
-    yield "base", None
-    for trial, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
+def _candidates(config: Config) -> Iterator[tuple[str, str | None, str | None]]:
+    """(name, weights, a split that they never saw) of the base model and of every checkpoint of the run."""
+    for split in splits(config):
+        yield f"base, {split}" if config.search.folds else "base", None, split
+    for training, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
         for rung in rungs:
-            yield f"{trial}  step {rung.metrics['step']}", rung.weights
+            yield f"{training}  step {rung.metrics['step']}", rung.weights, unseen_by(training)
 
 
 def told(found: Scores) -> str:

@@ -10,13 +10,13 @@ import numpy as np
 from cluster.storage import Storage
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.feature_networks import load_networks
 from ray_jobs.measures import (
     Features,
     Measures,
     Real,
     Scores,
     further,
-    load_networks,
     near_copies,
     scores_of,
 )
@@ -65,6 +65,10 @@ class Evaluator:
     def identities(self) -> list[str]:
         """Of all feature networks, the one that decides first."""
         return [network.identity for network in self.networks.all]
+
+    def num_features(self) -> int:
+        """Of the network that decides."""
+        return self.networks.first.num_features
 
     def _use(self, weights: str | None) -> None:
         """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""

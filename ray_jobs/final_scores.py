@@ -7,7 +7,7 @@ from typing import Any
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
-from ray_jobs.folds import splits, standard_error
+from ray_jobs.folds import splits, standard_error, trained_on
 from ray_jobs.measures import Copies
 from ray_jobs.progress import say
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
@@ -56,7 +56,7 @@ def measure_final(
     values = [each.value for each in judged]
     subjects = measure_subjects(config, dataset, pool, weights)
     numbers: dict[str, Any] = test.scores.row("test_") | base.scores.row("base_test_")
-    numbers |= test.scores.second_network
+    numbers |= test.scores.origin
     numbers |= {
         "base_validation_fid": fmean(values),
         "base_validation_fid_error": standard_error(values)
@@ -64,21 +64,16 @@ def measure_final(
         else judged[0].standard_error,
         "validation_num_samples": judged[0].num_samples,
         "test_floor_fid": lowest.value,
-        "feature_network": fid.feature_network,
-        "num_samples": fid.num_samples,
         "measures": {"base": base.records(), "winner": test.records(), "left_out": test.left_out},
         "measure_settings": settings_of(config.evaluate),
         "subjects": [each.numbers for each in subjects],
     }
-    memorisation = (
-        _memorisation(config, dataset, pool, weights, test.copies, guidance_scale) if test.copies else None
-    )
+    memorisation = _memorisation(config, pool, weights, test.copies, guidance_scale) if test.copies else None
     return FinalScores(numbers, memorisation, [_pictures(each) for each in subjects])
 
 
 def _memorisation(
     config: Config,
-    dataset: Dataset,
     pool: EvaluatorPool,
     weights: str,
     copies: Copies,
@@ -86,7 +81,9 @@ def _memorisation(
 ) -> Memorisation:
     """The samples that come nearest to a training picture; they alone are drawn again, to be seen."""
     order = sorted(range(len(copies.nearest)), key=lambda i: copies.nearest[i][1])[:SHOWN_NEIGHBOURS]
-    seen = dataset.pictures("train", config.evaluate.memorisation_pictures)
+    trained = trained_on(config, pool.dataset, "test")
+    parts = ("train", "validation") if config.search.folds else ("train",)
+    seen = trained.pictures("train", config.evaluate.memorisation_pictures)
     drawn_again = pool.pictures(weights, "test", order, guidance_scale)
     pairs = [
         (drawn, seen[copies.nearest[i][0]]["image"], copies.nearest[i][1])
@@ -100,7 +97,7 @@ def _memorisation(
         expected_share=copies.expected_share,
         num_held_out=copies.num_held_out,
         num_training=copies.num_training,
-        of_training=dataset.manifest["train"],
+        of_training=sum(trained.manifest[name] for name in parts),
         feature_network=copies.feature_network,
     )
 

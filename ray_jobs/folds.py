@@ -6,11 +6,13 @@ cancels, and the standard error is that of the mean difference (Dietterich, 1998
 """
 
 import math
+import re
 from statistics import fmean, stdev
 from typing import Any
 
 from ray_jobs.config import Config
-from ray_jobs.metrics.ranking import Candidate, winner
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 
 Row = dict[str, Any]
 MEANS = ("fid", "kid", "fid_2", "train_loss", "validation_loss", "images_per_second")
@@ -19,6 +21,26 @@ MEANS = ("fid", "kid", "fid_2", "train_loss", "validation_loss", "images_per_sec
 def splits(config: Config) -> list[str]:
     """Whose pictures judge the candidates: the validation split, or one fold after the other."""
     return [f"fold-{fold}" for fold in range(config.search.folds)] or ["validation"]
+
+
+def unseen_by(training: str) -> str | None:
+    """The split that a training never saw, by the name of its folder: validation, or the fold that it left
+    out. None: the last one, which all of training and validation went into."""
+    if fold := re.search(r"_(fold-\d+)$", training):
+        return fold[1]
+    return None if training.endswith("_refit") else "validation"
+
+
+def held_out(config: Config, split: str) -> str:
+    """Whose pictures the weights that a split judges never saw, to say how near unseen pictures come to those
+    that they were trained on: the split's own; for the test split the validation split's, unless a last
+    training has taken those too."""
+    return "validation" if split == "test" and not config.search.folds else split
+
+
+def trained_on(config: Config, dataset: Dataset, split: str) -> Dataset:
+    """The set whose training split the weights that a split judges were trained on."""
+    return dataset.together() if split == "test" and config.search.folds else dataset.judged_by(split)[0]
 
 
 def standing(rows: list[Row], folds: int) -> dict[str, int]:
@@ -48,9 +70,15 @@ def complete(rows: list[Row], folds: int) -> dict[tuple[str, int], list[Row]]:
 
 
 def averaged(rows: list[Row], folds: int) -> list[Row]:
-    """A row a candidate: means over the folds with their standard errors, `folds` the FID of each."""
+    """A row a candidate: means over the folds with their standard errors, `folds` the FID of each, and
+    `num_samples` the pictures of all.
+
+    Raises:
+        ValueError: folds were measured by different networks.
+    """
     found = []
     for of_fold in complete(rows, folds).values():
+        require_comparable(of_fold, "feature_network", "feature_network_2")
         row = {name: value for name, value in of_fold[0].items() if name not in ("fold", "training")}
         for name in MEANS:
             values = [each[name] for each in of_fold if each.get(name) is not None]
@@ -58,6 +86,8 @@ def averaged(rows: list[Row], folds: int) -> list[Row]:
                 row[name] = fmean(values)
                 if f"{name}_error" in row:
                     row[f"{name}_error"] = standard_error(values)
+        if all("num_samples" in each for each in of_fold):
+            row["num_samples"] = sum(each["num_samples"] for each in of_fold)
         row["seconds"] = sum(each["seconds"] for each in of_fold)
         row["folds"] = [each["fid"] for each in of_fold]
         found.append(row)
@@ -66,7 +96,12 @@ def averaged(rows: list[Row], folds: int) -> list[Row]:
 
 def choose_over_folds(rows: list[Row]) -> Row:
     """The row of `averaged` that wins; one of fewer steps wins over the lowest if the folds do not tell them
-    apart. Those that were compared get `behind` and `behind_error`."""
+    apart. Those that were compared get `behind` and `behind_error`.
+
+    Raises:
+        ValueError: they were measured by different networks, or on different numbers of pictures.
+    """
+    require_comparable(rows, "feature_network", "feature_network_2", "num_samples")
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     candidates = []
     for row in rows:

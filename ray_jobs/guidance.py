@@ -61,6 +61,26 @@ def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorP
     return choose(found, pool)
 
 
+def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
+    """A row a rung and guidance scale that was tried, the usual one included, by rung and scale.
+
+    Args:
+        config: with the guidance scale that the rungs were measured at.
+        rows: all rungs.
+    """
+    storage = Storage.open(config.storage).child(config.name, "search")
+    rungs = {(row["trial_id"], row["step"]): row for row in rows}
+    wanted = set(config.search.guidance_scales) - {config.evaluate.guidance_scale}
+    found = [
+        rungs[key] | each
+        for each in storage.read_lines(MEASURED)
+        if (key := (each["trial_id"], each["step"])) in rungs and each["guidance_scale"] in wanted
+    ]
+    tried = {(each["trial_id"], each["step"]) for each in found}
+    found += [rungs[key] | {"guidance_scale": config.evaluate.guidance_scale} for key in tried]
+    return sorted(found, key=lambda row: (row["learning_rate"], row["trial_id"], row["guidance_scale"]))
+
+
 def _measure(row: Row, scale: float, pool: EvaluatorPool) -> Row:
     rung = Rung(row["checkpoint"], row)
     folder = Storage.open(row["checkpoint"]).child(f"guidance-{scale:g}")
@@ -71,4 +91,5 @@ def _measure(row: Row, scale: float, pool: EvaluatorPool) -> Row:
         "guidance_scale": scale,
         "features": folder.uri,
         **scores.row(),
+        **scores.origin,
     }

@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_jobs.config import EvaluateConfig, resolve_path
+from ray_jobs.feature_networks import Networks
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
-from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
 from ray_jobs.metrics.frechet import Moments
-from ray_jobs.metrics.inception import load_inception
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_distance
 from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
-from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.similarity import clip_score, paired_similarity
-from ray_jobs.metrics.vision_model import Clip, load_clip
+from ray_jobs.metrics.vision_model import Clip
 
 FEWEST = 4  # pictures of either set, below which neither a kernel distance nor an error is told
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
@@ -34,43 +31,6 @@ Features = dict[str, np.ndarray]
 """Of one set of pictures, by the identity of the network: float32, N x D."""
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The feature networks of a run: the one that decides, the second one, and CLIP, where there are such."""
-
-    first: FeatureNetwork
-    second: FeatureNetwork | None = None
-    clip: Clip | None = None
-
-    @property
-    def ranking(self) -> list[FeatureNetwork]:
-        """Those that score every rung."""
-        return [network for network in (self.first, self.second) if network]
-
-    @property
-    def all(self) -> list[FeatureNetwork]:
-        return [*self.ranking, *([self.clip] if self.clip else [])]
-
-
-def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
-    """The networks that are configured.
-
-    Raises:
-        ValueError: a file is missing, or another one than it should be.
-    """
-    first, other, clip = load_inception(resolve_path(evaluate.feature_network), device), None, None
-    if second := evaluate.second_network:
-        prepared = None
-        if second.size and second.mean and second.std:
-            prepared = Preprocessing(second.size, second.interpolation, second.mean, second.std)
-        path = resolve_path(second.path)
-        spec = NetworkSpec(second.kind, path, second.sha256, second.name, prepared, second.revision)
-        other = load_network(spec, device)
-    if evaluate.clip:
-        clip = load_clip(resolve_path(evaluate.clip), device, revision=evaluate.clip_revision)
-    return Networks(first, other, clip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +70,10 @@ class Scores:
         return found
 
     @property
-    def second_network(self) -> dict[str, str]:
-        return {"feature_network_2": self.second.feature_network} if self.second else {}
+    def origin(self) -> dict[str, str | int]:
+        """What must be equal where such numbers are compared: networks, and how many pictures."""
+        second = {"feature_network_2": self.second.feature_network} if self.second else {}
+        return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **second}
 
 
 def scores_of(generated: Features, real: Real, networks: Networks, resamples: int) -> Scores:
@@ -204,12 +166,12 @@ def further(
             f"FID is not extrapolated to infinitely many pictures: of {len(pictures):,} the fit would say"
             f" nothing, from {needed:,} on it does."
         )
-    if not isinstance(networks.second, EfficientNet):
+    classifier = next((each for each in networks.ranking if isinstance(each, EfficientNet)), None)
+    if classifier is None:
         left_out.append("No Inception Score: it needs evaluate.second_network of kind efficientnet-lite0.")
     elif len(pictures) < 2 * PARTS:
         left_out.append(f"No Inception Score: it needs {2 * PARTS} pictures.")
     else:
-        classifier = networks.second
         classes = classifier.classes(torch.from_numpy(generated[classifier.identity]))
         found.append(asdict(inception_score(classes, classifier.identity, splits=PARTS)))
     if networks.clip:

@@ -248,9 +248,10 @@ def _limits(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
         for each in records
         if each["metric"] == "near copies"
     )
+    learnt = manifest["train"] + (manifest["validation"] if config.search.folds else 0)
     return [
         "## Limits and licence",
-        f"The model has learnt from {manifest['train']:,} pictures: what they lack it draws as the base model"
+        f"The model has learnt from {learnt:,} pictures: what they lack it draws as the base model"
         f" does, and what is rare among them it may have learnt by heart.{copies} It has the base model's"
         f" biases, and no filter of its own. It was measured at {config.data.resolution} pixels with"
         f" {config.evaluate.inference_steps} denoising steps and a guidance scale of"

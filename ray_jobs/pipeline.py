@@ -6,7 +6,6 @@ A run of the same name goes on where it stopped: finished stages are skipped. `-
 """
 
 import argparse
-from pathlib import Path
 
 from cluster.lease import LEASES
 from cluster.storage import Storage
@@ -14,6 +13,7 @@ from ray_jobs.config import Config, ConfigError, add_budget_arguments, resolve_p
 from ray_jobs.data.class_pictures import announce_class_pictures
 from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.evaluate import evaluators
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.prepare import open_sources, prepare
 from ray_jobs.progress import say
 from ray_jobs.publish import publish
@@ -46,13 +46,7 @@ def check_inputs(config: Config) -> None:
     """
     announce_class_pictures(config, open_sources(config))
     check_store(config)
-    second = config.evaluate.second_network
-    files = {"evaluate.feature_network": config.evaluate.feature_network}
-    if second and second.kind != "transformers":
-        files["evaluate.second_network.path"] = second.path
-    for field, file in files.items():
-        if not Path(resolve_path(file)).is_file():
-            raise ConfigError(f"{field}: {file}: no such file; make setup fetches the default one")
+    check_networks(config.evaluate)
     try:
         model_folder(resolve_path(config.model.base), revision=config.model.revision)
     except ValueError as error:

@@ -20,9 +20,10 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.final_scores import FinalScores, measure_final, settings_of
 from ray_jobs.folds import splits
-from ray_jobs.metrics.inception import NUM_FEATURES
+from ray_jobs.guidance import measured_scales
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
@@ -135,6 +136,7 @@ def _register(config: Config, winner: dict[str, Any], data: str, source: str) ->
             "method": config.train.method,
             "base": config.model.base,
             "dataset": data,
+            "folds": str(config.search.folds),
         },
         metrics=_metrics(winner),
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
@@ -249,13 +251,15 @@ def _write_report(
         strip=_strip(pool, found, winner, opened["base"]),
         memorisation=final.memorisation,
         subjects=final.subjects,
-        enough_samples=enough_samples(NUM_FEATURES),
+        enough_samples=enough_samples(pool.num_features()),
         spent=spent(config, found.measured, found.computed),
+        guidance=measured_scales(pool.config, found.rows),
     )
     run.write_text(REPORT, page)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    check_networks(config.evaluate)
     dataset = prepare(config)
     found = read_result(config, dataset)
     if found is None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage import Storage
@@ -36,6 +36,7 @@ class RegisteredModel:
     base_revision: str | None
     method: str  # lora | full
     metrics: dict[str, float]
+    params: Mapping[str, str] = field(default_factory=dict)  # what `publish` logged of how it was made
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,13 @@ def registered(config: Config, which: str) -> RegisteredModel:
             ) from None
         if "digest" not in found.tags:
             raise not_ours(config, int(found.version))
-        metrics = client.get_run(found.run_id).data.metrics
-    return _of(found, dict(metrics))
+        data = client.get_run(found.run_id).data
+    return _of(found, dict(data.metrics), dict(data.params))
 
 
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
     """What the registry holds of some models; `*` stands for all. Versions of other programs are left out,
-    and so are the metrics, which would take a question a version.
+    and so are metrics and parameters, which would take a question a version.
 
     Raises:
         ConfigError: there is no registry, or it cannot be reached.
@@ -231,7 +232,7 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
         only = f"name = '{next(iter(found))}'" if len(found) == 1 else None
         for each in _pages(client.search_model_versions, filter_string=only) if found else []:
             if each.name in found and "digest" in each.tags:
-                found[each.name][int(each.version)] = _of(each, {})
+                found[each.name][int(each.version)] = _of(each, {}, {})
     aliases = {each.name: each.aliases for each in models}
     return {
         name: RegistryEntry(versions, {alias: int(to) for alias, to in aliases[name].items()})
@@ -250,7 +251,7 @@ def _pages(search: Any, **options: Any) -> list[Any]:
             return found
 
 
-def _of(found: Any, metrics: dict[str, float]) -> RegisteredModel:
+def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
     """MLflow's version, as this program knows it."""
     return RegisteredModel(
         name=found.name,
@@ -261,4 +262,5 @@ def _of(found: Any, metrics: dict[str, float]) -> RegisteredModel:
         base_revision=found.tags["base_revision"] or None,
         method=found.tags["method"],
         metrics=metrics,
+        params=params,
     )

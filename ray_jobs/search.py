@@ -19,6 +19,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, add_budget_arguments
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool, evaluators
+from ray_jobs.feature_networks import check_networks
 from ray_jobs.folds import choose_over_folds, splits, standing
 from ray_jobs.guidance import choose_guidance
 from ray_jobs.halving import all_trials, best_trials
@@ -144,6 +145,7 @@ def _tell(config: Config, found: SearchResult) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
+    check_networks(config.evaluate)
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         return search(config, dataset, pool)

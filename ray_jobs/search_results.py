@@ -17,7 +17,7 @@ from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.folds import averaged
-from ray_jobs.metrics.ranking import Candidate, winner
+from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.space import training_of
 from ray_jobs.train import depends_on
@@ -26,7 +26,8 @@ RESULTS = "results.jsonl"
 FINISHED = "finished.json"
 # With other values of these a search goes on with what it has.
 EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
-SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2")
+SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error")
+ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # of scores that compare, the same
 FIELDS = (
     "trial_id",
     "learning_rate",
@@ -37,6 +38,7 @@ FIELDS = (
     "begins_at",
     "step",
     *SCORES,
+    *ORIGIN,
     "train_loss",
     "validation_loss",
     "images_per_second",
@@ -119,7 +121,11 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
     Rows that were compared with the one of the lowest FID get `behind` and `behind_error`, by how much theirs
     is higher and the error of that, and `variance_ratio` (as in `PairedDifference`; None: infinite).
     `features` of a row: where the features of its pictures are kept, if not with its checkpoint.
+
+    Raises:
+        ValueError: rows were measured by different networks, or on different numbers of pictures.
     """
+    require_comparable(rows, *ORIGIN)
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     compared = []
     for row in rows:

@@ -36,7 +36,16 @@ CHECKPOINT_METRICS = {
     "train/images_per_second": "images_per_second",
     "train/waiting_for_data": "waiting_for_data",
 }
-RUNG_METRIC = "validation/fid"
+RUNG_METRICS = {
+    "validation/fid": "fid",
+    "validation/fid_error": "fid_error",
+    "validation/kid": "kid",
+    "validation/kid_error": "kid_error",
+    "validation/fid_2": "fid_2",
+    "validation/fid_2_error": "fid_2_error",
+    "validation/loss": "validation_loss",
+}
+FIRST_RUNG_METRIC = "validation/fid"  # a rung that has it was logged
 # What an MLflow run is found by: a digest of where its checkpoints lie, and the trial.
 TRAININGS_TAG, TRIAL_TAG = "diffray.trainings", "diffray.trial"
 
@@ -80,8 +89,8 @@ def tracked(
     Args:
         trials: the configuration of each, by its name; more can be added to the mirror.
         digest: of the prepared data.
-        rungs: the measured ones so far, as dicts of at least `trial_id`, `step`, `fid`; where they have a
-            `checkpoint`, its samples are shown.
+        rungs: the measured ones so far, as dicts of at least `trial_id`, `step`, `fid`; what else of
+            `RUNG_METRICS` they have is logged too, and where they have a `checkpoint`, its samples are shown.
     """
     mirror, done = Mirror(config, trials, digest, rungs), threading.Event()
     thread = threading.Thread(target=_watch, args=(mirror, done), daemon=True)
@@ -128,7 +137,7 @@ class MlflowRun:
 
     Attributes:
         step: the last one logged.
-        rungs: steps whose FID is logged.
+        rungs: steps whose scores are logged.
         shown: steps whose pictures were logged since this program started; the former are logged again.
     """
 
@@ -237,10 +246,13 @@ class Mirror:
     def _log_rung(self, row: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        run, step, fid = self.runs.get(training_of(row)), int(row["step"]), row["fid"]
-        if run is None or step in run.rungs or fid is None or not math.isfinite(fid):
+        run, step = self.runs.get(training_of(row)), int(row["step"])
+        found = {name: row.get(field) for name, field in RUNG_METRICS.items()}
+        finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        if run is None or step in run.rungs or FIRST_RUNG_METRIC not in finite:
             return
-        self.client.log_batch(run.id, metrics=[Metric(RUNG_METRIC, fid, int(1000 * time.time()), step)])
+        now = int(1000 * time.time())
+        self.client.log_batch(run.id, metrics=[Metric(*each, now, step) for each in finite.items()])
         run.rungs.add(step)
 
     def _run(self, trial: str, started: int) -> MlflowRun:
@@ -262,7 +274,7 @@ class Mirror:
         run_id = found[0].info.run_id
         steps, rungs = (
             {metric.step for metric in self.client.get_metric_history(run_id, name)}
-            for name in ("train/loss", RUNG_METRIC)
+            for name in ("train/loss", FIRST_RUNG_METRIC)
         )
         run = MlflowRun(run_id, max(steps, default=0), rungs)
         if run.step > self.began_after[trial]:

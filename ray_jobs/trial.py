@@ -144,7 +144,7 @@ def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool)
     scores = pool.score(rung.weights, split, Storage.open(rung.uri))
     measured = {**labels, "checkpoint": rung.uri}
     measured["validation_loss"] = pool.validation_loss(rung.weights, split)
-    return rung.metrics | measured | scores.row() | scores.second_network
+    return rung.metrics | measured | scores.row() | scores.origin
 
 
 class RungCallback(TuneReportCallback):

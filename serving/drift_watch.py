@@ -80,13 +80,13 @@ class DriftWatch:
             monitor.stop()
 
     def _load_networks(self) -> "tuple[FeatureNetwork, Clip | None]":
-        from ray_jobs.metrics.inception import load_inception
+        from ray_jobs.feature_networks import load_first
         from ray_jobs.metrics.vision_model import load_clip
 
         with self._loading:
             if self._networks is None:
                 evaluate, clip = self._evaluate, None
-                network = load_inception(resolve_path(evaluate.feature_network))
+                network = load_first(evaluate)
                 if evaluate.clip:
                     clip = load_clip(resolve_path(evaluate.clip), revision=evaluate.clip_revision)
                 self._networks = network, clip

@@ -27,16 +27,16 @@ class Range(Section):
 
 
 def _kind(values: Any) -> str:
-    return "[range]" if isinstance(values, dict | Range) else "[values]"
+    return "[section]" if isinstance(values, dict | Section) else "[values]"
 
 
 # By its kind, so that an error is told of that one only.
 Rates = Annotated[
-    Annotated[list[LearningRate], Field(min_length=1), Tag("[values]")] | Annotated[Range, Tag("[range]")],
+    Annotated[list[LearningRate], Field(min_length=1), Tag("[values]")] | Annotated[Range, Tag("[section]")],
     Discriminator(_kind),
 ]
 Values = Annotated[
-    Annotated[list[Any], Field(min_length=1), Tag("[values]")] | Annotated[Range, Tag("[range]")],
+    Annotated[list[Any], Field(min_length=1), Tag("[values]")] | Annotated[Range, Tag("[section]")],
     Discriminator(_kind),
 ]
 
@@ -184,7 +184,7 @@ class SearchConfig(Section):
 
 
 class NetworkConfig(Section):
-    """A feature network beside the FID Inception, since one alone can misrank (arXiv 2604.28190)."""
+    """A feature network other than the FID Inception, since one alone can misrank (arXiv 2604.28190)."""
 
     kind: Literal["efficientnet-lite0", "transformers", "torchscript"] = Field(
         "efficientnet-lite0",
@@ -218,6 +218,12 @@ class NetworkConfig(Section):
         return self
 
 
+Network = Annotated[
+    Annotated[str, Tag("[values]")] | Annotated[NetworkConfig, Tag("[section]")],
+    Discriminator(_kind),
+]
+
+
 class EvaluateConfig(Section):
     """How a checkpoint is sampled and measured."""
 
@@ -227,13 +233,16 @@ class EvaluateConfig(Section):
     num_samples: int = Field(96, ge=2, description="pictures for a score, at most two a caption")
     inference_steps: Positive = Field(12, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
-    batch_size: Positive = Field(32, description="pictures sampled at once by an actor")
+    batch_size: Positive = Field(
+        16, description="pictures sampled at once by an actor; whole batches are dealt to the actors"
+    )
     num_actors: Positive = Field(2, description="evaluators, alive for the whole run")
     use_gpu: bool = Field(False, description="one GPU an evaluator")
     seed: int = Field(0, description="of the initial noise, the same for every checkpoint")
-    feature_network: str = Field(
+    feature_network: Network = Field(
         ".cache/inception-2015-12-05.pt",
-        description="TorchScript file of the FID Inception network; its digest is checked",
+        description="ranks: TorchScript file of the FID Inception network, whose digest is checked; or any "
+        "other one, written as second_network is",
     )
     second_network: NetworkConfig | None = Field(
         NetworkConfig(), description="shown beside it, and told where they disagree; null: none"
@@ -258,6 +267,8 @@ class EvaluateConfig(Section):
     def _makes_sense(self) -> "EvaluateConfig":
         if self.bootstrap == 1:
             raise ValueError("bootstrap: one resample has no spread; give 0 (no errors) or at least 2")
+        if self.feature_network == self.second_network:
+            raise ValueError("second_network: the same as feature_network; name another one, or give null")
         if self.clip_revision and not self.clip:
             raise ValueError("clip_revision needs clip")
         return self

@@ -21,6 +21,7 @@ from ray_jobs.metrics.feature_network import (
 # sha256 of the safetensors file that scripts/fetch_efficientnet.py writes.
 DIGEST = "162cab1588fef51b5c21ded8c39f300b7865dc4826c4adb0db094486ac452864"
 NAME = "efficientnet-lite0"
+FIELD = "evaluate.second_network.path"  # the setting that names the file
 # Kernel size, stride of the first, expansion, channels and number of the blocks of each stage.
 STAGES = (
     (3, 1, 1, 16, 1),
@@ -118,14 +119,21 @@ class EfficientNet(FeatureNetwork):
         return self.module.classifier(features.to(self.device)).softmax(dim=1).float().cpu()
 
 
-def load_efficientnet(path: str | Path, device: str | torch.device = "cpu") -> EfficientNet:
+def read_efficientnet(path: str | Path, field: str = FIELD) -> tuple[bytes, str]:
+    """The file's bytes and their digest; errors as of `load_efficientnet`."""
+    return read_checked(Path(path), field=field, mend="`make setup` fetches it", allowed={DIGEST})
+
+
+def load_efficientnet(
+    path: str | Path, device: str | torch.device = "cpu", *, field: str = FIELD
+) -> EfficientNet:
     """Read the network from the safetensors file that `make setup` fetches.
 
     Raises:
         ValueError: if the file is missing or another one than it should be.
     """
     device = torch.device(device)
-    content, digest = read_checked(Path(path), "`make setup` fetches it", {DIGEST})
+    content, digest = read_efficientnet(path, field)
     module = EfficientNetLite0()
     module.load_state_dict(load(content))
     freeze(module, device)

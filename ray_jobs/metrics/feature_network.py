@@ -85,26 +85,34 @@ def require_pictures(images: torch.Tensor) -> None:
         raise ValueError(f"images: uint8, N x 3 x H x W; not {images.dtype}, {tuple(images.shape)}")
 
 
-def read_checked(path: Path, fetched_by: str, allowed: set[str]) -> tuple[bytes, str]:
+def read_checked(path: Path, *, field: str, mend: str, allowed: set[str]) -> tuple[bytes, str]:
     """A file's bytes and their sha256; only from these bytes may a network then be loaded, so that the file
     cannot change in between.
 
     Args:
-        fetched_by: what a person is told to do about a missing or a wrong file.
+        field: the setting that names the file.
+        mend: what a person is told to do about a missing or a wrong file.
         allowed: digests, one of which the file has.
 
     Raises:
         ValueError: if the file is missing, or is another one.
     """
     if not path.is_file():
-        raise ValueError(f"evaluate.feature_network: no such file: {path}; {fetched_by}")
+        raise ValueError(f"{field}: {path}: no such file; {mend}")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest not in allowed:
-        raise ValueError(
-            f"evaluate.feature_network: {path} is not a known feature network (sha256 {digest}); {fetched_by}"
-        )
+        raise ValueError(f"{field}: {path} is not a known feature network (sha256 {digest}); {mend}")
     return content, digest
+
+
+def require_digest(path: str, digest: str, expected: str | None, field: str) -> None:
+    """Raises ValueError if a network has another digest than `<field without .path>.sha256` says."""
+    if expected and expected.lower() != digest:
+        raise ValueError(
+            f"{field.removesuffix('.path')}.sha256: {path} has {digest}, not {expected}; take the file that "
+            "is meant, or correct the digest"
+        )
 
 
 def freeze(module: torch.nn.Module, device: torch.device) -> None:

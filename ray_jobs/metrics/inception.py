@@ -13,6 +13,7 @@ from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, read_checke
 KNOWN_NETWORKS = {
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "inception-2015-12-05",
 }
+FIELD = "evaluate.feature_network"  # the setting that names the file
 INPUT_SIZE = 299
 NUM_FEATURES = 2048
 
@@ -59,14 +60,19 @@ class Inception(FeatureNetwork):
         return self.module(pixels)
 
 
-def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Inception:
+def read_inception(path: str | Path, field: str = FIELD) -> tuple[bytes, str]:
+    """The file's bytes and their digest; errors as of `load_inception`."""
+    return read_checked(Path(path), field=field, mend="`make setup` fetches it", allowed=set(KNOWN_NETWORKS))
+
+
+def load_inception(path: str | Path, device: str | torch.device = "cpu", *, field: str = FIELD) -> Inception:
     """Read the network from a TorchScript file whose digest is known.
 
     Raises:
         ValueError: if the file is missing or another one than it should be; it is then not loaded.
     """
     device = torch.device(device)
-    content, digest = read_checked(Path(path), "`make setup` fetches it", set(KNOWN_NETWORKS))
+    content, digest = read_inception(path, field)
     module = torch.jit.load(io.BytesIO(content), map_location=device)
     freeze(module, device)
     return Inception(KNOWN_NETWORKS[digest], digest, device, NUM_FEATURES, module)

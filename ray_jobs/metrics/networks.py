@@ -8,10 +8,16 @@ from typing import Literal
 
 import torch
 
-from ray_jobs.metrics.efficientnet import load_efficientnet
-from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing, freeze, read_checked
-from ray_jobs.metrics.inception import load_inception
-from ray_jobs.metrics.vision_model import load_vision_model
+from ray_jobs.metrics.efficientnet import load_efficientnet, read_efficientnet
+from ray_jobs.metrics.feature_network import (
+    FeatureNetwork,
+    Preprocessing,
+    freeze,
+    read_checked,
+    require_digest,
+)
+from ray_jobs.metrics.inception import load_inception, read_inception
+from ray_jobs.metrics.vision_model import check_vision_model, load_vision_model
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class NetworkSpec:
         name: of `torchscript`, for the record beside its scores.
         preprocessing: of `torchscript`: the input that it was trained on.
         revision: of `transformers`, on the hub.
+        field: the setting that names the path.
     """
 
     kind: Literal["inception", "efficientnet-lite0", "transformers", "torchscript"]
@@ -35,6 +42,27 @@ class NetworkSpec:
     name: str | None = None
     preprocessing: Preprocessing | None = None
     revision: str | None = None
+    field: str = "evaluate.second_network.path"
+
+
+def check_network(spec: NetworkSpec) -> None:
+    """Look whether a network's files are there and are the ones that are meant; nothing is loaded.
+
+    Raises:
+        ValueError: as `load_network`, as far as that can be told from the files.
+    """
+    match spec.kind:
+        case "inception":
+            _, digest = read_inception(spec.path, spec.field)
+        case "efficientnet-lite0":
+            _, digest = read_efficientnet(spec.path, spec.field)
+        case "transformers":
+            check_vision_model(spec.path, revision=spec.revision, sha256=spec.sha256, field=spec.field)
+            return
+        case "torchscript":
+            _read_torchscript(spec)
+            return
+    require_digest(spec.path, digest, spec.sha256, spec.field)
 
 
 def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> FeatureNetwork:
@@ -46,18 +74,14 @@ def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> Featu
     network: FeatureNetwork
     match spec.kind:
         case "inception":
-            network = load_inception(spec.path, device)
+            network = load_inception(spec.path, device, field=spec.field)
         case "efficientnet-lite0":
-            network = load_efficientnet(spec.path, device)
+            network = load_efficientnet(spec.path, device, field=spec.field)
         case "transformers":
-            network = load_vision_model(spec.path, device, revision=spec.revision)
+            network = load_vision_model(spec.path, device, revision=spec.revision, field=spec.field)
         case "torchscript":
             return _load_torchscript(spec, torch.device(device))
-    if spec.sha256 not in (None, network.digest):
-        raise ValueError(
-            f"feature_network.sha256: {spec.path} has {network.digest}, not {spec.sha256}; take the file that"
-            " is meant, or correct the digest"
-        )
+    require_digest(spec.path, network.digest, spec.sha256, spec.field)
     return network
 
 
@@ -67,24 +91,30 @@ class TorchScript(FeatureNetwork):
 
     module: torch.jit.ScriptModule
     preprocessing: Preprocessing
+    field: str  # the setting that names it
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         features = self.module(self.preprocessing(images))
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
             found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-            raise ValueError(f"feature_network: {self.name} must give N x D features, not {found}")
+            raise ValueError(f"{self.field}: {self.name} must give N x D features, not {found}")
         return features
 
 
+def _read_torchscript(spec: NetworkSpec) -> tuple[bytes, str]:
+    assert spec.sha256
+    section = spec.field.removesuffix(".path")
+    mend = f"take the file whose digest {section}.sha256 is, or correct that"
+    return read_checked(Path(spec.path), field=spec.field, mend=mend, allowed={spec.sha256.lower()})
+
+
 def _load_torchscript(spec: NetworkSpec, device: torch.device) -> TorchScript:
-    assert spec.sha256 and spec.name and spec.preprocessing
-    content, digest = read_checked(
-        Path(spec.path), "feature_network.sha256 is not its digest", {spec.sha256.lower()}
-    )
+    assert spec.name and spec.preprocessing
+    content, digest = _read_torchscript(spec)
     module = torch.jit.load(io.BytesIO(content), map_location=device)
     freeze(module, device)
     # How a picture is prepared is not in the file, and changes its features.
     whole = hashlib.sha256(f"{digest} {spec.preprocessing}".encode()).hexdigest()
     black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing)
+    network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing, spec.field)
     return replace(network, num_features=network.features(black).shape[1])

@@ -1,8 +1,9 @@
 """Who wins, when measured numbers have errors. Pure Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ def winner(candidates: Sequence[Candidate]) -> int:
             raise ValueError(f"candidates: {candidate} has a difference or an error that is no number")
     tied = [i for i, candidate in enumerate(candidates) if is_tie(candidate)]
     return min(tied, key=lambda i: (candidates[i].steps, candidates[i].behind))
+
+
+def require_comparable(rows: Sequence[Mapping[str, Any]], *fields: str) -> None:
+    """Raises ValueError if rows of scores differ in one of these fields.
+
+    Rows that lack it, of former versions of this program, are not looked at.
+    """
+    for field in fields:
+        found = {str(row[field]) for row in rows if row.get(field) is not None}
+        if len(found) > 1:
+            raise ValueError(
+                f"{field}: scores of {' and '.join(sorted(found))} do not compare; delete the rows of one of"
+                " them, so that they are measured again"
+            )
 
 
 def enough_samples(num_features: int) -> int:

@@ -4,16 +4,20 @@ From a folder or a hub name, weights as safetensors only; no code that comes wit
 """
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ray_jobs.metrics.feature_network import FeatureNetwork, freeze
+from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, require_digest
 
 # What a model's features depend on; the rest of a repository (other formats, pictures) is not fetched.
 FILES = ("*.json", "*.txt", "*.safetensors")
+# Settings that name a model.
+FIELD, CLIP_FIELD = "evaluate.second_network.path", "evaluate.clip"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +32,13 @@ class VisionModel(FeatureNetwork):
     processor: Any  # of pictures
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        pooled = self.module(pixel_values=self._pixels(images)).pooler_output
-        if pooled is None:
-            raise ValueError(
-                f"evaluate.feature_network: {self.name} has no pooled output; take another model"
-            )
-        return pooled
+        return self.module(pixel_values=self._pixels(images)).pooler_output
+
+    def has_pooled_output(self) -> bool:
+        with torch.inference_mode():
+            black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+            found = self.module(pixel_values=self._pixels(black))
+        return getattr(found, "pooler_output", None) is not None
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         pictures = [picture.numpy() for picture in images.cpu()]
@@ -63,23 +68,48 @@ class Clip(VisionModel):
         return self.module.get_text_features(**tokens).pooler_output.float().cpu()
 
 
+def check_vision_model(
+    path: str, *, revision: str | None = None, sha256: str | None = None, field: str = FIELD
+) -> str:
+    """Look at a model's files without its weights; of a hub name only its configuration is fetched.
+
+    Args:
+        sha256: what the digest of a folder must be.
+
+    Returns:
+        The type of the model, as transformers names it.
+
+    Raises:
+        ValueError: as `load_vision_model`, as far as that can be told.
+    """
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, ("*.json",))
+    if folder == Path(path):
+        _require_safetensors(folder, field)
+        if sha256:
+            require_digest(path, model_digest(folder), sha256, field)
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{field}: {path}: has no config.json that names a model_type") from None
+
+
 def load_vision_model(
-    path: str, device: str | torch.device = "cpu", *, revision: str | None = None
+    path: str, device: str | torch.device = "cpu", *, revision: str | None = None, field: str = FIELD
 ) -> VisionModel:
     """A vision model in float32; a `Clip` where the folder holds a whole CLIPModel.
 
     Args:
         path: folder, or hub name.
         revision: of a hub name; a commit keeps a score's network what it was.
+        field: the setting that names it.
 
     Raises:
-        ValueError: if it is neither, has no safetensors, or lacks weights.
+        ValueError: if it is neither, has no safetensors, lacks weights, or has no pooled output.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision)
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"evaluate.feature_network: {path}: no safetensors file; no other format is read")
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, FILES)
+    _require_safetensors(folder, field)
     is_clip = AutoConfig.from_pretrained(folder).model_type == "clip"
     kind = CLIPModel if is_clip else AutoModel
     module, loading = kind.from_pretrained(
@@ -87,15 +117,28 @@ def load_vision_model(
     )
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ValueError(f"evaluate.feature_network: {path}: its weights lack {missing}")
+        raise ValueError(f"{field}: {path}: its weights lack {missing}")
     freeze(module, torch.device(device))
     name = folder.name if folder == Path(path) else path
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    common = (name, _digest(folder), torch.device(device))
+    common = (name, model_digest(folder), torch.device(device))
     if is_clip:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         return Clip(*common, module.config.projection_dim, module, processor, tokenizer)
-    return VisionModel(*common, module.config.hidden_size, module, processor)
+    network = VisionModel(*common, module.config.hidden_size, module, processor)
+    if not network.has_pooled_output():
+        raise ValueError(f"{field}: {path} has no pooled output; take another model")
+    return network
+
+
+def check_clip(path: str, *, revision: str | None = None) -> None:
+    """As `check_vision_model`.
+
+    Raises:
+        ValueError: as there, or if it is no CLIPModel.
+    """
+    if check_vision_model(path, revision=revision, field=CLIP_FIELD) != "clip":
+        raise _no_clip(path)
 
 
 def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> Clip:
@@ -104,28 +147,35 @@ def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | 
     Raises:
         ValueError: as there, or if it is no CLIPModel.
     """
-    model = load_vision_model(path, device, revision=revision)
+    model = load_vision_model(path, device, revision=revision, field=CLIP_FIELD)
     if not isinstance(model, Clip):
-        raise ValueError(
-            f"evaluate.clip: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14"
-        )
+        raise _no_clip(path)
     return model
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _no_clip(path: str) -> ValueError:
+    return ValueError(
+        f"{CLIP_FIELD}: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14"
+    )
+
+
+def _require_safetensors(folder: Path, field: str) -> None:
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{field}: {folder}: no safetensors file; no other format is read")
+
+
+def _downloaded(name: str, revision: str | None, field: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"evaluate.feature_network: {name}: neither a folder nor a name of the hub ({reason})"
-        ) from None
+        raise ValueError(f"{field}: {name}: neither a folder nor a name of the hub ({reason})") from None
 
 
-def _digest(folder: Path) -> str:
+def model_digest(folder: Path) -> str:
     """The sha256 of the weights, the architecture, the image processor and the tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):

@@ -18,7 +18,7 @@ from ray_jobs.report.pictures import (
     strip_section,
 )
 from ray_jobs.report.svg import number
-from ray_jobs.report.tables import Spent, costs_section, rungs_table, scores
+from ray_jobs.report.tables import Spent, costs_section, guidance_table, rungs_table, scores
 from ray_jobs.report.verdict import headline, notes, second_network
 
 TEMPLATE = Path(__file__).parents[1] / "report.html"
@@ -38,6 +38,7 @@ def write_report(
     memorisation: Memorisation | None = None,
     subjects: Sequence[SubjectPictures] = (),
     spent: Spent | None = None,
+    guidance: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page of a run. A part whose data are missing is left out.
 
@@ -56,6 +57,7 @@ def write_report(
         memorisation: samples beside their nearest training pictures.
         subjects: of a DreamBooth run.
         spent: what the search took.
+        guidance: rows of `results` at each guidance scale that was tried, with `guidance_scale`.
 
     Returns:
         One HTML document, to be written as UTF-8.
@@ -81,6 +83,7 @@ def write_report(
             for each in notes(winner, results, enough_samples)
         ),
         rungs=rungs_table(results),
+        guidance=guidance_table(guidance, winner),
         losses=loss_section(winner, results),
         memorisation=memorisation_section(memorisation),
         subjects=subjects_section(subjects),

@@ -120,6 +120,28 @@ def rungs_table(results: Rows) -> str:
     return table(("learning rate", "step", *(head for head, _, _ in shown), "trial"), rows, "numbers rungs")
 
 
+def guidance_table(tried: Rows, winner: dict[str, Any]) -> str:
+    """The guidance scales that were tried on the best rung of each trial; empty where there were none."""
+    if not tried:
+        return ""
+    chosen = winner["trial_id"], winner["step"], winner.get("guidance_scale")
+    rows = [
+        (
+            row["trial_id"],
+            f"{row['step']:,}",
+            f"{row['guidance_scale']:g}"
+            + (" ★" if (row["trial_id"], row["step"], row["guidance_scale"]) == chosen else ""),
+            *(
+                number(finite(row, key), digits, finite(row, f"{key}_error"))
+                for key, digits in (("fid", 1), ("kid", 4), ("fid_2", 2))
+            ),
+        )
+        for row in tried
+    ]
+    head = ("trial", "step", "guidance scale", "FID", "KID", "second network")
+    return "<h3>Guidance scales</h3>" + table(head, rows, "numbers")
+
+
 def costs_section(spent: Spent | None) -> str:
     """What each trial took, and what stopping it saved; empty without data."""
     if spent is None or not spent.trials:

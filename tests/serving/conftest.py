@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from ray_jobs.config import Config, EvaluateConfig, resolve_path
+from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
@@ -56,9 +56,9 @@ def config(storage: Path, tiny_model: Path, key: str) -> Config:
 
 def reference() -> dict[str, np.ndarray]:
     """Features as publish leaves them, of no pictures in particular."""
-    from ray_jobs.metrics.inception import load_inception
+    from ray_jobs.feature_networks import load_first
 
-    network = load_inception(resolve_path(EvaluateConfig().feature_network)).identity
+    network = load_first(EvaluateConfig()).identity
     drawn = np.random.default_rng(0).random((24, 2048), dtype=np.float32)
     return {f"{network}/validation": drawn, f"{network}/training": drawn[::-1].copy()}
 

@@ -1,10 +1,16 @@
 """A wrong configuration is refused with one line that names the field or file and the fix."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
-from ray_jobs.config import ConfigError, load_config
+from ray_jobs.config import (
+    ConfigError,
+    add_budget_arguments,
+    add_config_arguments,
+    load_config,
+)
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -22,6 +28,11 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
             "evaluate.second_network={kind: torchscript, sha256: a, name: a}",
             "size: kind torchscript needs it",
         ),
+        (
+            "evaluate.feature_network={kind: efficientnet-lite0}",
+            "second_network: the same as feature_network; name another one, or give null",
+        ),
+        ("evaluate.feature_network={revision: main}", "evaluate.feature_network: revision: only kind"),
         ("evaluate.second_network={name: a}", "name: only kind torchscript has it; remove it"),
         ("evaluate.second_network={interpolation: bicubic}", "interpolation: only kind torchscript has it"),
         ("evaluate.second_network={revision: main}", "revision: only kind transformers has it; remove it"),
@@ -140,3 +151,22 @@ def test_what_the_stages_read_is_checked_first(override: str, field: str) -> Non
     check_inputs(load_config(DEMO))
     with pytest.raises(ConfigError, match=field):
         check_inputs(load_config(DEMO, [override]))
+
+
+def test_the_budget_can_be_given_on_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    add_budget_arguments(parser)
+    given = ["--config", str(DEMO), "--max-steps", "480", "--max-hours", "1.5", "--set", "seed=7"]
+    arguments = parser.parse_args([*given, "--max-cost", "20", "--set", "search.device_hour_price=2.5"])
+    config = load_config(arguments.config, arguments.overrides)
+    search = config.search
+    assert (search.max_steps, search.max_hours, search.max_cost, config.seed) == (480, 1.5, 20, 7)
+    cost = parser.parse_args(["--config", str(DEMO), "--max-cost", "20"])
+    with pytest.raises(ConfigError, match="max_cost needs device_hour_price"):
+        load_config(cost.config, cost.overrides)
+    none = parser.parse_args(["--config", str(DEMO)])
+    assert none.overrides == [], "what another parsing was given does not stay"
+    steps = parser.parse_args(["--config", str(DEMO), "--max-steps", "many"])
+    with pytest.raises(ConfigError, match=r"search\.max_steps: .*'many'"):
+        load_config(steps.config, steps.overrides)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.images import encode_png
-from ray_jobs.evaluator import Evaluator, Kept
+from ray_jobs.diffusion import loading
+from ray_jobs.evaluate import dealt
+from ray_jobs.evaluator import Evaluator, Kept, join
+from ray_jobs.feature_networks import Networks, load_networks
 from ray_jobs.measures import (
     Features,
-    Networks,
     Real,
     further,
-    load_networks,
     near_copies,
     scores_of,
 )
@@ -25,6 +27,7 @@ from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
+from tests.serving.conftest import save_adapters
 from tests.unit.test_metrics_networks import noise
 
 COLOURS = "colours@sha256:000000000000"
@@ -181,6 +184,38 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     assert found.copies is not None and len(found.copies.nearest) == 6
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_actors", [1, 2, 3, 5])
+def test_actors_are_dealt_whole_batches_that_are_the_same_however_many_they_are(
+    count: int, num_actors: int
+) -> None:
+    items = range(4 * count - 3)
+    shares = dealt(items, num_actors, batch_size=4)
+    assert len(shares) == min(num_actors, count) and all(shares)
+    batches = [list(share[i : i + 4]) for share in shares for i in range(0, len(share), 4)]
+    assert batches == [list(items[i : i + 4]) for i in range(0, len(items), 4)]
+    assert dealt([], num_actors, batch_size=4) == []
+
+
+def test_scores_do_not_depend_on_the_number_of_actors(evaluator: Evaluator) -> None:
+    """Thirteen pictures, which three actors do not share evenly: the very same features and scores."""
+    numbers = range(13)
+    found = []
+    for num_actors in (1, 3):
+        shares = dealt(numbers, num_actors, evaluator.config.evaluate.batch_size)
+        assert [len(share) for share in shares] == ([13] if num_actors == 1 else [4, 4, 5])
+        parts = [
+            evaluator.sample_features(None, [CAPTIONS[i % 3] for i in share], list(share)) for share in shares
+        ]
+        pictures = [encode_png(np.asarray(each.permute(1, 2, 0))) for each in noise(13, 64, 64)]
+        of_real = dealt(pictures, num_actors, evaluator.config.evaluate.batch_size)
+        real = join(tuple(evaluator.picture_features(list(share)) for share in of_real))
+        found.append((join(tuple(parts))[COLOURS], evaluator.score(Real.of(real), None, *parts)))
+    (one, scores), (three, same) = found
+    np.testing.assert_array_equal(one, three)
+    assert scores == same
+
+
 def test_guidance_of_a_call_takes_the_place_of_the_configured_one(evaluator: Evaluator) -> None:
     plain, same, other = (
         evaluator.sample_pictures(None, CAPTIONS, [0, 1, 2], scale) for scale in (None, 3.0, 1.0)
@@ -190,6 +225,40 @@ def test_guidance_of_a_call_takes_the_place_of_the_configured_one(evaluator: Eva
     given = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], guidance_scale=1.0)
     configured = evaluator.sample_features(None, CAPTIONS, [0, 1, 2])
     assert not np.array_equal(given[COLOURS], configured[COLOURS])
+
+
+def test_the_base_is_loaded_once_for_many_checkpoints(
+    evaluator: Evaluator, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = [str(save_adapters(tiny_model, tmp_path / str(seed), seed)) for seed in (0, 1)]
+    loads, real = [], loading.load_pipeline
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loads.append(arguments)
+        return real(*arguments, **options)
+
+    def frozen() -> dict[str, int]:
+        parts = {
+            name: part for name, part in evaluator.base.components.items() if hasattr(part, "parameters")
+        }
+        return {
+            f"{name}.{key.replace('.base_layer', '')}": value.data_ptr()
+            for name, part in parts.items()
+            for key, value in part.named_parameters()
+            if ".lora_" not in key
+        }
+
+    evaluator._use(None)
+    monkeypatch.setattr(loading, "load_pipeline", counted)
+    before, pipeline = frozen(), evaluator.pipeline
+    assert len(before) > 50
+    drawn = []
+    for weights in (None, checkpoints[0], checkpoints[1], checkpoints[0], None):
+        drawn.append(evaluator.sample_pictures(weights, CAPTIONS, [0, 1, 2]))
+        assert evaluator.pipeline is pipeline and frozen() == before, "its weights are the same memory"
+    assert not loads
+    assert drawn[0] == drawn[4] and drawn[1] == drawn[3]
+    assert len({tuple(pictures) for pictures in drawn}) == 3
 
 
 def test_kept_pictures_and_features_lie_beside_the_checkpoint(evaluator: Evaluator, tmp_path: Path) -> None:

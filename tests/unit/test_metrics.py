@@ -133,7 +133,9 @@ def test_resizing_a_picture_equals_the_values_worked_out_by_hand() -> None:
 
 
 def test_a_missing_network_names_the_field_and_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"evaluate\.feature_network: no such file: .*`make setup`"):
+    with pytest.raises(
+        ValueError, match=r"evaluate\.feature_network: .*absent\.pt: no such file; `make setup`"
+    ):
         load_inception(tmp_path / "absent.pt")
 
 

@@ -1,7 +1,6 @@
 """Feature networks: each from its specification, by its digest, on the input that it was trained on."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,34 +42,6 @@ def efficientnet() -> EfficientNet:
     network = load_network(NetworkSpec("efficientnet-lite0", str(LITE0)))
     assert isinstance(network, EfficientNet)
     return network
-
-
-@pytest.fixture(scope="module")
-def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dino")
-    config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    square = {"height": SIDE, "width": SIDE}
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A TorchScript file that gives a picture's mean of each channel, and its digest."""
-
-    class ChannelMeans(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return pixels.mean(dim=(2, 3))
-
-    path = tmp_path / "means.pt"
-    torch.jit.script(ChannelMeans()).save(str(path))
-    yield path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 PLAIN = Preprocessing(8, "bilinear", mean=(100, 50, 0), std=(10, 20, 50))
@@ -137,7 +108,7 @@ def test_a_weights_file_with_one_byte_changed_is_refused(tmp_path: Path) -> None
 def test_a_digest_that_the_user_gave_must_be_the_networks(dino_folder: Path) -> None:
     digest = load_network(NetworkSpec("transformers", str(dino_folder))).digest
     assert load_network(NetworkSpec("transformers", str(dino_folder), sha256=digest)).digest == digest
-    with pytest.raises(ValueError, match=r"feature_network\.sha256: .* has [0-9a-f]{64}, not 00"):
+    with pytest.raises(ValueError, match=r"evaluate\.second_network\.sha256: .* has [0-9a-f]{64}, not 00"):
         load_network(NetworkSpec("transformers", str(dino_folder), sha256="00"))
 
 
@@ -157,7 +128,9 @@ def test_torchscript_that_the_user_vouches_for_measures_what_it_says(script: tup
 def test_torchscript_is_not_loaded_if_its_bytes_are_others(tmp_path: Path) -> None:
     path = tmp_path / "code.pt"
     path.write_bytes(b"no TorchScript, so that loading it would be another error")
-    with pytest.raises(ValueError, match=r"not a known feature network .*feature_network\.sha256"):
+    with pytest.raises(
+        ValueError, match=r"second_network\.path: .* not a known feature network .*second_network\.sha256"
+    ):
         load_network(NetworkSpec("torchscript", str(path), "00", "code", PLAIN))
 
 

@@ -169,6 +169,20 @@ def measured(**changes: Any) -> str:
     return report(**{"results": results, **changes})
 
 
+def test_the_guidance_scales_that_were_tried_are_a_table() -> None:
+    assert "Guidance scales" not in report()
+    winning = {"trial_id": WINNER["trial_id"], "step": WINNER["step"]}
+    row = next(row for row in RESULTS if row | winning == row)
+    tried = [
+        row | {"guidance_scale": scale, "fid": fid, "fid_error": 1.5, "kid": 0.0123}
+        for scale, fid in ((1.5, 77.7), (3.0, 88.8))
+    ]
+    page = report(guidance=tried, winner=WINNER | {"guidance_scale": 1.5})
+    section = page[page.index("Guidance scales") :].partition("</table>")[0]
+    assert "1.5 ★" in section and "3 ★" not in section
+    assert "77.7 ± 1.5" in section and "88.8 ± 1.5" in section and "0.0123" in section
+
+
 def test_points_have_their_error_and_the_last_of_a_stopped_trial_a_cross() -> None:
     html = measured()
     assert "0.0003, 400 steps: 99.5 ± 2.0" in html

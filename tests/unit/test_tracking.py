@@ -181,6 +181,22 @@ def test_the_fid_of_each_rung_is_shown_once_at_its_step(config: Config) -> None:
     assert history(config, runs(config)[0], "validation/fid") == [(4, 99.5)]
 
 
+def test_all_that_a_rung_was_measured_by_is_shown_at_its_step(config: Config) -> None:
+    scores = {"fid": 99.5, "fid_error": 2.0, "kid": 0.02, "kid_error": 0.001, "fid_2": 3.5}
+    rows: list[dict[str, Any]] = [{"trial_id": TRIAL, "step": 2, "validation_loss": 0.25, **scores}]
+    rows[0]["fid_2_error"] = None  # without evaluate.bootstrap
+    rows.append({"trial_id": TRIAL, "step": 4, "fid": 98.0, "kid": float("nan")})
+    checkpoint(config, 1, 4, rung=True)
+    looking = mirror(config, lambda: rows)
+    looking.look()
+    mirror(config, lambda: rows).look()
+    [run] = runs(config)
+    expected = {f"validation/{name}": [(2, value)] for name, value in scores.items()}
+    expected |= {"validation/loss": [(2, 0.25)], "validation/fid_2_error": []}
+    expected["validation/fid"].append((4, 98.0))
+    assert {name: history(config, run, name) for name in expected} == expected
+
+
 def with_pictures(config: Config, step: int) -> dict[str, Any]:
     """A measured rung that has kept a picture."""
     folder = checkpoint(config, 1, step, rung=True).child(f"step-{step:08d}")

@@ -1,0 +1,84 @@
+"""The feature networks that a configuration names: looked at before a run starts, loaded where they work."""
+
+from dataclasses import dataclass
+
+from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig, resolve_path
+from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
+from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
+from ray_jobs.metrics.vision_model import Clip, check_clip, load_clip
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The feature networks of a run: the one that decides, the second one, and CLIP, where there are such."""
+
+    first: FeatureNetwork
+    second: FeatureNetwork | None = None
+    clip: Clip | None = None
+
+    @property
+    def ranking(self) -> list[FeatureNetwork]:
+        """Those that score every rung."""
+        return [network for network in (self.first, self.second) if network]
+
+    @property
+    def all(self) -> list[FeatureNetwork]:
+        return [*self.ranking, *([self.clip] if self.clip else [])]
+
+
+def check_networks(evaluate: EvaluateConfig) -> None:
+    """Look at the files of all networks, so that a wrong one costs seconds and not a traceback after prepare.
+
+    Raises:
+        ConfigError: one is missing, or another one than it should be; names the field.
+    """
+    try:
+        for spec in (_first(evaluate), _second(evaluate)):
+            if spec:
+                check_network(spec)
+        if evaluate.clip:
+            check_clip(resolve_path(evaluate.clip), revision=evaluate.clip_revision)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load_first(evaluate: EvaluateConfig, device: str = "cpu") -> FeatureNetwork:
+    """The network that decides; errors as of `load_networks`."""
+    return load_network(_first(evaluate), device)
+
+
+def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
+    """The networks that are configured.
+
+    Raises:
+        ValueError: a file is missing, or another one than it should be.
+    """
+    second, clip = _second(evaluate), None
+    if evaluate.clip:
+        clip = load_clip(resolve_path(evaluate.clip), device, revision=evaluate.clip_revision)
+    return Networks(load_first(evaluate, device), load_network(second, device) if second else None, clip)
+
+
+def _first(evaluate: EvaluateConfig) -> NetworkSpec:
+    if isinstance(network := evaluate.feature_network, str):
+        return NetworkSpec("inception", resolve_path(network), field="evaluate.feature_network")
+    return _spec("evaluate.feature_network", network)
+
+
+def _second(evaluate: EvaluateConfig) -> NetworkSpec | None:
+    return _spec("evaluate.second_network", evaluate.second_network) if evaluate.second_network else None
+
+
+def _spec(field: str, network: NetworkConfig) -> NetworkSpec:
+    prepared = None
+    if network.size and network.mean and network.std:
+        prepared = Preprocessing(network.size, network.interpolation, network.mean, network.std)
+    return NetworkSpec(
+        network.kind,
+        resolve_path(network.path),
+        network.sha256,
+        network.name,
+        prepared,
+        network.revision,
+        field=f"{field}.path",
+    )

@@ -1,0 +1,215 @@
+"""The pool of evaluators on a few drawn pictures: what is shared, kept, chosen and published."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from cluster.connect import LocalCluster
+from cluster.storage import Storage
+from ray_jobs.compare import Version, compare
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.evaluate import REAL_FEATURES, EvaluatorPool, evaluators
+from ray_jobs.guidance import MEASURED, choose_guidance
+from ray_jobs.publish import publish
+from ray_jobs.search_results import SearchResult, choose
+from ray_jobs.subjects import measure_subjects
+from ray_jobs.test_split import read_records
+from ray_jobs.training.checkpoint import Rung, folder_of
+from tests.conftest import captions, draw
+from tests.ray.test_training import tiny_config
+from tests.serving.conftest import save_adapters
+from tests.small_set import PICTURES, small_set
+
+STEP = 2
+SETTINGS = (
+    "data.folds=2",
+    "evaluate={num_samples: 11, inference_steps: 2, batch_size: 4, bootstrap: 3, num_actors: 2, "
+    "second_network: null, memorisation_pictures: 8, subject_samples: 4, guidance_scale: 2.0}",
+    "publish={sample_count: 2}",
+)
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_model: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Config]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield tiny_config(tiny_model, picture_folder, tmp_path_factory.mktemp("evaluators"), *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config) -> Dataset:
+    return small_set(Storage.open(config.storage).child(config.name, "dataset"))
+
+
+@pytest.fixture(scope="module")
+def started(ray_cluster: LocalCluster, config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
+    with evaluators(config, dataset) as pool:
+        yield pool
+
+
+def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int = 2) -> EvaluatorPool:
+    """A pool of the same actors that has loaded nothing."""
+    pool = copy.copy(started)
+    pool.config, pool.actors = config or started.config, started.actors[:num_actors]
+    pool.captions, pool._real, pool._training = {}, {}, {}
+    return pool
+
+
+@pytest.fixture(scope="module")
+def rows(config: Config, started: EvaluatorPool, tiny_model: Path) -> list[dict[str, Any]]:
+    """Two trials of one rung each, as a search has measured them."""
+    pool, found = fresh(started), []
+    pool.load("validation")
+    for seed, trial in enumerate(("lr-0.001", "lr-0.0001")):
+        folder = Storage.open(config.storage).child(config.name, "train", trial, folder_of(STEP))
+        save_adapters(tiny_model, Path(folder.uri) / "weights", seed)
+        folder.write_text("progress.json", json.dumps({"step": STEP, "why": "rung", "world_size": 1}))
+        folder.write_text("complete-0000-of-0001", "{}")
+        scores = pool.score(Rung(folder.uri, {}).weights, "validation", folder)
+        row = {"trial_id": trial, "learning_rate": float(trial[3:]), "step": STEP, "checkpoint": folder.uri}
+        row |= {"seconds": 1.0, "train_loss": 0.1, "images_per_second": 1.0, "settings": {}}
+        found.append(row | scores.row() | scores.origin)
+    return found
+
+
+def test_a_score_does_not_depend_on_the_number_of_evaluators(started: EvaluatorPool) -> None:
+    """Eleven pictures in batches of four."""
+    scores = []
+    for num_actors in (1, 2):
+        pool = fresh(started, num_actors=num_actors)
+        pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
+        pool.load("validation")
+        assert [len(seeds) for _, _, seeds in pool._tasks("validation")] == [[11], [4, 7]][num_actors - 1]
+        scores.append(pool.score(None, "validation"))
+    assert scores[0] == scores[1]
+
+
+def test_features_of_real_pictures_are_measured_once_and_found_by_their_digest(
+    config: Config, dataset: Dataset, started: EvaluatorPool
+) -> None:
+    folder = Storage.open(config.storage).child(REAL_FEATURES)
+    pictures = [row["image"] for row in dataset.pictures("train", 3)]
+    before = set(folder.files())
+    measured = started._measure_real(pictures)
+    [file] = set(folder.files()) - before
+    marked = {network: values + 1 for network, values in load(folder.read_bytes(file)).items()}
+    folder.write_bytes(file, save(marked))
+    again = fresh(started)._measure_real(pictures)  # of another start
+    for network, values in again.items():
+        np.testing.assert_array_equal(values, measured[network] + 1)
+    other = fresh(started)._measure_real(pictures[::-1])
+    assert len(set(folder.files()) - before) == 2
+    np.testing.assert_allclose(other[network][::-1], measured[network], rtol=1e-3, atol=1e-4)
+
+
+def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_read(
+    config: Config, started: EvaluatorPool
+) -> None:
+    search = config.search.model_copy(update={"folds": 2})
+    pool = fresh(started, config.model_copy(update={"search": search}))
+    pool.load("fold-0")
+    found = pool.measure(None, "fold-0")
+    assert found.copies is not None
+    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions["fold-0"]))
+    assert set(pool._real) == {"fold-0"} and set(pool._training) == {0}
+
+
+def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
+    config: Config, started: EvaluatorPool, rows: list[dict[str, Any]]
+) -> None:
+    scales = config.search.model_copy(update={"guidance_scales": [2.0, 1.0, 6.0]})
+    config, pool = config.model_copy(update={"search": scales}), fresh(started)
+    pool.load("validation")
+    best = choose(rows, pool)
+    found = choose_guidance(config, rows, best, pool)
+    storage = Storage.open(config.storage).child(config.name, "search")
+    lines = storage.read_lines(MEASURED)
+    measured = {(line["trial_id"], line["guidance_scale"]): line for line in lines}
+    assert set(measured) == {(row["trial_id"], scale) for row in rows for scale in (1.0, 6.0)}
+    assert all(line["num_samples"] == 11 and "@sha256:" in line["feature_network"] for line in lines)
+    fids = {key: line["fid"] for key, line in measured.items()}
+    fids |= {(row["trial_id"], 2.0): row["fid"] for row in rows}
+    assert (found["trial_id"], found["guidance_scale"]) == min(fids, key=lambda key: fids[key])
+    assert found["fid"] == min(fids.values()) and len(set(fids.values())) == 6
+    again = choose_guidance(config, rows, best, pool)
+    assert again["fid"] == found["fid"] and storage.read_lines(MEASURED) == lines
+    assert choose_guidance(started.config, rows, best, pool) is best, "nothing to choose from"
+
+
+def test_a_subject_is_measured_by_its_photos_and_its_class_by_the_base_model(
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    instance, kind = captions()[0], "a circle"
+    draw(instance, 0).save(tmp_path / "photo.png")
+    source = {"path": str(tmp_path), "instance_prompt": instance, "class_prompt": kind}
+    data = type(config.data).model_validate({"sources": [source], "resolution": 64, "folds": 2})
+    config = config.model_copy(update={"data": data})
+    weights = Rung(rows[0]["checkpoint"], {}).weights
+    [found] = measure_subjects(config, dataset, started, weights)
+    assert found.numbers["num_photos"] == len(found.photos) == 1
+    assert {place: len(pictures) for place, pictures in found.drawn.items()} == {
+        (whose, prompt): 4 for whose in ("base", "winner") for prompt in (instance, kind)
+    }
+    [photo], [drawn] = (
+        started.features(pictures).values() for pictures in (found.photos, found.drawn["winner", instance])
+    )
+    cosines = (drawn @ photo[0]) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(photo[0])
+    likeness = found.numbers["winner_similarity"]
+    assert likeness["value"] == pytest.approx(float(cosines.mean()), rel=1e-4)
+    assert likeness["num_samples"] == 4 and likeness["feature_network"] in started.training_features(
+        "test", 1
+    )
+    assert found.numbers["class_drift"]["value"] > 0.01
+    base: Any = None
+    [same] = measure_subjects(config, dataset, started, base)
+    assert same.numbers["class_drift"]["value"] == pytest.approx(0, abs=1e-5)
+    assert same.numbers["winner_similarity"] == same.numbers["base_similarity"]
+
+
+def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_it_was_measured(
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
+) -> None:
+    weights = Rung(rows[0]["checkpoint"], {}).weights
+    one, other = Version("1", "version 1", weights, 1.0, "d"), Version("base", "base", None, 2.0)
+    found = compare(config, dataset, fresh(started), one, other)
+    folder = Storage.open(config.storage).child(config.name, "comparisons", "1-base")
+    written = json.loads(folder.read_text("comparison.json"))
+    for side, version in (("version 1", one), ("base", other)):
+        assert written[side]["guidance_scale"] == version.guidance_scale
+        assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
+    assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
+    pool = fresh(started)
+    pool.load("validation")
+    drawn = pool.score(weights, "validation", guidance_scale=1.0).fid.value
+    assert written["version 1"]["fid"] == drawn != rows[0]["fid"]
+
+
+def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
+) -> None:
+    run = Storage.open(config.storage).child(config.name)
+    first, second = (SearchResult(row["trial_id"], rows, rows, row) for row in rows)
+    winner = publish(config, dataset, fresh(started), first)
+    assert winner["test_reads"] == 1
+    reads = read_records(run)
+    assert [each["event"] for each in reads] == ["read", "published"]
+    assert publish(config, dataset, fresh(started), first) == winner
+    pool = fresh(started)
+    with pytest.raises(ConfigError, match=r"the test split of this run was read at .* --force"):
+        publish(config, dataset, pool, second)
+    assert not pool._real and read_records(run) == reads, "nothing was looked at"
+    again = publish(config, dataset, pool, first, forced=True)
+    assert again["test_reads"] == 2 and again["test_fid"] == winner["test_fid"]
+    assert [each.get("forced") for each in read_records(run)] == [False, None, True, None]
+    assert "read 2 times" in run.read_text("report.html")
+    assert winner["num_samples"] == 11 and again["registry_version"] == winner["registry_version"]
+    assert len(PICTURES["test"]) == 11

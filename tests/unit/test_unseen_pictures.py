@@ -1,0 +1,112 @@
+"""Scores are taken on pictures that the weights never saw; and the test split is left to publish."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Storage
+from ray_jobs.compare import look_up
+from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.data.dataset import Dataset
+from ray_jobs.evaluate import _candidates
+from ray_jobs.folds import held_out, trained_on, unseen_by
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import register
+from ray_jobs.space import LEARNING_RATE
+from ray_jobs.training.checkpoint import folder_of
+from ray_jobs.trial import Trial
+from tests.small_set import FOLDS, small_set
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+IN_FOLDS = [f"data.folds={FOLDS}", f"search.folds={FOLDS}"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return small_set(Storage.open(str(tmp_path_factory.mktemp("small"))), side=8)
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(DEMO, list(overrides))
+
+
+def texts(dataset: Dataset, split: str) -> set[str]:
+    return {row["text"] for row in dataset.pictures(split, 100)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "split"),
+    [([], "validation"), ([], "test"), (IN_FOLDS, "fold-0"), (IN_FOLDS, "fold-1"), (IN_FOLDS, "test")],
+)
+def test_what_judges_and_what_tells_near_copies_were_never_trained_on(
+    dataset: Dataset, overrides: list[str], split: str
+) -> None:
+    config = configured(*overrides)
+    learnt = texts(trained_on(config, dataset, split), "train")
+    for judge in (split, held_out(config, split)):
+        of, name = dataset.judged_by(judge)
+        assert texts(of, name) and not texts(of, name) & learnt
+        if split != "test":
+            assert not texts(of, name) & texts(dataset, "test"), "publish alone reads it"
+
+
+def test_near_copies_of_the_published_are_looked_for_among_all_that_it_was_trained_on(
+    dataset: Dataset,
+) -> None:
+    both = texts(dataset, "train") | texts(dataset, "validation")
+    assert texts(trained_on(configured(*IN_FOLDS), dataset, "test"), "train") == both
+
+
+def test_a_training_is_judged_by_what_it_left_out() -> None:
+    settings = {LEARNING_RATE: 1e-3}
+    for fold in (None, 0, 12):
+        trial = Trial.of(settings, [80], fold)
+        assert unseen_by(trial.training) == trial.split
+    assert unseen_by("lr-0.001_refit") is None
+
+
+def checkpoint(config: Config, training: str) -> None:
+    folder = Storage.open(config.storage).child(config.name, "train", training, folder_of(80))
+    folder.write_text("progress.json", '{"step": 80, "why": "rung", "world_size": 1}')
+    folder.write_text("complete-0000-of-0001", "{}")
+
+
+def test_the_stage_scores_each_checkpoint_on_its_fold_and_no_last_training(tmp_path: Path) -> None:
+    config = configured(f"storage={tmp_path}", *IN_FOLDS)
+    for training in ("lr-0.001_fold-0", "lr-0.001_fold-1", "lr-0.001_refit"):
+        checkpoint(config, training)
+    judged = {name: split for name, _, split in _candidates(config)}
+    assert judged == {
+        "base, fold-0": "fold-0",
+        "base, fold-1": "fold-1",
+        "lr-0.001_fold-0  step 80": "fold-0",
+        "lr-0.001_fold-1  step 80": "fold-1",
+        "lr-0.001_refit  step 80": None,
+    }
+    plain = configured(f"storage={tmp_path}", "name=plain")
+    checkpoint(plain, "lr-0.001")
+    assert [split for _, _, split in _candidates(plain)] == ["validation", "validation"]
+
+
+def published(config: Config, folder: Path, params: dict[str, str]) -> None:
+    """A version whose weights are a few bytes, which nothing here loads."""
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(folder.name.encode())
+    measured = Measured(fid=10.0, error=1.0, num_samples=4, feature_network="n", data="d")
+    register(config, source=str(folder), measured=measured, params=params)
+
+
+def test_a_version_that_has_trained_on_the_validation_split_is_not_compared_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = configured(f"storage={tmp_path}")
+    published(config, tmp_path / "plain", {"folds": "0", "guidance_scale": "1.5", "dataset": "d"})
+    published(config, tmp_path / "refitted", {"folds": "2", "guidance_scale": "2", "dataset": "d"})
+    published(config, tmp_path / "older", {})
+    with pytest.raises(ConfigError, match=r"search\.folds: version 2 was trained on the validation pictures"):
+        look_up(config, "2")
+    assert (look_up(config, "1").guidance_scale, look_up(config, "1").data) == (1.5, "d")
+    assert look_up(config, "3").guidance_scale == look_up(config, "base").guidance_scale == 2.0
+    with pytest.raises(ConfigError, match=r"search\.folds: version 3 .* python -m ray_jobs\.versions status"):
+        look_up(configured(f"storage={tmp_path}", *IN_FOLDS), "3")
