@@ -200,7 +200,10 @@ def joined(address: str) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        raise ConfigError(f"RAY_ADDRESS: {address}: {one_line(error)}") from None
+        said = one_line(error)
+        if said.startswith("Version mismatch"):
+            said += ": give this process and the cluster the same Ray and the same Python"
+        raise ConfigError(f"RAY_ADDRESS: {address}: {said}") from None
     _quiet_ray_data()
     try:
         yield

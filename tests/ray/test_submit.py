@@ -1,16 +1,22 @@
 """Submitting a job: its lines, its exit code, and what is refused before Ray starts."""
 
+import contextlib
 import fcntl
+import json
 import os
 import pty
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -72,6 +78,99 @@ def test_a_job_gives_its_lines_and_its_own_exit_code(
     command = [sys.executable, "-c", program]
     assert run_job(ray_cluster.address, command, runtime_environment()) == 3
     assert capfd.readouterr().out.splitlines() == ["first", "last"]
+
+
+class Proxy:
+    """Passes connections on to a cluster's Jobs API, until its cable is cut."""
+
+    def __init__(self, address: str) -> None:
+        self.behind = address.removeprefix("http://").split(":")
+        self.open: list[socket.socket] = []
+        self.port = 0
+        self.mend()
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def mend(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", self.port))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._accept, args=[self.listening], daemon=True).start()
+
+    def cut(self) -> None:
+        for each in [self.listening, *self.open]:
+            with contextlib.suppress(OSError):  # closed by its other end
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self.open.clear()
+
+    def _accept(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = listening.accept()
+                there = socket.create_connection((self.behind[0], int(self.behind[1])))
+                self.open += [here, there]
+                for one, other in ((here, there), (there, here)):
+                    threading.Thread(target=self._pass_on, args=[one, other], daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def proxy(ray_cluster: LocalCluster) -> Iterator[Proxy]:
+    made = Proxy(ray_cluster.address)
+    yield made
+    made.cut()
+
+
+COUNTING = """
+import pathlib, sys, time
+for number in range(24):
+    print("line", number, flush=True)
+    if number == 8:
+        pathlib.Path(sys.argv[1]).touch()
+    time.sleep(0.2)
+sys.exit(5)
+"""
+
+
+def counting(folder: Path, proxy: Proxy, then: Callable[[], None]) -> list[str]:
+    """A job that prints 24 lines; amid them the cable is cut."""
+    half, program = folder / "half", folder / "counting.py"
+    program.write_text(COUNTING)
+
+    def disturb() -> None:
+        while not half.exists():
+            time.sleep(0.05)
+        proxy.cut()
+        then()
+
+    threading.Thread(target=disturb).start()
+    return [sys.executable, str(program), str(half)]
+
+
+def test_a_lost_connection_is_taken_up_again_and_each_line_comes_once(
+    proxy: Proxy, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = counting(tmp_path, proxy, lambda: threading.Timer(3, proxy.mend).start())
+    assert run_job(proxy.address, command, runtime_environment()) == 5
+    told = capfd.readouterr()
+    assert told.out.splitlines() == [f"line {number}" for number in range(24)]
+    lost, back = told.err.splitlines()
+    assert lost.startswith("connection lost") and back.startswith("connected again after")
+
+
+def test_a_cluster_that_does_not_come_back_ends_with_75_and_says_how_to_go_on(
+    proxy: Proxy, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.submit.LOST_S", 1)
+    command = counting(tmp_path, proxy, lambda: None)
+    assert run_job(proxy.address, command, runtime_environment()) == 75
+    lost, error = capfd.readouterr().err.splitlines()
+    assert lost.startswith("connection lost")
+    assert error.startswith(f"error: --address {proxy.address}: ") and "may be running: ray job logs" in error
 
 
 def test_a_job_runs_in_a_copy_of_the_code_and_knows_the_users_folder(
@@ -169,6 +268,59 @@ def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path
     result = submit("--token-file", str(tmp_path / "token"), *where, "--", "true")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"--address {ray_cluster.address}" in result.stderr
+
+
+class OlderRay(BaseHTTPRequestHandler):
+    """A dashboard of Ray 2.50; it notes what it is sent."""
+
+    sent: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": "2.50.0", "ray_commit": "", "session_name": "session"}
+        body = json.dumps(version).encode()
+        self.sent.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Not to the tests' output."""
+
+
+def test_a_cluster_of_another_ray_exits_2_with_one_line_before_anything_is_uploaded(tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    with ThreadingHTTPServer(("127.0.0.1", 0), OlderRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        result = submit("--config", str(tmp_path / "run.yaml"), "--address", address, "--", "true")
+        server.shutdown()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"--address {address}: the cluster runs Ray 2.50.0" in result.stderr
+    assert f"this machine has {ray.__version__}: install ray[default]==2.50.0" in result.stderr
+    assert set(OlderRay.sent) == {"/api/version"}
+
+
+def test_a_driver_of_another_ray_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
+    program = "ray_jobs.prepare", None, "__main__"
+    older = f"import ray, runpy; ray.__version__ = '2.50.0'; runpy.run_module{program}"
+    result = subprocess.run(
+        [sys.executable, "-c", older, "--config", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster.gcs_address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stdout
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"error: RAY_ADDRESS: {ray_cluster.gcs_address}: Version mismatch: ")
+    assert ray.__version__ in line and "2.50.0" in line and "the same Ray" in line
 
 
 def test_of_two_drivers_of_one_run_the_second_is_refused_and_the_first_goes_on(
