@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.capacity import check_resources, sized
 from cluster.nodes import check_storage, described, living_nodes
+from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
 
@@ -167,6 +168,7 @@ def _look_around(config: Config) -> None:
     named = {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
     try:
         check_resources(config, total | named)
+        check_places(config, machines_of(nodes))
     except ConfigError as error:
         if not _grows():
             raise
