@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.capacity import check_resources, sized
+from cluster.capacity import sized
 from cluster.nodes import check_storage, described, living_nodes
-from cluster.shape import check_places, machines_of
+from cluster.watch import autoscaling_state, check_fit
 from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
 
@@ -164,27 +164,14 @@ def _look_around(config: Config) -> None:
     """Say what the cluster has, and check that the run fits and its storage is shared."""
     nodes = living_nodes()
     say("cluster", described(nodes))
-    total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    named = {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
     try:
-        check_resources(config, total | named)
-        check_places(config, machines_of(nodes))
+        check_fit(config, nodes)
     except ConfigError as error:
-        if not _grows():
+        # An autoscaler of version 2, as on Kubernetes, may bring what is lacking.
+        if not autoscaling_state().autoscaler_state_version:
             raise
         say("cluster", f"waiting for its autoscaler, since now {error}")
-    check_storage(config)
-
-
-def _grows() -> bool:
-    """Whether an autoscaler (version 2, as on Kubernetes) watches this cluster, so that what it lacks may
-    come."""
-    import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
-    return bool(reply.autoscaling_state.autoscaler_state_version)
+    check_storage(config, nodes)
 
 
 @contextmanager

@@ -103,17 +103,8 @@ def embedded(local: LocalConfig) -> list[Machine]:
     return [Machine("this machine", sized(local).num_cpus, num_gpus(), None, get_system_memory() / 2**30)]
 
 
-def live(address: str) -> list[Machine]:
-    """The nodes of a running cluster. The memory of its GPUs is not asked for."""
-    from cluster.connect import joined
-    from cluster.nodes import living_nodes
-
-    with joined(address):
-        return machines_of(living_nodes())
-
-
 def machines_of(nodes: Iterable["Node"]) -> list[Machine]:
-    """The nodes of a running cluster, busy or not."""
+    """The nodes of a running cluster, busy or not. The memory of their GPUs is not asked for."""
     return [
         Machine(
             node.name,

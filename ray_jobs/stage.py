@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.connect import connect
 from cluster.lease import held
+from cluster.watch import watched
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import complain, quiet_logs, show
 
@@ -41,7 +42,7 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config), held(config):
+        with connect(config), watched(config), held(config):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(complain(error))
