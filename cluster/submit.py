@@ -102,10 +102,11 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         return run_job(options.address, command, runtime_environment(), wait=not options.no_wait)
     local = sized(config.local)
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
+    environment = runtime_environment(local_variables())
     print("starting Ray on this machine", flush=True)
     with local_cluster(local) as cluster:
         print(f"framework logs: {cluster.logs}", flush=True)
-        return run_job(cluster.address, command, runtime_environment(local_variables()))
+        return run_job(cluster.address, command, environment)
 
 
 def use_token(file: str) -> None:
