@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.capacity import sized
-from cluster.nodes import check_storage, described, living_nodes
+from cluster.nodes import Node, check_storage, described, living_nodes
 from cluster.watch import autoscaling_state, check_fit
 from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
@@ -136,8 +136,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[None]:
-    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one.
+def connect(config: Config) -> Iterator[Sequence[Node]]:
+    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one. Its nodes.
 
     Where this process has joined one already, that one is used and left up.
 
@@ -148,20 +148,17 @@ def connect(config: Config) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _look_around(config)
-        yield
+        yield _look_around(config)
     elif os.environ.get("RAY_ADDRESS"):
         with joined(os.environ["RAY_ADDRESS"]):
-            _look_around(config)
-            yield
+            yield _look_around(config)
     else:
         with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
-            _look_around(config)
-            yield
+            yield _look_around(config)
 
 
-def _look_around(config: Config) -> None:
-    """Say what the cluster has, and check that the run fits and its storage is shared."""
+def _look_around(config: Config) -> Sequence[Node]:
+    """Say what the cluster has, and check that the run fits and its storage is shared; its nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
     try:
@@ -172,6 +169,7 @@ def _look_around(config: Config) -> None:
             raise
         say("cluster", f"waiting for its autoscaler, since now {error}")
     check_storage(config, nodes)
+    return nodes
 
 
 @contextmanager

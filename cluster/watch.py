@@ -1,11 +1,12 @@
 """What is looked at while a stage runs: nodes that join later, and demands that nothing will ever meet."""
 
+import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cluster.capacity import Actors, check_resources, encoders, search_actors
@@ -30,14 +31,19 @@ which Ray Tune takes for itself."""
 
 
 @contextmanager
-def watched(config: Config) -> Iterator[None]:
+def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
     """Look after the cluster that this process has joined while the block lasts.
+
+    Args:
+        nodes: those that were looked at.
 
     Raises:
         ConfigError: a node that joined later does not see the run's storage, or the cluster's autoscaler
             cannot give what the configuration asks for.
     """
-    watch = Watch(config)
+    from ray.exceptions import RayError
+
+    watch = Watch(config, nodes)
     # A KeyboardInterrupt, because Ray's own waiting lets no other exception of a signal through.
     former = signal.signal(STOP, signal.default_int_handler)
     watch.start()
@@ -49,7 +55,8 @@ def watched(config: Config) -> Iterator[None]:
         raise
     except Exception:  # perhaps of a node that was not looked at yet
         watch.finish()
-        watch.look_at_nodes()
+        with suppress(RayError):
+            watch.look_at_nodes()
         if watch.error:
             raise watch.error from None
         raise
@@ -65,18 +72,23 @@ class Watch(threading.Thread):
         error: why it did.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
         super().__init__(daemon=True)
         self.config = config
         self.error: ConfigError | None = None
-        self._seen = {node.identity for node in living_nodes()}
+        self._seen = {node.identity for node in nodes}
         self._infeasible_since: float | None = None
         self._done = threading.Event()
 
     def run(self) -> None:
+        from ray.exceptions import RayError
+
         while not self._done.wait(LOOK_S):
-            self.look_at_nodes()
-            self._look_at_demands()
+            try:
+                self.look_at_nodes()
+                self._look_at_demands()
+            except RayError as error:  # of a head that is away for a while
+                logging.getLogger(__name__).warning("the cluster cannot be looked at: %s", error)
             if self.error and not self._done.is_set():
                 os.kill(os.getpid(), STOP)
                 return
@@ -86,7 +98,11 @@ class Watch(threading.Thread):
         self.join()
 
     def look_at_nodes(self) -> None:
-        """Have those that have joined look at the storage, together with this process's own."""
+        """Have those that have joined look at the storage, together with this process's own.
+
+        Raises:
+            RayError: one has left meanwhile; if not, the next look finds it.
+        """
         import ray
 
         nodes = living_nodes()
@@ -100,8 +116,6 @@ class Watch(threading.Thread):
             say("cluster", str(error))
         except ConfigError as error:
             self.error = error
-        except ray.exceptions.RayError:  # it has left meanwhile; if not, the next look finds it
-            return
         self._seen |= {node.identity for node in joined}
 
     def _look_at_demands(self) -> None:

@@ -61,7 +61,7 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config), watched(config), held(config):
+        with connect(config) as nodes, watched(config, nodes), held(config):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(complain(error))

@@ -15,7 +15,7 @@ import ray
 from ray_jobs.stage import run_stage
 
 cluster.watch.LOOK_S, cluster.watch.INFEASIBLE_S = 0.5, 3
-run_stage("", lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(int).remote()))
+run_stage("", lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(lambda: 1).remote()))
 """
 
 
