@@ -28,10 +28,8 @@ def refusal(config: Config, error: object) -> ConfigError | None:
             mend = "make room and start it again; it goes on where it stopped"
             return ConfigError(f"storage: {where}: {full}: {mend}")
         if any(told in line for told in DENIED):
-            said = " ".join(line.split())[:300]
-            return ConfigError(
-                f"storage: {config.storage}: {said}: let the user of the run read and write there"
-            )
+            said, mend = " ".join(line.split())[:300], "let the user of the run read it and write to storage"
+            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
     return None
 
 
