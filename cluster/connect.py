@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.capacity import check_resources, sized
-from cluster.nodes import check_storage, described, living_nodes
+from cluster.capacity import sized
+from cluster.nodes import Node, check_storage, described, living_nodes
+from cluster.watch import autoscaling_state, check_fit
 from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
 
@@ -135,8 +136,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[None]:
-    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one.
+def connect(config: Config) -> Iterator[Sequence[Node]]:
+    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one. Its nodes.
 
     Where this process has joined one already, that one is used and left up.
 
@@ -147,42 +148,28 @@ def connect(config: Config) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _look_around(config)
-        yield
+        yield _look_around(config)
     elif os.environ.get("RAY_ADDRESS"):
         with joined(os.environ["RAY_ADDRESS"]):
-            _look_around(config)
-            yield
+            yield _look_around(config)
     else:
         with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
-            _look_around(config)
-            yield
+            yield _look_around(config)
 
 
-def _look_around(config: Config) -> None:
-    """Say what the cluster has, and check that the run fits and its storage is shared."""
+def _look_around(config: Config) -> Sequence[Node]:
+    """Say what the cluster has, and check that the run fits and its storage is shared; its nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
-    total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    named = {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
     try:
-        check_resources(config, total | named)
+        check_fit(config, nodes)
     except ConfigError as error:
-        if not _grows():
+        # An autoscaler of version 2, as on Kubernetes, may bring what is lacking.
+        if not autoscaling_state().autoscaler_state_version:
             raise
         say("cluster", f"waiting for its autoscaler, since now {error}")
-    check_storage(config)
-
-
-def _grows() -> bool:
-    """Whether an autoscaler (version 2, as on Kubernetes) watches this cluster, so that what it lacks may
-    come."""
-    import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
-    return bool(reply.autoscaling_state.autoscaler_state_version)
+    check_storage(config, nodes)
+    return nodes
 
 
 @contextmanager
@@ -200,7 +187,10 @@ def joined(address: str) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        raise ConfigError(f"RAY_ADDRESS: {address}: {one_line(error)}") from None
+        said = one_line(error)
+        if said.startswith("Version mismatch"):
+            said += ": give this process and the cluster the same Ray and the same Python"
+        raise ConfigError(f"RAY_ADDRESS: {address}: {said}") from None
     _quiet_ray_data()
     try:
         yield

@@ -26,12 +26,12 @@ from typing import Any
 import psutil
 
 from cluster.storage import Storage
+from cluster.watch import STOP
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.progress import say
 
 LEASES = "lease"
 BEAT_S = 10.0
-LOST = signal.SIGUSR1  # not SIGINT, which is ignored in what a shell runs in the background
 EXPIRY_S = 60.0  # several beats, since a store may be slow or refuse some
 
 
@@ -222,7 +222,7 @@ class Lease:
             try:
                 if self._highest() > self.number or not self.folder.exists(self.name):
                     self.lost = True
-                    os.kill(os.getpid(), LOST)
+                    os.kill(os.getpid(), STOP)
                     return
                 self.owner = replace(self.owner, beat=self.owner.beat + 1)
                 self.folder.write_text(self.name, json.dumps(asdict(self.owner)))
@@ -245,7 +245,7 @@ def held(config: Config, **times: Any) -> Iterator[None]:
     lease = Lease(Storage.open(config.storage).child(config.name), Owner.this(), **times)
     lease.take()
     # A KeyboardInterrupt, because Ray's own waiting lets no other exception of a signal through.
-    former = signal.signal(LOST, signal.default_int_handler)
+    former = signal.signal(STOP, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -256,4 +256,4 @@ def held(config: Config, **times: Any) -> Iterator[None]:
         raise
     finally:
         lease.release()
-        signal.signal(LOST, former)
+        signal.signal(STOP, former)

@@ -12,6 +12,10 @@ ANSWER_S = 120
 """How long the nodes may take to look at the storage, in seconds: each may have to start a process first."""
 
 
+class NoAnswer(ConfigError):
+    """A node did not look at the storage in time."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A living node: its id, the name that a person knows it by, and its resources as Ray counts them."""
@@ -37,6 +41,12 @@ def living_nodes() -> list[Node]:
     return sorted(found, key=lambda node: node.name)
 
 
+def totals(nodes: Sequence[Node]) -> dict[str, float]:
+    """Their logical CPUs and GPUs, and `node:` entries, as in `ray.cluster_resources()`."""
+    total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    return total | {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
+
+
 def described(nodes: Sequence[Node]) -> str:
     """What a cluster has in all, on one line."""
     has = {
@@ -50,15 +60,15 @@ def described(nodes: Sequence[Node]) -> str:
     )
 
 
-def check_storage(config: Config) -> None:
-    """Have every node write into the run's storage and read what the others wrote; one node alone need not.
+def check_storage(config: Config, nodes: Sequence[Node]) -> None:
+    """Have each node write into the run's storage and read what the others wrote; one node alone need not.
 
-    The tasks take no CPU, so a busy cluster answers too. Nodes that join later are not looked at.
+    The tasks take no CPU, so a busy cluster answers too. Nodes that join later: `cluster.watch`.
 
     Raises:
-        ConfigError: a node does not answer, cannot write, or does not see what another one wrote.
+        NoAnswer: a node does not answer.
+        ConfigError: it cannot write, or does not see what another one wrote.
     """
-    nodes = living_nodes()
     if len(nodes) < 2:
         return
     probe = f".probe-{uuid.uuid4().hex[:12]}"
@@ -109,7 +119,7 @@ def _on_each(
         return {name: ray.get(found, timeout=0) for name, found in waiting.items()}
     except ray.exceptions.GetTimeoutError:
         late = [name for name, found in waiting.items() if not ray.wait([found], timeout=0)[0]]
-        raise ConfigError(
+        raise NoAnswer(
             f"storage: {config.storage}: no answer within {ANSWER_S} s by {', '.join(late)}; look whether "
             "its mount hangs there"
         ) from None

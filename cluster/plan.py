@@ -29,7 +29,7 @@ from cluster.estimate import (
     rows_a_worker,
     trained_shapes,
 )
-from cluster.shape import Machine, Placed, embedded, live, parse_nodes, place
+from cluster.shape import Machine, Placed, embedded, machines_of, parse_nodes, place
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config, resolve_path
 from ray_jobs.diffusion.model_files import INDEX, model_folder
@@ -270,6 +270,15 @@ def _grouped(machines: list[Machine]) -> list[Machine]:
     for machine in machines:
         kinds.setdefault(machine.size, []).append(machine)
     return [Machine(f"{len(of_kind)} x", *size) for size, of_kind in kinds.items()]
+
+
+def live(address: str) -> list[Machine]:
+    """The nodes of a running cluster."""
+    from cluster.connect import joined
+    from cluster.nodes import living_nodes
+
+    with joined(address):
+        return machines_of(living_nodes())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,11 +4,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from cluster.capacity import Actors, sized
-from ray_jobs.config import ConfigError, LocalConfig
+from cluster.capacity import Actors, search_actors, sized
+from ray_jobs.config import Config, ConfigError, LocalConfig
+
+if TYPE_CHECKING:
+    from cluster.nodes import Node
 
 CPUS_A_GPU = 12
 """Of a machine that was described by its GPUs alone: what clouds give with one of theirs, at least."""
@@ -99,22 +103,18 @@ def embedded(local: LocalConfig) -> list[Machine]:
     return [Machine("this machine", sized(local).num_cpus, num_gpus(), None, get_system_memory() / 2**30)]
 
 
-def live(address: str) -> list[Machine]:
-    """The nodes of a running cluster. The memory of its GPUs is not asked for."""
-    from cluster.connect import joined
-    from cluster.nodes import living_nodes
-
-    with joined(address):
-        return [
-            Machine(
-                node.name,
-                node.resources.get("CPU", 0),
-                node.resources.get("GPU", 0),
-                None,
-                node.resources.get("memory", 0) / 2**30,
-            )
-            for node in living_nodes()
-        ]
+def machines_of(nodes: Iterable["Node"]) -> list[Machine]:
+    """The nodes of a running cluster, busy or not. The memory of their GPUs is not asked for."""
+    return [
+        Machine(
+            node.name,
+            node.resources.get("CPU", 0),
+            node.resources.get("GPU", 0),
+            None,
+            node.resources.get("memory", 0) / 2**30,
+        )
+        for node in nodes
+    ]
 
 
 @dataclass
@@ -150,3 +150,20 @@ def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
                 f"free; lower {each.field}, or add machines"
             )
     return placed
+
+
+def check_places(config: Config, machines: Sequence[Machine]) -> None:
+    """Raise ConfigError where a search's processes of one kind find no room on the machines, were they alone
+    there: of what is large no node may hold one, or too few, whatever the nodes have in all.
+    """
+    for each in search_actors(config):
+        if not place([each], machines).left_over:
+            continue
+        largest = max(machines, key=lambda machine: (machine.gpus * bool(each.gpus), machine.cpus))
+        fields = [each.field, "train.cpus_per_worker"] if each.cpus > 1 else [each.field]
+        named = fields[-1] if each.cpus > largest.cpus else fields[0]
+        takes = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
+        raise ConfigError(
+            f"{named}: {each.count} {each.kind}s of {takes} each do not fit on the nodes, the largest of "
+            f"which is {largest.told()}: lower {' or '.join(fields)}, or add nodes that hold them"
+        )

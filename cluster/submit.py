@@ -10,7 +10,6 @@ Ctrl-C asks, in a terminal, whether the job is to be stopped; elsewhere, and the
 """
 
 import argparse
-import asyncio
 import logging
 import os
 import shlex
@@ -27,7 +26,7 @@ from cluster.embedded import num_gpus
 from ray_jobs.config import ConfigError, home, load_config
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
 """What of the repository a job needs; all else (runs, caches, history) stays at home."""
@@ -41,9 +40,15 @@ MAX_UPLOAD_MB = 100
 NOT_FOUND_S = 60
 """How long a cluster may have no free agent for a job before that is an error, in seconds."""
 
+LOST_S = 300
+"""How long a cluster may be out of reach while its job is followed, in seconds."""
+
+CONNECTION_LOST = 75
+"""Exit code where the cluster went out of reach and did not come back; the job may be running."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code of the job; 2 for what the user must mend."""
+    """The exit code of the job; 2 for what the user must mend, 75 where the cluster went out of reach."""
     options, command = _parse(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -97,10 +102,11 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         return run_job(options.address, command, runtime_environment(), wait=not options.no_wait)
     local = sized(config.local)
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
+    environment = runtime_environment(local_variables())
     print("starting Ray on this machine", flush=True)
     with local_cluster(local) as cluster:
         print(f"framework logs: {cluster.logs}", flush=True)
-        return run_job(cluster.address, command, runtime_environment(local_variables()))
+        return run_job(cluster.address, command, environment)
 
 
 def use_token(file: str) -> None:
@@ -168,22 +174,27 @@ def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wa
     """
     from ray.exceptions import RayError
 
+    from cluster.follow import ConnectionLost, Follower
+
     client = _client(address)
     try:
         job = _submit(client, shlex.join(command), runtime_env)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"--address {address}: {one_line(error)}") from None
     if not wait:
         print(f"job {job}; ray job logs --follow --address {address} {job}", flush=True)
         return 0
+    follower, again = Follower(client, job, LOST_S), f"ray job logs --follow --address {address} {job}"
     while True:
         try:
-            asyncio.run(_follow(client, job))
-            return _exit_code(client, job)
+            return _exit_code(job, follower.follow())
+        except ConnectionLost as error:
+            print(f"error: --address {address}: {error}; the job may be running: {again}", file=sys.stderr)
+            return CONNECTION_LOST
         except KeyboardInterrupt:
             answer = _ask(job)
             if answer == "leave":
-                print(f"left running: ray job logs --follow --address {address} {job}", flush=True)
+                print(f"left running: {again}", flush=True)
                 return 130
             if answer == "stop":
                 _stop(client, job)
@@ -191,19 +202,26 @@ def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wa
 
 
 def _client(address: str) -> "JobSubmissionClient":
+    import ray
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell the upload in a dozen lines
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        client = JobSubmissionClient(address)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"--address {address}: {one_line(error)}") from None
+    there, here = client._server_ray_version, ray.__version__
+    if there != here:
+        raise ConfigError(
+            f"--address {address}: the cluster runs Ray {there} and this machine has {here}: install "
+            f"ray[default]=={there} here, or start the cluster with Ray {here}"
+        )
+    return client
 
 
-def _exit_code(client: "JobSubmissionClient", job: str) -> int:
-    info = client.get_job_info(job)
+def _exit_code(job: str, info: "JobDetails") -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it never ran, so its log says nothing
@@ -231,11 +249,16 @@ def _ask(job: str) -> str:
 
 
 def _stop(client: "JobSubmissionClient", job: str) -> None:
+    from cluster.follow import UNREACHED
+
     print("stopping the job", file=sys.stderr, flush=True)
-    client.stop_job(job)
-    with suppress(KeyboardInterrupt):
-        while not client.get_job_status(job).is_terminal():
-            time.sleep(0.5)
+    try:
+        client.stop_job(job)
+        with suppress(KeyboardInterrupt):
+            while not client.get_job_status(job).is_terminal():
+                time.sleep(0.5)
+    except UNREACHED as error:
+        print(f"error: it may be running, job {job}: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
@@ -248,32 +271,6 @@ def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[st
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
-
-
-async def _follow(client: "JobSubmissionClient", job: str) -> None:
-    """Print the job's log as it grows, until the job ends; a lost connection is taken up again."""
-    printed = 0
-    while True:
-        seen = 0
-        with suppress(RuntimeError, OSError):
-            async for chunk in client.tail_job_logs(job):
-                fresh = chunk[max(0, printed - seen) :]
-                seen += len(chunk)
-                printed = max(printed, seen)
-                _print(fresh)
-        if client.get_job_status(job).is_terminal():
-            break
-        await asyncio.sleep(0.5)
-    _print(client.get_job_logs(job)[printed:])
-
-
-def _print(text: str) -> None:
-    """To stdout, without the two lines that Ray itself puts before the job's first."""
-    for line in text.splitlines(keepends=True):
-        if "-- Runtime env is setting up." in line or line.startswith("Running entrypoint for job "):
-            continue
-        sys.stdout.write(line)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

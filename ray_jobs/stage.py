@@ -8,11 +8,29 @@ from typing import Any
 
 from cluster.connect import connect
 from cluster.lease import held
-from ray_jobs.config import ConfigError, add_config_arguments, load_config
+from cluster.watch import watched
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import complain, quiet_logs, show
 
-FULL = ("No space left on device", "Disk quota exceeded")
-"""What the system says of a store that takes no more; an error of Ray holds it as text."""
+FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
+"""What a system, or an S3 store, says when it takes no more; an error of Ray holds it as text."""
+
+DENIED = ("Permission denied", "Read-only file system", "ACCESS_DENIED", "AccessDenied")
+"""What they say to somebody who may not write there."""
+
+
+def refusal(config: Config, error: object) -> ConfigError | None:
+    """What the user must mend, where an error tells that a store refused something; else None."""
+    lines = str(error).splitlines()
+    for line in lines:
+        if full := next((told for told in FULL if told in line), None):
+            where = f"{config.storage}, or a node's temporary folder"
+            mend = "make room and start it again; it goes on where it stopped"
+            return ConfigError(f"storage: {where}: {full}: {mend}")
+        if any(told in line for told in DENIED):
+            said, mend = " ".join(line.split())[:300], "let the user of the run read it and write to storage"
+            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
+    return None
 
 
 def run_stage(
@@ -41,7 +59,7 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config), held(config):
+        with connect(config) as nodes, watched(config, nodes), held(config):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(complain(error))
@@ -50,10 +68,8 @@ def run_stage(
         sys.exit(130)
     except Exception as error:
         traceback.print_exc()
-        if full := next((told for told in FULL if told in str(error)), None):
-            where = f"{config.storage}, or a node's temporary folder"
-            mend = "make room and start it again; it goes on where it stopped"
-            sys.exit(complain(ConfigError(f"storage: {where}: {full}: {mend}")))
+        if refused := refusal(config, error):
+            sys.exit(complain(refused))
         last = " ".join(str(error).strip().splitlines()[-1:])
         show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
         sys.exit(1)

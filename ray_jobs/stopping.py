@@ -1,4 +1,5 @@
-"""When a search stops trials on its own, beside what ASHA stops: no improvement, or the budget is spent."""
+"""When a search stops trials on its own, beside what ASHA stops: no improvement, the budget is spent, or a
+store refuses what they write."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,7 +7,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.space import training_of
 
 Computed = Callable[[], Mapping[str, int]]
@@ -45,6 +46,19 @@ class Patience(Stopper):
 
     def stop_all(self) -> bool:
         return False
+
+
+class Refusal(Stopper):
+    """Stops the search once a trial has failed for what the user must mend: it would fail the others too."""
+
+    def __init__(self) -> None:
+        self.error: ConfigError | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.error is not None
 
 
 class Budget(Stopper):

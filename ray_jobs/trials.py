@@ -16,7 +16,8 @@ from ray_jobs.progress import say
 from ray_jobs.proposals import Proposals
 from ray_jobs.search_results import FIELDS, RESULTS, with_error
 from ray_jobs.space import Settings, points, training_of
-from ray_jobs.stopping import Budget, stoppers
+from ray_jobs.stage import refusal
+from ray_jobs.stopping import Budget, Refusal, stoppers
 from ray_jobs.tracking import Mirror
 from ray_jobs.trial import Make, Surroundings, Trial, run_trial
 
@@ -59,7 +60,11 @@ class Trials:
         return Budget(self.around.config, self.rows, self.computed.take).stop_all()
 
     def run_space(self, make: Make) -> None:
-        """Run the trials that `search.algorithm` draws from the space."""
+        """Run the trials that `search.algorithm` draws from the space.
+
+        Raises:
+            ConfigError: a store refuses what they write.
+        """
         config = self.around.config
         if config.search.algorithm == "optuna":
             proposals = Proposals(config, list(self.settings.values()))
@@ -90,7 +95,7 @@ class Trials:
         return True
 
     def _run(self, make: Make, space: dict[str, Any], count: int, algorithm: Any, num_samples: int) -> None:
-        config, recorded = self.around.config, list(self.rows)
+        config, recorded, refused = self.around.config, list(self.rows), Refusal()
         trainable = tune.with_parameters(self.climb, make=make, around=self.around)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 1}),
@@ -109,11 +114,13 @@ class Trials:
                 verbose=0,
                 # Of a trial's own driver; it goes on from what the training has left.
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
-                callbacks=[Recorder(self, make, count)],
-                stop=CombinedStopper(*stoppers(config, recorded, self.computed.take)),
+                callbacks=[Recorder(self, make, count, refused)],
+                stop=CombinedStopper(refused, *stoppers(config, recorded, self.computed.take)),
             ),
         )
         results = tuner.fit()
+        if refused.error:
+            raise refused.error
         self.errors += [str(error).strip().splitlines()[-1] for error in results.errors]
         self.storage.delete("tune")
 
@@ -140,8 +147,8 @@ def scheduler(search: SearchConfig) -> TrialScheduler:
 class Recorder(Callback):
     """In Tune's driver: writes down each rung as it comes in, and says so."""
 
-    def __init__(self, trials: Trials, make: Make, count: int) -> None:
-        self.trials, self.make, self.count = trials, make, count
+    def __init__(self, trials: Trials, make: Make, count: int, refused: Refusal) -> None:
+        self.trials, self.make, self.count, self.refused = trials, make, count, refused
         self.started: set[str] = set()
         self.spent_before: dict[str, float] = {}  # seconds of earlier starts, by training
         for row in trials.rows:
@@ -190,7 +197,9 @@ class Recorder(Callback):
         say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        say("search", f"{self._trial(trial).training} failed and is left out: {_reason(trial)}")
+        self.refused.error = self.refused.error or refusal(self.trials.around.config, trial.get_error())
+        left_out = "ends the search" if self.refused.error else "is left out"
+        say("search", f"{self._trial(trial).training} failed and {left_out}: {_reason(trial)}")
 
 
 def _reason(trial: Any) -> str:

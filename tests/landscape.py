@@ -1,7 +1,10 @@
 """What stands for training and measuring in tests of the search: formulas with a known best point. Ray's
 processes import it, so it is not in the test's own file."""
 
+import errno
 import math
+import os
+import time
 from typing import Any
 
 from ray import tune
@@ -28,3 +31,10 @@ def climb(space: dict[str, Any], *, make: Any, around: Any) -> None:
             "checkpoint": f"{trial.training}/{step}",
         }
         tune.report(row)
+
+
+def out_of_room(space: dict[str, Any], *, make: Any, around: Any) -> None:
+    """The first trial finds the disk full; the others would take long."""
+    if make(space).settings[LEARNING_RATE] == 1e-3:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/storage/part")
+    time.sleep(120)

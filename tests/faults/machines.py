@@ -157,12 +157,19 @@ class Machines:
         return machine
 
     def start_ray(
-        self, name: str, *options: str, cpus: int, slow: bool = False, more: Mapping[str, str] = NONE
+        self,
+        name: str,
+        *options: str,
+        cpus: int,
+        slow: bool = False,
+        without: str = "",
+        more: Mapping[str, str] = NONE,
     ) -> Machine:
         """Switch a machine on as a node of the cluster: the first is its head.
 
         Args:
             slow: it gives way to the others when cores are few.
+            without: a folder of the others, in whose place it has an empty one.
         """
         place = ["--address", f"{HEAD}:{GCS}"]
         if self.address(name) == HEAD:
@@ -172,6 +179,8 @@ class Machines:
         command = [str(PROGRAMS / "ray"), "start", "--block", "--node-ip-address", self.address(name)]
         if slow:
             command = ["nice", "-n", "10", *command]
+        if without:
+            command = ["sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', without, *command]
         return self.run(name, *command, *place, *limits, *options, more=more)
 
     def environment(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.lease import LEASES
 from ray_jobs.config import Config
 from tests.faults.machines import (
     CLIENT,
@@ -201,6 +202,26 @@ def test_a_folder_that_each_machine_has_for_itself_is_refused(nodes: Nodes, conf
     told = nodes.submit("python", "-m", "ray_jobs.prepare", "--config", written(alone, Path(config.storage)))
     assert told.returncode == 2, told.stdout + told.stderr
     assert "does not see what" in told.stdout.splitlines()[-1]
+
+
+SLEEPER = "import time; from ray_jobs.stage import run_stage; run_stage('', lambda config: time.sleep(300))"
+
+
+def test_a_machine_that_joins_later_and_does_not_see_the_storage_ends_the_run(
+    nodes: Nodes, config: Config
+) -> None:
+    later = config.model_copy(update={"name": "later"})
+    path, lease = written(later, Path(config.storage)), Path(config.storage, "later", LEASES)
+    with ThreadPoolExecutor(1) as beside:
+        job = beside.submit(nodes.submit, "python", "-c", SLEEPER, "--config", path)
+        wait_for(lambda: job.done() or any(lease.glob("*.json")), "the run is held")
+        nodes.machines.start_ray("stranger", cpus=1, without=config.storage)
+        told = job.result()
+    nodes.machines.running["stranger"].kill()
+    assert told.returncode == 2, told.stdout + told.stderr
+    line = told.stdout.splitlines()[-1]
+    assert line.startswith(f"error: storage: {config.storage}: ") and "does not see what" in line
+    wait_for(lambda: nodes.alive() == ["head", "a", "b"], "the stranger has gone")
 
 
 def test_the_main_job_of_someone_outside_outlives_a_machine(nodes: Nodes, config: Config) -> None:

@@ -7,7 +7,7 @@ import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.scripts.scripts import drain_node
 
-from cluster.connect import check_resources
+from cluster.capacity import check_resources
 from ray_jobs.config import ConfigError, load_config
 from tests.k8s.manifests import ROOT, cluster_of, find, pods
 

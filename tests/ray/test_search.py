@@ -14,7 +14,7 @@ from ray.util.state import list_actors
 
 from cluster.connect import LocalCluster
 from cluster.storage import Storage
-from ray_jobs.config import Config, load_config
+from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.search import run_trials, search
@@ -23,7 +23,7 @@ from ray_jobs.tracking import Mirror
 from ray_jobs.training.checkpoint import REPORTED, SERIES
 from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
-from tests.landscape import climb
+from tests.landscape import climb, out_of_room
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
 
@@ -111,6 +111,16 @@ def test_a_population_improves_on_what_it_began_with(ray_cluster: LocalCluster, 
     worst = [row for row in found.rows if row["trial_id"] == "member-0"]
     assert worst[1]["parent"] == "member-2/80" and worst[1]["begins_at"] == 80
     assert worst[1]["fid"] < worst[0]["fid"] / 2
+
+
+def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
+    ray_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    config = configured(tmp_path, "learning_rates=[1.0e-4,1.0e-3,1.0e-2]", "max_concurrent_trials=2")
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="^storage: .*Disk quota exceeded: make room"):
+        searched(config, out_of_room)
+    assert time.monotonic() - begun < 100
 
 
 def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_path: Path) -> None:

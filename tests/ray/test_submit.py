@@ -1,6 +1,7 @@
 """Submitting a job: its lines, its exit code, and what is refused before Ray starts."""
 
 import fcntl
+import json
 import os
 import pty
 import shlex
@@ -10,7 +11,9 @@ import sys
 import termios
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -18,8 +21,9 @@ import yaml
 from cluster.capacity import check_resources, sized
 from cluster.connect import LocalCluster
 from cluster.lease import LEASES
-from cluster.submit import run_job, runtime_environment
+from cluster.submit import main, run_job, runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
+from ray_jobs.stage import FULL
 from tests.ray.test_training import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +144,21 @@ def test_an_address_where_nothing_answers_exits_2_with_one_line(tmp_path: Path) 
     assert "--address http://127.0.0.1:9" in result.stderr
 
 
+@pytest.mark.parametrize("where", [[], ["--address", "http://127.0.0.1:9"]])
+def test_too_much_to_upload_is_refused_before_anything_starts(
+    where: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    monkeypatch.setattr("cluster.submit.MAX_UPLOAD_MB", 1)
+    former = signal.getsignal(signal.SIGTERM)
+    assert main(["--config", str(tmp_path / "run.yaml"), *where, "--", "true"]) == 2
+    signal.signal(signal.SIGTERM, former)
+    told = capsys.readouterr()
+    [line] = told.err.splitlines()
+    assert told.out == "" and line.startswith(f"error: {ROOT}/models: ")
+    assert "the limit is 1: move data to shared storage" in line
+
+
 def stage(config: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A stage run as a driver of its own, on the cluster that RAY_ADDRESS names."""
     command = [sys.executable, "-m", "ray_jobs.prepare", "--config", str(config)]
@@ -152,6 +171,32 @@ def test_a_head_node_that_does_not_answer_exits_2_with_one_line(tmp_path: Path) 
     result = stage(tmp_path / "run.yaml", RAY_ADDRESS="127.0.0.1:9")
     assert result.returncode == 2
     assert result.stdout.splitlines()[-1].startswith("error: RAY_ADDRESS: 127.0.0.1:9: nothing answers there")
+
+
+OVER_QUOTA = """
+import errno, os, ray
+from ray_jobs.stage import run_stage
+
+def write():
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/storage/part")
+
+run_stage("", lambda config: ray.get(ray.remote(write).remote()))
+"""
+
+
+def test_a_quota_that_is_used_up_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
+    result = subprocess.run(
+        [sys.executable, "-c", OVER_QUOTA, "--config", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster.gcs_address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: make room" in line
 
 
 def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
@@ -169,6 +214,59 @@ def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path
     result = submit("--token-file", str(tmp_path / "token"), *where, "--", "true")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"--address {ray_cluster.address}" in result.stderr
+
+
+class OlderRay(BaseHTTPRequestHandler):
+    """A dashboard of Ray 2.50; it notes what it is sent."""
+
+    sent: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": "2.50.0", "ray_commit": "", "session_name": "session"}
+        body = json.dumps(version).encode()
+        self.sent.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Not to the tests' output."""
+
+
+def test_a_cluster_of_another_ray_exits_2_with_one_line_before_anything_is_uploaded(tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    with ThreadingHTTPServer(("127.0.0.1", 0), OlderRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        result = submit("--config", str(tmp_path / "run.yaml"), "--address", address, "--", "true")
+        server.shutdown()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"--address {address}: the cluster runs Ray 2.50.0" in result.stderr
+    assert f"this machine has {ray.__version__}: install ray[default]==2.50.0" in result.stderr
+    assert set(OlderRay.sent) == {"/api/version"}
+
+
+def test_a_driver_of_another_ray_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
+    program = "ray_jobs.prepare", None, "__main__"
+    older = f"import ray, runpy; ray.__version__ = '2.50.0'; runpy.run_module{program}"
+    result = subprocess.run(
+        [sys.executable, "-c", older, "--config", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster.gcs_address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stdout
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith(f"error: RAY_ADDRESS: {ray_cluster.gcs_address}: Version mismatch: ")
+    assert ray.__version__ in line and "2.50.0" in line and "the same Ray" in line
 
 
 def test_of_two_drivers_of_one_run_the_second_is_refused_and_the_first_goes_on(
@@ -210,21 +308,31 @@ def test_a_job_that_is_not_waited_for_runs_with_the_token_of_a_file(
     assert client.get_job_status(job) == "SUCCEEDED"
 
 
-def test_the_documented_ray_job_submit_runs_the_repositorys_code(ray_cluster: LocalCluster) -> None:
-    """The command of docs/cluster.md, with another entrypoint."""
+def test_the_documented_ray_job_submit_runs_a_stage_of_the_repositorys_code(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """The command of docs/cluster.md, with a stage that is soon done."""
+    (tmp_path / "run.yaml").write_text(tiny_config(tiny_model, picture_folder, tmp_path).to_yaml())
     documented = (ROOT / "docs" / "cluster.md").read_text()
     [command] = [line for line in documented.splitlines() if line.strip().startswith("ray job submit")]
-    options = shlex.split(command.split(" -- ")[0])
+    options, job = (shlex.split(part) for part in command.split(" -- "))
     options[options.index("--address") + 1] = ray_cluster.address
     options[0] = str(Path(sys.executable).with_name("ray"))
-    program = "import os, ray_jobs.config; print('ran in', os.getcwd(), os.listdir('.'))"
+    assert job[:2] == ["python", "-m"]
+    program = "import os, runpy; print('ran in', os.getcwd(), os.listdir('.')); runpy.run_module{}"
+    dry_run = program.format(("ray_jobs.prepare", None, "__main__"))
     result = subprocess.run(
-        [*options, "--", sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*options, "--", sys.executable, "-c", dry_run, "--dry-run", "--config", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     [line] = [line for line in result.stdout.splitlines() if line.startswith("ran in")]
     assert str(ROOT) not in line.split()[2] and "'ray_jobs'" in line
     assert not any(f"'{name}'" in line for name in (".venv", ".cache", "runs", "tests", ".git"))
+    assert f"nothing encoded; see {tmp_path}/tiny/dataset/preview.html" in result.stdout
 
 
 HOLDER = """

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.capacity import Actors, search_actors
+from cluster.capacity import Actors, check_resources, search_actors
 from cluster.plan import GIB, Model, cost_lines, main, plan
-from cluster.shape import CPUS_A_GPU, Machine, parse_nodes, place
+from cluster.shape import CPUS_A_GPU, Machine, check_places, parse_nodes, place
 from ray_jobs.config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +97,31 @@ def test_each_single_change_that_is_named_makes_a_rank_fit() -> None:
     assert not fits and len(named) > 1
     for change in named:
         assert plan(changed(config, change), machines, None)[1], change
+
+
+def test_a_worker_that_is_larger_than_any_node_is_refused_though_the_nodes_have_enough_in_all() -> None:
+    machines = [Machine("small", 8), Machine("large", 12, memory_gib=64)]
+    config = a_config(
+        train={"num_workers": 1, "cpus_per_worker": 13},
+        search={"learning_rates": [1e-3], "ladder": [2], "max_concurrent_trials": 1},
+        evaluate={"num_actors": 1},
+    )
+    check_resources(config, {"CPU": 20.0})
+    with pytest.raises(ConfigError, match=r"^train.cpus_per_worker: .* of 13 CPUs .* is large 12 logical"):
+        check_places(config, machines)
+
+
+def test_more_large_workers_than_the_nodes_have_places_for_are_refused() -> None:
+    machines = [Machine("one", 5), Machine("two", 5), Machine("three", 5)]
+    config = a_config(
+        train={"num_workers": 3, "cpus_per_worker": 3, "batch_size": 12},
+        search={"learning_rates": [1e-3], "ladder": [2], "max_concurrent_trials": 1},
+        evaluate={"num_actors": 1},
+    )
+    check_resources(config, {"CPU": 15.0})
+    check_places(config, machines)
+    with pytest.raises(ConfigError, match=r"^train.num_workers: 3 training workers of 3 CPUs each"):
+        check_places(config, [Machine("one", 5), Machine("two", 5), Machine("three", 2), Machine("four", 2)])
 
 
 def test_what_only_several_changes_together_make_fit_is_named_together() -> None:

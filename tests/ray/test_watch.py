@@ -1,0 +1,49 @@
+"""A cluster whose autoscaler has no group of nodes with what a run asks for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ray_jobs.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STAGE = """
+import cluster.watch
+import ray
+from ray_jobs.stage import run_stage
+
+cluster.watch.LOOK_S, cluster.watch.INFEASIBLE_S = 0.5, 3
+run_stage("", lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(lambda: 1).remote()))
+"""
+
+
+def test_a_run_for_gpus_where_the_autoscaler_has_none_exits_2_with_one_line(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "name": "gpus",
+            "storage": str(tmp_path),
+            "data": {"source": "pictures"},
+            "model": {"base": "model"},
+            "search": {"learning_rates": [1e-3], "ladder": [2]},
+            "train": {"use_gpu": True},
+            "evaluate": {"use_gpu": True},
+        }
+    )
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(
+        [sys.executable, "-c", STAGE, "--config", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        env=environment | {"RAY_enable_autoscaler_v2": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2, result.stdout
+    waiting, error = [line for line in result.stdout.splitlines() if "use_gpu" in line]
+    assert "waiting for its autoscaler" in waiting
+    assert error == result.stdout.splitlines()[-1]
+    assert error.startswith("error: train.use_gpu, evaluate.use_gpu: the run needs 4 GPUs")
+    assert error.endswith("its autoscaler has no group of nodes that would do")
