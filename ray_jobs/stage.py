@@ -1,6 +1,7 @@
 """The command line that every stage shares: configuration, connection, errors."""
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,12 @@ from ray_jobs.progress import complain, quiet_logs, show
 
 FULL = ("No space left on device", "Disk quota exceeded")
 """What the system says of a store that takes no more; an error of Ray holds it as text."""
+
+
+def told_damage(error: object) -> str | None:
+    """What a DamagedPart says, if that is behind an error: of another process it is there as text."""
+    found = re.search("an encoded part is damaged: .*: prepare encodes it anew", str(error))
+    return found and found.group()
 
 
 def run_stage(
@@ -49,6 +56,8 @@ def run_stage(
         show("stopped")
         sys.exit(130)
     except Exception as error:
+        if damage := told_damage(error):
+            sys.exit(complain(ConfigError(f"storage: {damage}")))
         traceback.print_exc()
         if full := next((told for told in FULL if told in str(error)), None):
             where = f"{config.storage}, or a node's temporary folder"

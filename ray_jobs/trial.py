@@ -145,8 +145,10 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
 
     Raises:
         RuntimeError: its loss diverged.
+        DamagedPart: a file of the data set was moved aside meanwhile.
     """
     dataset, config = around.dataset, around.config
+    dataset.require_parts()
     build_trainer(
         config.with_settings(trial.settings),
         dataset if trial.fold is None else dataset.leave_out(trial.fold),
