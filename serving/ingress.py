@@ -40,7 +40,8 @@ class Ingress:
         self.keys = KeyRing.of(config.serve)
         feedback = FeedbackStore.open(config)
         replicas = Replicas(model)
-        fresh = time.time() - built < FRESH_S
+        # The clock that said `built` may be another machine's, and ahead of this one.
+        fresh = 0 <= time.time() - built < FRESH_S
         if not fresh:
             champion = _current(config, champion)
         await replicas.warm_up(champion, fused=config.serve.fuse_champion)
