@@ -29,6 +29,7 @@ TESTS = [
     "tests/ray/test_pipeline.py"
     "::test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done",
     "tests/serving/test_following.py",
+    "tests/serving/test_cold_start.py",
     "tests/unit/test_busy_storage.py",
     "tests/unit/test_lease.py",
 ]

@@ -193,20 +193,7 @@ class Machines:
         inside = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         _ip("link", "set", _cable(name), "up")
         process = subprocess.Popen(
-            [
-                *held,
-                "ip",
-                "netns",
-                "exec",
-                name,
-                *inside,
-                "sh",
-                "-c",
-                ENTER,
-                name,
-                str(self.folder),
-                *command,
-            ],
+            [*held, "ip", "netns", "exec", name, *inside, *first, *command],
             cwd=ROOT,
             env={**self.environment(), **more},
             stdin=subprocess.DEVNULL,
