@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,14 +85,9 @@ class Nodes:
 
     def clock(self, name: str) -> float:
         """What a machine's Python takes for the time."""
-        there = next(iter(self.processes(name, "ray::"))).environ()
-        told = subprocess.run(
-            ["python", "-c", "import time; print(time.time())"],
-            env=there,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        first = psutil.Process(self.machines.running[name].process.pid)  # Ray's write over their environment
+        program = [sys.executable, "-c", "import time; print(time.time())"]
+        told = subprocess.run(program, env=first.environ(), capture_output=True, text=True, check=True)
         return float(told.stdout)
 
     def submit(self, *command: str) -> "subprocess.CompletedProcess[str]":
