@@ -100,7 +100,8 @@ class Brake:
 
     def release(self) -> None:
         """When none of its processes is left."""
-        wait_for(lambda: self.folder.rmdir() is None, f"{self.folder} is empty", 20)
+        wait_for(lambda: not (self.folder / "cgroup.procs").read_text(), f"{self.folder} is empty", 20)
+        self.folder.rmdir()
 
 
 @dataclass

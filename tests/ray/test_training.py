@@ -162,7 +162,8 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
             told.write_text(json.dumps([rung.metrics["step"] for rung in rungs]))
             os.kill(os.getpid(), signal.SIGKILL)
 
-        StorageContext.persist_current_checkpoint, Meter.add = persist_or_die, add_and_tell
+        StorageContext.persist_current_checkpoint = persist_or_die
+        Meter.add = add_and_tell  # type: ignore[method-assign, assignment]
         train_worker({"settings": settings})
 
     return train_all
