@@ -179,6 +179,12 @@ class Storage:
         )
         return target
 
+    def rename(self, name: str, to: str) -> None:
+        """Give a file another name; FileNotFoundError if it is missing, so that one of two succeeds."""
+        if not self.exists(name):
+            raise FileNotFoundError(f"{self.uri}/{name}")
+        self.filesystem.move(self._at(name), self._at(to))
+
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all it holds; a missing one is fine."""
         at = self._at(name)

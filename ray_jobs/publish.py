@@ -100,7 +100,7 @@ def publish(
 
 def require_intact(checkpoint: Storage) -> None:
     """Raise ConfigError if the weights of a rung are other than its training wrote them."""
-    if wrong := [name for name in damaged(checkpoint) if name.startswith(f"{WEIGHTS}/")]:
+    if wrong := damaged(checkpoint, WEIGHTS):
         raise ConfigError(
             f"{checkpoint.uri}: damaged: {', '.join(wrong)}; delete that folder and search/{FINISHED}, and "
             "start the run again: it trains on from the checkpoint before"

@@ -1,6 +1,7 @@
 """The command line that every stage shares: configuration, connection, errors."""
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,6 +32,12 @@ def refusal(config: Config, error: object) -> ConfigError | None:
             said, mend = " ".join(line.split())[:300], "let the user of the run read it and write to storage"
             return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
     return None
+
+
+def told_damage(error: object) -> str | None:
+    """What a DamagedPart says, if that is behind an error: of another process it is there as text."""
+    found = re.search("an encoded part is damaged: .*: prepare encodes it anew", str(error))
+    return found and found.group()
 
 
 def run_stage(
@@ -67,6 +74,8 @@ def run_stage(
         show("stopped")
         sys.exit(130)
     except Exception as error:
+        if damage := told_damage(error):
+            sys.exit(complain(ConfigError(f"storage: {damage}")))
         traceback.print_exc()
         if refused := refusal(config, error):
             sys.exit(complain(refused))

@@ -86,6 +86,8 @@ def build_trainer(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from ray_jobs.training.failures import TellFailures
+
     train = config.train
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
@@ -107,7 +109,7 @@ def build_trainer(
             name=name,
             storage_path=storage.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=list(callbacks),
+            callbacks=[TellFailures(name, settings.trial, train.max_failures, board), *callbacks],
         ),
     )
 

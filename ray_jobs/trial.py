@@ -14,7 +14,7 @@ from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.space import Settings, further, training_of, trial_id
 from ray_jobs.train import build_trainer, check_diverged
-from ray_jobs.training.checkpoint import REPORTED, Rung, rungs_of
+from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.meter import RUNG
 
 
@@ -96,16 +96,36 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
     labels = trial.labels(config)
     known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
     folder = Storage.open(config.storage).child(config.name, "train", trial.training)
-    rungs = rungs_of(folder)
+    tell = _teller(trial, around.board)
+    rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] in known or intact(rung, tell)]
     for rung in rungs:
         step = rung.metrics["step"]
         tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # it would again
     if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
-        train_trial(trial, around, [RungCallback(trial, labels, pool, folder)])
+        train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell)])
         for rung in unreported(folder):
-            tune.report(measure(rung, labels, trial.split, pool))
+            if intact(rung, tell):
+                tune.report(measure(rung, labels, trial.split, pool))
+
+
+Tell = Callable[[str], None]
+
+
+def _teller(trial: Trial, board: Any) -> Tell:
+    """Puts a line on the board, of which the driver prints it."""
+    return lambda line: board.post.remote(f"{trial.training}/{line}", line)
+
+
+def intact(rung: Rung, tell: Tell) -> bool:
+    """Whether a rung has the weights that its training wrote; others are told, and worth no score.
+
+    Where there is none behind it, the training passes it over too, and makes it again.
+    """
+    if wrong := damaged(Storage.open(rung.uri), WEIGHTS):
+        tell(f"{rung.uri} is not measured: damaged: {', '.join(wrong)}")
+    return not wrong
 
 
 def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
@@ -123,8 +143,10 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
 
     Raises:
         RuntimeError: its loss diverged.
+        DamagedPart: a file of the data set was moved aside meanwhile.
     """
     dataset, config = around.dataset, around.config
+    dataset.require_parts()
     build_trainer(
         config.with_settings(trial.settings),
         dataset if trial.fold is None else dataset.leave_out(trial.fold),
@@ -153,14 +175,18 @@ class RungCallback(TuneReportCallback):
     The workers train on towards the next rung meanwhile, or wait for it (`search.wait_for_scores`).
     """
 
-    def __init__(self, trial: Trial, labels: dict[str, Any], pool: EvaluatorPool, folder: Storage) -> None:
+    def __init__(
+        self, trial: Trial, labels: dict[str, Any], pool: EvaluatorPool, folder: Storage, tell: Tell
+    ) -> None:
         super().__init__()
-        self.trial, self.labels, self.pool, self.folder = trial, labels, pool, folder
+        self.trial, self.labels, self.pool, self.folder, self.tell = trial, labels, pool, folder, tell
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["why"] != RUNG:
             return  # a checkpoint to go on from, between rungs
         for rung in unreported(self.folder, until=metrics[0]["step"]):
+            if not intact(rung, self.tell):
+                continue
             row = measure(rung, self.labels, self.trial.split, self.pool)
             super().after_report(run_context, [row], None)
             Storage.open(rung.uri).write_text(REPORTED, "")

@@ -29,6 +29,7 @@ from ray_jobs.progress import complain, quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application, check_access, check_model
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
+from serving.following import replaced_by
 
 DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
 
@@ -184,6 +185,24 @@ def _stop(signum: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(signum)
 
 
+def intact(config: Config, registered: RegisteredModel) -> RegisteredModel:
+    """The champion, or the version that it replaced where its weights are not those that were registered.
+
+    Raises:
+        ConfigError: neither has its own.
+    """
+    try:
+        verify_weights(registered, registered.source)
+    except ConfigError as error:
+        former = replaced_by(config, registered)
+        if former is None:
+            raise
+        verify_weights(former, former.source)
+        show(f"serve: {error}; version {former.version}, which it replaced, is served")
+        return former
+    return registered
+
+
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
     """Start the endpoint; draw `num_pictures` and stop, or stay up until a signal comes."""
     check_access(config)
@@ -192,10 +211,10 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
             f"--ask: the endpoint asks for a key (serve.keys); give one in the environment, as {KEY_VARIABLE}"
         )
     registered = champion(config)
-    check_model(config, registered)
     if Storage.open(registered.source).is_local:
         # The replicas check it too, but a mistake is better told before Ray starts.
-        verify_weights(registered, registered.source)
+        registered = intact(config, registered)
+    check_model(config, registered)
     asking = num_pictures is not None
     port = free_port(config.serve.host, config.serve.port, else_any=asking)
     if asking and port != config.serve.port and config.serve.port:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 
-from ray_jobs.config import Config
-from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel, entries
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.registry import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
 from serving.canary import Canary
 from serving.catalogue import Catalogue
 from serving.order import label, place_of
@@ -12,6 +12,35 @@ from serving.replicas import Replicas
 from serving.schemas import APIError
 
 logger = logging.getLogger("ray.serve")
+
+
+def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | None:
+    """The version that a champion replaced, if it is of the same base; None where there is none."""
+    try:
+        found = registered(config, PREVIOUS)
+    except ConfigError:
+        return None
+    return found if found.version != champion.version and found.base == champion.base else None
+
+
+async def warmed_up(config: Config, champion: RegisteredModel, replicas: Replicas) -> RegisteredModel:
+    """The version to begin with, loaded: the champion or, where that is refused, the one that it replaced.
+
+    Raises:
+        APIError: there is none to be served.
+    """
+    fused = config.serve.fuse_champion
+    try:
+        await replicas.warm_up(champion, fused=fused)
+        return champion
+    except APIError as error:
+        refused = error.code == "model_refused"
+        former = await asyncio.to_thread(replaced_by, config, champion) if refused else None
+        if former is None:
+            raise
+        logger.warning("%s; %s, which it replaced, is served", error.message, label(former))
+    await replicas.warm_up(former, fused=fused)
+    return former
 
 
 class Following:

@@ -13,6 +13,7 @@ from ray_jobs.registry import champion as look_up
 from serving.access import Access
 from serving.api import create_api
 from serving.feedback import FeedbackStore
+from serving.following import warmed_up
 from serving.keys import KeyRing
 from serving.logs import configure_logging
 from serving.order import label
@@ -40,14 +41,16 @@ class Ingress:
         self.keys = KeyRing.of(config.serve)
         feedback = FeedbackStore.open(config)
         replicas = Replicas(model)
-        fresh = time.time() - built < FRESH_S
+        # The clock that said `built` may be another machine's, and ahead of this one.
+        fresh = 0 <= time.time() - built < FRESH_S
         if not fresh:
             champion = _current(config, champion)
-        await replicas.warm_up(champion, fused=config.serve.fuse_champion)
+        first = await warmed_up(config, champion, replicas)
         await replicas.traits()
-        self.service = Service(config, champion, replicas, feedback)
+        self.service = Service(config, first, replicas, feedback)
         candidates = config.serve.candidate_share or config.serve.shadow_share
-        self.service.start(look_now=bool(candidates) or not fresh)
+        # The first look also leaves the notice that the champion is refused.
+        self.service.start(look_now=bool(candidates) or not fresh or first != champion)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         api = create_api(self.service)

@@ -13,7 +13,7 @@ class Library(Generic[Engine]):
     """Gives out engines by name. All its methods belong to one event loop.
 
     Args:
-        load: makes an engine; runs in a thread, so that the ones that are there go on drawing.
+        load: makes an engine, one at a time; runs in a thread, so that the ones that are there go on drawing.
         close: ends an engine that nobody uses; runs in a thread too.
         max_kept: engines in memory. The least recently used goes, but never one in use: while all are, there
             are more.
@@ -26,6 +26,9 @@ class Library(Generic[Engine]):
         self._kept: OrderedDict[str, Engine] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._users: Counter[str] = Counter()
+        # diffusers and transformers make modules without weights while they load, by a switch of the whole
+        # process: of two loads at once one gets no weights, nor may later ones.
+        self._one_at_a_time = asyncio.Lock()
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -59,7 +62,8 @@ class Library(Generic[Engine]):
 
     async def _load_and_keep(self, name: str) -> Engine:
         try:
-            self._kept[name] = await asyncio.to_thread(self._load, name)
+            async with self._one_at_a_time:
+                self._kept[name] = await asyncio.to_thread(self._load, name)
             return self._kept[name]
         finally:
             del self._loading[name]

@@ -76,7 +76,9 @@ class Model:
             logger.warning("%s", error.message)
 
     async def traits(self) -> Traits:
-        """What the model draws."""
+        """What the model draws; all that are loaded together draw the same size."""
+        for thread in self.library.engines.values():  # the first version may have been refused
+            return Traits(thread.engine.resolution)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
             return Traits(thread.engine.resolution)
 

@@ -1,4 +1,4 @@
-"""An S3 server of this machine, which may refuse some of the requests."""
+"""An S3 server of this machine, which may refuse some of the writes."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,21 +17,22 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class Refusing:
-    """A WSGI application that answers 503 to every n-th request, as a store does that is too busy.
+    """A WSGI application that answers 503 to every n-th write, as a store does that is too busy.
 
     Attributes:
-        refused: how many requests.
+        refused: how many writes.
     """
 
     def __init__(self, application: Application, every: int) -> None:
         self.application, self.every, self.refused, self.number = application, every, 0, count(1)
 
     def __call__(self, request: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
-        if next(self.number) % self.every:
+        writes = request["REQUEST_METHOD"] in ("PUT", "POST")
+        if not writes or next(self.number) % self.every:
             return self.application(request, respond)
         self.refused += 1
-        for _ in iter(lambda: request["wsgi.input"].read(1 << 16), b""):
-            pass  # a client that is still sending would miss the answer
+        # A client that is still sending would miss the answer.
+        request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))
         respond("503 Slow Down", [("Content-Type", "application/xml")])
         return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
 
@@ -70,7 +71,7 @@ def s3_server(bucket: str, *, refuse_every: int = 0) -> Iterator[S3Server]:
     """Run a server while the block does.
 
     Args:
-        refuse_every: of so many requests one; 0: none.
+        refuse_every: of so many writes one; 0: none.
     """
     refusing = Refusing(DomainDispatcherApplication(create_backend_app), refuse_every or 1 << 62)
     server = make_server("127.0.0.1", 0, refusing, threaded=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cluster.storage import Storage
 from ray_jobs.data.encoding import EMPTY_CAPTION
-from ray_jobs.data.parts import read_part
+from ray_jobs.data.parts import aside, read_part
 from ray_jobs.data.scan import FILES_AT_ONCE
 
 MANIFEST = "manifest.json"
@@ -75,6 +75,13 @@ class Dataset:
     def num_rows(self, split: str) -> int:
         """Rows of a split; an augmented picture has one a variant."""
         return sum(int(part["rows"]) for part in self.parts(split))
+
+    def require_parts(self) -> None:
+        """Raise DamagedPart where a file was moved aside since prepare looked: no start would get past it."""
+        present = set(self.cache.files())
+        for part in self.all_parts:
+            if part["file"] not in present and (damage := aside(self.cache, part["file"])):
+                raise damage
 
     def empty_caption(self) -> dict[str, Any]:
         """What the encoders make of the empty caption: tokens (int32) and embeddings (float32), by name."""

@@ -1,12 +1,19 @@
-"""Files of the encoding cache: Parquet with a checksum a page, so that damage is found where it is read."""
+"""Files of the encoding cache: Parquet with a checksum a page, so that damage is found where it is read.
+
+A damaged file is moved aside, and whoever reads it fails with a line that says so. The next prepare encodes
+it anew.
+"""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.storage import Storage
+
+ASIDE = ".damaged"
 
 
 def write_part(cache: Storage, file: str, table: pa.Table) -> None:
@@ -29,14 +36,48 @@ def read_part(cache: Storage, file: str, columns: Sequence[str] | None = None) -
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged; names it, and what to do.
+        DamagedPart: it is damaged, and moved aside now.
     """
-    with cache.open_input(file) as opened:
+    names = None if columns is None else list(columns)
+    return _read(
+        cache, file, lambda opened: pq.read_table(opened, columns=names, page_checksum_verification=True)
+    )
+
+
+def read_schema(cache: Storage, file: str) -> pa.Schema:
+    """The columns of a file of the cache; errors as above."""
+    return _read(cache, file, pq.read_schema)
+
+
+class DamagedPart(ValueError):
+    """A file of the cache was damaged; names it, and what to do. `stage.told_damage` knows it by its text."""
+
+
+def aside(cache: Storage, file: str) -> DamagedPart | None:
+    """What to raise for a file that was moved aside; None if it was not."""
+    if not cache.exists(file + ASIDE):
+        return None
+    return DamagedPart(
+        f"an encoded part is damaged: {cache.uri}/{file}, now {file[:8]}...{ASIDE}; start the run again, it "
+        "goes on: prepare encodes it anew"
+    )
+
+
+def _read(cache: Storage, file: str, read: Callable[[Any], Any]) -> Any:
+    try:
         try:
-            names = None if columns is None else list(columns)
-            return pq.read_table(opened, columns=names, page_checksum_verification=True)
+            with cache.open_input(file) as opened:
+                return read(opened)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(
-                f"{cache.uri}/{file}: damaged: {' '.join(str(error).split())}; delete it and start the run "
-                "again: prepare encodes it anew"
-            ) from None
+            if isinstance(error, FileNotFoundError):
+                raise
+            content = cache.read_bytes(file)  # it may be the store that failed, not what it holds
+        try:
+            return read(pa.BufferReader(content))
+        except (OSError, pa.ArrowInvalid):
+            cache.rename(file, file + ASIDE)
+            raise FileNotFoundError(file) from None
+    except FileNotFoundError:
+        if damage := aside(cache, file):
+            raise damage from None
+        raise

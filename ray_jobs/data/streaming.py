@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.encoding import DECODING, GATHERING, ChangedFile, Decode, EncodeRows, encoder_actors
 from ray_jobs.data.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
-from ray_jobs.data.parts import read_part
+from ray_jobs.data.parts import read_part, read_schema
 from ray_jobs.data.plan import PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
@@ -190,8 +189,7 @@ def _steps(order: Order | JoinedOrder, run: Sequence[Sequence[int]]) -> list[Ste
 
 def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
     records = dataset.parts("train")
-    with dataset.cache.open_input(records[0]["file"]) as file:
-        schema = pq.read_schema(file)
+    schema = read_schema(dataset.cache, records[0]["file"])
     row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
     order: Order | JoinedOrder = settings.order(records, row_bytes)
     files = [part["file"] for part in records]

@@ -192,8 +192,12 @@ def drop_old_states(trial: Storage) -> None:
         newer += progress is not None
 
 
-def damaged(folder: Storage) -> list[str]:
-    """The files of a whole checkpoint that are missing, or other than its ranks wrote them."""
+def damaged(folder: Storage, part: str = "") -> list[str]:
+    """The files of a whole checkpoint that are missing, or other than its ranks wrote them.
+
+    Args:
+        part: only those below this folder of it are read.
+    """
     written: dict[str, str] = {}
     for mark in sorted(_marks(json.loads(folder.read_text(PROGRESS))["world_size"])):
         try:
@@ -207,8 +211,9 @@ def damaged(folder: Storage) -> list[str]:
         except FileNotFoundError:
             return True
 
+    names = [name for name in written if name.startswith(part)]
     with ThreadPoolExecutor() as pool:
-        return [name for name, wrong in zip(written, pool.map(differs, written), strict=True) if wrong]
+        return [name for name, wrong in zip(names, pool.map(differs, names), strict=True) if wrong]
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:

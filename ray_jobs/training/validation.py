@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.parts import read_part
+from ray_jobs.data.parts import read_part, read_schema
 from ray_jobs.data.tensors import as_torch, read_tensors
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning
@@ -128,8 +127,7 @@ def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
 
 def read_rows(dataset: Dataset, file: str, rows: list[int]) -> dict[str, np.ndarray]:
     """All tensors of some rows of a part, by column."""
-    with dataset.cache.open_input(file) as opened:
-        schema = pq.read_schema(opened)
+    schema = read_schema(dataset.cache, file)
     names = [field.name for field in schema if b"shape" in (field.metadata or {})]
     table = read_part(dataset.cache, file, names)
     return {name: values[rows] for name, values in read_tensors(table, names).items()}

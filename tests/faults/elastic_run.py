@@ -7,6 +7,7 @@ that the training went on, and prints a line of JSON about it. It then waits to 
 """
 
 import json
+import re
 import sys
 import threading
 import time
@@ -19,8 +20,9 @@ from ray.cluster_utils import Cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.prepare import prepare
+from ray_jobs.progress import ProgressBoard
 from ray_jobs.train import build_trainer, training_name
-from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
+from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 
 # The head has room for what reads the data, not for a worker, which takes two CPUs.
 NODE = {"object_store_memory": 100 << 20, "include_dashboard": False}
@@ -42,43 +44,108 @@ def trial(config: Config) -> Storage:
     return Storage.open(config.storage).child(config.name, "train", training_name(config))
 
 
-def wait_for(config: Config, event: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Wait for a checkpoint after all present ones, and say which it was and how long it took."""
-    begin, last = time.monotonic(), max(checkpoints(config), default=0)
+class Steps:
+    """What the training says on its board.
+
+    Attributes:
+        last: the last step that was told; it tells one every other second.
+        said: all else.
+    """
+
+    def __init__(self) -> None:
+        self.board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+        self.last, self.said = 0, list[str]()
+
+    def look(self) -> None:
+        for line in ray.get(self.board.take.remote()):
+            if step := re.search(r" step (\d+)/", line):
+                self.last = int(step.group(1))
+            else:
+                self.said.append(line)
+
+
+def wait_for(
+    config: Config,
+    steps: Steps,
+    event: str,
+    happen: Callable[[], Any],
+    wanted: Callable[[dict[str, Any]], bool],
+) -> Any:
+    """Let something happen, wait for a checkpoint after all present ones, and say which it was, how long it
+    took, and how many steps were taken again. Returns what happened."""
+    steps.look()
+    before, begin = steps.last, time.monotonic()
+    happened, last = happen(), max(checkpoints(config), default=0)
+    steps.said.clear()
     while time.monotonic() - begin < PATIENCE_S:
         for step, progress in checkpoints(config).items():
             if step > last and wanted(progress):
-                line = {"event": event, "seconds": time.monotonic() - begin, **progress}
-                print(json.dumps(line), flush=True)
-                return
+                took = time.monotonic() - begin
+                steps.look()
+                resumed = first_step(config, step) - 1
+                told = {"seconds": took, "again": max(0, before - resumed), "said": steps.said}
+                print(json.dumps({"event": event, **told, **progress}), flush=True)
+                return happened
+        steps.look()
         time.sleep(0.1)
     raise TimeoutError(f"{event}: no such checkpoint within {PATIENCE_S} s")
+
+
+def first_step(config: Config, step: int) -> int:
+    """Of those that led to a checkpoint since the one before, or since its workers began."""
+    return int(json.loads(trial(config).child(folder_of(step)).read_text(SERIES))[0]["step"])
 
 
 def disturb(cluster: Cluster, config: Config) -> None:
     """What happens to the cluster's nodes while the training runs."""
     cluster.add_node(**WORKER_NODE)
-    threading.Thread(target=run, args=(config,), daemon=True).start()
-    wait_for(config, "one node", lambda progress: progress["world_size"] == 1)
-    joined = cluster.add_node(**WORKER_NODE)
-    wait_for(config, "a node joined", lambda progress: progress["world_size"] == 2)
+    steps = Steps()
+    wait_for(
+        config,
+        steps,
+        "one node",
+        lambda: threading.Thread(target=run, args=(config, steps.board), daemon=True).start(),
+        lambda progress: progress["world_size"] == 1,
+    )
+    joined = wait_for(
+        config,
+        steps,
+        "a node joined",
+        lambda: cluster.add_node(**WORKER_NODE),
+        lambda progress: progress["world_size"] == 2,
+    )
+    wait_for(
+        config,
+        steps,
+        "a node will be taken away",
+        lambda: announce(joined),
+        lambda progress: progress["why"] == "preemption",
+    )
+    wait_for(
+        config,
+        steps,
+        "the node died",
+        lambda: cluster.remove_node(joined, allow_graceful=False),
+        lambda progress: progress["world_size"] == 1,
+    )
+    time.sleep(PATIENCE_S)
+
+
+def announce(node: Any) -> None:
+    """Give notice that a node will be taken away."""
     from ray.core.generated import autoscaler_pb2
 
     ray._private.worker.global_worker.gcs_client.drain_node(
-        joined.node_id,
+        node.node_id,
         autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
         "will be taken away",
         int((time.time() + GRACE_S) * 1000),
     )
-    wait_for(config, "a node will be taken away", lambda progress: progress["why"] == "preemption")
-    cluster.remove_node(joined, allow_graceful=False)
-    wait_for(config, "the node died", lambda progress: progress["world_size"] == 1)
-    time.sleep(PATIENCE_S)
 
 
-def run(config: Config) -> None:
+def run(config: Config, board: Any) -> None:
     """The training, as its stage runs it; its data are prepared already."""
-    build_trainer(config, prepare(config), name=training_name(config)).fit()
+    build_trainer(config, prepare(config), name=training_name(config), board=board).fit()
 
 
 def main() -> None:

@@ -36,6 +36,16 @@ exec "$@"
 """
 """A machine's first process: takes its name and folders of its own, then becomes the command."""
 
+SKEWED = """
+import time
+
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() + {seconds}
+time.time_ns = lambda: now_ns() + {seconds} * 10**9
+"""
+"""Python's clock of a machine whose clock is wrong, as sitecustomize.py; what is no Python keeps the right
+one."""
+
 
 def why_not() -> str:
     """Why there can be no such machines here; empty if there can."""
@@ -58,6 +68,40 @@ def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
             last = repr(error)
         time.sleep(0.2)
     raise TimeoutError(f"{what}: not within {timeout_s} s {last}")
+
+
+class Brake:
+    """Lets a machine have a part of a core, by a group of Linux's CPU controller.
+
+    Raises:
+        OSError: the controller may not be used here.
+    """
+
+    def __init__(self, name: str, cores: float) -> None:
+        root, period = Path("/sys/fs/cgroup"), 100_000
+        first = root / "cpu" if (root / "cpu").is_dir() else root
+        self.folder = first / f"diffray-{name}"
+        self.folder.mkdir()
+        if first == root:
+            (self.folder / "cpu.max").write_text(f"{int(cores * period)} {period}")
+        else:
+            (self.folder / "cpu.cfs_period_us").write_text(str(period))
+            (self.folder / "cpu.cfs_quota_us").write_text(str(int(cores * period)))
+
+    @property
+    def command(self) -> list[str]:
+        """In front of another command: puts it into the group."""
+        return ["sh", "-c", 'echo $$ > "$0"/cgroup.procs; exec "$@"', str(self.folder)]
+
+    def held_back(self) -> float:
+        """Of the periods in which the machine wanted a core, the share in which it had to wait for one."""
+        stat = dict(line.split() for line in (self.folder / "cpu.stat").read_text().splitlines())
+        return int(stat["nr_throttled"]) / max(1, int(stat["nr_periods"]))
+
+    def release(self) -> None:
+        """When none of its processes is left."""
+        wait_for(lambda: not (self.folder / "cgroup.procs").read_text(), f"{self.folder} is empty", 20)
+        self.folder.rmdir()
 
 
 @dataclass
@@ -135,17 +179,22 @@ class Machines:
     def address(self, name: str) -> str:
         return f"{NETWORK}.{1 + self.names.index(name)}"
 
-    def run(self, name: str, *command: str, more: Mapping[str, str] = NONE) -> Machine:
+    def run(
+        self, name: str, *command: str, brake: "Brake | None" = None, more: Mapping[str, str] = NONE
+    ) -> Machine:
         """Switch a machine on, with a command as its first process.
 
         Args:
+            brake: makes it slow.
             more: environment of its processes.
         """
+        first = ["sh", "-c", ENTER, name, str(self.folder)]
+        held = brake.command if brake else []  # before /sys is another one's
         log = self.logs / f"{name}.log"
         inside = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         _ip("link", "set", _cable(name), "up")
         process = subprocess.Popen(
-            ["ip", "netns", "exec", name, *inside, "sh", "-c", ENTER, name, str(self.folder), *command],
+            [*held, "ip", "netns", "exec", name, *inside, *first, *command],
             cwd=ROOT,
             env={**self.environment(), **more},
             stdin=subprocess.DEVNULL,
@@ -156,20 +205,27 @@ class Machines:
         machine = self.running[name] = Machine(name, self.address(name), process, log)
         return machine
 
+    def skewed(self, seconds: int) -> dict[str, str]:
+        """What gives a machine's Python processes a clock that is so far ahead."""
+        folder = self.logs / f"skewed-{seconds}"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(SKEWED.format(seconds=seconds))
+        return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
     def start_ray(
         self,
         name: str,
         *options: str,
         cpus: int,
-        slow: bool = False,
         without: str = "",
+        brake: "Brake | None" = None,
         more: Mapping[str, str] = NONE,
     ) -> Machine:
         """Switch a machine on as a node of the cluster: the first is its head.
 
         Args:
-            slow: it gives way to the others when cores are few.
             without: a folder of the others, in whose place it has an empty one.
+            brake: makes it slow.
         """
         place = ["--address", f"{HEAD}:{GCS}"]
         if self.address(name) == HEAD:
@@ -177,11 +233,9 @@ class Machines:
             place += ["--dashboard-host", HEAD, "--dashboard-port", str(JOBS), "--temp-dir", str(self.folder)]
         limits = ["--num-cpus", str(cpus), "--object-store-memory", str(100 << 20)]
         command = [str(PROGRAMS / "ray"), "start", "--block", "--node-ip-address", self.address(name)]
-        if slow:
-            command = ["nice", "-n", "10", *command]
         if without:
             command = ["sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', without, *command]
-        return self.run(name, *command, *place, *limits, *options, more=more)
+        return self.run(name, *command, *place, *limits, *options, brake=brake, more=more)
 
     def environment(self) -> dict[str, str]:
         """Of the machines' processes, and of those outside that know the token: as in the image, no more."""

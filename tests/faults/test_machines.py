@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from tests.faults.machines import (
     HTTP,
     JOBS,
     ROOT,
+    Brake,
     Machines,
     machines,
     redis,
@@ -48,14 +50,18 @@ CPUS = 5
 PATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}  # how long a machine that has gone is asked
 
 
+SLOW_CORES = 0.6  # that b has of this machine's
+AHEAD_S = 3600  # of b's clock
+
+
 class Nodes:
-    """A head, and the machines `a` and `b` that work: b is slow.
+    """A head, and the machines `a` and `b` that work: b is slow, and its clock is wrong.
 
     The head's tables are kept in Redis; it runs none of the work, as on Kubernetes.
     """
 
-    def __init__(self, made: Machines, store: str) -> None:
-        self.machines = made
+    def __init__(self, made: Machines, store: str, brake: Brake) -> None:
+        self.machines, self.brake = made, brake
         address, password = store.split()
         self.head_options = ["--redis-password", password], {"RAY_REDIS_ADDRESS": address}
 
@@ -64,7 +70,10 @@ class Nodes:
             options, environment = self.head_options
             machine = self.machines.start_ray(name, *options, cpus=0, more=PATIENT | environment)
         else:
-            machine = self.machines.start_ray(name, cpus=CPUS, slow=name == "b", more=PATIENT)
+            apart = {"brake": self.brake, "more": PATIENT | self.machines.skewed(AHEAD_S)}
+            machine = self.machines.start_ray(
+                name, cpus=CPUS, **(apart if name == "b" else {"more": PATIENT})
+            )
         machine.wait_until_started()
 
     def alive(self) -> list[str]:
@@ -74,6 +83,13 @@ class Nodes:
         found = told.raise_for_status().json()["data"]["result"]["result"]
         there = [node["node_ip"] for node in found if node["state"] == "ALIVE"]
         return [name for name in self.machines.names if self.machines.address(name) in there]
+
+    def clock(self, name: str) -> float:
+        """What a machine's Python takes for the time."""
+        first = psutil.Process(self.machines.running[name].process.pid)  # Ray's write over their environment
+        program = [sys.executable, "-c", "import time; print(time.time())"]
+        told = subprocess.run(program, env=first.environ(), capture_output=True, text=True, check=True)
+        return float(told.stdout)
 
     def submit(self, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a stage as a job, from outside of the cluster; its configuration is its last argument."""
@@ -90,11 +106,18 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     logs = tmp_path_factory.mktemp("machines")
-    with machines(["head", "a", "b", "stranger"], logs) as made, redis(logs) as store:
-        found = Nodes(made, store)
-        for name in ("head", "a", "b"):
-            found.start(name)
-        yield found
+    try:
+        brake = Brake("b", SLOW_CORES)
+    except OSError as error:
+        pytest.skip(f"no machine can be made slow: {error}")
+    try:
+        with machines(["head", "a", "b", "stranger"], logs) as made, redis(logs) as store:
+            found = Nodes(made, store, brake)
+            for name in ("head", "a", "b"):
+                found.start(name)
+            yield found
+    finally:
+        brake.release()
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +258,7 @@ def test_the_main_job_of_someone_outside_outlives_a_machine(nodes: Nodes, config
         job = beside.submit(nodes.submit, *command)
         before = wait_for(lambda: job.done() or rows(), "the first rung", 300)
         assert not job.done(), job.result()
+        assert nodes.clock("b") - nodes.clock("a") == pytest.approx(AHEAD_S, abs=60)
         nodes.machines.running["b"].cut_off()
         gone = time.monotonic()
         nodes.start("b")
@@ -247,7 +271,13 @@ def test_the_main_job_of_someone_outside_outlives_a_machine(nodes: Nodes, config
     assert [row["fid"] for row in found[: len(before)]] == [row["fid"] for row in before]
     winner = json.loads(Path(config.storage, config.name, "winner.json").read_text())
     assert winner["guidance_scale"] in (1.0, 3.0)
+    assert " died: its node is gone" in told.stdout and "going on from step" in told.stdout
     record_fault("a machine of a training's worker loses its power", recovery_s=took, lost="no measured rung")
+    held = nodes.brake.held_back()
+    assert held > 0.2, "b was not slow"
+    slow = f"nothing; it waited for its core in {held:.0%} of the time that it wanted one"
+    record_fault(f"a machine has {SLOW_CORES:g} of a core, the other two", recovery_s=None, lost=slow)
+    record_fault("the clock of a machine's Python is an hour ahead", recovery_s=None, lost="nothing")
 
 
 @dataclass

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,17 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     job = ["python", "-m", "ray_jobs.pipeline", "--config", str(written)]
     environment = submit.runtime_environment(submit.local_variables())
     run = tmp_path / "tiny"
-    first = killed_at_its_first_rung(ray_cluster, job, environment, run)
-    with killing_a_trial(ray_cluster):
+    first, killed = killed_at_its_first_rung(ray_cluster, job, environment, run)
+    with killing_a_trial(ray_cluster, run) as trial:
         assert submit.run_job(ray_cluster.address, job, environment) == 0
     rows = [json.loads(line) for line in (run / "search" / "results.jsonl").read_text().splitlines()]
     before = [json.loads(line) for line in first.splitlines()]
     again = [{name: row[name] for name in old} for row, old in zip(rows, before, strict=False)]
     assert before and again == before, "a rung was measured again"
     assert " failed and starts again: " in capfd.readouterr().out
-    record_fault("kill -9 of the job's driver, submitted again", recovery_s=None, lost="no measured rung")
-    record_fault("kill -9 of a trial's driver", recovery_s=None, lost="no measured rung")
+    lost = "no measured rung"
+    record_fault("kill -9 of the job's driver, submitted again", recovery_s=trial.began - killed, lost=lost)
+    record_fault("kill -9 of a trial's driver", recovery_s=trial.went_on - trial.killed, lost=lost)
 
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == 40
@@ -100,8 +102,9 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
 
 def killed_at_its_first_rung(
     cluster: LocalCluster, job: list[str], environment: dict[str, Any], run: Path
-) -> str:
-    """Submit the job and kill its driver once a rung is measured; returns what results.jsonl then holds."""
+) -> tuple[str, float]:
+    """Submit the job and kill its driver once a rung is measured; returns what results.jsonl then holds, and
+    when that was."""
     client, results = JobSubmissionClient(cluster.address), run / "search" / "results.jsonl"
     before = {details.submission_id for details in client.list_jobs()}
     with ThreadPoolExecutor(1) as beside:
@@ -112,31 +115,55 @@ def killed_at_its_first_rung(
         [mine] = [details for details in client.list_jobs() if details.submission_id not in before]
         assert mine.driver_info
         os.kill(int(mine.driver_info.pid), signal.SIGKILL)
+        killed = time.monotonic()
         assert code.result() != 0
-    return results.read_text()
+    return results.read_text(), killed
+
+
+@dataclass
+class KilledTrial:
+    """Moments of one clock.
+
+    Attributes:
+        began: the trial was at work.
+        went_on: after it was killed, the next checkpoint was whole, or the next rung measured.
+    """
+
+    began: float = 0.0
+    killed: float = 0.0
+    went_on: float = 0.0
 
 
 @contextmanager
-def killing_a_trial(cluster: LocalCluster) -> Iterator[None]:
+def killing_a_trial(cluster: LocalCluster, run: Path) -> Iterator[KilledTrial]:
     """Kill the process of the first of Tune's trials that begins in the block, which has to go on with it."""
-    done = threading.Event()
-    killed: list[Any] = []
+    done, trial = threading.Event(), KilledTrial()
+
+    def written() -> tuple[int, int]:
+        results = run / "search" / "results.jsonl"
+        rungs = len(results.read_text().splitlines()) if results.exists() else 0
+        return rungs, len(list((run / "train").glob("*/step-*/complete-0000-*")))
 
     def kill() -> None:
         alive = [("class_name", "=", "ImplicitFunc"), ("state", "=", "ALIVE")]
-        while not killed and not done.wait(1):
-            for actor in list_actors(address=cluster.address, filters=alive):
+        while not trial.killed and not done.wait(1):
+            for actor in list_actors(address=cluster.address, filters=alive)[:1]:
+                trial.began = time.monotonic()
                 os.kill(actor.pid, signal.SIGKILL)
-                killed.append(actor)
+                trial.killed = time.monotonic()
+        before = written()
+        while written() == before and not done.wait(0.1):
+            pass
+        trial.went_on = time.monotonic()
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        yield
+        yield trial
     finally:
         done.set()
         killer.join()
-    assert len(killed) == 1
+    assert trial.killed
 
 
 def check_measures(run: Path, winner: dict[str, Any], manifest: dict[str, Any]) -> None:

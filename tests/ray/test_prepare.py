@@ -185,42 +185,52 @@ def test_kills_in_the_middle_of_encoding_leave_no_trace_in_the_result(
     folder = tmp_path / "pictures"
     add_pictures(folder, range(600))
     config = configured(tiny_model, folder, tmp_path, "data.encode_batch_size=4")
-    victim: list[int] = []
-    watcher = threading.Thread(target=kill_encoder_once, args=(tmp_path / "encoded", victim))
+    took: list[float] = []
+    watcher = threading.Thread(target=kill_encoder_once, args=(tmp_path / "encoded", took))
     watcher.start()
     broken = prepare(config)
     watcher.join()
-    assert victim, "the encoder was not seen at work"
+    assert took, "the encoder was not seen at work"
     files = files_of(broken)
 
     lost = sorted(files)[::2]
     for name in lost:
         broken.cache.delete(name)
     capsys.readouterr()
+    begun = time.time()
     assert files_of(prepare(config)) == files
+    first = min(Path(broken.cache.path, name).stat().st_mtime for name in lost) - begun
     assert rows_encoded(capsys) == sum(part["rows"] for part in broken.all_parts if part["file"] in lost)
     again = sum(part["rows"] for part in broken.all_parts if part["file"] in lost)
-    record_fault("kill -9 of the encoder's process", recovery_s=None, lost="no row; a part is encoded again")
-    record_fault("half of the encoded files vanish", recovery_s=None, lost=f"{again} rows, encoded again")
+    record_fault("kill -9 of the encoder's process", recovery_s=took[0], lost="a part, encoded again")
+    record_fault("half of the encoded files vanish", recovery_s=first, lost=f"{again} rows, encoded again")
 
     shutil.rmtree(tmp_path / "encoded")
     assert files_of(prepare(config)) == files
 
 
-def kill_encoder_once(cache: Path, victim: list[int]) -> None:
-    """Kill the encoder's process as soon as it has written its first part."""
+def kill_encoder_once(cache: Path, took: list[float]) -> None:
+    """Kill the encoder's process as soon as it has written its first part; adds the seconds to the next
+    part."""
     import psutil
 
-    deadline = time.monotonic() + 120
-    while not victim and time.monotonic() < deadline:
+    def parts() -> set[Path]:
+        return set(cache.rglob("*.parquet"))
+
+    deadline, killed, before = time.monotonic() + 120, 0.0, set[Path]()
+    while not took and time.monotonic() < deadline:
         time.sleep(0.02)
-        if not any(cache.rglob("*.parquet")):
+        if killed:
+            if parts() - before:
+                took.append(time.monotonic() - killed)
+            continue
+        if not parts():
             continue
         for process in psutil.process_iter(["cmdline"]):
             line = " ".join(process.info["cmdline"] or [])
-            if line.startswith("ray::") and "EncodePart" in line:
+            if line.startswith("ray::") and "EncodePart" in line and not killed:
                 os.kill(process.pid, signal.SIGKILL)
-                victim.append(process.pid)
+                killed, before = time.monotonic(), parts()
 
 
 def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path) -> None:

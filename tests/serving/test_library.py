@@ -48,6 +48,19 @@ def test_an_engine_is_loaded_once_however_many_ask(shelf: Shelf) -> None:
     assert shelf.loaded == ["a"]
 
 
+def test_two_engines_are_not_loaded_at_once(shelf: Shelf) -> None:
+    async def ask() -> list[str]:
+        kept, shelf.slow["a"] = library(shelf), threading.Event()
+        both = asyncio.gather(use(kept, "a"), use(kept, "b"))
+        await asyncio.sleep(0.1)
+        before = list(shelf.loaded)
+        shelf.slow["a"].set()
+        await both
+        return before
+
+    assert asyncio.run(ask()) == ["a"] and shelf.loaded == ["a", "b"]
+
+
 def test_the_least_recently_used_goes(shelf: Shelf) -> None:
     async def ask() -> list[str]:
         kept = library(shelf)
@@ -76,6 +89,7 @@ def test_others_are_used_while_one_is_loaded(shelf: Shelf) -> None:
 
     async def ask() -> tuple[str, str]:
         kept = library(shelf)
+        await use(kept, "a")
         loading = asyncio.create_task(use(kept, "slow"))
         while "slow" not in shelf.loaded:
             await asyncio.sleep(0.001)

@@ -86,6 +86,18 @@ def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
     assert engines == {BASE, place_of(full).engine}
 
 
+def test_engines_that_are_asked_for_at_once_all_have_their_weights(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    """As after a replica's death, when all that waited asks the next one."""
+
+    async def work(model: Any) -> list[Picture]:
+        orders = [order(None), order(lora, fused=True)]
+        return await asyncio.gather(*(model.draw(each) for each in orders))
+
+    assert len({picture.png for picture in with_replica(full, work)}) == 2
+
+
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
     async def work(model: Any) -> tuple[set[str], int]:
         await model.draw(order(full))

@@ -17,8 +17,9 @@ from ray_jobs.training.checkpoint import (
     find_rungs,
     folder_of,
     last_intact,
+    rungs_of,
 )
-from ray_jobs.trial import unreported
+from ray_jobs.trial import intact, unreported
 
 STATE = "state/0001-of-0002.safetensors"
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"
@@ -116,6 +117,15 @@ def test_damaged_weights_are_not_published(trial: Path) -> None:
     flip(WEIGHTS)(trial / folder_of(6))
     with pytest.raises(ConfigError, match=f"{folder_of(6)}: damaged: {WEIGHTS}; delete that folder"):
         require_intact(rung)
+
+
+def test_a_rung_of_damaged_weights_is_told_and_not_measured(trial: Path) -> None:
+    flip(WEIGHTS)(trial / folder_of(4))
+    flip(STATE)(trial / folder_of(6))  # of which no score depends
+    told: list[str] = []
+    kept = [rung for rung in rungs_of(Storage.open(str(trial))) if intact(rung, told.append)]
+    assert [rung.metrics["step"] for rung in kept] == [2, 6]
+    assert told == [f"{trial / folder_of(4)} is not measured: damaged: {WEIGHTS}"]
 
 
 def test_what_is_added_to_a_checkpoint_later_is_no_damage(trial: Path) -> None:

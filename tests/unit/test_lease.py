@@ -17,6 +17,7 @@ import pytest
 from cluster.lease import LEASES, Lease, Owner, held
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from tests.record import record_fault
 from tests.s3_server import S3Server, s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,8 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_run(run: Storage) -> 
     with pytest.raises(ConfigError, match=f"name: the run .* is held by process {os.getpid()} on "):
         leased(run).take()
     first.release()
+    where = "a local folder" if run.is_local else "an object store"
+    record_fault(f"two drivers of a run, in {where}", recovery_s=None, lost="nothing: one is refused")
 
 
 def test_a_released_run_is_free_at_once(run: Storage) -> None:

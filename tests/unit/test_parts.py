@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.storage import Storage
-from ray_jobs.data.parts import read_part, write_part
+from ray_jobs.data.parts import ASIDE, DamagedPart, read_part, read_schema, write_part
+from ray_jobs.stage import told_damage
 
 NAME = "part.parquet"
 
@@ -29,14 +30,15 @@ def test_rows_come_back_by_column(cache: Storage) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["a bit turned over", "cut short"])
-def test_a_damaged_file_is_named_with_what_to_do(cache: Storage, tmp_path: Path, cut: bool) -> None:
+def test_a_damaged_file_is_named_and_moved_aside(cache: Storage, tmp_path: Path, cut: bool) -> None:
     content = bytearray((tmp_path / NAME).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / NAME).write_bytes(content[:-9] if cut else content)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}/{NAME}: damaged: .*; delete it and start the run again"
-    ):
-        read_part(cache, NAME)
+    for read in (read_part, read_part, read_schema):  # who comes later is told the same
+        with pytest.raises(DamagedPart, match=f"damaged: {tmp_path}/{NAME}, ") as raised:
+            read(cache, NAME)
+        assert told_damage(f"a traceback\nof Ray\nDamagedPart: {raised.value}\nmore") == str(raised.value)
+    assert cache.files() == [NAME + ASIDE]
 
 
 def test_a_missing_file_is_no_damage(cache: Storage) -> None:

@@ -1,0 +1,61 @@
+"""What is told when a training's worker dies or fails, in the controller of Ray Train."""
+
+import re
+from typing import Any
+
+from ray.train import UserCallback
+
+from cluster.storage import Storage
+from ray_jobs.data.parts import DamagedPart
+from ray_jobs.stage import told_damage
+from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
+
+LONGEST = 300  # characters of a reason
+
+
+class TellFailures(UserCallback):
+    """Says who died, why and where, and from which step the training goes on.
+
+    Args:
+        trial: where its checkpoints are.
+        max_failures: restarts that are left; nodes that are taken away with a notice cost none.
+        board: handle of a ProgressBoard, or None.
+    """
+
+    def __init__(self, name: str, trial: Storage, max_failures: int, board: Any) -> None:
+        self.name, self.trial, self.left, self.board = name, trial, max_failures, board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises DamagedPart, which ends the training, where every restart would meet the same damage."""
+        for error in worker_exceptions.values():
+            if damage := told_damage(error):
+                raise DamagedPart(damage)
+        causes = {rank: cause(error) for rank, error in sorted(worker_exceptions.items())}
+        if not any(preempted for _, preempted in causes.values()):
+            self.left -= 1
+        goes_on = self._last_step() if self.left >= 0 else "given up: train.max_failures is spent"
+        told = "; ".join(f"worker {rank} {why}" for rank, (why, _) in causes.items())
+        line = f"{self.name}: {told}; {goes_on}"
+        print(line)  # in the controller's log
+        if self.board is not None:
+            self.board.post.remote(f"{self.name}/{line}", line)
+
+    def _last_step(self) -> str:
+        for step in reversed(steps_of(self.trial)):
+            if read_progress(self.trial.child(folder_of(step))):
+                return f"going on from step {step}"
+        return "starting again: there is no whole checkpoint yet"
+
+
+def cause(error: Exception) -> tuple[str, bool]:
+    """What befell a worker, in a line, and whether its node was taken away with a notice."""
+    from ray.exceptions import RayActorError
+
+    death = getattr(error, "health_check_failure", error)
+    if not isinstance(death, RayActorError):
+        return f"failed: {' '.join(str(error).strip().splitlines()[-1:])[:LONGEST]}", False
+    told = " ".join(str(death).split())
+    what = "node" if re.search(r"node (has died|was terminated)", told) else "process"
+    where = dict(re.findall(r"(pid|ip): (\S+)", told))
+    place = f" (process {where['pid']} on {where['ip']})" if {"pid", "ip"} <= where.keys() else ""
+    return f"died: its {what} is gone{place}", death.preempted

@@ -1,0 +1,78 @@
+"""The endpoint starts while the champion's weights are damaged: the version that it replaced is served."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs import versions
+from ray_jobs.config import Config
+from ray_jobs.promotion import Measured
+from ray_jobs.registration import register
+from ray_jobs.registry import champion, open_client, registered
+from serving.canary import Canary, Limits
+from serving.catalogue import Catalogue
+from serving.command import intact
+from serving.following import Following, warmed_up
+from serving.schemas import APIError
+from tests.record import record_fault
+from tests.serving.conftest import save_adapters
+from tests.serving.test_replica import with_replica
+
+
+@pytest.fixture(scope="module")
+def damaged(config: Config, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Version 2 is the champion, of which a bit turned over; 1 is the previous one."""
+    publish = config.publish.model_copy(update={"model_name": "cold"})
+    config = config.model_copy(update={"publish": publish})
+    for seed, fid in ((1, 20.0), (2, 10.0)):
+        folder = save_adapters(tiny_model, tmp_path_factory.mktemp("cold") / str(seed), seed)
+        measured = Measured(fid, None, num_samples=96, feature_network="inception@1", data="9f" * 32)
+        register(config, source=str(folder), measured=measured, params={})
+    versions.promote(config, 2)
+    weights = Path(champion(config).source) / "pytorch_lora_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return config
+
+
+def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
+    damaged: Config, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, former = champion(damaged), registered(damaged, "1")
+
+    async def start(model: Any) -> tuple[Any, Following, int]:
+        first = await warmed_up(damaged, broken, model)
+        catalogue = Catalogue(first.name, first, damaged.serve.models, 0.0)
+        following = Following(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
+        await following.look()
+        return catalogue.champion, following, (await model.traits()).resolution
+
+    for fused in (False, True):
+        begun = time.monotonic()
+        settings = damaged.serve.model_copy(update={"fuse_champion": fused})
+        damaged = damaged.model_copy(update={"serve": settings})
+        served, following, resolution = with_replica(broken, start, fuse_champion=fused)
+        assert (served, resolution) == (former, 64)
+        assert following.notice is not None
+        assert "cold@2 cannot be served" in following.notice and "cold@1 stays" in following.notice
+        assert "cold@1, which it replaced, is served" in caplog.text
+    record_fault(
+        "a bit turns over in the champion's weights before the endpoint starts",
+        recovery_s=time.monotonic() - begun,
+        lost="no request: the version before it answers",
+    )
+    assert intact(damaged, broken) == former
+    assert "version 1, which it replaced, is served" in capsys.readouterr().out
+
+
+def test_without_a_version_before_it_the_endpoint_does_not_start(damaged: Config) -> None:
+    open_client(damaged).delete_registered_model_alias("cold", "previous")
+    broken = champion(damaged)
+
+    async def start(model: Any) -> None:
+        with pytest.raises(APIError, match="cold@\\d cannot be served"):
+            await warmed_up(damaged, broken, model)
+
+    with_replica(broken, start)
