@@ -104,7 +104,8 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # it would again
     if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
-        train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell)])
+        waits = config.search.wait_for_scores
+        train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
         for rung in unreported(folder):
             if intact(rung, tell):
                 tune.report(measure(rung, labels, trial.split, pool))
@@ -176,16 +177,25 @@ class RungCallback(TuneReportCallback):
     """
 
     def __init__(
-        self, trial: Trial, labels: dict[str, Any], pool: EvaluatorPool, folder: Storage, tell: Tell
+        self,
+        trial: Trial,
+        labels: dict[str, Any],
+        pool: EvaluatorPool,
+        folder: Storage,
+        tell: Tell,
+        waits: bool,
     ) -> None:
         super().__init__()
-        self.trial, self.labels, self.pool, self.folder, self.tell = trial, labels, pool, folder, tell
+        self.trial, self.labels, self.pool, self.folder = trial, labels, pool, folder
+        self.tell, self.waits = tell, waits
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["why"] != RUNG:
             return  # a checkpoint to go on from, between rungs
         for rung in unreported(self.folder, until=metrics[0]["step"]):
             if not intact(rung, self.tell):
+                if self.waits:  # for a score that will never be: the training starts again before it
+                    raise RuntimeError(f"{rung.uri} is damaged, and search.wait_for_scores waits for it")
                 continue
             row = measure(rung, self.labels, self.trial.split, self.pool)
             super().after_report(run_context, [row], None)

@@ -125,8 +125,8 @@ def _stacked(updates: Sequence[Update | None], index: Sequence[int]) -> Update:
     """The updates of one layer, of which a row takes the one that `index` names."""
     present = [update for update in updates if update]
     if len(updates) == 1:
-        (update,) = present
-        return Update(update.down[None], update.up[None], None if update.gain is None else update.gain[None])
+        (only,) = present
+        return Update(only.down[None], only.up[None], None if only.gain is None else only.gain[None])
     rank = max(len(update.down) for update in present)
     down, up = present[0].down, present[0].up
     downs = down.new_zeros(len(updates), rank, *down.shape[1:])

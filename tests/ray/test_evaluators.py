@@ -197,7 +197,7 @@ def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
     config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
 ) -> None:
     run = Storage.open(config.storage).child(config.name)
-    first, second = (SearchResult(row["trial_id"], rows, rows, row) for row in rows)
+    first, second = (SearchResult(row["trial_id"], rows, rows, row, {}) for row in rows)
     winner = publish(config, dataset, fresh(started), first)
     assert winner["test_reads"] == 1
     reads = read_records(run)

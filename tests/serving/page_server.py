@@ -54,7 +54,7 @@ class AnswersHere:
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.gather(self._answer, return_exceptions=return_exceptions)
+            return list(await asyncio.gather(self._answer, return_exceptions=return_exceptions))
 
 
 class PicturesHere:

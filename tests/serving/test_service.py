@@ -74,11 +74,12 @@ async def answered(service: Service, version: RegisteredModel, **fields: Any) ->
 
 def served(
     config: Config,
-    champion: RegisteredModel,
-    candidate: RegisteredModel,
+    versions: list[RegisteredModel],
     store: FeedbackStore,
     work: Callable[[Service, Any], Coroutine[Any, Any, Any]],
 ) -> Any:
+    """What `work` gives of a service with a champion and a candidate, and of its replica."""
+    champion, candidate = versions
     with service_here(config, champion, candidate, store) as (service, model):
         service.catalogue.candidate = candidate
         return asyncio.run(work(service, model))
@@ -97,7 +98,7 @@ def test_a_request_that_takes_too_long_is_a_504_frees_its_row_and_counts_against
         assert engine.load().row_steps < 100
         assert service.num_open == 0
 
-    served(changed(watched, request_timeout_s=0.1), *versions, store, work)
+    served(changed(watched, request_timeout_s=0.1), versions, store, work)
 
 
 def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
@@ -117,7 +118,7 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
         await asyncio.gather(*service._background)
         return await service.rollout()
 
-    told = served(watched, champion, damaged, store, work)
+    told = served(watched, [champion, damaged], store, work)
     assert told["candidate"] is None
     assert "errors: 100.0% of the last 20 requests" in told["taken_out"]["watched@2"]
     assert CANDIDATE not in client.get_registered_model("watched").aliases
@@ -149,7 +150,7 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
             task.cancel()
         return set(model.library.engines)
 
-    engines = served(config, *versions, store, work)
+    engines = served(config, versions, store, work)
     folder = tmp_path / config.name / "shadow"
     assert (folder / "000" / "given").read_bytes() == file.getvalue()
     assert (folder / "001" / "parameters.json").exists() and not (folder / "001" / "given").exists()
