@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import TrainingFailedError, UserCallback
 from ray.util.state import list_actors
 
 from cluster.connect import LocalCluster
@@ -20,7 +21,8 @@ from ray_jobs.prepare import prepare
 from ray_jobs.search import run_trials, search
 from ray_jobs.search_results import read_rows
 from ray_jobs.tracking import Mirror
-from ray_jobs.training.checkpoint import REPORTED, SERIES
+from ray_jobs.train import build_trainer
+from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
 from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
 from tests.landscape import climb, out_of_room
@@ -178,6 +180,23 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         took = time.monotonic() - killed
         record_fault("kill -9 of an evaluator", recovery_s=took, lost="one score, measured again")
     wait_until_gone(ray_cluster, before, "Evaluator")
+
+
+def test_a_training_that_waits_for_a_score_ends_where_the_measuring_fails(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    class Unmeasurable(UserCallback):
+        def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+            raise RuntimeError("no evaluator is left")
+
+    config = tiny_config(tiny_model, picture_folder, tmp_path, "train.num_workers=1", "search.ladder=[2,4]")
+    trainer = build_trainer(
+        config, prepare(config), name="waits", callbacks=[Unmeasurable()], wait_for_scores=True
+    )
+    with pytest.raises(TrainingFailedError, match="no evaluator is left"):
+        trainer.fit()
+    trainings = Storage.open(config.storage).child(config.name, "train", "waits")
+    assert steps_of(trainings) == [2], "it went on without the score"
 
 
 def alive(cluster: LocalCluster, *names: str) -> list[Any]:
