@@ -49,19 +49,16 @@ class Steps:
 
     Attributes:
         last: the last step that was told; it tells one every other second.
-        said: all else.
     """
 
     def __init__(self) -> None:
         self.board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-        self.last, self.said = 0, list[str]()
+        self.last = 0
 
     def look(self) -> None:
         for line in ray.get(self.board.take.remote()):
             if step := re.search(r" step (\d+)/", line):
                 self.last = int(step.group(1))
-            else:
-                self.said.append(line)
 
 
 def wait_for(
@@ -76,14 +73,12 @@ def wait_for(
     steps.look()
     before, begin = steps.last, time.monotonic()
     happened, last = happen(), max(checkpoints(config), default=0)
-    steps.said.clear()
     while time.monotonic() - begin < PATIENCE_S:
         for step, progress in checkpoints(config).items():
             if step > last and wanted(progress):
                 took = time.monotonic() - begin
-                steps.look()
                 resumed = first_step(config, step) - 1
-                told = {"seconds": took, "again": max(0, before - resumed), "said": steps.said}
+                told = {"seconds": took, "again": max(0, before - resumed)}
                 print(json.dumps({"event": event, **told, **progress}), flush=True)
                 return happened
         steps.look()

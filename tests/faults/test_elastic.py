@@ -69,9 +69,6 @@ def test_a_training_goes_on_with_fewer_and_more_nodes(
     assert [line["world_size"] for line in told] == [1, 2, 2, 1]
     assert told[2]["seconds"] < GRACE_S
 
-    said = " ".join(told[-1]["said"])
-    assert " died: its node is gone" in said and "going on from step " in said, said
-
     for line in told[1:]:
         lost = f"{line['again']} steps, taken again" if line["again"] else "no step"
         record_fault(f"training: {line['event']}", recovery_s=line["seconds"], lost=lost)
