@@ -15,15 +15,17 @@ those up to measured rungs, the computed ones were not counted.
 
 import argparse
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
 
+from benchmarks.simulation.halving import Halving
 from cluster.connect import connect
 from cluster.storage import Storage
-from ray_jobs.config import Config, load_config
+from ray_jobs.config import Config, SearchConfig, load_config
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import quiet_logs, show
@@ -123,6 +125,24 @@ def compared(arguments: argparse.Namespace, seed: dict[str, Any]) -> dict[str, A
     }
 
 
+def asha_by_order(grid: dict[str, Any]) -> list[float]:
+    """The share of the separate grid's steps, up to measured rungs, that ASHA with one trial at a time takes
+    in every order of the rates, if it measures what the grid has measured."""
+    fids = {(row["trial_id"], row["step"]): row["fid"] for row in grid["rungs"]}
+    trials, ladder = ({key[place] for key in fids} for place in (0, 1))
+    whole, shares = len(trials) * sum(ladder), []
+    for order in permutations(sorted(trials)):
+        halving, steps = Halving(sorted(ladder), SearchConfig.model_fields["reduction_factor"].default), 0
+        for number, trial in enumerate(order):
+            for step in sorted(ladder):
+                last = step
+                if halving.stops(number, step, fids[trial, step]):
+                    break
+            steps += last
+        shares.append(steps / whole)
+    return shares
+
+
 def _told(found: dict[str, Any]) -> str:
     score = f"{found['test_fid']:.1f} ± {found['test_fid_error']:.1f}"
     return f"{found['trial_id']} at {found['step']}: {score}"
@@ -165,6 +185,9 @@ def main() -> None:
             ratios = ", ".join(f"{name} {ours[name]:.3f}" for name in ours if name.endswith("_ratio"))
             best = f"grid {_told(each['grid']['lowest'])}, search {_told(ours['winner'])}"
             show(f"seed {each['seed']}, {scheduler}: {ratios}; {best}")
+        shares = asha_by_order(each["grid"])
+        told = f"{min(shares):.3f} to {max(shares):.3f}, in the mean {np.mean(shares):.3f}"
+        show(f"seed {each['seed']}: ASHA's measured_steps_ratio in {len(shares)} orders of the rates: {told}")
     show(AIMS)
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 RETRY_S = 2
 """From one attempt to reach a cluster to the next, in seconds."""
 
+QUIET_S = 120
+"""After which without a line the cluster is asked whether the job still runs, in seconds: of a connection
+that something on the way has dropped nobody is told."""
+
 UNREACHED = (OSError, RuntimeError, RayError, aiohttp.ClientError)
 """What Ray's client raises while it cannot reach the cluster, or what stands before it answers in its place;
 those of `requests` are OSErrors, those of the log's web socket are not."""
@@ -75,7 +79,12 @@ class Follower:
 
     async def _tail(self) -> None:
         seen = 0
-        async for chunk in self.client.tail_job_logs(self.job):
+        stream = aiter(self.client.tail_job_logs(self.job))
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(stream), QUIET_S)
+            except (StopAsyncIteration, TimeoutError):
+                return  # the job's status tells whether it is the end, silence, or a connection that hangs
             self._back()
             fresh = chunk[max(0, self.printed - seen) :]
             seen += len(chunk)

@@ -25,6 +25,10 @@ INFEASIBLE_S = 120.0
 """How long an autoscaler may say that no group of nodes meets a demand before that is believed, in seconds:
 it says so too while it does not know its groups yet."""
 
+AGAIN_S = 60.0
+"""After which a stage that went on is told to stop once more, in seconds: an interrupt in the middle of a
+callback may be lost."""
+
 STOP = signal.SIGUSR2
 """Stops the stage. Not SIGINT, which is ignored in what a shell runs in the background, and not SIGUSR1,
 which Ray Tune takes for itself."""
@@ -56,7 +60,8 @@ def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
     except Exception:  # perhaps of a node that was not looked at yet
         watch.finish()
         with suppress(RayError):
-            watch.look_at_nodes()
+            for _ in range(2):  # the first word of a node is doubted
+                watch.look_at_nodes()
         if watch.error:
             raise watch.error from None
         raise
@@ -77,28 +82,30 @@ class Watch(threading.Thread):
         self.config = config
         self.error: ConfigError | None = None
         self._seen = {node.identity for node in nodes}
+        self._doubted: set[str] = set()
         self._infeasible_since: float | None = None
         self._done = threading.Event()
+        self._stopping = threading.Lock()  # so that no signal comes after the end
 
     def run(self) -> None:
-        from ray.exceptions import RayError
-
-        while not self._done.wait(LOOK_S):
+        while not self._done.wait(AGAIN_S if self.error else LOOK_S):
             try:
                 self.look_at_nodes()
                 self._look_at_demands()
-            except RayError as error:  # of a head that is away for a while
+            except Exception as error:  # of a head that is away for a while, or whatever: the stage goes on
                 logging.getLogger(__name__).warning("the cluster cannot be looked at: %s", error)
-            if self.error and not self._done.is_set():
-                os.kill(os.getpid(), STOP)
-                return
+            with self._stopping:
+                if self.error and not self._done.is_set():
+                    os.kill(os.getpid(), STOP)
 
     def finish(self) -> None:
-        self._done.set()
+        with self._stopping:
+            self._done.set()
         self.join()
 
     def look_at_nodes(self) -> None:
-        """Have those that have joined look at the storage, together with this process's own.
+        """Have those that have joined look at the storage, together with this process's own. What is wrong
+        must be so at two looks: a machine that has just started may be refused for some seconds.
 
         Raises:
             RayError: one has left meanwhile; if not, the next look finds it.
@@ -115,6 +122,10 @@ class Watch(threading.Thread):
         except NoAnswer as error:  # of a busy node, for which a run that goes well is not stopped
             say("cluster", str(error))
         except ConfigError as error:
+            if doubtful := {node.identity for node in joined} - self._doubted:
+                say("cluster", f"looked at once more: {error}")
+                self._doubted |= doubtful
+                return
             self.error = error
         self._seen |= {node.identity for node in joined}
 

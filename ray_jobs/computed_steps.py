@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from cluster.storage import Storage
+from ray_jobs.progress import say
 
 COMPUTED = "computed.json"
 WRITE_EVERY = 10.0  # seconds: a driver that dies takes the count of so many with it
@@ -32,17 +33,24 @@ class ComputedSteps:
         self.storage, self.board = storage, board
         self.steps = read_computed(storage)
         self.taken_at = time.monotonic()
+        self.unwritten = False
 
     def take(self) -> dict[str, int]:
-        """Steps by training, of all starts of the search; writes them down if there are new ones."""
+        """Steps by training, of all starts of the search; writes them down if there are new ones, or says
+        that they cannot be, and tries again the next time."""
         import ray
 
         self.taken_at = time.monotonic()
         new: dict[str, int] = ray.get(self.board.take_steps.remote()) if self.board is not None else {}
         for training, count in new.items():
             self.steps[training] = self.steps.get(training, 0) + count
-        if new:
-            self.storage.write_text(COMPUTED, json.dumps(self.steps))
+        self.unwritten |= bool(new)
+        if self.unwritten:
+            try:
+                self.storage.write_text(COMPUTED, json.dumps(self.steps))
+                self.unwritten = False
+            except OSError as error:  # a count is no reason to end a search
+                say("search", f"{COMPUTED} is not written yet: {error}")
         return self.steps
 
     def take_if_due(self) -> None:

@@ -114,7 +114,7 @@ def run_generations(config: Config, done: "Trials", trials: list[Trial], followi
     """A generation a rung: all of it is measured before the next one begins."""
     while trials and not done.budget_is_spent:
         done.run_all(trials)
-        if trials[0].ladder == config.search.ladder:
+        if trials[0].ladder == config.search.ladder or done.budget_is_spent:
             return
         before, trials = trials, following(config, trials, done.rows)
         if len(trials) < len(before):

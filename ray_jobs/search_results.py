@@ -71,7 +71,7 @@ def search_digest(config: Config, dataset: Dataset) -> str:
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
     for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
         del settings["search"][field]
-    for field in EvaluateConfig.AFTER_SEARCH:
+    for field in (*EvaluateConfig.AFTER_SEARCH, "num_actors"):
         del settings["evaluate"][field]
     content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -88,6 +88,8 @@ class Budget(Stopper):
         return False
 
     def stop_all(self) -> bool:
+        if not self.seconds:
+            return False  # nothing is measured yet, so there is nothing to choose from
         hours = sum(self.seconds.values()) / 3600 * self.workers
         spent = {
             "max_steps": sum(self.steps.values()),

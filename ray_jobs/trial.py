@@ -109,6 +109,8 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
         for rung in unreported(folder):
             if intact(rung, tell):
                 tune.report(measure(rung, labels, trial.split, pool))
+            elif rung.metrics["step"] == trial.ladder[-1]:
+                raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
 
 Tell = Callable[[str], None]

@@ -187,8 +187,11 @@ class AdapterCache:
             self._loading[name] = self._thread.submit(self._read_checked, name)
             self._loading[name].add_done_callback(lambda _: self._on_loaded())
         self._keep_loaded(name)
-        failed = name in self._loading and self._loading[name].done()
-        return self._loading.pop(name).result() if failed else self._kept.get(name)
+        reading = self._loading.get(name)
+        if reading and reading.done() and (error := reading.exception()):
+            del self._loading[name]
+            raise error
+        return self._kept.get(name)
 
     def holds(self, name: str) -> bool:
         """Whether an adapter is in memory."""

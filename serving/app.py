@@ -14,6 +14,7 @@ from ray import serve
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config, resolve_path
+from ray_jobs.progress import say
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
 from serving.ingress import Ingress
 from serving.keys import KeyRing
@@ -35,6 +36,8 @@ def check_model(config: Config, registered: RegisteredModel) -> None:
             f"serve.compile: {registered.name} version {registered.version} is a LoRA version, whose layers "
             "a compiled denoiser does not take; turn on serve.fuse_champion, or turn it off"
         )
+    if config.serve.fuse_champion and registered.method != "lora":
+        say("serve", f"serve.fuse_champion: {registered.name} is fully trained, so there is nothing to fuse")
     if config.serve.drift_pictures and not Storage.open(registered.source).exists(REFERENCE):
         raise ConfigError(
             f"serve.drift_pictures: {registered.source}/{REFERENCE}: is missing; publish the model again, or "

@@ -10,6 +10,7 @@ import numpy as np
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, EvaluateConfig, resolve_path
 from ray_jobs.registry import RegisteredModel
+from serving.library import LOADING
 from serving.load import Drift
 from serving.order import label
 
@@ -36,7 +37,6 @@ class DriftWatch:
     def __init__(self, evaluate: EvaluateConfig, window: int) -> None:
         self._evaluate, self._window = evaluate, window
         self._lock = threading.Lock()
-        self._loading = threading.Lock()
         # None: its monitor is being opened, or cannot be.
         self._monitors: OrderedDict[tuple[str, int, str], DriftMonitor | None] = OrderedDict()
         self._networks: tuple[FeatureNetwork, Clip | None] | None = None
@@ -83,7 +83,7 @@ class DriftWatch:
         from ray_jobs.feature_networks import load_first
         from ray_jobs.metrics.vision_model import load_clip
 
-        with self._loading:
+        with LOADING:
             if self._networks is None:
                 evaluate, clip = self._evaluate, None
                 network = load_first(evaluate)

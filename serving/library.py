@@ -1,12 +1,17 @@
 """The models of a replica: engines by name, loaded beside running ones, a few kept."""
 
 import asyncio
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 Engine = TypeVar("Engine")
+
+# diffusers and transformers make modules without weights while they load, by a switch of the whole process:
+# of two loads at once one gets no weights, nor may later ones. All that a replica loads takes this.
+LOADING = threading.Lock()
 
 
 class Library(Generic[Engine]):
@@ -26,9 +31,6 @@ class Library(Generic[Engine]):
         self._kept: OrderedDict[str, Engine] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._users: Counter[str] = Counter()
-        # diffusers and transformers make modules without weights while they load, by a switch of the whole
-        # process: of two loads at once one gets no weights, nor may later ones.
-        self._one_at_a_time = asyncio.Lock()
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -62,11 +64,14 @@ class Library(Generic[Engine]):
 
     async def _load_and_keep(self, name: str) -> Engine:
         try:
-            async with self._one_at_a_time:
-                self._kept[name] = await asyncio.to_thread(self._load, name)
+            self._kept[name] = await asyncio.to_thread(self._load_alone, name)
             return self._kept[name]
         finally:
             del self._loading[name]
+
+    def _load_alone(self, name: str) -> Engine:
+        with LOADING:
+            return self._load(name)
 
     async def _trim(self) -> None:
         idle = [name for name in self._kept if not self._users[name]]

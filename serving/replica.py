@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,14 +179,13 @@ class Model:
 
         settings, fuse = self.settings, None
         version = self._versions.get(name)
-        if version is None or version.method == "lora":
-            pipeline = load_pipeline(self.base, revision=self.base_revision)
-        if version is not None:
-            with local_weights(version) as folder:
-                if version.method == "lora":
-                    fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
-                else:
-                    pipeline = load_pipeline(self.base, folder, revision=self.base_revision)
+        with (
+            local_weights(version) if version else nullcontext() as folder
+        ):  # checked before the base is read
+            whole = None if version is None or version.method == "lora" else folder
+            pipeline = load_pipeline(self.base, whole, revision=self.base_revision)
+            if folder and not whole:
+                fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
         try:
             prepare(
                 pipeline,

@@ -37,4 +37,4 @@ def out_of_room(space: dict[str, Any], *, make: Any, around: Any) -> None:
     """The first trial finds the disk full; the others would take long."""
     if make(space).settings[LEARNING_RATE] == 1e-3:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/storage/part")
-    time.sleep(120)
+    time.sleep(600)

@@ -173,6 +173,8 @@ def read_benchmark(results: Path, kind: str, config: Config) -> list[Run]:
     """
     found = []
     for each in json.loads(results.read_text())["seeds"]:
+        if kind != "grid" and "asha" not in each["searches"]:
+            raise ValueError(f"{results}: seed {each['seed']}: run benchmarks.search --scheduler asha first")
         made = each["grid"] if kind == "grid" else each["searches"]["asha"]
         trials = by_trial(made["rungs"])
         plan = plan_of(config, len(trials))

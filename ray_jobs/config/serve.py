@@ -80,8 +80,8 @@ class ServeConfig(Section):
     follow_s: float = Field(10, gt=0, description="seconds between looks at the registry's aliases")
     candidate_share: Share = Field(0.0, description="of users, whom the candidate answers")
     shadow_share: Share = Field(0.0, description="of requests, which the candidate draws too, unseen")
-    rollback_requests: Positive = Field(
-        50, description="answers of the candidate before it may be taken out by itself"
+    rollback_requests: int = Field(
+        50, ge=1, le=500, description="answers of the candidate before it may be taken out by itself"
     )
     rollback_error_rate: float = Field(
         0.05, gt=0, le=1, description="the candidate is taken out with so many more errors than the champion"

@@ -41,9 +41,12 @@ class TellFailures(UserCallback):
             self.board.post.remote(f"{self.name}/{line}", line)
 
     def _last_step(self) -> str:
-        for step in reversed(steps_of(self.trial)):
-            if read_progress(self.trial.child(folder_of(step))):
-                return f"going on from step {step}"
+        try:
+            for step in reversed(steps_of(self.trial)):
+                if read_progress(self.trial.child(folder_of(step))):
+                    return f"going on from step {step} at the latest"  # a damaged one is passed over
+        except Exception as error:  # a store that fails once is no reason to end the training here
+            return f"going on; its checkpoints cannot be read just now: {error}"
         return "starting again: there is no whole checkpoint yet"
 
 

@@ -81,7 +81,7 @@ class Brake:
         root, period = Path("/sys/fs/cgroup"), 100_000
         first = root / "cpu" if (root / "cpu").is_dir() else root
         self.folder = first / f"diffray-{name}"
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         if first == root:
             (self.folder / "cpu.max").write_text(f"{int(cores * period)} {period}")
         else:

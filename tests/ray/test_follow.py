@@ -81,7 +81,7 @@ def counting(folder: Path, proxy: Proxy, then: Callable[[], None]) -> list[str]:
         proxy.cut()
         then()
 
-    threading.Thread(target=disturb).start()
+    threading.Thread(target=disturb, daemon=True).start()
     return [sys.executable, str(program), str(half)]
 
 

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ray_jobs.config import Config
 
+pytestmark = pytest.mark.ray  # it has the machine to itself
 ROOT = Path(__file__).resolve().parents[2]
 
 STAGE = """

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+pytestmark = pytest.mark.ray  # it has the machine to itself
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import time; print('running', flush=True); time.sleep(300)"]
 LEFT_S = 30

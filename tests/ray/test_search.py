@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
     begun = time.monotonic()
     with pytest.raises(ConfigError, match="^storage: .*Disk quota exceeded: make room"):
         searched(config, out_of_room)
-    assert time.monotonic() - begun < 100
+    assert time.monotonic() - begun < 300
 
 
 def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_path: Path) -> None:

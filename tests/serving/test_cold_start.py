@@ -51,6 +51,7 @@ def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
 
     for fused in (False, True):
         begun = time.monotonic()
+        caplog.clear()
         settings = damaged.serve.model_copy(update={"fuse_champion": fused})
         damaged = damaged.model_copy(update={"serve": settings})
         served, following, resolution = with_replica(broken, start, fuse_champion=fused)

@@ -52,6 +52,8 @@ def test_two_engines_are_not_loaded_at_once(shelf: Shelf) -> None:
     async def ask() -> list[str]:
         kept, shelf.slow["a"] = library(shelf), threading.Event()
         both = asyncio.gather(use(kept, "a"), use(kept, "b"))
+        while not shelf.loaded:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         before = list(shelf.loaded)
         shelf.slow["a"].set()

@@ -16,7 +16,7 @@ from tests.record import record_fault
 from tests.s3_server import S3Server, s3_server
 from tests.unit.test_checkpoint import write
 
-IN_TIME_S = 60
+IN_TIME_S = 300
 
 
 @pytest.fixture
