@@ -136,7 +136,7 @@ def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_pat
 def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
-    """Each trial would train for an hour, and of eight CPUs its worker takes five: the second one can begin
+    """Each trial would train for an hour, and its worker takes four of at most seven CPUs that are free: the second one can begin
     only if the first is stopped, at a rung that is no better than the one before (ray-project/ray#54305). No
     step is begun before the rung below it is measured."""
     config = tiny_config(
@@ -144,7 +144,7 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         picture_folder,
         tmp_path,
         "train.num_workers=1",
-        "train.cpus_per_worker=5",
+        "train.cpus_per_worker=4",
         "search.learning_rates=[1.0e-9,2.0e-9]",
         "search.ladder=[2,3,100000]",
         "search.scheduler=none",

@@ -34,7 +34,8 @@ def test_who_died_and_where_it_goes_on_is_told(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == [
         "lr-0.001: worker 0 died: its process is gone (process 77 on 10.77.0.3); worker 1 failed: Connection "
         "closed by peer; starting again: there is no whole checkpoint yet",
-        "lr-0.001: worker 1 died: its node is gone (process 77 on 10.77.0.3); going on from step 4 at the latest",
+        "lr-0.001: worker 1 died: its node is gone (process 77 on 10.77.0.3); "
+        "going on from step 4 at the latest",
         "lr-0.001: worker 1 died: its node is gone (process 77 on 10.77.0.3); given up: "
         "train.max_failures is spent",
     ]
