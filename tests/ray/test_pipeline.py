@@ -67,8 +67,9 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
 
     fields = {"trial_id", "learning_rate", "step", "train_loss", "images_per_second", "seconds", "checkpoint"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
-    scores |= {"validation_loss", "settings", "training"}
-    assert all(set(row) - {"behind", "behind_error"} == fields | scores for row in rows)
+    scores |= {"validation_loss", "settings", "training", "feature_network", "num_samples"}
+    compared = {"behind", "behind_error", "variance_ratio"}
+    assert all(set(row) - compared == fields | scores for row in rows)
     winner = json.loads((run / "winner.json").read_text())
     [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
     assert winner["validation_fid"] == best["fid"]
