@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -201,12 +202,19 @@ class Recorder(Callback):
         say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.refused.error = self.refused.error or refusal(self.trials.around.config, trial.get_error())
+        self.refused.error = self.refused.error or refusal(self.trials.around.config, _failures(trial))
         left_out = "ends the search" if self.refused.error else "is left out"
         say("search", f"{self._trial(trial).training} failed and {left_out}: {_reason(trial)}")
 
 
+def _failures(trial: Any) -> str:
+    """The tracebacks of a trial, from the driver's own file: the storage, which `get_error` reads, has them
+    some time later."""
+    file = trial.error_file
+    return Path(file).read_text() if file and Path(file).exists() else ""
+
+
 def _reason(trial: Any) -> str:
-    """The last line of the traceback that Tune keeps of a trial."""
-    lines = str(trial.get_error() or "its process died").strip().splitlines()
+    """The last line of the last traceback."""
+    lines = (_failures(trial) or "its process died").strip().splitlines()
     return " ".join(lines[-1].split())[:300]
