@@ -15,6 +15,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.interruptible import interruptible
+
 pytestmark = pytest.mark.ray  # it has the machine to itself
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import time; print('running', flush=True); time.sleep(300)"]
@@ -57,14 +59,13 @@ def test_no_process_of_the_embedded_ray_is_left(folder: Path, ended_by: int | No
     config.write_text(yaml.safe_dump(run))
     job = SLEEP if ended_by else [sys.executable, "-m", "ray_jobs.prepare", "--config", str(config)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.submit", "--config", str(config), "--", *job],
+        interruptible([sys.executable, "-m", "cluster.submit", "--config", str(config), "--", *job]),
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # ignored in a background
     )
     watchdog = threading.Timer(180, process.kill)
     watchdog.start()

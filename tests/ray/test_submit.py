@@ -1,6 +1,5 @@
 """Submitting a job: its lines, its exit code, and what is refused before Ray starts."""
 
-import fcntl
 import json
 import os
 import pty
@@ -8,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +22,7 @@ from cluster.lease import LEASES
 from cluster.submit import main, run_job, runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
 from ray_jobs.stage import FULL
+from tests.interruptible import interruptible
 from tests.ray.test_training import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -385,14 +384,7 @@ def test_every_way_out_releases_actors_placement_groups_and_processes(
     where = ["--config", str(tmp_path / "run.yaml"), "--address", ray_cluster.address]
     program = [sys.executable, "-c", HOLDER, way_out]
     command = [sys.executable, "-m", "cluster.submit", *where, "--", *program]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        # Ignored, and by its children too, where these tests run in the background of a shell.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
+    process = subprocess.Popen(interruptible(command), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     assert process.stdout is not None
@@ -418,22 +410,21 @@ def test_every_way_out_releases_actors_placement_groups_and_processes(
     ("typed", "answer"), [("l\n", "leave"), ("what?\nf\n", "follow"), ("stop\n", "stop"), ("\x03", "stop")]
 )
 def test_in_a_terminal_an_interrupt_asks_what_to_do_with_the_job(typed: str, answer: str) -> None:
-
-    def take_the_terminal() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where these tests run in the background
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     terminal, inside = pty.openpty()
-    program = "from cluster.submit import _ask; print('answered', _ask('raysubmit_1'))"
+    program = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from cluster.submit import _ask
+print('answered', _ask('raysubmit_1'))
+"""
     process = subprocess.Popen(
-        [sys.executable, "-c", program],
+        interruptible([sys.executable, "-c", program]),
         cwd=ROOT,
         stdin=inside,
         stdout=subprocess.PIPE,
         stderr=inside,
         text=True,
         start_new_session=True,
-        preexec_fn=take_the_terminal,
     )
     os.close(inside)
     asked = b""
