@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.capacity import sized
 from cluster.nodes import Node, check_storage, described, living_nodes
-from cluster.watch import autoscaling_state, check_fit
+from cluster.watch import autoscaler_runs, check_fit
 from ray_jobs.config import Config, ConfigError, LocalConfig, home
 from ray_jobs.progress import say
 
@@ -165,7 +165,7 @@ def _look_around(config: Config) -> Sequence[Node]:
         check_fit(config, nodes)
     except ConfigError as error:
         # An autoscaler of version 2, as on Kubernetes, may bring what is lacking.
-        if not autoscaling_state().autoscaler_state_version:
+        if not autoscaler_runs():
             raise
         say("cluster", f"waiting for its autoscaler, since now {error}")
     check_storage(config, nodes)

@@ -159,6 +159,19 @@ def autoscaling_state() -> "AutoscalingState":
     return reply.autoscaling_state
 
 
+def autoscaler_runs(within_s: float = 30) -> bool:
+    """Whether an autoscaler of version 2 runs. One that has just started, beside the head, has told nothing
+    yet, which is waited for."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    deadline = time.monotonic() + within_s
+    while not autoscaling_state().autoscaler_state_version:
+        if not is_autoscaler_v2(fetch_from_server=True) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
 def infeasible(state: "AutoscalingState", nodes: Sequence[Node], actors: Sequence[Actors]) -> bool:
     """Whether some of these actors wait for what neither the nodes nor the autoscaler can give.
 

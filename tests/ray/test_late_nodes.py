@@ -35,7 +35,8 @@ def test_a_run_for_gpus_where_the_autoscaler_has_none_exits_2_with_one_line(tmp_
         }
     )
     (tmp_path / "run.yaml").write_text(config.to_yaml())
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # Without what the Ray of other tests has put there.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     result = subprocess.run(
         [sys.executable, "-c", STAGE, "--config", str(tmp_path / "run.yaml")],
         cwd=ROOT,
@@ -45,7 +46,9 @@ def test_a_run_for_gpus_where_the_autoscaler_has_none_exits_2_with_one_line(tmp_
         timeout=300,
     )
     assert result.returncode == 2, result.stdout
-    waiting, error = [line for line in result.stdout.splitlines() if "use_gpu" in line]
+    told = [line for line in result.stdout.splitlines() if "use_gpu" in line]
+    assert len(told) == 2, result.stdout
+    waiting, error = told
     assert "waiting for its autoscaler" in waiting
     assert error == result.stdout.splitlines()[-1]
     assert error.startswith("error: train.use_gpu, evaluate.use_gpu: the run needs 4 GPUs")
