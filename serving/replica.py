@@ -18,6 +18,7 @@ from serving.library import Library
 from serving.opening import read_picture
 from serving.order import BASE, Order, Picture, ReplicaLoad, Traits, label, place_of
 from serving.outgoing import Outgoing
+from serving.own_thread import in_own_thread
 from serving.schemas import APIError
 from serving.weights import local_weights
 
@@ -228,7 +229,7 @@ async def _opened(thread: "EngineThread", order: Order) -> "torch.Tensor | None"
     if order.image is None:
         return None
     own = thread.engine.resolution
-    return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
+    return await in_own_thread(read_picture, order.image, order.height or own, order.width or own)
 
 
 def _submit(
