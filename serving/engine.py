@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import initial_noise
 from serving.adapters import AdapterCache, read_adapter
 from serving.decoding import Decoder
 from serving.deep_features import DeepFeatures
 from serving.encoding import encode, next_chunk
-from serving.faster import Attention, attention_kernel, check_switches, offloaded
+from serving.faster import attention_kernel, check_switches, offloaded
 from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text

@@ -6,20 +6,19 @@ because they run once a picture, and half precision overflows in some autoencode
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
 from serving.low_rank import Adapter
-from serving.solvers import Solver, scheduler_of
+from serving.solvers import scheduler_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Offload = Literal["none", "encoders", "model"]
-Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -8,10 +8,11 @@ order. A batch then takes its step with one gather and a few products, whatever 
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ray_jobs.config.serve import Solver
 from ray_jobs.diffusion.families import Family
 
 # By class, what each option must be for the scheduler to be deterministic and of the kind tabulated here.
@@ -26,7 +27,6 @@ SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
 }
 
-Solver = Literal["model", "ddim", "euler", "dpm++"]
 BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from ray_jobs.config.fields import Positive, Section, Share
 
+Offload = Literal["none", "encoders", "model"]
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
+Solver = Literal["model", "ddim", "euler", "dpm++"]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
@@ -40,18 +43,18 @@ class ServeConfig(Section):
     cache_features: bool = Field(
         False, description="every other step of a UNet takes deep features of the one before; not exact"
     )
-    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+    attention: Attention = Field(
         "auto", description="kernel of the denoiser's attention; auto: torch's own choice"
     )
     fuse_champion: bool = Field(
         False,
         description="merge a LoRA champion into a copy of the base, for speed; others stay its adapters",
     )
-    offload: Literal["none", "encoders", "model"] = Field(
+    offload: Offload = Field(
         "none",
         description="in the host's memory but for the layer that runs: text encoders and autoencoder, or all",
     )
-    solver: Literal["model", "ddim", "euler", "dpm++"] = Field(
+    solver: Solver = Field(
         "model", description="of the diffusion; model: its own scheduler, with which it was measured"
     )
     default_steps: Positive = Field(20, description="denoising steps where the request names none")

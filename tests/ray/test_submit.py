@@ -158,9 +158,18 @@ def test_too_much_to_upload_is_refused_before_anything_starts(
     assert "the limit is 1: move data to shared storage" in line
 
 
-def stage(config: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A stage run as a driver of its own, on the cluster that RAY_ADDRESS names."""
-    command = [sys.executable, "-m", "ray_jobs.prepare", "--config", str(config)]
+PREPARE = ("-m", "ray_jobs.prepare")
+
+
+def stage(
+    config: Path, program: tuple[str, str] = PREPARE, /, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """A stage run as a driver of its own, on the cluster that RAY_ADDRESS names.
+
+    Args:
+        program: as Python's options name it.
+    """
+    command = [sys.executable, *program, "--config", str(config)]
     variables = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
@@ -185,14 +194,7 @@ run_stage("", lambda config: ray.get(ray.remote(write).remote()))
 
 def test_a_quota_that_is_used_up_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
-    result = subprocess.run(
-        [sys.executable, "-c", OVER_QUOTA, "--config", str(tmp_path / "run.yaml")],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster.gcs_address},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = stage(tmp_path / "run.yaml", ("-c", OVER_QUOTA), RAY_ADDRESS=ray_cluster.gcs_address)
     assert result.returncode == 2
     [line] = [line for line in result.stdout.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: make room" in line
@@ -254,14 +256,7 @@ def test_a_driver_of_another_ray_exits_2_with_one_line(ray_cluster: LocalCluster
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
     program = "ray_jobs.prepare", None, "__main__"
     older = f"import ray, runpy; ray.__version__ = '2.50.0'; runpy.run_module{program}"
-    result = subprocess.run(
-        [sys.executable, "-c", older, "--config", str(tmp_path / "run.yaml")],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster.gcs_address},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = stage(tmp_path / "run.yaml", ("-c", older), RAY_ADDRESS=ray_cluster.gcs_address)
     assert result.returncode == 2, result.stdout
     line = result.stdout.splitlines()[-1]
     assert line.startswith(f"error: RAY_ADDRESS: {ray_cluster.gcs_address}: Version mismatch: ")
