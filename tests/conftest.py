@@ -36,8 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[LocalCluster]:
-    """An embedded Ray of 8 logical CPUs that this process has joined as a driver."""
-    with local_cluster(LocalConfig(num_cpus=8, object_store_mb=256)) as cluster, joined(cluster.gcs_address):
+    """An embedded Ray of 10 logical CPUs that this process has joined as a driver."""
+    with local_cluster(LocalConfig(num_cpus=10, object_store_mb=256)) as cluster, joined(cluster.gcs_address):
         yield cluster
 
 

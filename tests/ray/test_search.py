@@ -136,8 +136,8 @@ def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_pat
 def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it(
     ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
-    """Each trial would train for an hour, and its worker takes four of at most seven free CPUs: the second
-    one can begin only if the first is stopped, at a rung that is no better than the one before
+    """Each trial would train for an hour, and its driver and its worker take five of at most nine free CPUs:
+    the second one can begin only if the first is stopped, at a rung that is no better than the one before
     (ray-project/ray#54305). No step is begun before the rung below it is measured."""
     config = tiny_config(
         tiny_model,
