@@ -46,8 +46,7 @@ def lone_requests(url: str, model: str, pictures: int, count: int) -> dict[str, 
         pictures: of a request.
         count: of turns, after one that warms up.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    thread = EngineThread(Engine(load_pipeline(model)))
+    thread = EngineThread(Engine(load_pipeline(model), num_cores=len(os.sched_getaffinity(0))))
     thread.start()
     found: list[dict[str, float]] = []
     with httpx.Client(timeout=600, trust_env=False) as client:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_jobs.diffusion.sampling import decode_latents
+from serving.cores import Cores
 from serving.rows import Row
 
 
@@ -23,10 +24,11 @@ class Decoder:
 
     Args:
         chunk_rows: decoded at a time.
+        cores: that share a chunk.
     """
 
-    def __init__(self, autoencoder: Any, *, chunk_rows: int) -> None:
-        self.autoencoder, self.chunk_rows = autoencoder, chunk_rows
+    def __init__(self, autoencoder: Any, *, chunk_rows: int, cores: Cores) -> None:
+        self.autoencoder, self.chunk_rows, self.cores = autoencoder, chunk_rows, cores
         self._queue: deque[Decoding] = deque()
         self.pictures = 0  # decoded, without previews
 
@@ -59,7 +61,8 @@ class Decoder:
     def decode(self, chunk: list[Decoding]) -> None:
         """Decode rows of one size, and hand out the pictures."""
         latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
-        pictures = decode_latents(self.autoencoder, latents).permute(0, 2, 3, 1).contiguous()
+        decoded = self.cores.compute(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
+        pictures = decoded.permute(0, 2, 3, 1).contiguous()
         for each, pixels in zip(chunk, pictures.unbind(), strict=True):
             if each.last:
                 self.pictures += 1

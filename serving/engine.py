@@ -22,10 +22,11 @@ from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import initial_noise
 from serving.adapters import AdapterCache, read_adapter
+from serving.cores import Cores
 from serving.decoding import Decoder
 from serving.deep_features import DeepFeatures
 from serving.encoding import encode, next_chunk
-from serving.faster import attention_kernel, check_switches, offloaded
+from serving.faster import attention_kernel, check_switches, compiled, offloaded
 from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
@@ -51,6 +52,7 @@ class Engine:
         attention: the kernel of the denoiser's attention, `faster.attention_kernel`.
         cache_features: every other step of a row takes the deep features of the one before (`deep_features`):
             faster, and not quite the same pictures. For UNets.
+        num_cores: of a CPU, that share the rows of a call; None: PyTorch's threads work on all rows together.
 
     Raises:
         ValueError: if the pipeline's scheduler is none of `solvers.SOLVERS`, or a switch of `faster.prepare`
@@ -71,6 +73,7 @@ class Engine:
         adapter_bytes: int = 1 << 30,
         attention: Attention = "auto",
         cache_features: bool = False,
+        num_cores: int | None = None,
     ) -> None:
         check_scheduler(pipeline.scheduler)
         check_switches(pipeline, with_adapters=adapter_folder is not None, cache_features=cache_features)
@@ -83,7 +86,9 @@ class Engine:
         self.deep = DeepFeatures(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
         self.low_rank = GroupedLowRank(parts)
-        self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows)
+        # A compiled denoiser is made for one caller at a time, and so is what keeps deep features.
+        self.cores = Cores(num_cores, share_out=not (compiled(pipeline) or cache_features))
+        self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows, cores=self.cores)
         self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
         self.work = threading.Event()  # set when there may be something to do
         self.adapters: AdapterCache | None = None
@@ -202,7 +207,8 @@ class Engine:
         self._drop_answered()
 
     def close(self) -> None:
-        """Stop reading adapters."""
+        """Stop reading adapters, and end the threads of the cores."""
+        self.cores.close()
         if self.adapters is not None:
             self.adapters.close()
 
@@ -295,14 +301,22 @@ class Engine:
     def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The denoiser's output for N + G rows of one kind, whose deep features are kept for the next."""
         inputs = inputs.to(self.denoiser.dtype)
-        conditions = (batch.captions, batch.sizes, batch.told)
-        work = partial(self.family.denoise, self.denoiser, inputs, timesteps, *conditions)
-        with self.low_rank.applied(batch.stacks), attention_kernel(self.attention):
+        work = partial(self._pass, batch, inputs, timesteps)
+        with attention_kernel(self.attention):  # of all threads
             if self.deep is None:
-                return work()
+                return self.cores.compute(work, len(inputs))
             given = [row.deep for row in batch.rows if row.deep is not None]
-            output = self.deep.call(Batch.join(given) if given else None, work)
+            whole = partial(work, slice(0, len(inputs)))
+            output = self.deep.call(Batch.join(given) if given else None, whole)
         made = [None] * len(batch.rows) if given else batch.split(self.deep.made)
         for row, deep in zip(batch.rows, made, strict=True):
             row.deep = deep
         return output
+
+    def _pass(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor, part: slice) -> torch.Tensor:
+        """The denoiser's output for a part of a batch's rows."""
+        share = batch.share(part)
+        with self.low_rank.applied(share.stacks):
+            return self.family.denoise(
+                self.denoiser, inputs[part], timesteps[part], share.captions, share.sizes, share.told
+            )

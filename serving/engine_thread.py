@@ -51,6 +51,7 @@ class EngineThread:
         self.engine.close()
 
     def _run(self) -> None:
+        self.engine.cores.take()
         while not self._stopping:
             self.engine.work.clear()
             try:

@@ -107,6 +107,11 @@ def offloaded(pipeline: Any) -> bool:
     return bool(getattr(pipeline, "switches", {}).get("offload", "none") != "none")
 
 
+def compiled(pipeline: Any) -> bool:
+    """Whether `prepare` compiled a pipeline's denoiser."""
+    return bool(getattr(pipeline, "switches", {}).get("compile"))
+
+
 def keep_away(pipeline: Any, device: str, offload: Offload) -> None:
     """Leave the weights of what `offload` names in the host's memory; a layer's are copied to the device for
     as long as it runs, by accelerate, and have no storage in between."""

@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
-from serving.own_thread import in_own_thread
-
 Engine = TypeVar("Engine")
 
 # diffusers and transformers make modules without weights while they load, by a switch of the whole process:
@@ -66,7 +64,7 @@ class Library(Generic[Engine]):
 
     async def _load_and_keep(self, name: str) -> Engine:
         try:
-            self._kept[name] = await in_own_thread(self._load_alone, name)
+            self._kept[name] = await asyncio.to_thread(self._load_alone, name)
             return self._kept[name]
         finally:
             del self._loading[name]

@@ -4,6 +4,7 @@ The base stays as it is. Where an adapter changes a layer, a hook adds what the 
 the row (grouped products: Chen et al., arXiv 2310.18547; Sheng et al., arXiv 2311.03285).
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ class Update(NamedTuple):
     down: torch.Tensor  # rank x in, or of a convolution rank x in x height x width
     up: torch.Tensor  # out x rank, with the adapter's scale and gain in it
     gain: torch.Tensor | None  # out; None is 1, and all but DoRA (arXiv 2402.09353) have that
+
+    def of(self, part: slice) -> "Update":
+        """A part of the rows of a stack."""
+        if len(self.down) == 1:  # for all of them
+            return self
+        return Update(self.down[part], self.up[part], None if self.gain is None else self.gain[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +52,14 @@ class Adapter:
 Stacks = Mapping[Place, Update]  # the updates of N rows, each tensor N x ..., or 1 x ... for all of them
 
 
+class _Active(threading.local):
+    """What acts in the pass of a thread."""
+
+    stacks: Stacks = {}  # noqa: RUF012  # never written into
+
+
 class GroupedLowRank:
-    """The hooks in a model that adapters act through. One pass at a time.
+    """The hooks in a model that adapters act through. One pass at a time in each thread.
 
     Args:
         parts: the components that adapters may change, by their name in the pipeline.
@@ -55,7 +68,7 @@ class GroupedLowRank:
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = parts
         self._hooked: set[Place] = set()
-        self._active: Stacks = {}
+        self._active = _Active()
 
     def stack(self, rows: Sequence[Adapter | None], part: str) -> Stacks:
         """The updates that N rows need in a component; smaller ranks are filled up with zeros. Where all rows
@@ -76,15 +89,15 @@ class GroupedLowRank:
 
     @contextmanager
     def applied(self, stacks: Stacks) -> Iterator[None]:
-        """Within it, a pass of N rows is that of their adapters."""
-        self._active = stacks
+        """Within it, a pass of N rows in this thread is that of their adapters."""
+        self._active.stacks = stacks
         try:
             yield
         finally:
-            self._active = {}
+            self._active.stacks = {}
 
     def _add(self, place: Place, layer: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> Any:
-        update = self._active.get(place)
+        update = self._active.stacks.get(place)
         if update is None:
             return None  # the layer's own output
         added = _convolved(layer, inputs[0], update) if output.ndim == 4 else _multiplied(inputs[0], update)

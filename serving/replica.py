@@ -18,7 +18,6 @@ from serving.library import Library
 from serving.opening import read_picture
 from serving.order import BASE, Order, Picture, ReplicaLoad, Traits, label, place_of
 from serving.outgoing import Outgoing
-from serving.own_thread import in_own_thread
 from serving.schemas import APIError
 from serving.weights import local_weights
 
@@ -65,11 +64,12 @@ class Model:
         self.library: Library[EngineThread] = Library(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
         self._warm: set[str] = set()  # adapters
+        self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
 
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // settings.max_replicas))
+            torch.set_num_threads(1)  # this thread's; the engines take what they need
+            self._num_cores = max(1, len(os.sched_getaffinity(0)) // settings.max_replicas)
         try:
             await self.warm_up(first, settings.fuse_champion)
         except APIError as error:
@@ -210,6 +210,7 @@ class Model:
                 prompt_bytes=settings.prompt_mb << 20,
                 attention=settings.attention,
                 cache_features=settings.cache_features,
+                num_cores=self._num_cores,
             )
         except ValueError as error:
             raise ValueError(f"serve.{error}") from error
@@ -229,7 +230,7 @@ async def _opened(thread: "EngineThread", order: Order) -> "torch.Tensor | None"
     if order.image is None:
         return None
     own = thread.engine.resolution
-    return await in_own_thread(read_picture, order.image, order.height or own, order.width or own)
+    return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
 
 
 def _submit(

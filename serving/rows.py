@@ -161,6 +161,7 @@ class Batch:
     guidance_scales: torch.Tensor
     told: torch.Tensor | None
     stacks: Stacks
+    shares: dict[tuple[int, int], "Share"] = field(default_factory=dict)
 
     @staticmethod
     def of(rows: list[Row], family: Family, denoiser: Any, low_rank: GroupedLowRank, device: str) -> "Batch":
@@ -184,6 +185,18 @@ class Batch:
             low_rank.stack(adapters, family.denoiser),
         )
 
+    def share(self, part: slice) -> "Share":
+        """What a part of the N + G rows brings; made once, for many steps."""
+        key = part.start, part.stop
+        if key not in self.shares:
+            self.shares[key] = Share(
+                {name: captions[part] for name, captions in self.captions.items()},
+                None if self.sizes is None else self.sizes[part],
+                None if self.told is None else self.told[part],
+                {place: update.of(part) for place, update in self.stacks.items()},
+            )
+        return self.shares[key]
+
     def twice(self, tensor: torch.Tensor) -> torch.Tensor:
         """N x ... to N + G x ...: the rows with guidance once more."""
         return torch.cat([tensor, tensor[self.guided]]) if len(self.guided) else tensor
@@ -205,6 +218,15 @@ class Batch:
         conditional, unconditional = output.split([len(self.rows), len(self.guided)])
         step = conditional[self.guided] - unconditional
         return conditional.index_copy(0, self.guided, unconditional + self.guidance_scales * step)
+
+
+class Share(NamedTuple):
+    """Some of a batch's rows."""
+
+    captions: Captions
+    sizes: torch.Tensor | None
+    told: torch.Tensor | None
+    stacks: Stacks
 
 
 def next_group(rows: Sequence[Row]) -> list[Row]:

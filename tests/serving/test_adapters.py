@@ -73,10 +73,16 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
     return family_of(pipeline).adaptable(pipeline)
 
 
+@pytest.mark.parametrize("num_cores", [None, 2])
 def test_a_batch_mixes_adapters_of_every_kind_and_rows_without(
-    tiny_model: Path, adapters: dict[str, Path]
+    tiny_model: Path, adapters: dict[str, Path], num_cores: int | None
 ) -> None:
-    engine = Engine(load_pipeline(str(tiny_model)), max_rows=16, adapter_folder=adapters.__getitem__)
+    engine = Engine(
+        load_pipeline(str(tiny_model)),
+        max_rows=16,
+        adapter_folder=adapters.__getitem__,
+        num_cores=num_cores,
+    )
     requests = [
         Request("a small red circle", 5, 2 + place % 3, 1.0 + 2 * (place % 2), adapter=name)
         for place, name in enumerate([None, *adapters, "text"])

@@ -78,22 +78,25 @@ def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "scheduler"),
+    ("model", "scheduler", "num_cores"),
     [
-        *product(("sd", "xl"), UNETS),
-        ("sd3", None),
-        ("sd3", "DPMSolverMultistepScheduler"),
-        ("flux", None),
-        ("schnell", None),
+        *((*each, None) for each in product(("sd", "xl"), UNETS)),
+        ("sd", "DDIMScheduler", 2),
+        ("xl", "EulerDiscreteScheduler", 3),
+        ("sd3", None, 2),
+        ("sd3", "DPMSolverMultistepScheduler", None),
+        ("flux", None, 2),
+        ("schnell", None, None),
     ],
 )
 def test_every_row_of_a_changing_batch_is_the_picture_of_plain_diffusers(
-    folders: Callable[[str], Path], model: str, scheduler: str | None
+    folders: Callable[[str], Path], model: str, scheduler: str | None, num_cores: int | None
 ) -> None:
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if model == "sd3" else {}
     folder = folders(model)
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **flow)
-    engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **flow), max_rows=4)
+    pipeline = with_scheduler(load_pipeline(str(folder)), scheduler, **flow)
+    engine = Engine(pipeline, max_rows=4, num_cores=num_cores)
     requests = [(call, replace(r, negative_prompt=None) if engine.told else r) for call, r in MIXED]
     futures: list[Future[Drawing]] = []
     for call in range(6):

@@ -1,0 +1,78 @@
+"""A CPU's cores, each of which computes a share of a batch by itself.
+
+PyTorch has all cores work on each operation in turn and wait for each other at its end, thousands of times
+in a call of a denoiser. A core that another process takes for a moment is waited for by all the others. Rows
+that are computed apart wait once a call.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
+
+import torch
+
+ENOUGH = 0.8  # of the cores' time has to go to rows: with less, all work on all rows together
+
+
+class Cores:
+    """Threads that compute with one core each.
+
+    Args:
+        number: of them; None: as many as PyTorch computes with, which all work on all rows.
+        share_out: whether rows may be computed apart.
+    """
+
+    def __init__(self, number: int | None = None, *, share_out: bool = True) -> None:
+        self.number, self.share_out = number, share_out and number is not None
+        self._threads = ThreadPoolExecutor(number, "core", initializer=_take_one)
+
+    def take(self) -> None:
+        """Let the calling thread compute with all cores, where it does so itself, and every thread of this
+        process that begins to compute later with one.
+
+        Each thread that computes gets OpenMP threads of its own, which stay for as long as it does; the
+        square root of a few numbers is enough. While there are more of them than cores, libgomp lets all
+        sleep at the end of each operation instead of spinning, and a denoiser on two cores is a quarter
+        slower.
+        """
+        if self.number is not None:
+            _take(self.number)
+            self._threads.submit(_take_one).result()  # and the process's later ones
+
+    def shares(self, rows: int) -> list[slice]:
+        """Even parts of so many rows, one for each core; a single one where too many cores would be idle."""
+        number = self.number if self.share_out and self.number else 1
+        if rows < ENOUGH * number * ceil(rows / number):
+            return [slice(0, rows)]
+        ends = [rows * place // number for place in range(number + 1)]
+        return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+    def compute(self, work: Callable[[slice], torch.Tensor], rows: int) -> torch.Tensor:
+        """What `work` gives of N rows, N x ..., put together from that of their shares."""
+        shares = self.shares(rows)
+        if len(shares) == 1:
+            return work(shares[0])
+        return torch.cat(list(self._threads.map(_inferring(work), shares)))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown()
+
+
+def _take(number: int) -> None:
+    torch.get_num_threads()  # a thread that has not computed yet would take the process's number when it does
+    torch.set_num_threads(number)  # this thread's and the process's
+
+
+def _take_one() -> None:
+    _take(1)
+
+
+def _inferring(work: Callable[[slice], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
+    """In inference mode, which a thread does not have from another one."""
+
+    def wrapped(share: slice) -> torch.Tensor:
+        with torch.inference_mode():
+            return work(share)
+
+    return wrapped

@@ -1,0 +1,75 @@
+"""Rows that cores compute apart."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
+
+import pytest
+import torch
+
+from serving.cores import Cores
+
+
+@pytest.fixture
+def two() -> Iterator[Cores]:
+    before = torch.get_num_threads()
+    cores = Cores(2)
+    yield cores
+    cores.close()
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "sizes"),
+    [
+        (2, 16, [8, 8]),
+        (2, 5, [2, 3]),
+        (2, 3, [3]),  # a core would be idle for a quarter of the time
+        (2, 1, [1]),
+        (4, 13, [3, 3, 3, 4]),
+        (4, 9, [9]),
+        (1, 7, [7]),
+        (None, 7, [7]),
+    ],
+)
+def test_shares_are_even_and_none_where_too_many_cores_would_wait(
+    number: int | None, rows: int, sizes: list[int]
+) -> None:
+    shares = Cores(number).shares(rows)
+    assert [share.stop - share.start for share in shares] == sizes
+    assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
+    assert Cores(number, share_out=False).shares(rows) == [slice(0, rows)]
+
+
+def test_parts_are_computed_by_threads_of_one_core_without_gradients_and_come_back_in_order(
+    two: Cores,
+) -> None:
+    rows, threads = torch.arange(10.0, requires_grad=True), set()
+
+    def work(share: slice) -> torch.Tensor:
+        threads.add((get_ident(), torch.get_num_threads()))
+        return 2 * rows[share]
+
+    found = two.compute(work, 10)
+    assert found.tolist() == [2.0 * row for row in range(10)] and not found.requires_grad
+    assert threads and all(number == 1 and thread != get_ident() for thread, number in threads)
+
+
+def test_who_takes_the_cores_computes_with_all_and_those_who_begin_later_with_one(two: Cores) -> None:
+    def taken() -> tuple[int, int]:
+        two.take()
+        with ThreadPoolExecutor(1) as later:
+            return torch.get_num_threads(), later.submit(torch.get_num_threads).result()
+
+    with ThreadPoolExecutor(1) as engine:
+        assert engine.submit(taken).result() == (2, 1)
+
+
+def test_an_error_of_a_part_is_that_of_the_whole(two: Cores) -> None:
+    def work(share: slice) -> torch.Tensor:
+        if share.start:
+            raise ValueError("the second one")
+        return torch.zeros(2)
+
+    with pytest.raises(ValueError, match="the second one"):
+        two.compute(work, 4)
