@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of a turn at saturation; others follow")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at saturation")
     parser.add_argument("--clients", type=int, default=16, help="at saturation")
-    parser.add_argument("--max-batch-size", type=int, default=8, help="pictures, of ours and @serve.batch")
+    parser.add_argument("--max-batch-size", type=int, default=16, help="pictures, of ours and @serve.batch")
     parser.add_argument("--adapters", type=int, default=50)
     parser.add_argument("--lone", type=int, default=30, help="requests whose overhead is measured")
     parser.add_argument("--soak", type=float, default=10, metavar="MINUTES")

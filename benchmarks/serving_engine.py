@@ -135,7 +135,12 @@ def measure(size: str, max_rows: int | None) -> dict[str, Any]:
     requests = requests_of(size)
     with TemporaryDirectory() as folder:
         names = write_adapters(Path(folder))
-        engine = Engine(pipeline, max_rows=best, adapter_folder=lambda name: Path(folder) / name)
+        engine = Engine(
+            pipeline,
+            max_rows=best,
+            adapter_folder=lambda name: Path(folder) / name,
+            num_cores=os.cpu_count(),
+        )
         plain = load_pipeline(MODEL)
         for name in names:  # into memory, all of them: loading is not what is compared
             with_engine(engine, [Request("a cat", 0, 1, 1.0, adapter=name)])
