@@ -20,7 +20,10 @@ from tests.record import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-TESTS = [
+TESTS = [  # what needs no Ray before what starts one in this process, as in `make test`
+    "tests/unit/test_busy_storage.py",
+    "tests/unit/test_lease.py",
+    "tests/serving/test_cold_start.py",
     "tests/faults",
     "tests/ray/test_prepare.py::test_kills_in_the_middle_of_encoding_leave_no_trace_in_the_result",
     "tests/ray/test_training.py"
@@ -29,9 +32,6 @@ TESTS = [
     "tests/ray/test_pipeline.py"
     "::test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done",
     "tests/serving/test_following.py",
-    "tests/serving/test_cold_start.py",
-    "tests/unit/test_busy_storage.py",
-    "tests/unit/test_lease.py",
 ]
 
 

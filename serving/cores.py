@@ -7,37 +7,42 @@ that are computed apart wait once a call.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import ceil
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ENOUGH = 0.8  # of the cores' time has to go to rows: with less, all work on all rows together
 
 
 class Cores:
-    """Threads that compute with one core each.
+    """Threads that compute with one core each, and one that computes with all.
 
     Args:
-        number: of them; None: as many as PyTorch computes with, which all work on all rows.
+        number: of cores; None: who asks computes, with as many as PyTorch has given him.
         share_out: whether rows may be computed apart.
     """
 
     def __init__(self, number: int | None = None, *, share_out: bool = True) -> None:
         self.number, self.share_out = number, share_out and number is not None
-        self._threads = ThreadPoolExecutor(number, "core", initializer=_take_one)
+        self._apart = ThreadPoolExecutor(number, "core", initializer=_take_one)
+        self._together = ThreadPoolExecutor(1, "cores")
 
     def take(self) -> None:
-        """Let the calling thread compute with all cores, where it does so itself, and every thread of this
-        process that begins to compute later with one.
+        """Leave the cores to these threads: the calling one, and all of the process that begin to compute
+        later, have one.
 
         Each thread that computes gets OpenMP threads of its own, which stay for as long as it does; the
         square root of a few numbers is enough. While there are more of them than cores, libgomp lets all
         sleep at the end of each operation instead of spinning, and a denoiser on two cores is a quarter
-        slower.
+        slower; while there are not, they spin beside those who work.
         """
         if self.number is not None:
-            _take(self.number)
-            self._threads.submit(_take_one).result()  # and the process's later ones
+            self._together.submit(_take, self.number).result()
+            _take_one()
 
     def shares(self, rows: int) -> list[slice]:
         """Even parts of so many rows, one for each core; a single one where too many cores would be idle."""
@@ -47,16 +52,21 @@ class Cores:
         ends = [rows * place // number for place in range(number + 1)]
         return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
-    def compute(self, work: Callable[[slice], torch.Tensor], rows: int) -> torch.Tensor:
+    def apart(self, work: Callable[[slice], torch.Tensor], rows: int) -> torch.Tensor:
         """What `work` gives of N rows, N x ..., put together from that of their shares."""
         shares = self.shares(rows)
         if len(shares) == 1:
-            return work(shares[0])
-        return torch.cat(list(self._threads.map(_inferring(work), shares)))
+            return self.together(partial(work, shares[0]))
+        return torch.cat(list(self._apart.map(partial(_inferred, work), shares)))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives, computed with all cores."""
+        return work() if self.number is None else self._together.submit(_inferred, work).result()
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown()
+        self._apart.shutdown()
+        self._together.shutdown()
 
 
 def _take(number: int) -> None:
@@ -68,11 +78,7 @@ def _take_one() -> None:
     _take(1)
 
 
-def _inferring(work: Callable[[slice], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
+def _inferred(work: Callable[..., T], *arguments: slice) -> T:
     """In inference mode, which a thread does not have from another one."""
-
-    def wrapped(share: slice) -> torch.Tensor:
-        with torch.inference_mode():
-            return work(share)
-
-    return wrapped
+    with torch.inference_mode():
+        return work(*arguments)

@@ -61,7 +61,7 @@ class Decoder:
     def decode(self, chunk: list[Decoding]) -> None:
         """Decode rows of one size, and hand out the pictures."""
         latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
-        decoded = self.cores.compute(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
+        decoded = self.cores.apart(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
         pictures = decoded.permute(0, 2, 3, 1).contiguous()
         for each, pixels in zip(chunk, pictures.unbind(), strict=True):
             if each.last:

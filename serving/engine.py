@@ -252,14 +252,15 @@ class Engine:
         self._running += chunk
         for row in chunk:
             row.last_call = self._calls
-        self._guarded(chunk, lambda: encode(self.pipeline.vae, chunk, self.device))
+        encoding = partial(encode, self.pipeline.vae, chunk, self.device)
+        self._guarded(chunk, lambda: self.cores.together(encoding))
 
     def _begin(self, rows: list[Row]) -> None:
         """Embeddings and noise of rows that join."""
         guided = [row for row in rows if row.request.guidance_scale > 1 and not self.told]
         texts: list[Text] = [(row.request.prompt, row.adapter) for row in rows]
         texts += [(row.request.negative_prompt, row.adapter) for row in guided]
-        embeds = self.prompts.embed(texts)
+        embeds = self.cores.together(partial(self.prompts.embed, texts))
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions
         factor, channels = self.pipeline.vae_scale_factor, self.pipeline.vae.config.latent_channels
@@ -304,9 +305,9 @@ class Engine:
         work = partial(self._pass, batch, inputs, timesteps)
         with attention_kernel(self.attention):  # of all threads
             if self.deep is None:
-                return self.cores.compute(work, len(inputs))
+                return self.cores.apart(work, len(inputs))
             given = [row.deep for row in batch.rows if row.deep is not None]
-            whole = partial(work, slice(0, len(inputs)))
+            whole = partial(self.cores.together, partial(work, slice(0, len(inputs))))
             output = self.deep.call(Batch.join(given) if given else None, whole)
         made = [None] * len(batch.rows) if given else batch.split(self.deep.made)
         for row, deep in zip(batch.rows, made, strict=True):

@@ -25,6 +25,7 @@ import yaml
 
 from cluster.lease import LEASES
 from ray_jobs.config import Config
+from ray_jobs.guidance import MEASURED
 from tests.faults.machines import (
     CLIENT,
     GCS,
@@ -270,8 +271,9 @@ def test_the_main_job_of_someone_outside_outlives_a_machine(nodes: Nodes, config
     found = rows()
     assert len(found) == 4 and len({(row["trial_id"], row["step"]) for row in found}) == 4
     assert [row["fid"] for row in found[: len(before)]] == [row["fid"] for row in before]
-    winner = json.loads(Path(config.storage, config.name, "winner.json").read_text())
-    assert winner["guidance_scale"] in (1.0, 3.0)
+    scales = [json.loads(line) for line in results.with_name(MEASURED).read_text().splitlines()]
+    assert {each["guidance_scale"] for each in scales} == {1.0, 3.0}, "measured after the machine had gone"
+    assert Path(config.storage, config.name, "winner.json").exists()
     # Of the worker there, or first of the other one, whose connection broke; by the training's controller or,
     # where that was on the machine too, by Tune.
     assert re.search(r"worker \d (died|failed): |failed and starts again: ", told.stdout), told.stdout[-3000:]

@@ -50,19 +50,22 @@ def test_parts_are_computed_by_threads_of_one_core_without_gradients_and_come_ba
         threads.add((get_ident(), torch.get_num_threads()))
         return 2 * rows[share]
 
-    found = two.compute(work, 10)
+    found = two.apart(work, 10)
     assert found.tolist() == [2.0 * row for row in range(10)] and not found.requires_grad
     assert threads and all(number == 1 and thread != get_ident() for thread, number in threads)
 
 
-def test_who_takes_the_cores_computes_with_all_and_those_who_begin_later_with_one(two: Cores) -> None:
-    def taken() -> tuple[int, int]:
+def test_cores_that_are_taken_work_together_on_what_is_not_shared_and_others_begin_with_one(
+    two: Cores,
+) -> None:
+    def taken() -> list[int]:
         two.take()
         with ThreadPoolExecutor(1) as later:
-            return torch.get_num_threads(), later.submit(torch.get_num_threads).result()
+            ask = torch.get_num_threads
+            return [ask(), later.submit(ask).result(), two.together(ask)]
 
     with ThreadPoolExecutor(1) as engine:
-        assert engine.submit(taken).result() == (2, 1)
+        assert engine.submit(taken).result() == [1, 1, 2]
 
 
 def test_an_error_of_a_part_is_that_of_the_whole(two: Cores) -> None:
@@ -72,4 +75,4 @@ def test_an_error_of_a_part_is_that_of_the_whole(two: Cores) -> None:
         return torch.zeros(2)
 
     with pytest.raises(ValueError, match="the second one"):
-        two.compute(work, 4)
+        two.apart(work, 4)
