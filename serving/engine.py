@@ -86,8 +86,9 @@ class Engine:
         self.deep = DeepFeatures(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
         self.low_rank = GroupedLowRank(parts)
-        # A compiled denoiser is made for one caller at a time, and so is what keeps deep features.
-        self.cores = Cores(num_cores, share_out=not (compiled(pipeline) or cache_features))
+        # One thread at a time may call what is compiled, keeps deep features, or fetches its weights.
+        alone = compiled(pipeline) or offloaded(pipeline) or cache_features
+        self.cores = Cores(num_cores, share_out=not alone)
         self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows, cores=self.cores)
         self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
         self.work = threading.Event()  # set when there may be something to do
