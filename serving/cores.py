@@ -27,7 +27,7 @@ class Cores:
     """
 
     def __init__(self, number: int | None = None, *, share_out: bool = True) -> None:
-        self.number, self.share_out = number, share_out and number is not None
+        self.number, self.num_shares = number, number if number and share_out else 1
         self._apart = ThreadPoolExecutor(number, "core", initializer=_take_one)
         self._together = ThreadPoolExecutor(1, "cores")
 
@@ -46,7 +46,7 @@ class Cores:
 
     def shares(self, rows: int) -> list[slice]:
         """Even parts of so many rows, one for each core; a single one where too many cores would be idle."""
-        number = self.number if self.share_out and self.number else 1
+        number = self.num_shares
         if rows < ENOUGH * number * ceil(rows / number):
             return [slice(0, rows)]
         ends = [rows * place // number for place in range(number + 1)]

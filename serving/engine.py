@@ -303,13 +303,12 @@ class Engine:
     def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The denoiser's output for N + G rows of one kind, whose deep features are kept for the next."""
         inputs = inputs.to(self.denoiser.dtype)
-        work = partial(self._pass, batch, inputs, timesteps)
+        work = partial(self.cores.apart, partial(self._pass, batch, inputs, timesteps), len(inputs))
         with attention_kernel(self.attention):  # of all threads
             if self.deep is None:
-                return self.cores.apart(work, len(inputs))
+                return work()
             given = [row.deep for row in batch.rows if row.deep is not None]
-            whole = partial(self.cores.together, partial(work, slice(0, len(inputs))))
-            output = self.deep.call(Batch.join(given) if given else None, whole)
+            output = self.deep.call(Batch.join(given) if given else None, work)
         made = [None] * len(batch.rows) if given else batch.split(self.deep.made)
         for row, deep in zip(batch.rows, made, strict=True):
             row.deep = deep
