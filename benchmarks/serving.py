@@ -41,6 +41,7 @@ FLAT = 0.02  # of its median may the line through the memory rise
 def measure(settings: Settings, parts: list[str], out: Path) -> dict[str, dict[str, Any]]:
     """The figures of the parts; each is in the file as soon as it is there."""
     figures: dict[str, dict[str, Any]] = {}
+    with_rivals = not {"saturation", "latency"}.isdisjoint(parts)
     bare = measure_bare(settings) if "saturation" in parts else {}
     with (
         TemporaryDirectory(prefix="diffray-benchmark-") as folder,
@@ -48,8 +49,8 @@ def measure(settings: Settings, parts: list[str], out: Path) -> dict[str, dict[s
             settings.model,
             Path(folder),
             max_batch_size=settings.max_batch_size,
+            rival_batch_size=settings.rival_batch_size if with_rivals else None,
             num_adapters=settings.num_adapters if "adapters" in parts else 1,
-            with_rivals=not {"saturation", "latency"}.isdisjoint(parts),
         ) as servers,
     ):
         run = Run(settings, servers, bare)
@@ -151,8 +152,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/emoji-base"), help="folder of diffusers")
     parser.add_argument("--seconds", type=float, default=60, help="of a turn at saturation; others follow")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at saturation")
-    parser.add_argument("--clients", type=int, default=16, help="at saturation")
-    parser.add_argument("--max-batch-size", type=int, default=16, help="pictures, of ours and @serve.batch")
+    parser.add_argument("--clients", type=int, default=24, help="at saturation")
+    parser.add_argument("--max-batch-size", type=int, default=32, help="pictures, of ours")
+    parser.add_argument("--rival-batch-size", type=int, default=16, help="pictures, of @serve.batch")
     parser.add_argument("--adapters", type=int, default=50)
     parser.add_argument("--lone", type=int, default=30, help="requests whose overhead is measured")
     parser.add_argument("--soak", type=float, default=10, metavar="MINUTES")
@@ -164,6 +166,7 @@ def main() -> None:
         arguments.rounds,
         arguments.clients,
         arguments.max_batch_size,
+        arguments.rival_batch_size,
         arguments.adapters,
         arguments.lone,
         arguments.soak,

@@ -26,7 +26,7 @@ WARM_UP = 1 / 6  # of a window
 SHARES = (0.5, 0.8)  # of a server's own capacity
 LATENCY_WINDOWS = 3  # times as long as those of throughput
 ERRORS_KEPT = 3  # of a window's different ones
-BATCH_SIZES = list(range(1, 17))
+BATCH_SIZES = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32]  # of the bare denoiser
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Settings:
         seconds: of a window of throughput.
         rounds: in which the servers take turns.
         clients: of a closed loop.
-        max_batch_size: pictures, of ours and of `batched`.
+        max_batch_size: pictures, of ours.
+        rival_batch_size: pictures, of `batched`.
         num_adapters: in the mix.
         num_lone: requests whose overhead is measured, of each number of pictures.
         soak_minutes: of the soak.
@@ -49,6 +50,7 @@ class Settings:
     rounds: int
     clients: int
     max_batch_size: int
+    rival_batch_size: int
     num_adapters: int
     num_lone: int
     soak_minutes: float

@@ -49,14 +49,15 @@ class Servers:
 
 @contextmanager
 def running(
-    model: str, folder: Path, *, max_batch_size: int, num_adapters: int, with_rivals: bool
+    model: str, folder: Path, *, max_batch_size: int, rival_batch_size: int | None, num_adapters: int
 ) -> Iterator[Servers]:
     """The servers, for the block's time, each after its first picture.
 
     Args:
         model: folder in diffusers' format, absolute.
         folder: empty; for the registry and the weights in it.
-        max_batch_size: pictures, of ours and of `batched`.
+        max_batch_size: pictures, of ours.
+        rival_batch_size: pictures, of `batched`; None: no rivals.
         num_adapters: LoRA versions in the registry, at least one.
     """
     os.environ.update(KEEP_MEMORY)  # as the embedded Ray's processes have it, so that all have the same
@@ -67,11 +68,11 @@ def running(
         joined(cluster.gcs_address),
         endpoint(config, champion(config), free_port(HOST, 0)) as url,
     ):
-        if not with_rivals:
+        if rival_batch_size is None:
             yield Servers({OURS: url}, adapters)
             return
         with sequential_server(model) as sequential_url:
-            batched_url = start_batched(url, model, max_batch_size)
+            batched_url = start_batched(url, model, rival_batch_size)
             yield Servers({OURS: url, SEQUENTIAL: sequential_url, BATCHED: batched_url}, adapters)
 
 
