@@ -22,7 +22,7 @@ from benchmarks.serving_servers import BATCHED, OURS, RIVALS, Servers
 from benchmarks.serving_soak import Memory, growth
 from ray_jobs.progress import say
 
-WARM_UP = 1 / 6  # of a window
+WARM_UP = 1 / 3  # of a window: requests of full batches take many seconds
 SHARES = (0.5, 0.8)  # of a server's own capacity
 LATENCY_WINDOWS = 3  # times as long as those of throughput
 ERRORS_KEPT = 3  # of a window's different ones

@@ -20,9 +20,11 @@ from serving.logs import LOGGER, log_request
 from serving.metrics import Metrics
 from serving.schemas import APIError
 
-PUBLIC = frozenset({"/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+PUBLIC = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})  # asked all the time: logged only for debugging
 ANONYMOUS = "anonymous"
+# A browser says so of forms that any page may send to this one's address (W3C, Fetch Metadata).
+OTHER_SITES = frozenset({"cross-site", "same-site"})
 CHALLENGE = 'Bearer realm="diffray"'
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -146,6 +148,9 @@ class Access:
             return
         key = self._key(exchange.header(b"authorization"))
         exchange.state["key_id"] = key.id if key else ANONYMOUS
+        if key is None and method == "POST" and exchange.header(b"sec-fetch-site") in OTHER_SITES:
+            message = "a page of another site may not ask here without a key"
+            raise APIError(403, message, code="insufficient_scope")
         if key is not None and scope not in key.scopes:
             message = f"the key {key.id} lacks the scope {scope!r} that {path} needs"
             challenge = {"www-authenticate": f'{CHALLENGE}, error="insufficient_scope", scope="{scope}"'}
@@ -191,7 +196,7 @@ class Access:
             raise APIError(429, message, None, "rate_limit_exceeded", {"retry-after": str(seconds)})
         self.concurrency.enter(client)
         self.metrics.open_requests.inc()
-        exchange.on_end += [lambda: self.concurrency.leave(client), self.metrics.open_requests.dec]
+        exchange.on_end[:0] = [lambda: self.concurrency.leave(client), self.metrics.open_requests.dec]
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log a request that has ended."""

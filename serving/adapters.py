@@ -168,8 +168,8 @@ class AdapterCache:
 
     @property
     def num_bytes(self) -> int:
-        """What is kept."""
-        return sum(adapter.num_bytes for adapter in self._kept.values())
+        """What is kept; any thread may ask."""
+        return sum(adapter.num_bytes for adapter in list(self._kept.values()))
 
     def get(self, name: str) -> Adapter | None:
         """The adapter, or None while it is being read, which the first call begins. Never waits.

@@ -57,7 +57,14 @@ MEANINGS = {
 
 def create_api(service: Service) -> FastAPI:
     """The application of a service. Middlewares go around it; the order of `add_middleware` is inside out."""
-    api = FastAPI(title="diffray", summary="Text-to-image in the shape of OpenAI's Images API", version="1")
+    api = FastAPI(
+        title="diffray",
+        summary="Text-to-image in the shape of OpenAI's Images API",
+        version="1",
+        # FastAPI's pages for them run scripts of another server where the page at / keeps its key.
+        docs_url=None,
+        redoc_url=None,
+    )
     api.add_exception_handler(APIError, _answer_error)
     api.add_exception_handler(RequestValidationError, _answer_invalid)
     api.add_exception_handler(HTTPException, _answer_http)
@@ -226,13 +233,18 @@ async def _as_text(
 async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, bytes]:
     """The fields and the picture of a form."""
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
-    image = fields.pop("image", None)
+    image = fields.pop("image", None) or fields.pop("image[]", None)  # so OpenAI's clients call one of a list
     if image is None:
         raise APIError(400, "image: missing; send one picture, as a file", "image", "invalid_value")
+    texts = {}
+    for name, content in fields.items():
+        try:
+            # What is no field of ours, as a mask, is refused by its name, whatever it holds.
+            texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
+        except UnicodeDecodeError:
+            raise APIError(400, f"{name}: is not UTF-8", name, "invalid_value") from None
     try:
-        return model.model_validate({name: text.decode() for name, text in fields.items()}), image
-    except UnicodeDecodeError:
-        raise APIError(400, "the form's fields are not UTF-8", code="invalid_form") from None
+        return model.model_validate(texts), image
     except ValidationError as error:
         raise invalid_request(dict(error.errors()[0])) from None
 

@@ -8,6 +8,7 @@ replicas batches the orders of all requests, whatever versions they are for.
 """
 
 import time
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -16,6 +17,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config, resolve_path
 from ray_jobs.progress import say
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
+from serving.following import current
 from serving.ingress import Ingress
 from serving.keys import KeyRing
 from serving.replica import Model
@@ -53,22 +55,31 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
     """
     check_access(config)
     check_model(config, registered)
-    settings = config.serve
+    settings, built = config.serve, time.time()
     # More than there ever are, because rows wait in the engine, which lets them in first come, first served.
     most = settings.max_queued_requests * settings.max_pictures + 64
     model = Model.options(  # type: ignore[attr-defined]
         **_scaling(config),
         max_ongoing_requests=most,
         health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpu_share if settings.use_gpu else 0},
-    ).bind(settings, config.evaluate, resolve_path(registered.base), registered.base_revision, registered)
+    ).bind(
+        settings,
+        config.evaluate,
+        resolve_path(registered.base),
+        registered.base_revision,
+        registered,
+        partial(current, config, registered, built),
+    )
     ingress = Ingress.options(  # type: ignore[attr-defined]
         # Counts its open requests itself, and has room beyond them to say 503 and to answer probes.
         max_ongoing_requests=settings.max_queued_requests + 64,
         health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return ingress.bind(config, registered, time.time(), model)
+    return ingress.bind(config, registered, built, model)
 
 
 def _scaling(config: Config) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Limits:
 
 
 class Canary:
-    """Counts by version, since the endpoint started."""
+    """Counts by version, since the endpoint started: of those that were champion or candidate then."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -51,8 +51,8 @@ class Catalogue:
         return [self.name, *self.admitted]
 
     def fits(self, version: RegisteredModel) -> bool:
-        """Whether the replicas can draw a version: fully trained, or on their base."""
-        return version.method != "lora" or (resolve_path(version.base), version.base_revision) == self.base
+        """Whether the replicas can draw a version: it is of their base, so of its size too."""
+        return (resolve_path(version.base), version.base_revision) == self.base
 
     def alias(self, alias: str) -> RegisteredModel | None:
         """The version of the served model that an alias points to in the registry."""

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from serving.catalogue import Catalogue
 from serving.feedback import FeedbackStore
@@ -32,6 +33,7 @@ class Delivery:
     ) -> None:
         self.catalogue, self.feedback, self.metrics = catalogue, feedback, metrics
         self.shadow, self.shadow_share = shadow, shadow_share
+        self._recording = ThreadPoolExecutor(4, "recording")  # may wait for the database; the loop's may not
 
     async def deliver(
         self, orders: list[Order], pictures: list[Picture], request: ImageRequest, state: State, size: str
@@ -55,7 +57,7 @@ class Delivery:
             Generation.model_validate(order.parameters(size) | facts | {"seconds": time.time() - order.asked})
             for order in orders
         ]
-        await asyncio.to_thread(self._record, records)
+        await asyncio.get_running_loop().run_in_executor(self._recording, self._record, records)
         data = []
         for order, picture in zip(orders, pictures, strict=True):
             if picture.waited_s is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # importing them takes PyTorch
     from serving.drift import DriftMonitor
 
 KEPT = 3  # versions
+RETRY_S = 60.0  # after a monitor could not be opened
 
 log = logging.getLogger("ray.serve")
 
@@ -72,6 +74,10 @@ class DriftWatch:
             monitor = DriftMonitor(network, reference, self._window, clip)
         except (ConfigError, ValueError, OSError) as error:
             log.warning("%s is not watched for drift: %s", label(version), error)
+            time.sleep(RETRY_S)
+            with self._lock:
+                if self._monitors.get(_identity(version)) is None:
+                    self._monitors.pop(_identity(version), None)  # its next picture tries again
             return
         with self._lock:
             if wanted := _identity(version) in self._monitors:

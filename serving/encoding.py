@@ -4,31 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import interpolate
 
 from ray_jobs.diffusion.sampling import encode_pictures
 from serving.rows import Row
-
-
-def fitted(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A picture in the size of a request: scaled until it covers it, with bicubic interpolation and
-    antialiasing, and cut off evenly on both sides. One that fits stays as it is.
-
-    Args:
-        image: uint8, any height x any width x 3.
-
-    Returns:
-        uint8, height x width x 3.
-    """
-    rows, columns = image.shape[:2]
-    if (rows, columns) == (height, width):
-        return image
-    scale = max(height / rows, width / columns)
-    covering = (max(height, round(rows * scale)), max(width, round(columns * scale)))
-    planes = image.permute(2, 0, 1)[None]
-    scaled = interpolate(planes, covering, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return scaled[top : top + height, left : left + width].contiguous()
 
 
 def next_chunk(rows: Sequence[Row], most: int) -> list[Row]:

@@ -107,6 +107,7 @@ class Engine:
         self._running: list[Row] = []
         self._batches: dict[Kind, Batch] = {}
         self._calls = self._row_steps = self._first_steps = 0
+        self.failed_calls = 0  # of the denoiser, since one succeeded
         self._seconds_to_first_step = 0.0
 
     @property
@@ -286,9 +287,11 @@ class Engine:
         step = coefficients([(row.schedule, row.done) for row in rows], self.device)
         latents = torch.stack([row.latents for row in rows])
         clean = torch.stack([row.clean for row in rows])
+        self.failed_calls += 1
         output = self._predict(
             batch, batch.twice(latents * step.input_scale), batch.twice(step.timestep.flatten())
         )
+        self.failed_calls = 0
         latents, clean = advance(step, latents, batch.guide(output.float()), clean, self.clip)
         self._calls += 1
         self._row_steps += len(rows)

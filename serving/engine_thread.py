@@ -52,8 +52,10 @@ class EngineThread:
 
     def _run(self) -> None:
         self.engine.cores.take()
-        while not self._stopping:
+        while True:
             self.engine.work.clear()
+            if self._stopping:  # asked after clearing, so that being woken to stop is not forgotten
+                return
             try:
                 if not self.engine.step():
                     self.engine.work.wait()

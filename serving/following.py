@@ -2,16 +2,37 @@
 
 import asyncio
 import logging
+import time
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
+from ray_jobs.registry import champion as look_up
 from serving.canary import Canary
 from serving.catalogue import Catalogue
 from serving.order import label, place_of
 from serving.replicas import Replicas
 from serving.schemas import APIError
 
+FRESH_S = 120  # the champion that the application was built with is looked up again after that
+
 logger = logging.getLogger("ray.serve")
+
+
+def is_fresh(built: float) -> bool:
+    """Whether an application was built a moment ago, seconds since 1970, with the registry's champion."""
+    # The clock that said `built` may be another machine's, and ahead of this one.
+    return 0 <= time.time() - built < FRESH_S
+
+
+def current(config: Config, known: RegisteredModel, built: float) -> RegisteredModel:
+    """The registry's champion, or the one that is known: if it is fresh, or the registry does not answer."""
+    if is_fresh(built):
+        return known
+    try:
+        return look_up(config)
+    except Exception as error:  # the endpoint goes on, whatever a registry may answer
+        logger.warning("the registry does not answer, so %s is served: %s", label(known), error)
+        return known
 
 
 def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | None:

@@ -14,8 +14,8 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     """
     header = Message()
     header["Content-Type"] = content_type
-    boundary = header.get_param("boundary")
-    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+    boundary = _parameter(header, "boundary", "Content-Type")
+    if header.get_content_type() != "multipart/form-data" or boundary is None:
         raise _invalid("send the fields as multipart/form-data")
     # RFC 2046, 5.1.1: a delimiter is a line of its own, which no part may hold.
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
@@ -25,13 +25,22 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     fields: dict[str, bytes] = {}
     for part in parts:
         head, mark, content = part.partition(b"\r\n\r\n")
-        name = BytesHeaderParser().parsebytes(head.lstrip()).get_param("name", header="Content-Disposition")
-        if not mark or not isinstance(name, str):
+        name = _parameter(BytesHeaderParser().parsebytes(head.lstrip()), "name", "Content-Disposition")
+        if not mark or name is None:
             raise _invalid("a part of the form has no name")
         if name in fields:
             raise APIError(400, f"{name}: given more than once", name, "invalid_value")
         fields[name] = content
     return fields
+
+
+def _parameter(message: Message, name: str, header: str) -> str | None:
+    """A parameter of a header; None where there is none in plain text."""
+    try:
+        found = message.get_param(name, header=header)
+    except TypeError:  # the library compares parts of a parameter (RFC 2231) with ones that have no number
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _invalid(reason: str) -> APIError:

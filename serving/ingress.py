@@ -1,28 +1,19 @@
 """The ingress: the one process that HTTP requests reach, and that knows champion, candidate and limits."""
 
-import logging
-import time
-
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from ray_jobs.config import Config
 from ray_jobs.registry import RegisteredModel
-from ray_jobs.registry import champion as look_up
 from serving.access import Access
 from serving.api import create_api
 from serving.feedback import FeedbackStore
-from serving.following import warmed_up
+from serving.following import current, is_fresh, warmed_up
 from serving.keys import KeyRing
 from serving.logs import configure_logging
-from serving.order import label
 from serving.replicas import Replicas
 from serving.service import Service
-
-logger = logging.getLogger("ray.serve")
-
-FRESH_S = 120  # the champion that the application was built with is looked up again after that
 
 
 @serve.deployment
@@ -41,10 +32,8 @@ class Ingress:
         self.keys = KeyRing.of(config.serve)
         feedback = FeedbackStore.open(config)
         replicas = Replicas(model)
-        # The clock that said `built` may be another machine's, and ahead of this one.
-        fresh = 0 <= time.time() - built < FRESH_S
-        if not fresh:
-            champion = _current(config, champion)
+        fresh = is_fresh(built)
+        champion = current(config, champion, built)
         first = await warmed_up(config, champion, replicas)
         await replicas.traits()
         self.service = Service(config, first, replicas, feedback)
@@ -62,12 +51,3 @@ class Ingress:
             sends_request_id=False,  # Serve's proxy does
         )
         return api
-
-
-def _current(config: Config, known: RegisteredModel) -> RegisteredModel:
-    """The registry's champion, or the one that is known if the registry does not answer."""
-    try:
-        return look_up(config)
-    except Exception as error:  # the endpoint goes on, whatever a registry may answer
-        logger.warning("the registry does not answer, so %s is served: %s", label(known), error)
-        return known

@@ -31,6 +31,7 @@ class Library(Generic[Engine]):
         self._kept: OrderedDict[str, Engine] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._users: Counter[str] = Counter()
+        self._turn = asyncio.Lock()  # waits in the event loop, not in a thread that others need
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -64,16 +65,23 @@ class Library(Generic[Engine]):
 
     async def _load_and_keep(self, name: str) -> Engine:
         try:
-            self._kept[name] = await asyncio.to_thread(self._load_alone, name)
-            return self._kept[name]
+            async with self._turn:
+                if not self._users[name]:  # all have gone while others were loaded
+                    raise asyncio.CancelledError
+                engine = self._kept[name] = await asyncio.to_thread(self._load_alone, name)
         finally:
             del self._loading[name]
+        if not self._users[name]:
+            await self._trim()
+        return engine
 
     def _load_alone(self, name: str) -> Engine:
         with LOADING:
             return self._load(name)
 
     async def _trim(self) -> None:
-        idle = [name for name in self._kept if not self._users[name]]
-        for name in idle[: max(0, len(self._kept) - self.max_kept)]:
-            await asyncio.shield(asyncio.to_thread(self._close, self._kept.pop(name)))
+        while len(self._kept) > self.max_kept:
+            idle = next((name for name in self._kept if not self._users[name]), None)
+            if idle is None:
+                return
+            await asyncio.shield(asyncio.to_thread(self._close, self._kept.pop(idle)))

@@ -13,7 +13,8 @@ MAX_PIXELS = 64 * 2**20  # of a picture that is opened; a small file may hold a 
 
 
 def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
-    """A file of a picture as uint8, height x width x 3, scaled until it covers that, and cut off evenly.
+    """A file of a picture as uint8, height x width x 3: cut off evenly to that shape, then scaled, with
+    bicubic interpolation and antialiasing. One that fits stays as it is.
 
     Transparent parts become white.
 
@@ -24,21 +25,21 @@ def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
     from numpy import asarray
     from PIL import Image, ImageOps
 
-    from serving.encoding import fitted
-
     try:
         file = Image.open(io.BytesIO(content), formats=FORMATS)
         if file.width * file.height > MAX_PIXELS:
             raise _invalid(f"{file.width}x{file.height} are more pixels than the {MAX_PIXELS:,} allowed")
         # A camera's turn is in its metadata, not in its pixels.
         picture: Image.Image = ImageOps.exif_transpose(file)
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        # Only what is left after the cut is scaled: of a line a pixel high, a pixel.
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        if picture.mode == "RGBA":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         pixels = asarray(picture.convert("RGB")).copy()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _invalid(f"not a picture in one of {', '.join(FORMATS)}") from error
-    return fitted(torch.from_numpy(pixels), height, width)
+    return torch.from_numpy(pixels)
 
 
 def _invalid(reason: str) -> APIError:

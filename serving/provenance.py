@@ -17,7 +17,7 @@ import numpy as np
 CHUNK = "diffray"
 TOOLS_CHUNK = "parameters"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_FACTS = 1 << 16  # bytes of JSON; more is not read
+MAX_FACTS = 1 << 18  # bytes of JSON; more is not read
 MAX_CHUNKS = 64  # before the pixels; ours are among the first
 
 

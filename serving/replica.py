@@ -1,10 +1,11 @@
 """A replica: the base and what was fine-tuned on it, drawing the pictures of all requests."""
 
 import asyncio
+import gc
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from ray_jobs.config import EvaluateConfig, ServeConfig
+from ray_jobs.config import EvaluateConfig, ServeConfig, resolve_path
 from ray_jobs.registry import RegisteredModel
 from serving.library import Library
 from serving.opening import read_picture
-from serving.order import BASE, Order, Picture, ReplicaLoad, Traits, label, place_of
+from serving.order import BASE, Order, Picture, Place, ReplicaLoad, Traits, label, place_of
 from serving.outgoing import Outgoing
 from serving.schemas import APIError
 from serving.weights import local_weights
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+TOO_MANY_FAILURES = 5  # calls in a row, of whatever requests: the device or the process is broken
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and the one that follows it
 
 
@@ -40,6 +42,7 @@ class Model:
         evaluate: the networks that drift is told by.
         base: folder or hub name of the model that the LoRA versions were trained on.
         first: the version that is expected to be asked for first; a fully trained one needs no base.
+        newest: gives the version that is asked for first when a replica starts later; None: it is `first`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -49,8 +52,14 @@ class Model:
         base: str,
         base_revision: str | None,
         first: RegisteredModel,
+        newest: Callable[[], RegisteredModel] | None = None,
     ) -> None:
         self.settings, self.base, self.base_revision = settings, base, base_revision
+        if newest is not None:
+            found = await asyncio.to_thread(newest)
+            first = (
+                found if (resolve_path(found.base), found.base_revision) == (base, base_revision) else first
+            )
         self._name = uuid.uuid4().hex
         self._outgoing = Outgoing(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
@@ -63,7 +72,7 @@ class Model:
         self._fetched = ExitStack()  # the weights of the adapter that was read last
         self.library: Library[EngineThread] = Library(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
-        self._warm: set[str] = set()  # adapters
+        self._opening = asyncio.Lock()  # one at a time: a client's file may hold a huge picture
         self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
@@ -95,15 +104,27 @@ class Model:
         Raises:
             APIError: the weights are not those that were registered, or do not fit.
         """
-        place = place_of(version, fused=fused)
-        if place.adapter in self._warm or (place.adapter is None and place.engine in self.library.engines):
+        if self._is_warm(place_of(version, fused=fused)):
             return
-        async with self._engine(version, fused) as (thread, adapter):
+        async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
             # A compiled denoiser has a form for one row and one for several, as with guidance.
             for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
                 await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
-            self._warm |= {adapter} if adapter else set()
+
+    def _is_warm(self, place: Place) -> bool:
+        """Whether what draws there is in memory."""
+        thread = self.library.engines.get(place.engine)
+        if thread is None or place.adapter is None:
+            return thread is not None
+        adapters = thread.engine.adapters
+        return adapters is not None and adapters.holds(place.adapter)
+
+    def check_health(self) -> None:
+        """Raise where an engine draws no more, whatever it is asked for; Serve then replaces the replica."""
+        for name, thread in self.library.engines.items():
+            if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
+                raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
 
     async def draw(self, order: Order) -> Picture:
         """Draw one picture as a PNG, beside those of other requests. A client that goes away cancels it.
@@ -117,7 +138,7 @@ class Model:
 
     async def _drawing(self, order: Order) -> "Drawing":
         async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await _opened(thread, order)
+            image = await self._opened(thread, order)
             future = _submit(thread, order, adapter, image)
             try:
                 return await asyncio.wrap_future(future)
@@ -130,7 +151,7 @@ class Model:
         loop = asyncio.get_running_loop()
         seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels; None at the end
         async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await _opened(thread, order)
+            image = await self._opened(thread, order)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
             future = _submit(thread, order, adapter, image, show if order.previews else None)
             drawing = asyncio.wrap_future(future)
@@ -148,6 +169,14 @@ class Model:
                 yield Picture(png, finished.waited_s)
             finally:
                 drawing.cancel()
+
+    async def _opened(self, thread: "EngineThread", order: Order) -> "torch.Tensor | None":
+        """The picture that an order begins with, in the size that is drawn."""
+        if order.image is None:
+            return None
+        own = thread.engine.resolution
+        async with self._opening:
+            return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
 
     @asynccontextmanager
     async def _engine(
@@ -225,14 +254,6 @@ class Model:
         return self._fetched.enter_context(local_weights(self._versions[name]))
 
 
-async def _opened(thread: "EngineThread", order: Order) -> "torch.Tensor | None":
-    """The picture that an order begins with, in the size that is drawn."""
-    if order.image is None:
-        return None
-    own = thread.engine.resolution
-    return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
-
-
 def _submit(
     thread: "EngineThread",
     order: Order,
@@ -287,4 +308,10 @@ def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
 
 
 def _stop(thread: "EngineThread") -> None:
+    import torch
+
     thread.stop()
+    del thread
+    gc.collect()  # an engine refers to itself, and the next one needs its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

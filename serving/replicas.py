@@ -1,8 +1,10 @@
 """The ingress's view of the replicas: a call a picture, what went wrong, and once more if a replica died."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
+from math import inf
 from typing import Any, TypeVar
 
 from ray import serve
@@ -12,12 +14,13 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
 from ray_jobs.registry import RegisteredModel, verify_weights
-from serving.order import Order, Picture, ReplicaLoad, Traits, label
+from serving.order import Order, Picture, ReplicaLoad, Traits, adapter_name, label
 from serving.schemas import APIError
 
 ATTEMPTS = 3  # a picture that ended so many replicas is not tried again: it may be what ends them
 WARM_UP_S = 600  # a replica may take to load a version
 ANSWER_S = 5  # a replica may take to tell what it does
+STATUS_S = 1.0  # for so long what Serve said of the replicas is repeated
 
 T = TypeVar("T")
 
@@ -32,6 +35,10 @@ class Replicas:
     def __init__(self, model: DeploymentHandle) -> None:
         self._model = model
         self._traits: Traits | None = None
+        self._verified: set[str] = set()
+        self._loads: list[ReplicaLoad] = []
+        self._asking = asyncio.Lock()
+        self._running = (-inf, False, "")  # when it was asked, and what was answered
 
     async def traits(self) -> Traits:
         """What the model draws; asked for once."""
@@ -78,7 +85,7 @@ class Replicas:
         """Have every replica load a version, draw with it, and return when all have.
 
         A replica that dies meanwhile is passed over; the next one loads what it is asked for. Where there is
-        none, for nobody asks, only the weights are checked.
+        none, for nobody asks, only the weights are checked, once.
 
         Raises:
             APIError: the version cannot be served.
@@ -87,19 +94,20 @@ class Replicas:
         for result in results:
             if isinstance(result, RayTaskError):
                 raise _told(result) from result
-        if version is not None and not results:
+        if version is not None and not results and adapter_name(version) not in self._verified:
             try:
                 await asyncio.to_thread(verify_weights, version, version.source)
+                self._verified.add(adapter_name(version))
             except ConfigError as error:
                 message = f"{label(version)} cannot be served: {error}"
                 raise APIError(503, message, "model", "model_refused") from error
 
     async def loads(self) -> list[ReplicaLoad]:
-        """What the replicas are doing, of those that answer soon."""
+        """What the replicas are doing; what they did last, while one does not answer soon."""
         with suppress(TimeoutError):
             results = await self._ask_all("load", timeout_s=ANSWER_S)
-            return [each for each in results if isinstance(each, ReplicaLoad)]
-        return []
+            self._loads = [each for each in results if isinstance(each, ReplicaLoad)]
+        return self._loads
 
     async def check_running(self, *, may_sleep: bool) -> None:
         """Raise APIError 503 unless a replica is there.
@@ -107,15 +115,23 @@ class Replicas:
         Args:
             may_sleep: none is enough, if one is started as soon as somebody asks.
         """
+        async with self._asking:  # however many ask, Serve is asked once a second
+            asked, running, reason = self._running
+            if time.monotonic() - asked > STATUS_S:
+                running, reason = await self._status(may_sleep)
+                self._running = time.monotonic(), running, reason
+        if not running:
+            raise APIError(503, f"no replica runs: {reason}", code="model_not_loaded")
+
+    async def _status(self, may_sleep: bool) -> tuple[bool, str]:
+        """Whether replicas run or may be started, and what Serve says of them."""
         application = serve.get_replica_context().app_name
         # Asked of the controller, not of the model, which would answer late under load.
         status = await asyncio.to_thread(serve.status)
         model = status.applications[application].deployments["Model"]
         running = any(state == "RUNNING" and count for state, count in model.replica_states.items())
         asleep = may_sleep and model.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
-        if not running and not asleep:
-            reason = f"no replica runs: {model.status.lower()} {model.message}".strip()
-            raise APIError(503, reason, code="model_not_loaded")
+        return running or asleep, f"{model.status.lower()} {model.message}".strip()
 
     async def _ask_all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         """Every replica's answer or exception; none without replicas."""

@@ -29,7 +29,7 @@ class Request:
     width: int | None = None
     adapter: str | None = None  # None: the base alone
     previews: int = 0  # unfinished pictures on the way, evenly spaced
-    image: torch.Tensor | None = None  # to begin with: uint8, height x width x 3; see `encoding.fitted`
+    image: torch.Tensor | None = None  # to begin with: uint8, height x width x 3
     strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made, the last ones
 
 
@@ -88,7 +88,7 @@ def _check_image(request: Request, size: tuple[int, int]) -> None:
     if image is not None and (image.dtype != torch.uint8 or image.shape != (*size, 3)):
         raise ValueError(
             f"image: {tuple(image.shape)} of {image.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "
-            "serving.encoding.fitted makes it"
+            "serving.opening.read_picture makes it"
         )
 
 

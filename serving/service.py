@@ -217,17 +217,19 @@ class Service:
 
     @contextmanager
     def _counted(self, order: Order) -> Iterator[None]:
-        """Counts an answer or an error of the order's version; a client that goes away is neither."""
+        """Counts an answer or an error of champion and candidate; a client that goes away is neither."""
         version, started = label(order.version), time.monotonic()
+        compared = order.version in (self.catalogue.champion, self.catalogue.candidate)
         try:
             yield
         except (APIError, TimeoutError) as error:
-            if isinstance(error, TimeoutError) or error.status >= 500:
+            if compared and (isinstance(error, TimeoutError) or error.status >= 500):
                 self.canary.failed(version)
                 self._judge()
             raise
-        self.canary.answered(version, seconds=time.monotonic() - started, steps=order.steps)
-        self._judge()
+        if compared:
+            self.canary.answered(version, seconds=time.monotonic() - started, steps=order.steps)
+            self._judge()
 
     def _judge(self) -> None:
         """Take the candidate out if it does worse than it may."""

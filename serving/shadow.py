@@ -12,6 +12,7 @@ from serving.order import Order, label
 logger = logging.getLogger("ray.serve")
 
 WAITING = 16  # more are passed over
+NEXT = "next"  # a file with the number of the place that is written next
 KEPT = 200  # pairs of pictures in the folder; the oldest is written over
 
 
@@ -29,7 +30,8 @@ class Shadow:
 
     Args:
         folder: gets `000/` and so on, each with `champion.png`, `candidate.png` and `parameters.json`, which
-            is written last; of an edit with `given`, the file that it began with.
+            is written last; of an edit with `given`, the file that it began with. `next` says where the next
+            process goes on.
         draw: has one picture drawn.
         may_draw: whether the replicas have room beside the requests that wait for answers.
     """
@@ -45,6 +47,7 @@ class Shadow:
         self.folder, self._draw, self._may_draw, self.kept = folder, draw, may_draw, kept
         self._waiting: asyncio.Queue[Shadowed] = asyncio.Queue(WAITING)
         self.stored = self.passed_over = 0
+        self._place: int | None = None  # in the folder; None: the last process knew
 
     def offer(self, pair: Shadowed) -> None:
         """Take a pair if there is room; never waits."""
@@ -67,7 +70,11 @@ class Shadow:
                 logger.warning("shadow of %s: %s", pair.picture_id, error)
 
     def _store(self, pair: Shadowed, drawn: bytes) -> None:
-        place = self.folder.child(f"{self.stored % self.kept:03d}")
+        if self._place is None:
+            self._place = int(self.folder.read_text(NEXT)) % self.kept if self.folder.exists(NEXT) else 0
+        name = f"{self._place:03d}"
+        self.folder.delete(name)
+        place = self.folder.child(name)
         place.write_bytes("champion.png", pair.picture)
         place.write_bytes("candidate.png", drawn)
         order = pair.order._asdict()
@@ -77,3 +84,5 @@ class Shadow:
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.order.version)}
         place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **order}))
         self.stored += 1
+        self._place = (self._place + 1) % self.kept
+        self.folder.write_text(NEXT, str(self._place))

@@ -64,7 +64,9 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(120, gt=0, description="a request may take this many seconds")
     max_steps: Positive = Field(100, description="a request may ask for")
     max_pictures: Positive = Field(8, description="a request may ask for")
-    max_prompt_length: Positive = Field(1000, description="characters, of a prompt and of a negative one")
+    max_prompt_length: Positive = Field(
+        1000, le=10_000, description="characters, of a prompt and of a negative one"
+    )
     max_side: Positive | None = Field(
         None, description="pixels of a picture's longer side; null: twice the model's own"
     )

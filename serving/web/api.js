@@ -42,6 +42,8 @@ const OPENINGS = {
 
 /** The answer to a request, if the server did not refuse it. */
 async function ask(path, body, signal) {
+  // Another letter, as a paste may bring, could not even be sent.
+  if (/[^\x21-\x7e]/.test(apiKey() ?? "")) throw new ApiError(401, "this key is unknown");
   const headers = body ? { "Content-Type": "application/json" } : {};
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
   const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };

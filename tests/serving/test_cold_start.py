@@ -1,10 +1,12 @@
 """The endpoint starts while the champion's weights are damaged: the version that it replaced is served."""
 
+import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from ray.serve.handle import DeploymentHandle
 
 from ray_jobs import versions
 from ray_jobs.config import Config
@@ -15,6 +17,7 @@ from serving.canary import Canary, Limits
 from serving.catalogue import Catalogue
 from serving.command import intact
 from serving.following import Following, warmed_up
+from serving.replicas import Replicas
 from serving.schemas import APIError
 from tests.record import record_fault
 from tests.serving.conftest import save_adapters
@@ -77,3 +80,35 @@ def test_without_a_version_before_it_the_endpoint_does_not_start(damaged: Config
             await warmed_up(damaged, broken, model)
 
     with_replica(broken, start)
+
+
+class Asleep:
+    """Serve's handle of a deployment without a replica."""
+
+    def broadcast(self, *_: Any) -> "Asleep":
+        return self
+
+    async def results_async(self, **_: Any) -> list[Any]:
+        return []
+
+
+def test_while_no_replica_runs_a_versions_weights_are_read_once(
+    config: Config, tiny_model: Path, tmp_path: Path
+) -> None:
+    publish = config.publish.model_copy(update={"model_name": "asleep"})
+    config = config.model_copy(update={"publish": publish})
+    folder = save_adapters(tiny_model, tmp_path / "weights", 1)
+    measured = Measured(10.0, None, num_samples=96, feature_network="inception@1", data="9f" * 32)
+    register(config, source=str(folder), measured=measured, params={})
+    version = registered(config, "1")
+    weights = Path(version.source) / "pytorch_lora_weights.safetensors"
+
+    async def look_again_and_again() -> None:
+        replicas, anew = (Replicas(cast(DeploymentHandle, Asleep())) for _ in range(2))
+        await replicas.warm_up(version)
+        weights.unlink()
+        await replicas.warm_up(version)
+        with pytest.raises(APIError, match="asleep@1 cannot be served"):
+            await anew.warm_up(version)
+
+    asyncio.run(look_again_and_again())

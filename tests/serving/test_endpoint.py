@@ -261,14 +261,24 @@ def test_an_edit_is_streamed_under_its_own_names(client: openai.OpenAI) -> None:
         (PICTURE, {"strength": 0}, "strength"),
         (PICTURE, {"n": 9}, "n"),
         (PICTURE, {"mask": "x"}, "mask"),
+        (PICTURE, {"mask": b"\xff"}, "mask"),
     ],
 )
 def test_an_edit_that_cannot_be_made_names_its_field(
     client: openai.OpenAI, image: bytes, fields: dict[str, Any], param: str
 ) -> None:
+    mask = fields.get("mask")
+    own = {"mask": ("mask.png", mask)} if isinstance(mask, bytes) else {"extra_body": fields}
     with pytest.raises(openai.BadRequestError) as refused:
-        client.images.edit(image=("a.png", image), prompt="a", extra_body=fields)
+        client.images.edit(image=("a.png", image), prompt="a", **own)
     assert refused.value.param == param
+
+
+def test_an_edit_begins_with_one_picture_also_where_it_is_a_list(client: openai.OpenAI) -> None:
+    one, answer = ("a.png", PICTURE), client.images.edit(image=[("a.png", PICTURE)], prompt="a")
+    assert answer.data and pixels(answer.data[0]).shape == (64, 64, 3)
+    with pytest.raises(openai.BadRequestError, match="given more than once"):
+        client.images.edit(image=[one, one], prompt="a")
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:

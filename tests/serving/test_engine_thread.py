@@ -1,6 +1,7 @@
 """The engine beside an event loop: answers, cancellation, errors, an orderly end."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,25 @@ def test_previews_reach_the_event_loop_before_the_picture(thread: EngineThread) 
         return [queue.get_nowait() for _ in range(queue.qsize())]
 
     assert asyncio.run(ask()) == [2, 4, 6]
+
+
+def test_stopping_is_not_forgotten_where_it_comes_between_two_looks(tiny_model: Path) -> None:
+    """The thread is told to stop while it gets ready to sleep."""
+    thread = EngineThread(Engine(load_pipeline(str(tiny_model))))
+    stopping = threading.Thread(target=thread.stop, daemon=True)
+
+    class Woken(threading.Event):
+        def clear(self) -> None:
+            if not stopping.ident:
+                stopping.start()
+                while not self.is_set():
+                    time.sleep(0.001)
+            super().clear()
+
+    thread.engine.work = Woken()
+    thread.start()
+    stopping.join(10)
+    assert not stopping.is_alive()
 
 
 def test_a_cancelled_task_frees_its_row(thread: EngineThread) -> None:

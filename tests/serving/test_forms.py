@@ -31,6 +31,11 @@ def test_fields_and_files_come_back_byte_for_byte(seed: int) -> None:
         ("multipart/form-data; boundary=a", b""),
         ("multipart/form-data; boundary=a", b"--a\r\nContent-Disposition: form-data; name=x\r\n\r\ny"),
         ("multipart/form-data; boundary=a", b"--a\r\n\r\ny\r\n--a--"),
+        ("multipart/form-data; boundary*=a; boundary*0=b", b"--a--"),
+        (
+            "multipart/form-data; boundary=a",
+            b"--a\r\nContent-Disposition: form-data; name*=x; name*0=y\r\n\r\nz\r\n--a--",
+        ),
     ],
 )
 def test_what_is_no_form_is_refused(content_type: str, body: bytes) -> None:

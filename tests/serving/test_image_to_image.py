@@ -1,16 +1,19 @@
 """A row that begins with a picture is that of diffusers' image to image pipeline, whatever else is drawn."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ray_jobs.diffusion.loading import load_pipeline
-from serving.encoding import fitted
 from serving.engine import Engine
+from serving.opening import read_picture
 from serving.rows import Request
 from tests import tiny_models
 from tests.conftest import draw
@@ -127,13 +130,35 @@ def test_a_picture_that_cannot_be_encoded_fails_its_chunk_only(tiny_model: Path)
         lost.result(0)
 
 
-def test_a_picture_of_another_size_is_scaled_until_it_covers_and_cut_evenly() -> None:
-    image = torch.zeros(40, 120, 3, dtype=torch.uint8)
+def as_file(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_of_another_size_is_cut_evenly_and_scaled() -> None:
+    image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 200  # the middle third, which is square
-    inner = fitted(image, 20, 20)[:, 3:17]
-    assert fitted(image, 20, 20).shape == (20, 20, 3) and (inner == 200).all()
-    assert fitted(picture(10, 7), 33, 48).shape == (33, 48, 3)
-    assert fitted(image, 40, 120) is image
+    opened = read_picture(as_file(image), 20, 20)
+    assert opened.shape == (20, 20, 3) and (opened[:, 3:17] == 200).all()
+    assert read_picture(as_file(image[:10, :7]), 33, 48).shape == (33, 48, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 120, 3), np.uint8)
+    assert (read_picture(as_file(noise), 40, 120).numpy() == noise).all(), "one that fits stays as it is"
+
+
+def test_what_is_transparent_becomes_white() -> None:
+    image = np.zeros((40, 40, 4), np.uint8)
+    image[:, 20:] = (255, 0, 0, 255)
+    opened = read_picture(as_file(image), 20, 20)
+    assert (opened[:, :8] == 255).all()
+    assert (opened[:, 12:] == torch.tensor([255, 0, 0])).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000), (1_000_000, 1)])
+def test_a_line_a_pixel_wide_takes_no_memory_but_its_own(shape: tuple[int, int]) -> None:
+    """Scaled until it covers 64 x 64 pixels it would be 12 GB."""
+    opened = read_picture(as_file(np.full((*shape, 3), 9, np.uint8)), 64, 64)
+    assert opened.shape == (64, 64, 3) and (opened == 9).all()
 
 
 @pytest.mark.parametrize(

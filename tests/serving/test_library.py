@@ -130,3 +130,50 @@ def test_what_could_not_be_loaded_is_tried_again(shelf: Shelf) -> None:
 
     asyncio.run(ask())
     assert shelf.loaded == ["broken", "broken"]
+
+
+def test_loads_that_nobody_waits_for_any_more_are_not_begun_and_leave_no_more_engines(shelf: Shelf) -> None:
+    shelf.slow["slow"] = threading.Event()
+
+    async def ask() -> list[str]:
+        kept = library(shelf)
+        for name in ("a", "b"):
+            await use(kept, name)
+        gone = [asyncio.create_task(use(kept, name)) for name in ("slow", "c", "d")]
+        while "slow" not in shelf.loaded:
+            await asyncio.sleep(0.001)
+        for each in gone:
+            each.cancel()
+        await asyncio.wait(gone)
+        shelf.slow["slow"].set()
+        while kept._loading:
+            await asyncio.sleep(0.001)
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["b", "slow"]
+    assert shelf.loaded == ["a", "b", "slow"] and shelf.closed == ["A"]
+
+
+def test_one_that_is_used_again_while_another_is_closed_stays(shelf: Shelf) -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    def close(engine: str) -> None:
+        closing.set()
+        assert go_on.wait(10)
+        shelf.closed.append(engine)
+
+    async def ask() -> list[str]:
+        kept: Library[str] = Library(shelf.load, close, max_kept=3)
+        for name in ("a", "b", "c"):
+            await use(kept, name)
+        kept.max_kept = 1
+        trimming = asyncio.create_task(use(kept, "c"))
+        while not closing.is_set():
+            await asyncio.sleep(0.001)
+        async with kept.use("b"):
+            go_on.set()
+            await trimming
+            assert shelf.closed == ["A", "C"]
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["b"]

@@ -17,7 +17,7 @@ from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry import RegisteredModel, weights_digest
 from serving.order import BASE, Order, Picture, place_of
 from serving.provenance import read_provenance
-from serving.replica import Model
+from serving.replica import TOO_MANY_FAILURES, Model
 from serving.schemas import APIError
 from tests.serving.conftest import save_adapters
 
@@ -46,11 +46,13 @@ def full(
 
 
 @asynccontextmanager
-async def replica(first: RegisteredModel, **settings: Any) -> AsyncIterator[Any]:
+async def replica(
+    first: RegisteredModel, newest: Callable[[], RegisteredModel] | None = None, **settings: Any
+) -> AsyncIterator[Any]:
     model = object.__new__(Model.func_or_class)  # type: ignore[attr-defined]
     # So many replicas leave each one thread of the machine's.
     serve = ServeConfig(**{"max_batch_size": 4, "replicas": 64} | settings)
-    await model.__init__(serve, EvaluateConfig(), first.base, None, first)
+    await model.__init__(serve, EvaluateConfig(), first.base, None, first, newest)
     try:
         yield model
     finally:
@@ -156,6 +158,50 @@ def test_weights_that_are_gone_are_refused(lora: RegisteredModel) -> None:
 def test_a_replica_starts_though_its_first_version_is_refused(lora: RegisteredModel) -> None:
     broken = replace(lora, digest="22" * 32)
     assert with_replica(broken, lambda model: model.draw(order(lora)))
+
+
+def test_a_replica_that_starts_later_loads_who_is_champion_then(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> set[str]:
+        return set((await model.load()).engines)
+
+    assert with_replica(lora, work, newest=lambda: full) == {place_of(full).engine}
+    foreign = replace(full, base="another-base")
+    assert with_replica(lora, work, newest=lambda: foreign) == {BASE}
+
+
+def test_an_adapter_that_was_dropped_from_memory_is_not_warm_any_more(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> None:
+        adapters = model.library.engines[BASE].engine.adapters
+        await model.warm_up(lora)
+        assert adapters.misses == 1
+        adapters._kept.clear()
+        await model.warm_up(lora)
+        assert adapters.misses == 2 and adapters.holds(place_of(lora).adapter)
+
+    with_replica(lora, work)
+
+
+def test_a_replica_whose_denoiser_fails_time_after_time_is_not_healthy(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> None:
+        def burn(*_: Any) -> None:
+            raise RuntimeError("device-side assert triggered")
+
+        denoiser = model.library.engines[BASE].engine.denoiser
+        for failures in (TOO_MANY_FAILURES - 1, TOO_MANY_FAILURES):
+            hook = denoiser.register_forward_pre_hook(burn)
+            for _ in range(failures):
+                model.check_health()
+                with pytest.raises(RuntimeError, match="device-side"):
+                    await model.draw(order(None))
+            hook.remove()
+            if failures < TOO_MANY_FAILURES:
+                await model.draw(order(None))
+        with pytest.raises(RuntimeError, match="base: 5 calls of the denoiser in a row failed"):
+            model.check_health()
+
+    with_replica(lora, work)
 
 
 def test_watching_ends_with_what_drawing_gives(lora: RegisteredModel) -> None:

@@ -1,6 +1,7 @@
 """The endpoint without HTTP and Ray: time-outs, and a candidate that is taken out by itself."""
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import CANDIDATE, RegisteredModel, open_client, registered
 from serving.feedback import FeedbackStore
 from serving.feedback_database import open_database
-from serving.order import BASE, place_of
+from serving.order import BASE, Order, place_of
 from serving.rollout import TAKEN_OUT
 from serving.schemas import APIError, ImageRequest
 from serving.service import Service
+from serving.shadow import Shadow, Shadowed
 from tests.serving.conftest import save_adapters
 from tests.serving.page_server import service_here
 
@@ -123,6 +126,44 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
     assert "errors: 100.0% of the last 20 requests" in told["taken_out"]["watched@2"]
     assert CANDIDATE not in client.get_registered_model("watched").aliases
     assert "errors: 100.0%" in client.get_model_version("watched", "2").tags[TAKEN_OUT]
+
+
+def test_only_champion_and_candidate_are_compared(
+    watched: Config, versions: list[RegisteredModel], store: FeedbackStore
+) -> None:
+    """Versions are asked for by the thousand."""
+
+    async def work(service: Service, _: Any) -> None:
+        for model in ("watched@1", "watched@2", "base"):
+            await service.generate(ImageRequest(prompt="a red apple", model=model, steps=1), {})
+        assert set(service.canary.tallies) == {"watched@1", "watched@2"}
+
+    served(watched, versions, store, work)
+
+
+def test_shadows_go_on_where_the_last_process_stopped(
+    versions: list[RegisteredModel], tmp_path: Path
+) -> None:
+    async def drawn(_: Order) -> bytes:
+        return b"a picture"
+
+    async def store_one(number: int, image: bytes | None) -> None:
+        shadow = Shadow(Storage.open(str(tmp_path)), drawn, lambda: True, kept=2)
+        running = asyncio.create_task(shadow.run())
+        order = Order(versions[0], "a", number, 4, 3.0, image=image)
+        shadow.offer(Shadowed(f"img-{number}", order, b"", order._replace(version=versions[1])))
+        while not shadow.stored:
+            assert not shadow.passed_over
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    for number, image in enumerate((b"given", None, None)):
+        asyncio.run(store_one(number, image))
+    stored = [
+        json.loads((tmp_path / place / "parameters.json").read_text())["seed"] for place in ("000", "001")
+    ]
+    assert stored == [2, 1], "the oldest was written over"
+    assert not (tmp_path / "000" / "given").exists(), "with all that belonged to it"
 
 
 def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
