@@ -28,10 +28,9 @@ from typing import Any
 import torch
 
 from benchmarks import serving_faster
+from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
 from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
-from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents
 from serving.engine import Engine
 from serving.rows import Request
@@ -41,7 +40,7 @@ FASTER = Path(__file__).parent / "results" / "serving_faster.json"
 REQUESTS = {"small": 24, "full": 128}
 TURNS = {"small": 1, "full": 5}
 BATCH_SIZES = {"small": (4, 8, 16), "full": (1, 2, 4, 8, 16, 32, 64)}
-ADAPTERS, RANK = 50, 8
+ADAPTERS = 50
 STEPS = (10, 50)
 GUIDANCE_SCALE = 3.0
 
@@ -107,21 +106,6 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
             decode_latents(pipeline.vae, latents)
 
 
-def write_adapters(root: Path, count: int = ADAPTERS, model: str = MODEL) -> list[str]:
-    """Adapters with random weights as publish writes them: one folder each."""
-    pipeline = load_pipeline(model)
-    family = family_of(pipeline)
-    add_lora(pipeline.unet, rank=RANK, alpha=RANK, dropout=0.0, target_modules=list(family.lora_targets))
-    tuned = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
-    names = [f"adapter-{number}" for number in range(count)]
-    for seed, name in enumerate(names):
-        torch.manual_seed(seed)
-        weights = {key: 0.02 * torch.randn(weight.shape) for key, weight in tuned.trained()}
-        (root / name).mkdir()
-        save_lora(pipeline, tuned, weights, root / name)
-    return names
-
-
 def seconds_of(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
@@ -134,7 +118,7 @@ def measure(size: str, max_rows: int | None) -> dict[str, Any]:
     best = max_rows or max(rows_per_second, key=lambda n: rows_per_second[n])
     requests = requests_of(size)
     with TemporaryDirectory() as folder:
-        names = write_adapters(Path(folder))
+        names = write_adapters(Path(folder), ADAPTERS, MODEL)
         engine = Engine(
             pipeline,
             max_rows=best,
@@ -169,13 +153,16 @@ def measure(size: str, max_rows: int | None) -> dict[str, Any]:
 
 
 def print_faster(size: str, max_rows: int, switches: list[str] | None) -> None:
-    names = dict.fromkeys([serving_faster.BASELINE, *(switches or serving_faster.SWITCHES)])
+    wanted = list(switches or serving_faster.SWITCHES)
+    plain = [serving_faster.SWITCHES[name].plain for name in wanted]
+    names = dict.fromkeys([serving_faster.BASELINE, *plain, *wanted])
     figures = serving_faster.measure(size, max_rows, list(names))
     print(serving_faster.table(figures))
     record = {"benchmark": "serving faster", "size": size, "cores": os.cpu_count(), "switches": figures}
     print(f"JSON {json.dumps(record)}", flush=True)
     if size == "full":
-        FASTER.write_text(json.dumps(record, indent=1) + "\n")
+        stored = json.loads(FASTER.read_text())["switches"] if FASTER.exists() else {}
+        FASTER.write_text(json.dumps(record | {"switches": stored | figures}, indent=1) + "\n")
 
 
 def main() -> None:

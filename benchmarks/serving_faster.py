@@ -4,10 +4,12 @@ What each switch of `serving.faster` and of the engine gives and costs with `mod
 prompts and seeds in every engine, as many rows as `--max-rows`, all waiting from the start. float32 draws in
 20 steps of the model's own solver, DPM-Solver++ 2M.
 
-With `--size full` the figures go to benchmarks/results/serving_faster.json.
+With `--size full` the figures go to benchmarks/results/serving_faster.json, where those of other switches
+stay.
 
 speed: pictures a second over float32's. The switches take turns of a few pictures, and medians are compared.
-FID to float32: between a switch's pictures and float32's of the same seeds; 0 if they were the same.
+FID to plain: between a switch's pictures and those of the same seeds without it, which are float32's, and of
+    a fused LoRA version its own as an adapter; 0 if they were the same.
 change: the FID to real pictures, less float32's FID to them.
 """
 
@@ -16,14 +18,18 @@ import os
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 
+from benchmarks.adapters import write_adapters
+from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import load_inception
+from serving.adapters import read_adapter
 from serving.engine import Engine
 from serving.faster import prepare
 from serving.rows import Request
@@ -38,12 +44,17 @@ TIMED = 32  # pictures of a turn, the same ones each time
 STEPS, GUIDANCE_SCALE = 20, 3.0
 SIDE = 64  # pixels
 BASELINE = "float32"
+LORA = "a LoRA version"
 
 
 class Switches(NamedTuple):
+    """Of `faster.prepare` and of the engine; `lora`: a version's weights, for each row or fused."""
+
     prepare: dict[str, Any]
     engine: dict[str, Any]
     steps: int = STEPS
+    lora: Literal["none", "rows", "fused"] = "none"
+    plain: str = BASELINE  # whose pictures these should be
 
 
 SWITCHES = {
@@ -63,6 +74,8 @@ SWITCHES = {
     "euler, 20 steps": Switches({"solver": "euler"}, {}),
     "ddim, 20 steps": Switches({"solver": "ddim"}, {}),
     "ddim, 50 steps": Switches({"solver": "ddim"}, {}, 50),
+    LORA: Switches({}, {}, lora="rows"),
+    "fuse_champion": Switches({}, {}, lora="fused", plain=LORA),
 }
 
 
@@ -78,13 +91,19 @@ def read_example(count: int) -> tuple[torch.Tensor, list[str]]:
     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [row["text"] for row in rows]
 
 
-def engine_of(switches: Switches, device: str, max_rows: int) -> Engine:
+def engine_of(switches: Switches, device: str, max_rows: int, adapter: Path) -> Engine:
     """A warm one: the number of rows shrinks as the last requests end, so that all is compiled."""
-    pipeline = load_pipeline(MODEL)
-    prepare(pipeline, device, **switches.prepare)
+    pipeline, options = load_pipeline(MODEL), dict(switches.engine)
+    fuse = None
+    if switches.lora == "fused":
+        fuse = read_adapter(adapter.name, adapter, family_of(pipeline).adaptable(pipeline))
+    elif switches.lora == "rows":
+        options["adapter_folder"] = lambda name: adapter.parent / name
+    prepare(pipeline, device, **switches.prepare, fuse=fuse)
     cores = os.cpu_count() if device == "cpu" else None
-    engine = Engine(pipeline, device=device, max_rows=max_rows, num_cores=cores, **switches.engine)
-    draw(engine, [Request("a cat", seed, 1 + seed, GUIDANCE_SCALE) for seed in range(max_rows)])
+    engine = Engine(pipeline, device=device, max_rows=max_rows, num_cores=cores, **options)
+    name = adapter.name if switches.lora == "rows" else None
+    draw(engine, [Request("a cat", seed, 1 + seed, GUIDANCE_SCALE, adapter=name) for seed in range(max_rows)])
     return engine
 
 
@@ -99,17 +118,30 @@ def measure(size: str, max_rows: int, names: list[str]) -> dict[str, dict[str, f
     """Pictures a second, speed and the two FIDs of each switch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     real, captions = read_example(PICTURES[size])
+    with TemporaryDirectory() as folder:
+        (adapter,) = write_adapters(Path(folder), 1, MODEL)
+        engines = {
+            name: engine_of(SWITCHES[name], device, max_rows, Path(folder) / adapter) for name in names
+        }
     requests = {
-        steps: [Request(caption, seed, steps, GUIDANCE_SCALE) for seed, caption in enumerate(captions)]
-        for steps in {SWITCHES[name].steps for name in names}
+        name: [
+            Request(
+                caption,
+                seed,
+                SWITCHES[name].steps,
+                GUIDANCE_SCALE,
+                adapter=adapter if SWITCHES[name].lora == "rows" else None,
+            )
+            for seed, caption in enumerate(captions)
+        ]
+        for name in names
     }
-    engines = {name: engine_of(SWITCHES[name], device, max_rows) for name in names}
-    pictures = {name: draw(engine, requests[SWITCHES[name].steps]) for name, engine in engines.items()}
+    pictures = {name: draw(engine, requests[name]) for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(TURNS[size]):
         for name, engine in engines.items():
             start = time.perf_counter()
-            draw(engine, requests[SWITCHES[name].steps][:TIMED])
+            draw(engine, requests[name][:TIMED])
             seconds[name].append(time.perf_counter() - start)
     network = load_inception(NETWORK)
     moments = {
@@ -121,7 +153,7 @@ def measure(size: str, max_rows: int, names: list[str]) -> dict[str, dict[str, f
         name: {
             "pictures_per_second": min(TIMED, len(captions)) / median(seconds[name]),
             "speed": median(seconds[BASELINE]) / median(seconds[name]),
-            "fid_to_float32": frechet_distance(moments[name], moments[BASELINE]),
+            "fid_to_plain": frechet_distance(moments[name], moments[SWITCHES[name].plain]),
             "fid_change": to_real[name] - to_real[BASELINE],
             "fid_to_real": to_real[name],
         }
@@ -131,10 +163,10 @@ def measure(size: str, max_rows: int, names: list[str]) -> dict[str, dict[str, f
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """One switch a line."""
-    lines = [f"{'switch':>22}  pictures/s  speed  FID to float32  change of FID to real"]
+    lines = [f"{'switch':>22}  pictures/s  speed    FID to plain  change of FID to real"]
     for name, found in figures.items():
         lines.append(
             f"{name:>22}  {found['pictures_per_second']:10.2f}  {found['speed']:5.2f}"
-            f"  {found['fid_to_float32']:14.3f}  {found['fid_change']:+8.3f} of {found['fid_to_real']:.2f}"
+            f"  {found['fid_to_plain']:14.3f}  {found['fid_change']:+8.3f} of {found['fid_to_real']:.2f}"
         )
     return "\n".join(lines)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adapters import write_adapters
 from benchmarks.data.pictures import configured
-from benchmarks.serving_engine import write_adapters
 from benchmarks.serving_load import ROOT, wait_until_answers
 from cluster.connect import KEEP_MEMORY, joined, local_cluster
 from ray_jobs.config import Config

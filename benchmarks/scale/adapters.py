@@ -32,7 +32,7 @@ def run(sizes: list[int]) -> dict[str, Any]:
 
 
 def write_one(folder: Path) -> None:
-    from benchmarks.serving_engine import write_adapters
+    from benchmarks.adapters import write_adapters
 
     write_adapters(folder, 1, str(MODEL))
 

@@ -1,0 +1,27 @@
+"""LoRA versions to measure with."""
+
+from pathlib import Path
+
+import torch
+
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
+from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.diffusion.objectives import LossSettings
+
+RANK = 8
+
+
+def write_adapters(root: Path, count: int, model: str) -> list[str]:
+    """Adapters with random weights as publish writes them: one folder each."""
+    pipeline = load_pipeline(model)
+    family = family_of(pipeline)
+    add_lora(pipeline.unet, rank=RANK, alpha=RANK, dropout=0.0, target_modules=list(family.lora_targets))
+    tuned = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
+    names = [f"adapter-{number}" for number in range(count)]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        weights = {key: 0.02 * torch.randn(weight.shape) for key, weight in tuned.trained()}
+        (root / name).mkdir()
+        save_lora(pipeline, tuned, weights, root / name)
+    return names
