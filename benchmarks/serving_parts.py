@@ -197,6 +197,21 @@ def latency(run: Run) -> dict[str, Any]:
     }
 
 
+def alone(run: Run) -> dict[str, Any]:
+    """Ours, and the bare denoiser while no server was up."""
+    turns = [run.saturate(OURS, seed) for seed in range(run.settings.rounds)]
+    steps = median(turn["row_steps_per_second"] for turn in turns)
+    run.capacities[OURS] = steps / MEAN_ROW_STEPS
+    bare = max(run.bare.values())
+    return {
+        "bare_row_steps_per_second": run.bare,
+        "row_steps_per_second": {"bare": bare, OURS: steps},
+        "images_per_second": {"bare": bare / MEAN_STEPS, OURS: steps / MEAN_STEPS},
+        "turns": turns,
+        "ratios": {"bare": steps / bare},
+    }
+
+
 def adapters(run: Run) -> dict[str, Any]:
     """All adapters mixed against one, and none, in turns. All are in memory, as long as they have room."""
     mixes = {"none": run.servers.models(OURS), "one": run.servers.adapters[:1], "all": run.servers.adapters}
@@ -244,9 +259,9 @@ def soak(run: Run) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
-    part.__name__: part for part in (saturation, latency, adapters, overhead, soak)
-}
+Parts = dict[str, Callable[[Run], dict[str, Any]]]
+AGAINST_RIVALS: Parts = {part.__name__: part for part in (saturation, latency)}
+ALONE: Parts = {part.__name__: part for part in (alone, adapters, overhead, soak)}
 
 
 def measure_bare(settings: Settings) -> dict[int, float]:

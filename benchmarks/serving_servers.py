@@ -87,6 +87,7 @@ def served(model: str, folder: Path, max_batch_size: int) -> Config:
         "serve.requests_per_minute": 1_000_000,
         "serve.concurrent_requests": 10_000,
         "serve.request_timeout_s": 600,
+        "serve.prompt_mb": 1,  # full after a minute of prompts that never repeat, so that the soak sees the rest
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     return configured(ROOT / "examples" / "fluent-emoji", folder / "runs", *overrides)
