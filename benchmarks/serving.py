@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/emoji-base"), help="folder of diffusers")
     parser.add_argument("--seconds", type=float, default=60, help="of a turn at saturation; others follow")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at saturation")
-    parser.add_argument("--clients", type=int, default=16, help="at saturation")
+    parser.add_argument("--clients", type=int, default=24, help="at saturation")
     parser.add_argument("--max-batch-size", type=int, default=32, help="pictures, of ours")
     parser.add_argument("--rival-batch-size", type=int, default=16, help="pictures, of @serve.batch")
     parser.add_argument("--adapters", type=int, default=50)
