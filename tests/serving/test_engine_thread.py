@@ -64,8 +64,10 @@ def test_stopping_is_not_forgotten_where_it_comes_between_two_looks(tiny_model: 
 
     thread.engine.work = Woken()
     thread.start()
-    stopping.join(10)
-    assert not stopping.is_alive()
+    deadline = time.monotonic() + 30
+    while not stopping.ident or stopping.is_alive():
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.001)
 
 
 def test_a_cancelled_task_frees_its_row(thread: EngineThread) -> None:
