@@ -14,12 +14,13 @@ from typing import Any
 from ray import serve
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, load_config, resolve_path
+from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.progress import say
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
 from serving.following import current
 from serving.ingress import Ingress
 from serving.keys import KeyRing
+from serving.order import base_of
 from serving.replica import Model
 
 APPLICATION = "diffray"
@@ -67,8 +68,7 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
     ).bind(
         settings,
         config.evaluate,
-        resolve_path(registered.base),
-        registered.base_revision,
+        *base_of(registered),
         registered,
         partial(current, config, registered, built),
     )

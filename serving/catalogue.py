@@ -5,9 +5,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ray_jobs.config import resolve_path
 from ray_jobs.registry import CHAMPION, RegisteredModel, RegistryEntry
-from serving.order import BASE, label
+from serving.order import BASE, base_of, label
 
 
 class UnknownModel(ValueError):
@@ -40,7 +39,7 @@ class Catalogue:
         self, name: str, champion: RegisteredModel, admitted: Sequence[str] = (), candidate_share: float = 0.0
     ) -> None:
         self.name, self.admitted, self.candidate_share = name, tuple(admitted), candidate_share
-        self.base = (resolve_path(champion.base), champion.base_revision)
+        self.base = base_of(champion)
         self.champion = champion
         self.candidate: RegisteredModel | None = None
         self.entries: Mapping[str, RegistryEntry] = {}
@@ -52,7 +51,7 @@ class Catalogue:
 
     def fits(self, version: RegisteredModel) -> bool:
         """Whether the replicas can draw a version: it is of their base, so of its size too."""
-        return (resolve_path(version.base), version.base_revision) == self.base
+        return base_of(version) == self.base
 
     def alias(self, alias: str) -> RegisteredModel | None:
         """The version of the served model that an alias points to in the registry."""

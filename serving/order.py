@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from ray_jobs.config import resolve_path
 from ray_jobs.registry import RegisteredModel
 from serving.load import Drift, Load
 
@@ -80,6 +81,11 @@ class Place(NamedTuple):
 def label(version: RegisteredModel | None) -> str:
     """How a version is asked for: `name@version`, or `base`."""
     return BASE if version is None else f"{version.name}@{version.version}"
+
+
+def base_of(version: RegisteredModel) -> tuple[str, str | None]:
+    """The base that a version was trained on, a folder or hub name, and its revision."""
+    return resolve_path(version.base), version.base_revision
 
 
 def adapter_name(version: RegisteredModel) -> str:

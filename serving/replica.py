@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from ray_jobs.config import EvaluateConfig, ServeConfig, resolve_path
+from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry import RegisteredModel
 from serving.library import Library
 from serving.opening import read_picture
-from serving.order import BASE, Order, Picture, Place, ReplicaLoad, Traits, label, place_of
+from serving.order import BASE, Order, Picture, Place, ReplicaLoad, Traits, base_of, label, place_of
 from serving.outgoing import Outgoing
 from serving.schemas import APIError
 from serving.weights import local_weights
@@ -57,9 +57,7 @@ class Model:
         self.settings, self.base, self.base_revision = settings, base, base_revision
         if newest is not None:
             found = await asyncio.to_thread(newest)
-            first = (
-                found if (resolve_path(found.base), found.base_revision) == (base, base_revision) else first
-            )
+            first = found if base_of(found) == (base, base_revision) else first
         self._name = uuid.uuid4().hex
         self._outgoing = Outgoing(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
