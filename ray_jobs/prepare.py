@@ -37,7 +37,7 @@ from ray_jobs.data.sources import Source, open_source
 from ray_jobs.data.splits import SPLITS
 from ray_jobs.data.streaming import Live
 from ray_jobs.dataset_report import write_dataset_page
-from ray_jobs.diffusion.model_files import encoders_digest, size_multiple
+from ray_jobs.diffusion.model_files import encoders_digest, max_side, size_multiple
 from ray_jobs.progress import say
 from ray_jobs.stage import run_stage
 
@@ -196,15 +196,25 @@ def _buckets(config: Config) -> list[Size]:
         ConfigError: the resolution does not fit the model.
     """
     data, model = config.data, config.model
-    multiple = size_multiple(resolve_path(model.base), revision=model.revision)
+    base = resolve_path(model.base)
+    multiple = size_multiple(base, revision=model.revision)
     if data.resolution % multiple:
         raise ConfigError(
             f"data.resolution: {data.resolution} is no multiple of {multiple}, which {model.base} needs; "
             f"take {max(1, round(data.resolution / multiple)) * multiple}"
         )
-    if not data.buckets:
-        return [(data.resolution, data.resolution)]
-    return bucket_shapes(data.resolution, multiple=multiple, max_aspect_ratio=data.bucket_max_aspect_ratio)
+    shapes = [(data.resolution, data.resolution)]
+    if data.buckets:
+        longest = data.bucket_max_aspect_ratio
+        shapes = bucket_shapes(data.resolution, multiple=multiple, max_aspect_ratio=longest)
+    limit, side = max_side(base, revision=model.revision), max(max(shape) for shape in shapes)
+    if limit is not None and side > limit:
+        field = "data.resolution" if data.resolution > limit else "data.bucket_max_aspect_ratio"
+        raise ConfigError(
+            f"{field}: pictures of up to {side} pixels a side are asked for, and {model.base} has positions "
+            f"for {limit}; lower it"
+        )
+    return shapes
 
 
 def describe(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Captions, Family, family_of
-from ray_jobs.diffusion.families.family import PATCH
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.low_rank import Adapter, GroupedLowRank, Stacks
 from serving.solvers import Schedule
@@ -55,11 +54,11 @@ def check_request(
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    least = pipeline.vae_scale_factor * (PATCH if family.denoiser == "transformer" else 1)
-    most = denoiser.config.get("pos_embed_max_size")
+    least = family.size_multiple(pipeline.vae.config, denoiser.config)
+    most = family.max_side(pipeline.vae.config, denoiser.config)
     for field_name, pixels in zip(("height", "width"), size, strict=True):
-        if pixels < least or pixels % least or (most and pixels > most * least):
-            limit = f" up to {most * least}" if most else ""
+        if pixels < least or pixels % least or (most and pixels > most):
+            limit = f" up to {most}" if most else ""
             raise ValueError(f"{field_name}: {pixels}; this model draws multiples of {least}{limit} pixels")
         if pixels > max_side:
             raise ValueError(f"{field_name}: {pixels}; pictures of up to {max_side} pixels a side are drawn")

@@ -71,13 +71,25 @@ def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
 
 
 def size_multiple(base: str, *, revision: str | None = None) -> int:
-    """What the sides of a picture, in pixels, must be multiples of: the autoencoder's factor, times the patch
-    size where the denoiser is a transformer."""
+    """Pixels that both sides of a picture must be multiples of, as the model's family has it."""
+    family, *configs = _of_sizes(base, revision)
+    return int(family.size_multiple(*configs))
+
+
+def max_side(base: str, *, revision: str | None = None) -> int | None:
+    """Pixels of the longest side that a model draws, as its family has it; None where there is no limit."""
+    family, *configs = _of_sizes(base, revision)
+    found = family.max_side(*configs)
+    return None if found is None else int(found)
+
+
+def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
+    """A model's family, and the configurations of its autoencoder and its denoiser."""
+    from ray_jobs.diffusion.families import family_of  # imports PyTorch
+
     folder = model_folder(base, revision=revision)
-    factor = 2 ** (len(_config(folder / "vae")["block_out_channels"]) - 1)
-    if not (folder / "transformer").is_dir():
-        return int(factor)
-    return int(factor * _config(folder / "transformer").get("patch_size", 1))
+    family = family_of(json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"])
+    return family, _config(folder / "vae"), _config(folder / family.denoiser)
 
 
 def _config(folder: Path) -> Any:

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from ray_jobs.config import ConfigError, load_config
 from ray_jobs.diffusion.encoders import Encoders
-from ray_jobs.diffusion.model_files import encoders_digest, model_folder, size_multiple
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.loading import load_pipeline, read_index
+from ray_jobs.diffusion.model_files import encoders_digest, max_side, model_folder, size_multiple
 from ray_jobs.diffusion.objectives import sample_posterior
+from ray_jobs.prepare import _buckets
+from serving.rows import Request, check_request
+
+DEMO = "configs/demo.yaml"
 
 
 def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
@@ -90,13 +97,40 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
     assert encoders_digest(str(copy)) != before
 
 
-def test_sides_are_multiples_of_the_autoencoder_and_the_patches(tiny_model: Path, tmp_path: Path) -> None:
-    assert size_multiple(str(tiny_model)) == 8
-    copy = tmp_path / "model"
-    shutil.copytree(tiny_model, copy)
-    (copy / "transformer").mkdir()
-    (copy / "transformer" / "config.json").write_text('{"patch_size": 2}')
-    assert size_multiple(str(copy)) == 16
+@pytest.mark.parametrize(
+    ("model", "multiple", "limit"),
+    [
+        ("tiny_model", 8, None),
+        ("tiny_xl", 8, None),
+        ("tiny_sd3", 16, 128),
+        ("tiny_flux", 16, None),  # its configuration says patch_size 1: packing lies outside the transformer
+    ],
+)
+def test_sides_fit_the_family(
+    model: str, multiple: int, limit: int | None, request: pytest.FixtureRequest
+) -> None:
+    base = str(request.getfixturevalue(model))
+    assert (size_multiple(base), max_side(base)) == (multiple, limit)
+    for settings in (["data.resolution=64"], ["data.resolution=64", "data.buckets=true"]):
+        config = load_config(DEMO, [f"model.base={base}", *settings])
+        sides = {side for shape in _buckets(config) for side in shape}
+        assert all(side % multiple == 0 for side in sides)
+    pipeline = load_pipeline(base, without=family_of(read_index(base)["_class_name"]).text_encoders)
+    for side in (multiple // 2, 64 - multiple // 2, (limit or 512) + multiple):
+        with pytest.raises(ValueError, match=f"^height: {side}; "):
+            check_request(Request("", 0, 2, 1.0), (side, 64), pipeline, with_adapters=False, max_side=512)
+
+
+def test_pictures_larger_than_the_positions_of_a_model_are_refused(tiny_sd3: Path) -> None:
+    for settings, field in (
+        (["data.resolution=144"], "data.resolution"),
+        (["data.resolution=128", "data.buckets=true"], "data.bucket_max_aspect_ratio"),
+    ):
+        config = load_config(DEMO, [f"model.base={tiny_sd3}", *settings])
+        with pytest.raises(ConfigError, match=rf"^{field}: .* has positions for 128; lower it$"):
+            _buckets(config)
+    with pytest.raises(ConfigError, match=r"data\.resolution: 72 is no multiple of 16"):
+        _buckets(load_config(DEMO, [f"model.base={tiny_sd3}", "data.resolution=72"]))
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, tiny_model: Path) -> None:

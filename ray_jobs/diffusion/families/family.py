@@ -98,6 +98,18 @@ class Family(ABC):
             guidance: float32, N. For denoisers with `distilled_guidance`, and only for them; 1 if left out.
         """
 
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        """The side of a denoiser's patches, in latents; `denoiser` is its configuration."""
+        return 1
+
+    def size_multiple(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
+        """Pixels that both sides of a picture must be multiples of, from the components' configurations."""
+        return int(2 ** (len(autoencoder["block_out_channels"]) - 1) * self.patch(denoiser))
+
+    def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+        """Pixels of the longest side that the denoiser has positions for; None where there is no limit."""
+        return None
+
     def distilled_guidance(self, denoiser: Any) -> bool:
         """Whether the denoiser is told its guidance (Meng et al., arXiv 2210.03142): one pass, not two."""
         return False
@@ -144,6 +156,9 @@ class FlowMatchingFamily(Family):
     denoiser = "transformer"
     lora_targets = MMDIT_ATTENTION
     max_shift: float  # where the scheduler's configuration names none
+
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        return PATCH
 
     def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
         if zero_terminal_snr:

@@ -1,11 +1,12 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from ray_jobs.diffusion.families.family import Captions, Encoders, FlowMatchingFamily
+from ray_jobs.diffusion.families.family import PATCH, Captions, Encoders, FlowMatchingFamily
 
 T5_TOKENS = 256
 
@@ -20,6 +21,13 @@ class StableDiffusion3(FlowMatchingFamily):
     trainable_text_encoders = ("text_encoder", "text_encoder_2")
     max_tokens = {"input_ids_3": T5_TOKENS}
     max_shift = 1.16
+
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        return int(denoiser.get("patch_size", PATCH))
+
+    def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+        patches = int(denoiser.get("pos_embed_max_size", 96))  # diffusers' default
+        return patches * self.size_multiple(autoencoder, denoiser)
 
     def embed(self, parts: Encoders, tokens: Captions) -> Captions:
         """CLIP's last layers but one side by side, as wide as T5's embeddings, and these after them.
