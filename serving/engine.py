@@ -31,7 +31,15 @@ from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
 from serving.rows import Batch, Drawing, Kind, OnPreview, Request, Row, check_request, next_group
-from serving.solvers import Schedule, advance, check_scheduler, clip_range, coefficients, tabulate
+from serving.solvers import (
+    Schedule,
+    advance,
+    check_scheduler,
+    clip_range,
+    coefficients,
+    num_earlier,
+    tabulate,
+)
 from serving.waiting import WaitingLine
 
 
@@ -82,7 +90,7 @@ class Engine:
         self.max_rows, self.chunk_rows = max_rows, decode_rows
         self.denoiser = getattr(pipeline, self.family.denoiser)
         self.told = self.family.distilled_guidance(self.denoiser)
-        self.clip = clip_range(pipeline.scheduler)
+        self.clip, self.num_earlier = clip_range(pipeline.scheduler), num_earlier(pipeline.scheduler)
         self.deep = DeepFeatures(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
         self.low_rank = GroupedLowRank(parts)
@@ -271,6 +279,8 @@ class Engine:
             noise = initial_noise([row.request.seed], (channels, height // factor, width // factor))[0]
             row.latents = (noise * row.schedule.noise_scale).to(self.device)
             row.clean = torch.zeros_like(row.latents)
+            if self.num_earlier:
+                row.earlier = row.latents.new_zeros((self.num_earlier, *row.latents.shape))
             row.captions, row.last_call = captions, self._calls
 
     def _denoise(self, rows: list[Row]) -> None:
@@ -292,11 +302,15 @@ class Engine:
             batch, batch.twice(latents * step.input_scale), batch.twice(step.timestep.flatten())
         )
         self.failed_calls = 0
-        latents, clean = advance(step, latents, batch.guide(output.float()), clean, self.clip)
+        earlier = torch.stack([row.earlier for row in rows]) if self.num_earlier else None
+        guided = batch.guide(output.float())
+        latents, clean, earlier = advance(step, latents, guided, clean, self.clip, earlier)
         self._calls += 1
         self._row_steps += len(rows)
         for i, row in enumerate(rows):
             row.latents, row.clean = latents[i], clean[i]
+            if earlier is not None:
+                row.earlier = earlier[i]
             row.done += 1
             row.last_call = self._calls
             if row.finished or row.shows_preview:

@@ -1,8 +1,8 @@
 """The solvers of a batch whose rows are each at a step of their own. Pure PyTorch.
 
-A step of each of these solvers is linear in the row's latents, the denoiser's output and the previous
-prediction. So a diffusers scheduler is walked once for a step count, with unit vectors in place of pictures;
-what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas, shift and
+A step of each of these solvers is linear in the row's latents, the denoiser's output and what it keeps of
+earlier steps. So a diffusers scheduler is walked once for a step count, with unit vectors in place of
+pictures; what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas, shift and
 order. A batch then takes its step with one gather and a few products, whatever its rows are at.
 """
 
@@ -24,8 +24,11 @@ SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
         "solver_order": (1, 2),
         "thresholding": (False,),
     },
+    "PNDMScheduler": {"skip_prk_steps": (True,)},
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
 }
+
+PLMS_OUTPUTS = 3  # earlier outputs of the denoiser that a step of PNDM takes
 
 BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -35,7 +38,7 @@ BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Coefficients(NamedTuple):
-    """A step of N rows, each N x 1 x 1 x 1: what every term of `advance` is multiplied by."""
+    """A step of N rows: what every term of `advance` is multiplied by, each N x 1 x 1 x 1."""
 
     timestep: torch.Tensor
     input_scale: torch.Tensor  # of the latents on their way into the denoiser
@@ -45,13 +48,16 @@ class Coefficients(NamedTuple):
     next_output: torch.Tensor  # of the denoiser's output,
     next_previous: torch.Tensor  # of the clean latents predicted a step before,
     next_clipped: torch.Tensor  # and of what clipping changes in the prediction
+    next_earlier: torch.Tensor  # N x 3 x 1 x 1 x 1: of earlier outputs, the newest first
+    remembers: torch.Tensor  # 1 where this output becomes an earlier one, else 0
 
 
 class Schedule(NamedTuple):
     """All steps of one step count.
 
     Attributes:
-        table: float32, steps x 8, on the CPU; a column for each of `Coefficients`.
+        table: float32, denoiser calls x 12, on the CPU; columns in the order of `Coefficients`. PNDM calls
+            the denoiser once more than there are steps, all others as often.
         noise_scale: of the first latents, standard normal noise being 1.
         image_scale: what the latents of a given picture are multiplied by in them; 0 where there is none.
     """
@@ -66,7 +72,8 @@ class Schedule(NamedTuple):
 
 def scheduler_of(scheduler: Any, solver: Solver) -> Any:
     """A model's scheduler, or another that solves the same diffusion: its noise schedule, prediction type and
-    spacing of timesteps stay.
+    spacing of timesteps stay, also where the model's file names none and the other class has another default
+    (diffusers 0.42: PNDM and DDIM begin at 951 of 1,000 timesteps with 20 steps, Euler at 999).
 
     Raises:
         ValueError: the model's is of flow matching, which has one solver.
@@ -80,6 +87,8 @@ def scheduler_of(scheduler: Any, solver: Solver) -> Any:
     name, options = BY_NAME[solver]
     # Latents are not clipped unless the model says so; diffusers' DDIM does where nothing is said.
     config = {"clip_sample": False} | dict(scheduler.config)
+    # Names what the file left out, which `from_config` would replace by the other class's defaults.
+    config.pop("_use_default_values", None)
     return getattr(diffusers, name).from_config(config, **options)
 
 
@@ -105,6 +114,11 @@ def clip_range(scheduler: Any) -> float | None:
     return float(scheduler.config.clip_sample_range) if clips else None
 
 
+def num_earlier(scheduler: Any) -> int:
+    """How many earlier outputs of the denoiser a scheduler's steps take."""
+    return PLMS_OUTPUTS if type(scheduler).__name__ == "PNDMScheduler" else 0
+
+
 def tabulate(
     scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int], strength: float | None = None
 ) -> Schedule:
@@ -125,10 +139,14 @@ def tabulate(
         raise ValueError(f"strength: {strength} of {num_steps} steps is not one; ask for more of either")
     try:
         family.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
+        calls = num_steps + (num_earlier(scheduler) > 0 and num_steps > 1)
+        if len(scheduler.timesteps) != calls:
+            raise ValueError(f"it makes {len(scheduler.timesteps)} steps of them")
         image_scale, noise_scale = 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
         if strength is not None:
             image_scale, noise_scale = _noise_levels(scheduler, first)
-        rows = [_probe(scheduler, timestep) for timestep in scheduler.timesteps[first:]]
+        walk = _walk_plms if num_earlier(scheduler) else _walk
+        rows = walk(scheduler, scheduler.timesteps[first:])
         table = torch.tensor(rows, dtype=torch.float32)
         if not len(table) or not table.isfinite().all():
             raise ValueError("its coefficients are not finite, or there are none")
@@ -153,8 +171,36 @@ def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
     return image_scale, noise_scale
 
 
+def _walk(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
+    """The table's rows of a scheduler that takes no earlier outputs."""
+    return [[*_probe(scheduler, timestep), *[0.0] * (PLMS_OUTPUTS + 1)] for timestep in timesteps]
+
+
+def _walk_plms(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
+    """The table's rows of PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12): its second
+    call takes the first step once more, by the mean of both outputs."""
+    rows: list[list[float]] = []
+    # Five one-number pictures: the latents, the denoiser's output and the earlier ones, the newest first.
+    latents, output, *earlier = torch.eye(2 + PLMS_OUTPUTS, dtype=torch.float64)
+    for call, timestep in enumerate(timesteps):
+        known = min(max(call - 1, 1), PLMS_OUTPUTS) if call else 0
+        scheduler.ets = earlier[:known][::-1]
+        if call == 1:  # where the first step began, of where it led
+            scheduler.cur_sample = (latents - rows[0][5] * earlier[0]) / rows[0][4]
+        signal = scheduler.alphas_cumprod[timestep].double()
+        clean = (latents - (1 - signal).sqrt() * output) / signal.sqrt()
+        if scheduler.config.prediction_type == "v_prediction":
+            clean = signal.sqrt() * latents - (1 - signal).sqrt() * output
+        stepped = scheduler.step(output, timestep, latents, return_dict=False)[0].tolist()
+        remembers = float(call != 1)
+        rows.append(
+            [float(timestep), 1.0, *clean.tolist()[:2], *stepped[:2], 0.0, 0.0, *stepped[2:], remembers]
+        )
+    return rows
+
+
 def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
-    """One step's row of the table, found by stepping the scheduler."""
+    """The first columns of one step's row of the table, read off a step of the scheduler."""
     # Three one-number pictures: only latents, only the denoiser's output, only the previous prediction.
     latents, output, previous = torch.eye(3)
     input_scale = 1.0
@@ -183,7 +229,9 @@ def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
 def coefficients(rows: Sequence[tuple[Schedule, int]], device: str | torch.device) -> Coefficients:
     """Gather the steps of N rows, each a schedule and how many of its steps are done."""
     table = torch.stack([schedule.table[done] for schedule, done in rows]).to(device)
-    return Coefficients(*table.T.reshape(len(Coefficients._fields), -1, 1, 1, 1))
+    single, earlier, remembers = table.split([table.shape[1] - PLMS_OUTPUTS - 1, PLMS_OUTPUTS, 1], dim=1)
+    columns = single.T.reshape(single.shape[1], -1, 1, 1, 1)
+    return Coefficients(*columns, earlier.reshape(-1, PLMS_OUTPUTS, 1, 1, 1), remembers.reshape(-1, 1, 1, 1))
 
 
 def advance(
@@ -192,22 +240,31 @@ def advance(
     output: torch.Tensor,
     previous: torch.Tensor,
     clip: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    earlier: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """One step of N rows: DDIM (arXiv 2010.02502, eq. 12), Euler (arXiv 2206.00364, algorithm 1 without
-    churn), DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) or flow-matching Euler (arXiv 2403.03206).
+    churn), DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), PNDM's linear multistep (arXiv 2202.09778, eq.
+    12) or flow-matching Euler (arXiv 2403.03206).
 
     Args:
         latents: float32, N x C x h x w, noisy.
         output: of the denoiser, guidance applied, of the same shape.
         previous: the clean latents that the row's last step predicted; zeros before the first.
         clip: from `clip_range`.
+        earlier: N x 3 x C x h x w, outputs of earlier calls, the newest first; zeros before the first. None
+            where no scheduler of the rows takes any, see `num_earlier`.
 
     Returns:
-        The next latents and the predicted clean latents, each of the shape of `latents`.
+        The next latents and the predicted clean latents, each of the shape of `latents`, and `earlier` for
+        the next step.
     """
     clean = step.clean_latents * latents + step.clean_output * output
     following = step.next_latents * latents + step.next_output * output + step.next_previous * previous
+    if earlier is not None:
+        following = following + (step.next_earlier * earlier).sum(dim=1)
+        shifted = torch.cat([output[:, None], earlier[:, :-1]], dim=1)
+        earlier = torch.where(step.remembers[:, None] > 0, shifted, earlier)
     if clip is None:
-        return following, clean
+        return following, clean, earlier
     clamped = clean.clamp(-clip, clip)
-    return following + step.next_clipped * (clamped - clean), clamped
+    return following + step.next_clipped * (clamped - clean), clamped, earlier

@@ -22,6 +22,7 @@ TOLERANCE = 0.55
 """Of a pixel's 255 levels: half of one for rounding, and a tenth of that for the arithmetic of a batch."""
 
 UNETS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+OF_STABLE_DIFFUSION_1_5 = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 SQUARE, WIDE = (64, 64), (48, 64)
 # By when they join. Guidance and none, several step counts, one seed twice.
 MIXED = [
@@ -81,6 +82,7 @@ def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
     ("model", "scheduler", "num_cores"),
     [
         *((*each, None) for each in product(("sd", "xl"), UNETS)),
+        ("sd", "PNDMScheduler", None),
         ("sd", "DDIMScheduler", 2),
         ("xl", "EulerDiscreteScheduler", 3),
         ("sd3", None, 2),
@@ -92,10 +94,11 @@ def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
 def test_every_row_of_a_changing_batch_is_the_picture_of_plain_diffusers(
     folders: Callable[[str], Path], model: str, scheduler: str | None, num_cores: int | None
 ) -> None:
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if model == "sd3" else {}
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if model == "sd3" else {}
+    options |= OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else {}
     folder = folders(model)
-    plain = with_scheduler(plain_diffusers.load(folder), scheduler, **flow)
-    pipeline = with_scheduler(load_pipeline(str(folder)), scheduler, **flow)
+    plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
+    pipeline = with_scheduler(load_pipeline(str(folder)), scheduler, **options)
     engine = Engine(pipeline, max_rows=4, num_cores=num_cores)
     requests = [(call, replace(r, negative_prompt=None) if engine.told else r) for call, r in MIXED]
     futures: list[Future[Drawing]] = []

@@ -18,7 +18,7 @@ from serving.rows import Request
 from tests import tiny_models
 from tests.conftest import draw
 from tests.serving import plain_diffusers
-from tests.serving.test_engine import UNETS, with_scheduler
+from tests.serving.test_engine import OF_STABLE_DIFFUSION_1_5, UNETS, with_scheduler
 
 TOLERANCE = 0.65
 """Of a pixel's 255 levels: half of one for rounding, the rest for a batch's arithmetic, the encoder's too."""
@@ -57,7 +57,12 @@ def engine_of(folder: Path, **options: Any) -> Engine:
 
 @pytest.mark.parametrize(
     ("model", "scheduler"),
-    [*(("sd", name) for name in UNETS), ("xl", "EulerDiscreteScheduler"), ("sd3", None), ("flux", None)],
+    [
+        *(("sd", name) for name in (*UNETS, "PNDMScheduler")),
+        ("xl", "EulerDiscreteScheduler"),
+        ("sd3", None),
+        ("flux", None),
+    ],
 )
 def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch(
     folders: Callable[[str], Path], model: str, scheduler: str | None
@@ -66,6 +71,7 @@ def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batc
     # Stable Diffusion's pipelines turn DDIM's clipping off when they are made, and the one for image to image
     # is made of the other.
     options = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
+    options = OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else options
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **options), max_rows=8)
     requests = [replace(request, negative_prompt=None) if engine.told else request for request in MIXED]

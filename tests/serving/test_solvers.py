@@ -1,5 +1,7 @@
 """Every row of a batch steps as its own diffusers scheduler would, whatever the others are at."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,6 +16,7 @@ from serving.solvers import (
     check_scheduler,
     clip_range,
     coefficients,
+    num_earlier,
     scheduler_of,
     tabulate,
 )
@@ -24,6 +27,7 @@ FAMILY = family_of("StableDiffusionPipeline")
 FLOW = family_of("StableDiffusion3Pipeline")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
+TABULATED: dict[str, dict[str, Any]] = {"PNDMScheduler": {"skip_prk_steps": True}}
 CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     *[("DDIMScheduler", {"timestep_spacing": s}) for s in ("leading", "trailing", "linspace")],
     *[("DDIMScheduler", {"prediction_type": p}) for p in ("sample", "v_prediction")],
@@ -45,6 +49,14 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"solver_type": "heun", "lower_order_final": False}),
     ("DPMSolverMultistepScheduler", {"solver_order": 1, "euler_at_final": True}),
+    *[
+        ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": s})
+        for s in ("leading", "trailing", "linspace")
+    ],
+    (
+        "PNDMScheduler",
+        {"skip_prk_steps": True, "steps_offset": 1, "prediction_type": "v_prediction"},
+    ),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}),
@@ -87,8 +99,10 @@ def test_rows_with_different_step_counts_step_together(name: str, options: dict[
     schedules = [tabulate(scheduler, family, num_steps, SHAPE) for num_steps in counts]
     latents = {row: noise[row] * schedule.noise_scale for row, schedule in enumerate(schedules)}
     clean = {row: torch.zeros(SHAPE) for row in latents}
+    memory = num_earlier(scheduler)
+    kept = {row: torch.zeros(memory, *SHAPE) for row in latents}
     finished = {}
-    for call in range(max(STEPS) + len(STEPS)):
+    for call in range(max(STEPS) + len(STEPS) + 1):
         # Row r joins at call r, so that all are at different steps; each leaves with its last one.
         present = [row for row in latents if row <= call and row not in finished]
         if not present:
@@ -97,9 +111,13 @@ def test_rows_with_different_step_counts_step_together(name: str, options: dict[
         stacked = torch.stack([latents[row] for row in present])
         output = output_of(stacked * step.input_scale, step.timestep)
         previous = torch.stack([clean[row] for row in present])
-        following, predicted = advance(step, stacked, output, previous, clip_range(scheduler))
+        earlier = torch.stack([kept[row] for row in present]) if memory else None
+        following, predicted, earlier = advance(
+            step, stacked, output, previous, clip_range(scheduler), earlier
+        )
         for place, row in enumerate(present):
             latents[row], clean[row] = following[place], predicted[place]
+            kept[row] = kept[row] if earlier is None else earlier[place]
             if call - row + 1 == len(schedules[row]):
                 finished[row] = latents[row]
     for row, count in enumerate(counts):
@@ -116,7 +134,7 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
     for done in range(4):
         step = coefficients([(schedule, done)], "cpu")
         output = output_of(latents * step.input_scale, step.timestep)
-        latents, clean = advance(step, latents, output, clean, clip_range(scheduler))
+        latents, clean, _ = advance(step, latents, output, clean, clip_range(scheduler))
     assert torch.allclose(latents, clean, atol=1e-5)
 
 
@@ -125,7 +143,8 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
     [
         ("DDPMScheduler", {}, "DDPMScheduler is not served, only DDIMScheduler"),
         ("EulerAncestralDiscreteScheduler", {}, "DPMSolverMultistepScheduler"),
-        ("PNDMScheduler", {}, "PNDMScheduler is not served"),
+        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler is not served"),
+        ("PNDMScheduler", {}, "set skip_prk_steps=True"),
         (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++"},
@@ -139,6 +158,48 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
 def test_a_scheduler_that_is_not_tabulated_is_refused(name: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=f"^solver: .*{told}"):
         check_scheduler(build(name, options))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"]
+)
+def test_a_schedule_has_as_many_steps_as_were_asked_for(name: str, spacing: str) -> None:
+    """In diffusers 0.42 trailing spacing adds a timestep -1 for 12 of these counts."""
+    scheduler = build(name, {"timestep_spacing": spacing} | TABULATED.get(name, {}))
+    for count in range(1, 301):
+        FAMILY.set_timesteps(scheduler, count, SHAPE, "cpu")
+        repeated = name == "PNDMScheduler" and count > 1  # its first step is made of two calls
+        assert len(scheduler.timesteps) == count + repeated
+        assert scheduler.timesteps[-1] >= 0
+        assert len(getattr(scheduler, "sigmas", [0] * (count + 1))) == count + 1
+
+
+def test_no_step_of_a_trailing_schedule_blows_the_latents_up() -> None:
+    scheduler = build("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False})
+    schedule = tabulate(scheduler, FAMILY, 61, SHAPE)
+    assert len(schedule) == 61
+    assert schedule.table[-1, 4] < 1.1  # of the latents; from the timestep -1 it was 14.65
+
+
+@pytest.mark.parametrize("solver", BY_NAME)
+def test_another_solver_keeps_the_spacing_that_the_models_file_leaves_to_its_class(
+    tmp_path: Path, solver: Any
+) -> None:
+    """The scheduler file of Stable Diffusion 1.5 names none; PNDM's default is leading, Euler's linspace."""
+    file = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1, **BETAS}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(file))
+    own = diffusers.PNDMScheduler.from_pretrained(tmp_path)
+    found = scheduler_of(own, solver)
+    explicit, options = {"timestep_spacing": "leading", **own.config}, BY_NAME[solver][1]
+    expected = getattr(diffusers, BY_NAME[solver][0])(
+        **{name: explicit[name] for name in ("timestep_spacing", "steps_offset", *BETAS)}, **options
+    )
+    for scheduler in (own, found, expected):
+        scheduler.set_timesteps(20)
+    assert found.timesteps.tolist() == expected.timesteps.tolist()
+    # diffusers' DPM-Solver++ spaces its steps as if there were one more.
+    assert (own.timesteps[0], found.timesteps[0]) == (951, 941 if solver == "dpm++" else 951)
 
 
 @pytest.mark.parametrize("solver", BY_NAME)

@@ -123,6 +123,7 @@ class Family(ABC):
             latent_shape: (..., h, w).
         """
         scheduler.set_timesteps(num_steps, device=device)
+        _drop_negative_timestep(scheduler)
 
     @abstractmethod
     def first_step(self, num_steps: int, strength: float) -> int:
@@ -186,3 +187,15 @@ class FlowMatchingFamily(Family):
 
     def first_step(self, num_steps: int, strength: float) -> int:
         return int(num_steps - num_steps * strength)
+
+
+def _drop_negative_timestep(scheduler: Any) -> None:
+    """Leave out the timestep -1 that trailing spacing ends with for some step counts, 61 for example
+    (diffusers 0.42: the last of `arange(1000, 0, -1000 / 61)` is 0 but for its rounding). A step from there
+    would multiply DDIM's latents by 14.65."""
+    kept = int((scheduler.timesteps >= 0).sum())
+    if kept == len(scheduler.timesteps):
+        return
+    scheduler.timesteps = scheduler.timesteps[:kept]
+    if len(getattr(scheduler, "sigmas", ())) > kept + 1:
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:kept], scheduler.sigmas[-1:]])
