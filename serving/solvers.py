@@ -2,8 +2,8 @@
 
 A step of each of these solvers is linear in the row's latents, the denoiser's output and what it keeps of
 earlier steps. So a diffusers scheduler is walked once for a step count, with unit vectors in place of
-pictures; what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas, shift and
-order. A batch then takes its step with one gather and a few products, whatever its rows are at.
+pictures; what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas,
+shift and order. A batch then takes its step with one gather and a few products, whatever its rows are at.
 """
 
 from collections.abc import Sequence
