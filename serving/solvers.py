@@ -230,8 +230,9 @@ def coefficients(rows: Sequence[tuple[Schedule, int]], device: str | torch.devic
     """Gather the steps of N rows, each a schedule and how many of its steps are done."""
     table = torch.stack([schedule.table[done] for schedule, done in rows]).to(device)
     single, earlier, remembers = table.split([table.shape[1] - PLMS_OUTPUTS - 1, PLMS_OUTPUTS, 1], dim=1)
-    columns = single.T.reshape(single.shape[1], -1, 1, 1, 1)
-    return Coefficients(*columns, earlier.reshape(-1, PLMS_OUTPUTS, 1, 1, 1), remembers.reshape(-1, 1, 1, 1))
+    columns = single.T.reshape(single.shape[1], -1, 1, 1, 1).unbind()
+    weights = earlier.reshape(-1, PLMS_OUTPUTS, 1, 1, 1), remembers.reshape(-1, 1, 1, 1)
+    return Coefficients._make([*columns, *weights])
 
 
 def advance(

@@ -70,7 +70,7 @@ def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batc
     folder = folders(model)
     # Stable Diffusion's pipelines turn DDIM's clipping off when they are made, and the one for image to image
     # is made of the other.
-    options = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
+    options: dict[str, Any] = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
     options = OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else options
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **options), max_rows=8)
