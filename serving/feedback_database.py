@@ -10,6 +10,7 @@ from sqlalchemy import (
     URL,
     CheckConstraint,
     Column,
+    Connection,
     Double,
     Engine,
     ForeignKey,
@@ -23,6 +24,8 @@ from sqlalchemy import (
     event,
     inspect,
     select,
+    text,
+    update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -33,7 +36,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 1  # raised, with a migration, whenever the tables change
+SCHEMA = 2  # raised, with a migration, whenever the tables change
 BUSY_S = 30  # a writer of SQLite waits so long for another one
 ID = String(28)
 
@@ -55,7 +58,7 @@ generations = Table(
     Column("version", Integer, nullable=False),
     Column("adapter", Text),
     Column("prompt", Text, nullable=False),
-    Column("negative_prompt", Text, nullable=False),
+    Column("negative_prompt", Text),  # NULL: none was given
     Column("seed", BigInteger, nullable=False),
     Column("steps", Integer, nullable=False),
     Column("guidance_scale", Double, nullable=False),
@@ -89,6 +92,14 @@ votes = Table(
     Column("loser_id", ID, ForeignKey(generations.c.image_id), nullable=False),
     Column("comment", Text),
     Column("created", Double, nullable=False),
+)
+
+# `negative_prompt` may be NULL. SQLite cannot take a column's NOT NULL away, both know these.
+TO_VERSION_2 = (
+    "ALTER TABLE generations ADD COLUMN negative_or_null TEXT",
+    "UPDATE generations SET negative_or_null = NULLIF(negative_prompt, '')",
+    "ALTER TABLE generations DROP COLUMN negative_prompt",
+    "ALTER TABLE generations RENAME COLUMN negative_or_null TO negative_prompt",
 )
 
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -172,3 +183,12 @@ def _make_tables(engine: Engine, where: str) -> None:
                 index.create(connection, checkfirst=True)
         statement = UPSERT[engine.dialect.name](schema).values(id=1, version=SCHEMA)
         connection.execute(statement.on_conflict_do_nothing())
+        _migrate(connection)
+
+
+def _migrate(connection: Connection) -> None:
+    """Bring the tables of an older program up to date, in whichever of several processes comes first."""
+    older = update(schema).where(schema.c.version == 1).values(version=SCHEMA)
+    if connection.execute(older).rowcount:  # the others wait for this row, or find it changed
+        for change in TO_VERSION_2:
+            connection.execute(text(change))

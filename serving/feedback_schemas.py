@@ -29,7 +29,7 @@ class Generation(BaseModel):
     version: int = Field(description="of the model registry; 0: the base alone")
     adapter: str | None = None
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = Field(None, description="null: none was given, which is not the empty one")
     seed: int
     steps: int
     guidance_scale: float

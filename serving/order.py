@@ -40,7 +40,7 @@ class Order(NamedTuple):
             "version": self.version.version if self.version else 0,
             "adapter": adapter_name(self.version) if self.version and self.version.method == "lora" else None,
             "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt or "",
+            "negative_prompt": self.negative_prompt,
             "seed": self.seed,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,

@@ -4,8 +4,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.loading import encode_prompts
 from serving.low_rank import Adapter, GroupedLowRank, Stacks
@@ -34,8 +32,7 @@ class PromptEmbeddings:
         """What the denoiser takes of N texts, one by one without the first dimension. What is missing is
         encoded in one batch.
 
-        Without a negative prompt there are the empty one's embeddings, or zeros if the model asks for them
-        (`force_zeros_for_empty_prompt`, Stable Diffusion XL), as in diffusers' pipelines.
+        None is no prompt at all, as `Family.unconditional` defines it, and not the empty one.
         """
         wanted = {_key(text): text for text in texts}
         missing = [key for key in wanted if key not in self._kept]
@@ -61,9 +58,7 @@ class PromptEmbeddings:
 
     def _embedding(self, text: Text) -> Captions:
         embeds = self._kept[_key(text)]
-        if text[0] is None and self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            return {name: torch.zeros_like(tensor) for name, tensor in embeds.items()}
-        return embeds
+        return self.family.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
 
 
 def _bytes_of(captions: Captions) -> int:

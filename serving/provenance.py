@@ -38,7 +38,7 @@ def facts_of(
     wanted += ["strength", *(["prompt", "negative_prompt"] if with_prompt else [])]
     facts = {name: parameters.get(name) for name in wanted}
     facts |= {"base": base, "adapter_digest": adapter_digest}
-    return {name: value for name, value in facts.items() if value not in (None, "")}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:

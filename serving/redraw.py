@@ -46,7 +46,7 @@ class Redrawer:
         body = {name: getattr(generation, name) for name in wanted} | {"n": 1}
         version = f"@{generation.version}" if generation.version else ""
         body["model"] = f"{generation.model}{version}"
-        if generation.negative_prompt:
+        if generation.negative_prompt is not None:
             body["negative_prompt"] = generation.negative_prompt
         [picture] = self._ask(body)["data"]
         png = base64.b64decode(picture["b64_json"])

@@ -140,7 +140,7 @@ class TrainConfig(Section):
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")
     epsilon: float = Field(1e-8, gt=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    caption_dropout: Share = Field(0.1, description="share of captions replaced by the empty one")
+    caption_dropout: Share = Field(0.1, description="share of captions that are left out, for guidance")
     ema_decay: Share = Field(0.99, description="of the averaged weights that are evaluated; 0: off")
     checkpoint_minutes: float = Field(10, gt=0, description="between checkpoints, besides those of the rungs")
     max_failures: int = Field(1, ge=0, description="restarts of the worker group from its checkpoint")

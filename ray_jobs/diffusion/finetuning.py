@@ -42,6 +42,7 @@ class FineTuning(nn.Module):
     ) -> None:
         super().__init__()
         self.family, self.objective, self.settings = family, objective, settings
+        self.pipeline_config = dict(pipeline.config)
         self.denoiser = getattr(pipeline, family.denoiser)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         names = family.text_encoders if text_encoders_trained else ()
@@ -51,7 +52,12 @@ class FineTuning(nn.Module):
         self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
 
     def forward(
-        self, latents: torch.Tensor, captions: Captions, draws: Draws, sizes: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        captions: Captions,
+        draws: Draws,
+        sizes: torch.Tensor | None = None,
+        dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The losses of N pictures: float32, N.
 
@@ -59,9 +65,13 @@ class FineTuning(nn.Module):
             latents: float32, N x C x H x W, as the denoiser takes them.
             captions: embeddings, or tokens where the text encoders are trained.
             sizes: N x 6, for families that are told of them.
+            dropped: bool, N, the pictures that are trained without a caption; theirs is the empty one here.
+                None: there are none.
         """
         if self.text_encoders:
             captions = self.family.embed(self.text_encoders, captions)
+        if dropped is not None:
+            captions = self._without(captions, dropped)
         dtype = self.denoiser.dtype
         captions = {name: tensor.to(dtype) for name, tensor in captions.items()}
 
@@ -70,6 +80,18 @@ class FineTuning(nn.Module):
             return self.family.denoise(self.denoiser, noisy, timesteps, captions, sizes).float()
 
         return denoising_loss(denoise, self.objective, latents, draws, self.settings)
+
+    def _without(self, captions: Captions, dropped: torch.Tensor) -> Captions:
+        """Replace the dropped captions, which are encodings of the empty one, by what stands for none."""
+        captions = {name: captions[name] for name in self.family.embeds}
+        none = self.family.unconditional(self.pipeline_config, captions)
+        if none is captions:
+            return captions
+        shape = {name: (-1, *[1] * (tensor.dim() - 1)) for name, tensor in captions.items()}
+        return {
+            name: torch.where(dropped.reshape(shape[name]), none[name], tensor)
+            for name, tensor in captions.items()
+        }
 
     def remember_trained(self, groups: Mapping[str, list[str]]) -> None:
         """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the

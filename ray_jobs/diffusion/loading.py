@@ -55,7 +55,8 @@ def load_pipeline(
 
 
 def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
-    """An object with a model's scheduler and some of its other components, their weights without memory.
+    """An object with a model's scheduler, configuration and some of its other components, their weights
+    without memory.
 
     Args:
         parts: names of components that hold weights. One that the model leaves out is None.
@@ -66,7 +67,8 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
     from accelerate import init_empty_weights
     from diffusers import ModelMixin
 
-    index, found = read_index(base, revision), SimpleNamespace()
+    index = read_index(base, revision)
+    found = SimpleNamespace(config=index)
     for name in ("scheduler", *parts):
         library, class_name = index.get(name, (None, None))
         if library is None:

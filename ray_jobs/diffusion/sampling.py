@@ -32,12 +32,8 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
 
 @torch.no_grad()
 def null_captions(pipeline: Any) -> Captions:
-    """What the denoiser takes without a prompt, 1 x ...: the empty prompt's embeddings, or zeros where the
-    model asks for them (`force_zeros_for_empty_prompt`, Stable Diffusion XL), as in diffusers' pipelines."""
-    empty = encode_prompts(pipeline, [""])
-    if pipeline.config.get("force_zeros_for_empty_prompt"):
-        return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
-    return empty
+    """What the denoiser takes without a prompt, 1 x ..., as `Family.unconditional` defines it."""
+    return family_of(pipeline).unconditional(pipeline.config, encode_prompts(pipeline, [""]))
 
 
 def whole_pictures(family: Family, count: int, height: int, width: int) -> torch.Tensor | None:

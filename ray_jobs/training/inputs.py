@@ -109,6 +109,8 @@ class InputMaker:
             "captions": {name: self._there(self._dropped(rows[name], name, dropped)) for name in self.null},
             "draws": self._draws(drawn.loss),
         }
+        if self.config.train.caption_dropout:
+            inputs["dropped"] = self._there(dropped)
         if self.sizes:
             inputs["sizes"] = self._there(rows[CONDITIONING])
         return inputs, torch.tensor(piece.weights, device=self.device)

@@ -27,7 +27,7 @@ def pixels_of(thread: EngineThread, generation: Generation) -> np.ndarray:
             generation.seed,
             generation.steps,
             generation.guidance_scale,
-            generation.negative_prompt or None,
+            generation.negative_prompt,
             height,
             width,
         )

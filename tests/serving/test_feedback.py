@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,28 @@ def test_sqlite_keeps_a_write_ahead_log_and_syncs_every_commit(database: str) ->
         names = ("journal_mode", "synchronous", "foreign_keys")
         told = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
     assert told == ["wal", 2, 1]  # 2 is FULL
+
+
+def test_tables_of_an_older_program_are_brought_up_to_date_once(database: str) -> None:
+    engine = open_database(database)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE generations DROP COLUMN negative_prompt")
+        connection.exec_driver_sql(
+            "ALTER TABLE generations ADD COLUMN negative_prompt TEXT NOT NULL DEFAULT ''"
+        )
+        connection.exec_driver_sql("UPDATE feedback_schema SET version = 1")
+        for number, text in ((1, ""), (2, "blur")):
+            row = generation(number, negative_prompt=text).model_dump()
+            connection.execute(generations.insert().values(row))
+    with ThreadPoolExecutor(4) as pool:
+        engines = list(pool.map(open_database, [database] * 4))
+    store = FeedbackStore(engines[0])
+    store.record(generation(3, negative_prompt=""))
+    store.flush()
+    names = [f"img-{number:024x}" for number in (1, 2, 3)]
+    assert [each.negative_prompt for each in store.generations(names)] == [None, "blur", ""]
+    store.rate(rated(1))
+    store.close()
 
 
 def test_a_newer_schema_is_refused_and_left_alone(database: str) -> None:

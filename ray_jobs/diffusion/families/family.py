@@ -69,6 +69,17 @@ class Family(ABC):
             `pooled_prompt_embeds`, N x width.
         """
 
+    def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
+        """What the denoiser takes where no caption is given: N x ..., as `embed` returns it.
+
+        A caption that is given and empty is something else: it is always encoded.
+
+        Args:
+            settings: the pipeline's own configuration, as in `model_index.json`.
+            empty: from `embed`, of N empty captions.
+        """
+        return empty
+
     @abstractmethod
     def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
         """What the denoiser is trained to predict.

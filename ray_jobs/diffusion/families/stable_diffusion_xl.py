@@ -1,5 +1,6 @@
 """Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ class StableDiffusionXL(DiffusionFamily):
             "prompt_embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
             "pooled_prompt_embeds": second.text_embeds,
         }
+
+    def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
+        """Zeros where the model asks for them, as in diffusers' pipeline, whose default is True."""
+        if not settings.get("force_zeros_for_empty_prompt", True):
+            return empty
+        return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
 
     def denoise(
         self,
