@@ -42,7 +42,8 @@ REASONS = {
     "outside_folder": "The path leads out of the data set's folder: move the picture into the folder and name"
     " it relative to that.",
     "missing_file": "A caption names a file that is not there: correct the name, or add the file.",
-    "broken_shard": "The tar file is damaged, and all behind the damage is lost: copy or write it again.",
+    "broken_shard": "The file is damaged, and all behind the damage is lost: copy or write it again.",
+    "missing_stratum": "No value of data.stratify belongs to the picture: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it by a sharper one, or"
     " lower the threshold.",
     "near_constant": "The picture has less contrast than data.cleaning.min_contrast, so there is little to"
@@ -54,6 +55,13 @@ REASONS = {
     "duplicate": "The same picture with the same caption comes earlier, and is kept: nothing to do.",
     "near_duplicate": "Nearly the same picture comes earlier, and that one is kept: if the two are meant to"
     " differ, lower data.cleaning.duplicate_distance or data.cleaning.duplicate_colour.",
+    "not_listed": "Not counted: the picture is no row of the set, since no line of a metadata file names it,"
+    " or since it lies beside files of tables or shards: list it if it belongs to the set.",
+    "in_subfolder": "Not counted: pictures of a subject lie in the folder itself, those of its class in"
+    " class_data_dir: move it there if it belongs to the set.",
+    "other_member": "Not counted: another picture of the same sample in a tar file, such as a mask.",
+    "unusable_link": "Not counted: a link to a folder or to nothing, or a link in a tar file: put the"
+    " pictures themselves there.",
     "near_duplicate_across_splits": "The picture resembles pictures of different splits, and would leak one"
     " split into another: leave it out, or remove all but one of those it resembles.",
 }
@@ -210,6 +218,18 @@ def _duplicates(duplicates: dict[str, Any]) -> str:
     return f"Duplicates: {groups}, of which the first picture is kept; {aside} set aside."
 
 
+def _not_counted(manifest: dict[str, Any]) -> list[str]:
+    """Sentences on files of the sources that are no rows of the set."""
+    notes = []
+    if left_out := manifest["left_out"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        notes.append(f"Pictures that are no rows of the set, and not counted above: {reasons}.")
+    if others := manifest["no_pictures"]:
+        suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+        notes.append(f"Files that are no pictures: {suffixes}.")
+    return notes
+
+
 def _sources(sources: Sequence[dict[str, Any]]) -> str:
     rows = [(each["name"], f"{each['rows']:,}", f"{each['share']:.1%}") for each in sources]
     return "<h3>Sources</h3>" + table(("source", "pictures", "share of an epoch"), rows, "numbers")
@@ -249,6 +269,7 @@ def dataset_section(manifest: dict[str, Any]) -> str:
     head = ("reason", "pictures", "what it means, what to do")
     parts.append(table(head, rows, "reasons") if rows else _note("No picture is unusable."))
     parts.append(_note(_duplicates(manifest["duplicates"])))
+    parts += map(_note, _not_counted(manifest))
     cards = "".join(_measure(name, measure) for name, measure in manifest["measures"].items())
     parts.append(f'<h3>Measures</h3><div class="cards measures">{cards}</div>')
     return "".join(parts)
@@ -282,7 +303,9 @@ def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
     """The contact sheet: a group a reason. Of duplicates the manifest knows the sum of all reasons only."""
     duplicates = f"the {counted(manifest['duplicates']['pictures'], 'duplicate')}"
     totals = {example.reason: duplicates for example in examples}
-    totals |= {reason: f"{number:,}" for reason, number in manifest["rejected"].items()}
+    totals |= {
+        reason: f"{number:,}" for reason, number in (manifest["rejected"] | manifest["left_out"]).items()
+    }
     parts = []
     for reason in _in_order(totals):
         shown = [example for example in examples if example.reason == reason]

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from ray_jobs.data.findings import examples, write_findings
 from ray_jobs.data.geometry import Size, bucket_shapes
 from ray_jobs.data.order import Order, Part
 from ray_jobs.data.plan import PlannedPart, plan_parts
+from ray_jobs.data.samples import suffix_text
 from ray_jobs.data.scan import Entry, entries, scan
 from ray_jobs.data.sources import Source, open_source
 from ray_jobs.data.splits import SPLITS
@@ -43,7 +44,7 @@ from ray_jobs.stage import run_stage
 
 PREVIEW = "preview.html"
 SECONDS_BETWEEN_LINES = 10
-FORMAT = 2  # of the manifest; another one prepares anew
+FORMAT = 3  # of the manifest; another one prepares anew
 # Settings of speed, and what only changes which sources there are.
 NO_CHANGE = {"encode_batch_size", "encode_workers", "num_class_images"}
 
@@ -82,7 +83,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         return dataset
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
-    _require_enough(config, manifest, decisions.num_own, dataset.storage)
+    _require_enough(config, manifest, decisions.num_judged, dataset.storage)
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
@@ -177,6 +178,8 @@ def _plan(
         "prepare",
         f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
     )
+    for line in _left_out(sources, decisions):
+        say("prepare", line)
     if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
         say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
     if manifest["class"] and not config.train.prior_loss_weight:
@@ -187,6 +190,18 @@ def _plan(
     if not decisions.held_out:
         say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
     return manifest, parts
+
+
+def _left_out(sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
+    """Lines on how the sources are read, and on what of their files is no row of the set."""
+    for source in sources:
+        yield from source.notes
+    if decisions.left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
+        yield f"pictures that are no rows of the set: {reasons}; rejected.jsonl names each"
+    if decisions.no_pictures:
+        files = sum(decisions.no_pictures.values())
+        yield f"files that are no pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
 
 
 def _buckets(config: Config) -> list[Size]:
@@ -240,6 +255,8 @@ def describe(
         "encode": data.encode,
         "held_out": decisions.held_out,
         "rejected": dict(sorted(decisions.rejected.items())),
+        "left_out": dict(sorted(decisions.left_out.items())),
+        "no_pictures": dict(sorted(decisions.no_pictures.items())),
         "duplicates": {
             "mode": data.cleaning.duplicates,
             "groups": len(np.unique(decisions.matched[matched])),
@@ -348,7 +365,7 @@ def dry_run(config: Config) -> str:
         source=", ".join(source.name for source in sources),
         manifest=manifest,
         examples=examples(config, sources, found, storage.child("index"), decisions),
-        seen=len(decisions.reasons),
+        seen=decisions.num_judged + len(decisions.reasons) - decisions.num_own,
         max_rejected=config.data.cleaning.max_rejected,
     )
     storage.write_text(PREVIEW, page)

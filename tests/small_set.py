@@ -34,7 +34,14 @@ def small_set(storage: Storage, side: int = 64) -> Dataset:
     storage.write_bytes(PARTS, json.dumps(parts).encode())
     manifest = {
         **{"held_out": True, "encode": "cache", "digest": "d", "content": "d", "class": 0},
-        **{"rejected": {}, "measures": {}, "buckets": {}, "captions": {"different": len(texts)}},
+        **{
+            "rejected": {},
+            "left_out": {},
+            "no_pictures": {},
+            "measures": {},
+            "buckets": {},
+            "captions": {"different": len(texts)},
+        },
         "duplicates": {"mode": "keep", "groups": 0, "pictures": 0},
         "source": [{"name": "drawn", "rows": len(texts), "share": 1.0}],
     }

@@ -11,10 +11,22 @@ from ray_jobs.config.fields import Positive, Prompt, Section, Share
 class SourceConfig(Section):
     """One place with captioned pictures; what kind of place it is, is seen from what it holds."""
 
-    path: str = Field(description="folder, Parquet or tar files; local, s3:// or gs://")
+    path: str = Field(description="folder, Parquet, Arrow or tar files; local, s3:// or gs://")
     weight: float | None = Field(None, gt=0, description="share among the sources of an epoch's rows")
-    image_column: str = Field("image", description="Parquet: bytes, or a struct with bytes")
-    caption_column: str = Field("text", description="Parquet and tar: column or key of the caption")
+    splits: list[str] = Field(
+        [], description="of a source with train, validation, test or other splits: those read; empty: all"
+    )
+    image_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Parquet, Arrow: column of bytes or a struct with bytes; metadata files: of file names; "
+        "empty: image, or the only one with bytes; file_name",
+    )
+    caption_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Parquet, Arrow, metadata files: column; tar: key of the .json; empty: text or caption",
+    )
     instance_prompt: Prompt | None = Field(
         None, description="DreamBooth: caption of every picture of a folder that has no captions"
     )
@@ -75,7 +87,7 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Where the pictures are and how they are prepared."""
 
-    source: str | None = Field(None, description="folder, Parquet or tar files; or see `sources`")
+    source: str | None = Field(None, description="folder, Parquet, Arrow or tar files; or see `sources`")
     sources: list[SourceConfig] = Field([], description="instead of `source`: several, as a mixture")
     resolution: Positive = Field(64, description="pixels a side; with buckets, the root of their area")
     buckets: bool = Field(False, description="keep aspect ratios: crop to the nearest of several shapes")

@@ -19,6 +19,7 @@ from ray_jobs.config import CleaningConfig, Config
 from ray_jobs.data.cleaning import MEASURES, Measures, check, check_size, histogram
 from ray_jobs.data.duplicates import Pairs, find_near_pairs
 from ray_jobs.data.images import Rejected
+from ray_jobs.data.samples import LEFT_OUT, read_suffix_text
 from ray_jobs.data.scan import Entry, HashPart, read_index
 from ray_jobs.data.splits import Shares, Split, fold_of, split_of, stratified_splits
 
@@ -40,7 +41,9 @@ class Decisions:
         held_out: whether validation and test are other pictures than train.
         rejected: reason to count, of what cannot be used (duplicates are counted apart) of the user's own
             pictures: bad ones among those that the base model drew do not speak against the set.
-        num_own: rows of the user's own sources, which are the first.
+        left_out: reason to count, of pictures of the user's sources that are no rows of the set (LEFT_OUT).
+        no_pictures: suffix to count, of the files there that are no pictures.
+        num_own: rows of the user's own sources, which are the first; those that are left out among them.
         duplicates: reason to count.
         histograms: measure to counts of `cleaning.MEASURES`' bins.
         num_captions: different captions of kept rows.
@@ -54,11 +57,18 @@ class Decisions:
     folds: np.ndarray
     held_out: bool
     rejected: dict[str, int]
+    left_out: dict[str, int]
+    no_pictures: dict[str, int]
     num_own: int
     duplicates: dict[str, int]
     histograms: dict[str, np.ndarray]
     num_captions: int
     details: dict[int, str]
+
+    @property
+    def num_judged(self) -> int:
+        """Rows of the user's own sources, without what is left out of the set."""
+        return self.num_own - int(np.isin(self.reasons[: self.num_own], list(LEFT_OUT)).sum())
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,13 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     """Find duplicates and assign splits and folds."""
     data = config.data
     files = [entry.file for entry in entries]
-    counts, columns, histograms, details = _read_columns(index, files, data.cleaning)
+    counts, columns, histograms, details, no_pictures = _read_columns(index, files, data.cleaning)
     reasons = columns["reason"]
     of_user = [entry.source < len(data.all_sources) for entry in entries]
     num_own = int(counts[of_user].sum())
     rejected = Counter(reason for reason in reasons[:num_own] if reason)
+    left_out = {reason: rejected.pop(reason) for reason in LEFT_OUT & rejected.keys()}
+    left_out.pop("no_picture", None)
     usable = np.flatnonzero((reasons == "") & (columns["role"] == "instance"))
     pictures = _Pictures.of(columns["digest"], usable)
     strata = columns["stratum"][pictures.first]
@@ -164,6 +176,8 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
         folds=folds,
         held_out=held_out,
         rejected=dict(rejected),
+        left_out=left_out,
+        no_pictures=dict(no_pictures),
         num_own=num_own,
         duplicates=dict(Counter(reason for reason in reasons[pictures.rows] if reason)),
         histograms=histograms,
@@ -199,18 +213,21 @@ def _mark_duplicates(
 
 def _read_columns(
     index: Storage, files: Sequence[str], cleaning: CleaningConfig
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], dict[int, str]]:
-    """Rows a file, the columns that decisions need, the histograms of the measures, and the details of rows
-    that a threshold sets aside."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], dict[int, str], Counter[str]]:
+    """Rows a file, the columns that decisions need, the histograms of the measures, the details of rows
+    that a threshold sets aside, and the files that are no pictures, by suffix."""
     names = ["digest", "reason", "role", "stratum", "text"]
+    no_pictures = Counter[str]()
     sizes = ["width", "height", *MEASURES]
     counts: list[int] = []
     details: dict[int, str] = {}
     start = 0
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*names[:-1], "text_hash")}
     histograms = {name: histogram(name, np.empty(0)) for name in MEASURES}
-    for table in read_index(index, files, [*names, *sizes]):
+    for table in read_index(index, files, [*names, *sizes, "detail"]):
         reasons = table["reason"].to_pylist()
+        for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
+            no_pictures += read_suffix_text(table["detail"][number].as_py())
         for number, values in enumerate(zip(*(table[name].to_pylist() for name in sizes), strict=True)):
             if not reasons[number] and (fault := _fault(dict(zip(sizes, values, strict=True)), cleaning)):
                 reasons[number], details[start + number] = fault.reason, fault.detail
@@ -224,7 +241,7 @@ def _read_columns(
             values = table[name].drop_null().to_numpy()
             histograms[name] = histograms[name] + histogram(name, values)
     columns = {name: np.concatenate(parts) for name, parts in found.items()}
-    return np.array(counts), columns, histograms, details
+    return np.array(counts), columns, histograms, details, no_pictures
 
 
 def _fault(measured: dict[str, float], cleaning: CleaningConfig) -> Rejected | None:

@@ -4,14 +4,17 @@ import json
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.folders import Folder, file_row, folder_of_rows, refuse_stratify
-from ray_jobs.data.samples import PICTURE_SUFFIXES, Listing
+from ray_jobs.data.folders import Folder, file_row, folder_of_rows, refuse_columns
+from ray_jobs.data.listing import PICTURE_SUFFIXES, Listing
 
 DREAMBOOTH_KEYS = ("instance_prompt", "class_prompt")
 DREAMBOOTH_FILE = "dataset_info.json"
 CLASS_FOLDER = "class_data_dir"
+# Keys of the file of the same name that the datasets library (5.2) writes beside its own tables.
+LIBRARY_KEYS = {"features", "builder_name", "splits", "citation", "homepage", "license"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
         ConfigError: a prompt is missing or given twice, dataset_info.json has an unknown key, or there are no
             pictures.
     """
-    refuse_stratify(listing, stratify)
+    refuse_columns(listing, config, stratify)
     prompts = _prompts(listing, config)
     rows, folders = [], {"": ("instance", "instance_prompt"), CLASS_FOLDER: ("class", "class_prompt")}
     for name in listing.ending(*PICTURE_SUFFIXES):
@@ -45,7 +48,7 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
         if not role:
             continue
         if key not in prompts:
-            where = f"{listing.name}/{DREAMBOOTH_FILE}" if DREAMBOOTH_FILE in listing.files else listing.name
+            where = f"{listing.name}/{DREAMBOOTH_FILE}" if has_prompts(listing) else listing.name
             raise ConfigError(f"{where}: {key!r} is missing; {CLASS_FOLDER}/ has pictures that need it")
         rows.append(file_row(name, text=prompts[key], role=role))
     num_class = sum(row.role == "class" for row in rows)
@@ -66,14 +69,32 @@ def class_pictures(listing: Listing, names: Iterable[str], class_prompt: str) ->
     )
 
 
+def has_prompts(listing: Listing) -> bool:
+    """Whether there is a dataset_info.json with prompts, not the datasets library's own file of that name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if DREAMBOOTH_FILE not in listing.files:
+        return False
+    content = _content(listing)
+    return not (isinstance(content, dict) and content.keys() & LIBRARY_KEYS - set(DREAMBOOTH_KEYS))
+
+
+def _content(listing: Listing) -> Any:
+    try:
+        return json.loads(listing.read_bytes(DREAMBOOTH_FILE))
+    except ValueError as error:
+        raise ConfigError(f"{listing.name}/{DREAMBOOTH_FILE}: not JSON ({error})") from None
+
+
 def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
     """The prompts of a subject by their key, from the configuration and from dataset_info.json."""
     told = {key: prompt for key in DREAMBOOTH_KEYS if (prompt := getattr(config, key))}
-    if DREAMBOOTH_FILE not in listing.files:
+    if not has_prompts(listing):
         return told
     where = f"{listing.name}/{DREAMBOOTH_FILE}"
-    with listing.filesystem.open_input_file(f"{listing.folder}/{DREAMBOOTH_FILE}") as file:
-        written = _written_prompts(where, file.read())
+    written = _written_prompts(where, _content(listing))
     for key in told.keys() & written.keys():
         raise ConfigError(f"{where}: {key!r} is given here and in data.sources; remove one")
     if "instance_prompt" not in told | written:
@@ -81,12 +102,8 @@ def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
     return told | written
 
 
-def _written_prompts(where: str, content: bytes) -> dict[str, str]:
+def _written_prompts(where: str, prompts: Any) -> dict[str, str]:
     """The content of dataset_info.json, checked."""
-    try:
-        prompts = json.loads(content)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from None
     if not isinstance(prompts, dict):
         raise ConfigError(f'{where}: not an object; write {{"instance_prompt": "a photo of sks dog"}}')
     for key, value in prompts.items():

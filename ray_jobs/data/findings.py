@@ -66,6 +66,8 @@ def examples(
     chosen: list[int] = []
     for row in np.flatnonzero(decisions.reasons != "").tolist():
         reason = str(decisions.reasons[row])
+        if reason == "no_picture":
+            continue
         taken[reason] += 1
         if taken[reason] <= EXAMPLES_A_REASON:
             chosen.append(row)

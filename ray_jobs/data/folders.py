@@ -1,8 +1,5 @@
-"""Folders of picture files as a source: with a metadata file, or with caption files."""
+"""Folders of picture files as a source; and those whose captions lie in files beside them."""
 
-import csv
-import io
-import json
 import os
 import posixpath
 import re
@@ -14,25 +11,21 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from ray_jobs.config import ConfigError
+from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.images import Rejected
+from ray_jobs.data.listing import PICTURE_SUFFIXES, TEXT_SUFFIX, Listing, Stamp, file_stamp
 from ray_jobs.data.samples import (
-    PICTURE_SUFFIXES,
-    Listing,
     Piece,
     Role,
     Sample,
     Source,
-    Stamp,
     check_caption,
     decode_caption,
-    file_stamp,
     fingerprint,
     legible,
 )
 
 ROWS_A_PIECE = 128
-FIELDS = ("file_name", "text")
 
 
 class Row(NamedTuple):
@@ -72,7 +65,16 @@ class Folder(Source):
     filesystem: fs.FileSystem
     folder: str
 
-    def read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
+    def listed(self) -> set[str]:
+        """The files that the rows name, by their path below the folder."""
+        names = set[str]()
+        for piece in self.pieces:
+            assert isinstance(piece, Rows)
+            for column in ("file_name", "text_file"):
+                names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
+        return names
+
+    def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         assert isinstance(piece, Rows)
         for number, row in enumerate(piece.rows.to_pylist()):
             if wanted is None or number in wanted:
@@ -82,7 +84,7 @@ class Folder(Source):
         text, data, problem = "", b"", None
         try:
             text = self._caption(row)
-            data = self._read(row.file_name)
+            data = self._bytes(row.file_name)
         except Rejected as rejected:
             problem = rejected.with_traceback(None)
         return Sample(number, row.file_name, text, data, row.stratum, row.role, problem)
@@ -90,9 +92,9 @@ class Folder(Source):
     def _caption(self, row: Row) -> str:
         if not row.is_utf8:
             raise Rejected("caption_not_utf8", "the bytes of the name or of the text are not UTF-8")
-        return decode_caption(self._read(row.text_file)) if row.text_file else check_caption(row.text)
+        return decode_caption(self._bytes(row.text_file)) if row.text_file else check_caption(row.text)
 
-    def _read(self, name: str) -> bytes:
+    def _bytes(self, name: str) -> bytes:
         inside = path_inside(name)
         if inside is None:
             raise Rejected("outside_folder", f"{name} leaves the folder")
@@ -128,35 +130,31 @@ def _real_path(folder: str, inside: str) -> str:
     return path
 
 
-def open_image_folder(listing: Listing, metadata: str, stratify: str | None) -> Folder:
-    """A folder whose `metadata`, metadata.jsonl or metadata.csv, has the columns file_name and text.
+def open_caption_files(
+    listing: Listing, captions: dict[str, str], config: SourceConfig, stratify: str | None
+) -> Folder:
+    """A folder, with subfolders, of pictures, each with its caption in a .txt of the same name.
 
-    Raises:
-        ConfigError: a line cannot be understood, or lacks a field.
+    Args:
+        captions: from `caption_files`.
     """
-    where = f"{listing.name}/{metadata}"
-    path, is_csv = f"{listing.folder}/{metadata}", metadata.endswith(".csv")
-    with listing.filesystem.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        # Bytes that are not UTF-8 become lone surrogates, which tell the rows that had them.
-        lines = io.TextIOWrapper(
-            stream, encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else "\n"
-        )
-        numbered = _csv_lines(where, lines) if is_csv else _json_lines(where, lines)
-        rows = (_row(f"{where}: line {number}", fields, stratify) for number, fields in numbered)
-        source = folder_of_rows(listing, rows, f"{metadata}: rows")
-    if not source.pieces:
-        raise ConfigError(f"{where}: has no lines; write one a picture")
-    return source
-
-
-def open_caption_files(listing: Listing, stratify: str | None) -> Folder:
-    """A folder, with subfolders, of pictures, each with its caption in a .txt of the same name."""
-    refuse_stratify(listing, stratify)
+    refuse_columns(listing, config, stratify)
     rows = []
     for name in listing.ending(*PICTURE_SUFFIXES):
-        text_file = posixpath.splitext(name)[0] + ".txt"
-        rows.append(file_row(name, text_file=legible(text_file) if text_file in listing.files else None))
+        text_file = captions.get(posixpath.splitext(name)[0])
+        rows.append(file_row(name, text_file=legible(text_file) if text_file else None))
     return folder_of_rows(listing, rows, "pictures")
+
+
+def caption_files(listing: Listing) -> dict[str, str]:
+    """The caption files that lie beside pictures, by their path without the suffix.
+
+    The suffix may be in capitals, as the picture's may; where both cases are there, `.txt` counts.
+    """
+    texts = {posixpath.splitext(name)[0]: name for name in reversed(listing.ending(TEXT_SUFFIX))}
+    texts |= {posixpath.splitext(name)[0]: name for name in listing.files if name.endswith(TEXT_SUFFIX)}
+    stems = {posixpath.splitext(name)[0] for name in listing.ending(*PICTURE_SUFFIXES)}
+    return {stem: text for stem, text in texts.items() if stem in stems}
 
 
 def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
@@ -183,66 +181,21 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
     return Folder(listing.name, count, pieces, listing.filesystem, listing.folder)
 
 
-def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{where}: line {number}: not JSON ({error.msg}); write one object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ConfigError(
-                f'{where}: line {number}: not an object; write {{"file_name": ..., "text": ...}}'
-            )
-        yield number, row
-
-
-def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Strict, since otherwise a quote that is not closed swallows the rest of the file.
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise ConfigError(
-                    f"{where}: line {reader.line_num}: more values than the header has columns; "
-                    "put a text with commas in double quotes"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ConfigError(f"{where}: line {reader.line_num}: not CSV ({error}); close every quote") from None
-
-
-def _row(where: str, fields: dict[str, Any], stratify: str | None) -> Row:
-    for field in (*FIELDS, *([stratify] if stratify else [])):
-        if field not in fields:
-            found = ", ".join(fields) or "nothing"
-            fix = "name the fields file_name and text" if field in FIELDS else "mend data.stratify"
-            raise ConfigError(legible(f"{where}: field {field!r} is missing (found: {found}); {fix}"))
-    file_name, text = (fields[field] for field in FIELDS)
-    for field, value in (("file_name", file_name), ("text", "" if text is None else text)):
-        if not isinstance(value, str):
-            raise ConfigError(f"{where}: field {field!r} must be text, not {value!r}")
-    stratum = fields[stratify] if stratify else None
-    return Row(
-        file_name=legible(file_name),
-        text=None if text is None else legible(text),
-        stratum="" if stratum is None else legible(str(stratum)),
-        is_utf8=file_name + (text or "") == legible(file_name + (text or "")),
-    )
-
-
 def file_row(name: str, **values: Any) -> Row:
     """Of a file that the listing found; a name that is not UTF-8 cannot be asked for again."""
     return Row(legible(name), is_utf8=name == legible(name), **values)
 
 
-def refuse_stratify(listing: Listing, stratify: str | None) -> None:
-    """Raise ConfigError where a source without columns is to be stratified by one."""
-    if stratify:
-        raise ConfigError(
-            f"data.stratify: {stratify}: {listing.name} has no columns, only files; remove it, "
-            "or describe the pictures in a metadata.jsonl"
-        )
+def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None) -> None:
+    """Raise ConfigError where a setting names a column, and the source has none."""
+    named = {
+        "data.stratify": stratify,
+        "caption_column": config.caption_column,
+        "image_column": config.image_column,
+    }
+    for setting, column in named.items():
+        if column:
+            raise ConfigError(
+                f"{setting}: {column}: {listing.name} has no columns, only files; remove it, "
+                "or describe the pictures in a metadata.jsonl"
+            )

@@ -4,23 +4,21 @@ Nothing here needs Ray. A piece is what one task reads.
 """
 
 import hashlib
-import os
 import re
-import stat
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from pyarrow import fs
-
 from ray_jobs.data.images import Rejected
 
 Role = Literal["instance", "class"]
-Stamp = tuple[int, int | None]  # of a file: its size in bytes, and when it changed, in ns since 1970
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp")
+# Reasons of pictures and files that belong to no row of the set. They are counted apart from the rows that
+# cannot be used: a mask beside its picture does not speak against the set.
+LEFT_OUT = frozenset({"not_listed", "in_subfolder", "other_member", "unusable_link", "no_picture"})
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,25 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class LeftOut(Piece):
+    """Files of a source that are no rows of it: the name, the reason (one of LEFT_OUT) and the detail."""
+
+    files: tuple[tuple[str, str, str], ...]
+
+    def samples(self, wanted: Container[int] | None) -> Iterator[Sample]:
+        for row, (name, reason, detail) in enumerate(self.files):
+            if wanted is None or row in wanted:
+                yield left_out(row, name, reason, detail)
+
+
+@dataclass(frozen=True)
 class Source(ABC):
     """A place with captioned pictures. It can be pickled, and so can its pieces."""
 
     name: str  # the path as the user wrote it
-    num_rows: int | None  # None where only reading tells (tar)
+    num_rows: int | None  # None where only reading tells (tar, Arrow)
     pieces: list[Piece] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # on how it is read, for a person
 
     @cached_property
     def digest(self) -> str:
@@ -62,39 +73,16 @@ class Source(ABC):
         """A copy to send to tasks: it lists no pieces (they can be large) and reads those it is given."""
         return replace(self, pieces=[])
 
-    @abstractmethod
     def read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
         """The samples of a piece in order: all, or those whose row is in `wanted`.
 
         What is wrong with a sample is its `problem`; nothing is raised for it.
         """
+        return piece.samples(wanted) if isinstance(piece, LeftOut) else self._read(piece, wanted)
 
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a source, from one look at them."""
-
-    name: str  # the path as the user wrote it, for messages
-    filesystem: fs.FileSystem
-    folder: str  # within `filesystem`
-    files: dict[str, Stamp]  # by their path below `folder`
-
-    def ending(self, *suffixes: str) -> list[str]:
-        """The names of files with one of `suffixes` (lower case), sorted, without hidden ones."""
-        return sorted(
-            name
-            for name in self.files
-            if name.lower().endswith(suffixes) and not any(part.startswith(".") for part in name.split("/"))
-        )
-
-
-def file_stamp(path: str) -> Stamp | None:
-    """Of a local file; None if it is missing or is not a file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name with a zero byte, which no file has
-        return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    @abstractmethod
+    def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
+        """As `read`, of a piece of this kind of source."""
 
 
 def fingerprint(*parts: object) -> str:
@@ -129,3 +117,26 @@ def broken_sample(piece: Piece, row: int, name: str, error: Exception) -> Sample
     """What stands for the rest of a piece that cannot be read on, from `row`."""
     problem = Rejected("broken_shard", legible(f"{piece.name}: the rest cannot be read: {error}"))
     return Sample(row, legible(name), "", b"", "", "instance", problem)
+
+
+def left_out(row: int, name: str, reason: str, detail: str) -> Sample:
+    """Stand for a file that is no row of the set; `reason` is one of LEFT_OUT."""
+    assert reason in LEFT_OUT
+    return Sample(row, legible(name), "", b"", "", "instance", Rejected(reason, legible(detail)))
+
+
+def no_pictures(row: int, name: str, suffixes: Counter[str]) -> Sample:
+    """Stand for all files of one place that are no pictures, counted by suffix."""
+    return left_out(row, name, "no_picture", suffix_text(suffixes))
+
+
+def suffix_text(suffixes: Counter[str]) -> str:
+    """`3 .json, 1 .md`; the most frequent first."""
+    ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in ordered)
+
+
+def read_suffix_text(text: str) -> Counter[str]:
+    """Inverse of `suffix_text`."""
+    pairs = (part.split(" ", 1) for part in text.split(", "))
+    return Counter({suffix: int(count.replace(",", "")) for count, suffix in pairs})

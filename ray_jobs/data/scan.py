@@ -25,7 +25,7 @@ from ray_jobs.data.images import Rejected, read_picture
 from ray_jobs.data.sources import Piece, Sample, Source
 from ray_jobs.data.splits import content_digest
 
-VERSION = 1  # of what a scan measures; another one scans anew
+VERSION = 2  # of what a scan measures; another one scans anew
 FILES_AT_ONCE = 16  # index files that are read side by side
 SCHEMA = pa.schema(
     [

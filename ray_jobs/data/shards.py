@@ -2,17 +2,18 @@
 
 import json
 import tarfile
-from collections.abc import Callable, Collection, Container, Iterator
+from collections import Counter
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
 
-from ray_jobs.config import SourceConfig
+from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.images import Rejected
+from ray_jobs.data.listing import Listing
+from ray_jobs.data.members import Group, Grouping
 from ray_jobs.data.samples import (
-    PICTURE_SUFFIXES,
-    Listing,
     Piece,
     Sample,
     Source,
@@ -21,11 +22,11 @@ from ray_jobs.data.samples import (
     decode_caption,
     fingerprint,
     legible,
+    no_pictures,
 )
+from ray_jobs.data.tables import CAPTION_COLUMNS
 
 BUFFER = 4 << 20  # bytes that are asked for at once
-DEFAULT_CAPTION = SourceConfig.model_fields["caption_column"].default
-OTHER_CAPTION = "caption"  # what img2dataset calls it
 
 
 @dataclass(frozen=True)
@@ -48,102 +49,99 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut off: {error}") from None
 
 
-Parts = dict[str, tuple[str, bytes]]  # "picture", "txt", "json" -> the member's name and content
-
-
 @dataclass(frozen=True)
 class Tars(Source):
-    """WebDataset's shards: tar files in which consecutive members with the same key make a sample.
+    """WebDataset's shards: tar files whose members are grouped to samples as `members` says.
 
-    The key is the path up to the first dot of the base name; what follows is the extension: one of
-    PICTURE_SUFFIXES, .txt (the caption) and .json (an object). The caption is the .txt, unless
-    `caption_column` names a key of the .json; without a .txt it is the json's "text" or "caption".
+    The caption is the .txt, unless `caption_column` names a key of the .json; without a .txt it is the json's
+    "text" or "caption".
     """
 
     filesystem: fs.FileSystem
     folder: str
-    caption_column: str
+    caption_column: str | None
     stratify: str | None
 
-    def read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
+    def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         """Of a damaged tar: what precedes the damage, and then one sample with problem `broken_shard`."""
         assert isinstance(piece, Shard)
         last = max(wanted, default=-1) if isinstance(wanted, Collection) else None
-        row = 0
+        if last == -1:
+            return
+        row, others = 0, Counter[str]()
         try:
-            for parts in self._groups(piece, lambda number: wanted is None or number in wanted):
+            for group in self._groups(piece, others):
                 if wanted is None or row in wanted:
-                    yield self._sample(piece, row, parts)
+                    yield self._sample(piece, row, group)
                 row += 1
                 if last is not None and row > last:
                     return
         except (tarfile.TarError, OSError) as error:
             if wanted is None or row in wanted:
                 yield broken_sample(piece, row, f"{piece.file}: after {row} samples", error)
+            row += 1
+        if others and (wanted is None or row in wanted):
+            yield no_pictures(row, piece.file, others)
 
-    def _groups(self, piece: Shard, keep: Callable[[int], bool]) -> Iterator[Parts]:
-        """The samples' parts in order; content is b"" where `keep(row)` is false."""
-        row, key, parts = 0, "", Parts()
+    def _groups(self, piece: Shard, others: Counter[str]) -> Iterator[Group]:
+        """The rows of a tar in order; `others` counts the members that are no part of one."""
         path = f"{self.folder}/{piece.file}"
-        try:
-            with (
-                self.filesystem.open_input_stream(path, compression=None, buffer_size=BUFFER) as stream,
-                tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER, tarinfo=_Header) as tar,
-            ):
+        with (
+            self.filesystem.open_input_stream(path, compression=None, buffer_size=BUFFER) as stream,
+            tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER, tarinfo=_Header) as tar,
+        ):
+
+            def content(member: tarfile.TarInfo) -> bytes:
+                file = tar.extractfile(member)
+                assert file, "only regular files are read"
+                return file.read()
+
+            grouping = Grouping(content, others)
+            try:
                 while member := tar.next():
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                    its_key, kind = _key_and_kind(member)
-                    if not kind:
-                        continue
-                    if parts and its_key != key:
-                        yield parts
-                        row, parts = row + 1, Parts()
-                    key = its_key
-                    if kind not in parts:
-                        file = tar.extractfile(member)
-                        assert file, "only regular files are parts"
-                        parts[kind] = (member.name, file.read() if keep(row) else b"")
-        except (tarfile.TarError, OSError):
-            if "picture" in parts and len(parts) > 1:
-                yield parts
-            raise
-        if parts:
-            yield parts
+                    yield from grouping.add(member)
+            except (tarfile.TarError, OSError):
+                yield from grouping.whole()
+                raise
+            yield from grouping.end()
 
-    def _sample(self, piece: Shard, row: int, parts: Parts) -> Sample:
+    def _sample(self, piece: Shard, row: int, group: Group) -> Sample:
         text, data, stratum, problem = "", b"", "", None
-        name, data = parts.get("picture", next(iter(parts.values())))
+        name, data = group.parts.get("picture", next(iter(group.parts.values())))
         try:
-            fields = _object(*parts["json"]) if "json" in parts else {}
-            value = fields.get(self.stratify) if self.stratify else None
-            stratum = "" if value is None else legible(str(value))
-            text = self._caption(parts, fields)
-            if "picture" not in parts:
+            if group.problem:
+                raise Rejected(*group.problem)
+            fields = _object(*group.parts["json"]) if "json" in group.parts else {}
+            if self.stratify:
+                stratum = self._stratum(name, fields)
+            text = self._caption(group.parts, fields)
+            if "picture" not in group.parts:
                 raise Rejected("missing_file", f"no picture beside {name}")
         except Rejected as rejected:
             data, problem = b"", rejected.with_traceback(None)
         return Sample(row, legible(f"{piece.file}: {name}"), text, data, stratum, "instance", problem)
 
-    def _caption(self, parts: Parts, fields: dict[str, Any]) -> str:
-        if "txt" in parts and (self.caption_column == DEFAULT_CAPTION or "json" not in parts):
+    def _stratum(self, name: str, fields: dict[str, Any]) -> str:
+        assert self.stratify
+        if self.stratify not in fields:
+            raise Rejected("missing_stratum", f"no .json with {self.stratify!r} beside {name}")
+        value = fields[self.stratify]
+        return "" if value is None else legible(str(value))
+
+    def _caption(self, parts: dict[str, tuple[str, bytes]], fields: dict[str, Any]) -> str:
+        named = self.caption_column
+        if "txt" in parts and named in (None, "txt"):
             return decode_caption(parts["txt"][1])
-        keys = [self.caption_column] + [OTHER_CAPTION] * (self.caption_column == DEFAULT_CAPTION)
-        text = next((fields[key] for key in keys if key in fields), None)
+        key = named or next((key for key in CAPTION_COLUMNS if key in fields), None)
+        if named and named not in fields:
+            raise Rejected("missing_caption", f"no .json with {named!r}, which caption_column names")
+        text = fields.get(key) if key else None
         if text is not None and not isinstance(text, str):
             raise Rejected("missing_caption", f"the caption is no text but {type(text).__name__}")
         if text is not None and text != legible(text):
             raise Rejected("caption_not_utf8", "the text has half a surrogate pair")
         return check_caption(text)
-
-
-def _key_and_kind(member: tarfile.TarInfo) -> tuple[str, str]:
-    """The sample that a member belongs to and what it is of it; "" if it is nothing of a sample."""
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    kind = extension.lower()
-    kind = "picture" if f".{kind}" in PICTURE_SUFFIXES else kind
-    is_part = stem and member.isreg() and kind in ("picture", "txt", "json")
-    return folder + slash + stem, kind if is_part else ""
 
 
 def _object(name: str, content: bytes) -> dict[str, Any]:
@@ -159,7 +157,16 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify: str | None) -> Tars:
-    """List the shards; what they hold, only reading tells."""
+    """List the shards; what they hold, only reading tells.
+
+    Raises:
+        ConfigError: the configuration names a column for pictures, which a tar does not have.
+    """
+    if config.image_column:
+        raise ConfigError(
+            f"image_column: {config.image_column}: {listing.name} has tar files, which have no columns; "
+            "remove it"
+        )
     columns = (config.caption_column, stratify)
     pieces: list[Piece] = [
         Shard(number, name, fingerprint("tar", listing.folder, name, listing.files[name], columns), name)

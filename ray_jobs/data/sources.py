@@ -1,117 +1,201 @@
-"""Opening a source: what kind of place it is, is seen from what it holds.
+"""Opening a source: what kind of place it is, is seen from what its files hold, not from one file's name.
 
-Opening reads names and captions, or the footers of Parquet files, never a picture.
+Opening reads names and captions, or the schemas of tables, never a picture.
 """
 
-import os
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
-from pyarrow import fs
-
-from cluster.storage import Storage
-from ray_jobs.config import ConfigError, SourceConfig, resolve_path
-from ray_jobs.data import dreambooth, folders, parquet, shards
-from ray_jobs.data.samples import PICTURE_SUFFIXES, Listing, Piece, Sample, Source, Stamp, file_stamp
+from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.data import arrow, dreambooth, folders, metadata, parquet, shards
+from ray_jobs.data.listing import PICTURE_SUFFIXES, Listing, list_files
+from ray_jobs.data.samples import Piece, Sample, Source
 
 __all__ = ["Piece", "Sample", "Source", "list_files", "open_source"]
+
+# What the datasets library writes beside its tables.
+COMPANIONS = (arrow.STATE_FILE, arrow.DICT_FILE, dreambooth.DREAMBOOTH_FILE)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of source that a folder could be.
+
+    Attributes:
+        example: a file that speaks for it.
+        files: of the listing that are read, where it is not the source that knows.
+        rest: why a picture is no row of it: reason and detail.
+    """
+
+    example: str
+    open: Callable[[], Source]
+    files: Collection[str]
+    rest: tuple[str, str]
 
 
 def open_source(config: SourceConfig, stratify: str | None) -> Source:
     """Find out what kind of source lies at `config.path`, and list its pieces.
 
     Args:
-        config: a local path, s3:// or gs://, of a folder or of one .parquet or .tar file.
+        config: a local path, s3:// or gs://, of a folder or of one .parquet, .arrow or .tar file.
         stratify: the column whose value becomes a sample's `stratum`.
 
     Raises:
         ConfigError: there is nothing, or nothing that can be read; names the path, the file and the fix.
     """
     try:
-        listing = list_files(config.path)
-        files = listing.files
-        metadata = [name for name in ("metadata.jsonl", "metadata.csv") if name in files]
-        tables, tars = listing.ending(".parquet"), listing.ending(".tar")
-        if len(metadata) > 1 or (tables and tars):
-            both = metadata if len(metadata) > 1 else [tables[0], tars[0]]
-            raise ConfigError(f"{config.path}: has {both[0]} and {both[1]}; remove one of them")
-        if config.instance_prompt and (captions := [*metadata, *tables, *tars, *_caption_files(listing)]):
-            raise ConfigError(
-                f"{config.path}: has captions ({captions[0]}), and an instance_prompt in data.sources; "
-                "remove one of them"
-            )
-        if config.instance_prompt or dreambooth.DREAMBOOTH_FILE in files:
-            return dreambooth.open_dreambooth(listing, config, stratify)
-        if config.class_prompt:
-            raise ConfigError(
-                f"{config.path}: has a class_prompt in data.sources, but no instance_prompt; give it one"
-            )
-        if metadata:
-            return folders.open_image_folder(listing, metadata[0], stratify)
-        if tables:
-            return parquet.open_parquet(listing, tables, config, stratify)
-        if tars:
-            return shards.open_tars(listing, tars, config, stratify)
-        if any(_caption_files(listing)):
-            return folders.open_caption_files(listing, stratify)
+        listing, notes = _chosen_splits(list_files(config.path), config)
+        kind = _kind(listing, config, stratify)
+        source = kind.open()
+        used = set(kind.files)
+        if isinstance(source, folders.Folder):
+            used |= source.listed()
+        rest = list(listing.left_out(used, *kind.rest, first=len(source.pieces)))
+        return replace(source, pieces=[*source.pieces, *rest], notes=notes)
     except OSError as error:
         raise ConfigError(f"data.source: {config.path}: cannot be read: {error}") from None
+
+
+def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind:
+    """The kind of source that a folder is.
+
+    Raises:
+        ConfigError: it is none, or could be several.
+    """
+    kinds = _with_captions(listing, config, stratify)
+    has_prompts = dreambooth.has_prompts(listing)
+    if config.instance_prompt or has_prompts:
+        if kinds:
+            where = "data.sources" if config.instance_prompt else dreambooth.DREAMBOOTH_FILE
+            raise ConfigError(
+                f"{listing.name}: has captions ({kinds[0].example}), and an instance_prompt in {where}; "
+                "remove one of them"
+            )
+        return _Kind(
+            dreambooth.DREAMBOOTH_FILE,
+            lambda: dreambooth.open_dreambooth(listing, config, stratify),
+            [dreambooth.DREAMBOOTH_FILE],
+            (
+                "in_subfolder",
+                f"a subject's pictures lie in the folder itself or in {dreambooth.CLASS_FOLDER}/",
+            ),
+        )
+    if config.class_prompt:
+        raise ConfigError(
+            f"{listing.name}: has a class_prompt in data.sources, but no instance_prompt; give it one"
+        )
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{listing.name}: has {kinds[0].example} and {kinds[1].example}; remove one of them, or name a "
+            "subfolder as the source"
+        )
+    if kinds:
+        return kinds[0]
+    if tables := listing.ending(".parquet"):  # without a column that holds pictures: says which there are
+        footers = parquet.read_footers(listing, tables)
+        parquet.open_parquet(listing, footers, config, stratify)
     raise ConfigError(
-        f"{config.path}: has no metadata.jsonl or metadata.csv, no dataset_info.json, no *.parquet, "
-        "no *.tar, and no picture with a .txt of the same name; write a metadata.jsonl with one line "
-        'a picture: {"file_name": "cat.png", "text": "a cat"}; or give data.sources an instance_prompt, if '
-        "all show the same thing"
+        f"{listing.name}: has no metadata.jsonl or metadata.csv, no dataset_info.json with prompts, no "
+        "*.parquet or *.arrow, no *.tar, and no picture with a .txt of the same name; write a metadata.jsonl "
+        'with one line a picture: {"file_name": "cat.png", "text": "a cat"}; or give data.sources an '
+        "instance_prompt, if all show the same thing"
     )
 
 
-def _caption_files(listing: Listing) -> Iterator[str]:
-    """The caption files that lie beside pictures."""
-    names = (posixpath.splitext(name)[0] + ".txt" for name in listing.ending(*PICTURE_SUFFIXES))
-    return (name for name in names if name in listing.files)
+def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None) -> list[_Kind]:
+    """The kinds of sources with captions of their own that a folder could be."""
+    kinds = []
+    companions = [name for name in listing.files if posixpath.basename(name) in COMPANIONS]
+    described = metadata.metadata_files(listing, config.image_column)
+    if described:
+        kinds.append(
+            _Kind(
+                described[0],
+                lambda: metadata.open_image_folder(listing, described, config, stratify),
+                described,
+                (
+                    "not_listed",
+                    f"no line of {described[0] if len(described) == 1 else 'a metadata file'} names it",
+                ),
+            )
+        )
+    footers = parquet.read_footers(
+        listing, [name for name in listing.ending(".parquet") if name not in described]
+    )
+    tables = [footer.file for footer in footers if footer.has_pictures(config.image_column)]
+    if tables:
+        chosen = [footer for footer in footers if footer.file in set(tables)]
+        kinds.append(
+            _Kind(
+                tables[0],
+                lambda: parquet.open_parquet(listing, chosen, config, stratify),
+                [*tables, *companions],
+                ("not_listed", "it lies beside Parquet files, which alone are read"),
+            )
+        )
+    if arrows := arrow.arrow_files(listing):
+        kinds.append(
+            _Kind(
+                arrows[0],
+                lambda: arrow.open_arrow(listing, arrows, config, stratify),
+                [*arrows, *companions],
+                ("not_listed", "it lies beside Arrow files, which alone are read"),
+            )
+        )
+    if tars := listing.ending(".tar"):
+        kinds.append(
+            _Kind(
+                tars[0],
+                lambda: shards.open_tars(listing, tars, config, stratify),
+                tars,
+                ("not_listed", "it lies beside tar files, which alone are read"),
+            )
+        )
+    captions = folders.caption_files(listing)
+    if captions and not described:
+        kinds.append(
+            _Kind(
+                min(captions.values()),
+                lambda: folders.open_caption_files(listing, captions, config, stratify),
+                [*captions.values(), *listing.ending(*PICTURE_SUFFIXES)],
+                ("not_listed", ""),  # there is none: every picture is a row
+            )
+        )
+    return kinds
 
 
-def list_files(path: str) -> Listing:
-    """All files below a folder, or the one .parquet or .tar file that `path` names.
+def _chosen_splits(listing: Listing, config: SourceConfig) -> tuple[Listing, tuple[str, ...]]:
+    """The files of the splits that the configuration names, or all; and a line on what that means.
 
     Raises:
-        ConfigError: there is no such folder or file.
-        OSError: it cannot be read.
+        ConfigError: there is no split of such a name.
     """
-    storage = Storage.open(resolve_path(path))
-    filesystem, root = storage.filesystem, storage.path.rstrip("/")
-    found = filesystem.get_file_info(root)
-    if found.type == fs.FileType.File and root.lower().endswith((".parquet", ".tar")):
-        folder, name = posixpath.split(root)
-        return Listing(path, filesystem, folder, {name: (found.size, found.mtime_ns)})
-    if found.type != fs.FileType.Directory:
-        raise ConfigError(
-            f"data.source: {path}: no such folder; name one with pictures and metadata.jsonl, "
-            "or with .parquet or .tar files, or one such file"
-        )
-    if storage.is_local:
-        return Listing(path, filesystem, root, _local_files(root))
-    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    files = {
-        info.path[len(root) + 1 :]: (info.size, info.mtime_ns)
-        for info in infos
-        if info.type == fs.FileType.File
-    }
-    return Listing(path, filesystem, root, files)
-
-
-def _local_files(root: str) -> dict[str, Stamp]:
-    """Regular files, and links to such. Links to folders are not followed: they can lead in circles.
-
-    FileSelector does follow them, up to the system's limit of 40, for every such link.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files = {}
-    for folder, _, names in os.walk(root, onerror=fail):
-        for name in names:
-            stamp = file_stamp(os.path.join(folder, name))
-            if stamp:
-                files[os.path.relpath(folder, root) + "/" + name if folder != root else name] = stamp
-    return files
+    named = arrow.dict_splits(listing)
+    if named:
+        splits = {name: folder if (folder := name.split("/")[0]) in named else None for name in listing.files}
+    else:
+        splits = listing.splits()
+    counts = Counter(split for split in splits.values() if split)
+    for wanted in config.splits:
+        if wanted not in counts:
+            found = f"found: {', '.join(sorted(counts))}" if counts else "it has none"
+            raise ConfigError(
+                f"splits: {wanted}: {listing.name} has no such split ({found}); correct data.sources"
+            )
+    if config.splits:
+        kept = {
+            name: stamp for name, stamp in listing.files.items() if splits[name] in (*config.splits, None)
+        }
+        left = sum(count for split, count in counts.items() if split not in config.splits)
+        names = ", ".join(config.splits)
+        note = f"{listing.name}: of its splits, {names} is read; {left:,} files of others are not"
+        return replace(listing, files=kept), (note,)
+    if len(counts) < 2:
+        return listing, ()
+    names = ", ".join(sorted(counts))
+    return listing, (
+        f"{listing.name}: its splits ({names}) are read as one set, which data.validation and data.test "
+        "split anew; name some of them in the source's splits to read no others",
+    )

@@ -91,6 +91,8 @@ def test_each_bad_picture_is_set_aside_with_its_reason_and_the_good_ones_are_kep
     noisy(502).filter(ImageFilter.GaussianBlur(12)).save(pictures / "blurred.png")
     noisy(3).resize((192, 160)).save(pictures / "twin.jpg", quality=70)
     noisy(503).save(pictures / "silent.png")
+    noisy(504).save(pictures / "unlisted.png")
+    (pictures / "notes.md").write_text("not a picture")
     with (pictures / "metadata.jsonl").open("a") as metadata:
         for name in bad:
             text = "" if name == "silent.png" else f"bad {name}"
@@ -106,10 +108,12 @@ def test_each_bad_picture_is_set_aside_with_its_reason_and_the_good_ones_are_kep
     dataset = prepare(config)
     manifest = dataset.manifest
     written = [json.loads(line) for line in dataset.storage.read_text("rejected.jsonl").splitlines()]
-    assert {line["file_name"]: line["reason"] for line in written} == bad
+    rest = {"unlisted.png": "not_listed", str(pictures): "no_picture"}
+    assert {line["file_name"]: line["reason"] for line in written} == bad | rest
     assert all(line["detail"] for line in written)
     counted = {reason: 1 for name, reason in bad.items() if reason != "near_duplicate"}
     assert manifest["rejected"] == counted
+    assert (manifest["left_out"], manifest["no_pictures"]) == ({"not_listed": 1}, {".md": 1})
     assert manifest["duplicates"] == {"mode": "drop", "groups": 1, "pictures": 1}
     group = json.loads(dataset.storage.read_text("duplicates.jsonl"))
     assert group["first"] == "003.png" and group["others"][0]["file_name"] == "twin.jpg"

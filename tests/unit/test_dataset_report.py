@@ -44,6 +44,8 @@ MANIFEST: dict[str, Any] = {
     "test": 91,
     "class": 0,
     "rejected": {"too_dark": 5, "blurred": 12},
+    "left_out": {},
+    "no_pictures": {},
     "source": [{"name": "examples/fluent-emoji", "rows": 1601, "share": 1.0}],
     "measures": {"sharpness": SHARPNESS, "dark": DARK},
     "duplicates": {"groups": 3, "pictures": 7, "mode": "drop"},

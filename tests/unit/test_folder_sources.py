@@ -56,7 +56,7 @@ def test_a_csv_may_quote_commas_and_hold_any_line_separator(tmp_path: Path) -> N
     ("line", "expected"),
     [
         ('{"file": "a.png", "text": "a"}', "line 1: field 'file_name' is missing (found: file, text)"),
-        ('{"file_name": "a.png", "caption": "a"}', "line 1: field 'text' is missing"),
+        ('{"file_name": "a.png", "words": "a"}', "line 1: field 'text' is missing"),
         ('{"file_name": "a.png", "text": 5}', "line 1: field 'text' must be text, not 5"),
         ('{"file_name": "a.png", "text": 0}', "line 1: field 'text' must be text, not 0"),
         ('\n{"file_name": null, "text": "a"}', "line 2: field 'file_name' must be text, not None"),
@@ -88,7 +88,7 @@ def test_a_wrong_csv_names_file_line_and_fix(tmp_path: Path, content: str, expec
 
 def test_a_column_to_stratify_by_must_be_there(tmp_path: Path) -> None:
     write(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "text": "a"}'})
-    with pytest.raises(ConfigError, match="line 1: field 'place' is missing .* mend data.stratify"):
+    with pytest.raises(ConfigError, match="line 1: field 'place' is missing .* correct data.stratify"):
         opened(tmp_path, stratify="place")
 
 

@@ -44,6 +44,8 @@ MANIFEST: dict[str, Any] = {
     "test": 91,
     "class": 0,
     "rejected": {"truncated": 2},
+    "left_out": {},
+    "no_pictures": {},
     "source": [{"name": "pictures", "rows": 1601, "share": 1.0}],
     "measures": {},
     "duplicates": {"groups": 0, "pictures": 0, "mode": "drop"},

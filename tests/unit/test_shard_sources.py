@@ -13,6 +13,8 @@ import pytest
 from ray_jobs.config import ConfigError
 from ray_jobs.data.parquet import ROWS_AT_ONCE
 from tests.unit.test_sources import (
+    all_samples,
+    left_out,
     one_tar,
     opened,
     parquet_files,
@@ -85,7 +87,7 @@ def test_parquet_rows_say_what_is_wrong_with_them(tmp_path: Path) -> None:
         ({"caption_column": "label"}, r"has no column 'label' \(found: image, text, tags\)"),
         ({"image_column": "text"}, "column 'text' is string, not binary"),
         ({"caption_column": "image"}, "column 'image' is binary, not string|column 'image' is struct"),
-        ({"stratify": "tags"}, "column 'tags' is list.*mend data.stratify"),
+        ({"stratify": "tags"}, "column 'tags' is list.*correct data.stratify"),
     ],
 )
 def test_a_wrong_column_is_named_with_those_there_are(
@@ -134,14 +136,78 @@ def test_tar_members_with_the_same_key_make_a_sample(tmp_path: Path) -> None:
         "1.txt": "text first",
         "1.json": '{"text": "json", "blip": "a seal"}',
     }
-    source = opened(write_tar(tmp_path / "s.tar", files), stratify="place")
-    assert [(s.name, s.text, s.data, s.stratum) for s in samples(source)] == [
-        ("s.tar: a/0.JPG", "in a", picture(0), ""),
-        ("s.tar: b/0.jpg", "in b", picture(1), "sea"),
-        ("s.tar: 1.webp", "text first", picture(2), ""),
+    source = opened(write_tar(tmp_path / "s.tar", files))
+    assert [(s.name, s.text, s.data) for s in samples(source)] == [
+        ("s.tar: a/0.JPG", "in a", picture(0)),
+        ("s.tar: b/0.jpg", "in b", picture(1)),
+        ("s.tar: 1.webp", "text first", picture(2)),
     ]
-    named = opened(tmp_path / "s.tar", caption_column="blip")
-    assert [s.text for s in samples(named)] == ["in a", "", "a seal"]
+    assert left_out(source) == {"s.tar: b/0.seg.png": "other_member", "s.tar": "1 .cls, 1 .md, 1 hidden"}
+
+
+def test_a_key_that_is_named_is_read_from_the_json_or_the_sample_is_set_aside(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "0.png": picture(0),
+        "0.txt": "text",
+        "1.png": picture(1),
+        "1.txt": "text",
+        "1.json": '{"text": "json", "blip": "a seal", "place": "sea"}',
+        "2.png": picture(2),
+        "2.txt": "text",
+        "2.json": '{"blip": null, "place": null}',
+    }
+    write_tar(tmp_path / "s.tar", files)
+    named = samples(opened(tmp_path / "s.tar", caption_column="blip"))
+    assert [(s.text, s.problem and s.problem.reason) for s in named] == [
+        ("", "missing_caption"),
+        ("a seal", None),
+        ("", "missing_caption"),
+    ]
+    assert [s.text for s in samples(opened(tmp_path, caption_column="text"))] == ["", "json", ""]
+    assert [s.text for s in samples(opened(tmp_path, caption_column="txt"))] == ["text"] * 3
+    strata = samples(opened(tmp_path, stratify="place"))
+    assert [(s.stratum, s.problem and s.problem.reason) for s in strata] == [
+        ("", "missing_stratum"),
+        ("sea", None),
+        ("", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "rows", "rest"),
+    [
+        (["IMG_1.0.png", "IMG_1.0.txt", "IMG_1.1.png", "IMG_1.1.TXT"], ["IMG_1.0.png", "IMG_1.1.png"], {}),
+        (["v1.2.3/a.png", "v1.2.3/a.txt"], ["v1.2.3/a.png"], {}),
+        (["x.depth.png", "x.jpg", "x.seg.png", "x.txt"], ["x.jpg"], ["x.depth.png", "x.seg.png"]),
+        (["x.jpg", "x.png", "x.txt"], ["x.jpg"], ["x.png"]),
+        (["x.jpg", "x.old.jpg", "x.old.txt", "x.txt"], ["x.old.jpg", "x.jpg"], []),
+        (["x.image.png", "x.txt"], ["x.image.png"], []),
+        (["x.json", "x.target.png"], ["x.target.png"], []),
+        (["a.jfif", "a.txt", "b.AVIF", "b.txt"], ["a.jfif", "b.AVIF"], []),
+    ],
+)
+def test_names_with_dots_are_samples_of_their_own_or_other_pictures_of_one(
+    tmp_path: Path, files: list[str], rows: list[str], rest: list[str]
+) -> None:
+    content: dict[str, bytes | str] = {
+        name: '{"text": "a"}' if name.endswith("json") else "a" if name.lower().endswith("txt") else name
+        for name in files
+    }
+    source = opened(write_tar(tmp_path / "s.tar", content))
+    found = samples(source)
+    assert [(s.name, s.text, s.data) for s in found] == [(f"s.tar: {n}", "a", n.encode()) for n in rows]
+    assert left_out(source) == {f"s.tar: {name}": "other_member" for name in rest}
+    for row in range(len(all_samples(source))):
+        assert [s.row for s in source.read(source.pieces[0], {row})] == [row]
+
+
+def test_pictures_of_one_key_without_captions_of_their_own_are_set_aside(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {"x.0.png": picture(0), "x.1.png": picture(1), "x.txt": "a"}
+    assert problems(opened(write_tar(tmp_path / "s.tar", files))) == {
+        "s.tar: x.txt": "missing_file",
+        "s.tar: x.0.png": "missing_caption",
+        "s.tar: x.1.png": "missing_caption",
+    }
 
 
 def test_tar_samples_say_what_is_wrong_with_them(tmp_path: Path) -> None:
@@ -183,6 +249,7 @@ def test_links_in_a_tar_are_no_parts_of_samples(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     assert problems(opened(path)) == {"s.tar: a.png": ""}
+    assert left_out(opened(path)) == {"s.tar: b.png": "unusable_link"}
 
 
 @pytest.mark.parametrize("damage", ["cut in a header", "cut in a file", "cut between files", "overwritten"])

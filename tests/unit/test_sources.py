@@ -16,7 +16,7 @@ from PIL import Image
 
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.folders import ROWS_A_PIECE
-from ray_jobs.data.samples import Sample, Source
+from ray_jobs.data.samples import LEFT_OUT, Sample, Source
 from ray_jobs.data.sources import open_source
 
 
@@ -126,8 +126,23 @@ def opened(path: Path | str, stratify: str | None = None, **settings: Any) -> So
     return open_source(SourceConfig(path=str(path), **settings), stratify)
 
 
-def samples(source: Source) -> list[Sample]:
+def all_samples(source: Source) -> list[Sample]:
     return [sample for piece in source.pieces for sample in source.read(piece)]
+
+
+def samples(source: Source) -> list[Sample]:
+    """The rows of the set."""
+    return [s for s in all_samples(source) if not s.problem or s.problem.reason not in LEFT_OUT]
+
+
+def left_out(source: Source) -> dict[str, str]:
+    """Name -> reason of the files that are no rows; of those that are no pictures, their counts."""
+    found = [(s.name, s.problem) for s in all_samples(source)]
+    return {
+        name: problem.detail if problem.reason == "no_picture" else problem.reason
+        for name, problem in found
+        if problem and problem.reason in LEFT_OUT
+    }
 
 
 def facts(sample: Sample) -> tuple[Any, ...]:
