@@ -8,12 +8,12 @@ measured rungs, so an interrupted search goes on with the same population.
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ray_jobs.config import Config, Range
-from ray_jobs.space import Settings, points, rounded, sample
+from ray_jobs.config import Config, Range, Settings
+from ray_jobs.config.space import Dimensions, sample, within
+from ray_jobs.space import points
 from ray_jobs.trial import Trial
 
 REPLACED = 0.25  # share of the members that take over another's state at a rung
@@ -76,9 +76,7 @@ def next_generation(config: Config, members: list[Trial], rows: list[dict[str, A
     return found
 
 
-def perturbed(
-    settings: Settings, dimensions: Mapping[str, list[Any] | Range], draw: random.Random
-) -> Settings:
+def perturbed(settings: Settings, dimensions: Dimensions, draw: random.Random) -> Settings:
     """Settings with every number that may change moved a little, or drawn anew from its range or values."""
     found = dict(settings)
     for name in sorted(PERTURBED & dimensions.keys()):
@@ -88,5 +86,5 @@ def perturbed(
             continue
         moved = found[name] * draw.choice(FACTORS)
         low, high = (values.low, values.high) if isinstance(values, Range) else (min(values), max(values))
-        found[name] = rounded(min(max(moved, low), high))
+        found[name] = within(low, high, moved)
     return found

@@ -10,8 +10,9 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from ray_jobs.config import Config, Range
-from ray_jobs.space import MOST_DRAWS, Settings, rounded, trial_id
+from ray_jobs.config import Config, Range, Settings
+from ray_jobs.config.space import MOST_DRAWS, IntegerRange, nearest
+from ray_jobs.space import trial_id
 
 RANDOM_TRIALS = 5  # drawn before the estimators have something to go by
 
@@ -76,7 +77,7 @@ class Proposals(Searcher):
 
     def _value(self, name: str, place: Any) -> Any:
         values = self.dimensions[name]
-        return rounded(place) if isinstance(values, Range) else values[place]
+        return nearest(values, place) if isinstance(values, Range) else values[place]
 
     def _place(self, name: str, value: Any) -> Any:
         values = self.dimensions[name]
@@ -85,6 +86,8 @@ class Proposals(Searcher):
 
 def _distribution(values: list[Any] | Range) -> optuna.distributions.BaseDistribution:
     """Of a list, the place in it: Optuna's own choices may not be lists."""
+    if isinstance(values, IntegerRange):
+        return optuna.distributions.IntDistribution(values.low, values.high, log=values.log)
     if isinstance(values, Range):
         return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
     return optuna.distributions.CategoricalDistribution(range(len(values)))

@@ -9,10 +9,10 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, Settings
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.evaluate import EvaluatorPool
-from ray_jobs.space import Settings, further, training_of, trial_id
+from ray_jobs.space import further, training_of, trial_id
 from ray_jobs.train import build_trainer, check_diverged
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.meter import RUNG

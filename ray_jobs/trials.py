@@ -12,12 +12,12 @@ from ray.tune.stopper import CombinedStopper
 
 from cluster.storage import Storage
 from ray_jobs.computed_steps import ComputedSteps
-from ray_jobs.config import SearchConfig
+from ray_jobs.config import SearchConfig, Settings
 from ray_jobs.data.parts import DamagedPart
 from ray_jobs.progress import say
 from ray_jobs.proposals import Proposals
 from ray_jobs.search_results import FIELDS, RESULTS, with_error
-from ray_jobs.space import Settings, points, training_of
+from ray_jobs.space import points, training_of
 from ray_jobs.stage import refusal, told_damage
 from ray_jobs.stopping import Budget, Refusal, stoppers
 from ray_jobs.tracking import Mirror

@@ -19,9 +19,18 @@ from ray_jobs.config.data import (
     DataConfig,
     SourceConfig,
 )
-from ray_jobs.config.fields import ConfigError, LearningRate, Positive, Section, home, resolve_path
-from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, Range, SearchConfig
+from ray_jobs.config.fields import (
+    ConfigError,
+    LearningRate,
+    Positive,
+    Section,
+    explain,
+    home,
+    resolve_path,
+)
+from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
+from ray_jobs.config.space import Range, Settings, check_pairs, drawn, read_values
 from ray_jobs.config.train import (
     ENDLESS,
     FREE_SETTINGS,
@@ -33,6 +42,7 @@ from ray_jobs.config.train import (
     StageConfig,
     TrainConfig,
 )
+from ray_jobs.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "ENDLESS",
@@ -57,6 +67,7 @@ __all__ = [
     "SearchConfig",
     "Section",
     "ServeConfig",
+    "Settings",
     "SourceConfig",
     "StageConfig",
     "TrainConfig",
@@ -116,7 +127,12 @@ class Config(Section):
     pretrain: PretrainConfig | None = None
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> "Config":
+    def _train_fits(self) -> "Config":
+        self._check_stages()
+        self._check_prior_preservation()
+        return self
+
+    def _check_stages(self) -> None:
         stages, last = self.train.stages, self.search.ladder[-1]
         before = sum(stage.steps for stage in stages[:-1])
         if stages and before >= last:
@@ -130,12 +146,10 @@ class Config(Section):
                 "train.stages: every stage names a learning_rate, so searching one would change nothing; "
                 "leave it out of a stage, or give search.learning_rates one value"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _prior_preservation(self) -> "Config":
+    def _check_prior_preservation(self) -> None:
         if not self.train.prior_loss_weight:
-            return self
+            return
         if self.data.buckets:
             raise ValueError(
                 "train.prior_loss_weight needs data.buckets: false: a step takes class pictures of the "
@@ -146,7 +160,6 @@ class Config(Section):
                 "train.prior_loss_weight needs data.encode: cache: class pictures are few, so that it "
                 "costs next to nothing"
             )
-        return self
 
     @model_validator(mode="after")
     def _search(self) -> "Config":
@@ -163,15 +176,24 @@ class Config(Section):
                 "search.space.train.prior_loss_weight needs train.prior_loss_weight above 0, so that prepare "
                 "makes class pictures"
             )
-        for name, values in search.space.items():
-            ends = [values.low, values.high] if isinstance(values, Range) else values
-            for value in ends:
-                try:
-                    self.with_settings({name: value})
-                except ValidationError as error:
-                    reason = _explain(error, f"{value!r}")
-                    raise ValueError(f"search.space.{name}: {reason}") from None
         return self
+
+    @model_validator(mode="after")
+    def _space(self) -> "Config":
+        """Every trial can be trained, and records its settings as it reads them ("8" is 8)."""
+        search = self.search
+        search.space.update(read_values(search.space, self._trial))
+        check_pairs(search.dimensions, self._trial)
+        if search.algorithm != "grid":
+            drawn(search.dimensions, search.grid_size, self.seed)
+        return self
+
+    def _trial(self, settings: Settings) -> TrainConfig:
+        """What a trial trains with; ValueError if the settings do not go with the rest."""
+        trial = self.with_settings(settings)
+        trial._check_stages()
+        trial._check_prior_preservation()
+        return trial.train
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Config":
         """The configuration of one trial of a search.
@@ -196,7 +218,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -209,22 +231,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
-    tree[field] = yaml.safe_load(value)
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    """One line for the first problem of `error`: file, field, what is wrong."""
-    first = error.errors()[0]
-    # In brackets: which kind of several a value is.
-    parts = [str(part) for part in first["loc"] if not str(part).startswith("[")]
-    field = ".".join(parts) or "configuration"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key; remove it or correct its name (ray_jobs/config/ lists them all)"
-    else:
-        message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
-    more = len(error.errors()) - 1
-    return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
+    try:
+        tree[field] = read_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -234,7 +244,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: naming the file or field, and the fix.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give --config one of configs/*.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -246,7 +256,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from None
+        raise ConfigError(explain(error, str(path))) from None
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 
 class ConfigError(ValueError):
@@ -33,9 +33,25 @@ def resolve_path(path: str) -> str:
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and values do not change after loading."""
+    """Unknown keys are errors, every number is finite, and values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for the first problem of `error`: file, field, what is wrong."""
+    first = error.errors()[0]
+    # In brackets: which kind of several a value is.
+    parts = [str(part) for part in first["loc"] if not str(part).startswith("[")]
+    field = ".".join(parts) or "configuration"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key; remove it or correct its name (ray_jobs/config/ lists them all)"
+    else:
+        message += "; write it in quotes" if first["type"] == "string_type" else ""
+        message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
+    more = len(error.errors()) - 1
+    return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
 
 
 Positive = Annotated[int, Field(gt=0)]

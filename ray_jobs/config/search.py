@@ -1,29 +1,14 @@
 """The search, and how its candidates are measured."""
 
-import math
+from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ray_jobs.config.fields import LearningRate, Positive, Section
+from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
-
-
-class Range(Section):
-    """Values that are drawn from, for `search.algorithm` random or optuna."""
-
-    low: float = Field(description="lowest value")
-    high: float = Field(description="highest value")
-    log: bool = Field(True, description="even in the logarithm; false: even in the value")
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> "Range":
-        if self.low >= self.high:
-            raise ValueError(f"low: {self.low:g} must be below high: {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low: {self.low:g} must be above 0, or log be false")
-        return self
 
 
 def _kind(values: Any) -> str:
@@ -97,9 +82,13 @@ class SearchConfig(Section):
     )
 
     @property
-    def dimensions(self) -> dict[str, list[Any] | Range]:
+    def dimensions(self) -> Dimensions:
         """What is searched beside steps, the learning rate first, by the name of its setting."""
-        return {LEARNING_RATE: self.learning_rates, **self.space}
+        given: Dimensions = {LEARNING_RATE: self.learning_rates, **self.space}
+        return {
+            name: range_of(name, values) if isinstance(values, Range) else values
+            for name, values in given.items()
+        }
 
     @property
     def grid_size(self) -> int:
@@ -110,10 +99,8 @@ class SearchConfig(Section):
 
     @property
     def combinations(self) -> float:
-        """Of all values; infinite with a range."""
-        return math.prod(
-            math.inf if isinstance(each, Range) else len(each) for each in self.dimensions.values()
-        )
+        """Of all values; infinite with a range that is not of whole numbers."""
+        return num_points(self.dimensions)
 
     @property
     def most_steps(self) -> int:
@@ -146,14 +133,22 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> "SearchConfig":
-        for name, values in self.dimensions.items():
+        if LEARNING_RATE in self.space:
+            raise ValueError(f"space.{LEARNING_RATE}: give it as search.learning_rates")
+        for name, values in {LEARNING_RATE: self.learning_rates, **self.space}.items():
             short = "learning_rates" if name == LEARNING_RATE else f"space.{name}"
+            if above := next((each for each in self.space if name.startswith(f"{each}.")), None):
+                raise ValueError(f"{short} is part of space.{above}; search one of the two")
             if isinstance(values, Range):
                 if self.algorithm == "grid":
                     raise ValueError(
                         f"{short}: a range needs algorithm: random or optuna; a grid needs values"
                     )
-            elif len({str(each) for each in values}) < len(values):
+                try:
+                    range_of(name, values)
+                except ValueError as error:
+                    raise ValueError(f"{short}: {error}") from None
+            elif any(one == other for one, other in combinations(values, 2)):
                 raise ValueError(f"{short} repeats a value: {values}")
         if self.algorithm == "grid" and self.num_trials:
             raise ValueError("num_trials: a grid has as many as it has combinations; leave it out")

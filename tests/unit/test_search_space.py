@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,22 @@ import pytest
 from ray.tune.search import Searcher
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, Range, load_config
+from ray_jobs.config import Config, ConfigError, Range, load_config
+from ray_jobs.config.space import IntegerRange, sample
+from ray_jobs.config.yaml_text import read_yaml
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.folds import averaged, choose_over_folds, standing
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.population import first_generation, next_generation, perturbed
 from ray_jobs.proposals import Proposals
 from ray_jobs.search_results import SearchResult, at_most, bill, choose, search_digest, spent
-from ray_jobs.space import points, sample, training_of, trial_id
+from ray_jobs.space import points, training_of, trial_id
 from ray_jobs.trial import Trial
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 RATE, RANK, DECAY = "train.learning_rate", "train.lora.rank", "train.weight_decay"
+RANKS = "space={train.lora.rank: {low: 4, high: 7}}"
+DRAWN = ("algorithm=random", "num_trials=3", "learning_rates={low: 1e-5, high: 1e-2}")
 
 
 def configured(*overrides: str) -> Config:
@@ -204,6 +209,140 @@ def test_a_range_is_drawn_from_evenly_in_the_logarithm() -> None:
     assert 0.8e-4 < drawn[500] < 1.25e-4  # the middle of the decades
     drawn = sorted(sample(Range(low=0, high=1, log=False), draw) for _ in range(1000))
     assert 0.45 < drawn[500] < 0.55
+
+
+INTEGERS = ("learning_rates={low: 1e-5, high: 1e-2}", "num_trials=40")
+
+
+@pytest.mark.parametrize("log", ["true", "false"])
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_range_of_a_whole_number_draws_whole_ones(algorithm: str, log: str) -> None:
+    space = f"space={{train.lora.rank: {{low: 4, high: 7, log: {log}}}, train.warmup_steps: [0, 5]}}"
+    config = configured(f"algorithm={algorithm}", space, *INTEGERS)
+    proposals = Proposals(config, [])
+    drawn: list[Any] = (
+        points(config) if algorithm == "random" else [proposals.suggest(f"tune-{n}") for n in range(40)]
+    )
+    assert {type(settings[RANK]) for settings in drawn} == {int}
+    assert {settings[RANK] for settings in drawn} == {4, 5, 6, 7}, "both ends are among its values"
+    for settings in drawn:
+        assert config.with_settings(settings).train.lora.rank == settings[RANK]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_whole_numbers_are_drawn_evenly(log: bool) -> None:
+    draw, values = random.Random(0), IntegerRange(low=1, high=8, log=log)
+    counts = Counter(sample(values, draw) for _ in range(4000))
+    widths = {n: math.log((n + 0.5) / (n - 0.5)) if log else 1.0 for n in range(1, 9)}
+    for number, width in widths.items():
+        share = width / sum(widths.values())
+        assert abs(counts[number] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+
+
+def test_whole_numbers_between_two_ends_are_counted() -> None:
+    assert (
+        configured("algorithm=random", "learning_rates=[1e-3]", "num_trials=4", RANKS).search.grid_size == 4
+    )
+    with pytest.raises(ConfigError, match="num_trials: 5, but the values have 4 combinations"):
+        configured("algorithm=random", "learning_rates=[1e-3]", "num_trials=5", RANKS)
+
+
+def test_a_population_begins_with_whole_numbers_and_takes_them_over() -> None:
+    config = configured(
+        "scheduler=population",
+        "algorithm=random",
+        "learning_rates={low: 1e-5, high: 1e-2}",
+        "num_trials=4",
+        RANKS,
+    )
+    members = first_generation(config)
+    following = next_generation(config, members, population_rows(members, [20.0, 10.0, 30.0, 40.0]))
+    for member in following:
+        assert isinstance(config.with_settings(member.settings).train.lora.rank, int)
+    assert following[3].settings[RANK] == members[1].settings[RANK]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_population_changes_numbers_that_were_written_as_text(seed: int) -> None:
+    space = "space={train.weight_decay: [1e-4, '1e-3'], train.caption_dropout: [0, 0.9999]}"
+    config = configured("scheduler=population", "learning_rates=[1e-3,2e-3]", space)
+    for settings in points(config):
+        found = perturbed(settings, config.search.dimensions, random.Random(seed))
+        assert 1e-4 <= found[DECAY] <= 1e-3
+        config.with_settings(found)  # to three digits 0.9999 is 1, which no caption dropout may be
+
+
+def test_a_drawn_number_stays_in_its_range_where_three_digits_would_leave_it() -> None:
+    narrow = Range(low=0.99961, high=0.99972, log=False)
+    drawn = [sample(narrow, random.Random(seed)) for seed in range(20)]
+    assert all(narrow.low <= number <= narrow.high for number in drawn)
+
+
+def test_values_of_the_space_are_recorded_as_their_settings_read_them() -> None:
+    config = configured(
+        "learning_rates=[1e-3]",
+        "space={train.lora.rank: ['8', 4.0], train.lora.use_dora: ['yes', 'false'], "
+        "train.weight_decay: [0, '1e-2'], train.betas: [['0.9', 0.99], [0.8, 0.9]]}",
+    )
+    assert config.search.space == {
+        "train.lora.rank": [8, 4],
+        "train.lora.use_dora": [True, False],
+        "train.weight_decay": [0, 0.01],
+        "train.betas": [[0.9, 0.99], [0.8, 0.9]],
+    }
+    assert Config.model_validate(read_yaml(config.to_yaml())) == config
+    assert len({trial_id(settings) for settings in points(config)}) == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["space={train.lora.rank: ['8', 8]}"], "search.space.train.lora.rank repeats a value"),
+        (["space={train.weight_decay: [0.1, 1e-1]}"], "space.train.weight_decay repeats a value"),
+        (["space={train.lora.use_dora: [yes, true]}"], "space.train.lora.use_dora repeats a value"),
+        (["space={train.learning_rate: [0.1]}"], "give it as search.learning_rates"),
+        (
+            ["space={train.lora: [{rank: 4}, {rank: 8}], train.lora.alpha: [4, 8]}"],
+            "space.train.lora.alpha is part of space.train.lora",
+        ),
+        ([*DRAWN, "space={train.lora.rank: {low: 4.5, high: 8}}"], "low: 4.5: the setting is a whole number"),
+        (
+            [*DRAWN, "space={train.lora.use_dora: {low: 0, high: 1, log: false}}"],
+            "space.train.lora.use_dora: a range is for a setting of train that is a number; give values",
+        ),
+        (
+            [*DRAWN, "space={train.deepspeed.gradient_clipping: {low: 0.1, high: 1}}"],
+            "space.train.deepspeed.gradient_clipping: a range is for a setting",
+        ),
+        (
+            [*DRAWN, "space={train.lora.rank: {low: 0, high: 8, log: false}}"],
+            "search.space.train.lora.rank: 0",
+        ),
+        (
+            ["space={train.batch_size: [1, 2]}"],
+            "search.space.train.batch_size: 1: .*leave some of 2 workers",
+        ),
+        (
+            ["space={train.schedule: [constant, cosine], train.warmup_steps: [0, 10]}"],
+            "train.schedule: 'constant' with train.warmup_steps: 10: .* schedule constant has none",
+        ),
+        (
+            ["space={train.stages: [[{steps: 400}, {steps: 1}]]}"],
+            "search.space.train.stages: .*the last one begins after step 400",
+        ),
+        (
+            ["algorithm=random", "num_trials=9", "learning_rates={low: 1.001e-3, high: 1.022e-3}"],
+            "search.num_trials: 9, but after many draws there are only 3 different trials",
+        ),
+        (["space={train.weight_decay: [.nan, 0.1]}"], "search.space.train.weight_decay: nan"),
+    ],
+)
+def test_a_space_with_trials_that_cannot_be_is_refused_before_the_first(
+    overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        configured(*overrides)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_a_member_took_over_was_not_spent_again() -> None:
