@@ -97,7 +97,15 @@ def job_faults(spec: dict[str, Any]) -> Iterator[str]:
             yield f"{field}: missing"
 
 
+def longest_days(spec: dict[str, Any]) -> float:
+    """How long a RayJob may run: KubeRay 1.7.0 counts its deadline anew for each attempt."""
+    return float((spec["backoffLimit"] + 1) * spec["activeDeadlineSeconds"] / 86400)
+
+
 def service_faults(spec: dict[str, Any]) -> Iterator[str]:
+    for field in ("deploymentUnhealthySecondThreshold", "serviceUnhealthySecondThreshold"):
+        if field in spec:
+            yield f"{field}: is not used by KubeRay 1.7.0"
     upgrade = spec.get("upgradeStrategy", {})
     if upgrade.get("type") not in UPGRADES:
         yield f"upgradeStrategy.type: not one of {sorted(UPGRADES)}"

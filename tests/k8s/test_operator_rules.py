@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.k8s.manifests import OVERLAYS, ROOT, find, ray_objects, with_value
-from tests.k8s.operator_rules import faults
+from tests.k8s.operator_rules import faults, longest_days
 
 (RAY_VERSION,) = [
     line.removeprefix("ray==")
@@ -54,6 +54,8 @@ SERVICE_BREACHES: list[tuple[str, Any, str]] = [
     ("spec.upgradeStrategy.clusterUpgradeOptions.gatewayClassName", "", "clusterUpgradeOptions: gateway"),
     ("spec.upgradeStrategy.clusterUpgradeOptions.maxSurgePercent", 200, "clusterUpgradeOptions: not"),
     ("spec.excludeHeadPodFromServeSvc", False, "excludeHeadPodFromServeSvc"),
+    ("spec.deploymentUnhealthySecondThreshold", 900, "deploymentUnhealthySecondThreshold: is not used"),
+    ("spec.serviceUnhealthySecondThreshold", 1800, "serviceUnhealthySecondThreshold: is not used"),
 ]
 
 
@@ -96,3 +98,13 @@ def test_both_jobs_run_on_clusters_of_the_interactive_one_s_shape() -> None:
         for group, same in zip(cluster["workerGroupSpecs"], pattern["workerGroupSpecs"], strict=True):
             assert group["template"]["spec"] == same["template"]["spec"]
         assert cluster["headGroupSpec"]["template"]["spec"] == pattern["headGroupSpec"]["template"]["spec"]
+
+
+def test_the_longest_time_of_a_job_is_the_one_that_is_told() -> None:
+    manifest = (ROOT / "k8s" / "base" / "jobs.yaml").read_text(encoding="utf-8")
+    for name, days in (("diffray-pipeline", 12), ("diffray-train", 4)):
+        assert longest_days(find("gpu", "RayJob", name)["spec"]) == days
+        assert f"{days} days at most" in manifest
+    assert longest_days(find("dev", "RayJob", "diffray-pipeline")["spec"]) * 24 == 8
+    text = " ".join((ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8").split())
+    assert "all four together end after 12 days at the latest" in text
