@@ -1,9 +1,12 @@
 # Everything a person or CI runs here. `make` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Python of an existing .venv, else the newest one that diffray runs on; `make setup PYTHON=...` takes another.
+PYTHON ?= $(shell for each in .venv/bin/python python3.13 python3.12 python3.11 python3; do \
+	$$each -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$each && break; done)
 CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 INCEPTION := .cache/inception-2015-12-05.pt
 EFFICIENTNET := .cache/efficientnet-lite0.safetensors
+OWN := benchmarks cluster examples ray_jobs scripts serving tests
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,14 +17,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# Nothing is left for a first start to compile, also where PYTHONDONTWRITEBYTECODE is set: compileall writes anyway.
 setup: .venv/complete $(INCEPTION) $(EFFICIENTNET) ## install everything into .venv, skipped when nothing changed
+	@$(BIN)/python -m compileall -q $(OWN)
 
-# torch goes first and by pip, which takes the build meant for this machine; uv then keeps it.
+# torch goes first and by pip, which takes the build meant for this machine; uv then keeps it, and compiles all.
 .venv/complete: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("error: Python 3.11 is needed: make setup PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 $$(grep -E '^torch==' requirements.lock)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(1); print("set-up with Python", sys.version.split()[0])' \
+		|| { echo "error: Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=..."; exit 1; }
+	[ "$$($(BIN)/python -V 2>/dev/null)" = "$$($(PYTHON) -V)" ] || \
+		$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check uv==0.13.8 $$(grep -E '^torch==' requirements.lock)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	touch $@
 
 $(INCEPTION): scripts/fetch_inception.py .venv/complete
@@ -64,10 +71,12 @@ base-model: setup ## train the demo's base model from nothing (an afternoon on t
 	$(BIN)/python -m examples.emoji pictures
 	$(BIN)/python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
 
+# One lock for every Python that diffray runs on; lines that are for other systems alone are left out.
 lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew
 	grep '^#' requirements.lock > .venv/lock
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-		| grep -vE '^(nvidia-|cuda-|triton==)' >> .venv/lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--no-annotate --no-header --no-emit-index-url \
+		| grep -vE "^(nvidia-|cuda-|triton==)|sys_platform == '(win32|emscripten)'" >> .venv/lock
 	cp .venv/lock requirements.lock
 
 clean: ## remove what runs, tests and tools left (not .venv, not .cache)

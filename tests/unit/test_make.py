@@ -1,0 +1,98 @@
+"""`make setup` takes a Python that diffray runs on, and nothing is left to compile after it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("python3.13", "python3.12", "python3.11", "python3")
+
+
+def make(folder: Path, pythons: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make where the machine's Pythons are these: a name, and what its program does."""
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "requirements.lock").write_text("torch==2.13.0\n")
+    (folder / "bin").mkdir()
+    for name in NAMES:
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\n{pythons.get(name, 'exit 127')}\n")
+        program.chmod(0o755)
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+    command = ["make", *arguments, ".venv/complete"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+RUNS = f'exec {sys.executable} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("pythons", "taken"),
+    [
+        # A pyenv shim without a version of that name is there, and fails.
+        ({"python3.12": RUNS, "python3.11": RUNS}, "python3.12"),
+        ({"python3.13": RUNS, "python3.12": RUNS, "python3.11": RUNS}, "python3.13"),
+        ({"python3": RUNS}, "python3"),
+    ],
+)
+def test_the_newest_python_that_runs_is_taken(pythons: dict[str, str], taken: str, tmp_path: Path) -> None:
+    assert f"\t{taken} -m venv --clear .venv\n" in make(tmp_path, pythons, "-n").stdout
+
+
+def test_a_python_that_is_named_is_taken(tmp_path: Path) -> None:
+    done = make(tmp_path, {"python3.13": RUNS, "python3.11": RUNS}, "-n", "PYTHON=python3.11")
+    assert "\tpython3.11 -m venv --clear .venv\n" in done.stdout
+
+
+def test_without_a_python_that_fits_one_line_says_so(tmp_path: Path) -> None:
+    done = make(tmp_path, {})
+    assert done.returncode == 2
+    assert "error: Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=..." in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_the_python_of_the_environment_stays(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    done = make(tmp_path, {"python3.13": RUNS}, "-n")
+    assert "python3.13" not in done.stdout
+
+
+def test_the_lock_is_for_every_python_that_the_project_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11,<3.14"
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pinned = [re.split(r"==| ;", line)[0] for line in lines if not line.startswith("#")]
+    assert pinned == sorted(set(pinned))  # one version each, whatever the Python
+    assert not any("python_" in line.partition(";")[2].replace("platform_python_", "") for line in lines)
+
+
+def test_every_module_of_the_environment_is_compiled() -> None:
+    """What set-up left to compile would be compiled in each start, where PYTHONDONTWRITEBYTECODE is set."""
+    import ray
+
+    packages = Path(ray.__file__).parents[1]
+    for name in ("ray/dashboard", "torch/nn", "diffusers/models", "transformers/models/clip"):
+        sources = list((packages / name).rglob("*.py"))
+        cached = {path.name.split(".")[0] for path in (packages / name).rglob("*.pyc")}
+        assert sources
+        assert {source.stem for source in sources} <= cached
+
+
+@pytest.mark.skipif("PYTHONPYCACHEPREFIX" in os.environ, reason="bytecode lies elsewhere")
+def test_bytecode_is_written_although_the_user_forbids_it(tmp_path: Path) -> None:
+    """By the very line of the Makefile."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
+    line = re.search(r"\$\(BIN\)/python (-m compileall -q) \$\(OWN\)", recipe)
+    assert line
+    (tmp_path / "module.py").write_text("x = 1\n")
+    command = [sys.executable, *line[1].split(), str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
+    assert list(tmp_path.rglob("module.*.pyc"))
