@@ -1,4 +1,4 @@
-"""The process that holds the embedded Ray: run by `cluster.connect.local_cluster`, not by hand.
+"""The process that holds the embedded Ray: run by `cluster.local.local_cluster`, not by hand.
 
 It starts a head node with the settings given as one JSON argument, and stops it when its standard input
 ends. The kernel ends it whenever the parent is gone, killed included, so no Ray outlives its user.

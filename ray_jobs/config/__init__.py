@@ -106,6 +106,13 @@ class LocalConfig(Section):
         8, description="logical CPUs: more than cores, so that drivers and Ray Data tasks fit beside"
     )
     object_store_mb: int = Field(512, ge=80, description="object store, in MiB")
+    niceness: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="of tasks and actors, as `nice` counts it: 0 shares the cores with other programs; "
+        "15, Ray's own default, leaves a run what others do not want, a fifth of its speed or less",
+    )
 
 
 class Config(Section):

@@ -1,0 +1,257 @@
+"""Start an embedded Ray on this machine, and stop it again."""
+
+import json
+import os
+import secrets
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.capacity import sized
+from ray_jobs.config import ConfigError, LocalConfig, home
+from ray_jobs.progress import show
+
+START_TIMEOUT_S = 180
+"""How long one start of the embedded Ray may take, in seconds: a loaded machine of 2 cores needs 40."""
+
+STARTS = 3
+"""How often Ray is started before that is an error."""
+
+PORT_FILE = "Timed out waiting for file"
+"""What a raylet of Ray 2.60 writes before it aborts: it waits 15 s for its agent's ports, and no setting
+changes that. An agent takes longer where its imports come from a cold disk, are not compiled, or wait for a
+core; the next one finds them in memory."""
+
+QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of drivers and workers: no progress bars of Ray's own, no warning for every fork."""
+
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""Environment of the embedded Ray's processes. glibc would return the memory of each large tensor to the
+system and get it back page by page for the next one: a quarter of an encoder's time, on two cores."""
+
+ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Environment of the embedded Ray's processes. Nobody takes its only machine away, so each training saves the
+process that would watch for that."""
+
+PATIENCE = {
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_TIMEOUT_S),
+    "RAY_gcs_server_port_wait_time_s": str(START_TIMEOUT_S),
+    "RAY_agent_register_timeout_ms": str(START_TIMEOUT_S * 1000),
+}
+"""Environment of the embedded Ray's head. Ray's own limits, 30 to 60 s, are too short for a cold disk."""
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """The embedded Ray.
+
+    Attributes:
+        address: of the Jobs API (and dashboard), on the loopback interface.
+        gcs_address: what `ray.init(address=...)` takes.
+        logs: the folder of the framework's logs.
+    """
+
+    address: str
+    gcs_address: str
+    logs: Path
+
+
+class NotStartedError(Exception):
+    """Ray did not come up; another start may do.
+
+    Attributes:
+        log: what tells why.
+    """
+
+    def __init__(self, reason: str, log: Path) -> None:
+        super().__init__(reason)
+        self.log = log
+
+
+@contextmanager
+def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
+    """Start Ray on this machine, on loopback addresses only, guarded by a token; stop it at the end.
+
+    All its ports are free ones and its files lie in a folder of their own, so another Ray on this
+    machine, a taken port, what a killed run left behind, or RAY_ADDRESS do not matter. Ray is held by a
+    process beside this one (`cluster/embedded.py`) that stops it when this process ends or is killed.
+    A head that does not come up is started again.
+
+    Raises:
+        ConfigError: if Ray does not come up; it says what to do and names the log. No process is left.
+    """
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(QUIET | KEEP_MEMORY | ONE_MACHINE)
+    _require_token()
+    _stay_on_loopback()
+    for start in range(1, STARTS + 1):
+        head = Head(sized(local))
+        try:
+            cluster = head.wait()
+            break
+        except NotStartedError as error:
+            head.end()
+            if start == STARTS:
+                raise ConfigError(
+                    f"local: Ray did not come up on this machine in {STARTS} starts ({error}): stop other "
+                    "work on it, or run `make setup`, which compiles Python's bytecode, and try again; "
+                    f"its log is {error.log}"
+                ) from None
+            show(f"Ray did not come up ({error}); starting it again")
+        except BaseException:
+            head.end()
+            raise
+    try:
+        yield cluster
+    finally:
+        head.stop()
+
+
+class Head:
+    """A head node of Ray that is starting or up, with its own folder and ports."""
+
+    def __init__(self, local: LocalConfig) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="diffray-"))
+        self.log, port = self.folder / "start.log", _free_port()
+        settings = {
+            "num_cpus": local.num_cpus,
+            "object_store_memory": local.object_store_mb * 2**20,
+            "temp_dir": str(self.folder / "ray"),
+            "gcs_server_port": port,
+            "node_ip_address": "127.0.0.1",
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": _free_port(),
+            "dashboard_agent_listen_port": 0,
+            # A port that is known is not waited for.
+            "runtime_env_agent_port": _free_port(),
+        }
+        own = {
+            # For Ray Train, whose processes else ask the Ray that was started last on this machine whether a
+            # training is still wanted, and end it if that one does not know it.
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_worker_niceness": str(local.niceness),
+            # Ray Train's workers run in folders of their own: relative paths start where this process is.
+            "DIFFRAY_HOME": str(home()),
+        }
+        environment = os.environ | PATIENCE | own
+        # What Ray's processes have to compile, they compile once.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        with open(self.log, "wb") as errors:
+            self.holder = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("embedded.py")), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+            )
+
+    def wait(self) -> LocalCluster:
+        """Return once the Jobs API answers.
+
+        Raises:
+            NotStartedError: if Ray ends, its raylet dies, or nothing answers in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        words = self._first_line(deadline).split()
+        cluster = LocalCluster(f"http://{words[1]}", words[0], Path(words[2]))
+        from ray.job_submission import JobSubmissionClient
+
+        while True:
+            try:
+                JobSubmissionClient(cluster.address).list_jobs()
+                return cluster
+            except (ConnectionError, RuntimeError):
+                self._check_alive(deadline)
+                time.sleep(0.5)
+
+    def _first_line(self, deadline: float) -> str:
+        """What the holder prints once the head is up."""
+        stdout = self.holder.stdout
+        assert stdout is not None
+        while not select.select([stdout], [], [], 0.5)[0]:
+            self._check_alive(deadline)
+        line = stdout.readline().decode()
+        if not line:
+            self._check_alive(deadline)
+            raise NotStartedError(_last_line(self.log) or "it ended at once", self.log)
+        return line
+
+    def _check_alive(self, deadline: float) -> None:
+        raylet = self.folder / "ray" / "session_latest" / "logs" / "raylet.err"
+        if raylet.exists() and PORT_FILE in raylet.read_text(encoding="utf-8", errors="replace"):
+            raise NotStartedError("its agent was not up within 15 s", raylet.resolve())
+        if time.monotonic() > deadline:
+            raise NotStartedError(f"it does not answer after {START_TIMEOUT_S} s", self.log)
+
+    def stop(self) -> None:
+        """Stop Ray in its own order."""
+        assert self.holder.stdin is not None
+        self.holder.stdin.close()
+        self.holder.wait()
+        shutil.rmtree(self.folder / "ray" / "session_latest" / "runtime_resources", ignore_errors=True)
+
+    def end(self) -> None:
+        """Kill every process of a Ray that did not come up, an agent whose raylet is gone included."""
+        self.holder.kill()
+        self.holder.wait()
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("RAY_TMPDIR") == str(self.folder):
+                    process.kill()
+                    process.wait(10)
+            except psutil.Error:  # ended meanwhile, or another user's
+                continue
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log, which in a traceback says what was wrong."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:300] if lines else ""
+
+
+def _free_port() -> int:
+    """A port that nothing listens on at the loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _require_token() -> None:
+    """Turn token authentication on for this process and its children, with a new token if there is none."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray reads its settings when it is imported; where that has happened, it must read them again.
+    from ray import _raylet
+
+    _raylet.Config.initialize("")  # type: ignore[attr-defined]
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+
+
+def _stay_on_loopback() -> None:
+    """Have Ray take 127.0.0.1 for this machine's address; else it puts an outside one in its place.
+
+    Ray has one switch for that, named for the systems where it is the default. It is read when Ray is
+    imported, which may have happened here (hence the constant), and by every process that Ray starts.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
