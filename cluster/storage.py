@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pyarrow import NativeFile, fs
 
@@ -43,7 +44,7 @@ class Storage:
             ConfigError: if the address is of another kind or the store does not know it.
         """
         if uri.startswith("file://"):
-            uri = uri.removeprefix("file://")
+            uri = unquote(uri.removeprefix("file://"))
         if "://" not in uri:
             folder = str(home() / Path(uri).expanduser())
             return Storage(folder, fs.LocalFileSystem(), folder)
@@ -61,7 +62,8 @@ class Storage:
 
     def child(self, *parts: str) -> "Storage":
         """The folder `parts` below this one; it need not exist."""
-        address, mark, query = self.uri.partition("?")
+        # A local folder may have a `?` in its name; of an address it begins the options.
+        address, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
         below = "/".join(parts)
         return Storage(f"{address.rstrip('/')}/{below}{mark}{query}", self.filesystem, self._at(below))
 

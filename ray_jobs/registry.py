@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
@@ -61,7 +62,7 @@ def tracking_uri(config: Config) -> str:
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
             "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{Storage.open(config.storage).uri}/mlflow.db"
+    return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db").render_as_string(hide_password=False)
 
 
 def check_store(config: Config) -> None:
@@ -126,8 +127,8 @@ def open_client(config: Config) -> Any:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(config)
-    if uri.startswith("sqlite:///"):
-        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")) or ".", exist_ok=True)
+    if file := sqlite_file(uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
     return mlflow.MlflowClient(uri, registry_uri=uri)
 
 
@@ -156,8 +157,8 @@ def open_existing(config: Config) -> Any:
     Raises:
         ConfigError: there is no store yet.
     """
-    uri = tracking_uri(config)
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+    file = sqlite_file(tracking_uri(config))
+    if file and not file.exists():
         raise nothing_published(config)
     return open_client(config)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.sqlite import sqlite_file
 from cluster.storage import Storage
 from ray_jobs.config import Config, Section
 from ray_jobs.progress import say
@@ -74,7 +75,7 @@ def _open(config: Config) -> None:
 def _experiment(client: Any, config: Config) -> str:
     """The run's experiment. Beside a SQLite file the pictures lie in the storage too: MLflow's own choice is
     the current folder, which of a job is gone after it."""
-    if tracking_uri(config).startswith("sqlite:") and not client.get_experiment_by_name(config.name):
+    if sqlite_file(tracking_uri(config)) and not client.get_experiment_by_name(config.name):
         place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
         return str(client.create_experiment(config.name, artifact_location=place))
     return experiment_id(client, config.name)

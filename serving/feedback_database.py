@@ -32,6 +32,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateTable
 from sqlalchemy.types import BigInteger
 
+from cluster.sqlite import sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
@@ -120,7 +121,7 @@ def feedback_url(config: Config) -> str | URL:
         )
     storage = Storage.open(config.storage)
     storage.filesystem.create_dir(storage.path)
-    return URL.create("sqlite", database=f"{storage.uri}/{FILE}")
+    return sqlite_url(f"{storage.uri}/{FILE}")
 
 
 def open_database(url: str | URL) -> Engine:

@@ -47,6 +47,17 @@ def test_the_champion_outlives_the_folder_that_it_was_registered_from(config: Co
     assert Path(found.source).is_relative_to(config.storage)
 
 
+def test_a_storage_of_any_name_holds_its_registry(config: Config, tmp_path: Path) -> None:
+    """A `?` begins the options of a URL, a `#` its fragment, a `%` an escape."""
+    place = tmp_path / "runs#1? 50%25 'a'"
+    config = config.model_copy(update={"storage": str(place)})
+    register(config, source=weights(tmp_path / "model", 1.0), measured=MEASURED, params={"a": "1"})
+    found = champion(config)
+    assert found.source.startswith(f"{place}/registry/")
+    assert (place / "mlflow.db").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("runs#1") and path != place]
+
+
 def test_a_folder_without_weights_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no safetensors"):
         register(config, source=str(tmp_path), measured=MEASURED, params={})

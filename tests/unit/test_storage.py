@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs
+from sqlalchemy import create_engine, text
 
+from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, resolve_path
 
@@ -111,6 +113,7 @@ def test_a_full_disk_leaves_the_former_content_and_no_partial_file(
     storage.write_text("a.txt", "former")
     program = f"""
 import resource, signal
+from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -159,3 +162,45 @@ def test_the_query_of_an_address_stays_at_its_end() -> None:
 def test_an_unknown_kind_of_address_is_refused() -> None:
     with pytest.raises(ConfigError, match="s3:// or gs://"):
         Storage.open("ftp://host/runs")
+
+
+ODD = "runs#1? 50%25 'a' \"b\" c&d+é"
+
+
+def test_a_folder_with_any_name_holds_what_is_written_below_it(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path / ODD))
+    below = storage.child("demo", "model")
+    assert (below.uri, below.path) == (f"{tmp_path}/{ODD}/demo/model",) * 2
+    below.write_text("a.json", "{}")
+    assert (tmp_path / ODD / "demo" / "model" / "a.json").read_text() == "{}"
+    assert Storage.open(below.uri).exists("a.json")
+    assert Storage.open((tmp_path / ODD).as_uri()).uri == storage.uri
+
+
+def test_the_url_of_a_sqlite_file_names_that_file(tmp_path: Path) -> None:
+    """SQLAlchemy would read a `?` as the beginning of options, and decode a `%25`."""
+    file = tmp_path / ODD / "a.db"
+    file.parent.mkdir()
+    engine = create_engine(sqlite_url(file).render_as_string(hide_password=False))
+    with engine.begin() as connection:
+        connection.execute(text("create table t (x integer)"))
+    engine.dispose()
+    assert [path.name for path in file.parent.iterdir()] == ["a.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [ODD]
+    assert sqlite_file(str(sqlite_url(file))) == file
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///runs/a b.db", Path("runs/a b.db")),
+        ("sqlite:////runs/a.db?timeout=5", Path("/runs/a.db")),
+        ("sqlite+pysqlite:///runs/a.db", Path("runs/a.db")),
+        ("sqlite://", None),
+        ("postgresql+psycopg://user@host/a", None),
+        ("http://mlflow:5000", None),
+        ("./mlruns", None),
+    ],
+)
+def test_the_file_of_a_url(url: str, file: Path | None) -> None:
+    assert sqlite_file(url) == file

@@ -1,0 +1,22 @@
+"""The URL of a SQLite file, and the file of such a URL: `?`, `#` and `%` in a path are none of a URL's."""
+
+from pathlib import Path
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+
+def sqlite_url(file: str | Path) -> URL:
+    """The URL that SQLAlchemy, and with it MLflow, takes for a SQLite file."""
+    return URL.create("sqlite", database=str(file))
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file that a URL names; None for one of another kind, or for a database in memory."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        return None
+    return Path(parsed.database)
