@@ -146,7 +146,7 @@ class Watched(Source):
     source: Source
     first_read: Path
 
-    def read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
+    def _read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
         if not self.first_read.exists():
             self.first_read.touch()
         return self.source.read(piece, wanted)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.connect import ONE_MACHINE, LocalCluster
+from cluster.local import ONE_MACHINE, LocalCluster
 from ray_jobs.config import Config
 from ray_jobs.prepare import prepare
 from ray_jobs.training.checkpoint import SERIES, folder_of
