@@ -28,7 +28,7 @@ LEAST_BAR = 1.5  # one picture among thousands is still seen
 REASONS = {
     "empty_file": "The file has no bytes: copy it again from its origin, or remove it.",
     "unreadable": "The file cannot be read as a picture: open it in a viewer, then mend or replace it.",
-    "unknown_format": "The format is not read here: convert the file to PNG, JPEG, WebP, GIF, TIFF or BMP.",
+    "unknown_format": "The format is not read here: convert the file to PNG, JPEG, WebP, TIFF or AVIF.",
     "truncated": "The file ends before the picture does: copy it again, the transfer was probably cut off.",
     "too_many_pixels": "The picture has more pixels than data.cleaning.max_pixels: make it smaller, or raise"
     " the limit if you trust where it comes from.",

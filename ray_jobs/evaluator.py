@@ -152,7 +152,7 @@ class Evaluator:
         guidance_scale: float | None = None,
     ) -> list[bytes]:
         """One PNG a caption."""
-        from ray_jobs.data.images import encode_png
+        from ray_jobs.pictures.reading import encode_png
 
         batches = self._sample(weights, captions, seeds, guidance_scale)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
@@ -214,7 +214,7 @@ class Evaluator:
 
 def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
     """The same batches; the first pictures are written on the way."""
-    from ray_jobs.data.images import encode_png
+    from ray_jobs.pictures.reading import encode_png
 
     names = list(kept.names) if kept else []
     for batch in batches:

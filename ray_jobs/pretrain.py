@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
-from ray_jobs.data.images import decode_image
 from ray_jobs.data.sources import Sample, open_source
+from ray_jobs.pictures.reading import decode_image
 from ray_jobs.progress import clock, say
 from ray_jobs.stage import run_stage
 from ray_jobs.train import train

@@ -16,9 +16,9 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.dreambooth import Subject, class_pictures
 from ray_jobs.data.encoding import encoder_actors
-from ray_jobs.data.images import encode_png
 from ray_jobs.data.sources import Source, list_files
 from ray_jobs.diffusion.model_files import model_digest
+from ray_jobs.pictures.reading import encode_png
 from ray_jobs.progress import say
 
 FOLDER = "class_pictures"

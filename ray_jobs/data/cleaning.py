@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ray_jobs.config import CleaningConfig
-from ray_jobs.data.images import Picture, Rejected
+from ray_jobs.pictures.reading import Picture, Rejected
 
 SHARPNESS_SIDE = 256
 # `at_least` of `read_picture` for a picture that is only measured: the sharpness of a JPEG that is reduced to

@@ -18,10 +18,10 @@ from cluster.storage import Storage
 from ray_jobs.config import CleaningConfig, Config
 from ray_jobs.data.cleaning import MEASURES, Measures, check, check_size, histogram
 from ray_jobs.data.duplicates import Pairs, find_near_pairs
-from ray_jobs.data.images import Rejected
 from ray_jobs.data.samples import LEFT_OUT, read_suffix_text
 from ray_jobs.data.scan import Entry, HashPart, read_index
 from ray_jobs.data.splits import Shares, Split, fold_of, split_of, stratified_splits
+from ray_jobs.pictures.reading import Rejected
 
 FILES_A_HASH_PART = 256
 HOLD_OUT_FROM = 20

@@ -21,13 +21,13 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.augmentation import augment, row_generator
 from ray_jobs.data.geometry import Fitted, Size, fit
-from ray_jobs.data.images import Picture, encode_png, read_picture
 from ray_jobs.data.parts import read_part, write_part
 from ray_jobs.data.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.scan import FILES_AT_ONCE, Entry
 from ray_jobs.data.sources import Source
 from ray_jobs.data.splits import content_digest
 from ray_jobs.data.tensors import tensor_column
+from ray_jobs.pictures.reading import Picture, encode_png, read_picture
 
 # What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
 # part; so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its

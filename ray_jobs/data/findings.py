@@ -12,10 +12,10 @@ from PIL import Image
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.decisions import Decisions
-from ray_jobs.data.images import Rejected, read_picture
 from ray_jobs.data.scan import Entry, read_index
 from ray_jobs.data.sources import Sample, Source
 from ray_jobs.dataset_report import Example
+from ray_jobs.pictures.reading import Rejected, read_picture
 
 EXAMPLES_A_REASON = 12
 EXAMPLE_SIDE = 128  # pixels; what a preview shows is smaller than what is read

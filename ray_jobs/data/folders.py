@@ -12,7 +12,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.images import Rejected
 from ray_jobs.data.listing import PICTURE_SUFFIXES, TEXT_SUFFIX, Listing, Stamp, file_stamp
 from ray_jobs.data.samples import (
     Piece,
@@ -24,6 +23,7 @@ from ray_jobs.data.samples import (
     fingerprint,
     legible,
 )
+from ray_jobs.pictures.reading import Rejected
 
 ROWS_A_PIECE = 128
 

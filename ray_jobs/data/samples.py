@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ray_jobs.data.images import Rejected
+from ray_jobs.pictures.reading import Rejected
 
 Role = Literal["instance", "class"]
 

@@ -21,9 +21,9 @@ from cluster.storage import Storage
 from ray_jobs.config import DataConfig
 from ray_jobs.data.cleaning import FIRST_LOOK_SIDE, measure
 from ray_jobs.data.duplicates import Pictures
-from ray_jobs.data.images import Rejected, read_picture
 from ray_jobs.data.sources import Piece, Sample, Source
 from ray_jobs.data.splits import content_digest
+from ray_jobs.pictures.reading import Rejected, read_picture
 
 VERSION = 2  # of what a scan measures; another one scans anew
 FILES_AT_ONCE = 16  # index files that are read side by side

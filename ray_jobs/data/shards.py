@@ -10,7 +10,6 @@ from typing import Any
 from pyarrow import fs
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.images import Rejected
 from ray_jobs.data.listing import Listing
 from ray_jobs.data.members import Group, Grouping
 from ray_jobs.data.samples import (
@@ -25,6 +24,7 @@ from ray_jobs.data.samples import (
     no_pictures,
 )
 from ray_jobs.data.tables import CAPTION_COLUMNS
+from ray_jobs.pictures.reading import Rejected
 
 BUFFER = 4 << 20  # bytes that are asked for at once
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.images import Rejected
 from ray_jobs.data.samples import Piece, Sample, Source, broken_sample, check_caption, decode_caption
+from ray_jobs.pictures.reading import Rejected
 
 # Columns that are taken where the configuration names none; the first that is there.
 IMAGE_COLUMN = "image"

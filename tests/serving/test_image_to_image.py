@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.pictures.reading import decode_image
 from serving.engine import Engine
 from serving.opening import read_picture
 from serving.rows import Request
+from serving.schemas import APIError
 from tests import tiny_models
 from tests.conftest import draw
 from tests.serving import plain_diffusers
@@ -136,10 +138,14 @@ def test_a_picture_that_cannot_be_encoded_fails_its_chunk_only(tiny_model: Path)
         lost.result(0)
 
 
-def as_file(pixels: np.ndarray) -> bytes:
+def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    image.save(file, file_format, **options)
     return file.getvalue()
+
+
+def as_file(pixels: np.ndarray) -> bytes:
+    return saved(Image.fromarray(pixels), "PNG")
 
 
 def test_a_picture_of_another_size_is_cut_evenly_and_scaled() -> None:
@@ -158,6 +164,33 @@ def test_what_is_transparent_becomes_white() -> None:
     opened = read_picture(as_file(image), 20, 20)
     assert (opened[:, :8] == 255).all()
     assert (opened[:, 12:] == torch.tensor([255, 0, 0])).all()
+
+
+def test_an_uploaded_picture_is_read_as_training_reads_its_pictures() -> None:
+    """Deep grey, a turned photograph, CMYK, and colours of another profile, whose description says sRGB."""
+    ramp = Image.fromarray(np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64))
+    assert read_picture(saved(ramp, "PNG"), 64, 64)[..., 0].flatten().tolist() == [
+        round(value / 257) for value in np.asarray(ramp).ravel().tolist()
+    ]
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
+    for content in (
+        saved(photo, "JPEG", exif=turned),
+        saved(photo.convert("CMYK"), "JPEG"),
+        saved(photo, "WEBP", icc_profile=swapped),
+        saved(photo, "PNG", icc_profile=swapped),
+    ):
+        trained = decode_image(content, resolution=64, background="white")
+        assert np.array_equal(read_picture(content, 64, 64), trained)
+        assert not np.array_equal(trained, photo)
+
+
+def test_a_format_that_is_not_offered_is_refused() -> None:
+    with pytest.raises(APIError, match="not a picture in one of PNG, JPEG, WEBP"):
+        read_picture(saved(Image.new("RGB", (64, 64)), "TIFF"), 64, 64)
 
 
 @pytest.mark.parametrize("shape", [(1, 1_000_000), (1_000_000, 1)])

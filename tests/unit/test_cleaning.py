@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ray_jobs.config import CleaningConfig
 from ray_jobs.data.cleaning import FIRST_LOOK_SIDE, MEASURES, check, check_size, histogram, measure
-from ray_jobs.data.images import Picture, Rejected, read_picture
+from ray_jobs.pictures.reading import Picture, Rejected, read_picture
 
 EMOJI = Path(__file__).parents[2] / "examples" / "fluent-emoji"
 

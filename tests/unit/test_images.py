@@ -2,15 +2,19 @@
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from ray_jobs.data.images import Picture, Rejected, decode_image, encode_png, read_picture
+from ray_jobs.pictures.reading import Picture, Rejected, decode_image, encode_png, read_picture
+
+pillow_heif.register_heif_opener()  # which also writes such files
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -62,6 +66,8 @@ def oriented(orientation: int) -> Image.Exif:
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("BMP", {}),
+        ("AVIF", {"quality": 95}),
+        ("HEIF", {"quality": 95}),
     ],
 )
 def test_every_usual_format_is_read(file_format: str, options: dict[str, Any]) -> None:
@@ -71,14 +77,13 @@ def test_every_usual_format_is_read(file_format: str, options: dict[str, Any]) -
     assert np.abs(np.asarray(picture.image).astype(int) - (200, 100, 50)).max() <= 2
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_eight_orientations_are_turned_upright(file_format: str, orientation: int) -> None:
     stored = Image.new("RGB", (32, 16), "black")
     stored.paste("white", (0, 0, 16, 8))
-    exif = oriented(orientation)
-    data = encode(stored, file_format, exif=exif)
-    stored.info["exif"] = exif.tobytes()
+    data = encode(stored, file_format, exif=oriented(orientation))
+    stored.info["exif"] = oriented(orientation).tobytes()  # writing AVIF took it out of the other
     upright = ImageOps.exif_transpose(stored)
     picture = read(data)
     assert (picture.width, picture.height) == upright.size == picture.image.size
@@ -167,7 +172,8 @@ def swapped_profile() -> bytes:
     """sRGB with the primaries of red and green exchanged."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
-    return profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    assert "sRGB".encode("utf-16-be") in profile  # the description does not decide
+    return profile
 
 
 def linear_grey_profile() -> bytes:
@@ -187,6 +193,115 @@ def test_colours_of_another_profile_become_srgb() -> None:
     for mode in ("RGB", "RGBA", "P"):
         red = Image.new("RGB", (4, 4), RED).convert(mode)
         assert colour(encode(red, "PNG", icc_profile=swapped_profile())) == GREEN
+
+
+def test_srgb_itself_is_left_as_it_is_whatever_its_description_says() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = scene(256, 256)
+    for profile in (srgb, srgb.replace("sRGB".encode("utf-16-be"), "best".encode("utf-16-be"))):
+        assert np.array_equal(read(encode(image, "PNG", icc_profile=profile)).image, image)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+
+def with_chunks(data: bytes, *chunks: bytes) -> bytes:
+    """A PNG file with more chunks behind its header."""
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+LARGE = zlib.compress(bytes(70 << 20))  # of text in all Pillow takes 64 MiB
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + LARGE),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + LARGE),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + LARGE),
+        chunk(b"iCCP", b"printer\0\0" + LARGE),
+        chunk(b"iCCP", b"broken\0\0" + b"no zlib"),
+        chunk(b"iCCP", b"no end"),
+        chunk(b"tEXt", b"workflow\0" + b"x" * (65 << 20)),
+        chunk(b"tEXt", b"transparency\0" + b"no number"),
+        chunk(b"tEXt", b"icc_profile\0" + b"no profile"),
+        chunk(b"tEXt", b"exif\0" + b"no exif"),
+        chunk(b"tEXt", b""),
+        chunk(b"eXIf", b"no exif")[:-1] + b"?",
+        chunk(b"gAMA", b""),
+        chunk(b"cHRM", b"x"),
+        chunk(b"sRGB", b""),
+        chunk(b"pHYs", b"x"),
+        chunk(b"acTL", b"x"),
+        chunk(b"prIv", b"x")[:-1] + b"?",
+    ],
+    ids=lambda more: f"{more[4:8].decode()}-{more[8:16].decode(errors='replace')}",
+)
+def test_what_stands_beside_the_pixels_of_a_png_does_not_decide_over_it(more: bytes) -> None:
+    image = scene()
+    data = with_chunks(encode(image, "PNG"), more)
+    tracemalloc.start()
+    picture = read(data).image
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(picture, image)
+    assert peak < len(more) + (20 << 20)  # no text is unpacked without a bound
+
+
+def test_a_profile_of_more_than_a_mebibyte_is_heeded() -> None:
+    data = encode(Image.new("RGB", (4, 4), RED), "PNG")
+    large = chunk(b"iCCP", b"swapped\0\0" + zlib.compress(swapped_profile() + bytes(3 << 20)))
+    assert colour(with_chunks(data, large)) == GREEN
+
+
+def test_texts_that_turn_a_picture_upright_are_heeded() -> None:
+    data = encode(scene(), "PNG")
+    xmp = b'<x tiff:Orientation="6"/>'
+    raw = b"Raw profile type exif\0"
+    exif = oriented(6).tobytes()
+    profile = b"\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode())
+    for text in (
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0XMP\0" + zlib.compress(xmp)),
+        chunk(b"tEXt", raw + profile),
+        chunk(b"zTXt", raw + b"\0" + zlib.compress(profile)),
+    ):
+        assert read(with_chunks(data, text)).image.size == (37, 50)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of broken EXIF
+def test_broken_segments_beside_the_pixels_of_a_jpeg_cost_it_nothing() -> None:
+    data = encode(scene(), "JPEG")
+    for marker, content in (
+        (0xE2, b"MPF\0II*\0\x08\0\0\0\1\0\1\xb0\4\0\xff\0\0\0\0\0\0\0"),
+        (0xE2, b"MPF\0no directory"),
+        (0xE2, b"ICC_PROFILE\0\2\5" + b"part of nothing"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"<"),
+        (0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0"),
+        (0xFE, b"transparency"),
+    ):
+        segment = struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+        assert read(data[:2] + segment + data[2:]).image.size == (50, 37), content
+
+
+@pytest.mark.parametrize("tag", [{50706: b"\1\4\0\0"}, {254: 1}])
+def test_a_preview_in_a_cameras_raw_file_is_not_taken_for_the_picture(tag: dict[int, Any]) -> None:
+    assert reason(encode(scene(), "TIFF", tiffinfo=tag)) == "unknown_format"
+
+
+def test_a_first_look_at_a_heif_file_is_not_at_its_thumbnail() -> None:
+    data = encode(scene(320, 224), "HEIF", quality=50, thumbnails=[128])
+    picture = read(data, at_least=64)
+    assert picture.image.size == (picture.width, picture.height) == (320, 224)
+
+
+def test_formats_can_be_fewer() -> None:
+    data = encode(scene(), "TIFF")
+    with pytest.raises(Rejected, match="unknown_format: not one of PNG, JPEG"):
+        read_picture(data, background="white", max_pixels=10**6, formats=("PNG", "JPEG"))
 
 
 def test_grey_of_another_gamma_becomes_srgb() -> None:
@@ -223,7 +338,7 @@ def test_a_cut_file_is_truncated_at_a_first_look_too() -> None:
                 assert reason(data[: int(len(data) * share)], at_least=at_least) == "truncated"
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF"])
 def test_a_cut_file_is_truncated_in_every_format(file_format: str) -> None:
     data = encode(scene(), file_format)
     for share in (0.2, 0.5, 0.95):
@@ -285,6 +400,8 @@ def seeds() -> dict[str, bytes]:
         "lzw": encode(scene(), "TIFF", compression="tiff_lzw"),
         "tiff16": encode(grey, "TIFF"),
         "bmp": encode(scene(), "BMP"),
+        "avif": encode(scene(), "AVIF", exif=exif, icc_profile=profile),
+        "heif": encode(scene(), "HEIF", exif=exif, icc_profile=profile),
     }
 
 

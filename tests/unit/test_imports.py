@@ -15,7 +15,7 @@ OURS = ("ray_jobs", "cluster", "serving")
 
 # Earlier ranks know nothing of later ones. A room (a folder) stands for all its modules.
 ORDER = (
-    ("ray_jobs.config", "ray_jobs.dataset_report", "ray_jobs.promotion"),
+    ("ray_jobs.config", "ray_jobs.dataset_report", "ray_jobs.pictures", "ray_jobs.promotion"),
     ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
     ("cluster",),
     (
@@ -54,13 +54,14 @@ ORDER = (
     ("ray_jobs.pipeline",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-PURE = ("ray_jobs.diffusion", "ray_jobs.metrics")
+PURE = ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.pictures")
 NOT_PURE = ("ray", "deepspeed", "mlflow", "pyarrow", "fsspec", "s3fs", "gcsfs", "boto3")
 SERVING_KNOWS = (
     "ray_jobs.config",
     "ray_jobs.diffusion",
     "ray_jobs.feature_networks",
     "ray_jobs.metrics",
+    "ray_jobs.pictures",
     "ray_jobs.registry",
     "ray_jobs.versions",
     "ray_jobs.progress",

@@ -11,7 +11,6 @@ import torch
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.images import encode_png
 from ray_jobs.diffusion import loading
 from ray_jobs.evaluate import dealt
 from ray_jobs.evaluator import Evaluator, Kept, join
@@ -27,6 +26,7 @@ from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
+from ray_jobs.pictures.reading import encode_png
 from tests.serving.conftest import save_adapters
 from tests.unit.test_metrics_networks import noise
 

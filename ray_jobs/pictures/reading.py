@@ -3,10 +3,14 @@
 import functools
 import io
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ray_jobs.pictures.colours import eight_bits, to_srgb
+from ray_jobs.pictures.png import pixels_only
 
 # By how a file of each format begins. Only the one that fits is opened: Pillow knows some forty formats,
 # and a file of a stranger should not choose among their parsers (EPS would start Ghostscript).
@@ -18,6 +22,15 @@ SIGNATURES = {
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "BMP": re.compile(rb"BM"),
 }
+# AVIF and HEIF are boxes of one container, which names what it can be read as.
+BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
+}
+FORMATS = (*SIGNATURES, *BRANDS)
+BRANDS_END = 256  # bytes of a file in which its brands are looked for
+PREVIEW = 1  # bit of TIFF's NewSubfileType
+DNG_VERSION = 50706  # tag of a raw picture in a TIFF
 MAX_PIXELS = 100_000_000
 
 # Pillow warns of, and at twice that refuses, what is larger than a bound of the whole process. Setting it
@@ -57,8 +70,18 @@ class Picture:
     height: int
 
 
-def read_picture(data: bytes, *, background: str, max_pixels: int, at_least: int | None = None) -> Picture:
-    """Decode a JPEG, PNG, WebP, GIF (first frame), TIFF or BMP file, turn it upright, make it 8-bit sRGB.
+def read_picture(
+    data: bytes,
+    *,
+    background: str,
+    max_pixels: int,
+    at_least: int | None = None,
+    formats: Collection[str] = FORMATS,
+) -> Picture:
+    """Decode a JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIF file, turn it upright, make it 8-bit sRGB.
+
+    Of several frames or pages the first one counts. What stands beside the pixels (texts, EXIF or a profile
+    that are broken or too large) is left aside.
 
     Args:
         data: the whole file.
@@ -66,6 +89,7 @@ def read_picture(data: bytes, *, background: str, max_pixels: int, at_least: int
         max_pixels: a larger picture is rejected before any pixel is decoded.
         at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as the shorter side keeps so many
             pixels; the time for a large one falls by half and more. None: full size.
+        formats: those of FORMATS that are read.
 
     Raises:
         Rejected: `empty_file`; `unknown_format`; `too_many_pixels`; `truncated`: the file ends too early;
@@ -73,14 +97,17 @@ def read_picture(data: bytes, *, background: str, max_pixels: int, at_least: int
     """
     if not data:
         raise Rejected("empty_file", "the file has no bytes")
-    file_format = next((name for name, begins in SIGNATURES.items() if begins.match(data)), None)
-    if file_format is None:
-        raise Rejected("unknown_format", f"not one of {', '.join(SIGNATURES)}; it begins with {data[:8]!r}")
+    file_format = _format(data)
+    if file_format not in formats:
+        raise Rejected("unknown_format", f"not one of {', '.join(formats)}; it begins with {data[:12]!r}")
+    profile = None
+    if file_format == "PNG":
+        data, profile = pixels_only(data)
     try:
         image, size = _load(data, file_format, max_pixels, at_least)
         orientation = _orientation(image)
-        profile = image.info.get("icc_profile")
-        colours, alpha = _eight_bits(image)
+        profile = profile or image.info.get("icc_profile")
+        colours, alpha = eight_bits(image)
     except Rejected:
         raise
     except Exception as error:
@@ -90,7 +117,7 @@ def read_picture(data: bytes, *, background: str, max_pixels: int, at_least: int
         cut = "truncated" in broken.lower() or _is_cut(data, file_format)
         detail = f"{file_format}: {broken or type(error).__name__}"
         raise Rejected("truncated" if cut else "unreadable", detail) from None
-    upright = _to_srgb(colours, profile)
+    upright = to_srgb(colours, profile)
     if alpha is not None:
         canvas = Image.new("RGB", upright.size, background)
         canvas.paste(upright, mask=alpha)
@@ -100,19 +127,46 @@ def read_picture(data: bytes, *, background: str, max_pixels: int, at_least: int
     return Picture(upright, *(reversed(size) if orientation in SWAPS_SIDES else size))
 
 
+def _format(data: bytes) -> str:
+    """The format of a file by how it begins; "" if it is none that is read."""
+    if data[4:8] == b"ftyp":
+        end = min(int.from_bytes(data[:4], "big"), BRANDS_END)
+        brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
+        return next((name for name, known in BRANDS.items() if brands & known), "")
+    return next((name for name, begins in SIGNATURES.items() if begins.match(data)), "")
+
+
 def _load(
     data: bytes, file_format: str, max_pixels: int, at_least: int | None
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The pixels as they are stored, and the width and height before any reduction."""
+    if file_format == "HEIF":
+        _register_heif()
     image = Image.open(io.BytesIO(data), formats=[file_format])
+    width, height = _checked_size(image, max_pixels)
+    tags = getattr(image, "tag_v2", {})
+    if DNG_VERSION in tags or tags.get(ExifTags.Base.NewSubfileType, 0) & PREVIEW:
+        raise Rejected("unknown_format", "a camera's raw file, of which only the preview could be read")
+    if at_least and file_format == "JPEG":  # of a HEIF file it would take the thumbnail
+        image.draft(None, (at_least, at_least))
+        image.load()
+        return image, (width, height)
+    image.load()
+    return image, _checked_size(image, max_pixels)  # what a HEIF file holds may differ from its header
+
+
+def _checked_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
     width, height = image.size
     if width * height > max_pixels:
-        detail = f"{width} x {height} pixels are more than data.cleaning.max_pixels {max_pixels}"
-        raise Rejected("too_many_pixels", detail)
-    if at_least:
-        image.draft(None, (at_least, at_least))  # what is not JPEG ignores it
-    image.load()
-    return image, (width, height)
+        raise Rejected("too_many_pixels", f"{width}x{height} are more pixels than the {max_pixels:,} allowed")
+    return width, height
+
+
+@functools.cache
+def _register_heif() -> None:
+    import pillow_heif  # it takes as long to import as all else here
+
+    pillow_heif.register_heif_opener()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -138,64 +192,24 @@ def _is_cut(data: bytes, file_format: str) -> bool:
             return not data.endswith(b";")
         case "WEBP":
             return int.from_bytes(data[4:8], "little") + 8 > len(data)
+        case "AVIF" | "HEIF":
+            return _boxes_end(data) > len(data)
         case "BMP":
             return int.from_bytes(data[2:6], "little") > len(data)
         case _:  # TIFF: its directory often comes last
             return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") >= len(data)
 
 
-def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in mode L, RGB or CMYK, and the opacity in mode L (None: opaque)."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey_from_deep(image), None
-    if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")  # the only way out of premultiplied grey
-        mode = "LA" if image.mode in ("L", "LA") else "RGBA"
-        with_alpha = image.convert(mode)
-        return with_alpha.convert(mode[:-1]), with_alpha.getchannel("A")
-    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB"), None
-
-
-def _grey_from_deep(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float grey to 0..255; Pillow's own conversion would clip it at 255.
-
-    White is 65535 for 16 bits. Integers of 32 bits and floats do not say: of the usual whites, the
-    smallest that no value exceeds, or else the brightest value. What is below zero or not finite is black.
-    """
-    values = np.asarray(image).astype(np.float32)
-    np.nan_to_num(values, copy=False, nan=0, posinf=0, neginf=0)
-    whites = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-    brightest = float(values.max())
-    white = next((white for white in whites if brightest <= white), brightest)
-    grey = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-        grey = 255 - grey  # "white is zero": Pillow heeds it for 8 bits only
-    return Image.fromarray(grey)
-
-
-def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """L, RGB or CMYK to sRGB, by the profile that the file carries, else as Pillow takes the numbers."""
-    # A broken TIFF may hold numbers in the place of a profile.
-    transform = _transform(profile, image.mode) if isinstance(profile, bytes) else None
-    return transform.apply(image) if transform else image.convert("RGB")
-
-
-@functools.lru_cache(maxsize=16)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an ICC profile to sRGB; None where there is nothing to do.
-
-    That is so for sRGB itself, which would cost as much as decoding, and for a profile that is broken or
-    of another colour space than the picture: the picture is good without it, as browsers hold too.
-    """
-    try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(opened):
-            return None
-        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None
+def _boxes_end(data: bytes) -> int:
+    """Where the last box of an AVIF or HEIF file should end, in bytes from its beginning."""
+    end = 0
+    while end + 16 <= len(data):
+        size = int.from_bytes(data[end : end + 4], "big")
+        size = int.from_bytes(data[end + 8 : end + 16], "big") if size == 1 else size
+        if size < 8:  # 0: to the end of the file
+            return len(data)
+        end += size
+    return end
 
 
 def decode_image(
