@@ -28,7 +28,6 @@ DENOISER_ATTENTION = (
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
-ADAM_8BIT = 1 + 4 / 256  # bytes of a moment: one, and an fp32 scale for each block of 256 (arXiv 2110.02861)
 REDUCED_AT_ONCE = 500_000_000  # elements of ZeRO's bucket of gradients, at most
 LIVE_AT_ONCE = (
     1_000_000_000  # elements that ZeRO-3 may keep gathered (DeepSpeed's stage3_max_live_parameters)
@@ -195,14 +194,16 @@ def rank_memory(
     # Stage 1 shards gradients at the end of the backward pass, but sums those of several pieces up whole.
     sharded_gradients = stage >= 2 or (stage == 1 and pieces_a_step(train, workers) == 1)
     parameters = element * (whole if stage < 3 else -(-whole // workers))
-    gradients = element * (share if sharded_gradients else trained)
+    # Those of several pieces are summed in fp32.
+    of_gradient = element if pieces_a_step(train, workers) == 1 else 4
+    gradients = of_gradient * (share if sharded_gradients else trained)
     masters = 4 * share if stage else 0
-    moments = (2 * ADAM_8BIT if train.optimizer == "adamw_8bit" else 8) * (share if stage else trained)
+    moments = 8 * (share if stage else trained)
     buckets = element * min(int(zero.get("reduce_bucket_size", REDUCED_AT_ONCE)), trained) if stage else 0
     if stage == 3:
         buckets += element * min(int(zero.get("stage3_max_live_parameters", LIVE_AT_ONCE)), whole)
     state = {"parameters": parameters, "gradients": gradients, "master_weights": masters}
-    state |= {"moments": math.ceil(moments), "averages": 4 * share if train.ema_decay else 0}
+    state |= {"moments": moments, "averages": 4 * share if train.ema_decay else 0}
     away = {"parameters"} if train.offload_parameters else set()
     if train.offload_optimizer:
         away |= {"gradients", "master_weights", "moments", "averages"}

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_jobs.config.fields import LearningRate, Positive, Section, Share
 
@@ -128,14 +128,14 @@ class TrainConfig(Section):
     offload_parameters: bool = Field(False, description="weights in the host's memory (stage 3)")
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of weights and arithmetic; ZeRO keeps what it updates in fp32"
+        "fp32",
+        description="of weights and arithmetic; ZeRO keeps what it updates in fp32, and gradients of several "
+        "micro batches are summed in fp32; fp16 is for GPUs and has never been run",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     channels_last: bool = Field(False, description="memory layout of convolutions")
     compile: bool = Field(False, description="torch.compile: a slow start, then faster steps")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="8 bit: by bitsandbytes, GPUs only"
-    )
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101), states in fp32")
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW; biases and norms are exempt")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")
     epsilon: float = Field(1e-8, gt=0, description="of AdamW")
@@ -199,9 +199,17 @@ class TrainConfig(Section):
             )
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision: fp16 needs use_gpu; a CPU has bf16")
-        if self.optimizer == "adamw_8bit" and not self.use_gpu:
-            raise ValueError("optimizer: adamw_8bit needs use_gpu")
         return self
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _eight_bit(cls, given: Any) -> Any:
+        if given == "adamw_8bit":
+            raise ValueError(
+                "adamw_8bit is gone, for its 8-bit states could not be resumed; take adamw, and zero_stage 1 "
+                "or higher or offload_optimizer where memory is short"
+            )
+        return given
 
     @model_validator(mode="after")
     def _schedules(self) -> "TrainConfig":

@@ -70,6 +70,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         # Ours is a plain torch optimizer, so that CPU and GPU run the same arithmetic.
         "zero_allow_untested_optimizer": True,
     }
+    if pieces > 1 and config.precision != "fp32":
+        # DeepSpeed 0.19.8 sums the gradients of several pieces in the model's precision: 512 times 1/512 is
+        # then 0.5 in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.zero_stage == 1:
+            settings["communication_data_type"] = "fp32"  # of the sums; stages 2 and 3 send each piece
     return _merged(settings, config.deepspeed, "")
 
 
@@ -96,23 +102,9 @@ def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters.
-
-    Raises:
-        ValueError: 8-bit states were asked for and bitsandbytes is not installed.
-    """
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters."""
     groups = parameter_groups(model)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    if config.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise ValueError(
-                "train.optimizer: adamw_8bit needs bitsandbytes on every node (pip install bitsandbytes): "
-                f"{error}"
-            ) from None
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
-        return optimizer
     if config.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -152,7 +144,22 @@ def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any
         config=settings,
         dist_init_required=False,
     )
+    if engine.zero_optimization_stage() == 0:
+        _keep_gradient_norm(engine)
     return engine
+
+
+def _keep_gradient_norm(engine: Any) -> None:
+    """Let `get_global_grad_norm` return the norm before clipping without ZeRO too.
+
+    There DeepSpeed 0.19.8 clips by a norm that it does not keep, and returns None.
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip
 
 
 def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
@@ -174,7 +181,7 @@ def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
 
     Args:
         before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it
-            did not train: their moments are zero, so their first step must count as the first.
+            did not train.
     """
     for layers, members in engine.module.layer_groups.items():
         if before and stage.trains(layers) and not before.trains(layers):

@@ -29,10 +29,9 @@ def state_bytes(engine: Any) -> dict[str, int]:
 
 def _gradients(engine: Any) -> int:
     """Stages 0 and 1 keep whole gradients, stages 2 and 3 this rank's part of them."""
-    whole = [parameter for _, parameter in engine.module.all_trained]
+    size: int = engine.get_data_types()[1].itemsize
     if engine.zero_optimization_stage() < 2:
-        return sum(parameter.numel() * parameter.element_size() for parameter in whole)
-    size = whole[0].element_size()
+        return sum(parameter.numel() for _, parameter in engine.module.all_trained) * size
     return sum(piece.numel for piece in held_fragments(engine)) * size
 
 

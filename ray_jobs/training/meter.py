@@ -99,8 +99,8 @@ class Meter:
         loss, look, due = self._agreed(share, look, due)
         if self.rank == 0 and self.board is not None:
             self.board.count.remote(self.trial_id)
-        self._watch(step, loss)
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = float(self.engine.get_global_grad_norm())
+        self._watch(step, loss, norm)
         self.series.append(
             {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "time": time.time()}
         )
@@ -129,14 +129,20 @@ class Meter:
         known, self.preempted = self.preempted, ray.train.get_preemption_info() is not None
         return self.preempted and not known
 
-    def _watch(self, step: int, loss: float) -> None:
+    def _watch(self, step: int, loss: float, norm: float) -> None:
         self.recent = [*self.recent[-SMOOTHED + 1 :], loss]
         smoothed = sum(self.recent) / len(self.recent)
         if len(self.recent) >= min(SMOOTHED, ENOUGH / self.config.batch_size):
             self.lowest = min(self.lowest, smoothed)
-        if math.isfinite(loss) and smoothed <= EXPLODED * self.lowest:
+        if not math.isfinite(loss):
+            what = "is not a number"
+        elif smoothed > EXPLODED * self.lowest:
+            what = f"rose to {smoothed:.3g}"
+        elif not math.isfinite(norm) and self.config.precision != "fp16":
+            # ZeRO leaves such steps out; with fp16 only until its loss scale fits.
+            what = "has a gradient that is not finite"
+        else:
             return
-        what = "is not a number" if not math.isfinite(loss) else f"rose to {smoothed:.3g}"
         good = (
             f"the last checkpoint is that of step {self.saved_step}" if self.saved_step else "none was saved"
         )

@@ -100,13 +100,21 @@ def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
 
 
 def restart_adam(engine: Any, names: Iterable[str]) -> None:
-    """Adam's first step is the next one for the named parameters: they were frozen, their moments are
-    zero."""
+    """Set the moments and the step count of the named parameters to 0, as before Adam's first step.
+
+    While they were frozen, ZeRO let their moments decay and counted steps; without it both were left as they
+    were.
+
+    Args:
+        names: all the parameters that the optimizer steps as one tensor, or none of them.
+    """
     wanted = set(names)
     for piece in held_fragments(engine):
         if piece.name in wanted:
             state = adam_state(engine, piece.owner)
             state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+            for kind in MOMENTS:
+                piece.of(state[kind]).zero_()
 
 
 def snapshot(
@@ -219,12 +227,14 @@ def load_state(shards: Shards, engine: Any) -> None:
 
     An engine makes its fp32 weights of the model's after it has rounded those to bf16 or fp16.
     """
+    counted: dict[int, int] = {}  # steps by owner: parameters that nothing uses count none without ZeRO
     for piece in held_fragments(engine):
         state = adam_state(engine, piece.owner)
         piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
         for kind in MOMENTS:
             piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
-        stored = shards.steps[piece.name]
+        stored = max(shards.steps[piece.name], counted.get(id(piece.owner), 0))
+        counted[id(piece.owner)] = stored
         state["step"] = torch.full_like(state["step"], stored) if torch.is_tensor(state["step"]) else stored
 
 

@@ -113,8 +113,11 @@ DEMO_TARGETS = [
 
 
 def test_zero_divides_what_its_paper_says() -> None:
-    """Table 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision; GB without buckets."""
-    expected = {1: 31.4, 2: 16.6, 3: 1.88}
+    """Table 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs, mixed precision; GB without buckets.
+
+    There the gradients of several pieces are summed in 16 bits, here in 32.
+    """
+    expected = {1: 31.4 + 15, 2: 16.6 + 15 / 64, 3: 1.88 + 15 / 64}
     for stage, gigabytes in expected.items():
         train = TrainConfig(
             method="full",
