@@ -69,6 +69,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         # Ours is a plain torch optimizer, so that CPU and GPU run the same arithmetic.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own for offloading has to be compiled first
     }
     if pieces > 1 and config.precision != "fp32":
         # DeepSpeed 0.19.8 sums the gradients of several pieces in the model's precision: 512 times 1/512 is
@@ -105,12 +106,8 @@ def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optim
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters."""
     groups = parameter_groups(model)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    if config.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **settings)
-        return offloaded
-    return torch.optim.AdamW(groups, **settings)
+    # In the host's memory the fused form reads and writes each state once instead of some ten times.
+    return torch.optim.AdamW(groups, **settings, fused=config.offload_optimizer or None)
 
 
 def import_deepspeed() -> Any:

@@ -93,8 +93,7 @@ def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
     """Adam's state of a tensor that the optimizer steps; zeros before its first step."""
     state: dict[str, Any] = engine.basic_optimizer.state[owner]
     if not state:
-        # torch's AdamW counts its steps in a tensor, DeepSpeed's in a number.
-        state["step"] = torch.tensor(0.0) if isinstance(engine.basic_optimizer, torch.optim.AdamW) else 0
+        state["step"] = torch.tensor(0.0)
         state.update({name: torch.zeros_like(owner) for name in MOMENTS})
     return state
 
@@ -112,7 +111,7 @@ def restart_adam(engine: Any, names: Iterable[str]) -> None:
     for piece in held_fragments(engine):
         if piece.name in wanted:
             state = adam_state(engine, piece.owner)
-            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+            state["step"].zero_()
             for kind in MOMENTS:
                 piece.of(state[kind]).zero_()
 
@@ -235,7 +234,7 @@ def load_state(shards: Shards, engine: Any) -> None:
             piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
         stored = max(shards.steps[piece.name], counted.get(id(piece.owner), 0))
         counted[id(piece.owner)] = stored
-        state["step"] = torch.full_like(state["step"], stored) if torch.is_tensor(state["step"]) else stored
+        state["step"].fill_(stored)
 
 
 def whole(engine: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
