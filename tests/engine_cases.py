@@ -1,0 +1,156 @@
+"""What runs on each of two ranks in the tests of the engine: small models whose steps are known."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_jobs.config import TrainConfig
+from ray_jobs.training.engine import build_engine, enter_stage, set_hyperparameters
+from ray_jobs.training.memory import state_bytes
+from ray_jobs.training.stages import stage_at, stages_of
+from ray_jobs.training.state import (
+    Shards,
+    load_state,
+    load_weights,
+    owned_fragments,
+    snapshot,
+    whole,
+    write_shard,
+)
+
+STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+
+
+class TwoLayers(nn.Module):
+    """Two layers without biases, four weights of 1 each; the gradient of each weight is its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
+        for layer in (self.first, self.second):
+            nn.init.ones_(layer.weight)
+        self.all_trained = list(self.named_parameters())
+        self.layer_groups = {"other": dict(self.all_trained)}
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        inputs = inputs.to(self.first.weight.dtype)
+        return (self.first(inputs) + self.second(inputs)).float().sum()
+
+
+class Layers(nn.Module):
+    """A layer in the group `first`, and one with a bias and a norm in `other`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.norm = nn.Linear(4, 3, bias=False), nn.Linear(4, 3), nn.LayerNorm(4)
+        self.all_trained = list(self.named_parameters())
+        members = {
+            group: {name: p for name, p in self.all_trained if name.startswith("first") == (group == "first")}
+            for group in ("first", "other")
+        }
+        self.layer_groups = members
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.first(inputs).sum() + self.second(inputs).sum() + self.norm(inputs).sum()
+
+
+PIECES = [256.0, *7 * [1.0]]  # gradients; in bf16 256 + 1 is 256
+
+
+def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
+    """Norm and state of a step whose pieces have the gradients `PIECES`, for each weight."""
+    found = {}
+    for precision, zero_stages in STAGES.items():
+        for zero_stage in zero_stages:
+            train = TrainConfig(precision=precision, zero_stage=zero_stage, micro_batch_size=1)
+            engine = build_engine(TwoLayers(), train, 2)  # type: ignore[arg-type]
+            for gradient in PIECES:
+                engine.backward(engine(torch.full((1, 4), gradient)))
+                engine.step()
+            norm = float(engine.get_global_grad_norm())
+            found[f"{precision} {zero_stage}"] = {"norm": norm, "state": state_bytes(engine)}
+    return found
+
+
+LAST = 7
+STAGED = {
+    "schedule": "constant",
+    "learning_rate": 0.1,
+    "batch_size": 2,
+    "max_grad_norm": 1e9,
+    "groups": {"first": ["first*"]},
+    "stages": [
+        {"steps": 2, "trainable": ["first"], "weight_decay": 0.5},
+        {"steps": 3, "trainable": ["other"], "weight_decay": 0.2},
+        {"steps": 2, "trainable": ["first", "other"], "weight_decay": 0.0},
+    ],
+}
+ENGINES: dict[str, dict[str, Any]] = {str(stage): {"zero_stage": stage} for stage in range(4)}
+ENGINES |= {f"{stage} offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)}
+ENGINES["all offloaded"] = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+# While `first` is frozen, before it is trained again, after its first step.
+RESTARTS = [("0", "3", 4), ("3", "2 offloaded", 5), ("all offloaded", "0", 5), ("1", "1", 6)]
+Weights = dict[str, list[Any]]  # of a step, by parameter
+
+
+def input_of(step: int) -> torch.Tensor:
+    return step * torch.tensor([[1.0, -2.0, 3.0, 4.0]])
+
+
+def climb(engine_settings: dict[str, Any], first: int, last: int, resumed: Path | None) -> Any:
+    """Weights after each step from `first` to `last`, and the engine."""
+    train = TrainConfig.model_validate(STAGED | engine_settings)
+    stages, model = stages_of(train, LAST), Layers()
+    shards = Shards(resumed, 2) if resumed else None
+    if shards:
+        load_weights(shards, model.all_trained)
+    engine = build_engine(model, train, 2)  # type: ignore[arg-type]
+    if shards:
+        load_state(shards, engine)
+    enter_stage(engine, stage_at(stages, first), None)
+    seen: list[Weights] = []
+    for step in range(first, last + 1):
+        stage = stage_at(stages, step)
+        if step == stage.first and step > 1:
+            enter_stage(engine, stage, stages[stages.index(stage) - 1])
+        set_hyperparameters(engine, stage, step)
+        engine.backward(engine(input_of(step)))
+        engine.step()
+        found = whole(engine, {piece.key: piece.weights for piece in owned_fragments(engine)})
+        seen.append({name: values.tolist() for name, values in found.items()})
+    return seen, engine
+
+
+def weights_in_stages(loop: dict[str, Any]) -> dict[str, list[Weights]]:
+    """Of each engine, and of two of them with a restart between."""
+    rank = torch.distributed.get_rank()
+    found = {name: climb(settings, 1, LAST, None)[0] for name, settings in ENGINES.items()}
+    for before, after, pause in RESTARTS:
+        seen, engine = climb(ENGINES[before], 1, pause, None)
+        there = Path(loop["folder"], f"{before}, {after}")
+        write_shard(there, rank, 2, *snapshot(engine, {}))
+        torch.distributed.barrier()
+        found[there.name] = seen + climb(ENGINES[after], pause + 1, LAST, there)[0]
+    return found
+
+
+def expected_in_stages() -> list[Weights]:
+    """By torch's own AdamW, made anew for what is trained again; biases and norms do not decay."""
+    model, seen = Layers(), []
+    optimizers: dict[str, torch.optim.AdamW] = {}
+    for step in range(1, LAST + 1):
+        decay, trained = ((0.5, "f"), (0.2, "sn"), (0.0, "fsn"))[(step > 2) + (step > 5)]
+        now = {name: p for name, p in model.all_trained if name[0] in trained}
+        optimizers = {name: optimizers.get(name) or torch.optim.AdamW([p], lr=0.1) for name, p in now.items()}
+        model.zero_grad()
+        model(input_of(step)).backward()
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["weight_decay"] = decay if name.split(".")[0] != "norm" else 0.0
+            if name == "second.bias":
+                optimizer.param_groups[0]["weight_decay"] = 0.0
+            optimizer.step()
+        seen.append({name: p.tolist() for name, p in model.all_trained})
+    return seen
