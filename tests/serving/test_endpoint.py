@@ -494,6 +494,15 @@ def test_readyz_names_the_version_that_answers(url: str) -> None:
     )
 
 
+def test_what_the_page_links_to_is_there(url: str) -> None:
+    page = httpx.get(f"{url}/", trust_env=False).text
+    links = {link for link in re.findall(r'(?:href|src)="([^"]+)"', page) if not link.startswith("#")}
+    assert {"openapi.json", "web/style.css"} <= links
+    assert {link: httpx.get(f"{url}/{link}", trust_env=False).status_code for link in links} == dict.fromkeys(
+        links, 200
+    )
+
+
 def test_the_openapi_document_keeps_the_limits_and_gives_examples(url: str, config: Config) -> None:
     document = httpx.get(f"{url}/openapi.json", trust_env=False).json()
     request = document["components"]["schemas"]["ImageRequest"]
