@@ -1,6 +1,7 @@
 """What the RayService deploys is what Ray's own schema and this project's code know."""
 
 import ast
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeDeploySchema
 
 from ray_jobs.config import load_config
+from serving.solvers import check_scheduler, scheduler_of
 from tests.k8s.manifests import OVERLAYS, ROOT, find
 
 
@@ -103,3 +105,32 @@ def test_a_disruption_leaves_a_replica() -> None:
     labels = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
     assert budget["minAvailable"] == 1
     assert budget["selector"]["matchLabels"].items() <= labels.items()
+
+
+# The scheduler files of bases that a configuration takes from the hub, as they are published.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+    }
+}
+
+
+@pytest.mark.parametrize("name", ["demo", "kubernetes", "kubernetes_dev"])
+def test_the_endpoint_of_a_configuration_serves_the_base_that_it_trains(name: str) -> None:
+    import diffusers
+
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    base = config.model.base
+    own = ROOT / base / "scheduler" / "scheduler_config.json"
+    file = PUBLISHED[base] if base in PUBLISHED else json.loads(own.read_text(encoding="utf-8"))
+    scheduler = getattr(diffusers, file["_class_name"]).from_config(file)
+    check_scheduler(scheduler_of(scheduler, config.serve.solver))
