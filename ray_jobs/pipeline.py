@@ -44,8 +44,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    announce_class_pictures(config, open_sources(config))
     check_store(config)
+    announce_class_pictures(config, open_sources(config))
     check_networks(config.evaluate)
     try:
         model_folder(resolve_path(config.model.base), revision=config.model.revision)

@@ -30,7 +30,7 @@ from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import Registered, register
-from ray_jobs.registry import REFERENCE, weights_digest
+from ray_jobs.registry import REFERENCE, check_store, weights_digest
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.samples import SAMPLES
 from ray_jobs.search_results import FINISHED, SearchResult, read_result, spent
@@ -259,6 +259,7 @@ def _write_report(
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+    check_store(config)
     check_networks(config.evaluate)
     dataset = prepare(config)
     found = read_result(config, dataset)

@@ -5,8 +5,10 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cluster.storage import Storage
@@ -17,11 +19,11 @@ from ray_jobs.registry import (
     CANDIDATE,
     CHAMPION,
     PREVIOUS,
-    experiment_id,
     open_client,
     store_errors,
     weights_digest,
 )
+from ray_jobs.store import ATTEMPTS, experiment_id, retried, versions_of
 from ray_jobs.versions import aliases_of, command_line, make_champion, measured_of, names_of
 
 FOLDER = "registry"  # below the storage: the weights of every version
@@ -64,7 +66,7 @@ def register(
     with store_errors(config):
         client = open_client(config)
         _ensure_model(client, name)
-        same = client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
+        same = [each for each in versions_of(client, name) if each.tags.get("digest") == digest]
         found = max(same, key=lambda each: int(each.version), default=None)
         if found is not None and DECISION in found.tags:
             aliases = names_of(aliases_of(client, config), int(found.version))
@@ -73,14 +75,16 @@ def register(
                 int(found.version), aliases, f"registered before, {found.tags[DECISION]}; {now}"
             )
         if found is None:
-            found = client.create_model_version(
-                name,
-                source=_keep(config, source, digest),
-                run_id=_log_run(client, config, measured, params, metrics or {}),
-                tags=_tags(config, measured, digest),
-                description=description,
+            kept = _keep(config, source, digest)
+            run = _log_run(client, config, measured, params, metrics or {})
+            tags = _tags(config, measured, digest)
+            found = retried(
+                lambda: client.create_model_version(
+                    name, source=kept, run_id=run, tags=tags, description=description
+                )
             )
-        return _decide(client, config, int(found.version), measured)
+        before = set(_champions(versions_of(client, name)))
+        return _settled(client, config, _decide(client, config, int(found.version), measured), before)
 
 
 def _decide(client: Any, config: Config, version: int, measured: Measured) -> Registered:
@@ -99,11 +103,61 @@ def _decide(client: Any, config: Config, version: int, measured: Measured) -> Re
     else:
         decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
     if against:
-        client.set_registered_model_alias(name, CANDIDATE, str(version))
+        retried(lambda: client.set_registered_model_alias(name, CANDIDATE, str(version)))
     else:
         make_champion(client, name, version, aliases)
-    client.set_model_version_tag(name, str(version), DECISION, decision)
+    retried(lambda: client.set_model_version_tag(name, str(version), DECISION, decision))
     return Registered(version, names_of(aliases_of(client, config), version), decision)
+
+
+def _settled(client: Any, config: Config, decided: Registered, before: set[int]) -> Registered:
+    """A decision, corrected where another run made its version the champion in the same moment.
+
+    MLflow has no lock: each of two may have met no champion, or replaced one that it never compared with. But
+    each writes its alias, then its decision, and then looks for the other's, so one of them sees both at
+    least. All come to the same end: the earlier version stays, unless the later one beats it.
+
+    Args:
+        before: versions that had been made the champion when the decision was begun.
+    """
+    name, version = config.publish.model_name, decided.version
+    best = version
+    for _ in range(ATTEMPTS):
+        made = _champions(versions_of(client, name))
+        if version not in made or not set(made) - before - {version}:
+            return decided
+        rivals = sorted(set(made) - before | {version})
+        best, former = _best(client, [made[each] for each in rivals])
+        aliases = aliases_of(client, config)
+        if aliases.get(CHAMPION) == best and former in (None, aliases.get(PREVIOUS)):
+            break
+        former_aliases = {alias: number for alias, number in aliases.items() if alias != CHAMPION}
+        make_champion(client, name, best, former_aliases | ({CHAMPION: former} if former else {}))
+        if aliases.get(PREVIOUS) == best and former is None:
+            retried(partial(client.delete_registered_model_alias, name, PREVIOUS))
+        beaten = [each for each in rivals if each not in (best, former)]
+        if beaten:
+            retried(partial(client.set_registered_model_alias, name, CANDIDATE, str(beaten[-1])))
+    message = decided.message
+    if best != version:
+        message = f"stays candidate: it does not beat version {best}, which was registered at the same time"
+        retried(lambda: client.set_model_version_tag(name, str(version), DECISION, message))
+    return Registered(version, names_of(aliases_of(client, config), version), message)
+
+
+def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
+    """Of versions that were registered at the same time, which one is the champion and which it replaced."""
+    best, former = versions[0], None
+    for each in versions[1:]:
+        measured = measured_of(client, each)
+        if measured and not objection(measured, measured_of(client, best)):
+            best, former = each, best
+    return int(best.version), int(former.version) if former else None
+
+
+def _champions(versions: list[Any]) -> dict[int, Any]:
+    """Those that were made the champion when they were registered, by number."""
+    return {int(each.version): each for each in versions if each.tags.get(DECISION, "").startswith(CHAMPION)}
 
 
 def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
@@ -117,13 +171,17 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "code_version": code_version(),
         "feature_network": measured.feature_network,
         "num_samples": str(measured.num_samples),
+        "test_fid": repr(measured.fid),
+        **({} if measured.error is None else {"test_fid_error": repr(measured.error)}),
         "signature": json.dumps(signature(config.data.resolution)),
     }
 
 
 def _keep(config: Config, source: str, digest: str) -> str:
     """Copy the weights to a folder named by their digest, unless they are there; returns its address."""
-    models, kept = Storage.open(config.storage).child(FOLDER, config.publish.model_name), digest[:16]
+    # An address has no spaces; what tells folders apart is the digest.
+    folder = re.sub("[^A-Za-z0-9._-]", "-", config.publish.model_name)
+    models, kept = Storage.open(config.storage).child(FOLDER, folder), digest[:16]
     place = models.child(kept).uri
     if models.exists(kept) and weights_digest(place) == digest:
         return place
@@ -142,9 +200,12 @@ def _log_run(
     from mlflow.entities import Metric, Param
 
     errors = {} if measured.error is None else {"test_fid_error": measured.error}
-    run = client.create_run(experiment_id(client, config.name), run_name=config.name)
+    # One that was deleted since the start comes back: what was trained must not be lost.
+    experiment = experiment_id(client, config.name, restore=True)
+    run = retried(lambda: client.create_run(experiment, run_name=config.name))
     now = run.info.start_time
-    client.log_batch(
+    log = partial(
+        client.log_batch,
         run.info.run_id,
         params=[Param(key, str(value)) for key, value in params.items()],
         metrics=[
@@ -152,7 +213,8 @@ def _log_run(
             for key, value in {**metrics, "test_fid": measured.fid, **errors}.items()
         ],
     )
-    client.set_terminated(run.info.run_id)
+    retried(log)
+    retried(lambda: client.set_terminated(run.info.run_id))
     return str(run.info.run_id)
 
 
@@ -161,7 +223,7 @@ def _ensure_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        retried(lambda: client.create_registered_model(name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.store import check_experiment, pages, versions_of
 
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
@@ -22,7 +23,6 @@ PREVIOUS = "previous"  # the version that the champion replaced
 # Beside a version's weights: features that drift is told by. Not *.safetensors, although it is one: the
 # digest of the weights is of those files.
 REFERENCE = "reference.features"
-ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,12 @@ def tracking_uri(config: Config) -> str:
 
 
 def check_store(config: Config) -> None:
-    """Look whether the MLflow store of a run can be there, before hours of training; takes no MLflow.
+    """Look whether the MLflow store of a run is there and takes its entries, before hours of training.
 
     Raises:
-        ConfigError: there is no address, or no server answers at it.
+        ConfigError: there is no address, nothing answers at it, or the run's experiment was deleted.
     """
-    import requests
-
-    uri = tracking_uri(config)
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        requests.get(uri, timeout=ANSWERS_WITHIN, stream=True).close()
-    except requests.exceptions.SSLError:
-        return  # it answers; whether its certificate will do is MLflow's to say
-    except requests.RequestException as error:
-        raise ConfigError(
-            f"publish.tracking_uri: {uri}: no MLflow server answers ({type(error).__name__}); start it, or "
-            "correct the address here or in MLFLOW_TRACKING_URI"
-        ) from None
+    check_experiment(tracking_uri(config), config.name)
 
 
 def weights_digest(source: str) -> str:
@@ -143,12 +130,6 @@ def store_errors(config: Config) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"publish.tracking_uri: {tracking_uri(config)}: {reason}") from error
-
-
-def experiment_id(client: Any, name: str) -> str:
-    """The experiment that holds a run's entries, created at its first use."""
-    experiment = client.get_experiment_by_name(name)
-    return str(experiment.experiment_id if experiment else client.create_experiment(name))
 
 
 def open_existing(config: Config) -> Any:
@@ -212,8 +193,23 @@ def registered(config: Config, which: str) -> RegisteredModel:
             ) from None
         if "digest" not in found.tags:
             raise not_ours(config, int(found.version))
-        data = client.get_run(found.run_id).data
-    return _of(found, dict(data.metrics), dict(data.params))
+        run = run_of(client, found)
+    return _of(found, dict(run.data.metrics), dict(run.data.params)) if run else _of(found, {}, {})
+
+
+def run_of(client: Any, version: Any) -> Any:
+    """The MLflow run that a version was logged with; None where it was removed for good (`mlflow gc`), which
+    is tidying up and takes no version away."""
+    from mlflow.exceptions import MlflowException
+
+    if not version.run_id:
+        return None
+    try:
+        return client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
@@ -225,13 +221,14 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
     """
     with store_errors(config):
         client = open_existing(config)
-        models = _pages(client.search_registered_models)
+        models = list(pages(client.search_registered_models))
         found: dict[str, dict[int, RegisteredModel]] = {
             each.name: {} for each in models if each.name in names or "*" in names
         }
         # One model is asked for by its name; of several, one question for all is cheaper than one each.
-        only = f"name = '{next(iter(found))}'" if len(found) == 1 else None
-        for each in _pages(client.search_model_versions, filter_string=only) if found else []:
+        one = next(iter(found), "")
+        versions = versions_of(client, one) if len(found) == 1 else pages(client.search_model_versions)
+        for each in versions if found else []:
             if each.name in found and "digest" in each.tags:
                 found[each.name][int(each.version)] = _of(each, {}, {})
     aliases = {each.name: each.aliases for each in models}
@@ -239,17 +236,6 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
         name: RegistryEntry(versions, {alias: int(to) for alias, to in aliases[name].items()})
         for name, versions in found.items()
     }
-
-
-def _pages(search: Any, **options: Any) -> list[Any]:
-    """All that one of MLflow's paged searches finds."""
-    found, token = [], None
-    while True:
-        page = search(page_token=token, **options)
-        found += page
-        token = page.token
-        if not token:
-            return found
 
 
 def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:

@@ -26,6 +26,7 @@ from ray_jobs.halving import all_trials, best_trials
 from ray_jobs.population import first_generation, next_generation
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say, watched_board
+from ray_jobs.registry import check_store
 from ray_jobs.search_results import (
     FINISHED,
     RESULTS,
@@ -145,6 +146,7 @@ def _tell(config: Config, found: SearchResult) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
+    check_store(config)
     check_networks(config.evaluate)
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:

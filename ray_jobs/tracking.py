@@ -22,9 +22,10 @@ from cluster.sqlite import sqlite_file
 from cluster.storage import Storage
 from ray_jobs.config import Config, Section
 from ray_jobs.progress import say
-from ray_jobs.registry import check_store, experiment_id, open_client, store_errors, tracking_uri
+from ray_jobs.registry import check_store, open_client, store_errors, tracking_uri
 from ray_jobs.samples import SAMPLES, sheet
 from ray_jobs.space import training_of
+from ray_jobs.store import experiment_id, retried
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.loop import DIVERGED
 
@@ -75,10 +76,10 @@ def _open(config: Config) -> None:
 def _experiment(client: Any, config: Config) -> str:
     """The run's experiment. Beside a SQLite file the pictures lie in the storage too: MLflow's own choice is
     the current folder, which of a job is gone after it."""
-    if sqlite_file(tracking_uri(config)) and not client.get_experiment_by_name(config.name):
+    place = None
+    if sqlite_file(tracking_uri(config)):
         place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
-        return str(client.create_experiment(config.name, artifact_location=place))
-    return experiment_id(client, config.name)
+    return experiment_id(client, config.name, artifacts=place)
 
 
 @contextmanager
@@ -286,7 +287,7 @@ class Mirror:
     def _new(self, experiment: str, trial: str, tags: dict[str, str], started: int) -> MlflowRun:
         from mlflow.entities import Param
 
-        run = self.client.create_run(experiment, started, tags, run_name=trial)
+        run = retried(lambda: self.client.create_run(experiment, started, tags, run_name=trial))
         params = run_params(self.trials[trial], self.digest)
         self.client.log_batch(run.info.run_id, params=[Param(*each) for each in params.items()])
         return MlflowRun(run.info.run_id, 0, set())

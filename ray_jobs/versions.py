@@ -24,9 +24,11 @@ from ray_jobs.registry import (
     not_ours,
     nothing_published,
     open_existing,
+    run_of,
     store_errors,
     weights_digest,
 )
+from ray_jobs.store import retried, versions_of
 
 
 def promote(config: Config, version: int) -> None:
@@ -60,8 +62,8 @@ def rollback(config: Config) -> int:
                 f"{command_line('status')} and take {command_line('promote')} --version ..."
             )
         _check_weights(client, config, aliases[PREVIOUS])
-        client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS]))
-        client.delete_registered_model_alias(name, PREVIOUS)
+        retried(lambda: client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS])))
+        retried(lambda: client.delete_registered_model_alias(name, PREVIOUS))
     return aliases[PREVIOUS]
 
 
@@ -72,8 +74,9 @@ def status(config: Config) -> str:
     with store_errors(config):
         client = open_existing(config)
         aliases = aliases_of(client, config)
-        found = client.search_model_versions(f"name = '{config.publish.model_name}'")
-        for each in sorted(found, key=lambda each: -int(each.version)):
+        for each in sorted(
+            versions_of(client, config.publish.model_name), key=lambda each: -int(each.version)
+        ):
             measured = measured_of(client, each)
             scores = ("–", "–", "–")
             if measured:
@@ -87,12 +90,19 @@ def status(config: Config) -> str:
 def measured_of(client: Any, version: Any) -> Measured | None:
     """What a version's tags and metrics say of its score; None where they do not."""
     tags = version.tags
-    if not version.run_id or not {"feature_network", "num_samples", "data_digest"} <= set(tags):
+    if not {"feature_network", "num_samples", "data_digest"} <= set(tags):
         return None
-    metrics = client.get_run(version.run_id).data.metrics
+    # Versions of before these were tags have them in their MLflow run, which somebody may have removed.
+    scores: dict[str, Any] = tags
+    if "test_fid" not in tags:
+        run = run_of(client, version)
+        scores = run.data.metrics if run else {}
+    if "test_fid" not in scores:
+        return None
+    error = scores.get("test_fid_error")
     return Measured(
-        fid=metrics["test_fid"],
-        error=metrics.get("test_fid_error"),
+        fid=float(scores["test_fid"]),
+        error=None if error is None else float(error),
         num_samples=int(tags["num_samples"]),
         feature_network=tags["feature_network"],
         data=tags["data_digest"],
@@ -131,10 +141,10 @@ def make_champion(client: Any, name: str, version: int, aliases: dict[str, int])
     """
     former = aliases.get(CHAMPION)
     if former not in (None, version):
-        client.set_registered_model_alias(name, PREVIOUS, str(former))
-    client.set_registered_model_alias(name, CHAMPION, str(version))
+        retried(lambda: client.set_registered_model_alias(name, PREVIOUS, str(former)))
+    retried(lambda: client.set_registered_model_alias(name, CHAMPION, str(version)))
     if aliases.get(CANDIDATE) == version:
-        client.delete_registered_model_alias(name, CANDIDATE)
+        retried(lambda: client.delete_registered_model_alias(name, CANDIDATE))
 
 
 def _check_weights(client: Any, config: Config, version: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_jobs.config.data import (
     AugmentationConfig,
@@ -79,6 +79,13 @@ __all__ = [
 ]
 
 
+# What lies in a storage beside the folders of its runs: `--fresh` of a run of that name would delete it.
+NO_RUNS = {
+    *("class_pictures", "encoded", "features", "registry", "mlartifacts", "mlruns"),
+    *("mlflow.db", "feedback.db"),
+}
+
+
 class PretrainConfig(Section):
     """A new base model in Stable Diffusion's architecture, from nothing (`python -m ray_jobs.pretrain`)."""
 
@@ -119,7 +126,9 @@ class Config(Section):
     """A run."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a run of the same name is resumed"
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="a run of the same name is resumed",
     )
     storage: str = Field("runs", description="folder, s3:// or gs:// that every node can reach")
     seed: int = Field(0, description="of training: data order, noise, initial adapters")
@@ -132,6 +141,15 @@ class Config(Section):
     serve: ServeConfig = ServeConfig()
     local: LocalConfig = LocalConfig()
     pretrain: PretrainConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_folder_of_all_runs(cls, name: str) -> str:
+        if name.lower() in NO_RUNS:
+            raise ValueError(
+                f"{name} is what all runs of a storage share, beside their folders; take another"
+            )
+        return name
 
     @model_validator(mode="after")
     def _train_fits(self) -> "Config":

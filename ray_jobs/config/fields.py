@@ -1,10 +1,11 @@
 """What every section is made of: the base class, its field types, paths, and the error of a bad setting."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 
 class ConfigError(ValueError):
@@ -54,7 +55,20 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
 
 
+NAMES = "letters, digits, space . _ - + in its middle, at most 100 characters"
+
+
+def _model_name(name: str) -> str:
+    """A registered model's name, as it can stand in folders, addresses, MLflow's filters and `name@3`."""
+    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?", name):
+        raise ValueError(f"a model's name has {NAMES}; for example fluent-emoji")
+    if name == "base":
+        raise ValueError("base is what a request calls the base model by itself; take another name")
+    return name
+
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+ModelName = Annotated[str, AfterValidator(_model_name)]
 LearningRate = Annotated[float, Field(gt=0, lt=1)]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

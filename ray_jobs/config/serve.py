@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ray_jobs.config.fields import Positive, Section, Share
+from ray_jobs.config.fields import ModelName, Positive, Section, Share
 
 Offload = Literal["none", "encoders", "model"]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
@@ -15,7 +15,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 class PublishConfig(Section):
     """Where the winner goes."""
 
-    model_name: str = Field("diffray", min_length=1, description="name in the MLflow registry")
+    model_name: ModelName = Field(
+        "diffray", description="name in the MLflow registry: letters, digits, space . _ - +"
+    )
     tracking_uri: str | None = Field(
         None,
         description="MLflow server; else MLFLOW_TRACKING_URI, else SQLite in the storage folder",
@@ -77,7 +79,7 @@ class ServeConfig(Section):
     requests_per_minute: Positive = Field(60, description="of a key that has no limit of its own")
     concurrent_requests: Positive = Field(8, description="of a key that has no limit of its own")
 
-    models: list[str] = Field(
+    models: list[ModelName | Literal["*"]] = Field(
         [], description="other registered models of the same base that may be asked for, by name; * is all"
     )
     adapter_mb: Positive = Field(1024, description="MiB of adapters that a replica keeps in memory")

@@ -66,6 +66,23 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("train.prior_loss_weight=-1", "train.prior_loss_weight"),
         ("data.num_class_images=0", "data.num_class_images"),
         ("name=../elsewhere", "name"),
+        (f"name={'x' * 101}", "name: String should have at most 100 characters"),
+        ("publish.model_name=team/style", "publish.model_name: a model's name has letters"),
+        ("publish.model_name='style:v2'", "publish.model_name: a model's name has letters"),
+        ("publish.model_name=it's", "publish.model_name: a model's name has letters"),
+        ("publish.model_name='..'", "publish.model_name: a model's name has letters"),
+        ("publish.model_name='a?b#c'", "publish.model_name: a model's name has letters"),
+        ("publish.model_name='style@2'", "publish.model_name: a model's name has letters"),
+        ("publish.model_name=' style'", "publish.model_name: a model's name has letters"),
+        ("publish.model_name=стиль", "publish.model_name: a model's name has letters"),
+        ("publish.model_name=''", "publish.model_name: a model's name has letters"),
+        (f"publish.model_name={'x' * 101}", "publish.model_name: a model's name has letters"),
+        ("publish.model_name=base", "base is what a request calls the base model"),
+        ("serve.models=[team/style]", "serve.models.0"),
+        ("serve.drift_pictures=.inf", "serve.drift_pictures"),
+        ("serve.request_timeout_s=.inf", "serve.request_timeout_s: Input should be a finite number"),
+        ("train.loss.timestep_mean=.nan", "train.loss.timestep_mean: Input should be a finite number"),
+        ("data.source=[", "--set data.source=[: not YAML"),
         ("train.num_workers=many", "train.num_workers"),
         ("name.first=x", "is a value, not a section"),
         ("resolution", "section.field=value"),
@@ -170,3 +187,29 @@ def test_the_budget_can_be_given_on_the_command_line() -> None:
     steps = parser.parse_args(["--config", str(DEMO), "--max-steps", "many"])
     with pytest.raises(ConfigError, match=r"search\.max_steps: .*'many'"):
         load_config(steps.config, steps.overrides)
+
+
+def test_a_run_is_not_called_what_all_runs_share() -> None:
+    from ray_jobs.data.class_pictures import FOLDER as CLASS_PICTURES
+    from ray_jobs.evaluate import REAL_FEATURES
+    from ray_jobs.registration import FOLDER as REGISTRY
+    from ray_jobs.tracking import ARTIFACTS
+    from serving.feedback_database import FILE as FEEDBACK
+
+    for name in (
+        CLASS_PICTURES,
+        REAL_FEATURES,
+        REGISTRY,
+        "Registry",
+        ARTIFACTS,
+        FEEDBACK,
+        "mlflow.db",
+        "encoded",
+    ):
+        with pytest.raises(ConfigError, match="name: .* is what all runs of a storage share"):
+            load_config(DEMO, [f"name={name}"])
+
+
+@pytest.mark.parametrize("name", ["fluent-emoji-3d", "two words", "v1.2_b+c", "7"])
+def test_names_of_models_that_people_give_are_taken(name: str) -> None:
+    assert load_config(DEMO, [f"publish.model_name='{name}'"]).publish.model_name == name

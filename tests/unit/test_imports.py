@@ -18,6 +18,7 @@ ORDER = (
     ("ray_jobs.config", "ray_jobs.dataset_report", "ray_jobs.pictures", "ray_jobs.promotion"),
     ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
     ("cluster",),
+    ("ray_jobs.store",),
     (
         "ray_jobs.stage",
         "ray_jobs.registry",
