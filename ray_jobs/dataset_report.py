@@ -203,6 +203,8 @@ def _splits(manifest: dict[str, Any]) -> str:
     rows = [(split, f"{manifest[split]:,}") for split in SPLITS if manifest[split] or split != "class"]
     parts.append(table(("split", "pictures"), rows, "numbers"))
     words = [counted(manifest["captions"]["different"], "different caption")]
+    if repaired := manifest["captions"]["repaired"]:
+        words.append(f"{counted(repaired, 'caption')} repaired as CLIP was trained (quotes, widths, HTML)")
     if folds := manifest["folds"]:
         sizes = ", ".join(f"{size:,}" for size in folds)
         words.append(f"{len(folds)} folds of training and validation pictures: {sizes}")

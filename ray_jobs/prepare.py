@@ -23,6 +23,7 @@ import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.captions import caption_rules
 from ray_jobs.data.class_pictures import announce_class_pictures, generate_class_pictures, lacking
 from ray_jobs.data.cleaning import MEASURES
 from ray_jobs.data.dataset import MANIFEST, PARTS, Dataset
@@ -55,7 +56,8 @@ def open_sources(config: Config) -> list[Source]:
     Raises:
         ConfigError: one cannot be read.
     """
-    return [open_source(each, config.data.stratify) for each in config.data.all_sources]
+    rules = caption_rules(config)
+    return [open_source(each, config.data.stratify, rules) for each in config.data.all_sources]
 
 
 def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
@@ -199,6 +201,11 @@ def _left_out(sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
     if decisions.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
         yield f"pictures that are no rows of the set: {reasons}; rejected.jsonl names each"
+    if decisions.num_repaired:
+        yield (
+            f"captions repaired as CLIP was trained (quotes, widths, HTML): {decisions.num_repaired:,}; "
+            "data.repair_captions: false leaves them as they are"
+        )
     if decisions.no_pictures:
         files = sum(decisions.no_pictures.values())
         yield f"files that are no pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
@@ -265,7 +272,7 @@ def describe(
         "source": _shares(config, sources, parts),
         "buckets": _bucket_rows(config, parts),
         "folds": [folds[fold] for fold in range(data.folds)],
-        "captions": {"different": decisions.num_captions},
+        "captions": {"different": decisions.num_captions, "repaired": decisions.num_repaired},
         "measures": {
             name: {
                 "edges": [float(edge) for edge in measure.edges],

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
+from ray_jobs.data.captions import CaptionRules
+from ray_jobs.data.samples import LEFT_OUT
 from ray_jobs.data.sources import Sample, open_source
 from ray_jobs.pictures.reading import decode_image
 from ray_jobs.progress import clock, say
@@ -65,12 +67,14 @@ def _samples(config: Config, path: str) -> Iterator[Sample]:
     Raises:
         ConfigError: one of them cannot be used; a base model is trained on what was looked through before.
     """
-    source = open_source(SourceConfig(path=path), config.data.stratify)
+    rules = CaptionRules(config.data.caption_lines, config.data.repair_captions is not False)
+    source = open_source(SourceConfig(path=path), config.data.stratify, rules)
     for piece in source.pieces:
         for sample in source.read(piece):
-            if sample.problem:
+            if sample.problem and sample.problem.reason not in LEFT_OUT:
                 raise ConfigError(f"{path}: {sample.name}: {sample.problem}; mend or remove it")
-            yield sample
+            if not sample.problem:
+                yield sample
 
 
 def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:

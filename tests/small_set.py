@@ -40,7 +40,7 @@ def small_set(storage: Storage, side: int = 64) -> Dataset:
             "no_pictures": {},
             "measures": {},
             "buckets": {},
-            "captions": {"different": len(texts)},
+            "captions": {"different": len(texts), "repaired": 0},
         },
         "duplicates": {"mode": "keep", "groups": 0, "pictures": 0},
         "source": [{"name": "drawn", "rows": len(texts), "share": 1.0}],

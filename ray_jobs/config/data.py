@@ -98,6 +98,15 @@ class DataConfig(Section):
     validation: Share = Field(0.15, description="share of the pictures that the search is judged on")
     test: Share = Field(0.15, description="share that is looked at once, when publishing")
     split_seed: int = Field(0, description="seed of the split; changing it moves pictures")
+    caption_lines: Literal["whole", "first", "each"] = Field(
+        "whole",
+        description="of a caption of several lines: all as one, the first, or each as a row of its own",
+    )
+    repair_captions: bool | None = Field(
+        None,
+        description="as CLIP was trained: typographic quotes, full-width letters, entities of HTML and text "
+        "that was decoded wrongly become plain; empty: if the base has a text encoder of CLIP's",
+    )
     stratify: str | None = Field(None, description="column whose values are split alike")
     folds: int = Field(0, ge=0, description="of training and validation pictures; 0: none")
     num_class_images: Positive = Field(

@@ -14,6 +14,7 @@ import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.data.captions import caption_rules
 from ray_jobs.data.dreambooth import Subject, class_pictures
 from ray_jobs.data.encoding import encoder_actors
 from ray_jobs.data.sources import Source, list_files
@@ -84,7 +85,10 @@ def generate_class_pictures(
             progress(done, len(items))
     found = sum(wanted.values()) - len(items)
     say("prepare", f"class pictures by the base model: {len(items):,} drawn, {found:,} found")
-    return [_source(prompt, folders[prompt], count) for prompt, count in wanted.items()]
+    rules = caption_rules(config)
+    return [
+        replace(_source(prompt, folders[prompt], count), captions=rules) for prompt, count in wanted.items()
+    ]
 
 
 def _folder(config: Config, model: str, prompt: str) -> Storage:

@@ -47,6 +47,7 @@ class Decisions:
         duplicates: reason to count.
         histograms: measure to counts of `cleaning.MEASURES`' bins.
         num_captions: different captions of kept rows.
+        num_repaired: kept rows whose captions were repaired.
         details: of rows that a threshold sets aside, the number and the threshold.
     """
 
@@ -63,6 +64,7 @@ class Decisions:
     duplicates: dict[str, int]
     histograms: dict[str, np.ndarray]
     num_captions: int
+    num_repaired: int
     details: dict[int, str]
 
     @property
@@ -182,6 +184,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
         duplicates=dict(Counter(reason for reason in reasons[pictures.rows] if reason)),
         histograms=histograms,
         num_captions=len(np.unique(columns["text_hash"][reasons == ""])),
+        num_repaired=int(columns["repaired"][reasons == ""].sum()),
         details=details,
     )
 
@@ -222,9 +225,9 @@ def _read_columns(
     counts: list[int] = []
     details: dict[int, str] = {}
     start = 0
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*names[:-1], "text_hash")}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*names[:-1], "text_hash", "repaired")}
     histograms = {name: histogram(name, np.empty(0)) for name in MEASURES}
-    for table in read_index(index, files, [*names, *sizes, "detail"]):
+    for table in read_index(index, files, [*names, *sizes, "detail", "repaired"]):
         reasons = table["reason"].to_pylist()
         for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
             no_pictures += read_suffix_text(table["detail"][number].as_py())
@@ -233,6 +236,7 @@ def _read_columns(
                 reasons[number], details[start + number] = fault.reason, fault.detail
         start += len(table)
         counts.append(len(table))
+        found["repaired"].append(np.array(table["repaired"].to_pylist(), bool))
         found["digest"].append(np.array(table["digest"].to_pylist(), "S64"))
         for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
             found[name].append(np.array(list(map(sys.intern, values)), object))

@@ -7,11 +7,12 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from ray_jobs.data.captions import AS_WRITTEN, CaptionRules
 from ray_jobs.pictures.reading import Rejected
 
 Role = Literal["instance", "class"]
@@ -32,6 +33,7 @@ class Sample:
     stratum: str  # value of the column that data.stratify names, else ""
     role: Role
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
+    repaired: bool = False  # the caption: see `captions`
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ class Source(ABC):
     num_rows: int | None  # None where only reading tells (tar, Arrow)
     pieces: list[Piece] = field(repr=False)
     notes: tuple[str, ...] = field(default=(), kw_only=True)  # on how it is read, for a person
+    captions: CaptionRules = field(default=AS_WRITTEN, kw_only=True)
 
     @cached_property
     def digest(self) -> str:
         """Of all pieces, in their order."""
-        return fingerprint(*[piece.digest for piece in self.pieces])
+        return fingerprint(self.captions, *[piece.digest for piece in self.pieces])
 
     def reader(self) -> "Source":
         """A copy to send to tasks: it lists no pieces (they can be large) and reads those it is given."""
@@ -78,7 +81,38 @@ class Source(ABC):
 
         What is wrong with a sample is its `problem`; nothing is raised for it.
         """
-        return piece.samples(wanted) if isinstance(piece, LeftOut) else self._read(piece, wanted)
+        if isinstance(piece, LeftOut):
+            return piece.samples(wanted)
+        if self.captions.lines == "each":
+            return self._read_lines(piece, wanted)
+        return (row for sample in self._read(piece, wanted) for row in self._rows(sample))
+
+    def _read_lines(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
+        """As `read`, where a sample may be several rows; which it is, only reading all before it tells."""
+        last = max(wanted, default=-1) if isinstance(wanted, Collection) else None
+        number = 0
+        for sample in self._read(piece, None) if last != -1 else ():
+            for row in self._rows(sample):
+                if wanted is None or number in wanted:
+                    yield replace(row, row=number)
+                number += 1
+            if last is not None and number > last:
+                return
+
+    def _rows(self, sample: Sample) -> list[Sample]:
+        """The rows that a sample gives, by the rules for captions."""
+        if sample.problem:
+            return [sample]
+        texts = self.captions.texts(sample.text)
+        if not texts:
+            return [
+                replace(sample, text="", data=b"", problem=Rejected("empty_caption", "the text is empty"))
+            ]
+        names = [f"{sample.name}: line {number}" for number in range(1, len(texts) + 1)]
+        return [
+            replace(sample, name=name if len(texts) > 1 else sample.name, text=text, repaired=repaired)
+            for name, (text, repaired) in zip(names, texts, strict=True)
+        ]
 
     @abstractmethod
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:

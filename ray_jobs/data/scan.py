@@ -25,7 +25,7 @@ from ray_jobs.data.sources import Piece, Sample, Source
 from ray_jobs.data.splits import content_digest
 from ray_jobs.pictures.reading import Rejected, read_picture
 
-VERSION = 2  # of what a scan measures; another one scans anew
+VERSION = 3  # of what a scan measures; another one scans anew
 FILES_AT_ONCE = 16  # index files that are read side by side
 SCHEMA = pa.schema(
     [
@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("role", pa.string()),
         ("stratum", pa.string()),
+        ("repaired", pa.bool_()),
         ("digest", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -60,10 +61,13 @@ class Entry:
 
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """All pieces in the order of the sources, with the names of their index files."""
-    scanned = json.dumps([VERSION, config.cleaning.max_pixels, config.background, config.stratify])
+    settings = [VERSION, config.cleaning.max_pixels, config.background, config.stratify]
+    scanned = [json.dumps([*settings, vars(source.captions)]) for source in sources]
     return [
         Entry(
-            number, piece, hashlib.sha256(f"{scanned}{piece.digest}".encode()).hexdigest()[:32] + ".parquet"
+            number,
+            piece,
+            hashlib.sha256(f"{scanned[number]}{piece.digest}".encode()).hexdigest()[:32] + ".parquet",
         )
         for number, source in enumerate(sources)
         for piece in source.pieces
@@ -110,7 +114,7 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, Any]:
     """A row of the index: what the picture measures, or the reason why it cannot be read. Thresholds are not
     applied here, so that others can be tried without another scan."""
     row: dict[str, Any] = {name: None for name in SCHEMA.names}
-    row |= {name: getattr(sample, name) for name in ("row", "name", "text", "role", "stratum")}
+    row |= {name: getattr(sample, name) for name in ("row", "name", "text", "role", "stratum", "repaired")}
     row |= {"reason": "", "detail": "", "digest": ""}
     try:
         if sample.problem:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data import arrow, dreambooth, folders, metadata, parquet, shards
+from ray_jobs.data.captions import AS_WRITTEN, CaptionRules
 from ray_jobs.data.listing import PICTURE_SUFFIXES, Listing, list_files
 from ray_jobs.data.samples import Piece, Sample, Source
 
@@ -35,12 +36,13 @@ class _Kind:
     rest: tuple[str, str]
 
 
-def open_source(config: SourceConfig, stratify: str | None) -> Source:
+def open_source(config: SourceConfig, stratify: str | None, captions: CaptionRules = AS_WRITTEN) -> Source:
     """Find out what kind of source lies at `config.path`, and list its pieces.
 
     Args:
         config: a local path, s3:// or gs://, of a folder or of one .parquet, .arrow or .tar file.
         stratify: the column whose value becomes a sample's `stratum`.
+        captions: how captions are read.
 
     Raises:
         ConfigError: there is nothing, or nothing that can be read; names the path, the file and the fix.
@@ -53,7 +55,7 @@ def open_source(config: SourceConfig, stratify: str | None) -> Source:
         if isinstance(source, folders.Folder):
             used |= source.listed()
         rest = list(listing.left_out(used, *kind.rest, first=len(source.pieces)))
-        return replace(source, pieces=[*source.pieces, *rest], notes=notes)
+        return replace(source, pieces=[*source.pieces, *rest], notes=notes, captions=captions)
     except OSError as error:
         raise ConfigError(f"data.source: {config.path}: cannot be read: {error}") from None
 

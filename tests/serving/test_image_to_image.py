@@ -185,7 +185,7 @@ def test_an_uploaded_picture_is_read_as_training_reads_its_pictures() -> None:
     ):
         trained = decode_image(content, resolution=64, background="white")
         assert np.array_equal(read_picture(content, 64, 64), trained)
-        assert not np.array_equal(trained, photo)
+        assert not np.array_equal(trained, np.asarray(photo))
 
 
 def test_a_format_that_is_not_offered_is_refused() -> None:

@@ -1,10 +1,21 @@
 """What becomes of pictures that resemble each other."""
 
+import io
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs.data.decisions import connected
+from cluster.storage import Storage
+from ray_jobs.config import load_config
+from ray_jobs.data.captions import CaptionRules
+from ray_jobs.data.decisions import connected, decide
+from ray_jobs.data.findings import write_findings
+from ray_jobs.data.scan import SCHEMA, entries, scan_sample
+from tests.unit.test_sources import opened, picture, write
 
 
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
@@ -16,3 +27,40 @@ def test_connected_pictures_share_their_least_member(num: int, pairs: list[tuple
         for one, other in edges:
             expected[one] = expected[other] = min(expected[one], expected[other])
     assert found.tolist() == expected
+
+
+def test_rows_of_a_picture_share_its_split_and_files_that_are_no_rows_are_counted_apart(
+    tmp_path: Path,
+) -> None:
+    for number in range(30):
+        name, apostrophe = f"{number:02d}", "\N{RIGHT SINGLE QUOTATION MARK}" if number < 3 else "'"
+        write(
+            tmp_path / "set",
+            {f"{name}.png": picture(number), f"{name}.txt": f"cat{apostrophe}s {name}\na {name}"},
+        )
+    write(tmp_path / "set", {"notes.md": "x", "README": "x", "bare.png": picture(99)})
+    (tmp_path / "set/linked").symlink_to(tmp_path)
+    overrides = ["min_side=1", "min_contrast=null", "max_dark=null", "max_bright=null", "duplicates=ignore"]
+    config = load_config(
+        Path("configs/demo.yaml"),
+        [f"data.source={tmp_path / 'set'}", *(f"data.cleaning.{each}" for each in overrides), "data.folds=2"],
+    )
+    source = opened(tmp_path / "set", captions=CaptionRules("each", repaired=True))
+    found = entries([source], config.data)
+    index, dataset = Storage.open(str(tmp_path / "index")), Storage.open(str(tmp_path / "dataset"))
+    for entry in found:
+        rows = [scan_sample(sample, config.data) for sample in source.read(entry.piece)]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+        index.write_bytes(entry.file, buffer.getvalue())
+    decided = decide(config, found, index, dataset)
+    kept = decided.reasons == ""
+    assert kept.sum() == 60 and decided.num_captions == 60 and decided.num_repaired == 3
+    for each in (decided.splits, decided.folds):
+        assert (each[kept].reshape(30, 2)[:, 0] == each[kept].reshape(30, 2)[:, 1]).all()
+    assert decided.rejected == {"missing_caption": 1} and decided.num_judged == 61
+    assert decided.left_out == {"unusable_link": 1}
+    assert decided.no_pictures == {".md": 1, "without a suffix": 1}
+    write_findings(found, index, decided, dataset)
+    written = dataset.read_text("rejected.jsonl")
+    assert '"bare.png"' in written and '"linked"' in written and "1 .md, 1 without a suffix" in written

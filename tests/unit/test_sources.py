@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.data.captions import AS_WRITTEN
 from ray_jobs.data.folders import ROWS_A_PIECE
 from ray_jobs.data.samples import LEFT_OUT, Sample, Source
 from ray_jobs.data.sources import open_source
@@ -123,7 +124,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name
 
 
 def opened(path: Path | str, stratify: str | None = None, **settings: Any) -> Source:
-    return open_source(SourceConfig(path=str(path), **settings), stratify)
+    """Args: settings: of the source; and `captions`."""
+    captions = settings.pop("captions", AS_WRITTEN)
+    return open_source(SourceConfig(path=str(path), **settings), stratify, captions)
 
 
 def all_samples(source: Source) -> list[Sample]:
@@ -145,9 +148,9 @@ def left_out(source: Source) -> dict[str, str]:
     }
 
 
-def facts(sample: Sample) -> tuple[Any, ...]:
+def facts(sample: Sample) -> dict[str, Any]:
     """What of a sample can be compared: exceptions with the same words are not equal."""
-    return (*vars(sample).values(),)[:-1] + (repr(sample.problem),)
+    return vars(sample) | {"problem": repr(sample.problem)}
 
 
 def problems(source: Source) -> dict[str, str]:
