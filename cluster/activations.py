@@ -1,19 +1,26 @@
 """What a denoiser keeps for its backward pass, estimated from the shapes of its layers.
 
-The rule: every convolution, linear layer and norm has an input, of (its positions) x (its input channels)
-numbers; what is kept is the sum of these times `KEPT`, which was fitted to what autograd saves of a small
-model of each family, and is held to it by tests/unit/test_estimate.py. With gradient checkpointing a block
-keeps its input only, and one block at a time all of it.
+Every convolution, linear layer and norm has an input, of (its positions) x (its input channels) numbers. In
+full training what is kept is the sum of these times `FULL`. A frozen layer keeps nothing for its own weights,
+so with LoRA the sum counts `FROZEN` times, and each layer with an adapter keeps its input too and the
+adapter's `rank` numbers at each position. The factors were fitted to what autograd saves of the demo's model
+and of a small model of each family (torch 2.13, peft 0.21) and are held to it by tests/unit/test_estimate.py.
+With gradient checkpointing a block keeps its input only, and one block at a time all of it.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from cluster.estimate import ELEMENT, Shapes
+from cluster.estimate import DENOISER_ATTENTION, ELEMENT, Shapes, adapted
 from ray_jobs.config import TrainConfig
 
-# By whether it is a UNet, and what is trained: a frozen layer keeps nothing for its own weights.
-KEPT = {(True, "full"): 1.45, (True, "lora"): 1.28, (False, "full"): 2.25, (False, "lora"): 1.45}
+# By whether it is a UNet.
+FULL = {True: 1.5, False: 2.25}
+FROZEN = {True: 1.08, False: 1.0}
+DROPPED = 2.0  # times the input of an adapter with dropout: what is left of it and the mask
+DORA = 2.6  # times the output of a layer with DoRA (arXiv 2402.09353)
+SHARED = {"to_k": "to_q", "to_v": "to_q", "add_k_proj": "add_q_proj", "add_v_proj": "add_q_proj"}
 REST = "rest"  # what lies in no block
 ONE_POSITION = (
     "time_emb",
@@ -35,21 +42,48 @@ def activation_bytes(
         side: of the latents.
         rows: pictures of the micro batch.
     """
-    inputs: dict[str, int] = {}
-    for name, shape in denoiser.items():
-        if not name.endswith(".weight"):
-            continue
-        channels = shape[1] if len(shape) > 1 else shape[0]
-        block = _block(name)
-        inputs[block] = inputs.get(block, 0) + channels * _positions(name, config, side, text_tokens)
-    factor = KEPT["block_out_channels" in config, train.method]
-    kept = factor * sum(inputs.values())
+    where = _Places(config, side, text_tokens)
+    kept = _kept_by_block(train, denoiser, where)
+    total = sum(kept.values())
     if train.gradient_checkpointing:
-        between = {block: _width(denoiser, block) for block in inputs if block != REST}
-        kept = factor * (inputs.get(REST, 0) + max(inputs[block] for block in between)) + sum(
-            width * _positions(f"{block}.", config, side, text_tokens) for block, width in between.items()
-        )
-    return int(rows * ELEMENT[train.precision] * kept)
+        blocks = kept.keys() - {REST}
+        between = sum(_width(denoiser, block) * where.positions(f"{block}.") for block in blocks)
+        total = kept[REST] + max((kept[block] for block in blocks), default=0) + between
+    return int(rows * ELEMENT[train.precision] * total)
+
+
+def _kept_by_block(train: TrainConfig, denoiser: Shapes, where: "_Places") -> dict[str, float]:
+    """Numbers of one picture by the block that keeps them."""
+    lora, is_unet = train.lora, where.is_unet
+    factor = FULL[is_unet] if train.method == "full" else FROZEN[is_unet]
+    kept: dict[str, float] = {REST: 0.0}
+    for name, shape in denoiser.items():
+        if name.endswith(".weight"):
+            channels = shape[1] if len(shape) > 1 else shape[0]
+            block = _block(name)
+            kept[block] = kept.get(block, 0.0) + factor * channels * where.positions(name)
+    if train.method == "full":
+        return kept
+    inputs: dict[str, float] = {}  # by what they are the input of: several layers may share one
+    for layer in adapted(denoiser, lora.target_modules or DENOISER_ATTENTION):
+        name, block = f"{layer}.weight", _block(f"{layer}.weight")
+        positions, shape = where.positions(name), denoiser[name]
+        kept[block] += positions * (lora.rank + (DORA * shape[0] if lora.use_dora else 0))
+        if lora.dropout:
+            kept[block] += DROPPED * positions * shape[1]
+        else:
+            inputs[_source(layer)] = positions * shape[1]
+    for source, numbers in inputs.items():
+        kept[_block(source)] += numbers
+    return kept
+
+
+def _source(layer: str) -> str:
+    """A name of a layer's input: the captions, or what is projected to queries, keys and values."""
+    *above, last = layer.split(".")
+    if above and above[-1] == "attn2" and last in ("to_k", "to_v"):
+        return "captions"
+    return ".".join([*above, SHARED.get(last, last), "input"])
 
 
 def _block(name: str) -> str:
@@ -67,26 +101,44 @@ def _width(denoiser: Shapes, block: str) -> int:
     return norms[0] if norms else max((shape[1] for shape in shapes if len(shape) > 1), default=0)
 
 
-def _positions(name: str, config: dict[str, Any], side: int, text_tokens: int) -> int:
-    """At how many places of a picture a layer works."""
-    if any(part in name for part in ONE_POSITION):
-        return 1
-    if "block_out_channels" not in config:
-        patches = (
-            (side // config.get("patch_size", 1)) ** 2
-            if config.get("pos_embed_max_size")
-            else (side // 2) ** 2
-        )
+@dataclass(frozen=True)
+class _Places:
+    """At how many places of a picture each layer works.
+
+    Attributes:
+        config: the denoiser's.
+        side: of the latents.
+    """
+
+    config: dict[str, Any]
+    side: int
+    text_tokens: int
+
+    @property
+    def is_unet(self) -> bool:
+        return "block_out_channels" in self.config
+
+    def positions(self, name: str) -> int:
+        """Of a layer or block, by its name."""
+        if any(part in name for part in ONE_POSITION):
+            return 1
+        return self._in_unet(name) if self.is_unet else self._in_transformer(name)
+
+    def _in_transformer(self, name: str) -> int:
+        patch = self.config.get("patch_size", 1) if self.config.get("pos_embed_max_size") else 2
+        patches = (self.side // patch) ** 2
         if name.startswith("single_transformer_blocks"):
-            return patches + text_tokens
-        return text_tokens if "context" in name or "add_" in name else patches
-    if ".attn2.to_k" in name or ".attn2.to_v" in name:
-        return text_tokens
-    last = len(config["block_out_channels"]) - 1
-    level = 0
-    if found := re.match(r"(down|up)_blocks\.(\d+)\.", name):
-        level = int(found.group(2)) if found.group(1) == "down" else last - int(found.group(2))
-        level -= "upsamplers" in name
-    elif name.startswith("mid_block"):
-        level = last
-    return (side // 2**level) ** 2
+            return patches + self.text_tokens
+        return self.text_tokens if "context" in name or "add_" in name else patches
+
+    def _in_unet(self, name: str) -> int:
+        if ".attn2.to_k" in name or ".attn2.to_v" in name:
+            return self.text_tokens
+        last = len(self.config["block_out_channels"]) - 1
+        level = 0
+        if found := re.match(r"(down|up)_blocks\.(\d+)\.", name):
+            level = int(found.group(2)) if found.group(1) == "down" else last - int(found.group(2))
+            level -= "upsamplers" in name
+        elif name.startswith("mid_block"):
+            level = last
+        return (self.side // 2**level) ** 2

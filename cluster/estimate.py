@@ -1,15 +1,14 @@
 """How much memory a training takes on each rank, from the model's file headers and the configuration alone.
 
 What is kept between the backward pass and the step follows ZeRO's own account (Rajbhandari et al., arXiv
-1910.02054, section 5), as `ray_jobs/training/memory.py` measures it. Activations are estimated: every
-convolution, linear layer and norm keeps its input for the backward pass, and what lies between them keeps as
-much again (`BETWEEN_LAYERS`).
+1910.02054, section 5), as `ray_jobs/training/memory.py` measures it. Activations are estimated
+(`cluster/activations.py`).
 """
 
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,13 +107,20 @@ def numel(shape: Iterable[int]) -> int:
     return math.prod(shape)
 
 
-def adapters(shapes: Shapes, targets: Iterable[str], rank: int, *, use_dora: bool = False) -> Shapes:
-    """The parameters of LoRA (arXiv 2106.09685) on the layers whose names end in one of `targets`."""
-    ends, found = tuple(targets), Shapes()
+def adapted(shapes: Shapes, targets: Iterable[str]) -> Iterator[str]:
+    """The layers whose names end in one of `targets`, without `.weight`."""
+    ends = tuple(targets)
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
-        if layer == name or len(shape) < 2 or not any(layer == e or layer.endswith(f".{e}") for e in ends):
-            continue
+        if layer != name and len(shape) > 1 and any(layer == e or layer.endswith(f".{e}") for e in ends):
+            yield layer
+
+
+def adapters(shapes: Shapes, targets: Iterable[str], rank: int, *, use_dora: bool = False) -> Shapes:
+    """The parameters of LoRA (arXiv 2106.09685) on the layers whose names end in one of `targets`."""
+    found = Shapes()
+    for layer in adapted(shapes, targets):
+        shape = shapes[f"{layer}.weight"]
         found[f"{layer}.lora_A.default.weight"] = (rank, *shape[1:])
         found[f"{layer}.lora_B.default.weight"] = (shape[0], rank, *(1 for _ in shape[2:]))
         if use_dora:

@@ -26,6 +26,7 @@ class PlainTraining:
         autoencoder, device = dict(pipeline.vae.config), torch.device("cpu")
         self.inputs = InputMaker(config, autoencoder, self.model, dataset.empty_caption(), device)
         self.optimizer = build_optimizer(self.model, config.train)
+        self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self.ema = EMA(self.model.trained(), config.train.ema_decay)
         records, of_class = dataset.parts("train"), dataset.parts("class")
         stream = LoopSettings(config, dataset, "plain", [1]).stream(1, self.inputs.columns)
@@ -64,7 +65,7 @@ class PlainTraining:
             set_hyperparameters(SimpleNamespace(optimizer=self.optimizer), stage_at(stages, step), step)
             loss = (self.row_losses(step) * shares).sum()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+            self.norms.append(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm).item())
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.ema.update(self.model.trained(), step)

@@ -45,8 +45,8 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
 
 def train_variants(
     variants: dict[str, Config], dataset: Dataset, folder: Path, workers: Workers, steps: int = 20
-) -> dict[str, list[float]]:
-    """So many steps of each variant, one after the other on the same workers; the losses of each.
+) -> dict[str, dict[str, list[float]]]:
+    """So many steps of each variant, one after the other on the same workers; loss and norm of each step.
 
     `folder` then has of each `<variant>.safetensors`, the averaged weights before the last step, and
     `<variant>-<rank>.json`: what `state_bytes` says, and the bytes of the gradients that are there after the
@@ -106,7 +106,8 @@ def train_variants(
     for variant, step in last.items():
         written = workers.checkpoints / folder_of(step) / SERIES
         if written.exists():
-            found[variant] = [row["loss"] for row in json.loads(written.read_text())][:steps]
+            rows = json.loads(written.read_text())[:steps]
+            found[variant] = {kind: [row[kind] for row in rows] for kind in ("loss", "grad_norm")}
     return found
 
 
@@ -198,8 +199,9 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
     averages = {name: values.clone() for name, values in plain.ema.averages.items()}
     expected += plain.run(20, first=20)
     assert max(expected) > min(expected) > 0
-    for variant, losses in found.items():
-        assert losses == pytest.approx(expected, abs=1e-4), variant
+    for variant, steps in found.items():
+        assert steps["loss"] == pytest.approx(expected, abs=1e-4), variant
+        assert steps["grad_norm"] == pytest.approx(plain.norms, rel=1e-3), variant
         for name, values in load_file(tmp_path / f"{variant}.safetensors").items():
             torch.testing.assert_close(values, averages[name], rtol=0, atol=1e-4)
 
@@ -213,6 +215,25 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
             assert told["state"][kind] == pytest.approx(share * bytes_unsharded, rel=0.01), (stage, kind)
         # A tensor that lies in both ranks' parts is kept whole.
         assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, stage
+
+
+def test_the_loss_and_the_gradient_norm_are_those_of_one_piece_for_any_micro_batch_in_bf16(
+    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    def config(**train: Any) -> Config:
+        overrides = [f"train.{name}={value}" for name, value in train.items()]
+        plain = ["train.method=full", "train.batch_size=16", "train.learning_rate=1e-4", *overrides]
+        return tiny_config(tiny_model, picture_folder, tmp_path, "search.ladder=[3]", *plain)
+
+    dataset = prepare(config())
+    variants = {"fp32": config()} | {
+        f"stage {stage}, {micro} at once": config(precision="bf16", zero_stage=stage, micro_batch_size=micro)
+        for stage, micro in ((1, 1), (2, 1), (2, 3), (2, 8), (3, 1))
+    }
+    found = train_variants(variants, dataset, tmp_path, two_workers, steps=3)
+    for variant, steps in found.items():
+        for kind, values in steps.items():
+            assert values == pytest.approx(found["fp32"][kind], rel=0.01), (variant, kind)
 
 
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(

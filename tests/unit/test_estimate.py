@@ -151,23 +151,34 @@ def test_batches_and_sharding_are_the_engines(workers: int, micro: int | None, m
     assert effective_stage(train, workers) == engine.sharded_for(train, workers).zero_stage
 
 
+LORA: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "attention": {},
+    "the demo's layers": {"target_modules": DEMO_TARGETS},
+    "dropout": {"dropout": 0.1},
+    "dora": {"use_dora": True, "target_modules": DEMO_TARGETS},
+}
+
+
 @pytest.mark.parametrize("name", ["Stable Diffusion", *BUILDERS])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_activations_are_within_a_half_of_what_autograd_saves(
-    models: dict[str, Path], name: str, method: str
+@pytest.mark.parametrize("layers", LORA)
+def test_activations_are_what_autograd_saves_to_a_tenth_below_and_a_quarter_above(
+    models: dict[str, Path], name: str, layers: str
 ) -> None:
     def estimated(config: Config) -> int:
         return activation_bytes(
             config.train, denoiser, settings, side=SIDE, text_tokens=CAPTION_TOKENS, rows=PICTURES
         )
 
-    config = a_config(models[name], method=method)
+    lora = LORA[layers]
+    train = {"method": "full"} if lora is None else {"lora": {"rank": 8, "alpha": 8} | lora}
+    config = a_config(models[name], **train)
     _, model = build_model(config)
     denoiser, _ = shapes_of(models[name])
     settings = json.loads((models[name] / model.family.denoiser / "config.json").read_text())
     found = estimated(config)
-    assert 1 / 1.5 < found / saved_by_autograd(model) < 1.5
-    recomputing = a_config(models[name], method=method, gradient_checkpointing=True)
+    assert 0.9 < found / saved_by_autograd(model) < 1.25
+    recomputing = a_config(models[name], gradient_checkpointing=True, **train)
     _, model = build_model(recomputing)
     # Autograd does not tell the one block that is computed anew, which the estimate has too.
     assert saved_by_autograd(model) / 1.5 < estimated(recomputing) < found
