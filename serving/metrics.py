@@ -38,6 +38,7 @@ REASONS = frozenset(
         "safety_check_failed",
         "timeout",
         "unknown_parameter",
+        "unsupported_parameter",
     }
 )
 """The `code` of every APIError that is counted by name."""

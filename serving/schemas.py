@@ -1,12 +1,12 @@
 """Requests and responses of OpenAI's Images API, with this server's limits.
 
 `steps`, `guidance_scale` and `seed` are extensions (the official client passes them in `extra_body`).
-A field of OpenAI's that this server has no use for is refused rather than ignored, so that nobody
-believes it did something; null, "auto" and values that change nothing are accepted.
+A field of OpenAI's that this server has no use for is refused with the reason rather than ignored, so that
+nobody believes it did something; null, "auto" and values that change nothing are accepted.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -14,15 +14,40 @@ from ray_jobs.config import ServeConfig
 
 MAX_SEED = 2**31 - 1
 
-# Values of OpenAI's other fields that ask for what this server does anyway.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "background": ("opaque",),
-    "moderation": (),
-    "output_compression": (100,),
-    "output_format": ("png",),
-    "quality": ("standard",),
-    "style": (),
+
+class Other(NamedTuple):
+    """A field of OpenAI's that this server does not have.
+
+    Attributes:
+        reason: why not, and what there is instead.
+        neutral: values that ask for what this server does anyway.
+    """
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+
+
+STILL_PNG = "a picture is one PNG here"
+OTHER_FIELDS = {
+    "background": Other("the model draws no transparency", ("opaque",)),
+    "complexity": Other("the model plans nothing before it draws; ask for more steps"),
+    "frame_count": Other(STILL_PNG),
+    "frame_duration_ms": Other(STILL_PNG),
+    "input_fidelity": Other("strength says how far a picture may change", ("low",)),
+    "markup": Other("the whole picture is drawn anew, by its strength"),
+    "mask": Other("the whole picture is drawn anew, by its strength"),
+    "moderation": Other("this server's own safety checker looks at pictures, the same for everybody"),
+    # A form has text where JSON has a number.
+    "output_compression": Other("PNG has no lossy compression", (100, "100")),
+    "output_format": Other("pictures are PNG here", ("png",)),
+    "quality": Other("ask for more or fewer steps", ("standard",)),
+    "style": Other("the model has the style that it was trained on"),
+    "svg": Other(STILL_PNG),
 }
+
+# OpenAI's clients (3.52) send a request again, twice by default, for 408, 409, 429 and all from 500 on, where
+# the answer does not say otherwise. What took too long would be drawn three times, what failed fail again.
+DO_NOT_RETRY = {"x-should-retry": "false"}
 
 
 class APIError(Exception):
@@ -39,7 +64,8 @@ class APIError(Exception):
     ) -> None:
         super().__init__(status, message, param, code, headers)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        vain = status in (500, 504) or code == "model_refused"
+        self.headers = {**(DO_NOT_RETRY if vain else {}), **(headers or {})}
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON that OpenAI's clients expect."""
@@ -82,22 +108,27 @@ class ImageRequest(BaseModel):
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="of the noise; drawn if empty")
     user: str | None = Field(
-        None, max_length=256, description="your user's name or a hash of it; one user stays with one version"
+        None,
+        max_length=256,
+        description="your user's name or a hash of it; one user stays with one version. Or safety_identifier",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
-        """Nulls mean absent; OpenAI's other fields may stand there if they change nothing."""
+        """Nulls mean absent; OpenAI's other fields may stand there if they change nothing. Its newer name of
+        `user` is `safety_identifier`, which goes before it unless it is empty."""
         if not isinstance(body, dict):
             return body
         kept = {}
         for field, value in body.items():
-            if value is None or (value == "auto" and field in (*NEUTRAL_VALUES, "size")):
+            if value is None or (value == "auto" and field in (*OTHER_FIELDS, "size")):
                 continue
-            if value in NEUTRAL_VALUES.get(field, ()):
+            if field in OTHER_FIELDS and value in OTHER_FIELDS[field].neutral:
                 continue
             kept[field] = value
+        if identifier := kept.pop("safety_identifier", None):
+            kept["user"] = identifier
         return kept
 
 
@@ -246,10 +277,10 @@ def invalid_request(error: dict[str, Any]) -> APIError:
     if error["type"] == "json_invalid":
         return APIError(400, "the body is not JSON", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        if field in NEUTRAL_VALUES:
-            message = f"{field}: not supported by this server; leave it out or send null"
-        else:
-            message = f"{field}: unknown field; remove it or correct its name"
+        if other := OTHER_FIELDS.get(field.partition("[")[0]):  # of an object in a form: svg[model]
+            message = f"{field}: not supported by this server: {other.reason}"
+            return APIError(400, message, param=field, code="unsupported_parameter")
+        message = f"{field}: unknown field; remove it or correct its name"
         return APIError(400, message, param=field, code="unknown_parameter")
     if error["type"] == "string_pattern_mismatch" and field == "size":
         message = "size: must be width x height in pixels, for example 64x64"

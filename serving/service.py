@@ -198,7 +198,7 @@ class Service:
         limit = self.settings.max_queued_requests
         if self.num_open >= limit:
             message = f"{limit} requests are waiting, which is the limit; try again later"
-            raise APIError(503, message, code="queue_full")
+            raise APIError(503, message, None, "queue_full", {"retry-after": "1"})
         self.num_open += 1
         try:
             yield

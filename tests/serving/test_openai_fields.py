@@ -1,0 +1,144 @@
+"""OpenAI's fields and OpenAI's retries, by its own client and its own types."""
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from fastapi import FastAPI, Request
+from openai.types import image_edit_params, image_generate_params
+from pydantic import ValidationError
+
+from ray_jobs.config import ServeConfig
+from serving.api import _answer_error, _edit_of, _json
+from serving.schemas import OTHER_FIELDS, APIError, EditRequest, ImageRequest, invalid_request, limited
+from tests.serving.http_server import http_server
+
+GENERATE = typing.get_type_hints(image_generate_params.ImageGenerateParamsBase)
+EDIT = typing.get_type_hints(image_edit_params.ImageEditParamsBase)
+TAKEN = {"image", "safety_identifier"}  # by other means than a field of the same name
+
+
+def refused(model: type[ImageRequest], **fields: Any) -> APIError:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({"prompt": "a", **fields})
+    return invalid_request(dict(caught.value.errors()[0]))
+
+
+@pytest.mark.parametrize(("model", "theirs"), [(ImageRequest, GENERATE), (EditRequest, EDIT)])
+def test_every_field_of_openais_client_is_known(model: type[ImageRequest], theirs: dict[str, Any]) -> None:
+    unknown = set(theirs) - set(model.model_fields) - set(OTHER_FIELDS) - TAKEN
+    assert not unknown, "of a newer client: take them, or say in OTHER_FIELDS why not"
+    for field in set(theirs) & set(OTHER_FIELDS):
+        error = refused(model, **{field: "what no server would take for neutral"})
+        assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
+        assert OTHER_FIELDS[field].reason in error.message and "unknown" not in error.message
+    assert set(OTHER_FIELDS) <= set(GENERATE) | set(EDIT), "these are no longer OpenAI's"
+
+
+def test_a_field_of_nobodys_is_unknown() -> None:
+    error = refused(ImageRequest, num_inference_steps=3)
+    assert (error.param, error.code) == ("num_inference_steps", "unknown_parameter")
+    assert refused(EditRequest, **{"svg[model]": "x"}).code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("field", sorted(OTHER_FIELDS))
+def test_null_auto_and_neutral_values_are_accepted(field: str) -> None:
+    for value in (None, "auto", *OTHER_FIELDS[field].neutral):
+        assert ImageRequest.model_validate({"prompt": "a", field: value}).prompt == "a"
+
+
+def test_a_safety_identifier_is_the_user_unless_it_is_empty() -> None:
+    for fields, user in (
+        ({"safety_identifier": "new", "user": "old"}, "new"),
+        ({"safety_identifier": "", "user": "old"}, "old"),
+        ({"safety_identifier": None, "user": "old"}, "old"),
+        ({"safety_identifier": "new"}, "new"),
+        ({"safety_identifier": ""}, None),
+    ):
+        assert ImageRequest.model_validate({"prompt": "a", **fields}).user == user
+    assert refused(ImageRequest, safety_identifier="x" * 257).param == "user"
+
+
+class Server:
+    """Answers every request with `error`, the edits' forms after they were read; counts them."""
+
+    def __init__(self) -> None:
+        self.error = APIError(500, "unset")
+        self.asked = 0
+        self.api = FastAPI()
+        self.api.add_exception_handler(APIError, _answer_error)
+        edits = limited(EditRequest, ServeConfig())
+
+        @self.api.post("/v1/images/generations")
+        async def generate() -> None:
+            self.asked += 1
+            raise self.error
+
+        @self.api.post("/v1/images/edits")
+        async def edit(request: Request) -> Any:
+            body, image = await _edit_of(request, edits)
+            return _json({"created": 1, "data": [], "user": body.user, "bytes": len(image)})
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with (
+        http_server(server.api) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (APIError(504, "not drawn in time", code="timeout"), 1),
+        (APIError(500, "drawing failed", code="drawing_failed"), 1),
+        (APIError(500, "not checked", code="safety_check_failed"), 1),
+        (APIError(503, "of another base", "model", "model_refused"), 1),
+        (APIError(400, "n: too many", "n", "invalid_value"), 1),
+        (APIError(404, "no such model", "model", "model_not_found"), 1),
+        (APIError(429, "later", None, "rate_limit_exceeded", {"retry-after": "0.01"}), 3),
+        (APIError(503, "full", None, "queue_full", {"retry-after": "0.01"}), 3),
+    ],
+    ids=lambda value: value.code if isinstance(value, APIError) else str(value),
+)
+def test_openais_client_asks_again_only_where_that_helps(
+    server: Server, client: openai.OpenAI, error: APIError, times: int
+) -> None:
+    server.error, server.asked = error, 0
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.images.generate(prompt="a red apple")
+    assert raised.value.status_code == error.status and raised.value.code == error.code
+    assert server.asked == times
+
+
+def test_fields_of_an_edit_are_named_by_openais_client(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"prompt": "a", "image": b"a picture"}
+    answer: Any = client.images.edit(
+        **fields,
+        background="auto",
+        input_fidelity="low",
+        output_format="png",
+        output_compression=100,
+        quality="auto",
+        size="auto",
+        safety_identifier="someone",
+    )
+    assert (answer.user, answer.bytes) == ("someone", len(b"a picture"))
+    others: tuple[dict[str, Any], ...] = (
+        {"mask": b"\xff\x00"},
+        {"markup": b"\xff"},
+        {"input_fidelity": "high"},
+    )
+    for other in others:
+        with pytest.raises(openai.BadRequestError, match="not supported by this server") as told:
+            client.images.edit(**fields, **other)
+        assert (told.value.param, told.value.code) == (next(iter(other)), "unsupported_parameter")
