@@ -53,7 +53,7 @@ def outside_networks(config: Config, dataset: Dataset) -> dict[str, float]:
         clock.spent.clear()
         begin = time.perf_counter()
         features = evaluator.sample_features(None, captions, list(range(len(captions))))
-        evaluator.score(real, None, features)
+        evaluator.score(real, None, None, features)
         whole = time.perf_counter() - begin
     spent = {name: sum(times) for name, times in clock.spent.items()}
     return {"pictures": len(captions), "seconds": whole, **spent, "outside": 1 - sum(spent.values()) / whole}

@@ -10,16 +10,18 @@ measure, not only by those that rank. The test split is publish's alone.
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.dealing import Shape, dealt, in_order
 from ray_jobs.evaluator import FEATURES, Evaluator, Kept, join
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.folds import held_out, splits, trained_on, unseen_by
@@ -41,12 +43,22 @@ RESTARTS = 10  # of an evaluator: one that dies again and again has another caus
 REAL_FEATURES = "features"  # folder in the storage: features of real pictures, by digest
 
 
+class Task(NamedTuple):
+    """What an actor draws: M pictures."""
+
+    actor: Any
+    numbers: list[int]  # their places in the order that was asked for
+    captions: list[str]
+    seeds: list[int]
+    shapes: list[Shape]
+
+
 class EvaluatorPool:
     """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
 
-    Picture i of a split has caption i modulo the number of captions and starts from noise seeded with
-    `evaluate.seed` + i, in the same batch, whatever the weights and however many actors share the work, so
-    that checkpoints are compared on the same noise.
+    Picture i of a split has the caption and the shape of real picture i modulo their number and starts from
+    noise seeded with `evaluate.seed` + i, in the same batch, whatever the weights and however many actors
+    share the work, so that checkpoints are compared on the same noise.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -65,6 +77,7 @@ class EvaluatorPool:
             for _ in range(config.evaluate.num_actors)
         ]
         self.captions: dict[str, list[str]] = {}
+        self.shapes: dict[str, list[Shape]] = {}  # of the same pictures
         self._real: dict[str, Any] = {}
         self._training: dict[int | None, Features] = {}  # by the fold that is left out
 
@@ -81,6 +94,7 @@ class EvaluatorPool:
         dataset, name = self.dataset.judged_by(split)
         rows = dataset.pictures(name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
+        self.shapes[split] = [shape_of(row["image"]) for row in rows]
         self._real[split] = ray.put(Real.of(self._measure_real([row["image"] for row in rows])))
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
@@ -104,26 +118,44 @@ class EvaluatorPool:
         """Of PNGs, by all networks."""
         import ray
 
-        parts = [actor.picture_features.remote(part) for actor, part in self._share(pictures)]
-        return join(tuple(ray.get(parts)))
+        shares = self._share([shape_of(picture) for picture in pictures])
+        parts = [
+            actor.picture_features.remote([pictures[number] for number in numbers])
+            for actor, numbers in shares
+        ]
+        return join(ray.get(parts), [numbers for _, numbers in shares])
 
-    def _share(self, items: Sequence[Any]) -> list[tuple[Any, Sequence[Any]]]:
-        """(actor, its items), in order; see `dealt`."""
-        shares = dealt(items, len(self.actors), self.config.evaluate.batch_size)
+    def _share(self, shapes: Sequence[Shape]) -> list[tuple[Any, list[int]]]:
+        """(actor, numbers of its pictures); see `dealt`."""
+        shares = dealt(shapes, len(self.actors), self.config.evaluate.batch_size)
         return list(zip(self.actors, shares, strict=False))
 
     def _num_samples(self, split: str) -> int:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
 
-    def _tasks(
-        self, split: str, numbers: Sequence[int] | None = None
-    ) -> list[tuple[Any, list[str], list[int]]]:
-        """(actor, captions, seeds) of a split's pictures of these numbers; of all that a score takes."""
-        captions, seed = self.captions[split], self.config.evaluate.seed
-        wanted = range(self._num_samples(split)) if numbers is None else numbers
+    def _tasks(self, split: str, wanted: Sequence[int] | None = None) -> list[Task]:
+        """Who draws which of a split's pictures: of these numbers, or all that a score takes."""
+        captions, shapes = self.captions[split], self.shapes[split]
+        wanted = range(self._num_samples(split)) if wanted is None else wanted
+        count, seed = len(captions), self.config.evaluate.seed
+        return self._dealt_tasks(
+            [captions[i % count] for i in wanted],
+            [seed + i for i in wanted],
+            [shapes[i % count] for i in wanted],
+        )
+
+    def _dealt_tasks(
+        self, captions: Sequence[str], seeds: Sequence[int], shapes: Sequence[Shape]
+    ) -> list[Task]:
         return [
-            (actor, [captions[i % len(captions)] for i in part], [seed + i for i in part])
-            for actor, part in self._share(wanted)
+            Task(
+                actor,
+                numbers,
+                [captions[i] for i in numbers],
+                [seeds[i] for i in numbers],
+                [shapes[i] for i in numbers],
+            )
+            for actor, numbers in self._share(shapes)
         ]
 
     def score(
@@ -142,13 +174,14 @@ class EvaluatorPool:
         """
         import ray
 
-        names = self.sample_names(split) if rung else []
-        parts = []
-        for actor, captions, seeds in self._tasks(split):
-            kept = Kept(rung.child(SAMPLES), names[: len(captions)]) if rung else None
-            names = names[len(captions) :]
-            parts.append(actor.sample_features.remote(weights, captions, seeds, kept, guidance_scale))
-        return ray.get(self.actors[0].score.remote(self._real[split], rung, *parts))
+        names = dict(enumerate(self.sample_names(split)))
+        parts, tasks = [], self._tasks(split)
+        for actor, numbers, captions, seeds, shapes in tasks:
+            kept = Kept(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
+            work = weights, captions, seeds, kept, guidance_scale
+            parts.append(actor.sample_features.remote(*work, shapes=shapes))
+        shares = [task.numbers for task in tasks]
+        return ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
 
     def measure(self, weights: str | None, split: str, guidance_scale: float | None = None) -> Measures:
         """All measures of the weights on a split that was loaded, from the pictures that `score` draws.
@@ -163,11 +196,13 @@ class EvaluatorPool:
         bound = self.config.evaluate.memorisation_pictures
         training = self.training_features(split, bound) if bound else None
         unseen = self._real[held] if self.dataset.manifest["held_out"] else None
+        tasks = self._tasks(split)
         parts = [
-            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True)
-            for actor, captions, seeds in self._tasks(split)
+            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True, shapes)
+            for actor, _, captions, seeds, shapes in tasks
         ]
-        given = self._real[split], self.captions[split], training, unseen
+        shares = [task.numbers for task in tasks]
+        given = self._real[split], self.captions[split], training, unseen, shares
         return ray.get(self.actors[0].measure.remote(*given, *parts))
 
     def training_features(self, split: str, count: int) -> Features:
@@ -212,6 +247,12 @@ class EvaluatorPool:
 
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other))
 
+    def resizing(self) -> dict[str, str]:
+        """What becomes of a picture's size before each feature network sees it, by identity."""
+        import ray
+
+        return ray.get(self.actors[0].resizing.remote())
+
     def num_features(self) -> int:
         """Of the network that decides."""
         import ray
@@ -228,7 +269,7 @@ class EvaluatorPool:
         import ray
 
         found = self.training_features(split, self._num_samples(split))
-        return ray.get(self.actors[0].score.remote(self._real[split], None, found))
+        return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
     def pictures(
         self,
@@ -245,19 +286,29 @@ class EvaluatorPool:
         wanted = range(self._num_samples(split))[:numbers] if isinstance(numbers, int) else numbers
         return self._draw(weights, self._tasks(split, wanted), guidance_scale)
 
-    def prompted(self, weights: str | None, prompt: str, count: int) -> list[bytes]:
-        """PNGs of one prompt; picture i starts from noise seeded with `evaluate.seed` + i."""
-        seed = self.config.evaluate.seed
-        shares = self._share([seed + i for i in range(count)])
-        return self._draw(weights, [(actor, [prompt] * len(part), part) for actor, part in shares], None)
-
-    def _draw(
-        self, weights: str | None, tasks: Iterable[tuple[Any, Any, Any]], guidance_scale: float | None
+    def prompted(
+        self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape] = ()
     ) -> list[bytes]:
+        """PNGs of one prompt; picture i starts from noise seeded with `evaluate.seed` + i.
+
+        Args:
+            shapes: picture i has shape i modulo their number; none: a square of `data.resolution`.
+        """
+        side, seed = self.config.data.resolution, self.config.evaluate.seed
+        shapes = shapes or [(side, side)]
+        of_each = [shapes[i % len(shapes)] for i in range(count)]
+        return self._draw(
+            weights, self._dealt_tasks([prompt] * count, range(seed, seed + count), of_each), None
+        )
+
+    def _draw(self, weights: str | None, tasks: Sequence[Task], guidance_scale: float | None) -> list[bytes]:
         import ray
 
-        parts = [actor.sample_pictures.remote(weights, *work, guidance_scale) for actor, *work in tasks]
-        return [picture for part in ray.get(parts) for picture in part]
+        parts = [
+            actor.sample_pictures.remote(weights, captions, seeds, guidance_scale, shapes)
+            for actor, _, captions, seeds, shapes in tasks
+        ]
+        return in_order([task.numbers for task in tasks], ray.get(parts))
 
     def stop(self) -> None:
         import ray
@@ -266,16 +317,10 @@ class EvaluatorPool:
             ray.kill(actor)
 
 
-def dealt(items: Sequence[Any], count: int, batch_size: int) -> list[Sequence[Any]]:
-    """Items as at most `count` shares in their order, each of whole batches but for the last batch of all.
-
-    An actor batches its share from the beginning. So a picture is always in the same batch, however many
-    actors there are: in a batch of another shape it would be rounded otherwise.
-    """
-    batches = -(-len(items) // batch_size)
-    count = min(count, batches)
-    ends = [batches * number // count * batch_size for number in range(count + 1)] if count else []
-    return [items[first:last] for first, last in pairwise(ends)]
+def shape_of(picture: bytes) -> Shape:
+    """Of a PNG, by its header."""
+    width, height = Image.open(io.BytesIO(picture)).size
+    return height, width
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The actor that samples pictures from weights and measures them. Only `evaluate` starts it."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from cluster.storage import Storage
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.dealing import Shape
 from ray_jobs.feature_networks import load_networks
 from ray_jobs.measures import (
     Features,
@@ -31,14 +32,14 @@ LOSS_ROWS = 32  # of the denoising loss: a twentieth of what sampling as many pi
 
 @dataclass(frozen=True)
 class Kept:
-    """The first pictures of an actor's share, which it writes as PNGs while it measures them.
+    """Where an actor writes pictures of its share as PNGs while it measures them.
 
     Attributes:
-        names: of the files, one a picture.
+        names: of the files, one a picture; None: this one is not kept. Those after the last are not either.
     """
 
     folder: Storage
-    names: list[str]
+    names: list[str | None]
 
 
 class Evaluator:
@@ -66,6 +67,10 @@ class Evaluator:
         """Of all feature networks, the one that decides first."""
         return [network.identity for network in self.networks.all]
 
+    def resizing(self) -> dict[str, str]:
+        """What becomes of a picture's size before each network sees it, by identity."""
+        return {network.identity: network.resizing for network in self.networks.all}
+
     def num_features(self) -> int:
         """Of the network that decides."""
         return self.networks.first.num_features
@@ -89,18 +94,23 @@ class Evaluator:
         self.loaded = weights
 
     def _sample(
-        self, weights: str | None, captions: list[str], seeds: list[int], guidance_scale: float | None
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        shapes: list[Shape] | None,
+        guidance_scale: float | None,
     ) -> Iterator[Any]:
         """Batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
         self._use(weights)
-        evaluate = self.config.evaluate
+        evaluate, side = self.config.evaluate, self.config.data.resolution
         return sample_pictures(
             self.pipeline,
             captions,
             seeds,
-            resolution=self.config.data.resolution,
+            shapes=shapes or [(side, side)] * len(captions),
             num_steps=evaluate.inference_steps,
             guidance_scale=evaluate.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=evaluate.batch_size,
@@ -134,14 +144,16 @@ class Evaluator:
         kept: Kept | None = None,
         guidance_scale: float | None = None,
         by_all: bool = False,
+        shapes: list[Shape] | None = None,
     ) -> Features:
-        """Features of one picture a caption, of which the first are kept.
+        """Features of one picture a caption, of which some are kept.
 
         Args:
             guidance_scale: None: `evaluate.guidance_scale`.
+            shapes: one a picture; None: squares of `data.resolution`.
             by_all: by CLIP too, not only by the networks that rank.
         """
-        batches = _keeping(self._sample(weights, captions, seeds, guidance_scale), kept)
+        batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
         return self._features(batches, self.networks.all if by_all else self.networks.ranking)
 
     def sample_pictures(
@@ -150,27 +162,38 @@ class Evaluator:
         captions: list[str],
         seeds: list[int],
         guidance_scale: float | None = None,
+        shapes: list[Shape] | None = None,
     ) -> list[bytes]:
-        """One PNG a caption."""
+        """One PNG a caption; arguments as of `sample_features`."""
         from ray_jobs.pictures.reading import encode_png
 
-        batches = self._sample(weights, captions, seeds, guidance_scale)
+        batches = self._sample(weights, captions, seeds, shapes, guidance_scale)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
     def picture_features(self, pictures: list[bytes]) -> Features:
-        """Features of pictures (PNG bytes at the training resolution) by all networks."""
+        """Features of pictures (PNG bytes at their training shape) by all networks."""
         import torch
         from PIL import Image
 
-        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
-        stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        return self._features(iter(stacked.split(self.config.evaluate.batch_size)), self.networks.all)
+        from ray_jobs.diffusion.sampling import batches_of
 
-    def score(self, real: Real, folder: Storage | None, *generated: Features) -> Scores:
-        """What the parts of a set score, in their order; `folder`: where the features are kept."""
+        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+        batches = batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size)
+        stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
+        return self._features(stacked, self.networks.all)
+
+    def score(
+        self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
+    ) -> Scores:
+        """What the parts of a set score.
+
+        Args:
+            folder: where the features are kept.
+            shares: the pictures' numbers in each part; None: in order.
+        """
         from safetensors.numpy import save
 
-        whole = join(generated)
+        whole = join(generated, shares)
         if folder:
             folder.write_bytes(FEATURES, save(whole))
         return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
@@ -181,16 +204,18 @@ class Evaluator:
         captions: list[str],
         training: Features | None,
         held_out: Real | None,
+        shares: Sequence[Sequence[int]] | None,
         *generated: Features,
     ) -> Measures:
-        """All measures of the parts of a set, in their order.
+        """All measures of the parts of a set.
 
         Args:
             captions: of the real pictures.
             training: of training pictures; None: near copies are not looked for.
             held_out: pictures that were not trained on; None where there are none.
+            shares: the pictures' numbers in each part; None: in order.
         """
-        whole = join(generated)
+        whole = join(generated, shares)
         found, left_out = further(whole, real, self.networks, captions)
         copies, first = None, self.networks.first.identity
         if training is not None:
@@ -213,17 +238,23 @@ class Evaluator:
 
 
 def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
-    """The same batches; the first pictures are written on the way."""
+    """The same batches; pictures that have a name are written on the way."""
     from ray_jobs.pictures.reading import encode_png
 
-    names = list(kept.names) if kept else []
+    names = iter(kept.names if kept else ())
     for batch in batches:
-        for picture in batch[: len(names)]:
-            assert kept
-            kept.folder.write_bytes(names.pop(0), encode_png(picture.permute(1, 2, 0).numpy()))
+        for picture in batch:
+            if name := next(names, None):
+                assert kept
+                kept.folder.write_bytes(name, encode_png(picture.permute(1, 2, 0).numpy()))
         yield batch
 
 
-def join(parts: tuple[Features, ...]) -> Features:
-    """One set of its parts, in their order."""
-    return {network: np.concatenate([part[network] for part in parts]) for network in parts[0]}
+def join(parts: Sequence[Features], shares: Sequence[Sequence[int]] | None = None) -> Features:
+    """One set of its parts, in the order of the pictures' numbers (`shares`, see `dealing.dealt`), or as they
+    are."""
+    whole = {network: np.concatenate([part[network] for part in parts]) for network in parts[0]}
+    if shares is None:
+        return whole
+    order = np.argsort(np.concatenate(shares))
+    return {network: features[order] for network, features in whole.items()}

@@ -1,11 +1,15 @@
 """The scores of what is published: base and winner on the test split, near copies, subjects."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.dealing import Shape
 from ray_jobs.evaluate import EvaluatorPool
 from ray_jobs.folds import splits, standard_error, trained_on
 from ray_jobs.measures import Copies
@@ -34,6 +38,11 @@ class FinalScores:
 def settings_of(evaluate: EvaluateConfig) -> dict[str, Any]:
     """What these scores depend on beyond what the search does; kept in winner.json."""
     return evaluate.model_dump(mode="json", include=set(evaluate.AFTER_SEARCH))
+
+
+def counted(shapes: Iterable[Shape]) -> dict[str, int]:
+    """How many pictures there are of each shape, named width x height, the most frequent first."""
+    return dict(Counter(f"{width}x{height}" for height, width in shapes).most_common())
 
 
 def measure_final(
@@ -66,6 +75,8 @@ def measure_final(
         "test_floor_fid": lowest.value,
         "measures": {"base": base.records(), "winner": test.records(), "left_out": test.left_out},
         "measure_settings": settings_of(config.evaluate),
+        "test_shapes": counted(islice(cycle(pool.shapes["test"]), fid.num_samples)),
+        "resizing": pool.resizing(),
         "subjects": [each.numbers for each in subjects],
     }
     memorisation = _memorisation(config, pool, weights, test.copies, guidance_scale) if test.copies else None

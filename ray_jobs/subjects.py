@@ -10,7 +10,8 @@ from typing import Any
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.dreambooth import Subject
-from ray_jobs.evaluate import EvaluatorPool
+from ray_jobs.dealing import Shape
+from ray_jobs.evaluate import EvaluatorPool, shape_of
 from ray_jobs.measures import Features
 from ray_jobs.prepare import open_sources
 
@@ -38,25 +39,32 @@ def measure_subjects(
     """All subjects of a run; none where no source is one.
 
     Pictures of the subject's prompt are compared with its photos, and pictures of the class prompt by the
-    base model with those by the weights, from the same noise.
+    base model with those by the weights, from the same noise. Both are drawn in the shapes of the photos.
     """
     subjects = [source for source in open_sources(config) if isinstance(source, Subject)]
     if not subjects:
         return []
-    prompts = {prompt for each in subjects for prompt in (each.instance_prompt, each.class_prompt) if prompt}
+    rows = dataset.pictures("train", dataset.manifest["train"])
+    photos = [
+        [row["image"] for row in rows if row["text"] == each.instance_prompt][:MAX_PHOTOS]
+        for each in subjects
+    ]
+    shapes: dict[str, list[Shape]] = {}  # that each prompt is drawn in
+    for subject, own in zip(subjects, photos, strict=True):
+        for prompt in (subject.instance_prompt, subject.class_prompt):
+            if prompt:
+                shapes.setdefault(prompt, [shape_of(photo) for photo in own])
     drawn: dict[tuple[str, str], list[bytes]] = {}
     for whose, which in (("base", None), ("winner", weights)):  # each is loaded once
-        for prompt in sorted(prompts):
-            drawn[whose, prompt] = pool.prompted(which, prompt, config.evaluate.subject_samples)
+        for prompt in sorted(shapes):
+            count = config.evaluate.subject_samples
+            drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
     features = {place: pool.features(pictures) for place, pictures in drawn.items()}
-    rows = dataset.pictures("train", dataset.manifest["train"])
-    found = []
-    for subject in subjects:
-        photos = [row["image"] for row in rows if row["text"] == subject.instance_prompt][:MAX_PHOTOS]
-        if photos:  # else prepare set them all aside, or keeps none of them for scores
-            numbers = _numbers(subject, pool.features(photos), features)
-            found.append(MeasuredSubject(numbers, photos, drawn))
-    return found
+    return [
+        MeasuredSubject(_numbers(subject, pool.features(own), features), own, drawn)
+        for subject, own in zip(subjects, photos, strict=True)
+        if own  # else prepare set them all aside, or keeps none of them for scores
+    ]
 
 
 def _numbers(subject: Subject, photos: Features, features: dict[tuple[str, str], Features]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +17,10 @@ FOLDS = 2
 PICTURES = {"train": range(16), "validation": range(16, 27), "test": range(27, 38)}
 
 
-def small_set(storage: Storage, side: int = 64) -> Dataset:
-    """Pictures of `side` pixels in three splits, and in folds of training and validation in turns."""
+def small_set(storage: Storage, side: int = 64, shapes: Sequence[tuple[int, int]] | None = None) -> Dataset:
+    """Pictures of `side` pixels, or of shapes (height, width) in turns, in three splits, and in folds of
+    training and validation in turns."""
+    shapes = shapes or [(side, side)]
     parts: list[dict[str, Any]] = []
     texts = captions()
     for split, numbers in PICTURES.items():
@@ -26,7 +29,7 @@ def small_set(storage: Storage, side: int = 64) -> Dataset:
             file = f"{split}-{fold}.parquet"
             columns = {
                 "text": [texts[number] for number in chosen],
-                "image": [png(texts[number], number, side) for number in chosen],
+                "image": [png(texts[number], number, shapes[number % len(shapes)]) for number in chosen],
                 "digest": [content_digest(texts[number].encode()) for number in chosen],
             }
             write_part(storage, file, pa.table(columns))
@@ -52,7 +55,7 @@ def small_set(storage: Storage, side: int = 64) -> Dataset:
     return Dataset(storage, storage, {**manifest, **counts, "folds": folds})
 
 
-def png(caption: str, number: int, side: int) -> bytes:
-    file = io.BytesIO()
-    draw(caption, number).resize((side, side)).save(file, format="PNG")
+def png(caption: str, number: int, shape: tuple[int, int]) -> bytes:
+    file, (height, width) = io.BytesIO(), shape
+    draw(caption, number).resize((width, height)).save(file, format="PNG")
     return file.getvalue()

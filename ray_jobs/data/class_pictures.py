@@ -154,7 +154,7 @@ class DrawClassPictures:
             self.pipeline,
             [prompt],
             [seed],
-            resolution=self.config.data.resolution,
+            shapes=[(self.config.data.resolution,) * 2],
             num_steps=self.config.evaluate.inference_steps,
             guidance_scale=self.config.evaluate.guidance_scale,
             batch_size=1,

@@ -127,22 +127,25 @@ def sample_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    resolution: int,
+    shapes: Sequence[tuple[int, int]],
     num_steps: int,
     guidance_scale: float,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Square pictures of N prompts in batches: uint8, n x 3 x resolution x resolution, on the CPU.
+    """Pictures of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
+
+    A batch has up to `batch_size` consecutive pictures of one shape.
 
     Args:
         pipeline: from `load_pipeline`, on the device that draws.
-        prompts, seeds: N of each, one a picture.
+        prompts, seeds, shapes: N of each, one a picture; a shape is (height, width) in pixels.
     """
-    family, side = family_of(pipeline), resolution // pipeline.vae_scale_factor
+    family, factor = family_of(pipeline), pipeline.vae_scale_factor
     null = null_captions(pipeline)
-    for start in range(0, len(prompts), batch_size):
-        batch = slice(start, start + batch_size)
-        noise = initial_noise(seeds[batch], (pipeline.vae.config.latent_channels, side, side))
+    for batch in batches_of(shapes, batch_size):
+        height, width = shapes[batch.start]
+        shape = (pipeline.vae.config.latent_channels, height // factor, width // factor)
+        noise = initial_noise(seeds[batch], shape)
         latents = sample_latents(
             family,
             getattr(pipeline, family.denoiser),
@@ -152,6 +155,16 @@ def sample_pictures(
             null,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
-            sizes=whole_pictures(family, len(noise), resolution, resolution),
+            sizes=whole_pictures(family, len(noise), height, width),
         )
         yield decode_latents(pipeline.vae, latents)
+
+
+def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice]:
+    """Cut a sequence of pictures into batches: up to `batch_size` consecutive ones of one shape."""
+    found, start = [], 0
+    for end in range(1, len(shapes) + 1):
+        if end == len(shapes) or shapes[end] != shapes[start] or end - start == batch_size:
+            found.append(slice(start, end))
+            start = end
+    return found

@@ -97,6 +97,10 @@ class EfficientNet(FeatureNetwork):
 
     module: EfficientNetLite0
 
+    @property
+    def resizing(self) -> str:
+        return str(PREPROCESSING)
+
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(PREPROCESSING(images).contiguous(memory_format=torch.channels_last))
 

@@ -29,6 +29,11 @@ class FeatureNetwork(ABC):
         """What is recorded with every score: name@sha256:first 12 digits."""
         return f"{self.name}@sha256:{self.digest[:12]}"
 
+    @property
+    def resizing(self) -> str:
+        """What becomes of a picture's size before the network sees it, for a person."""
+        return "not resized"
+
     @torch.inference_mode()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a batch of pictures.
@@ -68,6 +73,9 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __str__(self) -> str:
+        return whole_to(self.size)
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Of uint8, N x 3 x H x W: float32, N x 3 x size x size."""
         shape = (self.size, self.size)
@@ -77,6 +85,11 @@ class Preprocessing:
         # Cubic interpolation overshoots at edges; a picture's values end at 0 and 255.
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels.clamp(0, 255) - mean) / std
+
+
+def whole_to(size: int) -> str:
+    """The words for `FeatureNetwork.resizing` where a whole picture becomes a square."""
+    return f"resized whole to {size} x {size} pixels, whatever its proportions"
 
 
 def require_pictures(images: torch.Tensor) -> None:

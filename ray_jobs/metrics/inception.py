@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, read_checked
+from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, read_checked, whole_to
 
 # Digest of the TorchScript file -> name of the network in it. A file that is not listed is never loaded:
 # TorchScript is code, and a score is comparable only with scores of the same network.
@@ -51,6 +51,10 @@ class Inception(FeatureNetwork):
     """The pool3 layer: 2,048 features of a picture resized to 299 x 299, as (value - 128) / 128."""
 
     module: torch.jit.ScriptModule
+
+    @property
+    def resizing(self) -> str:
+        return whole_to(INPUT_SIZE)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         pixels = resize(images, INPUT_SIZE, INPUT_SIZE)

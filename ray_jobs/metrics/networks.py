@@ -93,6 +93,10 @@ class TorchScript(FeatureNetwork):
     preprocessing: Preprocessing
     field: str  # the setting that names it
 
+    @property
+    def resizing(self) -> str:
+        return str(self.preprocessing)
+
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         features = self.module(self.preprocessing(images))
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):

@@ -31,6 +31,21 @@ class VisionModel(FeatureNetwork):
     module: Any  # a PreTrainedModel
     processor: Any  # of pictures
 
+    @property
+    def resizing(self) -> str:
+        """By the processor's settings: what the centre crop cuts off is not seen."""
+        steps = []
+        if getattr(self.processor, "do_resize", False):
+            size = dict(self.processor.size)
+            if "shortest_edge" in size:
+                steps.append(f"resized to a shorter side of {size['shortest_edge']} pixels")
+            elif "height" in size:
+                steps.append(f"resized whole to {size['height']} x {size['width']} pixels")
+        if getattr(self.processor, "do_center_crop", False):
+            crop = dict(self.processor.crop_size)
+            steps.append(f"cropped in the centre to {crop['height']} x {crop['width']}")
+        return ", then ".join(steps) or "as its image processor resizes it"
+
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(pixel_values=self._pixels(images)).pooler_output
 

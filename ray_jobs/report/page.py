@@ -108,6 +108,21 @@ def _summary(winner: dict[str, Any]) -> str:
 def _facts(winner: dict[str, Any]) -> str:
     decision = f" ({winner['registry_decision']})" if "registry_decision" in winner else ""
     return (
-        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures a score."
+        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures a score.{_resized(winner)}"
         f" Registered as version {winner['registry_version']}{decision}; trial {winner['trial_id']}."
     )
+
+
+def _resized(winner: dict[str, Any]) -> str:
+    """In which shapes pictures were drawn, and what the feature networks saw of them."""
+    shapes, resizing = winner.get("test_shapes", {}), winner.get("resizing", {})
+    if not shapes or not resizing:
+        return ""
+    named = ", ".join(f"{shape} ({count})" for shape, count in shapes.items())
+    drawn = (
+        f" Each caption is drawn in the shape of its real picture: {named}."
+        if len(shapes) > 1
+        else f" Pictures are of {next(iter(shapes))} pixels."
+    )
+    seen = "; ".join(f"for {network.split('@')[0]} {words}" for network, words in resizing.items())
+    return f"{drawn} Real and drawn pictures alike are, {seen}."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ray_jobs.dataset_report import data_uri
 
@@ -202,7 +202,8 @@ def grid_image(rows: Sequence[PictureRow], columns: Sequence[str] = COLUMNS) -> 
         draw.multiline_text((left, top + side / 2), text, "#222222", small, anchor="lm", spacing=5)
         for column, (name, picture) in enumerate(zip(columns, row.pictures, strict=True)):
             x = left + words + column * (side + gap)
-            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, top))
+            fitted = ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+            sheet.paste(fitted, (x + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if line == 0:
                 draw.text((x + side / 2, head / 2), name, "#555555", font, anchor="mm")
     return sheet

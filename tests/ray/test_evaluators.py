@@ -15,9 +15,10 @@ from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import REAL_FEATURES, EvaluatorPool, evaluators
+from ray_jobs.evaluate import REAL_FEATURES, EvaluatorPool, evaluators, shape_of
 from ray_jobs.guidance import MEASURED, choose_guidance
 from ray_jobs.publish import publish
+from ray_jobs.samples import SAMPLES
 from ray_jobs.search_results import SearchResult, choose
 from ray_jobs.subjects import measure_subjects
 from ray_jobs.test_split import read_records
@@ -60,7 +61,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     """A pool of the same actors that has loaded nothing."""
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
-    pool.captions, pool._real, pool._training = {}, {}, {}
+    pool.captions, pool.shapes, pool._real, pool._training = {}, {}, {}, {}
     return pool
 
 
@@ -88,9 +89,32 @@ def test_a_score_does_not_depend_on_the_number_of_evaluators(started: EvaluatorP
         pool = fresh(started, num_actors=num_actors)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
         pool.load("validation")
-        assert [len(seeds) for _, _, seeds in pool._tasks("validation")] == [[11], [4, 7]][num_actors - 1]
+        shares = [len(task.seeds) for task in pool._tasks("validation")]
+        assert shares == [[11], [4, 7]][num_actors - 1]
         scores.append(pool.score(None, "validation"))
     assert scores[0] == scores[1]
+
+
+def test_each_caption_is_drawn_in_the_shape_of_its_picture_however_many_evaluators_there_are(
+    started: EvaluatorPool, tmp_path: Path
+) -> None:
+    shapes = [(64, 64), (48, 80), (80, 48)]
+    scores, drawn, kept = [], [], []
+    for num_actors in (1, 2):
+        pool = fresh(started, num_actors=num_actors)
+        pool.dataset = small_set(Storage.open(str(tmp_path / "set")), shapes=shapes)
+        pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
+        pool.load("validation")
+        rung = Storage.open(str(tmp_path / str(num_actors)))
+        scores.append((pool.score(None, "validation", rung), pool.floor("validation")))
+        drawn.append(pool.pictures(None, "validation", 11))
+        kept.append([rung.child(SAMPLES).read_bytes(name) for name in pool.sample_names("validation")])
+    assert scores[0] == scores[1] and drawn[0] == drawn[1] and kept[0] == kept[1] == drawn[0][:2]
+    real = [row["image"] for row in pool.dataset.pictures("validation", 11)]
+    of_real = [shape_of(picture) for picture in real]
+    assert [shape_of(picture) for picture in drawn[0]] == of_real and set(of_real) == set(shapes)
+    asked = pool.prompted(None, "a circle", 4, shapes[1:])
+    assert [shape_of(picture) for picture in asked] == [*shapes[1:], *shapes[1:]]
 
 
 def test_features_of_real_pictures_are_measured_once_and_found_by_their_digest(

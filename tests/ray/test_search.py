@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from ray.train import TrainingFailedError, UserCallback
 from ray.util.state import list_actors
 
@@ -18,6 +19,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
+from ray_jobs.publish import publish
 from ray_jobs.search import run_trials, search
 from ray_jobs.search_results import read_rows
 from ray_jobs.tracking import Mirror
@@ -26,6 +28,7 @@ from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
 from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
 from tests.landscape import climb, out_of_room
+from tests.ray.test_prepare import noisy
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault
 
@@ -211,3 +214,44 @@ def wait_until_gone(cluster: LocalCluster, before: list[str], *names: str, timeo
     while new := [actor for actor in alive(cluster, *names) if actor.actor_id not in before]:
         assert time.monotonic() < deadline, new
         time.sleep(0.2)
+
+
+def test_pictures_of_several_shapes_are_searched_on_and_published(
+    ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With buckets every score, kept picture and page is of pictures in the shapes of the real ones."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder, rows = tmp_path / "pictures", []
+    folder.mkdir()
+    for number in range(36):
+        size = [(128, 64), (80, 80), (60, 120)][number % 3]
+        noisy(number, size).save(folder / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "text": f"picture {number}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = "num_samples: 12, inference_steps: 1, batch_size: 4, bootstrap: 3, num_actors: 1"
+    config = tiny_config(
+        tiny_model,
+        folder,
+        tmp_path,
+        "data.buckets=true",
+        "search.ladder=[1]",
+        f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4}}",
+    )
+    dataset = prepare(config)
+    with evaluators(config, dataset) as pool:
+        found = search(config, dataset, pool)
+        winner = publish(config, dataset, pool, found)
+        shapes = pool.shapes["test"]
+    [row] = found.rows
+    assert row["fid"] > 0 and row["validation_loss"] > 0
+    assert set(shapes) == {(48, 88), (64, 64), (88, 48)}
+    run = tmp_path / "tiny"
+    for number, (height, width) in enumerate(pool.shapes["validation"][:8]):
+        for kind in ("real", "base", "winner"):
+            [file] = (run / "samples").glob(f"{number}-*-{kind}.png")
+            assert Image.open(file).size == (width, height)
+    assert sum(winner["test_shapes"].values()) == winner["num_samples"] == 12
+    assert set(winner["test_shapes"]) == {"88x48", "64x64", "48x88"}
+    page = (run / "report.html").read_text()
+    assert "Each caption is drawn in the shape of its real picture: " in page
+    assert "for inception-2015-12-05 resized whole to 299 x 299 pixels, whatever its proportions" in page

@@ -15,7 +15,13 @@ OURS = ("ray_jobs", "cluster", "serving")
 
 # Earlier ranks know nothing of later ones. A room (a folder) stands for all its modules.
 ORDER = (
-    ("ray_jobs.config", "ray_jobs.dataset_report", "ray_jobs.pictures", "ray_jobs.promotion"),
+    (
+        "ray_jobs.config",
+        "ray_jobs.dataset_report",
+        "ray_jobs.dealing",
+        "ray_jobs.pictures",
+        "ray_jobs.promotion",
+    ),
     ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
     ("cluster",),
     ("ray_jobs.store",),

@@ -11,8 +11,10 @@ import torch
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.dealing import dealt, in_order
 from ray_jobs.diffusion import loading
-from ray_jobs.evaluate import dealt
+from ray_jobs.diffusion.sampling import batches_of
+from ray_jobs.evaluate import shape_of
 from ray_jobs.evaluator import Evaluator, Kept, join
 from ray_jobs.feature_networks import Networks, load_networks
 from ray_jobs.measures import (
@@ -178,8 +180,8 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     halves = [
         evaluator.sample_features(None, CAPTIONS, seeds, by_all=True) for seeds in ([0, 1, 2], [3, 4, 5])
     ]
-    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, *halves)
-    assert found.scores == evaluator.score(real, None, *halves)
+    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, None, *halves)
+    assert found.scores == evaluator.score(real, None, None, *halves)
     assert {record["metric"] for record in found.records()} >= {"precision", "CLIP score", "near copies"}
     assert found.copies is not None and len(found.copies.nearest) == 6
 
@@ -190,30 +192,62 @@ def test_actors_are_dealt_whole_batches_that_are_the_same_however_many_they_are(
     count: int, num_actors: int
 ) -> None:
     items = range(4 * count - 3)
-    shares = dealt(items, num_actors, batch_size=4)
+    shares = dealt([(64, 64)] * len(items), num_actors, batch_size=4)
     assert len(shares) == min(num_actors, count) and all(shares)
     batches = [list(share[i : i + 4]) for share in shares for i in range(0, len(share), 4)]
     assert batches == [list(items[i : i + 4]) for i in range(0, len(items), 4)]
     assert dealt([], num_actors, batch_size=4) == []
 
 
-def test_scores_do_not_depend_on_the_number_of_actors(evaluator: Evaluator) -> None:
+@pytest.mark.parametrize("num_actors", [1, 2, 3, 5, 20])
+def test_a_batch_has_one_shape_and_is_the_same_however_many_actors_there_are(num_actors: int) -> None:
+    shapes = [[(64, 64), (48, 80), (80, 48)][number * number % 7 % 3] for number in range(31)]
+    shares = dealt(shapes, num_actors, batch_size=4)
+    batches = []
+    for share in shares:
+        of_share = [shapes[number] for number in share]
+        batches += [share[batch] for batch in batches_of(of_share, 4)]
+    assert len(shares) == min(num_actors, len(batches))
+    assert all(len({shapes[number] for number in batch}) == 1 for batch in batches)
+    alone = dealt(shapes, 1, batch_size=4)[0]
+    assert batches == [alone[batch] for batch in batches_of([shapes[n] for n in alone], 4)]
+    assert sorted(sum(batches, [])) == list(range(31))
+    assert in_order(shares, shares) == list(range(31))
+
+
+@pytest.mark.parametrize("shapes", [[(64, 64)], [(64, 64), (48, 80), (80, 48)]])
+def test_scores_do_not_depend_on_the_number_of_actors(
+    evaluator: Evaluator, shapes: list[tuple[int, int]]
+) -> None:
     """Thirteen pictures, which three actors do not share evenly: the very same features and scores."""
-    numbers = range(13)
-    found = []
+    size, found = evaluator.config.evaluate.batch_size, []
+    of_each = [shapes[number % len(shapes)] for number in range(13)]
+    pictures = [
+        encode_png(np.asarray(noise(number + 1, *shape)[number].permute(1, 2, 0)))
+        for number, shape in enumerate(of_each)
+    ]
     for num_actors in (1, 3):
-        shares = dealt(numbers, num_actors, evaluator.config.evaluate.batch_size)
-        assert [len(share) for share in shares] == ([13] if num_actors == 1 else [4, 4, 5])
+        shares = dealt(of_each, num_actors, size)
+        assert len(shares) == num_actors and sum(map(len, shares)) == 13
         parts = [
-            evaluator.sample_features(None, [CAPTIONS[i % 3] for i in share], list(share)) for share in shares
+            evaluator.sample_features(
+                None, [CAPTIONS[i % 3] for i in share], share, shapes=[of_each[i] for i in share]
+            )
+            for share in shares
         ]
-        pictures = [encode_png(np.asarray(each.permute(1, 2, 0))) for each in noise(13, 64, 64)]
-        of_real = dealt(pictures, num_actors, evaluator.config.evaluate.batch_size)
-        real = join(tuple(evaluator.picture_features(list(share)) for share in of_real))
-        found.append((join(tuple(parts))[COLOURS], evaluator.score(Real.of(real), None, *parts)))
-    (one, scores), (three, same) = found
-    np.testing.assert_array_equal(one, three)
-    assert scores == same
+        real = join([evaluator.picture_features([pictures[i] for i in share]) for share in shares], shares)
+        scores = evaluator.score(Real.of(real), None, shares, *parts)
+        found.append((join(parts, shares)[COLOURS], real[COLOURS], scores))
+    for one, three in zip(found[0][:2], found[1][:2], strict=True):
+        np.testing.assert_array_equal(one, three)
+    assert found[0][2] == found[1][2]
+    for number in (0, 1, 12):  # in the order of the pictures, and each in its shape
+        [alone] = evaluator.sample_features(None, [CAPTIONS[number % 3]], [number], shapes=[of_each[number]])[
+            COLOURS
+        ]
+        np.testing.assert_allclose(found[0][0][number], alone, rtol=1e-3)
+        [[png]] = [evaluator.sample_pictures(None, [CAPTIONS[0]], [number], shapes=[of_each[number]])]
+        assert shape_of(png) == of_each[number]
 
 
 def test_guidance_of_a_call_takes_the_place_of_the_configured_one(evaluator: Evaluator) -> None:
@@ -263,8 +297,8 @@ def test_the_base_is_loaded_once_for_many_checkpoints(
 
 def test_kept_pictures_and_features_lie_beside_the_checkpoint(evaluator: Evaluator, tmp_path: Path) -> None:
     folder = Storage.open(str(tmp_path))
-    kept = Kept(folder.child("samples"), ["0-a.png", "1-b.png"])
+    kept = Kept(folder.child("samples"), ["0-a.png", None, "1-b.png"])
     drawn = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], kept)
-    evaluator.score(Real.of(drawn), folder, drawn)
+    evaluator.score(Real.of(drawn), folder, None, drawn)
     assert folder.child("samples").files() == ["0-a.png", "1-b.png"]
     assert evaluator.difference(Real.of(drawn), folder, folder).value == 0

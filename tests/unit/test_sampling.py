@@ -22,7 +22,7 @@ STATISTICS = {
 def drawn(pipeline: Any, guidance_scale: float) -> torch.Tensor:
     """uint8, height x width x 3."""
     options: dict[str, Any] = {"num_steps": 3, "guidance_scale": guidance_scale, "batch_size": 2}
-    [[picture]] = sample_pictures(pipeline, ["a small red circle"], [5], resolution=64, **options)
+    [[picture]] = sample_pictures(pipeline, ["a small red circle"], [5], shapes=[(64, 64)], **options)
     return picture.permute(1, 2, 0)
 
 
@@ -33,6 +33,29 @@ def test_without_a_prompt_there_are_zeros_if_the_model_asks_for_them(tiny_xl: Pa
         pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     expected = plain_diffusers.draw(theirs, Request("a small red circle", 5, 3, 4.0, None, 64, 64))
     assert (drawn(ours, 4.0) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_xl", "tiny_sd3", "tiny_flux"])
+def test_pictures_of_several_shapes_are_those_of_plain_diffusers(
+    request: pytest.FixtureRequest, model: str
+) -> None:
+    """Of Stable Diffusion XL the denoiser is told the size of each."""
+    folder = request.getfixturevalue(model)
+    shapes, plain = [(64, 64), (48, 80), (48, 80), (80, 48), (64, 64)], plain_diffusers.load(folder)
+    batches = sample_pictures(
+        load_pipeline(str(folder)),
+        [f"a small red circle {number}" for number in range(5)],
+        range(5),
+        shapes=shapes,
+        num_steps=2,
+        guidance_scale=2.0,
+        batch_size=2,
+    )
+    pictures = [picture.permute(1, 2, 0) for batch in batches for picture in batch]
+    assert [tuple(picture.shape[:2]) for picture in pictures] == shapes
+    for number, (height, width) in enumerate(shapes):
+        asked = Request(f"a small red circle {number}", number, 2, 2.0, None, height, width)
+        assert (pictures[number] - plain_diffusers.draw(plain, asked)).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 1), (2.0, 2)])
