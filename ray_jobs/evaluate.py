@@ -95,6 +95,12 @@ class EvaluatorPool:
         rows = dataset.pictures(name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
         self.shapes[split] = [shape_of(row["image"]) for row in rows]
+        if (count := self._num_samples(split)) < (wanted := self.config.evaluate.num_samples):
+            say(
+                "evaluate",
+                f"{split}: {len(rows):,} captions, so {count:,} pictures a score and not the {wanted:,} of "
+                f"evaluate.num_samples: at most {CAPTION_USES} of a caption; hold out more pictures for more",
+            )
         self._real[split] = ray.put(Real.of(self._measure_real([row["image"] for row in rows])))
 
     def _measure_real(self, pictures: list[bytes]) -> Features:

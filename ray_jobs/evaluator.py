@@ -59,6 +59,7 @@ class Evaluator:
         self.networks = load_networks(config.evaluate, self.device)
         self.base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
         self.base.to(self.device)
+        self.base_scheduler = self.base.scheduler
         self.loaded: str | None = None
         self.pipeline = self.base
         self._losses: dict[str, ValidationLoss] = {}  # by split; each reads its rows once
@@ -78,17 +79,21 @@ class Evaluator:
     def _use(self, weights: str | None) -> None:
         """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
         from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_lora, load_pipeline
+        from ray_jobs.diffusion.schedulers import has_scheduler, load_scheduler
 
         if weights == self.loaded:
             return
         if self.pipeline is self.base and self.loaded:
             self.base.unload_lora_weights()
         self.pipeline, self.loaded = self.base, None
+        self.base.scheduler = self.base_scheduler
         if weights is None:
             return
         folder = Storage.open(weights).local_copy()
         if (folder / LORA_WEIGHTS).exists():
             load_lora(self.base, folder)
+            if has_scheduler(folder):  # with which it was trained
+                self.base.scheduler = load_scheduler(folder)
         else:
             self.pipeline = load_pipeline(str(folder)).to(self.device)
         self.loaded = weights

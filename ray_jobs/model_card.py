@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ray_jobs.config import LEARNING_RATE, Config
+from ray_jobs.diffusion.schedulers import SCHEDULER
 from ray_jobs.report import headline, number
 
 # What it takes to train the model again; the rest says where things lie and how the model is served.
@@ -27,6 +28,7 @@ def model_card(
     manifest: dict[str, Any],
     prompt: str,
     pictures: Sequence[tuple[str, str]] = (),
+    scheduler: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -36,6 +38,7 @@ def model_card(
         manifest: what dataset/manifest.json holds.
         prompt: of the example.
         pictures: (caption, path beside the card) of what the model drew.
+        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
 
     Raises:
         KeyError: if `winner` or `manifest` lacks a key.
@@ -46,7 +49,7 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, prompt),
+        *_use(config, base_on_hub, prompt, scheduler),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -100,7 +103,7 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> 
     return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
-def usage(config: Config, prompt: str) -> str:
+def usage(config: Config, prompt: str, scheduler: str | None = None) -> str:
     """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder."""
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     base = f"{portable(config.model.base)!r}{revision}"
@@ -111,11 +114,15 @@ def usage(config: Config, prompt: str) -> str:
         ]
     else:
         load = ['pipeline = DiffusionPipeline.from_pretrained(".")']
+    names = {"DiffusionPipeline"}
+    if scheduler is not None:
+        names.add(scheduler)
+        load.append(f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="{SCHEDULER}")')
     side, evaluate = config.data.resolution, config.evaluate
     return "\n".join(
         [
             "import torch",
-            "from diffusers import DiffusionPipeline",
+            f"from diffusers import {', '.join(sorted(names))}",
             "",
             *load,
             "picture = pipeline(",
@@ -131,12 +138,12 @@ def usage(config: Config, prompt: str) -> str:
     )
 
 
-def _use(config: Config, base_on_hub: bool, prompt: str) -> list[str]:
+def _use(config: Config, base_on_hub: bool, prompt: str, scheduler: str | None) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
     if config.train.method == "lora" and not base_on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     packages = "`pip install torch diffusers transformers accelerate peft`"
-    return ["## Use", f"{packages}. {where}:", _fenced(usage(config, prompt), "python")]
+    return ["## Use", f"{packages}. {where}:", _fenced(usage(config, prompt, scheduler), "python")]
 
 
 def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, resolve_path
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.diffusion.schedulers import has_scheduler, scheduler_class
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.final_scores import FinalScores, measure_final, settings_of
@@ -75,12 +76,15 @@ def publish(
     if guidance_scale is not None:
         evaluate = config.evaluate.model_copy(update={"guidance_scale": guidance_scale})
         config = config.model_copy(update={"evaluate": evaluate})
-    run.upload(Storage.open(weights).local_copy(), "model")
+    local = Storage.open(weights).local_copy()
+    run.upload(local, "model")
     winner = {name: best[name] for name in WINNING if name in best}
     winner |= {"validation_fid": best["fid"], "validation_fid_error": best.get("fid_error")}
     winner["test_reads"] = test_reads
     winner |= final.numbers
-    _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"))
+    beside = config.train.method == "lora" and has_scheduler(local)
+    scheduler = scheduler_class(local) if beside else None
+    _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"), scheduler)
     run.child("model").write_bytes(REFERENCE, save(pool.reference(checkpoint)))
     registered = _register(config, winner, data, run.child("model").uri)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
@@ -157,6 +161,7 @@ def _write_card(
     winner: dict[str, Any],
     samples: Storage,
     model: Storage,
+    scheduler: str | None,
 ) -> None:
     """The model's card and its pictures, beside the weights."""
     split = shown_split(config)
@@ -172,6 +177,7 @@ def _write_card(
         manifest=dataset.manifest,
         prompt=pool.captions[split][0],
         pictures=[(caption, f"images/{name}") for caption, name in shown],
+        scheduler=scheduler,
     )
     model.write_text(CARD, card)
 

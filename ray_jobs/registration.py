@@ -173,6 +173,8 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "num_samples": str(measured.num_samples),
         "test_fid": repr(measured.fid),
         **({} if measured.error is None else {"test_fid_error": repr(measured.error)}),
+        "guidance_scale": f"{config.evaluate.guidance_scale:g}",
+        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
 

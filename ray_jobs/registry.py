@@ -38,6 +38,8 @@ class RegisteredModel:
     method: str  # lora | full
     metrics: dict[str, float]
     params: Mapping[str, str] = field(default_factory=dict)  # what `publish` logged of how it was made
+    guidance_scale: float | None = None  # that it was scored with; None: not recorded
+    zero_terminal_snr: bool = False  # trained to a last step of pure noise, and drawn so
 
 
 @dataclass(frozen=True)
@@ -250,4 +252,6 @@ def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> Reg
         method=found.tags["method"],
         metrics=metrics,
         params=params,
+        guidance_scale=float(found.tags["guidance_scale"]) if found.tags.get("guidance_scale") else None,
+        zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
     )

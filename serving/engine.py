@@ -21,6 +21,7 @@ import torch
 from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import initial_noise
+from ray_jobs.diffusion.schedulers import trained_scheduler
 from serving.adapters import AdapterCache, read_adapter
 from serving.cores import Cores
 from serving.decoding import Decoder
@@ -178,7 +179,7 @@ class Engine:
         if bool(request.previews) != (on_preview is not None):
             raise ValueError(f"previews: {request.previews}; they and on_preview go together")
         strength = None if request.image is None else request.strength
-        schedule = self._schedule(request.steps, *size, strength)
+        schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
         row = Row(request, schedule, size, next(self._arrivals), on_preview)
         self._waiting.add(row, free=self._free)
         self.work.set()
@@ -222,10 +223,19 @@ class Engine:
         if self.adapters is not None:
             self.adapters.close()
 
-    def _tabulate(self, num_steps: int, height: int, width: int, strength: float | None = None) -> Schedule:
-        factor = self.pipeline.vae_scale_factor
+    def _tabulate(
+        self,
+        num_steps: int,
+        height: int,
+        width: int,
+        strength: float | None = None,
+        zero_terminal_snr: bool = False,
+    ) -> Schedule:
+        factor, scheduler = self.pipeline.vae_scale_factor, self.pipeline.scheduler
         shape = (height // factor, width // factor)
-        return tabulate(self.pipeline.scheduler, self.family, num_steps, shape, strength)
+        if zero_terminal_snr:  # which changes neither `clip` nor that some steps take earlier outputs
+            scheduler = trained_scheduler(scheduler)
+        return tabulate(scheduler, self.family, num_steps, shape, strength)
 
     def _drop_answered(self) -> None:
         """Forget the rows that were cancelled or have failed, and batches of sizes that nobody draws."""

@@ -16,6 +16,8 @@ from serving.order import BASE, Order, label
 from serving.replicas import Replicas
 from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
 
+GUIDANCE_SCALE = 3.0  # of versions that were registered without one
+
 State = MutableMapping[str, Any]
 
 
@@ -66,7 +68,7 @@ class Ordering:
             request.prompt,
             seed,
             steps,
-            request.guidance_scale or self.settings.default_guidance_scale,
+            request.guidance_scale or self._usual_guidance(version),
             request.negative_prompt,
             height,
             width,
@@ -85,6 +87,12 @@ class Ordering:
             first._replace(seed=(seed + i) % (MAX_SEED + 1), image_id=new_image_id())
             for i in range(request.n)
         ]
+
+    def _usual_guidance(self, version: RegisteredModel | None) -> float:
+        """Where a request names none: as configured, else what the version was scored with; the base alone is
+        drawn as the champion."""
+        recorded = (version or self.catalogue.champion).guidance_scale
+        return self.settings.default_guidance_scale or recorded or GUIDANCE_SCALE
 
     def _names(self, version: RegisteredModel | None) -> dict[str, Any]:
         """What a log says of a version."""

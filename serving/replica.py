@@ -279,6 +279,7 @@ def _submit(
         previews=order.previews,
         image=image,
         strength=order.strength,
+        zero_terminal_snr=order.version is not None and order.version.zero_terminal_snr,
     )
     try:
         return thread.submit(request, on_preview)

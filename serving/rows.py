@@ -30,6 +30,7 @@ class Request:
     previews: int = 0  # unfinished pictures on the way, evenly spaced
     image: torch.Tensor | None = None  # to begin with: uint8, height x width x 3
     strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made, the last ones
+    zero_terminal_snr: bool = False  # the adapter was trained to a last step of pure noise
 
 
 class Drawing(NamedTuple):

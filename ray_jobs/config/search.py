@@ -225,7 +225,11 @@ class EvaluateConfig(Section):
     # Fields of measures that only come after a search: its results do not depend on them.
     AFTER_SEARCH: ClassVar = ("clip", "clip_revision", "memorisation_pictures", "subject_samples")
 
-    num_samples: int = Field(96, ge=2, description="pictures for a score, at most two a caption")
+    num_samples: int = Field(
+        96,
+        ge=2,
+        description="pictures for a score; at most two of each caption of the split, and fewer are announced",
+    )
     inference_steps: Positive = Field(12, description="denoising steps a picture")
     guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
     batch_size: Positive = Field(

@@ -60,7 +60,11 @@ class ServeConfig(Section):
         "model", description="of the diffusion; model: its own scheduler, with which it was measured"
     )
     default_steps: Positive = Field(20, description="denoising steps where the request names none")
-    default_guidance_scale: float = Field(3.0, ge=1, description="where the request names none")
+    default_guidance_scale: float | None = Field(
+        None,
+        ge=1,
+        description="where the request names none; null: that which the version was scored with",
+    )
 
     max_queued_requests: Positive = Field(64, description="more are answered with 503")
     request_timeout_s: float = Field(120, gt=0, description="a request may take this many seconds")

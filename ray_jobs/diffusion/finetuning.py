@@ -206,7 +206,11 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
 
 @torch.no_grad()
 def save_pipeline(
-    base: Path, components: Mapping[str, Any], weights: Mapping[str, torch.Tensor], folder: Path
+    base: Path,
+    components: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    scheduler: Any | None = None,
 ) -> None:
     """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
 
@@ -215,6 +219,7 @@ def save_pipeline(
         components: those with trained weights, by their name in the pipeline; not the ones that are being
             trained, for their weights are overwritten.
         weights: what was trained, by its name in `FineTuning`.
+        scheduler: takes the place of the base model's; None: that stays.
     """
     own: dict[str, torch.Tensor] = {}
     for name, part in components.items():
@@ -228,6 +233,9 @@ def save_pipeline(
         if path.is_dir() and path.name not in {SAFETY_CHECKER, *components}:
             shutil.copytree(path, folder / path.name)
     index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if SAFETY_CHECKER in index:
         index |= {SAFETY_CHECKER: [None, None], "requires_safety_checker": False}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -8,6 +8,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.model_files import SAFETY_CHECKER
+from ray_jobs.diffusion.schedulers import has_scheduler, load_scheduler
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -24,7 +25,8 @@ def load_pipeline(
     Args:
         base: folder or hub name of the base model.
         weights: a folder that holds either LoRA weights (`pytorch_lora_weights.safetensors`), which
-            are loaded onto the base, or a whole pipeline (`model_index.json`), which replaces it.
+            are loaded onto the base, with the scheduler that may lie beside them, or a whole pipeline
+            (`model_index.json`), which replaces it.
         revision: of the base on the hub.
         without: components that are not loaded.
 
@@ -48,6 +50,8 @@ def load_pipeline(
         if not (Path(weights) / LORA_WEIGHTS).exists():
             raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
         load_lora(pipeline, Path(weights))
+        if has_scheduler(Path(weights)):
+            pipeline.scheduler = load_scheduler(Path(weights))
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

@@ -1,6 +1,8 @@
 """What a worker trains: the model around its base, frozen and prepared as the configuration says."""
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
 from ray_jobs.diffusion.model_files import UNUSED, model_folder
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.schedulers import SCHEDULER, trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import deepspeed_config
 from ray_jobs.training.stages import ever_trainable, stages_of
@@ -114,11 +117,18 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
 
     To be made before the engine, which may shard the pipeline's weights.
     """
+    scheduler = trained_scheduler(pipeline.scheduler) if config.train.loss.zero_terminal_snr else None
     if config.train.method == "lora":
-        return lambda weights, folder: save_lora(pipeline, model, weights, folder)
+
+        def export(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+            save_lora(pipeline, model, weights, folder)
+            if scheduler is not None:
+                scheduler.save_pretrained(folder / SCHEDULER)
+
+        return export
     # Copies of their own, in fp32: those that are trained change meanwhile.
     trained = dict(pipeline.components)
     names = (model.family.denoiser, *model.text_encoders)
     own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}
     base = model_folder(resolve_path(config.model.base), revision=config.model.revision, without=UNUSED)
-    return lambda weights, folder: save_pipeline(base, own, weights, folder)
+    return lambda weights, folder: save_pipeline(base, own, weights, folder, scheduler)

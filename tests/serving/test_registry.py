@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
-from ray_jobs.registry import champion, tracking_uri, verify_weights, weights_digest
+from ray_jobs.registry import champion, entries, tracking_uri, verify_weights, weights_digest
 
 MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
@@ -35,6 +35,19 @@ def test_the_champion_is_what_was_registered(config: Config, tmp_path: Path) -> 
     assert (found.base, found.base_revision, found.method) == (config.model.base, None, "lora")
     assert found.metrics == {"test_fid": 12.5}
     assert found.digest == weights_digest(source) == weights_digest(found.source)
+    assert (found.guidance_scale, found.zero_terminal_snr) == (config.evaluate.guidance_scale, False)
+
+
+def test_the_registry_says_how_a_version_is_drawn(config: Config, tmp_path: Path) -> None:
+    config = named(config, "drawn")
+    loss = config.train.loss.model_copy(update={"zero_terminal_snr": True})
+    evaluate = config.evaluate.model_copy(update={"guidance_scale": 4.5})
+    train = config.train.model_copy(update={"loss": loss})
+    config = config.model_copy(update={"train": train, "evaluate": evaluate})
+    register(config, source=weights(tmp_path / "model", 1.0), measured=MEASURED, params={})
+    found = champion(config)
+    assert (found.guidance_scale, found.zero_terminal_snr) == (4.5, True)
+    assert entries(config, ["drawn"])["drawn"].versions[found.version].guidance_scale == 4.5
 
 
 def test_the_champion_outlives_the_folder_that_it_was_registered_from(config: Config, tmp_path: Path) -> None:

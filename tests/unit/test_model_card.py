@@ -107,6 +107,13 @@ def test_data_and_settings_are_told() -> None:
         assert part in text
 
 
+def test_an_adapter_that_is_drawn_with_a_scheduler_of_its_own_says_so() -> None:
+    text = card(scheduler="DDIMScheduler")
+    assert "from diffusers import DDIMScheduler, DiffusionPipeline\n" in text
+    assert 'pipeline.scheduler = DDIMScheduler.from_pretrained(".", subfolder="scheduler")\n' in text
+    assert "DDIMScheduler" not in card()
+
+
 def test_local_paths_addresses_and_secrets_stay_at_home() -> None:
     config = config_of("/home/someone/base", train={"deepspeed": {"nvme_path": "/home/someone/disk"}})
     manifest = MANIFEST | {

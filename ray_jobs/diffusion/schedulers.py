@@ -1,0 +1,57 @@
+"""The scheduler that draws what was trained, where that is not the base model's own. Pure PyTorch."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+SCHEDULER = "scheduler"  # the folder, as in every pipeline; beside LoRA weights only where it is needed
+CONFIG = "scheduler_config.json"
+
+
+def trained_scheduler(scheduler: Any) -> Any:
+    """A scheduler whose last timestep is pure noise and which begins there, as a model was trained with
+    `train.loss.zero_terminal_snr` (Lin et al., arXiv 2305.08891, sections 3.1 and 3.3).
+
+    It is of the same class, or DDIM where that class cannot (diffusers 0.42: PNDM). Guidance is not rescaled
+    (section 3.4), neither here nor when pictures are served.
+
+    Args:
+        scheduler: of diffusers, over a noise schedule; it stays as it is.
+    """
+    from diffusers import DDIMScheduler
+
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config = dict(scheduler.config)
+    kind = type(scheduler)
+    if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+        # DDIM clips latents where a configuration does not say that it must not.
+        kind, config = DDIMScheduler, {"clip_sample": False} | config
+    # Names what the file left out, which `from_config` would replace by the other class's defaults.
+    config.pop("_use_default_values", None)
+    return kind.from_config(config, **options)
+
+
+def has_scheduler(folder: Path) -> bool:
+    """Whether weights in a folder are drawn with a scheduler that lies beside them."""
+    return (folder / SCHEDULER / CONFIG).is_file()
+
+
+def scheduler_class(folder: Path) -> str:
+    """The name of the class of the scheduler in a folder."""
+    return str(json.loads((folder / SCHEDULER / CONFIG).read_text(encoding="utf-8"))["_class_name"])
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The scheduler beside weights.
+
+    Raises:
+        ValueError: diffusers has no scheduler of the class that its file names.
+    """
+    import diffusers
+
+    name = scheduler_class(folder)
+    kind = getattr(diffusers, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"{folder / SCHEDULER / CONFIG}: {name} is no scheduler of diffusers")
+    return kind.from_pretrained(folder, subfolder=SCHEDULER)
