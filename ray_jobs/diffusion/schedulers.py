@@ -51,7 +51,7 @@ def load_scheduler(folder: Path) -> Any:
     import diffusers
 
     name = scheduler_class(folder)
-    kind = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+    kind: Any = getattr(diffusers, name, None)
+    if not inspect.isclass(kind) or diffusers.SchedulerMixin not in kind.__mro__:
         raise ValueError(f"{folder / SCHEDULER / CONFIG}: {name} is no scheduler of diffusers")
     return kind.from_pretrained(folder, subfolder=SCHEDULER)
