@@ -52,6 +52,6 @@ def load_scheduler(folder: Path) -> Any:
 
     name = scheduler_class(folder)
     kind: Any = getattr(diffusers, name, None)
-    if not inspect.isclass(kind) or diffusers.SchedulerMixin not in kind.__mro__:
+    if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"{folder / SCHEDULER / CONFIG}: {name} is no scheduler of diffusers")
     return kind.from_pretrained(folder, subfolder=SCHEDULER)
