@@ -59,7 +59,8 @@ REASONS = {
     " or since it lies beside files of tables or shards: list it if it belongs to the set.",
     "in_subfolder": "Not counted: pictures of a subject lie in the folder itself, those of its class in"
     " class_data_dir: move it there if it belongs to the set.",
-    "other_member": "Not counted: another picture of the same sample in a tar file, such as a mask.",
+    "other_member": "Not counted: another picture of a sample in a tar file, such as a mask, or one in a"
+    " format that is not read beside one of the same name that is.",
     "unusable_link": "Not counted: a link to a folder or to nothing, or a link in a tar file: put the"
     " pictures themselves there.",
     "near_duplicate_across_splits": "The picture resembles pictures of different splits, and would leak one"

@@ -20,6 +20,7 @@ from ray_jobs.data.tables import Table, find_columns
 
 STATE_FILE = "state.json"
 DICT_FILE = "dataset_dict.json"
+CACHE = "cache-"  # what `map` and `filter` of the library leave: other states of the same rows
 FILE_FORMAT = b"ARROW1"  # how a file of the IPC format begins that is no stream
 
 
@@ -79,7 +80,7 @@ def _schema(listing: Listing, name: str) -> pa.Schema:
 def arrow_files(listing: Listing) -> list[str]:
     """The Arrow files that hold rows: those that a `state.json` beside them lists; without one, all.
 
-    Beside those lie the caches of `map` and `filter`, which are older states of the same rows.
+    Caches of the library are left aside.
 
     Raises:
         ConfigError: a `state.json` is broken, or lists a file that is missing.
@@ -97,7 +98,11 @@ def arrow_files(listing: Listing) -> list[str]:
                 raise ConfigError(
                     f"{listing.name}: {name}: lists {file}, which is missing; copy the folder again"
                 )
-    others = [name for name in listing.ending(".arrow") if posixpath.dirname(name) not in listed]
+    others = [
+        name
+        for name in listing.ending(".arrow")
+        if posixpath.dirname(name) not in listed and not posixpath.basename(name).startswith(CACHE)
+    ]
     return sorted([*others, *(file for files in listed.values() for file in files)])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.folders import Folder, file_row, folder_of_rows, refuse_columns
-from ray_jobs.data.listing import PICTURE_SUFFIXES, Listing
+from ray_jobs.data.listing import Listing
 
 DREAMBOOTH_KEYS = ("instance_prompt", "class_prompt")
 DREAMBOOTH_FILE = "dataset_info.json"
@@ -43,7 +43,7 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
     refuse_columns(listing, config, stratify)
     prompts = _prompts(listing, config)
     rows, folders = [], {"": ("instance", "instance_prompt"), CLASS_FOLDER: ("class", "class_prompt")}
-    for name in listing.ending(*PICTURE_SUFFIXES):
+    for name in listing.pictures():
         role, key = folders.get(posixpath.dirname(name), ("", ""))
         if not role:
             continue

@@ -140,7 +140,7 @@ def open_caption_files(
     """
     refuse_columns(listing, config, stratify)
     rows = []
-    for name in listing.ending(*PICTURE_SUFFIXES):
+    for name in listing.pictures():
         text_file = captions.get(posixpath.splitext(name)[0])
         rows.append(file_row(name, text_file=legible(text_file) if text_file else None))
     return folder_of_rows(listing, rows, "pictures")

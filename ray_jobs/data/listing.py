@@ -7,6 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pyarrow import fs
 
@@ -67,6 +68,22 @@ class Listing:
         """The names of files with one of `suffixes` (lower case), sorted, without hidden ones."""
         return sorted(name for name in self.files if name.lower().endswith(suffixes) and not is_hidden(name))
 
+    def pictures(self) -> list[str]:
+        """The files that are pictures, sorted.
+
+        One in a format that is not read is left out beside one of the same name that is: `IMG_1.CR2` beside
+        `IMG_1.JPG`.
+        """
+        return [name for name in self.ending(*PICTURE_SUFFIXES) if not self._is_other(name)]
+
+    def _is_other(self, name: str) -> bool:
+        stem, suffix = posixpath.splitext(name)
+        return suffix.lower() in OTHER_SUFFIXES and stem in self._readable
+
+    @cached_property
+    def _readable(self) -> set[str]:
+        return {posixpath.splitext(name)[0] for name in self.ending(*READ_SUFFIXES)}
+
     def read_bytes(self, name: str) -> bytes:
         """The content of a small file."""
         with self.filesystem.open_input_file(f"{self.folder}/{name}") as file:
@@ -87,6 +104,10 @@ class Listing:
         for name in sorted(self.files.keys() - set(used)):
             if is_hidden(name):
                 others["hidden"] += 1
+            elif self._is_other(name):
+                files.append(
+                    (name, "other_member", "a picture of the same name, in a format that is read, is used")
+                )
             elif name.lower().endswith(PICTURE_SUFFIXES):
                 files.append((name, reason, detail))
             else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data import arrow, dreambooth, folders, metadata, parquet, shards
 from ray_jobs.data.captions import AS_WRITTEN, CaptionRules
-from ray_jobs.data.listing import PICTURE_SUFFIXES, Listing, list_files
+from ray_jobs.data.listing import Listing, list_files
 from ray_jobs.data.samples import Piece, Sample, Source
 
 __all__ = ["Piece", "Sample", "Source", "list_files", "open_source"]
@@ -161,7 +161,7 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
             _Kind(
                 min(captions.values()),
                 lambda: folders.open_caption_files(listing, captions, config, stratify),
-                [*captions.values(), *listing.ending(*PICTURE_SUFFIXES)],
+                captions.values(),
                 ("not_listed", ""),  # there is none: every picture is a row
             )
         )

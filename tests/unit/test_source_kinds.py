@@ -132,6 +132,7 @@ def test_arrow_files_without_a_state_are_read_in_both_formats(tmp_path: Path, fo
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
     write(tmp_path, {"dataset_info.json": json.dumps(LIBRARY_INFO)})
+    write_stream(tmp_path / "cache-1a2b.arrow", hugging_face_table([7]))
     for source in (tmp_path, path):
         assert [text for _, text, _ in facts(source)] == ["a 0", "a 1", "a 2"]
 
@@ -314,6 +315,17 @@ def test_suffixes_in_every_case_and_of_every_picture_are_rows(tmp_path: Path) ->
     write(subject, {name: picture(n) for n, name in enumerate(pictures)})
     found = opened(subject, instance_prompt="a sks dog")
     assert isinstance(found, Subject) and len(samples(found)) == len(pictures)
+
+
+def test_a_raw_file_beside_its_picture_does_not_speak_against_the_set(tmp_path: Path) -> None:
+    write(tmp_path, {"a.JPG": picture(0), "a.CR2": b"raw", "b.cr2": b"raw", "a.txt": "a", "b.txt": "b"})
+    for settings in ({}, {"instance_prompt": "a sks dog"}):
+        if settings:
+            (tmp_path / "a.txt").unlink()
+            (tmp_path / "b.txt").unlink()
+        source = opened(tmp_path, **settings)
+        assert [s.name for s in samples(source)] == ["a.JPG", "b.cr2"]
+        assert left_out(source) == {"a.CR2": "other_member"}
 
 
 def test_a_caption_in_small_letters_comes_before_one_in_capitals(tmp_path: Path) -> None:
