@@ -18,6 +18,8 @@ from pyarrow import NativeFile, fs
 
 from ray_jobs.config import ConfigError, home
 
+AZURE = ("az://", "abfs://", "abfss://", "adl://", "wasb://", "wasbs://", "azure://")
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -48,6 +50,11 @@ class Storage:
         if "://" not in uri:
             folder = str(home() / Path(uri).expanduser())
             return Storage(folder, fs.LocalFileSystem(), folder)
+        if uri.startswith(AZURE):
+            raise ConfigError(
+                f"storage: {uri}: Azure's storage is not offered; give a local folder (a mounted "
+                "container is one), s3:// or gs://"
+            )
         if not uri.startswith(("s3://", "gs://")):
             raise ConfigError(f"storage: {uri}: give a local folder, s3:// or gs://")
         try:
@@ -77,15 +84,23 @@ class Storage:
 
     def folders(self) -> list[str]:
         """The names of the folders directly below this one; none if it does not exist."""
-        return self._names(fs.FileType.Directory)
+        # Google's storage lists a folder only where an object stands for it; others show in the names below.
+        deep = isinstance(self.filesystem, fs.GcsFileSystem)
+        found = set()
+        for info in self._below(recursive=deep):
+            name, slash, _ = info.path.removeprefix(self.path).strip("/").partition("/")
+            if slash or info.type == fs.FileType.Directory:
+                found.add(name)
+        return sorted(found)
 
     def files(self) -> list[str]:
         """The names of the files directly in this folder; none if it does not exist."""
-        return self._names(fs.FileType.File)
+        return sorted(info.base_name for info in self._below() if info.type == fs.FileType.File)
 
-    def _names(self, kind: fs.FileType) -> list[str]:
-        below = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in below if info.type == kind)
+    def _below(self, *, recursive: bool = False) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        found: list[fs.FileInfo] = self.filesystem.get_file_info(selector)
+        return found
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if it is missing."""
@@ -192,6 +207,8 @@ class Storage:
         at = self._at(name)
         kind = self.filesystem.get_file_info(at).type
         if kind == fs.FileType.Directory:
+            if isinstance(self.filesystem, fs.GcsFileSystem):
+                self.filesystem.create_dir(at)  # the object that stands for it, which is deleted last
             self.filesystem.delete_dir(at)
         elif kind == fs.FileType.File:
             self.filesystem.delete_file(at)

@@ -1,4 +1,4 @@
-"""Every kind of source reads from an S3 server what it reads from the same folder on disk."""
+"""Every kind of source reads from S3 and from Google's storage what it reads from the same folder on disk."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -9,19 +9,21 @@ from pyarrow import fs
 
 from ray_jobs.config import ConfigError
 from ray_jobs.data.samples import Source
+from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import S3Server, s3_server
 from tests.unit.test_sources import every_kind, facts, image_folder, opened, samples
 
 BUCKET = "pictures"
+Server = S3Server | GcsServer
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server(BUCKET) as server:
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with (s3_server if request.param == "s3" else gcs_server)(BUCKET) as server:
         yield server
 
 
-def uploaded(path: Path, server: S3Server, root: Path) -> str:
+def uploaded(path: Path, server: Server, root: Path) -> str:
     """Copy `root` into the bucket; the address there of `path`, which is `root` or lies in it."""
     fs.copy_files(
         str(root),
@@ -38,7 +40,7 @@ def numbers_and_names(source: Source) -> list[tuple[int, str]]:
 
 @every_kind
 def test_a_bucket_yields_what_the_folder_does(
-    tmp_path: Path, server: S3Server, kind: Callable[[Path], Path]
+    tmp_path: Path, server: Server, kind: Callable[[Path], Path]
 ) -> None:
     root = tmp_path / kind.__name__
     path = kind(root)
@@ -51,7 +53,7 @@ def test_a_bucket_yields_what_the_folder_does(
     assert opened(there.name).digest == there.digest
 
 
-def test_an_overwritten_object_changes_the_digest(tmp_path: Path, server: S3Server) -> None:
+def test_an_overwritten_object_changes_the_digest(tmp_path: Path, server: Server) -> None:
     root = image_folder(tmp_path / "overwritten")
     address = uploaded(root, server, root)
     before = opened(address)
@@ -62,7 +64,7 @@ def test_an_overwritten_object_changes_the_digest(tmp_path: Path, server: S3Serv
     assert changed == [True, False]
 
 
-def test_an_object_that_is_gone_is_missing(tmp_path: Path, server: S3Server) -> None:
+def test_an_object_that_is_gone_is_missing(tmp_path: Path, server: Server) -> None:
     root = image_folder(tmp_path / "gone")
     address = uploaded(root, server, root)
     server.filesystem().delete_file(f"{BUCKET}/gone/photos/1.png")
@@ -72,7 +74,7 @@ def test_an_object_that_is_gone_is_missing(tmp_path: Path, server: S3Server) -> 
 
 
 @pytest.mark.parametrize("place", ["pictures/nowhere", "nobucket/x", "pictures/nowhere.parquet"])
-def test_what_is_not_in_the_store_is_named(server: S3Server, place: str) -> None:
+def test_what_is_not_in_the_store_is_named(server: Server, place: str) -> None:
     address = server.address("").replace(f"@{BUCKET}/", f"@{place}")
-    with pytest.raises(ConfigError, match=f"data.source: s3://.*{place}.*: no such folder"):
+    with pytest.raises(ConfigError, match=f"data.source: (s3|gs)://.*{place}.*: no such folder"):
         opened(address)
