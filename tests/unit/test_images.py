@@ -228,6 +228,7 @@ LARGE = zlib.compress(bytes(70 << 20))  # of text in all Pillow takes 64 MiB
         chunk(b"iCCP", b"no end"),
         chunk(b"tEXt", b"workflow\0" + b"x" * (65 << 20)),
         chunk(b"tEXt", b"transparency\0" + b"no number"),
+        chunk(b"tEXt", b"interlace\0" + b"no header"),
         chunk(b"tEXt", b"icc_profile\0" + b"no profile"),
         chunk(b"tEXt", b"exif\0" + b"no exif"),
         chunk(b"tEXt", b""),
