@@ -104,8 +104,10 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
     environment = runtime_environment(local_variables())
     print("starting Ray on this machine", flush=True)
+    begun = time.monotonic()
     with local_cluster(local) as cluster:
-        print(f"framework logs: {cluster.logs}", flush=True)
+        took = time.monotonic() - begun
+        print(f"framework logs: {cluster.logs}; Ray came up in {took:.0f} s", flush=True)
         return run_job(cluster.address, command, environment)
 
 

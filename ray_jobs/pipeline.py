@@ -15,7 +15,7 @@ from ray_jobs.diffusion.model_files import model_folder
 from ray_jobs.evaluate import evaluators
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.prepare import open_sources, prepare
-from ray_jobs.progress import say
+from ray_jobs.progress import phase, say
 from ray_jobs.publish import publish
 from ray_jobs.registry import check_store
 from ray_jobs.search import search
@@ -25,6 +25,7 @@ from ray_jobs.train import checked
 
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     """Run all stages; what they write is listed in the README."""
+    phase("checks")
     check_inputs(config)
     run = Storage.open(config.storage).child(config.name)
     if arguments.fresh:

@@ -40,7 +40,7 @@ from ray_jobs.data.splits import SPLITS
 from ray_jobs.data.streaming import Live
 from ray_jobs.dataset_report import write_dataset_page
 from ray_jobs.diffusion.model_files import encoders_digest, max_side, size_multiple
-from ray_jobs.progress import say
+from ray_jobs.progress import phase, say
 from ray_jobs.stage import run_stage
 
 PREVIEW = "preview.html"
@@ -83,6 +83,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         if check:
             check()
         return dataset
+    phase("cleaning")
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
     _require_enough(config, manifest, decisions.num_judged, dataset.storage)
@@ -90,6 +91,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
     stored = [part for part in parts if part.split != "train"] if streamed else parts
+    phase("encoding")
     encoded = encode_parts(config, sources, found, stored, dataset.cache, _progress("encoded"))
     rows = sum(len(part.rows) for part in stored)
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _STARTED = time.monotonic()
+_phases = [("starting", _STARTED)]
 _terminal: TextIO | None = None  # where lines go once the frameworks' output was turned to a file
 
 
@@ -62,6 +63,20 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def say(stage: str, message: str) -> None:
     """Print one progress line, with the time since the start of the job."""
     show(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}")
+
+
+def phase(name: str) -> None:
+    """Begin a phase on a run's way to its first training step."""
+    _phases.append((name, time.monotonic()))
+
+
+def tell_phases() -> None:
+    """Say how long each phase took until now, the first time that a training step was made."""
+    if len(_phases) > 1:
+        ends = [begun for _, begun in _phases[1:]] + [time.monotonic()]
+        took = [f"{name} {clock(end - begun)}" for (name, begun), end in zip(_phases, ends, strict=True)]
+        say("train", f"first steps; until here {', '.join(took)}")
+    _phases.clear()
 
 
 @dataclass(frozen=True)
@@ -145,4 +160,5 @@ def _watch(board: Any, done: threading.Event) -> None:
 
     while not done.wait(5):
         for line in ray.get(board.take.remote()):
+            tell_phases()
             say("train", line)

@@ -25,7 +25,7 @@ from ray_jobs.guidance import choose_guidance
 from ray_jobs.halving import all_trials, best_trials
 from ray_jobs.population import first_generation, next_generation
 from ray_jobs.prepare import prepare
-from ray_jobs.progress import say, watched_board
+from ray_jobs.progress import phase, say, watched_board
 from ray_jobs.registry import check_store
 from ray_jobs.search_results import (
     FINISHED,
@@ -67,12 +67,14 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         return before
     for line in at_most(config):
         say("search", line)
+    phase("evaluators and the base's scores")
     with opened_store(config):
         for split in splits(config):
             pool.load(split)
     storage.delete("tune")
     with watched_board() as board, _mirrored(config, dataset) as mirror:
         done = Trials(Surroundings(config, dataset, pool, board, read_rows(storage)), storage, mirror)
+        phase("workers")
         run_trials(config, done)
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
