@@ -26,15 +26,17 @@ from ray_jobs.config.fields import (
     Section,
     explain,
     home,
+    require_unset,
     resolve_path,
 )
 from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
-from ray_jobs.config.space import Range, Settings, check_pairs, drawn, read_values
+from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
     ENDLESS,
     FREE_SETTINGS,
     OTHER_LAYERS,
+    SCHEDULE_SETTINGS,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -185,6 +187,29 @@ class Config(Section):
                 "train.prior_loss_weight needs data.encode: cache: class pictures are few, so that it "
                 "costs next to nothing"
             )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "Config":
+        """No setting that only some schedules or methods read is given where no trial has one of them."""
+        train, space = self.train, self.search.space
+        schedules: set[Any] = {train.schedule, *(stage.schedule for stage in train.stages)}
+        schedules |= set(ends(space.get("train.schedule", [])))
+        searched_stages = "train.stages" in space
+        for field, of in SCHEDULE_SETTINGS.items():
+            unused = not (of & schedules or searched_stages)
+            if unused and f"train.{field}" in space:
+                raise ValueError(f"search.space.train.{field} changes nothing without schedule {sorted(of)}")
+            if unused:
+                require_unset(train, f"without schedule {' or '.join(sorted(of))}", field)
+        methods = [train.method, *ends(space.get("train.method", []))]
+        if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
+            raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")
+        shown, measured = self.publish.sample_count, self.evaluate.num_samples
+        if shown > measured and "sample_count" in self.publish.model_fields_set:
+            raise ValueError(
+                f"publish.sample_count: {shown} cannot be shown of evaluate.num_samples: {measured}; lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _search(self) -> "Config":

@@ -5,7 +5,7 @@ from typing import Literal
 from PIL import ImageColor
 from pydantic import Field, model_validator
 
-from ray_jobs.config.fields import Positive, Prompt, Section, Share
+from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_unset
 
 
 class SourceConfig(Section):
@@ -56,6 +56,12 @@ class CleaningConfig(Section):
         0.04, gt=0, le=1, description="mean difference of the colours of 4 x 4 fields, of the full range"
     )
 
+    @model_validator(mode="after")
+    def _duplicates(self) -> "CleaningConfig":
+        if self.duplicates == "ignore":
+            require_unset(self, "with duplicates: ignore", "duplicate_distance", "duplicate_colour")
+        return self
+
 
 class AugmentationConfig(Section):
     """Random changes to training pictures, drawn from a generator seeded by picture and epoch or variant."""
@@ -81,6 +87,13 @@ class AugmentationConfig(Section):
     def _variants_differ(self) -> "AugmentationConfig":
         if self.variants > 1 and not self.is_active:
             raise ValueError("variants would all be alike: give one of flip, rotate, crop, scale, colour")
+        if not self.rotate:
+            require_unset(self, "without rotate", "max_degrees")
+        if not self.scale:
+            require_unset(self, "without scale", "min_scale")
+        if not self.colour:
+            jitter = ("max_brightness", "max_contrast", "max_saturation", "max_hue")
+            require_unset(self, "without colour", *jitter)
         return self
 
 
@@ -144,6 +157,8 @@ class DataConfig(Section):
             raise ValueError("sources: give every source a weight, or none")
         if self.validation + self.test >= 1:
             raise ValueError("validation + test must leave a share for training: lower one of them")
+        if not self.buckets:
+            require_unset(self, "without buckets", "bucket_max_aspect_ratio")
         if self.folds == 1:
             raise ValueError("folds: one fold leaves nothing to train on; give 0 or at least 2")
         if self.encode == "stream" and self.augmentation.variants > 1:

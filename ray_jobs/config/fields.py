@@ -39,6 +39,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def require_unset(section: Section, where: str, *fields: str) -> None:
+    """Raise ValueError if a field that changes nothing has another value than its default."""
+    for field in fields:
+        if getattr(section, field) != type(section).model_fields[field].default:
+            raise ValueError(f"{field}: {getattr(section, field)} changes nothing {where}; remove it")
+
+
 def explain(error: ValidationError, where: str) -> str:
     """One line for the first problem of `error`: file, field, what is wrong."""
     first = error.errors()[0]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ray_jobs.config.fields import LearningRate, Positive, Section
+from ray_jobs.config.fields import LearningRate, Positive, Section, require_unset
 from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
@@ -168,6 +168,8 @@ class SearchConfig(Section):
                 "scheduler: halving compares all trials at a rung, and optuna proposes one after the other: "
                 "algorithm grid or random"
             )
+        if self.scheduler not in ("asha", "halving"):
+            require_unset(self, f"with scheduler: {self.scheduler}", "reduction_factor")
         if self.scheduler == "population":
             if self.grid_size < 2:
                 raise ValueError("scheduler: population needs at least two trials")

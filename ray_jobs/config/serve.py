@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ray_jobs.config.fields import ModelName, Positive, Section, Share
+from ray_jobs.config.fields import ModelName, Positive, Section, Share, require_unset
 
 Offload = Literal["none", "encoders", "model"]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
@@ -123,6 +123,9 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "ServeConfig":
+        if not (self.candidate_share or self.shadow_share):
+            rollback = ("rollback_requests", "rollback_error_rate", "rollback_latency")
+            require_unset(self, "where no candidate answers (candidate_share, shadow_share)", *rollback)
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"replicas: {list(self.replicas)} must be [min, max]")  # type: ignore[arg-type]
         if self.gpu_share < 1 and not self.use_gpu:

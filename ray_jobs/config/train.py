@@ -65,6 +65,12 @@ class StageConfig(Section):
     epsilon: float | None = Field(None, gt=0, description="of AdamW")
     trainable: list[str] | None = Field(None, description="groups of layers that are trained, of `groups`")
 
+    @model_validator(mode="after")
+    def _warms_up(self) -> "StageConfig":
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError("warmup_steps: schedule constant has none; take constant_with_warmup")
+        return self
+
 
 OTHER_LAYERS = "other"
 # What changes how fast a training runs and where, but not what comes out, up to rounding.
@@ -83,6 +89,12 @@ FREE_SETTINGS = {
     "max_failures",
 }
 ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
+SCHEDULE_SETTINGS = {  # which schedules they change
+    "schedule_cycles": {"cosine_with_restarts"},
+    "schedule_power": {"polynomial"},
+    "decay_share": {"warmup_stable_decay"},
+    "schedule_end": {"linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"},
+}
 
 
 class TrainConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ray_jobs.config import Config, TrainConfig, resolve_path
+from ray_jobs.config.space import ends
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
 from ray_jobs.diffusion.model_files import UNUSED, model_folder
@@ -46,12 +47,27 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     return pipeline, model
 
 
+# What a trial chooses of them decides whether a model can be trained at all.
+CHECKED = ("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages")
+
+
 def check_settings(config: Config) -> None:
-    """Choose what would be trained as `build_model` does, without the memory that its weights take.
+    """Choose what would be trained as `build_model` does, without the memory that its weights take; of a
+    search for every value of a setting that a base model may refuse.
 
     Raises:
         ValueError: naming the setting that does not suit the base model.
     """
+    _check_settings(config)
+    for name, values in config.search.space.items():
+        for value in ends(values) if name.startswith((*CHECKED, "train.train_text_encoder")) else []:
+            try:
+                _check_settings(config.with_settings({name: value}))
+            except ValueError as error:
+                raise ValueError(f"search.space.{name}: {value!r}: {error}") from None
+
+
+def _check_settings(config: Config) -> None:
     from accelerate import init_empty_weights
 
     from ray_jobs.diffusion.loading import empty_model, read_index

@@ -66,6 +66,28 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("train.prior_loss_weight=-1", "train.prior_loss_weight"),
         ("data.num_class_images=0", "data.num_class_images"),
         ("name=../elsewhere", "name"),
+        ("data.bucket_max_aspect_ratio=3", "bucket_max_aspect_ratio: 3.0 changes nothing without buckets"),
+        ("data.augmentation.max_degrees=5", "max_degrees: 5.0 changes nothing without rotate; remove it"),
+        ("data.augmentation.min_scale=0.5", "min_scale: 0.5 changes nothing without scale"),
+        ("data.augmentation.max_hue=0.1", "max_hue: 0.1 changes nothing without colour"),
+        (
+            "data.cleaning={duplicates: ignore, duplicate_distance: 2}",
+            "duplicate_distance: 2 changes nothing with duplicates: ignore",
+        ),
+        ("serve.rollback_requests=9", "rollback_requests: 9 changes nothing where no candidate answers"),
+        (
+            "train.schedule_cycles=3",
+            "schedule_cycles: 3 changes nothing without schedule cosine_with_restarts",
+        ),
+        ("train.schedule_power=2", "schedule_power: 2.0 changes nothing without schedule polynomial"),
+        ("train.decay_share=0.5", "decay_share: 0.5 changes nothing without schedule warmup_stable_decay"),
+        ("train.schedule_end=0.5", "schedule_end: 0.5 changes nothing without schedule cosine or"),
+        ("search.space={train.schedule_power: [1, 2]}", "train.schedule_power changes nothing without"),
+        ("train.stages=[{steps: 9, schedule: constant, warmup_steps: 2}, {steps: 1}]", "constant has none"),
+        (
+            "publish.sample_count=999",
+            "publish.sample_count: 999 cannot be shown of evaluate.num_samples: 128",
+        ),
         (f"name={'x' * 101}", "name: String should have at most 100 characters"),
         ("publish.model_name=team/style", "publish.model_name: a model's name has letters"),
         ("publish.model_name='style:v2'", "publish.model_name: a model's name has letters"),
@@ -119,6 +141,14 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
             "population and folds do not go together",
         ),
         (["search.folds=2", "data.folds=2", "search.guidance_scales=[2]"], "folds leave none"),
+        (
+            ["search.scheduler=median", "search.reduction_factor=3"],
+            "reduction_factor: 3 changes nothing with scheduler: median; remove it",
+        ),
+        (
+            ["train.method=full", "search.space={train.lora.rank: [4, 8]}"],
+            "search.space.train.lora.rank changes nothing with train.method: full",
+        ),
         (["search.folds=2", "data.folds=2", "data.encode=stream"], "folds needs data.encode: cache"),
         (["train.prior_loss_weight=1", "data.buckets=true"], "prior_loss_weight needs data.buckets: false"),
         (["train.prior_loss_weight=1", "data.encode=stream"], "prior_loss_weight needs data.encode: cache"),
@@ -213,3 +243,21 @@ def test_a_run_is_not_called_what_all_runs_share() -> None:
 @pytest.mark.parametrize("name", ["fluent-emoji-3d", "two words", "v1.2_b+c", "7"])
 def test_names_of_models_that_people_give_are_taken(name: str) -> None:
     assert load_config(DEMO, [f"publish.model_name='{name}'"]).publish.model_name == name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.schedule=polynomial", "train.schedule_power=2", "train.schedule_end=0.1"],
+        ["train.schedule_power=2", "search.space={train.schedule: [cosine, polynomial]}"],
+        ["train.decay_share=0.5", "train.stages=[{steps: 9, schedule: warmup_stable_decay}, {steps: 1}]"],
+        ["train.schedule=polynomial", "search.space={train.schedule_power: [1, 2]}"],
+        ["search.space={train.method: [lora, full], train.lora.rank: [4, 8]}"],
+        ["data.buckets=true", "data.bucket_max_aspect_ratio=3"],
+        ["serve.shadow_share=0.1", "serve.rollback_requests=9"],
+        ["search.scheduler=halving", "search.reduction_factor=3"],
+        ["search.scheduler=none", "search.reduction_factor=2"],  # which is the default
+    ],
+)
+def test_what_some_trial_or_mode_reads_is_taken(overrides: list[str]) -> None:
+    load_config(DEMO, overrides)

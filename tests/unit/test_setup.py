@@ -50,6 +50,23 @@ def test_a_setting_that_does_not_suit_the_model_is_named(
         check_settings(config(tiny_stable_diffusion_xl(tmp_path), *settings))
 
 
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "{train.loss.timestep_mean: [0, 0.5]}",
+            r"search\.space\.train\.loss\.timestep_mean: 0\.5: .*uniform",
+        ),
+        ("{train.lora.target_modules: [[to_q], [to_qq]]}", r"target_modules: \['to_qq'\]: train\.lora: unet"),
+    ],
+)
+def test_a_value_of_the_search_that_does_not_suit_the_model_is_named(
+    space: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_settings(config(tiny_stable_diffusion_xl(tmp_path), f"search.space={space}"))
+
+
 def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_another_training(
     tmp_path: Path,
 ) -> None:
