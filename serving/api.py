@@ -129,13 +129,13 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         return found
 
     async def cards() -> list[ModelCard]:
-        side = (await service.replicas.traits()).resolution
+        own = await service.replicas.traits()
         return [
             ModelCard(
                 id=offer.id,
                 created=service.started,
                 version=offer.version and offer.version.version,
-                size=f"{side}x{side}",
+                size=f"{own.width}x{own.height}",
             )
             for offer in service.catalogue.offers()
         ]

@@ -53,7 +53,7 @@ class Engine:
         max_rows: drawn at a time; a call of the denoiser has at most twice as many, with guidance.
         decode_rows: pictures that are encoded or decoded at a time: so long others' steps may have to wait.
         max_waiting: requests that may wait for a place; None: any number.
-        max_side: pixels of a picture's longer side; None: twice the model's own.
+        max_side: pixels of a picture's longer side; None: twice that of the model's own.
         prompt_bytes: of the prompt embeddings that are kept, the least recently used is dropped first.
         adapter_folder: gives the local folder of an adapter's name, fetched and checked; it runs beside the
             loop. None: there are no adapters.
@@ -108,7 +108,7 @@ class Engine:
                 max_bytes=adapter_bytes,
                 on_loaded=self.work.set,
             )
-        self.max_side = 2 * self.resolution if max_side is None else max_side
+        self.max_side = 2 * max(self.own_size) if max_side is None else max_side
         self._schedule = lru_cache(1024)(self._tabulate)
         self._arrivals = count()
         self._waiting = WaitingLine(self.adapters, read_ahead=max_rows, max_waiting=max_waiting)
@@ -120,9 +120,11 @@ class Engine:
         self._seconds_to_first_step = 0.0
 
     @property
-    def resolution(self) -> int:
-        """Pixels a side of the model's own pictures."""
-        return int(self.family.sample_size(self.pipeline) * self.pipeline.vae_scale_factor)
+    def own_size(self) -> tuple[int, int]:
+        """Height and width of the model's own pictures, pixels."""
+        height, width = self.family.sample_size(self.pipeline)
+        factor = self.pipeline.vae_scale_factor
+        return height * factor, width * factor
 
     @property
     def unfinished(self) -> bool:
@@ -160,7 +162,7 @@ class Engine:
         """Raise ValueError if the scheduler cannot denoise in so many steps (some need a few at least)."""
         if num_steps < 1:
             raise ValueError(f"{num_steps}; at least one is needed")
-        self._schedule(num_steps, self.resolution, self.resolution)
+        self._schedule(num_steps, *self.own_size)
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
         """Put a request into the queue. To cancel it, cancel the future: its row leaves before the next step.
@@ -173,7 +175,8 @@ class Engine:
             ValueError: naming the field that this model cannot do.
             QueueFull: as many requests wait as may.
         """
-        size = (request.height or self.resolution, request.width or self.resolution)
+        height, width = self.own_size
+        size = (request.height or height, request.width or width)
         with_adapters = self.adapters is not None
         check_request(request, size, self.pipeline, with_adapters=with_adapters, max_side=self.max_side)
         if bool(request.previews) != (on_preview is not None):

@@ -59,7 +59,8 @@ class Picture(NamedTuple):
 class Traits(NamedTuple):
     """What the ingress must know of the base that the replicas draw with."""
 
-    resolution: int  # pixels a side of the model's own pictures
+    height: int  # of the model's own pictures, pixels
+    width: int
 
 
 class ReplicaLoad(NamedTuple):

@@ -109,20 +109,20 @@ class Ordering:
         if size is None:
             return None, None
         width, height = width_and_height(size)
-        resolution = (await self.replicas.traits()).resolution
-        limit = self.settings.max_side or 2 * resolution
+        own = await self.replicas.traits()
+        limit = self.settings.max_side or 2 * max(own)
         if max(width, height) > limit:
             message = (
                 f"size: {size} is larger than the {limit} pixels a side drawn here; this model's own "
-                f"size is {resolution}x{resolution}"
+                f"size is {own.width}x{own.height}"
             )
             raise APIError(400, message, "size", "invalid_value")
         return width, height
 
     async def size(self, order: Order) -> str:
         """Width x height in pixels."""
-        own = (await self.replicas.traits()).resolution
-        return f"{order.width or own}x{order.height or own}"
+        own = await self.replicas.traits()
+        return f"{order.width or own.width}x{order.height or own.height}"
 
 
 def key_of(state: State) -> str | None:

@@ -86,9 +86,9 @@ class Model:
     async def traits(self) -> Traits:
         """What the model draws; all that are loaded together draw the same size."""
         for thread in self.library.engines.values():  # the first version may have been refused
-            return Traits(thread.engine.resolution)
+            return Traits(*thread.engine.own_size)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
-            return Traits(thread.engine.resolution)
+            return Traits(*thread.engine.own_size)
 
     async def load(self) -> ReplicaLoad:
         """What this replica is doing."""
@@ -172,9 +172,10 @@ class Model:
         """The picture that an order begins with, in the size that is drawn."""
         if order.image is None:
             return None
-        own = thread.engine.resolution
+        height, width = thread.engine.own_size
+        size = order.height or height, order.width or width
         async with self._opening:
-            return await asyncio.to_thread(read_picture, order.image, order.height or own, order.width or own)
+            return await asyncio.to_thread(read_picture, order.image, *size)
 
     @asynccontextmanager
     async def _engine(

@@ -9,13 +9,21 @@ from diffusers import AutoPipelineForImage2Image
 from serving.rows import Request
 
 
-def load(folder: Path) -> Any:
-    """The pipeline as a user of diffusers loads it."""
+def load(folder: Path, variant: str | None = None) -> Any:
+    """The pipeline as a user of diffusers loads it, in float32 and without a safety checker.
+
+    Args:
+        variant: of the weights' files, fp16 for example.
+    """
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(folder)
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
+    if "safety_checker" in index:
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+        folder, variant=variant, dtype=torch.float32, **absent
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

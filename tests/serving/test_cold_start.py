@@ -17,6 +17,7 @@ from serving.canary import Canary, Limits
 from serving.catalogue import Catalogue
 from serving.command import intact
 from serving.following import Following, warmed_up
+from serving.order import Traits
 from serving.replicas import Replicas
 from serving.schemas import APIError
 from tests.record import record_fault
@@ -45,20 +46,20 @@ def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
 ) -> None:
     broken, former = champion(damaged), registered(damaged, "1")
 
-    async def start(model: Any) -> tuple[Any, Following, int]:
+    async def start(model: Any) -> tuple[Any, Following, Traits]:
         first = await warmed_up(damaged, broken, model)
         catalogue = Catalogue(first.name, first, damaged.serve.models, 0.0)
         following = Following(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
         await following.look()
-        return catalogue.champion, following, (await model.traits()).resolution
+        return catalogue.champion, following, await model.traits()
 
     for fused in (False, True):
         begun = time.monotonic()
         caplog.clear()
         settings = damaged.serve.model_copy(update={"fuse_champion": fused})
         damaged = damaged.model_copy(update={"serve": settings})
-        served, following, resolution = with_replica(broken, start, fuse_champion=fused)
-        assert (served, resolution) == (former, 64)
+        served, following, traits = with_replica(broken, start, fuse_champion=fused)
+        assert (served, traits) == (former, Traits(height=64, width=64))
         assert following.notice is not None
         assert "cold@2 cannot be served" in following.notice and "cold@1 stays" in following.notice
         assert "cold@1, which it replaced, is served" in caplog.text

@@ -342,7 +342,7 @@ def test_the_bound_on_a_side_can_be_set(tiny_model: Path) -> None:
 def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:
     engine = engine_of(tiny_model)
     (picture,) = drawn(engine, Request("a", 0, 1, 3.0))
-    assert picture.shape == (engine.resolution, engine.resolution, 3)
+    assert picture.shape == (*engine.own_size, 3)
 
 
 def test_a_scheduler_that_draws_noise_is_refused_with_those_that_are_served(tiny_model: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry import RegisteredModel, weights_digest
-from serving.order import BASE, Order, Picture, place_of
+from serving.order import BASE, Order, Picture, Traits, place_of
 from serving.provenance import read_provenance
 from serving.replica import TOO_MANY_FAILURES, Model
 from serving.schemas import APIError
@@ -101,11 +101,11 @@ def test_engines_that_are_asked_for_at_once_all_have_their_weights(
 
 
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
-    async def work(model: Any) -> tuple[set[str], int]:
+    async def work(model: Any) -> tuple[set[str], Traits]:
         await model.draw(order(full))
-        return set((await model.load()).engines), (await model.traits()).resolution
+        return set((await model.load()).engines), await model.traits()
 
-    assert with_replica(full, work) == ({place_of(full).engine}, 64)
+    assert with_replica(full, work) == ({place_of(full).engine}, Traits(height=64, width=64))
 
 
 @pytest.mark.parametrize("solver", ["model", "euler"])

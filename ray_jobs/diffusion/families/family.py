@@ -144,9 +144,11 @@ class Family(ABC):
             strength: in (0, 1], the share of the steps that is made.
         """
 
-    def sample_size(self, pipeline: Any) -> int:
-        """The side of the model's own latents."""
-        return int(getattr(pipeline, self.denoiser).config.sample_size)
+    def sample_size(self, pipeline: Any) -> tuple[int, int]:
+        """Height and width of the model's own latents."""
+        size = getattr(pipeline, self.denoiser).config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
 
 
 class DiffusionFamily(Family):
@@ -160,6 +162,25 @@ class DiffusionFamily(Family):
 
     def first_step(self, num_steps: int, strength: float) -> int:
         return num_steps - int(num_steps * strength)
+
+    def distilled_guidance(self, denoiser: Any) -> bool:
+        return denoiser.config.get("time_cond_proj_dim") is not None
+
+    def guidance_embedding(
+        self, denoiser: Any, latents: torch.Tensor, guidance: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Sines and cosines of N guidance scales above 1, N x `time_cond_proj_dim`, for a UNet that was
+        distilled with guidance, as latent consistency models are (arXiv 2310.04378); None for another one."""
+        if not self.distilled_guidance(denoiser):
+            assert guidance is None
+            return None
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        told = latents.new_ones(len(latents)) if guidance is None else guidance
+        size = denoiser.config.time_cond_proj_dim
+        # The phase of time embeddings with sines first and the last frequency 1 / 10,000.
+        embedding = get_timestep_embedding(1000 * (told.float() - 1), size, downscale_freq_shift=1)
+        return embedding.to(latents.dtype)
 
 
 class FlowMatchingFamily(Family):

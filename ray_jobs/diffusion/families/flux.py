@@ -71,8 +71,8 @@ class Flux(FlowMatchingFamily):
         shift = self.dynamic_shift(scheduler.config, latent_shape)
         scheduler.set_timesteps(sigmas=sigmas, device=device, **shift)
 
-    def sample_size(self, pipeline: Any) -> int:
-        return int(pipeline.default_sample_size)  # the transformer states none
+    def sample_size(self, pipeline: Any) -> tuple[int, int]:
+        return (pipeline.default_sample_size,) * 2  # the transformer states none
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -27,6 +27,11 @@ class StableDiffusion(DiffusionFamily):
         sizes: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert sizes is None and guidance is None
-        embeds = captions["prompt_embeds"]
-        return denoiser(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+        assert sizes is None
+        return denoiser(
+            latents,
+            timesteps,
+            encoder_hidden_states=captions["prompt_embeds"],
+            timestep_cond=self.guidance_embedding(denoiser, latents, guidance),
+            return_dict=False,
+        )[0]

@@ -41,11 +41,12 @@ class StableDiffusionXL(DiffusionFamily):
         sizes: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert sizes is not None and guidance is None
+        assert sizes is not None
         return denoiser(
             latents,
             timesteps,
             encoder_hidden_states=captions["prompt_embeds"],
+            timestep_cond=self.guidance_embedding(denoiser, latents, guidance),
             added_cond_kwargs={"text_embeds": captions["pooled_prompt_embeds"], "time_ids": sizes},
             return_dict=False,
         )[0]
