@@ -7,7 +7,8 @@
 
 `--nodes 4x8gpu80` is four machines of eight GPUs of 80 GiB; a YAML file lists `{count, cpus, gpus, gpu_gib,
 memory_gib}`. Without either it is this machine's embedded Ray. Nothing is loaded: sizes come from the headers
-of the model's files. Exit code 0 if all fits, 1 if something does not, 2 for what the user must mend.
+of the model's files. Exit code 0 if all fits, 1 if something does not, 2 for what the user must mend: that is
+also what a later stage cannot do with the base model (`ray_jobs/checks.py`).
 """
 
 import argparse
@@ -293,6 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
     shape.add_argument("--address", help="GCS of a live cluster, head:6379")
     parser.add_argument("--images-per-second", type=float, help="of one trial, as a run has shown it")
     options = parser.parse_args(arguments)
+    from ray_jobs.checks import check_stages  # imports Ray
+
     try:
         config = load_config(options.config, options.overrides)
         if options.address:
@@ -300,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             machines = parse_nodes(options.nodes) if options.nodes else embedded(config.local)
         page, fits = plan(config, machines, options.images_per_second)
+        check_stages(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
     """
     sources = open_sources(config)
-    _buckets(config)  # a wrong resolution is found before pictures are drawn at it
+    picture_shapes(config)  # a wrong resolution is found before pictures are drawn at it
     if check and lacking(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
@@ -170,7 +170,7 @@ def _plan(
     storage: Storage,
 ) -> tuple[dict[str, Any], list[PlannedPart]]:
     """The manifest and the parts of a set that was examined."""
-    buckets = _buckets(config)
+    buckets = picture_shapes(config)
     parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
     counts = Counter[str]()
     for part in parts:
@@ -213,7 +213,7 @@ def _left_out(sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
         yield f"files that are no pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
 
 
-def _buckets(config: Config) -> list[Size]:
+def picture_shapes(config: Config) -> list[Size]:
     """The shapes that pictures are cropped to: one square, or those of the aspect-ratio buckets.
 
     Raises:

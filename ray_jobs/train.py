@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.storage import Storage
+from ray_jobs.checks import check_stages
 from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import prepare
@@ -19,20 +20,19 @@ from ray_jobs.space import trial_id
 from ray_jobs.stage import run_stage
 from ray_jobs.tracking import opened_store, tracked
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
-from ray_jobs.training.setup import check_settings
 
 DEPENDS_ON = "depends_on.json"
 
 
 def checked(config: Config) -> Callable[[], None]:
-    """Begin to look whether the settings suit the base model, on a CPU; what is returned waits for the end.
+    """Begin to look whether all stages suit the base model, on a CPU; what is returned waits for the end.
 
     Raises:
         ConfigError: when waiting; naming the setting.
     """
     import ray
 
-    found = ray.remote(num_cpus=1)(check_settings).remote(config)
+    found = ray.remote(num_cpus=1)(check_stages).remote(config)
 
     def wait() -> None:
         try:

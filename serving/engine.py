@@ -22,6 +22,15 @@ from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import initial_noise
 from ray_jobs.diffusion.schedulers import trained_scheduler
+from ray_jobs.diffusion.solvers import (
+    Schedule,
+    advance,
+    check_scheduler,
+    clip_range,
+    coefficients,
+    num_earlier,
+    tabulate,
+)
 from serving.adapters import AdapterCache, read_adapter
 from serving.cores import Cores
 from serving.decoding import Decoder
@@ -32,15 +41,6 @@ from serving.load import Load
 from serving.low_rank import GroupedLowRank
 from serving.prompts import PromptEmbeddings, Text
 from serving.rows import Batch, Drawing, Kind, OnPreview, Request, Row, check_request, next_group
-from serving.solvers import (
-    Schedule,
-    advance,
-    check_scheduler,
-    clip_range,
-    coefficients,
-    num_earlier,
-    tabulate,
-)
 from serving.waiting import WaitingLine
 
 

@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.solvers import scheduler_of
+from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
 from serving.low_rank import Adapter
-from serving.solvers import scheduler_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = {
@@ -62,8 +63,8 @@ def prepare(
     denoiser = getattr(pipeline, family.denoiser)
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
-    if channels_last and family.denoiser != "unet":
-        raise ValueError(f"channels_last: {type(denoiser).__name__} has hardly a convolution; turn it off")
+    if channels_last:
+        check_channels_last(family, denoiser)
     if any(".lora_" in name for name, _ in denoiser.named_parameters()) and (int8_weights or compile or fuse):
         switch = "int8_weights" if int8_weights else "compile" if compile else "fuse"
         raise ValueError(
@@ -97,9 +98,9 @@ def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) 
     if switches.get("compile") and (with_adapters or cache_features):
         other = "adapters" if with_adapters else "cache_features"
         raise ValueError(f"compile: it does not go with {other}, which change what is called; turn one off")
-    unet = family_of(pipeline).denoiser == "unet"
-    if cache_features and not (unet and len(pipeline.unet.up_blocks) > 1):
-        raise ValueError("cache_features: only a UNet of two levels or more has deep features; turn it off")
+    if cache_features:
+        family = family_of(pipeline)
+        check_cache_features(family, getattr(pipeline, family.denoiser))
 
 
 def offloaded(pipeline: Any) -> bool:

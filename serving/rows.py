@@ -11,8 +11,8 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, Family, family_of
 from ray_jobs.diffusion.sampling import whole_pictures
+from ray_jobs.diffusion.solvers import Schedule
 from serving.low_rank import Adapter, GroupedLowRank, Stacks
-from serving.solvers import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,23 +51,27 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
 CHECKED = ("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages")
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config) -> tuple[Family, Any]:
     """Choose what would be trained as `build_model` does, without the memory that its weights take; of a
     search for every value of a setting that a base model may refuse.
+
+    Returns:
+        The base's family, and its scheduler, denoiser and text encoders as attributes of an object.
 
     Raises:
         ValueError: naming the setting that does not suit the base model.
     """
-    _check_settings(config)
+    checked = _check_settings(config)
     for name, values in config.search.space.items():
         for value in ends(values) if name.startswith((*CHECKED, "train.train_text_encoder")) else []:
             try:
                 _check_settings(config.with_settings({name: value}))
             except ValueError as error:
                 raise ValueError(f"search.space.{name}: {value!r}: {error}") from None
+    return checked
 
 
-def _check_settings(config: Config) -> None:
+def _check_settings(config: Config) -> tuple[Family, Any]:
     from accelerate import init_empty_weights
 
     from ray_jobs.diffusion.loading import empty_model, read_index
@@ -79,6 +83,7 @@ def _check_settings(config: Config) -> None:
     with init_empty_weights():
         _choose_trained(config, model, family, "cpu")
     deepspeed_config(config.train, config.train.min_workers)
+    return family, model
 
 
 def _choose_trained(

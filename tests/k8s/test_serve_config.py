@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeDeploySchema
 
 from ray_jobs.config import load_config
-from serving.solvers import check_scheduler, scheduler_of
+from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of
 from tests.k8s.manifests import OVERLAYS, ROOT, find
 
 
@@ -131,6 +131,6 @@ def test_the_endpoint_of_a_configuration_serves_the_base_that_it_trains(name: st
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     base = config.model.base
     own = ROOT / base / "scheduler" / "scheduler_config.json"
-    file = PUBLISHED[base] if base in PUBLISHED else json.loads(own.read_text(encoding="utf-8"))
+    file: Any = PUBLISHED[base] if base in PUBLISHED else json.loads(own.read_text(encoding="utf-8"))
     scheduler = getattr(diffusers, file["_class_name"]).from_config(file)
     check_scheduler(scheduler_of(scheduler, config.serve.solver))

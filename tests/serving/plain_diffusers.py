@@ -18,7 +18,7 @@ def load(folder: Path, variant: str | None = None) -> Any:
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(folder)
-    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if "safety_checker" in index:
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(

@@ -14,7 +14,7 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.loading import load_pipeline, read_index
 from ray_jobs.diffusion.model_files import encoders_digest, max_side, model_folder, size_multiple
 from ray_jobs.diffusion.objectives import sample_posterior
-from ray_jobs.prepare import _buckets
+from ray_jobs.prepare import picture_shapes
 from serving.rows import Request, check_request
 
 DEMO = "configs/demo.yaml"
@@ -113,7 +113,7 @@ def test_sides_fit_the_family(
     assert (size_multiple(base), max_side(base)) == (multiple, limit)
     for settings in (["data.resolution=64"], ["data.resolution=64", "data.buckets=true"]):
         config = load_config(DEMO, [f"model.base={base}", *settings])
-        sides = {side for shape in _buckets(config) for side in shape}
+        sides = {side for shape in picture_shapes(config) for side in shape}
         assert all(side % multiple == 0 for side in sides)
     pipeline = load_pipeline(base, without=family_of(read_index(base)["_class_name"]).text_encoders)
     for side in (multiple // 2, 64 - multiple // 2, (limit or 512) + multiple):
@@ -128,9 +128,9 @@ def test_pictures_larger_than_the_positions_of_a_model_are_refused(tiny_sd3: Pat
     ):
         config = load_config(DEMO, [f"model.base={tiny_sd3}", *settings])
         with pytest.raises(ConfigError, match=rf"^{field}: .* has positions for 128; lower it$"):
-            _buckets(config)
+            picture_shapes(config)
     with pytest.raises(ConfigError, match=r"data\.resolution: 72 is no multiple of 16"):
-        _buckets(load_config(DEMO, [f"model.base={tiny_sd3}", "data.resolution=72"]))
+        picture_shapes(load_config(DEMO, [f"model.base={tiny_sd3}", "data.resolution=72"]))
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, tiny_model: Path) -> None:

@@ -38,6 +38,7 @@ ORDER = (
     ("ray_jobs.samples", "ray_jobs.measures", "ray_jobs.folds"),
     ("ray_jobs.training",),
     ("ray_jobs.tracking",),
+    ("ray_jobs.checks",),
     ("ray_jobs.train",),
     ("ray_jobs.evaluator", "ray_jobs.pretrain"),
     ("ray_jobs.evaluate",),
@@ -59,7 +60,9 @@ ORDER = (
     ("ray_jobs.search",),
     ("ray_jobs.publish",),
     ("ray_jobs.pipeline",),
+    ("cluster.plan",),
 )
+COMMANDS = ("cluster.plan",)  # run by a person, imported by nobody, and free to ask every stage
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 PURE = ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.pictures")
 NOT_PURE = ("ray", "deepspeed", "mlflow", "pyarrow", "fsspec", "s3fs", "gcsfs", "boto3")
@@ -82,7 +85,9 @@ def is_in(module: str, room: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """`ray_jobs.data.splits` -> `ray_jobs.data`; `cluster.storage` -> `cluster`."""
+    """`ray_jobs.data.splits` -> `ray_jobs.data`, `cluster.storage` -> `cluster`, a command -> itself."""
+    if module in COMMANDS:
+        return module
     top, *rest = module.split(".")
     return f"{top}.{rest[0]}" if top == "ray_jobs" and rest else top
 

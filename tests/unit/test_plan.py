@@ -168,10 +168,11 @@ def test_a_wrong_model_exits_2_with_one_line(capsys: pytest.CaptureFixture[str])
     assert line.startswith("error: model.base: ")
 
 
-def test_a_plan_needs_neither_torch_nor_a_running_ray() -> None:
+def test_the_page_needs_neither_torch_nor_a_running_ray() -> None:
     program = (
-        "import sys; from cluster.plan import main; "
-        f"main(['--config', {str(ROOT / 'configs' / 'demo.yaml')!r}, '--nodes', '1x8cpu16']); "
+        "import sys; from cluster.plan import plan; from cluster.shape import parse_nodes; "
+        "from ray_jobs.config import load_config; "
+        f"plan(load_config({str(ROOT / 'configs' / 'demo.yaml')!r}), parse_nodes('1x8cpu16'), None); "
         "sys.exit(bool({'torch', 'ray', 'diffusers'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ray_jobs.config.serve import Solver
 from ray_jobs.diffusion.families import Family
 
 # By class, what each option must be for the scheduler to be deterministic and of the kind tabulated here.
@@ -70,10 +69,13 @@ class Schedule(NamedTuple):
         return len(self.table)
 
 
-def scheduler_of(scheduler: Any, solver: Solver) -> Any:
+def scheduler_of(scheduler: Any, solver: str) -> Any:
     """A model's scheduler, or another that solves the same diffusion: its noise schedule, prediction type and
     spacing of timesteps stay, also where the model's file names none and the other class has another default
     (diffusers 0.42: PNDM and DDIM begin at 951 of 1,000 timesteps with 20 steps, Euler at 999).
+
+    Args:
+        solver: `model`, or a name in `BY_NAME`.
 
     Raises:
         ValueError: the model's is of flow matching, which has one solver.
@@ -106,6 +108,15 @@ def check_scheduler(scheduler: Any) -> None:
             raise ValueError(
                 f"solver: {name} with {option}={config[option]!r} is not served; set {option}={choice}"
             )
+
+
+def is_tabulated(scheduler: Any) -> bool:
+    """Whether `check_scheduler` accepts it."""
+    try:
+        check_scheduler(scheduler)
+    except ValueError:
+        return False
+    return True
 
 
 def clip_range(scheduler: Any) -> float | None:

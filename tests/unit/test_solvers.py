@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from serving.solvers import (
+from ray_jobs.diffusion.solvers import (
     BY_NAME,
     advance,
     check_scheduler,

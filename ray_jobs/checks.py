@@ -1,0 +1,113 @@
+"""Checks before a run: what a later stage of the same configuration cannot do is refused before it begins.
+
+    python -m ray_jobs.checks --config configs/demo.yaml
+
+Shapes of pictures, what is trained, how scores are sampled, and how the winner is served are looked at on the
+base model's configurations, without its weights. `cluster.plan` and the stages that train ask `check_stages`
+too, which takes PyTorch and some ten seconds. Exit code 2 and one line for what the user must mend.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config, resolve_path
+from ray_jobs.data.geometry import Size
+from ray_jobs.diffusion.model_files import size_multiple
+from ray_jobs.prepare import picture_shapes
+from ray_jobs.progress import complain
+
+
+def check_stages(config: Config) -> None:
+    """Look whether every stage can do with the base model what the configuration asks for.
+
+    Raises:
+        ConfigError: naming the field and the fix.
+    """
+    from ray_jobs.training.setup import check_settings
+
+    try:
+        shapes = picture_shapes(config)
+        family, model = check_settings(config)
+        denoiser = getattr(model, family.denoiser)
+        factor = pixels_of_a_latent(config, family, denoiser)
+        latents = [(height // factor, width // factor) for height, width in shapes]
+        _check_scores(config, family, model.scheduler, latents)
+        _check_serving(config, family, denoiser, model.scheduler, latents)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[Size]) -> None:
+    """Raise ValueError unless the model's own scheduler draws in the steps that scores are taken with."""
+    from ray_jobs.diffusion.solvers import is_tabulated, tabulate
+
+    steps, name = config.evaluate.inference_steps, type(scheduler).__name__
+    for shape in latents:
+        try:
+            if is_tabulated(scheduler):  # which tells more: that no step is infinite
+                tabulate(scheduler, family, steps, shape)
+            else:
+                family.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
+        except (ValueError, IndexError, ZeroDivisionError):
+            raise ValueError(
+                f"evaluate.inference_steps: {name} of {config.model.base} cannot draw in {steps} steps; take "
+                "another number"
+            ) from None
+
+
+def _check_serving(
+    config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[Size]
+) -> None:
+    """Raise ValueError for what keeps the winner from being served as the configuration says."""
+    from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of, tabulate
+    from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
+
+    serve = config.serve
+    if serve.compile and config.train.method == "lora" and not serve.fuse_champion:
+        raise ValueError(
+            "serve.compile: train.method lora makes LoRA versions, whose layers a compiled denoiser does "
+            "not take; turn on serve.fuse_champion, or turn it off"
+        )
+    field = "serve."
+    try:
+        solver = scheduler_of(scheduler, serve.solver)
+        check_scheduler(solver)
+        if serve.channels_last:
+            check_channels_last(family, denoiser)
+        if serve.cache_features:
+            check_cache_features(family, denoiser)
+        field = "serve.default_steps: "
+        for shape in latents:
+            tabulate(solver, family, serve.default_steps, shape)
+    except ValueError as error:
+        raise ValueError(f"{field}{error}") from None
+
+
+def pixels_of_a_latent(config: Config, family: Any, denoiser: Any) -> int:
+    """How many times the sides of a picture are those of its latents."""
+    multiple = size_multiple(resolve_path(config.model.base), revision=config.model.revision)
+    return multiple // int(family.patch(denoiser.config))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        check_stages(load_config(options.config, options.overrides))
+    except ConfigError as error:
+        return complain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
