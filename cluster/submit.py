@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cluster.capacity import check_resources, sized
 from cluster.connect import QUIET, local_cluster, one_line
 from cluster.embedded import num_gpus
-from ray_jobs.config import ConfigError, home, load_config
+from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -94,8 +94,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, command
 
 
+def overrides_in(command: list[str]) -> list[str]:
+    """What a command of ours lays over its configuration, so that it is checked before Ray starts."""
+    if not any(each.startswith(("ray_jobs.", "serving.")) for each in command):
+        return []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", action="append", dest="overrides", default=[])
+    add_budget_arguments(parser)
+    return list(parser.parse_known_args(command)[0].overrides)
+
+
 def _run(options: argparse.Namespace, command: list[str]) -> int:
-    config = load_config(options.config)
+    config = load_config(options.config, overrides_in(command))
     if options.token_file:
         use_token(options.token_file)
     if options.address:

@@ -17,11 +17,13 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.progress import say
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
+from serving.feedback_database import feedback_url, open_database
 from serving.following import current
 from serving.ingress import Ingress
 from serving.keys import KeyRing
 from serving.order import base_of
 from serving.replica import Model
+from serving.safety import checker_factory
 
 APPLICATION = "diffray"
 HEALTH_CHECK_S = 2  # so soon a replica that died is missed, and another is started
@@ -30,6 +32,14 @@ HEALTH_CHECK_S = 2  # so soon a replica that died is missed, and another is star
 def check_access(config: Config) -> None:
     """Raise ConfigError unless it is said who may ask, and that can be read."""
     KeyRing.of(config.serve)
+
+
+def check_parts(config: Config) -> None:
+    """Raise ConfigError where something beside the model would keep the endpoint from starting: the database
+    of feedback, the safety checker's function."""
+    if config.serve.safety_checker:
+        checker_factory(config.serve.safety_checker)
+    open_database(feedback_url(config)).dispose()
 
 
 def check_model(config: Config, registered: RegisteredModel) -> None:
@@ -55,6 +65,7 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
         ConfigError: neither keys nor anonymous requests are allowed, or a switch does not fit the champion.
     """
     check_access(config)
+    check_parts(config)
     check_model(config, registered)
     settings, built = config.serve, time.time()
     # More than there ever are, because rows wait in the engine, which lets them in first come, first served.

@@ -27,7 +27,7 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import complain, quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
-from serving.app import APPLICATION, build_application, check_access, check_model
+from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 from serving.following import replaced_by
 
@@ -215,6 +215,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
         # The replicas check it too, but a mistake is better told before Ray starts.
         registered = intact(config, registered)
     check_model(config, registered)
+    check_parts(config)
     asking = num_pictures is not None
     port = free_port(config.serve.host, config.serve.port, else_any=asking)
     if asking and port != config.serve.port and config.serve.port:

@@ -92,14 +92,14 @@ def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
     return replacement
 
 
-def load_checker(name: str) -> SafetyChecker:
-    """The checker that `serve.safety_checker` names.
+def checker_factory(name: str) -> CheckerFactory:
+    """The function that `serve.safety_checker` names, not called yet.
 
     Args:
-        name: `module:function` of a `CheckerFactory`.
+        name: `module:function`.
 
     Raises:
-        ConfigError: naming the field and why there is no such checker.
+        ConfigError: naming the field and why there is no such function.
     """
     where = f"serve.safety_checker: {name}"
     module_name, colon, function = name.partition(":")
@@ -112,8 +112,18 @@ def load_checker(name: str) -> SafetyChecker:
     factory: Any = getattr(module, function, None)
     if not callable(factory):
         raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
+    return factory  # type: ignore[no-any-return]
+
+
+def load_checker(name: str) -> SafetyChecker:
+    """The checker that `serve.safety_checker` names.
+
+    Raises:
+        ConfigError: naming the field and why there is no such checker.
+    """
+    where, factory = f"serve.safety_checker: {name}", checker_factory(name)
     try:
-        checker = factory()
+        checker: Any = factory()
     except Exception as error:
         raise ConfigError(f"{where}: it made no checker ({_told(error)})") from error
     if not callable(checker):
