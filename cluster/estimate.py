@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_jobs.config import OTHER_LAYERS, ConfigError, TrainConfig
+from ray_jobs.diffusion.weight_files import plain_name, variant_of
 
 Shapes = dict[str, tuple[int, ...]]
 """Of a component's parameters, by name."""
@@ -94,7 +95,9 @@ def parameter_shapes(folder: Path) -> Shapes:
 
     Integers (CLIP's positions) and Stable Diffusion 3's table of sines are no parameters.
     """
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name.count(".") == 1]
+    every = sorted(folder.glob("*.safetensors"))
+    variant = variant_of(file.name for file in every)
+    files = [file for file in every if plain_name(file.name, variant)]
     return {
         name: tuple(tensor["shape"])
         for file in files

@@ -30,9 +30,10 @@ from cluster.estimate import (
     rows_a_worker,
     trained_shapes,
 )
+from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, embedded, machines_of, parse_nodes, place
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config, resolve_path
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.diffusion.model_files import INDEX, model_folder
 
 GIB = 2**30
@@ -48,7 +49,7 @@ class Model:
     """
 
     def __init__(self, config: Config) -> None:
-        base = resolve_path(config.model.base)
+        base = local_path(config.model.base)
         try:
             folder = model_folder(base, revision=config.model.revision)
         except ValueError as error:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config, resolve_path
+from cluster.fetched import local_path
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.data.geometry import Size
 from ray_jobs.diffusion.model_files import size_multiple
 from ray_jobs.prepare import picture_shapes
@@ -90,7 +91,7 @@ def _check_serving(
 
 def pixels_of_a_latent(config: Config, family: Any, denoiser: Any) -> int:
     """How many times the sides of a picture are those of its latents."""
-    multiple = size_multiple(resolve_path(config.model.base), revision=config.model.revision)
+    multiple = size_multiple(local_path(config.model.base), revision=config.model.revision)
     return multiple // int(family.patch(denoiser.config))
 
 

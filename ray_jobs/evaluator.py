@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, resolve_path
+from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.dealing import Shape
 from ray_jobs.feature_networks import load_networks
@@ -57,7 +58,7 @@ class Evaluator:
         self.config, self.dataset = config, dataset
         self.device = "cuda" if config.evaluate.use_gpu else "cpu"
         self.networks = load_networks(config.evaluate, self.device)
-        self.base = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+        self.base = load_pipeline(local_path(config.model.base), revision=config.model.revision)
         self.base.to(self.device)
         self.base_scheduler = self.base.scheduler
         self.loaded: str | None = None

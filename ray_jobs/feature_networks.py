@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
-from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig, resolve_path
+from cluster.fetched import local_path
+from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig
 from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
 from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
 from ray_jobs.metrics.vision_model import Clip, check_clip, load_clip
+
+FIRST = "evaluate.feature_network"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def check_networks(evaluate: EvaluateConfig) -> None:
             if spec:
                 check_network(spec)
         if evaluate.clip:
-            check_clip(resolve_path(evaluate.clip), revision=evaluate.clip_revision)
+            check_clip(local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -55,14 +58,14 @@ def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
     """
     second, clip = _second(evaluate), None
     if evaluate.clip:
-        clip = load_clip(resolve_path(evaluate.clip), device, revision=evaluate.clip_revision)
+        clip = load_clip(local_path(evaluate.clip, "evaluate.clip"), device, revision=evaluate.clip_revision)
     return Networks(load_first(evaluate, device), load_network(second, device) if second else None, clip)
 
 
 def _first(evaluate: EvaluateConfig) -> NetworkSpec:
     if isinstance(network := evaluate.feature_network, str):
-        return NetworkSpec("inception", resolve_path(network), field="evaluate.feature_network")
-    return _spec("evaluate.feature_network", network)
+        return NetworkSpec("inception", local_path(network, FIRST), field=FIRST)
+    return _spec(FIRST, network)
 
 
 def _second(evaluate: EvaluateConfig) -> NetworkSpec | None:
@@ -75,7 +78,7 @@ def _spec(field: str, network: NetworkConfig) -> NetworkSpec:
         prepared = Preprocessing(network.size, network.interpolation, network.mean, network.std)
     return NetworkSpec(
         network.kind,
-        resolve_path(network.path),
+        local_path(network.path, f"{field}.path"),
         network.sha256,
         network.name,
         prepared,

@@ -29,6 +29,7 @@ def model_card(
     prompt: str,
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
+    variant: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -39,6 +40,7 @@ def model_card(
         prompt: of the example.
         pictures: (caption, path beside the card) of what the model drew.
         scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
+        variant: of the base's weights, where it has them only so.
 
     Raises:
         KeyError: if `winner` or `manifest` lacks a key.
@@ -49,7 +51,7 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, prompt, scheduler),
+        *_use(config, base_on_hub, prompt, scheduler, variant),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -103,17 +105,30 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> 
     return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
-def usage(config: Config, prompt: str, scheduler: str | None = None) -> str:
-    """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder."""
+def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
+    """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder.
+
+    All is drawn in float32: of a base in half precision transformers 5.23 keeps the files' dtype, diffusers
+    0.42.1 does not, and two dtypes do not go together. Adapters are loaded in training mode, where they drop
+    out what `train.lora.dropout` says.
+
+    Args:
+        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
+        variant: of the base's weights, for example fp16, where it has them only so.
+    """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
-    base = f"{portable(config.model.base)!r}{revision}"
+    variant = f", variant={variant!r}" if variant else ""
+    base = f"{portable(config.model.base)!r}{revision}{variant}"
     if config.train.method == "lora":
         load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({base})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.float32)",
             'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',
+            "for part in pipeline.components.values():",
+            "    if isinstance(part, torch.nn.Module):",
+            "        part.eval()",
         ]
     else:
-        load = ['pipeline = DiffusionPipeline.from_pretrained(".")']
+        load = ['pipeline = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)']
     names = {"DiffusionPipeline"}
     if scheduler is not None:
         names.add(scheduler)
@@ -138,12 +153,15 @@ def usage(config: Config, prompt: str, scheduler: str | None = None) -> str:
     )
 
 
-def _use(config: Config, base_on_hub: bool, prompt: str, scheduler: str | None) -> list[str]:
+def _use(
+    config: Config, base_on_hub: bool, prompt: str, scheduler: str | None, variant: str | None
+) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
     if config.train.method == "lora" and not base_on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     packages = "`pip install torch diffusers transformers accelerate peft`"
-    return ["## Use", f"{packages}. {where}:", _fenced(usage(config, prompt, scheduler), "python")]
+    text = usage(config, prompt, scheduler, variant=variant)
+    return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
 
 
 def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

@@ -7,11 +7,12 @@ A run of the same name goes on where it stopped: finished stages are skipped. `-
 
 import argparse
 
+from cluster.fetched import local_path
 from cluster.lease import LEASES
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, add_budget_arguments, resolve_path
+from ray_jobs.config import Config, ConfigError, add_budget_arguments
 from ray_jobs.data.class_pictures import announce_class_pictures
-from ray_jobs.diffusion.model_files import model_folder
+from ray_jobs.diffusion.model_files import check_weights
 from ray_jobs.evaluate import evaluators
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.prepare import open_sources, prepare
@@ -49,7 +50,7 @@ def check_inputs(config: Config) -> None:
     announce_class_pictures(config, open_sources(config))
     check_networks(config.evaluate)
     try:
-        model_folder(resolve_path(config.model.base), revision=config.model.revision)
+        check_weights(local_path(config.model.base), revision=config.model.revision)
     except ValueError as error:
         raise ConfigError(f"model.base: {error}") from None
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.captions import caption_rules
 from ray_jobs.data.class_pictures import announce_class_pictures, generate_class_pictures, lacking
 from ray_jobs.data.cleaning import MEASURES
@@ -105,7 +106,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
 
 def _open(config: Config) -> tuple[Dataset, str]:
     """Where the data set lies, and the digest of the encoders."""
-    encoders = encoders_digest(resolve_path(config.model.base), revision=config.model.revision)
+    encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
     storage = Storage.open(config.storage)
     cache = storage.child("encoded", encoders[:16])
     return Dataset(storage.child(config.name, "dataset"), cache, {}), encoders
@@ -220,7 +221,7 @@ def picture_shapes(config: Config) -> list[Size]:
         ConfigError: the resolution does not fit the model.
     """
     data, model = config.data, config.model
-    base = resolve_path(model.base)
+    base = local_path(model.base)
     multiple = size_multiple(base, revision=model.revision)
     if data.resolution % multiple:
         raise ConfigError(

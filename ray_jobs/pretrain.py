@@ -113,6 +113,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     from diffusers import AutoencoderKL
 
     from ray_jobs.diffusion import architecture
+    from ray_jobs.diffusion.saving import save_whole
 
     torch.manual_seed(config.seed)
     autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
@@ -128,7 +129,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
         denoiser_layers=sizes.denoiser_layers,
         latent_size=config.data.resolution // 2 ** (len(sizes.autoencoder_channels) - 1),
     )
-    pipeline.save_pretrained(run / "initial")
+    save_whole(pipeline, run / "initial")
 
 
 def _save_half(weights: Path, output: Path) -> None:
@@ -136,13 +137,14 @@ def _save_half(weights: Path, output: Path) -> None:
     import torch
 
     from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.diffusion.saving import save_whole
 
     pipeline: Any = load_pipeline(str(weights))
     pipeline.to(dtype=torch.float16)
     # Else each part's configuration would keep the path it was loaded from.
     for part in (pipeline, pipeline.unet, pipeline.vae):
         part.register_to_config(_name_or_path=output.name)
-    pipeline.save_pretrained(output, safe_serialization=True)
+    save_whole(pipeline, output)
 
 
 if __name__ == "__main__":

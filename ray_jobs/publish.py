@@ -16,10 +16,13 @@ from typing import Any
 from PIL import Image
 from safetensors.numpy import save
 
+from cluster.fetched import local_path
 from cluster.storage import Storage, slug
-from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
+from ray_jobs.diffusion.model_files import variant_name
 from ray_jobs.diffusion.schedulers import has_scheduler, scheduler_class
+from ray_jobs.digests import weights_digest
 from ray_jobs.evaluate import EvaluatorPool, evaluators
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.final_scores import FinalScores, measure_final, settings_of
@@ -31,7 +34,7 @@ from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import Registered, register
-from ray_jobs.registry import REFERENCE, check_store, weights_digest
+from ray_jobs.registry import REFERENCE, check_store
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.samples import SAMPLES
 from ray_jobs.search_results import FINISHED, SearchResult, read_result, spent
@@ -164,6 +167,7 @@ def _write_card(
     scheduler: str | None,
 ) -> None:
     """The model's card and its pictures, beside the weights."""
+    base = local_path(config.model.base)
     split = shown_split(config)
     names = pool.sample_names(split)[:CARD_PICTURES]
     shown = [(caption, name) for caption, name in zip(pool.captions[split], names, strict=False)]
@@ -172,7 +176,8 @@ def _write_card(
         model.write_bytes(f"images/{name}", samples.read_bytes(name))
     card = model_card(
         config=config,
-        base_on_hub=not Path(resolve_path(config.model.base)).is_dir(),
+        base_on_hub=not Path(base).is_dir(),
+        variant=variant_name(base, revision=config.model.revision),
         winner=winner,
         manifest=dataset.manifest,
         prompt=pool.captions[split][0],

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
+from ray_jobs.digests import weights_digest
 from ray_jobs.promotion import Measured, objection
 from ray_jobs.provenance import code_version, signature
 from ray_jobs.registry import (
@@ -21,7 +22,6 @@ from ray_jobs.registry import (
     PREVIOUS,
     open_client,
     store_errors,
-    weights_digest,
 )
 from ray_jobs.store import ATTEMPTS, experiment_id, retried, versions_of
 from ray_jobs.versions import aliases_of, command_line, make_champion, measured_of, names_of

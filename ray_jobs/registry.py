@@ -4,7 +4,6 @@ A version points to a folder of weights (diffusers' format, safetensors); its ta
 to and the digest of its weights. Nothing is pickled. `ray_jobs/versions.py` makes and promotes versions.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.digests import are_weights
 from ray_jobs.store import check_experiment, pages, versions_of
 
 CHAMPION = "champion"  # the version that is served
@@ -32,7 +32,7 @@ class RegisteredModel:
     name: str
     version: int
     source: str  # folder or URI of the weights
-    digest: str  # sha256 of the weights, as `weights_digest` gives it
+    digest: str  # of the weights, as `digests.weights_digest` gives it
     base: str  # what the weights were trained on: folder as configured, or hub name
     base_revision: str | None
     method: str  # lora | full
@@ -76,32 +76,9 @@ def check_store(config: Config) -> None:
     check_experiment(tracking_uri(config), config.name)
 
 
-def weights_digest(source: str) -> str:
-    """sha256 over the safetensors files below a folder (local path or URI), names and bytes, sorted.
-
-    Raises:
-        ConfigError: if the folder is missing or holds no safetensors file.
-    """
-    from pyarrow import fs
-
-    folder = Storage.open(source)
-    below = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
-    found = folder.filesystem.get_file_info(below)
-    files = sorted(info.path for info in found if info.path.endswith(".safetensors"))
-    if not files:
-        raise ConfigError(f"{source}: holds no safetensors file; run the pipeline again to publish one")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.removeprefix(folder.path).strip("/").encode() + b"\0")
-        with folder.filesystem.open_input_stream(file) as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def verify_weights(registered: RegisteredModel, folder: str) -> None:
     """Raise ConfigError unless `folder` holds the weights that were registered."""
-    if weights_digest(folder) != registered.digest:
+    if not are_weights(folder, registered.digest):
         raise ConfigError(
             f"{registered.source}: not the weights registered as version {registered.version} of "
             f"{registered.name!r}; run the pipeline again to register these"

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.digests import are_weights
 from ray_jobs.progress import columns, complain, show
 from ray_jobs.promotion import Measured
 from ray_jobs.registry import (
@@ -26,7 +27,6 @@ from ray_jobs.registry import (
     open_existing,
     run_of,
     store_errors,
-    weights_digest,
 )
 from ray_jobs.store import retried, versions_of
 
@@ -162,7 +162,7 @@ def _check_weights(client: Any, config: Config, version: int) -> None:
         ) from None
     if "digest" not in found.tags:
         raise not_ours(config, version)
-    if weights_digest(found.source) != found.tags["digest"]:
+    if not are_weights(found.source, found.tags["digest"]):
         raise ConfigError(
             f"{found.source}: no longer the weights of version {version} of {name!r}, so it cannot be "
             f"served; take another version of {command_line('status')}"

@@ -5,7 +5,6 @@ file's metadata. LoRA, rsLoRA and DoRA of linear layers and convolutions, in the
 encoders. Nothing else is guessed at: a file that says more is refused.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ray_jobs.diffusion.adapter_files import check_adapter, layer_in_memory
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
 from serving.low_rank import Adapter, Place, Update
 
@@ -56,7 +56,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    settings = check_adapter(file, tensors, metadata)
     by_place: dict[Place, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind = next((kind for kind in (DOWN, UP, MAGNITUDE) if key.endswith(kind)), None)
@@ -66,9 +66,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
                 f"{file}: {key} is not read here, only {DOWN[1:]}, {UP[1:]} and {MAGNITUDE[1:]} of layers of "
                 f"{', '.join(parts)}; load it with diffusers and save it again in peft's names"
             )
-        layer = layer.removesuffix(kind)
-        if not hasattr(parts[part], "text_model"):
-            layer = layer.removeprefix("text_model.")  # of files from before transformers flattened CLIP
+        layer = layer_in_memory(parts[part], layer.removesuffix(kind))
         by_place.setdefault((part, layer), {})[kind] = tensor
     updates = {
         place: _update(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import ConfigError, EvaluateConfig, resolve_path
+from ray_jobs.config import ConfigError, EvaluateConfig
 from ray_jobs.registry import RegisteredModel
 from serving.library import LOADING
 from serving.load import Drift
@@ -94,7 +95,9 @@ class DriftWatch:
                 evaluate, clip = self._evaluate, None
                 network = load_first(evaluate)
                 if evaluate.clip:
-                    clip = load_clip(resolve_path(evaluate.clip), revision=evaluate.clip_revision)
+                    clip = load_clip(
+                        local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision
+                    )
                 self._networks = network, clip
             return self._networks
 

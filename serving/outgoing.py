@@ -24,7 +24,9 @@ class Outgoing:
     """
 
     def __init__(self, settings: ServeConfig, evaluate: EvaluateConfig, base: str) -> None:
-        self._base, self._provenance = base, settings.provenance
+        # Of an address the last part: it may hold keys.
+        self._base = base.partition("?")[0].rpartition("/")[2] if "://" in base else base
+        self._provenance = settings.provenance
         self._checker = load_checker(settings.safety_checker) if settings.safety_checker else None
         self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from cluster.fetched import local_path
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry import RegisteredModel
 from serving.library import Library
@@ -212,7 +213,9 @@ class Model:
             local_weights(version) if version else nullcontext() as folder
         ):  # checked before the base is read
             whole = None if version is None or version.method == "lora" else folder
-            pipeline = load_pipeline(self.base, whole, revision=self.base_revision)
+            pipeline = load_pipeline(
+                self.base if whole else local_path(self.base), whole, revision=self.base_revision
+            )
             if folder and not whole:
                 fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
         try:

@@ -65,6 +65,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_consistency(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a UNet that is told its guidance, as of latent consistency models, and pictures of
+    its own that are not square."""
+    import shutil
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-consistency")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    unet = UNet2DConditionModel.from_config(config | {"time_cond_proj_dim": 16, "sample_size": [8, 6]})
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5)
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIPModel of pictures of 28 x 28 pixels."""
     from tests.tiny_models import clip_model

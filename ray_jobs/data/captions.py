@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_jobs.config import Config, ConfigError, resolve_path
+from cluster.fetched import local_path
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.model_files import INDEX, model_folder
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # no others: a caption may hold U+2028
@@ -63,7 +64,7 @@ def caption_rules(config: Config) -> CaptionRules:
     repaired = data.repair_captions
     if repaired is None:
         try:
-            repaired = _has_clip(resolve_path(model.base), model.revision)
+            repaired = _has_clip(local_path(model.base), model.revision)
         except ValueError as error:
             raise ConfigError(f"model.base: {error}") from None
     return CaptionRules(data.caption_lines, repaired)

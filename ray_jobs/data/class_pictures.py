@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError, resolve_path
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.captions import caption_rules
 from ray_jobs.data.dreambooth import Subject, class_pictures
 from ray_jobs.data.encoding import encoder_actors
@@ -70,7 +71,7 @@ def generate_class_pictures(
     wanted = lacking(config, sources)
     if not wanted:
         return []
-    model = model_digest(resolve_path(config.model.base), revision=config.model.revision)
+    model = model_digest(local_path(config.model.base), revision=config.model.revision)
     folders = {prompt: _folder(config, model, prompt) for prompt in wanted}
     items = [
         {"prompt": prompt, "number": number}
@@ -133,7 +134,7 @@ class DrawClassPictures:
 
         torch.set_num_threads(config.train.cpus_per_worker)
         self.config, self.folders = config, folders
-        pipeline = load_pipeline(resolve_path(config.model.base), revision=config.model.revision)
+        pipeline = load_pipeline(local_path(config.model.base), revision=config.model.revision)
         self.pipeline = pipeline.to("cuda" if config.train.use_gpu else "cpu")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

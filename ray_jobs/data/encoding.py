@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, resolve_path
+from ray_jobs.config import Config
 from ray_jobs.data.augmentation import augment, row_generator
 from ray_jobs.data.geometry import Fitted, Size, fit
 from ray_jobs.data.parts import read_part, write_part
@@ -153,7 +154,7 @@ class EncodeRows:
         data, model = config.data, config.model
         torch.set_num_threads(config.train.cpus_per_worker)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoders = Encoders(resolve_path(model.base), revision=model.revision, device=device)
+        self.encoders = Encoders(local_path(model.base), revision=model.revision, device=device)
         self.batch_size = data.encode_batch_size
         self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
-from ray_jobs.diffusion.loading import left_out, read_index
+from ray_jobs.diffusion.loading import read_pipeline
 from ray_jobs.diffusion.model_files import NOT_ENCODERS
 
 
@@ -20,17 +20,8 @@ class Encoders:
     """
 
     def __init__(self, base: str, *, revision: str | None = None, device: str = "cpu") -> None:
-        from diffusers import DiffusionPipeline
-
-        index = read_index(base, revision)
-        self.family = family_of(index["_class_name"])
-        self.pipeline = DiffusionPipeline.from_pretrained(
-            base,
-            revision=revision,
-            dtype=torch.float32,
-            use_safetensors=True,
-            **left_out(index, NOT_ENCODERS),
-        ).to(device)
+        self.pipeline = read_pipeline(base, revision=revision, without=NOT_ENCODERS).to(device)
+        self.family = family_of(self.pipeline)
         self.device = device
         self.pipeline.vae.requires_grad_(False).eval()
 

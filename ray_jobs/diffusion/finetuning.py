@@ -1,7 +1,6 @@
 """What is trained of a text-to-image model: LoRA adapters or everything, and how it is saved."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_jobs.diffusion.adapter_files import file_name
 from ray_jobs.diffusion.families.family import Captions, Family
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
 from ray_jobs.diffusion.model_files import INDEX, SAFETY_CHECKER
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
+from ray_jobs.diffusion.saving import copy_part, save_part
 
 OTHER = "other"  # the group of the parameters that are in no named one
 
@@ -97,7 +98,7 @@ class FineTuning(nn.Module):
         """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the
         run may freeze some of them for a while."""
         self.all_trained = list(self.trained())
-        self.layer_groups = group_members(self, groups)
+        self.layer_groups = group_members(self, groups, complete=False)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that training changes, by name, in a fixed order."""
@@ -120,11 +121,16 @@ def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: li
         raise ValueError(f"train.trainable: {chosen}: no layer that this method trains is in these groups")
 
 
-def group_members(model: FineTuning, groups: Mapping[str, list[str]]) -> dict[str, dict[str, nn.Parameter]]:
+def group_members(
+    model: FineTuning, groups: Mapping[str, list[str]], *, complete: bool = True
+) -> dict[str, dict[str, nn.Parameter]]:
     """The trained parameters of each group by name: of the first whose patterns match, or of `other`.
 
+    Args:
+        complete: whether all that could be trained is, so that each group has members.
+
     Raises:
-        ValueError: a group matches no trained parameter.
+        ValueError: a group matches no trained parameter although the training is complete.
     """
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*groups, OTHER)}
     for name, parameter in model.trained():
@@ -133,7 +139,7 @@ def group_members(model: FineTuning, groups: Mapping[str, list[str]]) -> dict[st
         )
         members[next(matching, OTHER)][name] = parameter
     for group, patterns in groups.items():
-        if not members[group]:
+        if complete and not members[group]:
             example = next(name for name, _ in model.trained())
             raise ValueError(
                 f"train.groups.{group}: {patterns} match none of the trained parameters, which have names "
@@ -194,14 +200,22 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
             key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
         }
         if mine:
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(part, state_dict=mine)
-            # Sets have another order in each process: the same weights shall be the same file.
-            arguments[f"{name}_lora_adapter_metadata"] = {
-                key: sorted(value) if isinstance(value, set) else value
-                for key, value in part.peft_config["default"].to_dict().items()
-            }
+            state = get_peft_model_state_dict(part, state_dict=mine)
+            arguments[f"{name}_lora_layers"] = {file_name(part, key): value for key, value in state.items()}
+            arguments[f"{name}_lora_adapter_metadata"] = _settings(part.peft_config["default"])
     type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
     assert (folder / LORA_WEIGHTS).exists()
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft refuses
+    settings that it does not know."""
+    usual = type(config)().to_dict()
+    settings = {key: value for key, value in config.to_dict().items() if value != usual[key]}
+    # Sets have another order in each process: the same weights shall be the same file.
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    # diffusers loads an adapter in training mode: with its dropout it would draw at random.
+    return settings | {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
 
 
 @torch.no_grad()
@@ -228,11 +242,12 @@ def save_pipeline(
     for key, value in weights.items():
         own[key].copy_(value)
     for name, part in components.items():
-        part.save_pretrained(folder / name, safe_serialization=True)
+        save_part(part, folder / name)
+    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
     for path in base.iterdir():
         if path.is_dir() and path.name not in {SAFETY_CHECKER, *components}:
-            shutil.copytree(path, folder / path.name)
-    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+            class_name = (index.get(path.name) or [None, None])[1]
+            copy_part(path, folder / path.name, class_name)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(scheduler).__name__]

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ray_jobs.diffusion.weight_files import is_weights, plain_name, require_safetensors, variant_of
 
 SAFETY_CHECKER = "safety_checker"  # never loaded, nor a part of what is written
 # Folders of a model that are not needed to draw pictures, or to encode pictures and captions.
 UNUSED = (SAFETY_CHECKER, "feature_extractor", "image_encoder")
 NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
 INDEX = "model_index.json"
+CONFIGURATIONS = ("*.json", "*.txt", "*.model")
 
 
 def model_folder(base: str, *, revision: str | None = None, without: Sequence[str] | None = None) -> Path:
@@ -20,30 +23,105 @@ def model_folder(base: str, *, revision: str | None = None, without: Sequence[st
         without: of a hub name, the folders whose weights are not fetched; None: only configurations are.
 
     Raises:
-        ValueError: if it is neither a folder with a `model_index.json` nor a name that the hub knows.
+        ValueError: if it is neither a folder with a `model_index.json` nor a name that the hub knows, or a
+            component's weights, which are asked for, are in no format that is read.
     """
-    folder = Path(base) if Path(base).is_dir() else _downloaded(base, revision, without)
+    on_hub = not Path(base).is_dir()
+    folder = _downloaded(base, revision, CONFIGURATIONS) if on_hub else Path(base)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
-    return folder
+    if without is None:
+        return folder
+    listed = _listed(base, revision) if on_hub else _folders(folder)
+    if listed is not None:
+        _require_weights(base, folder, listed, without)
+    if not on_hub:
+        return folder
+    weights = ["*/*.safetensors"]
+    if listed is not None:
+        weights = [
+            f"{name}/{file}"
+            for name, files in listed.items()
+            for file in files
+            if name not in without and is_weights(file) and plain_name(file, variant_of(files))
+        ]
+    return _downloaded(base, revision, [*CONFIGURATIONS, *weights])
 
 
-def _downloaded(base: str, revision: str | None, without: Sequence[str] | None) -> Path:
+def check_weights(base: str, *, revision: str | None = None) -> None:
+    """Raise ValueError, naming the component, if weights that are needed are in no format that is read.
+
+    Fetches none of them.
+    """
+    folder = model_folder(base, revision=revision)
+    listed = _listed(base, revision) if not Path(base).is_dir() else _folders(folder)
+    if listed is not None:
+        _require_weights(base, folder, listed, ())
+
+
+def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    kinds = ["*.json", "*.txt", "*.model", *(["*/*.safetensors"] if without is not None else [])]
-    left_out = [f"{name}/*.safetensors" for name in without or ()]
-    left_out += ["*.fp16.safetensors", "*.non_ema.safetensors", "*.onnx*", "flax*"]
     try:
-        return Path(
-            snapshot_download(base, revision=revision, allow_patterns=kinds, ignore_patterns=left_out)
-        )
+        return Path(snapshot_download(base, revision=revision, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{base}: no model in diffusers' format: neither a folder nor a name of the hub ({reason})"
         ) from None
+
+
+def _listed(base: str, revision: str | None) -> dict[str, list[str]] | None:
+    """The files of each component of a model on the hub; None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(base, revision=revision)
+    except OSError:  # offline: what the cache holds was looked at when it was fetched
+        return None
+    found: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.partition("/")
+        if file and "/" not in file:
+            found.setdefault(folder, []).append(file)
+    return found
+
+
+def _require_weights(
+    base: str, folder: Path, files: Mapping[str, Sequence[str]], without: Sequence[str]
+) -> None:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    for name, entry in index.items():
+        is_component = (
+            isinstance(entry, list) and entry[0] and not name.startswith(("scheduler", "tokenizer"))
+        )
+        if is_component and name not in (*UNUSED, *without):
+            require_safetensors(f"{base}: {name}", files.get(name, ()))
+
+
+def variants(folder: Path) -> dict[str, str | None]:
+    """By component of a model's folder, the variant of its weights that is loaded; None: the plain ones."""
+    return {name: variant_of(files) for name, files in _folders(folder).items()}
+
+
+def variant_name(base: str, *, revision: str | None = None) -> str | None:
+    """The `variant` that diffusers' `from_pretrained` must be given for a model; None if it needs none.
+
+    With one, diffusers takes it in each component that has it, and plain files in the others.
+    """
+    listed = _folders(Path(base)) if Path(base).is_dir() else _listed(base, revision) or {}
+    found = {variant_of(files) for name, files in listed.items() if name not in UNUSED} - {None}
+    return min(found, default=None, key=str)
+
+
+def _folders(folder: Path) -> dict[str, list[str]]:
+    """The files of each component's folder."""
+    return {
+        part.name: [path.name for path in part.iterdir()]
+        for part in sorted(folder.iterdir())
+        if part.is_dir()
+    }
 
 
 def encoders_digest(base: str, *, revision: str | None = None) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ray_jobs.config import Config, TrainConfig, resolve_path
+from cluster.fetched import local_path
+from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
-from ray_jobs.diffusion.model_files import UNUSED, model_folder
+from ray_jobs.diffusion.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.schedulers import SCHEDULER, trained_scheduler
 from ray_jobs.training.checkpoint import Export
@@ -34,7 +35,7 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     """
     from ray_jobs.diffusion.loading import load_pipeline, read_index
 
-    base, revision = resolve_path(config.model.base), config.model.revision
+    base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
     # Captions come encoded; a T5 would take ten gigabytes on each worker for nothing.
     without = () if config.train.train_text_encoder else family.text_encoders
@@ -76,9 +77,10 @@ def _check_settings(config: Config) -> tuple[Family, Any]:
 
     from ray_jobs.diffusion.loading import empty_model, read_index
 
-    base, revision = resolve_path(config.model.base), config.model.revision
+    base, revision = local_path(config.model.base), config.model.revision
     index = read_index(base, revision)
     family = family_of(index["_class_name"])
+    check_weights(base, revision=revision)
     model = empty_model(base, (family.denoiser, *family.text_encoders), revision=revision)
     with init_empty_weights():
         _choose_trained(config, model, family, "cpu")
@@ -151,5 +153,5 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
     trained = dict(pipeline.components)
     names = (model.family.denoiser, *model.text_encoders)
     own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}
-    base = model_folder(resolve_path(config.model.base), revision=config.model.revision, without=UNUSED)
+    base = model_folder(local_path(config.model.base), revision=config.model.revision, without=UNUSED)
     return lambda weights, folder: save_pipeline(base, own, weights, folder, scheduler)

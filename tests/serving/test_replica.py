@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
-from ray_jobs.registry import RegisteredModel, weights_digest
+from ray_jobs.digests import weights_digest
+from ray_jobs.registry import RegisteredModel
 from serving.order import BASE, Order, Picture, Traits, place_of
 from serving.provenance import read_provenance
 from serving.replica import TOO_MANY_FAILURES, Model

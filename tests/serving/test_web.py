@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import Config
-from ray_jobs.registry import RegisteredModel, weights_digest
+from ray_jobs.digests import weights_digest
+from ray_jobs.registry import RegisteredModel
 from serving.feedback import FeedbackStore
 from serving.feedback_database import open_database
 from serving.key_file import add_key

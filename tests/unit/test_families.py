@@ -15,7 +15,15 @@ from tests.serving import plain_diffusers
 
 PROMPTS = ["a small red circle", "a big blue cross"]
 HEIGHT, WIDTH, FACTOR = 64, 48, 8  # pixels, pixels, and pixels a latent
-MODELS = ("tiny_model", "tiny_xl", "tiny_sd3", "tiny_sd3_without_t5", "tiny_flux", "tiny_schnell")
+MODELS = (
+    "tiny_model",
+    "tiny_xl",
+    "tiny_sd3",
+    "tiny_sd3_without_t5",
+    "tiny_flux",
+    "tiny_schnell",
+    "tiny_consistency",
+)
 
 
 @pytest.fixture(params=MODELS)

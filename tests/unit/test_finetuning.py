@@ -102,10 +102,16 @@ def test_saved_adapters_are_loaded_as_they_were_trained(
 
 
 def test_the_same_adapters_are_the_same_file_in_every_process(tiny_model: Path, tmp_path: Path) -> None:
-    pipeline, model = finetuning(tiny_model, "lora")
+    pipeline = load_pipeline(str(tiny_model))
+    add_lora(pipeline.unet, rank=2, alpha=4, dropout=0.3, target_modules=["to_q", "to_v"])
+    objective = family_of(pipeline).objective(pipeline.scheduler.config)
+    model = FineTuning(pipeline, family_of(pipeline), objective, LossSettings())
     save_lora(pipeline, model, dict(model.trained()), tmp_path)
     with safe_open(tmp_path / LORA_WEIGHTS, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
+    known = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules"}
+    assert set(told) == {f"unet.{name}" for name in known}, "an older peft refuses what it does not know"
+    assert told["unet.lora_dropout"] == 0.0, "diffusers loads adapters in training mode"
     targets = told["unet.target_modules"]
     assert len(targets) > 1 and targets == sorted(targets), "sets have another order in each process"
 

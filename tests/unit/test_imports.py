@@ -24,7 +24,7 @@ ORDER = (
     ),
     ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
     ("cluster",),
-    ("ray_jobs.store",),
+    ("ray_jobs.store", "ray_jobs.digests"),
     (
         "ray_jobs.stage",
         "ray_jobs.registry",

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ray_jobs.config import Config
+from ray_jobs.diffusion.model_files import variant_name
 from ray_jobs.model_card import model_card, portable, usage
 from tests.cards import draw, program
 from tests.unit.test_report import MANIFEST
@@ -182,15 +183,20 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipeline = DiffusionPipeline.from_pretrained(tiny_model)
+    # As many bases are: in half precision, here only so. The adapter brings its dropout along.
+    base = tmp_path / "base"
+    DiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(base, variant="fp16")
+    pipeline = DiffusionPipeline.from_pretrained(base, variant="fp16", dtype=torch.float32)
     unadapted = draw_here(pipeline)
-    pipeline.unet.add_adapter(
-        LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    settings = LoraConfig(
+        r=4, lora_alpha=4, lora_dropout=0.5, target_modules=["to_q", "to_v"], init_lora_weights=False
     )
+    pipeline.unet.add_adapter(settings)
+    pipeline.unet.eval()
     layers = get_peft_model_state_dict(pipeline.unet)
-    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers)
-    (tmp_path / tiny_model.name).symlink_to(tiny_model)
-    text = card(config_of(str(tiny_model)), base_on_hub=False)
+    told = settings.to_dict() | {"target_modules": sorted(settings.target_modules)}
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=told)
+    text = card(config_of("base"), base_on_hub=False, variant=variant_name(str(base)))
     picture = draw(text, tmp_path)
     assert picture.size == (64, 64)
     assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
@@ -199,8 +205,8 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
 def test_the_program_for_a_whole_model_draws_with_plain_diffusers(tiny_model: Path, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(tiny_model)
-    pipeline.save_pretrained(tmp_path)
+    DiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     picture = draw(card(config_of(train={"method": "full"})), tmp_path)
     assert picture.tobytes() == draw_here(pipeline).tobytes()
 
@@ -216,4 +222,6 @@ def draw_here(pipeline: Any) -> Any:
 
 def test_the_revision_of_the_base_is_in_the_program() -> None:
     config = config_of(model={"base": "org/model", "revision": "v1"})
-    assert "from_pretrained('org/model', revision='v1')" in usage(config, "a red apple")
+    assert "from_pretrained('org/model', revision='v1', torch_dtype=torch.float32)" in usage(
+        config, "a red apple"
+    )

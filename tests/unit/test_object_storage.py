@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, load_config
+from ray_jobs.digests import weights_digest
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
-from ray_jobs.registry import champion, verify_weights, weights_digest
+from ray_jobs.registry import champion, verify_weights
 from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import s3_server
 

@@ -1,5 +1,6 @@
 """The settings of a training are looked at on a CPU, without the base model's weights, before it starts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.train import depends_on, require_same
-from ray_jobs.training.setup import check_settings
+from ray_jobs.training.setup import build_model, check_settings
 from tests.tiny_models import tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -29,7 +30,7 @@ def test_settings_that_suit_the_model_pass_without_its_weights(
     assert callable(family)
     base = family(tmp_path)
     for weights in base.rglob("*.safetensors"):
-        weights.unlink()
+        weights.write_bytes(b"")
     check_settings(config(base, *method))
 
 
@@ -65,6 +66,29 @@ def test_a_value_of_the_search_that_does_not_suit_the_model_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_settings(config(tiny_stable_diffusion_xl(tmp_path), f"search.space={space}"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        (['train.groups={cross: ["*attn2*"]}', "train.trainable=[other]"], lambda name: "attn2" not in name),
+        (
+            ['train.groups={cross: ["*attn2*"], self: ["*attn1*"]}', "train.trainable=[self]"],
+            lambda name: "attn1" in name,
+        ),
+        (['train.groups={text: ["text_encoders*"]}', "train.trainable=[other]"], lambda n: "denoiser." in n),
+    ],
+)
+def test_all_but_some_groups_are_trained(
+    settings: list[str], trained: Callable[[str], bool], tiny_model: Path
+) -> None:
+    settings = ["train.method=full", "train.train_text_encoder=true", *settings]
+    check_settings(config(tiny_model, *settings))
+    _, model = build_model(config(tiny_model, *settings))
+    every = [name for name, _ in model.named_parameters()]
+    expected = [name for name in every if trained(name)]
+    assert [name for name, _ in model.all_trained] == expected and 0 < len(expected) < len(every)
+    assert sum(len(members) for members in model.layer_groups.values()) == len(expected)
 
 
 def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_another_training(

@@ -1,0 +1,102 @@
+"""Models and networks that lie in an object store, fetched to this node: once, and whole or not at all.
+
+They are kept in `DIFFRAY_CACHE`, by default `~/.cache/diffray`. A copy is named by the address and by the
+names, sizes and times of what lies there: what was replaced in the store is fetched anew.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyarrow import fs
+
+from cluster.storage import Storage
+from ray_jobs.config import ConfigError, resolve_path
+
+
+def local_path(path: str, field: str = "model.base") -> str:
+    """Where a file or folder lies on this node, fetched if its address is s3:// or gs://.
+
+    Local paths and names of the hub come back as `resolve_path` gives them.
+
+    Args:
+        field: the setting that names it.
+
+    Raises:
+        ConfigError: nothing lies at the address, or the store does not answer.
+    """
+    if not path.startswith(("s3://", "gs://")):
+        return resolve_path(path)
+    where = path.partition("?")[0].rpartition("@")[2]  # without keys
+    try:
+        storage = Storage.open(path)
+        found = _listed(storage)
+        if not found:
+            raise ConfigError(f"{field}: {where}: nothing lies there; correct the address")
+        identity = hashlib.sha256(json.dumps([where, found]).encode()).hexdigest()[:32]
+        target = _cache() / identity / Path(storage.path).name
+        with _alone(target.parent):
+            if not target.exists():
+                _fetch(storage, target)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{field}: {where}: cannot be fetched: {reason}") from None
+    return str(target)
+
+
+def _listed(storage: Storage) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of change (ns since 1970) of each file at an address."""
+    info = storage.filesystem.get_file_info(storage.path)
+    found = [info]
+    if info.type != fs.FileType.File:
+        found = storage.filesystem.get_file_info(
+            fs.FileSelector(storage.path, recursive=True, allow_not_found=True)
+        )
+    files = [each for each in found if each.type == fs.FileType.File]
+    return sorted((each.path, each.size, each.mtime_ns or 0) for each in files)
+
+
+def _fetch(storage: Storage, target: Path) -> None:
+    """Copy what lies at an address; what is interrupted leaves nothing that counts."""
+    aside = target.parent / f".{uuid.uuid4().hex}.partial"
+    try:
+        if storage.filesystem.get_file_info(storage.path).type == fs.FileType.File:
+            destination, create = aside / target.name, aside
+        else:
+            destination, create = aside / target.name, aside / target.name
+        create.mkdir(parents=True)
+        fs.copy_files(
+            storage.path,
+            str(destination),
+            source_filesystem=storage.filesystem,
+            destination_filesystem=fs.LocalFileSystem(),
+        )
+        os.replace(destination, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cache() -> Path:
+    """A folder of this node that can be written to."""
+    folder = Path(os.environ.get("DIFFRAY_CACHE") or Path.home() / ".cache" / "diffray")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError:  # a container whose home is read-only
+        return Path(tempfile.gettempdir()) / "diffray-cache"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this node at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

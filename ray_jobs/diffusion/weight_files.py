@@ -1,0 +1,65 @@
+"""Which files of a component's folder hold its weights: plain ones, a variant (fp16), or none that are read.
+
+Names are those of diffusers and transformers, for example `diffusion_pytorch_model.fp16.safetensors` or
+`model.fp16-00001-of-00002.safetensors`. Reads names only, and imports neither library.
+"""
+
+import re
+from collections.abc import Iterable
+
+WEIGHTS = re.compile(
+    r"^(?P<stem>(?:diffusion_pytorch_)?model)(?:\.(?P<variant>[A-Za-z0-9_]+))?(?P<shard>-\d{5}-of-\d{5})?"
+    r"\.safetensors$"
+)
+SHARDS = re.compile(
+    r"^(?P<stem>(?:diffusion_pytorch_)?model)\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json$"
+)
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data")
+LATE = ("non_ema", "no_ema")  # of a model's variants the one that nobody draws with
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """The variant of a component that is loaded: None for the plain files, which are taken where they are.
+
+    Args:
+        names: of the files in the component's folder.
+    """
+    found = {match["variant"] for name in names if (match := WEIGHTS.match(name))}
+    if not found or None in found:
+        return None
+    return min(found, key=lambda name: (name in LATE, name != "fp16", name))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or says which files do, in whatever format."""
+    return bool(WEIGHTS.match(name) or SHARDS.match(name)) or name.endswith(OTHER_FORMATS)
+
+
+def plain_name(name: str, variant: str | None) -> str | None:
+    """What a file of the chosen variant is called without it; None for files of other ones and formats."""
+    match = WEIGHTS.match(name)
+    if match:
+        return f"{match['stem']}{match['shard'] or ''}.safetensors" if match["variant"] == variant else None
+    match = SHARDS.match(name)
+    if match:
+        return f"{match['stem']}.safetensors.index.json" if match["variant"] == variant else None
+    return None if is_weights(name) else name
+
+
+def require_safetensors(component: str, names: Iterable[str]) -> None:
+    """Raise ValueError where a component has no weights that are read.
+
+    Args:
+        component: how it is named to a person.
+        names: of the files in its folder.
+    """
+    names = sorted(names)
+    if any(WEIGHTS.match(name) for name in names):
+        return
+    other = next((name for name in names if name.endswith(OTHER_FORMATS)), None)
+    if other:
+        raise ValueError(
+            f"{component} has its weights only as {other}, and nothing but safetensors is read; save the "
+            "model with diffusers' save_pretrained(..., safe_serialization=True) and name that folder"
+        )
+    raise ValueError(f"{component} has no weights (*.safetensors); fetch the model again")
