@@ -64,7 +64,7 @@ def tracking_uri(config: Config) -> str:
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
             "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
         )
-    return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db").render_as_string(hide_password=False)
+    return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db")
 
 
 def check_store(config: Config) -> None:

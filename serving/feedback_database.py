@@ -7,7 +7,6 @@ by its URL for several machines.
 from typing import Any
 
 from sqlalchemy import (
-    URL,
     CheckConstraint,
     Column,
     Connection,
@@ -106,7 +105,7 @@ TO_VERSION_2 = (
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
-def feedback_url(config: Config) -> str | URL:
+def feedback_url(config: Config) -> str:
     """`serve.feedback_url`, else SQLite in the storage folder.
 
     Raises:
@@ -124,7 +123,7 @@ def feedback_url(config: Config) -> str | URL:
     return sqlite_url(f"{storage.uri}/{FILE}")
 
 
-def open_database(url: str | URL) -> Engine:
+def open_database(url: str) -> Engine:
     """Connect, and make the tables where there are none.
 
     Raises:

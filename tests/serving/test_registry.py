@@ -69,7 +69,7 @@ def test_a_storage_of_any_name_holds_its_registry(config: Config, tmp_path: Path
     found = champion(config)
     assert found.source.startswith(f"{place}/registry/")
     assert (place / "mlflow.db").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("runs#1") and path != place]
+    assert list(tmp_path.rglob("*.db")) == [place / "mlflow.db"]
 
 
 def test_a_folder_without_weights_is_refused(config: Config, tmp_path: Path) -> None:

@@ -113,7 +113,6 @@ def test_a_full_disk_leaves_the_former_content_and_no_partial_file(
     storage.write_text("a.txt", "former")
     program = f"""
 import resource, signal
-from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -181,13 +180,13 @@ def test_the_url_of_a_sqlite_file_names_that_file(tmp_path: Path) -> None:
     """SQLAlchemy would read a `?` as the beginning of options, and decode a `%25`."""
     file = tmp_path / ODD / "a.db"
     file.parent.mkdir()
-    engine = create_engine(sqlite_url(file).render_as_string(hide_password=False))
+    engine = create_engine(sqlite_url(file))
     with engine.begin() as connection:
         connection.execute(text("create table t (x integer)"))
     engine.dispose()
     assert [path.name for path in file.parent.iterdir()] == ["a.db"]
     assert [path.name for path in tmp_path.iterdir()] == [ODD]
-    assert sqlite_file(str(sqlite_url(file))) == file
+    assert sqlite_file(sqlite_url(file)) == file
 
 
 @pytest.mark.parametrize(
