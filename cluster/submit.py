@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cluster.capacity import check_resources, sized
 from cluster.connect import QUIET, local_cluster, one_line
 from cluster.embedded import num_gpus
+from cluster.variables import PLAIN, secret_modules, those_set
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
 """What of the repository a job needs; all else (runs, caches, history) stays at home."""
-
-PASSED_THROUGH = ["MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME"]
-"""Variables that the job gets if the user has set them."""
 
 MAX_UPLOAD_MB = 100
 """More than this in one upload is data, which belongs into storage (Ray itself refuses from 512 MiB)."""
@@ -109,7 +107,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if options.token_file:
         use_token(options.token_file)
     if options.address:
-        return run_job(options.address, command, runtime_environment(), wait=not options.no_wait)
+        with secret_modules() as modules:
+            environment = runtime_environment() | ({"py_modules": modules} if modules else {})
+            return run_job(options.address, command, environment, wait=not options.no_wait)
     local = sized(config.local)
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
     environment = runtime_environment(local_variables())
@@ -139,8 +139,8 @@ def use_token(file: str) -> None:
 
 
 def local_variables() -> dict[str, str]:
-    """On the embedded Ray a job runs in Ray's copy of the code, but with this Python and on the user's
-    own folders.
+    """On the embedded Ray a job runs in Ray's copy of the code, but with this Python, on the user's own
+    folders, and with all of this process's variables, which its processes inherit.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"DIFFRAY_HOME": str(home()), "PATH": path}
@@ -164,11 +164,10 @@ def runtime_environment(env_vars: dict[str, str] | None = None) -> dict[str, Any
             f"limit is {MAX_UPLOAD_MB}: move data to shared storage and name it in data.source or model.base"
         )
     excludes = [f"/{path.name}" for path in root.iterdir() if path.name not in PACKAGES]
-    passed = {name: os.environ[name] for name in PASSED_THROUGH if name in os.environ}
     return {
         "working_dir": str(root),
         "excludes": [*excludes, "__pycache__"],
-        "env_vars": QUIET | {"PYTHONUNBUFFERED": "1"} | passed | (env_vars or {}),
+        "env_vars": QUIET | {"PYTHONUNBUFFERED": "1"} | those_set(PLAIN) | (env_vars or {}),
     }
 
 

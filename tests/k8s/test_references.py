@@ -17,6 +17,7 @@ from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, Pod, find, pods, rende
 IMAGE_FOLDER = "/opt/diffray"  # WORKDIR of cluster/Dockerfile
 MADE_BY_USERS = {  # docs/kubernetes.md tells how
     "diffray-api-keys",
+    "diffray-hub",
     "diffray-metrics-key",
     "diffray-object-storage",
     "diffray-postgresql",

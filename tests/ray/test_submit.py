@@ -1,8 +1,10 @@
 """Submitting a job: its lines, its exit code, and what is refused before Ray starts."""
 
+import hashlib
 import json
 import os
 import pty
+import secrets
 import shlex
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 
 from cluster.capacity import check_resources, sized
 from cluster.connect import LocalCluster
@@ -85,6 +88,43 @@ def test_a_job_runs_in_a_copy_of_the_code_and_knows_the_users_folder(
     assert run_job(ray_cluster.address, [sys.executable, "-c", program], environment) == 0
     copy, home = capfd.readouterr().out.splitlines()
     assert copy != str(ROOT) and home == str(tmp_path)
+
+
+PRINT_DIGESTS = """
+import hashlib, os, sys
+import ray
+import cluster
+
+def seen():
+    import cluster
+    return os.environ.get("HF_TOKEN", "")
+
+ray.init()
+tokens = [seen(), ray.get(ray.remote(seen).remote())]
+print([hashlib.sha256(token.encode()).hexdigest() for token in tokens], os.environ.get("HF_ENDPOINT"))
+"""
+
+
+def test_a_token_reaches_job_and_tasks_and_is_written_nowhere(
+    ray_cluster: LocalCluster,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Neither into Ray's logs nor into what its Jobs API tells."""
+    token = "hf_" + secrets.token_hex(16)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
+    options = ["--address", ray_cluster.address, "--config", str(tmp_path / "run.yaml")]
+    assert main([*options, "--", sys.executable, "-c", PRINT_DIGESTS]) == 0
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    assert capfd.readouterr().out.splitlines()[-1] == f"{[digest] * 2} https://hub.example.org"
+    told = str(JobSubmissionClient(ray_cluster.address).list_jobs())
+    assert "hub.example.org" in told and token not in told
+    logs = [path for path in ray_cluster.logs.rglob("*") if path.is_file()]
+    assert any(b"hub.example.org" in path.read_bytes() for path in logs)
+    assert [path.name for path in logs if token.encode() in path.read_bytes()] == []
 
 
 def test_an_interrupt_stops_the_job(ray_cluster: LocalCluster, tmp_path: Path) -> None:
