@@ -204,6 +204,8 @@ def _splits(manifest: dict[str, Any]) -> str:
     rows = [(split, f"{manifest[split]:,}") for split in SPLITS if manifest[split] or split != "class"]
     parts.append(table(("split", "pictures"), rows, "numbers"))
     words = [counted(manifest["captions"]["different"], "different caption")]
+    if several := manifest["captions"]["of_lines"]:
+        words.append(f"{counted(several, 'caption')} of several lines: see data.caption_lines")
     if repaired := manifest["captions"]["repaired"]:
         words.append(f"{counted(repaired, 'caption')} repaired as CLIP was trained (quotes, widths, HTML)")
     if folds := manifest["folds"]:

@@ -183,7 +183,7 @@ def _plan(
         "prepare",
         f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
     )
-    for line in _left_out(sources, decisions):
+    for line in _said_of_sources(config, sources, decisions):
         say("prepare", line)
     if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
         say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
@@ -197,13 +197,19 @@ def _plan(
     return manifest, parts
 
 
-def _left_out(sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
-    """Lines on how the sources are read, and on what of their files is no row of the set."""
+def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
+    """Lines on how sources and captions are read, and on what of the files is no row of the set."""
     for source in sources:
         yield from source.notes
     if decisions.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
         yield f"pictures that are no rows of the set: {reasons}; rejected.jsonl names each"
+    if decisions.num_of_lines:
+        taken = {"whole": "each taken as one", "first": "of which the first is taken", "each": "a row each"}
+        yield (
+            f"captions of several lines: {decisions.num_of_lines:,}, {taken[config.data.caption_lines]} "
+            f"(data.caption_lines: {config.data.caption_lines})"
+        )
     if decisions.num_repaired:
         yield (
             f"captions repaired as CLIP was trained (quotes, widths, HTML): {decisions.num_repaired:,}; "
@@ -275,7 +281,11 @@ def describe(
         "source": _shares(config, sources, parts),
         "buckets": _bucket_rows(config, parts),
         "folds": [folds[fold] for fold in range(data.folds)],
-        "captions": {"different": decisions.num_captions, "repaired": decisions.num_repaired},
+        "captions": {
+            "different": decisions.num_captions,
+            "repaired": decisions.num_repaired,
+            "of_lines": decisions.num_of_lines,
+        },
         "measures": {
             name: {
                 "edges": [float(edge) for edge in measure.edges],

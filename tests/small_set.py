@@ -43,7 +43,7 @@ def small_set(storage: Storage, side: int = 64, shapes: Sequence[tuple[int, int]
             "no_pictures": {},
             "measures": {},
             "buckets": {},
-            "captions": {"different": len(texts), "repaired": 0},
+            "captions": {"different": len(texts), "repaired": 0, "of_lines": 0},
         },
         "duplicates": {"mode": "keep", "groups": 0, "pictures": 0},
         "source": [{"name": "drawn", "rows": len(texts), "share": 1.0}],

@@ -78,7 +78,7 @@ def scanned(numbers: range, draw: np.random.Generator) -> pa.Table:
     """Rows of the index: pictures of which none is like another."""
     count = len(numbers)
     plain = {"role": "instance", "stratum": "", "reason": "", "detail": "", "width": SIDE, "height": SIDE}
-    plain |= {"repaired": False}
+    plain |= {"repaired": False, "lines": 1}
     plain |= {"sharpness": 500.0, "contrast": 50.0, "dark": 0.1, "bright": 0.1}
     columns: dict[str, Any] = {name: [value] * count for name, value in plain.items()}
     columns |= {

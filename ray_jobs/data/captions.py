@@ -42,6 +42,11 @@ class CaptionRules:
 AS_WRITTEN = CaptionRules()
 
 
+def num_lines(caption: str) -> int:
+    """How many lines of a caption are not empty."""
+    return sum(bool(line.strip()) for line in LINE_END.split(caption))
+
+
 def clip_text(text: str) -> str:
     """The text that CLIP was trained on: as ftfy mends it, without entities of HTML, words one space apart.
 

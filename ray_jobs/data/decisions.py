@@ -48,6 +48,7 @@ class Decisions:
         histograms: measure to counts of `cleaning.MEASURES`' bins.
         num_captions: different captions of kept rows.
         num_repaired: kept rows whose captions were repaired.
+        num_of_lines: kept rows whose captions have several lines in their source.
         details: of rows that a threshold sets aside, the number and the threshold.
     """
 
@@ -65,6 +66,7 @@ class Decisions:
     histograms: dict[str, np.ndarray]
     num_captions: int
     num_repaired: int
+    num_of_lines: int
     details: dict[int, str]
 
     @property
@@ -185,6 +187,7 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
         histograms=histograms,
         num_captions=len(np.unique(columns["text_hash"][reasons == ""])),
         num_repaired=int(columns["repaired"][reasons == ""].sum()),
+        num_of_lines=int((columns["lines"][reasons == ""] > 1).sum()),
         details=details,
     )
 
@@ -225,9 +228,11 @@ def _read_columns(
     counts: list[int] = []
     details: dict[int, str] = {}
     start = 0
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*names[:-1], "text_hash", "repaired")}
+    found: dict[str, list[np.ndarray]] = {
+        name: [] for name in (*names[:-1], "text_hash", "repaired", "lines")
+    }
     histograms = {name: histogram(name, np.empty(0)) for name in MEASURES}
-    for table in read_index(index, files, [*names, *sizes, "detail", "repaired"]):
+    for table in read_index(index, files, [*names, *sizes, "detail", "repaired", "lines"]):
         reasons = table["reason"].to_pylist()
         for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
             no_pictures += read_suffix_text(table["detail"][number].as_py())
@@ -237,6 +242,7 @@ def _read_columns(
         start += len(table)
         counts.append(len(table))
         found["repaired"].append(np.array(table["repaired"].to_pylist(), bool))
+        found["lines"].append(table["lines"].to_numpy())
         found["digest"].append(np.array(table["digest"].to_pylist(), "S64"))
         for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
             found[name].append(np.array(list(map(sys.intern, values)), object))

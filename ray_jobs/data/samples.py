@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ray_jobs.data.captions import AS_WRITTEN, CaptionRules
+from ray_jobs.data.captions import AS_WRITTEN, CaptionRules, num_lines
 from ray_jobs.pictures.reading import Rejected
 
 Role = Literal["instance", "class"]
@@ -34,6 +34,7 @@ class Sample:
     role: Role
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
     repaired: bool = False  # the caption: see `captions`
+    lines: int = 1  # of the caption in its source
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ class Source(ABC):
             ]
         names = [f"{sample.name}: line {number}" for number in range(1, len(texts) + 1)]
         return [
-            replace(sample, name=name if len(texts) > 1 else sample.name, text=text, repaired=repaired)
+            replace(
+                sample,
+                name=name if len(texts) > 1 else sample.name,
+                text=text,
+                repaired=repaired,
+                lines=num_lines(sample.text),
+            )
             for name, (text, repaired) in zip(names, texts, strict=True)
         ]
 

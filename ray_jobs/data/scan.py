@@ -25,7 +25,7 @@ from ray_jobs.data.sources import Piece, Sample, Source
 from ray_jobs.data.splits import content_digest
 from ray_jobs.pictures.reading import Rejected, read_picture
 
-VERSION = 3  # of what a scan measures; another one scans anew
+VERSION = 4  # of what a scan measures; another one scans anew
 FILES_AT_ONCE = 16  # index files that are read side by side
 SCHEMA = pa.schema(
     [
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("role", pa.string()),
         ("stratum", pa.string()),
         ("repaired", pa.bool_()),
+        ("lines", pa.int32()),
         ("digest", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -114,7 +115,10 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, Any]:
     """A row of the index: what the picture measures, or the reason why it cannot be read. Thresholds are not
     applied here, so that others can be tried without another scan."""
     row: dict[str, Any] = {name: None for name in SCHEMA.names}
-    row |= {name: getattr(sample, name) for name in ("row", "name", "text", "role", "stratum", "repaired")}
+    row |= {
+        name: getattr(sample, name)
+        for name in ("row", "name", "text", "role", "stratum", "repaired", "lines")
+    }
     row |= {"reason": "", "detail": "", "digest": ""}
     try:
         if sample.problem:

@@ -92,8 +92,8 @@ def test_each_line_is_a_row_of_its_picture_in_every_kind_of_source(tmp_path: Pat
         for wanted in ({1}, {0, 2}, {2}, set[int]()):
             chosen = list(source.read(source.pieces[0], wanted))
             assert [facts(s) for s in chosen] == [facts(found[row]) for row in sorted(wanted)]
-        first = [s.text for s in samples(opened(path, captions=CaptionRules("first")))]
-        assert first == ["a cat", "a dog"]
+        first = samples(opened(path, captions=CaptionRules("first")))
+        assert [(s.text, s.lines) for s in first] == [("a cat", 2), ("a dog", 1)]
 
 
 def test_rows_behind_a_broken_one_keep_their_numbers_where_lines_are_rows(tmp_path: Path) -> None:

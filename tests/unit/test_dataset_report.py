@@ -52,7 +52,7 @@ MANIFEST: dict[str, Any] = {
     "buckets": {"64x64": {"rows": 1601, "steps": 200, "rows_over": 1}},
     "folds": [],
     "held_out": True,
-    "captions": {"different": 1599, "repaired": 0},
+    "captions": {"different": 1599, "repaired": 0, "of_lines": 0},
     "digest": "9f" * 32,
 }
 

@@ -55,7 +55,11 @@ def test_rows_of_a_picture_share_its_split_and_files_that_are_no_rows_are_counte
         index.write_bytes(entry.file, buffer.getvalue())
     decided = decide(config, found, index, dataset)
     kept = decided.reasons == ""
-    assert kept.sum() == 60 and decided.num_captions == 60 and decided.num_repaired == 3
+    assert (
+        kept.sum() == 60
+        and decided.num_captions == 60
+        and (decided.num_repaired, decided.num_of_lines) == (3, 60)
+    )
     for each in (decided.splits, decided.folds):
         assert (each[kept].reshape(30, 2)[:, 0] == each[kept].reshape(30, 2)[:, 1]).all()
     assert decided.rejected == {"missing_caption": 1} and decided.num_judged == 61

@@ -52,7 +52,7 @@ MANIFEST: dict[str, Any] = {
     "buckets": {},
     "folds": [],
     "held_out": True,
-    "captions": {"different": 1601, "repaired": 0},
+    "captions": {"different": 1601, "repaired": 0, "of_lines": 0},
     "digest": "9f" * 32,
 }
 
