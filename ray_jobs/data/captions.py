@@ -48,7 +48,7 @@ def num_lines(caption: str) -> int:
 
 
 def clip_text(text: str) -> str:
-    """The text that CLIP was trained on: as ftfy mends it, without entities of HTML, words one space apart.
+    """The text that CLIP was trained on: as ftfy repairs it, without entities of HTML, words one space apart.
 
     OpenAI's tokenizer does the same (`basic_clean`, `whitespace_clean`); it also makes small letters, as all
     of CLIP's tokenizers do. That of transformers 5 leaves the rest out: for it a typographic apostrophe,
