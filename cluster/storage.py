@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from pyarrow import NativeFile, fs
 
@@ -69,10 +69,12 @@ class Storage:
 
     def child(self, *parts: str) -> "Storage":
         """The folder `parts` below this one; it need not exist."""
-        # A local folder may have a `?` in its name; of an address it begins the options.
-        address, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
         below = "/".join(parts)
-        return Storage(f"{address.rstrip('/')}/{below}{mark}{query}", self.filesystem, self._at(below))
+        if self.is_local:
+            return Storage(f"{self.uri.rstrip('/')}/{below}", self.filesystem, self._at(below))
+        address, mark, query = self.uri.partition("?")
+        uri = f"{address.rstrip('/')}/{quote(below)}{mark}{query}"
+        return Storage(uri, self.filesystem, self._at(below))
 
     def _at(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"

@@ -70,6 +70,14 @@ def test_what_is_written_is_listed_read_renamed_and_deleted(storage: Storage) ->
     assert storage.folders() == [] and not storage.exists("demo")
 
 
+def test_a_name_may_mean_something_in_addresses(storage: Storage) -> None:
+    odd = storage.child("a #1? 50%25 'b'", "c")
+    odd.write_text("d?.json", "{}")
+    assert storage.child("a #1? 50%25 'b'").folders() == ["c"]
+    again = Storage.open(odd.uri)
+    assert (again.path, again.read_text("d?.json")) == (odd.path, "{}")
+
+
 def test_a_folder_goes_up_and_comes_back_whole(storage: Storage, model: Path) -> None:
     storage.upload(model, "model")
     (model / "empty").unlink()
