@@ -2,7 +2,7 @@
 
 The claims, against torchmetrics' FID with the same Inception network, pictures and threads in one process:
 the same value; at least as many pictures a second while they come in; and at most 5 % of the time from
-pictures to score outside the network. And the error: a bootstrap sample's distance takes a small part of the
+pictures to score outside the network. And the error: a half's distance takes a small part of the
 time of computing it afresh, for 2,048 random features.
 
 Both take turns, batch by batch, so that what else the machine does meets both. The rival's network is given
@@ -31,8 +31,8 @@ from ray_jobs.metrics.inception import INPUT_SIZE, load_inception, resize
 from ray_jobs.metrics.resampling import (
     NUM_RESAMPLES,
     ReweightedFrechet,
-    bootstrap_weights,
     frechet_score,
+    half_weights,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -134,13 +134,13 @@ def figures(clock: Clock, count: int) -> dict[str, Any]:
 
 
 def bootstrap(count: int) -> dict[str, float]:
-    """Seconds of a bootstrap sample's distance, afresh and by new weights, and of preparing the latter."""
+    """Seconds of a half's distance, afresh and by new weights, and of preparing the latter."""
     generator, clock = torch.Generator().manual_seed(0), Clock()
     features = torch.rand(count, 2048, generator=generator) * 1.2 + 0.1
     real = Moments.of(torch.rand(count, 2048, generator=generator))
     with clock.measure("prepare"):
         distance = ReweightedFrechet(features, real)
-    for weights in bootstrap_weights(count, 7, seed=0):
+    for weights in half_weights(count, 7, seed=0):
         with clock.measure("by weights"):
             found = distance(weights)
         with clock.measure("afresh"):
@@ -166,7 +166,7 @@ def main() -> None:
             f" {found['distance_seconds'][name]:6.2f} s to the distance, {whole[name]:5.2f} a second in all"
         )
     print(
-        f"       error: {found['error']:.4f}, {NUM_RESAMPLES} bootstrap samples in"
+        f"       error: {found['error']:.4f}, {NUM_RESAMPLES} halves in"
         f" {found['error_seconds']:.2f} s; {found['outside_network']:.1%} of the time outside the network"
     )
     found["bootstrap"] = {count: bootstrap(count) for count in BOOTSTRAP_COUNTS[size]}

@@ -112,7 +112,7 @@ def compare(
         "compare",
         f"{names[0]} less {names[1]}: {found.value:+.1f} ± {found.standard_error:.1f}"
         + ("" if told_apart else ", not told apart")
-        + f"; the common noise makes the variance {found.variance_ratio:.1f} times smaller",
+        + f"; common captions and noise make the variance {found.variance_ratio:.1f} times smaller",
     )
     numbers = {
         version.name: score.row() | score.origin | {"guidance_scale": version.guidance_scale}

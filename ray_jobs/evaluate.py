@@ -78,6 +78,7 @@ class EvaluatorPool:
         ]
         self.captions: dict[str, list[str]] = {}
         self.shapes: dict[str, list[Shape]] = {}  # of the same pictures
+        self.digests: dict[str, str] = {}  # of these pictures and their captions
         self._real: dict[str, Any] = {}
         self._training: dict[int | None, Features] = {}  # by the fold that is left out
 
@@ -95,6 +96,12 @@ class EvaluatorPool:
         rows = dataset.pictures(name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
         self.shapes[split] = [shape_of(row["image"]) for row in rows]
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(
+                hashlib.sha256(row["image"]).digest() + hashlib.sha256(row["text"].encode()).digest()
+            )
+        self.digests[split] = digest.hexdigest()
         if (count := self._num_samples(split)) < (wanted := self.config.evaluate.num_samples):
             say(
                 "evaluate",
@@ -189,8 +196,17 @@ class EvaluatorPool:
         shares = [task.numbers for task in tasks]
         return ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
 
-    def measure(self, weights: str | None, split: str, guidance_scale: float | None = None) -> Measures:
+    def measure(
+        self,
+        weights: str | None,
+        split: str,
+        guidance_scale: float | None = None,
+        kept: Storage | None = None,
+    ) -> Measures:
         """All measures of the weights on a split that was loaded, from the pictures that `score` draws.
+
+        Args:
+            kept: a folder in which the features are kept, `TEST_FEATURES`.
 
         Near copies are looked for among the first `evaluate.memorisation_pictures` of the training pictures
         that prepare keeps, in the order of their digests; the pictures of `held_out` say what is near.
@@ -208,7 +224,7 @@ class EvaluatorPool:
             for actor, _, captions, seeds, shapes in tasks
         ]
         shares = [task.numbers for task in tasks]
-        given = self._real[split], self.captions[split], training, unseen, shares
+        given = self._real[split], self.captions[split], training, unseen, shares, kept
         return ray.get(self.actors[0].measure.remote(*given, *parts))
 
     def training_features(self, split: str, count: int) -> Features:
@@ -247,11 +263,11 @@ class EvaluatorPool:
 
         return ray.get(self.actors[-1].validation_loss.remote(weights, split))
 
-    def difference(self, one: Storage, other: Storage, split: str) -> PairedDifference:
-        """By how much the FID of one folder's features is above another's, made from the same noise."""
+    def difference(self, one: Storage, other: Storage, split: str, file: str = FEATURES) -> PairedDifference:
+        """By how much the FID of one folder's features is above another's, made of the same captions."""
         import ray
 
-        return ray.get(self.actors[0].difference.remote(self._real[split], one, other))
+        return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file))
 
     def resizing(self) -> dict[str, str]:
         """What becomes of a picture's size before each feature network sees it, by identity."""

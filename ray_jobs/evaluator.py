@@ -23,6 +23,7 @@ from ray_jobs.measures import (
     scores_of,
 )
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
+from ray_jobs.registry import TEST_FEATURES
 
 if TYPE_CHECKING:
     from ray_jobs.training.validation import ValidationLoss
@@ -211,6 +212,7 @@ class Evaluator:
         training: Features | None,
         held_out: Real | None,
         shares: Sequence[Sequence[int]] | None,
+        kept: Storage | None,
         *generated: Features,
     ) -> Measures:
         """All measures of the parts of a set.
@@ -220,8 +222,14 @@ class Evaluator:
             training: of training pictures; None: near copies are not looked for.
             held_out: pictures that were not trained on; None where there are none.
             shares: the pictures' numbers in each part; None: in order.
+            kept: a folder in which the features by the network that decides are kept.
         """
+        from safetensors.numpy import save
+
         whole = join(generated, shares)
+        if kept:
+            first = self.networks.first.identity
+            kept.write_bytes(TEST_FEATURES, save({first: whole[first]}))
         found, left_out = further(whole, real, self.networks, captions)
         copies, first = None, self.networks.first.identity
         if training is not None:
@@ -230,15 +238,13 @@ class Evaluator:
             scores_of(whole, real, self.networks, self.config.evaluate.bootstrap), found, left_out, copies
         )
 
-    def difference(self, real: Real, one: Storage, other: Storage) -> PairedDifference:
+    def difference(self, real: Real, one: Storage, other: Storage, file: str = FEATURES) -> PairedDifference:
         """How much worse the set whose features are kept in one folder is than that of another."""
         import torch
         from safetensors.numpy import load
 
         network = self.networks.first.identity
-        first, second = (
-            torch.from_numpy(load(folder.read_bytes(FEATURES))[network]) for folder in (one, other)
-        )
+        first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
         moments, resamples = real.moments[network], self.config.evaluate.bootstrap
         return paired_difference(first, second, moments, num_resamples=resamples)
 

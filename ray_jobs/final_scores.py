@@ -7,6 +7,7 @@ from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
+from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.dealing import Shape
@@ -56,7 +57,8 @@ def measure_final(
     pool.load("test")
     for split in splits(config):
         pool.load(split)
-    base, test = pool.measure(None, "test"), pool.measure(weights, "test", guidance_scale)
+    run = Storage.open(config.storage).child(config.name)
+    base, test = pool.measure(None, "test"), pool.measure(weights, "test", guidance_scale, run)
     floor = pool.floor("test")
     fid, lowest = test.scores.fid, floor.fid
     if lowest.num_samples < fid.num_samples:
@@ -77,6 +79,7 @@ def measure_final(
         "measure_settings": settings_of(config.evaluate),
         "test_shapes": counted(islice(cycle(pool.shapes["test"]), fid.num_samples)),
         "resizing": pool.resizing(),
+        "test_digest": pool.digests["test"],
         "subjects": [each.numbers for each in subjects],
     }
     memorisation = _memorisation(config, pool, weights, test.copies, guidance_scale) if test.copies else None

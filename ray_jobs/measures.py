@@ -51,7 +51,7 @@ class Scores:
     """What a set of pictures scores against real ones.
 
     Attributes:
-        fid: by `evaluate.feature_network`, with its bootstrap error.
+        fid: by `evaluate.feature_network`, with its error.
         kid: the kernel distance by the same network; None of too few pictures.
         second: the Fréchet distance by `evaluate.second_network`; None without one.
     """

@@ -10,7 +10,10 @@ class Measured:
 
     Attributes:
         error: standard error; None where it was not estimated, which counts as 0.
-        data: digest of the prepared data, and so of the test split.
+        data: digest of the prepared data, which another training picture changes.
+        test: digest of the pictures and captions of the test split; None of a version that was registered
+            without it, which is then compared by `data`.
+        base_fid: of the base model on the same pictures; None where it was not recorded.
     """
 
     fid: float
@@ -18,23 +21,45 @@ class Measured:
     num_samples: int
     feature_network: str
     data: str
+    test: str | None = None
+    base_fid: float | None = None
 
     def __str__(self) -> str:
         return f"{self.fid:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
 
 
-def objection(new: Measured, champion: Measured | None) -> str | None:
+@dataclass(frozen=True)
+class Paired:
+    """How far a new version is from a champion on the same captions and noise, picture by picture.
+
+    Attributes:
+        champion: the version that it was compared with.
+        difference: its test FID less the champion's.
+        error: standard error of the difference.
+    """
+
+    champion: int
+    difference: float
+    error: float
+
+
+def objection(new: Measured, champion: Measured | None, paired: Paired | None = None) -> str | None:
     """Why `new` must not replace the champion (None: not measured by this program); None: it may.
 
-    The error of a difference of two independent estimates is the root of the sum of their squared errors.
+    The error of a difference of two independent estimates is the root of the sum of their squared errors. Two
+    versions that drew the same captions share the choice of these, which is half and more of either error, so
+    where both versions' pictures are known the error is that of the paired difference.
     """
     if champion is None:
         return "the champion has no record of how it was measured"
     pairs = {
         "feature network": (new.feature_network, champion.feature_network),
         "number of samples": (new.num_samples, champion.num_samples),
-        "data": (new.data[:12], champion.data[:12]),
     }
+    if new.test and champion.test:
+        pairs["test split"] = new.test[:12], champion.test[:12]
+    else:  # of before the test split had a digest of its own
+        pairs["data"] = new.data[:12], champion.data[:12]
     differ = [
         f"{what} {mine}, the champion's {other}" for what, (mine, other) in pairs.items() if mine != other
     ]
@@ -42,8 +67,18 @@ def objection(new: Measured, champion: Measured | None) -> str | None:
         return f"it cannot be compared with the champion: {'; '.join(differ)}"
     if math.isnan(new.fid):
         return "its test FID is not a number"
-    error = math.hypot(new.error or 0.0, champion.error or 0.0)
+    error = paired.error if paired else math.hypot(new.error or 0.0, champion.error or 0.0)
     if math.isnan(champion.fid) or champion.fid - new.fid > error:
         return None
-    margin = f" by more than the error {error:.2f}" if error else ""
+    in_pairs = " of the difference in pairs" if paired else ""
+    margin = f" by more than the error {error:.2f}{in_pairs}" if error else ""
     return f"its test FID {new} does not beat the champion's {champion}{margin}"
+
+
+def objection_to_first(new: Measured) -> str | None:
+    """Why the first version of a name must not be served: it is no better than the base model."""
+    if math.isnan(new.fid):
+        return "its test FID is not a number"
+    if new.base_fid is None or math.isnan(new.base_fid) or new.fid < new.base_fid:
+        return None
+    return f"its test FID {new} does not beat the base model's {new.base_fid:.2f}"

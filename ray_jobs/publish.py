@@ -32,9 +32,9 @@ from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.model_card import model_card
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
-from ray_jobs.promotion import Measured
+from ray_jobs.promotion import Measured, Paired
 from ray_jobs.registration import Registered, register
-from ray_jobs.registry import REFERENCE, check_store
+from ray_jobs.registry import REFERENCE, TEST_FEATURES, champion, check_store
 from ray_jobs.report import PictureRow, Strip, closed_share, grid_image, headline, write_report
 from ray_jobs.samples import SAMPLES
 from ray_jobs.search_results import FINISHED, SearchResult, read_result, spent
@@ -89,7 +89,9 @@ def publish(
     scheduler = scheduler_class(local) if beside else None
     _write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"), scheduler)
     run.child("model").write_bytes(REFERENCE, save(pool.reference(checkpoint)))
-    registered = _register(config, winner, data, run.child("model").uri)
+    run.child("model").write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
+    paired = _paired(config, pool, winner, run.child("model"))
+    registered = _register(config, winner, data, run.child("model").uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner["search_digest"] = found.digest
     _write_report(config, dataset, pool, found, winner, final, run)
@@ -123,7 +125,26 @@ def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:
         say("publish", f"{fields} changed since it was measured; --force measures again")
 
 
-def _register(config: Config, winner: dict[str, Any], data: str, source: str) -> Registered:
+def _paired(config: Config, pool: EvaluatorPool, winner: dict[str, Any], model: Storage) -> Paired | None:
+    """The winner's difference to the champion, picture by picture; None where the champion drew others, or
+    there is none."""
+    try:
+        held = champion(config)
+    except ConfigError:  # no champion yet; of a registry that does not answer `register` tells
+        return None
+    folder = Storage.open(held.source)
+    if held.test_digest != winner["test_digest"] or not folder.exists(TEST_FEATURES):
+        return None
+    try:
+        found = pool.difference(model, folder, "test", TEST_FEATURES)
+    except (KeyError, ValueError):  # by another network, or of another number of pictures
+        return None
+    return Paired(held.version, found.value, found.standard_error)
+
+
+def _register(
+    config: Config, winner: dict[str, Any], data: str, source: str, paired: Paired | None
+) -> Registered:
     """The winner as a version; `data`: digest of the prepared data."""
     return register(
         config,
@@ -134,7 +155,10 @@ def _register(config: Config, winner: dict[str, Any], data: str, source: str) ->
             num_samples=winner["num_samples"],
             feature_network=winner["feature_network"],
             data=data,
+            test=winner["test_digest"],
+            base_fid=winner["base_test_fid"],
         ),
+        paired=paired,
         params={
             "learning_rate": f"{winner['learning_rate']:g}",
             "step": str(winner["step"]),

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.digests import weights_digest
-from ray_jobs.promotion import Measured, objection
+from ray_jobs.promotion import Measured, Paired, objection, objection_to_first
 from ray_jobs.provenance import code_version, signature
 from ray_jobs.registry import (
     CANDIDATE,
@@ -47,6 +47,7 @@ def register(
     params: dict[str, str],
     metrics: dict[str, float] | None = None,
     description: str | None = None,
+    paired: Paired | None = None,
 ) -> Registered:
     """Make `source` a version of `config.publish.model_name`, and the champion if it deserves it.
 
@@ -58,6 +59,7 @@ def register(
         params: logged with the run, for example the learning rate.
         metrics: logged with the run beside `test_fid` and `test_fid_error`.
         description: of the version, for a person.
+        paired: its difference to a champion, where both drew the same pictures.
 
     Raises:
         ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
@@ -84,25 +86,29 @@ def register(
                 )
             )
         before = set(_champions(versions_of(client, name)))
-        return _settled(client, config, _decide(client, config, int(found.version), measured), before)
+        return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
 
 
-def _decide(client: Any, config: Config, version: int, measured: Measured) -> Registered:
+def _decide(
+    client: Any, config: Config, version: int, measured: Measured, paired: Paired | None = None
+) -> Registered:
     """Give a new version its alias; the tag says last that this was done."""
     name, aliases = config.publish.model_name, aliases_of(client, config)
     champion = aliases.get(CHAMPION)
     against: str | None = None
-    if champion is None:
-        decision = "champion: the first version of its name"
-    elif champion == version:
+    if champion == version:
         decision = "champion"
-    elif against := objection(measured, measured_of(client, client.get_model_version(name, str(champion)))):
+    elif champion is None:
+        against = objection_to_first(measured)
+        decision = "champion: the first version of its name"
+    else:
+        held = measured_of(client, client.get_model_version(name, str(champion)))
+        against = objection(measured, held, paired if paired and paired.champion == champion else None)
+        decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
+    if against:
         decision = (
             f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
         )
-    else:
-        decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
-    if against:
         retried(lambda: client.set_registered_model_alias(name, CANDIDATE, str(version)))
     else:
         make_champion(client, name, version, aliases)
@@ -167,6 +173,8 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "method": config.train.method,
         "digest": digest,
         "data_digest": measured.data,
+        **({} if measured.test is None else {"test_digest": measured.test}),
+        **({} if measured.base_fid is None else {"base_test_fid": repr(measured.base_fid)}),
         "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # that of config.yaml
         "code_version": code_version(),
         "feature_network": measured.feature_network,

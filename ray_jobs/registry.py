@@ -23,6 +23,8 @@ PREVIOUS = "previous"  # the version that the champion replaced
 # Beside a version's weights: features that drift is told by. Not *.safetensors, although it is one: the
 # digest of the weights is of those files.
 REFERENCE = "reference.features"
+# Those of the pictures of its test score, by which a later version is compared with it in pairs.
+TEST_FEATURES = "test.features"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class RegisteredModel:
     metrics: dict[str, float]
     params: Mapping[str, str] = field(default_factory=dict)  # what `publish` logged of how it was made
     guidance_scale: float | None = None  # that it was scored with; None: not recorded
+    test_digest: str | None = None  # of the pictures and captions that it was scored on
     zero_terminal_snr: bool = False  # trained to a last step of pure noise, and drawn so
 
 
@@ -127,7 +130,8 @@ def nothing_published(config: Config) -> ConfigError:
     """What to say where a name has no champion."""
     return ConfigError(
         f"publish.model_name: {tracking_uri(config)} holds no champion of {config.publish.model_name!r}; run "
-        "the pipeline first: python -m ray_jobs.pipeline --config ..."
+        "the pipeline first: python -m ray_jobs.pipeline --config ..., or promote a version that stayed "
+        "candidate: python -m ray_jobs.versions promote --config ... --version ..."
     )
 
 
@@ -230,5 +234,6 @@ def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> Reg
         metrics=metrics,
         params=params,
         guidance_scale=float(found.tags["guidance_scale"]) if found.tags.get("guidance_scale") else None,
+        test_digest=found.tags.get("test_digest"),
         zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
     )

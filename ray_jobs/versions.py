@@ -5,7 +5,8 @@
     python -m ray_jobs.versions rollback --config configs/demo.yaml
 
 A new version is the `candidate`. It becomes the `champion`, which is served, if its test FID beats the
-champion's by more than the error, both being measured alike; the former champion becomes `previous`.
+champion's by more than the error of the difference, both being measured alike on the same test split, and the
+first of its name if it beats the base model's; the former champion becomes `previous`.
 All of this can be done again after an interruption, and done twice it changes nothing more.
 """
 
@@ -106,6 +107,8 @@ def measured_of(client: Any, version: Any) -> Measured | None:
         num_samples=int(tags["num_samples"]),
         feature_network=tags["feature_network"],
         data=tags["data_digest"],
+        test=tags.get("test_digest"),
+        base_fid=float(tags["base_test_fid"]) if "base_test_fid" in tags else None,
     )
 
 

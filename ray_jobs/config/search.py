@@ -249,7 +249,9 @@ class EvaluateConfig(Section):
         NetworkConfig(), description="shown beside it, and told where they disagree; null: none"
     )
     bootstrap: int = Field(
-        100, ge=0, description="resamples for the errors of scores, 2 or more; 0: no errors"
+        100,
+        ge=0,
+        description="random halves of the pictures, for the errors of scores; 0: no errors",
     )
     clip: str | None = Field(
         None, description="folder or hub name of a CLIPModel, for the CLIP scores of publish; null: none"

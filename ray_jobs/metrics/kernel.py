@@ -48,7 +48,7 @@ def kernel_distance(
     smaller of both counts): a subset m of N has the variance (1 - m / N) / m, so the whole has the subsets'
     variance times m / (N - m) (Politis & Romano 1994). With subsets of half the pictures both are the same.
     Where both sets are of one distribution it is up to twice too large, since the variance then falls faster.
-    Unlike the bootstrap error of a Fréchet distance, it is also that of drawing other real pictures.
+    Unlike the error of a Fréchet distance, it is also that of drawing other real pictures.
 
     Args:
         generated, real: features, float, N x D and M x D, at least 4 of each.

@@ -61,7 +61,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     """A pool of the same actors that has loaded nothing."""
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
-    pool.captions, pool.shapes, pool._real, pool._training = {}, {}, {}, {}
+    pool.captions, pool.shapes, pool.digests, pool._real, pool._training = {}, {}, {}, {}, {}
     return pool
 
 

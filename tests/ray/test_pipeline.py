@@ -184,15 +184,15 @@ def check_measures(run: Path, winner: dict[str, Any], manifest: dict[str, Any]) 
 
 
 def check_comparison(config: Config, winner: dict[str, Any]) -> None:
-    """The champion beside its base: scores as in the search, and the error of their difference."""
+    """The version beside its base: scores as in the search, and the error of their difference."""
     with pytest.raises(ConfigError, match="7: no version or alias of"):
         look_up(config, "7")
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
-        found = compare(config, dataset, pool, look_up(config, "champion"), look_up(config, "base"))
+        found = compare(config, dataset, pool, look_up(config, "1"), look_up(config, "base"))
     assert found.value == pytest.approx(winner["validation_fid"] - winner["base_validation_fid"], abs=1e-3)
     assert found.standard_error > 0 and found.variance_ratio > 1
-    folder = Path(config.storage) / config.name / "comparisons" / "champion-base"
+    folder = Path(config.storage) / config.name / "comparisons" / "1-base"
     assert set(json.loads((folder / "comparison.json").read_text())) == {"version 1", "base", "difference"}
     Image.open(folder / "grid.png").verify()
 

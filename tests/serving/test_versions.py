@@ -58,6 +58,27 @@ def test_the_first_version_becomes_champion(config: Config, add: Any) -> None:
     assert aliases(config) == {"champion": 1}
 
 
+def test_a_first_version_that_does_not_beat_the_base_stays_candidate_until_it_is_promoted(
+    config: Config, add: Any
+) -> None:
+    assert "does not beat the base model's 19.00" in add(1, 20.0, base_fid=19.0).message
+    assert aliases(config) == {"candidate": 1}
+    with pytest.raises(ConfigError, match="promote a version that stayed candidate"):
+        champion(config)
+    assert add(2, 18.0, base_fid=19.0).aliases == ("champion",)
+    promote(config, 1)
+    assert aliases(config)["champion"] == 1
+
+
+def test_versions_of_one_test_split_are_compared_whatever_they_were_trained_on(
+    config: Config, add: Any
+) -> None:
+    add(1, 20.0, test="aa" * 32)
+    assert "cannot be compared" in add(2, 1.0, test="bb" * 32, data="00" * 32).message
+    assert add(3, 18.0, test="aa" * 32, data="00" * 32).aliases == ("champion",)
+    assert champion(config).test_digest == "aa" * 32
+
+
 def test_a_better_version_becomes_champion_and_the_former_previous(config: Config, add: Any) -> None:
     add(1, 20.0)
     assert add(2, 18.0).message == (

@@ -180,7 +180,7 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     halves = [
         evaluator.sample_features(None, CAPTIONS, seeds, by_all=True) for seeds in ([0, 1, 2], [3, 4, 5])
     ]
-    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, None, *halves)
+    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, None, None, *halves)
     assert found.scores == evaluator.score(real, None, None, *halves)
     assert {record["metric"] for record in found.records()} >= {"precision", "CLIP score", "near copies"}
     assert found.copies is not None and len(found.copies.nearest) == 6
@@ -298,7 +298,7 @@ def test_the_base_is_loaded_once_for_many_checkpoints(
 def test_kept_pictures_and_features_lie_beside_the_checkpoint(evaluator: Evaluator, tmp_path: Path) -> None:
     folder = Storage.open(str(tmp_path))
     kept = Kept(folder.child("samples"), ["0-a.png", None, "1-b.png"])
-    drawn = evaluator.sample_features(None, CAPTIONS, [0, 1, 2], kept)
+    drawn = evaluator.sample_features(None, [*CAPTIONS, CAPTIONS[0]], [0, 1, 2, 3], kept)
     evaluator.score(Real.of(drawn), folder, None, drawn)
     assert folder.child("samples").files() == ["0-a.png", "1-b.png"]
     assert evaluator.difference(Real.of(drawn), folder, folder).value == 0

@@ -12,8 +12,8 @@ from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.ranking import Candidate, enough_samples, winner
 from ray_jobs.metrics.resampling import (
     ReweightedFrechet,
-    bootstrap_weights,
     frechet_score,
+    half_weights,
     paired_difference,
 )
 from ray_jobs.metrics.score import Score
@@ -57,17 +57,45 @@ def test_a_reweighted_distance_is_that_of_the_pictures_repeated(count: int, num_
     real = Moments.of(normal(num_real, seed=1, width=width) + 3, "network")
     features = 1.3 * normal(count, seed=2, width=width) + 3.2
     distance = ReweightedFrechet(features, real)
-    for weights in [torch.ones(count, dtype=torch.int64), *bootstrap_weights(count, 3, seed=3)]:
+    taken = [torch.ones(count, dtype=torch.int64), torch.arange(count) % 3, *half_weights(count, 3, seed=3)]
+    for weights in taken:
         repeated = Moments.of(features.repeat_interleave(weights, dim=0), "network")
         assert distance(weights) == pytest.approx(frechet_distance(repeated, real), rel=1e-6)
 
 
-def test_bootstrap_samples_have_as_many_pictures_and_depend_on_the_seed_only() -> None:
-    weights = bootstrap_weights(50, 20, seed=1)
-    assert weights.shape == (20, 50)
-    assert weights.sum(dim=1).tolist() == [50] * 20
-    assert torch.equal(weights, bootstrap_weights(50, 20, seed=1))
-    assert not torch.equal(weights, bootstrap_weights(50, 20, seed=2))
+def test_halves_repeat_no_picture_and_depend_on_the_seed_only() -> None:
+    weights = half_weights(51, 20, seed=1)
+    assert weights.shape == (20, 51) and set(weights.flatten().tolist()) == {0, 1}
+    assert weights.sum(dim=1).tolist() == [25] * 20
+    assert torch.equal(weights, half_weights(51, 20, seed=1))
+    assert not torch.equal(weights, half_weights(51, 20, seed=2))
+    # Every picture is as likely as every other, and so is every pair.
+    many = half_weights(6, 6000, seed=0).double()
+    together = many.T @ many / len(many)
+    assert torch.allclose(together.diagonal(), torch.tensor(0.5).double(), atol=0.03)
+    assert torch.allclose(together[~torch.eye(6, dtype=torch.bool)], torch.tensor(0.2).double(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.0, 0.0), (1.2, 0.3)], ids=["the real distribution", "another one"]
+)
+def test_the_error_is_near_that_of_fresh_pictures_where_they_are_hardly_more_than_features(
+    scale: float, shift: float
+) -> None:
+    """A bootstrap sample's spread was 5.8 and 3.2 times the fresh one's here."""
+    width, count = 64, 96
+    factor = torch.eye(width, dtype=torch.float64) * (MANY - 1) ** 0.5
+    real = Moments(MANY, torch.zeros(width, dtype=torch.float64), factor, "network")
+    fresh = [
+        frechet_distance(Moments.of(scale * normal(count, seed, width) + shift, "network"), real)
+        for seed in range(100)
+    ]
+    told = [
+        frechet_score(scale * normal(count, seed, width) + shift, real, num_resamples=40).standard_error or 0
+        for seed in range(6)
+    ]
+    spread = float(torch.tensor(fresh).std())
+    assert 0.9 < sum(told) / len(told) / spread < 1.6
 
 
 def test_the_error_covers_the_truth_as_often_as_it_should() -> None:
@@ -98,8 +126,8 @@ def test_a_score_with_an_error_is_the_plain_distance_and_names_its_network() -> 
     assert score.value == score.fid == frechet_distance(Moments.of(features, "network"), real)
     assert (score.num_samples, score.feature_network, score.metric) == (40, "network", "FID")
     assert score == frechet_score(features, real, seed=5)
-    with pytest.raises(ValueError, match=r"evaluate\.num_samples: an error needs 3"):
-        frechet_score(features[:2], real)
+    with pytest.raises(ValueError, match=r"evaluate\.num_samples: an error needs 4"):
+        frechet_score(features[:3], real)
 
 
 def test_common_noise_lowers_the_variance_of_a_difference_by_the_ratio_that_is_told() -> None:

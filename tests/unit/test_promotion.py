@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_jobs.promotion import Measured, objection
+from ray_jobs.promotion import Measured, Paired, objection, objection_to_first
 
 CHAMPION = Measured(20.0, 0.3, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
@@ -36,6 +36,35 @@ def test_what_was_measured_otherwise_is_not_compared_and_the_difference_is_named
     change: dict[str, object], named: str
 ) -> None:
     assert named in (objection(replace(CHAMPION, fid=1.0, **change), CHAMPION) or "")  # type: ignore[arg-type]
+
+
+def test_another_training_picture_does_not_keep_versions_apart_but_another_test_picture_does() -> None:
+    champion = replace(CHAMPION, test="aa" * 32)
+    better = replace(champion, fid=10.0, data="00" * 32)
+    assert objection(better, champion) is None
+    other = objection(replace(better, test="bb" * 32), champion)
+    assert "test split bbbbbbbbbbbb, the champion's aaaaaaaaaaaa" in (other or "")
+    # A champion of before the test split had a digest is compared by the digest of all data.
+    assert "data 000000000000" in (objection(better, CHAMPION) or "")
+    assert objection(replace(better, data=CHAMPION.data), CHAMPION) is None
+
+
+def test_where_both_drew_the_same_captions_the_error_is_that_of_the_paired_difference() -> None:
+    new = replace(CHAMPION, fid=19.7)
+    assert objection(new, CHAMPION) is not None
+    assert objection(new, CHAMPION, Paired(1, -0.3, 0.1)) is None
+    assert "by more than the error 0.31 of the difference in pairs" in (
+        objection(new, CHAMPION, Paired(1, -0.3, 0.31)) or ""
+    )
+
+
+def test_the_first_version_must_beat_the_base() -> None:
+    assert objection_to_first(replace(CHAMPION, base_fid=20.1)) is None
+    assert objection_to_first(CHAMPION) is None, "of before the base's score was recorded"
+    assert "does not beat the base model's 20.00" in (
+        objection_to_first(replace(CHAMPION, base_fid=20.0)) or ""
+    )
+    assert "not a number" in (objection_to_first(replace(CHAMPION, fid=math.nan)) or "")
 
 
 def test_a_champion_without_a_record_is_not_replaced_unasked() -> None:
