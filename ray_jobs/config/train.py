@@ -88,6 +88,7 @@ FREE_SETTINGS = {
     "checkpoint_minutes",
     "max_failures",
 }
+WARMUP_STEPS = 10  # where none are given
 ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
 SCHEDULE_SETTINGS = {  # which schedules they change
     "schedule_cycles": {"cosine_with_restarts"},
@@ -113,7 +114,7 @@ class TrainConfig(Section):
     stages: list[StageConfig] = Field([], description="parts of the run with settings of their own")
     learning_rate: LearningRate = Field(1e-4, description="for a single run; a search sets its own")
     schedule: Schedule = Field("constant_with_warmup", description="of the learning rate")
-    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up; constant has none")
+    warmup_steps: int = Field(WARMUP_STEPS, ge=0, description="steps of linear warm-up; constant has none")
     schedule_cycles: Positive = Field(1, description="of cosine_with_restarts")
     schedule_power: float = Field(1.0, gt=0, description="of polynomial")
     schedule_end: Share = Field(0.0, description="share of the learning rate that is left at the end")
@@ -146,7 +147,7 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     channels_last: bool = Field(False, description="memory layout of convolutions")
-    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps")
+    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps; not tested")
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101), states in fp32")
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW; biases and norms are exempt")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")
@@ -225,9 +226,19 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _schedules(self) -> "TrainConfig":
-        given = "warmup_steps" in self.model_fields_set and self.warmup_steps
-        if self.schedule == "constant" and given:
+        used = {stage.schedule or self.schedule for stage in self.stages} or {self.schedule}
+        if used == {"constant"} and self.warmup_steps not in (0, WARMUP_STEPS):
             raise ValueError("warmup_steps: schedule constant has none; take constant_with_warmup")
+        for number, stage in enumerate(self.stages):
+            if stage.warmup_steps and (stage.schedule or self.schedule) == "constant":
+                raise ValueError(
+                    f"stages.{number}.warmup_steps: schedule constant has none; take constant_with_warmup"
+                )
+            if stage.warmup_steps and stage.warmup_steps >= stage.steps and number < len(self.stages) - 1:
+                raise ValueError(
+                    f"stages.{number}.warmup_steps: {stage.warmup_steps} of a stage of {stage.steps} steps "
+                    "never end; take fewer"
+                )
         known = {*self.groups, OTHER_LAYERS}
         for names in [self.trainable, *(stage.trainable for stage in self.stages)]:
             if names is not None and (not names or not known.issuperset(names)):

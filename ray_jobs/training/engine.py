@@ -21,10 +21,14 @@ MODELLED = {
     "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",  # an older name of bf16
     "fp16": "train.precision",
     "zero_optimization.stage": "train.zero_stage",
     "zero_optimization.offload_optimizer": "train.offload_optimizer",
     "zero_optimization.offload_param": "train.offload_parameters",
+    # Older names of the same.
+    "zero_optimization.cpu_offload": "train.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "train.offload_parameters",
 }
 
 REDUCED_AT_ONCE = 500_000_000  # elements of gradients: DeepSpeed's own default

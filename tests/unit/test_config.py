@@ -124,6 +124,14 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
         (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has none"),
         (
+            ["train.stages=[{steps: 5, schedule: constant, warmup_steps: 2}, {steps: 1}]"],
+            "warmup_steps: schedule constant has none",
+        ),
+        (
+            ["train.stages=[{steps: 5, warmup_steps: 5}, {steps: 1}]"],
+            "stages.0.warmup_steps: 5 of a stage of 5 steps never end",
+        ),
+        (
             ["train.prior_loss_weight=1", "train.batch_size=1", "train.num_workers=1"],
             "prior_loss_weight: 1 needs a batch_size of at least 2",
         ),
@@ -172,7 +180,7 @@ def test_text_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 
 
 def test_the_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
-    config = load_config(DEMO, ["train.zero_stage=3"])
+    config = load_config(DEMO, ["train.zero_stage=3", "train.schedule=constant"])
     written = tmp_path / "config.yaml"
     written.write_text(config.to_yaml())
     assert config.train.zero_stage == 3

@@ -41,6 +41,8 @@ def test_settings_that_suit_the_model_pass_without_its_weights(
         (["train.method=full", "train.groups={up: ['*upp*']}"], r"train\.groups\.up: .*upp.* names like"),
         (["train.loss.zero_terminal_snr=true"], r"train\.loss\.zero_terminal_snr"),
         (["train.deepspeed={bf16: {enabled: true}}"], r"train\.deepspeed: bf16: set train\.precision"),
+        (["train.deepspeed={bfloat16: {enabled: true}}"], r"bfloat16: set train\.precision"),
+        (["train.deepspeed={zero_optimization: {cpu_offload: true}}"], r"set train\.offload_optimizer"),
         (["train.deepspeed={zero_optimization: {stage: 1}}"], r"set train\.zero_stage instead"),
     ],
 )
