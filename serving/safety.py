@@ -112,7 +112,7 @@ def checker_factory(name: str) -> CheckerFactory:
     factory: Any = getattr(module, function, None)
     if not callable(factory):
         raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def load_checker(name: str) -> SafetyChecker:

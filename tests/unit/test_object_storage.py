@@ -14,20 +14,20 @@ from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import champion, verify_weights
 from tests.gcs_server import GcsServer, gcs_server
-from tests.s3_server import s3_server
+from tests.s3_server import S3Server, s3_server
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request: pytest.FixtureRequest) -> Iterator[GcsServer]:
+def server(request: pytest.FixtureRequest) -> Iterator[GcsServer | S3Server]:
     with (gcs_server if request.param == "gs" else s3_server)("bucket") as running:
         yield running
 
 
 @pytest.fixture
-def storage(server: GcsServer, request: pytest.FixtureRequest) -> Storage:
+def storage(server: GcsServer | S3Server, request: pytest.FixtureRequest) -> Storage:
     """A folder of this test, that nothing has been written to."""
     return Storage.open(server.address(f"{request.function.__name__}/runs"))
 
@@ -89,7 +89,7 @@ def test_a_folder_goes_up_and_comes_back_whole(storage: Storage, model: Path) ->
 
 
 def test_weights_are_registered_there_and_found_again(
-    server: GcsServer, storage: Storage, model: Path, tmp_path: Path
+    server: GcsServer | S3Server, storage: Storage, model: Path, tmp_path: Path
 ) -> None:
     """As the endpoint finds them: the champion's source, its digest, a copy of it on this machine."""
     config = load_config(
