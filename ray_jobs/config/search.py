@@ -1,5 +1,6 @@
 """The search, and how its candidates are measured."""
 
+import re
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -137,6 +138,8 @@ class SearchConfig(Section):
             raise ValueError(f"space.{LEARNING_RATE}: give it as search.learning_rates")
         for name, values in {LEARNING_RATE: self.learning_rates, **self.space}.items():
             short = "learning_rates" if name == LEARNING_RATE else f"space.{name}"
+            if not re.fullmatch(r"\w+(\.[\w-]+)*", name, re.ASCII):
+                raise ValueError(f"{short}: write it as train.lora.rank: letters, digits and _ between dots")
             if above := next((each for each in self.space if name.startswith(f"{each}.")), None):
                 raise ValueError(f"{short} is part of space.{above}; search one of the two")
             if isinstance(values, Range):

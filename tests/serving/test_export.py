@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from pyarrow import parquet
 
@@ -20,6 +21,7 @@ from serving.feedback_database import open_database
 from tests.serving.drawing_server import drawing_server, pixels_of
 from tests.serving.feedback_server import FEEDBACK_KEY
 from tests.serving.generations import generation, rated
+from tests.serving.http_server import http_server
 
 APPLE, FOX = "a red apple", "a fox \N{FOX FACE}"
 
@@ -153,6 +155,32 @@ def test_pairs_have_their_pictures_drawn_again(
         drawn = np.asarray(Image.open(tmp_path / "out" / row[f"{side}_image"])).astype(int)
         [asked] = store.generations([image(number)])
         assert np.abs(drawn - pixels_of(thread, asked)).max() <= 1
+
+
+@pytest.mark.parametrize("negative", [None, "", "blur"])
+def test_no_negative_prompt_is_asked_for_as_none_and_an_empty_one_as_empty(
+    store: FeedbackStore, arguments: list[str], tmp_path: Path, negative: str | None
+) -> None:
+    """They draw other pictures with some models."""
+    asked: list[dict[str, Any]] = []
+    api = FastAPI()
+
+    @api.post("/v1/images/generations", status_code=400)
+    def generate(body: dict[str, Any]) -> dict[str, Any]:
+        asked.append(body)
+        return {"error": {"message": "noted"}}
+
+    for number in (8, 9):
+        store.record(generation(number, prompt=APPLE, negative_prompt=negative))
+    store.flush()
+    store.rate(rated(8, None, over=image(9)))
+    main(["preferences", *arguments])
+    [row] = exported(tmp_path)
+    assert [row[side]["negative_prompt"] for side in ("chosen", "rejected")] == [negative] * 2
+    with http_server(api) as url:
+        main(["preferences", *arguments, "--draw", url])
+    assert asked and all(body.get("negative_prompt", None) == negative for body in asked)
+    assert all(("negative_prompt" in body) == (negative is not None) for body in asked)
 
 
 def test_liked_pictures_become_a_source_of_training_data(

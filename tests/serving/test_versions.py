@@ -4,16 +4,18 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import DECISION, Registered, register
-from ray_jobs.registry import champion, open_client
+from ray_jobs.registry import champion, entries, open_client
 from ray_jobs.versions import aliases_of, main, promote, rollback, status
 from tests.serving.test_registry import named, weights
 
@@ -218,3 +220,17 @@ def test_the_commands_work_and_end_with_a_code(
     said = capsys.readouterr().out
     assert "version 2 is the champion" in said and "version 1 is the champion" in said
     assert said.splitlines()[-1].startswith("error: ")
+
+
+def test_versions_beyond_mlflows_first_page_are_listed(
+    config: Config, add: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 4):
+        add(number, 20.0 + number)
+    whole = MlflowClient.search_model_versions
+    monkeypatch.setattr(MlflowClient, "search_model_versions", partialmethod(whole, max_results=1))
+    lines = status(config).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["3", "2", "1"]
+    name = config.publish.model_name
+    assert set(entries(config, [name])[name].versions) == {1, 2, 3}
+    assert add(1, 20.0).message.startswith("registered before")

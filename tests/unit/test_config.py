@@ -47,6 +47,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("search.space={train.lora.rank: [8, 0]}", "search.space.train.lora.rank: 0: lora.rank"),
         ("search.space={train.lora.rnk: [8]}", "search.space.train.lora.rnk: 8: lora.rnk: unknown key"),
         ("search.space={train.num_workers: [1, 2]}", "train.num_workers is not searched"),
+        ("search.space={'train.deepspeed.a(b)': [1]}", "write it as train.lora.rank"),
         ("search.space={data.resolution: [64]}", "data.resolution is not searched"),
         ("search.space={train.weight_decay: [0.1, 0.1]}", "space.train.weight_decay repeats a value"),
         ("search.space={train.prior_loss_weight: [1]}", "needs train.prior_loss_weight above 0"),
