@@ -104,8 +104,13 @@ class Following:
                 self._tell(f"the registry does not answer, so the last state stays: {error}")
                 return
             self.catalogue.entries, self.looked = found, True
-            notices = [await self._follow_champion(), await self._follow_candidate()]
+            notices = [await self._follow_champion(), await self._follow_candidate(), self._lacking()]
             self._tell("; ".join(filter(None, notices)) or None)
+
+    def _lacking(self) -> str | None:
+        """Which models of `serve.models` the registry does not hold, or not yet."""
+        lacking = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
+        return f"serve.models: the registry holds no {', '.join(map(repr, lacking))}" if lacking else None
 
     async def _follow_champion(self) -> str | None:
         """Warm up a new champion and let it answer; why not, if it cannot."""

@@ -141,6 +141,17 @@ def test_only_champion_and_candidate_are_compared(
     served(watched, versions, store, work)
 
 
+def test_a_model_that_is_admitted_and_not_there_is_told(
+    watched: Config, versions: list[RegisteredModel], store: FeedbackStore
+) -> None:
+    async def work(service: Service, _: Any) -> str | None:
+        await service.following.look()
+        return service.following.notice
+
+    found = served(changed(watched, models=["nobody", "watched", "*"]), versions, store, work)
+    assert found == "serve.models: the registry holds no 'nobody'"
+
+
 def test_shadows_go_on_where_the_last_process_stopped(
     versions: list[RegisteredModel], tmp_path: Path
 ) -> None:
