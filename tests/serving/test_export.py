@@ -192,7 +192,8 @@ def test_liked_pictures_become_a_source_of_training_data(
     with drawing_server(thread) as url:
         main(["training", *arguments, "--draw", url, "--key", FEEDBACK_KEY])
     source = open_source(SourceConfig.model_validate({"path": str(tmp_path / "out")}), None)
-    samples = [sample for piece in source.pieces for sample in source.read(piece)]
+    *samples, rest = [sample for piece in source.pieces for sample in source.read(piece)]
+    assert rest.problem and rest.problem.detail == "1 .json"  # what was exported, which is no picture
     assert [(sample.text, sample.name, sample.problem) for sample in samples] == [
         (APPLE, f"{image(1)}.png", None),
         (FOX, f"{image(6)}.png", None),
