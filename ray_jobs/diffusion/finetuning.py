@@ -208,14 +208,15 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft refuses
-    settings that it does not know."""
+    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft (0.17)
+    refuses settings that it does not know, and what diffusers 0.35 asks for."""
     usual = type(config)().to_dict()
     settings = {key: value for key, value in config.to_dict().items() if value != usual[key]}
     # Sets have another order in each process: the same weights shall be the same file.
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     # diffusers loads an adapter in training mode: with its dropout it would draw at random.
-    return settings | {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
+    asked = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    return settings | {name: getattr(config, name) for name in sorted(asked)} | {"lora_dropout": 0.0}
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def test_the_same_adapters_are_the_same_file_in_every_process(tiny_model: Path, 
     with safe_open(tmp_path / LORA_WEIGHTS, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     known = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules"}
+    known |= {"rank_pattern", "alpha_pattern"}
     assert set(told) == {f"unet.{name}" for name in known}, "an older peft refuses what it does not know"
     assert told["unet.lora_dropout"] == 0.0, "diffusers loads adapters in training mode"
     targets = told["unet.target_modules"]
