@@ -12,7 +12,7 @@ OWN := benchmarks cluster examples ray_jobs scripts serving tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint format serve bench-gpu base-model lock clean
+.PHONY: help setup demo test journeys faults lint format serve bench-gpu base-model lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,7 +46,10 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 # What needs no Ray runs on two cores at once; Ray's own tests use them all by themselves.
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not faults"
-	$(BIN)/python -m pytest -m "ray and not faults"
+	$(BIN)/python -m pytest -m "ray and not faults and not journeys"
+
+journeys: setup ## walk the whole way with bases, pictures and methods of every kind (minutes)
+	$(BIN)/python -m pytest tests/journeys
 
 faults: setup ## take machines, disks and processes away, and see what is lost (as root; docs/faults.md)
 	$(BIN)/python -m benchmarks.faults

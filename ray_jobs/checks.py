@@ -45,8 +45,11 @@ def check_stages(config: Config) -> None:
 
 def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[Size]) -> None:
     """Raise ValueError unless the model's own scheduler draws in the steps that scores are taken with."""
+    from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import is_tabulated, tabulate
 
+    if config.train.loss.zero_terminal_snr:
+        scheduler = trained_scheduler(scheduler)
     steps, name = config.evaluate.inference_steps, type(scheduler).__name__
     for shape in latents:
         try:
@@ -65,6 +68,7 @@ def _check_serving(
     config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[Size]
 ) -> None:
     """Raise ValueError for what keeps the winner from being served as the configuration says."""
+    from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of, tabulate
     from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
 
@@ -82,6 +86,8 @@ def _check_serving(
             check_channels_last(family, denoiser)
         if serve.cache_features:
             check_cache_features(family, denoiser)
+        if config.train.loss.zero_terminal_snr:
+            solver = trained_scheduler(solver)
         field = "serve.default_steps: "
         for shape in latents:
             tabulate(solver, family, serve.default_steps, shape)

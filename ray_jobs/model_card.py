@@ -105,6 +105,18 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> 
     return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
+# diffusers 0.42.1 and transformers 5.23 leave the magnitudes of DoRA in text encoders where they began.
+MAGNITUDES = (
+    'weights = load_file("pytorch_lora_weights.safetensors")',
+    "for name, part in pipeline.components.items():",
+    '    if name.startswith("text_encoder") and part is not None:',
+    "        for key, parameter in part.named_parameters():",
+    '            layer, magnitude, _ = key.removeprefix("text_model.").partition(".lora_magnitude_vector")',
+    "            if magnitude:",
+    '                parameter.data = weights[f"{name}.text_model.{layer}{magnitude}"]',
+)
+
+
 def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
     """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder.
 
@@ -126,6 +138,7 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
             "for part in pipeline.components.values():",
             "    if isinstance(part, torch.nn.Module):",
             "        part.eval()",
+            *(MAGNITUDES if config.train.lora.use_dora and config.train.train_text_encoder else ()),
         ]
     else:
         load = ['pipeline = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)']
@@ -138,6 +151,7 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
         [
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
+            *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
             "picture = pipeline(",

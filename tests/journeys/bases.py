@@ -185,6 +185,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion 2.1": stable_diffusion_2,
     "a UNet that is not square": partial(stable_diffusion_2, sample_size=(8, 12)),
     "Stable Diffusion XL": stable_diffusion_xl,
+    "Stable Diffusion XL, only fp16 files": partial(stable_diffusion_xl, variant="fp16"),
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
 }

@@ -52,6 +52,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_every_stage_can_do_passes(tiny_model: Path, flux: Path) -> None:
     check_stages(config_of(tiny_model))
     check_stages(config_of(tiny_model, serve={"cache_features": True, "channels_last": True}))
+    check_stages(config_of(tiny_model, train={"loss": {"zero_terminal_snr": True}}))
     check_stages(config_of(flux, serve={"solver": "model"}))
 
 

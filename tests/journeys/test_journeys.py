@@ -1,0 +1,93 @@
+"""The whole way, from what a user brings to a picture over HTTP: prepare, search, publish, serve.
+
+| journey    | base                                | pictures                     | method                 |
+|------------|-------------------------------------|------------------------------|------------------------|
+| folds      | Stable Diffusion 1.5, PNDM          | folder of shapes, buckets    | lora, folds            |
+| full       | Stable Diffusion 2.1, not square    | Parquet                      | full                   |
+| dora       | Stable Diffusion XL, only fp16      | tar files, dots in names     | DoRA, text encoders    |
+| stream     | Stable Diffusion 3                  | folder, `encode: stream`     | lora                   |
+| buckets    | FLUX.1-dev                          | folder of shapes, buckets    | lora                   |
+| dreambooth | a UNet that is told its guidance    | eight photos                 | prior preservation     |
+
+In all of them two trials train at once.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.connect import LocalCluster
+from tests.journeys import pictures
+from tests.journeys.walk import Journey, configuration, walk
+
+JOURNEYS = [
+    Journey(
+        "folds",
+        "Stable Diffusion 1.5",
+        pictures.folder_of_shapes,
+        {"data": {"buckets": True, "folds": 2}, "search": {"folds": 2}, "train": {"batch_size": 2}},
+        trainings=5,
+    ),
+    Journey(
+        "full",
+        "a UNet that is not square",
+        pictures.parquet,
+        {"train": {"method": "full"}, "search": {"learning_rates": [3e-3, 1e-3]}},
+    ),
+    Journey(
+        "dora",
+        "Stable Diffusion XL, only fp16 files",
+        pictures.webdataset,
+        {"train": {"train_text_encoder": True, "caption_dropout": 0.5, "lora": {"use_dora": True}}},
+    ),
+    Journey("stream", "Stable Diffusion 3", pictures.folder_of_shapes, {"data": {"encode": "stream"}}),
+    Journey(
+        "buckets",
+        "FLUX.1-dev",
+        pictures.folder_of_shapes,
+        {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    ),
+    Journey(
+        "dreambooth",
+        "a UNet that is told its guidance",
+        pictures.dreambooth,
+        {
+            "data": {"num_class_images": 2},
+            "train": {"prior_loss_weight": 1.0},
+            "evaluate": {"subject_samples": 2},
+        },
+        pictures=8,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def port(ray_cluster: LocalCluster) -> Iterator[int]:
+    """Where a Serve listens that all journeys share."""
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    from serving.command import PATIENCE, free_port
+
+    port = free_port("127.0.0.1", 0)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options={"host": "127.0.0.1", "port": port},
+        controller_options={"runtime_env": {"env_vars": PATIENCE}},
+    )
+    yield port
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all journeys, and so one registry."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("journey", JOURNEYS, ids=[journey.name for journey in JOURNEYS])
+def test_the_served_picture_is_that_of_plain_diffusers(
+    journey: Journey, ray_cluster: LocalCluster, port: int, storage: Path, tmp_path: Path
+) -> None:
+    walk(journey, configuration(journey, tmp_path, storage), port)

@@ -1,0 +1,146 @@
+"""One journey: a base and pictures in, a run of all stages, its version behind an endpoint, and a picture
+over HTTP beside that of the model card's program, which is plain diffusers.
+"""
+
+import base64
+import contextlib
+import io
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.plan import plan
+from cluster.shape import embedded
+from ray_jobs.config import Config
+from ray_jobs.pipeline import pipeline
+from ray_jobs.registry import RegisteredModel, registered
+from serving.client import call
+from serving.command import endpoint
+from tests.cards import program
+from tests.journeys.bases import BASES
+
+SIDE = 64  # pixels
+
+# Small, and quick to start: the networks, workers and actors that a journey needs, each once.
+SETTINGS: dict[str, Any] = {
+    "data": {"resolution": SIDE, "validation": 0.25, "test": 0.25, "cleaning": {"duplicates": "ignore"}},
+    "train": {
+        "num_workers": 1,
+        "batch_size": 4,
+        "schedule": "constant",
+        "lora": {"rank": 4, "alpha": 8},
+        "ema_decay": 0,
+    },
+    "search": {"learning_rates": [0.05, 0.02], "ladder": [1, 2], "max_concurrent_trials": 2},
+    "evaluate": {
+        "num_actors": 1,
+        "inference_steps": 3,
+        "num_samples": 6,
+        "feature_network": {"kind": "efficientnet-lite0"},
+        "second_network": None,
+        "bootstrap": 2,
+        "memorisation_pictures": 0,
+    },
+    "serve": {"allow_anonymous": True},
+    "local": {"num_cpus": 10},
+}
+
+
+@dataclass(frozen=True)
+class Journey:
+    """What a user brings, and what of the configuration is not as in `SETTINGS`.
+
+    Attributes:
+        base: a name in `BASES`.
+        pictures: how many there are.
+        trainings: folders of checkpoints that its search leaves.
+    """
+
+    name: str
+    base: str
+    source: Callable[[Path], dict[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pictures: int = 24
+    trainings: int = 2
+
+
+def configuration(journey: Journey, folder: Path, storage: Path) -> Config:
+    """The configuration of a journey, its base and pictures written into `folder`."""
+    given = {
+        "name": journey.name,
+        "storage": str(storage),
+        "model": {"base": str(BASES[journey.base](folder / "base"))},
+        "data": {"sources": [journey.source(folder / "pictures")]},
+        "publish": {"model_name": journey.name},
+    }
+    return Config.model_validate(merged(merged(SETTINGS, journey.settings), given))
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; the other's values where both have one."""
+    both = {name: merged(one[name], other[name]) for name in one if isinstance(other.get(name), Mapping)}
+    return {**one, **other, **both}
+
+
+def walk(journey: Journey, config: Config, port: int) -> None:
+    """Walk the whole way.
+
+    Args:
+        port: that the running Serve listens on.
+    """
+    page, fits = plan(config, embedded(config.local), None)
+    assert fits, page
+    pipeline(config, Namespace(fresh=False))
+    run = Path(config.storage) / config.name
+    manifest = json.loads((run / "dataset" / "manifest.json").read_text())
+    assert sum(manifest[split] for split in ("train", "validation", "test")) == journey.pictures
+    assert len(list((run / "train").iterdir())) == journey.trainings
+    version = registered(config, "1")
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    plain = plain_picture(card, config, version)
+    with endpoint(config, version, port) as url:
+        served = served_picture(url, config, prompt_of(card), f"{version.name}@1")
+        base = served_picture(url, config, prompt_of(card), "base")
+    assert np.abs(served - plain).max() <= 2
+    assert np.abs(served - base).max() > 5, "the fine-tuning changes nothing"
+
+
+def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
+    """What the endpoint draws with the settings of the card's program: int, height x width x 3."""
+    body = {
+        "prompt": prompt,
+        "model": model,
+        "seed": 0,
+        "steps": config.evaluate.inference_steps,
+        "guidance_scale": config.evaluate.guidance_scale,
+        "size": f"{SIDE}x{SIDE}",
+    }
+    answer: Any = call(f"{url}/v1/images/generations", body, 120)
+    data = base64.b64decode(answer["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
+    """What the card's program draws, unchanged, in the folder of the weights: int, height x width x 3."""
+    folder, base = Path(version.source), Path(config.model.base)
+    beside, picture = folder / base.name, folder / "picture.png"
+    beside.symlink_to(base)
+    try:
+        with contextlib.chdir(folder):
+            exec(program(card), {})
+        return np.asarray(Image.open(picture)).astype(int)
+    finally:
+        beside.unlink()
+        picture.unlink(missing_ok=True)
+
+
+def prompt_of(card: str) -> str:
+    """The prompt of the card's program."""
+    [line] = [each.strip() for each in program(card).splitlines() if each.startswith(("    '", '    "'))]
+    return str(eval(line.rstrip(",")))
