@@ -21,14 +21,16 @@ help: ## list the targets
 setup: .venv/complete $(INCEPTION) $(EFFICIENTNET) ## install everything into .venv, skipped when nothing changed
 	@$(BIN)/python -m compileall -q $(OWN)
 
-# torch goes first and by pip, which takes the build meant for this machine; uv then keeps it, and compiles all.
+# torch goes first and by pip, which takes the build meant for this machine; uv then keeps it. Both compile what they
+# install, uv when asked; what an older set-up left is compiled behind them (templates among the packages fail).
 .venv/complete: requirements.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(1); print("set-up with Python", sys.version.split()[0])' \
 		|| { echo "error: Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=..."; exit 1; }
 	[ "$$($(BIN)/python -V 2>/dev/null)" = "$$($(PYTHON) -V)" ] || \
 		$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check uv==0.13.8 $$(grep -E '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 $$(grep -E '^torch==' requirements.lock)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 $(INCEPTION): scripts/fetch_inception.py .venv/complete
