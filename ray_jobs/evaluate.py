@@ -25,7 +25,7 @@ from ray_jobs.dealing import Shape, dealt, in_order
 from ray_jobs.evaluator import FEATURES, Evaluator, Kept, join
 from ray_jobs.feature_networks import check_networks
 from ray_jobs.folds import held_out, splits, trained_on, unseen_by
-from ray_jobs.measures import Features, Measures, Real, Scores
+from ray_jobs.measures import Features, Measures, Real, Record, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.prepare import prepare
 from ray_jobs.progress import say
@@ -292,6 +292,13 @@ class EvaluatorPool:
 
         found = self.training_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+
+    def real_against_real(self, split: str) -> list[Record]:
+        """Precision and recall of the pictures that `floor` takes."""
+        import ray
+
+        found = self.training_features(split, self._num_samples(split))
+        return ray.get(self.actors[0].real_against_real.remote(self._real[split], found))
 
     def pictures(
         self,

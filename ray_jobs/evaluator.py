@@ -17,9 +17,11 @@ from ray_jobs.measures import (
     Features,
     Measures,
     Real,
+    Record,
     Scores,
     further,
     near_copies,
+    precision_and_recall,
     scores_of,
 )
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
@@ -204,6 +206,10 @@ class Evaluator:
         if folder:
             folder.write_bytes(FEATURES, save(whole))
         return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
+
+    def real_against_real(self, real: Real, other: Features) -> list[Record]:
+        """Precision and recall of real pictures: what a perfect generator could have."""
+        return precision_and_recall(other, real, self.networks.first.identity)
 
     def measure(
         self,

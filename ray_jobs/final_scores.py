@@ -75,7 +75,8 @@ def measure_final(
         else judged[0].standard_error,
         "validation_num_samples": judged[0].num_samples,
         "test_floor_fid": lowest.value,
-        "measures": {"base": base.records(), "winner": test.records(), "left_out": test.left_out},
+        "measures": {"base": base.records(), "winner": test.records(), "left_out": test.left_out}
+        | {"floor": pool.real_against_real("test")},
         "measure_settings": settings_of(config.evaluate),
         "test_shapes": counted(islice(cycle(pool.shapes["test"]), fid.num_samples)),
         "resizing": pool.resizing(),

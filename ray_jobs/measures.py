@@ -151,9 +151,9 @@ def further(
     found: list[Record] = []
     left_out: list[str] = []
     first = networks.first.identity
-    pictures, references = torch.from_numpy(generated[first]), torch.from_numpy(real.features[first])
-    if min(len(pictures), len(references)) > NEIGHBOURS:
-        found += _precision_recall(pictures, references, first)
+    pictures = torch.from_numpy(generated[first])
+    if pair := precision_and_recall(generated, real, first):
+        found += pair
     else:
         left_out.append(f"Precision and recall need more than {NEIGHBOURS} pictures.")
     needed = max(enough_samples(networks.first.num_features), NUM_POINTS + 1)
@@ -181,7 +181,11 @@ def further(
     return found, left_out
 
 
-def _precision_recall(pictures: torch.Tensor, references: torch.Tensor, network: str) -> list[Record]:
+def precision_and_recall(generated: Features, real: Real, network: str) -> list[Record]:
+    """Two records; none of too few pictures."""
+    pictures, references = torch.from_numpy(generated[network]), torch.from_numpy(real.features[network])
+    if min(len(pictures), len(references)) <= NEIGHBOURS:
+        return []
     pair = precision_recall(pictures, references, network, k=NEIGHBOURS)
     shared = {name: value for name, value in asdict(pair).items() if name not in ("precision", "recall")}
     values = {"precision": (pair.precision, pair.num_samples), "recall": (pair.recall, pair.num_real)}

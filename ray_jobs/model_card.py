@@ -214,13 +214,17 @@ def _measures(winner: dict[str, Any]) -> list[str]:
     """Records of base and winner on the test split; nothing where there are none."""
     found = winner.get("measures", {"base": [], "winner": []})
     base = {each["metric"]: each for each in found["base"]}
+    floor = {
+        each["metric"]: number(each["value"], 3, each["standard_error"]) for each in found.get("floor", ())
+    }
     rows = []
     for each in found["winner"]:
         pair = (number(r["value"], 3, r["standard_error"]) for r in (each, base[each["metric"]]))
-        rows.append((each["metric"], *pair, f"{each['num_samples']:,}", each["feature_network"]))
+        real = floor.get(each["metric"], "–")
+        rows.append((each["metric"], *pair, real, f"{each['num_samples']:,}", each["feature_network"]))
     if not rows:
         return []
-    head = ("measure, on the test split", "this model", "base model", "pictures", "feature network")
+    head = ("measure, on the test split", "this model", "base model", "real pictures", "pictures", "network")
     return ["Further measures, of the same pictures:", _table(head, rows)]
 
 

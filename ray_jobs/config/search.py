@@ -41,7 +41,7 @@ class SearchConfig(Section):
     scheduler: Literal["asha", "halving", "median", "population", "none"] = Field(
         "asha",
         description="stops trials: not among the best that a rung has seen up to then; not among the best of "
-        "all, for which they pause at it; worse than the median of the others; never. "
+        "all, for which they pause at it; their best worse than the median of the others' means; never. "
         "population: none stops, the worst go on from the best with changed settings at each rung",
     )
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(

@@ -14,7 +14,8 @@ def clip_score(pictures: torch.Tensor, captions: torch.Tensor, feature_network: 
     """How well pictures fit their captions (Hessel et al., arXiv 2104.08718, equation 1).
 
     The mean of 2.5 max(cos, 0), without the paper's "A photo depicts" before the captions, as image
-    generators are measured; torchmetrics' number, 100 max(cos, 0), is 40 times it.
+    generators are measured. torchmetrics 1.9 takes 100 times the mean cosine and clamps only that, so its
+    number is 40 times this one where no cosine is negative, and lower where some are.
 
     Args:
         pictures, captions: `Clip.features` and `Clip.text_features`, float, N x D each, in the same order.

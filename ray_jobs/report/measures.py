@@ -63,17 +63,21 @@ class SubjectPictures:
 
 
 def measures_table(winner: dict[str, Any]) -> str:
-    """Base beside winner, on the test split, and what was not measured; empty where nothing was."""
+    """Base beside winner, on the test split, with what real training pictures reach where that is known, and
+    what was not measured; empty where nothing was."""
     measures = winner.get("measures")
     if not measures:
         return ""
-    base, tuned = ({each["metric"]: each for each in measures[whose]} for whose in ("base", "winner"))
+    base, tuned, floor = (
+        {each["metric"]: each for each in measures.get(whose, ())} for whose in ("base", "winner", "floor")
+    )
     rows = []
     for metric, (name, digits, meaning) in METRICS.items():
         if metric in tuned:
-            values = [_value(records.get(metric), digits) for records in (base, tuned)]
+            values = [_value(records.get(metric), digits) for records in (base, tuned, floor)]
             rows.append((name, *values, f"{meaning}; {_source(tuned[metric])}"))
-    shown = table(("measure", "base", "winner", "what it is"), rows, "pairs") if rows else ""
+    head = ("measure", "base", "winner", "real pictures", "what it is")
+    shown = table(head, rows, "pairs") if rows else ""
     return shown + "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in measures["left_out"])
 
 
