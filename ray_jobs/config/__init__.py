@@ -205,7 +205,8 @@ class Config(Section):
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
             raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")
         shown, measured = self.publish.sample_count, self.evaluate.num_samples
-        if shown > measured and "sample_count" in self.publish.model_fields_set:
+        # The default is a number at most, so that a written configuration loads again.
+        if shown > measured and shown != PublishConfig.model_fields["sample_count"].default:
             raise ValueError(
                 f"publish.sample_count: {shown} cannot be shown of evaluate.num_samples: {measured}; lower it"
             )
