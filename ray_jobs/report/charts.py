@@ -187,8 +187,8 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
     note = (
         "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
-        " pictures, with the same noise and timesteps at every rung. Where it starts to rise, the model"
-        " begins to learn by heart."
+        " pictures, with the same noise and timesteps at every rung. Where it starts to rise by"
+        " more than chance, the model begins to learn by heart."
     )
     others = (
         "<details><summary>The other learning rates</summary>"
@@ -206,13 +206,17 @@ def _loss_chart(number: int, label: str, rungs: list[dict[str, Any]]) -> str:
         points = [Point(step, value) for step, value in found if value is not None]
         curves.append(Curve(name, points, color))
     rises = rise_starts(curves[1].points)
-    told = f"Validation loss is lowest at {rises:,} steps and rises from there." if rises else ""
+    told = (
+        f"Validation loss is lowest at {rises:,} steps and higher at later rungs, perhaps by chance."
+        if rises
+        else ""
+    )
     chart = Chart(
         name=f"loss-{number}",
         title=f"Loss at a learning rate of {label}",
         description=f"{told or 'Validation loss is lowest at the last rung.'} {NUMBERS}",
         unit="loss",
         digits=4,
-        mark=(rises, "validation loss rises") if rises else None,
+        mark=(rises, "lowest validation loss") if rises else None,
     )
     return line_chart(chart, curves)

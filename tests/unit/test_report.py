@@ -219,8 +219,8 @@ def test_over_fitting_starts_at_the_lowest_validation_loss_that_higher_ones_foll
 
 def test_the_start_of_over_fitting_is_marked_and_told() -> None:
     html = measured()
-    assert html.count("validation loss rises") == 1
-    assert "Validation loss is lowest at 200 steps and rises from there." in html
+    assert html.count("lowest validation loss") == 1
+    assert "Validation loss is lowest at 200 steps and higher at later rungs" in html
 
 
 def test_the_page_says_when_the_feature_networks_disagree_about_the_winner() -> None:
