@@ -323,8 +323,8 @@ def test_values_of_the_space_are_recorded_as_their_settings_read_them() -> None:
             "search.space.train.batch_size: 1: .*leave some of 2 workers",
         ),
         (
-            ["space={train.schedule: [constant, cosine], train.warmup_steps: [0, 10]}"],
-            "train.schedule: 'constant' with train.warmup_steps: 10: .* schedule constant has none",
+            ["space={train.schedule: [constant, cosine], train.warmup_steps: [0, 5]}"],
+            "train.schedule: 'constant' with train.warmup_steps: 5: .* schedule constant has none",
         ),
         (
             ["space={train.stages: [[{steps: 400}, {steps: 1}]]}"],
