@@ -75,6 +75,7 @@ class Workers:
 
     def __init__(self, num_workers: int, folder: Path) -> None:
         import ray
+        import ray.train.torch  # here: pytest looks over all modules while the thread below would import
 
         self.checkpoints = folder / "run"
         self.tasks = ray.remote(Tasks).options(num_cpus=0).remote(num_workers)

@@ -65,6 +65,8 @@ def train_variants(
             optimizer, tensors = engine.optimizer, [p.grad for _, p in engine.module.all_trained]
             if engine.zero_optimization_stage() == 3:
                 tensors = [optimizer.grad_partitions_flat_buffer]
+            elif hasattr(optimizer, "fp32_groups_gradients_flat"):  # DeepSpeed's BF16_Optimizer
+                tensors += optimizer.fp32_groups_gradients_flat
             elif engine.zero_optimization_stage():
                 kept = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
                 tensors += [tensor for group in kept for tensor in group or ()]
