@@ -99,7 +99,7 @@ class EfficientNet(FeatureNetwork):
 
     @property
     def resizing(self) -> str:
-        return str(PREPROCESSING)
+        return PREPROCESSING.resizing
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(PREPROCESSING(images).contiguous(memory_format=torch.channels_last))

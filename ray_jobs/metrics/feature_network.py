@@ -73,7 +73,9 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __str__(self) -> str:
+    @property
+    def resizing(self) -> str:
+        """What becomes of a picture's size, for a person."""
         return whole_to(self.size)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class TorchScript(FeatureNetwork):
 
     @property
     def resizing(self) -> str:
-        return str(self.preprocessing)
+        return self.preprocessing.resizing
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         features = self.module(self.preprocessing(images))
@@ -118,7 +118,7 @@ def _load_torchscript(spec: NetworkSpec, device: torch.device) -> TorchScript:
     module = torch.jit.load(io.BytesIO(content), map_location=device)
     freeze(module, device)
     # How a picture is prepared is not in the file, and changes its features.
-    whole = hashlib.sha256(f"{digest} {spec.preprocessing}".encode()).hexdigest()
+    whole = hashlib.sha256(f"{digest} {spec.preprocessing!r}".encode()).hexdigest()
     black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing, spec.field)
     return replace(network, num_features=network.features(black).shape[1])

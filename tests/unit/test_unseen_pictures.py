@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cluster.storage import Storage
 from ray_jobs.compare import look_up
@@ -89,9 +91,10 @@ def test_the_stage_scores_each_checkpoint_on_its_fold_and_no_last_training(tmp_p
 
 
 def published(config: Config, folder: Path, params: dict[str, str]) -> None:
-    """A version whose weights are a few bytes, which nothing here loads."""
+    """A version whose weights are its name, which nothing here loads."""
     folder.mkdir()
-    (folder / "pytorch_lora_weights.safetensors").write_bytes(folder.name.encode())
+    name = torch.tensor(list(folder.name.encode()), dtype=torch.uint8)
+    save_file({"name": name}, folder / "pytorch_lora_weights.safetensors")
     measured = Measured(fid=10.0, error=1.0, num_samples=4, feature_network="n", data="d")
     register(config, source=str(folder), measured=measured, params=params)
 
