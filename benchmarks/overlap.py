@@ -65,7 +65,7 @@ def in_line(config: Config, pool: EvaluatorPool, name: str) -> float:
     begin = time.perf_counter()
     for rung in find_rungs(trainings)[name][:-1]:
         pool.score(rung.weights, "validation")
-        pool.validation_loss(rung.weights)
+        pool.validation_losses(rung.weights)
     return time.perf_counter() - begin
 
 

@@ -257,11 +257,11 @@ class EvaluatorPool:
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
         return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}
 
-    def validation_loss(self, weights: str | None, split: str = "validation") -> float:
-        """The denoising loss of the weights on rows of a split or fold, at fixed timesteps and noise."""
+    def validation_losses(self, weights: str | None, split: str = "validation") -> list[float]:
+        """The denoising loss of each row of a split or fold, at fixed timesteps and noise."""
         import ray
 
-        return ray.get(self.actors[-1].validation_loss.remote(weights, split))
+        return ray.get(self.actors[-1].validation_losses.remote(weights, split))
 
     def difference(self, one: Storage, other: Storage, split: str, file: str = FEATURES) -> PairedDifference:
         """By how much the FID of one folder's features is above another's, made of the same captions."""

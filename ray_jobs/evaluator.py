@@ -125,8 +125,8 @@ class Evaluator:
             batch_size=evaluate.batch_size,
         )
 
-    def validation_loss(self, weights: str | None, split: str) -> float:
-        """The denoising loss on rows of a split or fold, always the same ones with the same noise."""
+    def validation_losses(self, weights: str | None, split: str) -> list[float]:
+        """The denoising loss of each of some rows of a split or fold, always the same with the same noise."""
         import torch
 
         from ray_jobs.training.validation import ValidationLoss
@@ -136,7 +136,7 @@ class Evaluator:
             device = torch.device(self.device)
             self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
         self._use(weights)
-        return self._losses[split](self.pipeline)
+        return self._losses[split].of_rows(self.pipeline).tolist()
 
     def _features(self, batches: Iterator[Any], networks: list[Any]) -> Features:
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}

@@ -41,6 +41,7 @@ FIELDS = (
     *ORIGIN,
     "train_loss",
     "validation_loss",
+    "validation_losses",
     "images_per_second",
     "seconds",
     "checkpoint",

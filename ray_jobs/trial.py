@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from ray import tune
@@ -168,7 +169,8 @@ def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool)
     """A rung's line: what the training reported, and the scores of its weights, of which samples are kept."""
     scores = pool.score(rung.weights, split, Storage.open(rung.uri))
     measured = {**labels, "checkpoint": rung.uri}
-    measured["validation_loss"] = pool.validation_loss(rung.weights, split)
+    losses = pool.validation_losses(rung.weights, split)
+    measured |= {"validation_loss": fmean(losses), "validation_losses": [round(each, 7) for each in losses]}
     return rung.metrics | measured | scores.row() | scores.origin
 
 

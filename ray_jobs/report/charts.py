@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from statistics import stdev
+from typing import Any, NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart, told_settings
 
@@ -12,6 +13,7 @@ NUMBERS = "All numbers are in the table “Every rung in numbers”."
 CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 # Opacity of the best cell and of the worst: the text stays readable on either, light and dark.
 STRONGEST, FAINTEST = 0.55, 0.05
+SURE = 2  # standard errors, from which a difference is not put down to chance
 
 Rows = Sequence[dict[str, Any]]
 
@@ -168,10 +170,46 @@ def _cell(
     )
 
 
-def rise_starts(points: Sequence[Point]) -> int | None:
-    """The step of the lowest value, if higher ones follow: over-fitting begins there. Else None."""
-    lowest = min(points, key=lambda point: point.value, default=None)
-    return lowest.step if lowest and lowest.step < points[-1].step else None
+class Rise(NamedTuple):
+    """How far the validation loss of a trial's last rung lies above its lowest.
+
+    Attributes:
+        step: of the rung where it is lowest.
+        error: standard error of `by` over the held-out rows, the two losses of a row taken as a pair; None
+            where the rungs keep the mean alone.
+    """
+
+    step: int
+    by: float
+    error: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than chance would give."""
+        return self.error is not None and self.by > SURE * self.error
+
+    def __str__(self) -> str:
+        lowest = f"Validation loss is lowest at {self.step:,} steps"
+        if self.error is None:
+            return f"{lowest} and higher at the last rung, perhaps by chance."
+        higher = f"by {self.by:.2g} ± {self.error:.1g}"
+        if self.is_clear:
+            return f"{lowest} and rises from there: at the last rung it is higher {higher}."
+        return f"{lowest}; that it is higher at the last rung, {higher}, may be chance."
+
+
+def rise_of(rungs: Rows) -> Rise | None:
+    """The rise of a trial's validation loss; None where its last rung is the lowest."""
+    known = [row for row in rungs if finite(row, "validation_loss") is not None]
+    lowest = min(known, key=lambda row: row["validation_loss"], default=None)
+    if lowest is None or lowest["step"] == known[-1]["step"]:
+        return None
+    by = known[-1]["validation_loss"] - lowest["validation_loss"]
+    pairs = [row.get("validation_losses") or [] for row in (known[-1], lowest)]
+    if len(pairs[0]) != len(pairs[1]) or len(pairs[0]) < 2:
+        return Rise(lowest["step"], by, None)
+    differences = [last - least for last, least in zip(*pairs, strict=True)]
+    return Rise(lowest["step"], by, stdev(differences) / math.sqrt(len(differences)))
 
 
 def loss_section(winner: dict[str, Any], results: Rows) -> str:
@@ -187,8 +225,8 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
     note = (
         "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
-        " pictures, with the same noise and timesteps at every rung. Where it starts to rise by"
-        " more than chance, the model begins to learn by heart."
+        " pictures, with the same noise and timesteps at every rung. Where it rises by more than"
+        " twice its standard error, the model begins to learn by heart."
     )
     others = (
         "<details><summary>The other learning rates</summary>"
@@ -205,18 +243,15 @@ def _loss_chart(number: int, label: str, rungs: list[dict[str, Any]]) -> str:
         found = [(int(row["step"]), finite(row, key)) for row in rungs]
         points = [Point(step, value) for step, value in found if value is not None]
         curves.append(Curve(name, points, color))
-    rises = rise_starts(curves[1].points)
-    told = (
-        f"Validation loss is lowest at {rises:,} steps and higher at later rungs, perhaps by chance."
-        if rises
-        else ""
-    )
+    rise = rise_of(rungs)
+    text = "Validation loss is lowest at the last rung." if rise is None else str(rise)
+    mark = "validation loss rises" if rise and rise.is_clear else "lowest validation loss"
     chart = Chart(
         name=f"loss-{number}",
         title=f"Loss at a learning rate of {label}",
-        description=f"{told or 'Validation loss is lowest at the last rung.'} {NUMBERS}",
+        description=f"{text} {NUMBERS}",
         unit="loss",
         digits=4,
-        mark=(rises, "lowest validation loss") if rises else None,
+        mark=(rise.step, mark) if rise else None,
     )
     return line_chart(chart, curves)

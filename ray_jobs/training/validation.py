@@ -48,7 +48,12 @@ class ValidationLoss:
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
 
     def __call__(self, pipeline: Any) -> float:
-        """The mean over rows and timesteps of each picture's mean over its elements.
+        """The mean of `of_rows`."""
+        return self.of_rows(pipeline).mean().item()
+
+    def of_rows(self, pipeline: Any) -> torch.Tensor:
+        """The loss of each row, the mean over timesteps and elements: float64, N, on the CPU, in the order of
+        the rows' digests.
 
         Where text encoders are trained, captions are encoded by the pipeline's own.
 
@@ -67,15 +72,15 @@ class ValidationLoss:
             text_encoders_trained=train.train_text_encoder,
         )
         inputs = InputMaker(self.config, pipeline.vae.config, model, self.empty_caption, self.device)
-        total = 0.0
+        losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
         with evaluating(model), torch.inference_mode():
             for piece in self.pieces:
                 for step, position in enumerate(self.positions, start=1):
-                    made, shares = inputs.make(piece, step)
+                    made, _ = inputs.make(piece, step)
                     draws = made.pop("draws")
                     draws = replace(draws, position=torch.full_like(draws.position, position))
-                    total += (model(**made, draws=draws) * shares).sum().item()
-        return total / len(self.positions)
+                    losses[piece.places] += model(**made, draws=draws).double().cpu()
+        return losses / len(self.positions)
 
 
 @contextmanager

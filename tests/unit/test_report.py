@@ -4,6 +4,7 @@ import io
 import math
 import re
 from html.parser import HTMLParser
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from ray_jobs.report import (
     headline,
     write_report,
 )
-from ray_jobs.report.charts import rise_starts
+from ray_jobs.report.charts import rise_of
 from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
-from ray_jobs.report.svg import Point, ticks
+from ray_jobs.report.svg import ticks
 
 WINNER: dict[str, Any] = {
     "trial_id": "a_00001",
@@ -213,14 +214,34 @@ def test_the_map_has_a_cell_a_learning_rate_and_step_and_frames_the_winner() -> 
 def test_over_fitting_starts_at_the_lowest_validation_loss_that_higher_ones_follow(
     losses: list[float], step: int | None
 ) -> None:
-    points = [Point(at, loss) for at, loss in zip((100, 200, 400), losses, strict=False)]
-    assert rise_starts(points) == step
+    rungs = [{"step": at, "validation_loss": loss} for at, loss in zip((100, 200, 400), losses, strict=False)]
+    rise = rise_of(rungs)
+    assert (rise.step if rise else None) == step
+    assert rise is None or (rise.error is None and not rise.is_clear), "of means alone nothing is sure"
+
+
+@pytest.mark.parametrize(
+    ("last", "clear"),
+    [([0.12, 0.23, 0.34], True), ([0.30, 0.10, 0.32], False)],
+    ids=["each row a little higher", "one row much higher"],
+)
+def test_a_rise_is_clear_where_the_rows_agree(last: list[float], clear: bool) -> None:
+    rungs = [
+        {"step": step, "validation_loss": fmean(losses), "validation_losses": losses}
+        for step, losses in ((100, [0.1, 0.2, 0.3]), (200, last))
+    ]
+    rise = rise_of(rungs)
+    assert rise and rise.step == 100 and rise.is_clear is clear
+    assert rise.by == pytest.approx(0.03 if clear else 0.04)
+    # Of the differences 0.02, 0.03, 0.04, and 0.2, -0.1, 0.02: their deviation over the root of 3.
+    assert rise.error == pytest.approx(0.01 / 3**0.5 if clear else 0.0871780)
+    assert ("rises from there" in str(rise)) is clear
 
 
 def test_the_start_of_over_fitting_is_marked_and_told() -> None:
     html = measured()
     assert html.count("lowest validation loss") == 1
-    assert "Validation loss is lowest at 200 steps and higher at later rungs" in html
+    assert "Validation loss is lowest at 200 steps and higher at the last rung, perhaps by chance" in html
 
 
 def test_the_page_says_when_the_feature_networks_disagree_about_the_winner() -> None:

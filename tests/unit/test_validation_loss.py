@@ -129,8 +129,9 @@ def test_one_row_at_one_timestep_is_the_squared_error_worked_out_by_hand(
 def test_every_row_counts_the_same_whatever_its_size(tiny_model: Path, small: Dataset) -> None:
     config, pipeline = configured(tiny_model), load_pipeline(str(tiny_model))
     rows = [by_hand(config, small, pipeline, place) for place in range(9)]
-    measured = ValidationLoss(config, small, CPU, timesteps=1)(pipeline)
-    assert measured == pytest.approx(sum(rows) / 9, rel=1e-5)
+    measure = ValidationLoss(config, small, CPU, timesteps=1)
+    assert measure(pipeline) == pytest.approx(sum(rows) / 9, rel=1e-5)
+    assert measure.of_rows(pipeline).tolist() == pytest.approx(rows, rel=1e-4)
 
 
 def test_the_same_weights_have_the_same_loss_again_and_in_batches_of_any_size(
