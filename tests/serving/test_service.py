@@ -141,6 +141,32 @@ def test_only_champion_and_candidate_are_compared(
     served(watched, versions, store, work)
 
 
+@pytest.mark.parametrize(("configured", "expected"), [(None, [1.5, 7.0, 1.5]), (4.0, [4.0, 4.0, 4.0])])
+def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
+    watched: Config,
+    versions: list[RegisteredModel],
+    store: FeedbackStore,
+    configured: float | None,
+    expected: list[float],
+) -> None:
+    """The base alone is drawn as the champion is; what a request names comes before all."""
+    scored = [
+        replace(version, guidance_scale=scale) for version, scale in zip(versions, (1.5, 7.0), strict=True)
+    ]
+
+    async def work(service: Service, _: Any) -> None:
+        async def guidance(model: str, **fields: Any) -> float:
+            request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
+            [order] = await service.ordering.orders(request, {}, None)
+            return order.guidance_scale
+
+        asked = [scored[0].name, f"{scored[1].name}@2", BASE]
+        assert [await guidance(model) for model in asked] == expected
+        assert await guidance(asked[0], guidance_scale=2.0) == 2.0
+
+    served(changed(watched, default_guidance_scale=configured, candidate_share=0.0), scored, store, work)
+
+
 def test_a_model_that_is_admitted_and_not_there_is_told(
     watched: Config, versions: list[RegisteredModel], store: FeedbackStore
 ) -> None:
