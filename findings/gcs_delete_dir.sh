@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # pyarrow deletes all that a folder of Google's storage holds, and then says that there was no such folder.
-# usage: findings/gcs_delete_dir.sh     (needs python3 with pip and venv, a network or a mirror of PyPI; half a minute)
+# usage: findings/gcs_delete_dir.sh     (needs python3 with pip and venv, and a network; half a minute)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A text chunk of a valid PNG decides over its pixels in Pillow, by the name that the text has.
-# usage: findings/png_text_names.sh     (needs python3 with pip and venv, a network or a mirror of PyPI; some ten seconds)
+# usage: findings/png_text_names.sh     (needs python3 with pip and venv, and a network; some ten seconds)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -62,7 +62,7 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
 
 
-NAMES = "letters, digits, space . _ - + in its middle, at most 100 characters"
+NAMES = "letters and digits, in its middle also spaces and . _ - +, at most 100 characters in all"
 
 
 def _model_name(name: str) -> str:

@@ -192,7 +192,7 @@ class NetworkConfig(Section):
     )
     path: str = Field(
         ".cache/efficientnet-lite0.safetensors",
-        description="its file; of transformers a folder or a hub name",
+        description="its file, of transformers a folder (both also s3:// or gs://) or a hub name",
     )
     sha256: str | None = Field(None, description="digest of the file; torchscript needs it, being code")
     name: str | None = Field(None, description="torchscript: what its scores are recorded as")
@@ -254,10 +254,12 @@ class EvaluateConfig(Section):
     bootstrap: int = Field(
         100,
         ge=0,
-        description="random halves of the pictures, for the errors of scores; 0: no errors",
+        description="random halves of the pictures, for the errors of scores, 2 or more; 0: no errors",
     )
     clip: str | None = Field(
-        None, description="folder or hub name of a CLIPModel, for the CLIP scores of publish; null: none"
+        None,
+        description="folder (also s3:// or gs://) or hub name of a CLIPModel, for the CLIP scores of "
+        "publish; null: none",
     )
     clip_revision: str | None = Field(None, description="of a hub name")
     memorisation_pictures: int = Field(
@@ -272,7 +274,7 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> "EvaluateConfig":
         if self.bootstrap == 1:
-            raise ValueError("bootstrap: one resample has no spread; give 0 (no errors) or at least 2")
+            raise ValueError("bootstrap: one half has no spread; give 0 (no errors) or at least 2")
         if self.feature_network == self.second_network:
             raise ValueError("second_network: the same as feature_network; name another one, or give null")
         if self.clip_revision and not self.clip:

@@ -10,7 +10,7 @@ from ray_jobs.config.fields import LearningRate, Positive, Section, Share
 class ModelConfig(Section):
     """The model that is fine-tuned."""
 
-    base: str = Field(description="folder or hub name of a model in diffusers' format")
+    base: str = Field(description="folder (also s3:// or gs://) or hub name of a model in diffusers' format")
     revision: str | None = Field(None, description="revision on the hub")
 
 

@@ -21,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("train.learning_rat=0.1", "train.learning_rat: unknown key"),
         ("search.learning_rates=[0]", "search.learning_rates.0"),
         ("train.learning_rate=0", "train.learning_rate"),
-        ("evaluate.bootstrap=1", "one resample has no spread; give 0 (no errors) or at least 2"),
+        ("evaluate.bootstrap=1", "one half has no spread; give 0 (no errors) or at least 2"),
         ("evaluate.clip_revision=main", "clip_revision needs clip"),
         ("evaluate.second_network={kind: torchscript, name: a}", "sha256: kind torchscript needs it"),
         (

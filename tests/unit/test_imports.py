@@ -1,6 +1,7 @@
 """The two rules of the layout, held by walking every import statement, those inside functions too.
 
-1. Pure core: `diffusion` and `metrics` know neither Ray, nor DeepSpeed, nor storage, nor other rooms.
+1. Pure core: `diffusion`, `metrics` and `pictures` know neither Ray, nor DeepSpeed, nor storage, nor other
+   rooms.
 2. Imports follow the data: a stage imports only what comes before it.
 """
 
