@@ -19,7 +19,7 @@ def sqlite_file(url: str) -> Path | None:
     """The file that a URL names; None for one of another kind, or for a database in memory."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         return None
     if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
         return None

@@ -36,10 +36,12 @@ def weights_digest(source: str) -> str:
 def are_weights(source: str, digest: str) -> bool:
     """Whether a folder holds the weights of a digest, also of one that an older release has registered, which
     took the files' bytes; errors as of `weights_digest`."""
-    return digest == weights_digest(source) or digest == _digest_of_bytes(source)
+    return digest == weights_digest(source) or digest == digest_of_bytes(source)
 
 
-def _digest_of_bytes(source: str) -> str:
+def digest_of_bytes(source: str) -> str:
+    """The digest that older releases registered: sha256 over the files' names and bytes. Errors as of
+    `weights_digest`."""
     digest = hashlib.sha256()
     for name, file in _files(source):
         digest.update(name.encode() + b"\0")

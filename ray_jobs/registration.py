@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.digests import weights_digest
+from ray_jobs.digests import digest_of_bytes, weights_digest
 from ray_jobs.promotion import Measured, Paired, objection, objection_to_first
 from ray_jobs.provenance import code_version, signature
 from ray_jobs.registry import (
@@ -68,7 +68,8 @@ def register(
     with store_errors(config):
         client = open_client(config)
         _ensure_model(client, name)
-        same = [each for each in versions_of(client, name) if each.tags.get("digest") == digest]
+        known = (digest, digest_of_bytes(source))
+        same = [each for each in versions_of(client, name) if each.tags.get("digest") in known]
         found = max(same, key=lambda each: int(each.version), default=None)
         if found is not None and DECISION in found.tags:
             aliases = names_of(aliases_of(client, config), int(found.version))

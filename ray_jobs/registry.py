@@ -15,7 +15,7 @@ from cluster.sqlite import sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.digests import are_weights
-from ray_jobs.store import check_experiment, pages, versions_of
+from ray_jobs.store import check_experiment, pages, versions_of, without_password
 
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
@@ -70,6 +70,11 @@ def tracking_uri(config: Config) -> str:
     return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db")
 
 
+def shown_uri(config: Config) -> str:
+    """`tracking_uri` for a person or a log: without a password."""
+    return without_password(tracking_uri(config))
+
+
 def check_store(config: Config) -> None:
     """Look whether the MLflow store of a run is there and takes its entries, before hours of training.
 
@@ -111,7 +116,7 @@ def store_errors(config: Config) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"publish.tracking_uri: {tracking_uri(config)}: {reason}") from error
+        raise ConfigError(f"publish.tracking_uri: {shown_uri(config)}: {reason}") from error
 
 
 def open_existing(config: Config) -> Any:
@@ -129,7 +134,7 @@ def open_existing(config: Config) -> Any:
 def nothing_published(config: Config) -> ConfigError:
     """What to say where a name has no champion."""
     return ConfigError(
-        f"publish.model_name: {tracking_uri(config)} holds no champion of {config.publish.model_name!r}; run "
+        f"publish.model_name: {shown_uri(config)} holds no champion of {config.publish.model_name!r}; run "
         "the pipeline first: python -m ray_jobs.pipeline --config ..., or promote a version that stayed "
         "candidate: python -m ray_jobs.versions promote --config ... --version ..."
     )
@@ -138,7 +143,7 @@ def nothing_published(config: Config) -> ConfigError:
 def not_ours(config: Config, version: int) -> ConfigError:
     """What to say of a version without the tags that this program sets."""
     return ConfigError(
-        f"publish.model_name: version {version} of {config.publish.model_name!r} in {tracking_uri(config)} "
+        f"publish.model_name: version {version} of {config.publish.model_name!r} in {shown_uri(config)} "
         f"was not registered by this program; point its alias {CHAMPION!r} to one that was"
     )
 

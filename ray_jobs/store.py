@@ -127,13 +127,16 @@ def _ask_server(uri: str, name: str) -> None:
 
     place = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
     try:
-        answer = requests.get(place, params={"experiment_name": name}, timeout=ANSWERS_WITHIN)
+        # A redirection leads to where one logs in, and MLflow's own client does that.
+        answer = requests.get(
+            place, params={"experiment_name": name}, timeout=ANSWERS_WITHIN, allow_redirects=False
+        )
     except requests.exceptions.SSLError:
         return  # it answers; whether its certificate will do is MLflow's to say
     except requests.RequestException as error:
         raise ConfigError(
-            f"publish.tracking_uri: {uri}: no MLflow server answers ({type(error).__name__}); start it, or "
-            "correct the address here or in MLFLOW_TRACKING_URI"
+            f"publish.tracking_uri: {without_password(uri)}: no MLflow server answers "
+            f"({type(error).__name__}); start it, or correct the address here or in MLFLOW_TRACKING_URI"
         ) from None
     if answer.status_code != 200:
         return  # there is no such experiment yet, or it asks who we are
@@ -141,8 +144,8 @@ def _ask_server(uri: str, name: str) -> None:
         found = answer.json()["experiment"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"publish.tracking_uri: {uri}: what answers there is no MLflow server; correct the address here "
-            "or in MLFLOW_TRACKING_URI"
+            f"publish.tracking_uri: {without_password(uri)}: what answers there is no MLflow server; "
+            "correct the address here or in MLFLOW_TRACKING_URI"
         ) from None
     if found.get("lifecycle_stage") == "deleted":
         raise deleted_experiment(name, found["experiment_id"])
@@ -167,18 +170,18 @@ def _ask_database(uri: str, name: str) -> None:
             engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
         raise ConfigError(
-            f"publish.tracking_uri: {_without_password(uri)}: {str(error).splitlines()[0]}"
+            f"publish.tracking_uri: {without_password(uri)}: {str(error).splitlines()[0]}"
         ) from None
     if found and found.lifecycle_stage == "deleted":
         raise deleted_experiment(name, str(found.experiment_id))
 
 
-def _without_password(uri: str) -> str:
-    """A database's address without its password."""
+def without_password(uri: str) -> str:
+    """The address of a database or server without its password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         return make_url(uri).render_as_string(hide_password=True)
-    except ArgumentError:
-        return uri
+    except (ArgumentError, ValueError):  # of another form, or a port that is no number
+        return re.sub("//[^/@]*@", "//***@", uri)

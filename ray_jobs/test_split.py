@@ -13,7 +13,7 @@ READS = "test_reads.jsonl"
 READ, PUBLISHED = "read", "published"
 
 
-def open_test(run: Storage, weights: str, data: str, forced: bool) -> int:
+def open_test(run: Storage, weights: str, data: str, forced: bool, former: str | None = None) -> int:
     """Record that the test split is about to be read; to be called before anything of it is loaded.
 
     A publishing that did not finish may read again, for the same weights and data: that shows nothing new.
@@ -23,6 +23,7 @@ def open_test(run: Storage, weights: str, data: str, forced: bool) -> int:
         weights: digest of the weights that will be measured.
         data: digest of the prepared data.
         forced: read although it was read before.
+        former: digest that an older release gave the same weights.
 
     Returns:
         How often the run has looked at the test split, this time included and such repetitions not.
@@ -33,7 +34,12 @@ def open_test(run: Storage, weights: str, data: str, forced: bool) -> int:
     records = read_records(run)
     last = records[-1] if records else None
     same = {"weights": weights, "data": data}
-    repeats = last is not None and last["event"] == READ and same == {name: last[name] for name in same}
+    repeats = (
+        last is not None
+        and last["event"] == READ
+        and last["weights"] in (weights, former)
+        and last["data"] == data
+    )
     if last is not None and not repeats and not forced:
         raise ConfigError(
             f"{run.uri}/{READS}: the test split of this run was read at {last['time']}; who chooses by it "

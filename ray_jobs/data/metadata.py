@@ -48,7 +48,10 @@ def _has_column(listing: Listing, name: str, column: str) -> bool:
         schema = pq.read_schema(f"{listing.folder}/{name}", filesystem=listing.filesystem)
     except (OSError, pa.ArrowException):
         return False  # it is refused as a damaged table
-    return column in schema.names and not pa.types.is_nested(schema.field(column).type)
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
 
 
 def open_image_folder(

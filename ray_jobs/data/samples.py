@@ -21,6 +21,9 @@ Role = Literal["instance", "class"]
 # cannot be used: a mask beside its picture does not speak against the set.
 LEFT_OUT = frozenset({"not_listed", "in_subfolder", "other_member", "unusable_link", "no_picture"})
 
+PLAIN_SUFFIX = re.compile(r"\.[\w.+-]{1,24}|hidden|without a suffix")
+OTHER_NAMES = "of other names"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -172,8 +175,12 @@ def no_pictures(row: int, name: str, suffixes: Counter[str]) -> Sample:
 
 
 def suffix_text(suffixes: Counter[str]) -> str:
-    """`3 .json, 1 .md`; the most frequent first."""
-    ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    """`3 .json, 1 .md`; the most frequent first. A name with odd characters behind its last dot has no suffix
+    that a person would call one."""
+    told = Counter[str]()
+    for suffix, count in suffixes.items():
+        told[suffix if PLAIN_SUFFIX.fullmatch(suffix) else OTHER_NAMES] += count
+    ordered = sorted(told.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {suffix}" for suffix, count in ordered)
 
 

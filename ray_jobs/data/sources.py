@@ -156,7 +156,8 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
             )
         )
     captions = folders.caption_files(listing)
-    if captions and not described:
+    # A metadata file of a subfolder does not speak for the pictures of the others.
+    if captions and not any("/" not in name for name in described):
         kinds.append(
             _Kind(
                 min(captions.values()),

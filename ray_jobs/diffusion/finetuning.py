@@ -12,7 +12,7 @@ from torch import nn
 from ray_jobs.diffusion.adapter_files import file_name
 from ray_jobs.diffusion.families.family import Captions, Family
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
-from ray_jobs.diffusion.model_files import INDEX, SAFETY_CHECKER
+from ray_jobs.diffusion.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
 from ray_jobs.diffusion.saving import copy_part, save_part
 
@@ -246,12 +246,13 @@ def save_pipeline(
         save_part(part, folder / name)
     index = json.loads((base / INDEX).read_text(encoding="utf-8"))
     for path in base.iterdir():
-        if path.is_dir() and path.name not in {SAFETY_CHECKER, *components}:
+        if path.is_dir() and path.name not in {*NEVER_LOADED, *components}:
             class_name = (index.get(path.name) or [None, None])[1]
             copy_part(path, folder / path.name, class_name)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index |= {name: [None, None] for name in NEVER_LOADED if name in index}
     if SAFETY_CHECKER in index:
-        index |= {SAFETY_CHECKER: [None, None], "requires_safety_checker": False}
+        index["requires_safety_checker"] = False
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

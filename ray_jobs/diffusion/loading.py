@@ -9,7 +9,7 @@ import torch
 
 from ray_jobs.diffusion.adapter_files import check_adapter, place_tensors
 from ray_jobs.diffusion.families import Captions, family_of
-from ray_jobs.diffusion.model_files import INDEX, SAFETY_CHECKER, UNUSED, model_folder, variants
+from ray_jobs.diffusion.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
 from ray_jobs.diffusion.schedulers import has_scheduler, load_scheduler
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -68,7 +68,7 @@ def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[s
     """
     from diffusers import DiffusionPipeline
 
-    without = [SAFETY_CHECKER, *without]
+    without = [*NEVER_LOADED, *without]
     family_of(read_index(base, revision)["_class_name"])
     folder = model_folder(base, revision=revision, without=[*UNUSED, *without])
     index = read_index(str(folder))

@@ -8,9 +8,11 @@ from typing import Any
 
 from ray_jobs.diffusion.weight_files import is_weights, plain_name, require_safetensors, variant_of
 
-SAFETY_CHECKER = "safety_checker"  # never loaded, nor a part of what is written
+SAFETY_CHECKER = "safety_checker"
+IMAGE_ENCODER = "image_encoder"  # of an IP-Adapter
+NEVER_LOADED = (SAFETY_CHECKER, IMAGE_ENCODER)  # nor a part of what is written
 # Folders of a model that are not needed to draw pictures, or to encode pictures and captions.
-UNUSED = (SAFETY_CHECKER, "feature_extractor", "image_encoder")
+UNUSED = (*NEVER_LOADED, "feature_extractor")
 NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
 INDEX = "model_index.json"
 CONFIGURATIONS = ("*.json", "*.txt", "*.model")
@@ -74,11 +76,15 @@ def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Pat
 
 def _listed(base: str, revision: str | None) -> dict[str, list[str]] | None:
     """The files of each component of a model on the hub; None where the hub cannot be asked."""
+    import httpx2  # the hub's client lets its errors through here, while it answers them where it fetches
     from huggingface_hub import HfApi
 
     try:
         names = HfApi().list_repo_files(base, revision=revision)
-    except OSError:  # offline: what the cache holds was looked at when it was fetched
+    except (
+        OSError,
+        httpx2.TransportError,
+    ):  # offline: the cache was looked at when it was filled
         return None
     found: dict[str, list[str]] = {}
     for name in names:
@@ -110,7 +116,9 @@ def variant_name(base: str, *, revision: str | None = None) -> str | None:
 
     With one, diffusers takes it in each component that has it, and plain files in the others.
     """
-    listed = _folders(Path(base)) if Path(base).is_dir() else _listed(base, revision) or {}
+    listed = None if Path(base).is_dir() else _listed(base, revision)
+    if listed is None:  # a folder, or what the cache holds of a hub that does not answer
+        listed = _folders(model_folder(base, revision=revision))
     found = {variant_of(files) for name, files in listed.items() if name not in UNUSED} - {None}
     return min(found, default=None, key=str)
 

@@ -20,6 +20,7 @@ from ray_jobs.data.folders import Folder
 from ray_jobs.data.listing import split_of
 from ray_jobs.data.members import split_name
 from ray_jobs.data.parquet import Parquet
+from ray_jobs.data.samples import read_suffix_text
 from ray_jobs.data.shards import Tars
 from tests.unit.test_sources import (
     caption_files,
@@ -242,6 +243,25 @@ def test_a_source_without_columns_refuses_their_names(tmp_path: Path, setting: s
         opened(tmp_path / "s.tar", image_column="words")
     with pytest.raises(ConfigError, match="splits: train: .* has no such split .it has none"):
         opened(caption_files(tmp_path / "again"), splits=["train"])
+
+
+def test_a_table_of_pictures_named_metadata_is_a_table(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "metadata.parquet", [{"jpg": picture(1), "text": "a"}])
+    [sample] = samples(opened(tmp_path, image_column="jpg"))
+    assert (sample.text, sample.data) == ("a", picture(1))
+
+
+def test_a_metadata_file_of_a_subfolder_does_not_hide_the_captions_of_the_others(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture(1), "a.txt": "a", "sub/b.png": picture(2)})
+    write(tmp_path, {"sub/metadata.jsonl": lines([{"file_name": "b.png", "text": "b"}])})
+    with pytest.raises(ConfigError, match="has sub/metadata.jsonl and a.txt; remove one of them"):
+        opened(tmp_path)
+
+
+def test_a_file_of_an_odd_name_is_counted_among_the_others(tmp_path: Path) -> None:
+    write(caption_files(tmp_path), {"Smith et al. 2020, notes": b"", "list.json": b"{}"})
+    [others] = left_out(opened(tmp_path)).values()
+    assert read_suffix_text(others) == {".json": 1, "of other names": 1}
 
 
 # img2dataset

@@ -11,7 +11,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import check_store, open_client, tracking_uri
+from ray_jobs.registry import check_store, not_ours, nothing_published, open_client, tracking_uri
 from ray_jobs.store import ATTEMPTS, experiment_id, pages, retried, versions_of
 from ray_jobs.tracking import opened_store
 
@@ -129,7 +129,7 @@ def test_a_write_is_tried_again_where_another_came_between_and_not_for_other_rea
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[tuple[str, list[str]]]:
+def answering(status: int, body: bytes, **headers: str) -> Iterator[tuple[str, list[str]]]:
     """The address of a server that always answers so, and the paths that it was asked for."""
     asked: list[str] = []
 
@@ -137,6 +137,8 @@ def answering(status: int, body: bytes) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             asked.append(self.path)
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -178,6 +180,22 @@ def test_an_address_is_told_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="publish.tracking_uri: postgresql://me:") as caught:
         check_store(config)
     assert "secret" not in str(caught.value) and tracking_uri(config) == config.publish.tracking_uri
+
+
+@pytest.mark.parametrize("uri", ["http://me:secret@127.0.0.1:1", "http://me:secret@127.0.0.1:none"])
+def test_no_password_of_a_server_is_told(tmp_path: Path, uri: str) -> None:
+    config = configured(tmp_path, "a", tracking_uri=uri)
+    with pytest.raises(ConfigError, match=r"publish.tracking_uri: http://.*@127") as caught:
+        check_store(config)
+    for error in (caught.value, nothing_published(config), not_ours(config, 1)):
+        assert "secret" not in str(error) and "127.0.0.1" in str(error)
+
+
+def test_a_server_behind_a_login_is_left_to_mlflow(storage: Path) -> None:
+    """A redirection to a page where one logs in is followed by no one without credentials."""
+    with answering(302, b"<html>", Location="/login") as (uri, asked):
+        check_store(configured(storage, "a-run", tracking_uri=uri))
+    assert len(asked) == 1
 
 
 def test_looking_makes_no_database(tmp_path: Path) -> None:
