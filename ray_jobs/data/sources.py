@@ -88,7 +88,7 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         raise ConfigError(
             f"{listing.name}: has a class_prompt in data.sources, but no instance_prompt; give it one"
         )
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not (_in_root(kinds[0]) and not any(map(_in_root, kinds[1:]))):
         raise ConfigError(
             f"{listing.name}: has {kinds[0].example} and {kinds[1].example}; remove one of them, or name a "
             "subfolder as the source"
@@ -104,6 +104,12 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         'with one line a picture: {"file_name": "cat.png", "text": "a cat"}; or give data.sources an '
         "instance_prompt, if all show the same thing"
     )
+
+
+def _in_root(kind: _Kind) -> bool:
+    """Whether what describes a source lies in its folder itself, where it comes before what lies deeper: a
+    run's storage, for example."""
+    return any("/" not in name for name in kind.files)
 
 
 def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None) -> list[_Kind]:

@@ -258,6 +258,12 @@ def test_a_metadata_file_of_a_subfolder_does_not_hide_the_captions_of_the_others
         opened(tmp_path)
 
 
+def test_what_lies_in_the_folder_comes_before_the_tables_of_a_run_below_it(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture(1), "metadata.jsonl": lines([{"file_name": "a.png", "text": "a"}])})
+    write_parquet(tmp_path / "runs/encoded/part.parquet", [{"image": picture(2), "text": "b"}])
+    assert [s.text for s in samples(opened(tmp_path))] == ["a"]
+
+
 def test_a_file_of_an_odd_name_is_counted_among_the_others(tmp_path: Path) -> None:
     write(caption_files(tmp_path), {"Smith et al. 2020, notes": b"", "list.json": b"{}"})
     [others] = left_out(opened(tmp_path)).values()
