@@ -48,8 +48,10 @@ def submit(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_workers_ask_their_own_ray_and_not_the_one_that_was_started_last(ray_cluster: LocalCluster) -> None:
     import ray
     from ray._private.services import canonicalize_bootstrap_address
-    from ray._private.utils import write_ray_address
+    from ray._private.utils import get_ray_address_file, write_ray_address
 
+    # Ray makes this folder only where it keeps its own files in it.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     write_ray_address("127.0.0.1:1")  # as another Ray on this machine does
     try:
         asked = ray.get(ray.remote(canonicalize_bootstrap_address).remote(None))
