@@ -31,7 +31,7 @@ def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest
     return tiny_config(
         tiny_model,
         folder,
-        folder / "runs",
+        tmp_path_factory.mktemp("runs"),
         "data.buckets=true",
         "data.shuffle_mb=1",
         "data.encode_dtype=fp32",
