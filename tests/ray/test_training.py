@@ -219,41 +219,6 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
         assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, stage
 
 
-def test_ways_of_running_a_training_change_no_loss_and_bf16_rounds_it_only(
-    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
-) -> None:
-    """What saves memory or time, and any micro batch in bf16: losses and norms of eight pieces a worker are
-    those of one. fp16 needs a GPU."""
-
-    def config(**train: Any) -> Config:
-        settings = {"method": "full", "batch_size": 16, "learning_rate": 1e-3} | train
-        overrides = [f"train.{name}={value}" for name, value in settings.items()]
-        return tiny_config(tiny_model, picture_folder, tmp_path, "search.ladder=[4]", *overrides)
-
-    dataset = prepare(config())
-    variants = {
-        "channels last": config(channels_last=True),
-        "recomputed": config(gradient_checkpointing=True, zero_stage=3),
-        "all offloaded": config(zero_stage=3, offload_optimizer=True, offload_parameters=True),
-    }
-    for stage in (1, 2):
-        variants[f"stage {stage} offloaded"] = config(
-            zero_stage=stage, offload_optimizer=True, micro_batch_size=3
-        )
-    for stage, micro in ((1, 1), (2, 1), (2, 3), (2, 8), (3, 1)):
-        variants[f"bf16, stage {stage}, {micro} at once"] = config(
-            precision="bf16", zero_stage=stage, micro_batch_size=micro
-        )
-    found = train_variants(variants, dataset, tmp_path, two_workers, steps=4)
-    plain = PlainTraining(config(), dataset)
-    expected = {"loss": plain.run(4), "grad_norm": plain.norms}
-    assert len(found) == 10
-    for variant, steps in found.items():
-        rounded = 0.02 if "bf16" in variant else 1e-3
-        for kind, values in steps.items():
-            assert values == pytest.approx(expected[kind], rel=rounded), (variant, kind)
-
-
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
     two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
