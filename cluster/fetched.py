@@ -67,11 +67,9 @@ def _fetch(storage: Storage, target: Path) -> None:
     """Copy what lies at an address; what is interrupted leaves nothing that counts."""
     aside = target.parent / f".{uuid.uuid4().hex}.partial"
     try:
-        if storage.filesystem.get_file_info(storage.path).type == fs.FileType.File:
-            destination, create = aside / target.name, aside
-        else:
-            destination, create = aside / target.name, aside / target.name
-        create.mkdir(parents=True)
+        destination = aside / target.name
+        is_file = storage.filesystem.get_file_info(storage.path).type == fs.FileType.File
+        (aside if is_file else destination).mkdir(parents=True)
         fs.copy_files(
             storage.path,
             str(destination),

@@ -109,9 +109,7 @@ class Row:
     null_captions: Captions | None = None  # of rows with classifier-free guidance
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
-    earlier: torch.Tensor = field(
-        default_factory=lambda: torch.empty(0)
-    )  # outputs, for solvers that take them
+    earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # outputs, if the solver takes any
     deep: torch.Tensor | None = None  # features that the next step takes, with guidance those of both passes
     done: int = 0  # steps
     last_call: int = 0  # of the denoiser: in which it took a step, or before which it joined

@@ -196,11 +196,12 @@ class Config(Section):
         schedules |= set(ends(space.get("train.schedule", [])))
         searched_stages = "train.stages" in space
         for field, of in SCHEDULE_SETTINGS.items():
-            unused = not (of & schedules or searched_stages)
-            if unused and f"train.{field}" in space:
-                raise ValueError(f"search.space.train.{field} changes nothing without schedule {sorted(of)}")
-            if unused:
-                require_unset(train, f"without schedule {' or '.join(sorted(of))}", field)
+            if of & schedules or searched_stages:
+                continue
+            where = f"without schedule {' or '.join(sorted(of))}"
+            if f"train.{field}" in space:
+                raise ValueError(f"search.space.train.{field} changes nothing {where}")
+            require_unset(train, where, field)
         methods = [train.method, *ends(space.get("train.method", []))]
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
             raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")

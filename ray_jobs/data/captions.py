@@ -2,14 +2,13 @@
 
 import functools
 import html
-import json
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.diffusion.model_files import INDEX, model_folder
+from ray_jobs.diffusion.model_files import model_folder, model_index
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # no others: a caption may hold U+2028
 
@@ -78,5 +77,5 @@ def caption_rules(config: Config) -> CaptionRules:
 @functools.cache
 def _has_clip(base: str, revision: str | None) -> bool:
     """Whether one of a model's text encoders is CLIP's."""
-    classes = json.loads((model_folder(base, revision=revision) / INDEX).read_text(encoding="utf-8"))
-    return any(isinstance(each, list) and str(each[-1]).startswith("CLIPText") for each in classes.values())
+    parts = model_index(model_folder(base, revision=revision)).values()
+    return any(isinstance(each, list) and str(each[-1]).startswith("CLIPText") for each in parts)

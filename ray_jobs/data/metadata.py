@@ -137,8 +137,10 @@ def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify:
     for field in (*columns, *([stratify] if stratify else [])):
         if field not in fields:
             found = ", ".join(fields) or "nothing"
-            fix = "correct data.stratify" if field not in fixes else f"or name another in {fixes[field]}"
-            fix = f"name the fields {FILE_COLUMN} and {CAPTION_COLUMNS[0]}, {fix}" if field in fixes else fix
+            fix = "correct data.stratify"
+            if field in fixes:
+                named = f"{FILE_COLUMN} and {CAPTION_COLUMNS[0]}"
+                fix = f"name the fields {named}, or name another in {fixes[field]}"
             raise ConfigError(legible(f"{where}: field {field!r} is missing (found: {found}); {fix}"))
     file_name, text = (fields[field] for field in columns)
     for field, value in ((columns[0], file_name), (columns[1], "" if text is None else text)):

@@ -12,7 +12,7 @@ from torch import nn
 from ray_jobs.diffusion.adapter_files import file_name
 from ray_jobs.diffusion.families.family import Captions, Family
 from ray_jobs.diffusion.loading import LORA_WEIGHTS
-from ray_jobs.diffusion.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER
+from ray_jobs.diffusion.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
 from ray_jobs.diffusion.saving import copy_part, save_part
 
@@ -244,7 +244,7 @@ def save_pipeline(
         own[key].copy_(value)
     for name, part in components.items():
         save_part(part, folder / name)
-    index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+    index = model_index(base)
     for path in base.iterdir():
         if path.is_dir() and path.name not in {*NEVER_LOADED, *components}:
             class_name = (index.get(path.name) or [None, None])[1]

@@ -34,7 +34,7 @@ def model_folder(base: str, *, revision: str | None = None, without: Sequence[st
         raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
     if without is None:
         return folder
-    listed = _listed(base, revision) if on_hub else _folders(folder)
+    listed = _files(base, revision)
     if listed is not None:
         _require_weights(base, folder, listed, without)
     if not on_hub:
@@ -56,7 +56,7 @@ def check_weights(base: str, *, revision: str | None = None) -> None:
     Fetches none of them.
     """
     folder = model_folder(base, revision=revision)
-    listed = _listed(base, revision) if not Path(base).is_dir() else _folders(folder)
+    listed = _files(base, revision)
     if listed is not None:
         _require_weights(base, folder, listed, ())
 
@@ -74,17 +74,16 @@ def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Pat
         ) from None
 
 
-def _listed(base: str, revision: str | None) -> dict[str, list[str]] | None:
-    """The files of each component of a model on the hub; None where the hub cannot be asked."""
+def _files(base: str, revision: str | None) -> dict[str, list[str]] | None:
+    """The files of each component of a model, a folder or on the hub; None where the hub cannot be asked."""
+    if Path(base).is_dir():
+        return _folders(Path(base))
     import httpx2  # the hub's client lets its errors through here, while it answers them where it fetches
     from huggingface_hub import HfApi
 
     try:
         names = HfApi().list_repo_files(base, revision=revision)
-    except (
-        OSError,
-        httpx2.TransportError,
-    ):  # offline: the cache was looked at when it was filled
+    except (OSError, httpx2.TransportError):  # offline: the cache was looked at when it was filled
         return None
     found: dict[str, list[str]] = {}
     for name in names:
@@ -97,13 +96,17 @@ def _listed(base: str, revision: str | None) -> dict[str, list[str]] | None:
 def _require_weights(
     base: str, folder: Path, files: Mapping[str, Sequence[str]], without: Sequence[str]
 ) -> None:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    for name, entry in index.items():
+    for name, entry in model_index(folder).items():
         is_component = (
             isinstance(entry, list) and entry[0] and not name.startswith(("scheduler", "tokenizer"))
         )
         if is_component and name not in (*UNUSED, *without):
             require_safetensors(f"{base}: {name}", files.get(name, ()))
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` in a model's folder: its class, and by component library and class."""
+    return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
 
 
 def variants(folder: Path) -> dict[str, str | None]:
@@ -116,8 +119,8 @@ def variant_name(base: str, *, revision: str | None = None) -> str | None:
 
     With one, diffusers takes it in each component that has it, and plain files in the others.
     """
-    listed = None if Path(base).is_dir() else _listed(base, revision)
-    if listed is None:  # a folder, or what the cache holds of a hub that does not answer
+    listed = _files(base, revision)
+    if listed is None:  # what the cache holds of a hub that does not answer
         listed = _folders(model_folder(base, revision=revision))
     found = {variant_of(files) for name, files in listed.items() if name not in UNUSED} - {None}
     return min(found, default=None, key=str)
@@ -174,7 +177,7 @@ def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
     from ray_jobs.diffusion.families import family_of  # imports PyTorch
 
     folder = model_folder(base, revision=revision)
-    family = family_of(json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"])
+    family = family_of(model_index(folder)["_class_name"])
     return family, _config(folder / "vae"), _config(folder / family.denoiser)
 
 

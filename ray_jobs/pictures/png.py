@@ -65,10 +65,11 @@ def _orients(kind: bytes, chunk: memoryview) -> bool:
     keyword, _, rest = bytes(chunk[8:-4]).partition(b"\0")
     if keyword not in ORIENTING_TEXTS or not _is_whole(chunk):
         return False
-    if kind == b"iTXt":  # flag, method, language, translated keyword, text
-        rest = rest[1:] if rest[:1] == b"\1" else b""  # one that is not compressed needs no bound
-        rest = rest.partition(b"\0")[2] if not rest else b"\0" + rest[1:].split(b"\0", 2)[-1]
-    return kind == b"tEXt" or rest == b"" or _inflated(rest[1:], MAX_TEXT) is not None
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return True  # one that is not compressed needs no bound
+    # Of zTXt a method and the text; of iTXt a flag, a method, language, translated keyword and text.
+    text = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    return _inflated(text, MAX_TEXT) is not None
 
 
 def _profile(content: bytes) -> bytes | None:

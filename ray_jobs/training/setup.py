@@ -62,6 +62,7 @@ def check_settings(config: Config) -> tuple[Family, Any]:
     Raises:
         ValueError: naming the setting that does not suit the base model.
     """
+    check_weights(local_path(config.model.base), revision=config.model.revision)
     checked = _check_settings(config)
     for name, values in config.search.space.items():
         for value in ends(values) if name.startswith((*CHECKED, "train.train_text_encoder")) else []:
@@ -80,7 +81,6 @@ def _check_settings(config: Config) -> tuple[Family, Any]:
     base, revision = local_path(config.model.base), config.model.revision
     index = read_index(base, revision)
     family = family_of(index["_class_name"])
-    check_weights(base, revision=revision)
     model = empty_model(base, (family.denoiser, *family.text_encoders), revision=revision)
     with init_empty_weights():
         _choose_trained(config, model, family, "cpu")
