@@ -57,8 +57,8 @@ def open_sources(config: Config) -> list[Source]:
     Raises:
         ConfigError: one cannot be read.
     """
-    rules = caption_rules(config)
-    return [open_source(each, config.data.stratify, rules) for each in config.data.all_sources]
+    rules, storage = caption_rules(config), Storage.open(config.storage)
+    return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
 
 
 def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:

@@ -54,23 +54,24 @@ def _opened(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
-def _record_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+def _reader(file: pa.NativeFile) -> Any:
+    """Arrow's reader of a stream or of a file of its IPC format."""
     begins = file.read(len(FILE_FORMAT))
     file.seek(0)
-    if begins != FILE_FORMAT:
-        yield from pa.ipc.open_stream(file)
-        return
-    reader = pa.ipc.open_file(file)
-    for number in range(reader.num_record_batches):
-        yield reader.get_batch(number)
+    return pa.ipc.open_file(file) if begins == FILE_FORMAT else pa.ipc.open_stream(file)
+
+
+def _record_batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    reader = _reader(file)
+    if isinstance(reader, pa.RecordBatchFileReader):
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+    return iter(reader)
 
 
 def _schema(listing: Listing, name: str) -> pa.Schema:
     try:
         with _opened(listing.filesystem, f"{listing.folder}/{name}") as file:
-            begins = file.read(len(FILE_FORMAT))
-            file.seek(0)
-            return (pa.ipc.open_file if begins == FILE_FORMAT else pa.ipc.open_stream)(file).schema
+            return _reader(file).schema
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(
             f"{listing.name}: {name}: not a whole Arrow file ({error}); copy it again or remove it"

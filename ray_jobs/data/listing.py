@@ -23,23 +23,9 @@ READ_SUFFIXES = (
 )
 # Pictures that are not read: a file of theirs is a row that is set aside, not a file that nobody sees.
 OTHER_SUFFIXES = (
-    *(
-        ".jp2",
-        ".j2k",
-        ".jpf",
-        ".jpx",
-        ".jxl",
-        ".jxr",
-        ".svg",
-        ".svgz",
-        ".ico",
-        ".icns",
-        ".psd",
-        ".tga",
-        ".qoi",
-    ),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dds", ".eps", ".xcf", ".dng", ".cr2", ".cr3", ".nef"),
-    *(".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
+    *(".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".jxr", ".svg", ".svgz", ".ico", ".icns", ".psd", ".tga"),
+    *(".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dds", ".eps", ".xcf"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
 )
 PICTURE_SUFFIXES = (*READ_SUFFIXES, *OTHER_SUFFIXES)
 TEXT_SUFFIX = ".txt"
@@ -150,8 +136,12 @@ def file_stamp(path: str) -> Stamp | None:
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
-def list_files(path: str) -> Listing:
+def list_files(path: str, apart: Storage | None = None) -> Listing:
     """All files below a folder, or the one .parquet, .arrow or .tar file that `path` names.
+
+    Args:
+        apart: a folder whose files are not listed where it lies below `path`: what runs write there is no
+            part of a source, which would be another one after each of them.
 
     Raises:
         ConfigError: there is no such folder or file.
@@ -169,14 +159,17 @@ def list_files(path: str) -> Listing:
             "or with .parquet, .arrow or .tar files, or one such file"
         )
     if storage.is_local:
-        return Listing(path, filesystem, root, *_local_files(root))
-    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    files = {
-        info.path[len(root) + 1 :]: (info.size, info.mtime_ns)
-        for info in infos
-        if info.type == fs.FileType.File
-    }
-    return Listing(path, filesystem, root, files)
+        files, links = _local_files(root)
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        found_files = (info for info in infos if info.type == fs.FileType.File)
+        files = {info.path[len(root) + 1 :]: (info.size, info.mtime_ns) for info in found_files}
+        links = {}
+    if apart and type(apart.filesystem) is type(filesystem) and apart.path.startswith(f"{root}/"):
+        below = apart.path.removeprefix(f"{root}/").rstrip("/") + "/"
+        files = {name: stamp for name, stamp in files.items() if not name.startswith(below)}
+        links = {name: why for name, why in links.items() if not name.startswith(below)}
+    return Listing(path, filesystem, root, files, links)
 
 
 def _local_files(root: str) -> tuple[dict[str, Stamp], dict[str, str]]:

@@ -17,7 +17,7 @@ from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.folders import Folder, Row, folder_of_rows
 from ray_jobs.data.listing import Listing
 from ray_jobs.data.samples import legible
-from ray_jobs.data.tables import CAPTION_COLUMNS
+from ray_jobs.data.tables import CAPTION_COLUMNS, caption_column
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN = "file_name"
@@ -77,7 +77,7 @@ def _rows(listing: Listing, file: str, config: SourceConfig, stratify: str | Non
     caption = config.caption_column
     for number, fields in _lines(listing, file, where):
         if caption is None:  # the first line decides for all
-            caption = next((name for name in CAPTION_COLUMNS if name in fields), CAPTION_COLUMNS[0])
+            caption = caption_column(fields)
         columns = (config.image_column or FILE_COLUMN, caption)
         row = _row(f"{where}: line {number}", fields, columns, stratify)
         yield row._replace(file_name=f"{folder}/{row.file_name}") if folder else row

@@ -93,8 +93,7 @@ class Source(ABC):
 
     def _read_lines(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         """As `read`, where a sample may be several rows; which it is, only reading all before it tells."""
-        last = max(wanted, default=-1) if isinstance(wanted, Collection) else None
-        number = 0
+        last, number = last_wanted(wanted), 0
         for sample in self._read(piece, None) if last != -1 else ():
             for row in self._rows(sample):
                 if wanted is None or number in wanted:
@@ -127,6 +126,11 @@ class Source(ABC):
     @abstractmethod
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         """As `read`, of a piece of this kind of source."""
+
+
+def last_wanted(wanted: Container[int] | None) -> int | None:
+    """The row behind which nothing is read; -1 where none is wanted, None where all may be."""
+    return max(wanted, default=-1) if isinstance(wanted, Collection) else None
 
 
 def fingerprint(*parts: object) -> str:

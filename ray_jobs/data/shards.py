@@ -3,7 +3,7 @@
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from ray_jobs.data.samples import (
     check_caption,
     decode_caption,
     fingerprint,
+    last_wanted,
     legible,
     no_pictures,
 )
-from ray_jobs.data.tables import CAPTION_COLUMNS
+from ray_jobs.data.tables import caption_column
 from ray_jobs.pictures.reading import Rejected
 
 BUFFER = 4 << 20  # bytes that are asked for at once
@@ -65,7 +66,7 @@ class Tars(Source):
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         """Of a damaged tar: what precedes the damage, and then one sample with problem `broken_shard`."""
         assert isinstance(piece, Shard)
-        last = max(wanted, default=-1) if isinstance(wanted, Collection) else None
+        last = last_wanted(wanted)
         if last == -1:
             return
         row, others = 0, Counter[str]()
@@ -133,10 +134,9 @@ class Tars(Source):
         named = self.caption_column
         if "txt" in parts and named in (None, "txt"):
             return decode_caption(parts["txt"][1])
-        key = named or next((key for key in CAPTION_COLUMNS if key in fields), None)
         if named and named not in fields:
             raise Rejected("missing_caption", f"no .json with {named!r}, which caption_column names")
-        text = fields.get(key) if key else None
+        text = fields.get(named or caption_column(fields))
         if text is not None and not isinstance(text, str):
             raise Rejected("missing_caption", f"the caption is no text but {type(text).__name__}")
         if text is not None and text != legible(text):

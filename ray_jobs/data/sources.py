@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data import arrow, dreambooth, folders, metadata, parquet, shards
 from ray_jobs.data.captions import AS_WRITTEN, CaptionRules
@@ -36,19 +37,25 @@ class _Kind:
     rest: tuple[str, str]
 
 
-def open_source(config: SourceConfig, stratify: str | None, captions: CaptionRules = AS_WRITTEN) -> Source:
+def open_source(
+    config: SourceConfig,
+    stratify: str | None,
+    captions: CaptionRules = AS_WRITTEN,
+    apart: Storage | None = None,
+) -> Source:
     """Find out what kind of source lies at `config.path`, and list its pieces.
 
     Args:
         config: a local path, s3:// or gs://, of a folder or of one .parquet, .arrow or .tar file.
         stratify: the column whose value becomes a sample's `stratum`.
         captions: how captions are read.
+        apart: a folder that is no part of the source although it may lie in it: the storage of runs.
 
     Raises:
         ConfigError: there is nothing, or nothing that can be read; names the path, the file and the fix.
     """
     try:
-        listing, notes = _chosen_splits(list_files(config.path), config)
+        listing, notes = _chosen_splits(list_files(config.path, apart), config)
         kind = _kind(listing, config, stratify)
         source = kind.open()
         used = set(kind.files)
@@ -88,7 +95,9 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         raise ConfigError(
             f"{listing.name}: has a class_prompt in data.sources, but no instance_prompt; give it one"
         )
-    if len(kinds) > 1 and not (_in_root(kinds[0]) and not any(map(_in_root, kinds[1:]))):
+    if kinds and _lies_here(kinds[0].files) and not any(_lies_here(other.files) for other in kinds[1:]):
+        return kinds[0]
+    if len(kinds) > 1:
         raise ConfigError(
             f"{listing.name}: has {kinds[0].example} and {kinds[1].example}; remove one of them, or name a "
             "subfolder as the source"
@@ -106,10 +115,9 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
     )
 
 
-def _in_root(kind: _Kind) -> bool:
-    """Whether what describes a source lies in its folder itself, where it comes before what lies deeper: a
-    run's storage, for example."""
-    return any("/" not in name for name in kind.files)
+def _lies_here(files: Collection[str]) -> bool:
+    """Whether some files lie in a source's folder itself: they come before what only lies deeper."""
+    return any("/" not in name for name in files)
 
 
 def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None) -> list[_Kind]:
@@ -163,7 +171,7 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
         )
     captions = folders.caption_files(listing)
     # A metadata file of a subfolder does not speak for the pictures of the others.
-    if captions and not any("/" not in name for name in described):
+    if captions and not _lies_here(described):
         kinds.append(
             _Kind(
                 min(captions.values()),

@@ -119,6 +119,11 @@ def _is_picture(kind: pa.DataType) -> bool:
     return _is_binary(kind.field("bytes").type if has_bytes else kind)
 
 
+def caption_column(names: Collection[str]) -> str:
+    """The column or key that holds the caption where the configuration names none."""
+    return next((name for name in CAPTION_COLUMNS if name in names), CAPTION_COLUMNS[0])
+
+
 def picture_columns(schema: pa.Schema) -> list[str]:
     """The columns of a table that can hold pictures."""
     return [field.name for field in schema if _is_picture(field.type)]
@@ -146,9 +151,7 @@ def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: 
             f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
             "correct the source's image_column"
         )
-    caption = config.caption_column or next(
-        (name for name in CAPTION_COLUMNS if name in schema.names), CAPTION_COLUMNS[0]
-    )
+    caption = config.caption_column or caption_column(schema.names)
     kind = schema.field(_require(where, schema, caption, "the source's caption_column")).type
     if not _is_bytes(kind.value_type if pa.types.is_dictionary(kind) else kind):
         raise ConfigError(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs.config import ConfigError
+from ray_jobs.config import ConfigError, load_config
 from ray_jobs.data.arrow import Arrow
 from ray_jobs.data.dreambooth import Subject
 from ray_jobs.data.folders import Folder
@@ -22,6 +22,7 @@ from ray_jobs.data.members import split_name
 from ray_jobs.data.parquet import Parquet
 from ray_jobs.data.samples import read_suffix_text
 from ray_jobs.data.shards import Tars
+from ray_jobs.prepare import open_sources
 from tests.unit.test_sources import (
     caption_files,
     dreambooth,
@@ -36,6 +37,7 @@ from tests.unit.test_sources import (
     write_tar,
 )
 
+DEMO = "configs/demo.yaml"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FEATURES = {
     "image": {"_type": "Image"},
@@ -262,6 +264,20 @@ def test_what_lies_in_the_folder_comes_before_the_tables_of_a_run_below_it(tmp_p
     write(tmp_path, {"a.png": picture(1), "metadata.jsonl": lines([{"file_name": "a.png", "text": "a"}])})
     write_parquet(tmp_path / "runs/encoded/part.parquet", [{"image": picture(2), "text": "b"}])
     assert [s.text for s in samples(opened(tmp_path))] == ["a"]
+
+
+def test_the_storage_of_runs_is_no_part_of_the_source_that_it_lies_in(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": picture(1), "metadata.jsonl": lines([{"file_name": "a.png", "text": "a"}])})
+    paths = [f"data.source={tmp_path}", f"storage={tmp_path}/runs", "data.repair_captions=false"]
+    config = load_config(DEMO, paths)
+    [before] = open_sources(config)
+    write(tmp_path, {"runs/demo/samples/0.png": picture(2), "runs/demo/config.yaml": "name: demo"})
+    write_parquet(tmp_path / "runs/encoded/part.parquet", [{"image": picture(2), "text": "b"}])
+    [after] = open_sources(config)
+    assert after.digest == before.digest and left_out(after) == {}
+    write(tmp_path, {"runs-too/b.png": picture(3)})
+    [other] = open_sources(config)
+    assert other.digest != before.digest and left_out(other)["runs-too/b.png"] == "not_listed"
 
 
 def test_a_file_of_an_odd_name_is_counted_among_the_others(tmp_path: Path) -> None:
