@@ -295,8 +295,6 @@ def main(arguments: list[str] | None = None) -> int:
     shape.add_argument("--address", help="GCS of a live cluster, head:6379")
     parser.add_argument("--images-per-second", type=float, help="of one trial, as a run has shown it")
     options = parser.parse_args(arguments)
-    from ray_jobs.checks import check_stages  # imports Ray
-
     try:
         config = load_config(options.config, options.overrides)
         if options.address:
@@ -304,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             machines = parse_nodes(options.nodes) if options.nodes else embedded(config.local)
         page, fits = plan(config, machines, options.images_per_second)
+        from ray_jobs.checks import check_stages  # imports Ray
+
         check_stages(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

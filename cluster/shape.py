@@ -10,6 +10,7 @@ import yaml
 
 from cluster.capacity import Actors, search_actors, sized
 from ray_jobs.config import Config, ConfigError, LocalConfig
+from ray_jobs.config.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from cluster.nodes import Node
@@ -76,7 +77,7 @@ def parse_nodes(text: str) -> list[Machine]:
 
 def _from_file(path: str) -> list[tuple[int, Machine]]:
     try:
-        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        listed = read_yaml(Path(path).read_text(encoding="utf-8"))
         found = []
         for row in listed:
             row = dict(row)

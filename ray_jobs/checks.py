@@ -16,7 +16,7 @@ from typing import Any
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.data.geometry import Size
-from ray_jobs.diffusion.model_files import size_multiple
+from ray_jobs.diffusion.model_files import latent_pixels
 from ray_jobs.prepare import picture_shapes
 from ray_jobs.progress import complain
 
@@ -33,7 +33,7 @@ def check_stages(config: Config) -> None:
         shapes = picture_shapes(config)
         family, model = check_settings(config)
         denoiser = getattr(model, family.denoiser)
-        factor = pixels_of_a_latent(config, family, denoiser)
+        factor = latent_pixels(local_path(config.model.base), revision=config.model.revision)
         latents = [(height // factor, width // factor) for height, width in shapes]
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
@@ -93,12 +93,6 @@ def _check_serving(
             tabulate(solver, family, serve.default_steps, shape)
     except ValueError as error:
         raise ValueError(f"{field}{error}") from None
-
-
-def pixels_of_a_latent(config: Config, family: Any, denoiser: Any) -> int:
-    """How many times the sides of a picture are those of its latents."""
-    multiple = size_multiple(local_path(config.model.base), revision=config.model.revision)
-    return multiple // int(family.patch(denoiser.config))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from ray_jobs.config import LEARNING_RATE, Config
+from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.diffusion.schedulers import SCHEDULER
 from ray_jobs.report import headline, number
 
@@ -47,7 +46,7 @@ def model_card(
     """
     config = config.with_settings({LEARNING_RATE: winner["learning_rate"], **winner.get("settings", {})})
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(config, base_on_hub, pictures), sort_keys=False)}---",
+        f"---\n{write_yaml(_front_matter(config, base_on_hub, pictures))}---",
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
@@ -264,7 +263,7 @@ def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
 
 def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
     told = _told(config.model_dump(mode="json", include=REPRODUCED))
-    settings = _fenced(yaml.safe_dump(told, sort_keys=False), "yaml")
+    settings = _fenced(write_yaml(told), "yaml")
     command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
     commands = "\n".join(
         [

@@ -30,16 +30,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Paired:
-    """How far a new version is from a champion on the same captions and noise, picture by picture.
+    """A comparison of a new version with a champion on the same captions and noise, picture by picture.
 
     Attributes:
         champion: the version that it was compared with.
-        difference: its test FID less the champion's.
-        error: standard error of the difference.
+        error: standard error of the difference of their test FIDs.
     """
 
     champion: int
-    difference: float
     error: float
 
 

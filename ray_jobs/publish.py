@@ -73,7 +73,7 @@ def publish(
     require_intact(checkpoint)
     weights = checkpoint.child(WEIGHTS).uri
     digest, data = weights_digest(weights), dataset.manifest["digest"]
-    test_reads = open_test(run, digest, data, forced, digest_of_bytes(weights))
+    test_reads = open_test(run, digest, data, forced, lambda: digest_of_bytes(weights))
     guidance_scale = best.get("guidance_scale")
     final = measure_final(config, dataset, pool, weights, guidance_scale)
     if guidance_scale is not None:
@@ -128,20 +128,20 @@ def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:
 def _paired(config: Config, pool: EvaluatorPool, winner: dict[str, Any], model: Storage) -> Paired | None:
     """The winner's difference to the champion, picture by picture; None where the champion drew others, or
     there is none."""
+    if not config.evaluate.bootstrap:  # no errors are asked for
+        return None
     try:
         held = champion(config)
     except ConfigError:  # no champion yet; of a registry that does not answer `register` tells
         return None
     folder = Storage.open(held.source)
-    if not config.evaluate.bootstrap:  # no errors are asked for
-        return None
     if held.test_digest != winner["test_digest"] or not folder.exists(TEST_FEATURES):
         return None
     try:
         found = pool.difference(model, folder, "test", TEST_FEATURES)
     except (KeyError, ValueError):  # by another network, or of another number of pictures
         return None
-    return Paired(held.version, found.value, found.standard_error)
+    return Paired(held.version, found.standard_error)
 
 
 def _register(

@@ -68,9 +68,7 @@ def register(
     with store_errors(config):
         client = open_client(config)
         _ensure_model(client, name)
-        known = (digest, digest_of_bytes(source))
-        same = [each for each in versions_of(client, name) if each.tags.get("digest") in known]
-        found = max(same, key=lambda each: int(each.version), default=None)
+        found = _registered(versions_of(client, name), source, digest)
         if found is not None and DECISION in found.tags:
             aliases = names_of(aliases_of(client, config), int(found.version))
             now = f"its aliases now: {', '.join(aliases) or 'none'}"
@@ -88,6 +86,17 @@ def register(
             )
         before = set(_champions(versions_of(client, name)))
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
+
+
+def _registered(versions: list[Any], source: str, digest: str) -> Any:
+    """The newest version of these weights; None: there is none."""
+    same = [each for each in versions if each.tags.get("digest") == digest]
+    # An older release took the digest of the files' bytes, and did not yet keep the score as a tag.
+    older = [each for each in versions if "digest" in each.tags and "test_fid" not in each.tags]
+    if older and not same:
+        former = digest_of_bytes(source)
+        same = [each for each in older if each.tags["digest"] == former]
+    return max(same, key=lambda each: int(each.version), default=None)
 
 
 def _decide(

@@ -165,6 +165,12 @@ def size_multiple(base: str, *, revision: str | None = None) -> int:
     return int(family.size_multiple(*configs))
 
 
+def latent_pixels(base: str, *, revision: str | None = None) -> int:
+    """Pixels of a picture's side that a latent stands for, as the model's family has it."""
+    family, autoencoder, _ = _of_sizes(base, revision)
+    return int(family.latent_pixels(autoencoder))
+
+
 def max_side(base: str, *, revision: str | None = None) -> int | None:
     """Pixels of the longest side that a model draws, as its family has it; None where there is no limit."""
     family, *configs = _of_sizes(base, revision)

@@ -21,14 +21,21 @@ def trained_scheduler(scheduler: Any) -> Any:
     """
     from diffusers import DDIMScheduler
 
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    config = dict(scheduler.config)
     kind = type(scheduler)
     if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
-        # DDIM clips latents where a configuration does not say that it must not.
-        kind, config = DDIMScheduler, {"clip_sample": False} | config
+        kind = DDIMScheduler
+    return rebuilt(scheduler, kind, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+def rebuilt(scheduler: Any, kind: Any, **options: Any) -> Any:
+    """A scheduler of diffusers as one of class `kind`, with some options changed; all else stays, also what
+    its file leaves out and the other class has another default for."""
+    config = dict(scheduler.config)
     # Names what the file left out, which `from_config` would replace by the other class's defaults.
     config.pop("_use_default_values", None)
+    if kind is not type(scheduler):
+        # DDIM clips latents where a configuration does not say that it must not.
+        config = {"clip_sample": False} | config
     return kind.from_config(config, **options)
 
 

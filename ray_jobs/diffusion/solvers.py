@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.schedulers import rebuilt
 
 # By class, what each option must be for the scheduler to be deterministic and of the kind tabulated here.
 SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -87,11 +88,7 @@ def scheduler_of(scheduler: Any, solver: str) -> Any:
     import diffusers
 
     name, options = BY_NAME[solver]
-    # Latents are not clipped unless the model says so; diffusers' DDIM does where nothing is said.
-    config = {"clip_sample": False} | dict(scheduler.config)
-    # Names what the file left out, which `from_config` would replace by the other class's defaults.
-    config.pop("_use_default_values", None)
-    return getattr(diffusers, name).from_config(config, **options)
+    return rebuilt(scheduler, getattr(diffusers, name), **options)
 
 
 def check_scheduler(scheduler: Any) -> None:

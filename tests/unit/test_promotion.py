@@ -52,9 +52,9 @@ def test_another_training_picture_does_not_keep_versions_apart_but_another_test_
 def test_where_both_drew_the_same_captions_the_error_is_that_of_the_paired_difference() -> None:
     new = replace(CHAMPION, fid=19.7)
     assert objection(new, CHAMPION) is not None
-    assert objection(new, CHAMPION, Paired(1, -0.3, 0.1)) is None
+    assert objection(new, CHAMPION, Paired(1, 0.1)) is None
     assert "by more than the error 0.31 of the difference in pairs" in (
-        objection(new, CHAMPION, Paired(1, -0.3, 0.31)) or ""
+        objection(new, CHAMPION, Paired(1, 0.31)) or ""
     )
 
 

@@ -59,7 +59,7 @@ def test_a_publishing_that_did_not_finish_reads_again_without_being_forced(run: 
 
 def test_an_unfinished_publishing_of_an_older_release_reads_again_by_its_own_digest(run: Storage) -> None:
     open_test(run, "by its bytes", "d1", forced=False)
-    assert open_test(run, "w1", "d1", forced=False, former="by its bytes") == 1
+    assert open_test(run, "w1", "d1", forced=False, former=lambda: "by its bytes") == 1
 
 
 @pytest.mark.parametrize(("weights", "data"), [("w2", "d1"), ("w1", "d2")])

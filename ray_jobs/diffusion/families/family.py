@@ -115,7 +115,11 @@ class Family(ABC):
 
     def size_multiple(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
         """Pixels that both sides of a picture must be multiples of, from the components' configurations."""
-        return int(2 ** (len(autoencoder["block_out_channels"]) - 1) * self.patch(denoiser))
+        return self.latent_pixels(autoencoder) * self.patch(denoiser)
+
+    def latent_pixels(self, autoencoder: Mapping[str, Any]) -> int:
+        """Pixels of a picture's side that a latent stands for, from the autoencoder's configuration."""
+        return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
 
     def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
         """Pixels of the longest side that the denoiser has positions for; None where there is no limit."""
