@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.adapters import write_adapters
 from benchmarks.data.pictures import configured
 from benchmarks.serving_load import ROOT, wait_until_answers
-from cluster.connect import joined, local_cluster
-from cluster.local import KEEP_MEMORY
+from cluster.connect import joined
+from cluster.local import KEEP_MEMORY, local_cluster
 from ray_jobs.config import Config
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cluster.local import QUIET, local_cluster
-from cluster.local import LocalCluster as LocalCluster
 from cluster.nodes import Node, check_storage, described, living_nodes
 from cluster.watch import autoscaler_runs, check_fit
 from ray_jobs.config import Config, ConfigError

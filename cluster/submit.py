@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.capacity import check_resources, sized
-from cluster.connect import QUIET, local_cluster, one_line
+from cluster.connect import one_line
 from cluster.embedded import num_gpus
+from cluster.local import QUIET, local_cluster
 from cluster.variables import PLAIN, secret_modules, those_set
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.connect import LocalCluster, joined, local_cluster
+from cluster.connect import joined
+from cluster.local import LocalCluster, local_cluster
 from ray_jobs.config import LocalConfig
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import configured, photograph, write_folder
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, LocalConfig
 from ray_jobs.data.encoding import EncodeRows, encode_parts

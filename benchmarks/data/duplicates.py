@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data.measuring import PeakMemory, in_fresh_process, tree_memory
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from ray_jobs.config import CleaningConfig, LocalConfig
 from ray_jobs.data.duplicates import (
     COLOUR_RANGE,

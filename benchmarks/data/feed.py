@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import configured
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
 from ray_jobs.data.dataset import PARTS, Dataset

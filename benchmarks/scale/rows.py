@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import configured, photograph
 from benchmarks.scale.memory import largest, resident
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.decisions import decide

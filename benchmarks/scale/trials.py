@@ -11,7 +11,8 @@ from ray import tune
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import ROOT, configured
 from benchmarks.scale.memory import largest, resident
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
 from ray_jobs.search import run_trials

@@ -13,7 +13,8 @@ from benchmarks.data.measuring import PeakMemory, in_fresh_process, tree_memory
 from benchmarks.data.memory import write_tiny_model
 from benchmarks.data.pictures import configured, smooth, write_folder
 from benchmarks.scale.memory import largest
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.prepare import prepare

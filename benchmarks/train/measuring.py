@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from benchmarks.data.pictures import ROOT, configured, smooth, write_folder
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from ray_jobs.config import Config, resolve_path
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.order import rows_of_rank

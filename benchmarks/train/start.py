@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import ROOT, smooth, write_folder
 from benchmarks.train.measuring import SMALL_PICTURES
-from cluster.connect import local_cluster
+from cluster.local import local_cluster
 from ray_jobs.config import LocalConfig
 
 RATES = {"first": 1e-3, "second": 9e-4}  # of the two jobs: another one is another training

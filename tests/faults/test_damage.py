@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.parts import ASIDE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.prepare import prepare
 from ray_jobs.stage import FULL

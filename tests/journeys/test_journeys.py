@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from tests.journeys import pictures
 from tests.journeys.walk import Journey, configuration, walk
 

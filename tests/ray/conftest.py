@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from tests.workers import Workers
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import ray
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.computed_steps import ComputedSteps, read_computed
 from ray_jobs.progress import watched_board

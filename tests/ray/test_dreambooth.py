@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.prepare import dry_run, prepare

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from ray_jobs.data.duplicates import Pictures, find_near_pairs, near_pairs
 
 

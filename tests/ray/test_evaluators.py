@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError

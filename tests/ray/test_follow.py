@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.submit import run_job, runtime_environment
 
 

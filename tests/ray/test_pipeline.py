@@ -21,7 +21,7 @@ from ray.util.state import list_actors
 from safetensors import safe_open
 
 from cluster import submit
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import slug
 from ray_jobs.compare import compare, look_up
 from ray_jobs.config import Config, ConfigError

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.tensors import read_tensors

@@ -14,7 +14,7 @@ from PIL import Image
 from ray.train import TrainingFailedError, UserCallback
 from ray.util.state import list_actors
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.evaluate import evaluators

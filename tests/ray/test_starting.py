@@ -31,7 +31,8 @@ import os
 
 import ray
 
-from cluster.connect import joined, local_cluster
+from cluster.connect import joined
+from cluster.local import local_cluster
 from ray_jobs.config import LocalConfig
 
 local = LocalConfig(num_cpus=2, object_store_mb=80, niceness=3)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.connect import LocalCluster
+from cluster.local import LocalCluster
 from ray_jobs.config import Config
 from ray_jobs.data.dataset import Dataset
 from ray_jobs.data.streaming import StreamSettings, batches, split_stream

@@ -20,8 +20,8 @@ import yaml
 from ray.job_submission import JobSubmissionClient
 
 from cluster.capacity import check_resources, sized
-from cluster.connect import LocalCluster
 from cluster.lease import LEASES
+from cluster.local import LocalCluster
 from cluster.submit import main, run_job, runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
 from ray_jobs.stage import FULL
