@@ -108,15 +108,21 @@ def stable_diffusion_xl(folder: Path, *, variant: str | None = None) -> Path:
     return folder
 
 
+def _put_flow(folder: Path, version: str, **shift: Any) -> None:
+    """The index and the scheduler's file of a flow-matching model, as a release of diffusers wrote them."""
+    name = "FlowMatchEulerDiscreteScheduler"
+    absent = {part: [None, None] for part in ("feature_extractor", "image_encoder")}
+    complete_index(folder, version, scheduler=name, **absent)
+    flow = {"_class_name": name, "_diffusers_version": version, "num_train_timesteps": 1000, "shift": 3.0}
+    put_scheduler(folder, flow | shift)
+
+
 def stable_diffusion_3(folder: Path) -> Path:
     """stabilityai/stable-diffusion-3-medium-diffusers: half precision, T5 in shards."""
     pipeline = _loaded(tiny_models.tiny_stable_diffusion_3, folder)
     pipeline.to(dtype=torch.float16)
     save(pipeline, folder, sharded=["text_encoder_3"])
-    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
-    complete_index(folder, "0.29.0.dev0", scheduler="FlowMatchEulerDiscreteScheduler", **absent)
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.29.0.dev0"}
-    put_scheduler(folder, flow | {"num_train_timesteps": 1000, "shift": 3.0})
+    _put_flow(folder, "0.29.0.dev0")
     for name, pad_token in (("", "<|endoftext|>"), ("_2", "!")):
         old_text_encoder(folder / f"text_encoder{name}")
         old_tokenizer(folder / f"tokenizer{name}", pad_token)
@@ -128,13 +134,8 @@ def flux(folder: Path) -> Path:
     pipeline = _loaded(tiny_models.tiny_flux, folder)
     pipeline.to(dtype=torch.bfloat16)
     save(pipeline, folder, sharded=["transformer", "text_encoder_2"])
-    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
-    complete_index(folder, "0.30.0.dev0", scheduler="FlowMatchEulerDiscreteScheduler", **absent)
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0.dev0"}
     shift = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
-    put_scheduler(
-        folder, flow | shift | {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}
-    )
+    _put_flow(folder, "0.30.0.dev0", **shift, use_dynamic_shifting=True)
     old_text_encoder(folder / "text_encoder")
     old_tokenizer(folder / "tokenizer", "<|endoftext|>")
     return folder
