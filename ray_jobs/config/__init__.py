@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_jobs.config.data import (
@@ -29,6 +28,7 @@ from ray_jobs.config.fields import (
     require_unset,
     resolve_path,
 )
+from ray_jobs.config.files import read_settings
 from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
@@ -44,7 +44,7 @@ from ray_jobs.config.train import (
     StageConfig,
     TrainConfig,
 )
-from ray_jobs.config.yaml_text import read_yaml, write_yaml
+from ray_jobs.config.yaml_text import write_yaml
 
 __all__ = [
     "ENDLESS",
@@ -273,40 +273,14 @@ class Config(Section):
         return write_yaml(self.model_dump(mode="json"))
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Put `a.b=value` into `tree`; the value is read as YAML."""
-    dotted, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: write it as section.field=value")
-    *sections, field = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}: {section} is a value, not a section")
-    try:
-        tree[field] = read_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file and lay `overrides` (`section.field=value`) over it.
+    """Read a YAML file, and those that it extends, with `overrides` (`section.field=value`) laid over them.
 
     Raises:
         ConfigError: naming the file or field, and the fix.
     """
     try:
-        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give --config one of configs/*.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: not a configuration: it must be a mapping of sections")
-    for override in overrides or []:
-        _set(tree, override)
-    try:
-        return Config.model_validate(tree)
+        return Config.model_validate(read_settings(Path(path), overrides or []))
     except ValidationError as error:
         raise ConfigError(explain(error, str(path))) from None
 

@@ -1,0 +1,78 @@
+"""Configuration files: YAML, each of which may lay its settings over those of another one."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_jobs.config.fields import ConfigError
+from ray_jobs.config.yaml_text import read_yaml
+
+EXTENDS = "extends"
+"""Key of the file whose settings a file starts from, relative to its own folder."""
+
+
+def read_settings(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of a file, and of all that it extends, with `section.field=value` laid over them.
+
+    Raises:
+        ConfigError: naming the file or the override, and the fix.
+    """
+    tree = _read(path)
+    for override in overrides:
+        _set(tree, override)
+    return tree
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a YAML file, laid over those of the file that its `extends` names.
+
+    Args:
+        path: a relative `extends` starts from its folder.
+        extended_by: files that extend this one, the outermost first.
+    """
+    where = f"{extended_by[-1]}: {EXTENDS}: {path}" if extended_by else str(path)
+    if path.resolve() in [each.resolve() for each in extended_by]:
+        raise ConfigError(f"{where}: extends itself; remove one `{EXTENDS}` of the circle")
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "correct the path" if extended_by else "give --config one of configs/*.yaml"
+        raise ConfigError(f"{where}: no such file; {fix}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: not a configuration: it must be a mapping of sections")
+    base = tree.pop(EXTENDS, None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{where}: {EXTENDS}: {base!r} is no path; name one configuration file")
+    return _merged(_read(path.parent / base, (*extended_by, path)), tree)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return both mappings, section by section; any other value of `over` replaces that of `base`."""
+    both = {
+        name: _merged(base[name], value)
+        for name, value in over.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return base | over | both
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` into `tree`; the value is read as YAML."""
+    dotted, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as section.field=value")
+    *sections, field = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    try:
+        tree[field] = read_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from None
