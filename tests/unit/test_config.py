@@ -180,6 +180,31 @@ def test_text_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         load_config(broken)
 
 
+def test_a_configuration_extends_another_section_by_section(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "demo.yaml").write_text(DEMO.read_text())
+    (tmp_path / "base" / "small.yaml").write_text("extends: demo.yaml\ntrain: {lora: {rank: 8}, batch_size: 4}")
+    variant = tmp_path / "variant.yaml"
+    variant.write_text("extends: base/small.yaml\nsearch: {learning_rates: [1e-4]}\ntrain: {batch_size: 2}")
+    expected = ["train.lora.rank=8", "train.batch_size=2", "search.learning_rates=[1e-4]"]
+    assert load_config(variant) == load_config(DEMO, expected)
+    assert load_config(variant, ["train.batch_size=3"]).train.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("extends", "expected"),
+    [
+        ("nowhere.yaml", r"variant\.yaml: extends: .*nowhere\.yaml: no such file; correct the path"),
+        ("variant.yaml", r"variant\.yaml: extends: .*variant\.yaml: extends itself"),
+        ("[demo.yaml]", r"variant\.yaml: extends: \['demo\.yaml'\] is no path"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(extends: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "variant.yaml").write_text(f"extends: {extends}")
+    with pytest.raises(ConfigError, match=expected):
+        load_config(tmp_path / "variant.yaml")
+
+
 def test_the_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     config = load_config(DEMO, ["train.zero_stage=3", "train.schedule=constant"])
     written = tmp_path / "config.yaml"
