@@ -9,7 +9,8 @@
 | buckets    | FLUX.1-dev                          | folder of shapes, buckets    | lora                   |
 | dreambooth | a UNet that is told its guidance    | eight photos                 | prior preservation     |
 
-In all of them two trials train at once.
+Two trials train at once, but with folds, where each fold has one, and with a stream, whose encoders take
+the place of the second.
 """
 
 from collections.abc import Iterator
@@ -26,8 +27,12 @@ JOURNEYS = [
         "folds",
         "Stable Diffusion 1.5",
         pictures.folder_of_shapes,
-        {"data": {"buckets": True, "folds": 2}, "search": {"folds": 2}, "train": {"batch_size": 2}},
-        trainings=5,
+        {
+            "data": {"buckets": True, "folds": 2},
+            "search": {"folds": 2, "learning_rates": [0.05]},
+            "train": {"batch_size": 2},
+        },
+        trainings=3,
     ),
     Journey(
         "full",
@@ -41,7 +46,12 @@ JOURNEYS = [
         pictures.webdataset,
         {"train": {"train_text_encoder": True, "caption_dropout": 0.5, "lora": {"use_dora": True}}},
     ),
-    Journey("stream", "Stable Diffusion 3", pictures.folder_of_shapes, {"data": {"encode": "stream"}}),
+    Journey(
+        "stream",
+        "Stable Diffusion 3",
+        pictures.folder_of_shapes,
+        {"data": {"encode": "stream"}, "search": {"max_concurrent_trials": 1}},
+    ),
     Journey(
         "buckets",
         "FLUX.1-dev",
@@ -82,8 +92,10 @@ def port(ray_cluster: LocalCluster) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all journeys, and so one registry."""
-    return tmp_path_factory.mktemp("runs")
+    """One for all journeys, and so one registry; its name has what means something in a URL, SQL and YAML."""
+    folder = tmp_path_factory.mktemp("storage") / "it's #1, 50%20 of what?"
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("journey", JOURNEYS, ids=[journey.name for journey in JOURNEYS])

@@ -183,7 +183,9 @@ def test_text_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 def test_a_configuration_extends_another_section_by_section(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "demo.yaml").write_text(DEMO.read_text())
-    (tmp_path / "base" / "small.yaml").write_text("extends: demo.yaml\ntrain: {lora: {rank: 8}, batch_size: 4}")
+    (tmp_path / "base" / "small.yaml").write_text(
+        "extends: demo.yaml\ntrain: {lora: {rank: 8}, batch_size: 4}"
+    )
     variant = tmp_path / "variant.yaml"
     variant.write_text("extends: base/small.yaml\nsearch: {learning_rates: [1e-4]}\ntrain: {batch_size: 2}")
     expected = ["train.lora.rank=8", "train.batch_size=2", "search.learning_rates=[1e-4]"]

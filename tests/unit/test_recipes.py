@@ -1,0 +1,39 @@
+"""The recipes of `configs/`: each is read, and fits the machines that its first lines name.
+
+The base models are there in their published sizes, without weights.
+"""
+
+import re
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from cluster.plan import Model, plan
+from cluster.shape import parse_nodes
+from ray_jobs.config import load_config
+from tests import full_models
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BASES: dict[str, tuple[Callable[[Path], Path], int]] = {
+    "sd15-lora": (full_models.stable_diffusion, 859_520_964),
+    "sdxl-lora": (full_models.stable_diffusion_xl, 2_567_463_684),
+    "sdxl-dreambooth": (full_models.stable_diffusion_xl, 2_567_463_684),
+    "sd3-full": (full_models.stable_diffusion_3, 2_028_328_000),
+    "flux-lora": (full_models.flux, 11_901_408_320),
+}
+
+
+@pytest.mark.parametrize("recipe", BASES)
+def test_a_recipe_fits_the_machines_that_it_names(recipe: str, tmp_path: Path) -> None:
+    build, parameters = BASES[recipe]
+    path = CONFIGS / f"{recipe}.yaml"
+    named = re.search(r"--config configs/([\w-]+)\.yaml --nodes (\S+)", path.read_text(encoding="utf-8"))
+    assert named and named[1] == recipe
+    config = load_config(path, [f"model.base={build(tmp_path)}", f"storage={tmp_path}"])
+    assert sum(map(prod, Model(config).denoiser.values())) == parameters
+    page, fits = plan(config, parse_nodes(named[2]), None)
+    assert fits, page
+    smaller, fits = plan(config, parse_nodes("1x1gpu8"), None)
+    assert not fits, smaller
