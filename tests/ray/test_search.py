@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.evaluate import evaluators
 from ray_jobs.prepare import prepare
 from ray_jobs.publish import publish
+from ray_jobs.registry import TEST_FEATURES
 from ray_jobs.search import run_trials, search
 from ray_jobs.search_results import read_rows
 from ray_jobs.tracking import Mirror
@@ -27,6 +29,7 @@ from ray_jobs.train import build_trainer
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
 from ray_jobs.trial import Surroundings
 from ray_jobs.trials import Trials
+from ray_jobs.versions import promote
 from tests.landscape import climb, out_of_room
 from tests.ray.test_prepare import noisy
 from tests.ray.test_training import tiny_config
@@ -216,10 +219,11 @@ def wait_until_gone(cluster: LocalCluster, before: list[str], *names: str, timeo
         time.sleep(0.2)
 
 
-def test_pictures_of_several_shapes_are_searched_on_and_published(
+def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compared_in_pairs(
     ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With buckets every score, kept picture and page is of pictures in the shapes of the real ones."""
+    """With buckets every score, kept picture and page is of pictures in the shapes of the real ones. And a
+    version of the same test split is held against the champion by the error of their difference."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder, rows = tmp_path / "pictures", []
     folder.mkdir()
@@ -234,16 +238,30 @@ def test_pictures_of_several_shapes_are_searched_on_and_published(
         folder,
         tmp_path,
         "data.buckets=true",
-        "search.ladder=[1]",
+        "search.ladder=[1,2]",
         f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4}}",
     )
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         winner = publish(config, dataset, pool, found)
+        promote(config, 1)  # also where it does not beat its base
+        [other] = [row for row in found.rows if row["step"] != winner["step"]]
+        again = config.model_copy(update={"name": "again"})
+        second = publish(again, dataset, pool, replace(found, winner=other))
+        models = [Storage.open(config.storage).child(name, "model") for name in ("again", "tiny")]
+        paired = pool.difference(*models, "test", TEST_FEATURES)
         shapes = pool.shapes["test"]
-    [row] = found.rows
-    assert row["fid"] > 0 and row["validation_loss"] > 0
+    print(
+        winner["test_fid"],
+        winner["test_fid_error"],
+        second["test_fid"],
+        second["test_fid_error"],
+        paired,
+        second["registry_decision"],
+        winner["registry_decision"],
+    )
+    assert all(row["fid"] > 0 and row["validation_loss"] > 0 for row in found.rows)
     assert set(pool.shapes["validation"]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"
     for number, (height, width) in enumerate(pool.shapes["validation"][:8]):

@@ -219,6 +219,36 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
         assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, stage
 
 
+def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
+    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """And in bf16, losses and norms of many pieces are those of one. fp16 needs a GPU."""
+
+    def config(**train: Any) -> Config:
+        settings = {"method": "full", "batch_size": 16, "learning_rate": 1e-3} | train
+        overrides = [f"train.{name}={value}" for name, value in settings.items()]
+        return tiny_config(tiny_model, picture_folder, tmp_path, "search.ladder=[4]", *overrides)
+
+    dataset = prepare(config())
+    variants = {
+        "channels last": config(channels_last=True),
+        "recomputed": config(gradient_checkpointing=True, zero_stage=3),
+        "optimizer offloaded": config(zero_stage=2, offload_optimizer=True, micro_batch_size=3),
+        "all offloaded": config(zero_stage=3, offload_optimizer=True, offload_parameters=True),
+        "bf16, 1 at once": config(precision="bf16", zero_stage=2, micro_batch_size=1),
+        "bf16, 8 at once": config(precision="bf16", zero_stage=3, micro_batch_size=8),
+        "compiled": config(compile=True),
+    }
+    found = train_variants(variants, dataset, tmp_path, two_workers, steps=4)
+    plain = PlainTraining(config(), dataset)
+    expected = {"loss": plain.run(4), "grad_norm": plain.norms}
+    assert found.keys() == variants.keys()
+    for variant, steps in found.items():
+        rounded = 0.02 if "bf16" in variant else 1e-3
+        for kind, values in steps.items():
+            assert values == pytest.approx(expected[kind], rel=rounded), (variant, kind)
+
+
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
     two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
