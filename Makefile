@@ -12,7 +12,7 @@ OWN := benchmarks cluster examples ray_jobs scripts serving tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test journeys faults lint format serve bench-gpu base-model lock clean
+.PHONY: help setup demo test journeys faults lint format serve bench-gpu base-model configuration-page lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ base-model: setup ## train the demo's base model from nothing (an afternoon on t
 	$(BIN)/python -m examples.emoji base
 	$(BIN)/python -m examples.emoji pictures
 	$(BIN)/python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
+
+configuration-page: setup ## write docs/configuration.md anew
+	$(BIN)/python -m scripts.configuration_page
 
 # One lock for every Python that diffray runs on; lines that are for other systems alone are left out.
 lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew

@@ -142,7 +142,7 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     local: LocalConfig = LocalConfig()
-    pretrain: PretrainConfig | None = None
+    pretrain: PretrainConfig | None = Field(None, description="of `python -m ray_jobs.pretrain` only")
 
     @field_validator("name")
     @classmethod
