@@ -23,18 +23,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cluster.capacity import check_resources, sized
 from cluster.connect import one_line
 from cluster.embedded import num_gpus
-from cluster.local import QUIET, local_cluster
-from cluster.variables import PLAIN, secret_modules, those_set
+from cluster.local import local_cluster
+from cluster.upload import runtime_environment, with_configuration
+from cluster.variables import secret_modules
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
-
-PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
-"""What of the repository a job needs; all else (runs, caches, history) stays at home."""
-
-MAX_UPLOAD_MB = 100
-"""More than this in one upload is data, which belongs into storage (Ray itself refuses from 512 MiB)."""
 
 NOT_FOUND_S = 60
 """How long a cluster may have no free agent for a job before that is an error, in seconds."""
@@ -108,8 +103,9 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if options.token_file:
         use_token(options.token_file)
     if options.address:
+        command, files = with_configuration(command, options.config)
         with secret_modules() as modules:
-            environment = runtime_environment() | ({"py_modules": modules} if modules else {})
+            environment = runtime_environment(files=files) | ({"py_modules": modules} if modules else {})
             return run_job(options.address, command, environment, wait=not options.no_wait)
     local = sized(config.local)
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
@@ -145,31 +141,6 @@ def local_variables() -> dict[str, str]:
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"DIFFRAY_HOME": str(home()), "PATH": path}
-
-
-def runtime_environment(env_vars: dict[str, str] | None = None) -> dict[str, Any]:
-    """Ray's runtime environment: this repository's code and small data, and the variables of a run.
-
-    Raises:
-        ConfigError: if there is too much to upload.
-    """
-    root = Path(__file__).resolve().parent.parent
-    sizes = {
-        name: sum(path.stat().st_size for path in (root / name).rglob("*") if path.is_file()) / 2**20
-        for name in PACKAGES
-    }
-    if sum(sizes.values()) > MAX_UPLOAD_MB:
-        largest = max(sizes, key=lambda name: sizes[name])
-        raise ConfigError(
-            f"{root / largest}: {sizes[largest]:.0f} MiB of the {sum(sizes.values()):.0f} to upload, and the "
-            f"limit is {MAX_UPLOAD_MB}: move data to shared storage and name it in data.source or model.base"
-        )
-    excludes = [f"/{path.name}" for path in root.iterdir() if path.name not in PACKAGES]
-    return {
-        "working_dir": str(root),
-        "excludes": [*excludes, "__pycache__"],
-        "env_vars": QUIET | {"PYTHONUNBUFFERED": "1"} | those_set(PLAIN) | (env_vars or {}),
-    }
 
 
 def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wait: bool = True) -> int:

@@ -276,11 +276,14 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, and those that it extends, with `overrides` (`section.field=value`) laid over them.
 
+    A relative path starts from `home()`: a job on the embedded Ray runs in a copy of the code, in which the
+    user's own file does not lie.
+
     Raises:
         ConfigError: naming the file or field, and the fix.
     """
     try:
-        return Config.model_validate(read_settings(Path(path), overrides or []))
+        return Config.model_validate(read_settings(Path(resolve_path(str(path))), overrides or []))
     except ValidationError as error:
         raise ConfigError(explain(error, str(path))) from None
 

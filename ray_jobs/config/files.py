@@ -25,6 +25,12 @@ def read_settings(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return a file that `read_settings` reads, and those that it extends."""
+    base = read_yaml(path.read_text(encoding="utf-8")).get(EXTENDS)
+    return [path, *(files_of(path.parent / base) if base else [])]
+
+
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the settings of a YAML file, laid over those of the file that its `extends` names.
 

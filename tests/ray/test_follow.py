@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cluster.local import LocalCluster
-from cluster.submit import run_job, runtime_environment
+from cluster.submit import run_job
+from cluster.upload import runtime_environment
 
 
 class Proxy:

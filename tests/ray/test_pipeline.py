@@ -20,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 from safetensors import safe_open
 
-from cluster import submit
+from cluster import submit, upload
 from cluster.local import LocalCluster
 from cluster.storage import slug
 from ray_jobs.compare import compare, look_up
@@ -45,7 +45,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     written = tmp_path / "tiny.yaml"
     written.write_text(config.to_yaml())
     job = ["python", "-m", "ray_jobs.pipeline", "--config", str(written)]
-    environment = submit.runtime_environment(submit.local_variables())
+    environment = upload.runtime_environment(submit.local_variables())
     run = tmp_path / "tiny"
     first, killed = killed_at_its_first_rung(ray_cluster, job, environment, run)
     with killing_a_trial(ray_cluster, run) as trial:

@@ -6,6 +6,7 @@ import os
 import pty
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from ray.job_submission import JobSubmissionClient
 from cluster.capacity import check_resources, sized
 from cluster.lease import LEASES
 from cluster.local import LocalCluster
-from cluster.submit import main, run_job, runtime_environment
+from cluster.submit import main, run_job
+from cluster.upload import runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
 from ray_jobs.stage import FULL
 from tests.interruptible import interruptible
@@ -190,7 +192,7 @@ def test_too_much_to_upload_is_refused_before_anything_starts(
     where: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config()))
-    monkeypatch.setattr("cluster.submit.MAX_UPLOAD_MB", 1)
+    monkeypatch.setattr("cluster.upload.MAX_UPLOAD_MB", 1)
     former = signal.getsignal(signal.SIGTERM)
     assert main(["--config", str(tmp_path / "run.yaml"), *where, "--", "true"]) == 2
     signal.signal(signal.SIGTERM, former)
@@ -198,6 +200,24 @@ def test_too_much_to_upload_is_refused_before_anything_starts(
     [line] = told.err.splitlines()
     assert told.out == "" and line.startswith(f"error: {ROOT}/models: ")
     assert "the limit is 1: move data to shared storage" in line
+
+
+def test_a_configuration_of_the_users_own_goes_with_the_job(
+    ray_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    """It lies beside the packages, and extends a recipe; nothing else of what lies there is uploaded."""
+    checkout = tmp_path / "checkout"
+    for package in ("cluster", "ray_jobs", "configs"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "runs").mkdir()
+    (checkout / "runs" / "large").touch()
+    (checkout / "mine.yaml").write_text("extends: configs/demo.yaml\nname: mine")
+    code = "import os, ray_jobs.config as c; print(c.load_config('mine.yaml').name, os.path.exists('runs'))"
+    command = [sys.executable, "-m", "cluster.submit", "--address", ray_cluster.address]
+    command += ["--", "python", "-c", code, "--config", "mine.yaml"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "mine False" in done.stdout.splitlines()
 
 
 PREPARE = ("-m", "ray_jobs.prepare")

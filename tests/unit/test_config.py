@@ -207,6 +207,16 @@ def test_what_cannot_be_extended_is_named(extends: str, expected: str, tmp_path:
         load_config(tmp_path / "variant.yaml")
 
 
+def test_a_job_finds_the_configuration_of_the_users_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the embedded Ray it runs in a copy of the code, and its paths are the user's (`home`)."""
+    (tmp_path / "demo.yaml").write_text(DEMO.read_text())
+    (tmp_path / "mine.yaml").write_text("extends: demo.yaml\nname: mine")
+    monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))
+    assert load_config("mine.yaml").name == "mine"
+
+
 def test_the_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
     config = load_config(DEMO, ["train.zero_stage=3", "train.schedule=constant"])
     written = tmp_path / "config.yaml"

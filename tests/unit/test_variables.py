@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.submit import runtime_environment
+from cluster.upload import runtime_environment
 from cluster.variables import SECRET, secret_modules
 
 ROOT = Path(__file__).parents[2]

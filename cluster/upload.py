@@ -1,0 +1,83 @@
+"""What a job takes along: this repository's code and small data, and the configuration of its run."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.local import QUIET
+from cluster.variables import PLAIN, those_set
+from ray_jobs.config import ConfigError
+from ray_jobs.config.files import files_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
+"""What of the repository a job needs; all else (runs, caches, history) stays at home."""
+
+MAX_UPLOAD_MB = 100
+"""More than this in one upload is data, which belongs into storage (Ray itself refuses from 512 MiB)."""
+
+
+def runtime_environment(
+    env_vars: dict[str, str] | None = None, files: Collection[Path] = ()
+) -> dict[str, Any]:
+    """Return Ray's runtime environment: code and small data, and the variables of a run.
+
+    Args:
+        files: of the repository, outside `PACKAGES`, that are uploaded too.
+
+    Raises:
+        ConfigError: if there is too much to upload.
+    """
+    sizes = {
+        name: sum(path.stat().st_size for path in (ROOT / name).rglob("*") if path.is_file()) / 2**20
+        for name in PACKAGES
+    }
+    if sum(sizes.values()) > MAX_UPLOAD_MB:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"{ROOT / largest}: {sizes[largest]:.0f} MiB of the {sum(sizes.values()):.0f} to upload, and the "
+            f"limit is {MAX_UPLOAD_MB}: move data to shared storage and name it in data.source or model.base"
+        )
+    kept = {*files, *(ROOT / name for name in PACKAGES)}
+    return {
+        "working_dir": str(ROOT),
+        "excludes": [*(f"/{path.relative_to(ROOT)}" for path in all_but(kept, ROOT)), "__pycache__"],
+        "env_vars": QUIET | {"PYTHONUNBUFFERED": "1"} | those_set(PLAIN) | (env_vars or {}),
+    }
+
+
+def all_but(kept: Collection[Path], folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and is neither to be kept nor holds something that is."""
+    for path in folder.iterdir():
+        if path in kept:
+            continue
+        if any(path in each.parents for each in kept):
+            yield from all_but(kept, path)
+        else:
+            yield path
+
+
+def with_configuration(command: list[str], config: str) -> tuple[list[str], list[Path]]:
+    """Return a command that names its configuration as a job finds it on a cluster, and the files to upload
+    for that. An absolute path outside the repository stays as it is: shared storage, which every node reads.
+
+    Args:
+        config: the configuration of the job, as the user names it.
+
+    Raises:
+        ConfigError: the configuration, or one that it extends, is neither in the repository nor shared.
+    """
+    given = Path(config)
+    shared = given.is_absolute() and not given.resolve().is_relative_to(ROOT)
+    if shared or config not in command:
+        return command, []
+    files = [each.resolve() for each in files_of(given)]
+    for file in files:
+        if not file.is_relative_to(ROOT):
+            raise ConfigError(
+                f"--config {config}: {file} does not lie in {ROOT}, which the cluster gets a copy of; put it "
+                "there, or all of the configuration on storage that every node reads, by its absolute path"
+            )
+    found = str(files[0].relative_to(ROOT))
+    return [found if each == config else each for each in command], files
