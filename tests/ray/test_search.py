@@ -252,15 +252,9 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         models = [Storage.open(config.storage).child(name, "model") for name in ("again", "tiny")]
         paired = pool.difference(*models, "test", TEST_FEATURES)
         shapes = pool.shapes["test"]
-    print(
-        winner["test_fid"],
-        winner["test_fid_error"],
-        second["test_fid"],
-        second["test_fid_error"],
-        paired,
-        second["registry_decision"],
-        winner["registry_decision"],
-    )
+    error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
+    assert error in second["registry_decision"]
+    assert paired.standard_error < second["test_fid_error"] / 2  # both drew the same captions
     assert all(row["fid"] > 0 and row["validation_loss"] > 0 for row in found.rows)
     assert set(pool.shapes["validation"]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"
