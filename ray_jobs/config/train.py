@@ -147,7 +147,7 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     channels_last: bool = Field(False, description="memory layout of convolutions")
-    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps; not tested")
+    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps")
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101), states in fp32")
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW; biases and norms are exempt")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")

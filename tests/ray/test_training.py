@@ -17,6 +17,7 @@ from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of
 from ray_jobs.training.loop import LoopSettings
 from tests.plain_training import PlainTraining
 from tests.record import record_fault
+from tests.tiny_models import tiny_flux
 from tests.workers import Workers, run_inside
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -49,13 +50,14 @@ def train_variants(
     """So many steps of each variant, one after the other on the same workers; loss and norm of each step.
 
     `folder` then has of each `<variant>.safetensors`, the averaged weights before the last step, and
-    `<variant>-<rank>.json`: what `state_bytes` says, and the bytes of the gradients that are there after the
-    first backward pass.
+    `<variant>-<rank>.json`: what `state_bytes` says, the bytes of the gradients that are there after a first
+    backward pass, and how many graphs torch.compile has made until then.
     """
 
     def train_all(loop: dict[str, Any]) -> None:
         import torch
         from safetensors.torch import save_file
+        from torch._dynamo.utils import counters
 
         from ray_jobs.training.loop import LoopSettings, Training
         from ray_jobs.training.memory import state_bytes
@@ -77,8 +79,13 @@ def train_variants(
             engine, add, advance = training.engine, training.meter.add, training.engine.step
 
             def step_and_tell() -> None:
-                there = gradients(engine)
-                told = json.dumps({"state": state_bytes(engine), "gradients": there})
+                told = json.dumps(
+                    {
+                        "state": state_bytes(engine),
+                        "gradients": gradients(engine),
+                        "graphs": counters["stats"]["unique_graphs"],
+                    }
+                )
                 Path(loop["folder"], f"{variant}-{training.rank}.json").write_text(told)
                 engine.step = advance
                 advance()
@@ -237,7 +244,6 @@ def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
         "all offloaded": config(zero_stage=3, offload_optimizer=True, offload_parameters=True),
         "bf16, 1 at once": config(precision="bf16", zero_stage=2, micro_batch_size=1),
         "bf16, 8 at once": config(precision="bf16", zero_stage=3, micro_batch_size=8),
-        "compiled": config(compile=True),
     }
     found = train_variants(variants, dataset, tmp_path, two_workers, steps=4)
     plain = PlainTraining(config(), dataset)
@@ -247,6 +253,24 @@ def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
         rounded = 0.02 if "bf16" in variant else 1e-3
         for kind, values in steps.items():
             assert values == pytest.approx(expected[kind], rel=rounded), (variant, kind)
+
+
+def test_a_compiled_denoiser_trains_as_it_does_without(
+    two_workers: Workers, picture_folder: Path, tmp_path: Path
+) -> None:
+    """A transformer of few layers, which takes the compiler least."""
+    base = tiny_flux(tmp_path / "flux")
+
+    def config(compiled: bool) -> Config:
+        overrides = ["search.ladder=[2]", f"train.compile={compiled}"]
+        return tiny_config(base, picture_folder, tmp_path, *overrides)
+
+    variants = {"plain": config(False), "compiled": config(True)}
+    found = train_variants(variants, prepare(config(False)), tmp_path, two_workers, steps=2)
+    graphs = [json.loads((tmp_path / f"{each}-0.json").read_text())["graphs"] for each in variants]
+    assert graphs[0] == 0 < graphs[1]
+    for kind, values in found["compiled"].items():
+        assert values == pytest.approx(found["plain"][kind], rel=1e-3), kind
 
 
 def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
