@@ -250,7 +250,7 @@ def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
     expected = {"loss": plain.run(4), "grad_norm": plain.norms}
     assert found.keys() == variants.keys()
     for variant, steps in found.items():
-        rounded = 0.02 if "bf16" in variant else 1e-3
+        rounded = 0.05 if "bf16" in variant else 1e-3
         for kind, values in steps.items():
             assert values == pytest.approx(expected[kind], rel=rounded), (variant, kind)
 
