@@ -26,15 +26,13 @@ BROKEN = "broken.png"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs Ray, which has to have the machine to itself; all else runs on two cores at once.
 
-    And what takes machines away, which takes long: `make faults`; what walks the whole way: `make journeys`.
+    And what takes machines away, which takes long: `make faults`.
     """
     for item in items:
         if item.path.parent.name == "faults":
             item.add_marker("faults")
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-            if item.path.parent.name == "journeys":
-                item.add_marker("journeys")
 
 
 @pytest.fixture(scope="session")
