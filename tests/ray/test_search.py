@@ -249,8 +249,8 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         [other] = [row for row in found.rows if row["step"] != winner["step"]]
         again = config.model_copy(update={"name": "again"})
         second = publish(again, dataset, pool, replace(found, winner=other))
-        models = [Storage.open(config.storage).child(name, "model") for name in ("again", "tiny")]
-        paired = pool.difference(*models, "test", TEST_FEATURES)
+        new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
+        paired = pool.difference(new, held, "test", TEST_FEATURES)
         shapes = pool.shapes["test"]
     error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
     assert error in second["registry_decision"]

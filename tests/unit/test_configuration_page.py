@@ -28,7 +28,7 @@ def test_the_page_is_of_the_present_fields() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "make configuration-page"
 
 
-@pytest.mark.parametrize("section", sorted(set(sections(Config)), key=lambda each: each.__name__))
+@pytest.mark.parametrize("section", dict.fromkeys(sections(Config)))
 def test_every_field_has_a_description_and_a_line(section: type[Section]) -> None:
     for name, field in section.model_fields.items():
         is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
