@@ -31,7 +31,7 @@ TESTS = [  # what needs no Ray before what starts one in this process, as in `ma
     "tests/ray/test_search.py::test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it",
     "tests/ray/test_pipeline.py"
     "::test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done",
-    "tests/serving/test_following.py",
+    "tests/serving/test_registry_watcher.py",
 ]
 
 

@@ -15,11 +15,11 @@ import torch
 from benchmarks.serving_engine import bare_rows_per_second
 from benchmarks.serving_load import GUIDANCE_SCALE, lone, requests_of
 from ray_jobs.diffusion.loading import load_pipeline
-from serving.engine import Engine
-from serving.engine_thread import EngineThread
-from serving.order import BASE
+from serving.engine.engine import Engine
+from serving.engine.rows import Drawing, Request
+from serving.engine.thread import EngineThread
+from serving.messages import BASE
 from serving.provenance import encode_png
-from serving.rows import Drawing, Request
 
 STEPS = 20  # of a lone request
 REST_S = 0.05  # between turns: threads of the former wait for work with a busy core for a while

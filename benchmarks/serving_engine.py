@@ -32,8 +32,8 @@ from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
 from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents
-from serving.engine import Engine
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
 
 MODEL = "models/emoji-base"
 FASTER = Path(__file__).parent / "results" / "serving_faster.json"

@@ -1,8 +1,8 @@
 """python -m benchmarks.serving_engine --part faster [--size small|full]
 
-What each switch of `serving.faster` and of the engine gives and costs with `models/emoji-base`: the same
-prompts and seeds in every engine, as many rows as `--max-rows`, all waiting from the start. float32 draws in
-20 steps of the model's own solver, DPM-Solver++ 2M.
+What each switch of `serving.engine.optimizations` and of the engine gives and costs with
+`models/emoji-base`: the same prompts and seeds in every engine, as many rows as `--max-rows`, all waiting
+from the start. float32 draws in 20 steps of the model's own solver, DPM-Solver++ 2M.
 
 With `--size full` the figures go to benchmarks/results/serving_faster.json, where those of other switches
 stay.
@@ -29,10 +29,10 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import load_inception
-from serving.adapters import read_adapter
-from serving.engine import Engine
-from serving.faster import prepare
-from serving.rows import Request
+from serving.engine.adapters import read_adapter
+from serving.engine.engine import Engine
+from serving.engine.optimizations import prepare
+from serving.engine.rows import Request
 
 ROOT = Path(__file__).parents[1]
 MODEL = "models/emoji-base"
@@ -48,7 +48,7 @@ LORA = "a LoRA version"
 
 
 class Switches(NamedTuple):
-    """Of `faster.prepare` and of the engine; `lora`: a version's weights, for each row or fused."""
+    """Of `optimizations.prepare` and of the engine; `lora`: a version's weights, for each row or fused."""
 
     prepare: dict[str, Any]
     engine: dict[str, Any]

@@ -23,7 +23,7 @@ from ray_jobs.registration import register
 from ray_jobs.registry import champion
 from serving.app import APPLICATION
 from serving.command import endpoint, free_port
-from serving.order import BASE, ReplicaLoad
+from serving.messages import BASE, ReplicaLoad
 
 OURS, BATCHED, SEQUENTIAL = "diffray", "batched", "sequential"
 RIVALS = (SEQUENTIAL, BATCHED)

@@ -17,13 +17,13 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.progress import say
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
-from serving.feedback_database import feedback_url, open_database
-from serving.following import current
-from serving.ingress import Ingress
-from serving.keys import KeyRing
-from serving.order import base_of
-from serving.replica import Model
-from serving.safety import checker_factory
+from serving.feedback.database import feedback_url, open_database
+from serving.http.api_keys import KeyRing
+from serving.http.ingress import Ingress
+from serving.messages import base_of
+from serving.replica.replica import Model
+from serving.replica.safety import checker_factory
+from serving.service.registry_watcher import current
 
 APPLICATION = "diffray"
 HEALTH_CHECK_S = 2  # so soon a replica that died is missed, and another is started

@@ -29,7 +29,7 @@ from ray_jobs.progress import complain, quiet_logs, show
 from ray_jobs.registry import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
-from serving.following import replaced_by
+from serving.service.registry_watcher import replaced_by
 
 DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
 

@@ -4,95 +4,18 @@
     python -m serving.keys list --config configs/demo.yaml
     python -m serving.keys revoke --config configs/demo.yaml 3f9a01c2
 
-A key is `diffray-<id>-<secret>`. It is shown once, when it is made; the file (`serve.keys`, or `--keys FILE`)
-keeps the SHA-256 of it. One round of a plain hash is right here, where for passwords it would be wrong: slow
-and salted hashes protect what people choose, which can be guessed, while a secret of 256 random bits cannot
-be, however fast its hash is, and a slow one would only let strangers keep the server busy. The id is no
-secret: it finds the entry, stands in logs, and names the key to `revoke`; the digests are then compared in
-constant time, so that answers tell nothing about them by how long they take.
+A key is shown once, when it is made; the file keeps its SHA-256 (`serving.http.api_keys`).
 """
 
 import argparse
-import hmac
-import re
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_args
 
-from ray_jobs.config import ConfigError, ServeConfig, load_config
+from ray_jobs.config import ConfigError, load_config
 from ray_jobs.progress import complain, show
-from serving.key_file import Key, Scope, add_key, digest, key_file, read_keys, revoke_key
-from serving.logs import LOGGER
-
-TOKEN = re.compile(r"diffray-([0-9a-f]{8})-[0-9a-f]{64}")
-
-
-class KeyRing:
-    """The keys of a file, read again whenever it has changed.
-
-    A file that breaks while the server runs is logged, and the keys that were read last stay.
-
-    Args:
-        path: of the file.
-        clock: seconds since 1970.
-
-    Raises:
-        ConfigError: naming the file, if it cannot be read now.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock = path, clock
-        self._seen = self._stamp()
-        self._keys = {key.id: key for key in read_keys(path).keys}
-
-    @staticmethod
-    def of(settings: ServeConfig) -> "KeyRing | None":
-        """The ring of `serve.keys`; None where there are no keys and everybody may ask.
-
-        Raises:
-            ConfigError: the file is broken, or nobody could ask.
-        """
-        path = key_file(settings)
-        if path is not None:
-            return KeyRing(path)
-        if not settings.allow_anonymous:
-            raise ConfigError(
-                "serve.keys: nobody may ask this server; name a file of keys and make one with "
-                "`python -m serving.keys add`, or answer everybody with serve.allow_anonymous: true"
-            )
-        return None
-
-    def find(self, token: str) -> Key | None:
-        """The key of a token; None if it is unknown, expired or revoked."""
-        self._refresh()
-        match = TOKEN.fullmatch(token)
-        key = self._keys.get(match[1]) if match else None
-        if key is None or not hmac.compare_digest(key.sha256, digest(token)):
-            return None
-        return key if key.state(datetime.fromtimestamp(self._clock(), UTC)) == "valid" else None
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        """Differs when the file does; None if there is none."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-    def _refresh(self) -> None:
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return
-        self._seen = stamp  # before reading: a change in between is seen the next time
-        try:
-            self._keys = {key.id: key for key in read_keys(self._path).keys}
-        except ConfigError as error:
-            LOGGER.error("%s; the keys that were read last stay", error)
-        else:
-            LOGGER.info("serve.keys: %s: %d keys", self._path, len(self._keys))
+from serving.http.api_keys import Scope, add_key, key_file, read_keys, revoke_key
 
 
 def _path_of(options: argparse.Namespace) -> Path:

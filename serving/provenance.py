@@ -29,7 +29,7 @@ def facts_of(
     Never who asked: not the user, nor the key.
 
     Args:
-        parameters: by the names of `feedback_schemas.Generation`; those that draw the picture are taken.
+        parameters: by the names of `feedback.schemas.Generation`; those that draw the picture are taken.
         base: name of the model that was fine-tuned.
         adapter_digest: sha256 of the adapter's weights.
         with_prompt: False leaves out what the prompts were.

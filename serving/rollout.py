@@ -14,49 +14,10 @@ import sys
 from typing import Any
 
 from ray_jobs import versions
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.progress import columns, complain, show
-from ray_jobs.registry import CANDIDATE, open_existing, store_errors
 from serving.client import KEY_VARIABLE, EndpointError, call
-
-TAKEN_OUT = "taken_out"  # tag of a version: why it is the candidate no more
-
-
-def withdraw(config: Config, version: int | None = None, reason: str = "by hand") -> int:
-    """Take the alias `candidate` away and note why; returns the version that had it.
-
-    Args:
-        version: only if this one has the alias.
-
-    Raises:
-        ConfigError: there is no candidate, or it is another version.
-    """
-    name = config.publish.model_name
-    with store_errors(config):
-        client = open_existing(config)
-        candidate = versions.aliases_of(client, config).get(CANDIDATE)
-        if candidate is None or version not in (None, candidate):
-            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to take out")
-        client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
-        client.delete_registered_model_alias(name, CANDIDATE)
-    return candidate
-
-
-def promote(config: Config, version: int | None = None) -> int:
-    """Make the candidate, or the version named, the champion, and return it.
-
-    Raises:
-        ConfigError: there is no candidate, or its weights are not those that were registered.
-    """
-    if version is None:
-        with store_errors(config):
-            version = versions.aliases_of(open_existing(config), config).get(CANDIDATE)
-        if version is None:
-            raise ConfigError(
-                f"{config.publish.model_name!r} has no candidate; name a version: promote --version ..."
-            )
-    versions.promote(config, version)
-    return version
+from serving.service.rollout import promote, withdraw
 
 
 def comparison(answer: dict[str, Any]) -> str:

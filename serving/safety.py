@@ -1,4 +1,4 @@
-"""The optional checker that looks at every picture before it is sent.
+"""The interface of safety checkers, which look at every picture before it is sent.
 
 `serve.safety_checker: module:function` names a factory: called once a replica without arguments, it loads
 what it needs and returns the checker. A checker takes pictures and returns one `Verdict` each, in their
@@ -6,20 +6,10 @@ order. It is called from one thread at a time. One that fails blocks: a picture 
 not sent.
 """
 
-import importlib
-import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from PIL import Image
-
-from ray_jobs.config import ConfigError
-from serving.schemas import APIError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,99 +30,3 @@ class Verdict:
 
 Checker = Callable[[Sequence[Image.Image]], Sequence[Verdict]]
 CheckerFactory = Callable[[], Checker]
-
-
-class SafetyChecker:
-    """A checker on the way of the pictures."""
-
-    def __init__(self, check: Checker) -> None:
-        self._check = check
-        self._lock = threading.Lock()
-
-    def judge(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray | APIError]:
-        """For each picture what is to be answered: itself, its replacement, or an error.
-
-        An error is returned, not raised, since pictures of several requests may be looked at together.
-
-        Args:
-            pictures: uint8, height x width x 3, of any sizes.
-
-        Returns:
-            In the same order. Errors: 400 `content_policy_violation` as OpenAI's; 500 `safety_check_failed`
-            of all, if the checker failed.
-        """
-        if not pictures:
-            return []
-        try:
-            with self._lock:
-                verdicts = list(self._check([Image.fromarray(pixels) for pixels in pictures]))
-            return [_answer(pixels, verdict) for pixels, verdict in zip(pictures, verdicts, strict=True)]
-        except Exception as error:  # whatever it is, of a stranger's code: nothing unseen is sent
-            log.exception("the safety checker failed")
-            message = f"the pictures could not be checked ({type(error).__name__}), so none is sent"
-            return [APIError(500, message, code="safety_check_failed") for _ in pictures]
-
-
-def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"the checker gave {verdict!r}, not a Verdict")
-    if verdict.allowed:
-        return pixels
-    if verdict.replacement is None:
-        reason = f": {verdict.reason}" if verdict.reason else ""
-        return APIError(
-            400,
-            f"the picture was blocked by this server's safety checker{reason}",
-            param="prompt",
-            code="content_policy_violation",
-        )
-    replacement = np.asarray(verdict.replacement.convert("RGB"))
-    if replacement.shape != pixels.shape:
-        raise ValueError(f"the replacement is {replacement.shape}, not {pixels.shape}")
-    return replacement
-
-
-def checker_factory(name: str) -> CheckerFactory:
-    """The function that `serve.safety_checker` names, not called yet.
-
-    Args:
-        name: `module:function`.
-
-    Raises:
-        ConfigError: naming the field and why there is no such function.
-    """
-    where = f"serve.safety_checker: {name}"
-    module_name, colon, function = name.partition(":")
-    if not (module_name and colon and function.isidentifier()):
-        raise ConfigError(f"{where}: write it as module:function, for example my_checks.safety:make_checker")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module's own code may raise anything
-        raise ConfigError(f"{where}: the module cannot be imported ({_told(error)})") from error
-    factory: Any = getattr(module, function, None)
-    if not callable(factory):
-        raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
-    return factory
-
-
-def load_checker(name: str) -> SafetyChecker:
-    """The checker that `serve.safety_checker` names.
-
-    Raises:
-        ConfigError: naming the field and why there is no such checker.
-    """
-    where, factory = f"serve.safety_checker: {name}", checker_factory(name)
-    try:
-        checker: Any = factory()
-    except Exception as error:
-        raise ConfigError(f"{where}: it made no checker ({_told(error)})") from error
-    if not callable(checker):
-        raise ConfigError(
-            f"{where}: it returned {type(checker).__name__}, not a checker; return a function that takes "
-            "pictures and gives a Verdict for each"
-        )
-    return SafetyChecker(checker)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

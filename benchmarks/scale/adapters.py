@@ -12,8 +12,8 @@ from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import ROOT
 from benchmarks.scale.memory import resident
 from ray_jobs.registry import CHAMPION, RegisteredModel, RegistryEntry
-from serving.adapters import AdapterCache, read_adapter
-from serving.catalogue import Catalogue
+from serving.engine.adapters import AdapterCache, read_adapter
+from serving.service.routing import Catalogue
 
 SIZES = (1, 10, 100, 1_000)
 MODEL = ROOT / "models" / "emoji-base"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.loading import load_pipeline
-from serving.engine import Engine
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
 from tests.journeys.bases import BASES
 from tests.serving import plain_diffusers
 

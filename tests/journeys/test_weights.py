@@ -19,8 +19,8 @@ from ray_jobs.diffusion.model_files import variant_name
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.model_card import usage
 from ray_jobs.training.setup import build_model, exporter
-from serving.engine import Engine
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
 from tests.journeys.test_journeys import JOURNEYS
 from tests.journeys.walk import SIDE, Journey, configuration
 

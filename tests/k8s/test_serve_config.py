@@ -32,7 +32,7 @@ def unknown_keys(config: dict[str, Any]) -> set[str]:
 
 
 def deployments_of_the_code() -> set[str]:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "serving").glob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "serving").rglob("*.py")]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     return {each.name for each in classes if any("deployment" in ast.unparse(d) for d in each.decorator_list)}
 

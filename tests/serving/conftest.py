@@ -14,7 +14,7 @@ from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import REFERENCE, RegisteredModel, champion
-from serving.key_file import Scope, add_key
+from serving.http.api_keys import Scope, add_key
 
 KEYS = "keys.json"
 WINDOW = 16  # pictures that drift is told of

@@ -11,7 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from serving.feedback import FeedbackStore, feedback_router
+from serving.feedback.store import FeedbackStore
+from serving.http.feedback import feedback_router
 from serving.schemas import APIError, invalid_request
 
 FEEDBACK_KEY = "secret"

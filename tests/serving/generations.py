@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serving.feedback_schemas import FeedbackRequest, Generation
+from serving.feedback.schemas import FeedbackRequest, Generation
 
 
 def generation(number: int = 1, **fields: Any) -> Generation:

@@ -11,18 +11,18 @@ from typing import Any
 
 from ray_jobs.config import Config
 from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel, RegistryEntry
-from serving.access import Access
-from serving.api import create_api
-from serving.feedback import FeedbackStore
-from serving.keys import KeyRing
-from serving.replica import Model
-from serving.replicas import Replicas
-from serving.service import Service
+from serving.feedback.store import FeedbackStore
+from serving.http.access import Access
+from serving.http.api import create_api
+from serving.http.api_keys import KeyRing
+from serving.replica.replica import Model
+from serving.service.replica_client import ReplicaClient
+from serving.service.service import Service
 from tests.serving.http_server import http_server
 
 
 class HandleHere:
-    """What `Replicas` asks of a handle of `replica.Model`."""
+    """What `ReplicaClient` asks of a handle of `replica.Model`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -84,15 +84,15 @@ def service_here(
     """A service and its only replica while the block runs; the registry holds two versions of one model."""
     with ThreadPoolExecutor(1) as thread:  # the browser's driver has a loop in this one
         model = thread.submit(asyncio.run, _model(config, champion)).result()
-    service = Service(config, champion, Replicas(HandleHere(model)), store)
+    service = Service(config, champion, ReplicaClient(HandleHere(model)), store)
     versions = {each.version: each for each in (champion, candidate)}
     aliases = {CHAMPION: champion.version, CANDIDATE: candidate.version}
     service.catalogue.entries = {champion.name: RegistryEntry(versions, aliases)}
-    service.following.looked = True
+    service.watcher.looked = True
     try:
         yield service, model
     finally:
-        for engine in model.library.engines.values():
+        for engine in model.engine_cache.engines.values():
             engine.stop()
 
 

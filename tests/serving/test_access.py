@@ -25,14 +25,13 @@ from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
-from serving.access import Access, client_of
-from serving.api import EventStream
-from serving.key_file import Scope, add_key, digest
-from serving.keys import KeyRing
-from serving.limits import ConcurrencyLimit
-from serving.logs import configure_logging
-from serving.metrics import Metrics
+from serving.http.access import Access, client_of
+from serving.http.api import EventStream
+from serving.http.api_keys import KeyRing, Scope, add_key, digest
+from serving.http.limits import ConcurrencyLimit
+from serving.http.logs import configure_logging
 from serving.schemas import APIError, PartialImageEvent
+from serving.service.metrics import Metrics
 from tests.serving.http_server import eventually, http_server
 
 DRAW = "/v1/images/generations"

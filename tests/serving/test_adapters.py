@@ -12,9 +12,9 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
 from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_lora, load_pipeline
 from ray_jobs.diffusion.objectives import LossSettings
-from serving.adapters import read_adapter
-from serving.engine import Engine
-from serving.rows import Request
+from serving.engine.adapters import read_adapter
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
 from tests import tiny_models
 from tests.serving import plain_diffusers
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serving.canary import Canary, Limits, fisher_exact
+from serving.service.canary import Canary, Limits, fisher_exact
 
 LIMITS = Limits(requests=50, error_rate=0.05, latency=2.0)
 

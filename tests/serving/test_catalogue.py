@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ray_jobs.registry import RegisteredModel, RegistryEntry
-from serving.catalogue import Catalogue, UnknownModel
+from serving.service.routing import Catalogue, UnknownModel
 
 FIRST = RegisteredModel("m", 1, "/weights/1", "aa" * 32, "base-model", None, "lora", {})
 SECOND = replace(FIRST, version=2, digest="bb" * 32)

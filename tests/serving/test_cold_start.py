@@ -13,13 +13,13 @@ from ray_jobs.config import Config
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import champion, open_client, registered
-from serving.canary import Canary, Limits
-from serving.catalogue import Catalogue
 from serving.command import intact
-from serving.following import Following, warmed_up
-from serving.order import Traits
-from serving.replicas import Replicas
+from serving.messages import Traits
 from serving.schemas import APIError
+from serving.service.canary import Canary, Limits
+from serving.service.registry_watcher import RegistryWatcher, warmed_up
+from serving.service.replica_client import ReplicaClient
+from serving.service.routing import Catalogue
 from tests.record import record_fault
 from tests.serving.conftest import save_adapters
 from tests.serving.test_replica import with_replica
@@ -46,22 +46,22 @@ def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
 ) -> None:
     broken, former = champion(damaged), registered(damaged, "1")
 
-    async def start(model: Any) -> tuple[Any, Following, Traits]:
+    async def start(model: Any) -> tuple[Any, RegistryWatcher, Traits]:
         first = await warmed_up(damaged, broken, model)
         catalogue = Catalogue(first.name, first, damaged.serve.models, 0.0)
-        following = Following(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
-        await following.look()
-        return catalogue.champion, following, await model.traits()
+        watcher = RegistryWatcher(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
+        await watcher.look()
+        return catalogue.champion, watcher, await model.traits()
 
     for fused in (False, True):
         begun = time.monotonic()
         caplog.clear()
         settings = damaged.serve.model_copy(update={"fuse_champion": fused})
         damaged = damaged.model_copy(update={"serve": settings})
-        served, following, traits = with_replica(broken, start, fuse_champion=fused)
+        served, watcher, traits = with_replica(broken, start, fuse_champion=fused)
         assert (served, traits) == (former, Traits(height=64, width=64))
-        assert following.notice is not None
-        assert "cold@2 cannot be served" in following.notice and "cold@1 stays" in following.notice
+        assert watcher.notice is not None
+        assert "cold@2 cannot be served" in watcher.notice and "cold@1 stays" in watcher.notice
         assert "cold@1, which it replaced, is served" in caplog.text
     record_fault(
         "a bit turns over in the champion's weights before the endpoint starts",
@@ -105,7 +105,7 @@ def test_while_no_replica_runs_a_versions_weights_are_read_once(
     weights = Path(version.source) / "pytorch_lora_weights.safetensors"
 
     async def look_again_and_again() -> None:
-        replicas, anew = (Replicas(cast(DeploymentHandle, Asleep())) for _ in range(2))
+        replicas, anew = (ReplicaClient(cast(DeploymentHandle, Asleep())) for _ in range(2))
         await replicas.warm_up(version)
         weights.unlink()
         await replicas.warm_up(version)

@@ -22,8 +22,8 @@ from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip, load_clip
 from ray_jobs.registry import REFERENCE
-from serving.drift import DriftMonitor, Reference
 from serving.load import Drift
+from serving.replica.drift import DriftMonitor, Reference
 
 ROOT = Path(__file__).parents[2]
 WINDOW = 8

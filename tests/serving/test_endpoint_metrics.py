@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.load import Drift, Load
-from serving.metrics import COUNTED, OTHER, REASONS, Metrics
+from serving.service.metrics import COUNTED, OTHER, REASONS, Metrics
 
 NOTHING = Load(*[0] * len(Load._fields))
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.loading import load_pipeline
-from serving.engine import Engine
-from serving.rows import Drawing, Request
-from serving.waiting import QueueFull
+from serving.engine.engine import Engine
+from serving.engine.rows import Drawing, Request
+from serving.engine.scheduler import QueueFull
 from tests import tiny_models
 from tests.serving import plain_diffusers
 

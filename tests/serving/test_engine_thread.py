@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.loading import load_pipeline
-from serving.engine import Engine
-from serving.engine_thread import EngineStopped, EngineThread
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
+from serving.engine.thread import EngineStopped, EngineThread
 
 
 @pytest.fixture

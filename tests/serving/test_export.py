@@ -14,10 +14,10 @@ from pyarrow import parquet
 
 from ray_jobs.config import SourceConfig
 from ray_jobs.data.sources import open_source
-from serving.engine_thread import EngineThread
+from serving.engine.thread import EngineThread
 from serving.export import main
-from serving.feedback import FeedbackStore
-from serving.feedback_database import open_database
+from serving.feedback.database import open_database
+from serving.feedback.store import FeedbackStore
 from tests.serving.drawing_server import drawing_server, pixels_of
 from tests.serving.feedback_server import FEEDBACK_KEY
 from tests.serving.generations import generation, rated
@@ -58,7 +58,7 @@ def arguments(tmp_path: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def thread(tiny_model: Path) -> Iterator[EngineThread]:
     from ray_jobs.diffusion.loading import load_pipeline
-    from serving.engine import Engine
+    from serving.engine.engine import Engine
 
     thread = EngineThread(Engine(load_pipeline(str(tiny_model)), max_rows=4))
     thread.start()

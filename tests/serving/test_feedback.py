@@ -17,9 +17,9 @@ import pytest
 import sqlalchemy
 
 from ray_jobs.config import Config, ConfigError
-from serving.feedback import FeedbackStore
-from serving.feedback_database import SCHEMA, feedback_url, generations, metadata, open_database
-from serving.feedback_schemas import FeedbackRequest, new_image_id
+from serving.feedback.database import SCHEMA, feedback_url, generations, metadata, open_database
+from serving.feedback.schemas import FeedbackRequest, new_image_id
+from serving.feedback.store import FeedbackStore
 from serving.schemas import APIError
 from tests.serving.feedback_server import FEEDBACK_KEY, feedback_server
 from tests.serving.generations import generation, rated
@@ -164,8 +164,8 @@ def test_a_generation_that_is_refused_takes_no_other_with_it(
 
 CHILD = """
 import sys
-from serving.feedback import FeedbackStore
-from serving.feedback_database import open_database
+from serving.feedback.store import FeedbackStore
+from serving.feedback.database import open_database
 from tests.serving.generations import generation, rated
 store = FeedbackStore(open_database(sys.argv[1]))
 for number in range(10**6):
@@ -197,8 +197,8 @@ def test_every_rating_that_was_answered_survives_a_kill(database: str) -> None:
 
 def test_two_processes_may_share_a_new_database(database: str) -> None:
     script = (
-        "import sys; from serving.feedback import FeedbackStore; "
-        "from serving.feedback_database import open_database; "
+        "import sys; from serving.feedback.store import FeedbackStore; "
+        "from serving.feedback.database import open_database; "
         "from tests.serving.generations import generation; "
         "store = FeedbackStore(open_database(sys.argv[1])); "
         "[store.record(generation(int(sys.argv[2]) + n)) for n in range(200)]; store.close()"

@@ -13,9 +13,9 @@ from PIL import Image, ImageCms
 
 from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.pictures.reading import decode_image
-from serving.engine import Engine
-from serving.opening import read_picture
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
+from serving.replica.image_input import read_picture
 from serving.schemas import APIError
 from tests import tiny_models
 from tests.conftest import draw

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.limits import MINUTE, SECOND, ConcurrencyLimit, RateLimit
+from serving.http.limits import MINUTE, SECOND, ConcurrencyLimit, RateLimit
 
 
 class Clock:

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.logs import LOGGER, MAX_TEXT, configure_logging, log_request
+from serving.http.logs import LOGGER, MAX_TEXT, configure_logging, log_request
 
 
 def logged(**facts: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.load import Drift, Load
-from serving.metrics import ALIASES, REASONS, Metrics
+from serving.service.metrics import ALIASES, REASONS, Metrics
 
 FOLDER = Path(__file__).parents[2] / "serving" / "monitoring"
 RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]

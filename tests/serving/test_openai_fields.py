@@ -11,7 +11,7 @@ from openai.types import image_edit_params, image_generate_params
 from pydantic import ValidationError
 
 from ray_jobs.config import ServeConfig
-from serving.api import _answer_error, _edit_of, _json
+from serving.http.api import _answer_error, _edit_of, _json
 from serving.schemas import OTHER_FIELDS, APIError, EditRequest, ImageRequest, invalid_request, limited
 from tests.serving.http_server import http_server
 

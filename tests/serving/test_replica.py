@@ -16,9 +16,9 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.digests import weights_digest
 from ray_jobs.registry import RegisteredModel
-from serving.order import BASE, Order, Picture, Traits, place_of
+from serving.messages import BASE, Order, Picture, Traits, place_of
 from serving.provenance import read_provenance
-from serving.replica import TOO_MANY_FAILURES, Model
+from serving.replica.replica import TOO_MANY_FAILURES, Model
 from serving.schemas import APIError
 from tests.serving.conftest import save_adapters
 
@@ -57,7 +57,7 @@ async def replica(
     try:
         yield model
     finally:
-        for thread in model.library.engines.values():
+        for thread in model.engine_cache.engines.values():
             await asyncio.to_thread(thread.stop)
 
 
@@ -174,7 +174,7 @@ def test_a_replica_that_starts_later_loads_who_is_champion_then(
 
 def test_an_adapter_that_was_dropped_from_memory_is_not_warm_any_more(lora: RegisteredModel) -> None:
     async def work(model: Any) -> None:
-        adapters = model.library.engines[BASE].engine.adapters
+        adapters = model.engine_cache.engines[BASE].engine.adapters
         await model.warm_up(lora)
         assert adapters.misses == 1
         adapters._kept.clear()
@@ -189,7 +189,7 @@ def test_a_replica_whose_denoiser_fails_time_after_time_is_not_healthy(lora: Reg
         def burn(*_: Any) -> None:
             raise RuntimeError("device-side assert triggered")
 
-        denoiser = model.library.engines[BASE].engine.denoiser
+        denoiser = model.engine_cache.engines[BASE].engine.denoiser
         for failures in (TOO_MANY_FAILURES - 1, TOO_MANY_FAILURES):
             hook = denoiser.register_forward_pre_hook(burn)
             for _ in range(failures):

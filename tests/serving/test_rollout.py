@@ -10,7 +10,8 @@ from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import entries, open_client, tracking_uri
 from ray_jobs.versions import aliases_of
-from serving.rollout import TAKEN_OUT, comparison, main, promote, withdraw
+from serving.rollout import comparison, main
+from serving.service.rollout import TAKEN_OUT, promote, withdraw
 
 
 @pytest.fixture(scope="module")

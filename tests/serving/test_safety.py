@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ray_jobs.config import ConfigError
-from serving.safety import load_checker
+from serving.replica.safety import load_checker
 from serving.schemas import APIError
 
 HERE = "tests.serving.plain_pictures"

@@ -14,13 +14,13 @@ from ray_jobs.config import Config
 from ray_jobs.promotion import Measured
 from ray_jobs.registration import register
 from ray_jobs.registry import CANDIDATE, RegisteredModel, open_client, registered
-from serving.feedback import FeedbackStore
-from serving.feedback_database import open_database
-from serving.order import BASE, Order, place_of
-from serving.rollout import TAKEN_OUT
+from serving.feedback.database import open_database
+from serving.feedback.store import FeedbackStore
+from serving.messages import BASE, Order, place_of
 from serving.schemas import APIError, ImageRequest
-from serving.service import Service
-from serving.shadow import Shadow, Shadowed
+from serving.service.rollout import TAKEN_OUT
+from serving.service.service import Service
+from serving.service.shadow import Shadow, Shadowed
 from tests.serving.conftest import save_adapters
 from tests.serving.page_server import service_here
 
@@ -95,7 +95,7 @@ def test_a_request_that_takes_too_long_is_a_504_frees_its_row_and_counts_against
     async def work(service: Service, model: Any) -> None:
         assert await answered(service, versions[0], steps=100, stream=stream) == 504
         assert service.canary.tallies["watched@1"].errors == 1
-        engine = model.library.engines[BASE].engine
+        engine = model.engine_cache.engines[BASE].engine
         while engine.unfinished:
             await asyncio.sleep(0.01)
         assert engine.load().row_steps < 100
@@ -157,7 +157,7 @@ def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
     async def work(service: Service, _: Any) -> None:
         async def guidance(model: str, **fields: Any) -> float:
             request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
-            [order] = await service.ordering.orders(request, {}, None)
+            [order] = await service.planner.orders(request, {}, None)
             return order.guidance_scale
 
         asked = [scored[0].name, f"{scored[1].name}@2", BASE]
@@ -171,8 +171,8 @@ def test_a_model_that_is_admitted_and_not_there_is_told(
     watched: Config, versions: list[RegisteredModel], store: FeedbackStore
 ) -> None:
     async def work(service: Service, _: Any) -> str | None:
-        await service.following.look()
-        return service.following.notice
+        await service.watcher.look()
+        return service.watcher.notice
 
     found = served(changed(watched, models=["nobody", "watched", "*"]), versions, store, work)
     assert found == "serve.models: the registry holds no 'nobody'"
@@ -226,7 +226,7 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
             await asyncio.sleep(0.01)
         for task in service._background:
             task.cancel()
-        return set(model.library.engines)
+        return set(model.engine_cache.engines)
 
     engines = served(config, versions, store, work)
     folder = tmp_path / config.name / "shadow"

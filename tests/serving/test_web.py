@@ -17,9 +17,9 @@ from PIL import Image
 from ray_jobs.config import Config
 from ray_jobs.digests import weights_digest
 from ray_jobs.registry import RegisteredModel
-from serving.feedback import FeedbackStore
-from serving.feedback_database import open_database
-from serving.key_file import add_key
+from serving.feedback.database import open_database
+from serving.feedback.store import FeedbackStore
+from serving.http.api_keys import add_key
 from tests.serving.conftest import save_adapters, wait_until
 from tests.serving.page_server import page_server
 

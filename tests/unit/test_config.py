@@ -270,7 +270,7 @@ def test_a_run_is_not_called_what_all_runs_share() -> None:
     from ray_jobs.evaluate import REAL_FEATURES
     from ray_jobs.registration import FOLDER as REGISTRY
     from ray_jobs.tracking import ARTIFACTS
-    from serving.feedback_database import FILE as FEEDBACK
+    from serving.feedback.database import FILE as FEEDBACK
 
     for name in (
         CLASS_PICTURES,

@@ -15,7 +15,7 @@ from ray_jobs.diffusion.loading import load_pipeline, read_index
 from ray_jobs.diffusion.model_files import encoders_digest, max_side, model_folder, size_multiple
 from ray_jobs.diffusion.objectives import sample_posterior
 from ray_jobs.prepare import picture_shapes
-from serving.rows import Request, check_request
+from serving.engine.rows import Request, check_request
 
 DEMO = "configs/demo.yaml"
 

@@ -17,7 +17,7 @@ from ray_jobs.diffusion.model_files import encoders_digest
 from ray_jobs.feature_networks import check_networks, load_networks
 from ray_jobs.prepare import _open
 from ray_jobs.training.setup import build_model, check_settings
-from serving.outgoing import Outgoing
+from serving.replica.postprocess import Postprocessor
 from tests.s3_server import S3Server, s3_server
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -60,7 +60,7 @@ def test_a_base_in_a_bucket_trains_and_draws_as_the_local_one(
     expected = local.unet.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert Path(local_path(address)).name == "tiny"
-    facts = Outgoing(config.serve.model_copy(update={"safety_checker": None}), config.evaluate, address)
+    facts = Postprocessor(config.serve.model_copy(update={"safety_checker": None}), config.evaluate, address)
     assert facts._base == "tiny", "neither keys nor a bucket get into pictures"
 
 

@@ -211,3 +211,35 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(error.args[1]))
+
+
+SERVING_ROOMS = ("engine", "replica", "feedback", "service", "http")  # each knows only the ones before it
+WEB_FRAMEWORKS = ("fastapi", "starlette")
+
+
+def serving_room(module: str) -> str | None:
+    """`serving.engine.rows` -> `engine`; None for a module directly in `serving`."""
+    folder, *below = MODULES[module].relative_to(ROOT / "serving").parts
+    return folder if below else None
+
+
+def test_rooms_of_serving_import_only_the_rooms_before_them() -> None:
+    modules = {module for module in MODULES if is_in(module, "serving")}
+    assert {room for module in modules if (room := serving_room(module))} == set(SERVING_ROOMS)
+    for place, room in enumerate(SERVING_ROOMS):
+        ahead = [module for module in modules if serving_room(module) == room]
+        reached: set[str] = set()  # also by way of modules that lie directly in `serving`
+        while ahead:
+            module = ahead.pop()
+            if module not in reached:
+                reached.add(module)
+                ahead += ours(module) & modules
+        later = {name for name in reached if serving_room(name) in SERVING_ROOMS[place + 1 :]}
+        assert not later, f"{room} imports {sorted(later)}"
+
+
+def test_the_engine_knows_no_ray_and_only_http_a_web_framework() -> None:
+    for module in [module for module in MODULES if is_in(module, "serving") and serving_room(module)]:
+        packages = {name.split(".")[0] for name in IMPORTS[module]}
+        assert serving_room(module) != "engine" or "ray" not in packages, module
+        assert serving_room(module) == "http" or not packages & set(WEB_FRAMEWORKS), module

@@ -8,7 +8,7 @@ import torch
 
 from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_pictures
-from serving.rows import Request
+from serving.engine.rows import Request
 from tests.serving import plain_diffusers
 
 TOLERANCE = 0.55  # of a pixel's 255 levels: half of one is rounding

@@ -14,8 +14,8 @@ from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.diffusion.objectives import Diffusion
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.diffusion.schedulers import SCHEDULER, load_scheduler, scheduler_class, trained_scheduler
-from serving.engine import Engine
-from serving.rows import Request
+from serving.engine.engine import Engine
+from serving.engine.rows import Request
 from tests.serving import plain_diffusers
 from tests.serving.conftest import save_adapters
 

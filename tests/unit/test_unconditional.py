@@ -16,8 +16,8 @@ from ray_jobs.diffusion.randomness import draw
 from ray_jobs.diffusion.sampling import null_captions
 from ray_jobs.training.inputs import InputMaker, Piece
 from ray_jobs.training.setup import build_model
-from serving.low_rank import GroupedLowRank
-from serving.prompts import PromptEmbeddings
+from serving.engine.batched_lora import BatchedLoRA
+from serving.engine.prompts import PromptEmbeddings
 from tests.serving import plain_diffusers
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -68,7 +68,7 @@ def test_sampling_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) 
 
 def test_serving_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) -> None:
     pipeline = load_pipeline(str(base))
-    low_rank = GroupedLowRank(family_of(pipeline).adaptable(pipeline))
+    low_rank = BatchedLoRA(family_of(pipeline).adaptable(pipeline))
     prompts = PromptEmbeddings(pipeline, low_rank, device="cpu", max_bytes=1 << 20)
     for _ in range(2):  # encoded, then kept
         none, empty = prompts.embed([(None, None), ("", None)])
@@ -117,11 +117,11 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
 
 
 def test_a_picture_is_drawn_again_without_a_negative_prompt_or_with_the_empty_one(tiny_xl: Path) -> None:
-    from serving.engine import Engine
-    from serving.engine_thread import EngineThread
-    from serving.opening import read_picture
+    from serving.engine.engine import Engine
+    from serving.engine.thread import EngineThread
+    from serving.feedback.replay import Replayer
     from serving.provenance import facts_of, read_provenance
-    from serving.redraw import Redrawer
+    from serving.replica.image_input import read_picture
     from tests.serving.drawing_server import drawing_server, pixels_of
     from tests.serving.feedback_server import FEEDBACK_KEY
     from tests.serving.generations import generation
@@ -135,7 +135,7 @@ def test_a_picture_is_drawn_again_without_a_negative_prompt_or_with_the_empty_on
                 asked = generation(steps=2, guidance_scale=9.0, negative_prompt=text)
                 facts = facts_of(asked.model_dump(), base="xl")
                 assert facts.get("negative_prompt", "none") == ("none" if text is None else "")
-                png = Redrawer(url, FEEDBACK_KEY).draw(asked)
+                png = Replayer(url, FEEDBACK_KEY).draw(asked)
                 again = read_provenance(png)
                 assert again is not None and again.get("negative_prompt") == text
                 pixels = read_picture(png, 64, 64)

@@ -21,7 +21,7 @@ from ray_jobs.diffusion.model_files import check_weights, encoders_digest, varia
 from ray_jobs.diffusion.saving import save_whole, use_old_names
 from ray_jobs.digests import are_weights, weights_digest
 from ray_jobs.training.setup import build_model, check_settings
-from serving.adapters import read_adapter
+from serving.engine.adapters import read_adapter
 from tests.unit.test_finetuning import finetuning
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

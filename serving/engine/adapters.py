@@ -1,0 +1,218 @@
+"""LoRA adapters of one base: read from safetensors beside the step loop, kept least recently used last.
+
+An adapter is what `publish` writes: `pytorch_lora_weights.safetensors` in peft's names, its scale in the
+file's metadata. LoRA, rsLoRA and DoRA of linear layers and convolutions, in the denoiser and in the text
+encoders. Nothing else is guessed at: a file that says more is refused.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Here, not in the function: importing takes seconds, in which rows that are being drawn would wait.
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ray_jobs.diffusion.adapter_files import check_adapter, layer_in_memory
+from ray_jobs.diffusion.loading import LORA_WEIGHTS
+from serving.engine.batched_lora import Adapter, Place, Update
+
+DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# Of peft's configuration: variants whose arithmetic is another one.
+OTHER_VARIANTS = (
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device: str = "cpu") -> Adapter:
+    """An adapter from its folder, in the dtype of the layers that it changes.
+
+    Args:
+        name: what it is called, for as long as the process lives: its weights never change.
+        parts: the components of the pipeline that adapters may change, by name.
+        device: that draws; where the layers are, unless they are offloaded.
+
+    Raises:
+        ValueError: the file holds what this arithmetic does not cover, or is of another base.
+        OSError: there is no such file.
+    """
+    file = folder / LORA_WEIGHTS
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+    settings = check_adapter(file, tensors, metadata)
+    by_place: dict[Place, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind = next((kind for kind in (DOWN, UP, MAGNITUDE) if key.endswith(kind)), None)
+        part, _, layer = key.partition(".")
+        if kind is None or part not in parts:
+            raise ValueError(
+                f"{file}: {key} is not read here, only {DOWN[1:]}, {UP[1:]} and {MAGNITUDE[1:]} of layers of "
+                f"{', '.join(parts)}; load it with diffusers and save it again in peft's names"
+            )
+        layer = layer_in_memory(parts[part], layer.removesuffix(kind))
+        by_place.setdefault((part, layer), {})[kind] = tensor
+    updates = {
+        place: _update(
+            f"{file}: {'.'.join(place)}", _layer(parts, place, file), found, settings, place, device
+        )
+        for place, found in by_place.items()
+    }
+    return Adapter(name, updates)
+
+
+def _layer(parts: Mapping[str, nn.Module], place: Place, file: Path) -> Any:
+    """The layer that an update is for."""
+    part, name = place
+    try:
+        layer = parts[part].get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{file}: {part} has no layer {name}; it was trained on another base") from None
+    plain = isinstance(layer, nn.Linear)
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain:
+        kind = type(layer).__name__
+        raise ValueError(
+            f"{file}: {part}.{name} is a {kind}, and only linear layers and convolutions are read"
+        )
+    return layer
+
+
+def _update(
+    where: str,
+    layer: Any,
+    found: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    place: Place,
+    device: str,
+) -> Update:
+    """The update of one layer of its stored tensors."""
+    weight = layer.weight
+    if DOWN not in found or UP not in found:
+        raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
+    # Copies, because what safetensors gives are views of the file.
+    stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in found.items()}
+    down, up = stored[DOWN], stored[UP].flatten(1)
+    expected = (len(down), *weight.shape[1:])
+    if down.shape != expected or up.shape != (len(weight), len(down)) or stored[UP].ndim != weight.ndim:
+        raise ValueError(f"{where}: its shape does not fit the base's layer; it was trained on another base")
+    up = up * _scale(where, settings, place, rank=len(down))
+    gain = None
+    if MAGNITUDE in stored:
+        if weight.is_meta:
+            raise ValueError(
+                f"offload: {where} is DoRA, which needs the layer's own weights; fuse the version "
+                "(serve.fuse_champion), or serve it without offload"
+            )
+        merged = weight.flatten(1) + up @ down.flatten(1)
+        gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(merged, dim=1)
+        up = up * gain[:, None]
+    return Update(down, up, gain)
+
+
+def _scale(where: str, settings: Mapping[str, Any], place: Place, *, rank: int) -> float:
+    """alpha / rank of a layer, as peft reads its own configuration; 1 where the file has none, as diffusers
+    reads it."""
+    part, layer = place
+    own = {
+        key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")
+    }
+    if not own:
+        return 1.0
+    for option in OTHER_VARIANTS:
+        if own.get(option):
+            raise ValueError(f"{where}: {option}={own[option]!r} is not served; train it without")
+    alphas = own.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
+    return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
+
+
+class AdapterCache:
+    """Adapters in memory, the least recently used dropped first, the missing ones read by a thread.
+
+    An adapter that is dropped while rows are drawn with it stays in memory until they are done.
+
+    Args:
+        read: gives the adapter of a name; it runs on the cache's thread, and may fetch and check files.
+        max_bytes: of the adapters that are kept.
+        on_loaded: called from the thread after each one.
+    """
+
+    def __init__(
+        self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], Any]
+    ) -> None:
+        self._read, self._on_loaded, self.max_bytes = read, on_loaded, max_bytes
+        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+        self._loading: dict[str, Future[Adapter]] = {}
+        self._thread = ThreadPoolExecutor(1, "adapters")
+        self.hits = self.misses = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept; any thread may ask."""
+        return sum(adapter.num_bytes for adapter in list(self._kept.values()))
+
+    def get(self, name: str) -> Adapter | None:
+        """The adapter, or None while it is being read, which the first call begins. Never waits.
+
+        Raises:
+            ValueError: it is larger than `max_bytes`.
+            Exception: what `read` raised; the next call tries again.
+        """
+        if name in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        if name not in self._loading:
+            self.misses += 1
+            self._loading[name] = self._thread.submit(self._read_checked, name)
+            self._loading[name].add_done_callback(lambda _: self._on_loaded())
+        self._keep_loaded(name)
+        reading = self._loading.get(name)
+        if reading and reading.done() and (error := reading.exception()):
+            del self._loading[name]
+            raise error
+        return self._kept.get(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether an adapter is in memory."""
+        return name in self._kept
+
+    def _read_checked(self, name: str) -> Adapter:
+        adapter = self._read(name)
+        if adapter.num_bytes > self.max_bytes:
+            raise ValueError(
+                f"adapter: {name!r} takes {adapter.num_bytes:,} bytes, more than the {self.max_bytes:,} "
+                "that all may take together"
+            )
+        return adapter
+
+    def _keep_loaded(self, wanted: str) -> None:
+        """Let what has been read count as kept, also if whoever asked for it has gone. Failures stay, for who
+        asks next."""
+        read = [name for name, each in self._loading.items() if each.done() and not each.exception()]
+        for name in sorted(read, key=lambda name: name == wanted):  # the wanted one last, so that it stays
+            self._kept[name] = self._loading.pop(name).result()
+        while self.num_bytes > self.max_bytes:
+            self._kept.popitem(last=False)
+
+    def close(self) -> None:
+        """Stop the thread; what it is reading is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,70 @@
+"""Prompt embeddings, kept: the same prompts come again, and the empty one with nearly every request."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.loading import encode_prompts
+from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
+
+Text = tuple[str | None, Adapter | None]  # a prompt and the adapter that reads it; None: no negative prompt
+
+
+class PromptEmbeddings:
+    """Embeddings of prompts, the least recently used dropped first.
+
+    Args:
+        pipeline: its text encoders run on `device`, wherever their weights are in between.
+        low_rank: of the text encoders too.
+        device: of PyTorch.
+        max_bytes: of the embeddings that are kept, on the device.
+    """
+
+    def __init__(self, pipeline: Any, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
+        self.pipeline, self.family, self.device = pipeline, family_of(pipeline), device
+        self.low_rank, self.max_bytes = low_rank, max_bytes
+        self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
+        self._num_bytes = 0
+        self.hits = self.misses = 0
+
+    def embed(self, texts: Sequence[Text]) -> list[Captions]:
+        """What the denoiser takes of N texts, one by one without the first dimension. What is missing is
+        encoded in one batch.
+
+        None is no prompt at all, as `Family.unconditional` defines it, and not the empty one.
+        """
+        wanted = {_key(text): text for text in texts}
+        missing = [key for key in wanted if key not in self._kept]
+        self.misses += len(missing)
+        self.hits += len(texts) - len(missing)
+        if missing:
+            adapters = [wanted[key][1] for key in missing]
+            stacks: Stacks = {}
+            for part in self.family.encoders(self.pipeline):
+                stacks = {**stacks, **self.low_rank.stack(adapters, part)}
+            with self.low_rank.applied(stacks):
+                encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing], self.device)
+            for row, key in enumerate(missing):
+                self._kept[key] = {name: encoded[name][row].clone() for name in self.family.embeds}
+                self._num_bytes += _bytes_of(self._kept[key])
+        for key in wanted:
+            self._kept.move_to_end(key)
+        found = [self._embedding(text) for text in texts]
+        while self._num_bytes > self.max_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_bytes -= _bytes_of(dropped)
+        return found
+
+    def _embedding(self, text: Text) -> Captions:
+        embeds = self._kept[_key(text)]
+        return self.family.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
+
+
+def _bytes_of(captions: Captions) -> int:
+    return sum(tensor.nbytes for tensor in captions.values())
+
+
+def _key(text: Text) -> tuple[str, str | None]:
+    prompt, adapter = text
+    return prompt or "", adapter.name if adapter and adapter.changes_text else None

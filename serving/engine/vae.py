@@ -1,0 +1,105 @@
+"""The autoencoder between the steps of rows: given pictures become latents, latents become pixels.
+
+A row that begins with a picture begins with its noised latents (SDEdit, arXiv 2108.01073). Finished and
+unfinished latents are decoded a chunk at a time.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ray_jobs.diffusion.sampling import decode_latents, encode_pictures
+from serving.engine.cpu_workers import CPUWorkers
+from serving.engine.rows import Row
+
+
+class Decoding(NamedTuple):
+    """Latents that wait to become pixels."""
+
+    row: Row
+    latents: torch.Tensor  # C x h x w
+    done: int  # steps behind them
+    last: bool  # the picture itself, not a preview
+
+
+class Decoder:
+    """The autoencoder and what waits for it, first come, first served.
+
+    Args:
+        chunk_rows: decoded at a time.
+        workers: that share a chunk.
+    """
+
+    def __init__(self, autoencoder: Any, *, chunk_rows: int, workers: CPUWorkers) -> None:
+        self.autoencoder, self.chunk_rows, self.workers = autoencoder, chunk_rows, workers
+        self._queue: deque[Decoding] = deque()
+        self.pictures = 0  # decoded, without previews
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [each.row for each in self._queue]
+
+    def add(self, row: Row) -> None:
+        """Queue a row's picture if it is finished, else the picture as it is predicted now."""
+        latents = row.latents if row.finished else row.clean
+        self._queue.append(Decoding(row, latents, row.done, row.finished))
+
+    def drop_answered(self) -> None:
+        """Forget the rows that nobody waits for any more."""
+        self._queue = deque(each for each in self._queue if not each.row.future.done())
+
+    def next_chunk(self) -> list[Decoding]:
+        """The longest waiting, and others of its size."""
+        chunk: list[Decoding] = []
+        others: deque[Decoding] = deque()
+        for each in self._queue:
+            fits = len(chunk) < self.chunk_rows and each.row.size == self._queue[0].row.size
+            (chunk if fits else others).append(each)
+        self._queue = others
+        return chunk
+
+    def decode(self, chunk: list[Decoding]) -> None:
+        """Decode rows of one size, and hand out the pictures."""
+        latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
+        decoded = self.workers.apart(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
+        pictures = decoded.permute(0, 2, 3, 1).contiguous()
+        for each, pixels in zip(chunk, pictures.unbind(), strict=True):
+            if each.last:
+                self.pictures += 1
+                each.row.succeed(pixels)
+                continue
+            assert each.row.on_preview is not None
+            try:
+                each.row.on_preview(each.done, pixels)
+            except Exception as error:  # the caller's code, which must not harm the others of the chunk
+                each.row.fail(error)
+
+
+def next_chunk(rows: Sequence[Row], most: int) -> list[Row]:
+    """Which rows are encoded together: the longest waiting, and others of its size."""
+    return [row for row in rows if row.size == rows[0].size][:most]
+
+
+def encode(autoencoder: Any, rows: Sequence[Row], device: str) -> None:
+    """Give rows of one size, each with an image, the latents that they begin with.
+
+    As in diffusers' pipelines a row's seed draws first which latents the autoencoder's posterior gives, then
+    the noise that is added to them.
+    """
+    draws = [_two_draws(row.request.seed, row.latents.shape) for row in rows]
+    posterior, noise = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
+    images = torch.stack([row.request.image for row in rows if row.request.image is not None])
+    latents = encode_pictures(autoencoder, images.permute(0, 3, 1, 2), posterior)
+    for i, row in enumerate(rows):
+        row.latents = row.schedule.image_scale * latents[i] + row.schedule.noise_scale * noise[i]
+
+
+def _two_draws(seed: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn((1, *shape), generator=generator)[0]
+    return first, torch.randn((1, *shape), generator=generator)[0]

@@ -1,0 +1,203 @@
+"""Export of feedback: pairs for preference training, and liked pictures for fine-tuning."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from cluster.storage import Storage
+from ray_jobs.config import ConfigError
+from serving.feedback.replay import Replayer, Unavailable
+from serving.feedback.schemas import Generation
+from serving.feedback.store import FeedbackStore, Rated, Vote
+
+PREFERENCES = "preferences"
+METADATA = "metadata.jsonl"
+REPORT = "export.json"
+IMAGES = "images"  # folder of drawn pictures beside the pairs
+DRAWN_AT_ONCE = 4
+
+# What of a generation draws its picture again; not who asked, nor when.
+PARAMETERS = (
+    "image_id",
+    "model",
+    "version",
+    "adapter",
+    "negative_prompt",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "size",
+)
+
+
+LeftOut = Counter[str]
+"""How many of what is not in the export, by the reason why."""
+
+
+class Pair(NamedTuple):
+    """Two pictures of one prompt, of which people prefer one.
+
+    Attributes:
+        source: `vote`: they were compared side by side; `rating`: one key rated one up and the other down.
+        people: keys that agree, less those that do not.
+    """
+
+    chosen: Generation
+    rejected: Generation
+    source: str
+    people: int
+
+    def row(self) -> dict[str, Any]:
+        """As it is exported."""
+        return {
+            "prompt": self.chosen.prompt,
+            "chosen": _parameters(self.chosen),
+            "rejected": _parameters(self.rejected),
+            "source": self.source,
+            "people": self.people,
+        }
+
+
+def _parameters(generation: Generation) -> dict[str, Any]:
+    return {name: getattr(generation, name) for name in PARAMETERS}
+
+
+def voted_pairs(votes: Iterable[Vote], known: dict[str, Generation], left_out: LeftOut) -> list[Pair]:
+    """One pair for each two pictures that were compared, the majority's choice."""
+    balance: Counter[tuple[str, str]] = Counter()
+    for vote in votes:
+        first, second = sorted((vote.winner_id, vote.loser_id))
+        balance[first, second] += 1 if vote.winner_id == first else -1
+    pairs = []
+    for (first, second), people in balance.items():
+        one, other = known[first], known[second]
+        if one.prompt != other.prompt:
+            left_out["a vote between pictures of different prompts"] += 1
+        elif people == 0:
+            left_out["a pair with as many votes for either picture"] += 1
+        else:
+            chosen, rejected = (one, other) if people > 0 else (other, one)
+            pairs.append(Pair(chosen, rejected, "vote", abs(people)))
+    return pairs
+
+
+def rated_pairs(ratings: Iterable[Rated], known: dict[str, Generation], left_out: LeftOut) -> list[Pair]:
+    """Pairs of what one key rated +1 and -1 of one prompt: each picture in one pair, the oldest first.
+
+    Not every good one with every bad one, which would give a prompt with many ratings their square.
+    """
+    rated: dict[tuple[str, str], dict[int, list[Generation]]] = {}
+    for each in ratings:
+        if each.rating:
+            generation = known[each.image_id]
+            sides = rated.setdefault((each.key_id, generation.prompt), {1: [], -1: []})
+            sides[each.rating].append(generation)
+    pairs = []
+    for sides in rated.values():
+        good, bad = (sorted(sides[side], key=_age) for side in (1, -1))
+        pairs += [Pair(*both, "rating", 1) for both in zip(good, bad, strict=False)]
+        if alone := abs(len(good) - len(bad)):
+            left_out["a rating without an opposite one of the same key and prompt"] += alone
+    return pairs
+
+
+def liked(ratings: Iterable[Rated], known: dict[str, Generation], left_out: LeftOut) -> list[Generation]:
+    """Pictures that more keys rated +1 than -1, the oldest first."""
+    sums: Counter[str] = Counter()
+    for each in ratings:
+        sums[each.image_id] += each.rating
+    for total in sums.values():
+        if total <= 0:
+            left_out["a picture that was not rated good on the whole"] += 1
+    return sorted((known[image] for image, total in sums.items() if total > 0), key=_age)
+
+
+def _age(generation: Generation) -> tuple[float, str]:
+    return generation.created, generation.image_id
+
+
+def export_preferences(
+    store: FeedbackStore, out: Storage, replayer: Replayer | None, file_format: str
+) -> dict[str, Any]:
+    """Write the pairs, with their pictures if there is a `replayer`; returns what export.json holds."""
+    left_out: LeftOut = Counter()
+    votes, ratings = store.votes(), store.ratings()
+    images = {each.image_id for each in ratings}
+    images |= {image for vote in votes for image in (vote.winner_id, vote.loser_id)}
+    known = {each.image_id: each for each in store.generations(sorted(images))}
+    pairs = voted_pairs(votes, known, left_out) + rated_pairs(ratings, known, left_out)
+    pairs.sort(key=lambda pair: (_age(pair.chosen), _age(pair.rejected), pair.source))
+    rows = [pair.row() for pair in pairs]
+    if replayer:
+        drawn = _draw({each.image_id: each for pair in pairs for each in pair[:2]}, out, IMAGES, replayer)
+        rows = []
+        for pair in pairs:
+            reasons = [reason for each in pair[:2] if (reason := drawn[each.image_id])]
+            if reasons:
+                left_out[f"a pair whose picture could not be drawn: {reasons[0]}"] += 1
+                continue
+            files = {
+                f"{side}_image": f"{IMAGES}/{getattr(pair, side).image_id}.png"
+                for side in ("chosen", "rejected")
+            }
+            rows.append(pair.row() | files)
+    _write_rows(out, rows, file_format)
+    return _report(out, {"pairs": len(rows), "left_out": dict(sorted(left_out.items()))})
+
+
+def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> dict[str, Any]:
+    """Write liked pictures and their captions; returns what export.json holds."""
+    left_out: LeftOut = Counter()
+    ratings = store.ratings()
+    known = {each.image_id: each for each in store.generations(sorted({each.image_id for each in ratings}))}
+    wanted = liked(ratings, known, left_out)
+    drawn = _draw({each.image_id: each for each in wanted}, out, "", replayer)
+    rows = []
+    for generation in wanted:
+        if reason := drawn[generation.image_id]:
+            left_out[f"a picture that could not be drawn: {reason}"] += 1
+        else:
+            rows.append({"file_name": f"{generation.image_id}.png", "text": generation.prompt})
+    out.write_lines(METADATA, rows)
+    return _report(out, {"pictures": len(rows), "left_out": dict(sorted(left_out.items()))})
+
+
+def _draw(
+    wanted: dict[str, Generation], out: Storage, folder: str, replayer: Replayer
+) -> dict[str, str | None]:
+    """Draw each into `folder`, unless it is there; by image id why there is none, or None."""
+    place = out.child(folder) if folder else out
+
+    def draw(generation: Generation) -> str | None:
+        name = f"{generation.image_id}.png"
+        try:
+            if not (place.exists(name) and replayer.objection(generation, place.read_bytes(name)) is None):
+                place.write_bytes(name, replayer.draw(generation))
+        except Unavailable as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:
+        return dict(zip(wanted, pool.map(draw, wanted.values()), strict=True))
+
+
+def _write_rows(out: Storage, rows: list[dict[str, Any]], file_format: str) -> None:
+    if file_format == "jsonl":
+        out.write_lines(f"{PREFERENCES}.jsonl", rows)
+        return
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not rows:
+        raise ConfigError("--format parquet: there are no pairs, and so no columns; take jsonl")
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), buffer)
+    out.write_bytes(f"{PREFERENCES}.parquet", buffer.getvalue())
+
+
+def _report(out: Storage, report: dict[str, Any]) -> dict[str, Any]:
+    out.write_text(REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return report

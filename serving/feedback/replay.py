@@ -1,0 +1,93 @@
+"""Drawing a served picture again: the recorded parameters, asked of a running endpoint."""
+
+import base64
+import time
+from typing import Any
+
+import requests
+
+from ray_jobs.config import ConfigError
+from serving.feedback.schemas import Generation
+from serving.provenance import read_provenance
+
+TIMEOUT_S = 300
+TRIES = 6  # of a request that is turned away for now
+LONGEST_WAIT_S = 60.0
+# What the drawn picture has to say of itself, to be the one that was rated.
+SAME = ("model", "version", "adapter", "seed", "steps", "guidance_scale", "size")
+
+
+class Unavailable(Exception):
+    """This picture cannot be drawn again; the message says why, the same words for the same reason."""
+
+
+class Replayer:
+    """An endpoint that draws.
+
+    Args:
+        url: of the endpoint, without /v1.
+        key: an API key with the scope `generate`; None where none is needed.
+    """
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self._url = f"{url.rstrip('/')}/v1/images/generations"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def draw(self, generation: Generation) -> bytes:
+        """The PNG of a generation.
+
+        Raises:
+            Unavailable: the endpoint refuses, or serves another version than drew the picture.
+            ConfigError: naming --draw or --key, if nothing answers there or the key is not accepted.
+        """
+        if generation.strength is not None:
+            raise Unavailable("it began with a picture that was sent, which is not kept")
+        wanted = ("prompt", "seed", "steps", "guidance_scale", "size")
+        body = {name: getattr(generation, name) for name in wanted} | {"n": 1}
+        version = f"@{generation.version}" if generation.version else ""
+        body["model"] = f"{generation.model}{version}"
+        if generation.negative_prompt is not None:
+            body["negative_prompt"] = generation.negative_prompt
+        [picture] = self._ask(body)["data"]
+        png = base64.b64decode(picture["b64_json"])
+        if objection := self.objection(generation, png):
+            raise Unavailable(objection)
+        return png
+
+    def objection(self, generation: Generation, png: bytes) -> str | None:
+        """Why a PNG is not the picture of a generation, by what it says of itself; None if it is."""
+        facts = read_provenance(png)
+        if facts is None:
+            return "the endpoint does not tell which version drew it (set serve.provenance: true)"
+        for name in SAME:
+            told, meant = facts.get(name), getattr(generation, name)
+            if told != meant:
+                return f"it was drawn with {name} {meant}, the endpoint has {told}"
+        return None
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        wait_s = 1.0
+        for _ in range(TRIES):
+            try:
+                answer = requests.post(self._url, json=body, headers=self._headers, timeout=TIMEOUT_S)
+            except requests.RequestException as error:
+                reason = type(error).__name__
+                raise ConfigError(f"--draw: {self._url}: no answer ({reason}); start the endpoint") from None
+            if answer.status_code in (401, 403):
+                raise ConfigError(f"--key: the endpoint does not accept it: {_message(answer)}")
+            if answer.status_code not in (429, 503):
+                break
+            told = answer.headers.get("Retry-After", "")
+            time.sleep(min(float(told) if told.isdecimal() else wait_s, LONGEST_WAIT_S))
+            wait_s *= 2
+        if answer.status_code != 200:
+            raise Unavailable(f"the endpoint answered {answer.status_code}: {_message(answer)}")
+        return dict(answer.json())
+
+
+def _message(answer: requests.Response) -> str:
+    """Of an error in OpenAI's shape, else the beginning of whatever it is."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:200]

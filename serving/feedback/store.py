@@ -1,0 +1,267 @@
+"""The store of feedback: how each served picture was drawn, and what people say of it.
+
+A generation is written by a thread, off the request's path; a rating is on the disk before it is answered.
+"""
+
+import atexit
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Engine, case, func, select
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from ray_jobs.config import Config
+from serving.feedback.database import UPSERT, feedback_url, generations, open_database, ratings, votes
+from serving.feedback.schemas import FeedbackRequest, FeedbackResponse, Generation
+from serving.schemas import APIError
+
+CAPACITY = 4096  # generations that may wait for the disk
+BATCH = 512  # generations a commit at most
+WAITS_S = 10.0  # for room in the queue, and for the disk
+SLOWEST_RETRY_S = 30.0
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)  # it may be back in a moment
+
+log = logging.getLogger(__name__)
+
+
+class Rated(NamedTuple):
+    """A key's rating of a picture."""
+
+    image_id: str
+    key_id: str
+    rating: int
+    comment: str | None
+
+
+class Vote(NamedTuple):
+    """A key's choice between two pictures."""
+
+    winner_id: str
+    loser_id: str
+    key_id: str
+
+
+class Tally(NamedTuple):
+    """What people said of a version's pictures; `ups` and `downs` are ratings of +1 and -1."""
+
+    model: str
+    version: int
+    role: str
+    ups: int
+    downs: int
+    wins: int
+    losses: int
+
+
+class FeedbackStore:
+    """Generations and ratings in SQL. Safe to call from any thread; one a process.
+
+    Args:
+        engine: from `open_database`.
+        capacity: generations that may wait for the disk; `record` waits while there are as many.
+    """
+
+    def __init__(self, engine: Engine, capacity: int = CAPACITY) -> None:
+        self._engine = engine
+        self._upsert = UPSERT[engine.dialect.name]
+        self._queue: queue.Queue[Generation | threading.Event] = queue.Queue(capacity)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="feedback", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    @classmethod
+    def open(cls, config: Config) -> "FeedbackStore":
+        """The store of a configuration.
+
+        Raises:
+            ConfigError: naming serve.feedback_url.
+        """
+        return cls(open_database(feedback_url(config)))
+
+    def record(self, generation: Generation, timeout_s: float = WAITS_S) -> None:
+        """Hand a generation to the writer; waits where its queue is full, and drops nothing.
+
+        Raises:
+            APIError: 503, if there is no room after `timeout_s` seconds (the disk or the database is gone),
+                or the store is closed.
+        """
+        if self._closing.is_set():
+            raise _unavailable()
+        try:
+            self._queue.put(generation, timeout=timeout_s)
+        except queue.Full:
+            raise _unavailable() from None
+
+    def flush(self, timeout_s: float = WAITS_S) -> None:
+        """Return when all that was recorded before is on the disk.
+
+        Raises:
+            APIError: 503, if it is not after `timeout_s` seconds.
+        """
+        written, deadline = threading.Event(), time.monotonic() + timeout_s
+        try:
+            self._queue.put(written, timeout=timeout_s)
+        except queue.Full:
+            raise _unavailable() from None
+        if not written.wait(max(0.0, deadline - time.monotonic())):
+            raise _unavailable()
+
+    def rate(self, request: FeedbackRequest, key_id: str | None = None) -> FeedbackResponse:
+        """Commit a rating, a vote or both; a later one of the same key replaces the former.
+
+        Args:
+            key_id: of the API key; None: nobody needs one here, and all share one opinion.
+
+        Raises:
+            APIError: 404 for a picture that this store does not know, 503 if the database does not answer.
+        """
+        now, key = time.time(), key_id or ""
+        try:
+            self._require_known(request)
+            with self._engine.begin() as connection:
+                if request.rating is not None:
+                    row = {"rating": request.rating, "comment": _storable(request.comment), "created": now}
+                    connection.execute(self._replace(ratings, row, image_id=request.image_id, key_id=key))
+                if request.over is not None:
+                    row = {"winner_id": request.image_id, "loser_id": request.over, "created": now}
+                    row["comment"] = _storable(request.comment)
+                    pair = " ".join(sorted((request.image_id, request.over)))
+                    connection.execute(self._replace(votes, row, pair=pair, key_id=key))
+        except UNREACHABLE as error:
+            log.error("feedback: a rating was not kept: %s", error)
+            raise _unavailable() from error
+        return FeedbackResponse(created=int(now), **request.model_dump())
+
+    def _replace(self, table: Any, row: dict[str, Any], **key: str) -> Any:
+        """Insert a row, or put it in place of the one that has its key."""
+        return self._upsert(table).values(**key, **row).on_conflict_do_update(index_elements=[*key], set_=row)
+
+    def _require_known(self, request: FeedbackRequest) -> None:
+        """Raise a 404 for a picture that was not recorded."""
+        named = {"image_id": request.image_id, "over": request.over}
+        for is_last in (False, True):
+            known = {row.image_id for row in self.generations([each for each in named.values() if each])}
+            missing = [field for field, image in named.items() if image and image not in known]
+            if not missing:
+                return
+            if not is_last:
+                self.flush()  # it may have been drawn a moment ago
+        message = f"{missing[0]}: this server knows no picture {named[missing[0]]!r}"
+        raise APIError(404, message, param=missing[0], code="image_not_found")
+
+    def generations(self, image_ids: Sequence[str]) -> list[Generation]:
+        """Those of `image_ids` that are known, the oldest first."""
+        found = []
+        with self._engine.connect() as connection:
+            for start in range(0, len(image_ids), BATCH):
+                wanted = generations.c.image_id.in_(image_ids[start : start + BATCH])
+                rows = connection.execute(select(generations).where(wanted)).mappings()
+                found += [Generation.model_validate(dict(row)) for row in rows]
+        return sorted(found, key=lambda each: (each.created, each.image_id))
+
+    def ratings(self) -> list[Rated]:
+        """All, by picture and key."""
+        columns = (ratings.c.image_id, ratings.c.key_id, ratings.c.rating, ratings.c.comment)
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(*columns).order_by(*columns[:2]))
+            return [Rated(*row) for row in rows]
+
+    def votes(self) -> list[Vote]:
+        """All, by pair of pictures and key."""
+        with self._engine.connect() as connection:
+            columns = (votes.c.winner_id, votes.c.loser_id, votes.c.key_id)
+            rows = connection.execute(select(*columns).order_by(votes.c.pair, votes.c.key_id))
+            return [Vote(*row) for row in rows]
+
+    def tally(self) -> list[Tally]:
+        """What was said of each model, version and role, so that versions can be compared.
+
+        Raises:
+            APIError: 503, if the database does not answer.
+        """
+        identity = (generations.c.model, generations.c.version, generations.c.role)
+
+        def count(condition: Any) -> Any:
+            return func.sum(case((condition, 1), else_=0))
+
+        said: dict[tuple[str, int, str], dict[str, int]] = {}
+        wanted = {
+            "ups": (ratings.c.image_id, count(ratings.c.rating == 1)),
+            "downs": (ratings.c.image_id, count(ratings.c.rating == -1)),
+            "wins": (votes.c.winner_id, func.count()),
+            "losses": (votes.c.loser_id, func.count()),
+        }
+        try:
+            with self._engine.connect() as connection:
+                for name, (image_id, number) in wanted.items():
+                    joined = generations.join(image_id.table, generations.c.image_id == image_id)
+                    query = select(*identity, number).select_from(joined).group_by(*identity)
+                    for *version, found in connection.execute(query):
+                        said.setdefault(tuple(version), {})[name] = int(found)
+        except SQLAlchemyError as error:
+            raise _unavailable() from error
+        return [
+            Tally(*version, *(counts.get(name, 0) for name in wanted))
+            for version, counts in sorted(said.items())
+        ]
+
+    def close(self) -> None:
+        """Write what waits, and close; afterwards nothing may be recorded. May be called twice."""
+        atexit.unregister(self.close)
+        if not self._closing.is_set():
+            self._closing.set()
+            self._queue.put(threading.Event())  # wakes the writer
+            self._thread.join()
+            self._engine.dispose()
+
+    def _write(self) -> None:
+        """The writer's thread: whatever has gathered during a commit is the next one."""
+        while not (self._closing.is_set() and self._queue.empty()):
+            taken = [self._queue.get()]
+            while len(taken) < BATCH and not self._queue.empty():
+                taken.append(self._queue.get_nowait())
+            self._insert([each for each in taken if isinstance(each, Generation)])
+            for each in taken:
+                if isinstance(each, threading.Event):
+                    each.set()
+
+    def _insert(self, batch: list[Generation]) -> None:
+        """Commit a batch, as often as it takes; one that is refused for its content goes row by row."""
+        rows = [{name: _storable(value) for name, value in each.model_dump().items()} for each in batch]
+        wait_s = 0.1
+        while rows:
+            try:
+                with self._engine.begin() as connection:
+                    # A commit whose answer was lost is repeated; the same id is the same picture.
+                    connection.execute(self._upsert(generations).on_conflict_do_nothing(), rows)
+                return
+            except UNREACHABLE as error:
+                log.error("feedback: %d generations wait for the database: %s", len(rows), error)
+                if self._closing.wait(wait_s) and wait_s >= 1:
+                    log.error("feedback: %d generations are lost: the server stops without it", len(rows))
+                    return
+                wait_s = min(2 * wait_s, SLOWEST_RETRY_S)
+            except SQLAlchemyError as error:
+                if len(batch) == 1:
+                    log.error("feedback: generation %s was refused: %s", batch[0].image_id, error)
+                    return
+                for each in batch:
+                    self._insert([each])
+                return
+
+
+def _storable(value: Any) -> Any:
+    """PostgreSQL's text holds no zero character, and no database half a surrogate pair."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def _unavailable() -> APIError:
+    return APIError(503, "the feedback database does not answer; try again", code="feedback_unavailable")

@@ -1,0 +1,324 @@
+"""The endpoint's HTTP: OpenAI's Images API, probes, and what an operator asks."""
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from serving.http.access import needed_scope
+from serving.http.feedback import feedback_router
+from serving.http.multipart import form_fields
+from serving.messages import label
+from serving.schemas import (
+    APIError,
+    EditRequest,
+    ErrorResponse,
+    ImageRequest,
+    ImageResponse,
+    ModelCard,
+    ModelList,
+    Readiness,
+    invalid_request,
+    limited,
+)
+from serving.service.metrics import CONTENT_TYPE
+from serving.service.request_context import key_of
+from serving.service.service import Service
+
+WEB = Path(__file__).parents[1] / "web"  # the page that a person opens
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # kept, but asked for each time; 304 while a file is the same
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+KINDS = ("image_generation", "image_edit")  # of events, in OpenAI's names
+MEANINGS = {
+    400: "a field is wrong; `param` names it",
+    401: "no key, or a wrong one",
+    403: "the key lacks the scope",
+    404: "no such model",
+    413: "the body is larger than this server takes",
+    429: "this client asks too much; Retry-After says when to try again",
+    500: "drawing failed",
+    503: "too many requests wait, or the model cannot answer now",
+    504: "not drawn in time",
+}
+
+
+def create_api(service: Service) -> FastAPI:
+    """The application of a service. Middlewares go around it; the order of `add_middleware` is inside out."""
+    api = FastAPI(
+        title="diffray",
+        summary="Text-to-image in the shape of OpenAI's Images API",
+        version="1",
+        # FastAPI's pages for them run scripts of another server where the page at / keeps its key.
+        docs_url=None,
+        redoc_url=None,
+    )
+    api.add_exception_handler(APIError, _answer_error)
+    api.add_exception_handler(RequestValidationError, _answer_invalid)
+    api.add_exception_handler(HTTPException, _answer_http)
+    _add_drawing(api, service)
+    _add_operation(api, service)
+    api.include_router(feedback_router(lambda: service.feedback, _key_id))
+    _add_page(api)
+    _document(api, service.settings.allow_anonymous)
+    return api
+
+
+def _add_drawing(api: FastAPI, service: Service) -> None:
+    """What a client asks."""
+
+    async def generate(body: ImageRequest, request: Request) -> Response:
+        """Draw `n` pictures of a prompt; with `stream` one, its unfinished pictures before it."""
+        state = request.scope.setdefault("state", {})
+        if not body.stream:
+            return _json(await service.generate(body, state))
+        return await EventStream.of(service.stream(body, state), state)
+
+    async def edit(request: Request) -> Response:
+        """Draw `n` pictures that begin with a given one, a file in the field `image`."""
+        body, image = await _edit_of(request, fields_of_edits)
+        state = request.scope.setdefault("state", {})
+        if not body.stream:
+            return _json(await service.generate(body, state, image))
+        return await EventStream.of(service.stream(body, state, image), state)
+
+    # Whose limits FastAPI checks and documents.
+    generate.__annotations__["body"] = limited(ImageRequest, service.settings)
+    fields_of_edits = limited(EditRequest, service.settings)
+    names = [f"{kind}.{stage}" for kind in KINDS for stage in ("partial_image", "completed")]
+    event = {
+        "type": "object",
+        "properties": {
+            "event": {"enum": [*names, "error"]},
+            "data": {"type": "string", "description": "JSON with the event's name as its `type`"},
+        },
+        "required": ["event", "data"],
+    }
+    events = {"schema": event, "example": "event: image_generation.completed\ndata: {...}\n\n"}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"model": ImageResponse, "content": {"text/event-stream": events}},
+        **_errors(400, 404, 413, 429, 500, 503, 504),
+    }
+    api.post("/v1/images/generations", responses=responses)(generate)
+    form = {"required": True, "content": {"multipart/form-data": {"schema": _form(fields_of_edits)}}}
+    api.post("/v1/images/edits", responses=responses, openapi_extra={"requestBody": form})(edit)
+
+    @api.get("/v1/models")
+    async def models() -> ModelList:
+        """All that a request may give as its `model`."""
+        return ModelList(data=await cards())
+
+    @api.get("/v1/models/{model}", responses=_errors(404))
+    async def model(model: str) -> ModelCard:
+        """One of them."""
+        found = next((card for card in await cards() if card.id == model), None)
+        if found is None:
+            raise APIError(404, f"{model!r} is not served; see /v1/models", "model", "model_not_found")
+        return found
+
+    async def cards() -> list[ModelCard]:
+        own = await service.replicas.traits()
+        return [
+            ModelCard(
+                id=offer.id,
+                created=service.started,
+                version=offer.version and offer.version.version,
+                size=f"{own.width}x{own.height}",
+            )
+            for offer in service.catalogue.offers()
+        ]
+
+
+def _add_operation(api: FastAPI, service: Service) -> None:
+    """What an operator and a cluster ask."""
+
+    @api.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """200 while this process lives."""
+        return {"status": "ok"}
+
+    @api.get("/readyz", responses=_errors(503))
+    async def readyz() -> Readiness:
+        """200 while requests can be answered, else 503 with the reason."""
+        await service.replicas.check_running(may_sleep=not service.settings.min_replicas)
+        return Readiness(model=label(service.catalogue.champion), notice=service.watcher.notice)
+
+    @api.get("/v1/rollout")
+    async def rollout() -> dict[str, Any]:
+        """Champion and candidate: what they answered since the endpoint started, and what people said."""
+        return await service.rollout()
+
+    text = {"schema": {"type": "string"}}
+
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": text}}})
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(await service.measured(), media_type=CONTENT_TYPE)
+
+
+def _add_page(api: FastAPI) -> None:
+    """The page at `/`; its files below `/web/`."""
+    files = PageFiles(directory=WEB)
+    api.mount("/web", files, name="web")
+
+    @api.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
+
+
+class PageFiles(StaticFiles):
+    """Files of a page that takes nothing from elsewhere and is framed nowhere."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events whose source is closed with the connection."""
+
+    @classmethod
+    async def of(cls, events: AsyncGenerator[BaseModel], state: dict[str, Any]) -> "EventStream":
+        """The stream, once it has a first event: what goes wrong before is an answer with its own status.
+
+        Args:
+            state: of the request; told what goes wrong later.
+        """
+        try:
+            first = await anext(events)
+        except BaseException:
+            await events.aclose()
+            raise
+        return cls(
+            _as_text(first, events, state),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+
+
+async def _as_text(
+    first: BaseModel, events: AsyncGenerator[BaseModel], state: dict[str, Any]
+) -> AsyncGenerator[str]:
+    """Events as text, one named as its type; an error is the last."""
+    try:
+        yield _event(first.type, first.model_dump_json())  # type: ignore[attr-defined]
+        async for event in events:
+            yield _event(event.type, event.model_dump_json())  # type: ignore[attr-defined]
+    except APIError as error:
+        state.update(reason=error.code, stream_status=error.status)
+        yield _event("error", json.dumps(error.body()))
+    finally:
+        await events.aclose()
+
+
+async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, bytes]:
+    """The fields and the picture of a form."""
+    fields = form_fields(request.headers.get("content-type", ""), await request.body())
+    image = fields.pop("image", None) or fields.pop("image[]", None)  # so OpenAI's clients call one of a list
+    if image is None:
+        raise APIError(400, "image: missing; send one picture, as a file", "image", "invalid_value")
+    texts = {}
+    for name, content in fields.items():
+        try:
+            # What is no field of ours, as a mask, is refused by its name, whatever it holds.
+            texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
+        except UnicodeDecodeError:
+            raise APIError(400, f"{name}: is not UTF-8", name, "invalid_value") from None
+    try:
+        return model.model_validate(texts), image
+    except ValidationError as error:
+        raise invalid_request(dict(error.errors()[0])) from None
+
+
+def _form(model: type[EditRequest]) -> dict[str, Any]:
+    """The schema of a form with a picture."""
+    schema = model.model_json_schema()
+    schema["properties"]["image"] = {
+        "type": "string",
+        "format": "binary",
+        "description": "PNG, JPEG or WebP",
+    }
+    schema["required"].append("image")
+    return schema
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"
+
+
+def _json(content: Any) -> Response:
+    """JSON of one of the schemas, or of plain values."""
+    if isinstance(content, BaseModel):
+        return Response(content.model_dump_json(), media_type="application/json")
+    return JSONResponse(content)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    request.scope.setdefault("state", {})["reason"] = error.code  # for the layers around
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _answer_error(request, invalid_request(error.errors()[0]))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    answer = await _answer_error(request, APIError(error.status_code, message))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+def _key_id(request: Request) -> str | None:
+    """The API key that was checked; None if the request has none."""
+    return key_of(request.scope.get("state", {}))
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document."""
+    return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
+
+
+def _document(api: FastAPI, allow_anonymous: bool) -> None:
+    """What FastAPI's OpenAPI document lacks: which operations need a key. And what it has too much: a status
+    for invalid requests that OpenAI's API does not use."""
+    make = api.openapi
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    refusals = {str(status): {"description": MEANINGS[status], "content": error} for status in (401, 403)}
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        bearer = {"type": "http", "scheme": "bearer", "description": "a key of this server"}
+        document["components"]["securitySchemes"] = {"key": bearer}
+        for path, operations in document["paths"].items():
+            scope = needed_scope(path)
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if scope:
+                    operation["responses"] |= refusals
+                    operation["security"] = [{"key": []}, *([{}] if allow_anonymous else [])]
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,41 @@
+"""`POST /v1/feedback`: ratings of pictures, and preferences between two."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends
+
+from serving.feedback.schemas import EXAMPLES, FeedbackRequest, FeedbackResponse
+from serving.feedback.store import FeedbackStore
+from serving.schemas import ErrorResponse
+
+
+def feedback_router(store: Callable[..., FeedbackStore], key_id: Callable[..., str | None]) -> APIRouter:
+    """`POST /v1/feedback`.
+
+    Both arguments are FastAPI dependencies, so that a router can be made, and sent to a replica, before
+    there is a store.
+
+    Args:
+        store: gives the store of this process.
+        key_id: gives the id of the API key that was checked for the scope `feedback`; None: none is needed.
+    """
+    router = APIRouter(tags=["feedback"])
+
+    @router.post(
+        "/v1/feedback",
+        summary="Rate a picture, or prefer one to another",
+        responses={
+            400: {"model": ErrorResponse, "description": "a field is wrong; `param` names it"},
+            404: {"model": ErrorResponse, "description": "no such picture"},
+            503: {"model": ErrorResponse, "description": "the database is gone"},
+        },
+    )
+    def give_feedback(  # not async: the commit may take its time in a thread of the pool
+        body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)],
+        kept: Annotated[FeedbackStore, Depends(store)],
+        key: Annotated[str | None, Depends(key_id)],
+    ) -> FeedbackResponse:
+        return kept.rate(body, key)
+
+    return router

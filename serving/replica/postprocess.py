@@ -1,0 +1,67 @@
+"""Every picture on its way out of a replica: judged, watched for drift, told what it is, and encoded."""
+
+from typing import Any
+
+import numpy as np
+
+from ray_jobs.config import EvaluateConfig, ServeConfig
+from serving.load import Drift
+from serving.messages import Order
+from serving.provenance import encode_png, facts_of
+from serving.replica.drift_watch import DriftWatch
+from serving.replica.safety import load_checker
+from serving.schemas import APIError
+
+
+class Postprocessor:
+    """What `serve` asks to be done with pictures. Any thread may call it.
+
+    Args:
+        base: name of the model that was fine-tuned.
+
+    Raises:
+        ConfigError: naming serve.safety_checker.
+    """
+
+    def __init__(self, settings: ServeConfig, evaluate: EvaluateConfig, base: str) -> None:
+        # Of an address the last part: it may hold keys.
+        self._base = base.partition("?")[0].rpartition("/")[2] if "://" in base else base
+        self._provenance = settings.provenance
+        self._checker = load_checker(settings.safety_checker) if settings.safety_checker else None
+        self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None
+
+    def picture(self, pixels: np.ndarray, order: Order) -> bytes:
+        """A finished picture, uint8, height x width x 3, as a PNG.
+
+        Raises:
+            APIError: the safety checker blocks it, or failed.
+        """
+        sent = self._judged(pixels)
+        if self._drift and order.scored and order.version:
+            self._drift.add(order.version, pixels, order.prompt)
+        return encode_png(sent, self._facts(order, sent) if self._provenance else None)
+
+    def preview(self, pixels: np.ndarray) -> bytes | None:
+        """An unfinished picture as a PNG; None if the safety checker does not let it out."""
+        try:
+            return encode_png(self._judged(pixels), None)
+        except APIError:
+            return None
+
+    def drift(self) -> dict[tuple[str, int], Drift]:
+        """By name and version."""
+        return self._drift.scores() if self._drift else {}
+
+    def _judged(self, pixels: np.ndarray) -> np.ndarray:
+        if self._checker is None:
+            return pixels
+        (answer,) = self._checker.judge([pixels])
+        if isinstance(answer, APIError):
+            raise answer
+        return answer
+
+    def _facts(self, order: Order, pixels: np.ndarray) -> dict[str, Any]:
+        version = order.version
+        digest = version.digest if version and version.method == "lora" else None
+        height, width = pixels.shape[:2]
+        return facts_of(order.parameters(f"{width}x{height}"), base=self._base, adapter_digest=digest)

@@ -1,0 +1,320 @@
+"""A replica: the base and what was fine-tuned on it, drawing the pictures of all requests."""
+
+import asyncio
+import gc
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import ExitStack, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from cluster.fetched import local_path
+from ray_jobs.config import EvaluateConfig, ServeConfig
+from ray_jobs.registry import RegisteredModel
+from serving.messages import BASE, Order, Picture, Place, ReplicaLoad, Traits, base_of, label, place_of
+from serving.replica.engine_cache import EngineCache
+from serving.replica.image_input import read_picture
+from serving.replica.postprocess import Postprocessor
+from serving.replica.weights import local_weights
+from serving.schemas import APIError
+
+if TYPE_CHECKING:
+    import torch
+
+    from serving.engine.rows import Drawing, OnPreview
+    from serving.engine.thread import EngineThread
+
+logger = logging.getLogger("ray.serve")
+
+TOO_MANY_FAILURES = 5  # calls in a row, of whatever requests: the device or the process is broken
+KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and the one that follows it
+
+
+@serve.deployment
+class Model:
+    """Draws with the bare base, with LoRA versions as its adapters, and with fully trained versions.
+
+    Args:
+        evaluate: the networks that drift is told by.
+        base: folder or hub name of the model that the LoRA versions were trained on.
+        first: the version that is expected to be asked for first; a fully trained one needs no base.
+        newest: gives the version that is asked for first when a replica starts later; None: it is `first`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: ServeConfig,
+        evaluate: EvaluateConfig,
+        base: str,
+        base_revision: str | None,
+        first: RegisteredModel,
+        newest: Callable[[], RegisteredModel] | None = None,
+    ) -> None:
+        self.settings, self.base, self.base_revision = settings, base, base_revision
+        if newest is not None:
+            found = await asyncio.to_thread(newest)
+            first = found if base_of(found) == (base, base_revision) else first
+        self._name = uuid.uuid4().hex
+        self._postprocess = Postprocessor(settings, evaluate, base)
+        self.device = "cuda" if settings.use_gpu else "cpu"
+        if settings.use_gpu and settings.gpu_share < 1:
+            import torch
+
+            # Ray counts shares and watches none: one that takes more ends here, not in its neighbour.
+            torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
+        self._versions: dict[str, RegisteredModel] = {}  # by their engine's or adapter's name
+        self._fetched = ExitStack()  # the weights of the adapter that was read last
+        self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)
+        self._first = first
+        self._opening = asyncio.Lock()  # one at a time: a client's file may hold a huge picture
+        self._num_cores: int | None = None
+        if not settings.use_gpu:
+            import torch
+
+            torch.set_num_threads(1)  # this thread's; the engines take what they need
+            self._num_cores = max(1, len(os.sched_getaffinity(0)) // settings.max_replicas)
+        try:
+            await self.warm_up(first, settings.fuse_champion)
+        except APIError as error:
+            # A replica that is started later may find another champion; the ingress asks for it.
+            logger.warning("%s", error.message)
+
+    async def traits(self) -> Traits:
+        """What the model draws; all that are loaded together draw the same size."""
+        for thread in self.engine_cache.engines.values():  # the first version may have been refused
+            return Traits(*thread.engine.own_size)
+        async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
+            return Traits(*thread.engine.own_size)
+
+    async def load(self) -> ReplicaLoad:
+        """What this replica is doing."""
+        engines = self.engine_cache.engines.items()
+        loads = {name: each.engine.load() for name, each in engines}
+        return ReplicaLoad(self._name, os.getpid(), loads, self._postprocess.drift())
+
+    async def warm_up(self, version: RegisteredModel | None, fused: bool = False) -> None:
+        """Load a version and draw a picture in few steps, unless that was done.
+
+        Raises:
+            APIError: the weights are not those that were registered, or do not fit.
+        """
+        if self._is_warm(place_of(version, fused=fused)):
+            return
+        async with self._engine(version, fused) as (thread, _):
+            steps = next(each for each in range(1, 100) if _accepts(thread, each))
+            # A compiled denoiser has a form for one row and one for several, as with guidance.
+            for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
+                await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
+
+    def _is_warm(self, place: Place) -> bool:
+        """Whether what draws there is in memory."""
+        thread = self.engine_cache.engines.get(place.engine)
+        if thread is None or place.adapter is None:
+            return thread is not None
+        adapters = thread.engine.adapters
+        return adapters is not None and adapters.holds(place.adapter)
+
+    def check_health(self) -> None:
+        """Raise where an engine draws no more, whatever it is asked for; Serve then replaces the replica."""
+        for name, thread in self.engine_cache.engines.items():
+            if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
+                raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
+
+    async def draw(self, order: Order) -> Picture:
+        """Draw one picture as a PNG, beside those of other requests. A client that goes away cancels it.
+
+        Raises:
+            APIError: naming what this model cannot do; 400 if the safety checker blocks the picture.
+        """
+        drawing = await self._drawing(order)
+        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), order)
+        return Picture(png, drawing.waited_s)
+
+    async def _drawing(self, order: Order) -> "Drawing":
+        async with self._engine(order.version, order.fused) as (thread, adapter):
+            image = await self._opened(thread, order)
+            future = _submit(thread, order, adapter, image)
+            try:
+                return await asyncio.wrap_future(future)
+            except ValueError as error:
+                raise _refused(order.version, error) from error
+
+    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
+        """As `draw`, with the unfinished pictures before the finished one, but for those that the safety
+        checker does not let out."""
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels; None at the end
+        async with self._engine(order.version, order.fused) as (thread, adapter):
+            image = await self._opened(thread, order)
+            show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
+            future = _submit(thread, order, adapter, image, show if order.previews else None)
+            drawing = asyncio.wrap_future(future)
+            drawing.add_done_callback(lambda _: seen.put_nowait(None))
+            try:
+                while (pixels := await seen.get()) is not None:
+                    preview = await asyncio.to_thread(self._postprocess.preview, pixels.numpy())
+                    if preview is not None:
+                        yield Picture(preview)
+                try:
+                    finished = drawing.result()
+                except ValueError as error:
+                    raise _refused(order.version, error) from error
+                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), order)
+                yield Picture(png, finished.waited_s)
+            finally:
+                drawing.cancel()
+
+    async def _opened(self, thread: "EngineThread", order: Order) -> "torch.Tensor | None":
+        """The picture that an order begins with, in the size that is drawn."""
+        if order.image is None:
+            return None
+        height, width = thread.engine.own_size
+        size = order.height or height, order.width or width
+        async with self._opening:
+            return await asyncio.to_thread(read_picture, order.image, *size)
+
+    @asynccontextmanager
+    async def _engine(
+        self, version: RegisteredModel | None, fused: bool
+    ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
+        """The engine that draws a version, and the adapter's name in it."""
+        place = place_of(version, fused=fused)
+        if place.adapter and self.settings.compile:
+            message = (
+                f"{label(version)} is a LoRA version, which a server with serve.compile draws as "
+                "its champion only, with serve.fuse_champion"
+            )
+            raise APIError(503, message, "model", "model_refused")
+        if version is not None:
+            self._versions[place.adapter or place.engine] = version
+        try:
+            async with self.engine_cache.use(place.engine) as thread:
+                yield thread, place.adapter
+        except (ValueError, OSError) as error:
+            raise _refused(version, error) from error
+
+    def _load(self, name: str) -> "EngineThread":
+        """The engine of a name; takes a thread for seconds to minutes."""
+        from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.loading import load_pipeline
+        from serving.engine.adapters import read_adapter
+        from serving.engine.engine import Engine
+        from serving.engine.optimizations import prepare
+        from serving.engine.thread import EngineThread
+
+        settings, fuse = self.settings, None
+        version = self._versions.get(name)
+        with (
+            local_weights(version) if version else nullcontext() as folder
+        ):  # checked before the base is read
+            whole = None if version is None or version.method == "lora" else folder
+            pipeline = load_pipeline(
+                self.base if whole else local_path(self.base), whole, revision=self.base_revision
+            )
+            if folder and not whole:
+                fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
+        try:
+            prepare(
+                pipeline,
+                self.device,
+                precision=settings.precision,
+                channels_last=settings.channels_last,
+                compile=settings.compile,
+                int8_weights=settings.int8_weights,
+                offload=settings.offload,
+                solver=settings.solver,
+                fuse=fuse,
+            )
+            engine = Engine(
+                pipeline,
+                device=self.device,
+                max_rows=settings.max_batch_size,
+                max_waiting=settings.max_queued_requests * settings.max_pictures,
+                max_side=settings.max_side,
+                adapter_folder=self._adapter_folder if name == BASE and not settings.compile else None,
+                adapter_bytes=settings.adapter_mb << 20,
+                prompt_bytes=settings.prompt_mb << 20,
+                attention=settings.attention,
+                cache_features=settings.cache_features,
+                num_cores=self._num_cores,
+            )
+        except ValueError as error:
+            raise ValueError(f"serve.{error}") from error
+        thread = EngineThread(engine)
+        thread.start()
+        return thread
+
+    def _adapter_folder(self, name: str) -> Path:
+        """Where an adapter lies on this machine. One thread reads them, one after the other, so what was
+        fetched for the last one may go."""
+        self._fetched.close()
+        return self._fetched.enter_context(local_weights(self._versions[name]))
+
+
+def _submit(
+    thread: "EngineThread",
+    order: Order,
+    adapter: str | None,
+    image: "torch.Tensor | None",
+    on_preview: "OnPreview | None" = None,
+) -> "Future[Drawing]":
+    """Hand an order to the engine.
+
+    Raises:
+        APIError: 400 for what this model cannot draw, 503 if too many wait.
+    """
+    from serving.engine.rows import Request
+    from serving.engine.scheduler import QueueFull
+
+    request = Request(
+        order.prompt,
+        order.seed,
+        order.steps,
+        order.guidance_scale,
+        negative_prompt=order.negative_prompt,
+        height=order.height,
+        width=order.width,
+        adapter=adapter,
+        previews=order.previews,
+        image=image,
+        strength=order.strength,
+        zero_terminal_snr=order.version is not None and order.version.zero_terminal_snr,
+    )
+    try:
+        return thread.submit(request, on_preview)
+    except QueueFull as error:
+        raise APIError(503, str(error), code="queue_full") from error
+    except ValueError as error:
+        field, _, reason = str(error).partition(":")
+        known = {"height": "size", "width": "size"}.get(field, field)
+        if known not in Order._fields and known != "size":
+            known, reason = "steps", str(error)  # of the scheduler, which names no field
+        raise APIError(400, f"{known}: {reason.strip()}", known, "invalid_value") from error
+
+
+def _accepts(thread: "EngineThread", num_steps: int) -> bool:
+    try:
+        thread.engine.check_steps(num_steps)
+    except ValueError:
+        return False
+    return True
+
+
+def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
+    """What is told of a version that cannot be loaded."""
+    return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
+
+
+def _stop(thread: "EngineThread") -> None:
+    import torch
+
+    thread.stop()
+    del thread
+    gc.collect()  # an engine refers to itself, and the next one needs its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

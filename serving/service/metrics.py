@@ -1,0 +1,234 @@
+"""What an operator sees: counters, gauges and histograms in Prometheus' format.
+
+The HTTP layer (`serving.http.access`) feeds the requests, the service the loads of the engines and what it
+knows of a picture. Every label has few values: models and versions are the ones that `serve` names, the other
+labels are of fixed lists, and what is none of these is counted as "other", so that no client can make series.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from serving.load import Drift, Load
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+OTHER = "other"
+ALIASES = frozenset({"champion", "candidate", "shadow"})
+REASONS = frozenset(
+    {
+        "concurrency_limit_exceeded",
+        "content_policy_violation",
+        "drawing_failed",
+        "feedback_unavailable",
+        "image_not_found",
+        "insufficient_scope",
+        "invalid_api_key",
+        "invalid_json",
+        "invalid_value",
+        "model_lost",
+        "model_not_found",
+        "model_not_loaded",
+        "model_refused",
+        "queue_full",
+        "rate_limit_exceeded",
+        "request_too_large",
+        "safety_check_failed",
+        "timeout",
+        "unknown_parameter",
+        "unsupported_parameter",
+    }
+)
+"""The `code` of every APIError that is counted by name."""
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300)
+COUNTED = (
+    "calls",
+    "row_steps",
+    "pictures",
+    "prompt_hits",
+    "prompt_misses",
+    "adapter_hits",
+    "adapter_misses",
+)
+"""Fields of `Load` that only grow while an engine lives."""
+
+
+class Metrics:
+    """All metrics of the endpoint, in a registry of their own. Any thread may use them.
+
+    Args:
+        max_queued_requests: of the settings, told beside the number of open ones.
+        min_replicas: of the settings, told beside the number that is there.
+        max_versions: pairs of model and version that have series of their own.
+    """
+
+    def __init__(self, *, max_queued_requests: int, min_replicas: int, max_versions: int = 64) -> None:
+        self.registry = CollectorRegistry()
+        self._max_versions = max_versions
+        self._served: set[tuple[str, str]] = set()
+        # Of replicas that are gone too: one that could not be asked once comes back with its whole count.
+        self._loads: OrderedDict[str, Load] = OrderedDict()
+        ProcessCollector(namespace="diffray", registry=self.registry)
+        self._requests()
+        self._engines()
+        self._drift()
+        for reason in (*REASONS, OTHER):
+            self.rejections.labels(reason)  # there from the start: a rate needs a value before the first
+        for cache in (self.prompt_cache, self.adapter_cache):
+            cache.labels("hit"), cache.labels("miss")
+        self.queue_places.set(max_queued_requests)
+        self.min_replicas.set(min_replicas)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"diffray_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"diffray_{name}", text, labels, registry=self.registry)
+
+    def _seconds(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+        return Histogram(f"diffray_{name}_seconds", text, labels, buckets=SECONDS, registry=self.registry)
+
+    def _requests(self) -> None:
+        version = ("model", "version")
+        self.request_seconds = self._seconds(
+            "request", "Requests for pictures, to the end of their answer", (*version, "status")
+        )
+        self.first_step_seconds = self._seconds(
+            "first_step", "From a picture's arrival at the engine to its first denoising step", version
+        )
+        self.rejections = self._counter("rejected_requests", "Requests answered with an error", ("reason",))
+        self.answers = self._counter("answers", "Requests for pictures by who drew them", ("alias", "status"))
+        self.open_requests = self._gauge("open_requests", "Requests for pictures that are being answered")
+        self.queue_places = self._gauge("queue_places", "Requests for pictures that may be open")
+
+    def _engines(self) -> None:
+        self.replicas = self._gauge("replicas", "Replicas that told their load when last asked")
+        self.min_replicas = self._gauge("min_replicas", "Replicas that there should be at least")
+        self.waiting = self._gauge("queue_length", "Pictures that have no place in a batch yet")
+        self.running = self._gauge("rows_running", "Pictures that are being denoised")
+        self.places = self._gauge("row_places", "Pictures that can be denoised at a time")
+        self.decoding = self._gauge("rows_decoding", "Pictures and previews that are being decoded")
+        self.adapter_bytes = self._gauge("adapter_bytes", "Adapters kept in memory")
+        self.calls = self._counter("denoiser_calls", "Calls of the denoiser")
+        self.row_steps = self._counter("denoiser_steps", "Denoising steps of all pictures")
+        self.pictures = self._counter("pictures", "Pictures finished")
+        self.prompt_cache = self._counter("prompt_cache", "Prompt embeddings looked up", ("result",))
+        self.adapter_cache = self._counter("adapter_cache", "Adapters looked up", ("result",))
+
+    def _drift(self) -> None:
+        version = ("model", "version")  # with labels, a gauge is absent until it is set
+        self.fid = self._gauge("drift_fid", "FID of served pictures to the validation split", version)
+        self.clip_score = self._gauge("drift_clip_score", "Mean CLIP score of served pictures", version)
+        self.near_copies = self._gauge(
+            "drift_near_copies", "Share of served pictures that nearly are training pictures", version
+        )
+        self.expected_fid = self._gauge(
+            "drift_expected_fid", "FID that as many pictures had when the version was published", version
+        )
+        self.expected_near_copies = self._gauge(
+            "drift_expected_near_copies", "Near copies of a model that learnt nothing by heart", version
+        )
+        self.drift_pictures = self._gauge(
+            "drift_pictures", "Served pictures behind the drift scores", version
+        )
+        self.drift_passed_over = self._gauge(
+            "drift_passed_over", "Served pictures that the drift scores left out", version
+        )
+        self.by_drift = {
+            "fid": self.fid,
+            "clip_score": self.clip_score,
+            "near_copies": self.near_copies,
+            "expected_fid": self.expected_fid,
+            "expected_near_copies": self.expected_near_copies,
+            "num_pictures": self.drift_pictures,
+            "num_passed_over": self.drift_passed_over,
+        }
+
+    def render(self) -> bytes:
+        """The text for GET /metrics, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+    def serve(self, versions: Iterable[tuple[str, int | str]]) -> None:
+        """Name the pairs of model and version that are served from now on, the most important first.
+
+        Only the first `max_versions` have series of their own; those of versions that are no longer served
+        are dropped, so that they do not add up while a server follows its registry for months.
+        """
+        served = list(dict.fromkeys((model, str(version)) for model, version in versions))
+        kept = set(served[: self._max_versions])
+        gone, self._served = self._served - kept, kept
+        by_version = (self.request_seconds, self.first_step_seconds, *self.by_drift.values())
+        for model, version in gone:
+            for metric in by_version:
+                metric.remove_by_labels({"model": model, "version": version})
+
+    def _version(self, model: object, version: object) -> tuple[str, str]:
+        pair = (str(model), str(version))
+        return pair if pair in self._served else (OTHER, OTHER)
+
+    def answered(self, status: int, seconds: float, facts: Mapping[str, Any]) -> None:
+        """A request for pictures has ended; `facts`: its model, version and alias, as far as known."""
+        model, version = self._version(facts.get("model"), facts.get("version"))
+        self.request_seconds.labels(model, version, status).observe(seconds)
+        if "alias" in facts:
+            self.drawn(facts["alias"], status)
+
+    def drawn(self, alias: str, status: int) -> None:
+        """The version of an alias has answered; the shadow's answers, which no client sees, come here too."""
+        self.answers.labels(alias if alias in ALIASES else OTHER, status).inc()
+
+    def rejected(self, reason: str) -> None:
+        """A request was answered with an error of this code."""
+        self.rejections.labels(reason if reason in REASONS else OTHER).inc()
+
+    def first_step(self, model: str, version: int | str, seconds: float) -> None:
+        """A picture had to wait so long for its first denoising step (`Drawing.waited_s`)."""
+        self.first_step_seconds.labels(*self._version(model, version)).observe(seconds)
+
+    def engines(self, loads: Mapping[str, Load], replicas: int) -> None:
+        """What all replicas were doing when they were last asked.
+
+        A counter that is lower than before is one of an engine that was started anew: what it shows is new.
+
+        Args:
+            loads: by a name of the replica and its engine.
+            replicas: that answered.
+        """
+        self.replicas.set(replicas)
+        self.places.set(sum(load.places for load in loads.values()))
+        self.waiting.set(sum(load.waiting for load in loads.values()))
+        self.running.set(sum(load.running for load in loads.values()))
+        self.decoding.set(sum(load.decoding for load in loads.values()))
+        self.adapter_bytes.set(sum(load.adapter_bytes for load in loads.values()))
+        for engine, load in loads.items():
+            grown = _growth(self._loads.pop(engine, None), load)
+            self._loads[engine] = load
+            self.calls.inc(grown["calls"])
+            self.row_steps.inc(grown["row_steps"])
+            self.pictures.inc(grown["pictures"])
+            for cache, name in ((self.prompt_cache, "prompt"), (self.adapter_cache, "adapter")):
+                cache.labels("hit").inc(grown[f"{name}_hits"])
+                cache.labels("miss").inc(grown[f"{name}_misses"])
+        while len(self._loads) > len(loads) + 256:
+            self._loads.popitem(last=False)
+
+    def drift(self, model: str, version: int | str, scores: Drift) -> None:
+        """Scores of a window of served pictures; what was not measured is absent, also if it once was."""
+        labels = self._version(model, version)
+        for name, gauge in self.by_drift.items():
+            value = getattr(scores, name)
+            if value is None:
+                gauge.remove_by_labels({"model": labels[0], "version": labels[1]})
+            else:
+                gauge.labels(*labels).set(value)
+
+
+def _growth(before: Load | None, now: Load) -> dict[str, int]:
+    """How much each of COUNTED has grown."""
+    counts = {name: getattr(now, name) for name in COUNTED}
+    if before is None or any(counts[name] < getattr(before, name) for name in COUNTED):
+        return counts
+    return {name: count - getattr(before, name) for name, count in counts.items()}

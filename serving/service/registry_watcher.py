@@ -1,0 +1,162 @@
+"""The endpoint follows the registry: a new champion is loaded and warm before it gets a request."""
+
+import asyncio
+import logging
+import time
+
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.registry import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
+from ray_jobs.registry import champion as look_up
+from serving.messages import label, place_of
+from serving.schemas import APIError
+from serving.service.canary import Canary
+from serving.service.replica_client import ReplicaClient
+from serving.service.routing import Catalogue
+
+FRESH_S = 120  # the champion that the application was built with is looked up again after that
+
+logger = logging.getLogger("ray.serve")
+
+
+def is_fresh(built: float) -> bool:
+    """Whether an application was built a moment ago, seconds since 1970, with the registry's champion."""
+    # The clock that said `built` may be another machine's, and ahead of this one.
+    return 0 <= time.time() - built < FRESH_S
+
+
+def current(config: Config, known: RegisteredModel, built: float) -> RegisteredModel:
+    """The registry's champion, or the one that is known: if it is fresh, or the registry does not answer."""
+    if is_fresh(built):
+        return known
+    try:
+        return look_up(config)
+    except Exception as error:  # the endpoint goes on, whatever a registry may answer
+        logger.warning("the registry does not answer, so %s is served: %s", label(known), error)
+        return known
+
+
+def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | None:
+    """The version that a champion replaced, if it is of the same base; None where there is none."""
+    try:
+        found = registered(config, PREVIOUS)
+    except ConfigError:
+        return None
+    return found if found.version != champion.version and found.base == champion.base else None
+
+
+async def warmed_up(config: Config, champion: RegisteredModel, replicas: ReplicaClient) -> RegisteredModel:
+    """The version to begin with, loaded: the champion or, where that is refused, the one that it replaced.
+
+    Raises:
+        APIError: there is none to be served.
+    """
+    fused = config.serve.fuse_champion
+    try:
+        await replicas.warm_up(champion, fused=fused)
+        return champion
+    except APIError as error:
+        refused = error.code == "model_refused"
+        former = await asyncio.to_thread(replaced_by, config, champion) if refused else None
+        if former is None:
+            raise
+        logger.warning("%s; %s, which it replaced, is served", error.message, label(former))
+    await replicas.warm_up(former, fused=fused)
+    return former
+
+
+class RegistryWatcher:
+    """Looks at the registry's aliases from time to time and moves the catalogue on.
+
+    What cannot be read or served changes nothing: the last champion goes on, and `notice` says why.
+
+    Attributes:
+        notice: for GET /readyz; None while all is well.
+        looked: whether the registry was ever read.
+    """
+
+    def __init__(self, config: Config, catalogue: Catalogue, replicas: ReplicaClient, canary: Canary) -> None:
+        self.config, self.catalogue, self.replicas, self.canary = config, catalogue, replicas, canary
+        self.notice: str | None = None
+        self.looked = False
+        self._lock = asyncio.Lock()
+
+    async def run(self, *, now: bool) -> None:
+        """Look again and again, until cancelled.
+
+        Args:
+            now: the first time at once; else after a pause, because the champion was just looked up.
+        """
+        while True:
+            if not now:
+                await asyncio.sleep(self.config.serve.follow_s)
+            now = False
+            try:
+                await self.look()
+            except Exception as error:  # whatever one look meets, the next one is made
+                self._tell(f"the registry's aliases were not followed: {error!r}")
+
+    async def look(self) -> None:
+        """Read the registry once and follow what it says."""
+        async with self._lock:
+            try:
+                found = await asyncio.to_thread(entries, self.config, self.catalogue.models)
+            except Exception as error:  # the endpoint goes on, whatever a registry may answer
+                self._tell(f"the registry does not answer, so the last state stays: {error}")
+                return
+            self.catalogue.entries, self.looked = found, True
+            notices = [await self._follow_champion(), await self._follow_candidate(), self._lacking()]
+            self._tell("; ".join(filter(None, notices)) or None)
+
+    def _lacking(self) -> str | None:
+        """Which models of `serve.models` the registry does not hold, or not yet."""
+        lacking = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
+        return f"serve.models: the registry holds no {', '.join(map(repr, lacking))}" if lacking else None
+
+    async def _follow_champion(self) -> str | None:
+        """Warm up a new champion and let it answer; why not, if it cannot."""
+        champion = self.catalogue.alias(CHAMPION)
+        if champion is None:
+            return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
+        former = self.catalogue.champion
+        refusal = await self._warm_up(champion, fused=self.config.serve.fuse_champion)
+        if place_of(champion) == place_of(former):
+            return refusal
+        if refusal:
+            return f"{refusal}; {label(former)} stays the champion"
+        self.catalogue.champion = champion
+        logger.info("%s is the champion now, %s before", label(champion), label(former))
+        return None
+
+    async def _follow_candidate(self) -> str | None:
+        """Let the candidate answer its share, or nobody where there is none to serve."""
+        candidate, settings = self.catalogue.alias(CANDIDATE), self.config.serve
+        if (
+            candidate is None
+            or not (settings.candidate_share or settings.shadow_share)
+            or label(candidate) in self.canary.taken_out
+            or place_of(candidate) == place_of(self.catalogue.champion)
+        ):
+            self.catalogue.candidate = None
+            return None
+        refusal = await self._warm_up(candidate)
+        self.catalogue.candidate = None if refusal else candidate
+        return refusal
+
+    async def _warm_up(self, version: RegisteredModel, *, fused: bool = False) -> str | None:
+        """Have the replicas load a version, unless they have; why not, if they cannot."""
+        if not self.catalogue.fits(version):
+            return (
+                f"{label(version)} cannot be served: it was trained on {version.base}, and the replicas hold "
+                f"{self.catalogue.base[0]}; start the endpoint again"
+            )
+        try:
+            await self.replicas.warm_up(version, fused=fused)
+        except (APIError, TimeoutError) as error:
+            return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
+        return None
+
+    def _tell(self, notice: str | None) -> None:
+        """Keep a notice, and log it when it is new."""
+        if notice and notice != self.notice:
+            logger.warning("%s", notice)
+        self.notice = notice

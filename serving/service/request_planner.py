@@ -1,0 +1,122 @@
+"""A request becomes orders: the version that it means, the server's defaults, and one order a picture."""
+
+import random
+import time
+from contextlib import suppress
+from typing import Any
+
+from ray_jobs.config import ServeConfig
+from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel
+from serving.feedback.schemas import new_image_id
+from serving.messages import BASE, Order, label
+from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
+from serving.service.registry_watcher import RegistryWatcher
+from serving.service.replica_client import ReplicaClient
+from serving.service.request_context import State, key_of
+from serving.service.routing import Catalogue, UnknownModel
+
+GUIDANCE_SCALE = 3.0  # of versions that were registered without one
+
+
+class RequestPlanner:
+    """Belongs to one event loop.
+
+    Args:
+        catalogue: says which versions there are.
+        watcher: looks at the registry, if nobody has yet.
+        replicas: tell the model's own size.
+    """
+
+    def __init__(
+        self, settings: ServeConfig, catalogue: Catalogue, watcher: RegistryWatcher, replicas: ReplicaClient
+    ) -> None:
+        self.settings, self.catalogue = settings, catalogue
+        self.watcher, self.replicas = watcher, replicas
+
+    async def find(self, model: str | None, user: str | None = None) -> RegisteredModel | None:
+        """The version that a request's `model` means; None is the base alone.
+
+        Raises:
+            APIError: 404.
+        """
+        with suppress(UnknownModel):
+            return self.catalogue.find(model, user)
+        if not self.watcher.looked:
+            await self.watcher.look()
+        try:
+            return self.catalogue.find(model, user)
+        except UnknownModel as error:
+            raise APIError(404, str(error), "model", "model_not_found") from None
+
+    async def orders(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
+        """One order a picture, the server's defaults filled in; refuses what this model cannot do."""
+        if request.partial_images and not request.stream:
+            raise APIError(400, "partial_images: needs stream: true", "partial_images", "invalid_value")
+        if request.stream and request.n > 1:
+            raise APIError(400, "n: a stream has one picture; leave n out", "n", "invalid_value")
+        state["prompt"] = request.prompt
+        user = request.user or key_of(state)
+        version = await self.find(request.model, user)
+        width, height = await self._pixels(request.size)
+        seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
+        steps = request.steps or self.settings.default_steps
+        first = Order(
+            version,
+            request.prompt,
+            seed,
+            steps,
+            request.guidance_scale or self._usual_guidance(version),
+            request.negative_prompt,
+            height,
+            width,
+            # In fewer steps there are fewer unfinished pictures.
+            min(request.partial_images, steps - 1),
+            image,
+            request.strength if isinstance(request, EditRequest) else 1.0,
+            # An edit is as far from the published pictures as what was sent.
+            scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
+            asked=time.time(),
+            fused=self.settings.fuse_champion and version == self.catalogue.champion,
+        )
+        state.update(self._names(version), steps=steps, n=request.n)
+        # Wraps around, so that every seed in an answer is one that a request may name.
+        return [
+            first._replace(seed=(seed + i) % (MAX_SEED + 1), image_id=new_image_id())
+            for i in range(request.n)
+        ]
+
+    def _usual_guidance(self, version: RegisteredModel | None) -> float:
+        """Where a request names none: as configured, else what the version was scored with; the base alone is
+        drawn as the champion."""
+        recorded = (version or self.catalogue.champion).guidance_scale
+        return self.settings.default_guidance_scale or recorded or GUIDANCE_SCALE
+
+    def _names(self, version: RegisteredModel | None) -> dict[str, Any]:
+        """What a log says of a version."""
+        if version is None:
+            return {"model": BASE, "version": BASE}
+        found = {"model": version.name, "version": version.version}
+        for alias, each in ((CHAMPION, self.catalogue.champion), (CANDIDATE, self.catalogue.candidate)):
+            if each is not None and label(each) == label(version):
+                found["alias"] = alias
+        return found
+
+    async def _pixels(self, size: str | None) -> tuple[int | None, int | None]:
+        """Width and height; None is the model's own."""
+        if size is None:
+            return None, None
+        width, height = width_and_height(size)
+        own = await self.replicas.traits()
+        limit = self.settings.max_side or 2 * max(own)
+        if max(width, height) > limit:
+            message = (
+                f"size: {size} is larger than the {limit} pixels a side drawn here; this model's own "
+                f"size is {own.width}x{own.height}"
+            )
+            raise APIError(400, message, "size", "invalid_value")
+        return width, height
+
+    async def size(self, order: Order) -> str:
+        """Width x height in pixels."""
+        own = await self.replicas.traits()
+        return f"{order.width or own.width}x{order.height or own.height}"

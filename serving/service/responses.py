@@ -1,0 +1,77 @@
+"""Finished pictures on their way to the client: recorded, counted, and some drawn again by the candidate."""
+
+import asyncio
+import base64
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from serving.feedback.schemas import Generation, new_image_id
+from serving.feedback.store import FeedbackStore
+from serving.messages import Order, Picture, label
+from serving.schemas import ImageData, ImageRequest
+from serving.service.metrics import Metrics
+from serving.service.request_context import State, key_of
+from serving.service.routing import Catalogue
+from serving.service.shadow import Shadow, Shadowed
+
+
+class Delivery:
+    """All finished pictures pass here.
+
+    Args:
+        shadow_share: of the champion's pictures that the candidate draws too.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        feedback: FeedbackStore,
+        metrics: Metrics,
+        shadow: Shadow,
+        shadow_share: float,
+    ) -> None:
+        self.catalogue, self.feedback, self.metrics = catalogue, feedback, metrics
+        self.shadow, self.shadow_share = shadow, shadow_share
+        self._recording = ThreadPoolExecutor(4, "recording")  # may wait for the database; the loop's may not
+
+    async def deliver(
+        self, orders: list[Order], pictures: list[Picture], request: ImageRequest, state: State, size: str
+    ) -> list[ImageData]:
+        """Finished pictures on their way to the client, recorded first.
+
+        Args:
+            size: of all, width x height in pixels.
+            state: of the HTTP request.
+
+        Raises:
+            APIError: 503, if they cannot be recorded.
+        """
+        facts = {
+            "created": time.time(),
+            "user": request.user,
+            "key_id": key_of(state),
+            "role": state.get("alias", "other"),
+        }
+        records = [
+            Generation.model_validate(order.parameters(size) | facts | {"seconds": time.time() - order.asked})
+            for order in orders
+        ]
+        await asyncio.get_running_loop().run_in_executor(self._recording, self._record, records)
+        data = []
+        for order, picture in zip(orders, pictures, strict=True):
+            if picture.waited_s is not None:
+                self.metrics.first_step(state["model"], state["version"], picture.waited_s)
+            data.append(
+                ImageData(id=order.image_id, b64_json=base64.b64encode(picture.png).decode(), seed=order.seed)
+            )
+            candidate = self.catalogue.candidate
+            drawn_by_champion = label(order.version) == label(self.catalogue.champion)
+            if candidate and drawn_by_champion and random.random() < self.shadow_share:
+                again = order._replace(version=candidate, fused=False, previews=0, image_id=new_image_id())
+                self.shadow.offer(Shadowed(order.image_id, order, picture.png, again))
+        return data
+
+    def _record(self, generations: list[Generation]) -> None:
+        for each in generations:
+            self.feedback.record(each)

@@ -1,0 +1,126 @@
+"""What may be asked for, and who is answered by which version. Pure: no registry, no replicas."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ray_jobs.registry import CHAMPION, RegisteredModel, RegistryEntry
+from serving.messages import BASE, base_of, label
+
+
+class UnknownModel(ValueError):
+    """No such model can be asked for here."""
+
+
+class Offer(NamedTuple):
+    """One name that a request may give as its model."""
+
+    id: str
+    version: RegisteredModel | None  # None: the base alone
+
+
+class Catalogue:
+    """The registry as it was seen last, and the versions that are warm.
+
+    Args:
+        name: the registered model that is served.
+        champion: the version that answers; its base is the one that the replicas draw with.
+        admitted: other registered models that may be asked for; `*` is all.
+        candidate_share: of users, in 0 to 1.
+
+    Attributes:
+        champion: answers whoever asks for no other.
+        candidate: answers its share; None: nobody.
+        entries: what the registry holds, by registered model.
+    """
+
+    def __init__(
+        self, name: str, champion: RegisteredModel, admitted: Sequence[str] = (), candidate_share: float = 0.0
+    ) -> None:
+        self.name, self.admitted, self.candidate_share = name, tuple(admitted), candidate_share
+        self.base = base_of(champion)
+        self.champion = champion
+        self.candidate: RegisteredModel | None = None
+        self.entries: Mapping[str, RegistryEntry] = {}
+
+    @property
+    def models(self) -> list[str]:
+        """The registered models to look at; `*` stands for all."""
+        return [self.name, *self.admitted]
+
+    def fits(self, version: RegisteredModel) -> bool:
+        """Whether the replicas can draw a version: it is of their base, so of its size too."""
+        return base_of(version) == self.base
+
+    def alias(self, alias: str) -> RegisteredModel | None:
+        """The version of the served model that an alias points to in the registry."""
+        entry = self.entries.get(self.name)
+        return entry.versions.get(entry.aliases.get(alias, 0)) if entry else None
+
+    def answering(self, user: str | None) -> RegisteredModel:
+        """The version for a request that names none: the candidate for its share of users.
+
+        A user stays with one version for as long as the candidate is the same; the next candidate meets
+        others. Without a user it is drawn by lot.
+        """
+        if self.candidate is None:
+            return self.champion
+        share = random.random() if user is None else _hashed(f"{label(self.candidate)} {user}")
+        return self.candidate if share < self.candidate_share else self.champion
+
+    def find(self, model: str | None, user: str | None = None) -> RegisteredModel | None:
+        """The version that a request's `model` means; None is the base alone.
+
+        Raises:
+            UnknownModel: with what to do.
+        """
+        if model is None or model == self.name:
+            return self.answering(user)
+        if model == BASE:
+            return None
+        if model in (label(self.champion), f"{self.name}:{CHAMPION}"):
+            return self.champion
+        for name, entry in self.entries.items():
+            found = _in_entry(model, name, entry)
+            if found is not None and self.fits(found):
+                return found
+        raise UnknownModel(
+            f"the model {model!r} does not exist here; GET /v1/models lists those that do, for example "
+            f"{self.name!r} or {label(self.champion)!r}"
+        )
+
+    def offers(self) -> Iterator[Offer]:
+        """All that may be asked for, the served model first."""
+        yield Offer(self.name, self.champion)
+        yield Offer(f"{self.name}:{CHAMPION}", self.champion)
+        yielded = {label(self.champion)}
+        yield Offer(label(self.champion), self.champion)
+        for name, entry in sorted(self.entries.items(), key=lambda item: (item[0] != self.name, item[0])):
+            versions = {number: each for number, each in entry.versions.items() if self.fits(each)}
+            if name != self.name and entry.aliases.get(CHAMPION) in versions:
+                yield Offer(name, versions[entry.aliases[CHAMPION]])
+            for alias, number in sorted(entry.aliases.items()):
+                if number in versions and (name, alias) != (self.name, CHAMPION):
+                    yield Offer(f"{name}:{alias}", versions[number])
+            for _, each in sorted(versions.items(), reverse=True):
+                if label(each) not in yielded:
+                    yield Offer(label(each), each)
+        yield Offer(BASE, None)
+
+
+def _in_entry(model: str, name: str, entry: RegistryEntry) -> RegisteredModel | None:
+    """The version that `name`, `name@version` or `name:alias` means."""
+    if model == name:
+        return entry.versions.get(entry.aliases.get(CHAMPION, 0))
+    rest = model.removeprefix(name)
+    if rest == model:
+        return None
+    if rest.startswith("@") and rest[1:].isdecimal():
+        return entry.versions.get(int(rest[1:]))
+    return entry.versions.get(entry.aliases.get(rest[1:], 0)) if rest.startswith(":") else None
+
+
+def _hashed(text: str) -> float:
+    """A number in 0 to 1, the same for the same text in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,272 @@
+"""What the endpoint does with a request: choose the version, take it apart into orders, have them drawn."""
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from itertools import count
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.registry import RegisteredModel
+from serving.feedback.store import FeedbackStore, Tally
+from serving.load import Drift
+from serving.messages import BASE, Order, ReplicaLoad, label
+from serving.schemas import (
+    APIError,
+    CompletedEvent,
+    ImageRequest,
+    ImageResponse,
+    PartialImageEvent,
+)
+from serving.service.canary import Canary, Limits
+from serving.service.metrics import Metrics
+from serving.service.registry_watcher import RegistryWatcher
+from serving.service.replica_client import ReplicaClient
+from serving.service.request_context import State
+from serving.service.request_planner import RequestPlanner
+from serving.service.responses import Delivery
+from serving.service.rollout import withdraw
+from serving.service.routing import Catalogue
+from serving.service.shadow import Shadow
+
+logger = logging.getLogger("ray.serve")
+
+
+class Service:
+    """The endpoint without its HTTP. Belongs to one event loop.
+
+    Args:
+        config: of the run whose model is served.
+        champion: the version that answers first.
+        replicas: draw.
+        feedback: keeps how every picture was drawn.
+    """
+
+    def __init__(
+        self, config: Config, champion: RegisteredModel, replicas: ReplicaClient, feedback: FeedbackStore
+    ) -> None:
+        self.config, self.settings, self.replicas = config, config.serve, replicas
+        self.feedback = feedback
+        settings = config.serve
+        self.catalogue = Catalogue(champion.name, champion, settings.models, settings.candidate_share)
+        limits = Limits(settings.rollback_requests, settings.rollback_error_rate, settings.rollback_latency)
+        self.canary = Canary(limits)
+        self.metrics = Metrics(
+            max_queued_requests=settings.max_queued_requests, min_replicas=settings.min_replicas
+        )
+        self.watcher = RegistryWatcher(config, self.catalogue, replicas, self.canary)
+        self.shadow = Shadow(
+            Storage.open(config.storage).child(config.name, "shadow"),
+            self._draw_shadow,
+            lambda: self.num_open < settings.max_batch_size / 2,
+        )
+        self.planner = RequestPlanner(settings, self.catalogue, self.watcher, replicas)
+        self.delivery = Delivery(self.catalogue, feedback, self.metrics, self.shadow, settings.shadow_share)
+        self.started = int(time.time())
+        self.num_open = 0  # requests
+        self._background: set[asyncio.Task[None]] = set()
+        self._named: list[Any] = []  # what of the registry the metrics know
+
+    def start(self, *, look_now: bool) -> None:
+        """Follow the registry from now on, and draw shadows."""
+        self._in_background(self.watcher.run(now=look_now))
+        if self.settings.shadow_share:
+            self._in_background(self.shadow.run())
+
+    async def generate(
+        self, request: ImageRequest, state: State, image: bytes | None = None
+    ) -> ImageResponse:
+        """Draw `n` pictures of a prompt.
+
+        Args:
+            image: to begin with, for an EditRequest: a file of a picture.
+            state: of the HTTP request: the layers around say `key_id` there, which keeps to one version
+                where the request names no user; what is drawn is noted there for their logs.
+
+        Raises:
+            APIError: what the client is told.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
+        with self._place(), self._in_time():
+            async with asyncio.timeout_at(deadline):
+                orders = await self._ordered(request, state, image)
+            with self._counted(orders[0]):
+                async with asyncio.timeout_at(deadline):
+                    pictures = await self.replicas.draw(orders)
+            size = await self.planner.size(orders[0])
+            data = await self.delivery.deliver(orders, pictures, request, state, size)
+        return ImageResponse(
+            created=int(time.time()),
+            data=data,
+            model=label(orders[0].version),
+            size=size,
+        )
+
+    async def stream(
+        self, request: ImageRequest, state: State, image: bytes | None = None
+    ) -> AsyncGenerator[PartialImageEvent | CompletedEvent]:
+        """Draw one picture, its unfinished ones on the way.
+
+        Raises:
+            APIError: what the client is told, before the first event or after any.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
+        with self._place(), self._in_time():
+            async with asyncio.timeout_at(deadline):
+                (order,) = await self._ordered(request, state, image)
+                size = await self.planner.size(order)
+            async with aclosing(self.replicas.watch(order)) as pictures:
+                with self._counted(order):
+                    for index in count():
+                        async with asyncio.timeout_at(deadline):
+                            picture = await anext(pictures)
+                        if picture.waited_s is not None:
+                            break
+                        yield PartialImageEvent(
+                            type="image_generation.partial_image"
+                            if image is None
+                            else "image_edit.partial_image",
+                            b64_json=base64.b64encode(picture.png).decode(),
+                            partial_image_index=index,
+                            created_at=int(time.time()),
+                            size=size,
+                        )
+            (data,) = await self.delivery.deliver([order], [picture], request, state, size)
+        yield CompletedEvent(
+            type="image_generation.completed" if image is None else "image_edit.completed",
+            id=data.id,
+            b64_json=data.b64_json,
+            seed=data.seed,
+            model=label(order.version),
+            created_at=int(time.time()),
+            size=size,
+        )
+
+    async def rollout(self) -> dict[str, Any]:
+        """Champion and candidate, what they answered and what people said: answer to GET /v1/rollout."""
+        candidate, notices = self.catalogue.candidate, [self.watcher.notice]
+        said: list[Tally] = []
+        try:
+            said = await asyncio.to_thread(self.feedback.tally)
+        except APIError as error:  # an operator wants the rest all the more
+            notices.append(error.message)
+        drift = latest_drift(await self.replicas.loads())
+        return {
+            "champion": label(self.catalogue.champion),
+            "candidate": candidate and label(candidate),
+            "candidate_share": self.settings.candidate_share,
+            "versions": {name: tally.as_json() for name, tally in self.canary.tallies.items()},
+            "quality": {f"{model}@{version}": each._asdict() for (model, version), each in drift.items()},
+            "feedback": [tally._asdict() for tally in said],
+            "taken_out": self.canary.taken_out,
+            "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
+            "notice": "; ".join(filter(None, notices)) or None,
+        }
+
+    async def measured(self) -> bytes:
+        """What the endpoint and its replicas do: answer to GET /metrics."""
+        self._name_versions()
+        loads = await self.replicas.loads()
+        engines = {f"{each.replica} {name}": load for each in loads for name, load in each.engines.items()}
+        self.metrics.engines(engines, len(loads))
+        for (model, version), scores in latest_drift(loads).items():
+            self.metrics.drift(model, version, scores)
+        return await asyncio.to_thread(self.metrics.render)
+
+    def _name_versions(self) -> None:
+        """Tell the metrics which versions there are, when there are others."""
+        catalogue = self.catalogue
+        known = [catalogue.champion, catalogue.candidate, catalogue.entries]
+        if any(one is not other for one, other in zip(known, self._named or [None] * 3, strict=True)):
+            self._named = known
+            offered = [offer.version for offer in catalogue.offers()]
+            versions = [catalogue.champion, catalogue.candidate, *offered]
+            served = [(each.name, each.version) for each in versions if each is not None]
+            self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
+
+    async def _ordered(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
+        orders = await self.planner.orders(request, state, image)
+        self._name_versions()
+        return orders
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the places for open requests."""
+        limit = self.settings.max_queued_requests
+        if self.num_open >= limit:
+            message = f"{limit} requests are waiting, which is the limit; try again later"
+            raise APIError(503, message, None, "queue_full", {"retry-after": "1"})
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What is told of a request that took too long."""
+        try:
+            yield
+        except TimeoutError:
+            seconds = f"{self.settings.request_timeout_s:g}"
+            message = f"not drawn within {seconds} s; ask for fewer steps or pictures, or try later"
+            raise APIError(504, message, code="timeout") from None
+
+    @contextmanager
+    def _counted(self, order: Order) -> Iterator[None]:
+        """Counts an answer or an error of champion and candidate; a client that goes away is neither."""
+        version, started = label(order.version), time.monotonic()
+        compared = order.version in (self.catalogue.champion, self.catalogue.candidate)
+        try:
+            yield
+        except (APIError, TimeoutError) as error:
+            if compared and (isinstance(error, TimeoutError) or error.status >= 500):
+                self.canary.failed(version)
+                self._judge()
+            raise
+        if compared:
+            self.canary.answered(version, seconds=time.monotonic() - started, steps=order.steps)
+            self._judge()
+
+    def _judge(self) -> None:
+        """Take the candidate out if it does worse than it may."""
+        candidate, champion = self.catalogue.candidate, self.catalogue.champion
+        if candidate is None:
+            return
+        reason = self.canary.objection(label(champion), label(candidate))
+        if reason:
+            self.canary.taken_out[label(candidate)] = reason
+            self.catalogue.candidate = None
+            logger.warning("%s is taken out: %s", label(candidate), reason)
+            self._in_background(self._withdraw(candidate, reason))
+
+    async def _withdraw(self, candidate: RegisteredModel, reason: str) -> None:
+        """Take the alias away, so that the next start of the endpoint knows too."""
+        try:
+            await asyncio.to_thread(withdraw, self.config, candidate.version, reason)
+        except Exception as error:  # it is out here in any case, whatever a registry may answer
+            logger.warning("%s keeps its alias in the registry: %s", label(candidate), error)
+
+    async def _draw_shadow(self, order: Order) -> bytes:
+        try:
+            (picture,) = await self.replicas.draw([order])
+        except APIError as error:
+            self.metrics.drawn("shadow", error.status)
+            raise
+        self.metrics.drawn("shadow", 200)
+        return picture.png
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)  # the loop itself keeps no hold of it
+        task.add_done_callback(self._background.discard)
+
+
+def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], Drift]:
+    """By name and version, the scores of the replica that made them last."""
+    found = [item for each in loads for item in each.drift.items()]
+    return dict(sorted(found, key=lambda item: item[1].scored_at))

@@ -1,0 +1,88 @@
+"""Shadow mode: the candidate draws what the champion has answered, unseen by whoever asked."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from cluster.storage import Storage
+from serving.messages import Order, label
+
+logger = logging.getLogger("ray.serve")
+
+WAITING = 16  # more are passed over
+NEXT = "next"  # a file with the number of the place that is written next
+KEPT = 200  # pairs of pictures in the folder; the oldest is written over
+
+
+class Shadowed(NamedTuple):
+    """A picture that was answered, and the same order for the candidate."""
+
+    picture_id: str
+    answered: Order
+    picture: bytes  # PNG
+    order: Order
+
+
+class Shadow:
+    """Draws and stores pairs, one at a time, after the answers were sent.
+
+    Args:
+        folder: gets `000/` and so on, each with `champion.png`, `candidate.png` and `parameters.json`, which
+            is written last; of an edit with `given`, the file that it began with. `next` says where the next
+            process goes on.
+        draw: has one picture drawn.
+        may_draw: whether the replicas have room beside the requests that wait for answers.
+    """
+
+    def __init__(
+        self,
+        folder: Storage,
+        draw: Callable[[Order], Awaitable[bytes]],
+        may_draw: Callable[[], bool],
+        *,
+        kept: int = KEPT,
+    ) -> None:
+        self.folder, self._draw, self._may_draw, self.kept = folder, draw, may_draw, kept
+        self._waiting: asyncio.Queue[Shadowed] = asyncio.Queue(WAITING)
+        self.stored = self.passed_over = 0
+        self._place: int | None = None  # in the folder; None: the last process knew
+
+    def offer(self, pair: Shadowed) -> None:
+        """Take a pair if there is room; never waits."""
+        if self._waiting.full():
+            self.passed_over += 1
+        else:
+            self._waiting.put_nowait(pair)
+
+    async def run(self) -> None:
+        """Draw and store, until cancelled."""
+        while True:
+            pair = await self._waiting.get()
+            while not self._may_draw():
+                await asyncio.sleep(0.2)
+            try:
+                drawn = await self._draw(pair.order)
+                await asyncio.to_thread(self._store, pair, drawn)
+            except Exception as error:  # whatever is wrong with one pair, the next ones are drawn
+                self.passed_over += 1
+                logger.warning("shadow of %s: %s", pair.picture_id, error)
+
+    def _store(self, pair: Shadowed, drawn: bytes) -> None:
+        if self._place is None:
+            self._place = int(self.folder.read_text(NEXT)) % self.kept if self.folder.exists(NEXT) else 0
+        name = f"{self._place:03d}"
+        self.folder.delete(name)
+        place = self.folder.child(name)
+        place.write_bytes("champion.png", pair.picture)
+        place.write_bytes("candidate.png", drawn)
+        order = pair.order._asdict()
+        del order["version"]
+        if (image := order.pop("image")) is not None:
+            place.write_bytes("given", image)
+        versions = {"champion": label(pair.answered.version), "candidate": label(pair.order.version)}
+        place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **order}))
+        self.stored += 1
+        self._place = (self._place + 1) % self.kept
+        self.folder.write_text(NEXT, str(self._place))

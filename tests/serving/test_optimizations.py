@@ -1,0 +1,206 @@
+"""Each switch draws nearly the pictures of float32, with adapters or a clear refusal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.loading import load_lora, load_pipeline
+from serving.engine.adapters import read_adapter
+from serving.engine.engine import Engine
+from serving.engine.optimizations import prepare
+from serving.engine.rows import Request
+from tests import tiny_models
+from tests.serving.test_adapters import VARIANTS, parts_of, write_adapter
+
+LIMITS = {"bf16": 8.0, "fp16": 1.5, "int8": 4.0, "channels_last": 0.1}
+"""Mean difference to float32's pictures, of 255 levels. The tiny model has random weights, and guidance and
+its autoencoder enlarge what changes."""
+
+REQUESTS = [
+    Request("a small red circle", 0, 5, 3.0, height=64, width=64),
+    Request("a big blue cross", 7, 4, 1.0, height=64, width=64),
+    Request("a big blue cross", 7, 3, 2.0, height=48, width=64),
+]
+MAKERS = {
+    "xl": tiny_models.tiny_stable_diffusion_xl,
+    "sd3": tiny_models.tiny_stable_diffusion_3,
+    "flux": tiny_models.tiny_flux,
+}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "int8": {"int8_weights": True},
+    "channels_last": {"channels_last": True},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    names = ("attention", "dora", "dora of convolutions", "text")
+    return {name: write_adapter(tiny_model, root / name, 3, **VARIANTS[name]) for name in names}
+
+
+def drawn(pipeline: Any, *requests: Request, **options: Any) -> list[torch.Tensor]:
+    engine = Engine(pipeline, **options)
+    futures = [engine.submit(request) for request in requests]
+    engine.drain()
+    return [future.result(0).pixels.float() for future in futures]
+
+
+def differences(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
+    return [float((a - b).abs().mean()) for a, b in zip(ours, expected, strict=True)]
+
+
+def prepared(folder: Path, **switches: Any) -> Any:
+    pipeline = load_pipeline(str(folder))
+    prepare(pipeline, "cpu", **switches)
+    return pipeline
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_keeps_the_pictures_with_and_without_adapters(
+    tiny_model: Path, adapters: dict[str, Path], switch: str
+) -> None:
+    requests = [*REQUESTS, *(Request("a small red circle", 2, 3, 3.0, adapter=name) for name in adapters)]
+    options: dict[str, Any] = {"adapter_folder": adapters.__getitem__}
+    expected = drawn(load_pipeline(str(tiny_model)), *requests, **options)
+    ours = drawn(prepared(tiny_model, **SWITCHES[switch]), *requests, **options)
+    assert max(differences(ours, expected)) <= LIMITS[switch]
+    assert switch == "channels_last" or max(differences(ours, expected)) > 0
+    assert min(differences(expected[3:], expected[:1] * len(adapters))) > LIMITS[switch]
+
+
+@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
+def test_every_family_can_be_of_half_precision_and_int8(tmp_path: Path, family: str) -> None:
+    folder = MAKERS[family](tmp_path)
+    pipeline = prepared(folder, precision="bf16", int8_weights=True)
+    expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
+    assert max(differences(drawn(pipeline, REQUESTS[0]), expected)) <= LIMITS["bf16"] + LIMITS["int8"]
+    denoiser = getattr(pipeline, family_of(pipeline).denoiser)
+    assert denoiser.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["encoders", "model"])
+@pytest.mark.parametrize("switches", [{}, {"precision": "bf16"}, {"int8_weights": True}])
+def test_an_offloaded_model_has_no_weights_between_its_layers_calls_and_draws_the_same(
+    tiny_model: Path, adapters: dict[str, Path], part: str, switches: dict[str, Any]
+) -> None:
+    requests = [
+        *REQUESTS,
+        *(Request("a small red circle", 2, 3, 3.0, adapter=n) for n in ("attention", "text")),
+    ]
+    options: dict[str, Any] = {"adapter_folder": adapters.__getitem__}
+    expected = drawn(prepared(tiny_model, **switches), *requests, **options)
+    pipeline = prepared(tiny_model, offload=part, **switches)
+    # A level here and there: which rows share a batch depends on when adapters are read.
+    assert max(differences(drawn(pipeline, *requests, num_cores=2, **options), expected)) < 0.01
+    away = {pipeline.text_encoder, pipeline.vae} | ({pipeline.unet} if part == "model" else set())
+    for component in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+        assert {each.is_meta for each in component.parameters()} == {component in away}
+
+
+@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
+def test_every_family_can_be_offloaded(tmp_path: Path, family: str) -> None:
+    folder = MAKERS[family](tmp_path)
+    expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
+    assert differences(drawn(prepared(folder, offload="model"), REQUESTS[0]), expected) == [0]
+
+
+def test_an_offloaded_model_keeps_deep_features(tiny_model: Path) -> None:
+    expected = drawn(load_pipeline(str(tiny_model)), *REQUESTS, cache_features=True)
+    ours = drawn(prepared(tiny_model, offload="model"), *REQUESTS, cache_features=True)
+    assert max(differences(ours, expected)) == 0
+
+
+def test_dora_is_refused_where_the_layers_weights_are_away(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    engine = Engine(prepared(tiny_model, offload="model"), adapter_folder=adapters.__getitem__)
+    refused = engine.submit(Request("a small red circle", 2, 3, 3.0, adapter="dora"))
+    plain = engine.submit(REQUESTS[0])
+    engine.drain()
+    with pytest.raises(ValueError, match="offload: .* is DoRA.* fuse the version"):
+        refused.result(0)
+    assert plain.result(0).pixels.shape == (64, 64, 3)
+
+
+def test_a_compiled_denoiser_is_not_offloaded(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="^offload: a compiled denoiser"):
+        prepared(tiny_model, offload="model", compile=True)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+def test_an_attention_kernel_changes_no_picture(tiny_model: Path, kernel: Any) -> None:
+    expected = drawn(load_pipeline(str(tiny_model)), *REQUESTS)
+    ours = drawn(load_pipeline(str(tiny_model)), *REQUESTS, attention=kernel)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, expected, strict=True)) <= 1
+
+
+def test_an_attention_kernel_that_the_device_lacks_is_an_error_and_no_other_kernel(tiny_model: Path) -> None:
+    engine = Engine(load_pipeline(str(tiny_model)), attention="cudnn")
+    future = engine.submit(REQUESTS[0])
+    engine.drain()
+    with pytest.raises(RuntimeError, match="[Nn]o (available kernel|viable backend)"):
+        future.result(0)
+
+
+def test_int8_weights_are_stored_as_such_and_at_most_half_a_level_off(tiny_model: Path) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    plain = load_pipeline(str(tiny_model)).unet.get_submodule(name)
+    layer = prepared(tiny_model, int8_weights=True).unet.get_submodule(name)
+    level = plain.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((layer.weight - plain.weight).abs() <= 0.5001 * level).all()
+    stored = {each.dtype: each.numel() for each in layer.parametrizations.parameters()}
+    assert stored == {torch.int8: plain.weight.numel(), torch.float32: len(plain.weight)}
+
+
+@pytest.mark.parametrize("name", ["attention", "dora", "dora of convolutions", "text"])
+def test_a_fused_adapter_draws_what_it_draws_for_a_row(
+    tiny_model: Path, adapters: dict[str, Path], name: str
+) -> None:
+    request = Request("a small red circle", 2, 3, 3.0, adapter=name)
+    expected = drawn(load_pipeline(str(tiny_model)), request, adapter_folder=adapters.__getitem__)
+    pipeline = load_pipeline(str(tiny_model))
+    prepare(pipeline, "cpu", fuse=read_adapter(name, adapters[name], parts_of(pipeline)))
+    ours = drawn(pipeline, Request("a small red circle", 2, 3, 3.0))
+    assert (ours[0] - expected[0]).abs().max() <= 1
+
+
+def test_a_fused_model_serves_no_other_adapter(tiny_model: Path, adapters: dict[str, Path]) -> None:
+    pipeline = load_pipeline(str(tiny_model))
+    prepare(pipeline, "cpu", fuse=read_adapter("dora", adapters["dora"], parts_of(pipeline)))
+    with pytest.raises(ValueError, match="^fuse: .* serves no others"):
+        Engine(pipeline, adapter_folder=adapters.__getitem__)
+
+
+@pytest.mark.parametrize("options", [{"adapter_folder": Path}, {"cache_features": True}])
+def test_a_compiled_model_has_no_hooks(tiny_model: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="^compile: it does not go with (adapters|cache_features)"):
+        Engine(prepared(tiny_model, compile=True), **options)
+
+
+def test_a_precision_that_there_is_not_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="precision: 'fp8' is none of fp32, bf16, fp16"):
+        prepared(tiny_model, precision="fp8")
+
+
+def test_a_transformer_has_no_channels_last_and_no_deep_features(tmp_path: Path) -> None:
+    folder = tiny_models.tiny_flux(tmp_path)
+    with pytest.raises(ValueError, match="channels_last: FluxTransformer2DModel"):
+        prepared(folder, channels_last=True)
+    with pytest.raises(ValueError, match="cache_features: only a UNet"):
+        Engine(load_pipeline(str(folder)), cache_features=True)
+
+
+@pytest.mark.parametrize("switch", ["int8_weights", "compile"])
+def test_a_model_with_an_adapter_of_peft_in_it_is_refused(
+    tiny_model: Path, adapters: dict[str, Path], switch: str
+) -> None:
+    pipeline = load_pipeline(str(tiny_model))
+    load_lora(pipeline, adapters["attention"])
+    with pytest.raises(ValueError, match=f"{switch}: the denoiser has an adapter of peft"):
+        prepare(pipeline, "cpu", int8_weights=switch == "int8_weights", compile=switch == "compile")
