@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
-from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.saving import save_lora
 
 RANK = 8
 

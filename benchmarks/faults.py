@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ray_jobs.progress import columns, show
+from ray_jobs.console import columns, show
 from tests.record import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,12 +22,12 @@ import ray
 from benchmarks.fid import Clock
 from cluster.connect import connect
 from ray_jobs.config import Config, load_config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.evaluator import Evaluator
-from ray_jobs.measures import Real
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import quiet_logs, show
+from ray_jobs.console import quiet_logs, show
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.actor import Evaluator
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.evaluation.scores import Real
 
 RESULTS = Path(__file__).parent / "results" / "fid_actors.json"
 SPLIT = "validation"

@@ -22,13 +22,13 @@ import torch
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import quiet_logs, show
+from ray_jobs.console import quiet_logs, show
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.search import search
-from ray_jobs.train import build_trainer, training_name
 from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of, steps_of
+from ray_jobs.training.trainer import build_trainer, training_name
 
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
 OVERRIDES = [

@@ -26,13 +26,14 @@ from benchmarks.simulation.halving import Halving
 from cluster.connect import connect
 from cluster.storage import Storage
 from ray_jobs.config import Config, SearchConfig, load_config
-from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import quiet_logs, show
+from ray_jobs.console import quiet_logs, show
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.planning.checks import checked
 from ray_jobs.search import search
-from ray_jobs.search_results import spent
-from ray_jobs.train import build_trainer, checked
 from ray_jobs.training.checkpoint import Rung, find_rungs
+from ray_jobs.training.trainer import build_trainer
+from ray_jobs.tuning.results import spent
 
 RATES = [2e-3, 1e-3, 5e-4, 2e-4]
 TOLD = ("trial_id", "step", "fid", "fid_error", "seconds", "behind", "behind_error", "variance_ratio")

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.serving_alone import facts
 from benchmarks.serving_parts import AGAINST_RIVALS, ALONE, Run, Settings, measure_bare
 from benchmarks.serving_servers import BATCHED, OURS, SEQUENTIAL, running
-from ray_jobs.progress import quiet_logs, say, show
+from ray_jobs.console import quiet_logs, say, show
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 LIMIT = 0.9  # of the bare denoiser's images a second; of one adapter's

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.serving_engine import bare_rows_per_second
 from benchmarks.serving_load import GUIDANCE_SCALE, lone, requests_of
-from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Drawing, Request
 from serving.engine.thread import EngineThread

@@ -30,8 +30,8 @@ import torch
 from benchmarks import serving_faster
 from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
-from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents
+from ray_jobs.diffusion.sampling import decode_latents, encode_prompts, initial_noise, sample_latents
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 

@@ -26,9 +26,9 @@ from PIL import Image
 
 from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import load_inception
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare

@@ -20,7 +20,7 @@ from benchmarks.serving_alone import bare_denoiser, lone_requests
 from benchmarks.serving_load import MEAN_ROW_STEPS, MEAN_STEPS, Answer, Plan, body_of, load, lone
 from benchmarks.serving_servers import BATCHED, OURS, RIVALS, Servers
 from benchmarks.serving_soak import Memory, growth
-from ray_jobs.progress import say
+from ray_jobs.console import say
 
 WARM_UP = 1 / 3  # of a window: requests of full batches take many seconds
 SHARES = (0.5, 0.8)  # of a server's own capacity

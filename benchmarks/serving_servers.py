@@ -18,9 +18,9 @@ from benchmarks.serving_load import ROOT, wait_until_answers
 from cluster.connect import joined
 from cluster.local import KEEP_MEMORY, local_cluster
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion
+from ray_jobs.registry.models import champion
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.app import APPLICATION
 from serving.command import endpoint, free_port
 from serving.messages import BASE, ReplicaLoad

@@ -10,7 +10,7 @@ from cluster.local import QUIET, local_cluster
 from cluster.nodes import Node, check_storage, described, living_nodes
 from cluster.watch import autoscaler_runs, check_fit
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.progress import say
+from ray_jobs.console import say
 
 ANSWER_S = 10
 """How long the head of a cluster may take to accept a connection, in seconds."""

@@ -28,7 +28,7 @@ import psutil
 from cluster.storage import Storage
 from cluster.watch import STOP
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.progress import say
+from ray_jobs.console import say
 
 LEASES = "lease"
 BEAT_S = 10.0

@@ -19,7 +19,7 @@ import psutil
 
 from cluster.capacity import sized
 from ray_jobs.config import ConfigError, LocalConfig, home
-from ray_jobs.progress import show
+from ray_jobs.console import show
 
 START_TIMEOUT_S = 180
 """How long one start of the embedded Ray may take, in seconds: a loaded machine of 2 cores needs 40."""

@@ -13,7 +13,7 @@ from cluster.capacity import Actors, check_resources, encoders, search_actors
 from cluster.nodes import NoAnswer, Node, check_storage, living_nodes, totals
 from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.progress import say
+from ray_jobs.console import say
 
 if TYPE_CHECKING:
     from ray.core.generated.autoscaler_pb2 import AutoscalingState

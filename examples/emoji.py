@@ -21,7 +21,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.data.splits import Shares, content_digest, split_of
+from ray_jobs.data.curation.splits import Shares, content_digest, split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"

@@ -9,90 +9,10 @@ too, which takes PyTorch and some ten seconds. Exit code 2 and one line for what
 
 import argparse
 import sys
-from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any
 
-from cluster.fetched import local_path
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.data.geometry import Size
-from ray_jobs.diffusion.model_files import latent_pixels
-from ray_jobs.prepare import picture_shapes
-from ray_jobs.progress import complain
-
-
-def check_stages(config: Config) -> None:
-    """Look whether every stage can do with the base model what the configuration asks for.
-
-    Raises:
-        ConfigError: naming the field and the fix.
-    """
-    from ray_jobs.training.setup import check_settings
-
-    try:
-        shapes = picture_shapes(config)
-        family, model = check_settings(config)
-        denoiser = getattr(model, family.denoiser)
-        factor = latent_pixels(local_path(config.model.base), revision=config.model.revision)
-        latents = [(height // factor, width // factor) for height, width in shapes]
-        _check_scores(config, family, model.scheduler, latents)
-        _check_serving(config, family, denoiser, model.scheduler, latents)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[Size]) -> None:
-    """Raise ValueError unless the model's own scheduler draws in the steps that scores are taken with."""
-    from ray_jobs.diffusion.schedulers import trained_scheduler
-    from ray_jobs.diffusion.solvers import is_tabulated, tabulate
-
-    if config.train.loss.zero_terminal_snr:
-        scheduler = trained_scheduler(scheduler)
-    steps, name = config.evaluate.inference_steps, type(scheduler).__name__
-    for shape in latents:
-        try:
-            if is_tabulated(scheduler):  # which tells more: that no step is infinite
-                tabulate(scheduler, family, steps, shape)
-            else:
-                family.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
-        except (ValueError, IndexError, ZeroDivisionError):
-            raise ValueError(
-                f"evaluate.inference_steps: {name} of {config.model.base} cannot draw in {steps} steps; take "
-                "another number"
-            ) from None
-
-
-def _check_serving(
-    config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[Size]
-) -> None:
-    """Raise ValueError for what keeps the winner from being served as the configuration says."""
-    from ray_jobs.diffusion.schedulers import trained_scheduler
-    from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of, tabulate
-    from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
-
-    serve = config.serve
-    if serve.compile and config.train.method == "lora" and not serve.fuse_champion:
-        raise ValueError(
-            "serve.compile: train.method lora makes LoRA versions, whose layers a compiled denoiser does "
-            "not take; turn on serve.fuse_champion, or turn it off"
-        )
-    field = "serve."
-    try:
-        solver = scheduler_of(scheduler, serve.solver)
-        check_scheduler(solver)
-        if serve.channels_last:
-            check_channels_last(family, denoiser)
-        if serve.cache_features:
-            check_cache_features(family, denoiser)
-        if config.train.loss.zero_terminal_snr:
-            solver = trained_scheduler(solver)
-        field = "serve.default_steps: "
-        for shape in latents:
-            tabulate(solver, family, serve.default_steps, shape)
-    except ValueError as error:
-        raise ValueError(f"{field}{error}") from None
+from ray_jobs.config import ConfigError, add_config_arguments, load_config
+from ray_jobs.console import complain
+from ray_jobs.planning.checks import check_stages
 
 
 def main(arguments: list[str] | None = None) -> int:

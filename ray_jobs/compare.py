@@ -20,18 +20,18 @@ from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators, told
-from ray_jobs.feature_networks import check_networks
-from ray_jobs.measures import FEWEST, Scores
+from ray_jobs.console import say
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.evaluation.scores import FEWEST, Scores, told
 from ray_jobs.metrics.resampling import PairedDifference
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import say
-from ray_jobs.registry import registered, verify_weights
+from ray_jobs.registry.aliases import command_line
+from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
-from ray_jobs.samples import SAMPLES
-from ray_jobs.stage import run_stage
-from ray_jobs.versions import command_line
+from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.samples import SAMPLES
+from ray_jobs.weights.feature_networks import check_networks
 
 BASE = "base"
 

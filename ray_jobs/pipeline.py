@@ -11,17 +11,17 @@ from cluster.fetched import local_path
 from cluster.lease import LEASES
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_budget_arguments
-from ray_jobs.data.class_pictures import announce_class_pictures
-from ray_jobs.diffusion.model_files import check_weights
-from ray_jobs.evaluate import evaluators
-from ray_jobs.feature_networks import check_networks
-from ray_jobs.prepare import open_sources, prepare
-from ray_jobs.progress import phase, say
+from ray_jobs.console import phase, say
+from ray_jobs.data.encoding.class_pictures import announce_class_pictures
+from ray_jobs.data.preparation import open_sources, prepare
+from ray_jobs.evaluation.pool import evaluators
+from ray_jobs.planning.checks import checked
 from ray_jobs.publish import publish
-from ray_jobs.registry import check_store
+from ray_jobs.registry.models import check_store
+from ray_jobs.run.command_line import run_stage
 from ray_jobs.search import search
-from ray_jobs.stage import run_stage
-from ray_jobs.train import checked
+from ray_jobs.weights.feature_networks import check_networks
+from ray_jobs.weights.model_files import check_weights
 
 
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:

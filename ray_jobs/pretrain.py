@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
-from ray_jobs.data.captions import CaptionRules
-from ray_jobs.data.samples import LEFT_OUT
-from ray_jobs.data.sources import Sample, open_source
+from ray_jobs.console import clock, say
+from ray_jobs.data.sources.captions import CaptionRules
+from ray_jobs.data.sources.detection import Sample, open_source
+from ray_jobs.data.sources.samples import LEFT_OUT
 from ray_jobs.pictures.reading import decode_image
-from ray_jobs.progress import clock, say
-from ray_jobs.stage import run_stage
+from ray_jobs.run.command_line import run_stage
 from ray_jobs.train import train
 from ray_jobs.training.checkpoint import WEIGHTS
 
@@ -113,7 +113,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     from diffusers import AutoencoderKL
 
     from ray_jobs.diffusion import architecture
-    from ray_jobs.diffusion.saving import save_whole
+    from ray_jobs.weights.saving import save_whole
 
     torch.manual_seed(config.seed)
     autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
@@ -136,8 +136,8 @@ def _save_half(weights: Path, output: Path) -> None:
     """Save a pipeline in float16, which halves the files and changes no picture that one can see."""
     import torch
 
-    from ray_jobs.diffusion.loading import load_pipeline
-    from ray_jobs.diffusion.saving import save_whole
+    from ray_jobs.weights.loading import load_pipeline
+    from ray_jobs.weights.saving import save_whole
 
     pipeline: Any = load_pipeline(str(weights))
     pipeline.to(dtype=torch.float16)

@@ -10,31 +10,27 @@ measured rungs are not measured again, and a training resumes from its last chec
 """
 
 import argparse
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, add_budget_arguments
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import EvaluatorPool, evaluators
-from ray_jobs.feature_networks import check_networks
-from ray_jobs.folds import choose_over_folds, splits, standing
-from ray_jobs.guidance import choose_guidance
-from ray_jobs.halving import all_trials, best_trials
-from ray_jobs.population import first_generation, next_generation
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import phase, say, watched_board
-from ray_jobs.registry import check_store
-from ray_jobs.search_results import (
+from ray_jobs.console import phase, say
+from ray_jobs.console.board import watched_board
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.cross_validation import splits
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.planning.checks import checked
+from ray_jobs.registry.models import check_store
+from ray_jobs.run.command_line import run_stage
+from ray_jobs.training.tracking import Mirror, opened_store, tracked
+from ray_jobs.tuning.driver import Trials
+from ray_jobs.tuning.results import (
     FINISHED,
     RESULTS,
     SearchResult,
     at_most,
     bill,
-    candidates,
-    choose,
     finished,
     read_result,
     read_rows,
@@ -42,11 +38,9 @@ from ray_jobs.search_results import (
     search_digest,
     with_error,
 )
-from ray_jobs.stage import run_stage
-from ray_jobs.tracking import Mirror, opened_store, tracked
-from ray_jobs.train import checked
-from ray_jobs.trial import Surroundings, Trial, refitted
-from ray_jobs.trials import Trials
+from ray_jobs.tuning.scheduling import choose_winner, run_trials
+from ray_jobs.tuning.trial import Surroundings
+from ray_jobs.weights.feature_networks import check_networks
 
 
 def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResult:
@@ -78,7 +72,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         run_trials(config, done)
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
-        best = _chosen(config, done)
+        best = choose_winner(config, done)
         done.computed.take()
     storage.write_lines(RESULTS, done.rows)
     if not done.errors:
@@ -91,51 +85,6 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
 def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror]:
     storage = Storage.open(config.storage).child(config.name, "search")
     return tracked(config, {}, dataset.manifest["digest"], lambda: read_rows(storage))
-
-
-def run_trials(config: Config, done: "Trials") -> None:
-    """All that is trained before the winner is chosen."""
-    search, ladder = config.search, config.search.ladder
-    first = 0 if search.folds else None
-    if search.scheduler == "population":
-        run_generations(config, done, first_generation(config), next_generation)
-    elif search.scheduler == "halving":
-        run_generations(config, done, all_trials(config, first), best_trials)
-    else:
-        done.run_space(partial(Trial.of, ladder=ladder, fold=first))
-    for fold in range(1, search.folds):
-        left = standing(done.rows, fold)
-        upwards = {name: [step for step in ladder if step <= last] for name, last in left.items()}
-        done.run_all([Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items()])
-
-
-Following = Callable[[Config, list[Trial], list[dict[str, Any]]], list[Trial]]
-"""Who climbs to the next rung, of those that were measured at one."""
-
-
-def run_generations(config: Config, done: "Trials", trials: list[Trial], following: Following) -> None:
-    """A generation a rung: all of it is measured before the next one begins."""
-    while trials and not done.budget_is_spent:
-        done.run_all(trials)
-        if trials[0].ladder == config.search.ladder or done.budget_is_spent:
-            return
-        before, trials = trials, following(config, trials, done.rows)
-        if len(trials) < len(before):
-            names = ", ".join(trial.training for trial in trials)
-            say("search", f"rung {before[0].ladder[-1]}: of {len(before)} trials go on: {names or 'none'}")
-
-
-def _chosen(config: Config, done: "Trials") -> dict[str, Any]:
-    """The row of the candidate that wins."""
-    rows, pool = candidates(config, done.rows), done.around.pool
-    if not config.search.folds:
-        return choose_guidance(config, rows, choose(rows, pool), pool)
-    if not rows:
-        raise RuntimeError("search.folds: no rung was measured in all folds; see search/results.jsonl")
-    best = choose_over_folds(rows)
-    say("search", f"{best['trial_id']} at step {best['step']}: training it on all folds together")
-    trial = Trial.of(done.settings[best["trial_id"]], config.search.ladder)
-    return best | {"checkpoint": refitted(trial, best["step"], done.around).uri}
 
 
 def _tell(config: Config, found: SearchResult) -> None:

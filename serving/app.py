@@ -15,8 +15,8 @@ from ray import serve
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.progress import say
-from ray_jobs.registry import REFERENCE, RegisteredModel, champion
+from ray_jobs.console import say
+from ray_jobs.registry.models import REFERENCE, RegisteredModel, champion
 from serving.feedback.database import feedback_url, open_database
 from serving.http.api_keys import KeyRing
 from serving.http.ingress import Ingress

@@ -25,8 +25,8 @@ from ray.serve.config import ProxyLocation
 from cluster.connect import connect
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import complain, quiet_logs, show
-from ray_jobs.registry import RegisteredModel, champion, verify_weights
+from ray_jobs.console import complain, quiet_logs, show
+from ray_jobs.registry.models import RegisteredModel, champion, verify_weights
 from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 from serving.service.registry_watcher import replaced_by

@@ -17,7 +17,7 @@ import sys
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import complain, show
+from ray_jobs.console import complain, show
 from serving.client import KEY_VARIABLE
 from serving.feedback.export import export_preferences, export_training
 from serving.feedback.replay import Replayer

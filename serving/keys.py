@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.progress import complain, show
+from ray_jobs.console import complain, show
 from serving.http.api_keys import Scope, add_key, key_file, read_keys, revoke_key
 
 

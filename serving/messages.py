@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ray_jobs.config import resolve_path
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.load import Drift, Load
 
 BASE = "base"

@@ -13,9 +13,9 @@ import os
 import sys
 from typing import Any
 
-from ray_jobs import versions
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-from ray_jobs.progress import columns, complain, show
+from ray_jobs.console import columns, complain, show
+from ray_jobs.registry import aliases
 from serving.client import KEY_VARIABLE, EndpointError, call
 from serving.service.rollout import promote, withdraw
 
@@ -52,11 +52,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "promote":
         show(f"version {promote(config, options.version)} is the champion of {name!r}")
     elif options.command == "rollback":
-        show(f"version {versions.rollback(config)} is the champion of {name!r} again")
+        show(f"version {aliases.rollback(config)} is the champion of {name!r} again")
     elif options.command == "withdraw":
         show(f"version {withdraw(config)} of {name!r} is the candidate no more")
     else:
-        show(versions.status(config))
+        show(aliases.status(config))
         if options.url:
             key = os.environ.get(KEY_VARIABLE)
             show(comparison(call(f"{options.url.rstrip('/')}/v1/rollout", key=key)))

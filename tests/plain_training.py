@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import torch
 
 from ray_jobs.config import Config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import build_optimizer, set_hyperparameters
-from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
 from ray_jobs.training.loop import LoopSettings
+from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.setup import build_model
-from ray_jobs.training.stages import stage_at, stages_of
 
 
 class PlainTraining:

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.storage import Storage
-from ray_jobs.data.dataset import PARTS, Dataset
-from ray_jobs.data.parts import write_part
-from ray_jobs.data.splits import content_digest
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.cache_files import write_part
+from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from tests.conftest import captions, draw
 
 FOLDS = 2

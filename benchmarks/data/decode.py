@@ -23,15 +23,15 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, LocalConfig
-from ray_jobs.data.encoding import EncodeRows, encode_parts
-from ray_jobs.data.geometry import fit
-from ray_jobs.data.plan import PlannedPart, plan_parts
-from ray_jobs.data.samples import Piece, Sample, Source
-from ray_jobs.data.scan import Entry
-from ray_jobs.data.splits import content_digest
-from ray_jobs.data.tensors import tensor_column
+from ray_jobs.data.curation.scan import Entry
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.encoding import EncodeRows, encode_parts
+from ray_jobs.data.encoding.geometry import fit
+from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
+from ray_jobs.data.encoding.tensors import tensor_column
+from ray_jobs.data.preparation import examine, open_sources
+from ray_jobs.data.sources.samples import Piece, Sample, Source
 from ray_jobs.pictures.reading import encode_png, read_picture
-from ray_jobs.prepare import examine, open_sources
 
 COUNTS = {"smoke": 300, "full": 3_000}
 TURNS = 2

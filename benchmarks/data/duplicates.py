@@ -13,7 +13,7 @@ from benchmarks.data.measuring import PeakMemory, in_fresh_process, tree_memory
 from cluster.connect import joined
 from cluster.local import local_cluster
 from ray_jobs.config import CleaningConfig, LocalConfig
-from ray_jobs.data.duplicates import (
+from ray_jobs.data.curation.duplicates import (
     COLOUR_RANGE,
     KEYS_A_TASK,
     Pairs,

@@ -20,10 +20,10 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
-from ray_jobs.data.dataset import PARTS, Dataset
-from ray_jobs.data.plan import MAX_ROWS_A_PART
-from ray_jobs.data.streaming import StreamSettings, batches, split_stream
-from ray_jobs.data.tensors import as_torch, read_tensors, tensor_column
+from ray_jobs.data.encoding.plan import MAX_ROWS_A_PART
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors, tensor_column
+from ray_jobs.data.feeding.dataset import PARTS, Dataset
+from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 
 # What training reads of a row, bfloat16: of 512 x 512 pixels for Stable Diffusion 1.5, and of the demo.
 SHAPES = {

@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import psutil
 
-from ray_jobs.progress import quiet_logs
+from ray_jobs.console import quiet_logs
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,7 +10,7 @@ from benchmarks.data.measuring import PeakMemory, in_fresh_process, tree_memory
 from benchmarks.data.pictures import configured, smooth, write_folder
 from cluster.connect import joined
 from cluster.local import local_cluster
-from ray_jobs.prepare import prepare
+from ray_jobs.data.preparation import prepare
 
 COUNTS = {"smoke": (200, 500), "full": (1_000, 10_000, 100_000)}
 STAGES = ("scan", "decide", "encode")

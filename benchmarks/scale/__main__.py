@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.fitting import fitted
-from ray_jobs.progress import columns, show
+from ray_jobs.console import columns, show
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 PARTS = ("trials", "workers", "rows", "adapters", "versions")

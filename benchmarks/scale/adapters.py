@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import ROOT
 from benchmarks.scale.memory import resident
-from ray_jobs.registry import CHAMPION, RegisteredModel, RegistryEntry
+from ray_jobs.registry.models import CHAMPION, RegisteredModel, RegistryEntry
 from serving.engine.adapters import AdapterCache, read_adapter
 from serving.service.routing import Catalogue
 
@@ -40,7 +40,7 @@ def write_one(folder: Path) -> None:
 def measure(folder: Path, size: int) -> dict[str, float]:
     """Milliseconds a call; MiB that the process grew by while all adapters were kept."""
     from ray_jobs.diffusion.families import family_of
-    from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.weights.loading import load_pipeline
 
     pipeline = load_pipeline(str(MODEL))
     family = family_of(pipeline)

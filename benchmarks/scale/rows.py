@@ -27,13 +27,14 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.decisions import decide
-from ray_jobs.data.findings import write_findings
-from ray_jobs.data.order import Order, Part
-from ray_jobs.data.plan import plan_parts
-from ray_jobs.data.samples import Sample
-from ray_jobs.data.scan import SCHEMA, entries, scan_sample
-from ray_jobs.prepare import describe, open_sources
+from ray_jobs.data.curation.decisions import decide
+from ray_jobs.data.curation.findings import write_findings
+from ray_jobs.data.curation.scan import SCHEMA, entries, scan_sample
+from ray_jobs.data.encoding.plan import plan_parts
+from ray_jobs.data.feeding.order import Order, Part
+from ray_jobs.data.manifest import describe
+from ray_jobs.data.preparation import open_sources
+from ray_jobs.data.sources.samples import Sample
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SCANNED = 64  # pictures

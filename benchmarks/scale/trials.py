@@ -15,11 +15,11 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
-from ray_jobs.search import run_trials
-from ray_jobs.search_results import read_rows
-from ray_jobs.tracking import Mirror
-from ray_jobs.trial import Make, Surroundings
-from ray_jobs.trials import Trials
+from ray_jobs.training.tracking import Mirror
+from ray_jobs.tuning.driver import Trials
+from ray_jobs.tuning.results import read_rows
+from ray_jobs.tuning.scheduling import run_trials
+from ray_jobs.tuning.trial import Make, Surroundings
 
 SIZES = (1, 4, 16, 64)
 AT_ONCE = 2

@@ -12,10 +12,10 @@ from benchmarks.data.measuring import in_fresh_process
 from benchmarks.data.pictures import ROOT, configured
 from benchmarks.scale.memory import largest, resident
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion, entries
-from ray_jobs.versions import status
+from ray_jobs.registry.aliases import status
+from ray_jobs.registry.models import champion, entries
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 
 SIZES = (1, 10, 100, 1_000)
 LAST = 5  # registrations, and calls, that a median is taken of
@@ -41,7 +41,7 @@ def grow(folder: Path, before: int, size: int) -> float:
     import torch
     from safetensors.torch import save_file
 
-    from ray_jobs.diffusion.loading import LORA_WEIGHTS
+    from ray_jobs.weights.loading import LORA_WEIGHTS
 
     source, spent = folder / "weights", list[float]()
     source.mkdir(exist_ok=True)

@@ -17,9 +17,9 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.prepare import prepare
-from ray_jobs.train import build_trainer
+from ray_jobs.data.preparation import prepare
 from ray_jobs.training.checkpoint import PROGRESS, SERIES, folder_of
+from ray_jobs.training.trainer import build_trainer
 
 SIZES = (1, 2, 4, 8, 16)
 PICTURES = 96

@@ -23,7 +23,7 @@ from benchmarks.simulation.prediction import predicted, synthetic_scores
 from benchmarks.simulation.runs import Run, read_benchmark, read_run
 from benchmarks.simulation.search import Cluster, Plan, Scores, Timing
 from ray_jobs.config import load_config
-from ray_jobs.progress import columns, show
+from ray_jobs.console import columns, show
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.simulation.search import Plan, Scores, Timing
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.evaluator import FEATURES
-from ray_jobs.search_results import read_rows
-from ray_jobs.space import training_of
+from ray_jobs.evaluation.actor import FEATURES
+from ray_jobs.run.names import training_of
 from ray_jobs.training.checkpoint import CONFIG, SERIES, folder_of, steps_of
+from ray_jobs.tuning.results import read_rows
 
 Rows = list[dict[str, Any]]
 

@@ -1,6 +1,6 @@
 """A search as events in simulated time: trials climb the ladder on a cluster whose nodes fail.
 
-What is simulated is how the search works (`ray_jobs/trials.py`, `trial.py`): as many trials at once as are
+What is simulated is how the search works (`ray_jobs/tuning/`): as many trials at once as are
 wanted and there are devices for; each rung is measured beside the training, by all evaluators together, one
 rung at a time; a trial holds its devices until its last rung is measured or until ASHA stops it; a node that
 fails ends the trainings on it, which go on from their last checkpoints. Left out: the time that a checkpoint

@@ -19,7 +19,7 @@ from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import Diffusion, Draws, LossSettings, sample_posterior
 from ray_jobs.diffusion.randomness import draw
 from ray_jobs.training.engine import build_engine, set_hyperparameters
-from ray_jobs.training.stages import stages_of
+from ray_jobs.training.phases import stages_of
 
 METHODS = ("lora", "full")
 TURNS = {"small": 2, "full": 9}  # after one that warms up

@@ -17,15 +17,16 @@ from benchmarks.data.pictures import ROOT, configured, smooth, write_folder
 from cluster.connect import joined
 from cluster.local import local_cluster
 from ray_jobs.config import Config, resolve_path
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.order import rows_of_rank
-from ray_jobs.data.tensors import as_torch, read_tensors
-from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.order import rows_of_rank
+from ray_jobs.data.preparation import prepare
 from ray_jobs.diffusion.objectives import density
-from ray_jobs.prepare import prepare
-from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
+from ray_jobs.diffusion.sampling import encode_prompts
+from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.loop import LoopSettings, Training
 from ray_jobs.training.setup import build_model
+from ray_jobs.weights.loading import load_pipeline
 
 P = ParamSpec("P")
 R = TypeVar("R")

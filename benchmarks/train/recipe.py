@@ -9,8 +9,8 @@ from benchmarks.train.limit import CORES, METHODS, STEPS, TURNS
 from benchmarks.train.measuring import Contest, changed, prepared, run_contests, tell
 from benchmarks.train.rivals import UsualRecipe
 from ray_jobs.config import Config, resolve_path
-from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.training.setup import build_model
+from ray_jobs.weights.loading import load_pipeline
 
 PRECISIONS = ("fp32", "bf16")
 

@@ -12,8 +12,8 @@ from benchmarks.train.limit import METHODS, bare_loop
 from benchmarks.train.measuring import changed, first_inputs, prepared, run_on_workers, timed_turns
 from ray_jobs.config import Config
 from ray_jobs.training.engine import build_engine, set_hyperparameters
+from ray_jobs.training.phases import stages_of
 from ray_jobs.training.setup import build_model
-from ray_jobs.training.stages import stages_of
 
 TURNS = {"small": 2, "full": 9}  # after one that warms up
 STEPS = {"small": 1, "full": 3}  # of a turn

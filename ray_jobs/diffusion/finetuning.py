@@ -1,20 +1,14 @@
-"""What is trained of a text-to-image model: LoRA adapters or everything, and how it is saved."""
+"""What is trained of a text-to-image model: LoRA adapters or everything."""
 
-import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ray_jobs.diffusion.adapter_files import file_name
 from ray_jobs.diffusion.families.family import Captions, Family
-from ray_jobs.diffusion.loading import LORA_WEIGHTS
-from ray_jobs.diffusion.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
-from ray_jobs.diffusion.saving import copy_part, save_part
 
 OTHER = "other"  # the group of the parameters that are in no named one
 
@@ -180,79 +174,3 @@ def add_lora(
             use_rslora=use_rslora,
         )
     )
-
-
-def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write adapters as `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` takes.
-
-    Args:
-        weights: the adapters' tensors by their name in `model`.
-    """
-    from peft.utils import get_peft_model_state_dict
-
-    # In peft's names. diffusers' own converter renames attention layers only, and its loader then drops
-    # those of a file with both kinds of names, with a warning.
-    arguments: dict[str, Any] = {}
-    parts = {model.family.denoiser: ("denoiser", model.denoiser)}
-    parts |= {name: (f"text_encoders.{name}", part) for name, part in model.text_encoders.items()}
-    for name, (prefix, part) in parts.items():
-        mine = {
-            key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
-        }
-        if mine:
-            state = get_peft_model_state_dict(part, state_dict=mine)
-            arguments[f"{name}_lora_layers"] = {file_name(part, key): value for key, value in state.items()}
-            arguments[f"{name}_lora_adapter_metadata"] = _settings(part.peft_config["default"])
-    type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
-    assert (folder / LORA_WEIGHTS).exists()
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft (0.17)
-    refuses settings that it does not know, and what diffusers 0.35 asks for."""
-    usual = type(config)().to_dict()
-    settings = {key: value for key, value in config.to_dict().items() if value != usual[key]}
-    # Sets have another order in each process: the same weights shall be the same file.
-    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    # diffusers loads an adapter in training mode: with its dropout it would draw at random.
-    asked = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
-    return settings | {name: getattr(config, name) for name in sorted(asked)} | {"lora_dropout": 0.0}
-
-
-@torch.no_grad()
-def save_pipeline(
-    base: Path,
-    components: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor],
-    folder: Path,
-    scheduler: Any | None = None,
-) -> None:
-    """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
-
-    Args:
-        base: folder of the base model, whose files are taken for all other components.
-        components: those with trained weights, by their name in the pipeline; not the ones that are being
-            trained, for their weights are overwritten.
-        weights: what was trained, by its name in `FineTuning`.
-        scheduler: takes the place of the base model's; None: that stays.
-    """
-    own: dict[str, torch.Tensor] = {}
-    for name, part in components.items():
-        prefix = f"text_encoders.{name}" if name.startswith("text_encoder") else "denoiser"
-        own |= {f"{prefix}.{key}": parameter for key, parameter in part.named_parameters()}
-    for key, value in weights.items():
-        own[key].copy_(value)
-    for name, part in components.items():
-        save_part(part, folder / name)
-    index = model_index(base)
-    for path in base.iterdir():
-        if path.is_dir() and path.name not in {*NEVER_LOADED, *components}:
-            class_name = (index.get(path.name) or [None, None])[1]
-            copy_part(path, folder / path.name, class_name)
-    if scheduler is not None:
-        scheduler.save_pretrained(folder / "scheduler")
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index |= {name: [None, None] for name in NEVER_LOADED if name in index}
-    if SAFETY_CHECKER in index:
-        index["requires_safety_checker"] = False
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

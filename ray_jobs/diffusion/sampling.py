@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ray_jobs.diffusion.families import Captions, Family, family_of
-from ray_jobs.diffusion.loading import encode_prompts
 from ray_jobs.diffusion.objectives import latent_scale, sample_posterior
 
 
@@ -168,3 +167,16 @@ def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice
             found.append(slice(start, end))
             start = end
     return found
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: list[str], device: str | torch.device | None = None) -> Captions:
+    """What the denoiser takes of N prompts: float, N x ..., by name.
+
+    Args:
+        device: that the text encoders run on; None: the pipeline's.
+    """
+    family = family_of(pipeline)
+    tokens = family.tokenize(pipeline, prompts)
+    placed = {name: ids.to(device or pipeline.device) for name, ids in tokens.items()}
+    return family.embed(family.encoders(pipeline), placed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ray_jobs.dataset_report import data_uri, table
+from ray_jobs.report.dataset_page import data_uri, table
 from ray_jobs.report.svg import number
 
 SUBJECT_PICTURE = 128  # pixels a side at most

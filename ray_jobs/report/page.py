@@ -6,8 +6,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ray_jobs.dataset_report import STYLE, dataset_section, table
 from ray_jobs.report.charts import fid_chart, heat_map, kid_chart, loss_section, second_chart
+from ray_jobs.report.dataset_page import STYLE, dataset_section, table
 from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
 from ray_jobs.report.pictures import (
     Memorisation,
@@ -21,7 +21,7 @@ from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, costs_section, guidance_table, rungs_table, scores
 from ray_jobs.report.verdict import headline, notes, second_network
 
-TEMPLATE = Path(__file__).parents[1] / "report.html"
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_report(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ray_jobs.dataset_report import data_uri
+from ray_jobs.report.dataset_page import data_uri
 
 COLUMNS = ("real", "base", "fine-tuned")
 PAGE_PICTURE = 192  # pixels a side on the page at most; larger ones are made smaller

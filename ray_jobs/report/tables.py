@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ray_jobs.dataset_report import counted, table
 from ray_jobs.report.charts import Rows, finite
+from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ray_jobs.dataset_report import counted
 from ray_jobs.report.charts import Rows, finite
+from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import number, told_settings
 
 

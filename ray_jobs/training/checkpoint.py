@@ -25,7 +25,7 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.meter import RUNG
+from ray_jobs.training.monitor import RUNG
 from ray_jobs.training.state import Shards, load_state, owned_fragments, snapshot, whole, write_shard
 
 WEIGHTS = "weights"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ray_jobs.config import TrainConfig
-from ray_jobs.data.order import rows_of_rank
+from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.training.stages import Stage
+from ray_jobs.training.phases import Stage
 from ray_jobs.training.state import restart_adam
 
 # What `train` has fields for: the same thing said twice would leave one of them ignored.

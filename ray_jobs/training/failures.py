@@ -6,8 +6,8 @@ from typing import Any
 from ray.train import UserCallback
 
 from cluster.storage import Storage
-from ray_jobs.data.parts import DamagedPart
-from ray_jobs.stage import told_damage
+from ray_jobs.data.encoding.cache_files import DamagedPart
+from ray_jobs.run.command_line import told_damage
 from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
 
 LONGEST = 300  # characters of a reason

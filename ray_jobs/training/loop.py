@@ -13,9 +13,10 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.streaming import StreamSettings, batches, split_stream
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.checkpoint import (
     REPORTED,
     CheckpointWriter,
@@ -32,10 +33,9 @@ from ray_jobs.training.engine import (
     set_hyperparameters,
     sharded_for,
 )
-from ray_jobs.training.inputs import InputMaker, Piece, loss_shares
-from ray_jobs.training.meter import RUNG, Diverged, Meter
+from ray_jobs.training.monitor import RUNG, Diverged, Meter
+from ray_jobs.training.phases import Stage, stage_at, stages_of
 from ray_jobs.training.setup import build_model, exporter
-from ray_jobs.training.stages import Stage, stage_at, stages_of
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, owned_fragments
 

@@ -11,13 +11,15 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.diffusion.families import Family, family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
-from ray_jobs.diffusion.model_files import UNUSED, check_weights, model_folder
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers
 from ray_jobs.diffusion.objectives import LossSettings
-from ray_jobs.diffusion.schedulers import SCHEDULER, trained_scheduler
+from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import deepspeed_config
-from ray_jobs.training.stages import ever_trainable, stages_of
+from ray_jobs.training.phases import ever_trainable, stages_of
+from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
+from ray_jobs.weights.saving import save_lora, save_pipeline
+from ray_jobs.weights.schedulers import SCHEDULER
 
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -33,7 +35,7 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     Raises:
         ValueError: naming the setting that does not suit the base model.
     """
-    from ray_jobs.diffusion.loading import load_pipeline, read_index
+    from ray_jobs.weights.loading import load_pipeline, read_index
 
     base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
@@ -76,7 +78,7 @@ def check_settings(config: Config) -> tuple[Family, Any]:
 def _check_settings(config: Config) -> tuple[Family, Any]:
     from accelerate import init_empty_weights
 
-    from ray_jobs.diffusion.loading import empty_model, read_index
+    from ray_jobs.weights.loading import empty_model, read_index
 
     base, revision = local_path(config.model.base), config.model.revision
     index = read_index(base, revision)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ray_jobs.config import Config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.parts import read_part, read_schema
-from ray_jobs.data.tensors import as_torch, read_tensors
+from ray_jobs.data.encoding.cache_files import read_part, read_schema
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import LossSettings
-from ray_jobs.training.inputs import InputMaker, Piece
+from ray_jobs.training.batch import InputMaker, Piece
 
 # Positions are taken as they are, also by objectives that train on some of them more often.
 PLAIN = LossSettings(timestep_sampling="uniform")

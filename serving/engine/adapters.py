@@ -19,8 +19,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ray_jobs.diffusion.adapter_files import check_adapter, layer_in_memory
-from ray_jobs.diffusion.loading import LORA_WEIGHTS
+from ray_jobs.weights.adapter_files import check_adapter, layer_in_memory
+from ray_jobs.weights.loading import LORA_WEIGHTS
 from serving.engine.batched_lora import Adapter, Place, Update
 
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_jobs.diffusion.families import Captions, family_of
-from ray_jobs.diffusion.loading import encode_prompts
+from ray_jobs.diffusion.sampling import encode_prompts
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
 
 Text = tuple[str | None, Adapter | None]  # a prompt and the adapter that reads it; None: no negative prompt

@@ -5,7 +5,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from ray_jobs.config import Config
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.feedback.store import FeedbackStore
 from serving.http.access import Access
 from serving.http.api import create_api

@@ -25,7 +25,7 @@ from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.neighbours import memorisation
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip
-from ray_jobs.registry import REFERENCE
+from ray_jobs.registry.models import REFERENCE
 from serving.load import Drift
 
 CAPACITY = 64  # pictures that may wait; more are passed over

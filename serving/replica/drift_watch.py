@@ -11,7 +11,7 @@ import numpy as np
 from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, EvaluateConfig
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.load import Drift
 from serving.messages import label
 from serving.replica.engine_cache import LOADING
@@ -87,8 +87,8 @@ class DriftWatch:
             monitor.stop()
 
     def _load_networks(self) -> "tuple[FeatureNetwork, Clip | None]":
-        from ray_jobs.feature_networks import load_first
         from ray_jobs.metrics.vision_model import load_clip
+        from ray_jobs.weights.feature_networks import load_first
 
         with LOADING:
             if self._networks is None:

@@ -15,7 +15,7 @@ from ray import serve
 
 from cluster.fetched import local_path
 from ray_jobs.config import EvaluateConfig, ServeConfig
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.messages import BASE, Order, Picture, Place, ReplicaLoad, Traits, base_of, label, place_of
 from serving.replica.engine_cache import EngineCache
 from serving.replica.image_input import read_picture
@@ -201,7 +201,7 @@ class Model:
     def _load(self, name: str) -> "EngineThread":
         """The engine of a name; takes a thread for seconds to minutes."""
         from ray_jobs.diffusion.families import family_of
-        from ray_jobs.diffusion.loading import load_pipeline
+        from ray_jobs.weights.loading import load_pipeline
         from serving.engine.adapters import read_adapter
         from serving.engine.engine import Engine
         from serving.engine.optimizations import prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError
-from ray_jobs.registry import RegisteredModel, verify_weights
+from ray_jobs.registry.models import RegisteredModel, verify_weights
 
 
 @contextmanager

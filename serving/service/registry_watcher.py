@@ -5,8 +5,8 @@ import logging
 import time
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
-from ray_jobs.registry import champion as look_up
+from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
+from ray_jobs.registry.models import champion as look_up
 from serving.messages import label, place_of
 from serving.schemas import APIError
 from serving.service.canary import Canary

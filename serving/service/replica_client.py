@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
-from ray_jobs.registry import RegisteredModel, verify_weights
+from ray_jobs.registry.models import RegisteredModel, verify_weights
 from serving.messages import Order, Picture, ReplicaLoad, Traits, adapter_name, label
 from serving.schemas import APIError
 

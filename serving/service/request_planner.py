@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from ray_jobs.config import ServeConfig
-from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel
+from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
 from serving.messages import BASE, Order, label
 from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height

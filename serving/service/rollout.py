@@ -1,8 +1,8 @@
 """Promote and withdraw the candidate, by the aliases of the registry."""
 
-from ray_jobs import versions
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import CANDIDATE, open_existing, store_errors
+from ray_jobs.registry import aliases
+from ray_jobs.registry.models import CANDIDATE, open_existing, store_errors
 
 TAKEN_OUT = "taken_out"  # tag of a version: why it is the candidate no more
 
@@ -19,7 +19,7 @@ def withdraw(config: Config, version: int | None = None, reason: str = "by hand"
     name = config.publish.model_name
     with store_errors(config):
         client = open_existing(config)
-        candidate = versions.aliases_of(client, config).get(CANDIDATE)
+        candidate = aliases.aliases_of(client, config).get(CANDIDATE)
         if candidate is None or version not in (None, candidate):
             raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to take out")
         client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
@@ -35,10 +35,10 @@ def promote(config: Config, version: int | None = None) -> int:
     """
     if version is None:
         with store_errors(config):
-            version = versions.aliases_of(open_existing(config), config).get(CANDIDATE)
+            version = aliases.aliases_of(open_existing(config), config).get(CANDIDATE)
         if version is None:
             raise ConfigError(
                 f"{config.publish.model_name!r} has no candidate; name a version: promote --version ..."
             )
-    versions.promote(config, version)
+    aliases.promote(config, version)
     return version

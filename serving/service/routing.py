@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ray_jobs.registry import CHAMPION, RegisteredModel, RegistryEntry
+from ray_jobs.registry.models import CHAMPION, RegisteredModel, RegistryEntry
 from serving.messages import BASE, base_of, label
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.feedback.store import FeedbackStore, Tally
 from serving.load import Drift
 from serving.messages import BASE, Order, ReplicaLoad, label

@@ -19,10 +19,10 @@ from ray.cluster_utils import Cluster
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import ProgressBoard
-from ray_jobs.train import build_trainer, training_name
+from ray_jobs.console.board import ProgressBoard
+from ray_jobs.data.preparation import prepare
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
+from ray_jobs.training.trainer import build_trainer, training_name
 
 # The head has room for what reads the data, not for a worker, which takes two CPUs.
 NODE = {"object_store_memory": 100 << 20, "include_dashboard": False}

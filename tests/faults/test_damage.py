@@ -10,12 +10,12 @@ import ray
 
 from cluster.local import LocalCluster
 from cluster.storage import Storage
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.parts import ASIDE
-from ray_jobs.prepare import prepare
-from ray_jobs.progress import ProgressBoard
-from ray_jobs.train import build_trainer
+from ray_jobs.console.board import ProgressBoard
+from ray_jobs.data.encoding.cache_files import ASIDE
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
 from ray_jobs.training.checkpoint import STATE, damaged, folder_of
+from ray_jobs.training.trainer import build_trainer
 from tests.faults.machines import ROOT
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.local import ONE_MACHINE, LocalCluster
 from ray_jobs.config import Config
-from ray_jobs.prepare import prepare
+from ray_jobs.data.preparation import prepare
 from ray_jobs.training.checkpoint import SERIES, folder_of
 from tests.faults.elastic_run import GRACE_S, checkpoints, trial
 from tests.plain_training import PlainTraining

@@ -11,10 +11,10 @@ import ray
 
 from cluster.local import LocalCluster
 from cluster.storage import Storage
-from ray_jobs.prepare import prepare
-from ray_jobs.stage import FULL
-from ray_jobs.train import build_trainer
+from ray_jobs.data.preparation import prepare
+from ray_jobs.run.command_line import FULL
 from ray_jobs.training.checkpoint import damaged, folder_of, rungs_of, steps_of
+from ray_jobs.training.trainer import build_trainer
 from tests.ray.test_submit import stage
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault

@@ -25,7 +25,7 @@ import yaml
 
 from cluster.lease import LEASES
 from ray_jobs.config import Config
-from ray_jobs.guidance import MEASURED
+from ray_jobs.tuning.guidance import MEASURED
 from tests.faults.machines import (
     CLIENT,
     GCS,
@@ -229,7 +229,10 @@ def test_a_folder_that_each_machine_has_for_itself_is_refused(nodes: Nodes, conf
     assert "does not see what" in told.stdout.splitlines()[-1]
 
 
-SLEEPER = "import time; from ray_jobs.stage import run_stage; run_stage('', lambda config: time.sleep(300))"
+SLEEPER = (
+    "import time; from ray_jobs.run.command_line import run_stage; "
+    "run_stage('', lambda config: time.sleep(300))"
+)
 
 
 def test_a_machine_that_joins_later_and_does_not_see_the_storage_ends_the_run(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from tests.journeys.bases import BASES

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ray_jobs.config import Config
-from ray_jobs.diffusion.loading import load_pipeline
-from ray_jobs.diffusion.model_files import variant_name
 from ray_jobs.diffusion.sampling import sample_pictures
-from ray_jobs.model_card import usage
+from ray_jobs.publishing.model_card import usage
 from ray_jobs.training.setup import build_model, exporter
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.model_files import variant_name
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from tests.journeys.test_journeys import JOURNEYS

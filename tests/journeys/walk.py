@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.plan import plan
 from cluster.shape import embedded
 from ray_jobs.config import Config
 from ray_jobs.pipeline import pipeline
-from ray_jobs.registry import RegisteredModel, registered
+from ray_jobs.planning.plan import plan
+from ray_jobs.registry.models import RegisteredModel, registered
 from serving.client import call
 from serving.command import endpoint
 from tests.cards import program

@@ -6,8 +6,8 @@ import ray
 
 from cluster.local import LocalCluster
 from cluster.storage import Storage
-from ray_jobs.computed_steps import ComputedSteps, read_computed
-from ray_jobs.progress import watched_board
+from ray_jobs.console.board import watched_board
+from ray_jobs.tuning.computed_steps import ComputedSteps, read_computed
 
 
 def test_the_steps_of_all_starts_add_up_and_repeated_ones_count_again(

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.local import LocalCluster
 from ray_jobs.config import Config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.prepare import dry_run, prepare
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import dry_run, prepare
 from tests.conftest import captions, draw
 from tests.plain_training import PlainTraining
 from tests.ray.test_prepare import members

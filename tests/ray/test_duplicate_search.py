@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from cluster.local import LocalCluster
-from ray_jobs.data.duplicates import Pictures, find_near_pairs, near_pairs
+from ray_jobs.data.curation.duplicates import Pictures, find_near_pairs, near_pairs
 
 
 def test_a_search_in_many_tasks_or_one_finds_the_pairs_of_a_single_process(

@@ -14,15 +14,15 @@ from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.evaluate import REAL_FEATURES, EvaluatorPool, evaluators, shape_of
-from ray_jobs.guidance import MEASURED, choose_guidance
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.evaluation.pool import REAL_FEATURES, EvaluatorPool, evaluators, shape_of
 from ray_jobs.publish import publish
-from ray_jobs.samples import SAMPLES
-from ray_jobs.search_results import SearchResult, choose
-from ray_jobs.subjects import measure_subjects
-from ray_jobs.test_split import read_records
+from ray_jobs.publishing.subjects import measure_subjects
+from ray_jobs.publishing.test_split_ledger import read_records
+from ray_jobs.run.samples import SAMPLES
 from ray_jobs.training.checkpoint import Rung, folder_of
+from ray_jobs.tuning.guidance import MEASURED, choose_guidance
+from ray_jobs.tuning.results import SearchResult, choose
 from tests.conftest import captions, draw
 from tests.ray.test_training import tiny_config
 from tests.serving.conftest import save_adapters

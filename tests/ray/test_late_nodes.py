@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE = """
 import cluster.watch
 import ray
-from ray_jobs.stage import run_stage
+from ray_jobs.run.command_line import run_stage
 
 cluster.watch.LOOK_S, cluster.watch.INFEASIBLE_S = 0.5, 3
 run_stage("", lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(lambda: 1).remote()))

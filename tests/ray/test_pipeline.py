@@ -25,8 +25,8 @@ from cluster.local import LocalCluster
 from cluster.storage import slug
 from ray_jobs.compare import compare, look_up
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.evaluate import evaluators
-from ray_jobs.prepare import prepare
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.pool import evaluators
 from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 from tests.record import record_fault

@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 
 from cluster.local import LocalCluster
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.tensors import read_tensors
-from ray_jobs.prepare import dry_run, prepare
+from ray_jobs.data.encoding.tensors import read_tensors
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import dry_run, prepare
 from tests.conftest import captions, draw
 from tests.ray.test_training import tiny_config
 from tests.record import record_fault

@@ -18,18 +18,19 @@ from ray.util.state import list_actors
 from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.evaluate import evaluators
-from ray_jobs.prepare import prepare
+from ray_jobs.data.preparation import prepare
+from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publish import publish
-from ray_jobs.registry import TEST_FEATURES
-from ray_jobs.search import run_trials, search
-from ray_jobs.search_results import read_rows
-from ray_jobs.tracking import Mirror
-from ray_jobs.train import build_trainer
+from ray_jobs.registry.aliases import promote
+from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.search import search
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
-from ray_jobs.trial import Surroundings
-from ray_jobs.trials import Trials
-from ray_jobs.versions import promote
+from ray_jobs.training.tracking import Mirror
+from ray_jobs.training.trainer import build_trainer
+from ray_jobs.tuning.driver import Trials
+from ray_jobs.tuning.results import read_rows
+from ray_jobs.tuning.scheduling import run_trials
+from ray_jobs.tuning.trial import Surroundings
 from tests.landscape import climb, out_of_room
 from tests.ray.test_prepare import noisy
 from tests.ray.test_training import tiny_config

@@ -10,9 +10,9 @@ import pytest
 
 from cluster.local import LocalCluster
 from ray_jobs.config import Config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.data.streaming import StreamSettings, batches, split_stream
-from ray_jobs.prepare import prepare
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
+from ray_jobs.data.preparation import prepare
 from tests.ray.test_prepare import noisy
 from tests.ray.test_training import tiny_config
 

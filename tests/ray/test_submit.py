@@ -26,7 +26,7 @@ from cluster.local import LocalCluster
 from cluster.submit import main, run_job
 from cluster.upload import runtime_environment
 from ray_jobs.config import Config, ConfigError, LocalConfig
-from ray_jobs.stage import FULL
+from ray_jobs.run.command_line import FULL
 from tests.interruptible import interruptible
 from tests.ray.test_training import tiny_config
 
@@ -245,7 +245,7 @@ def test_a_head_node_that_does_not_answer_exits_2_with_one_line(tmp_path: Path) 
 
 OVER_QUOTA = """
 import errno, os, ray
-from ray_jobs.stage import run_stage
+from ray_jobs.run.command_line import run_stage
 
 def write():
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/storage/part")

@@ -10,11 +10,11 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.prepare import prepare
-from ray_jobs.train import check_diverged
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepare
 from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of
 from ray_jobs.training.loop import LoopSettings
+from ray_jobs.training.trainer import check_diverged
 from tests.plain_training import PlainTraining
 from tests.record import record_fault
 from tests.tiny_models import tiny_flux
@@ -148,7 +148,7 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
 
         from ray_jobs.training.checkpoint import find_rungs
         from ray_jobs.training.loop import train_worker
-        from ray_jobs.training.meter import Meter
+        from ray_jobs.training.monitor import Meter
 
         add = Meter.add
 

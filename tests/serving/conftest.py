@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save
 
 from ray_jobs.config import Config, EvaluateConfig
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import REFERENCE, RegisteredModel, champion
+from ray_jobs.registry.models import REFERENCE, RegisteredModel, champion
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.http.api_keys import Scope, add_key
 
 KEYS = "keys.json"
@@ -56,7 +56,7 @@ def config(storage: Path, tiny_model: Path, key: str) -> Config:
 
 def reference() -> dict[str, np.ndarray]:
     """Features as publish leaves them, of no pictures in particular."""
-    from ray_jobs.feature_networks import load_first
+    from ray_jobs.weights.feature_networks import load_first
 
     network = load_first(EvaluateConfig()).identity
     drawn = np.random.default_rng(0).random((24, 2048), dtype=np.float32)
@@ -68,9 +68,10 @@ def save_adapters(base: Path, folder: Path, seed: int) -> Path:
     import torch
 
     from ray_jobs.diffusion.families import family_of
-    from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
-    from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.diffusion.finetuning import FineTuning, add_lora
     from ray_jobs.diffusion.objectives import LossSettings
+    from ray_jobs.weights.loading import load_pipeline
+    from ray_jobs.weights.saving import save_lora
 
     torch.manual_seed(seed)
     pipeline = load_pipeline(str(base))

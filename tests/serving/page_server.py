@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_jobs.config import Config
-from ray_jobs.registry import CANDIDATE, CHAMPION, RegisteredModel, RegistryEntry
+from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel, RegistryEntry
 from serving.feedback.store import FeedbackStore
 from serving.http.access import Access
 from serving.http.api import create_api

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, save_lora
-from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_lora, load_pipeline
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
+from ray_jobs.weights.saving import save_lora
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.rows import Request

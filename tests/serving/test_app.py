@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ray.serve import Application
 
 from ray_jobs.config import Config, ConfigError, ServeConfig
-from ray_jobs.registry import REFERENCE, RegisteredModel
+from ray_jobs.registry.models import REFERENCE, RegisteredModel
 from serving.app import build_application
 from serving.client import KEY_VARIABLE
 from serving.command import main

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_jobs.registry import RegisteredModel, RegistryEntry
+from ray_jobs.registry.models import RegisteredModel, RegistryEntry
 from serving.service.routing import Catalogue, UnknownModel
 
 FIRST = RegisteredModel("m", 1, "/weights/1", "aa" * 32, "base-model", None, "lora", {})

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 from ray.serve.handle import DeploymentHandle
 
-from ray_jobs import versions
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion, open_client, registered
+from ray_jobs.registry import aliases
+from ray_jobs.registry.models import champion, open_client, registered
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.command import intact
 from serving.messages import Traits
 from serving.schemas import APIError
@@ -34,7 +34,7 @@ def damaged(config: Config, tiny_model: Path, tmp_path_factory: pytest.TempPathF
         folder = save_adapters(tiny_model, tmp_path_factory.mktemp("cold") / str(seed), seed)
         measured = Measured(fid, None, num_samples=96, feature_network="inception@1", data="9f" * 32)
         register(config, source=str(folder), measured=measured, params={})
-    versions.promote(config, 2)
+    aliases.promote(config, 2)
     weights = Path(champion(config).source) / "pytorch_lora_weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

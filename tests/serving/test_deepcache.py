@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs.diffusion.loading import load_pipeline
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from tests import tiny_models

@@ -21,7 +21,7 @@ from ray_jobs.metrics.inception import load_inception
 from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip, load_clip
-from ray_jobs.registry import REFERENCE
+from ray_jobs.registry.models import REFERENCE
 from serving.load import Drift
 from serving.replica.drift import DriftMonitor, Reference
 

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ray_jobs.config import Config
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.models import RegisteredModel
 from serving.http.api_keys import add_key
 from serving.provenance import read_provenance
 from tests.serving.conftest import KEYS, WINDOW, loads, wait_until

@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ray_jobs.config import SourceConfig
-from ray_jobs.data.sources import open_source
+from ray_jobs.data.sources.detection import open_source
 from serving.engine.thread import EngineThread
 from serving.export import main
 from serving.feedback.database import open_database
@@ -57,7 +57,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def thread(tiny_model: Path) -> Iterator[EngineThread]:
-    from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.weights.loading import load_pipeline
     from serving.engine.engine import Engine
 
     thread = EngineThread(Engine(load_pipeline(str(tiny_model)), max_rows=4))

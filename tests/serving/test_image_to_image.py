@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.pictures.reading import decode_image
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from serving.replica.image_input import read_picture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.loading import load_lora, load_pipeline
+from ray_jobs.weights.loading import load_lora, load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config
-from ray_jobs.registration import DECISION, register
-from ray_jobs.registry import champion, open_client
-from ray_jobs.store import versions_of
-from ray_jobs.versions import aliases_of
+from ray_jobs.registry.aliases import aliases_of
+from ray_jobs.registry.models import champion, open_client
+from ray_jobs.registry.registration import DECISION, register
+from ray_jobs.registry.store import versions_of
 from tests.serving.test_registry import named, weights
 from tests.serving.test_versions import MEASURED
 
@@ -73,9 +73,9 @@ def test_first_publications_of_one_name_at_once_all_end(config: Config, tmp_path
 IN_A_PROCESS = """
 import sys
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import open_client
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
+from ray_jobs.registry.models import open_client
 config, source, fid = Config.model_validate_json(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 open_client(config)
 print("ready", flush=True)
@@ -106,7 +106,7 @@ def test_first_publications_by_several_processes_all_end(config: Config, tmp_pat
 
 def test_who_replaced_a_champion_without_comparing_gives_it_back(config: Config, tmp_path: Path) -> None:
     """Both read the aliases before either wrote: the worse one wrote last."""
-    from ray_jobs import registration
+    from ray_jobs.registry import registration
 
     config = named(config, "overwritten")
     client, name = open_client(config), config.publish.model_name

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.digests import weights_digest
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion, entries, tracking_uri, verify_weights
+from ray_jobs.registry.digests import weights_digest
+from ray_jobs.registry.models import champion, entries, tracking_uri, verify_weights
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 
 MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 

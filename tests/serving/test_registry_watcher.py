@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from ray_jobs import versions
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion, open_client, registered
+from ray_jobs.registry import aliases
+from ray_jobs.registry.models import champion, open_client, registered
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.messages import place_of
 from serving.rollout import main
 from serving.service.rollout import withdraw
@@ -92,7 +92,7 @@ def under_load(url: str, **fields: Any) -> Iterator[list[httpx.Response]]:
 
 def test_a_new_champion_takes_over_under_load_without_a_failed_request(url: str, followed: Config) -> None:
     with under_load(url) as answers:
-        versions.promote(followed, 2)
+        aliases.promote(followed, 2)
         wait_until(lambda: get(url, "/readyz")["model"] == "followed@2")
         seen = len(answers)
         wait_until(lambda: len(answers) > seen + 16)

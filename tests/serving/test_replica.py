@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
-from ray_jobs.digests import weights_digest
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.digests import weights_digest
+from ray_jobs.registry.models import RegisteredModel
 from serving.messages import BASE, Order, Picture, Traits, place_of
 from serving.provenance import read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
@@ -36,7 +36,7 @@ def full(
     tiny_model: Path, lora: RegisteredModel, tmp_path_factory: pytest.TempPathFactory
 ) -> RegisteredModel:
     """A whole pipeline with other weights than the base."""
-    from ray_jobs.diffusion.loading import load_pipeline
+    from ray_jobs.weights.loading import load_pipeline
 
     pipeline = load_pipeline(str(tiny_model))
     with torch.no_grad():

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import entries, open_client, tracking_uri
-from ray_jobs.versions import aliases_of
+from ray_jobs.registry.aliases import aliases_of
+from ray_jobs.registry.models import entries, open_client, tracking_uri
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.rollout import comparison, main
 from serving.service.rollout import TAKEN_OUT, promote, withdraw
 

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import CANDIDATE, RegisteredModel, open_client, registered
+from ray_jobs.registry.models import CANDIDATE, RegisteredModel, open_client, registered
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.messages import BASE, Order, place_of

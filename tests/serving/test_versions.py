@@ -13,10 +13,11 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import DECISION, Registered, register
-from ray_jobs.registry import champion, entries, open_client
-from ray_jobs.versions import aliases_of, main, promote, rollback, status
+from ray_jobs.registry.aliases import aliases_of, promote, rollback, status
+from ray_jobs.registry.models import champion, entries, open_client
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import DECISION, Registered, register
+from ray_jobs.versions import main
 from tests.serving.test_registry import named, weights
 
 MEASURED = Measured(20.0, 0.5, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import Config
-from ray_jobs.digests import weights_digest
-from ray_jobs.registry import RegisteredModel
+from ray_jobs.registry.digests import weights_digest
+from ray_jobs.registry.models import RegisteredModel
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.http.api_keys import add_key

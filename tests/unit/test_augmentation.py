@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ray_jobs.config import AugmentationConfig
-from ray_jobs.data.augmentation import Changes, apply, augment, row_generator
-from ray_jobs.data.geometry import Size, fit
+from ray_jobs.data.encoding.augmentation import Changes, apply, augment, row_generator
+from ray_jobs.data.encoding.geometry import Size, fit
 
 DIGEST = hashlib.sha256(b"picture").hexdigest()
 EVERYTHING = AugmentationConfig(flip=0.5, rotate=0.5, crop=0.5, scale=0.5, colour=0.5)

@@ -14,8 +14,9 @@ from benchmarks.train.measuring import changed, inputs_of, summary
 from benchmarks.train.recipe import usual_recipe
 from benchmarks.train.zero import by_kind
 from ray_jobs.config import Config, load_config
-from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
+from ray_jobs.diffusion.sampling import encode_prompts
 from ray_jobs.training.setup import build_model
+from ray_jobs.weights.loading import load_pipeline
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

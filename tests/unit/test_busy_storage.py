@@ -10,7 +10,7 @@ import pytest
 
 from cluster.lease import LEASES, Lease, Owner
 from cluster.storage import Storage
-from ray_jobs.data.parts import read_part, write_part
+from ray_jobs.data.encoding.cache_files import read_part, write_part
 from ray_jobs.training.checkpoint import damaged, folder_of, last_intact, rungs_of
 from tests.record import record_fault
 from tests.s3_server import S3Server, s3_server

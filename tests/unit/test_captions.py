@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ray_jobs.config import load_config
-from ray_jobs.data.captions import CaptionRules, caption_rules, clip_text
-from ray_jobs.data.scan import entries
+from ray_jobs.data.curation.scan import entries
+from ray_jobs.data.sources.captions import CaptionRules, caption_rules, clip_text
 from tests.unit.test_sources import (
     facts,
     left_out,

@@ -19,7 +19,7 @@ from ray_jobs.training.checkpoint import (
     last_intact,
     rungs_of,
 )
-from ray_jobs.trial import intact, unreported
+from ray_jobs.tuning.trial import intact, unreported
 
 STATE = "state/0001-of-0002.safetensors"
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"

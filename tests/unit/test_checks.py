@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from cluster import plan
-from ray_jobs.checks import check_stages, main
+from ray_jobs.checks import main
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.planning.checks import check_stages
 from tests import tiny_models
 
 SPACE = {"train.lora.target_modules": [["to_q"], ["to_x"]]}

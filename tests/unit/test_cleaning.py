@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ray_jobs.config import CleaningConfig
-from ray_jobs.data.cleaning import FIRST_LOOK_SIDE, MEASURES, check, check_size, histogram, measure
+from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, MEASURES, check, check_size, histogram, measure
 from ray_jobs.pictures.reading import Picture, Rejected, read_picture
 
 EMOJI = Path(__file__).parents[2] / "examples" / "fluent-emoji"

@@ -7,10 +7,10 @@ import pytest
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.folds import averaged, choose_over_folds
-from ray_jobs.measures import Scores
+from ray_jobs.evaluation.cross_validation import averaged, choose_over_folds
+from ray_jobs.evaluation.scores import Scores
 from ray_jobs.metrics.score import Score
-from ray_jobs.search_results import FIELDS, choose, read_rows
+from ray_jobs.tuning.results import FIELDS, choose, read_rows
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 NO_POOL: Any = None  # equal scores, or none of fewer steps: nothing is measured again

@@ -266,10 +266,10 @@ def test_the_budget_can_be_given_on_the_command_line() -> None:
 
 
 def test_a_run_is_not_called_what_all_runs_share() -> None:
-    from ray_jobs.data.class_pictures import FOLDER as CLASS_PICTURES
-    from ray_jobs.evaluate import REAL_FEATURES
-    from ray_jobs.registration import FOLDER as REGISTRY
-    from ray_jobs.tracking import ARTIFACTS
+    from ray_jobs.data.encoding.class_pictures import FOLDER as CLASS_PICTURES
+    from ray_jobs.evaluation.pool import REAL_FEATURES
+    from ray_jobs.registry.registration import FOLDER as REGISTRY
+    from ray_jobs.training.tracking import ARTIFACTS
     from serving.feedback.database import FILE as FEEDBACK
 
     for name in (

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import CleaningConfig
-from ray_jobs.data.cleaning import MEASURES as JUDGED
-from ray_jobs.dataset_report import (
+from ray_jobs.data.curation.cleaning import MEASURES as JUDGED
+from ray_jobs.report.dataset_page import (
     REASONS,
     THUMBNAIL,
     Example,
@@ -245,7 +245,7 @@ def test_every_reason_that_can_occur_has_a_sentence_on_the_page() -> None:
 
 def test_every_reason_that_the_data_stage_gives_has_a_sentence() -> None:
     folder = Path(__file__).parents[2] / "ray_jobs" / "data"
-    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
     given = set(re.findall(r'Rejected\(\s*"(\w+)"', source)) | {measure.reason for measure in JUDGED.values()}
     assert len(given) > 10
     assert given <= set(REASONS)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cluster.storage import Storage
 from ray_jobs.config import load_config
-from ray_jobs.data.captions import CaptionRules
-from ray_jobs.data.decisions import connected, decide
-from ray_jobs.data.findings import write_findings
-from ray_jobs.data.scan import SCHEMA, entries, scan_sample
+from ray_jobs.data.curation.decisions import connected, decide
+from ray_jobs.data.curation.findings import write_findings
+from ray_jobs.data.curation.scan import SCHEMA, entries, scan_sample
+from ray_jobs.data.sources.captions import CaptionRules
 from tests.unit.test_sources import opened, picture, write
 
 

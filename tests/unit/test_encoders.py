@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.diffusion.encoders import Encoders
+from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.loading import load_pipeline, read_index
-from ray_jobs.diffusion.model_files import encoders_digest, max_side, model_folder, size_multiple
 from ray_jobs.diffusion.objectives import sample_posterior
-from ray_jobs.prepare import picture_shapes
+from ray_jobs.weights.encoders import Encoders
+from ray_jobs.weights.loading import load_pipeline, read_index
+from ray_jobs.weights.model_files import encoders_digest, max_side, model_folder, size_multiple
 from serving.engine.rows import Request, check_request
 
 DEMO = "configs/demo.yaml"

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.activations import activation_bytes
-from cluster.estimate import (
+from ray_jobs.config import Config, ConfigError, TrainConfig
+from ray_jobs.data.feeding.order import rows_of_rank
+from ray_jobs.planning.activations import activation_bytes
+from ray_jobs.planning.estimate import (
     Shapes,
     effective_stage,
     numel,
@@ -19,8 +21,6 @@ from cluster.estimate import (
     rows_a_worker,
     trained_shapes,
 )
-from ray_jobs.config import Config, ConfigError, TrainConfig
-from ray_jobs.data.order import rows_of_rank
 from ray_jobs.training import engine
 from ray_jobs.training.setup import build_model
 from tests import tiny_models

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster.storage import Storage
-from ray_jobs.data.parts import DamagedPart
+from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.training.failures import TellFailures
 from tests.unit.test_checkpoint import write
 

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
-from ray_jobs.diffusion.loading import LORA_WEIGHTS, encode_prompts, load_pipeline
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
-from ray_jobs.diffusion.sampling import decode_latents, initial_noise, sample_latents, whole_pictures
+from ray_jobs.diffusion.sampling import (
+    decode_latents,
+    encode_prompts,
+    initial_noise,
+    sample_latents,
+    whole_pictures,
+)
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from tests.serving import plain_diffusers
 
 PROMPTS = ["a small red circle", "a big blue cross"]

@@ -12,8 +12,8 @@ import pytest
 from ray_jobs import compare, publish, search
 from ray_jobs.config import Config, ConfigError, EvaluateConfig, load_config
 from ray_jobs.evaluate import evaluate
-from ray_jobs.feature_networks import check_networks, load_first, load_networks
-from ray_jobs.measures import Real, scores_of
+from ray_jobs.evaluation.scores import Real, scores_of
+from ray_jobs.weights.feature_networks import check_networks, load_first, load_networks
 from tests.unit.test_metrics_networks import noise
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

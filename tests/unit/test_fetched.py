@@ -12,11 +12,11 @@ from pyarrow import fs
 
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.diffusion.loading import load_pipeline
-from ray_jobs.diffusion.model_files import encoders_digest
-from ray_jobs.feature_networks import check_networks, load_networks
-from ray_jobs.prepare import _open
+from ray_jobs.data.preparation import _open
 from ray_jobs.training.setup import build_model, check_settings
+from ray_jobs.weights.feature_networks import check_networks, load_networks
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.model_files import encoders_digest
 from serving.replica.postprocess import Postprocessor
 from tests.s3_server import S3Server, s3_server
 

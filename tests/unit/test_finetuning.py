@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, save_lora, save_pipeline
-from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.randomness import draw
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.weights.saving import save_lora, save_pipeline
 
 FAMILIES = ["tiny_model", "tiny_xl", "tiny_sd3", "tiny_flux"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.config import ConfigError
-from ray_jobs.data.dreambooth import Subject
-from ray_jobs.data.folders import ROWS_A_PIECE
+from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.data.sources.folders import ROWS_A_PIECE
 from tests.unit.test_sources import (
     caption_files,
     csv_folder,

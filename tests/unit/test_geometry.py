@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ray_jobs.config import ConfigError
-from ray_jobs.data.geometry import Size, bucket_shapes, fit, nearest_bucket
+from ray_jobs.data.encoding.geometry import Size, bucket_shapes, fit, nearest_bucket
 
 MULTIPLES = st.sampled_from([8, 16, 32, 64])
 SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))

@@ -18,45 +18,51 @@ OURS = ("ray_jobs", "cluster", "serving")
 ORDER = (
     (
         "ray_jobs.config",
-        "ray_jobs.dataset_report",
-        "ray_jobs.dealing",
+        "ray_jobs.report.dataset_page",
+        "ray_jobs.evaluation.dealing",
         "ray_jobs.pictures",
-        "ray_jobs.promotion",
+        "ray_jobs.registry.promotion",
     ),
-    ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.progress", "ray_jobs.report", "ray_jobs.provenance"),
-    ("cluster",),
-    ("ray_jobs.store", "ray_jobs.digests"),
     (
-        "ray_jobs.stage",
-        "ray_jobs.registry",
-        "ray_jobs.model_card",
-        "ray_jobs.space",
-        "ray_jobs.feature_networks",
+        "ray_jobs.diffusion",
+        "ray_jobs.metrics",
+        "ray_jobs.console",
+        "ray_jobs.report",
+        "ray_jobs.registry.provenance",
     ),
-    ("ray_jobs.data", "ray_jobs.versions", "ray_jobs.test_split"),
-    ("ray_jobs.registration",),
+    ("cluster",),
+    ("ray_jobs.registry.store", "ray_jobs.registry.digests"),
+    (
+        "ray_jobs.run.command_line",
+        "ray_jobs.registry.models",
+        "ray_jobs.publishing.model_card",
+        "ray_jobs.run.names",
+        "ray_jobs.weights.feature_networks",
+    ),
+    ("ray_jobs.data", "ray_jobs.versions", "ray_jobs.publishing.test_split_ledger"),
+    ("ray_jobs.registry.registration",),
     ("ray_jobs.prepare",),
-    ("ray_jobs.samples", "ray_jobs.measures", "ray_jobs.folds"),
+    ("ray_jobs.run.samples", "ray_jobs.evaluation.scores", "ray_jobs.evaluation.cross_validation"),
     ("ray_jobs.training",),
-    ("ray_jobs.tracking",),
+    ("ray_jobs.training.tracking",),
     ("ray_jobs.checks",),
     ("ray_jobs.train",),
-    ("ray_jobs.evaluator", "ray_jobs.pretrain"),
+    ("ray_jobs.evaluation.actor", "ray_jobs.pretrain"),
     ("ray_jobs.evaluate",),
     (
         "ray_jobs.compare",
-        "ray_jobs.computed_steps",
-        "ray_jobs.proposals",
-        "ray_jobs.stopping",
-        "ray_jobs.subjects",
+        "ray_jobs.tuning.computed_steps",
+        "ray_jobs.tuning.optuna",
+        "ray_jobs.tuning.stopping",
+        "ray_jobs.publishing.subjects",
     ),
-    ("ray_jobs.search_results", "ray_jobs.trial"),
+    ("ray_jobs.tuning.results", "ray_jobs.tuning.trial"),
     (
-        "ray_jobs.guidance",
-        "ray_jobs.halving",
-        "ray_jobs.population",
-        "ray_jobs.trials",
-        "ray_jobs.final_scores",
+        "ray_jobs.tuning.guidance",
+        "ray_jobs.tuning.successive_halving",
+        "ray_jobs.tuning.population_based",
+        "ray_jobs.tuning.driver",
+        "ray_jobs.publishing.final_scores",
     ),
     ("ray_jobs.search",),
     ("ray_jobs.publish",),
@@ -70,12 +76,12 @@ NOT_PURE = ("ray", "deepspeed", "mlflow", "pyarrow", "fsspec", "s3fs", "gcsfs", 
 SERVING_KNOWS = (
     "ray_jobs.config",
     "ray_jobs.diffusion",
-    "ray_jobs.feature_networks",
+    "ray_jobs.weights.feature_networks",
     "ray_jobs.metrics",
     "ray_jobs.pictures",
-    "ray_jobs.registry",
+    "ray_jobs.registry.models",
     "ray_jobs.versions",
-    "ray_jobs.progress",
+    "ray_jobs.console",
     "cluster",
     "serving",
 )
@@ -86,7 +92,7 @@ def is_in(module: str, room: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """`ray_jobs.data.splits` -> `ray_jobs.data`, `cluster.storage` -> `cluster`, a command -> itself."""
+    """`ray_jobs.data.curation.splits` -> `ray_jobs.data`, `cluster.storage` -> `cluster`, a command -> itself."""
     if module in COMMANDS:
         return module
     top, *rest = module.split(".")
@@ -138,17 +144,17 @@ def test_every_kind_of_import_statement_is_seen() -> None:
     source = """
 import ray.data as data
 from ray_jobs import config
-from ray_jobs.data.splits import split_of
+from ray_jobs.data.curation.splits import split_of
 from . import images
 from ..train import train
 def later():
     import deepspeed
 """
     known = {"ray_jobs.config", "ray_jobs.data.images"}
-    assert imported_by(source, "ray_jobs.data.sources", False, known) == {
+    assert imported_by(source, "ray_jobs.data.sources.detection", False, known) == {
         "ray.data",
         "ray_jobs.config",
-        "ray_jobs.data.splits",
+        "ray_jobs.data.curation.splits",
         "ray_jobs.data.images",
         "ray_jobs.train",
         "deepspeed",
@@ -173,12 +179,12 @@ def test_the_core_is_pure(room: str) -> None:
 def test_the_configuration_and_the_reports_import_nothing_else_of_ours() -> None:
     sections = [module for module in MODULES if is_in(module, "ray_jobs.config")]
     assert not {name for module in sections for name in ours(module) if not is_in(name, "ray_jobs.config")}
-    assert not ours("ray_jobs.dataset_report")
+    assert not ours("ray_jobs.report.dataset_page")
     others = {name for module in REPORT for name in ours(module) if not is_in(name, "ray_jobs.report")}
-    assert others == {"ray_jobs.dataset_report"}
+    assert others == {"ray_jobs.report.dataset_page"}
 
 
-@pytest.mark.parametrize("report", [*REPORT, "ray_jobs.dataset_report"])
+@pytest.mark.parametrize("report", [*REPORT, "ray_jobs.report.dataset_page"])
 def test_the_reports_know_no_ray(report: str) -> None:
     assert not [name for name in IMPORTS[report] if name.split(".")[0] in NOT_PURE]
 

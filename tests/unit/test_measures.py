@@ -10,25 +10,19 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.dealing import dealt, in_order
-from ray_jobs.diffusion import loading
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.sampling import batches_of
-from ray_jobs.evaluate import shape_of
-from ray_jobs.evaluator import Evaluator, Kept, join
-from ray_jobs.feature_networks import Networks, load_networks
-from ray_jobs.measures import (
-    Features,
-    Real,
-    further,
-    near_copies,
-    scores_of,
-)
+from ray_jobs.evaluation.actor import Evaluator, Kept, join
+from ray_jobs.evaluation.dealing import dealt, in_order
+from ray_jobs.evaluation.pool import shape_of
+from ray_jobs.evaluation.scores import Features, Real, further, near_copies, scores_of
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
 from ray_jobs.pictures.reading import encode_png
+from ray_jobs.weights import loading
+from ray_jobs.weights.feature_networks import Networks, load_networks
 from tests.serving.conftest import save_adapters
 from tests.unit.test_metrics_networks import noise
 

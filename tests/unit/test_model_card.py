@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ray_jobs.config import Config
-from ray_jobs.diffusion.model_files import variant_name
-from ray_jobs.model_card import model_card, portable, usage
+from ray_jobs.publishing.model_card import model_card, portable, usage
+from ray_jobs.weights.model_files import variant_name
 from tests.cards import draw, program
 from tests.unit.test_report import MANIFEST
 from tests.unit.test_report import WINNER as REPORTED

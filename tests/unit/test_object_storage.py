@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.digests import weights_digest
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.registry import champion, verify_weights
+from ray_jobs.registry.digests import weights_digest
+from ray_jobs.registry.models import champion, verify_weights
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
 from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import S3Server, s3_server
 

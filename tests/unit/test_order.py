@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_jobs.data.order import JoinedOrder, Order, Part, Step, rows_of_rank
+from ray_jobs.data.feeding.order import JoinedOrder, Order, Part, Step, rows_of_rank
 
 
 def steps_of(order: Order | JoinedOrder, first: int, last: int) -> list[Step]:

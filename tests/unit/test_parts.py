@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.storage import Storage
-from ray_jobs.data.parts import ASIDE, DamagedPart, read_part, read_schema, write_part
-from ray_jobs.stage import told_damage
+from ray_jobs.data.encoding.cache_files import ASIDE, DamagedPart, read_part, read_schema, write_part
+from ray_jobs.run.command_line import told_damage
 
 NAME = "part.parquet"
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from cluster.capacity import Actors, check_resources, search_actors
-from cluster.plan import GIB, Model, cost_lines, main, plan
+from cluster.plan import main
 from cluster.shape import CPUS_A_GPU, Machine, check_places, parse_nodes, place
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.planning.plan import GIB, Model, cost_lines, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,7 +171,7 @@ def test_a_wrong_model_exits_2_with_one_line(capsys: pytest.CaptureFixture[str])
 
 def test_the_page_needs_neither_torch_nor_a_running_ray() -> None:
     program = (
-        "import sys; from cluster.plan import plan; from cluster.shape import parse_nodes; "
+        "import sys; from ray_jobs.planning.plan import plan; from cluster.shape import parse_nodes; "
         "from ray_jobs.config import load_config; "
         f"plan(load_config({str(ROOT / 'configs' / 'demo.yaml')!r}), parse_nodes('1x8cpu16'), None); "
         "sys.exit(bool({'torch', 'ray', 'diffusers'} & sys.modules.keys()))"

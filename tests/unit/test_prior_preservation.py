@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ray_jobs.config import Config, ConfigError, TrainConfig, load_config
-from ray_jobs.data.class_pictures import lacking
-from ray_jobs.data.samples import Source
-from ray_jobs.diffusion.model_files import model_digest
-from ray_jobs.prepare import _inputs, open_sources
-from ray_jobs.training.inputs import Piece, loss_shares
+from ray_jobs.data.encoding.class_pictures import lacking
+from ray_jobs.data.preparation import _inputs, open_sources
+from ray_jobs.data.sources.samples import Source
+from ray_jobs.training.batch import Piece, loss_shares
+from ray_jobs.weights.model_files import model_digest
 from tests.unit.test_sources import caption_files, dreambooth, picture, write
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

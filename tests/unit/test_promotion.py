@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_jobs.promotion import Measured, Paired, objection, objection_to_first
+from ray_jobs.registry.promotion import Measured, Paired, objection, objection_to_first
 
 CHAMPION = Measured(20.0, 0.3, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs import provenance
+from ray_jobs.registry import provenance
 
-FILE = "ray_jobs/provenance.py"
+FILE = "ray_jobs/registry/provenance.py"
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -21,7 +21,7 @@ def git(folder: Path, *arguments: str) -> str:
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The code runs from a folder without history, and its user's folder is another one."""
     for folder in ("copy", "home"):
-        (tmp_path / folder / "ray_jobs").mkdir(parents=True)
+        (tmp_path / folder / FILE).parent.mkdir(parents=True)
         shutil.copy(provenance.__file__, tmp_path / folder / FILE)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "copy" / FILE))
     monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path / "home"))

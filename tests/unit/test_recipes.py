@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import Model, plan
 from cluster.shape import parse_nodes
 from ray_jobs.config import load_config
+from ray_jobs.planning.plan import Model, plan
 from tests import full_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import fs
 
 from ray_jobs.config import ConfigError
-from ray_jobs.data.samples import Source
+from ray_jobs.data.sources.samples import Source
 from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import S3Server, s3_server
 from tests.unit.test_sources import every_kind, facts, image_folder, opened, samples

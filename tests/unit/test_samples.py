@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cluster.storage import Storage
-from ray_jobs.samples import SHEET_PICTURE, SHEET_PICTURES, sheet
+from ray_jobs.run.samples import SHEET_PICTURE, SHEET_PICTURES, sheet
 
 
 @pytest.fixture

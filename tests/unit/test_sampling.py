@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_pictures
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.rows import Request
 from tests.serving import plain_diffusers
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.loading import load_pipeline
 from ray_jobs.diffusion.objectives import Diffusion
 from ray_jobs.diffusion.sampling import sample_pictures
-from ray_jobs.diffusion.schedulers import SCHEDULER, load_scheduler, scheduler_class, trained_scheduler
+from ray_jobs.diffusion.schedulers import trained_scheduler
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.schedulers import SCHEDULER, load_scheduler, scheduler_class
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from tests.serving import plain_diffusers
@@ -115,7 +116,7 @@ def test_a_scheduler_file_of_another_class_is_refused(tmp_path: Path) -> None:
 def test_a_whole_pipeline_is_saved_with_the_scheduler_that_it_was_trained_for(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    from ray_jobs.diffusion.finetuning import save_pipeline
+    from ray_jobs.weights.saving import save_pipeline
 
     pipeline = load_pipeline(str(tiny_model))
     family = family_of(pipeline)

@@ -9,7 +9,7 @@ import pytest
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.schedules import LearningRateSchedule
-from ray_jobs.training.stages import ever_trainable, stage_at, stages_of
+from ray_jobs.training.phases import ever_trainable, stage_at, stages_of
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def train_under(base: Path, zero_stage: int) -> Moves:
     import torch
 
     from ray_jobs.config import Config
-    from ray_jobs.diffusion.loading import load_pipeline
     from ray_jobs.training.engine import build_engine, enter_stage, set_hyperparameters
     from ray_jobs.training.setup import build_model
     from ray_jobs.training.state import held_fragments
+    from ray_jobs.weights.loading import load_pipeline
 
     settings = staged().model_copy(update={"zero_stage": zero_stage, "num_workers": 1})
     config = Config.model_validate(

@@ -13,14 +13,15 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, Range, load_config
 from ray_jobs.config.space import IntegerRange, sample
 from ray_jobs.config.yaml_text import read_yaml
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.folds import averaged, choose_over_folds, standing
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.evaluation.cross_validation import averaged, choose_over_folds, standing
 from ray_jobs.metrics.resampling import PairedDifference
-from ray_jobs.population import first_generation, next_generation, perturbed
-from ray_jobs.proposals import Proposals
-from ray_jobs.search_results import SearchResult, at_most, bill, choose, search_digest, spent
-from ray_jobs.space import points, training_of, trial_id
-from ray_jobs.trial import Trial
+from ray_jobs.run.names import training_of, trial_id
+from ray_jobs.tuning.optuna import Proposals
+from ray_jobs.tuning.population_based import first_generation, next_generation, perturbed
+from ray_jobs.tuning.results import SearchResult, at_most, bill, choose, search_digest, spent
+from ray_jobs.tuning.space import points
+from ray_jobs.tuning.trial import Trial
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 RATE, RANK, DECAY = "train.learning_rate", "train.lora.rank", "train.weight_decay"

@@ -7,9 +7,9 @@ import pytest
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.data.dataset import Dataset
-from ray_jobs.train import depends_on, require_same
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.training.setup import build_model, check_settings
+from ray_jobs.training.trainer import depends_on, require_same
 from tests.tiny_models import tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config import ConfigError
-from ray_jobs.data.parquet import ROWS_AT_ONCE
+from ray_jobs.data.sources.parquet import ROWS_AT_ONCE
 from tests.unit.test_sources import (
     all_samples,
     left_out,

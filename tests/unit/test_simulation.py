@@ -18,7 +18,7 @@ from benchmarks.simulation.prediction import predicted, synthetic_scores
 from benchmarks.simulation.runs import Clock, evaluations, scores_of, timing_of
 from benchmarks.simulation.search import Cluster, Outcome, Plan, Scores, Simulation, Timing
 from cluster.storage import Storage
-from ray_jobs.evaluator import FEATURES
+from ray_jobs.evaluation.actor import FEATURES
 from ray_jobs.training.checkpoint import SERIES, folder_of
 
 ONE = Timing(startup=[100.0], step=[0.5], evaluation=[60.0])

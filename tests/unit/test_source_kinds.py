@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.data.arrow import Arrow
-from ray_jobs.data.dreambooth import Subject
-from ray_jobs.data.folders import Folder
-from ray_jobs.data.listing import split_of
-from ray_jobs.data.members import split_name
-from ray_jobs.data.parquet import Parquet
-from ray_jobs.data.samples import read_suffix_text
-from ray_jobs.data.shards import Tars
-from ray_jobs.prepare import open_sources
+from ray_jobs.data.preparation import open_sources
+from ray_jobs.data.sources.arrow import Arrow
+from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.data.sources.folders import Folder
+from ray_jobs.data.sources.listing import split_of
+from ray_jobs.data.sources.members import split_name
+from ray_jobs.data.sources.parquet import Parquet
+from ray_jobs.data.sources.samples import read_suffix_text
+from ray_jobs.data.sources.webdataset import Tars
 from tests.unit.test_sources import (
     caption_files,
     dreambooth,

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.captions import AS_WRITTEN
-from ray_jobs.data.folders import ROWS_A_PIECE
-from ray_jobs.data.samples import LEFT_OUT, Sample, Source
-from ray_jobs.data.sources import open_source
+from ray_jobs.data.sources.captions import AS_WRITTEN
+from ray_jobs.data.sources.detection import open_source
+from ray_jobs.data.sources.folders import ROWS_A_PIECE
+from ray_jobs.data.sources.samples import LEFT_OUT, Sample, Source
 
 
 def picture(number: int = 0) -> bytes:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_jobs.data.splits import (
+from ray_jobs.data.curation.splits import (
     Shares,
     Split,
     content_digest,

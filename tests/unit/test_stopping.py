@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.stopping import Budget, Patience, stoppers
+from ray_jobs.tuning.stopping import Budget, Patience, stoppers
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

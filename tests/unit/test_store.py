@@ -11,9 +11,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import check_store, not_ours, nothing_published, open_client, tracking_uri
-from ray_jobs.store import ATTEMPTS, experiment_id, pages, retried, versions_of
-from ray_jobs.tracking import opened_store
+from ray_jobs.registry.models import check_store, not_ours, nothing_published, open_client, tracking_uri
+from ray_jobs.registry.store import ATTEMPTS, experiment_id, pages, retried, versions_of
+from ray_jobs.training.tracking import opened_store
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_write_is_tried_again_where_another_came_between_and_not_for_other_rea
 ) -> None:
     from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
-    monkeypatch.setattr("ray_jobs.store.PAUSE_S", 0.0001)
+    monkeypatch.setattr("ray_jobs.registry.store.PAUSE_S", 0.0001)
     unique = "(sqlite3.IntegrityError) UNIQUE constraint failed: registered_model_aliases.name"
     for message, code in ((unique, BAD_REQUEST), ("database is locked", TEMPORARILY_UNAVAILABLE)):
         write, calls = failing(3, message, code)

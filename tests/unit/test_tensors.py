@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ray_jobs.data.tensors import as_torch, read_tensors, tensor_column
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors, tensor_column
 
 
 def stored(**tensors: torch.Tensor) -> pa.Table:

@@ -18,9 +18,9 @@ from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry import check_store, open_client
-from ray_jobs.tracking import Mirror, opened_store, run_params, tracked
+from ray_jobs.registry.models import check_store, open_client
 from ray_jobs.training.loop import DIVERGED
+from ray_jobs.training.tracking import Mirror, opened_store, run_params, tracked
 
 pytestmark = pytest.mark.usefixtures("no_server")
 TRIAL = "lr-0.001"
@@ -264,7 +264,7 @@ def test_a_training_that_diverged_is_marked_as_failed(config: Config) -> None:
 def test_the_series_arrive_while_the_block_lasts_and_at_its_end(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray_jobs.tracking.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("ray_jobs.training.tracking.LOOK_EVERY", 0.05)
     with opened_store(config):
         pass
     with tracked(config, {TRIAL: config}, "d1", lambda: []):
@@ -300,7 +300,7 @@ def test_a_store_that_refuses_is_an_error_before_the_start(config: Config, tmp_p
 def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ray_jobs.tracking.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("ray_jobs.training.tracking.LOOK_EVERY", 0.05)
     with opened_store(config):
         pass
     store, away, folder = (tmp_path / name for name in ("mlflow.db", "away.db", "folder"))
@@ -338,7 +338,7 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A server that takes connections and never answers."""
-    monkeypatch.setattr("ray_jobs.tracking.PATIENCE", 0.5)
+    monkeypatch.setattr("ray_jobs.training.tracking.PATIENCE", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

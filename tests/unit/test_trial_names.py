@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.space import LONGEST, trial_id
+from ray_jobs.run.names import LONGEST, trial_id
 
 VALUES: list[Any] = [
     *(

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ray_jobs.config import load_config
-from ray_jobs.diffusion.encoders import Encoders
 from ray_jobs.diffusion.families import Captions, family_of
-from ray_jobs.diffusion.loading import encode_prompts, load_pipeline
 from ray_jobs.diffusion.randomness import draw
-from ray_jobs.diffusion.sampling import null_captions
-from ray_jobs.training.inputs import InputMaker, Piece
+from ray_jobs.diffusion.sampling import encode_prompts, null_captions
+from ray_jobs.training.batch import InputMaker, Piece
 from ray_jobs.training.setup import build_model
+from ray_jobs.weights.encoders import Encoders
+from ray_jobs.weights.loading import load_pipeline
 from serving.engine.batched_lora import BatchedLoRA
 from serving.engine.prompts import PromptEmbeddings
 from tests.serving import plain_diffusers

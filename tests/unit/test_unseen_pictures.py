@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 from cluster.storage import Storage
 from ray_jobs.compare import look_up
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.data.dataset import Dataset
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluate import _candidates
-from ray_jobs.folds import held_out, trained_on, unseen_by
-from ray_jobs.promotion import Measured
-from ray_jobs.registration import register
-from ray_jobs.space import LEARNING_RATE
+from ray_jobs.evaluation.cross_validation import held_out, trained_on, unseen_by
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.registration import register
+from ray_jobs.run.names import LEARNING_RATE
 from ray_jobs.training.checkpoint import folder_of
-from ray_jobs.trial import Trial
+from ray_jobs.tuning.trial import Trial
 from tests.small_set import FOLDS, small_set
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

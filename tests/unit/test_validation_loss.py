@@ -11,18 +11,18 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
-from ray_jobs.data.dataset import PARTS, Dataset
-from ray_jobs.data.encoding import EncodePart
-from ray_jobs.data.geometry import fit
-from ray_jobs.data.plan import PlannedPart
-from ray_jobs.data.splits import content_digest
-from ray_jobs.data.tensors import as_numpy, as_torch, read_tensors
-from ray_jobs.diffusion.finetuning import save_lora
-from ray_jobs.diffusion.loading import load_lora, load_pipeline
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.encoding import EncodePart
+from ray_jobs.data.encoding.geometry import fit
+from ray_jobs.data.encoding.plan import PlannedPart
+from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors
+from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.diffusion.randomness import draw
-from ray_jobs.training.inputs import InputMaker
+from ray_jobs.training.batch import InputMaker
 from ray_jobs.training.setup import build_model
 from ray_jobs.training.validation import PLAIN, ValidationLoss
+from ray_jobs.weights.loading import load_lora, load_pipeline
+from ray_jobs.weights.saving import save_lora
 from tests.conftest import captions
 from tests.conftest import draw as draw_picture
 

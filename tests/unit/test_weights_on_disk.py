@@ -13,14 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.diffusion.encoders import Encoders
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.finetuning import save_lora, save_pipeline
-from ray_jobs.diffusion.loading import LORA_WEIGHTS, load_pipeline
-from ray_jobs.diffusion.model_files import check_weights, encoders_digest, variant_name, variants
-from ray_jobs.diffusion.saving import save_whole, use_old_names
-from ray_jobs.digests import are_weights, weights_digest
+from ray_jobs.registry.digests import are_weights, weights_digest
 from ray_jobs.training.setup import build_model, check_settings
+from ray_jobs.weights.encoders import Encoders
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.weights.model_files import check_weights, encoders_digest, variant_name, variants
+from ray_jobs.weights.saving import save_lora, save_pipeline, save_whole, use_old_names
 from serving.engine.adapters import read_adapter
 from tests.unit.test_finetuning import finetuning
 

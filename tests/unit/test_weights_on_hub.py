@@ -19,7 +19,7 @@ import pytest
 COMMIT = "a" * 40
 FETCH = """
 import sys
-from ray_jobs.diffusion.model_files import model_folder, variant_name
+from ray_jobs.weights.model_files import model_folder, variant_name
 folder = model_folder("org/model", without=["text_encoder"])
 print(variant_name("org/model"))
 print(*sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()), sep="\\n")

@@ -1,0 +1,76 @@
+"""Console output of a run: one line per event, the stage first."""
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_STARTED = time.monotonic()
+_phases = [("starting", _STARTED)]
+_terminal: TextIO | None = None  # where lines go once the frameworks' output was turned to a file
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> `1:15`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def quiet_logs() -> Path:
+    """Send all that frameworks print and log in this process to a file; only `show` and `say` are seen.
+
+    The file descriptors are turned, since native code and Ray's own printing know no Python logging.
+    """
+    global _terminal
+    descriptor, name = tempfile.mkstemp(prefix="diffray-", suffix=".log")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(filename=name, level=logging.INFO, format=LOG_FORMAT)
+    logging.captureWarnings(True)
+    return Path(name)
+
+
+def show(line: str) -> None:
+    """Print a line that a person must see."""
+    print(line, file=_terminal or sys.stdout, flush=True)
+
+
+def complain(error: Exception) -> int:
+    """Print what the user must mend, and return a command's exit code for that."""
+    show(f"error: {error}")
+    return 2
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, each column as wide as its widest one."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def say(stage: str, message: str) -> None:
+    """Print one progress line, with the time since the start of the job."""
+    show(f"[{clock(time.monotonic() - _STARTED):>5}] {stage:<8} {message}")
+
+
+def phase(name: str) -> None:
+    """Begin a phase on a run's way to its first training step."""
+    _phases.append((name, time.monotonic()))
+
+
+def tell_phases() -> None:
+    """Say how long each phase took until now, the first time that a training step was made."""
+    if len(_phases) > 1:
+        ends = [begun for _, begun in _phases[1:]] + [time.monotonic()]
+        took = [f"{name} {clock(end - begun)}" for (name, begun), end in zip(_phases, ends, strict=True)]
+        say("train", f"first steps; until here {', '.join(took)}")
+    _phases.clear()

@@ -1,0 +1,84 @@
+"""Files of the encoding cache: Parquet with a checksum a page, so that damage is found where it is read.
+
+A damaged file is moved aside, and whoever reads it fails with a line that says so. The next prepare encodes
+it anew.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Storage
+
+ASIDE = ".damaged"
+
+
+def write_part(cache: Storage, file: str, table: pa.Table) -> None:
+    """Write rows as one file of the cache, whole or not at all."""
+    buffer = io.BytesIO()
+    # Uncompressed they are read without a copy. As columns of 2-byte values, with BYTE_STREAM_SPLIT and zstd,
+    # latents and embeddings would take 1/2 to 2/3 of the room.
+    pq.write_table(
+        table,
+        buffer,
+        compression="none",
+        use_dictionary=False,
+        row_group_size=len(table),
+        write_page_checksum=True,
+    )
+    cache.write_bytes(file, buffer.getvalue())
+
+
+def read_part(cache: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a file of the cache; columns: None takes all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedPart: it is damaged, and moved aside now.
+    """
+    names = None if columns is None else list(columns)
+    return _read(
+        cache, file, lambda opened: pq.read_table(opened, columns=names, page_checksum_verification=True)
+    )
+
+
+def read_schema(cache: Storage, file: str) -> pa.Schema:
+    """The columns of a file of the cache; errors as above."""
+    return _read(cache, file, pq.read_schema)
+
+
+class DamagedPart(ValueError):
+    """A file of the cache was damaged; names it, and what to do. `told_damage` knows it by its text."""
+
+
+def aside(cache: Storage, file: str) -> DamagedPart | None:
+    """What to raise for a file that was moved aside; None if it was not."""
+    if not cache.exists(file + ASIDE):
+        return None
+    return DamagedPart(
+        f"an encoded part is damaged: {cache.uri}/{file}, now {file[:8]}...{ASIDE}; start the run again, it "
+        "goes on: prepare encodes it anew"
+    )
+
+
+def _read(cache: Storage, file: str, read: Callable[[Any], Any]) -> Any:
+    try:
+        try:
+            with cache.open_input(file) as opened:
+                return read(opened)
+        except (OSError, pa.ArrowInvalid) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            content = cache.read_bytes(file)  # it may be the store that failed, not what it holds
+        try:
+            return read(pa.BufferReader(content))
+        except (OSError, pa.ArrowInvalid):
+            cache.rename(file, file + ASIDE)
+            raise FileNotFoundError(file) from None
+    except FileNotFoundError:
+        if damage := aside(cache, file):
+            raise damage from None
+        raise

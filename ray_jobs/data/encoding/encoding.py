@@ -1,0 +1,311 @@
+"""Encode what the plan names: Ray Data reads, decodes on CPUs, and encodes by actors that hold the model.
+
+Parts are files of the encoding cache, `<storage>/encoded/<encoders>/<part>.parquet`, named by what they
+hold: the rows' keys. A row's key is the hash of all that its encoding depends on. A part that is there is
+left alone; of a part that is missing, rows that lie in other files of the cache are copied, and only the
+others are encoded. Each part is encoded by itself and written whole, so that an interrupted run, started
+again, writes the same bytes as an unbroken one. Beside the parts lies the empty caption's encoding, which
+training puts in the place of dropped captions.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.fetched import local_path
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.augmentation import augment, row_generator
+from ray_jobs.data.encoding.cache_files import read_part, write_part
+from ray_jobs.data.encoding.geometry import Fitted, Size, fit
+from ray_jobs.data.encoding.plan import PIXELS_A_PART, PlannedPart
+from ray_jobs.data.encoding.tensors import tensor_column
+from ray_jobs.data.sources.detection import Source
+from ray_jobs.pictures.reading import Picture, encode_png, read_picture
+
+# What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
+# part; so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its
+# processes, and the memory they take, from growing with the set while the encoders start.
+GATHERING = {"num_cpus": 1}
+DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
+
+EMPTY_CAPTION = "empty_caption.safetensors"
+CONDITIONING = ("original_height", "original_width", "top", "left", "target_height", "target_width")
+
+
+class ChangedFile(RuntimeError):
+    """A picture is not the one that was scanned."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Reads the pictures of parts from consecutive pieces of a source, each piece once.
+
+    One row in: the entries and the parts. A row out for each part: its pictures' bytes and captions.
+    """
+
+    readers: list[Source]
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        entries: dict[int, Entry] = row["entries"]
+        parts: list[PlannedPart] = row["parts"]
+        wanted: dict[int, set[int]] = {number: set() for number in entries}
+        waiting: dict[tuple[int, int], list[int]] = {}  # (entry, row) -> the parts that need it
+        missing = []
+        for index, part in enumerate(parts):
+            needed = set(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
+            missing.append(len(needed))
+            for entry, number in needed:
+                wanted[entry].add(number)
+                waiting.setdefault((entry, number), []).append(index)
+        collected: list[dict[tuple[int, int], Any]] = [{} for _ in parts]
+        for entry, found in entries.items():
+            for sample in self.readers[found.source].read(found.piece, wanted[entry]):
+                if sample.problem:
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read a moment ago)")
+                for index in waiting[entry, sample.row]:
+                    collected[index][entry, sample.row] = sample
+                    if len(collected[index]) == missing[index]:
+                        yield _gathered(parts[index], collected[index])
+                        collected[index] = {}
+
+
+def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    """A part with the bytes and captions of its rows; variants of a picture share its bytes."""
+    places = list(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
+    different = {place: number for number, place in enumerate(dict.fromkeys(places))}
+    return {
+        "part": part,
+        "data": [samples[place].data for place in different],
+        "text": [samples[place].text for place in different],
+        "name": [samples[place].name for place in different],
+        "picture": [different[place] for place in places],
+    }
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Adds pixels to a gathered part: each row fitted to the part's bucket, training rows augmented."""
+
+    config: Config
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part: PlannedPart = row["part"]
+        width, height = part.bucket
+        pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
+        conditioning, pngs = [], []
+        of, digest, picture = -1, "", None
+        for number, index in enumerate(row["picture"]):
+            if of != index:  # variants of a picture follow each other
+                of, data = index, row["data"][index]
+                digest, picture = content_digest(data), self.open(data, part.bucket)
+            assert picture is not None
+            if digest != part.digests[number]:
+                raise ChangedFile(f"{row['name'][index]}: changed while it was being prepared; run again")
+            fitted = self.fit(picture, part.split, part.bucket, digest, int(part.variants[number]))
+            pixels[number] = fitted.pixels
+            conditioning.append(fitted.sizes)
+            plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
+            pngs.append(b"" if plain is None else encode_png(plain))
+        return {
+            "part": part,
+            "text": [row["text"][index] for index in row["picture"]],
+            "pixels": pixels.tobytes(),
+            "image": pngs,
+            "conditioning": conditioning,
+        }
+
+    def open(self, data: bytes, bucket: Size) -> Picture:
+        """A picture, a large JPEG at a half, a quarter or an eighth of its size: that is much faster, and
+        twice the size it is fitted to leaves the last halving to the better filter."""
+        config = self.config.data
+        limit = config.cleaning.max_pixels
+        return read_picture(data, background=config.background, max_pixels=limit, at_least=2 * max(bucket))
+
+    def fit(self, picture: Picture, split: str, bucket: Size, digest: str, draw: int) -> Fitted:
+        """One picture at the training size; `draw` is its variant, or the epoch while streaming."""
+        data, original = self.config.data, (picture.width, picture.height)
+        if split != "train" or not data.augmentation.is_active:
+            return fit(picture.image, bucket, original=original)
+        return augment(
+            picture.image,
+            bucket,
+            data.augmentation,
+            row_generator(self.config.seed, digest, draw),
+            original=original,
+        )
+
+
+class EncodeRows:
+    """The encoders on an actor: pixels and captions to tensors as they are stored."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from ray_jobs.weights.encoders import Encoders
+
+        data, model = config.data, config.model
+        torch.set_num_threads(config.train.cpus_per_worker)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoders = Encoders(local_path(model.base), revision=model.revision, device=device)
+        self.batch_size = data.encode_batch_size
+        self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
+
+    def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
+        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, the captions' forms."""
+        import torch
+
+        size = self.batch_size
+        posteriors = [
+            self.encoders.encode_pictures(pixels[i : i + size]) for i in range(0, len(pixels), size)
+        ]
+        different = list(dict.fromkeys(captions))
+        forms = [
+            self.encoders.encode_captions(different[i : i + size]) for i in range(0, len(different), size)
+        ]
+        places = torch.tensor([different.index(caption) for caption in captions])
+        tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
+        tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
+        tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
+        # Pictures come with their channels last, and convolutions keep that; stored is the plain order.
+        return {
+            name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in sorted(tensors.items())
+        }
+
+
+class EncodePart(EncodeRows):
+    """An actor that encodes decoded parts and writes their files."""
+
+    def __init__(self, cache: Storage, config: Config, reuse: dict[bytes, tuple[str, int]]) -> None:
+        from safetensors.torch import save
+
+        super().__init__(config)
+        self.cache, self.reuse = cache, reuse
+        if not cache.exists(EMPTY_CAPTION):
+            forms = self.encoders.encode_captions([""])
+            cache.write_bytes(EMPTY_CAPTION, save({name: t.contiguous() for name, t in forms.items()}))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part: PlannedPart = row["part"]
+        width, height = part.bucket
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
+        new = [n for n, key in enumerate(part.keys) if key not in self.reuse]
+        table = self._copied(part)
+        if new:
+            encoded = self._table(part, row, pixels, new)
+            table = pa.concat_tables([encoded, *([table] if table else [])])
+        assert table is not None
+        order = {key: n for n, key in enumerate(table["key"].to_pylist())}
+        table = table.take([order[key] for key in part.keys]).combine_chunks()
+        write_part(self.cache, part.file, table)
+        return {"rows": len(part.keys), "encoded": len(new)}
+
+    def _table(
+        self, part: PlannedPart, row: dict[str, Any], pixels: np.ndarray, chosen: list[int]
+    ) -> pa.Table:
+        """The chosen rows of a part, encoded."""
+        import torch
+
+        texts = [str(row["text"][n]) for n in chosen]
+        columns = [
+            (pa.field("key", pa.binary(16)), pa.array([part.keys[n] for n in chosen], pa.binary(16))),
+            (pa.field("digest", pa.string()), pa.array([part.digests[n] for n in chosen])),
+            (pa.field("text", pa.string()), pa.array(texts)),
+            (pa.field("image", pa.binary()), pa.array([row["image"][n] for n in chosen], pa.binary())),
+        ]
+        sizes = np.array([row["conditioning"][n] for n in chosen], np.int32)
+        field, values = tensor_column("conditioning", torch.from_numpy(sizes))
+        columns.append(
+            (field.with_metadata(field.metadata | {b"names": json.dumps(CONDITIONING).encode()}), values)
+        )
+        columns += [tensor_column(name, t) for name, t in self.encode(pixels[chosen], texts).items()]
+        return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
+
+    def _copied(self, part: PlannedPart) -> pa.Table | None:
+        """The rows of a part that lie in other files of the cache."""
+        places: dict[str, list[int]] = {}
+        for key in part.keys:
+            if key in self.reuse:
+                file, number = self.reuse[key]
+                places.setdefault(file, []).append(number)
+        tables = [read_part(self.cache, file).take(numbers) for file, numbers in places.items()]
+        return pa.concat_tables(tables) if tables else None
+
+
+def encoder_actors(config: Config) -> dict[str, Any]:
+    """How Ray Data runs a step of `EncodeRows`: as a pool of actors that keep the model."""
+    import ray.data
+
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=config.data.encode_workers),
+        "num_cpus": config.train.cpus_per_worker,
+        "num_gpus": 1 if config.train.use_gpu else 0,
+    }
+
+
+def encode_parts(
+    config: Config,
+    sources: Sequence[Source],
+    entries: Sequence[Entry],
+    parts: Sequence[PlannedPart],
+    cache: Storage,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write the parts that the cache lacks; returns how many rows had to be encoded.
+
+    Args:
+        progress: is told rows done and rows to do, after each part.
+    """
+    import ray.data
+
+    present = set(cache.files())
+    missing = [part for part in parts if part.file not in present]
+    if not missing:
+        return 0
+    reuse = known_rows(cache, present - {part.file for part in parts}, missing)
+    items: dict[int, dict[str, Any]] = {}
+    for part in missing:
+        item = items.setdefault(part.chunk, {"entries": {}, "parts": []})
+        item["parts"].append(part)
+        item["entries"] |= {int(n): entries[n] for n in np.unique(part.entries)}
+    for item in items.values():
+        item["entries"] = dict(sorted(item["entries"].items()))
+    written = (
+        ray.data.from_items(list(items.values()), override_num_blocks=len(items))
+        .flat_map(Gather([source.reader() for source in sources]), **GATHERING)
+        .map(Decode(config), **DECODING)
+        .map(EncodePart, fn_constructor_args=(cache, config, reuse), **encoder_actors(config))
+    )
+    written.context.target_max_block_size = 1  # a block a part, so that parts move on one by one
+    # Ray Data would measure its workers' memory every second, which costs the encoder some 5 %.
+    written.context.memory_usage_poll_interval_s = None
+    done, encoded, whole = 0, 0, sum(len(part.rows) for part in missing)
+    for row in written.iter_rows():
+        done, encoded = done + row["rows"], encoded + row["encoded"]
+        progress(done, whole)
+    return encoded
+
+
+def known_rows(
+    cache: Storage, files: set[str], missing: Sequence[PlannedPart]
+) -> dict[bytes, tuple[str, int]]:
+    """Where rows of the missing parts lie in other files of the cache: key to (file, row in it)."""
+    needed = {key for part in missing for key in part.keys}
+
+    def read(file: str) -> list[bytes]:
+        return list(read_part(cache, file, ["key"])["key"].to_pylist())
+
+    found: dict[bytes, tuple[str, int]] = {}
+    ordered = sorted(name for name in files if name.endswith(".parquet"))
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        for file, keys in zip(ordered, pool.map(read, ordered), strict=True):
+            found |= {key: (file, number) for number, key in enumerate(keys) if key in needed}
+    return found

@@ -1,0 +1,140 @@
+"""From the index of a set to what is encoded: which pictures are kept, their splits, and the parts.
+
+A part is a run of rows of one split, fold and bucket that is encoded and stored as one file. Parts do not
+reach beyond a chunk, a run of consecutive pieces of a source, so that every piece is read once, and so
+that pictures that are appended to a source leave the earlier parts as they are.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.curation.decisions import Decisions
+from ray_jobs.data.curation.scan import Entry, read_index
+from ray_jobs.data.curation.splits import Shares, is_floor_candidate
+from ray_jobs.data.encoding.geometry import Size, nearest_bucket
+
+ROWS_A_CHUNK = 2048
+MAX_ROWS_A_PART = 128
+PIXELS_A_PART = 64 << 20  # bytes of a part's decoded pictures, at most
+VERSION = 3  # of what an encoding depends on; another one encodes anew
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """Rows that are encoded together into one file.
+
+    Attributes:
+        chunk: which run of pieces they lie in.
+        bucket: width and height in pixels.
+        entries, rows: of each row, its entry's number and its number within that piece.
+        variants: of each row, which augmentation of the picture it is.
+        scored: of each row, whether its picture is kept for scores.
+        digests, keys: of each row; the key is the hash of all that its encoding depends on.
+        file: in the encoding cache.
+    """
+
+    split: str
+    fold: int
+    source: int
+    chunk: int
+    bucket: Size
+    entries: np.ndarray
+    rows: np.ndarray
+    variants: np.ndarray
+    scored: np.ndarray
+    digests: list[str]
+    keys: list[bytes]
+    file: str
+
+    def record(self) -> dict[str, Any]:
+        """What the data set's list of parts says of it."""
+        return {
+            "split": self.split,
+            "fold": self.fold,
+            "source": self.source,
+            "bucket": f"{self.bucket[0]}x{self.bucket[1]}",
+            "rows": len(self.rows),
+            "file": self.file,
+        }
+
+
+def plan_parts(
+    config: Config,
+    entries: Sequence[Entry],
+    index: Storage,
+    decisions: Decisions,
+    buckets: Sequence[Size],
+) -> Iterator[PlannedPart]:
+    """The parts of all kept rows, chunk by chunk in the order of the sources."""
+    data = config.data
+    shares = Shares(data.split_seed, data.validation, data.test)
+    columns = ["row", "text", "digest", "width", "height"]
+    tables = read_index(index, [entry.file for entry in entries], columns)
+    groups: dict[tuple[str, int, Size], list[tuple[Any, ...]]] = {}
+    row, chunk, in_chunk = 0, 0, 0
+    for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
+        for name, text, digest, width, height in zip(*(table[c].to_pylist() for c in columns), strict=True):
+            split = decisions.splits[row]
+            if not decisions.reasons[row]:
+                bucket = nearest_bucket((width, height), buckets) if len(buckets) > 1 else buckets[0]
+                scored = split in ("validation", "test") or not decisions.held_out
+                scored = scored or (split == "train" and is_floor_candidate(digest, shares))
+                group = groups.setdefault((split, int(decisions.folds[row]), bucket), [])
+                for variant in range(data.augmentation.variants if split == "train" else 1):
+                    shown = scored and variant == 0
+                    key = row_key(config, digest, text, bucket, variant, split, shown)
+                    group.append((number, name, variant, shown, digest, key))
+                if data.encode == "stream" and split == "train" and scored:
+                    key = row_key(config, digest, text, bucket, 0, "floor", True)
+                    floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket), [])
+                    floor.append((number, name, 0, True, digest, key))
+            row += 1
+        in_chunk += len(table)
+        last = number + 1 == len(entries)
+        if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
+            yield from _cut(groups, entry.source, chunk)
+            groups, in_chunk, chunk = {}, 0, chunk + 1
+
+
+def _cut(
+    groups: dict[tuple[str, int, Size], list[tuple[Any, ...]]], source: int, chunk: int
+) -> Iterator[PlannedPart]:
+    for (split, fold, bucket), group in groups.items():
+        limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * bucket[0] * bucket[1])))
+        for start in range(0, len(group), limit):
+            numbers, rows, variants, scored, digests, keys = zip(*group[start : start + limit], strict=True)
+            name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+            yield PlannedPart(
+                split,
+                fold,
+                source,
+                chunk,
+                bucket,
+                np.array(numbers, np.int32),
+                np.array(rows, np.int32),
+                np.array(variants, np.int16),
+                np.array(scored, bool),
+                list(digests),
+                list(keys),
+                f"{name}.parquet",
+            )
+
+
+def row_key(
+    config: Config, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool
+) -> bytes:
+    """16 bytes that change when anything changes that a row's encoding depends on, but the encoders, whose
+    digest is the name of the cache's folder."""
+    data = config.data
+    depends: list[Any] = [VERSION, digest, text, bucket, data.background, data.encode_dtype, shown]
+    if split == "train" and data.augmentation.is_active:
+        augmentation = data.augmentation.model_dump(mode="json", exclude={"variants"})
+        depends += [config.seed, variant, augmentation]
+    return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

@@ -1,0 +1,34 @@
+"""The shapes that pictures are cropped to, where the model takes them."""
+
+from cluster.fetched import local_path
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.data.encoding.geometry import Size, bucket_shapes
+from ray_jobs.weights.model_files import max_side, size_multiple
+
+
+def picture_shapes(config: Config) -> list[Size]:
+    """The shapes that pictures are cropped to: one square, or those of the aspect-ratio buckets.
+
+    Raises:
+        ConfigError: the resolution does not fit the model.
+    """
+    data, model = config.data, config.model
+    base = local_path(model.base)
+    multiple = size_multiple(base, revision=model.revision)
+    if data.resolution % multiple:
+        raise ConfigError(
+            f"data.resolution: {data.resolution} is no multiple of {multiple}, which {model.base} needs; "
+            f"take {max(1, round(data.resolution / multiple)) * multiple}"
+        )
+    shapes = [(data.resolution, data.resolution)]
+    if data.buckets:
+        longest = data.bucket_max_aspect_ratio
+        shapes = bucket_shapes(data.resolution, multiple=multiple, max_aspect_ratio=longest)
+    limit, side = max_side(base, revision=model.revision), max(max(shape) for shape in shapes)
+    if limit is not None and side > limit:
+        field = "data.resolution" if data.resolution > limit else "data.bucket_max_aspect_ratio"
+        raise ConfigError(
+            f"{field}: pictures of up to {side} pixels a side are asked for, and {model.base} has positions "
+            f"for {limit}; lower it"
+        )
+    return shapes

@@ -1,0 +1,113 @@
+"""What prepare leaves behind: the manifest, the list of parts, and the files of the encoding cache."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.storage import Storage
+from ray_jobs.data.curation.scan import FILES_AT_ONCE
+from ray_jobs.data.encoding.cache_files import aside, read_part
+from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
+
+MANIFEST = "manifest.json"
+PARTS = "parts.json"
+NO_FOLD = -1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared set.
+
+    Attributes:
+        storage: `<storage>/<run>/dataset`.
+        cache: where the files of its parts lie.
+        manifest: what manifest.json holds.
+        live: with `data.encode: stream`, a reference to what encodes the training rows (`streaming.Live`).
+        without_fold: of cross-validation: the fold that takes the place of validation, else None.
+    """
+
+    storage: Storage
+    cache: Storage
+    manifest: dict[str, Any]
+    live: Any = None
+    without_fold: int | None = None
+
+    @cached_property
+    def all_parts(self) -> list[dict[str, Any]]:
+        """A record a part: split, fold, source, bucket, rows, file."""
+        return list(json.loads(self.storage.read_text(PARTS)))
+
+    def parts(self, split: str) -> list[dict[str, Any]]:
+        """The stored parts of a split. A set of too few pictures has one split, which stands for all."""
+        if split in ("validation", "test") and not self.manifest["held_out"]:
+            split = "train"
+        if split == "train" and self.manifest["encode"] == "stream":
+            split = "floor"  # of training rows only those are stored that scores need
+        if self.without_fold is None or split not in ("train", "validation"):
+            return [part for part in self.all_parts if part["split"] == split]
+        both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
+        return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
+
+    def judged_by(self, split: str) -> "tuple[Dataset, str]":
+        """The set and the split of it that `split` names, which may be `fold-2`: see `leave_out`."""
+        name, dash, fold = split.partition("-")
+        return (self.leave_out(int(fold)), "validation") if dash else (self, name)
+
+    def leave_out(self, fold: int) -> "Dataset":
+        """The set for one round of cross-validation: `fold` of train and validation is what is judged on, the
+        others are trained on.
+
+        Raises:
+            ValueError: `data.folds` made no such fold.
+        """
+        if fold not in range(len(self.manifest["folds"])):
+            raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest['folds'])}")
+        return replace(self, without_fold=fold)
+
+    def together(self) -> "Dataset":
+        """The set for a last training after cross-validation: all of train and validation is trained on."""
+        return replace(self, without_fold=NO_FOLD)
+
+    def num_rows(self, split: str) -> int:
+        """Rows of a split; an augmented picture has one a variant."""
+        return sum(int(part["rows"]) for part in self.parts(split))
+
+    def require_parts(self) -> None:
+        """Raise DamagedPart where a file was moved aside since prepare looked: no start would get past it."""
+        present = set(self.cache.files())
+        for part in self.all_parts:
+            if part["file"] not in present and (damage := aside(self.cache, part["file"])):
+                raise damage
+
+    def empty_caption(self) -> dict[str, Any]:
+        """What the encoders make of the empty caption: tokens (int32) and embeddings (float32), by name."""
+        from safetensors.torch import load
+
+        return dict(load(self.cache.read_bytes(EMPTY_CAPTION)))
+
+    def table(self, split: str, columns: list[str]) -> pa.Table:
+        """Columns of a split's rows."""
+
+        def read(part: dict[str, Any]) -> pa.Table:
+            return read_part(self.cache, part["file"], columns)
+
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            return pa.concat_tables(pool.map(read, self.parts(split)))
+
+    def read(self, split: str, columns: list[str], limit: int | None = None) -> list[dict[str, Any]]:
+        """Rows of a split in the order of their digests, so that the first are always the same."""
+        names = list(dict.fromkeys([*columns, "digest", "text"]))
+        kept = self.table(split, names).to_pylist()
+        return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
+
+    def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` different pictures of a split: dicts of `text` and `image` (PNG bytes)."""
+        different: dict[str, dict[str, Any]] = {}
+        for row in self.read(split, ["text", "image"]):
+            if row["image"]:
+                different.setdefault(row["digest"], row)
+        return list(different.values())[:limit]

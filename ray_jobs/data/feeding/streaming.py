@@ -1,0 +1,344 @@
+"""Stream training rows to the workers: shuffled, endless, in one order whatever the number of workers.
+
+Rank 0 starts one Ray Data execution, at the step that training goes on from, and hands every rank its end
+of the stream. Tasks each produce a window of `order.Order`; the blocks they yield belong to ranks 0, 1, ...
+in turn, and with `preserve_order` Ray deals them in that turn. Each carries its step and rank, and a rank
+that gets another's fails rather than trains on it.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.cache_files import read_part, read_schema
+from ray_jobs.data.encoding.encoding import (
+    DECODING,
+    GATHERING,
+    ChangedFile,
+    Decode,
+    EncodeRows,
+    encoder_actors,
+)
+from ray_jobs.data.encoding.plan import PlannedPart
+from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
+from ray_jobs.data.sources.detection import Source
+
+if TYPE_CHECKING:
+    import torch
+
+# Steps are sent together until they have this many bytes a rank: a block costs a millisecond or two,
+# however small it is.
+BYTES_A_BLOCK = 4 << 20
+PREFETCHED_BLOCKS = 4
+STEPS_A_TASK = 64  # a task costs milliseconds, however little it reads
+
+
+@dataclass(frozen=True)
+class Live:
+    """What encodes training rows while they are streamed (`data.encode: stream`)."""
+
+    readers: list[Source]
+    entries: Sequence[Entry]
+    parts: Sequence[PlannedPart]
+
+    @staticmethod
+    def share(readers: list[Source], entries: Sequence[Entry], parts: Sequence[PlannedPart]) -> Any:
+        """A reference that every node can resolve."""
+        import ray
+
+        return ray.put(Live(readers, entries, parts))
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What makes the order, and how it is cut.
+
+    Attributes:
+        rows_a_step: of all ranks together.
+        world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the
+            first ranks, one row more.
+        columns: tensors that training needs.
+        class_rows: how many of a step's rows, the last ones, are class pictures.
+    """
+
+    config: Config
+    rows_a_step: int
+    world_size: int
+    columns: tuple[str, ...]
+    class_rows: int = 0
+
+    def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
+        """The order of the training rows in some parts."""
+        data = self.config.data
+        return Order(
+            _parts(records),
+            batch_size=self.rows_a_step - self.class_rows,
+            window_rows=self._window_rows(row_bytes),
+            seed=self.config.seed,
+            weights=data.weights,
+        )
+
+    def joined_order(
+        self, records: Sequence[dict[str, Any]], of_class: Sequence[dict[str, Any]], row_bytes: int
+    ) -> JoinedOrder:
+        """The order of training rows and, behind them in each step, class rows; these in one of their own."""
+        window_rows = self._window_rows(row_bytes)
+        seed = int(np.random.SeedSequence((self.config.seed, 1)).generate_state(1)[0])
+        regular = Order(_parts(of_class), batch_size=self.class_rows, window_rows=window_rows, seed=seed)
+        return JoinedOrder(self.order(records, row_bytes), regular, window_rows=window_rows)
+
+    def _window_rows(self, row_bytes: int) -> int:
+        return (self.config.data.shuffle_mb << 20) // row_bytes
+
+
+def _parts(records: Sequence[dict[str, Any]]) -> list[Part]:
+    return [Part(part["rows"], part["bucket"], part["source"]) for part in records]
+
+
+def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
+    """Start the stream of the steps `first_step` to `last_step`; returns a Ray Data iterator a rank."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    source = _cached if dataset.live is None else _live
+    stream = source(dataset, settings, first_step, last_step)
+    # A block ends when it has this many bytes: after each row, which holds what one rank gets.
+    stream.context.target_max_block_size = 1
+    return list(stream.streaming_split(settings.world_size, equal=True))
+
+
+def batches(iterator: Any, *, rank: int, first_step: int) -> Iterator[dict[str, "torch.Tensor"]]:
+    """This rank's rows of each step, from `first_step` on: tensors by column, N x ..."""
+    step = first_step
+    for block in iterator.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+    ):
+        for number, of, arrays in unpack(block):
+            if (number, of) != (step, rank):
+                raise RuntimeError(
+                    f"the stream is out of order: rank {rank} at step {step} got rank {of}'s rows of step "
+                    f"{number}"
+                )
+            yield {name: as_torch(values) for name, values in arrays.items()}
+            step += 1
+
+
+def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray]]) -> pa.Table:
+    """A row of the stream: a rank's batches of some steps, the bytes of each column in one piece.
+
+    A table, which Ray Data takes as it is; a row as a dict it would copy several times.
+    """
+    names = list(batches[0])
+    layout = {
+        "rank": rank,
+        "steps": list(steps),
+        "dtypes": {name: batches[0][name].dtype.str for name in names},
+        "shapes": {name: [batch[name].shape for batch in batches] for name in names},
+    }
+    columns = {"layout": pa.array([json.dumps(layout)])}
+    for name in names:
+        content = b"".join(batch[name].data for batch in batches)
+        ends = pa.py_buffer(np.array([0, len(content)]))
+        columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(content)])
+    return pa.table(columns)
+
+
+def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """Step, rank and arrays of every batch in a block of the stream."""
+    for row in range(len(block)):
+        layout = json.loads(block["layout"][row].as_py())
+        ends = dict.fromkeys(layout["dtypes"], 0)
+        contents = {name: block[name][row].as_buffer() for name in ends}
+        for number, step in enumerate(layout["steps"]):
+            arrays = {}
+            for name, dtype in layout["dtypes"].items():
+                shape = layout["shapes"][name][number]
+                count, kind = math.prod(shape), np.dtype(dtype)
+                values = np.frombuffer(contents[name], kind, count, ends[name])
+                ends[name] += count * kind.itemsize
+                arrays[name] = values.reshape(shape).copy()  # which frees the block, and can be written to
+            yield step, layout["rank"], arrays
+
+
+def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> Any:
+    """A Ray data set of the windows to produce, in runs: a small set's window is an epoch of few steps."""
+    import ray
+
+    runs: list[list[tuple[int, ...]]] = []
+    steps = STEPS_A_TASK
+    for window in order.windows(first_step, last_step):
+        if steps >= STEPS_A_TASK:
+            runs.append([])
+            steps = 0
+        runs[-1].append(astuple(window))
+        steps += window.last - window.first + 1
+    return ray.data.from_items([{"windows": run} for run in runs], override_num_blocks=len(runs))
+
+
+def _steps(order: Order | JoinedOrder, run: Sequence[Sequence[int]]) -> list[Step]:
+    """The steps of a run of windows, as `_windows` writes it."""
+    return [step for window in run for step in order.steps(Window(*map(int, window)))]
+
+
+def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+    records = dataset.parts("train")
+    schema = read_schema(dataset.cache, records[0]["file"])
+    row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
+    order: Order | JoinedOrder = settings.order(records, row_bytes)
+    files = [part["file"] for part in records]
+    if settings.class_rows:
+        of_class = dataset.parts("class")
+        order = settings.joined_order(records, of_class, row_bytes)
+        files += [part["file"] for part in of_class]
+    read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, row_bytes)
+    return _windows(order, first_step, last_step).map_batches(read, batch_size=1)
+
+
+@dataclass(frozen=True)
+class ReadWindow:
+    """Reads the parts of a run of windows and deals its rows: a table out for each rank and run of steps."""
+
+    cache: Storage
+    files: list[str]
+    order: Order | JoinedOrder
+    columns: tuple[str, ...]
+    world_size: int
+    row_bytes: int
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        [windows] = batch["windows"]
+        steps = _steps(self.order, windows)
+        numbers = np.unique(np.concatenate([step.rows[:, 0] for step in steps]))
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            read = dict(zip(numbers.tolist(), pool.map(self._read, numbers), strict=True))
+        shares = [
+            rows_of_rank(self.order.batch_size, self.world_size, rank) for rank in range(self.world_size)
+        ]
+        together = max(1, BYTES_A_BLOCK // (len(shares[0]) * self.row_bytes))
+        for start in range(0, len(steps), together):
+            run = steps[start : start + together]
+            for rank, mine in enumerate(shares):
+                taken = [self._take(read, step.rows[mine]) for step in run]
+                yield pack(rank, [step.step for step in run], taken)
+
+    def _read(self, part: int) -> dict[str, np.ndarray]:
+        return read_tensors(read_part(self.cache, self.files[part], self.columns), list(self.columns))
+
+    def _take(self, read: dict[int, dict[str, np.ndarray]], rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: np.stack([read[part][name][row] for part, row in rows.tolist()]) for name in self.columns
+        }
+
+
+def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+    import ray
+
+    live: Live = ray.get(dataset.live)
+    config = settings.config
+    # A window holds files; what a picture takes when it is decoded is a safe guess of their size.
+    order = settings.order([part.record() for part in live.parts], 3 * config.data.resolution**2)
+    return (
+        _windows(order, first_step, last_step)
+        .flat_map(GatherWindow(live, order, settings.world_size), **GATHERING)
+        .map(DecodeBatch(config), **DECODING)
+        .map_batches(
+            EncodeBatch,
+            batch_size=1,
+            fn_constructor_args=(config, settings.columns),
+            **encoder_actors(config),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class GatherWindow:
+    """Reads the picture files of a run of windows and deals them: a row out for each step and rank."""
+
+    live: Live
+    order: Order
+    world_size: int
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        steps = _steps(self.order, row["windows"])
+        wanted: dict[int, set[int]] = {}
+        for number, index in np.unique(np.concatenate([step.rows for step in steps]), axis=0).tolist():
+            part = self.live.parts[number]
+            wanted.setdefault(int(part.entries[index]), set()).add(int(part.rows[index]))
+        samples = {}
+        for number, rows in sorted(wanted.items()):
+            entry = self.live.entries[number]
+            for sample in self.live.readers[entry.source].read(entry.piece, rows):
+                if sample.problem:
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read before)")
+                samples[number, sample.row] = sample
+        for step in steps:
+            for rank in range(self.world_size):
+                mine = rows_of_rank(self.order.batch_size, self.world_size, rank)
+                yield self._dealt(step, rank, step.rows[mine], samples)
+
+    def _dealt(
+        self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Any]
+    ) -> dict[str, Any]:
+        found, digests = [], []
+        for number, index in rows.tolist():
+            part = self.live.parts[number]
+            found.append(samples[int(part.entries[index]), int(part.rows[index])])
+            digests.append(part.digests[index])
+        return {
+            "rank": rank,
+            "step": step.step,
+            "epoch": step.epoch,
+            "bucket": step.bucket,
+            "data": [sample.data for sample in found],
+            "text": [sample.text for sample in found],
+            "name": [sample.name for sample in found],
+            "digest": digests,
+        }
+
+
+class DecodeBatch(Decode):
+    """Adds pixels to a gathered batch, augmented anew in each epoch."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        width, height = (int(side) for side in row["bucket"].split("x"))
+        pixels, sizes = [], []
+        for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):
+            if content_digest(data) != digest:
+                raise ChangedFile(f"{name}: changed since it was prepared; run again")
+            picture = self.open(data, (width, height))
+            fitted = self.fit(picture, "train", (width, height), digest, row["epoch"])
+            pixels.append(fitted.pixels)
+            sizes.append(fitted.sizes)
+        return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
+
+
+class EncodeBatch(EncodeRows):
+    """An actor that encodes decoded batches to what `ReadWindow` yields."""
+
+    def __init__(self, config: Config, columns: tuple[str, ...]) -> None:
+        super().__init__(config)
+        self.columns = columns
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        row = {name: values[0] for name, values in batch.items()}
+        width, height = (int(side) for side in row["bucket"].split("x"))
+        pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
+        tensors = self.encode(pixels, [str(text) for text in row["text"]])
+        arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
+        arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)
+        plain = {name: arrays[name] for name in self.columns}
+        return pack(int(row["rank"]), [int(row["step"])], [plain])

@@ -1,0 +1,238 @@
+"""Prepare a data set: scan its sources, decide on every picture, and encode what is new."""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.fetched import local_path
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.console import phase, say
+from ray_jobs.data.curation.decisions import Decisions, decide
+from ray_jobs.data.curation.findings import examples, write_findings
+from ray_jobs.data.curation.scan import Entry, entries, scan
+from ray_jobs.data.curation.splits import SPLITS
+from ray_jobs.data.encoding.class_pictures import announce_class_pictures, generate_class_pictures, lacking
+from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
+from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
+from ray_jobs.data.encoding.shapes import picture_shapes
+from ray_jobs.data.feeding.dataset import MANIFEST, PARTS, Dataset
+from ray_jobs.data.feeding.streaming import Live
+from ray_jobs.data.manifest import describe, require_enough
+from ray_jobs.data.sources.captions import caption_rules
+from ray_jobs.data.sources.detection import Source, open_source
+from ray_jobs.data.sources.samples import suffix_text
+from ray_jobs.report.dataset_page import write_dataset_page
+from ray_jobs.weights.model_files import encoders_digest
+
+PREVIEW = "preview.html"
+SECONDS_BETWEEN_LINES = 10
+FORMAT = 3  # of the manifest; another one prepares anew
+# Settings of speed, and what only changes which sources there are.
+NO_CHANGE = {"encode_batch_size", "encode_workers", "num_class_images"}
+
+
+def open_sources(config: Config) -> list[Source]:
+    """The configured sources, listed but not read.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    rules, storage = caption_rules(config), Storage.open(config.storage)
+    return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
+
+
+def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
+    """Run the stage, or find its result. Ray must be initialised.
+
+    Args:
+        check: called before anything is drawn or encoded, and so before a GPU is asked for; raises to stop
+            the job.
+
+    Raises:
+        ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
+    """
+    sources = open_sources(config)
+    picture_shapes(config)  # a wrong resolution is found before pictures are drawn at it
+    if check and lacking(config, sources):
+        check()
+    sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
+    dataset, encoders = _open(config)
+    inputs = _inputs(config, sources, encoders)
+    dataset = _stored(dataset, inputs)
+    if dataset.manifest and config.data.encode == "cache":
+        say("prepare", "unchanged, skipped")
+        if check:
+            check()
+        return dataset
+    phase("cleaning")
+    found, decisions = examine(config, sources, dataset.storage)
+    manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
+    require_enough(config, manifest, decisions.num_judged, dataset.storage)
+    if check:
+        check()
+    streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
+    stored = [part for part in parts if part.split != "train"] if streamed else parts
+    phase("encoding")
+    encoded = encode_parts(config, sources, found, stored, dataset.cache, _progress("encoded"))
+    rows = sum(len(part.rows) for part in stored)
+    say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")
+    dataset.storage.write_text(PARTS, json.dumps([part.record() for part in stored]))
+    content = _content(config, parts, encoders)
+    manifest |= {"inputs": inputs, "content": content, "encoders": encoders}
+    dataset.storage.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
+    return Dataset(dataset.storage, dataset.cache, manifest, live)
+
+
+def _open(config: Config) -> tuple[Dataset, str]:
+    """Where the data set lies, and the digest of the encoders."""
+    encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
+    storage = Storage.open(config.storage)
+    cache = storage.child("encoded", encoders[:16])
+    return Dataset(storage.child(config.name, "dataset"), cache, {}), encoders
+
+
+def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
+    """Identifies what the data set depends on, as is seen at a glance: a source that was copied is new."""
+    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE)
+    return _identity(
+        FORMAT,
+        [source.digest for source in sources],
+        settings,
+        encoders,
+        config.seed,
+        config.train.training_rows,
+    )
+
+
+def _content(config: Config, parts: Sequence[PlannedPart], encoders: str) -> str:
+    """Identifies what training reads: the same rows in the same order, wherever their pictures lie."""
+    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE | {"source"})
+    for source in settings["sources"]:
+        del source["path"]
+    return _identity([part.record() for part in parts], settings, encoders, config.seed)
+
+
+def _identity(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stored(dataset: Dataset, inputs: str) -> Dataset:
+    """The data set with its manifest, if that is of these inputs and all its files are there."""
+    if not dataset.storage.exists(MANIFEST):
+        return dataset
+    manifest = json.loads(dataset.storage.read_text(MANIFEST))
+    present = set(dataset.cache.files())
+    needed = {EMPTY_CAPTION, *(part["file"] for part in dataset.all_parts)}
+    if manifest["inputs"] != inputs or not needed <= present:
+        return dataset
+    return Dataset(dataset.storage, dataset.cache, manifest)
+
+
+def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tuple[list[Entry], Decisions]:
+    """Scan the sources and decide on every picture; writes `rejected.jsonl` and `duplicates.jsonl`."""
+    found = entries(sources, config.data)
+    names = ", ".join(source.name for source in sources)
+    counts = [source.num_rows for source in sources]
+    known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
+    say("prepare", f"{known} in {names}")
+    index = storage.child("index")
+    scan(sources, found, config.data, index, _progress("looked at"))
+    decisions = decide(config, found, index, storage)
+    write_findings(found, index, decisions, storage)
+    return found, decisions
+
+
+def _plan(
+    config: Config,
+    sources: Sequence[Source],
+    found: Sequence[Entry],
+    decisions: Decisions,
+    storage: Storage,
+) -> tuple[dict[str, Any], list[PlannedPart]]:
+    """The manifest and the parts of a set that was examined."""
+    buckets = picture_shapes(config)
+    parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
+    counts = Counter[str]()
+    for part in parts:
+        counts[part.split] += int((part.variants == 0).sum())
+    manifest = describe(config, sources, decisions, parts, counts)
+    said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+    duplicates = manifest["duplicates"]["pictures"]
+    say(
+        "prepare",
+        f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
+    )
+    for line in _said_of_sources(config, sources, decisions):
+        say("prepare", line)
+    if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
+        say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
+    if manifest["class"] and not config.train.prior_loss_weight:
+        say(
+            "prepare",
+            f"{manifest['class']:,} class pictures are not trained on: train.prior_loss_weight is 0",
+        )
+    if not decisions.held_out:
+        say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
+    return manifest, parts
+
+
+def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
+    """Lines on how sources and captions are read, and on what of the files is no row of the set."""
+    for source in sources:
+        yield from source.notes
+    if decisions.left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
+        yield f"pictures that are no rows of the set: {reasons}; rejected.jsonl names each"
+    if decisions.num_of_lines:
+        taken = {"whole": "each taken as one", "first": "of which the first is taken", "each": "a row each"}
+        yield (
+            f"captions of several lines: {decisions.num_of_lines:,}, {taken[config.data.caption_lines]} "
+            f"(data.caption_lines: {config.data.caption_lines})"
+        )
+    if decisions.num_repaired:
+        yield (
+            f"captions repaired as CLIP was trained (quotes, widths, HTML): {decisions.num_repaired:,}; "
+            "data.repair_captions: false leaves them as they are"
+        )
+    if decisions.no_pictures:
+        files = sum(decisions.no_pictures.values())
+        yield f"files that are no pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
+
+
+def _progress(verb: str) -> Callable[..., None]:
+    """A callback that says how far a long step is, at most every few seconds."""
+    said_at = time.monotonic()
+
+    def tell(done: int, whole: int | None = None) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
+            said_at = time.monotonic()
+            say("prepare", f"{verb} {done:,}" + (f" of {whole:,}" if whole else ""))
+
+    return tell
+
+
+def dry_run(config: Config) -> str:
+    """Scan and decide, encode nothing; writes the preview and returns its address."""
+    sources = open_sources(config)
+    announce_class_pictures(config, sources)
+    storage = Storage.open(config.storage).child(config.name, "dataset")
+    found, decisions = examine(config, sources, storage)
+    manifest, _ = _plan(config, sources, found, decisions, storage)
+    page = write_dataset_page(
+        source=", ".join(source.name for source in sources),
+        manifest=manifest,
+        examples=examples(config, sources, found, storage.child("index"), decisions),
+        seen=decisions.num_judged + len(decisions.reasons) - decisions.num_own,
+        max_rejected=config.data.cleaning.max_rejected,
+    )
+    storage.write_text(PREVIEW, page)
+    say("prepare", f"nothing encoded; see {storage.uri}/{PREVIEW}")
+    return f"{storage.uri}/{PREVIEW}"

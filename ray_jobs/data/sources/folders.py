@@ -1,0 +1,201 @@
+"""Folders of picture files as a source; and those whose captions lie in files beside them."""
+
+import os
+import posixpath
+import re
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.data.sources.listing import PICTURE_SUFFIXES, TEXT_SUFFIX, Listing, Stamp, file_stamp
+from ray_jobs.data.sources.samples import (
+    Piece,
+    Role,
+    Sample,
+    Source,
+    check_caption,
+    decode_caption,
+    fingerprint,
+    legible,
+)
+from ray_jobs.pictures.reading import Rejected
+
+ROWS_A_PIECE = 128
+
+
+class Row(NamedTuple):
+    """A picture that a folder lists."""
+
+    file_name: str  # below the folder
+    text: str | None = None
+    text_file: str | None = None  # that holds the text instead
+    stratum: str = ""
+    role: Role = "instance"
+    is_utf8: bool = True  # else the bytes that the name or the text was read from do not decode
+
+
+SCHEMA = pa.schema(
+    [
+        ("file_name", pa.string()),
+        ("text", pa.string()),
+        ("text_file", pa.string()),
+        ("stratum", pa.string()),
+        ("role", pa.string()),
+        ("is_utf8", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rows(Piece):
+    """Up to ROWS_A_PIECE pictures. As Arrow they take a third of what Python's strings would."""
+
+    rows: pa.RecordBatch  # of SCHEMA
+
+
+@dataclass(frozen=True)
+class Folder(Source):
+    """Pictures that lie below one folder, each a file."""
+
+    filesystem: fs.FileSystem
+    folder: str
+
+    def listed(self) -> set[str]:
+        """The files that the rows name, by their path below the folder."""
+        names = set[str]()
+        for piece in self.pieces:
+            assert isinstance(piece, Rows)
+            for column in ("file_name", "text_file"):
+                names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
+        return names
+
+    def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
+        assert isinstance(piece, Rows)
+        for number, row in enumerate(piece.rows.to_pylist()):
+            if wanted is None or number in wanted:
+                yield self._sample(number, Row(**row))
+
+    def _sample(self, number: int, row: Row) -> Sample:
+        text, data, problem = "", b"", None
+        try:
+            text = self._caption(row)
+            data = self._bytes(row.file_name)
+        except Rejected as rejected:
+            problem = rejected.with_traceback(None)
+        return Sample(number, row.file_name, text, data, row.stratum, row.role, problem)
+
+    def _caption(self, row: Row) -> str:
+        if not row.is_utf8:
+            raise Rejected("caption_not_utf8", "the bytes of the name or of the text are not UTF-8")
+        return decode_caption(self._bytes(row.text_file)) if row.text_file else check_caption(row.text)
+
+    def _bytes(self, name: str) -> bytes:
+        inside = path_inside(name)
+        if inside is None:
+            raise Rejected("outside_folder", f"{name} leaves the folder")
+        try:
+            path = f"{self.folder}/{inside}"
+            if isinstance(self.filesystem, fs.LocalFileSystem):
+                path = _real_path(self.folder, inside)
+            with self.filesystem.open_input_file(path) as file:
+                return file.read()
+        except FileNotFoundError:
+            raise Rejected("missing_file", f"no file {name}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise Rejected("unreadable", legible(f"{name}: {error}")) from None
+
+
+def path_inside(name: str) -> str | None:
+    """A path below a folder, without `..`; None if it leaves it, as POSIX or Windows read it."""
+    slashed = posixpath.normpath(name.replace("\\", "/"))
+    if slashed.startswith("/") or slashed.split("/")[0] == ".." or re.match("[A-Za-z]:/", slashed):
+        return None
+    return posixpath.normpath(name)
+
+
+def _real_path(folder: str, inside: str) -> str:
+    """A local path with its links followed, so that what is checked is what is opened."""
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, inside))
+    if os.path.commonpath((root, path)) != root:
+        raise Rejected("outside_folder", f"{inside} is a link that leaves the folder")
+    # Opening a named pipe would wait for a writer.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Rejected("unreadable", f"{inside} is not a file")
+    return path
+
+
+def open_caption_files(
+    listing: Listing, captions: dict[str, str], config: SourceConfig, stratify: str | None
+) -> Folder:
+    """A folder, with subfolders, of pictures, each with its caption in a .txt of the same name.
+
+    Args:
+        captions: from `caption_files`.
+    """
+    refuse_columns(listing, config, stratify)
+    rows = []
+    for name in listing.pictures():
+        text_file = captions.get(posixpath.splitext(name)[0])
+        rows.append(file_row(name, text_file=legible(text_file) if text_file else None))
+    return folder_of_rows(listing, rows, "pictures")
+
+
+def caption_files(listing: Listing) -> dict[str, str]:
+    """The caption files that lie beside pictures, by their path without the suffix.
+
+    The suffix may be in capitals, as the picture's may; where both cases are there, `.txt` counts.
+    """
+    texts = {posixpath.splitext(name)[0]: name for name in reversed(listing.ending(TEXT_SUFFIX))}
+    texts |= {posixpath.splitext(name)[0]: name for name in listing.files if name.endswith(TEXT_SUFFIX)}
+    stems = {posixpath.splitext(name)[0] for name in listing.ending(*PICTURE_SUFFIXES)}
+    return {stem: text for stem, text in texts.items() if stem in stems}
+
+
+def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
+    """Cut `rows` into pieces, which `label` names."""
+
+    def stamp(name: str | None) -> Stamp | None:
+        found = listing.files.get(name or "")
+        inside = None if found else path_inside(name or "")
+        if inside and inside not in listing.files and isinstance(listing.filesystem, fs.LocalFileSystem):
+            return file_stamp(f"{listing.folder}/{inside}")  # it lies behind a link, or is missing
+        return found or listing.files.get(inside or "")
+
+    remaining, pieces, count = iter(rows), list[Piece](), 0
+    while batch := list(islice(remaining, ROWS_A_PIECE)):
+        stamps = [(stamp(row.file_name), stamp(row.text_file)) for row in batch]
+        digest = fingerprint("folder", listing.folder, [tuple(row) for row in batch], stamps)
+        columns = [
+            pa.array(column, field.type)
+            for column, field in zip(zip(*batch, strict=True), SCHEMA, strict=True)
+        ]
+        name = f"{label} {count + 1}-{count + len(batch)}"
+        pieces.append(Rows(len(pieces), name, digest, pa.record_batch(columns, schema=SCHEMA)))
+        count += len(batch)
+    return Folder(listing.name, count, pieces, listing.filesystem, listing.folder)
+
+
+def file_row(name: str, **values: Any) -> Row:
+    """Of a file that the listing found; a name that is not UTF-8 cannot be asked for again."""
+    return Row(legible(name), is_utf8=name == legible(name), **values)
+
+
+def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None) -> None:
+    """Raise ConfigError where a setting names a column, and the source has none."""
+    named = {
+        "data.stratify": stratify,
+        "caption_column": config.caption_column,
+        "image_column": config.image_column,
+    }
+    for setting, column in named.items():
+        if column:
+            raise ConfigError(
+                f"{setting}: {column}: {listing.name} has no columns, only files; remove it, "
+                "or describe the pictures in a metadata.jsonl"
+            )

@@ -1,0 +1,155 @@
+"""Metadata files as a source: metadata.jsonl, .csv or .parquet, with a line a picture.
+
+As in an ImageFolder of the datasets library, every folder may have one, whose file names start from there.
+"""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.data.sources.folders import Folder, Row, folder_of_rows
+from ray_jobs.data.sources.listing import Listing
+from ray_jobs.data.sources.samples import legible
+from ray_jobs.data.sources.tables import CAPTION_COLUMNS, caption_column
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE_COLUMN = "file_name"
+ROWS_AT_ONCE = 1024  # of a metadata.parquet
+
+
+def metadata_files(listing: Listing, image_column: str | None) -> list[str]:
+    """The metadata files of all folders. A metadata.parquet without file names is a table like any other.
+
+    Raises:
+        ConfigError: a folder has two.
+    """
+    names, folders = [], dict[str, str]()
+    found = [(*posixpath.split(name), name) for name in listing.ending(*METADATA_FILES)]
+    known = [each for each in found if each[1] in METADATA_FILES]
+    for folder, file, name in sorted(known, key=lambda each: (each[0], METADATA_FILES.index(each[1]))):
+        if file.endswith(".parquet") and not _has_column(listing, name, image_column or FILE_COLUMN):
+            continue
+        if folder in folders:
+            raise ConfigError(f"{listing.name}: has {folders[folder]} and {name}; remove one of them")
+        folders[folder] = name
+        names.append(name)
+    return names
+
+
+def _has_column(listing: Listing, name: str, column: str) -> bool:
+    try:
+        schema = pq.read_schema(f"{listing.folder}/{name}", filesystem=listing.filesystem)
+    except (OSError, pa.ArrowException):
+        return False  # it is refused as a damaged table
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+
+
+def open_image_folder(
+    listing: Listing, files: Sequence[str], config: SourceConfig, stratify: str | None
+) -> Folder:
+    """The pictures that metadata files name.
+
+    Args:
+        files: from `metadata_files`.
+
+    Raises:
+        ConfigError: a line cannot be understood, or lacks a field.
+    """
+    rows = (row for file in files for row in _rows(listing, file, config, stratify))
+    source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
+    if not source.pieces:
+        raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one a picture")
+    return source
+
+
+def _rows(listing: Listing, file: str, config: SourceConfig, stratify: str | None) -> Iterator[Row]:
+    where, folder = f"{listing.name}/{file}", posixpath.dirname(file)
+    caption = config.caption_column
+    for number, fields in _lines(listing, file, where):
+        if caption is None:  # the first line decides for all
+            caption = caption_column(fields)
+        columns = (config.image_column or FILE_COLUMN, caption)
+        row = _row(f"{where}: line {number}", fields, columns, stratify)
+        yield row._replace(file_name=f"{folder}/{row.file_name}") if folder else row
+
+
+def _lines(listing: Listing, file: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    path = f"{listing.folder}/{file}"
+    if file.endswith(".parquet"):
+        with listing.filesystem.open_input_file(path) as opened:
+            batches = pq.ParquetFile(opened).iter_batches(ROWS_AT_ONCE)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        return
+    is_csv = file.endswith(".csv")
+    with listing.filesystem.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
+        # Bytes that are not UTF-8 become lone surrogates, which tell the rows that had them.
+        lines = io.TextIOWrapper(
+            stream, encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else "\n"
+        )
+        yield from _csv_lines(where, lines) if is_csv else _json_lines(where, lines)
+
+
+def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{where}: line {number}: not JSON ({error.msg}); write one object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f'{where}: line {number}: not an object; write {{"file_name": ..., "text": ...}}'
+            )
+        yield number, row
+
+
+def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Strict, since otherwise a quote that is not closed swallows the rest of the file.
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ConfigError(
+                    f"{where}: line {reader.line_num}: more values than the header has columns; "
+                    "put a text with commas in double quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"{where}: line {reader.line_num}: not CSV ({error}); close every quote") from None
+
+
+def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify: str | None) -> Row:
+    """Args: columns: of the file's name and of the caption."""
+    fixes = dict(zip(columns, ("image_column", "caption_column"), strict=True))
+    for field in (*columns, *([stratify] if stratify else [])):
+        if field not in fields:
+            found = ", ".join(fields) or "nothing"
+            fix = "correct data.stratify"
+            if field in fixes:
+                named = f"{FILE_COLUMN} and {CAPTION_COLUMNS[0]}"
+                fix = f"name the fields {named}, or name another in {fixes[field]}"
+            raise ConfigError(legible(f"{where}: field {field!r} is missing (found: {found}); {fix}"))
+    file_name, text = (fields[field] for field in columns)
+    for field, value in ((columns[0], file_name), (columns[1], "" if text is None else text)):
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: field {field!r} must be text, not {value!r}")
+    stratum = fields[stratify] if stratify else None
+    return Row(
+        file_name=legible(file_name),
+        text=None if text is None else legible(text),
+        stratum="" if stratum is None else legible(str(stratum)),
+        is_utf8=file_name + (text or "") == legible(file_name + (text or "")),
+    )

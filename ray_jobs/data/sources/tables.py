@@ -1,0 +1,176 @@
+"""Tables with a picture a row, as Parquet and Arrow files hold them: which columns, and a row as a sample."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Container, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ray_jobs.config import ConfigError, SourceConfig
+from ray_jobs.data.sources.samples import Piece, Sample, Source, broken_sample, check_caption, decode_caption
+from ray_jobs.pictures.reading import Rejected
+
+# Columns that are taken where the configuration names none; the first that is there.
+IMAGE_COLUMN = "image"
+CAPTION_COLUMNS = ("text", "caption")  # "caption" is what img2dataset calls it
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read."""
+
+    image: str
+    caption: str
+    stratify: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.image, self.caption, *([self.stratify] if self.stratify else [])]
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """Files of rows, a picture a row."""
+
+    filesystem: fs.FileSystem
+    folder: str
+    columns: Columns
+
+    @abstractmethod
+    def _batches(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """The rows of a piece in order, with the columns that are read."""
+
+    @abstractmethod
+    def _place(self, piece: Piece, row: int) -> str:
+        """Where a row of a piece lies, for a person."""
+
+    def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
+        rows = sorted(wanted) if isinstance(wanted, Collection) else None
+        if rows is not None and not rows:
+            return
+        done = 0
+        try:
+            for batch in self._batches(piece):
+                for number in range(batch.num_rows):
+                    if wanted is None or done + number in wanted:
+                        yield self._sample(self._place(piece, done + number), done + number, batch, number)
+                done += batch.num_rows
+                if rows is not None and done > rows[-1]:
+                    return
+        except (OSError, pa.ArrowException) as error:
+            broken = done if rows is None else next((row for row in rows if row >= done), None)
+            if broken is not None:
+                yield broken_sample(piece, broken, self._place(piece, broken), error)
+
+    def _sample(self, place: str, row: int, batch: pa.RecordBatch, number: int) -> Sample:
+        """The sample in row `number` of a batch."""
+        text, data, problem = "", b"", None
+        values = batch.slice(number, 1)
+        image = values.column(self.columns.image)
+        is_struct = pa.types.is_struct(image.type)
+        fields = [field.name for field in image.type] if is_struct else []
+        path = _as_bytes(image.field("path")) if "path" in fields else None
+        name = place + (f" ({path.decode(errors='replace')})" if path else "")
+        stratify = self.columns.stratify
+        stratum = _as_bytes(values.column(stratify)) if stratify else None
+        try:
+            caption = _as_bytes(values.column(self.columns.caption))
+            text = check_caption(None) if caption is None else decode_caption(caption)
+            data = (image.field("bytes") if is_struct else image)[0].as_py() or b""
+            if not data and path:
+                raise Rejected(
+                    "missing_file",
+                    "the row has the path of a picture, but not its bytes; save_to_disk of the datasets "
+                    "library writes them",
+                )
+            if not data:
+                raise Rejected("empty_file", "the row has no picture")
+        except Rejected as rejected:
+            problem = rejected.with_traceback(None)
+        return Sample(row, name, text, data, (stratum or b"").decode(errors="replace"), "instance", problem)
+
+
+def _as_bytes(column: pa.Array) -> bytes | None:
+    """The first value of a column as UTF-8, or as whatever bytes it holds; None for null."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not _is_bytes(column.type):
+        column = column.cast(pa.string())
+    return column.cast(pa.large_binary())[0].as_py()
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    types = pa.types
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_string or _is_binary(kind)
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    """Whether a column can hold pictures: bytes, or a struct that has bytes."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    has_bytes = pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]
+    return _is_binary(kind.field("bytes").type if has_bytes else kind)
+
+
+def caption_column(names: Collection[str]) -> str:
+    """The column or key that holds the caption where the configuration names none."""
+    return next((name for name in CAPTION_COLUMNS if name in names), CAPTION_COLUMNS[0])
+
+
+def picture_columns(schema: pa.Schema) -> list[str]:
+    """The columns of a table that can hold pictures."""
+    return [field.name for field in schema if _is_picture(field.type)]
+
+
+def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: str | None) -> Columns:
+    """The columns that are read: those that the configuration names; else `image`, or the only one that can
+    hold pictures, and `text`, or `caption`.
+
+    Raises:
+        ConfigError: one is missing, several could be meant, or it has another type; names the fix.
+    """
+    pictures = picture_columns(schema)
+    image = config.image_column
+    if image is None and IMAGE_COLUMN not in schema.names:
+        if len(pictures) > 1:
+            raise ConfigError(
+                f"{where}: has {len(pictures)} columns with bytes ({', '.join(pictures)}); say which one "
+                "holds the pictures in the source's image_column"
+            )
+        image = pictures[0] if pictures else None
+    image = _require(where, schema, image or IMAGE_COLUMN, "the source's image_column")
+    if image not in pictures:
+        raise ConfigError(
+            f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
+            "correct the source's image_column"
+        )
+    caption = config.caption_column or caption_column(schema.names)
+    kind = schema.field(_require(where, schema, caption, "the source's caption_column")).type
+    if not _is_bytes(kind.value_type if pa.types.is_dictionary(kind) else kind):
+        raise ConfigError(
+            f"{where}: column {caption!r} is {kind}, not string; correct the source's caption_column"
+        )
+    if stratify:
+        kind = schema.field(_require(where, schema, stratify, "data.stratify")).type
+        try:
+            pa.nulls(0, kind.value_type if pa.types.is_dictionary(kind) else kind).cast(pa.string())
+        except pa.ArrowNotImplementedError:
+            raise ConfigError(
+                f"{where}: column {stratify!r} is {kind}, which has no plain values; correct data.stratify"
+            ) from None
+    return Columns(image, caption, stratify)
+
+
+def _require(where: str, schema: pa.Schema, column: str, setting: str) -> str:
+    if column not in schema.names:
+        raise ConfigError(
+            f"{where}: has no column {column!r} (found: {', '.join(schema.names)}); correct {setting}"
+        )
+    return column

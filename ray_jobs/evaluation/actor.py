@@ -1,0 +1,278 @@
+"""The actor that samples pictures from weights and measures them. Only the pool starts it."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.fetched import local_path
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.evaluation.dealing import Shape
+from ray_jobs.evaluation.scores import (
+    Features,
+    Measures,
+    Real,
+    Record,
+    Scores,
+    further,
+    near_copies,
+    precision_and_recall,
+    scores_of,
+)
+from ray_jobs.metrics.resampling import PairedDifference, paired_difference
+from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.weights.feature_networks import load_networks
+
+if TYPE_CHECKING:
+    from ray_jobs.training.validation import ValidationLoss
+
+FEATURES = "features.safetensors"  # of a rung's pictures, beside its checkpoint
+LOSS_ROWS = 32  # of the denoising loss: a twentieth of what sampling as many pictures costs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where an actor writes pictures of its share as PNGs while it measures them.
+
+    Attributes:
+        names: of the files, one a picture; None: this one is not kept. Those after the last are not either.
+    """
+
+    folder: Storage
+    names: list[str | None]
+
+
+class Evaluator:
+    """An actor that keeps the base model and the feature networks loaded.
+
+    Only the fine-tuned weights change between calls.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, num_threads: int) -> None:
+        import torch
+
+        from ray_jobs.weights.loading import load_pipeline
+
+        torch.set_num_threads(num_threads)
+        self.config, self.dataset = config, dataset
+        self.device = "cuda" if config.evaluate.use_gpu else "cpu"
+        self.networks = load_networks(config.evaluate, self.device)
+        self.base = load_pipeline(local_path(config.model.base), revision=config.model.revision)
+        self.base.to(self.device)
+        self.base_scheduler = self.base.scheduler
+        self.loaded: str | None = None
+        self.pipeline = self.base
+        self._losses: dict[str, ValidationLoss] = {}  # by split; each reads its rows once
+
+    def identities(self) -> list[str]:
+        """Of all feature networks, the one that decides first."""
+        return [network.identity for network in self.networks.all]
+
+    def resizing(self) -> dict[str, str]:
+        """What becomes of a picture's size before each network sees it, by identity."""
+        return {network.identity: network.resizing for network in self.networks.all}
+
+    def num_features(self) -> int:
+        """Of the network that decides."""
+        return self.networks.first.num_features
+
+    def _use(self, weights: str | None) -> None:
+        """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
+        from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
+        from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
+
+        if weights == self.loaded:
+            return
+        if self.pipeline is self.base and self.loaded:
+            self.base.unload_lora_weights()
+        self.pipeline, self.loaded = self.base, None
+        self.base.scheduler = self.base_scheduler
+        if weights is None:
+            return
+        folder = Storage.open(weights).local_copy()
+        if (folder / LORA_WEIGHTS).exists():
+            load_lora(self.base, folder)
+            if has_scheduler(folder):  # with which it was trained
+                self.base.scheduler = load_scheduler(folder)
+        else:
+            self.pipeline = load_pipeline(str(folder)).to(self.device)
+        self.loaded = weights
+
+    def _sample(
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        shapes: list[Shape] | None,
+        guidance_scale: float | None,
+    ) -> Iterator[Any]:
+        """Batches of pictures: uint8, N x 3 x H x W."""
+        from ray_jobs.diffusion.sampling import sample_pictures
+
+        self._use(weights)
+        evaluate, side = self.config.evaluate, self.config.data.resolution
+        return sample_pictures(
+            self.pipeline,
+            captions,
+            seeds,
+            shapes=shapes or [(side, side)] * len(captions),
+            num_steps=evaluate.inference_steps,
+            guidance_scale=evaluate.guidance_scale if guidance_scale is None else guidance_scale,
+            batch_size=evaluate.batch_size,
+        )
+
+    def validation_losses(self, weights: str | None, split: str) -> list[float]:
+        """The denoising loss of each of some rows of a split or fold, always the same with the same noise."""
+        import torch
+
+        from ray_jobs.training.validation import ValidationLoss
+
+        if split not in self._losses:
+            dataset, _ = self.dataset.judged_by(split)
+            device = torch.device(self.device)
+            self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
+        self._use(weights)
+        return self._losses[split].of_rows(self.pipeline).tolist()
+
+    def _features(self, batches: Iterator[Any], networks: list[Any]) -> Features:
+        found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
+        for batch in batches:
+            for network in networks:
+                found[network.identity].append(network.features(batch).numpy())
+        return {identity: np.concatenate(parts) for identity, parts in found.items()}
+
+    def sample_features(
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        kept: Kept | None = None,
+        guidance_scale: float | None = None,
+        by_all: bool = False,
+        shapes: list[Shape] | None = None,
+    ) -> Features:
+        """Features of one picture a caption, of which some are kept.
+
+        Args:
+            guidance_scale: None: `evaluate.guidance_scale`.
+            shapes: one a picture; None: squares of `data.resolution`.
+            by_all: by CLIP too, not only by the networks that rank.
+        """
+        batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
+        return self._features(batches, self.networks.all if by_all else self.networks.ranking)
+
+    def sample_pictures(
+        self,
+        weights: str | None,
+        captions: list[str],
+        seeds: list[int],
+        guidance_scale: float | None = None,
+        shapes: list[Shape] | None = None,
+    ) -> list[bytes]:
+        """One PNG a caption; arguments as of `sample_features`."""
+        from ray_jobs.pictures.reading import encode_png
+
+        batches = self._sample(weights, captions, seeds, shapes, guidance_scale)
+        return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
+
+    def picture_features(self, pictures: list[bytes]) -> Features:
+        """Features of pictures (PNG bytes at their training shape) by all networks."""
+        import torch
+        from PIL import Image
+
+        from ray_jobs.diffusion.sampling import batches_of
+
+        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+        batches = batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size)
+        stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
+        return self._features(stacked, self.networks.all)
+
+    def score(
+        self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
+    ) -> Scores:
+        """What the parts of a set score.
+
+        Args:
+            folder: where the features are kept.
+            shares: the pictures' numbers in each part; None: in order.
+        """
+        from safetensors.numpy import save
+
+        whole = join(generated, shares)
+        if folder:
+            folder.write_bytes(FEATURES, save(whole))
+        return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
+
+    def real_against_real(self, real: Real, other: Features) -> list[Record]:
+        """Precision and recall of real pictures: what a perfect generator could have."""
+        return precision_and_recall(other, real, self.networks.first.identity)
+
+    def measure(
+        self,
+        real: Real,
+        captions: list[str],
+        training: Features | None,
+        held_out: Real | None,
+        shares: Sequence[Sequence[int]] | None,
+        kept: Storage | None,
+        *generated: Features,
+    ) -> Measures:
+        """All measures of the parts of a set.
+
+        Args:
+            captions: of the real pictures.
+            training: of training pictures; None: near copies are not looked for.
+            held_out: pictures that were not trained on; None where there are none.
+            shares: the pictures' numbers in each part; None: in order.
+            kept: a folder in which the features by the network that decides are kept.
+        """
+        from safetensors.numpy import save
+
+        whole = join(generated, shares)
+        if kept:
+            first = self.networks.first.identity
+            kept.write_bytes(TEST_FEATURES, save({first: whole[first]}))
+        found, left_out = further(whole, real, self.networks, captions)
+        copies, first = None, self.networks.first.identity
+        if training is not None:
+            copies = near_copies(whole, training, held_out.features if held_out else None, first)
+        return Measures(
+            scores_of(whole, real, self.networks, self.config.evaluate.bootstrap), found, left_out, copies
+        )
+
+    def difference(self, real: Real, one: Storage, other: Storage, file: str = FEATURES) -> PairedDifference:
+        """How much worse the set whose features are kept in one folder is than that of another."""
+        import torch
+        from safetensors.numpy import load
+
+        network = self.networks.first.identity
+        first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
+        moments, resamples = real.moments[network], self.config.evaluate.bootstrap
+        return paired_difference(first, second, moments, num_resamples=resamples)
+
+
+def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
+    """The same batches; pictures that have a name are written on the way."""
+    from ray_jobs.pictures.reading import encode_png
+
+    names = iter(kept.names if kept else ())
+    for batch in batches:
+        for picture in batch:
+            if name := next(names, None):
+                assert kept
+                kept.folder.write_bytes(name, encode_png(picture.permute(1, 2, 0).numpy()))
+        yield batch
+
+
+def join(parts: Sequence[Features], shares: Sequence[Sequence[int]] | None = None) -> Features:
+    """One set of its parts, in the order of the pictures' numbers (`shares`, see `dealing.dealt`), or as they
+    are."""
+    whole = {network: np.concatenate([part[network] for part in parts]) for network in parts[0]}
+    if shares is None:
+        return whole
+    order = np.argsort(np.concatenate(shares))
+    return {network: features[order] for network, features in whole.items()}

@@ -1,0 +1,261 @@
+"""What a run would do on a cluster: places, memory, batches, cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
+from cluster.fetched import local_path
+from cluster.shape import Machine, Placed, place
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.planning.activations import activation_bytes
+from ray_jobs.planning.estimate import (
+    Placement,
+    Shapes,
+    effective_stage,
+    numel,
+    parameter_shapes,
+    pieces_a_step,
+    rank_memory,
+    rows_a_worker,
+    trained_shapes,
+)
+from ray_jobs.weights.model_files import INDEX, model_folder
+
+GIB = 2**30
+HEADROOM = 0.9  # of a device's memory, the rest for the context, kernels' work space and fragments
+CLIP_TOKENS, T5_TOKENS = 77, 512
+
+
+class Model:
+    """The sizes of what a configuration trains.
+
+    Raises:
+        ConfigError: the model or its weights are not there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        base = local_path(config.model.base)
+        try:
+            folder = model_folder(base, revision=config.model.revision)
+        except ValueError as error:
+            raise ConfigError(f"model.base: {error}") from None
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.denoiser_name = "unet" if "unet" in index else "transformer"
+        self.denoiser = self._shapes(folder, self.denoiser_name)
+        self.config: dict[str, Any] = json.loads((folder / self.denoiser_name / "config.json").read_text())
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        self.side = config.data.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        classes = {
+            name: kind[1] for name, kind in index.items() if name.startswith("text_encoder") and kind[1]
+        }
+        self.text_tokens = T5_TOKENS if any("T5" in kind for kind in classes.values()) else CLIP_TOKENS
+        wrapped = classes if config.train.train_text_encoder else {}
+        encoders = {name: self._shapes(folder, name) for name in wrapped}
+        clip = {name: shapes for name, shapes in encoders.items() if "CLIP" in classes[name]}
+        trained = trained_shapes(config.train, self.denoiser, clip)
+        self.trained = sum(map(numel, trained.values()))
+        base_size = sum(
+            numel(shape) for part in (self.denoiser, *encoders.values()) for shape in part.values()
+        )
+        self.whole = base_size + (self.trained if config.train.method == "lora" else 0)
+
+    @staticmethod
+    def _shapes(folder: Path, name: str) -> Shapes:
+        found = parameter_shapes(folder / name)
+        if not found:
+            raise ConfigError(
+                f"model.base: {folder / name} has no safetensors files here; fetch them first: "
+                "hf download NAME --include '*/*.safetensors'"
+            )
+        return found
+
+    def memory(self, config: Config, workers: int) -> Placement:
+        """Of each rank, on so many workers."""
+        train = config.train
+        rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
+        activations = activation_bytes(
+            train, self.denoiser, self.config, side=self.side, text_tokens=self.text_tokens, rows=rows
+        )
+        return rank_memory(
+            train, whole=self.whole, trained=self.trained, workers=workers, activations=activations
+        )
+
+
+def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple[list[str], list[str]]:
+    """What a rank keeps, and what does not fit with what would make it fit."""
+    train, workers = config.train, config.train.min_workers
+    found = model.memory(config, workers)
+    stage = effective_stage(train, workers)
+    lines = [
+        f"model: {model.denoiser_name} of {model.whole:,} parameters, {model.trained:,} trained "
+        f"({train.method}, {train.precision})",
+        f"memory a rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
+        "(activations are estimated, the rest is arithmetic):",
+    ]
+    for name, size in vars(found.device).items():
+        away = getattr(found.offloaded, name)
+        lines.append(
+            f"    {name.replace('_', ' '):<15}{told(size)}"
+            + (f"  + {told(away).strip()} on the host" * bool(away))
+        )
+    lines.append(f"    {'in all':<15}{told(found.device.whole)}")
+    room = _room(config, machines)
+    if room is None:
+        return lines, []
+    lines.append(f"    {'room a rank':<15}{told(room)}")
+    if needed_here(config, found) <= room:
+        return lines, []
+    what = "; ".join(fixes(config, model, room)) or "a smaller model, or devices with more memory"
+    return lines, [
+        f"a rank needs {told(needed_here(config, found)).strip()} and has {told(room).strip()}: {what}"
+    ]
+
+
+def needed_here(config: Config, found: Placement) -> int:
+    """Bytes of the memory that `_room` tells: the device's, or on CPUs the host's with what is offloaded."""
+    return found.device.whole + (0 if config.train.use_gpu else found.offloaded.whole)
+
+
+def _room(config: Config, machines: list[Machine]) -> int | None:
+    """Bytes that a rank has: a GPU's, or its share of the host's; None where they are not known."""
+    if config.train.use_gpu:
+        sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
+        return int(HEADROOM * min(sizes) * GIB) if sizes else None
+    workers = config.train.min_workers * trials_at_once(config)
+    a_machine = -(-workers // len(machines))
+    sizes = [machine.memory_gib for machine in machines if machine.memory_gib]
+    return int(HEADROOM * min(sizes) * GIB / a_machine) if sizes else None
+
+
+def fixes(config: Config, model: Model, room: int) -> list[str]:
+    """Single changes after which a rank fits, the cheapest first; else all of them together, if that fits."""
+    train, workers = config.train, config.train.min_workers
+    rows = rows_a_worker(train, workers)
+    changes: list[dict[str, Any]] = []
+    if train.precision == "fp32" and train.use_gpu and train.zero_stage:
+        changes.append({"precision": "bf16"})
+    changes += [{"micro_batch_size": size} for size in _halves(train.micro_batch_size or rows)]
+    if not train.gradient_checkpointing:
+        changes.append({"gradient_checkpointing": True})
+    changes += [{"zero_stage": stage} for stage in range(train.zero_stage + 1, 4) if workers > 1]
+    if train.zero_stage and train.use_gpu and not train.offload_optimizer:
+        changes.append({"offload_optimizer": True})
+    if train.method == "full":
+        changes.append({"method": "lora"})
+    found, kinds = [], set()
+    for change in changes:
+        [(field, value)] = change.items()
+        if field not in kinds and _fits(config, model, change, room):
+            kinds.add(field)
+            found.append(f"train.{field}: {str(value).lower()}")
+    if found:
+        return ["one of " + ", ".join(found)]
+    together: dict[str, Any] = {}
+    for change in changes:
+        if "method" in change:
+            continue
+        together |= change
+        if _fits(config, model, together, room):
+            return ["together " + ", ".join(f"train.{f}: {str(v).lower()}" for f, v in together.items())]
+    return []
+
+
+def _halves(size: int) -> list[int]:
+    found = []
+    while size > 1:
+        size = -(-size // 2)
+        found.append(size)
+    return found
+
+
+def _fits(config: Config, model: Model, change: dict[str, Any], room: int) -> bool:
+    train = config.train.model_copy(update=change)
+    changed = config.model_copy(update={"train": train})
+    if "method" in change:
+        usual = trained_shapes(train, model.denoiser, {})
+        lighter = Model.__new__(Model)
+        lighter.__dict__ |= vars(model) | {"trained": sum(map(numel, usual.values()))}
+        model = lighter
+    return needed_here(changed, model.memory(changed, train.min_workers)) <= room
+
+
+def batch_lines(config: Config) -> list[str]:
+    """The arithmetic of a step, of an epoch where the data set is prepared, and of the ladder."""
+    train, workers = config.train, config.train.min_workers
+    rows, pieces = rows_a_worker(train, workers), pieces_a_step(train, workers)
+    lines = [
+        f"a step: {train.batch_size} pictures over {workers} workers = at most {rows} a worker, in {pieces} "
+        f"micro batch{'es' * (pieces > 1)} of at most {-(-rows // pieces)}"
+    ]
+    last = config.search.ladder[-1]
+    manifest = Storage.open(config.storage).child(config.name, "dataset")
+    if manifest.exists("manifest.json"):
+        known = json.loads(manifest.read_text("manifest.json"))["train"] * config.data.augmentation.variants
+        epoch = known / train.training_rows
+        lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
+    else:
+        lines.append("an epoch: not known before the data set is prepared")
+    steps, planned = config.search.most_steps, config.search.planned_steps
+    budget = config.search.max_steps
+    least = f", or {planned:,} by successive halving" if planned < steps else ""
+    least += f", or {budget:,} by search.max_steps" if budget and budget < planned else ""
+    lines.append(f"the search: at most {steps // last} trainings x {last:,} = {steps:,} steps{least}")
+    return lines
+
+
+def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
+    """Hours and money of the trainings, at a speed that a run has shown (`images/s` in its lines)."""
+    if not images_per_second:
+        return ["hours: give --images-per-second, of one trial, as a run's lines tell it"]
+    steps = min(config.search.planned_steps, config.search.max_steps or config.search.planned_steps)
+    seconds = steps * config.train.batch_size / images_per_second
+    hours = seconds / 3600 * config.train.min_workers
+    lines = [
+        f"hours at {images_per_second:g} images/s: at most {hours:,.2f} of workers, "
+        f"{seconds / 3600 / trials_at_once(config):,.2f} on the clock (without start-up and evaluation)"
+    ]
+    if price := config.search.device_hour_price:
+        lines.append(f"cost at {price:g} a worker's hour: at most {hours * price:,.2f}")
+    return lines
+
+
+def told(size: float) -> str:
+    """Bytes for a person: MiB below one GiB."""
+    return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"
+
+
+def placement_lines(title: str, placed: Placed) -> list[str]:
+    """Which machine holds how many of what."""
+    lines = [f"{title}:"]
+    for name, held in placed.held.items():
+        inside = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in held.items())
+        lines.append(f"    {name:<12}{inside or 'nothing'}")
+    return lines
+
+
+def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
+    """The whole page, and whether all of it fits."""
+    lines = [f"cluster: {machine.told()}" for machine in _grouped(machines)]
+    problems: list[str] = []
+    stages = {"train and evaluate": search_actors(config), "serve": serving_actors(config)}
+    if config.data.encode == "cache":
+        stages = {"prepare": encoders(config)} | stages
+    for title, actors in stages.items():
+        placed = place(actors, machines)
+        lines += placement_lines(title, placed)
+        problems += [f"{title}: {each}" for each in placed.left_over]
+    found, too_much = memory_lines(config, Model(config), machines)
+    lines += [*found, *batch_lines(config), *cost_lines(config, images_per_second)]
+    problems += too_much
+    lines += [f"does not fit: {problem}" for problem in problems] or ["all fits"]
+    return "\n".join(lines), not problems
+
+
+def _grouped(machines: list[Machine]) -> list[Machine]:
+    """One of each kind, with how many there are as its name."""
+    kinds: dict[tuple[Any, ...], list[Machine]] = {}
+    for machine in machines:
+        kinds.setdefault(machine.size, []).append(machine)
+    return [Machine(f"{len(of_kind)} x", *size) for size, of_kind in kinds.items()]

@@ -1,0 +1,332 @@
+"""The model card: what a published model is, in the Hub's format (README.md beside the weights).
+
+Pure: values in, text out. Whatever a user wrote (captions, names, paths) is text there, never markup, and of
+local paths and addresses only the last part is told.
+
+Format: https://huggingface.co/docs/hub/model-cards
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ray_jobs.config import LEARNING_RATE, Config
+from ray_jobs.config.yaml_text import write_yaml
+from ray_jobs.report import headline, number
+from ray_jobs.weights.schedulers import SCHEDULER
+
+# What it takes to train the model again; the rest says where things lie and how the model is served.
+REPRODUCED = {"name", "seed", "data", "model", "train", "search", "evaluate"}
+
+
+def model_card(
+    *,
+    config: Config,
+    base_on_hub: bool,
+    winner: dict[str, Any],
+    manifest: dict[str, Any],
+    prompt: str,
+    pictures: Sequence[tuple[str, str]] = (),
+    scheduler: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        base_on_hub: whether `model.base` is a name of the Hub, not a folder.
+        winner: what winner.json holds.
+        manifest: what dataset/manifest.json holds.
+        prompt: of the example.
+        pictures: (caption, path beside the card) of what the model drew.
+        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
+        variant: of the base's weights, where it has them only so.
+
+    Raises:
+        KeyError: if `winner` or `manifest` lacks a key.
+    """
+    config = config.with_settings({LEARNING_RATE: winner["learning_rate"], **winner.get("settings", {})})
+    parts = [
+        f"---\n{write_yaml(_front_matter(config, base_on_hub, pictures))}---",
+        f"# {_text(config.name)}",
+        _introduction(config, winner),
+        *(_pictures(pictures, manifest) if pictures else ()),
+        *_use(config, base_on_hub, prompt, scheduler, variant),
+        *_scores(config, winner, manifest),
+        *_measures(winner),
+        *_data(config, manifest),
+        *_settings(config, winner),
+        *_reproduce(config, winner),
+        *_limits(config, winner, manifest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def portable(path: str) -> str:
+    """A path or address as it may be told: names of the Hub and relative paths whole, else the last part.
+
+    So neither a home folder nor a bucket, nor what an address holds of credentials, gets into the card.
+    """
+    plain = path.partition("?")[0] if "://" in path else path
+    if "://" in plain or re.match(r"[/~\\]|\.\.|[A-Za-z]:[/\\]", plain):
+        return re.split(r"[/\\]", plain.rstrip("/\\"))[-1]
+    return plain
+
+
+def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    lora = config.train.method == "lora"
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if base_on_hub:  # the Hub takes names of its own only
+        found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
+    found["tags"] = ["text-to-image", "diffusers", *(["lora"] if lora else []), "diffray"]
+    if pictures:
+        widget = [{"text": _line(caption), "output": {"url": path}} for caption, path in pictures]
+        found["widget"] = widget
+    return found
+
+
+def _introduction(config: Config, winner: dict[str, Any]) -> str:
+    base = _text(portable(config.model.base))
+    kind = (
+        f"LoRA weights (rank {config.train.lora.rank}) for the text-to-image model {base}"
+        if config.train.method == "lora"
+        else f"A text-to-image model: {base}, all of its denoiser fine-tuned"
+    )
+    return f"{kind}, in diffusers' format. {_text(headline(winner))}"
+
+
+def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> list[str]:
+    table = [
+        "| " + " | ".join(f"![]({path})" for _, path in pictures) + " |",
+        "|" + " --- |" * len(pictures),
+        "| " + " | ".join(_text(caption) for caption, _ in pictures) + " |",
+    ]
+    seen = "did not see" if manifest["held_out"] else "saw"
+    return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
+
+
+# diffusers 0.42.1 and transformers 5.23 leave the magnitudes of DoRA in text encoders where they began.
+MAGNITUDES = (
+    'weights = load_file("pytorch_lora_weights.safetensors")',
+    "for name, part in pipeline.components.items():",
+    '    if name.startswith("text_encoder") and part is not None:',
+    "        for key, parameter in part.named_parameters():",
+    '            layer, magnitude, _ = key.removeprefix("text_model.").partition(".lora_magnitude_vector")',
+    "            if magnitude:",
+    '                parameter.data = weights[f"{name}.text_model.{layer}{magnitude}"]',
+)
+
+
+def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
+    """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder.
+
+    All is drawn in float32: of a base in half precision transformers 5.23 keeps the files' dtype, diffusers
+    0.42.1 does not, and two dtypes do not go together. Adapters are loaded in training mode, where they drop
+    out what `train.lora.dropout` says.
+
+    Args:
+        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
+        variant: of the base's weights, for example fp16, where it has them only so.
+    """
+    revision = f", revision={config.model.revision!r}" if config.model.revision else ""
+    variant = f", variant={variant!r}" if variant else ""
+    base = f"{portable(config.model.base)!r}{revision}{variant}"
+    if config.train.method == "lora":
+        load = [
+            f"pipeline = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.float32)",
+            'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',
+            "for part in pipeline.components.values():",
+            "    if isinstance(part, torch.nn.Module):",
+            "        part.eval()",
+            *(MAGNITUDES if config.train.lora.use_dora and config.train.train_text_encoder else ()),
+        ]
+    else:
+        load = ['pipeline = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)']
+    names = {"DiffusionPipeline"}
+    if scheduler is not None:
+        names.add(scheduler)
+        load.append(f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="{SCHEDULER}")')
+    side, evaluate = config.data.resolution, config.evaluate
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {', '.join(sorted(names))}",
+            *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
+            "",
+            *load,
+            "picture = pipeline(",
+            f"    {prompt!r},",
+            f"    height={side},",
+            f"    width={side},",
+            f"    num_inference_steps={evaluate.inference_steps},",
+            f"    guidance_scale={evaluate.guidance_scale!r},",
+            "    generator=torch.Generator().manual_seed(0),",
+            ").images[0]",
+            'picture.save("picture.png")',
+        ]
+    )
+
+
+def _use(
+    config: Config, base_on_hub: bool, prompt: str, scheduler: str | None, variant: str | None
+) -> list[str]:
+    where = "In this folder (on the Hub, put the repository's name in place of the dot)"
+    if config.train.method == "lora" and not base_on_hub:
+        where += f"; {_text(portable(config.model.base))} is the folder of the base model"
+    packages = "`pip install torch diffusers transformers accelerate peft`"
+    text = usage(config, prompt, scheduler, variant=variant)
+    return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
+
+
+def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    def fid(key: str) -> str:
+        return f"{winner[key]:.1f}"
+
+    def real(split: str) -> int:
+        """Pictures that are compared with; without a held-out split they are those of training."""
+        return int(min(config.evaluate.num_samples, manifest[split if manifest["held_out"] else "train"]))
+
+    counts = [
+        f"{winner[key]:,} generated, {real(split):,} real"
+        for key, split in (("num_samples", "test"), ("validation_num_samples", "validation"))
+    ]
+    table = _table(
+        ("FID (lower is nearer to real pictures)", "test", "validation"),
+        [
+            ("this model", fid("test_fid"), fid("validation_fid")),
+            ("base model", fid("base_test_fid"), fid("base_validation_fid")),
+            ("real training pictures (the floor)", fid("test_floor_fid"), "–"),
+            ("pictures", *counts),
+        ],
+    )
+    times = winner.get("test_reads", 1)
+    reads = "once" if times == 1 else f"{times} times"
+    return [
+        "## Scores",
+        table,
+        f"Feature network: {_text(winner['feature_network'])}. The test split was looked at {reads},"
+        " after the search; the search chose by validation, so that score is a little flattered. FID"
+        " depends on the number of pictures and on the network: compare within this table only.",
+    ]
+
+
+def _measures(winner: dict[str, Any]) -> list[str]:
+    """Records of base and winner on the test split; nothing where there are none."""
+    found = winner.get("measures", {"base": [], "winner": []})
+    base = {each["metric"]: each for each in found["base"]}
+    floor = {
+        each["metric"]: number(each["value"], 3, each["standard_error"]) for each in found.get("floor", ())
+    }
+    rows = []
+    for each in found["winner"]:
+        pair = (number(r["value"], 3, r["standard_error"]) for r in (each, base[each["metric"]]))
+        real = floor.get(each["metric"], "–")
+        rows.append((each["metric"], *pair, real, f"{each['num_samples']:,}", each["feature_network"]))
+    if not rows:
+        return []
+    head = ("measure, on the test split", "this model", "base model", "real pictures", "pictures", "network")
+    return ["Further measures, of the same pictures:", _table(head, rows)]
+
+
+def _data(config: Config, manifest: dict[str, Any]) -> list[str]:
+    splits = ", ".join(f"{manifest[split]:,} {split}" for split in ("train", "validation", "test"))
+    rows = [
+        (portable(each["name"]), f"{each['rows']:,}", f"{each['share']:.0%}") for each in manifest["source"]
+    ]
+    held_out = (
+        "" if manifest["held_out"] else " The set is too small to hold any out: scores compare with it."
+    )
+    return [
+        "## Training data",
+        f"{manifest['captions']['different']:,} different captions; pictures: {splits};"
+        f" {config.data.resolution} pixels.{held_out} Digest of the prepared data: `{manifest['digest']}`.",
+        _table(("source", "pictures", "share of training"), rows),
+    ]
+
+
+def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
+    train = config.train
+    method = "all weights of the denoiser"
+    if train.method == "lora":
+        method = f"LoRA, rank {train.lora.rank}, alpha {train.lora.alpha}"
+    workers = f"{train.min_workers} to {train.max_workers}" if train.is_elastic else f"{train.min_workers}"
+    rows = [
+        ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),
+        ("learning rate", f"{winner['learning_rate']:g}, {train.schedule}"),
+        ("steps", f"{winner['step']:,} of {train.batch_size} pictures"),
+        ("precision", train.precision),
+        ("sharding", f"DeepSpeed ZeRO stage {train.zero_stage}, {workers} workers"),
+        ("averaged weights (EMA)", f"decay {train.ema_decay:g}" if train.ema_decay else "off"),
+        ("seed", str(config.seed)),
+    ]
+    return ["## Training", _table(("setting", "value"), rows)]
+
+
+def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
+    told = _told(config.model_dump(mode="json", include=REPRODUCED))
+    settings = _fenced(write_yaml(told), "yaml")
+    command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
+    commands = "\n".join(
+        [
+            "# the search, and the model that won it",
+            f"{command}.pipeline --config run.yaml",
+            f"# this model's training alone; its weights are those of step {winner['step']}",
+            f"{command}.train --config run.yaml",
+        ]
+    )
+    return [
+        "## Reproduce",
+        "With diffray, and this as `run.yaml` (names stand in place of paths outside of the checkout):",
+        _fenced(commands, "sh"),
+        f"<details><summary>run.yaml</summary>\n\n{settings}\n\n</details>",
+    ]
+
+
+def _limits(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    records = winner.get("measures", {"winner": []})["winner"]
+    copies = "".join(
+        f" Of its pictures for the test captions {each['value']:.1%} are nearer to one of"
+        f" {each['num_training']:,} training pictures than {1 - each['expected_share']:.0%} of the pictures"
+        " are that it never saw."
+        for each in records
+        if each["metric"] == "near copies"
+    )
+    learnt = manifest["train"] + (manifest["validation"] if config.search.folds else 0)
+    return [
+        "## Limits and licence",
+        f"The model has learnt from {learnt:,} pictures: what they lack it draws as the base model"
+        f" does, and what is rare among them it may have learnt by heart.{copies} It has the base model's"
+        f" biases, and no filter of its own. It was measured at {config.data.resolution} pixels with"
+        f" {config.evaluate.inference_steps} denoising steps and a guidance scale of"
+        f" {config.evaluate.guidance_scale:g}, and in no other way.",
+        "No licence is claimed here. The licences of the base model and of the training data apply to the"
+        " model and to what it draws.",
+    ]
+
+
+def _told(value: Any) -> Any:
+    """A configuration's values with `portable` text."""
+    if isinstance(value, dict):
+        return {key: _told(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return portable(value) if isinstance(value, str) else value
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _text(text: str) -> str:
+    """Text as markdown that shows just that, within a line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", _line(text))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text (CommonMark, section 4.5)."""
+    ticks = max([2, *map(len, re.findall("`+", text))]) + 1
+    return f"{'`' * ticks}{language}\n{text.rstrip()}\n{'`' * ticks}"

@@ -1,0 +1,140 @@
+"""The pages of what is published: the model's card, and the report of the run."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cluster.fetched import local_path
+from cluster.storage import Storage, slug
+from ray_jobs.config import Config
+from ray_jobs.console import say
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.evaluation.cross_validation import splits
+from ray_jobs.evaluation.pool import EvaluatorPool
+from ray_jobs.metrics.ranking import enough_samples
+from ray_jobs.publishing.final_scores import FinalScores
+from ray_jobs.publishing.model_card import model_card
+from ray_jobs.report import PictureRow, Strip, grid_image, write_report
+from ray_jobs.run.samples import SAMPLES
+from ray_jobs.tuning.guidance import measured_scales
+from ray_jobs.tuning.results import SearchResult, spent
+from ray_jobs.weights.model_files import variant_name
+
+REPORT = "report.html"
+CARD = "README.md"
+CARD_PICTURES = 4  # shown in the model's card
+
+
+def write_card(
+    config: Config,
+    dataset: Dataset,
+    pool: EvaluatorPool,
+    winner: dict[str, Any],
+    samples: Storage,
+    model: Storage,
+    scheduler: str | None,
+) -> None:
+    """The model's card and its pictures, beside the weights."""
+    base = local_path(config.model.base)
+    split = shown_split(config)
+    names = pool.sample_names(split)[:CARD_PICTURES]
+    shown = [(caption, name) for caption, name in zip(pool.captions[split], names, strict=False)]
+    shown = [(caption, name) for caption, name in shown if samples.exists(name)]
+    for _, name in shown:
+        model.write_bytes(f"images/{name}", samples.read_bytes(name))
+    card = model_card(
+        config=config,
+        base_on_hub=not Path(base).is_dir(),
+        variant=variant_name(base, revision=config.model.revision),
+        winner=winner,
+        manifest=dataset.manifest,
+        prompt=pool.captions[split][0],
+        pictures=[(caption, f"images/{name}") for caption, name in shown],
+        scheduler=scheduler,
+    )
+    model.write_text(CARD, card)
+
+
+def shown_split(config: Config) -> str:
+    """Whose captions are shown: no picture of theirs may have been trained on."""
+    return "test" if config.search.folds else "validation"
+
+
+def _strip(
+    pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
+) -> Strip | None:
+    """The pictures that are kept of the winning trial's rungs."""
+    split = splits(pool.config)[0]
+    names = pool.sample_names(split)
+    columns: list[tuple[str, list[Image.Image]]] = []
+    for row in sorted(found.rows, key=lambda row: int(row["step"])):
+        if row["trial_id"] != winner["trial_id"]:
+            continue
+        samples = Storage.open(row["checkpoint"]).child(SAMPLES)
+        if not all(samples.exists(name) for name in names):
+            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row['step']} out")
+            continue
+        pictures: list[Image.Image]
+        pictures = [Image.open(io.BytesIO(samples.read_bytes(name))) for name in names]
+        columns.append((f"{row['step']:,}", pictures))
+    if not columns:
+        return None
+    if split != shown_split(pool.config):
+        base = [Image.open(io.BytesIO(each)) for each in pool.pictures(None, split, len(names))]
+    captions = pool.captions[split][: len(names)]
+    return Strip(captions, [("base", base), *columns], f"{winner['step']:,}")
+
+
+def write_page(
+    config: Config,
+    dataset: Dataset,
+    pool: EvaluatorPool,
+    found: SearchResult,
+    winner: dict[str, Any],
+    final: FinalScores,
+    run: Storage,
+) -> None:
+    """The samples as files, and the page around them."""
+    count = min(config.publish.sample_count, config.evaluate.num_samples)
+    split = shown_split(config)
+    real = dataset.pictures(split, count)
+    count = len(real)
+    weights = run.child("model").uri
+    columns = {
+        "real": [row["image"] for row in real],
+        "base": pool.pictures(None, split, count),
+        "winner": pool.pictures(weights, split, count, config.evaluate.guidance_scale),
+    }
+    captions = [row["text"] for row in real]
+    run.delete("samples")
+    for kind, pictures in columns.items():
+        for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
+            run.write_bytes(f"samples/{number}-{slug(caption)}-{kind}.png", data)
+    opened: dict[str, list[Image.Image]]
+    opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
+    rows = [
+        PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
+    ]
+    grid = io.BytesIO()
+    grid_image(rows).save(grid, format="PNG")
+    run.write_bytes("samples/grid.png", grid.getvalue())
+    run.write_text("samples/captions.json", json.dumps(captions, ensure_ascii=False))
+    page = write_report(
+        winner=winner,
+        results=found.rows,
+        manifest=dataset.manifest,
+        config_yaml=config.to_yaml(),
+        rows=rows,
+        run_name=config.name,
+        split=split,
+        strip=_strip(pool, found, winner, opened["base"]),
+        memorisation=final.memorisation,
+        subjects=final.subjects,
+        enough_samples=enough_samples(pool.num_features()),
+        spent=spent(config, found.measured, found.computed),
+        guidance=measured_scales(pool.config, found.rows),
+    )
+    run.write_text(REPORT, page)

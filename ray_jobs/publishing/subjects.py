@@ -1,0 +1,88 @@
+"""Subjects (DreamBooth): whether a model draws the subject, and whether its class stays as it was.
+
+By CLIP where `evaluate.clip` names one, else by the second feature network, else by the first; every number
+carries which.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ray_jobs.config import Config
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import open_sources
+from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.evaluation.dealing import Shape
+from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
+from ray_jobs.evaluation.scores import Features
+
+MAX_PHOTOS = 100  # of a subject that are compared with
+
+
+@dataclass(frozen=True)
+class MeasuredSubject:
+    """A subject, its numbers, and what they are of.
+
+    Attributes:
+        numbers: what winner.json holds of it: prompts, and records by their name.
+        photos: PNGs of the subject.
+        drawn: PNGs by (`base` or `winner`, prompt).
+    """
+
+    numbers: dict[str, Any]
+    photos: list[bytes]
+    drawn: dict[tuple[str, str], list[bytes]]
+
+
+def measure_subjects(
+    config: Config, dataset: Dataset, pool: EvaluatorPool, weights: str
+) -> list[MeasuredSubject]:
+    """All subjects of a run; none where no source is one.
+
+    Pictures of the subject's prompt are compared with its photos, and pictures of the class prompt by the
+    base model with those by the weights, from the same noise. Both are drawn in the shapes of the photos.
+    """
+    subjects = [source for source in open_sources(config) if isinstance(source, Subject)]
+    if not subjects:
+        return []
+    rows = dataset.pictures("train", dataset.manifest["train"])
+    photos = [
+        [row["image"] for row in rows if row["text"] == each.instance_prompt][:MAX_PHOTOS]
+        for each in subjects
+    ]
+    shapes: dict[str, list[Shape]] = {}  # that each prompt is drawn in
+    for subject, own in zip(subjects, photos, strict=True):
+        for prompt in (subject.instance_prompt, subject.class_prompt):
+            if prompt:
+                shapes.setdefault(prompt, [shape_of(photo) for photo in own])
+    drawn: dict[tuple[str, str], list[bytes]] = {}
+    for whose, which in (("base", None), ("winner", weights)):  # each is loaded once
+        for prompt in sorted(shapes):
+            count = config.evaluate.subject_samples
+            drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
+    features = {place: pool.features(pictures) for place, pictures in drawn.items()}
+    return [
+        MeasuredSubject(_numbers(subject, pool.features(own), features), own, drawn)
+        for subject, own in zip(subjects, photos, strict=True)
+        if own  # else prepare set them all aside, or keeps none of them for scores
+    ]
+
+
+def _numbers(subject: Subject, photos: Features, features: dict[tuple[str, str], Features]) -> dict[str, Any]:
+    import torch
+
+    from ray_jobs.metrics.similarity import class_drift, image_similarity
+
+    network = list(photos)[-1]
+    instance, kind = subject.instance_prompt, subject.class_prompt
+    of_photos = torch.from_numpy(photos[network])
+
+    def drawn(whose: str, prompt: str) -> torch.Tensor:
+        return torch.from_numpy(features[whose, prompt][network])
+
+    found: dict[str, Any] = {"instance_prompt": instance, "class_prompt": kind, "num_photos": len(of_photos)}
+    for whose in ("base", "winner"):
+        found[f"{whose}_similarity"] = asdict(image_similarity(drawn(whose, instance), of_photos, network))
+    if kind:
+        drift = class_drift(drawn("base", kind), drawn("winner", kind), of_photos, network)
+        found |= {"class_drift": asdict(drift.distance), "toward_subject": asdict(drift.toward_subject)}
+    return found

@@ -1,0 +1,165 @@
+"""The aliases of versions: who is the champion, the candidate, the champion before."""
+
+import time
+from typing import Any
+
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import columns
+from ray_jobs.registry.digests import are_weights
+from ray_jobs.registry.models import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    not_ours,
+    nothing_published,
+    open_existing,
+    run_of,
+    store_errors,
+)
+from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.store import retried, versions_of
+
+
+def promote(config: Config, version: int) -> None:
+    """Make a version the champion whatever its scores, and the former champion `previous`.
+
+    Raises:
+        ConfigError: if there is no such version, or its weights are no longer those that were registered.
+    """
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        _check_weights(client, config, version)
+        make_champion(client, config.publish.model_name, version, aliases)
+
+
+def rollback(config: Config) -> int:
+    """Make `previous` the champion again and return it.
+
+    The alias `previous` is gone afterwards: doing it twice must not bring back what was taken back.
+
+    Raises:
+        ConfigError: if there is no previous version, or its weights are gone.
+    """
+    name = config.publish.model_name
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        if PREVIOUS not in aliases:
+            raise ConfigError(
+                f"{name!r} has no version with the alias {PREVIOUS!r}: there is nothing to go back to; see "
+                f"{command_line('status')} and take {command_line('promote')} --version ..."
+            )
+        _check_weights(client, config, aliases[PREVIOUS])
+        retried(lambda: client.set_registered_model_alias(name, CHAMPION, str(aliases[PREVIOUS])))
+        retried(lambda: client.delete_registered_model_alias(name, PREVIOUS))
+    return aliases[PREVIOUS]
+
+
+def status(config: Config) -> str:
+    """A table of the versions, newest first: what they scored, how that was measured, where they lie."""
+    head = ("version", "aliases", "test FID", "samples", "network", "created (UTC)", "source")
+    rows = []
+    with store_errors(config):
+        client = open_existing(config)
+        aliases = aliases_of(client, config)
+        for each in sorted(
+            versions_of(client, config.publish.model_name), key=lambda each: -int(each.version)
+        ):
+            measured = measured_of(client, each)
+            scores = ("–", "–", "–")
+            if measured:
+                scores = (str(measured), str(measured.num_samples), measured.feature_network)
+            created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.creation_timestamp / 1000))
+            names = ", ".join(names_of(aliases, int(each.version)))
+            rows.append((str(each.version), names, *scores, created, each.source))
+    return "\n".join(columns([head, *rows]))
+
+
+def measured_of(client: Any, version: Any) -> Measured | None:
+    """What a version's tags and metrics say of its score; None where they do not."""
+    tags = version.tags
+    if not {"feature_network", "num_samples", "data_digest"} <= set(tags):
+        return None
+    # Versions of before these were tags have them in their MLflow run, which somebody may have removed.
+    scores: dict[str, Any] = tags
+    if "test_fid" not in tags:
+        run = run_of(client, version)
+        scores = run.data.metrics if run else {}
+    if "test_fid" not in scores:
+        return None
+    error = scores.get("test_fid_error")
+    return Measured(
+        fid=float(scores["test_fid"]),
+        error=None if error is None else float(error),
+        num_samples=int(tags["num_samples"]),
+        feature_network=tags["feature_network"],
+        data=tags["data_digest"],
+        test=tags.get("test_digest"),
+        base_fid=float(tags["base_test_fid"]) if "base_test_fid" in tags else None,
+    )
+
+
+def aliases_of(client: Any, config: Config) -> dict[str, int]:
+    """The version that each alias of `config.publish.model_name` points to.
+
+    Raises:
+        ConfigError: nothing was published under that name.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(config.publish.model_name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise nothing_published(config) from None
+        raise
+    return {alias: int(version) for alias, version in found.items()}
+
+
+def names_of(aliases: dict[str, int], version: int) -> tuple[str, ...]:
+    """The aliases of a version, sorted."""
+    return tuple(sorted(alias for alias, each in aliases.items() if each == version))
+
+
+def make_champion(client: Any, name: str, version: int, aliases: dict[str, int]) -> None:
+    """Give a version the alias `champion`, and the former champion `previous`.
+
+    In this order: after a crash in between there still is a champion, and doing it again mends the rest.
+
+    Args:
+        aliases: as they are, by `aliases_of`.
+    """
+    former = aliases.get(CHAMPION)
+    if former not in (None, version):
+        retried(lambda: client.set_registered_model_alias(name, PREVIOUS, str(former)))
+    retried(lambda: client.set_registered_model_alias(name, CHAMPION, str(version)))
+    if aliases.get(CANDIDATE) == version:
+        retried(lambda: client.delete_registered_model_alias(name, CANDIDATE))
+
+
+def _check_weights(client: Any, config: Config, version: int) -> None:
+    """Raise ConfigError unless the version is there with the weights that were registered."""
+    from mlflow.exceptions import MlflowException
+
+    name = config.publish.model_name
+    try:
+        found = client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConfigError(
+            f"--version: {name!r} has no version {version}; see {command_line('status')}"
+        ) from None
+    if "digest" not in found.tags:
+        raise not_ours(config, version)
+    if not are_weights(found.source, found.tags["digest"]):
+        raise ConfigError(
+            f"{found.source}: no longer the weights of version {version} of {name!r}, so it cannot be "
+            f"served; take another version of {command_line('status')}"
+        )
+
+
+def command_line(name: str, version: int | None = None) -> str:
+    """The command of this module that a person is to type."""
+    return f"python -m ray_jobs.versions {name} --config ..." + (f" --version {version}" if version else "")

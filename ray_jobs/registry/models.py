@@ -1,0 +1,245 @@
+"""The model registry: the MLflow store of a run, and the champion that `serving` reads from it.
+
+A version points to a folder of weights (diffusers' format, safetensors); its tags say which base it belongs
+to and the digest of its weights. Nothing is pickled. `registration.py` makes versions,
+`aliases.py` promotes them.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.sqlite import sqlite_file, sqlite_url
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.registry.digests import are_weights
+from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
+
+CHAMPION = "champion"  # the version that is served
+CANDIDATE = "candidate"  # the newest version that was not promoted
+PREVIOUS = "previous"  # the version that the champion replaced
+# Beside a version's weights: features that drift is told by. Not *.safetensors, although it is one: the
+# digest of the weights is of those files.
+REFERENCE = "reference.features"
+# Those of the pictures of its test score, by which a later version is compared with it in pairs.
+TEST_FEATURES = "test.features"
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """One version in the registry."""
+
+    name: str
+    version: int
+    source: str  # folder or URI of the weights
+    digest: str  # of the weights, as `digests.weights_digest` gives it
+    base: str  # what the weights were trained on: folder as configured, or hub name
+    base_revision: str | None
+    method: str  # lora | full
+    metrics: dict[str, float]
+    params: Mapping[str, str] = field(default_factory=dict)  # what `publish` logged of how it was made
+    guidance_scale: float | None = None  # that it was scored with; None: not recorded
+    test_digest: str | None = None  # of the pictures and captions that it was scored on
+    zero_terminal_snr: bool = False  # trained to a last step of pure noise, and drawn so
+
+
+@dataclass(frozen=True)
+class RegistryEntry:
+    """A registered model: its versions by number, and the numbers that its aliases point to."""
+
+    versions: Mapping[int, RegisteredModel]
+    aliases: Mapping[str, int]
+
+
+def tracking_uri(config: Config) -> str:
+    """The MLflow store of a run: configured, else MLFLOW_TRACKING_URI, else SQLite in the storage folder.
+
+    Raises:
+        ConfigError: if the storage is remote, where a SQLite file cannot lie, and no URI is given.
+    """
+    uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return uri
+    if config.storage.startswith(("s3://", "gs://")):
+        raise ConfigError(
+            f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
+            "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
+        )
+    return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db")
+
+
+def shown_uri(config: Config) -> str:
+    """`tracking_uri` for a person or a log: without a password."""
+    return without_password(tracking_uri(config))
+
+
+def check_store(config: Config) -> None:
+    """Look whether the MLflow store of a run is there and takes its entries, before hours of training.
+
+    Raises:
+        ConfigError: there is no address, nothing answers at it, or the run's experiment was deleted.
+    """
+    check_experiment(tracking_uri(config), config.name)
+
+
+def verify_weights(registered: RegisteredModel, folder: str) -> None:
+    """Raise ConfigError unless `folder` holds the weights that were registered."""
+    if not are_weights(folder, registered.digest):
+        raise ConfigError(
+            f"{registered.source}: not the weights registered as version {registered.version} of "
+            f"{registered.name!r}; run the pipeline again to register these"
+        )
+
+
+def open_client(config: Config) -> Any:
+    """MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = tracking_uri(config)
+    if file := sqlite_file(uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return mlflow.MlflowClient(uri, registry_uri=uri)
+
+
+@contextmanager
+def store_errors(config: Config) -> Iterator[None]:
+    """A store that refuses or cannot be reached is the user's to mend: one line that names it."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"publish.tracking_uri: {shown_uri(config)}: {reason}") from error
+
+
+def open_existing(config: Config) -> Any:
+    """MLflow's client of a store that is there: reading makes no SQLite file.
+
+    Raises:
+        ConfigError: there is no store yet.
+    """
+    file = sqlite_file(tracking_uri(config))
+    if file and not file.exists():
+        raise nothing_published(config)
+    return open_client(config)
+
+
+def nothing_published(config: Config) -> ConfigError:
+    """What to say where a name has no champion."""
+    return ConfigError(
+        f"publish.model_name: {shown_uri(config)} holds no champion of {config.publish.model_name!r}; run "
+        "the pipeline first: python -m ray_jobs.pipeline --config ..., or promote a version that stayed "
+        "candidate: python -m ray_jobs.versions promote --config ... --version ..."
+    )
+
+
+def not_ours(config: Config, version: int) -> ConfigError:
+    """What to say of a version without the tags that this program sets."""
+    return ConfigError(
+        f"publish.model_name: version {version} of {config.publish.model_name!r} in {shown_uri(config)} "
+        f"was not registered by this program; point its alias {CHAMPION!r} to one that was"
+    )
+
+
+def champion(config: Config) -> RegisteredModel:
+    """The version that the alias `champion` of `config.publish.model_name` points to; errors as below."""
+    return registered(config, CHAMPION)
+
+
+def registered(config: Config, which: str) -> RegisteredModel:
+    """A version of `config.publish.model_name`, by its number or an alias.
+
+    Raises:
+        ConfigError: if there is no registry, model or such version yet, or the registry cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = config.publish.model_name
+    with store_errors(config):
+        client = open_existing(config)
+        try:
+            found = (
+                client.get_model_version(name, which)
+                if which.isdecimal()
+                else client.get_model_version_by_alias(name, which)
+            )
+        except MlflowException as error:
+            # MLflow answers an unknown alias with INVALID_PARAMETER_VALUE.
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            if which == CHAMPION:
+                raise nothing_published(config) from None
+            raise ConfigError(
+                f"{which}: no version or alias of {name!r}; see python -m ray_jobs.versions status"
+            ) from None
+        if "digest" not in found.tags:
+            raise not_ours(config, int(found.version))
+        run = run_of(client, found)
+    return _of(found, dict(run.data.metrics), dict(run.data.params)) if run else _of(found, {}, {})
+
+
+def run_of(client: Any, version: Any) -> Any:
+    """The MLflow run that a version was logged with; None where it was removed for good (`mlflow gc`), which
+    is tidying up and takes no version away."""
+    from mlflow.exceptions import MlflowException
+
+    if not version.run_id:
+        return None
+    try:
+        return client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
+    """What the registry holds of some models; `*` stands for all. Versions of other programs are left out,
+    and so are metrics and parameters, which would take a question a version.
+
+    Raises:
+        ConfigError: there is no registry, or it cannot be reached.
+    """
+    with store_errors(config):
+        client = open_existing(config)
+        models = list(pages(client.search_registered_models))
+        found: dict[str, dict[int, RegisteredModel]] = {
+            each.name: {} for each in models if each.name in names or "*" in names
+        }
+        # One model is asked for by its name; of several, one question for all is cheaper than one each.
+        one = next(iter(found), "")
+        versions = versions_of(client, one) if len(found) == 1 else pages(client.search_model_versions)
+        for each in versions if found else []:
+            if each.name in found and "digest" in each.tags:
+                found[each.name][int(each.version)] = _of(each, {}, {})
+    aliases = {each.name: each.aliases for each in models}
+    return {
+        name: RegistryEntry(versions, {alias: int(to) for alias, to in aliases[name].items()})
+        for name, versions in found.items()
+    }
+
+
+def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
+    """MLflow's version, as this program knows it."""
+    return RegisteredModel(
+        name=found.name,
+        version=int(found.version),
+        source=found.source,
+        digest=found.tags["digest"],
+        base=found.tags["base"],
+        base_revision=found.tags["base_revision"] or None,
+        method=found.tags["method"],
+        metrics=metrics,
+        params=params,
+        guidance_scale=float(found.tags["guidance_scale"]) if found.tags.get("guidance_scale") else None,
+        test_digest=found.tags.get("test_digest"),
+        zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
+    )

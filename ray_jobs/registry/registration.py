@@ -1,0 +1,243 @@
+"""Registration: a folder of weights becomes a version, and the champion if it deserves it.
+
+`publish` calls it. What is told by `ray_jobs/versions.py` of aliases holds here.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
+from ray_jobs.registry.digests import digest_of_bytes, weights_digest
+from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client, store_errors
+from ray_jobs.registry.promotion import Measured, Paired, objection, objection_to_first
+from ray_jobs.registry.provenance import code_version, signature
+from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
+
+FOLDER = "registry"  # below the storage: the weights of every version
+DECISION = "decision"  # tag; written last, so that an interrupted registration is seen and finished
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a registration: the version, its aliases now, and why, as a person is told it."""
+
+    version: int
+    aliases: tuple[str, ...]
+    message: str
+
+
+def register(
+    config: Config,
+    *,
+    source: str,
+    measured: Measured,
+    params: dict[str, str],
+    metrics: dict[str, float] | None = None,
+    description: str | None = None,
+    paired: Paired | None = None,
+) -> Registered:
+    """Make `source` a version of `config.publish.model_name`, and the champion if it deserves it.
+
+    The weights are copied to `<storage>/registry/`, so that a champion outlives its run's next result.
+    Weights that are registered already keep their version, aliases and numbers.
+
+    Args:
+        source: folder (local path or URI) in diffusers' format, with safetensors weights.
+        params: logged with the run, for example the learning rate.
+        metrics: logged with the run beside `test_fid` and `test_fid_error`.
+        description: of the version, for a person.
+        paired: its difference to a champion, where both drew the same pictures.
+
+    Raises:
+        ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
+    """
+    name, digest = config.publish.model_name, weights_digest(source)
+    with store_errors(config):
+        client = open_client(config)
+        _ensure_model(client, name)
+        found = _registered(versions_of(client, name), source, digest)
+        if found is not None and DECISION in found.tags:
+            aliases = names_of(aliases_of(client, config), int(found.version))
+            now = f"its aliases now: {', '.join(aliases) or 'none'}"
+            return Registered(
+                int(found.version), aliases, f"registered before, {found.tags[DECISION]}; {now}"
+            )
+        if found is None:
+            kept = _keep(config, source, digest)
+            run = _log_run(client, config, measured, params, metrics or {})
+            tags = _tags(config, measured, digest)
+            found = retried(
+                lambda: client.create_model_version(
+                    name, source=kept, run_id=run, tags=tags, description=description
+                )
+            )
+        before = set(_champions(versions_of(client, name)))
+        return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
+
+
+def _registered(versions: list[Any], source: str, digest: str) -> Any:
+    """The newest version of these weights; None: there is none."""
+    same = [each for each in versions if each.tags.get("digest") == digest]
+    # An older release took the digest of the files' bytes, and did not yet keep the score as a tag.
+    older = [each for each in versions if "digest" in each.tags and "test_fid" not in each.tags]
+    if older and not same:
+        former = digest_of_bytes(source)
+        same = [each for each in older if each.tags["digest"] == former]
+    return max(same, key=lambda each: int(each.version), default=None)
+
+
+def _decide(
+    client: Any, config: Config, version: int, measured: Measured, paired: Paired | None = None
+) -> Registered:
+    """Give a new version its alias; the tag says last that this was done."""
+    name, aliases = config.publish.model_name, aliases_of(client, config)
+    champion = aliases.get(CHAMPION)
+    against: str | None = None
+    if champion == version:
+        decision = "champion"
+    elif champion is None:
+        against = objection_to_first(measured)
+        decision = "champion: the first version of its name"
+    else:
+        held = measured_of(client, client.get_model_version(name, str(champion)))
+        against = objection(measured, held, paired if paired and paired.champion == champion else None)
+        decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
+    if against:
+        decision = (
+            f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
+        )
+        retried(lambda: client.set_registered_model_alias(name, CANDIDATE, str(version)))
+    else:
+        make_champion(client, name, version, aliases)
+    retried(lambda: client.set_model_version_tag(name, str(version), DECISION, decision))
+    return Registered(version, names_of(aliases_of(client, config), version), decision)
+
+
+def _settled(client: Any, config: Config, decided: Registered, before: set[int]) -> Registered:
+    """A decision, corrected where another run made its version the champion in the same moment.
+
+    MLflow has no lock: each of two may have met no champion, or replaced one that it never compared with. But
+    each writes its alias, then its decision, and then looks for the other's, so one of them sees both at
+    least. All come to the same end: the earlier version stays, unless the later one beats it.
+
+    Args:
+        before: versions that had been made the champion when the decision was begun.
+    """
+    name, version = config.publish.model_name, decided.version
+    best = version
+    for _ in range(ATTEMPTS):
+        made = _champions(versions_of(client, name))
+        if version not in made or not set(made) - before - {version}:
+            return decided
+        rivals = sorted(set(made) - before | {version})
+        best, former = _best(client, [made[each] for each in rivals])
+        aliases = aliases_of(client, config)
+        if aliases.get(CHAMPION) == best and former in (None, aliases.get(PREVIOUS)):
+            break
+        former_aliases = {alias: number for alias, number in aliases.items() if alias != CHAMPION}
+        make_champion(client, name, best, former_aliases | ({CHAMPION: former} if former else {}))
+        if aliases.get(PREVIOUS) == best and former is None:
+            retried(partial(client.delete_registered_model_alias, name, PREVIOUS))
+        beaten = [each for each in rivals if each not in (best, former)]
+        if beaten:
+            retried(partial(client.set_registered_model_alias, name, CANDIDATE, str(beaten[-1])))
+    message = decided.message
+    if best != version:
+        message = f"stays candidate: it does not beat version {best}, which was registered at the same time"
+        retried(lambda: client.set_model_version_tag(name, str(version), DECISION, message))
+    return Registered(version, names_of(aliases_of(client, config), version), message)
+
+
+def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
+    """Of versions that were registered at the same time, which one is the champion and which it replaced."""
+    best, former = versions[0], None
+    for each in versions[1:]:
+        measured = measured_of(client, each)
+        if measured and not objection(measured, measured_of(client, best)):
+            best, former = each, best
+    return int(best.version), int(former.version) if former else None
+
+
+def _champions(versions: list[Any]) -> dict[int, Any]:
+    """Those that were made the champion when they were registered, by number."""
+    return {int(each.version): each for each in versions if each.tags.get(DECISION, "").startswith(CHAMPION)}
+
+
+def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
+    return {
+        "base": config.model.base,
+        "base_revision": config.model.revision or "",
+        "method": config.train.method,
+        "digest": digest,
+        "data_digest": measured.data,
+        **({} if measured.test is None else {"test_digest": measured.test}),
+        **({} if measured.base_fid is None else {"base_test_fid": repr(measured.base_fid)}),
+        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # that of config.yaml
+        "code_version": code_version(),
+        "feature_network": measured.feature_network,
+        "num_samples": str(measured.num_samples),
+        "test_fid": repr(measured.fid),
+        **({} if measured.error is None else {"test_fid_error": repr(measured.error)}),
+        "guidance_scale": f"{config.evaluate.guidance_scale:g}",
+        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
+        "signature": json.dumps(signature(config.data.resolution)),
+    }
+
+
+def _keep(config: Config, source: str, digest: str) -> str:
+    """Copy the weights to a folder named by their digest, unless they are there; returns its address."""
+    # An address has no spaces; what tells folders apart is the digest.
+    folder = re.sub("[^A-Za-z0-9._-]", "-", config.publish.model_name)
+    models, kept = Storage.open(config.storage).child(FOLDER, folder), digest[:16]
+    place = models.child(kept).uri
+    if models.exists(kept) and weights_digest(place) == digest:
+        return place
+    origin = Storage.open(source)
+    local = origin.local_copy()
+    models.upload(local, kept)
+    if not origin.is_local:
+        shutil.rmtree(local.parent)  # the download
+    return place
+
+
+def _log_run(
+    client: Any, config: Config, measured: Measured, params: dict[str, str], metrics: dict[str, float]
+) -> str:
+    """Log one finished MLflow run and return its id."""
+    from mlflow.entities import Metric, Param
+
+    errors = {} if measured.error is None else {"test_fid_error": measured.error}
+    # One that was deleted since the start comes back: what was trained must not be lost.
+    experiment = experiment_id(client, config.name, restore=True)
+    run = retried(lambda: client.create_run(experiment, run_name=config.name))
+    now = run.info.start_time
+    log = partial(
+        client.log_batch,
+        run.info.run_id,
+        params=[Param(key, str(value)) for key, value in params.items()],
+        metrics=[
+            Metric(key, float(value), now, 0)
+            for key, value in {**metrics, "test_fid": measured.fid, **errors}.items()
+        ],
+    )
+    retried(log)
+    retried(lambda: client.set_terminated(run.info.run_id))
+    return str(run.info.run_id)
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    """Create the registered model unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        retried(lambda: client.create_registered_model(name))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

@@ -1,0 +1,187 @@
+"""What the MLflow store needs of every caller: names in its filters, all pages, its experiments, and writes
+that meet another program's.
+
+Knows neither configurations nor versions (`ray_jobs/registry/models.py`).
+"""
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from cluster.sqlite import sqlite_file
+from ray_jobs.config import ConfigError
+
+ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
+ATTEMPTS = 10  # at a write
+PAUSE_S = 0.05  # before the second attempt at most; twice as long before each further one
+LONGEST_PAUSE_S = 5.0
+# What SQLite, PostgreSQL and MySQL say where two programs write at once. MLflow 3.17 looks whether a row is
+# there and then inserts it, so the second of two fails; it hands the text on and no code of its own.
+COLLISION = re.compile(
+    "UNIQUE constraint failed|database is locked|duplicate key value|deadlock|could not serialize|"
+    "Duplicate entry|Lock wait timeout",
+    re.IGNORECASE,
+)
+
+
+T = TypeVar("T")
+
+
+def retried(write: Callable[[], T]) -> T:
+    """Do a write, again after a short random pause where another program's got in its way.
+
+    Raises:
+        MlflowException: another reason, or no attempt went through.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return write()
+        except MlflowException as error:
+            passes = error.error_code == "TEMPORARILY_UNAVAILABLE" or COLLISION.search(str(error))
+            if attempt == ATTEMPTS or not passes:
+                raise
+        time.sleep(random.uniform(0, min(PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
+    """All that one of MLflow's paged searches finds, which by itself returns a first page."""
+    token = None
+    while True:
+        page = search(page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def versions_of(client: Any, name: str) -> list[Any]:
+    """MLflow's versions of one registered model, whatever its name."""
+    # A filter has no escapes: a name goes between quotes that it does not hold, or is looked for by hand.
+    quote = next((each for each in "'\"" if each not in name), None)
+    only = f"name = {quote}{name}{quote}" if quote else None
+    found = pages(client.search_model_versions, filter_string=only)
+    return [each for each in found if each.name == name]
+
+
+def deleted_experiment(name: str, identity: str) -> ConfigError:
+    """What to say of a run whose MLflow experiment was deleted: it takes no entries, but keeps its name."""
+    return ConfigError(
+        f"name: the MLflow experiment {name!r} was deleted; bring it back (mlflow experiments restore "
+        f"--experiment-id {identity}), remove it for good (mlflow gc --experiment-ids {identity}), or give "
+        "this run another name"
+    )
+
+
+def experiment_id(client: Any, name: str, *, artifacts: str | None = None, restore: bool = False) -> str:
+    """The experiment that holds a run's entries, created at its first use.
+
+    Args:
+        artifacts: address where a new one keeps files; None: MLflow's choice.
+        restore: bring a deleted one back.
+
+    Raises:
+        ConfigError: it was deleted, and is not to be restored.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return _created(client, name, artifacts)
+    if found.lifecycle_stage != "active":
+        if not restore:
+            raise deleted_experiment(name, found.experiment_id)
+        retried(lambda: client.restore_experiment(found.experiment_id))
+    return str(found.experiment_id)
+
+
+def _created(client: Any, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(retried(lambda: client.create_experiment(name, artifact_location=artifacts)))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return str(client.get_experiment_by_name(name).experiment_id)  # of a run that started in this moment
+
+
+def check_experiment(uri: str, name: str) -> None:
+    """Look whether a store is there and takes a run's entries; without MLflow, whose import takes seconds.
+
+    Raises:
+        ConfigError: no server or database answers, or the experiment was deleted.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        _ask_server(uri, name)
+    elif scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+        _ask_database(uri, name)
+
+
+def _ask_server(uri: str, name: str) -> None:
+    import requests
+
+    place = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
+    try:
+        # A redirection leads to where one logs in, and MLflow's own client does that.
+        answer = requests.get(
+            place, params={"experiment_name": name}, timeout=ANSWERS_WITHIN, allow_redirects=False
+        )
+    except requests.exceptions.SSLError:
+        return  # it answers; whether its certificate will do is MLflow's to say
+    except requests.RequestException as error:
+        raise ConfigError(
+            f"publish.tracking_uri: {without_password(uri)}: no MLflow server answers "
+            f"({type(error).__name__}); start it, or correct the address here or in MLFLOW_TRACKING_URI"
+        ) from None
+    if answer.status_code != 200:
+        return  # there is no such experiment yet, or it asks who we are
+    try:
+        found = answer.json()["experiment"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"publish.tracking_uri: {without_password(uri)}: what answers there is no MLflow server; "
+            "correct the address here or in MLFLOW_TRACKING_URI"
+        ) from None
+    if found.get("lifecycle_stage") == "deleted":
+        raise deleted_experiment(name, found["experiment_id"])
+
+
+def _ask_database(uri: str, name: str) -> None:
+    from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    file = sqlite_file(uri)
+    if file and not file.exists():
+        return  # it is made at its first use
+    try:
+        engine = create_engine(uri)
+        try:
+            with engine.connect() as connection:
+                if not inspect(connection).has_table("experiments"):
+                    return
+                asked = text("SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = :name")
+                found = connection.execute(asked, {"name": name}).first()
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        raise ConfigError(
+            f"publish.tracking_uri: {without_password(uri)}: {str(error).splitlines()[0]}"
+        ) from None
+    if found and found.lifecycle_stage == "deleted":
+        raise deleted_experiment(name, str(found.experiment_id))
+
+
+def without_password(uri: str) -> str:
+    """The address of a database or server without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(uri).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):  # of another form, or a port that is no number
+        return re.sub("//[^/@]*@", "//***@", uri)

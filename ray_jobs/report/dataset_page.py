@@ -1,0 +1,359 @@
+"""What a data set holds and what was set aside, as HTML: a section of the report, and the page of a dry run.
+
+Pure: values in, HTML out. Like the report, the page is one self-contained file: no script, nothing fetched,
+light and dark by the reader's own setting.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+STYLE = Path(__file__).with_name("style.css")
+TEMPLATE = Path(__file__).with_name("dataset_page.html")
+SPLITS = ("train", "validation", "test", "class")
+THUMBNAIL = 128  # pixels a side at most
+# Units of the plot's own view box; the page scales it.
+PLOT_WIDTH, PLOT_HEIGHT, PLOT_HEAD, PLOT_FOOT = 240, 84, 6, 16
+BAR_GAP = 0.8
+LEAST_BAR = 1.5  # one picture among thousands is still seen
+
+# Why a picture is set aside: what it means and what to do. In the order of the contact sheet.
+REASONS = {
+    "empty_file": "The file has no bytes: copy it again from its origin, or remove it.",
+    "unreadable": "The file cannot be read as a picture: open it in a viewer, then mend or replace it.",
+    "unknown_format": "The format is not read here: convert the file to PNG, JPEG, WebP, TIFF or AVIF.",
+    "truncated": "The file ends before the picture does: copy it again, the transfer was probably cut off.",
+    "too_many_pixels": "The picture has more pixels than data.cleaning.max_pixels: make it smaller, or raise"
+    " the limit if you trust where it comes from.",
+    "too_small": "The shorter side has fewer pixels than data.cleaning.min_side: find a larger version, or"
+    " lower the limit.",
+    "extreme_aspect_ratio": "The picture is longer and narrower than data.cleaning.max_aspect_ratio: crop it,"
+    " or raise the limit.",
+    "missing_caption": "The picture has no caption: write one beside it or in its row.",
+    "empty_caption": "The caption is empty: write what the picture shows.",
+    "caption_not_utf8": "The caption is not UTF-8 text: save it again in that encoding.",
+    "outside_folder": "The path leads out of the data set's folder: move the picture into the folder and name"
+    " it relative to that.",
+    "missing_file": "A caption names a file that is not there: correct the name, or add the file.",
+    "broken_shard": "The file is damaged, and all behind the damage is lost: copy or write it again.",
+    "missing_stratum": "No value of data.stratify belongs to the picture: add it to its .json.",
+    "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it by a sharper one, or"
+    " lower the threshold.",
+    "near_constant": "The picture has less contrast than data.cleaning.min_contrast, so there is little to"
+    " learn from: replace it, or lower the threshold if it is meant to be flat.",
+    "too_dark": "A larger share of the picture is black than data.cleaning.max_dark: replace it, or raise the"
+    " threshold if it is meant to be dark.",
+    "too_bright": "A larger share of the picture is white than data.cleaning.max_bright: replace it, or raise"
+    " the threshold if it is meant to be bright.",
+    "duplicate": "The same picture with the same caption comes earlier, and is kept: nothing to do.",
+    "near_duplicate": "Nearly the same picture comes earlier, and that one is kept: if the two are meant to"
+    " differ, lower data.cleaning.duplicate_distance or data.cleaning.duplicate_colour.",
+    "not_listed": "Not counted: the picture is no row of the set, since no line of a metadata file names it,"
+    " or since it lies beside files of tables or shards: list it if it belongs to the set.",
+    "in_subfolder": "Not counted: pictures of a subject lie in the folder itself, those of its class in"
+    " class_data_dir: move it there if it belongs to the set.",
+    "other_member": "Not counted: another picture of a sample in a tar file, such as a mask, or one in a"
+    " format that is not read beside one of the same name that is.",
+    "unusable_link": "Not counted: a link to a folder or to nothing, or a link in a tar file: put the"
+    " pictures themselves there.",
+    "near_duplicate_across_splits": "The picture resembles pictures of different splits, and would leak one"
+    " split into another: leave it out, or remove all but one of those it resembles.",
+}
+
+# Title and unit of each measure, as in ray_jobs/data/curation/cleaning.py.
+MEASURES = {
+    "sharpness": ("Sharpness", "variance of the Laplacian"),
+    "contrast": ("Contrast", "standard deviation of the luma, of 0..255"),
+    "dark": ("Dark", "share of pixels that are nearly black"),
+    "bright": ("Bright", "share of pixels that are nearly white"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture that would be set aside."""
+
+    reason: str  # one of REASONS
+    name: str  # what a person finds it by
+    caption: str
+    detail: str
+    picture: Image.Image | None  # None: it cannot be read
+    twin: Image.Image | None  # of a duplicate: the picture that is kept
+    twin_name: str = ""  # empty: no duplicate
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
+    """An HTML table of escaped cells, of the style's class `kind`, that scrolls where it is too wide."""
+    columns = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
+    content = f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="{kind}">{content}</table></div>'
+
+
+def data_uri(picture: Image.Image, side: int) -> str:
+    """A picture as the data URI of a PNG, at most `side` pixels a side."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def counted(number: int, noun: str) -> str:
+    """1 and "step" -> `1 step`; 1200 and "step" -> `1,200 steps`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _note(text: str, kind: str = "note") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def _position(value: float, edges: Sequence[float]) -> float:
+    """Where `value` lies on an axis that gives every bin the same width, in bins from the left.
+
+    The bins of a logarithmic measure are thereby drawn on a logarithmic axis. Beyond the edges: at the end.
+    """
+    for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        if value < high:
+            return index + max(0.0, (value - low) / (high - low))
+    return len(edges) - 1.0
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _bar(left: float, right: float, height: float, cut: float, side: str) -> str:
+    """A bar of the histogram, in two parts where the threshold at `cut` divides it."""
+    at = min(max(cut, left), right)
+    kinds = ("beyond", "kept") if side == "below" else ("kept", "beyond")
+    return "".join(
+        f'<rect class="{kind}" x="{start:.2f}" y="{PLOT_HEIGHT - height:.2f}"'
+        f' width="{end - start:.2f}" height="{height:.2f}"/>'
+        for start, end, kind in ((left, at, kinds[0]), (at, right, kinds[1]))
+        if end > start
+    )
+
+
+def histogram(name: str, measure: dict[str, Any]) -> str:
+    """One measure as an SVG element: a bar a bin, tinted beyond the threshold, which is a dashed line.
+
+    Args:
+        name: a key of MEASURES.
+        measure: `edges` (n + 1, increasing), `counts` (n), `threshold` (None: off) and `side`, "below"
+            or "above": the one that is set aside.
+    """
+    edges, counts, threshold, side = (measure[key] for key in ("edges", "counts", "threshold", "side"))
+    step, highest = PLOT_WIDTH / len(counts), max([*counts, 1])
+    nothing_beyond = 0.0 if side == "below" else float(PLOT_WIDTH)
+    cut = nothing_beyond if threshold is None else _position(threshold, edges) * step
+    parts = [
+        _bar(
+            index * step,
+            (index + 1) * step - BAR_GAP,
+            max(LEAST_BAR, (PLOT_HEIGHT - PLOT_HEAD) * count / highest),
+            cut,
+            side,
+        )
+        for index, count in enumerate(counts)
+        if count
+    ]
+    parts.append(f'<line x1="0" x2="{PLOT_WIDTH}" y1="{PLOT_HEIGHT}" y2="{PLOT_HEIGHT}"/>')
+    if threshold is not None:
+        parts.append(f'<line class="threshold" x1="{cut:.2f}" x2="{cut:.2f}" y1="0" y2="{PLOT_HEIGHT}"/>')
+    parts += [
+        f'<text x="{at * step:.2f}" y="{PLOT_HEIGHT + 12}" text-anchor="{anchor}">{_short(edges[at])}</text>'
+        for at, anchor in ((0, "start"), (len(counts) // 2, "middle"), (len(counts), "end"))
+    ]
+    label = f"Number of pictures over {MEASURES[name][0].lower()}"
+    box = f"0 0 {PLOT_WIDTH} {PLOT_HEIGHT + PLOT_FOOT}"
+    return f'<svg role="img" aria-label="{label}" viewBox="{box}">{"".join(parts)}</svg>'
+
+
+def _measure(name: str, measure: dict[str, Any]) -> str:
+    """A card with the histogram of one measure, and its threshold in words."""
+    title, unit = MEASURES[name]
+    field, threshold = measure["field"], measure["threshold"]
+    if threshold is None:
+        words = f"Off: {field} is empty, so nothing is set aside by this."
+    else:
+        aside = counted(measure["set_aside"], "picture")
+        words = f"{aside} set aside {measure['side']} {threshold:g}, which is {field}."
+    head = f"<figcaption>{escape(title)}<small>{escape(unit)}</small></figcaption>"
+    return f'<figure class="card">{head}{histogram(name, measure)}{_note(words)}</figure>'
+
+
+def _splits(manifest: dict[str, Any]) -> str:
+    """Pictures a split, folds and different captions."""
+    parts = []
+    if not manifest["held_out"]:
+        parts.append(
+            _note(
+                "There are too few pictures to hold any out: scores compare with the pictures that the model"
+                " was trained on, so they cannot tell learning from learning by heart.",
+                "note alert",
+            )
+        )
+    rows = [(split, f"{manifest[split]:,}") for split in SPLITS if manifest[split] or split != "class"]
+    parts.append(table(("split", "pictures"), rows, "numbers"))
+    words = [counted(manifest["captions"]["different"], "different caption")]
+    if several := manifest["captions"]["of_lines"]:
+        words.append(f"{counted(several, 'caption')} of several lines: see data.caption_lines")
+    if repaired := manifest["captions"]["repaired"]:
+        words.append(f"{counted(repaired, 'caption')} repaired as CLIP was trained (quotes, widths, HTML)")
+    if folds := manifest["folds"]:
+        sizes = ", ".join(f"{size:,}" for size in folds)
+        words.append(f"{len(folds)} folds of training and validation pictures: {sizes}")
+    return "".join([*parts, *(_note(f"{each}.") for each in words)])
+
+
+def _duplicates(duplicates: dict[str, Any]) -> str:
+    groups, aside = counted(duplicates["groups"], "group"), counted(duplicates["pictures"], "picture")
+    if duplicates["mode"] == "ignore":
+        return "Near duplicates were not looked for: data.cleaning.duplicates is ignore."
+    if duplicates["mode"] == "keep":
+        return f"Near duplicates: {groups}, each kept within one split; {aside} set aside."
+    return f"Duplicates: {groups}, of which the first picture is kept; {aside} set aside."
+
+
+def _not_counted(manifest: dict[str, Any]) -> list[str]:
+    """Sentences on files of the sources that are no rows of the set."""
+    notes = []
+    if left_out := manifest["left_out"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        notes.append(f"Pictures that are no rows of the set, and not counted above: {reasons}.")
+    if others := manifest["no_pictures"]:
+        suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+        notes.append(f"Files that are no pictures: {suffixes}.")
+    return notes
+
+
+def _sources(sources: Sequence[dict[str, Any]]) -> str:
+    rows = [(each["name"], f"{each['rows']:,}", f"{each['share']:.1%}") for each in sources]
+    return "<h3>Sources</h3>" + table(("source", "pictures", "share of an epoch"), rows, "numbers")
+
+
+def _buckets(buckets: dict[str, dict[str, int]]) -> str:
+    head = ("width x height", "training rows", "steps an epoch", "carried over")
+    rows = [
+        (shape, *(f"{bucket[key]:,}" for key in ("rows", "steps", "rows_over")))
+        for shape, bucket in buckets.items()
+    ]
+    note = _note("Carried over: rows of an incomplete batch, which begin the next epoch.")
+    return "<h3>Buckets</h3>" + table(head, rows, "numbers") + note
+
+
+def dataset_section(manifest: dict[str, Any]) -> str:
+    """The data set in numbers: splits, what was set aside and why, duplicates, sources, buckets, measures.
+
+    Args:
+        manifest: what dataset/manifest.json holds.
+
+    Returns:
+        An HTML fragment, for a page that has the style of STYLE.
+
+    Raises:
+        KeyError: if `manifest` lacks a key.
+    """
+    parts = [_splits(manifest)]
+    if len(manifest["source"]) > 1:
+        parts.append(_sources(manifest["source"]))
+    if len(manifest["buckets"]) > 1:
+        parts.append(_buckets(manifest["buckets"]))
+    parts.append("<h3>Set aside</h3>")
+    # A reason without a sentence is no cause to lose the page of a long run: its name says enough.
+    rejected = manifest["rejected"]
+    rows = [(reason, f"{rejected[reason]:,}", REASONS.get(reason, "")) for reason in _in_order(rejected)]
+    head = ("reason", "pictures", "what it means, what to do")
+    parts.append(table(head, rows, "reasons") if rows else _note("No picture is unusable."))
+    parts.append(_note(_duplicates(manifest["duplicates"])))
+    parts += map(_note, _not_counted(manifest))
+    cards = "".join(_measure(name, measure) for name, measure in manifest["measures"].items())
+    parts.append(f'<h3>Measures</h3><div class="cards measures">{cards}</div>')
+    return "".join(parts)
+
+
+def _in_order(reasons: Iterable[str]) -> list[str]:
+    """In the order of REASONS, unknown ones last."""
+    order = {reason: number for number, reason in enumerate(REASONS)}
+    return sorted(reasons, key=lambda reason: (order.get(reason, len(order)), reason))
+
+
+def _picture(picture: Image.Image | None, name: str, says: str) -> str:
+    """A thumbnail, or an empty tile where there is none, over the file's name."""
+    if picture is None:
+        shown = '<div class="blank">no picture</div>'
+    else:
+        shown = f'<img src="{data_uri(picture, THUMBNAIL)}" alt="{escape(name)}">'
+    return f"<div>{shown}<small>{escape(says + name)}</small></div>"
+
+
+def _tile(example: Example) -> str:
+    kind, sides = "card tile", _picture(example.picture, example.name, "")
+    if example.twin_name:
+        kind, sides = "card tile pair", sides + _picture(example.twin, example.twin_name, "kept: ")
+    words = f"<p>{escape(example.caption)}</p>" if example.caption else ""
+    words += f'<p class="detail">{escape(example.detail)}</p>' if example.detail else ""
+    return f'<div class="{kind}"><div class="sides">{sides}</div>{words}</div>'
+
+
+def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
+    """The contact sheet: a group a reason. Of duplicates the manifest knows the sum of all reasons only."""
+    duplicates = f"the {counted(manifest['duplicates']['pictures'], 'duplicate')}"
+    totals = {example.reason: duplicates for example in examples}
+    totals |= {
+        reason: f"{number:,}" for reason, number in (manifest["rejected"] | manifest["left_out"]).items()
+    }
+    parts = []
+    for reason in _in_order(totals):
+        shown = [example for example in examples if example.reason == reason]
+        parts.append(f"<h3>{escape(REASONS.get(reason, reason))}</h3>")
+        parts.append(_note(f"{reason}: {len(shown):,} of {totals[reason]}"))
+        parts.append(f'<div class="sheet">{"".join(map(_tile, shown))}</div>')
+    return "".join(parts) or _note("No picture would be set aside.")
+
+
+def write_dataset_page(
+    *, source: str, manifest: dict[str, Any], examples: Sequence[Example], seen: int, max_rejected: float
+) -> str:
+    """The page of `python -m ray_jobs.prepare --dry-run`.
+
+    Args:
+        source: what the pictures came from, as the user wrote it.
+        manifest: what dataset/manifest.json would hold.
+        examples: pictures that would be set aside, as many a reason as are to be shown.
+        seen: number of pictures that were looked at: kept, set aside and duplicates.
+        max_rejected: data.cleaning.max_rejected, a share of `seen`.
+
+    Returns:
+        One HTML document, to be written as UTF-8.
+
+    Raises:
+        KeyError: if `manifest` lacks a key.
+    """
+    rejected = sum(manifest["rejected"].values())
+    aside = rejected + manifest["duplicates"]["pictures"]
+    share = f"Without duplicates, {rejected / max(seen, 1):.1%} of the pictures are set aside"
+    limit = f"data.cleaning.max_rejected, {max_rejected:.0%}"
+    if rejected > max_rejected * seen:
+        words = f"The job would stop. {share}, more than {limit}: mend the pictures, or raise it."
+        summary = f'<span class="alert">{escape(words)}</span>'
+    else:
+        summary = escape(f"{share}, within {limit}.")
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=STYLE.read_text(encoding="utf-8"),
+        source=escape(source),
+        headline=escape(
+            f"Of {counted(seen, 'picture')}, {seen - aside:,} would be kept and {aside:,} set aside."
+        ),
+        summary=summary,
+        section=dataset_section(manifest),
+        sheet=_sheet(manifest, examples),
+    )

@@ -1,0 +1,84 @@
+"""The command line that every stage shares: configuration, connection, errors."""
+
+import argparse
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from cluster.connect import connect
+from cluster.lease import held
+from cluster.watch import watched
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.console import complain, quiet_logs, show
+
+FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
+"""What a system, or an S3 store, says when it takes no more; an error of Ray holds it as text."""
+
+DENIED = ("Permission denied", "Read-only file system", "ACCESS_DENIED", "AccessDenied")
+"""What they say to somebody who may not write there."""
+
+
+def refusal(config: Config, error: object) -> ConfigError | None:
+    """What the user must mend, where an error tells that a store refused something; else None."""
+    lines = str(error).splitlines()
+    for line in lines:
+        if full := next((told for told in FULL if told in line), None):
+            where = f"{config.storage}, or a node's temporary folder"
+            mend = "make room and start it again; it goes on where it stopped"
+            return ConfigError(f"storage: {where}: {full}: {mend}")
+        if any(told in line for told in DENIED):
+            said, mend = " ".join(line.split())[:300], "let the user of the run read it and write to storage"
+            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
+    return None
+
+
+def told_damage(error: object) -> str | None:
+    """What a DamagedPart says, if that is behind an error: of another process it is there as text."""
+    found = re.search("an encoded part is damaged: .*: prepare encodes it anew", str(error))
+    return found and found.group()
+
+
+def run_stage(
+    description: str | None,
+    stage: Callable[..., Any],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """Parse the arguments, join or start Ray, run `stage`, exit.
+
+    `stage` is called with the configuration, and with the parsed arguments where it adds its own.
+
+    Only one driver at a time works on a run. Exit code 2 and one line for what the user must mend; 1, one
+    line and the log's name for a failure; 130 for an interrupt.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    if add_arguments:
+        add_arguments(parser)
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        sys.exit(complain(error))
+    log = quiet_logs()
+    show(f"framework logs: {log} and Ray's session folder")
+    try:
+        with connect(config) as nodes, watched(config, nodes), held(config):
+            stage(config, arguments) if add_arguments else stage(config)
+    except ConfigError as error:
+        sys.exit(complain(error))
+    except KeyboardInterrupt:
+        show("stopped")
+        sys.exit(130)
+    except Exception as error:
+        if damage := told_damage(error):
+            sys.exit(complain(ConfigError(f"storage: {damage}")))
+        traceback.print_exc()
+        if refused := refusal(config, error):
+            sys.exit(complain(refused))
+        last = " ".join(str(error).strip().splitlines()[-1:])
+        show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
+        sys.exit(1)

@@ -1,0 +1,129 @@
+"""From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the
+loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ray_jobs.config import Config, TrainConfig
+from ray_jobs.data.feeding.order import rows_of_rank
+from ray_jobs.diffusion.families import Captions
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.objectives import Draws, sample_posterior
+from ray_jobs.diffusion.randomness import draw
+
+CONDITIONING = "conditioning"  # the column of SDXL's sizes
+
+
+def loss_shares(config: TrainConfig) -> list[float]:
+    """Of each row of a step in its loss: the mean over the training rows, which come first, and lambda times
+    the mean over the class rows (Ruiz et al., arXiv 2208.12242, eq. 2).
+
+    Ranks need no even mix of both: gradients are summed over all rows, wherever they are.
+    """
+    rows, of_class = config.training_rows, config.class_rows
+    return [1 / rows] * rows + [config.prior_loss_weight / max(of_class, 1)] * of_class
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows that a rank takes at once.
+
+    Attributes:
+        rows: tensors by column, N x ...
+        places: of the rows in the step's batch.
+        weights: share of each row in the step's loss.
+    """
+
+    rows: dict[str, torch.Tensor]
+    places: list[int]
+    weights: list[float]
+
+    @staticmethod
+    def cut(
+        batch: dict[str, torch.Tensor], shares: Sequence[float], world_size: int, rank: int, pieces: int
+    ) -> list["Piece"]:
+        """A rank's rows of a step in so many pieces, of equal size give or take one row.
+
+        A rank with fewer rows than pieces takes a row again, with no weight, so that all ranks take as many
+        steps.
+
+        Args:
+            batch: the rank's rows.
+            shares: of each row of the whole step in its loss.
+        """
+        mine = rows_of_rank(len(shares), world_size, rank)
+        found = []
+        for numbers in torch.arange(len(mine)).tensor_split(pieces):
+            taken = numbers if len(numbers) else torch.tensor([0])
+            places = [mine[number] for number in taken.tolist()]
+            found.append(
+                Piece(
+                    {name: tensor[taken] for name, tensor in batch.items()},
+                    places,
+                    [shares[place] if len(numbers) else 0.0 for place in places],
+                )
+            )
+        return found
+
+
+class InputMaker:
+    """Makes a piece's inputs; all that is random comes from the run's seed, the step and the row's place.
+
+    Args:
+        autoencoder: its configuration.
+        empty_caption: from `Dataset.empty_caption`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        autoencoder: Mapping[str, Any],
+        model: FineTuning,
+        empty_caption: Captions,
+        device: torch.device,
+    ) -> None:
+        self.config, self.autoencoder, self.device = config, autoencoder, device
+        self.settings, self.sizes = model.settings, model.family.sizes
+        trained = config.train.train_text_encoder
+        names = model.family.tokens if trained else model.family.embeds
+        present = {name: empty_caption[name] for name in names if name in empty_caption}
+        self.null = {name: tensor.long() if trained else tensor for name, tensor in present.items()}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a step needs of the prepared rows."""
+        extra = (CONDITIONING,) if self.sizes else ()
+        return ("latents_mean", "latents_logvar", *self.null, *extra)
+
+    def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """The arguments of `FineTuning`, and the rows' shares of the loss, on the device."""
+        rows, shape = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
+        drawn = draw((self.config.seed,), step, piece.places, shape, self.settings)
+        mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
+        dropped = drawn.caption < self.config.train.caption_dropout
+        inputs = {
+            "latents": self._there(sample_posterior(mean, logvar, self.autoencoder, drawn.posterior)),
+            "captions": {name: self._there(self._dropped(rows[name], name, dropped)) for name in self.null},
+            "draws": self._draws(drawn.loss),
+        }
+        if self.config.train.caption_dropout:
+            inputs["dropped"] = self._there(dropped)
+        if self.sizes:
+            inputs["sizes"] = self._there(rows[CONDITIONING])
+        return inputs, torch.tensor(piece.weights, device=self.device)
+
+    def _draws(self, draws: Draws) -> Draws:
+        there = {name: self._there(part) for name, part in vars(draws).items() if part is not None}
+        return replace(draws, **there)
+
+    def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:
+        """Captions, the dropped ones replaced by the empty one."""
+        null = self.null[name]
+        mask = dropped.reshape(-1, *[1] * (values.dim() - 1))
+        return torch.where(mask, null, values.to(null.dtype))
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)

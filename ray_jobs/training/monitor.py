@@ -1,0 +1,203 @@
+"""What a training measures of itself: loss, gradients, speed, waiting; and when it must stop or save."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from ray_jobs.config import TrainConfig
+from ray_jobs.console.board import TrainingProgress
+from ray_jobs.training.memory import state_bytes
+from ray_jobs.training.startup import StartUp
+
+POST_EVERY = 2.0  # seconds between lines, and between looks for a preemption
+SMOOTHED = 20  # steps that the shown loss is the mean of
+ENOUGH = 64  # pictures whose mean loss can be compared with, where they are fewer than SMOOTHED steps
+EXPLODED = 5.0  # times the lowest smoothed loss
+RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite, or has exploded."""
+
+
+class Meter:
+    """Everything a person sees of a training; every rank has one, and they agree on when to save.
+
+    Args:
+        board: handle of a ProgressBoard, or None.
+        startup: of this worker, until its engine is built.
+    """
+
+    def __init__(
+        self,
+        trial_id: str,
+        ladder: list[int],
+        config: TrainConfig,
+        board: Any,
+        rank: int,
+        startup: StartUp,
+    ) -> None:
+        self.startup: StartUp | None = startup  # until a checkpoint has told it
+        self.trial_id, self.ladder, self.config, self.board, self.rank = trial_id, ladder, config, board, rank
+        self.warming_up = True  # the first step compiles and fills caches: its time is left out
+        self.posted_at = self.saved_at = time.monotonic()
+        self.saved_step = 0
+        self.lowest = math.inf
+        self.recent: list[float] = []
+        self.preempted = False
+
+    def start(self, engine: Any) -> None:
+        """Begin to measure the steps of an engine, and say what it keeps in memory."""
+        self.engine, self.state_bytes = engine, state_bytes(engine)
+        if self.rank == 0 and self.board is not None:
+            kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())
+            line = f"{self.trial_id}  {engine.world_size} workers; rank 0 keeps: {kept}"
+            self.board.post.remote(f"{self.trial_id}/memory", line.replace("_", " "))
+        self._restart()
+
+    def _restart(self) -> None:
+        self.series: list[dict[str, float]] = []
+        self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
+
+    def go_on(self) -> None:
+        """Measure again after a pause, which counts as no step's time."""
+        self.last = self.saved_at = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        begin = time.monotonic()
+        yield
+        self.waited += time.monotonic() - begin
+        if self.startup:
+            self.startup.done("first_row")
+
+    def add(self, step: int, rate: float, share: torch.Tensor) -> str:
+        """Take in a step; returns why a checkpoint is due (INTERVAL, PREEMPTION) or "", on all ranks alike.
+
+        Args:
+            share: this rank's part of the step's loss.
+
+        Raises:
+            Diverged: on all ranks alike.
+        """
+        now = time.monotonic()
+        if self.startup:
+            self.startup.done("first_step")
+        if not self.series and self.warming_up:
+            self.waited, self.saved_at = 0.0, now
+        else:
+            self.seconds += now - self.last
+        self.last = now
+        look = self.rank == 0 and now - self.posted_at > POST_EVERY
+        due = self.rank == 0 and now - self.saved_at > 60 * self.config.checkpoint_minutes
+        loss, look, due = self._agreed(share, look, due)
+        if self.rank == 0 and self.board is not None:
+            self.board.count.remote(self.trial_id)
+        norm = float(self.engine.get_global_grad_norm())
+        self._watch(step, loss, norm)
+        self.series.append(
+            {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "time": time.time()}
+        )
+        preempted = False
+        if look:
+            self.posted_at = now
+            preempted = self._preempted()
+            if self.rank == 0 and self.board is not None and self.seconds:
+                self.board.post.remote(self.trial_id, self._progress().line())
+        if due or preempted:
+            self.saved_at = now
+        return PREEMPTION if preempted else INTERVAL if due else ""
+
+    def _agreed(self, share: torch.Tensor, look: bool, due: bool) -> tuple[float, bool, bool]:
+        """The loss of all ranks together, and what rank 0 decided by its clock."""
+        both = torch.stack([share.float(), *(share.new_tensor(float(flag)) for flag in (look, due))])
+        if self.engine.world_size > 1:
+            torch.distributed.all_reduce(both)
+        loss, look_too, due_too = both.tolist()
+        return loss, bool(look_too), bool(due_too)
+
+    def _preempted(self) -> bool:
+        """Whether a node is about to be taken away, the first time that this is known."""
+        import ray.train
+
+        known, self.preempted = self.preempted, ray.train.get_preemption_info() is not None
+        return self.preempted and not known
+
+    def _watch(self, step: int, loss: float, norm: float) -> None:
+        self.recent = [*self.recent[-SMOOTHED + 1 :], loss]
+        smoothed = sum(self.recent) / len(self.recent)
+        if len(self.recent) >= min(SMOOTHED, ENOUGH / self.config.batch_size):
+            self.lowest = min(self.lowest, smoothed)
+        if not math.isfinite(loss):
+            what = "is not a number"
+        elif smoothed > EXPLODED * self.lowest:
+            what = f"rose to {smoothed:.3g}"
+        elif not math.isfinite(norm) and self.config.precision != "fp16":
+            # ZeRO leaves such steps out; with fp16 only until its loss scale fits.
+            what = "has a gradient that is not finite"
+        else:
+            return
+        good = (
+            f"the last checkpoint is that of step {self.saved_step}" if self.saved_step else "none was saved"
+        )
+        raise Diverged(
+            f"the loss {what} at step {step}; {good}. Likely causes: a learning rate that is too high "
+            "(lower train.learning_rate or give train.warmup_steps), gradients that are let through "
+            f"(train.max_grad_norm is {self.config.max_grad_norm:g}), "
+            f"train.precision: {self.config.precision}"
+        )
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / max(1, len(self.series) - self.warming_up)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.config.batch_size / self.seconds_per_step if self.seconds else 0.0
+
+    def _progress(self) -> TrainingProgress:
+        last = self.series[-1]
+        step = int(last["step"])
+        return TrainingProgress(
+            self.trial_id,
+            step,
+            self.ladder[-1],
+            min(rung for rung in self.ladder if rung >= step),
+            loss=sum(self.recent) / len(self.recent),
+            grad_norm=last["grad_norm"],
+            learning_rate=last["learning_rate"],
+            images_per_second=self.images_per_second,
+            waiting=self.waited / self.seconds,
+            memory_gib=memory_gib(self.engine.device),
+            seconds_left=(self.ladder[-1] - step) * self.seconds_per_step,
+        )
+
+    def metrics(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """What a checkpoint reports of the steps since the last one, and each of these; starts the next."""
+        series, step = self.series, int(self.series[-1]["step"])
+        metrics: dict[str, Any] = {
+            "step": step,
+            "train_loss": sum(row["loss"] for row in series) / len(series),
+            "grad_norm": sum(row["grad_norm"] for row in series) / len(series),
+            "images_per_second": self.images_per_second,
+            "waiting_for_data": self.waited / self.seconds if self.seconds else 0.0,
+            "state_bytes": self.state_bytes,
+        }
+        if self.startup:
+            metrics["startup_seconds"], self.startup = self.startup.record, None
+        self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
+        self._restart()
+        return metrics, series
+
+
+def memory_gib(device: torch.device) -> float:
+    """What this process takes on its device: the peak on a GPU, the resident set on a CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

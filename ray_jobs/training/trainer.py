@@ -1,0 +1,107 @@
+"""The Ray Train trainer of a training, and what its weights depend on."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
+from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.run.names import trial_id
+from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
+
+DEPENDS_ON = "depends_on.json"
+
+
+def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """All that the weights of a training depend on, up to rounding."""
+    train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
+    schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
+    return {
+        "dataset": dataset.manifest["content"],
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.seed,
+        "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
+        **{f"train.{name}": value for name, value in train.items()},
+    }
+
+
+def training_name(config: Config) -> str:
+    """What a single training is called: as the trial of a search over learning rates."""
+    return trial_id({LEARNING_RATE: config.train.learning_rate})
+
+
+def build_trainer(
+    config: Config,
+    dataset: Dataset,
+    *,
+    name: str,
+    ladder: list[int] | None = None,
+    start: str | None = None,
+    callbacks: Sequence[Any] = (),
+    board: Any = None,
+    wait_for_scores: bool = False,
+) -> Any:
+    """A Ray Train trainer for `config.train`, resuming from its own last checkpoint.
+
+    Args:
+        name: of its folder below `<storage>/<run>/train/`.
+        ladder: the beginning of the configuration's; None: all of it.
+        start: checkpoint to begin from, which another training has left.
+        wait_for_scores: no step is taken after a rung before a callback has marked it as `REPORTED`.
+    """
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from ray_jobs.training.failures import TellFailures
+
+    train = config.train
+    settings = LoopSettings(
+        config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
+    )
+    storage = Storage.open(config.storage).child(config.name, "train")
+    settings.trial.delete(DIVERGED)
+    require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
+            use_gpu=train.use_gpu,
+            # A group that grows begins again at its last checkpoint.
+            elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.uri,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            callbacks=[TellFailures(name, settings.trial, train.max_failures, board), *callbacks],
+        ),
+    )
+
+
+def require_same(trial: Storage, now: dict[str, Any]) -> None:
+    """Write down what a training depends on, or compare with what was written when it began.
+
+    Raises:
+        ConfigError: it began with other settings or data.
+    """
+    if not trial.exists(DEPENDS_ON):
+        trial.write_text(DEPENDS_ON, json.dumps(now, indent=2))
+        return
+    before = json.loads(trial.read_text(DEPENDS_ON))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{name}: {value} now, but the training in {trial.uri} began with {before.get(name)}; "
+                "give the run another name, change it back, or delete that folder"
+            )
+
+
+def check_diverged(trial: Storage) -> None:
+    """Raise RuntimeError with the reason if the training in a folder has stopped because its loss
+    diverged."""
+    if trial.exists(DIVERGED):
+        raise RuntimeError(json.loads(trial.read_text(DIVERGED))["reason"])

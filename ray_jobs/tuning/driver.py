@@ -1,0 +1,222 @@
+"""Runs trials under Ray Tune, and writes down every rung as it is measured."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.stopper import CombinedStopper
+
+from cluster.storage import Storage
+from ray_jobs.config import SearchConfig, Settings
+from ray_jobs.console import say
+from ray_jobs.data.encoding.cache_files import DamagedPart
+from ray_jobs.run.command_line import refusal, told_damage
+from ray_jobs.run.names import training_of
+from ray_jobs.training.tracking import Mirror
+from ray_jobs.tuning.computed_steps import ComputedSteps
+from ray_jobs.tuning.optuna import Proposals
+from ray_jobs.tuning.results import FIELDS, RESULTS, with_error
+from ray_jobs.tuning.space import points
+from ray_jobs.tuning.stopping import Budget, Refusal, stoppers
+from ray_jobs.tuning.trial import Make, Surroundings, Trial, run_trial
+
+BEGUN = "trials.jsonl"  # settings of every trial that was begun
+MEMBER = "trial"  # what Tune draws where the trials are given one by one
+
+Climb = Callable[..., None]
+
+
+class Trials:
+    """The trials of a search, those of earlier starts included.
+
+    Args:
+        around: its recorded rows are added to.
+        climb: what Tune runs, called with the point of the space, `make` and `around`; it reports rows.
+
+    Attributes:
+        rows: of the measured rungs.
+        settings: of the trials that were begun, by `trial_id`.
+        computed: steps of their trainings.
+        errors: of trials that failed.
+    """
+
+    def __init__(
+        self, around: Surroundings, storage: Storage, mirror: Mirror, climb: Climb = run_trial
+    ) -> None:
+        self.storage, self.mirror, self.climb = storage, mirror, climb
+        self.around, self.rows = around, around.recorded
+        self.settings: dict[str, Settings] = {
+            line["trial_id"]: line["settings"] for line in storage.read_lines(BEGUN)
+        }
+        self.computed = ComputedSteps(storage, around.board)
+        self.errors: list[str] = []
+        if self.rows:
+            say("search", f"going on after {len(self.rows)} measured rungs")
+
+    @property
+    def budget_is_spent(self) -> bool:
+        """Whether a limit of the configuration is reached, so that nothing more is to be started."""
+        return Budget(self.around.config, self.rows, self.computed.take).stop_all()
+
+    def run_space(self, make: Make) -> None:
+        """Run the trials that `search.algorithm` draws from the space.
+
+        Raises:
+            ConfigError: a store refuses what they write.
+        """
+        config = self.around.config
+        if config.search.algorithm == "optuna":
+            proposals = Proposals(config, list(self.settings.values()))
+            self._run(make, {}, config.search.grid_size, proposals, config.search.grid_size)
+        else:
+            self.run_all([make(settings) for settings in points(config)])
+
+    def run_all(self, trials: list[Trial]) -> None:
+        """Run these trials."""
+        named = {trial.training: trial for trial in trials}
+        self._run(partial(_named, named), {MEMBER: tune.grid_search(list(named))}, len(named), None, 1)
+
+    def begin(self, trial: Trial) -> None:
+        """Take in a trial that starts."""
+        if trial.trial_id not in self.settings:
+            self.settings[trial.trial_id] = trial.settings
+            lines = [{"trial_id": name, "settings": each} for name, each in self.settings.items()]
+            self.storage.write_lines(BEGUN, lines)
+        self.mirror.add(trial.training, self.around.config.with_settings(trial.settings))
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take in a row, unless it is known."""
+        key = training_of(row), row["step"]
+        if any(key == (training_of(old), old["step"]) for old in self.rows):
+            return False
+        self.rows.append(row)
+        self.storage.write_lines(RESULTS, self.rows)
+        return True
+
+    def _run(self, make: Make, space: dict[str, Any], count: int, algorithm: Any, num_samples: int) -> None:
+        config, recorded, refused = self.around.config, list(self.rows), Refusal()
+        trainable = tune.with_parameters(self.climb, make=make, around=self.around)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": 1}),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="fid",
+                mode="min",
+                search_alg=algorithm,
+                num_samples=num_samples,
+                max_concurrent_trials=config.search.max_concurrent_trials,
+                scheduler=scheduler(config.search),
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=self.storage.uri,
+                verbose=0,
+                # Of a trial's own driver; it goes on from what the training has left.
+                failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+                callbacks=[Recorder(self, make, count, refused)],
+                stop=CombinedStopper(refused, *stoppers(config, recorded, self.computed.take)),
+            ),
+        )
+        results = tuner.fit()
+        if refused.error:
+            raise refused.error
+        for error in results.errors:
+            if damage := told_damage(error):  # every trial reads it: none is to be left out
+                raise DamagedPart(damage)
+        self.errors += [str(error).strip().splitlines()[-1] for error in results.errors]
+        self.storage.delete("tune")
+
+
+def _named(trials: dict[str, Trial], point: Settings) -> Trial:
+    return trials[point[MEMBER]]
+
+
+def scheduler(search: SearchConfig) -> TrialScheduler:
+    """What stops trials at their rungs. ASHA's own rungs are the ladder's where that doubles."""
+    if search.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=search.ladder[-1],
+            grace_period=search.ladder[0],
+            reduction_factor=search.reduction_factor,
+        )
+    if search.scheduler == "median":
+        # Tune's rule waits for three trials before it stops one. It compares a trial's best score so far with
+        # the means of the others' so far, so where FID falls from rung to rung it stops almost none.
+        return MedianStoppingRule(time_attr="step", grace_period=search.ladder[0])
+    return FIFOScheduler()
+
+
+class Recorder(Callback):
+    """In Tune's driver: writes down each rung as it comes in, and says so."""
+
+    def __init__(self, trials: Trials, make: Make, count: int, refused: Refusal) -> None:
+        self.trials, self.make, self.count, self.refused = trials, make, count, refused
+        self.started: set[str] = set()
+        self.spent_before: dict[str, float] = {}  # seconds of earlier starts, by training
+        for row in trials.rows:
+            name = training_of(row)
+            self.spent_before[name] = max(self.spent_before.get(name, 0.0), row["seconds"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes its callbacks down beside its own state, from which no search goes on."""
+        return {}
+
+    def _trial(self, trial: Any) -> Trial:
+        return self.make(trial.config)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials.computed.take_if_due()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine = self._trial(trial)
+        self.started.add(mine.training)
+        self.trials.begin(mine)
+        say("search", f"trial {len(self.started)}/{self.count}: {mine.training}, starting its workers")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "fid" not in result:
+            return
+        mine = self._trial(trial)
+        seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
+        # Tune has put a name of its own in the place of the trial's.
+        known = result | {"trial_id": mine.trial_id, "seconds": seconds}
+        row = {field: known[field] for field in FIELDS if field in known}
+        if self.trials.add(row):
+            say(
+                "search",
+                f"{mine.training}  rung {row['step']}/{mine.ladder[-1]}: validation FID {with_error(row)}, "
+                f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s",
+            )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine, step = self._trial(trial), (trial.last_result or {}).get("step", 0)
+        if step < mine.ladder[-1]:
+            say("search", f"{mine.training} stopped at rung {step}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.refused.error = self.refused.error or refusal(self.trials.around.config, _failures(trial))
+        left_out = "ends the search" if self.refused.error else "is left out"
+        say("search", f"{self._trial(trial).training} failed and {left_out}: {_reason(trial)}")
+
+
+def _failures(trial: Any) -> str:
+    """The tracebacks of a trial, from the driver's own file: the storage, which `get_error` reads, has them
+    some time later."""
+    file = trial.error_file
+    return Path(file).read_text() if file and Path(file).exists() else ""
+
+
+def _reason(trial: Any) -> str:
+    """The last line of the last traceback."""
+    lines = (_failures(trial) or "its process died").strip().splitlines()
+    return " ".join(lines[-1].split())[:300]

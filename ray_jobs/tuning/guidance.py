@@ -1,0 +1,95 @@
+"""Guidance scales as candidates: they cost samples, but no training.
+
+The best rung of each trial is measured at each of `search.guidance_scales` too, on the same captions and
+noise. Writes `<storage>/<run>/search/guidance.jsonl`, a line a measurement.
+"""
+
+from typing import Any
+
+from cluster.storage import Storage
+from ray_jobs.config import Config
+from ray_jobs.console import say
+from ray_jobs.evaluation.pool import EvaluatorPool
+from ray_jobs.training.checkpoint import Rung
+from ray_jobs.tuning.results import choose, with_error
+
+MEASURED = "guidance.jsonl"
+
+Row = dict[str, Any]
+
+
+def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorPool) -> Row:
+    """The winner with the guidance scale that suits it, or another trial's that is better with its own.
+
+    Args:
+        rows: all rungs, measured at `evaluate.guidance_scale`.
+        best: the one of them that wins.
+
+    Returns:
+        its row, with the scores at the scale that won and `guidance_scale`; `best` as it is where there is
+        nothing to choose from.
+    """
+    usual = config.evaluate.guidance_scale
+    scales = [scale for scale in config.search.guidance_scales if scale != usual]
+    if not scales:
+        return best
+    lowest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (row["fid"], row["step"])):
+        lowest.setdefault(row["trial_id"], row)
+    finalists = [best, *(row for name, row in lowest.items() if name != best["trial_id"])]
+    storage = Storage.open(config.storage).child(config.name, "search")
+    measured = storage.read_lines(MEASURED)
+    for row in finalists:
+        for scale in scales:
+            wanted = (row["trial_id"], row["step"], scale)
+            if not any(
+                wanted == (each["trial_id"], each["step"], each["guidance_scale"]) for each in measured
+            ):
+                measured.append(_measure(row, scale, pool))
+                storage.write_lines(MEASURED, measured)
+                say(
+                    "search",
+                    f"{wanted[0]} at step {wanted[1]}, guidance {scale:g}: {with_error(measured[-1])}",
+                )
+    chosen = {(row["trial_id"], row["step"]): row for row in finalists}
+    found = [row | {"guidance_scale": usual} for row in finalists]
+    found += [
+        chosen[each["trial_id"], each["step"]] | each
+        for each in measured
+        if (each["trial_id"], each["step"]) in chosen and each["guidance_scale"] in scales
+    ]
+    return choose(found, pool)
+
+
+def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
+    """A row a rung and guidance scale that was tried, the usual one included, by rung and scale.
+
+    Args:
+        config: with the guidance scale that the rungs were measured at.
+        rows: all rungs.
+    """
+    storage = Storage.open(config.storage).child(config.name, "search")
+    rungs = {(row["trial_id"], row["step"]): row for row in rows}
+    wanted = set(config.search.guidance_scales) - {config.evaluate.guidance_scale}
+    found = [
+        rungs[key] | each
+        for each in storage.read_lines(MEASURED)
+        if (key := (each["trial_id"], each["step"])) in rungs and each["guidance_scale"] in wanted
+    ]
+    tried = {(each["trial_id"], each["step"]) for each in found}
+    found += [rungs[key] | {"guidance_scale": config.evaluate.guidance_scale} for key in tried]
+    return sorted(found, key=lambda row: (row["learning_rate"], row["trial_id"], row["guidance_scale"]))
+
+
+def _measure(row: Row, scale: float, pool: EvaluatorPool) -> Row:
+    rung = Rung(row["checkpoint"], row)
+    folder = Storage.open(row["checkpoint"]).child(f"guidance-{scale:g}")
+    scores = pool.score(rung.weights, "validation", folder, guidance_scale=scale)
+    return {
+        "trial_id": row["trial_id"],
+        "step": row["step"],
+        "guidance_scale": scale,
+        "features": folder.uri,
+        **scores.row(),
+        **scores.origin,
+    }

@@ -1,0 +1,93 @@
+"""Optuna's tree of Parzen estimators (Watanabe, arXiv 2304.11127) as Tune's search algorithm.
+
+Unlike Ray's own OptunaSearch it proposes no settings twice: two trials of the same settings would train the
+same in the same folder.
+"""
+
+import math
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+
+from ray_jobs.config import Config, Range, Settings
+from ray_jobs.config.space import MOST_DRAWS, IntegerRange, nearest
+from ray_jobs.run.names import trial_id
+
+RANDOM_TRIALS = 5  # drawn before the estimators have something to go by
+
+
+class Proposals(Searcher):
+    """Settings that are likely to have a lower FID than those that were tried.
+
+    Args:
+        before: settings of the trials that an earlier start of this search began: they come first, and being
+            measured already they cost nothing.
+    """
+
+    def __init__(self, config: Config, before: list[Settings]) -> None:
+        super().__init__(metric="fid", mode="min")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.dimensions = config.search.dimensions
+        self.distributions = {name: _distribution(values) for name, values in self.dimensions.items()}
+        sampler = optuna.samplers.TPESampler(
+            seed=config.seed, n_startup_trials=RANDOM_TRIALS, constant_liar=True
+        )
+        self.study = optuna.create_study(sampler=sampler)
+        for settings in before:
+            self.study.enqueue_trial({name: self._place(name, value) for name, value in settings.items()})
+        self.asked: dict[str, optuna.Trial] = {}
+        self.lowest: dict[str, float] = {}  # FID of a trial's rungs, by its name in Tune
+        self.proposed: set[str] = set()
+
+    def suggest(self, trial_id_of_tune: str) -> Settings | str:
+        """The settings of the next trial; Tune is told when there are no others."""
+        for _ in range(MOST_DRAWS):
+            trial = self.study.ask(self.distributions)
+            settings = {name: self._value(name, place) for name, place in trial.params.items()}
+            if trial_id(settings) not in self.proposed:
+                self.proposed.add(trial_id(settings))
+                self.asked[trial_id_of_tune] = trial
+                return settings
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which counts for nothing
+        return str(Searcher.FINISHED)
+
+    def on_trial_result(self, trial_id_of_tune: str, result: dict[str, Any]) -> None:
+        """Take in a rung."""
+        if "fid" in result:
+            lowest = self.lowest.get(trial_id_of_tune, math.inf)
+            self.lowest[trial_id_of_tune] = min(lowest, result["fid"])
+
+    def on_trial_complete(
+        self, trial_id_of_tune: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Learn from the best rung of a trial: every rung is a candidate, and the last one may overfit."""
+        self.on_trial_result(trial_id_of_tune, result or {})
+        trial, lowest = self.asked.pop(trial_id_of_tune), self.lowest.pop(trial_id_of_tune, math.inf)
+        if lowest < math.inf:
+            self.study.tell(trial, lowest)
+        else:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search goes on from its own files, not from Tune's."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its own files, not from Tune's")
+
+    def _value(self, name: str, place: Any) -> Any:
+        values = self.dimensions[name]
+        return nearest(values, place) if isinstance(values, Range) else values[place]
+
+    def _place(self, name: str, value: Any) -> Any:
+        values = self.dimensions[name]
+        return value if isinstance(values, Range) else values.index(value)
+
+
+def _distribution(values: list[Any] | Range) -> optuna.distributions.BaseDistribution:
+    """Of a list, the place in it: Optuna's own choices may not be lists."""
+    if isinstance(values, IntegerRange):
+        return optuna.distributions.IntDistribution(values.low, values.high, log=values.log)
+    if isinstance(values, Range):
+        return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
+    return optuna.distributions.CategoricalDistribution(range(len(values)))

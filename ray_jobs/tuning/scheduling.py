@@ -1,0 +1,60 @@
+"""Run the trials of a search as its scheduler orders them, and choose the winner."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ray_jobs.config import Config
+from ray_jobs.console import say
+from ray_jobs.evaluation.cross_validation import choose_over_folds, standing
+from ray_jobs.tuning.driver import Trials
+from ray_jobs.tuning.guidance import choose_guidance
+from ray_jobs.tuning.population_based import first_generation, next_generation
+from ray_jobs.tuning.results import candidates, choose
+from ray_jobs.tuning.successive_halving import all_trials, best_trials
+from ray_jobs.tuning.trial import Trial, refitted
+
+
+def run_trials(config: Config, done: "Trials") -> None:
+    """All that is trained before the winner is chosen."""
+    search, ladder = config.search, config.search.ladder
+    first = 0 if search.folds else None
+    if search.scheduler == "population":
+        run_generations(config, done, first_generation(config), next_generation)
+    elif search.scheduler == "halving":
+        run_generations(config, done, all_trials(config, first), best_trials)
+    else:
+        done.run_space(partial(Trial.of, ladder=ladder, fold=first))
+    for fold in range(1, search.folds):
+        left = standing(done.rows, fold)
+        upwards = {name: [step for step in ladder if step <= last] for name, last in left.items()}
+        done.run_all([Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items()])
+
+
+Following = Callable[[Config, list[Trial], list[dict[str, Any]]], list[Trial]]
+"""Who climbs to the next rung, of those that were measured at one."""
+
+
+def run_generations(config: Config, done: "Trials", trials: list[Trial], following: Following) -> None:
+    """A generation a rung: all of it is measured before the next one begins."""
+    while trials and not done.budget_is_spent:
+        done.run_all(trials)
+        if trials[0].ladder == config.search.ladder or done.budget_is_spent:
+            return
+        before, trials = trials, following(config, trials, done.rows)
+        if len(trials) < len(before):
+            names = ", ".join(trial.training for trial in trials)
+            say("search", f"rung {before[0].ladder[-1]}: of {len(before)} trials go on: {names or 'none'}")
+
+
+def choose_winner(config: Config, done: "Trials") -> dict[str, Any]:
+    """The row of the candidate that wins."""
+    rows, pool = candidates(config, done.rows), done.around.pool
+    if not config.search.folds:
+        return choose_guidance(config, rows, choose(rows, pool), pool)
+    if not rows:
+        raise RuntimeError("search.folds: no rung was measured in all folds; see search/results.jsonl")
+    best = choose_over_folds(rows)
+    say("search", f"{best['trial_id']} at step {best['step']}: training it on all folds together")
+    trial = Trial.of(done.settings[best["trial_id"]], config.search.ladder)
+    return best | {"checkpoint": refitted(trial, best["step"], done.around).uri}

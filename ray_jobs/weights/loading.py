@@ -1,0 +1,165 @@
+"""Load a text-to-image model in diffusers' format, with or without what was fine-tuned on it."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.weights.adapter_files import check_adapter, place_tensors
+from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
+from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def load_pipeline(
+    base: str,
+    weights: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    without: Sequence[str] = (),
+) -> Any:
+    """A pipeline of one of the families in float32 on the CPU, frozen, in evaluation mode.
+
+    Args:
+        base: folder or hub name of the base model.
+        weights: a folder that holds either LoRA weights (`pytorch_lora_weights.safetensors`), which
+            are loaded onto the base, with the scheduler that may lie beside them, or a whole pipeline
+            (`model_index.json`), which replaces it.
+        revision: of the base on the hub.
+        without: components that are not loaded.
+
+    Raises:
+        ValueError: if `weights` is neither, or the model is of no known family.
+    """
+    whole = bool(weights and (Path(weights) / INDEX).exists())
+    pipeline = (
+        read_pipeline(str(weights), without=without)
+        if whole
+        else read_pipeline(base, revision=revision, without=without)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if weights and not whole:
+        if not (Path(weights) / LORA_WEIGHTS).exists():
+            raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
+        load_lora(pipeline, Path(weights))
+        if has_scheduler(Path(weights)):
+            pipeline.scheduler = load_scheduler(Path(weights))
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
+
+
+def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[str] = ()) -> Any:
+    """A model's pipeline in float32 as diffusers makes it, each component from the weights that there are:
+    plain ones, else a variant such as fp16.
+
+    Args:
+        base: folder or hub name.
+        without: components that are not loaded; never loaded are the safety checker and what else is not
+            needed to draw.
+
+    Raises:
+        ValueError: the model is of no known family, or a component's weights are in no format that is read.
+    """
+    from diffusers import DiffusionPipeline
+
+    without = [*NEVER_LOADED, *without]
+    family_of(read_index(base, revision)["_class_name"])
+    folder = model_folder(base, revision=revision, without=[*UNUSED, *without])
+    index = read_index(str(folder))
+    options = left_out(index, without)
+    for name, variant in variants(folder).items():
+        if variant and isinstance(index.get(name), list) and name not in options:
+            kind = _class_of(index[name])
+            options[name] = kind.from_pretrained(
+                str(folder), subfolder=name, variant=variant, dtype=torch.float32, use_safetensors=True
+            )
+    if SAFETY_CHECKER in index:
+        options["requires_safety_checker"] = False
+    return DiffusionPipeline.from_pretrained(
+        str(folder), dtype=torch.float32, use_safetensors=True, **options
+    )
+
+
+def _class_of(entry: Sequence[str]) -> Any:
+    """The class of a component, from its library and name in `model_index.json`."""
+    library, class_name = entry
+    return getattr(importlib.import_module(library), class_name)
+
+
+def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
+    """An object with a model's scheduler, configuration and some of its other components, their weights
+    without memory.
+
+    Args:
+        parts: names of components that hold weights. One that the model leaves out is None.
+    """
+    from types import SimpleNamespace
+
+    from accelerate import init_empty_weights
+    from diffusers import ModelMixin
+
+    index = read_index(base, revision)
+    found = SimpleNamespace(config=index)
+    for name in ("scheduler", *parts):
+        entry = index.get(name, (None, None))
+        if entry[0] is None:
+            setattr(found, name, None)
+            continue
+        kind = _class_of(entry)
+        options = {"subfolder": name, "revision": revision}
+        if name == "scheduler":
+            found.scheduler = kind.from_pretrained(base, **options)
+            continue
+        with init_empty_weights():
+            if issubclass(kind, ModelMixin):
+                part = kind.from_config(kind.load_config(base, **options))
+            else:
+                part = kind(kind.config_class.from_pretrained(base, **options))
+        setattr(found, name, part)
+    return found
+
+
+def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
+    """The `model_index.json` of a folder or hub name: the pipeline's class and its components."""
+    from diffusers import DiffusionPipeline
+
+    return dict(DiffusionPipeline.load_config(base, revision=revision))
+
+
+def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The named components, and those that the model itself leaves out, as None for `from_pretrained`."""
+    return {name: None for name, entry in index.items() if name in names or entry == [None, None]}
+
+
+def load_lora(pipeline: Any, folder: Path) -> None:
+    """Add the adapters in a folder to a pipeline that has none; none of them drops anything out.
+
+    Raises:
+        ValueError: the file is no adapter of a base, or a layer of it found no place in the pipeline.
+            diffusers would leave it out and go on.
+    """
+    from safetensors import safe_open
+
+    path = folder / LORA_WEIGHTS
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_adapter(path, tensors, file.metadata() or {})
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+    parts = family_of(pipeline).adaptable(pipeline)
+    for part in parts.values():
+        part.eval()  # peft makes adapters that still train
+    # An alpha is a scale, not a layer; diffusers' files have it in their metadata.
+    stored = sum(not name.endswith("alpha") for name in tensors)
+    placed, parameters = place_tensors(parts, tensors)
+    if not placed == stored == parameters:
+        pipeline.unload_lora_weights()
+        raise ValueError(
+            f"{path}: {placed} of {stored} tensors fit the base model, where {parameters} have a place; it "
+            "was trained on another one, or names its layers in a way that diffusers does not read"
+        )

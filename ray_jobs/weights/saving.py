@@ -1,0 +1,162 @@
+"""Write components, adapters and whole pipelines so that programs of all releases read them."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
+from ray_jobs.weights.loading import LORA_WEIGHTS
+from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
+from ray_jobs.weights.weight_files import is_weights, plain_name, variant_of
+
+
+def save_part(part: Any, folder: Path) -> None:
+    """Write a component with its weights into its own folder."""
+    part.save_pretrained(folder, safe_serialization=True)
+    use_old_names(folder, type(part).__name__)
+
+
+def save_whole(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline in diffusers' format."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            use_old_names(folder / name, type(part).__name__)
+        elif type(part).__name__ == "CLIPTokenizer":
+            # transformers 5 writes tokenizer.json alone, and CLIPTokenizer of 4 reads these two alone.
+            part.backend_tokenizer.model.save(str(folder / name))
+
+
+def copy_part(source: Path, target: Path, class_name: str | None) -> None:
+    """Copy a component's folder, of its weights those that `load_pipeline` takes, under their plain names.
+
+    So a base that has them as a variant becomes a model that is loaded without naming one.
+
+    Args:
+        class_name: of the component; None where it is unknown.
+    """
+    names = {path.name for path in source.iterdir() if path.is_file()}
+    variant = variant_of(names)
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+            continue
+        name = plain_name(path.name, variant)
+        if name is None:
+            continue
+        if variant and is_weights(path.name) and name.endswith(".json"):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            index["weight_map"] = {
+                key: plain_name(file, variant) for key, file in index["weight_map"].items()
+            }
+            (target / name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        else:
+            shutil.copyfile(path, target / name)
+    use_old_names(target, class_name)
+
+
+def use_old_names(folder: Path, class_name: str | None) -> None:
+    """Give the tensors of a `CLIPTextModel`'s file the names that all releases of transformers read.
+
+    Since version 5.6 it is written without `text_model.`; version 4 finds none of its tensors then, warns,
+    and goes on with random ones. Both read the old names. Other classes kept theirs.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load, save_file
+
+    if class_name != "CLIPTextModel":
+        return
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), list(file.keys())
+        if all(name.startswith(CLIP_PREFIX) for name in names):
+            continue
+        tensors = load(path.read_bytes())  # in memory: the file is overwritten
+        save_file(
+            {CLIP_PREFIX + name.removeprefix(CLIP_PREFIX): tensor for name, tensor in tensors.items()},
+            path,
+            metadata,
+        )
+
+
+def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write adapters as `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` takes.
+
+    Args:
+        weights: the adapters' tensors by their name in `model`.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    # In peft's names. diffusers' own converter renames attention layers only, and its loader then drops
+    # those of a file with both kinds of names, with a warning.
+    arguments: dict[str, Any] = {}
+    parts = {model.family.denoiser: ("denoiser", model.denoiser)}
+    parts |= {name: (f"text_encoders.{name}", part) for name, part in model.text_encoders.items()}
+    for name, (prefix, part) in parts.items():
+        mine = {
+            key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
+        }
+        if mine:
+            state = get_peft_model_state_dict(part, state_dict=mine)
+            arguments[f"{name}_lora_layers"] = {file_name(part, key): value for key, value in state.items()}
+            arguments[f"{name}_lora_adapter_metadata"] = _settings(part.peft_config["default"])
+    type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
+    assert (folder / LORA_WEIGHTS).exists()
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft (0.17)
+    refuses settings that it does not know, and what diffusers 0.35 asks for."""
+    usual = type(config)().to_dict()
+    settings = {key: value for key, value in config.to_dict().items() if value != usual[key]}
+    # Sets have another order in each process: the same weights shall be the same file.
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    # diffusers loads an adapter in training mode: with its dropout it would draw at random.
+    asked = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    return settings | {name: getattr(config, name) for name in sorted(asked)} | {"lora_dropout": 0.0}
+
+
+@torch.no_grad()
+def save_pipeline(
+    base: Path,
+    components: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    scheduler: Any | None = None,
+) -> None:
+    """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
+
+    Args:
+        base: folder of the base model, whose files are taken for all other components.
+        components: those with trained weights, by their name in the pipeline; not the ones that are being
+            trained, for their weights are overwritten.
+        weights: what was trained, by its name in `FineTuning`.
+        scheduler: takes the place of the base model's; None: that stays.
+    """
+    own: dict[str, torch.Tensor] = {}
+    for name, part in components.items():
+        prefix = f"text_encoders.{name}" if name.startswith("text_encoder") else "denoiser"
+        own |= {f"{prefix}.{key}": parameter for key, parameter in part.named_parameters()}
+    for key, value in weights.items():
+        own[key].copy_(value)
+    for name, part in components.items():
+        save_part(part, folder / name)
+    index = model_index(base)
+    for path in base.iterdir():
+        if path.is_dir() and path.name not in {*NEVER_LOADED, *components}:
+            class_name = (index.get(path.name) or [None, None])[1]
+            copy_part(path, folder / path.name, class_name)
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index |= {name: [None, None] for name in NEVER_LOADED if name in index}
+    if SAFETY_CHECKER in index:
+        index["requires_safety_checker"] = False
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
