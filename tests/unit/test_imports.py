@@ -1,8 +1,9 @@
-"""The two rules of the layout, held by walking every import statement, those inside functions too.
+"""The rules of the layout, held by walking every import statement, those inside functions too.
 
-1. Pure core: `diffusion`, `metrics` and `pictures` know neither Ray, nor DeepSpeed, nor storage, nor other
+1. Folder order is layer order: a room imports only rooms before it in `ROOMS`, a stage imports any room and
+   the stages before it. Within `data` the same holds of its own rooms.
+2. Pure core: `diffusion`, `metrics` and `pictures` know neither Ray, nor DeepSpeed, nor storage, nor other
    rooms.
-2. Imports follow the data: a stage imports only what comes before it.
 """
 
 import ast
@@ -14,74 +15,28 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("ray_jobs", "cluster", "serving")
 
-# Earlier ranks know nothing of later ones. A room (a folder) stands for all its modules.
-ORDER = (
-    (
-        "ray_jobs.config",
-        "ray_jobs.report.dataset_page",
-        "ray_jobs.evaluation.dealing",
-        "ray_jobs.pictures",
-        "ray_jobs.registry.promotion",
-    ),
-    (
-        "ray_jobs.diffusion",
-        "ray_jobs.metrics",
-        "ray_jobs.console",
-        "ray_jobs.report",
-        "ray_jobs.registry.provenance",
-    ),
-    ("cluster",),
-    ("ray_jobs.registry.store", "ray_jobs.registry.digests"),
-    (
-        "ray_jobs.run.command_line",
-        "ray_jobs.registry.models",
-        "ray_jobs.publishing.model_card",
-        "ray_jobs.run.names",
-        "ray_jobs.weights.feature_networks",
-    ),
-    ("ray_jobs.data", "ray_jobs.versions", "ray_jobs.publishing.test_split_ledger"),
-    ("ray_jobs.registry.registration",),
-    ("ray_jobs.prepare",),
-    ("ray_jobs.run.samples", "ray_jobs.evaluation.scores", "ray_jobs.evaluation.cross_validation"),
-    ("ray_jobs.training",),
-    ("ray_jobs.training.tracking",),
-    ("ray_jobs.checks",),
-    ("ray_jobs.train",),
-    ("ray_jobs.evaluation.actor", "ray_jobs.pretrain"),
-    ("ray_jobs.evaluate",),
-    (
-        "ray_jobs.compare",
-        "ray_jobs.tuning.computed_steps",
-        "ray_jobs.tuning.optuna",
-        "ray_jobs.tuning.stopping",
-        "ray_jobs.publishing.subjects",
-    ),
-    ("ray_jobs.tuning.results", "ray_jobs.tuning.trial"),
-    (
-        "ray_jobs.tuning.guidance",
-        "ray_jobs.tuning.successive_halving",
-        "ray_jobs.tuning.population_based",
-        "ray_jobs.tuning.driver",
-        "ray_jobs.publishing.final_scores",
-    ),
-    ("ray_jobs.search",),
-    ("ray_jobs.publish",),
-    ("ray_jobs.pipeline",),
-    ("cluster.plan",),
+# Earlier rooms know nothing of later ones; `cluster` stands beside `ray_jobs`.
+ROOMS = (
+    *("config", "console", "cluster", "pictures", "diffusion", "metrics", "report", "weights", "run"),
+    *("registry", "data", "training", "evaluation", "tuning", "publishing", "planning"),
 )
-COMMANDS = ("cluster.plan",)  # run by a person, imported by nobody, and free to ask every stage
-RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+DATA_ROOMS = ("sources", "curation", "encoding", "feeding")  # modules of `data` itself come after them
+# All that lies directly in `ray_jobs`: what a person runs.
+STAGES = (
+    *("versions", "checks", "prepare", "train", "pretrain", "evaluate", "search", "publish", "compare"),
+    "pipeline",
+)
+COMMANDS = ("cluster.plan",)  # run by a person, imported by nobody, and free to ask every room
 PURE = ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.pictures")
 NOT_PURE = ("ray", "deepspeed", "mlflow", "pyarrow", "fsspec", "s3fs", "gcsfs", "boto3")
 SERVING_KNOWS = (
     "ray_jobs.config",
+    "ray_jobs.console",
     "ray_jobs.diffusion",
-    "ray_jobs.weights.feature_networks",
     "ray_jobs.metrics",
     "ray_jobs.pictures",
-    "ray_jobs.registry.models",
-    "ray_jobs.versions",
-    "ray_jobs.console",
+    "ray_jobs.registry",
+    "ray_jobs.weights",
     "cluster",
     "serving",
 )
@@ -91,12 +46,21 @@ def is_in(module: str, room: str) -> bool:
     return module == room or module.startswith(room + ".")
 
 
-def room_of(module: str) -> str:
-    """`ray_jobs.data.curation.splits` -> `ray_jobs.data`, `cluster.storage` -> `cluster`, a command -> itself."""
+def layer(module: str) -> tuple[int, int]:
+    """Where a module's folder stands, by its room and by its room within `data`; later is higher."""
+    parts = module.split(".")
     if module in COMMANDS:
-        return module
-    top, *rest = module.split(".")
-    return f"{top}.{rest[0]}" if top == "ray_jobs" and rest else top
+        return len(ROOMS) + len(STAGES), 0
+    if parts[0] == "cluster":
+        return ROOMS.index("cluster"), 0
+    if parts[1] in STAGES:
+        return len(ROOMS) + STAGES.index(parts[1]), 0
+    inner = parts[2] if parts[1] == "data" and len(parts) > 2 else ""
+    return ROOMS.index(parts[1]), DATA_ROOMS.index(inner) if inner in DATA_ROOMS else len(DATA_ROOMS)
+
+
+def folders(path: Path) -> set[str]:
+    return {each.parent.name for each in path.glob("*/__init__.py")}
 
 
 def modules() -> dict[str, Path]:
@@ -132,7 +96,6 @@ IMPORTS = {
     module: imported_by(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", set(MODULES))
     for module, path in MODULES.items()
 }
-REPORT = [module for module in MODULES if is_in(module, "ray_jobs.report")]
 
 
 def ours(module: str) -> set[str]:
@@ -144,26 +107,33 @@ def test_every_kind_of_import_statement_is_seen() -> None:
     source = """
 import ray.data as data
 from ray_jobs import config
-from ray_jobs.data.curation.splits import split_of
+from ray_jobs.data.splits import split_of
 from . import images
 from ..train import train
 def later():
     import deepspeed
 """
     known = {"ray_jobs.config", "ray_jobs.data.images"}
-    assert imported_by(source, "ray_jobs.data.sources.detection", False, known) == {
+    assert imported_by(source, "ray_jobs.data.reading", False, known) == {
         "ray.data",
         "ray_jobs.config",
-        "ray_jobs.data.curation.splits",
+        "ray_jobs.data.splits",
         "ray_jobs.data.images",
         "ray_jobs.train",
         "deepspeed",
     }
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    rooms = {room_of(module) for module in MODULES if module != "ray_jobs"} - {"serving"}
-    assert not rooms - set(RANK), "new rooms: give them a rank in ORDER"
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert folders(ROOT / "ray_jobs") == set(ROOMS) - {"cluster"}
+    assert folders(ROOT / "ray_jobs" / "data") == set(DATA_ROOMS)
+
+
+def test_only_what_a_person_runs_lies_outside_a_room() -> None:
+    flat = {path.stem: path for path in (ROOT / "ray_jobs").glob("*.py") if path.stem != "__init__"}
+    assert set(flat) == set(STAGES)
+    for path in flat.values():
+        assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("room", PURE)
@@ -176,26 +146,26 @@ def test_the_core_is_pure(room: str) -> None:
         assert not impure | others, f"{module} imports {sorted(impure | others)}"
 
 
-def test_the_configuration_and_the_reports_import_nothing_else_of_ours() -> None:
-    sections = [module for module in MODULES if is_in(module, "ray_jobs.config")]
-    assert not {name for module in sections for name in ours(module) if not is_in(name, "ray_jobs.config")}
-    assert not ours("ray_jobs.report.dataset_page")
-    others = {name for module in REPORT for name in ours(module) if not is_in(name, "ray_jobs.report")}
-    assert others == {"ray_jobs.report.dataset_page"}
+@pytest.mark.parametrize("room", ["config", "console", "report"])
+def test_rooms_that_import_nothing_else_of_ours(room: str) -> None:
+    members = [module for module in MODULES if is_in(module, f"ray_jobs.{room}")]
+    assert len(members) > 1
+    assert not {name for module in members for name in ours(module) if not is_in(name, f"ray_jobs.{room}")}
 
 
-@pytest.mark.parametrize("report", [*REPORT, "ray_jobs.report.dataset_page"])
-def test_the_reports_know_no_ray(report: str) -> None:
-    assert not [name for name in IMPORTS[report] if name.split(".")[0] in NOT_PURE]
+@pytest.mark.parametrize("room", ["report", "weights"])
+def test_rooms_that_know_no_ray(room: str) -> None:
+    members = [module for module in MODULES if is_in(module, f"ray_jobs.{room}")]
+    assert not [n for module in members for n in IMPORTS[module] if n.split(".")[0] in NOT_PURE]
 
 
 def test_imports_follow_the_data() -> None:
     wrong = [
         f"{module} imports {name}"
         for module in MODULES
-        if not is_in(module, "serving")
+        if module != "ray_jobs" and not is_in(module, "serving")
         for name in ours(module)
-        if room_of(name) != room_of(module) and RANK.get(room_of(name), 99) >= RANK[room_of(module)]
+        if is_in(name, "serving") or layer(name) > layer(module)
     ]
     assert not wrong
 
