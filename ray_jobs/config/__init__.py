@@ -89,38 +89,43 @@ NO_RUNS = {
 
 
 class PretrainConfig(Section):
-    """A new base model in Stable Diffusion's architecture, from nothing (`python -m ray_jobs.pretrain`)."""
+    """A new base model in Stable Diffusion's architecture, from scratch (`python -m ray_jobs.pretrain`)."""
 
     output: str = Field(description="folder of the finished model")
-    pictures: str = Field(description="folder with metadata.jsonl that the autoencoder learns from")
-    autoencoder_channels: list[Positive] = Field([32, 48, 64, 96], description="of its levels")
-    autoencoder_steps: Positive = Field(8000, description="optimizer steps")
-    autoencoder_batch_size: Positive = Field(16, description="pictures a step")
-    autoencoder_learning_rate: LearningRate = Field(1e-3, description="lowered to 0 by a cosine")
-    kl_weight: float = Field(1e-4, ge=0, description="of the KL divergence a latent element")
-    latent_channels: Positive = Field(16, description="of the autoencoder")
-    denoiser_channels: list[Positive] = Field([128, 192], description="of the UNet's levels")
-    denoiser_layers: Positive = Field(1, description="residual blocks a level")
-    attention_heads: Positive = Field(4, description="of the UNet and the text encoder")
-    text_width: Positive = Field(192, description="of the text encoder")
-    text_layers: Positive = Field(3, description="of the text encoder")
-    vocabulary: Positive = Field(1500, description="tokens, learnt from the captions")
-    max_tokens: Positive = Field(20, description="longer captions are cut")
+    pictures: str = Field(description="folder with metadata.jsonl on which the autoencoder is trained")
+    autoencoder_channels: list[Positive] = Field(
+        [32, 48, 64, 96], description="channels per level of the autoencoder"
+    )
+    autoencoder_steps: Positive = Field(8000, description="optimizer steps of the autoencoder")
+    autoencoder_batch_size: Positive = Field(16, description="images per step of the autoencoder")
+    autoencoder_learning_rate: LearningRate = Field(
+        1e-3, description="learning rate of the autoencoder, decayed to 0 by a cosine"
+    )
+    kl_weight: float = Field(1e-4, ge=0, description="weight of the KL divergence per latent element")
+    latent_channels: Positive = Field(16, description="channels of the latents")
+    denoiser_channels: list[Positive] = Field([128, 192], description="channels per level of the UNet")
+    denoiser_layers: Positive = Field(1, description="residual blocks per level")
+    attention_heads: Positive = Field(4, description="attention heads of the UNet and the text encoder")
+    text_width: Positive = Field(192, description="width of the text encoder")
+    text_layers: Positive = Field(3, description="layers of the text encoder")
+    vocabulary: Positive = Field(1500, description="number of tokens, learned from the captions")
+    max_tokens: Positive = Field(20, description="maximum tokens per caption; longer ones are truncated")
 
 
 class LocalConfig(Section):
-    """The embedded Ray that is started where no address is given."""
+    """The embedded Ray, which is started if no address is given."""
 
     num_cpus: Positive = Field(
-        8, description="logical CPUs: more than cores, so that drivers and Ray Data tasks fit beside"
+        8, description="logical CPUs: more than there are cores, so that drivers and Ray Data tasks fit too"
     )
-    object_store_mb: int = Field(512, ge=80, description="object store, in MiB")
+    object_store_mb: int = Field(512, ge=80, description="size of the object store, in MiB")
     niceness: int = Field(
         0,
         ge=0,
         le=19,
-        description="of tasks and actors, as `nice` counts it: 0 shares the cores with other programs; "
-        "15, Ray's own default, leaves a run what others do not want, a fifth of its speed or less",
+        description="niceness of tasks and actors, 0 to 19: 0 shares the cores with other programs; at "
+        "15, Ray's own default, a run gets only what other programs leave, a fifth of its "
+        "speed or less",
     )
 
 
@@ -130,10 +135,10 @@ class Config(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
-        description="a run of the same name is resumed",
+        description="name of the run; a run of the same name is resumed",
     )
     storage: str = Field("runs", description="folder, s3:// or gs:// that every node can reach")
-    seed: int = Field(0, description="of training: data order, noise, initial adapters")
+    seed: int = Field(0, description="seed of training: data order, noise, initial adapters")
     data: DataConfig
     model: ModelConfig
     train: TrainConfig = TrainConfig()
@@ -142,7 +147,7 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     local: LocalConfig = LocalConfig()
-    pretrain: PretrainConfig | None = Field(None, description="of `python -m ray_jobs.pretrain` only")
+    pretrain: PretrainConfig | None = Field(None, description="settings of `python -m ray_jobs.pretrain`")
 
     @field_validator("name")
     @classmethod

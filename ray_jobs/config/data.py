@@ -9,51 +9,70 @@ from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_uns
 
 
 class SourceConfig(Section):
-    """One place with captioned pictures; what kind of place it is, is seen from what it holds."""
+    """A source of captioned images. Its kind is detected from its files."""
 
     path: str = Field(description="folder, Parquet, Arrow or tar files; local, s3:// or gs://")
-    weight: float | None = Field(None, gt=0, description="share among the sources of an epoch's rows")
+    weight: float | None = Field(None, gt=0, description="share of this source in the rows of an epoch")
     splits: list[str] = Field(
-        [], description="of a source with train, validation, test or other splits: those read; empty: all"
+        [],
+        description="splits to read, of a source that has train, validation, test or others; empty: all "
+        "of them",
     )
     image_column: str | None = Field(
         None,
         min_length=1,
-        description="Parquet, Arrow: column of bytes or a struct with bytes; metadata files: of file names; "
-        "empty: image, or the only one with bytes; file_name",
+        description="Parquet and Arrow: column of image bytes, or of a struct with bytes; metadata files: "
+        "column of file names. Empty: `image`, or the only column with bytes; `file_name`",
     )
     caption_column: str | None = Field(
         None,
         min_length=1,
-        description="Parquet, Arrow, metadata files: column; tar: key of the .json; empty: text or caption",
+        description="Parquet, Arrow and metadata files: column of captions; tar: key in the .json. Empty: "
+        "`text` or `caption`",
     )
     instance_prompt: Prompt | None = Field(
-        None, description="DreamBooth: caption of every picture of a folder that has no captions"
+        None, description="DreamBooth: caption of every image in a folder without captions"
     )
     class_prompt: Prompt | None = Field(
-        None, description="DreamBooth: what kind of thing it is, without the subject's own word"
+        None, description="DreamBooth: the class of the subject, without its identifier"
     )
 
 
 class CleaningConfig(Section):
-    """What is set aside although it can be read; a threshold that is empty (null) is off."""
+    """Readable images that are set aside. An empty (null) threshold is off."""
 
-    max_rejected: float = Field(0.2, ge=0, le=1, description="a larger share set aside stops the job")
-    max_pixels: Positive = Field(100_000_000, description="a larger picture is a decompression bomb")
-    min_side: Positive = Field(32, description="pixels of the shorter side")
-    max_aspect_ratio: float = Field(4.0, ge=1, description="longer side / shorter side")
+    max_rejected: float = Field(0.2, ge=0, le=1, description="stop the job if a larger share is set aside")
+    max_pixels: Positive = Field(100_000_000, description="set larger images aside as decompression bombs")
+    min_side: Positive = Field(32, description="minimum length of the shorter side, in pixels")
+    max_aspect_ratio: float = Field(
+        4.0, ge=1, description="maximum ratio of the longer side to the shorter side"
+    )
     min_sharpness: float | None = Field(
-        None, gt=0, description="variance of the Laplacian, of a picture whose short side has 256 pixels"
+        None,
+        gt=0,
+        description="minimum variance of the Laplacian, measured with the shorter side scaled to 256 pixels",
     )
-    min_contrast: float | None = Field(2.0, gt=0, description="standard deviation of the luma, of 0..255")
-    max_dark: float | None = Field(0.99, gt=0, le=1, description="share of pixels with a luma below 8")
-    max_bright: float | None = Field(0.99, gt=0, le=1, description="share of pixels with a luma above 247")
+    min_contrast: float | None = Field(
+        2.0, gt=0, description="minimum standard deviation of the luma, which ranges from 0 to 255"
+    )
+    max_dark: float | None = Field(
+        0.99, gt=0, le=1, description="maximum share of pixels with a luma below 8"
+    )
+    max_bright: float | None = Field(
+        0.99, gt=0, le=1, description="maximum share of pixels with a luma above 247"
+    )
     duplicates: Literal["drop", "keep", "ignore"] = Field(
-        "drop", description="near duplicates: keep the first; keep all, in one split; or do not look"
+        "drop",
+        description="near duplicates: drop all but the first; keep all of them in one split; or ignore them",
     )
-    duplicate_distance: int = Field(4, ge=0, le=8, description="bits of the 64 of the perceptual hash")
+    duplicate_distance: int = Field(
+        4, ge=0, le=8, description="maximum distance of two perceptual hashes, in bits of 64"
+    )
     duplicate_colour: float = Field(
-        0.04, gt=0, le=1, description="mean difference of the colours of 4 x 4 fields, of the full range"
+        0.04,
+        gt=0,
+        le=1,
+        description="maximum mean difference of the colours of a 4 x 4 grid, as a share of the full range",
     )
 
     @model_validator(mode="after")
@@ -64,20 +83,26 @@ class CleaningConfig(Section):
 
 
 class AugmentationConfig(Section):
-    """Random changes to training pictures, drawn from a generator seeded by picture and epoch or variant."""
+    """Random changes to training images, from a generator seeded by image and epoch or variant."""
 
-    variants: Positive = Field(1, description="encodings a training picture; each is a row of its own")
+    variants: Positive = Field(1, description="encodings per training image, each a row of its own")
     flip: Share = Field(0.0, description="probability of a horizontal flip")
     rotate: Share = Field(0.0, description="probability of a rotation")
-    max_degrees: float = Field(10.0, gt=0, le=45, description="of a rotation, to either side")
-    crop: Share = Field(0.0, description="probability of a crop at a random place, not the centre")
-    scale: Share = Field(0.0, description="probability of a crop that is smaller than what fits")
-    min_scale: float = Field(0.8, gt=0, lt=1, description="side of the smallest crop, of what fits")
+    max_degrees: float = Field(
+        10.0, gt=0, le=45, description="maximum rotation in either direction, in degrees"
+    )
+    crop: Share = Field(0.0, description="probability of a crop at a random position instead of the centre")
+    scale: Share = Field(0.0, description="probability of a crop smaller than the largest that fits")
+    min_scale: float = Field(
+        0.8, gt=0, lt=1, description="side of the smallest crop, relative to the largest that fits"
+    )
     colour: Share = Field(0.0, description="probability of a colour jitter")
-    max_brightness: float = Field(0.1, ge=0, lt=1, description="relative change of brightness")
-    max_contrast: float = Field(0.1, ge=0, lt=1, description="relative change of contrast")
-    max_saturation: float = Field(0.1, ge=0, lt=1, description="relative change of saturation")
-    max_hue: float = Field(0.02, ge=0, le=0.5, description="change of hue, of the full circle")
+    max_brightness: float = Field(0.1, ge=0, lt=1, description="maximum relative change of brightness")
+    max_contrast: float = Field(0.1, ge=0, lt=1, description="maximum relative change of contrast")
+    max_saturation: float = Field(0.1, ge=0, lt=1, description="maximum relative change of saturation")
+    max_hue: float = Field(
+        0.02, ge=0, le=0.5, description="maximum change of hue, as a share of the full circle"
+    )
 
     @property
     def is_active(self) -> bool:
@@ -98,42 +123,58 @@ class AugmentationConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the pictures are and how they are prepared."""
+    """The images and how they are prepared."""
 
-    source: str | None = Field(None, description="folder, Parquet, Arrow or tar files; or see `sources`")
-    sources: list[SourceConfig] = Field([], description="instead of `source`: several, as a mixture")
-    resolution: Positive = Field(64, description="pixels a side; with buckets, the root of their area")
-    buckets: bool = Field(False, description="keep aspect ratios: crop to the nearest of several shapes")
-    bucket_max_aspect_ratio: float = Field(2.0, gt=1, description="of the longest bucket")
-    background: str = Field("white", description="colour that shows through transparent pixels")
+    source: str | None = Field(
+        None, description="folder, Parquet, Arrow or tar files; use `sources` for several"
+    )
+    sources: list[SourceConfig] = Field([], description="several sources, mixed; instead of `source`")
+    resolution: Positive = Field(
+        64, description="side of the square images, in pixels; with buckets, the square root of their area"
+    )
+    buckets: bool = Field(
+        False, description="keep aspect ratios: crop each image to the nearest of several shapes"
+    )
+    bucket_max_aspect_ratio: float = Field(2.0, gt=1, description="aspect ratio of the longest bucket")
+    background: str = Field("white", description="colour behind transparent pixels")
     cleaning: CleaningConfig = CleaningConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
-    validation: Share = Field(0.15, description="share of the pictures that the search is judged on")
-    test: Share = Field(0.15, description="share that is looked at once, when publishing")
-    split_seed: int = Field(0, description="seed of the split; changing it moves pictures")
+    validation: Share = Field(0.15, description="share of the images on which the search is judged")
+    test: Share = Field(0.15, description="share of the images that is used once, when publishing")
+    split_seed: int = Field(0, description="seed of the split; changing it moves images between splits")
     caption_lines: Literal["whole", "first", "each"] = Field(
         "whole",
-        description="of a caption of several lines: all as one, the first, or each as a row of its own",
+        description="captions of several lines: use the whole text, only the first line, or each line as "
+        "a row of its own",
     )
     repair_captions: bool | None = Field(
         None,
-        description="as CLIP was trained: typographic quotes, full-width letters, entities of HTML and text "
-        "that was decoded wrongly become plain; empty: if the base has a text encoder of CLIP's",
+        description="normalise captions as CLIP's training did: typographic quotes, full-width letters, "
+        "HTML entities and wrongly decoded text become plain. Empty: if the base has a CLIP "
+        "text encoder",
     )
-    stratify: str | None = Field(None, description="column whose values are split alike")
-    folds: int = Field(0, ge=0, description="of training and validation pictures; 0: none")
+    stratify: str | None = Field(None, description="column whose values are spread evenly over the splits")
+    folds: int = Field(
+        0,
+        ge=0,
+        description="number of cross-validation folds of the training and validation images, for "
+        "`search.folds`; 0: none",
+    )
     num_class_images: Positive = Field(
-        100, description="class pictures a subject, for prior preservation; the base model draws missing ones"
+        100,
+        description="class images per subject for prior preservation; the base model generates missing ones",
     )
     encode: Literal["cache", "stream"] = Field(
-        "cache", description="cache: encode once, to Parquet; stream: while training, nothing is written"
+        "cache", description="cache: encode once, to Parquet; stream: encode while training and write nothing"
     )
-    encode_batch_size: Positive = Field(32, description="pictures encoded at once")
+    encode_batch_size: Positive = Field(32, description="images encoded at once")
     encode_workers: Positive = Field(
-        1, description="actors that hold the encoders, or the model that generates class pictures"
+        1, description="actors that hold the encoders, or the model that generates class images"
     )
-    encode_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of stored latents and embeddings")
-    shuffle_mb: Positive = Field(256, description="window of the shuffle: rows mixed at once, in MiB")
+    encode_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of stored latents and embeddings"
+    )
+    shuffle_mb: Positive = Field(256, description="size of the shuffle window, in MiB of rows")
 
     @property
     def all_sources(self) -> list[SourceConfig]:

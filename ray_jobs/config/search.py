@@ -32,54 +32,62 @@ class SearchConfig(Section):
 
     learning_rates: Rates = Field(description="values, or a range")
     space: dict[str, Values] = Field(
-        {}, description="further settings to search, by name, as train.lora.rank: values, or a range"
+        {}, description="further settings to search, by name as in train.lora.rank: values, or a range"
     )
     algorithm: Literal["grid", "random", "optuna"] = Field(
-        "grid", description="every combination; drawn ones; or ones that a tree of Parzen estimators proposes"
+        "grid",
+        description="grid: every combination; random: random points; optuna: points proposed by a "
+        "tree-structured Parzen estimator",
     )
-    num_trials: Positive | None = Field(None, description="of random and optuna")
+    num_trials: Positive | None = Field(None, description="number of trials, for random and optuna")
     scheduler: Literal["asha", "halving", "median", "population", "none"] = Field(
         "asha",
-        description="stops trials: not among the best that a rung has seen up to then; not among the best of "
-        "all, for which they pause at it; their best worse than the median of the others' means; never. "
-        "population: none stops, the worst go on from the best with changed settings at each rung",
+        description="asha: stop a trial that is not among the best that a rung has measured so far. "
+        "halving: pause all trials at a rung, resume the best. median: stop a trial whose "
+        "best is worse than the median of the others' means. population: stop none; at each "
+        "rung the worst continue from the best with changed settings. none: stop none",
     )
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
         [],
-        description="of sampling, tried on the best rung of each trial beside evaluate.guidance_scale; "
-        "not with folds",
+        description="guidance scales to try on the best rung of each trial, besides "
+        "evaluate.guidance_scale; not with folds",
     )
     folds: int = Field(
         0,
         ge=0,
-        description="ranks by the mean over so many folds (data.folds), then trains the winner on training "
-        "and validation pictures together; 0: the validation split decides",
+        description="rank by the mean over this many folds (data.folds), then train the winner on "
+        "training and validation images together; 0: rank by the validation split",
     )
-    ladder: list[Positive] = Field(min_length=1, description="step counts, increasing: the rungs")
-    reduction_factor: int = Field(2, ge=2, description="asha and halving go on with 1 / this many a rung")
-    max_concurrent_trials: Positive = Field(1, description="trials that train at once")
+    ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
+    reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
+    max_concurrent_trials: Positive = Field(1, description="trials that train at the same time")
     wait_for_scores: bool = Field(
         False,
-        description="a training waits at each rung until it is measured; false: it trains on meanwhile, for "
-        "nothing if it is then stopped",
+        description="pause a training at each rung until its score is known; false: it trains on "
+        "meanwhile, in vain if it is then stopped",
     )
     patience: Positive | None = Field(
         None,
-        description="a trial stops after so many rungs without a FID lower by more than its error; "
-        "null: only the scheduler stops trials",
+        description="stop a trial after this many rungs without a FID that is lower by more than its "
+        "error; empty: only the scheduler stops trials",
     )
     max_steps: Positive | None = Field(
-        None, description="computed, of all trials; then the search stops, at a rung"
+        None,
+        description="budget of optimizer steps over all trials; the search stops at the rung that exceeds it",
     )
     max_hours: float | None = Field(
-        None, gt=0, description="of workers, of all trials, without evaluators; likewise"
+        None,
+        gt=0,
+        description="budget of worker hours over all trials, without evaluators; stops like max_steps",
     )
-    max_cost: float | None = Field(None, gt=0, description="in the currency of device_hour_price; likewise")
+    max_cost: float | None = Field(
+        None, gt=0, description="budget in the currency of device_hour_price; stops like max_steps"
+    )
     device_hour_price: float | None = Field(
         None,
         gt=0,
-        description="of one worker for an hour, for max_cost and the report; those of evaluators are not "
-        "counted; null: unknown",
+        description="price of one worker for one hour, for max_cost and the report; evaluators are not "
+        "counted; empty: unknown",
     )
 
     @property
@@ -194,13 +202,21 @@ class NetworkConfig(Section):
         ".cache/efficientnet-lite0.safetensors",
         description="its file, of transformers a folder (both also s3:// or gs://) or a hub name",
     )
-    sha256: str | None = Field(None, description="digest of the file; torchscript needs it, being code")
-    name: str | None = Field(None, description="torchscript: what its scores are recorded as")
-    revision: str | None = Field(None, description="transformers: on the hub")
-    size: Positive | None = Field(None, description="torchscript: pixels a side of its input")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="torchscript: to that size")
-    mean: tuple[float, float, float] | None = Field(None, description="torchscript: a channel, of 0 to 255")
-    std: tuple[float, float, float] | None = Field(None, description="torchscript: a channel, of 0 to 255")
+    sha256: str | None = Field(
+        None, description="digest of the file; required for torchscript, which is code"
+    )
+    name: str | None = Field(None, description="torchscript: name under which its scores are recorded")
+    revision: str | None = Field(None, description="transformers: revision on the hub")
+    size: Positive | None = Field(None, description="torchscript: side of its input, in pixels")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="torchscript: interpolation to that size"
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="torchscript: mean per channel, of values from 0 to 255"
+    )
+    std: tuple[float, float, float] | None = Field(
+        None, description="torchscript: standard deviation per channel, of values from 0 to 255"
+    )
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "NetworkConfig":
@@ -233,42 +249,46 @@ class EvaluateConfig(Section):
     num_samples: int = Field(
         96,
         ge=2,
-        description="pictures for a score; at most two of each caption of the split, and fewer are announced",
+        description="images per score; at most two per caption of the split, and a smaller number is "
+        "announced",
     )
-    inference_steps: Positive = Field(12, description="denoising steps a picture")
-    guidance_scale: float = Field(3.0, ge=1, description="of classifier-free guidance; 1: off")
+    inference_steps: Positive = Field(12, description="denoising steps per image")
+    guidance_scale: float = Field(3.0, ge=1, description="scale of classifier-free guidance; 1: off")
     batch_size: Positive = Field(
-        16, description="pictures sampled at once by an actor; whole batches are dealt to the actors"
+        16, description="images sampled at once by an actor; actors are dealt whole batches"
     )
-    num_actors: Positive = Field(2, description="evaluators, alive for the whole run")
-    use_gpu: bool = Field(False, description="one GPU an evaluator")
-    seed: int = Field(0, description="of the initial noise, the same for every checkpoint")
+    num_actors: Positive = Field(2, description="evaluators, which live for the whole run")
+    use_gpu: bool = Field(False, description="one GPU per evaluator")
+    seed: int = Field(0, description="seed of the initial noise, which is the same for every checkpoint")
     feature_network: Network = Field(
         ".cache/inception-2015-12-05.pt",
-        description="ranks: TorchScript file of the FID Inception network, whose digest is checked; or any "
-        "other one, written as second_network is",
+        description="network that ranks: TorchScript file of the FID Inception network, whose digest is "
+        "checked; or any other network, written like second_network",
     )
     second_network: NetworkConfig | None = Field(
-        NetworkConfig(), description="shown beside it, and told where they disagree; null: none"
+        NetworkConfig(),
+        description="network whose scores are shown besides, with a note where the two disagree; null: none",
     )
     bootstrap: int = Field(
         100,
         ge=0,
-        description="random halves of the pictures, for the errors of scores, 2 or more; 0: no errors",
+        description="number of random halves of the images from which the errors of scores are estimated, "
+        "at least 2; 0: no errors",
     )
     clip: str | None = Field(
         None,
         description="folder (also s3:// or gs://) or hub name of a CLIPModel, for the CLIP scores of "
-        "publish; null: none",
+        "publish; empty: none",
     )
-    clip_revision: str | None = Field(None, description="of a hub name")
+    clip_revision: str | None = Field(None, description="revision of clip on the hub")
     memorisation_pictures: int = Field(
         1000,
         ge=0,
-        description="training pictures among which publish looks for each sample's nearest, at most; 0: none",
+        description="maximum number of training images among which publish looks for each sample's "
+        "nearest; 0: none",
     )
     subject_samples: int = Field(
-        16, ge=2, description="DreamBooth: pictures of each prompt that publish measures a subject by"
+        16, ge=2, description="DreamBooth: images per prompt from which publish measures a subject"
     )
 
     @model_validator(mode="after")

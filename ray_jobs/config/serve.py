@@ -13,104 +13,123 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 class PublishConfig(Section):
-    """Where the winner goes."""
+    """The registry and the report."""
 
     model_name: ModelName = Field(
         "diffray", description="name in the MLflow registry: letters, digits, space . _ - +"
     )
     tracking_uri: str | None = Field(
         None,
-        description="MLflow server; else MLFLOW_TRACKING_URI, else SQLite in the storage folder",
+        description="MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite in the storage folder",
     )
-    sample_count: Positive = Field(8, description="captions in the report's picture grid")
+    sample_count: Positive = Field(8, description="captions in the image grid of the report")
 
 
 class ServeConfig(Section):
     """The endpoint."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")
     replicas: Positive | tuple[NonNegative, Positive] = Field(
-        1, description="copies of the model; [min, max]: as many as the queue needs, 0 when nobody asks"
+        1,
+        description="copies of the model; [min, max]: scaled with the queue, down to 0 when idle if min is 0",
     )
-    use_gpu: bool = Field(False, description="GPUs for replicas")
-    gpu_share: float = Field(1.0, gt=0, le=1, description="of a GPU, a replica; several then share one")
-    max_batch_size: Positive = Field(8, description="pictures denoised together")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the denoiser")
-    channels_last: bool = Field(False, description="memory format of a UNet's convolutions")
+    use_gpu: bool = Field(False, description="run replicas on GPUs")
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="share of a GPU per replica; below 1, several replicas share one"
+    )
+    max_batch_size: Positive = Field(8, description="maximum number of images denoised together")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the denoiser")
+    channels_last: bool = Field(False, description="channels-last memory layout of a UNet's convolutions")
     compile: bool = Field(
-        False, description="the denoiser by torch.compile; minutes at the start, and no LoRA versions"
+        False,
+        description="compile the denoiser with torch.compile; takes minutes at start, and LoRA versions "
+        "cannot be served",
     )
-    int8_weights: bool = Field(False, description="of the denoiser's linear layers, for less memory")
+    int8_weights: bool = Field(
+        False, description="int8 weights in the denoiser's linear layers, to save memory"
+    )
     cache_features: bool = Field(
-        False, description="every other step of a UNet takes deep features of the one before; not exact"
+        False, description="reuse a UNet's deep features in every other step; not exact"
     )
-    attention: Attention = Field(
-        "auto", description="kernel of the denoiser's attention; auto: torch's own choice"
-    )
+    attention: Attention = Field("auto", description="attention kernel of the denoiser; auto: torch's choice")
     fuse_champion: bool = Field(
         False,
-        description="merge a LoRA champion into a copy of the base, for speed; others stay its adapters",
+        description="merge a LoRA champion into a copy of the base, for speed; other versions remain "
+        "adapters",
     )
     offload: Offload = Field(
         "none",
-        description="in the host's memory but for the layer that runs: text encoders and autoencoder, or all",
+        description="keep the text encoders and the autoencoder, or the whole model, in host memory "
+        "except for the layer that runs",
     )
     solver: Solver = Field(
-        "model", description="of the diffusion; model: its own scheduler, with which it was measured"
+        "model", description="diffusion solver; model: the scheduler that the model was evaluated with"
     )
-    default_steps: Positive = Field(20, description="denoising steps where the request names none")
+    default_steps: Positive = Field(20, description="denoising steps of a request that names none")
     default_guidance_scale: float | None = Field(
         None,
         ge=1,
-        description="where the request names none; null: that which the version was scored with",
+        description="guidance scale of a request that names none; empty: the one that the version was "
+        "evaluated with",
     )
 
-    max_queued_requests: Positive = Field(64, description="more are answered with 503")
-    request_timeout_s: float = Field(120, gt=0, description="a request may take this many seconds")
-    max_steps: Positive = Field(100, description="a request may ask for")
-    max_pictures: Positive = Field(8, description="a request may ask for")
+    max_queued_requests: Positive = Field(
+        64, description="queue length beyond which requests are answered with 503"
+    )
+    request_timeout_s: float = Field(120, gt=0, description="maximum duration of a request, in seconds")
+    max_steps: Positive = Field(100, description="maximum denoising steps of a request")
+    max_pictures: Positive = Field(8, description="maximum images per request")
     max_prompt_length: Positive = Field(
-        1000, le=10_000, description="characters, of a prompt and of a negative one"
+        1000, le=10_000, description="maximum length of a prompt and of a negative prompt, in characters"
     )
     max_side: Positive | None = Field(
-        None, description="pixels of a picture's longer side; null: twice the model's own"
+        None, description="maximum length of an image's longer side, in pixels; empty: twice the model's own"
     )
-    max_body_mb: Positive = Field(16, description="MiB of a request's body")
+    max_body_mb: Positive = Field(16, description="maximum size of a request body, in MiB")
 
     keys: str | None = Field(None, description="file of API keys, made by python -m serving.keys")
-    allow_anonymous: bool = Field(False, description="answer requests without a key too, with all scopes")
-    requests_per_minute: Positive = Field(60, description="of a key that has no limit of its own")
-    concurrent_requests: Positive = Field(8, description="of a key that has no limit of its own")
+    allow_anonymous: bool = Field(False, description="also answer requests without a key, with all scopes")
+    requests_per_minute: Positive = Field(60, description="limit of a key that has none of its own")
+    concurrent_requests: Positive = Field(8, description="limit of a key that has none of its own")
 
     models: list[ModelName | Literal["*"]] = Field(
-        [], description="other registered models of the same base that may be asked for, by name; * is all"
+        [], description="other registered models of the same base that may be requested, by name; *: all"
     )
-    adapter_mb: Positive = Field(1024, description="MiB of adapters that a replica keeps in memory")
-    prompt_mb: Positive = Field(256, description="MiB of prompt embeddings that a replica keeps in memory")
-    follow_s: float = Field(10, gt=0, description="seconds between looks at the registry's aliases")
-    candidate_share: Share = Field(0.0, description="of users, whom the candidate answers")
-    shadow_share: Share = Field(0.0, description="of requests, which the candidate draws too, unseen")
+    adapter_mb: Positive = Field(1024, description="memory for adapters per replica, in MiB")
+    prompt_mb: Positive = Field(256, description="memory for prompt embeddings per replica, in MiB")
+    follow_s: float = Field(
+        10, gt=0, description="interval at which the registry's aliases are read, in seconds"
+    )
+    candidate_share: Share = Field(0.0, description="share of users whose requests the candidate answers")
+    shadow_share: Share = Field(
+        0.0, description="share of requests that the candidate also draws, without showing the result"
+    )
     rollback_requests: int = Field(
-        50, ge=1, le=500, description="answers of the candidate before it may be taken out by itself"
+        50, ge=1, le=500, description="answers of the candidate before it may be withdrawn automatically"
     )
     rollback_error_rate: float = Field(
-        0.05, gt=0, le=1, description="the candidate is taken out with so many more errors than the champion"
+        0.05,
+        gt=0,
+        le=1,
+        description="withdraw the candidate if its error rate exceeds the champion's by more than this",
     )
     rollback_latency: float = Field(
-        2.0, gt=1, description="the candidate is taken out when so many times as slow, in the median"
+        2.0,
+        gt=1,
+        description="withdraw the candidate if its median latency is this many times the champion's",
     )
 
     feedback_url: str | None = Field(
-        None, description="SQL database of generations and ratings; null: SQLite in the storage folder"
+        None, description="SQL database of generations and ratings; empty: SQLite in the storage folder"
     )
-    log_prompts: bool = Field(False, description="write prompts into the logs")
+    log_prompts: bool = Field(False, description="write prompts to the logs")
     provenance: bool = Field(True, description="write model, version, seed and settings into each PNG")
     safety_checker: str | None = Field(
-        None, description="module:function that looks at pictures before they are sent"
+        None, description="module:function of a checker that sees each image before it is sent"
     )
     drift_pictures: int = Field(
-        0, ge=0, description="window of served pictures that is scored in the background; 0: none"
+        0, ge=0, description="number of recently served images that are scored in the background; 0: none"
     )
 
     @property

@@ -19,11 +19,11 @@ Settings = dict[str, Any]
 
 
 class Range(Section):
-    """Values that are drawn from, for `search.algorithm` random or optuna."""
+    """A range to draw values from, for `search.algorithm` random or optuna."""
 
     low: float = Field(description="lowest value")
     high: float = Field(description="highest value")
-    log: bool = Field(True, description="even in the logarithm; false: even in the value")
+    log: bool = Field(True, description="draw uniformly in the logarithm; false: in the value itself")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "Range":

@@ -8,7 +8,7 @@ from ray_jobs.config.fields import LearningRate, Positive, Section, Share
 
 
 class ModelConfig(Section):
-    """The model that is fine-tuned."""
+    """The model to fine-tune."""
 
     base: str = Field(description="folder (also s3:// or gs://) or hub name of a model in diffusers' format")
     revision: str | None = Field(None, description="revision on the hub")
@@ -19,27 +19,35 @@ class LoraConfig(Section):
 
     rank: Positive = Field(16, description="rank of the update")
     alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
-    dropout: Share = Field(0.0, description="dropout before the down projection")
+    dropout: Share = Field(0.0, description="probability of dropout before the down projection")
     target_modules: list[str] | None = Field(
-        None, description="layers that get an adapter, by the end of their name; empty: the attention's"
+        None, description="layers that get an adapter, by the end of their name; empty: the attention layers"
     )
-    use_dora: bool = Field(False, description="decompose weights into magnitude and direction (2402.09353)")
+    use_dora: bool = Field(
+        False, description="decompose weights into magnitude and direction (arXiv 2402.09353)"
+    )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
 
 
 class LossConfig(Section):
-    """What the denoiser is trained on, and how its errors count; the defaults are the model's own."""
+    """The training objective; the defaults are the model's own."""
 
     timestep_sampling: Literal["uniform", "logit_normal"] | None = Field(
         None, description="density of the timesteps; empty: uniform, or logit_normal for flow matching"
     )
-    timestep_mean: float = Field(0.0, description="of the logit-normal density")
-    timestep_std: float = Field(1.0, gt=0, description="of the logit-normal density")
-    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off if empty")
-    offset_noise: float = Field(0.0, ge=0, description="noise of a whole channel, as a share of the noise")
-    input_perturbation: float = Field(0.0, ge=0, description="noise on the input only (arXiv 2301.11706)")
-    huber_delta: float | None = Field(None, gt=0, description="pseudo-Huber loss; off if empty")
-    zero_terminal_snr: bool = Field(False, description="rescale the schedule to end in pure noise")
+    timestep_mean: float = Field(0.0, description="mean of the logit-normal density")
+    timestep_std: float = Field(1.0, gt=0, description="standard deviation of the logit-normal density")
+    min_snr_gamma: float | None = Field(None, gt=0, description="gamma of min-SNR weighting; empty: off")
+    offset_noise: float = Field(
+        0.0, ge=0, description="strength of noise that is constant over a channel, relative to the noise"
+    )
+    input_perturbation: float = Field(
+        0.0, ge=0, description="strength of extra noise on the input only (arXiv 2301.11706)"
+    )
+    huber_delta: float | None = Field(
+        None, gt=0, description="delta of the pseudo-Huber loss; empty: squared error"
+    )
+    zero_terminal_snr: bool = Field(False, description="rescale the noise schedule to end in pure noise")
 
 
 Schedule = Literal[
@@ -54,16 +62,16 @@ Schedule = Literal[
 
 
 class StageConfig(Section):
-    """A part of a run with settings of its own; what is empty is as in `train`."""
+    """A part of a run with settings of its own; empty ones are taken from `train`."""
 
-    steps: Positive = Field(description="how many; the last stage goes on to the end of the ladder")
-    learning_rate: LearningRate | None = Field(None, description="at its height")
-    schedule: Schedule | None = Field(None, description="over the stage's own steps")
+    steps: Positive = Field(description="number of steps; the last stage continues to the end of the ladder")
+    learning_rate: LearningRate | None = Field(None, description="peak learning rate")
+    schedule: Schedule | None = Field(None, description="learning rate schedule over the steps of this stage")
     warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
-    weight_decay: float | None = Field(None, ge=0, description="of AdamW")
-    betas: tuple[Share, Share] | None = Field(None, description="of AdamW")
-    epsilon: float | None = Field(None, gt=0, description="of AdamW")
-    trainable: list[str] | None = Field(None, description="groups of layers that are trained, of `groups`")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay of AdamW")
+    betas: tuple[Share, Share] | None = Field(None, description="betas of AdamW")
+    epsilon: float | None = Field(None, gt=0, description="epsilon of AdamW")
+    trainable: list[str] | None = Field(None, description="names in `groups` of the layers that are trained")
 
     @model_validator(mode="after")
     def _warms_up(self) -> "StageConfig":
@@ -101,10 +109,12 @@ SCHEDULE_SETTINGS = {  # which schedules they change
 class TrainConfig(Section):
     """One training run."""
 
-    method: Literal["lora", "full"] = Field("lora", description="what is trained")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="lora: train adapters; full: train all weights"
+    )
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
-    train_text_encoder: bool = Field(False, description="train the (CLIP) text encoders too")
+    train_text_encoder: bool = Field(False, description="also train the CLIP text encoders")
     groups: dict[str, list[str]] = Field(
         {}, description="named groups of layers: patterns of parameter names, for example *attn*"
     )
@@ -112,51 +122,70 @@ class TrainConfig(Section):
         None, description=f"groups that are trained; {OTHER_LAYERS}: what is in none; empty: all"
     )
     stages: list[StageConfig] = Field([], description="parts of the run with settings of their own")
-    learning_rate: LearningRate = Field(1e-4, description="for a single run; a search sets its own")
-    schedule: Schedule = Field("constant_with_warmup", description="of the learning rate")
+    learning_rate: LearningRate = Field(
+        1e-4, description="learning rate of a single run; a search sets its own"
+    )
+    schedule: Schedule = Field("constant_with_warmup", description="learning rate schedule")
     warmup_steps: int = Field(WARMUP_STEPS, ge=0, description="steps of linear warm-up; constant has none")
-    schedule_cycles: Positive = Field(1, description="of cosine_with_restarts")
-    schedule_power: float = Field(1.0, gt=0, description="of polynomial")
-    schedule_end: Share = Field(0.0, description="share of the learning rate that is left at the end")
-    decay_share: float = Field(0.2, gt=0, le=1, description="of the steps, in warmup_stable_decay")
-    batch_size: Positive = Field(16, description="pictures an optimizer step, over all workers")
+    schedule_cycles: Positive = Field(1, description="number of cycles of cosine_with_restarts")
+    schedule_power: float = Field(1.0, gt=0, description="power of polynomial")
+    schedule_end: Share = Field(0.0, description="final learning rate, as a share of the peak")
+    decay_share: float = Field(
+        0.2, gt=0, le=1, description="share of the steps in which warmup_stable_decay decays"
+    )
+    batch_size: Positive = Field(16, description="images per optimizer step, over all workers")
     prior_loss_weight: float = Field(
         0.0,
         ge=0,
-        description="lambda of DreamBooth's prior preservation (arXiv 2208.12242, eq. 2); above 0, "
-        "batch_size // 2 pictures of a step are class pictures; 0: they are not used",
+        description="weight of DreamBooth's prior preservation loss (arXiv 2208.12242, eq. 2); above 0, "
+        "half of the images of a step (batch_size // 2) are class images; 0: no class images",
     )
     micro_batch_size: Positive | None = Field(
-        None, description="pictures a worker takes at once, accumulating gradients; empty: all of its own"
+        None,
+        description="images per forward pass of a worker, with gradients accumulated; empty: all its "
+        "images of a step",
     )
     num_workers: Positive | tuple[Positive, Positive] = Field(
-        2, description="Ray Train workers; [min, max]: as many as there is room for, also while it runs"
+        2, description="Ray Train workers; [min, max]: as many as fit, adjusted while the run goes on"
     )
-    use_gpu: bool = Field(False, description="one GPU a worker")
-    cpus_per_worker: Positive = Field(1, description="logical CPUs (and PyTorch threads) a worker")
+    use_gpu: bool = Field(False, description="one GPU per worker")
+    cpus_per_worker: Positive = Field(1, description="logical CPUs, and PyTorch threads, per worker")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker needs none"
+        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker uses none"
     )
-    offload_optimizer: bool = Field(False, description="optimizer in the host's memory (stages 1 to 3)")
-    offload_parameters: bool = Field(False, description="weights in the host's memory (stage 3)")
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer states in host memory (stages 1 to 3)"
+    )
+    offload_parameters: bool = Field(False, description="keep the weights in host memory (stage 3)")
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="of weights and arithmetic; ZeRO keeps what it updates in fp32, and gradients of several "
-        "micro batches are summed in fp32; fp16 is for GPUs and has never been run",
+        description="of weights and arithmetic. ZeRO keeps fp32 copies of what it updates, and gradients "
+        "of several micro-batches are accumulated in fp32. fp16 needs a GPU and has never "
+        "been run",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    channels_last: bool = Field(False, description="memory layout of convolutions")
-    compile: bool = Field(False, description="torch.compile: a slow start, then faster steps")
-    optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101), states in fp32")
-    weight_decay: float = Field(1e-2, ge=0, description="of AdamW; biases and norms are exempt")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="of AdamW")
-    epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
+    channels_last: bool = Field(False, description="channels-last memory layout of convolutions")
+    compile: bool = Field(
+        False, description="compile the denoiser with torch.compile: a slow start, then faster steps"
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101) with fp32 states")
+    weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW; biases and norms are exempt")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="betas of AdamW")
+    epsilon: float = Field(1e-8, gt=0, description="epsilon of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    caption_dropout: Share = Field(0.1, description="share of captions that are left out, for guidance")
-    ema_decay: Share = Field(0.99, description="of the averaged weights that are evaluated; 0: off")
-    checkpoint_minutes: float = Field(10, gt=0, description="between checkpoints, besides those of the rungs")
-    max_failures: int = Field(1, ge=0, description="restarts of the worker group from its checkpoint")
+    caption_dropout: Share = Field(
+        0.1, description="share of captions that are dropped, for classifier-free guidance"
+    )
+    ema_decay: Share = Field(
+        0.99, description="decay of the averaged weights, which are evaluated and published; 0: off"
+    )
+    checkpoint_minutes: float = Field(
+        10, gt=0, description="minutes between checkpoints, in addition to those at the rungs"
+    )
+    max_failures: int = Field(1, ge=0, description="how often the worker group restarts from its checkpoint")
 
     @property
     def class_rows(self) -> int:
