@@ -15,6 +15,7 @@ the place of the second.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,9 @@ JOURNEYS = [
     ),
 ]
 
+# By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline.
+WALKED_IN_PARTS = ("stream", "buckets", "dreambooth")
+
 
 @pytest.fixture(scope="module")
 def port(ray_cluster: LocalCluster) -> Iterator[int]:
@@ -98,7 +102,13 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("journey", JOURNEYS, ids=[journey.name for journey in JOURNEYS])
+def marked(journey: Journey) -> Any:
+    """The parameter of a journey; `make test` leaves out what other tests on Ray walk in parts."""
+    marks = [pytest.mark.journeys] if journey.name in WALKED_IN_PARTS else []
+    return pytest.param(journey, id=journey.name, marks=marks)
+
+
+@pytest.mark.parametrize("journey", map(marked, JOURNEYS))
 def test_the_served_picture_is_that_of_plain_diffusers(
     journey: Journey, ray_cluster: LocalCluster, port: int, storage: Path, tmp_path: Path
 ) -> None:
