@@ -1,5 +1,4 @@
-"""From a rank's rows of a step to what the engine takes: latents, captions, randomness, shares of the
-loss."""
+"""Turn a rank's rows of a step into the engine's inputs: latents, captions, random draws, loss weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,11 @@ CONDITIONING = "conditioning"  # the column of SDXL's sizes
 
 
 def loss_shares(config: TrainConfig) -> list[float]:
-    """Of each row of a step in its loss: the mean over the training rows, which come first, and lambda times
-    the mean over the class rows (Ruiz et al., arXiv 2208.12242, eq. 2).
+    """Return the weight of each row in the step's loss, training rows first, then class rows.
 
-    Ranks need no even mix of both: gradients are summed over all rows, wherever they are.
+    The loss is the mean over the training rows plus `prior_loss_weight` (lambda) times the mean over the
+    class rows (Ruiz et al., arXiv 2208.12242, eq. 2). Ranks need no even mix of both: gradients are summed
+    over all rows, whichever rank has them.
     """
     rows, of_class = config.training_rows, config.class_rows
     return [1 / rows] * rows + [config.prior_loss_weight / max(of_class, 1)] * of_class
@@ -29,12 +29,12 @@ def loss_shares(config: TrainConfig) -> list[float]:
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows that a rank takes at once.
+    """A micro-batch: the rows that a rank processes in one forward and backward pass.
 
     Attributes:
         rows: tensors by column, N x ...
-        places: of the rows in the step's batch.
-        weights: share of each row in the step's loss.
+        places: the rows' positions in the step's batch.
+        weights: the weight of each row in the step's loss.
     """
 
     rows: dict[str, torch.Tensor]
@@ -45,14 +45,14 @@ class Piece:
     def cut(
         batch: dict[str, torch.Tensor], shares: Sequence[float], world_size: int, rank: int, pieces: int
     ) -> list["Piece"]:
-        """A rank's rows of a step in so many pieces, of equal size give or take one row.
+        """Split a rank's rows of a step into `pieces` pieces whose sizes differ by at most one row.
 
-        A rank with fewer rows than pieces takes a row again, with no weight, so that all ranks take as many
-        steps.
+        A rank with fewer rows than pieces repeats a row with weight 0, so that all ranks run the same number
+        of passes.
 
         Args:
             batch: the rank's rows.
-            shares: of each row of the whole step in its loss.
+            shares: the loss weight of each row of the whole step, see `loss_shares`.
         """
         mine = rows_of_rank(len(shares), world_size, rank)
         found = []
@@ -70,11 +70,11 @@ class Piece:
 
 
 class InputMaker:
-    """Makes a piece's inputs; all that is random comes from the run's seed, the step and the row's place.
+    """Builds the inputs of a piece. Random draws depend only on the run's seed, the step and the row's place.
 
     Args:
-        autoencoder: its configuration.
-        empty_caption: from `Dataset.empty_caption`.
+        autoencoder: the autoencoder's configuration.
+        empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class InputMaker:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a step needs of the prepared rows."""
+        """The columns of the prepared rows that a step reads."""
         extra = (CONDITIONING,) if self.sizes else ()
         return ("latents_mean", "latents_logvar", *self.null, *extra)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
-        """The arguments of `FineTuning`, and the rows' shares of the loss, on the device."""
+        """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
         rows, shape = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
         drawn = draw((self.config.seed,), step, piece.places, shape, self.settings)
         mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
@@ -120,7 +120,7 @@ class InputMaker:
         return replace(draws, **there)
 
     def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:
-        """Captions, the dropped ones replaced by the empty one."""
+        """Replace the dropped captions by the empty one."""
         null = self.null[name]
         mask = dropped.reshape(-1, *[1] * (values.dim() - 1))
         return torch.where(mask, null, values.to(null.dtype))

@@ -1,16 +1,16 @@
-"""A checkpoint: the state to go on from and, at a rung, the weights to evaluate.
+"""Checkpoints: the state to resume from and, at a rung, the weights to evaluate.
 
-weights/                        rungs: what was trained, averaged, in diffusers' format (rank 0)
-state/0000-of-0002.safetensors  what each rank owns of weights, averages and Adam's moments
+weights/                        rungs only: the trained weights (EMA, if on) in diffusers' format (rank 0)
+state/0000-of-0002.safetensors  each rank's own part of the weights, averages and Adam's moments
 series.json                     loss, gradient norm, learning rate and time (seconds since 1970) of each step
-                                since the last one (rank 0)
-progress.json                   step, number of workers, why it was written, what was measured (rank 0)
+                                since the previous checkpoint (rank 0)
+progress.json                   step, number of workers, reason for the checkpoint, metrics (rank 0)
 config.yaml                     the resolved configuration of the run (rank 0)
-complete-0000-of-0002           written last by each rank, the sha256 of its files: without all of these the
-                                checkpoint is not whole
+complete-0000-of-0002           the sha256 of each of a rank's files, written last by that rank; a checkpoint
+                                is complete only when every rank's is there
 
-The position in the data and all randomness follow from the step, so there is no more to keep. Between rungs
-only the last two checkpoints keep their state; what older ones tell of the training stays.
+The position in the data and all randomness follow from the step, so nothing else is stored. Of the
+checkpoints between rungs, only the last two keep their state; the other files of older ones stay.
 """
 
 import json
@@ -35,27 +35,28 @@ SERIES = "series.json"
 CONFIG = "config.yaml"
 FOLDER = "step-"
 MARK = "complete-"
-REPORTED = "reported"  # file of a rung that was measured, and whose score the search was told
+REPORTED = "reported"  # marker file of a rung that was evaluated and whose score was reported to the search
 
 Export = Callable[[dict[str, torch.Tensor], Path], None]
 
 
 class CheckpointWriter:
-    """Writes checkpoints beside the training: a step waits for a copy to the host's memory only.
+    """Writes checkpoints in the background: a step waits only for the copy to host memory.
 
     Args:
-        export: writes a rung's weights, by name, in diffusers' format; called on rank 0, in another thread.
-        config: the run's, as YAML.
+        export: function that writes a rung's weights, by name, in diffusers' format. Called on rank 0, in
+            another thread.
+        config: the run's configuration, as YAML.
     """
 
     def __init__(self, engine: Any, ema: EMA | None, export: Export, config: str) -> None:
         self.engine, self.ema, self.export, self.config = engine, ema, export, config
 
     def save(self, metrics: dict[str, Any], series: list[dict[str, float]], *, why: str) -> None:
-        """Report a checkpoint of the present state to Ray Train; every rank calls it.
+        """Report a checkpoint of the current state to Ray Train; every rank must call this.
 
         Args:
-            metrics, series: from the meter.
+            metrics, series: the results of `Meter.metrics`.
             why: RUNG, INTERVAL or PREEMPTION.
         """
         import ray.train
@@ -70,7 +71,7 @@ class CheckpointWriter:
             folder = Path(checkpoint.path)
             mark = f"{storage.build_checkpoint_path_from_name(name)}/{_mark(rank, world_size)}"
             if storage.storage_filesystem.get_file_info(mark).is_file:
-                storage.storage_filesystem.delete_file(mark)  # an attempt that died left it here
+                storage.storage_filesystem.delete_file(mark)  # left behind by an attempt that died
             write_shard(folder / STATE, rank, world_size, tensors, steps)
             if rank == 0:
                 progress = metrics | {"world_size": world_size}
@@ -97,14 +98,14 @@ class CheckpointWriter:
         )
 
     def _evaluated_weights(self) -> dict[str, torch.Tensor]:
-        """The averages, or the weights where nothing is averaged, whole, on rank 0."""
+        """Return the full averages (without EMA the full weights) on rank 0."""
         if self.ema:
             return whole(self.engine, self.ema.averages)
         return whole(self.engine, {piece.key: piece.weights for piece in owned_fragments(self.engine)})
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file below a folder, by its path in it."""
+    """Return the sha256 of each file in a folder, recursively, by relative path."""
     below = Storage.open(str(folder))
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return {name: below.sha256(name) for name in names}
@@ -119,10 +120,10 @@ def _marks(world_size: int) -> set[str]:
 
 
 class Resumed:
-    """A checkpoint to go on from, for the lifetime of a block.
+    """A checkpoint to resume from.
 
     Attributes:
-        step: the last one it contains.
+        step: the last step it contains.
         shards: the state of all ranks that wrote it.
     """
 
@@ -132,7 +133,7 @@ class Resumed:
         self.shards = Shards(folder / STATE, int(progress["world_size"]))
 
     def restore(self, engine: Any, ema: EMA | None) -> None:
-        """Bring the optimizer's state and the averages to the stored ones; the model has its weights."""
+        """Restore the optimizer's state and the averages; the model must already have its weights."""
         load_state(self.shards, engine)
         if ema:
             for piece in owned_fragments(engine):
@@ -153,22 +154,22 @@ class Rung:
 
 
 def folder_of(step: int) -> str:
-    """The name of a checkpoint's folder in its trial's."""
+    """Return the name of a step's checkpoint folder in the trial's folder."""
     return f"{FOLDER}{step:08d}"
 
 
 def steps_of(trial: Storage) -> list[int]:
-    """The steps of the checkpoints in a trial's folder, whole or not, in their order."""
+    """Return the steps of all checkpoints in a trial's folder, complete or not, in ascending order."""
     return sorted(int(name.removeprefix(FOLDER)) for name in trial.folders() if name.startswith(FOLDER))
 
 
 def last_intact(trial: Storage, tell: Callable[[str], None]) -> Storage | None:
-    """The folder of the last whole checkpoint of a training that is as it was written; None if there is none.
+    """Return the folder of the last complete, undamaged checkpoint of a training; None if there is none.
 
-    It may be one that Ray Train does not know of: a crash can come between writing it and reporting it.
+    Ray Train may not know of it: a crash can come between writing and reporting a checkpoint.
 
     Args:
-        tell: is given a line about each that is passed over because it is damaged.
+        tell: callback that receives one line for each checkpoint that is skipped.
     """
     for step in reversed(steps_of(trial)):
         folder = trial.child(folder_of(step))
@@ -180,23 +181,23 @@ def last_intact(trial: Storage, tell: Callable[[str], None]) -> Storage | None:
 
 
 def drop_old_states(trial: Storage) -> None:
-    """Delete what is there to go on from in all checkpoints but the rungs and the last two that are whole."""
+    """Delete the training state of all checkpoints except the rungs and the last two complete ones."""
     newer = 0
     for step in reversed(steps_of(trial)):
         folder = trial.child(folder_of(step))
         progress = read_progress(folder)
         if progress and newer >= 2 and progress["why"] != RUNG:
             if not folder.exists(STATE):
-                return  # nor do those before
+                return  # neither do the earlier ones
             folder.delete(STATE)
         newer += progress is not None
 
 
 def damaged(folder: Storage, part: str = "") -> list[str]:
-    """The files of a whole checkpoint that are missing, or other than its ranks wrote them.
+    """Return the files of a complete checkpoint that are missing or differ from what its ranks wrote.
 
     Args:
-        part: only those below this folder of it are read.
+        part: path prefix; only files below it are checked.
     """
     written: dict[str, str] = {}
     for mark in sorted(_marks(json.loads(folder.read_text(PROGRESS))["world_size"])):
@@ -217,26 +218,26 @@ def damaged(folder: Storage, part: str = "") -> list[str]:
 
 
 def find_rungs(trainings: Storage) -> dict[str, list[Rung]]:
-    """The whole rungs of every trial below `trainings`, by trial, in the order of their steps."""
+    """Return the complete rungs of every trial below `trainings`, by trial, in ascending order of step."""
     return {trial: rungs_of(trainings.child(trial)) for trial in trainings.folders()}
 
 
 def rungs_of(trial: Storage) -> list[Rung]:
-    """The whole rungs of one trial, in the order of their steps; none if it has not begun."""
+    """Return the complete rungs of one trial, in ascending order of step; empty before it has begun."""
     return [rung for step in steps_of(trial) if (rung := _rung(trial.child(folder_of(step))))]
 
 
 def _rung(folder: Storage) -> Rung | None:
-    """The rung in a folder, or None if it holds something else or a checkpoint that is not whole."""
+    """Return the rung in a folder, or None if the folder holds no complete checkpoint of a rung."""
     metrics = read_progress(folder)
     return Rung(folder.uri, metrics) if metrics and metrics["why"] == RUNG else None
 
 
 def read_progress(folder: Storage) -> dict[str, Any] | None:
-    """What was measured up to the checkpoint in a folder, or None if there is none that is whole."""
+    """Return the metrics of the checkpoint in a folder, or None if it is missing, incomplete or damaged."""
     files = set(folder.files())
     if not any(name.startswith(f"{MARK}0000-") for name in files):
-        return None  # rank 0 may be in the middle of writing progress.json
+        return None  # rank 0 may still be writing progress.json
     try:
         metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a training worker: how it is configured, built, and told what to do at a step."""
+"""The DeepSpeed engine of a training worker: its configuration, construction and per-step settings."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.training.phases import Stage
 from ray_jobs.training.state import restart_adam
 
-# What `train` has fields for: the same thing said twice would leave one of them ignored.
+# DeepSpeed options that `train` has fields for. Set in both places, one of the two would be ignored.
 MODELLED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -26,19 +26,19 @@ MODELLED = {
     "zero_optimization.stage": "train.zero_stage",
     "zero_optimization.offload_optimizer": "train.offload_optimizer",
     "zero_optimization.offload_param": "train.offload_parameters",
-    # Older names of the same.
+    # Older names of the same options.
     "zero_optimization.cpu_offload": "train.offload_optimizer",
     "zero_optimization.cpu_offload_param": "train.offload_parameters",
 }
 
-REDUCED_AT_ONCE = 500_000_000  # elements of gradients: DeepSpeed's own default
+REDUCED_AT_ONCE = 500_000_000  # gradient elements; DeepSpeed's own default
 
 
 def sharded_for(config: TrainConfig, world_size: int) -> TrainConfig:
-    """`config` without sharding where that only costs copies: one worker has nobody to share with.
+    """Return `config` with ZeRO turned off where it would only cost copies: for a single worker.
 
-    Not for adapters, whose many small tensors are clipped faster in ZeRO's flat one; not with bf16 or fp16,
-    whose fp32 weights ZeRO keeps; and not where the user asks for what only ZeRO has.
+    ZeRO stays on for adapters, whose many small tensors are clipped faster in its flat buffer; for bf16 and
+    fp16, whose fp32 master weights it keeps; and where the user asks for what only ZeRO offers.
     """
     offloads = config.offload_optimizer or config.offload_parameters
     needed = config.method != "full" or config.precision != "fp32" or offloads or config.deepspeed
@@ -46,16 +46,16 @@ def sharded_for(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:
-    """In how many pieces every rank takes its rows of a step."""
+    """Return the number of pieces (micro-batches) into which every rank splits its rows of a step."""
     most = len(rows_of_rank(config.batch_size, world_size, 0))
     return -(-most // (config.micro_batch_size or most))
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes as its configuration, with `train.deepspeed` merged in.
+    """Return the configuration for `deepspeed.initialize`, with `train.deepspeed` merged in.
 
     Raises:
-        ValueError: `train.deepspeed` says what `train` has a field for.
+        ValueError: `train.deepspeed` sets an option that `train` has a field for.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
@@ -71,16 +71,16 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 2**31,
-        # Ours is a plain torch optimizer, so that CPU and GPU run the same arithmetic.
+        # A plain torch optimizer, so that CPU and GPU run the same arithmetic.
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own for offloading has to be compiled first
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's optimizer for offloading must be compiled first
     }
     if pieces > 1 and config.precision != "fp32":
-        # DeepSpeed 0.19.8 sums the gradients of several pieces in the model's precision: 512 times 1/512 is
-        # then 0.5 in bf16.
+        # DeepSpeed 0.19.8 sums the gradients of several pieces in the model's precision: in bf16, 512 times
+        # 1/512 is then 0.5.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         if config.zero_stage == 1:
-            settings["communication_data_type"] = "fp32"  # of the sums; stages 2 and 3 send each piece
+            settings["communication_data_type"] = "fp32"  # for the sums; stages 2 and 3 send each piece
     return _merged(settings, config.deepspeed, "")
 
 
@@ -96,7 +96,10 @@ def _merged(settings: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict
 
 
 def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
-    """The optimizer's groups: for each group of layers, what decays and what does not (biases and norms)."""
+    """Return the optimizer's groups: per group of layers, parameters with weight decay and those without.
+
+    Biases and norms are not decayed.
+    """
     found = []
     for layers, members in model.layer_groups.items():
         for decays in (True, False):
@@ -107,23 +110,23 @@ def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters."""
+    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters."""
     groups = parameter_groups(model)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    # In the host's memory the fused form reads and writes each state once instead of some ten times.
+    # In host memory the fused form reads and writes each state once instead of about ten times.
     return torch.optim.AdamW(groups, **settings, fused=config.offload_optimizer or None)
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, without two things that no training here needs and that every worker would wait for.
+    """Import DeepSpeed without two things that training does not need and that every worker would wait for.
 
-    Its autotuner imports MLflow where that is installed, which takes longer than all the rest of DeepSpeed.
-    And on a CPU it compiles an all-reduce for inference before anything else: that takes a compiler, and a
-    worker that dies meanwhile leaves a lock behind for which all later ones would wait for ever.
+    Its autotuner imports MLflow if installed, which takes longer than all the rest of DeepSpeed. On a CPU it
+    first compiles an all-reduce for inference: that needs a compiler, and a worker that dies meanwhile
+    leaves behind a lock that all later workers would wait for forever.
     """
     hide = "mlflow" not in sys.modules
     if hide:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to import it now is an ImportError
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes importing it an ImportError
     try:
         import deepspeed
     finally:
@@ -134,9 +137,9 @@ def import_deepspeed() -> Any:
 
 
 def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any:
-    """Wrap `model` in a DeepSpeedEngine over the trained parameters; the process group is Ray Train's."""
+    """Wrap `model` in a DeepSpeedEngine over the trained parameters, using Ray Train's process group."""
     settings = deepspeed_config(config, world_size)
-    # ZeRO takes memory for a whole bucket of gradients, at every step anew, however few there are.
+    # ZeRO allocates a whole bucket for gradients at every step, however few there are.
     num_trained = sum(parameter.numel() for _, parameter in model.all_trained)
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
     engine, *_ = import_deepspeed().initialize(
@@ -151,9 +154,9 @@ def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any
 
 
 def _keep_gradient_norm(engine: Any) -> None:
-    """Let `get_global_grad_norm` return the norm before clipping without ZeRO too.
+    """Make `get_global_grad_norm` return the norm before clipping without ZeRO too.
 
-    There DeepSpeed 0.19.8 clips by a norm that it does not keep, and returns None.
+    There, DeepSpeed 0.19.8 does not keep the norm that it clips by, and returns None.
     """
     from deepspeed.runtime.utils import clip_grad_norm_
 
@@ -164,10 +167,9 @@ def _keep_gradient_norm(engine: Any) -> None:
 
 
 def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
-    """Give the optimizer what holds at a step: learning rate, decay, betas.
+    """Set the optimizer's learning rates, weight decay, betas and epsilon for a step.
 
-    Frozen layers stay in the optimizer, with a learning rate of 0, so that ZeRO's partitions stay as they
-    are.
+    Frozen layers stay in the optimizer with a learning rate of 0, so that ZeRO's partitions do not change.
     """
     rate = stage.rate(step)
     for group in engine.optimizer.param_groups:
@@ -178,11 +180,11 @@ def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
 
 
 def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
-    """Let gradients reach the layers of a stage, and no others.
+    """Enable gradients for the layers of a stage and disable them for all others.
 
     Args:
-        before: the stage that has just ended; None in the middle of one. Adam starts anew for layers that it
-            did not train.
+        before: the stage that has just ended, or None in the middle of a stage. Adam's state is reset for
+            layers that `before` did not train.
     """
     for layers, members in engine.module.layer_groups.items():
         if before and stage.trains(layers) and not before.trains(layers):

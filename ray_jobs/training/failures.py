@@ -1,4 +1,4 @@
-"""What is told when a training's worker dies or fails, in the controller of Ray Train."""
+"""Report workers that die or fail; runs in Ray Train's controller."""
 
 import re
 from typing import Any
@@ -14,11 +14,11 @@ LONGEST = 300  # characters of a reason
 
 
 class TellFailures(UserCallback):
-    """Says who died, why and where, and from which step the training goes on.
+    """Reports which worker failed, why and where, and from which step the training resumes.
 
     Args:
-        trial: where its checkpoints are.
-        max_failures: restarts that are left; nodes that are taken away with a notice cost none.
+        trial: folder of the trial's checkpoints.
+        max_failures: number of restarts left; a preempted node costs none.
         board: handle of a ProgressBoard, or None.
     """
 
@@ -26,7 +26,7 @@ class TellFailures(UserCallback):
         self.name, self.trial, self.left, self.board = name, trial, max_failures, board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises DamagedPart, which ends the training, where every restart would meet the same damage."""
+        """Raise DamagedPart, which ends the training, if every restart would hit the same damaged data."""
         for error in worker_exceptions.values():
             if damage := told_damage(error):
                 raise DamagedPart(damage)
@@ -44,14 +44,14 @@ class TellFailures(UserCallback):
         try:
             for step in reversed(steps_of(self.trial)):
                 if read_progress(self.trial.child(folder_of(step))):
-                    return f"going on from step {step} at the latest"  # a damaged one is passed over
-        except Exception as error:  # a store that fails once is no reason to end the training here
+                    return f"going on from step {step} at the latest"  # a damaged checkpoint is skipped
+        except Exception as error:  # a storage error here must not end the training
             return f"going on; its checkpoints cannot be read just now: {error}"
         return "starting again: there is no whole checkpoint yet"
 
 
 def cause(error: Exception) -> tuple[str, bool]:
-    """What befell a worker, in a line, and whether its node was taken away with a notice."""
+    """Return one line saying what happened to a worker, and whether its node was preempted."""
     from ray.exceptions import RayActorError
 
     death = getattr(error, "health_check_failure", error)
