@@ -1,4 +1,4 @@
-"""What every training worker runs: stream rows, take steps, report checkpoints."""
+"""The training loop that every worker runs: stream rows, take steps, report checkpoints."""
 
 import json
 import logging
@@ -40,18 +40,19 @@ from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, owned_fragments
 
 DIVERGED = "diverged.json"
-LOOK_EVERY = 0.5  # seconds between looks for a rung's score
+LOOK_EVERY = 0.5  # seconds between checks for a rung's score
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the driver hands to every worker; plain values and handles.
+    """Settings that the driver passes to every worker: plain values and handles.
 
     Attributes:
-        ladder: the configuration's, or its beginning: schedules end where the whole one does.
-        start: checkpoint to begin from, which another training has left.
-        board: handle of a ProgressBoard.
-        wait_for_scores: at each rung until it is marked as `REPORTED`.
+        ladder: steps of the rungs to train to: the configuration's ladder or its beginning. Learning-rate
+            schedules end where the full ladder does.
+        start: URI of another training's checkpoint to start from, or None.
+        board: handle of a ProgressBoard, or None.
+        wait_for_scores: pause at each rung except the last until its score has been reported (`REPORTED`).
     """
 
     config: Config
@@ -64,7 +65,7 @@ class LoopSettings:
 
     @property
     def trial(self) -> Storage:
-        """Where the checkpoints are."""
+        """Folder of the trial's checkpoints."""
         return Storage.open(self.config.storage).child(self.config.name, "train", self.trial_id)
 
     @property
@@ -72,10 +73,10 @@ class LoopSettings:
         return stages_of(self.config.train, max(self.config.search.ladder[-1], self.ladder[-1]))
 
     def resume_from(self) -> Storage | None:
-        """The checkpoint that the training goes on from, or begins with; None: it begins with the base.
+        """Return the checkpoint to resume or start from; None to start from the base model.
 
         Raises:
-            ValueError: the one that it begins with is damaged.
+            ValueError: the checkpoint to start from is damaged.
         """
         found = last_intact(self.trial, self._tell)
         if found or self.start is None:
@@ -91,16 +92,16 @@ class LoopSettings:
             self.board.post.remote(f"{self.trial_id}/{line}", line)
 
     def stream(self, world_size: int, columns: tuple[str, ...]) -> StreamSettings:
-        """What a step consists of."""
+        """Return the settings of the stream that feeds the steps."""
         train = self.config.train
         return StreamSettings(self.config, train.batch_size, world_size, columns, train.class_rows)
 
 
 def train_worker(loop: dict[str, LoopSettings]) -> None:
-    """The function that Ray Train runs on every worker."""
+    """Run a training; Ray Train calls this on every worker."""
     startup = StartUp()
     import ray.train
-    from diffusers import DiffusionPipeline  # noqa: F401  here, so that importing is told from building
+    from diffusers import DiffusionPipeline  # noqa: F401  here, to time imports and building apart
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
@@ -108,7 +109,7 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     startup.done("imports")
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
-    # Rank 0 looks for all: another rank could already see a later one.
+    # Rank 0 decides for all ranks: another one might already see a later checkpoint.
     found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
     last = broadcast_from_rank_zero(found)
     if last is None:
@@ -120,7 +121,7 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
 
 
 class Training:
-    """A worker's part of a training, from its beginning or from a checkpoint."""
+    """One worker's part of a training, from the beginning or from a checkpoint."""
 
     def __init__(
         self,
@@ -158,12 +159,12 @@ class Training:
         startup.done("engine")
 
     def _averages(self) -> EMA | None:
-        """Of what this rank owns, so that averaging needs no communication."""
+        """Return the EMA of the fragments that this rank owns, so that averaging needs no communication."""
         decay = self.settings.config.train.ema_decay
         return EMA([(piece.key, piece.weights) for piece in self.owned], decay) if decay else None
 
     def run(self) -> None:
-        """Climb the rest of the ladder."""
+        """Train through the remaining rungs of the ladder."""
         ladder, stages = self.settings.ladder, self.settings.stages
         if self.done >= ladder[-1]:
             return
@@ -192,12 +193,12 @@ class Training:
                 stage = stage_at(stages, step + 1)
 
     def _step(self, rows: list[Piece], step: int) -> torch.Tensor:
-        """One optimizer step; returns this rank's share of the step's mean loss."""
-        torch.manual_seed(_entropy(self.settings.config.seed, step, self.rank))  # of dropout
+        """Take one optimizer step; return this rank's share of the step's mean loss."""
+        torch.manual_seed(_entropy(self.settings.config.seed, step, self.rank))  # for dropout
         share = torch.zeros((), device=self.engine.device)
         for piece in rows:
             inputs, weights = self.inputs.make(piece, step)
-            # DeepSpeed divides by the number of pieces and of ranks; weights are shares of the whole batch.
+            # DeepSpeed divides by the number of pieces and ranks, but the weights are of the whole batch.
             loss = (self.engine(**inputs) * weights).sum()
             self.engine.backward(loss * len(rows) * self.world_size)
             self.engine.step()
@@ -205,11 +206,11 @@ class Training:
         return share
 
     def _wait_for_score(self, step: int) -> None:
-        """Wait until a rung that was just saved is measured; all ranks call it.
+        """Wait until the rung that was just saved has its score reported; all ranks must call this.
 
-        It ends also where the measuring fails: that is an error of the controller, which stops its workers. A
-        training that starts again there does not wait for the rung it goes on from, since the report of that
-        one may have been lost with the workers.
+        If the evaluation fails, the wait ends as well: that is an error in the controller, which stops its
+        workers. A training that restarts there does not wait for the rung it resumes from, since that rung's
+        report may have been lost with the workers.
         """
         from ray.train.collective import broadcast_from_rank_zero
 
@@ -217,7 +218,7 @@ class Training:
             rung = self.settings.trial.child(folder_of(step))
             while not rung.exists(REPORTED):
                 time.sleep(LOOK_EVERY)
-        broadcast_from_rank_zero(None)  # Ray's barrier: one of torch's would time out
+        broadcast_from_rank_zero(None)  # a barrier through Ray: torch's would time out
         self.meter.go_on()
 
     def _average(self, step: int) -> None:
@@ -225,7 +226,7 @@ class Training:
             self.ema.update([(piece.key, piece.weights) for piece in self.owned], step)
 
     def _stream(self, first_step: int) -> Iterator[list[Piece]]:
-        """This rank's pieces of each step from `first_step` on; all ranks call it."""
+        """Yield this rank's pieces of each step from `first_step` on; all ranks must call this."""
         import ray
         from ray.train.collective import broadcast_from_rank_zero
 
@@ -236,7 +237,7 @@ class Training:
             split = split_stream(
                 settings.dataset, stream, first_step=first_step, last_step=settings.ladder[-1]
             )
-            ends = [ray.put(split)]  # by reference: what is broadcast has to be small
+            ends = [ray.put(split)]  # by reference: a broadcast value must be small
         [reference] = broadcast_from_rank_zero(ends)
         taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=first_step)
         pieces = pieces_a_step(settings.config.train, self.world_size)
@@ -245,7 +246,7 @@ class Training:
             yield Piece.cut(batch, shares, self.world_size, self.rank, pieces)
 
     def _give_up(self, error: Diverged) -> None:
-        """Leave word for the driver; a restart from the last checkpoint would end in the same way."""
+        """Record the divergence for the driver; a restart from the last checkpoint would diverge again."""
         if self.rank == 0:
             self.settings.trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))
 

@@ -1,4 +1,4 @@
-"""What a training keeps on each rank, and what ZeRO saves of it (arXiv 1910.02054, section 5)."""
+"""Memory of the training state on each rank, which ZeRO reduces (arXiv 1910.02054, section 5)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,12 @@ from ray_jobs.training.state import MOMENTS, adam_state, held_fragments
 
 
 def state_bytes(engine: Any) -> dict[str, int]:
-    """Bytes that this rank keeps, on whatever device, by what they are:
+    """Return the bytes of state that this rank holds, on any device, by kind.
 
-    parameters: the model's, trained and frozen, without encoders and autoencoder.
-    gradients: between backward and step. They are not there yet at the start: this is what ZeRO will keep.
-    master_weights: what the optimizer steps, in fp32; none where it steps the parameters themselves.
-    moments: Adam's two.
+    parameters: the model's parameters, trained and frozen, without encoders and autoencoder.
+    gradients: held between backward and step. They do not exist at the start: this is what ZeRO will keep.
+    master_weights: fp32 weights that the optimizer updates; 0 where it updates the parameters themselves.
+    moments: Adam's two moments.
     """
     parameters = _storages(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
     owners = {id(piece.owner): piece.owner for piece in held_fragments(engine)}.values()
@@ -28,7 +28,7 @@ def state_bytes(engine: Any) -> dict[str, int]:
 
 
 def _gradients(engine: Any) -> int:
-    """Stages 0 and 1 keep whole gradients, stages 2 and 3 this rank's part of them."""
+    """Return the bytes of gradients: whole ones for ZeRO stages 0 and 1, this rank's part for 2 and 3."""
     size: int = engine.get_data_types()[1].itemsize
     if engine.zero_optimization_stage() < 2:
         return sum(parameter.numel() for _, parameter in engine.module.all_trained) * size
@@ -36,6 +36,6 @@ def _gradients(engine: Any) -> int:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of the memory that tensors lie in, by its address; each once."""
+    """Return the bytes of the tensors' storages by address, each storage once."""
     pieces = (tensor.untyped_storage() for tensor in tensors)
     return {piece.data_ptr(): piece.nbytes() for piece in pieces if piece.nbytes()}

@@ -1,4 +1,4 @@
-"""What a training measures of itself: loss, gradients, speed, waiting; and when it must stop or save."""
+"""Training metrics (loss, gradient norm, speed, waiting for data), and when to stop or to save."""
 
 import math
 import time
@@ -14,23 +14,23 @@ from ray_jobs.console.board import TrainingProgress
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.startup import StartUp
 
-POST_EVERY = 2.0  # seconds between lines, and between looks for a preemption
-SMOOTHED = 20  # steps that the shown loss is the mean of
-ENOUGH = 64  # pictures whose mean loss can be compared with, where they are fewer than SMOOTHED steps
-EXPLODED = 5.0  # times the lowest smoothed loss
+POST_EVERY = 2.0  # seconds between progress lines, and between checks for a preemption
+SMOOTHED = 20  # steps over which the displayed loss is averaged
+ENOUGH = 64  # images after which a mean loss is comparable, if that is fewer than SMOOTHED steps
+EXPLODED = 5.0  # multiple of the lowest smoothed loss at which the loss counts as diverged
 RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite, or has exploded."""
+    """The loss or its gradient is not finite, or the loss has exploded."""
 
 
 class Meter:
-    """Everything a person sees of a training; every rank has one, and they agree on when to save.
+    """Metrics of a training as shown to the user. Every rank has one, and all agree on when to save.
 
     Args:
         board: handle of a ProgressBoard, or None.
-        startup: of this worker, until its engine is built.
+        startup: stopwatch of this worker's start-up phases.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Meter:
         rank: int,
         startup: StartUp,
     ) -> None:
-        self.startup: StartUp | None = startup  # until a checkpoint has told it
+        self.startup: StartUp | None = startup  # None once a checkpoint has recorded it
         self.trial_id, self.ladder, self.config, self.board, self.rank = trial_id, ladder, config, board, rank
-        self.warming_up = True  # the first step compiles and fills caches: its time is left out
+        self.warming_up = True  # the first step compiles and fills caches, so it is not timed
         self.posted_at = self.saved_at = time.monotonic()
         self.saved_step = 0
         self.lowest = math.inf
@@ -52,7 +52,7 @@ class Meter:
         self.preempted = False
 
     def start(self, engine: Any) -> None:
-        """Begin to measure the steps of an engine, and say what it keeps in memory."""
+        """Start measuring the steps of an engine, and report what it keeps in memory."""
         self.engine, self.state_bytes = engine, state_bytes(engine)
         if self.rank == 0 and self.board is not None:
             kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())
@@ -65,12 +65,12 @@ class Meter:
         self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
 
     def go_on(self) -> None:
-        """Measure again after a pause, which counts as no step's time."""
+        """Resume measuring after a pause, which is not counted as step time."""
         self.last = self.saved_at = time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Time a block that waits for data."""
         begin = time.monotonic()
         yield
         self.waited += time.monotonic() - begin
@@ -78,13 +78,13 @@ class Meter:
             self.startup.done("first_row")
 
     def add(self, step: int, rate: float, share: torch.Tensor) -> str:
-        """Take in a step; returns why a checkpoint is due (INTERVAL, PREEMPTION) or "", on all ranks alike.
+        """Record a step; return why a checkpoint is due (INTERVAL, PREEMPTION) or "", the same on all ranks.
 
         Args:
-            share: this rank's part of the step's loss.
+            share: this rank's share of the step's loss.
 
         Raises:
-            Diverged: on all ranks alike.
+            Diverged: on all ranks at once.
         """
         now = time.monotonic()
         if self.startup:
@@ -115,7 +115,7 @@ class Meter:
         return PREEMPTION if preempted else INTERVAL if due else ""
 
     def _agreed(self, share: torch.Tensor, look: bool, due: bool) -> tuple[float, bool, bool]:
-        """The loss of all ranks together, and what rank 0 decided by its clock."""
+        """Return the loss summed over all ranks, and the flags that rank 0 set by its clock."""
         both = torch.stack([share.float(), *(share.new_tensor(float(flag)) for flag in (look, due))])
         if self.engine.world_size > 1:
             torch.distributed.all_reduce(both)
@@ -123,7 +123,7 @@ class Meter:
         return loss, bool(look_too), bool(due_too)
 
     def _preempted(self) -> bool:
-        """Whether a node is about to be taken away, the first time that this is known."""
+        """Return whether a preemption notice has arrived since the last check."""
         import ray.train
 
         known, self.preempted = self.preempted, ray.train.get_preemption_info() is not None
@@ -139,7 +139,7 @@ class Meter:
         elif smoothed > EXPLODED * self.lowest:
             what = f"rose to {smoothed:.3g}"
         elif not math.isfinite(norm) and self.config.precision != "fp16":
-            # ZeRO leaves such steps out; with fp16 only until its loss scale fits.
+            # ZeRO skips such steps; with fp16 that is normal until the loss scale fits.
             what = "has a gradient that is not finite"
         else:
             return
@@ -179,7 +179,7 @@ class Meter:
         )
 
     def metrics(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What a checkpoint reports of the steps since the last one, and each of these; starts the next."""
+        """Return a checkpoint's metrics and one row per step, both since the last one; then start afresh."""
         series, step = self.series, int(self.series[-1]["step"])
         metrics: dict[str, Any] = {
             "step": step,
@@ -197,7 +197,7 @@ class Meter:
 
 
 def memory_gib(device: torch.device) -> float:
-    """What this process takes on its device: the peak on a GPU, the resident set on a CPU; GiB."""
+    """Return this process's memory on its device in GiB: peak on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30

@@ -1,4 +1,4 @@
-"""The stages of a run: from which step to which, at what learning rate, with which layers."""
+"""The stages of a run: each has its range of steps, learning rate and trained layers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Stage:
     """Steps `first` to `last` (counted from 1, inclusive) with the same settings.
 
     Attributes:
-        trainable: groups of layers that move; None: all.
+        trainable: groups of layers that are trained; None for all.
     """
 
     first: int
@@ -24,16 +24,16 @@ class Stage:
     trainable: tuple[str, ...] | None
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step of the stage."""
+        """Return the learning rate at a step of the stage."""
         return self.learning_rate * self.schedule.factor(step - self.first)
 
     def trains(self, layers: str) -> bool:
-        """Whether a group of layers moves in this stage."""
+        """Return whether a group of layers is trained in this stage."""
         return self.trainable is None or layers in self.trainable
 
 
 def stages_of(config: TrainConfig, last_step: int) -> list[Stage]:
-    """The stages up to the end of the ladder; one of the whole run where none are given."""
+    """Return the stages up to the end of the ladder; without `train.stages`, one that spans the run."""
     given = config.stages or [StageConfig(steps=last_step)]
     found, first = [], 1
     for number, stage in enumerate(given):
@@ -68,12 +68,12 @@ def _stage(config: TrainConfig, own: StageConfig, first: int, last: int) -> Stag
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
-    """The stage that a step belongs to."""
+    """Return the stage that a step belongs to."""
     return next(stage for stage in stages if step <= stage.last)
 
 
 def ever_trainable(stages: list[Stage]) -> list[str] | None:
-    """The groups of layers that any stage trains; None: all."""
+    """Return the groups of layers that any stage trains; None for all."""
     if any(stage.trainable is None for stage in stages):
         return None
     return sorted({group for stage in stages for group in stage.trainable or ()})

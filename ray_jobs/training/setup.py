@@ -1,4 +1,4 @@
-"""What a worker trains: the model around its base, frozen and prepared as the configuration says."""
+"""Build the model that a worker trains: the base, frozen and prepared as configured."""
 
 import copy
 from collections.abc import Mapping
@@ -25,21 +25,21 @@ CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def loss_settings(config: TrainConfig) -> LossSettings:
-    """What the core takes of `train.loss`."""
+    """Return the `LossSettings` that `train.loss` configures."""
     return LossSettings(**config.loss.model_dump(exclude={"zero_terminal_snr"}))
 
 
 def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
-    """The base pipeline and, around its denoiser, what is trained.
+    """Return the base pipeline and the module to train, which wraps its denoiser.
 
     Raises:
-        ValueError: naming the setting that does not suit the base model.
+        ValueError: a setting does not suit the base model; the message names it.
     """
     from ray_jobs.weights.loading import load_pipeline, read_index
 
     base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
-    # Captions come encoded; a T5 would take ten gigabytes on each worker for nothing.
+    # Captions are already encoded; a T5 would take ten gigabytes on each worker for nothing.
     without = () if config.train.train_text_encoder else family.text_encoders
     pipeline = load_pipeline(base, revision=revision, without=without)
     model, parts = _choose_trained(config, pipeline, family, device)
@@ -50,19 +50,20 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     return pipeline, model
 
 
-# What a trial chooses of them decides whether a model can be trained at all.
+# Settings whose values decide whether a model can be trained at all.
 CHECKED = ("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages")
 
 
 def check_settings(config: Config) -> tuple[Family, Any]:
-    """Choose what would be trained as `build_model` does, without the memory that its weights take; of a
-    search for every value of a setting that a base model may refuse.
+    """Check that `build_model` would accept the settings, without allocating memory for weights.
+
+    A search is checked for every value of those settings that a base model may reject.
 
     Returns:
-        The base's family, and its scheduler, denoiser and text encoders as attributes of an object.
+        The base's family, and an object with its scheduler, denoiser and text encoders as attributes.
 
     Raises:
-        ValueError: naming the setting that does not suit the base model.
+        ValueError: a setting does not suit the base model; the message names it.
     """
     check_weights(local_path(config.model.base), revision=config.model.revision)
     checked = _check_settings(config)
@@ -93,14 +94,14 @@ def _check_settings(config: Config) -> tuple[Family, Any]:
 def _choose_trained(
     config: Config, pipeline: Any, family: Family, device: str
 ) -> tuple[FineTuning, list[Any]]:
-    """What is trained of a pipeline, and the components that it lies in."""
+    """Return the module to train and the pipeline's components that it trains."""
     train = config.train
     settings = loss_settings(train)
     objective = family.objective(pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr)
     objective.check(settings)
     encoders = family.trainable_text_encoders if train.train_text_encoder else ()
     parts = [getattr(pipeline, name) for name in (family.denoiser, *encoders)]
-    torch.manual_seed(config.seed)  # the adapters' first values
+    torch.manual_seed(config.seed)  # for the adapters' initial values
     for name, part in zip((family.denoiser, *encoders), parts, strict=True):
         if train.method == "lora":
             chosen = train.lora.target_modules if name == family.denoiser else None
@@ -126,7 +127,7 @@ def _choose_trained(
 
 
 def _prepare(parts: list[Any], config: TrainConfig) -> None:
-    """The switches that change how fast a model runs and how much memory it takes, and nothing else."""
+    """Turn on the configured options that affect only speed and memory."""
     for part in parts:
         if config.gradient_checkpointing:
             enable = (
@@ -138,9 +139,9 @@ def _prepare(parts: list[Any], config: TrainConfig) -> None:
 
 
 def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Export:
-    """What writes trained weights in diffusers' format on rank 0, while the training goes on.
+    """Return a function that writes trained weights in diffusers' format on rank 0 while training continues.
 
-    To be made before the engine, which may shard the pipeline's weights.
+    Call this before the engine is built, which may shard the pipeline's weights.
     """
     scheduler = trained_scheduler(pipeline.scheduler) if config.train.loss.zero_terminal_snr else None
     if config.train.method == "lora":
@@ -151,7 +152,7 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
                 scheduler.save_pretrained(folder / SCHEDULER)
 
         return export
-    # Copies of their own, in fp32: those that are trained change meanwhile.
+    # Separate fp32 copies: the components in training change meanwhile.
     trained = dict(pipeline.components)
     names = (model.family.denoiser, *model.text_encoders)
     own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}

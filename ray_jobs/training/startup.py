@@ -1,14 +1,14 @@
-"""Where the time goes between a worker's beginning and the end of its first step."""
+"""Timing of a worker's start-up, from its start to the end of its first step."""
 
 import time
 
 
 class StartUp:
-    """A stopwatch that is told the end of each phase.
+    """Stopwatch for the phases of a worker's start-up.
 
     Attributes:
-        began: when the worker's function was called; seconds since 1970.
-        seconds: of each phase, in their order.
+        began: time at which the worker's function was called, in seconds since 1970.
+        seconds: duration of each phase, in order.
     """
 
     def __init__(self) -> None:
@@ -16,12 +16,12 @@ class StartUp:
         self.seconds: dict[str, float] = {}
 
     def done(self, phase: str) -> None:
-        """A phase has ended, and the next one begins; a phase ends once."""
+        """End a phase and begin the next one; repeated calls for a phase are ignored."""
         if phase not in self.seconds:
             now = time.monotonic()
             self.seconds[phase], self.last = now - self.last, now
 
     @property
     def record(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
+        """The start time and the phases' durations, as a checkpoint stores them."""
         return {"began": self.began, **self.seconds}

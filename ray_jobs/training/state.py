@@ -1,9 +1,9 @@
-"""What a rank keeps of the training's state, by parameter and position, under any ZeRO stage.
+"""Access to a rank's training state by parameter and position, under any ZeRO stage.
 
-DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors of its own, cut differently for each stage
-and number of workers. Here they are seen as fragments: elements `start` to `start + n` of a named parameter.
-A checkpoint stores fragments, so it can be loaded by any number of workers and under any other stage, and
-needs no pickle.
+DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors of its own, split differently for each
+stage and number of workers. This module presents them as fragments: elements `start` to `start + n` of a
+named parameter. A checkpoint stores fragments, so any number of workers can load it under any other stage,
+and it needs no pickle.
 """
 
 import json
@@ -24,10 +24,10 @@ class Fragment:
     """The part of a trained parameter whose state this rank keeps.
 
     Attributes:
-        name: of the parameter.
-        start: its first element in the flattened parameter.
-        owner: the tensor that the optimizer steps, fp32; the fragment is `numel` elements of it from `offset`
-            on.
+        name: name of the parameter.
+        start: index of the fragment's first element in the flattened parameter.
+        owner: fp32 tensor that the optimizer updates; the fragment is its elements `offset` to
+            `offset + numel`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Fragment:
         return f"{self.start}/{self.name}"
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The fragment's elements of a tensor that is laid out as the owner: a view, 1-D."""
+        """Return a 1-D view of the fragment's elements in a tensor with the owner's layout."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
     @property
@@ -50,13 +50,13 @@ class Fragment:
 
 
 def held_fragments(engine: Any) -> list[Fragment]:
-    """All that this rank steps: whole parameters under stage 0, else its own part of some."""
+    """Return all that this rank's optimizer updates: whole parameters under stage 0, else its own parts."""
     pieces = (_fragment(engine, name, parameter) for name, parameter in engine.module.all_trained)
     return [piece for piece in pieces if piece is not None]
 
 
 def owned_fragments(engine: Any) -> list[Fragment]:
-    """What this rank writes and averages; each element of each parameter is owned by one rank."""
+    """Return the fragments that this rank saves and averages; each element is owned by exactly one rank."""
     held = held_fragments(engine)
     if engine.zero_optimization_stage() > 0:
         return held
@@ -90,7 +90,7 @@ def _fragment(engine: Any, name: str, parameter: Any) -> Fragment | None:
 
 
 def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
-    """Adam's state of a tensor that the optimizer steps; zeros before its first step."""
+    """Return Adam's state for a tensor that the optimizer updates; zeros before the first step."""
     state: dict[str, Any] = engine.basic_optimizer.state[owner]
     if not state:
         state["step"] = torch.tensor(0.0)
@@ -101,11 +101,10 @@ def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
 def restart_adam(engine: Any, names: Iterable[str]) -> None:
     """Set the moments and the step count of the named parameters to 0, as before Adam's first step.
 
-    While they were frozen, ZeRO let their moments decay and counted steps; without it both were left as they
-    were.
+    While parameters are frozen, ZeRO lets their moments decay and counts steps; without ZeRO neither changes.
 
     Args:
-        names: all the parameters that the optimizer steps as one tensor, or none of them.
+        names: parameter names. Of the parameters that the optimizer updates as one tensor, name all or none.
     """
     wanted = set(names)
     for piece in held_fragments(engine):
@@ -119,13 +118,13 @@ def restart_adam(engine: Any, names: Iterable[str]) -> None:
 def snapshot(
     engine: Any, averages: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """A copy in the host's memory of all that this rank owns.
+    """Copy the state that this rank owns to host memory.
 
     Args:
-        averages: by a fragment's key; empty without averaging.
+        averages: EMA vectors by fragment key; empty without averaging.
 
     Returns:
-        fp32 vectors by `<kind>/<start>/<name>`, and the number of Adam's steps by parameter.
+        fp32 vectors by `<kind>/<start>/<name>`, and the number of Adam steps by parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     steps: dict[str, int] = {}
@@ -146,7 +145,7 @@ def _on_host(value: torch.Tensor) -> torch.Tensor:
 def write_shard(
     folder: Path, rank: int, world_size: int, tensors: dict[str, torch.Tensor], steps: dict[str, int]
 ) -> None:
-    """Write what `snapshot` returned as this rank's file."""
+    """Write the result of `snapshot` to this rank's file."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,12 +153,12 @@ def write_shard(
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """Of a rank's file; a changed number of workers gives other names."""
+    """Return the name of a rank's file; it depends on the number of workers."""
     return f"{rank:04d}-of-{world_size:04d}.safetensors"
 
 
 class Shards:
-    """The files of all ranks that wrote a checkpoint, read by parameter and position.
+    """State files of all ranks that wrote a checkpoint, readable by parameter and position.
 
     Raises:
         ValueError: a rank's file is missing.
@@ -185,12 +184,18 @@ class Shards:
 
     @property
     def names(self) -> set[str]:
-        """Of the parameters that are stored."""
+        """Names of the stored parameters."""
         return {name for _, name in self.pieces}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements `start` to `start + numel` of a flattened parameter's weights, averages or moments:
-        fp32."""
+        """Return elements `start` to `start + numel` of a flattened parameter's values, fp32.
+
+        Args:
+            kind: `weights`, `ema`, or one of MOMENTS.
+
+        Raises:
+            ValueError: some of the elements are not stored.
+        """
         values, filled = torch.empty(numel), 0
         for begin, end, file, key in self.pieces.get((kind, name), []):
             low, high = max(begin, start), min(end, start + numel)
@@ -204,10 +209,10 @@ class Shards:
 
 @torch.no_grad()
 def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Fill whole parameters, before the engine takes them over.
+    """Load stored weights into whole parameters; call it before the engine is built.
 
     Raises:
-        ValueError: the stored parameters are not these.
+        ValueError: the checkpoint stores a different set of parameters.
     """
     parameters = dict(trained)
     if parameters.keys() != shards.names:
@@ -222,11 +227,12 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
 
 @torch.no_grad()
 def load_state(shards: Shards, engine: Any) -> None:
-    """Bring the weights that the optimizer steps, and Adam's state, to the stored ones.
+    """Restore the weights that the optimizer updates, and Adam's state.
 
-    An engine makes its fp32 weights of the model's after it has rounded those to bf16 or fp16.
+    The weights need it because an engine derives its fp32 weights from the model's after rounding those to
+    bf16 or fp16.
     """
-    counted: dict[int, int] = {}  # steps by owner: parameters that nothing uses count none without ZeRO
+    counted: dict[int, int] = {}  # steps by owner; without ZeRO, unused parameters count none
     for piece in held_fragments(engine):
         state = adam_state(engine, piece.owner)
         piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
@@ -238,10 +244,12 @@ def load_state(shards: Shards, engine: Any) -> None:
 
 
 def whole(engine: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every parameter's values from all ranks' fragments, in the host's memory of rank 0 (elsewhere none).
+    """Gather every parameter's values from all ranks' fragments into rank 0's host memory.
+
+    All ranks must call this; ranks other than 0 get an empty dict.
 
     Args:
-        values: what this rank owns, by its fragments' keys; all ranks call it.
+        values: the values that this rank owns, by fragment key.
     """
     found: dict[str, torch.Tensor] = {}
     mine: dict[str, list[Fragment]] = {}
@@ -256,7 +264,7 @@ def whole(engine: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
                 flat[begin + piece.start : begin + piece.start + piece.numel] = values[piece.key]
             begin += numel
         if engine.world_size > 1:
-            # Each element has one owner, and the others add 0 to it.
+            # Each element has one owner; the other ranks add 0 to it.
             torch.distributed.reduce(flat, dst=0)
         if engine.global_rank == 0:
             pieces = flat.cpu().split(list(sizes.values()))
@@ -279,7 +287,7 @@ def _buckets(trained: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any
 
 
 def _shape(parameter: Any) -> torch.Size:
-    """Of the whole parameter, also where ZeRO stage 3 has taken its data away."""
+    """Return the shape of the whole parameter, even where ZeRO stage 3 has removed its data."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

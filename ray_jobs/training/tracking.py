@@ -1,9 +1,9 @@
-"""Tracking: the series of every training, shown in MLflow while it trains; one MLflow run a trial.
+"""Tracking: mirror the metrics of every training to MLflow while it trains; one MLflow run per trial.
 
-What lies in the run's storage is the truth and MLflow its mirror: each look logs what the checkpoints and
-the measured rungs have and MLflow lacks. So a look that fails is made good by the next one, a resumed
-training goes on with the same MLflow run, and no step is logged twice. A thread of the driver looks, so one
-process writes and no training waits for it.
+The run's storage is the source of truth and MLflow its mirror: each pass logs what the checkpoints and the
+evaluated rungs have and MLflow lacks. So the next pass makes up for one that failed, a resumed training
+continues the same MLflow run, and no step is logged twice. The passes run in a thread of the driver, so a
+single process writes and no training waits for it.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from ray_jobs.training.loop import DIVERGED
 
 LOOK_EVERY = 10.0  # seconds
 PATIENCE = 60.0  # seconds that the end of a stage waits for a slow store
-ARTIFACTS = "mlartifacts"  # folder in the storage, of the pictures beside a SQLite store
-LARGEST_BATCH = 1000  # metrics that MLflow takes at once
+ARTIFACTS = "mlartifacts"  # folder in the storage for the images that go with a SQLite store
+LARGEST_BATCH = 1000  # metrics that MLflow accepts in one call
 STEP_METRICS = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
 CHECKPOINT_METRICS = {
     "train/images_per_second": "images_per_second",
@@ -47,8 +47,8 @@ RUNG_METRICS = {
     "validation/fid_2_error": "fid_2_error",
     "validation/loss": "validation_loss",
 }
-FIRST_RUNG_METRIC = "validation/fid"  # a rung that has it was logged
-# What an MLflow run is found by: a digest of where its checkpoints lie, and the trial.
+FIRST_RUNG_METRIC = "validation/fid"  # its presence means that the rung was logged
+# Tags that identify an MLflow run: a digest of the checkpoints' location, and the trial.
 TRAININGS_TAG, TRIAL_TAG = "diffray.trainings", "diffray.trial"
 
 Rows = list[dict[str, Any]]
@@ -56,10 +56,10 @@ Rows = list[dict[str, Any]]
 
 @contextmanager
 def opened_store(config: Config) -> Iterator[None]:
-    """Open the MLflow store beside the block; importing MLflow and making a SQLite file take seconds.
+    """Open the MLflow store while the block runs: importing MLflow and creating a SQLite file take seconds.
 
     Raises:
-        ConfigError: no server answers (at once), or the store refuses (at the block's end).
+        ConfigError: no server answers (raised at once), or the store refuses (raised at the block's end).
     """
     check_store(config)
     with ThreadPoolExecutor(1) as beside:
@@ -74,8 +74,11 @@ def _open(config: Config) -> None:
 
 
 def _experiment(client: Any, config: Config) -> str:
-    """The run's experiment. Beside a SQLite file the pictures lie in the storage too: MLflow's own choice is
-    the current folder, which of a job is gone after it."""
+    """Return the ID of the run's MLflow experiment.
+
+    With a SQLite store, images go to the run's storage too: MLflow's default is the current folder, and a
+    job's folder is gone after the job.
+    """
     place = None
     if sqlite_file(tracking_uri(config)):
         place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
@@ -86,13 +89,13 @@ def _experiment(client: Any, config: Config) -> str:
 def tracked(
     config: Config, trials: dict[str, Config], digest: str, rungs: Callable[[], Rows]
 ) -> Iterator["Mirror"]:
-    """Mirror trainings to MLflow while the block lasts. Whatever the store does, the block goes on.
+    """Mirror trainings to MLflow while the block runs; errors of the store do not interrupt the block.
 
     Args:
-        trials: the configuration of each, by its name; more can be added to the mirror.
-        digest: of the prepared data.
-        rungs: the measured ones so far, as dicts of at least `trial_id`, `step`, `fid`; what else of
-            `RUNG_METRICS` they have is logged too, and where they have a `checkpoint`, its samples are shown.
+        trials: configuration of each trial by name; more can be added to the mirror.
+        digest: digest of the prepared data.
+        rungs: returns the rungs evaluated so far, as dicts with at least `trial_id`, `step` and `fid`. Other
+            `RUNG_METRICS` that they have are logged too, and the samples of a `checkpoint` are shown.
     """
     mirror, done = Mirror(config, trials, digest, rungs), threading.Event()
     thread = threading.Thread(target=_watch, args=(mirror, done), daemon=True)
@@ -108,9 +111,11 @@ def tracked(
 
 
 def _watch(mirror: "Mirror", done: threading.Event) -> None:
-    """Look until all is done, and once more. Trainings of hours must not end because of a store: an error is
-    said, at its first time and at the end, and the next look tries again. A store may take numbers and refuse
-    pictures, so each is tried by itself."""
+    """Log repeatedly until `done` is set, and then once more.
+
+    A store must not end a training of hours: an error is reported at its first occurrence and at the end, and
+    the next pass tries again. A store may accept numbers and refuse images, so each is tried separately.
+    """
     said, last = set[str](), False
 
     def log() -> None:
@@ -135,12 +140,12 @@ def _watch(mirror: "Mirror", done: threading.Event) -> None:
 
 @dataclass
 class MlflowRun:
-    """What MLflow has of a trial.
+    """State of a trial's MLflow run.
 
     Attributes:
-        step: the last one logged.
+        step: last step logged.
         rungs: steps whose scores are logged.
-        shown: steps whose pictures were logged since this program started; the former are logged again.
+        shown: steps whose images were logged since this program started; earlier ones are logged again.
     """
 
     id: str
@@ -150,10 +155,10 @@ class MlflowRun:
 
 
 class Mirror:
-    """The trainings of a run, as MLflow shows them. To be made before they start or go on.
+    """Mirrors the trainings of a run to MLflow. Create it before they start or resume.
 
     Args:
-        config, trials, digest, rungs: as `tracked` takes them.
+        config, trials, digest, rungs: see `tracked`.
     """
 
     def __init__(
@@ -170,13 +175,13 @@ class Mirror:
         self.client: Any = None
 
     def add(self, trial: str, config: Config) -> None:
-        """Mirror this training too; to be called before it starts or goes on."""
+        """Mirror another training; call this before it starts or resumes."""
         if trial not in self.trials:
             self.began_after[trial] = max(steps_of(self.trainings.child(trial)), default=0)
             self.trials[trial] = config
 
     def look(self) -> None:
-        """Log what has come since the last look.
+        """Log the steps and scores that are new since the last pass.
 
         Raises:
             MlflowException: the store refuses or cannot be reached.
@@ -188,7 +193,7 @@ class Mirror:
             self._log_rung(row)
 
     def show_samples(self) -> None:
-        """Log a sheet of the pictures of each measured rung that is logged, one PNG.
+        """Log the samples of each evaluated rung as one contact sheet (PNG).
 
         Raises:
             MlflowException: the store refuses or cannot be reached.
@@ -202,7 +207,7 @@ class Mirror:
             run.shown.add(step)
 
     def end(self) -> None:
-        """Say of each MLflow run how it ended."""
+        """Set the final status of each MLflow run."""
         for trial, run in self.runs.items():
             diverged = self.trainings.child(trial).exists(DIVERGED)
             self.client.set_terminated(run.id, "FAILED" if diverged else self.status)
@@ -224,7 +229,7 @@ class Mirror:
             self._log_checkpoint(known, series, measured)
 
     def _log_checkpoint(self, run: MlflowRun, series: Rows, measured: dict[str, Any]) -> None:
-        """The steps of a checkpoint that are new, in batches that MLflow takes whole or not at all."""
+        """Log a checkpoint's new steps, in batches that MLflow accepts whole or not at all."""
         from mlflow.entities import Metric
 
         new = [row for row in series if row["step"] > run.step]
@@ -258,7 +263,7 @@ class Mirror:
         run.rungs.add(step)
 
     def _run(self, trial: str, started: int) -> MlflowRun:
-        """The MLflow run of a trial: the one it had before it was interrupted, or a new one."""
+        """Return the MLflow run of a trial: the one from before an interruption, or a new one."""
         if trial not in self.runs:
             experiment = _experiment(self.client, self.config)
             place = hashlib.sha256(self.trainings.uri.encode()).hexdigest()[:16]
@@ -280,7 +285,7 @@ class Mirror:
         )
         run = MlflowRun(run_id, max(steps, default=0), rungs)
         if run.step > self.began_after[trial]:
-            return None  # of a training of the same name that was deleted since
+            return None  # belongs to a deleted training of the same name
         self.client.update_run(run_id, status="RUNNING")
         return run
 
@@ -294,8 +299,10 @@ class Mirror:
 
 
 def run_params(config: Config, digest: str) -> dict[str, str]:
-    """What a person compares trials by: the resolved `train` section, flat, without what is empty; the
-    base model, the data."""
+    """Return the parameters by which trials are compared: base model, data, seed and `train` section.
+
+    The resolved `train` section is flattened; empty values are left out.
+    """
     train = config.train
     return _flat("train", train, set() if train.method == "lora" else {"lora"}) | {
         "seed": str(config.seed),
@@ -318,5 +325,5 @@ def _flat(prefix: str, section: Section, without: set[str]) -> dict[str, str]:
 
 
 def _milliseconds(row: dict[str, Any]) -> int:
-    """When a step ended, in ms since 1970, as MLflow counts."""
+    """Return the time at which a step ended, in milliseconds since 1970 as MLflow expects."""
     return int(1000 * row["time"])

@@ -1,4 +1,4 @@
-"""The Ray Train trainer of a training, and what its weights depend on."""
+"""The Ray Train trainer of a training, and the settings that its weights depend on."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ DEPENDS_ON = "depends_on.json"
 
 
 def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """All that the weights of a training depend on, up to rounding."""
+    """Return all settings and data that a training's weights depend on, up to rounding."""
     train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
     schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
     return {
@@ -27,7 +27,7 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def training_name(config: Config) -> str:
-    """What a single training is called: as the trial of a search over learning rates."""
+    """Return the name of a single training: that of a trial in a search over learning rates."""
     return trial_id({LEARNING_RATE: config.train.learning_rate})
 
 
@@ -42,13 +42,13 @@ def build_trainer(
     board: Any = None,
     wait_for_scores: bool = False,
 ) -> Any:
-    """A Ray Train trainer for `config.train`, resuming from its own last checkpoint.
+    """Return a Ray Train trainer for `config.train` that resumes from its own last checkpoint.
 
     Args:
-        name: of its folder below `<storage>/<run>/train/`.
-        ladder: the beginning of the configuration's; None: all of it.
-        start: checkpoint to begin from, which another training has left.
-        wait_for_scores: no step is taken after a rung before a callback has marked it as `REPORTED`.
+        name: name of its folder below `<storage>/<run>/train/`.
+        ladder: the beginning of the configuration's ladder; None for all of it.
+        start: URI of another training's checkpoint to start from.
+        wait_for_scores: pause at each rung until a callback has marked its score as reported (`REPORTED`).
     """
     import ray
     import ray.train
@@ -69,7 +69,7 @@ def build_trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
             use_gpu=train.use_gpu,
-            # A group that grows begins again at its last checkpoint.
+            # A worker group that grows restarts from its last checkpoint.
             elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
         ),
@@ -83,10 +83,10 @@ def build_trainer(
 
 
 def require_same(trial: Storage, now: dict[str, Any]) -> None:
-    """Write down what a training depends on, or compare with what was written when it began.
+    """Record what a training depends on, or compare it with the record from when the training began.
 
     Raises:
-        ConfigError: it began with other settings or data.
+        ConfigError: the training began with other settings or data.
     """
     if not trial.exists(DEPENDS_ON):
         trial.write_text(DEPENDS_ON, json.dumps(now, indent=2))
@@ -101,7 +101,6 @@ def require_same(trial: Storage, now: dict[str, Any]) -> None:
 
 
 def check_diverged(trial: Storage) -> None:
-    """Raise RuntimeError with the reason if the training in a folder has stopped because its loss
-    diverged."""
+    """Raise RuntimeError with the reason if the training in a folder stopped because its loss diverged."""
     if trial.exists(DIVERGED):
         raise RuntimeError(json.loads(trial.read_text(DIVERGED))["reason"])

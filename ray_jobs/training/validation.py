@@ -1,4 +1,4 @@
-"""The denoising loss on validation rows, a cheap score: checkpoints are compared on the same draws."""
+"""The denoising loss on validation rows: a cheap score that compares checkpoints on the same draws."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,20 +19,22 @@ from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.training.batch import InputMaker, Piece
 
-# Positions are taken as they are, also by objectives that train on some of them more often.
+# Uniform positions, even for objectives that train on some positions more often.
 PLAIN = LossSettings(timestep_sampling="uniform")
 
 
 class ValidationLoss:
-    """The plain squared error of the model's objective (Ho et al., arXiv 2006.11239, eq. 14; Esser et al.,
-    arXiv 2403.03206, eq. 13) on rows, timesteps and noise that never change: without what `train.loss` adds
-    to it, and no caption is dropped. Only `train.loss.zero_terminal_snr` counts, which is of the objective.
+    """Validation loss: the plain squared error of the model's objective on fixed rows, timesteps and noise.
+
+    The objectives are those of Ho et al. (arXiv 2006.11239, eq. 14) and Esser et al. (arXiv 2403.03206,
+    eq. 13). No caption is dropped, and `train.loss` is ignored except for `zero_terminal_snr`, which is part
+    of the objective.
 
     Args:
-        config: its `evaluate.seed` gives the noise, `evaluate.batch_size` the rows at once.
-        device: where the pipelines will be.
-        rows: at most so many, the first in the order of their digests.
-        timesteps: in the middle of so many equal parts of the schedule; each row is taken at all of them.
+        config: configuration; `evaluate.seed` determines the noise, `evaluate.batch_size` the batches.
+        device: the device of the pipelines to be scored.
+        rows: maximum number of rows: the first in the order of their digests.
+        timesteps: number of equal parts of the schedule; each row is scored at the middle of every part.
 
     Raises:
         ValueError: there are no validation rows.
@@ -48,17 +50,19 @@ class ValidationLoss:
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
 
     def __call__(self, pipeline: Any) -> float:
-        """The mean of `of_rows`."""
+        """Return the mean of `of_rows`."""
         return self.of_rows(pipeline).mean().item()
 
     def of_rows(self, pipeline: Any) -> torch.Tensor:
-        """The loss of each row, the mean over timesteps and elements: float64, N, on the CPU, in the order of
-        the rows' digests.
+        """Return the loss of each row, averaged over timesteps and elements.
 
-        Where text encoders are trained, captions are encoded by the pipeline's own.
+        Where text encoders are trained, the pipeline's own encode the captions.
 
         Args:
-            pipeline: of the family of `model.base`, on the device; it stays as it is.
+            pipeline: pipeline of the same family as `model.base`, on the device; it is not changed.
+
+        Returns:
+            float64, N, on the CPU, in the order of the rows' digests.
         """
         train, family = self.config.train, family_of(pipeline)
         objective = family.objective(
@@ -85,7 +89,7 @@ class ValidationLoss:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own again: adapters are loaded with an active dropout."""
+    """Set evaluation mode for the block, then restore each module's: adapters load with dropout active."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -96,11 +100,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
-    """The first validation rows in the order of their digests, those of one latent shape together; a row's
-    place is that in this order, its weight 1 / rows.
+    """Return the first `count` validation rows in the order of their digests, batched by latent shape.
+
+    A row's place is its index in this order, its weight 1 / number of rows.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no validation rows.
     """
     parts = dataset.parts("validation")
     if not parts:
@@ -131,7 +136,7 @@ def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
 
 
 def read_rows(dataset: Dataset, file: str, rows: list[int]) -> dict[str, np.ndarray]:
-    """All tensors of some rows of a part, by column."""
+    """Return all tensors of the given rows of a part, by column."""
     schema = read_schema(dataset.cache, file)
     names = [field.name for field in schema if b"shape" in (field.metadata or {})]
     table = read_part(dataset.cache, file, names)
