@@ -11,7 +11,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_autoencoder(channels: list[int], latent_channels: int, resolution: int) -> "AutoencoderKL":
-    """An AutoencoderKL that halves the picture's sides once less than it has levels."""
+    """Return an AutoencoderKL that halves an image's sides len(channels) - 1 times."""
     from diffusers import AutoencoderKL
 
     levels = len(channels)
@@ -27,7 +27,7 @@ def build_autoencoder(channels: list[int], latent_channels: int, resolution: int
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> Any:
-    """A CLIPTokenizer whose byte pairs (Sennrich et al., arXiv 1508.07909) are learnt from `captions`."""
+    """Learn a CLIPTokenizer's byte pairs (Sennrich et al., arXiv 1508.07909) from `captions`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -63,7 +63,7 @@ def build_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
 
 
 def build_text_encoder(tokenizer: Any, *, width: int, layers: int, heads: int) -> Any:
-    """A CLIPTextModel for `tokenizer`."""
+    """Return a CLIPTextModel for `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -90,7 +90,7 @@ def build_denoiser(
     latent_channels: int,
     text_width: int,
 ) -> Any:
-    """A UNet2DConditionModel with cross-attention at every level."""
+    """Return a UNet2DConditionModel with cross-attention at every level."""
     from diffusers import UNet2DConditionModel
 
     levels = len(channels)
@@ -109,7 +109,7 @@ def build_denoiser(
 
 
 def build_scheduler() -> Any:
-    """DPM-Solver++ 2M (arXiv 2211.01095) over Stable Diffusion's schedule, predicting velocity."""
+    """Return DPM-Solver++ 2M (arXiv 2211.01095) over Stable Diffusion's schedule, predicting velocity."""
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
@@ -132,7 +132,7 @@ def build_pipeline(
     denoiser_layers: int,
     latent_size: int,
 ) -> Any:
-    """A StableDiffusionPipeline around an autoencoder; text encoder and denoiser have fresh weights."""
+    """Return a StableDiffusionPipeline with this autoencoder and a new text encoder and denoiser."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 on the pixels plus L1 on their horizontal and vertical differences, which keeps edges sharp.
+    """Return L1 on the pixels plus L1 on their horizontal and vertical differences, which keeps edges sharp.
 
     Args:
         reconstruction, pixels: float, N x 3 x H x W, in [-1, 1].
@@ -22,7 +22,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> t
 
 
 def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio over the batch, in decibels, for pixels in [-1, 1]."""
+    """Return the batch's mean peak signal-to-noise ratio in decibels, for pixels in [-1, 1]."""
     squared = (reconstruction.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3))
     return float((10 * torch.log10(4 / squared.clamp_min(1e-10))).mean())
 
@@ -39,8 +39,8 @@ def train_autoencoder(
 ) -> Iterator[tuple[int, float, float]]:
     """Train `autoencoder` in place; yield (step, loss, PSNR in dB on the batch) after every step.
 
-    AdamW under bfloat16 autocast, the learning rate warmed up over 100 steps and then lowered to 0 by
-    half a cosine. The loss is `reconstruction_loss` plus `kl_weight` times the mean KL divergence a
+    AdamW under bfloat16 autocast; the learning rate is warmed up over 100 steps while it decays to 0 over
+    half a cosine. The loss is `reconstruction_loss` plus `kl_weight` times the mean KL divergence per
     latent element (Kingma & Welling, arXiv 1312.6114, appendix B).
 
     Args:
@@ -79,9 +79,9 @@ def train_autoencoder(
 def standardise_latents(autoencoder: "AutoencoderKL", images: torch.Tensor) -> None:
     """Give every latent channel mean 0 and variance 1 over `images` (uint8, N x 3 x H x W).
 
-    A denoiser wants such latents (Rombach et al., arXiv 2112.10752, appendix G, rescales all channels by
-    one factor). Here the affine map of each channel is folded into the 1x1 convolutions on both sides
-    of the bottleneck, so that the decoded pictures stay the same and `scaling_factor` becomes 1.
+    A denoiser needs latents of this scale (Rombach et al., arXiv 2112.10752, appendix G, rescales all
+    channels by one factor). The affine map of each channel is folded into the 1x1 convolutions on both
+    sides of the bottleneck, so the decoded images stay the same and `scaling_factor` becomes 1.
     """
     device = next(autoencoder.parameters()).device
     means = torch.cat(

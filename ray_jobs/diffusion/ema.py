@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights: what is evaluated and published."""
+"""Exponential moving average of the trained weights, which is evaluated and published."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
-    """Averages named parameters, in float32.
+    """Exponential moving averages of named parameters, in float32.
 
-    The decay is warmed up as min(decay, (1 + step) / (10 + step)), so that the first steps do not
-    cling to the initial weights.
+    The decay is warmed up as min(decay, (1 + step) / (10 + step)), so that the averages do not stay close
+    to the initial weights during the first steps.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, torch.Tensor]], decay: float) -> None:
@@ -22,7 +22,7 @@ class EMA:
         """Move the averages towards `parameters`, after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         moved = {name: value.detach().float() for name, value in parameters}
-        if moved:  # of many workers, one may own nothing
-            # All at once: on a GPU, a kernel for each layer would cost more than its arithmetic.
+        if moved:  # with many workers, some may own nothing
+            # All at once: on a GPU, launching one kernel per layer would cost more than the arithmetic.
             averages = [self.averages[name] for name in moved]
             get_ema_multi_avg_fn(decay)(averages, list(moved.values()), step)

@@ -1,4 +1,4 @@
-"""What is trained of a text-to-image model: LoRA adapters or everything."""
+"""The trained part of a text-to-image model: LoRA adapters or all weights."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -10,19 +10,19 @@ from torch import nn
 from ray_jobs.diffusion.families.family import Captions, Family
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
 
-OTHER = "other"  # the group of the parameters that are in no named one
+OTHER = "other"  # the group of all parameters that no named group matches
 
 
 class FineTuning(nn.Module):
-    """A denoiser, and the text encoders where they are trained too, with a loss; the engine wraps this.
+    """A denoiser with its loss, plus the text encoders if they are trained too; the engine wraps this module.
 
     Args:
-        pipeline: from `load_pipeline`.
-        family: of the pipeline.
-        objective: on the device that the module will be on.
-        text_encoders_trained: captions then come as tokens, else as embeddings.
-        channels_last: memory layout of what goes through the denoiser's convolutions. Their weights keep the
-            plain one: ZeRO flattens and broadcasts them.
+        pipeline: pipeline from `load_pipeline`.
+        family: the pipeline's family.
+        objective: training objective, on the same device as the module will be.
+        text_encoders_trained: take captions as tokens instead of embeddings.
+        channels_last: use this memory layout for the denoiser's inputs. The weights keep the default layout,
+            because ZeRO flattens and broadcasts them.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class FineTuning(nn.Module):
         sizes: torch.Tensor | None = None,
         dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The losses of N pictures: float32, N.
+        """Return the losses of N images: float32, N.
 
         Args:
-            latents: float32, N x C x H x W, as the denoiser takes them.
+            latents: float32, N x C x H x W, in the denoiser's scale.
             captions: embeddings, or tokens where the text encoders are trained.
-            sizes: N x 6, for families that are told of them.
-            dropped: bool, N, the pictures that are trained without a caption; theirs is the empty one here.
-                None: there are none.
+            sizes: N x 6, for families with `sizes`.
+            dropped: bool, N: the images to train without a caption; their `captions` must be the empty one.
+                None if there are none.
         """
         if self.text_encoders:
             captions = self.family.embed(self.text_encoders, captions)
@@ -77,7 +77,7 @@ class FineTuning(nn.Module):
         return denoising_loss(denoise, self.objective, latents, draws, self.settings)
 
     def _without(self, captions: Captions, dropped: torch.Tensor) -> Captions:
-        """Replace the dropped captions, which are encodings of the empty one, by what stands for none."""
+        """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""
         captions = {name: captions[name] for name in self.family.embeds}
         none = self.family.unconditional(self.pipeline_config, captions)
         if none is captions:
@@ -89,18 +89,20 @@ class FineTuning(nn.Module):
         }
 
     def remember_trained(self, groups: Mapping[str, list[str]]) -> None:
-        """Fix what is trained, and its groups, from the parameters that need gradients now: a stage of the
-        run may freeze some of them for a while."""
+        """Record the parameters that require gradients now as the trained ones, and their groups.
+
+        Later, a stage of the run may freeze some of them temporarily.
+        """
         self.all_trained = list(self.trained())
         self.layer_groups = group_members(self, groups, complete=False)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that training changes, by name, in a fixed order."""
+        """Return the parameters that require gradients, with their names, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
 def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:
-    """Freeze what is in none of the `chosen` groups (None: train all that is trained).
+    """Freeze the trained parameters that are in none of the `chosen` groups; None freezes nothing.
 
     Raises:
         ValueError: a group matches no trained parameter, or nothing would be trained.
@@ -118,13 +120,15 @@ def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: li
 def group_members(
     model: FineTuning, groups: Mapping[str, list[str]], *, complete: bool = True
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters of each group by name: of the first whose patterns match, or of `other`.
+    """Return the trained parameters of each group by name.
+
+    A parameter belongs to the first group with a matching pattern, or else to `other`.
 
     Args:
-        complete: whether all that could be trained is, so that each group has members.
+        complete: require every group to have members, as nothing that can be trained is frozen.
 
     Raises:
-        ValueError: a group matches no trained parameter although the training is complete.
+        ValueError: `complete` is set and a group matches no trained parameter.
     """
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*groups, OTHER)}
     for name, parameter in model.trained():
@@ -152,13 +156,13 @@ def add_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> None:
-    """Freeze a denoiser or text encoder and add adapters (Hu et al., arXiv 2106.09685) to the named layers.
+    """Freeze a denoiser or text encoder and add LoRA adapters (Hu et al., arXiv 2106.09685) to named layers.
 
-    The down projections are drawn from the global generator; the up projections start at 0, so the model
-    starts as the base.
+    The down projections are drawn from the global generator. The up projections start at 0, so the initial
+    model equals the base.
 
     Raises:
-        ValueError: no layer has such a name.
+        ValueError: no layer matches `target_modules`.
     """
     from peft import LoraConfig
 

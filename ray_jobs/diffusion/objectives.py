@@ -1,6 +1,6 @@
-"""What a denoiser is trained to predict, and how far off it is. Pure functions of tensors.
+"""Training objectives and the denoising loss. Pure functions of tensors.
 
-Everything random comes in as `Draws`: a loss is a function of its arguments alone.
+All randomness is passed in as `Draws`, so a loss depends on its arguments alone.
 """
 
 from abc import ABC, abstractmethod
@@ -16,9 +16,9 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, timesteps) -> pr
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of a batch of N pictures; everything float32."""
+    """Random draws for a batch of N images; all float32."""
 
-    position: Tensor  # N, uniform in [0, 1): where on the schedule
+    position: Tensor  # N, uniform in [0, 1): position on the schedule
     noise: Tensor  # N x C x H x W, standard normal
     offset: Tensor | None = None  # N x C, standard normal; needed for offset noise
     perturbation: Tensor | None = None  # N x C x H x W, standard normal; needed for input perturbation
@@ -26,7 +26,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the loss departs from the plain squared error; the defaults do not."""
+    """Deviations of the loss from the plain squared error; the defaults are none."""
 
     timestep_sampling: str | None = None  # "uniform" or "logit_normal"; None: the objective's own
     timestep_mean: float = 0.0  # of the logit-normal density
@@ -38,7 +38,7 @@ class LossSettings:
 
 
 class Objective(ABC):
-    """How latents become noisy and what the denoiser should then return.
+    """A training objective: the noising of latents and the denoiser's target.
 
     Latents, noise and targets are float32, N x C x H x W; positions and timesteps are N.
     """
@@ -49,29 +49,29 @@ class Objective(ABC):
 
     @abstractmethod
     def timesteps(self, position: Tensor) -> Tensor:
-        """Positions in (0, 1), from clean to noisy, to what the denoiser is told."""
+        """Map positions in (0, 1), from clean to noisy, to the timesteps that the denoiser receives."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noisy latents x_t of the latents x_0."""
+        """Return the noisy latents x_t of the latents x_0."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should return for x_t."""
+        """Return the denoiser's target for x_t."""
 
     def weight(self, timesteps: Tensor, settings: LossSettings) -> Tensor:
-        """The weight of each picture's loss; float32, N."""
+        """Return the weight of each image's loss: float32, N."""
         return torch.ones(len(timesteps), device=timesteps.device)
 
     def to(self, device: str | torch.device) -> Self:
-        """An objective for tensors on `device`."""
+        """Return this objective for tensors on `device`."""
         return self
 
     def check(self, settings: LossSettings) -> None:
-        """Refuse settings that this objective cannot follow.
+        """Reject settings that this objective does not support.
 
         Raises:
-            ValueError: naming `train.loss.<field>`.
+            ValueError: a setting is not supported; the message names `train.loss.<field>`.
         """
         sampling = settings.timestep_sampling or self.default_sampling
         if sampling not in ("uniform", "logit_normal"):
@@ -87,14 +87,14 @@ class Objective(ABC):
 
 
 class Diffusion(Objective):
-    """Noise over a variance-preserving schedule (Ho et al., arXiv 2006.11239).
+    """Diffusion over a variance-preserving noise schedule (Ho et al., arXiv 2006.11239).
 
     Args:
-        alphas_cumprod: alpha-bar, float32, one a timestep: the share of the signal's variance that is left.
+        alphas_cumprod: alpha-bar, float32, one per timestep: the remaining share of the signal's variance.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
 
     Raises:
-        ValueError: for another prediction type.
+        ValueError: the prediction type is another one.
     """
 
     default_sampling = "uniform"
@@ -110,7 +110,7 @@ class Diffusion(Objective):
 
     @classmethod
     def from_scheduler(cls, scheduler_config: dict[str, Any], *, zero_terminal_snr: bool = False) -> Self:
-        """The objective that a diffusers scheduler's configuration states.
+        """Return the objective that a diffusers scheduler's configuration defines.
 
         Args:
             zero_terminal_snr: rescale the schedule so that its last step is pure noise.
@@ -137,17 +137,20 @@ class Diffusion(Objective):
         return type(self)(self.alphas_cumprod.to(device), self.prediction_type)
 
     def timesteps(self, position: Tensor) -> Tensor:
-        """int64, 0 to num_timesteps - 1: each step is an equal part of (0, 1)."""
+        """Return int64 timesteps, 0 to num_timesteps - 1: each covers an equal part of (0, 1)."""
         return (position * self.num_timesteps).long()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4)."""
+        """Return x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4)."""
         signal = _per_picture(self.alphas_cumprod[timesteps])
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise (`epsilon`), x_0 (`sample`), or the velocity sqrt(alpha-bar) noise -
-        sqrt(1 - alpha-bar) x_0 (`v_prediction`; Salimans & Ho, arXiv 2202.00512, appendix D)."""
+        """Return the noise (`epsilon`), x_0 (`sample`) or the velocity (`v_prediction`).
+
+        The velocity is sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (Salimans & Ho, arXiv 2202.00512,
+        appendix D).
+        """
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -156,15 +159,15 @@ class Diffusion(Objective):
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """alpha-bar / (1 - alpha-bar), the signal-to-noise ratio; float32, N."""
+        """Return the signal-to-noise ratio alpha-bar / (1 - alpha-bar): float32, N."""
         signal = self.alphas_cumprod[timesteps]
         return signal / (1 - signal)
 
     def weight(self, timesteps: Tensor, settings: LossSettings) -> Tensor:
-        """min(SNR, gamma) as a weight on x_0's error, turned into one on the prediction's error (Hang et
-        al., arXiv 2303.09556, section 3.4): divided by SNR for epsilon, by SNR + 1 for velocity.
+        """Return the min-SNR weight: float32, N (Hang et al., arXiv 2303.09556, section 3.4).
 
-        At SNR 0 the weight is 1 for epsilon, and 0 for the others.
+        min(SNR, gamma) weights the error of x_0. For the error of the prediction it is divided by SNR
+        (epsilon) or SNR + 1 (velocity). At SNR 0 the weight is 1 for epsilon and 0 for the others.
         """
         gamma = settings.min_snr_gamma
         if gamma is None:
@@ -180,8 +183,8 @@ class FlowMatching(Objective):
     """Rectified flow: a straight line from latents to noise (Esser et al., arXiv 2403.03206, eq. 13).
 
     Args:
-        num_timesteps: what the denoiser is told for pure noise.
-        shift: moves timesteps to more noise for larger pictures (arXiv 2403.03206, eq. 23); 1: none.
+        num_timesteps: timestep that stands for pure noise.
+        shift: shifts timesteps towards more noise for larger images (arXiv 2403.03206, eq. 23); 1 for none.
     """
 
     prediction_type = "flow_prediction"
@@ -192,11 +195,12 @@ class FlowMatching(Objective):
 
     @classmethod
     def from_scheduler(cls, scheduler_config: Mapping[str, Any]) -> Self:
-        """The objective that a diffusers scheduler's configuration states; dynamic shifting, by the
-        picture's size, is a matter of sampling, and the shift here is then 1.
+        """Return the objective that a diffusers scheduler's configuration defines.
+
+        Dynamic shifting, by the image's size, applies to sampling only; the shift here is then 1.
 
         Raises:
-            ValueError: a configuration that is not of flow matching.
+            ValueError: the configuration is not for flow matching.
         """
         if "shift" not in scheduler_config:
             raise ValueError("model.base: its scheduler has no shift; choose a flow-matching model")
@@ -204,17 +208,19 @@ class FlowMatching(Objective):
         return cls(scheduler_config["num_train_timesteps"], shift)
 
     def timesteps(self, position: Tensor) -> Tensor:
-        """float32, num_timesteps * sigma, with sigma = shift u / (1 + (shift - 1) u) at position u
-        (arXiv 2403.03206, eq. 23)."""
+        """Return num_timesteps * sigma, float32, with sigma = shift u / (1 + (shift - 1) u) at position u.
+
+        Source: arXiv 2403.03206, eq. 23.
+        """
         return self.shift * position / (1 + (self.shift - 1) * position) * self.num_timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = (1 - sigma) x_0 + sigma noise (arXiv 2403.03206, eq. 13)."""
+        """Return x_t = (1 - sigma) x_0 + sigma noise (arXiv 2403.03206, eq. 13)."""
         sigma = _per_picture(timesteps / self.num_timesteps)
         return (1 - sigma) * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """noise - x_0, the derivative of x_t by sigma (Liu et al., arXiv 2209.03003, eq. 1)."""
+        """Return noise - x_0, the derivative of x_t by sigma (Liu et al., arXiv 2209.03003, eq. 1)."""
         return noise - latents
 
     def check(self, settings: LossSettings) -> None:
@@ -231,8 +237,10 @@ def _per_picture(values: Tensor) -> Tensor:
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha-bar) so that its last value is 0 and its first stays (Lin et al.,
-    arXiv 2305.08891, algorithm 1)."""
+    """Shift and scale sqrt(alpha-bar) so that its last value becomes 0 and its first stays unchanged.
+
+    Source: Lin et al., arXiv 2305.08891, algorithm 1.
+    """
     root = alphas_cumprod.sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * (first / (first - last))).square()
@@ -241,12 +249,14 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 def sample_posterior(
     mean: Tensor, logvar: Tensor, autoencoder_config: Mapping[str, Any], noise: Tensor
 ) -> Tensor:
-    """Draw latents from the autoencoder's posterior (Kingma & Welling, arXiv 1312.6114, section 2.4), scaled
-    as the denoiser takes them (Rombach et al., arXiv 2112.10752, appendix G).
+    """Draw latents from the autoencoder's posterior, in the denoiser's scale: float32, N x C x H x W.
+
+    Sources: Kingma & Welling, arXiv 1312.6114, section 2.4, for the draw; Rombach et al., arXiv 2112.10752,
+    appendix G, for the scale.
 
     Args:
         mean, logvar: float32, N x C x H x W.
-        autoencoder_config: as for `latent_scale`.
+        autoencoder_config: see `latent_scale`.
         noise: float32, N x C x H x W, standard normal.
     """
     drawn = mean + (0.5 * logvar).exp() * noise
@@ -255,14 +265,14 @@ def sample_posterior(
 
 
 def latent_scale(autoencoder_config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shift and scale of an autoencoder's latents: the denoiser's are (latents - shift) * scale.
+    """Return shift and scale of an autoencoder's latents: the denoiser's are (latents - shift) * scale.
 
     Args:
-        autoencoder_config: with `scaling_factor` and perhaps either `shift_factor` or both `latents_mean` and
-            `latents_std`, a number a channel (some Stable Diffusion XL models).
+        autoencoder_config: configuration with `scaling_factor` and optionally either `shift_factor`, or both
+            `latents_mean` and `latents_std` with one number per channel (some Stable Diffusion XL models).
 
     Returns:
-        float32, 1 x C x 1 x 1, or 1 x 1 x 1 x 1 where all channels have the same.
+        float32, 1 x C x 1 x 1, or 1 x 1 x 1 x 1 if all channels share the values.
     """
     mean, std = autoencoder_config.get("latents_mean"), autoencoder_config.get("latents_std")
     if mean is None or std is None:  # diffusers takes both or neither
@@ -272,32 +282,33 @@ def latent_scale(autoencoder_config: Mapping[str, Any]) -> tuple[Tensor, Tensor]
 
 
 def density(position: Tensor, settings: LossSettings, default: str) -> Tensor:
-    """Uniform quantiles to positions under the chosen density, strictly inside (0, 1).
+    """Map uniform quantiles to positions with the chosen density, strictly inside (0, 1).
 
-    Logit-normal: sigmoid(mean + std * z) has the density of arXiv 2403.03206, eq. 19, where z is standard
-    normal; here z is the normal quantile of `position`.
+    Logit-normal: sigmoid(mean + std * z) with standard normal z has the density of arXiv 2403.03206, eq. 19;
+    here z is the normal quantile of `position`.
 
     Args:
         position: float32, N, in [0, 1).
-        default: the objective's own sampling, used where the settings name none.
+        default: the objective's own sampling, used if the settings name none.
     """
     if (settings.timestep_sampling or default) == "logit_normal":
         normal = torch.special.ndtri(position)
         position = torch.sigmoid(settings.timestep_mean + settings.timestep_std * normal)
-    # The largest float32 below 1; 0 is moved by less than the step of a float32 uniform draw, 2^-24.
+    # 1 - 2^-24 is the largest float32 below 1; 0 moves by less than a float32 uniform draw's step, 2^-24.
     return position.clamp(2**-25, 1 - 2**-24)
 
 
 def pointwise_error(prediction: Tensor, target: Tensor, huber_delta: float | None) -> Tensor:
-    """The squared error of each element, or the pseudo-Huber loss (Khrapov et al., arXiv 2403.16728) in the
-    form 2 delta^2 (sqrt(1 + (error / delta)^2) - 1).
+    """Return each element's squared error or, if `huber_delta` is given, its pseudo-Huber loss.
 
-    It tends to the squared error for large delta, and to 2 delta |error| for small delta.
+    The pseudo-Huber loss (Khrapov et al., arXiv 2403.16728) has the form
+    2 delta^2 (sqrt(1 + (error / delta)^2) - 1). It tends to the squared error for large delta and to
+    2 delta |error| for small delta.
     """
     squared = (prediction - target).square()
     if huber_delta is None:
         return squared
-    # The same by sqrt(1 + y) - 1 = y / (sqrt(1 + y) + 1), which loses no digits where the error is small.
+    # Rewritten by sqrt(1 + y) - 1 = y / (sqrt(1 + y) + 1), which keeps precision for small errors.
     return 2 * squared / ((1 + squared / huber_delta**2).sqrt() + 1)
 
 
@@ -308,21 +319,21 @@ def denoising_loss(
     draws: Draws,
     settings: LossSettings = LossSettings(),
 ) -> Tensor:
-    """Draw noise onto latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
+    """Add noise to latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
 
-    Offset noise is one more normal draw for each channel as a whole (Guttenberg, "Diffusion with offset
-    noise", 2023); the target has it too. Input perturbation is in the noise that is added and not in the
-    target (Ning et al., arXiv 2301.11706).
+    Offset noise is one additional normal draw per channel (Guttenberg, "Diffusion with offset noise", 2023);
+    it is part of the target too. Input perturbation is in the added noise but not in the target (Ning et al.,
+    arXiv 2301.11706).
 
     Args:
-        denoise: (noisy latents, timesteps) to a prediction of the latents' shape.
+        denoise: function from (noisy latents, timesteps) to a prediction of the latents' shape.
         latents: float32, N x C x H x W.
 
     Returns:
-        float32, N: each picture's loss, the mean over its elements.
+        float32, N: each image's loss, the weighted mean over its elements.
 
     Raises:
-        ValueError: settings that the objective cannot follow.
+        ValueError: the objective does not support the settings.
     """
     objective.check(settings)
     timesteps = objective.timesteps(density(draws.position, settings, objective.default_sampling))

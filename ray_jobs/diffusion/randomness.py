@@ -1,8 +1,8 @@
-"""The randomness of a training step, drawn for each picture by itself.
+"""The random draws of a training step, made separately for each image.
 
-A picture's draws depend on the seed, the step and its place in the step's batch, and on nothing else: not on
-how many workers share the batch, nor in how many pieces they take it, nor on what was drawn before. So runs
-on clusters of different sizes, and resumed ones, see the same noise.
+An image's draws depend only on the seed, the step and the image's place in the step's batch: not on the
+number of workers, nor on the number of pieces, nor on earlier draws. So runs on clusters of different sizes,
+and resumed runs, see the same noise.
 """
 
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ from ray_jobs.diffusion.objectives import Draws, LossSettings
 
 @dataclass(frozen=True)
 class StepDraws:
-    """What is random about N pictures of a step.
+    """The random draws for N images of a step.
 
     Attributes:
-        loss: position, noise and what else the loss takes.
-        posterior: float32, N x C x H x W, standard normal: which latents the autoencoder's posterior gives.
-        caption: float32, N, uniform in [0, 1): the caption is dropped where this is below the share to drop.
+        loss: position, noise and the loss's other draws.
+        posterior: float32, N x C x H x W, standard normal: noise that samples the autoencoder's posterior.
+        caption: float32, N, uniform in [0, 1): a caption is dropped where this is below the dropout rate.
     """
 
     loss: Draws
@@ -32,13 +32,13 @@ class StepDraws:
 def draw(
     seed: tuple[int, ...], step: int, places: Iterable[int], shape: tuple[int, ...], settings: LossSettings
 ) -> StepDraws:
-    """The draws of the pictures at some places of a step's batch, on the CPU.
+    """Return the draws for the images at the given places of a step's batch, on the CPU.
 
     Args:
-        seed: of the run, and of the stream of pictures where there are several.
-        step: counted from 1.
-        places: in the batch of all workers, counted from 0.
-        shape: of a picture's latents, C x H x W.
+        seed: seed of the run, and of the image stream if there are several.
+        step: training step, counted from 1.
+        places: positions in the batch of all workers, counted from 0.
+        shape: shape of an image's latents, C x H x W.
     """
     rows = [_draw_one((*seed, step, place), shape, settings) for place in places]
     uniform, posterior, noise, offset, perturbation = (list(column) for column in zip(*rows, strict=True))
@@ -58,8 +58,7 @@ def draw(
 def _draw_one(
     entropy: tuple[int, ...], shape: tuple[int, ...], settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(position, caption), posterior, noise, offset, perturbation; the last two empty where they are not
-    used."""
+    """Return (position, caption), posterior, noise, offset, perturbation; the last two empty if not used."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     nothing = torch.empty(0)

@@ -1,18 +1,18 @@
-"""The scheduler that draws what was trained, where that is not the base model's own. Pure PyTorch."""
+"""The sampling scheduler of a trained model, where it differs from the base model's. Pure PyTorch."""
 
 import inspect
 from typing import Any
 
 
 def trained_scheduler(scheduler: Any) -> Any:
-    """A scheduler whose last timestep is pure noise and which begins there, as a model was trained with
-    `train.loss.zero_terminal_snr` (Lin et al., arXiv 2305.08891, sections 3.1 and 3.3).
+    """Return a scheduler for a model that was trained with `train.loss.zero_terminal_snr`.
 
-    It is of the same class, or DDIM where that class cannot (diffusers 0.42: PNDM). Guidance is not rescaled
-    (section 3.4), neither here nor when pictures are served.
+    Its last timestep is pure noise, and sampling starts there (Lin et al., arXiv 2305.08891, sections 3.1 and
+    3.3). It has the same class, or is DDIM if that class has no such option (diffusers 0.42: PNDM). Guidance
+    is not rescaled (section 3.4), neither here nor in serving.
 
     Args:
-        scheduler: of diffusers, over a noise schedule; it stays as it is.
+        scheduler: diffusers scheduler over a noise schedule; it is not changed.
     """
     from diffusers import DDIMScheduler
 
@@ -23,12 +23,14 @@ def trained_scheduler(scheduler: Any) -> Any:
 
 
 def rebuilt(scheduler: Any, kind: Any, **options: Any) -> Any:
-    """A scheduler of diffusers as one of class `kind`, with some options changed; all else stays, also what
-    its file leaves out and the other class has another default for."""
+    """Return a diffusers scheduler as one of class `kind`, with the given options changed.
+
+    All other options keep their values, even those that its file omits and whose default differs in `kind`.
+    """
     config = dict(scheduler.config)
-    # Names what the file left out, which `from_config` would replace by the other class's defaults.
+    # Lists the options that the file omits, which `from_config` would set to the other class's defaults.
     config.pop("_use_default_values", None)
     if kind is not type(scheduler):
-        # DDIM clips latents where a configuration does not say that it must not.
+        # DDIM clips latents unless the configuration turns it off.
         config = {"clip_sample": False} | config
     return kind.from_config(config, **options)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: what the learning rate is multiplied with at a step. Pure functions."""
+"""Learning-rate schedules: the factor on the learning rate at each step. Pure functions."""
 
 import math
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """A linear warm-up to the full learning rate, then one of several ways down.
+    """A linear warm-up to the full learning rate, then one of several decays.
 
     Attributes:
         name: `constant` (no warm-up), `constant_with_warmup`, `linear`, `cosine` (half a period; Loshchilov &
             Hutter, arXiv 1608.03983, eq. 5), `cosine_with_restarts` (the same, `cycles` times over),
             `polynomial` ((1 - progress) ** power), or `warmup_stable_decay` (full until the last
             `decay_share` of the steps, then linear; Hu et al., arXiv 2404.06395, section 4.2).
-        steps: from the first to where the schedule ends.
-        end: the share of the learning rate that is left there.
+        steps: total number of steps in the schedule.
+        end: share of the learning rate at the end of the schedule.
     """
 
     name: str
@@ -26,10 +26,10 @@ class LearningRateSchedule:
     decay_share: float = 0.2
 
     def factor(self, step: int) -> float:
-        """At optimizer step `step`, counted from 0; in (0, 1] while the schedule lasts.
+        """Return the factor at optimizer step `step`, counted from 0; in (0, 1] while the schedule lasts.
 
         Raises:
-            ValueError: for another name.
+            ValueError: `name` is unknown.
         """
         if self.name == "constant":
             return 1.0
@@ -39,8 +39,7 @@ class LearningRateSchedule:
         return self.end + (1 - self.end) * self._left(progress)
 
     def _left(self, progress: float) -> float:
-        """What is left of the way to the end's share, from 1 to 0, at a share of the steps after the
-        warm-up."""
+        """Return the remaining part of the decay, from 1 to 0, at a share of the steps after the warm-up."""
         match self.name:
             case "constant_with_warmup":
                 return 1.0

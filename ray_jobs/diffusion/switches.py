@@ -1,4 +1,4 @@
-"""Which switches of serving a model's denoiser can have. Pure PyTorch."""
+"""Checks of the serving options that a model's denoiser supports. Pure PyTorch."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from ray_jobs.diffusion.families import Family
 
 
 def check_channels_last(family: Family, denoiser: Any) -> None:
-    """Raise ValueError for a denoiser without convolutions to speak of."""
+    """Raise ValueError for a denoiser with hardly any convolutions."""
     if family.denoiser != "unet":
         raise ValueError(f"channels_last: {type(denoiser).__name__} has hardly a convolution; turn it off")
 
 
 def check_cache_features(family: Family, denoiser: Any) -> None:
-    """Raise ValueError for a denoiser without deep features that a step may take from the one before."""
+    """Raise ValueError for a denoiser without deep features that a step can reuse from the previous one."""
     if family.denoiser != "unet" or len(denoiser.up_blocks) < 2:
         raise ValueError("cache_features: only a UNet of two levels or more has deep features; turn it off")
