@@ -1,7 +1,7 @@
-"""Turn noise and prompt embeddings into pictures. Pure PyTorch; state in the arguments.
+"""Turn noise and prompt embeddings into images. Pure PyTorch; all state is in the arguments.
 
-The arithmetic is that of diffusers' pipelines, so that a picture made here and one made by plain diffusers
-from the same noise are the same picture.
+The arithmetic is that of diffusers' pipelines, so the same noise gives the same image here and in plain
+diffusers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ from ray_jobs.diffusion.objectives import latent_scale, sample_posterior
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise, one generator a picture: a picture depends on its own seed only.
+    """Return standard normal noise from one generator per image: an image depends on its own seed only.
 
     Args:
-        seeds: N of them.
+        seeds: N seeds.
         shape: (channels, height, width) of the latents.
 
     Returns:
@@ -31,13 +31,15 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
 
 @torch.no_grad()
 def null_captions(pipeline: Any) -> Captions:
-    """What the denoiser takes without a prompt, 1 x ..., as `Family.unconditional` defines it."""
+    """Return the denoiser's unconditional input, 1 x ..., as `Family.unconditional` defines it."""
     return family_of(pipeline).unconditional(pipeline.config, encode_prompts(pipeline, [""]))
 
 
 def whole_pictures(family: Family, count: int, height: int, width: int) -> torch.Tensor | None:
-    """The sizes of N pictures that are neither scaled nor cropped: int64, N x 6, for `Family.denoise`; None
-    for a family that is not told of sizes."""
+    """Return the `sizes` for `Family.denoise` of N images that are neither scaled nor cropped: int64, N x 6.
+
+    None for a family without size conditioning.
+    """
     if not family.sizes:
         return None
     return torch.tensor([[height, width, 0, 0, height, width]]).expand(count, -1)
@@ -56,17 +58,18 @@ def sample_latents(
     guidance_scale: float | torch.Tensor,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Denoise with classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), both halves in one
-    batch, or with guidance that the denoiser is told.
+    """Denoise with classifier-free guidance or, if the denoiser takes the scale as input, distilled guidance.
+
+    Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) runs both halves in one batch.
 
     Args:
-        scheduler: any diffusers scheduler; a copy is stepped, the argument stays as it is.
+        scheduler: any diffusers scheduler; it is copied, not changed.
         noise: float, N x C x h x w, standard normal.
-        captions: from `Family.embed`, N.
-        null_captions: from `null_captions`, 1; not used where the denoiser is told its guidance, or all
-            guidance is 1, which is none.
-        num_steps: denoising steps.
-        guidance_scale: one, or a float tensor of N, one a picture.
+        captions: N embeddings from `Family.embed`.
+        null_captions: one embedding from `null_captions`; not used with distilled guidance, or if every
+            guidance scale is 1, which means no guidance.
+        num_steps: number of denoising steps.
+        guidance_scale: one scale, or a float tensor of N scales, one per image.
         sizes: int, N x 6, for families with `sizes`.
 
     Returns:
@@ -102,7 +105,7 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents in the denoiser's scale to pictures: uint8, N x 3 x height x width, on the CPU."""
+    """Decode latents in the denoiser's scale to images: uint8, N x 3 x height x width, on the CPU."""
     shift, scale = (part.to(latents) for part in latent_scale(autoencoder.config))
     pixels = autoencoder.decode(latents / scale + shift, return_dict=False)[0]
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
@@ -110,7 +113,7 @@ def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_pictures(autoencoder: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Pictures to latents in the denoiser's scale, drawn from the autoencoder's posterior.
+    """Encode images to latents in the denoiser's scale, drawn from the autoencoder's posterior.
 
     Args:
         pixels: uint8, N x 3 x height x width.
@@ -131,13 +134,13 @@ def sample_pictures(
     guidance_scale: float,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Pictures of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
+    """Yield the images of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
 
-    A batch has up to `batch_size` consecutive pictures of one shape.
+    A batch has up to `batch_size` consecutive images of one shape.
 
     Args:
-        pipeline: from `load_pipeline`, on the device that draws.
-        prompts, seeds, shapes: N of each, one a picture; a shape is (height, width) in pixels.
+        pipeline: pipeline from `load_pipeline`, on the device to sample on.
+        prompts, seeds, shapes: N of each, one per image; a shape is (height, width) in pixels.
     """
     family, factor = family_of(pipeline), pipeline.vae_scale_factor
     null = null_captions(pipeline)
@@ -160,7 +163,7 @@ def sample_pictures(
 
 
 def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice]:
-    """Cut a sequence of pictures into batches: up to `batch_size` consecutive ones of one shape."""
+    """Split a sequence of images into batches of up to `batch_size` consecutive images of one shape."""
     found, start = [], 0
     for end in range(1, len(shapes) + 1):
         if end == len(shapes) or shapes[end] != shapes[start] or end - start == batch_size:
@@ -171,10 +174,10 @@ def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: list[str], device: str | torch.device | None = None) -> Captions:
-    """What the denoiser takes of N prompts: float, N x ..., by name.
+    """Encode N prompts to the denoiser's inputs: float, N x ..., by name.
 
     Args:
-        device: that the text encoders run on; None: the pipeline's.
+        device: device of the text encoders; None for the pipeline's.
     """
     family = family_of(pipeline)
     tokens = family.tokenize(pipeline, prompts)

@@ -1,9 +1,9 @@
-"""The solvers of a batch whose rows are each at a step of their own. Pure PyTorch.
+"""Solvers for batches whose rows are at different steps. Pure PyTorch.
 
-A step of each of these solvers is linear in the row's latents, the denoiser's output and what it keeps of
-earlier steps. So a diffusers scheduler is walked once for a step count, with unit vectors in place of
-pictures; what it answers are the coefficients of every step, in its own spacing, prediction type, sigmas,
-shift and order. A batch then takes its step with one gather and a few products, whatever its rows are at.
+A step of each of these solvers is linear in the row's latents, the denoiser's output and the values kept from
+earlier steps. So a diffusers scheduler is run once per step count with unit vectors in place of images. Its
+results are the coefficients of every step, for its own spacing, prediction type, sigmas, shift and order. A
+batch then takes a step with one gather and a few products, at whatever steps its rows are.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from ray_jobs.diffusion.families import Family
 from ray_jobs.diffusion.schedulers import rebuilt
 
-# By class, what each option must be for the scheduler to be deterministic and of the kind tabulated here.
+# Per class, the option values with which the scheduler is deterministic and can be tabulated here.
 SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DDIMScheduler": {"thresholding": (False,)},
     "EulerDiscreteScheduler": {},
@@ -28,7 +28,7 @@ SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
 }
 
-PLMS_OUTPUTS = 3  # earlier outputs of the denoiser that a step of PNDM takes
+PLMS_OUTPUTS = 3  # number of earlier denoiser outputs that a step of PNDM uses
 
 BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -38,28 +38,28 @@ BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Coefficients(NamedTuple):
-    """A step of N rows: what every term of `advance` is multiplied by, each N x 1 x 1 x 1."""
+    """Coefficients of one step for N rows: the factors of the terms of `advance`, each N x 1 x 1 x 1."""
 
     timestep: torch.Tensor
-    input_scale: torch.Tensor  # of the latents on their way into the denoiser
-    clean_latents: torch.Tensor  # the predicted clean latents: of the noisy ones
-    clean_output: torch.Tensor  # and of the denoiser's output
-    next_latents: torch.Tensor  # the next latents: of the present ones,
-    next_output: torch.Tensor  # of the denoiser's output,
-    next_previous: torch.Tensor  # of the clean latents predicted a step before,
-    next_clipped: torch.Tensor  # and of what clipping changes in the prediction
-    next_earlier: torch.Tensor  # N x 3 x 1 x 1 x 1: of earlier outputs, the newest first
-    remembers: torch.Tensor  # 1 where this output becomes an earlier one, else 0
+    input_scale: torch.Tensor  # factor on the latents before they enter the denoiser
+    clean_latents: torch.Tensor  # predicted clean latents: factor on the noisy latents
+    clean_output: torch.Tensor  # predicted clean latents: factor on the denoiser's output
+    next_latents: torch.Tensor  # next latents: factor on the current ones
+    next_output: torch.Tensor  # next latents: factor on the denoiser's output
+    next_previous: torch.Tensor  # next latents: factor on the clean latents predicted one step earlier
+    next_clipped: torch.Tensor  # next latents: factor on the change that clipping makes to the prediction
+    next_earlier: torch.Tensor  # next latents, N x 3 x 1 x 1 x 1: factors on earlier outputs, newest first
+    remembers: torch.Tensor  # 1 where this output is kept as an earlier one, else 0
 
 
 class Schedule(NamedTuple):
-    """All steps of one step count.
+    """All steps for one step count.
 
     Attributes:
-        table: float32, denoiser calls x 12, on the CPU; columns in the order of `Coefficients`. PNDM calls
-            the denoiser once more than there are steps, all others as often.
-        noise_scale: of the first latents, standard normal noise being 1.
-        image_scale: what the latents of a given picture are multiplied by in them; 0 where there is none.
+        table: float32, denoiser calls x 12, on the CPU; columns in the order of `Coefficients`. All solvers
+            call the denoiser once per step; PNDM makes one call more.
+        noise_scale: factor on standard normal noise in the first latents.
+        image_scale: factor on the input image's latents in the first latents; 0 without an input image.
     """
 
     table: torch.Tensor
@@ -71,15 +71,17 @@ class Schedule(NamedTuple):
 
 
 def scheduler_of(scheduler: Any, solver: str) -> Any:
-    """A model's scheduler, or another that solves the same diffusion: its noise schedule, prediction type and
-    spacing of timesteps stay, also where the model's file names none and the other class has another default
-    (diffusers 0.42: PNDM and DDIM begin at 951 of 1,000 timesteps with 20 steps, Euler at 999).
+    """Return a model's scheduler, or another solver for the same diffusion.
+
+    Noise schedule, prediction type and timestep spacing stay the same, even if the model's file omits them
+    and the other class has different defaults (diffusers 0.42: with 20 steps, PNDM and DDIM begin at 951 of
+    1,000 timesteps, Euler at 999).
 
     Args:
         solver: `model`, or a name in `BY_NAME`.
 
     Raises:
-        ValueError: the model's is of flow matching, which has one solver.
+        ValueError: the model's scheduler is for flow matching, which has only one solver here.
     """
     if solver == "model":
         return scheduler
@@ -92,7 +94,7 @@ def scheduler_of(scheduler: Any, solver: str) -> Any:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError for a scheduler that is none of `SOLVERS`, or is configured to draw noise."""
+    """Raise ValueError for a scheduler that is not in `SOLVERS`, or has an option that is not supported."""
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SOLVERS:
         raise ValueError(
@@ -108,7 +110,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def is_tabulated(scheduler: Any) -> bool:
-    """Whether `check_scheduler` accepts it."""
+    """Return whether `check_scheduler` accepts a scheduler."""
     try:
         check_scheduler(scheduler)
     except ValueError:
@@ -117,29 +119,29 @@ def is_tabulated(scheduler: Any) -> bool:
 
 
 def clip_range(scheduler: Any) -> float | None:
-    """What predicted clean latents are clamped to, between minus and plus this; None: not at all."""
+    """Return the bound that predicted clean latents are clamped to, minus to plus; None for no clamping."""
     clips = type(scheduler).__name__ == "DDIMScheduler" and scheduler.config.clip_sample
     return float(scheduler.config.clip_sample_range) if clips else None
 
 
 def num_earlier(scheduler: Any) -> int:
-    """How many earlier outputs of the denoiser a scheduler's steps take."""
+    """Return the number of earlier denoiser outputs that a scheduler's steps use."""
     return PLMS_OUTPUTS if type(scheduler).__name__ == "PNDMScheduler" else 0
 
 
 def tabulate(
     scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int], strength: float | None = None
 ) -> Schedule:
-    """The coefficients of a diffusers scheduler for a step count.
+    """Return the coefficients of a diffusers scheduler for a step count.
 
     Args:
-        scheduler: one that `check_scheduler` accepts; it stays as it is.
+        scheduler: scheduler that `check_scheduler` accepts; it is not changed.
         latent_shape: (..., h, w), by which some families shift their noise levels.
-        strength: in (0, 1], the share of the steps that image to image makes: the last ones, which begin with
-            a given picture noised to their level (SDEdit, arXiv 2108.01073). None: from noise alone.
+        strength: in (0, 1], the share of the steps that image-to-image runs: the last ones, starting from the
+            input image noised to their level (SDEdit, arXiv 2108.01073). None to start from noise alone.
 
     Raises:
-        ValueError: if the scheduler cannot denoise in so many steps, or none of them is made.
+        ValueError: the scheduler does not support this number of steps, or `strength` leaves no step to run.
     """
     scheduler = deepcopy(scheduler)
     first = 0 if strength is None else family.first_step(num_steps, strength)
@@ -165,8 +167,10 @@ def tabulate(
 
 
 def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
-    """What the latents of a picture and the noise are multiplied by before a step, from which the scheduler
-    then goes on."""
+    """Return the factors on an image's latents and on the noise before step `first`.
+
+    The scheduler continues from that step.
+    """
     if hasattr(scheduler, "set_begin_index"):  # DDIM has none
         scheduler.set_begin_index(first)
     picture, noise = torch.eye(2)
@@ -180,20 +184,22 @@ def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
 
 
 def _walk(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
-    """The table's rows of a scheduler that takes no earlier outputs."""
+    """Return the table's rows for a scheduler that uses no earlier outputs."""
     return [[*_probe(scheduler, timestep), *[0.0] * (PLMS_OUTPUTS + 1)] for timestep in timesteps]
 
 
 def _walk_plms(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
-    """The table's rows of PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12): its second
-    call takes the first step once more, by the mean of both outputs."""
+    """Return the table's rows for PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12).
+
+    Its second call repeats the first step with the mean of both outputs.
+    """
     rows: list[list[float]] = []
-    # Five one-number pictures: the latents, the denoiser's output and the earlier ones, the newest first.
+    # Five unit vectors: the latents, the denoiser's output and the three earlier ones, newest first.
     latents, output, *earlier = torch.eye(2 + PLMS_OUTPUTS, dtype=torch.float64)
     for call, timestep in enumerate(timesteps):
         known = min(max(call - 1, 1), PLMS_OUTPUTS) if call else 0
         scheduler.ets = earlier[:known][::-1]
-        if call == 1:  # where the first step began, of where it led
+        if call == 1:  # recover the first step's start from its result
             scheduler.cur_sample = (latents - rows[0][5] * earlier[0]) / rows[0][4]
         signal = scheduler.alphas_cumprod[timestep].double()
         clean = (latents - (1 - signal).sqrt() * output) / signal.sqrt()
@@ -208,8 +214,8 @@ def _walk_plms(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
 
 
 def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
-    """The first columns of one step's row of the table, read off a step of the scheduler."""
-    # Three one-number pictures: only latents, only the denoiser's output, only the previous prediction.
+    """Return the first columns of one step's row in the table, measured on a step of the scheduler."""
+    # Three unit vectors: the latents, the denoiser's output and the previous prediction.
     latents, output, previous = torch.eye(3)
     input_scale = 1.0
     if hasattr(scheduler, "scale_model_input"):  # flow matching has none
@@ -235,7 +241,7 @@ def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
 
 
 def coefficients(rows: Sequence[tuple[Schedule, int]], device: str | torch.device) -> Coefficients:
-    """Gather the steps of N rows, each a schedule and how many of its steps are done."""
+    """Gather the next step of each of N rows, given its schedule and the number of steps already done."""
     table = torch.stack([schedule.table[done] for schedule, done in rows]).to(device)
     single, earlier, remembers = table.split([table.shape[1] - PLMS_OUTPUTS - 1, PLMS_OUTPUTS, 1], dim=1)
     columns = single.T.reshape(single.shape[1], -1, 1, 1, 1).unbind()
@@ -251,21 +257,23 @@ def advance(
     clip: float | None = None,
     earlier: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One step of N rows: DDIM (arXiv 2010.02502, eq. 12), Euler (arXiv 2206.00364, algorithm 1 without
-    churn), DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), PNDM's linear multistep (arXiv 2202.09778, eq.
-    12) or flow-matching Euler (arXiv 2403.03206).
+    """Advance N rows by one step each.
+
+    The solver is DDIM (arXiv 2010.02502, eq. 12), Euler (arXiv 2206.00364, algorithm 1 without churn),
+    DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), PNDM's linear multistep (arXiv 2202.09778, eq. 12) or
+    flow-matching Euler (arXiv 2403.03206).
 
     Args:
         latents: float32, N x C x h x w, noisy.
-        output: of the denoiser, guidance applied, of the same shape.
-        previous: the clean latents that the row's last step predicted; zeros before the first.
-        clip: from `clip_range`.
-        earlier: N x 3 x C x h x w, outputs of earlier calls, the newest first; zeros before the first. None
-            where no scheduler of the rows takes any, see `num_earlier`.
+        output: the denoiser's output with guidance applied, of the same shape.
+        previous: clean latents that the row's last step predicted; zeros before the first.
+        clip: the bound from `clip_range`.
+        earlier: N x 3 x C x h x w, outputs of earlier calls, newest first; zeros before the first. None if no
+            row's scheduler uses them, see `num_earlier`.
 
     Returns:
         The next latents and the predicted clean latents, each of the shape of `latents`, and `earlier` for
-        the next step.
+        the next call.
     """
     clean = step.clean_latents * latents + step.clean_output * output
     following = step.next_latents * latents + step.next_output * output + step.next_previous * previous

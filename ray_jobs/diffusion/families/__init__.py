@@ -1,4 +1,4 @@
-"""The families of models that can be fine-tuned, by their pipeline's class."""
+"""Model families that can be fine-tuned, by pipeline class."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(pipeline: Any) -> Family:
-    """The family of a pipeline, or of the name of its class.
+    """Return the family of a pipeline, given as an object or by the name of its class.
 
     Raises:
-        ValueError: for a pipeline of no known family.
+        ValueError: the pipeline belongs to no known family.
     """
     name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
     if name not in FAMILIES:

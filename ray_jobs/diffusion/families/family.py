@@ -1,4 +1,4 @@
-"""What differs between the families of text-to-image models, each stated in one small file."""
+"""The interface to the differences between text-to-image model families, each in one small file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,40 +9,40 @@ from torch import nn
 
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching, Objective
 
-Captions = dict[str, torch.Tensor]  # what is made of N captions, by name, each N x ...
-Encoders = Mapping[str, nn.Module] | nn.ModuleDict  # text encoders by the pipeline's name for them
+Captions = dict[str, torch.Tensor]  # tokens or embeddings of N captions, by name, each N x ...
+Encoders = Mapping[str, nn.Module] | nn.ModuleDict  # text encoders by their name in the pipeline
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MMDIT_ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-PATCH = 2  # the side of a transformer's patch, in latents; the same in Stable Diffusion 3 and FLUX
+PATCH = 2  # side of a transformer's patch, in latents; the same in Stable Diffusion 3 and FLUX
 
 
 class Family(ABC):
-    """A family of models in diffusers' format; it has no state of its own."""
+    """A family of models in diffusers' format; stateless."""
 
     pipeline_class: str  # as in model_index.json
-    denoiser: str  # the pipeline's component that is trained: "unet" or "transformer"
-    tokens: tuple[str, ...]  # names of what the text encoders take
-    embeds: tuple[str, ...]  # names of what the denoiser takes
-    text_encoders: tuple[str, ...]  # components that make embeds of tokens, in the order of `tokens`
-    trainable_text_encoders: tuple[str, ...]  # those that fine-tuning may train: CLIP, not T5
-    lora_targets: tuple[str, ...]  # default layers for LoRA, by the end of their name: the attention's
-    sizes: bool = False  # whether the denoiser is told original size, crop offset and target size
-    max_tokens: Mapping[str, int] = {}  # where diffusers does not take the tokenizer's own length
+    denoiser: str  # the pipeline's denoising component: "unet" or "transformer"
+    tokens: tuple[str, ...]  # names of the text encoders' inputs
+    embeds: tuple[str, ...]  # names of the denoiser's caption inputs
+    text_encoders: tuple[str, ...]  # components that turn tokens into embeds, in the order of `tokens`
+    trainable_text_encoders: tuple[str, ...]  # text encoders that fine-tuning may train: CLIP, not T5
+    lora_targets: tuple[str, ...]  # default layers for LoRA, by the end of their name: attention layers
+    sizes: bool = False  # whether the denoiser takes original size, crop offset and target size as input
+    max_tokens: Mapping[str, int] = {}  # lengths where diffusers does not use the tokenizer's own
 
     def encoders(self, pipeline: Any) -> dict[str, nn.Module]:
-        """The text encoders that a pipeline has, by name; some models leave one out."""
+        """Return the text encoders that a pipeline has, by name; some models leave one out."""
         parts = {name: getattr(pipeline, name) for name in self.text_encoders}
         return {name: part for name, part in parts.items() if part is not None}
 
     def adaptable(self, pipeline: Any) -> dict[str, nn.Module]:
-        """The components that adapters may change, by name: the denoiser and the text encoders."""
+        """Return the components that adapters may change, by name: the denoiser and the text encoders."""
         return {self.denoiser: getattr(pipeline, self.denoiser), **self.encoders(pipeline)}
 
     def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
-        """Captions cut or padded to each tokenizer's length: int32, N x tokens, each.
+        """Tokenize captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
 
-        A tokenizer that the pipeline does not have gives nothing.
+        Tokenizers that the pipeline does not have are skipped.
         """
         found = {}
         for name in self.tokens:
@@ -58,34 +58,34 @@ class Family(ABC):
 
     @abstractmethod
     def embed(self, parts: Encoders, tokens: Captions) -> Captions:
-        """What the denoiser takes of captions; gradients reach the encoders.
+        """Return the denoiser's caption inputs; gradients reach the encoders.
 
         Args:
-            parts: the text encoders, of those in `text_encoders` that the model has.
-            tokens: from `tokenize`, on the encoders' device.
+            parts: those of `text_encoders` that the model has.
+            tokens: tokens from `tokenize`, on the encoders' device.
 
         Returns:
-            Float, in the encoders' dtype: `prompt_embeds`, N x tokens x width, and where the family has it
+            Float, in the encoders' dtype: `prompt_embeds`, N x tokens x width, and, if the family has it,
             `pooled_prompt_embeds`, N x width.
         """
 
     def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
-        """What the denoiser takes where no caption is given: N x ..., as `embed` returns it.
+        """Return the denoiser's inputs for no caption: N x ..., in the form that `embed` returns.
 
-        A caption that is given and empty is something else: it is always encoded.
+        An empty caption that is given explicitly is different: it is always encoded.
 
         Args:
             settings: the pipeline's own configuration, as in `model_index.json`.
-            empty: from `embed`, of N empty captions.
+            empty: embeddings of N empty captions, from `embed`.
         """
         return empty
 
     @abstractmethod
     def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
-        """What the denoiser is trained to predict.
+        """Return the denoiser's training objective.
 
         Raises:
-            ValueError: for a scheduler of another family, or what this family cannot do.
+            ValueError: the scheduler is of another family, or the family does not support the options.
         """
 
     @abstractmethod
@@ -98,35 +98,38 @@ class Family(ABC):
         sizes: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoiser's prediction, of the latents' shape.
+        """Return the denoiser's prediction, of the latents' shape.
 
         Args:
             latents: float, N x C x h x w, noisy.
-            timesteps: N, as the objective or the scheduler gives them.
-            captions: from `embed`; other names are left alone.
+            timesteps: N, as the objective or the scheduler returns them.
+            captions: embeddings from `embed`; other names are ignored.
             sizes: int, N x 6, pixels: original height and width, top and left of the crop, target height and
-                width (arXiv 2307.01952, section 2.2). For families with `sizes`, and only for them.
-            guidance: float32, N. For denoisers with `distilled_guidance`, and only for them; 1 if left out.
+                width (arXiv 2307.01952, section 2.2). Only for families with `sizes`, which require it.
+            guidance: float32, N. Only for denoisers with `distilled_guidance`; 1 if left out.
         """
 
     def patch(self, denoiser: Mapping[str, Any]) -> int:
-        """The side of a denoiser's patches, in latents; `denoiser` is its configuration."""
+        """Return the side of a denoiser's patches, in latents, from the denoiser's configuration."""
         return 1
 
     def size_multiple(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
-        """Pixels that both sides of a picture must be multiples of, from the components' configurations."""
+        """Return the pixels that image sides must be multiples of, from the components' configurations."""
         return self.latent_pixels(autoencoder) * self.patch(denoiser)
 
     def latent_pixels(self, autoencoder: Mapping[str, Any]) -> int:
-        """Pixels of a picture's side that a latent stands for, from the autoencoder's configuration."""
+        """Return the pixels of an image's side per latent, from the autoencoder's configuration."""
         return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
 
     def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
-        """Pixels of the longest side that the denoiser has positions for; None where there is no limit."""
+        """Return the longest side, in pixels, that the denoiser has positions for; None for no limit."""
         return None
 
     def distilled_guidance(self, denoiser: Any) -> bool:
-        """Whether the denoiser is told its guidance (Meng et al., arXiv 2210.03142): one pass, not two."""
+        """Return whether the denoiser takes guidance as input (Meng et al., arXiv 2210.03142).
+
+        It then needs one pass per step instead of two.
+        """
         return False
 
     def set_timesteps(
@@ -142,14 +145,14 @@ class Family(ABC):
 
     @abstractmethod
     def first_step(self, num_steps: int, strength: float) -> int:
-        """How many of the steps image to image leaves out, as the family's own pipeline for it does.
+        """Return the number of steps that image-to-image skips, as in the family's own pipeline for it.
 
         Args:
-            strength: in (0, 1], the share of the steps that is made.
+            strength: in (0, 1], the share of the steps that are run.
         """
 
     def sample_size(self, pipeline: Any) -> tuple[int, int]:
-        """Height and width of the model's own latents."""
+        """Return height and width of the model's native latents."""
         size = getattr(pipeline, self.denoiser).config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width
@@ -173,8 +176,11 @@ class DiffusionFamily(Family):
     def guidance_embedding(
         self, denoiser: Any, latents: torch.Tensor, guidance: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Sines and cosines of N guidance scales above 1, N x `time_cond_proj_dim`, for a UNet that was
-        distilled with guidance, as latent consistency models are (arXiv 2310.04378); None for another one."""
+        """Return the sinusoidal embedding of N guidance scales: N x `time_cond_proj_dim`.
+
+        It embeds the scale minus 1, for a UNet that was distilled with guidance, as latent consistency models
+        are (arXiv 2310.04378); None for other UNets.
+        """
         if not self.distilled_guidance(denoiser):
             assert guidance is None
             return None
@@ -182,7 +188,7 @@ class DiffusionFamily(Family):
 
         told = latents.new_ones(len(latents)) if guidance is None else guidance
         size = denoiser.config.time_cond_proj_dim
-        # The phase of time embeddings with sines first and the last frequency 1 / 10,000.
+        # As in time embeddings with sines first and 1 / 10,000 as the last frequency.
         embedding = get_timestep_embedding(1000 * (told.float() - 1), size, downscale_freq_shift=1)
         return embedding.to(latents.dtype)
 
@@ -192,7 +198,7 @@ class FlowMatchingFamily(Family):
 
     denoiser = "transformer"
     lora_targets = MMDIT_ATTENTION
-    max_shift: float  # where the scheduler's configuration names none
+    max_shift: float  # default if the scheduler's configuration names none
 
     def patch(self, denoiser: Mapping[str, Any]) -> int:
         return PATCH
@@ -206,8 +212,11 @@ class FlowMatchingFamily(Family):
         return FlowMatching.from_scheduler(scheduler_config)
 
     def dynamic_shift(self, config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, float]:
-        """`mu`, by which larger pictures get more of the noisy timesteps: linear in the number of patches
-        between two known numbers. Nothing where the scheduler does not ask for it."""
+        """Return `mu`, which gives larger images more of the noisy timesteps.
+
+        It is linear in the number of patches, through two known points. Empty if the scheduler does not use
+        dynamic shifting.
+        """
         if not config.get("use_dynamic_shifting"):
             return {}
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -226,9 +235,11 @@ class FlowMatchingFamily(Family):
 
 
 def _drop_negative_timestep(scheduler: Any) -> None:
-    """Leave out the timestep -1 that trailing spacing ends with for some step counts, 61 for example
-    (diffusers 0.42: the last of `arange(1000, 0, -1000 / 61)` is 0 but for its rounding). A step from there
-    would multiply DDIM's latents by 14.65."""
+    """Remove the timestep -1 with which trailing spacing ends for some step counts, for example 61.
+
+    In diffusers 0.42 the last value of `arange(1000, 0, -1000 / 61)` is 0 up to rounding. A step from there
+    would multiply DDIM's latents by 14.65.
+    """
     kept = int((scheduler.timesteps >= 0).sum())
     if kept == len(scheduler.timesteps):
         return

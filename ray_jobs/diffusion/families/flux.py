@@ -10,9 +10,9 @@ from ray_jobs.diffusion.families.family import PATCH, Captions, Encoders, FlowMa
 
 
 class Flux(FlowMatchingFamily):
-    """CLIP, of which only the pooled embedding is used, and T5; latents are packed into patches.
+    """FLUX.1: T5 and the pooled embedding of CLIP; latents are packed into patches.
 
-    FLUX.1-dev is told its guidance; FLUX.1-schnell has none.
+    FLUX.1-dev takes guidance as input; FLUX.1-schnell has none.
     """
 
     pipeline_class = "FluxPipeline"
@@ -50,7 +50,7 @@ class Flux(FlowMatchingFamily):
             packed.flatten(2).transpose(1, 2),
             encoder_hidden_states=embeds,
             pooled_projections=captions["pooled_prompt_embeds"],
-            timestep=timesteps / 1000,  # which the transformer multiplies by 1000 again
+            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
             img_ids=_positions(rows, columns, latents.device),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
             guidance=guidance,
@@ -64,7 +64,7 @@ class Flux(FlowMatchingFamily):
     def set_timesteps(
         self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
     ) -> None:
-        """From pure noise in even steps of sigma, then shifted by the picture's size."""
+        """Set sigmas in even steps from pure noise, shifted according to the image's size."""
         if scheduler.config.get("use_flow_sigmas"):  # a scheduler that spaces its sigmas itself
             return super().set_timesteps(scheduler, num_steps, latent_shape, device)
         sigmas = [1 - step / num_steps for step in range(num_steps)]
@@ -72,11 +72,11 @@ class Flux(FlowMatchingFamily):
         scheduler.set_timesteps(sigmas=sigmas, device=device, **shift)
 
     def sample_size(self, pipeline: Any) -> tuple[int, int]:
-        return (pipeline.default_sample_size,) * 2  # the transformer states none
+        return (pipeline.default_sample_size,) * 2  # the transformer's configuration has none
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """(0, row, column) of each patch: float32, rows * columns x 3."""
+    """Return (0, row, column) of each patch: float32, rows * columns x 3."""
     row = torch.arange(rows, dtype=torch.float32, device=device)
     column = torch.arange(columns, dtype=torch.float32, device=device)
     return torch.cartesian_prod(row.new_zeros(1), row, column)

@@ -8,7 +8,10 @@ from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encode
 
 
 class StableDiffusion(DiffusionFamily):
-    """One CLIP text encoder; the noise (1.x) or the velocity (2.x) is predicted, as the scheduler says."""
+    """Stable Diffusion 1.x and 2.x: one CLIP text encoder.
+
+    The scheduler's configuration says whether the UNet predicts the noise (1.x) or the velocity (2.x).
+    """
 
     pipeline_class = "StableDiffusionPipeline"
     tokens = ("input_ids",)

@@ -12,7 +12,7 @@ T5_TOKENS = 256
 
 
 class StableDiffusion3(FlowMatchingFamily):
-    """Two CLIP text encoders and T5, which a model may leave out (section 5.3.3)."""
+    """Stable Diffusion 3: two CLIP text encoders and T5, which a model may leave out (section 5.3.3)."""
 
     pipeline_class = "StableDiffusion3Pipeline"
     tokens = ("input_ids", "input_ids_2", "input_ids_3")
@@ -30,9 +30,10 @@ class StableDiffusion3(FlowMatchingFamily):
         return patches * self.size_multiple(autoencoder, denoiser)
 
     def embed(self, parts: Encoders, tokens: Captions) -> Captions:
-        """CLIP's last layers but one side by side, as wide as T5's embeddings, and these after them.
+        """Concatenate both CLIP encoders' penultimate layers, pad them to T5's width, and append T5's tokens.
 
-        Without T5 only CLIP's own: how wide T5's would be is the denoiser's to say, in `denoise`.
+        Without T5, return the CLIP embeddings unpadded: T5's width is in the denoiser's configuration, so
+        `denoise` pads them.
         """
         clip = [
             parts[part](tokens[name], output_hidden_states=True)
@@ -57,7 +58,7 @@ class StableDiffusion3(FlowMatchingFamily):
         assert sizes is None and guidance is None
         embeds = captions["prompt_embeds"]
         missing = denoiser.config.joint_attention_dim - embeds.shape[-1]
-        if missing:  # there is no T5: zeros in its place
+        if missing:  # without T5, zeros take its place
             embeds = pad(embeds, (0, missing, 0, T5_TOKENS))
         return denoiser(
             latents,

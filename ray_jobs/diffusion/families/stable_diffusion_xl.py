@@ -9,7 +9,10 @@ from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encode
 
 
 class StableDiffusionXL(DiffusionFamily):
-    """Two CLIP text encoders, the second also pooled, and the sizes of the picture (section 2.1 and 2.2)."""
+    """Stable Diffusion XL: two CLIP text encoders, the second also pooled, and size conditioning.
+
+    See sections 2.1 and 2.2 of the paper.
+    """
 
     pipeline_class = "StableDiffusionXLPipeline"
     tokens = ("input_ids", "input_ids_2")
@@ -18,7 +21,7 @@ class StableDiffusionXL(DiffusionFamily):
     sizes = True
 
     def embed(self, parts: Encoders, tokens: Captions) -> Captions:
-        """The last layer but one of both encoders, and the projection of the second."""
+        """Return both encoders' penultimate layers, concatenated, and the second one's projection."""
         first = parts["text_encoder"](tokens["input_ids"], output_hidden_states=True)
         second = parts["text_encoder_2"](tokens["input_ids_2"], output_hidden_states=True)
         return {
@@ -27,7 +30,7 @@ class StableDiffusionXL(DiffusionFamily):
         }
 
     def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
-        """Zeros where the model asks for them, as in diffusers' pipeline, whose default is True."""
+        """Return zeros if the model's configuration asks for them, which is diffusers' default."""
         if not settings.get("force_zeros_for_empty_prompt", True):
             return empty
         return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
