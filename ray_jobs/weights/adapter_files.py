@@ -1,4 +1,4 @@
-"""Files of LoRA adapters: how their tensors are called, and which files are no adapter of the base.
+"""LoRA adapter files: names of their tensors, and rejection of files that are no adapter of the base.
 
 Names are those of peft in diffusers' format: `<component>.<layer>.lora_A.weight`.
 """
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-# Starting points of peft 0.21.2 that subtract the adapter's first values from the base's own weights: added
-# to the plain base, their effect is off by those values.
+# Initialisations of peft 0.21.2 that subtract the adapter's initial values from the base's weights: added to
+# the plain base, such an adapter is off by those values.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Parts of the tensors' names in peft's other methods.
+# Prefixes in tensor names that identify peft's other methods.
 OTHER_METHODS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -32,14 +32,14 @@ _IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$
 
 
 def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The adapter's settings by component, `<component>.<setting>`, as peft has them; empty if it has none.
+    """Check an adapter file and return its peft settings by `<component>.<setting>`; empty if it has none.
 
     Args:
-        names: of the file's tensors.
-        metadata: of the file's header.
+        names: names of the file's tensors.
+        metadata: metadata in the file's header.
 
     Raises:
-        ValueError: it is no LoRA, or one whose base was changed.
+        ValueError: the file is not a LoRA, its metadata is no JSON, or its initialisation changed the base.
     """
     for name in names:
         parts = name.split(".")[1:]
@@ -64,15 +64,18 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
 
 
 def layer_in_memory(part: nn.Module, name: str) -> str:
-    """A name of a component's file as the component has it in memory.
+    """Return the in-memory name of a tensor in a component's file.
 
-    transformers dropped `text_model.` in `CLIPTextModel` (5.6); files have it (see `file_name`) or lack it.
+    transformers 5.6 dropped `text_model.` in `CLIPTextModel`; files have it (see `file_name`) or lack it.
     """
     return name if hasattr(part, "text_model") else name.removeprefix(CLIP_PREFIX)
 
 
 def file_name(part: nn.Module, name: str) -> str:
-    """A name as all releases of transformers and diffusers read it in a file; `layer_in_memory`'s inverse."""
+    """Return the file name of a tensor that all releases of transformers and diffusers read.
+
+    Inverse of `layer_in_memory`.
+    """
     if type(part).__name__ != "CLIPTextModel" or name.startswith(CLIP_PREFIX):
         return name
     return CLIP_PREFIX + name
@@ -80,18 +83,18 @@ def file_name(part: nn.Module, name: str) -> str:
 
 @torch.no_grad()
 def place_tensors(parts: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Write an adapter's tensors into the parameters that its loading has made.
+    """Copy an adapter's tensors into the parameters that loading it has created.
 
-    Loaders of diffusers 0.42.1 and transformers 5.23 leave some where they began, without an error: the
-    magnitudes of DoRA in text encoders.
+    The loaders of diffusers 0.42.1 and transformers 5.23 silently leave some at their initial values: DoRA's
+    magnitudes in text encoders.
 
     Args:
         parts: components by name.
-        tensors: of the file, by name.
+        tensors: the file's tensors by name.
 
     Returns:
-        How many found their parameter, and how many parameters there are. Of files in other programs' names
-        the latter twice.
+        Number of tensors copied, and number of adapter parameters. For files with other programs' names,
+        which are not copied, both are the number of parameters.
     """
     there: dict[str, torch.Tensor] = {}
     for component, part in parts.items():

@@ -1,4 +1,4 @@
-"""What turns pictures and captions into what the denoiser is trained on: autoencoder and text encoders."""
+"""Autoencoder and text encoders, which turn images and captions into the denoiser's training inputs."""
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ class Encoders:
 
     Args:
         base: folder or hub name of a model in diffusers' format.
-        device: where they run, in float32.
+        device: device to run on, in float32.
 
     Raises:
-        ValueError: for a pipeline of no known family.
+        ValueError: the pipeline belongs to no known family.
     """
 
     def __init__(self, base: str, *, revision: str | None = None, device: str = "cpu") -> None:
@@ -27,14 +27,14 @@ class Encoders:
 
     @torch.no_grad()
     def encode_pictures(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The autoencoder's posterior.
+        """Return the autoencoder's posterior for N images.
 
         Args:
             pixels: uint8, N x H x W x 3.
 
         Returns:
-            Mean and logarithm of the variance, float32, N x C x h x w, on the CPU. Not scaled: a latent is
-            (sample - shift_factor) * scaling_factor of the autoencoder's configuration.
+            Mean and log-variance, float32, N x C x h x w, on the CPU. They are not scaled: a latent is
+            (sample - shift_factor) * scaling_factor, as in the autoencoder's configuration.
         """
         pictures = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = self.pipeline.vae.encode(pictures).latent_dist
@@ -42,8 +42,10 @@ class Encoders:
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Captions:
-        """Tokens (int32, for text encoders that are trained) and what the denoiser takes (float32), by name,
-        on the CPU."""
+        """Return tokens (int32, for training text encoders) and the denoiser's inputs (float32).
+
+        Both are by name, on the CPU.
+        """
         tokens = self.family.tokenize(self.pipeline, captions)
         placed = {name: ids.to(self.device) for name, ids in tokens.items()}
         embeds = self.family.embed(self.family.encoders(self.pipeline), placed)

@@ -1,4 +1,4 @@
-"""The feature networks that a configuration names: looked at before a run starts, loaded where they work."""
+"""The configured feature networks: checked before a run starts, loaded where they are used."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ FIRST = "evaluate.feature_network"
 
 @dataclass(frozen=True)
 class Networks:
-    """The feature networks of a run: the one that decides, the second one, and CLIP, where there are such."""
+    """The feature networks of a run: the deciding one and, if configured, a second one and CLIP."""
 
     first: FeatureNetwork
     second: FeatureNetwork | None = None
@@ -21,7 +21,7 @@ class Networks:
 
     @property
     def ranking(self) -> list[FeatureNetwork]:
-        """Those that score every rung."""
+        """The networks that score every rung."""
         return [network for network in (self.first, self.second) if network]
 
     @property
@@ -30,10 +30,10 @@ class Networks:
 
 
 def check_networks(evaluate: EvaluateConfig) -> None:
-    """Look at the files of all networks, so that a wrong one costs seconds and not a traceback after prepare.
+    """Check the files of all networks, so that a wrong one fails in seconds and not after `prepare`.
 
     Raises:
-        ConfigError: one is missing, or another one than it should be; names the field.
+        ConfigError: a file is missing or not the expected one; the message names the field.
     """
     try:
         for spec in (_first(evaluate), _second(evaluate)):
@@ -46,15 +46,15 @@ def check_networks(evaluate: EvaluateConfig) -> None:
 
 
 def load_first(evaluate: EvaluateConfig, device: str = "cpu") -> FeatureNetwork:
-    """The network that decides; errors as of `load_networks`."""
+    """Load the deciding network; raises the same errors as `load_networks`."""
     return load_network(_first(evaluate), device)
 
 
 def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
-    """The networks that are configured.
+    """Load all configured networks.
 
     Raises:
-        ValueError: a file is missing, or another one than it should be.
+        ValueError: a file is missing or not the expected one.
     """
     second, clip = _second(evaluate), None
     if evaluate.clip:

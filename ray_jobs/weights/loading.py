@@ -1,4 +1,4 @@
-"""Load a text-to-image model in diffusers' format, with or without what was fine-tuned on it."""
+"""Load a text-to-image model in diffusers' format, with or without fine-tuned weights."""
 
 import importlib
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ def load_pipeline(
     revision: str | None = None,
     without: Sequence[str] = (),
 ) -> Any:
-    """A pipeline of one of the families in float32 on the CPU, frozen, in evaluation mode.
+    """Load a pipeline in float32 on the CPU, frozen and in evaluation mode.
 
     Args:
         base: folder or hub name of the base model.
-        weights: a folder that holds either LoRA weights (`pytorch_lora_weights.safetensors`), which
-            are loaded onto the base, with the scheduler that may lie beside them, or a whole pipeline
-            (`model_index.json`), which replaces it.
-        revision: of the base on the hub.
+        weights: folder with either LoRA weights (`pytorch_lora_weights.safetensors`), which are loaded onto
+            the base, together with a scheduler in the same folder if there is one; or a whole pipeline
+            (`model_index.json`), which replaces the base.
+        revision: revision of the base on the hub.
         without: components that are not loaded.
 
     Raises:
-        ValueError: if `weights` is neither, or the model is of no known family.
+        ValueError: `weights` is neither, or the model belongs to no known family.
     """
     whole = bool(weights and (Path(weights) / INDEX).exists())
     pipeline = (
@@ -55,16 +55,17 @@ def load_pipeline(
 
 
 def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[str] = ()) -> Any:
-    """A model's pipeline in float32 as diffusers makes it, each component from the weights that there are:
-    plain ones, else a variant such as fp16.
+    """Load a model's pipeline in float32 as diffusers builds it.
+
+    Each component is loaded from its plain weights if present, else from a variant such as fp16.
 
     Args:
         base: folder or hub name.
-        without: components that are not loaded; never loaded are the safety checker and what else is not
-            needed to draw.
+        without: components that are not loaded, in addition to those of `NEVER_LOADED` (the safety checker
+            and the IP-Adapter's image encoder).
 
     Raises:
-        ValueError: the model is of no known family, or a component's weights are in no format that is read.
+        ValueError: the model belongs to no known family, or a component's weights are in no supported format.
     """
     from diffusers import DiffusionPipeline
 
@@ -87,17 +88,16 @@ def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[s
 
 
 def _class_of(entry: Sequence[str]) -> Any:
-    """The class of a component, from its library and name in `model_index.json`."""
+    """Return a component's class, given its library and name in `model_index.json`."""
     library, class_name = entry
     return getattr(importlib.import_module(library), class_name)
 
 
 def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
-    """An object with a model's scheduler, configuration and some of its other components, their weights
-    without memory.
+    """Return an object with a model's configuration, scheduler and some components without weight memory.
 
     Args:
-        parts: names of components that hold weights. One that the model leaves out is None.
+        parts: names of components with weights. Those that the model leaves out are None in the result.
     """
     from types import SimpleNamespace
 
@@ -126,23 +126,23 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
-    """The `model_index.json` of a folder or hub name: the pipeline's class and its components."""
+    """Read the `model_index.json` of a folder or hub name: the pipeline's class and its components."""
     from diffusers import DiffusionPipeline
 
     return dict(DiffusionPipeline.load_config(base, revision=revision))
 
 
 def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The named components, and those that the model itself leaves out, as None for `from_pretrained`."""
+    """Map the named components, and those that the model leaves out, to None for `from_pretrained`."""
     return {name: None for name, entry in index.items() if name in names or entry == [None, None]}
 
 
 def load_lora(pipeline: Any, folder: Path) -> None:
-    """Add the adapters in a folder to a pipeline that has none; none of them drops anything out.
+    """Add the adapters in a folder to a pipeline that has none, with dropout inactive.
 
     Raises:
-        ValueError: the file is no adapter of a base, or a layer of it found no place in the pipeline.
-            diffusers would leave it out and go on.
+        ValueError: the file is not an adapter of a base, or its layers do not all fit the pipeline; diffusers
+            would skip those that do not.
     """
     from safetensors import safe_open
 
@@ -153,8 +153,8 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
     parts = family_of(pipeline).adaptable(pipeline)
     for part in parts.values():
-        part.eval()  # peft makes adapters that still train
-    # An alpha is a scale, not a layer; diffusers' files have it in their metadata.
+        part.eval()  # peft creates adapters in training mode
+    # An alpha is a scale, not a layer; diffusers' files keep it in their metadata.
     stored = sum(not name.endswith("alpha") for name in tensors)
     placed, parameters = place_tensors(parts, tensors)
     if not placed == stored == parameters:

@@ -1,4 +1,4 @@
-"""A model's files in diffusers' format, read without importing diffusers (which takes ten seconds)."""
+"""Read a model's files in diffusers' format without importing diffusers (which takes ten seconds)."""
 
 import hashlib
 import json
@@ -9,9 +9,9 @@ from typing import Any
 from ray_jobs.weights.weight_files import is_weights, plain_name, require_safetensors, variant_of
 
 SAFETY_CHECKER = "safety_checker"
-IMAGE_ENCODER = "image_encoder"  # of an IP-Adapter
-NEVER_LOADED = (SAFETY_CHECKER, IMAGE_ENCODER)  # nor a part of what is written
-# Folders of a model that are not needed to draw pictures, or to encode pictures and captions.
+IMAGE_ENCODER = "image_encoder"  # for an IP-Adapter
+NEVER_LOADED = (SAFETY_CHECKER, IMAGE_ENCODER)  # never written either
+# Folders of a model that are not needed to sample, and those not needed to encode images and captions.
 UNUSED = (*NEVER_LOADED, "feature_extractor")
 NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
 INDEX = "model_index.json"
@@ -19,14 +19,14 @@ CONFIGURATIONS = ("*.json", "*.txt", "*.model")
 
 
 def model_folder(base: str, *, revision: str | None = None, without: Sequence[str] | None = None) -> Path:
-    """The folder of a model: `base` itself, or a hub name's files in the local cache of the hub.
+    """Return the folder of a model: `base` itself, or for a hub name its files in the local hub cache.
 
     Args:
-        without: of a hub name, the folders whose weights are not fetched; None: only configurations are.
+        without: folders whose weights are not fetched from the hub; None to fetch only configurations.
 
     Raises:
-        ValueError: if it is neither a folder with a `model_index.json` nor a name that the hub knows, or a
-            component's weights, which are asked for, are in no format that is read.
+        ValueError: `base` is neither a folder with a `model_index.json` nor a model on the hub, or the
+            weights of a requested component are in no supported format.
     """
     on_hub = not Path(base).is_dir()
     folder = _downloaded(base, revision, CONFIGURATIONS) if on_hub else Path(base)
@@ -51,9 +51,9 @@ def model_folder(base: str, *, revision: str | None = None, without: Sequence[st
 
 
 def check_weights(base: str, *, revision: str | None = None) -> None:
-    """Raise ValueError, naming the component, if weights that are needed are in no format that is read.
+    """Raise ValueError, naming the component, if weights that are needed are in no supported format.
 
-    Fetches none of them.
+    No weights are fetched.
     """
     folder = model_folder(base, revision=revision)
     listed = _files(base, revision)
@@ -75,15 +75,15 @@ def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Pat
 
 
 def _files(base: str, revision: str | None) -> dict[str, list[str]] | None:
-    """The files of each component of a model, a folder or on the hub; None where the hub cannot be asked."""
+    """List the files of each component, from a folder or the hub; None if the hub is unreachable."""
     if Path(base).is_dir():
         return _folders(Path(base))
-    import httpx2  # the hub's client lets its errors through here, while it answers them where it fetches
+    import httpx2  # the hub's client lets httpx2's errors through here, but handles them when downloading
     from huggingface_hub import HfApi
 
     try:
         names = HfApi().list_repo_files(base, revision=revision)
-    except (OSError, httpx2.TransportError):  # offline: the cache was looked at when it was filled
+    except (OSError, httpx2.TransportError):  # offline: the cache was checked when it was filled
         return None
     found: dict[str, list[str]] = {}
     for name in names:
@@ -105,29 +105,29 @@ def _require_weights(
 
 
 def model_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` in a model's folder: its class, and by component library and class."""
+    """Read the `model_index.json` in a model's folder: its class, and each component's library and class."""
     return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
 
 
 def variants(folder: Path) -> dict[str, str | None]:
-    """By component of a model's folder, the variant of its weights that is loaded; None: the plain ones."""
+    """Return the weight variant to load for each component of a model's folder; None for plain weights."""
     return {name: variant_of(files) for name, files in _folders(folder).items()}
 
 
 def variant_name(base: str, *, revision: str | None = None) -> str | None:
-    """The `variant` that diffusers' `from_pretrained` must be given for a model; None if it needs none.
+    """Return the `variant` to pass to diffusers' `from_pretrained` for a model; None if it needs none.
 
-    With one, diffusers takes it in each component that has it, and plain files in the others.
+    Given one, diffusers uses it for each component that has it, and plain files for the others.
     """
     listed = _files(base, revision)
-    if listed is None:  # what the cache holds of a hub that does not answer
+    if listed is None:  # the hub does not answer: use the cached files
         listed = _folders(model_folder(base, revision=revision))
     found = {variant_of(files) for name, files in listed.items() if name not in UNUSED} - {None}
     return min(found, default=None, key=str)
 
 
 def _folders(folder: Path) -> dict[str, list[str]]:
-    """The files of each component's folder."""
+    """List the files in each component's folder."""
     return {
         part.name: [path.name for path in part.iterdir()]
         for part in sorted(folder.iterdir())
@@ -136,14 +136,18 @@ def _folders(folder: Path) -> dict[str, list[str]]:
 
 
 def encoders_digest(base: str, *, revision: str | None = None) -> str:
-    """The sha256 of all that encodings depend on: weights and configurations of the autoencoder, the
-    tokenizers and the text encoders."""
+    """Return the sha256 of everything that encodings depend on.
+
+    That is, the weights and configurations of the autoencoder, the tokenizers and the text encoders.
+    """
     return _digest(base, revision, NOT_ENCODERS)
 
 
 def model_digest(base: str, *, revision: str | None = None) -> str:
-    """The sha256 of all that a model's pictures depend on: its encoders, denoiser and scheduler, and their
-    classes."""
+    """Return the sha256 of everything that a model's images depend on.
+
+    That is, its encoders, denoiser and scheduler, and their classes.
+    """
     components = (model_folder(base, revision=revision) / INDEX).read_bytes()
     return hashlib.sha256(components + _digest(base, revision, UNUSED).encode()).hexdigest()
 
@@ -160,26 +164,26 @@ def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
 
 
 def size_multiple(base: str, *, revision: str | None = None) -> int:
-    """Pixels that both sides of a picture must be multiples of, as the model's family has it."""
+    """Return the pixels that both sides of an image must be multiples of, by the model's family."""
     family, *configs = _of_sizes(base, revision)
     return int(family.size_multiple(*configs))
 
 
 def latent_pixels(base: str, *, revision: str | None = None) -> int:
-    """Pixels of a picture's side that a latent stands for, as the model's family has it."""
+    """Return the pixels of an image's side per latent, by the model's family."""
     family, autoencoder, _ = _of_sizes(base, revision)
     return int(family.latent_pixels(autoencoder))
 
 
 def max_side(base: str, *, revision: str | None = None) -> int | None:
-    """Pixels of the longest side that a model draws, as its family has it; None where there is no limit."""
+    """Return the longest side, in pixels, that a model can generate, by its family; None for no limit."""
     family, *configs = _of_sizes(base, revision)
     found = family.max_side(*configs)
     return None if found is None else int(found)
 
 
 def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
-    """A model's family, and the configurations of its autoencoder and its denoiser."""
+    """Return a model's family, and the configurations of its autoencoder and its denoiser."""
     from ray_jobs.diffusion.families import family_of  # imports PyTorch
 
     folder = model_folder(base, revision=revision)

@@ -1,4 +1,4 @@
-"""Write components, adapters and whole pipelines so that programs of all releases read them."""
+"""Write components, adapters and whole pipelines so that all releases of the libraries can read them."""
 
 import json
 import shutil
@@ -29,17 +29,17 @@ def save_whole(pipeline: Any, folder: Path) -> None:
         if isinstance(part, nn.Module):
             use_old_names(folder / name, type(part).__name__)
         elif type(part).__name__ == "CLIPTokenizer":
-            # transformers 5 writes tokenizer.json alone, and CLIPTokenizer of 4 reads these two alone.
+            # transformers 5 writes only tokenizer.json; version 4's CLIPTokenizer reads only these two files.
             part.backend_tokenizer.model.save(str(folder / name))
 
 
 def copy_part(source: Path, target: Path, class_name: str | None) -> None:
-    """Copy a component's folder, of its weights those that `load_pipeline` takes, under their plain names.
+    """Copy a component's folder with only the weights that `load_pipeline` uses, under their plain names.
 
-    So a base that has them as a variant becomes a model that is loaded without naming one.
+    So a base whose weights are a variant becomes a model that loads without naming one.
 
     Args:
-        class_name: of the component; None where it is unknown.
+        class_name: class of the component, or None if unknown.
     """
     names = {path.name for path in source.iterdir() if path.is_file()}
     variant = variant_of(names)
@@ -63,10 +63,11 @@ def copy_part(source: Path, target: Path, class_name: str | None) -> None:
 
 
 def use_old_names(folder: Path, class_name: str | None) -> None:
-    """Give the tensors of a `CLIPTextModel`'s file the names that all releases of transformers read.
+    """Rename the tensors in a `CLIPTextModel`'s file so that all releases of transformers can read them.
 
-    Since version 5.6 it is written without `text_model.`; version 4 finds none of its tensors then, warns,
-    and goes on with random ones. Both read the old names. Other classes kept theirs.
+    Since version 5.6, transformers writes them without `text_model.`. Version 4 then does not recognise any
+    of the tensors, warns, and continues with random weights. Both read the old names. Other classes kept
+    theirs.
     """
     from safetensors import safe_open
     from safetensors.torch import load, save_file
@@ -87,14 +88,14 @@ def use_old_names(folder: Path, class_name: str | None) -> None:
 
 
 def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write adapters as `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` takes.
+    """Write adapters as `pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
 
     Args:
         weights: the adapters' tensors by their name in `model`.
     """
     from peft.utils import get_peft_model_state_dict
 
-    # In peft's names. diffusers' own converter renames attention layers only, and its loader then drops
+    # Use peft's names: diffusers' own converter renames attention layers only, and its loader then drops
     # those of a file with both kinds of names, with a warning.
     arguments: dict[str, Any] = {}
     parts = {model.family.denoiser: ("denoiser", model.denoiser)}
@@ -112,13 +113,16 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Of an adapter's configuration what its file says: what is not peft's default, for an older peft (0.17)
-    refuses settings that it does not know, and what diffusers 0.35 asks for."""
+    """Return the part of an adapter's configuration to store in its file.
+
+    That is, settings that differ from peft's defaults, because an older peft (0.17) rejects settings that it
+    does not know, and the settings that diffusers 0.35 requires.
+    """
     usual = type(config)().to_dict()
     settings = {key: value for key, value in config.to_dict().items() if value != usual[key]}
-    # Sets have another order in each process: the same weights shall be the same file.
+    # The order of a set differs between processes, but the same weights must give the same file.
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    # diffusers loads an adapter in training mode: with its dropout it would draw at random.
+    # diffusers loads an adapter in training mode: with dropout its samples would be random.
     asked = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
     return settings | {name: getattr(config, name) for name in sorted(asked)} | {"lora_dropout": 0.0}
 
@@ -134,11 +138,11 @@ def save_pipeline(
     """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
 
     Args:
-        base: folder of the base model, whose files are taken for all other components.
-        components: those with trained weights, by their name in the pipeline; not the ones that are being
-            trained, for their weights are overwritten.
-        weights: what was trained, by its name in `FineTuning`.
-        scheduler: takes the place of the base model's; None: that stays.
+        base: folder of the base model, whose files are used for all other components.
+        components: components with trained weights, by their name in the pipeline. Pass copies, not those in
+            training: their weights are overwritten.
+        weights: trained weights by their name in `FineTuning`.
+        scheduler: replacement for the base model's scheduler; None to keep that.
     """
     own: dict[str, torch.Tensor] = {}
     for name, part in components.items():

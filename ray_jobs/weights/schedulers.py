@@ -1,28 +1,28 @@
-"""The scheduler that may lie beside weights."""
+"""The scheduler that may be stored beside weights."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-SCHEDULER = "scheduler"  # the folder, as in every pipeline; beside LoRA weights only where it is needed
+SCHEDULER = "scheduler"  # folder name, as in every pipeline; beside LoRA weights only if needed
 CONFIG = "scheduler_config.json"
 
 
 def has_scheduler(folder: Path) -> bool:
-    """Whether weights in a folder are drawn with a scheduler that lies beside them."""
+    """Return whether the weights in a folder have their own scheduler beside them."""
     return (folder / SCHEDULER / CONFIG).is_file()
 
 
 def scheduler_class(folder: Path) -> str:
-    """The name of the class of the scheduler in a folder."""
+    """Return the class name of the scheduler in a folder."""
     return str(json.loads((folder / SCHEDULER / CONFIG).read_text(encoding="utf-8"))["_class_name"])
 
 
 def load_scheduler(folder: Path) -> Any:
-    """The scheduler beside weights.
+    """Load the scheduler beside weights.
 
     Raises:
-        ValueError: diffusers has no scheduler of the class that its file names.
+        ValueError: diffusers has no scheduler class of the name in its file.
     """
     import diffusers
 

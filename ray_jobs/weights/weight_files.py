@@ -1,7 +1,7 @@
-"""Which files of a component's folder hold its weights: plain ones, a variant (fp16), or none that are read.
+"""Find the weight files in a component's folder: plain, a variant (fp16), or in an unsupported format.
 
 Names are those of diffusers and transformers, for example `diffusion_pytorch_model.fp16.safetensors` or
-`model.fp16-00001-of-00002.safetensors`. Reads names only, and imports neither library.
+`model.fp16-00001-of-00002.safetensors`. This module looks at names only and imports neither library.
 """
 
 import re
@@ -15,14 +15,14 @@ SHARDS = re.compile(
     r"^(?P<stem>(?:diffusion_pytorch_)?model)\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json$"
 )
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data")
-LATE = ("non_ema", "no_ema")  # of a model's variants the one that nobody draws with
+LATE = ("non_ema", "no_ema")  # the variant that is not used for sampling, so the last choice
 
 
 def variant_of(names: Iterable[str]) -> str | None:
-    """The variant of a component that is loaded: None for the plain files, which are taken where they are.
+    """Return the variant of a component to load; None for the plain files, which take precedence.
 
     Args:
-        names: of the files in the component's folder.
+        names: names of the files in the component's folder.
     """
     found = {match["variant"] for name in names if (match := WEIGHTS.match(name))}
     if not found or None in found:
@@ -31,12 +31,12 @@ def variant_of(names: Iterable[str]) -> str | None:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, or says which files do, in whatever format."""
+    """Return whether a file, of any format, holds weights or is an index of weight files."""
     return bool(WEIGHTS.match(name) or SHARDS.match(name)) or name.endswith(OTHER_FORMATS)
 
 
 def plain_name(name: str, variant: str | None) -> str | None:
-    """What a file of the chosen variant is called without it; None for files of other ones and formats."""
+    """Return a file's name without the chosen variant; None for weights of other variants or formats."""
     match = WEIGHTS.match(name)
     if match:
         return f"{match['stem']}{match['shard'] or ''}.safetensors" if match["variant"] == variant else None
@@ -47,11 +47,11 @@ def plain_name(name: str, variant: str | None) -> str | None:
 
 
 def require_safetensors(component: str, names: Iterable[str]) -> None:
-    """Raise ValueError where a component has no weights that are read.
+    """Raise ValueError if a component has no weights in safetensors format.
 
     Args:
-        component: how it is named to a person.
-        names: of the files in its folder.
+        component: name of the component for the error message.
+        names: names of the files in its folder.
     """
     names = sorted(names)
     if any(WEIGHTS.match(name) for name in names):
