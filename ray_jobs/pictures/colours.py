@@ -1,4 +1,4 @@
-"""From what a picture's file holds to 8-bit sRGB: deep grey, transparency, colour profiles."""
+"""Convert a file's pixels to 8-bit sRGB: high-bit-depth grey, transparency, colour profiles."""
 
 import functools
 import io
@@ -8,16 +8,16 @@ from PIL import ExifTags, Image, ImageCms
 
 from ray_jobs.pictures.png import MAX_PROFILE
 
-NEAR = 2  # levels of 255 that a profile may move a colour by and still be sRGB; rounding moves 1
+NEAR = 2  # levels of 255 by which an sRGB profile may change a colour; rounding alone changes it by 1
 
 
 def eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in mode L, RGB or CMYK, and the opacity in mode L (None: opaque)."""
+    """Return the colours in mode L, RGB or CMYK, and the alpha channel in mode L (None if opaque)."""
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_from_deep(image), None
     if image.has_transparency_data:
         if image.mode == "La":
-            image = image.convert("LA")  # the only way out of premultiplied grey
+            image = image.convert("LA")  # Pillow's only conversion from premultiplied grey
         mode = "LA" if image.mode in ("L", "LA") else "RGBA"
         with_alpha = image.convert(mode)
         return with_alpha.convert(mode[:-1]), with_alpha.getchannel("A")
@@ -27,8 +27,9 @@ def eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _grey_from_deep(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and float grey to 0..255; Pillow's own conversion would clip it at 255.
 
-    White is 65535 for 16 bits. Integers of 32 bits and floats do not say: of the usual whites, the
-    smallest that no value exceeds, or else the brightest value. What is below zero or not finite is black.
+    White is 65535 for 16 bits. For 32-bit integers and floats it is not defined: it is then the smallest
+    usual white that no value exceeds, or else the brightest value. Negative and non-finite values become
+    black.
     """
     values = np.asarray(image).astype(np.float32)
     np.nan_to_num(values, copy=False, nan=0, posinf=0, neginf=0)
@@ -38,13 +39,13 @@ def _grey_from_deep(image: Image.Image) -> Image.Image:
     grey = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-        grey = 255 - grey  # "white is zero": Pillow heeds it for 8 bits only
+        grey = 255 - grey  # "white is zero": Pillow handles it for 8 bits only
     return Image.fromarray(grey)
 
 
 def to_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """L, RGB or CMYK to sRGB, by the profile that the file carries, else as Pillow takes the numbers."""
-    # A broken TIFF may hold numbers in the place of a profile.
+    """Convert L, RGB or CMYK to sRGB by the file's embedded profile, or else by Pillow's default."""
+    # A broken TIFF may hold numbers in place of a profile.
     usable = isinstance(profile, bytes) and len(profile) < MAX_PROFILE
     transform = _transform(profile, image.mode) if usable else None
     return transform.apply(image) if transform else image.convert("RGB")
@@ -52,11 +53,11 @@ def to_srgb(image: Image.Image, profile: object) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an ICC profile to sRGB; None where there is nothing to do.
+    """Return the transform from an ICC profile to sRGB; None if there is none to apply.
 
-    That is so for sRGB itself, which would cost as much as decoding, and for a profile that is broken or
-    of another colour space than the picture: the picture is good without it, as browsers hold too. Whether it
-    is sRGB, its colours say: the name in a profile's description may be any.
+    That is the case for sRGB itself, whose transform would cost as much as decoding, and for a profile that
+    is broken or of another colour space than the image: like browsers, use the image without it. An sRGB
+    profile is recognised by its colours, because its description may contain any name.
     """
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -67,7 +68,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a transform leaves a grid of all colours as they are, to within NEAR levels."""
+    """Return whether a transform keeps a grid over all colours unchanged to within NEAR levels."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
     moved = np.asarray(transform.apply(Image.fromarray(colours)), np.int16) - colours

@@ -1,27 +1,29 @@
-"""A PNG file without what only stands beside its pixels.
+"""Strip a PNG file of all chunks that its upright pixels do not need.
 
-Pillow (13.0) refuses a file with a compressed text or colour profile above 1 MiB (workflows of generators,
-profiles of printers), or with a wrong checksum beside the pixels; and a text named `transparency` or
-`icc_profile` takes the place of what it is named after. So Pillow is given only the chunks that the pixels
-need, and those that turn them upright; the profile is read here, up to a bound.
+Pillow (13.0) rejects a file with a compressed text or colour profile above 1 MiB (generators' workflows,
+printers' profiles), or with a wrong checksum in a chunk other than the pixels'. Also, a text named
+`transparency` or `icc_profile` replaces the real one. So Pillow receives only the chunks that the pixels and
+their orientation need; the profile is read here, up to a size limit.
 """
 
 import zlib
 from collections.abc import Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_PROFILE = 8 << 20  # bytes, as it comes out
-MAX_TEXT = 1 << 20  # bytes of a text that is kept, as it comes out: Pillow takes no more
+MAX_PROFILE = 8 << 20  # bytes, decompressed
+MAX_TEXT = 1 << 20  # bytes of a text that is kept, decompressed: Pillow's own limit
 OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-# Texts that can hold the EXIF or XMP that turns a picture upright.
+# Texts that can hold an image's orientation, as EXIF or XMP.
 ORIENTING_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 
 def pixels_only(data: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG file with only what its upright pixels need, and its colour profile (None: none that is whole).
+    """Return a PNG file with only the chunks that its upright pixels need, and its colour profile.
+
+    The profile is None if the file has no intact one.
 
     Args:
-        data: begins with SIGNATURE. A file that is cut, or broken in its order, stays so.
+        data: a file that begins with SIGNATURE. A truncated file, or one with chunks out of order, stays so.
     """
     view = memoryview(data)
     kept, profile, dropped, end = [view[: len(SIGNATURE)]], None, False, len(SIGNATURE)
@@ -39,7 +41,7 @@ def pixels_only(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each whole chunk: length, kind, content and checksum."""
+    """Yield kind, start and end of each complete chunk, from its length field to its checksum."""
     start = len(SIGNATURE)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -57,7 +59,7 @@ def _is_whole(chunk: memoryview) -> bool:
 
 
 def _orients(kind: bytes, chunk: memoryview) -> bool:
-    """Whether a chunk can turn the picture upright, and Pillow can read it."""
+    """Return whether a chunk can state the image's orientation and Pillow can read it."""
     if kind == b"eXIf":
         return _is_whole(chunk)
     if kind not in (b"tEXt", b"zTXt", b"iTXt") or not bytes(chunk[8:40]).startswith(ORIENTING_TEXTS):
@@ -66,20 +68,20 @@ def _orients(kind: bytes, chunk: memoryview) -> bool:
     if keyword not in ORIENTING_TEXTS or not _is_whole(chunk):
         return False
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
-        return True  # one that is not compressed needs no bound
-    # Of zTXt a method and the text; of iTXt a flag, a method, language, translated keyword and text.
+        return True  # an uncompressed text needs no limit
+    # zTXt: method and text. iTXt: flag, method, language, translated keyword and text.
     text = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
     return _inflated(text, MAX_TEXT) is not None
 
 
 def _profile(content: bytes) -> bytes | None:
-    """The colour profile in an iCCP chunk: name, zero byte, method (0), compressed profile."""
+    """Return the colour profile in an iCCP chunk: name, zero byte, method (0), compressed profile."""
     _, _, rest = content.partition(b"\0")
     return _inflated(rest[1:], MAX_PROFILE) if rest[:1] == b"\0" else None
 
 
 def _inflated(data: bytes, limit: int) -> bytes | None:
-    """What zlib makes of `data`; None where that is broken, or has `limit` bytes or more."""
+    """Decompress `data` with zlib; None if it is broken, or the result has `limit` bytes or more."""
     try:
         found = zlib.decompressobj().decompress(data, limit)
     except zlib.error:

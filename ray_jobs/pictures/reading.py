@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to upright 8-bit sRGB pixels."""
+"""Decode image files to upright 8-bit sRGB pixels."""
 
 import functools
 import io
@@ -12,8 +12,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ray_jobs.pictures.colours import eight_bits, to_srgb
 from ray_jobs.pictures.png import pixels_only
 
-# By how a file of each format begins. Only the one that fits is opened: Pillow knows some forty formats,
-# and a file of a stranger should not choose among their parsers (EPS would start Ghostscript).
+# How a file of each format begins. Only the matching parser is used: Pillow has about forty, and an untrusted
+# file should not choose among them (EPS would start Ghostscript).
 SIGNATURES = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -22,22 +22,22 @@ SIGNATURES = {
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "BMP": re.compile(rb"BM"),
 }
-# AVIF and HEIF are boxes of one container, which names what it can be read as.
+# AVIF and HEIF share a container of boxes, whose brands name the formats that it can be read as.
 BRANDS = {
     "AVIF": {b"avif", b"avis"},
     "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
 }
 FORMATS = (*SIGNATURES, *BRANDS)
-BRANDS_END = 256  # bytes of a file in which its brands are looked for
+BRANDS_END = 256  # bytes at the beginning of a file that are searched for brands
 PREVIEW = 1  # bit of TIFF's NewSubfileType
-DNG_VERSION = 50706  # tag of a raw picture in a TIFF
+DNG_VERSION = 50706  # tag of a raw image in a TIFF
 MAX_PIXELS = 100_000_000
 
-# Pillow warns of, and at twice that refuses, what is larger than a bound of the whole process. Setting it
-# for each picture would race between threads, so it is off, once; `read_picture` asks the header instead.
+# Pillow warns above a process-wide limit on pixels, and raises above twice that. Setting it per image would
+# race between threads, so it is turned off once, and `read_picture` checks the size in the header instead.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Orientation of EXIF asks for to turn a picture upright (CIPA DC-008, 4.6.5); 1 is upright.
+# Operation that turns an image upright, by EXIF Orientation (CIPA DC-008, 4.6.5); 1 is upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,10 +51,10 @@ SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class Rejected(Exception):
-    """A picture that is set aside. `reason` is counted, `detail` is for a person."""
+    """An image that is rejected. `reason` is counted; `detail` is for people to read."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)  # all arguments, so that it can be pickled
+        super().__init__(reason, detail)  # all arguments, so that the exception can be pickled
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: `image` is RGB and upright, and may be smaller than the file's picture."""
+    """A decoded image: `image` is RGB and upright, and may be smaller than the one in the file."""
 
     image: Image.Image
-    width: int  # of the file's picture, upright, in pixels
+    width: int  # width of the file's image, upright, in pixels
     height: int
 
 
@@ -78,18 +78,18 @@ def read_picture(
     at_least: int | None = None,
     formats: Collection[str] = FORMATS,
 ) -> Picture:
-    """Decode a JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIF file, turn it upright, make it 8-bit sRGB.
+    """Decode a JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF or HEIF file to an upright 8-bit sRGB image.
 
-    Of several frames or pages the first one counts. What stands beside the pixels (texts, EXIF or a profile
-    that are broken or too large) is left aside.
+    Only the first frame or page is read. Metadata (texts, EXIF, a profile) that is broken or too large is
+    ignored.
 
     Args:
         data: the whole file.
-        background: colour that shows through transparent pixels, as Pillow names colours.
-        max_pixels: a larger picture is rejected before any pixel is decoded.
-        at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as the shorter side keeps so many
-            pixels; the time for a large one falls by half and more. None: full size.
-        formats: those of FORMATS that are read.
+        background: colour that shows through transparent pixels, as a Pillow colour name.
+        max_pixels: maximum number of pixels; a larger image is rejected before any pixel is decoded.
+        at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as the shorter side keeps this many
+            pixels; this at least halves the time for a large one. None for full size.
+        formats: the formats to accept, a subset of FORMATS.
 
     Raises:
         Rejected: `empty_file`; `unknown_format`; `too_many_pixels`; `truncated`: the file ends too early;
@@ -111,8 +111,8 @@ def read_picture(
     except Rejected:
         raise
     except Exception as error:
-        # Pillow's parsers let through whatever they trip over in bad bytes: OSError, SyntaxError and
-        # ValueError, but struct.error, KeyError, OverflowError, MemoryError and more as well.
+        # Pillow's parsers raise all kinds of errors on bad bytes: OSError, SyntaxError and ValueError, but
+        # also struct.error, KeyError, OverflowError, MemoryError and more.
         broken = "the header is broken" if isinstance(error, UnidentifiedImageError) else str(error)
         cut = "truncated" in broken.lower() or _is_cut(data, file_format)
         detail = f"{file_format}: {broken or type(error).__name__}"
@@ -128,7 +128,7 @@ def read_picture(
 
 
 def _format(data: bytes) -> str:
-    """The format of a file by how it begins; "" if it is none that is read."""
+    """Return the format of a file by how it begins; "" if it is not supported."""
     if data[4:8] == b"ftyp":
         end = min(int.from_bytes(data[:4], "big"), BRANDS_END)
         brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
@@ -139,7 +139,7 @@ def _format(data: bytes) -> str:
 def _load(
     data: bytes, file_format: str, max_pixels: int, at_least: int | None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The pixels as they are stored, and the width and height before any reduction."""
+    """Return the pixels as stored, and the width and height before any reduction."""
     if file_format == "HEIF":
         _register_heif()
     image = Image.open(io.BytesIO(data), formats=[file_format])
@@ -147,12 +147,12 @@ def _load(
     tags = getattr(image, "tag_v2", {})
     if DNG_VERSION in tags or tags.get(ExifTags.Base.NewSubfileType, 0) & PREVIEW:
         raise Rejected("unknown_format", "a camera's raw file, of which only the preview could be read")
-    if at_least and file_format == "JPEG":  # of a HEIF file it would take the thumbnail
+    if at_least and file_format == "JPEG":  # for HEIF it would load the thumbnail
         image.draft(None, (at_least, at_least))
         image.load()
         return image, (width, height)
     image.load()
-    return image, _checked_size(image, max_pixels)  # what a HEIF file holds may differ from its header
+    return image, _checked_size(image, max_pixels)  # a HEIF file's image may differ from its header
 
 
 def _checked_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
@@ -164,25 +164,25 @@ def _checked_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
 
 @functools.cache
 def _register_heif() -> None:
-    import pillow_heif  # it takes as long to import as all else here
+    import pillow_heif  # takes as long to import as everything else here
 
     pillow_heif.register_heif_opener()
 
 
 def _orientation(image: Image.Image) -> int:
-    """The Orientation of a loaded picture (EXIF, else XMP); 1 where it has none, or EXIF is broken.
+    """Return the Orientation of a loaded image (EXIF, else XMP); 1 if it has none or its EXIF is broken.
 
-    Pillow has turned a TIFF itself and forgotten the value.
+    For a TIFF, Pillow has already applied and removed it.
     """
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # A picture is good without its EXIF, and its parser raises as many kinds as the others.
+        # An image is usable without its EXIF, whose parser raises as many kinds of errors as the others.
         return 1
 
 
 def _is_cut(data: bytes, file_format: str) -> bool:
-    """Whether a file that could not be read misses its end, or what its header says is there."""
+    """Return whether a file that could not be read lacks its end marker, or is shorter than it states."""
     match file_format:
         case "JPEG":
             return b"\xff\xd9" not in data
@@ -201,7 +201,7 @@ def _is_cut(data: bytes, file_format: str) -> bool:
 
 
 def _boxes_end(data: bytes) -> int:
-    """Where the last box of an AVIF or HEIF file should end, in bytes from its beginning."""
+    """Return where the last box of an AVIF or HEIF file should end, in bytes from the file's beginning."""
     end = 0
     while end + 16 <= len(data):
         size = int.from_bytes(data[end : end + 4], "big")
@@ -215,20 +215,20 @@ def _boxes_end(data: bytes) -> int:
 def decode_image(
     data: bytes, *, resolution: int, background: str, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Read a picture as `read_picture` does, resize the short side and crop the centre.
+    """Read an image as `read_picture` does, resize the short side and crop the centre.
 
     Returns:
         uint8, resolution x resolution x 3.
 
     Raises:
-        Rejected: the bytes are no complete picture, or it has more than `max_pixels`.
+        Rejected: the bytes are not a complete image, or it has more than `max_pixels`.
     """
     picture = read_picture(data, background=background, max_pixels=max_pixels)
     return np.asarray(ImageOps.fit(picture.image, (resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 pixels, height x width x 3, as the bytes of a PNG file."""
+    """Encode uint8 pixels, height x width x 3, as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
