@@ -85,7 +85,7 @@ def read_picture(
 
     Args:
         data: the whole file.
-        background: colour that shows through transparent pixels, as a Pillow colour name.
+        background: colour that shows through transparent pixels, in Pillow's notation.
         max_pixels: maximum number of pixels; a larger image is rejected before any pixel is decoded.
         at_least: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as the shorter side keeps this many
             pixels; this at least halves the time for a large one. None for full size.

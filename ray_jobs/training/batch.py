@@ -70,7 +70,7 @@ class Piece:
 
 
 class InputMaker:
-    """Builds the inputs of a piece. Random draws depend only on the run's seed, the step and the row's place.
+    """Builder of a piece's inputs. Random draws depend only on the run's seed, the step and the row's place.
 
     Args:
         autoencoder: the autoencoder's configuration.

@@ -41,7 +41,7 @@ Export = Callable[[dict[str, torch.Tensor], Path], None]
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background: a step waits only for the copy to host memory.
+    """Background writer of checkpoints: a step waits only for the copy to host memory.
 
     Args:
         export: function that writes a rung's weights, by name, in diffusers' format. Called on rank 0, in

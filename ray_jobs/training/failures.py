@@ -14,7 +14,7 @@ LONGEST = 300  # characters of a reason
 
 
 class TellFailures(UserCallback):
-    """Reports which worker failed, why and where, and from which step the training resumes.
+    """Ray Train callback that reports who failed, why and where, and the step from which training resumes.
 
     Args:
         trial: folder of the trial's checkpoints.

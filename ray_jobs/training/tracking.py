@@ -155,7 +155,7 @@ class MlflowRun:
 
 
 class Mirror:
-    """Mirrors the trainings of a run to MLflow. Create it before they start or resume.
+    """Mirror of a run's trainings in MLflow. Create it before they start or resume.
 
     Args:
         config, trials, digest, rungs: see `tracked`.

@@ -1,4 +1,4 @@
-"""LoRA adapter files: names of their tensors, and rejection of files that are no adapter of the base.
+"""LoRA adapter files: names of their tensors, and rejection of files that are not adapters of the base.
 
 Names are those of peft in diffusers' format: `<component>.<layer>.lora_A.weight`.
 """

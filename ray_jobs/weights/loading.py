@@ -94,7 +94,7 @@ def _class_of(entry: Sequence[str]) -> Any:
 
 
 def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
-    """Return an object with a model's configuration, scheduler and some components without weight memory.
+    """Return an object with a model's configuration, scheduler and named parts, without allocating weights.
 
     Args:
         parts: names of components with weights. Those that the model leaves out are None in the result.

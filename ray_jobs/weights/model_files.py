@@ -164,13 +164,13 @@ def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
 
 
 def size_multiple(base: str, *, revision: str | None = None) -> int:
-    """Return the pixels that both sides of an image must be multiples of, by the model's family."""
+    """Return the pixel count that both sides of an image must be multiples of, by the model's family."""
     family, *configs = _of_sizes(base, revision)
     return int(family.size_multiple(*configs))
 
 
 def latent_pixels(base: str, *, revision: str | None = None) -> int:
-    """Return the pixels of an image's side per latent, by the model's family."""
+    """Return the side of a latent in pixels, by the model's family."""
     family, autoencoder, _ = _of_sizes(base, revision)
     return int(family.latent_pixels(autoencoder))
 

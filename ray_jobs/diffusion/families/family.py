@@ -1,4 +1,4 @@
-"""The interface to the differences between text-to-image model families, each in one small file."""
+"""Interface of a text-to-image model family: all that differs between families, each in one small file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -114,11 +114,11 @@ class Family(ABC):
         return 1
 
     def size_multiple(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
-        """Return the pixels that image sides must be multiples of, from the components' configurations."""
+        """Return the pixel count that image sides must be multiples of, by the components' configurations."""
         return self.latent_pixels(autoencoder) * self.patch(denoiser)
 
     def latent_pixels(self, autoencoder: Mapping[str, Any]) -> int:
-        """Return the pixels of an image's side per latent, from the autoencoder's configuration."""
+        """Return the side of a latent in pixels, from the autoencoder's configuration."""
         return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
 
     def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
