@@ -1,8 +1,8 @@
-"""LoRA adapters of one base: read from safetensors beside the step loop, kept least recently used last.
+"""LoRA adapters of one base: read from safetensors outside the step loop, kept in an LRU cache.
 
-An adapter is what `publish` writes: `pytorch_lora_weights.safetensors` in peft's names, its scale in the
-file's metadata. LoRA, rsLoRA and DoRA of linear layers and convolutions, in the denoiser and in the text
-encoders. Nothing else is guessed at: a file that says more is refused.
+The format is that of `publish`: `pytorch_lora_weights.safetensors` with peft's names, the scale in the file's
+metadata. It covers LoRA, rsLoRA and DoRA on linear layers and convolutions of the denoiser and the text
+encoders. A file with anything else is refused.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Here, not in the function: importing takes seconds, in which rows that are being drawn would wait.
+# Imported here, not in the function: the import takes seconds, during which running rows would stall.
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -24,7 +24,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS
 from serving.engine.batched_lora import Adapter, Place, Update
 
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-# Of peft's configuration: variants whose arithmetic is another one.
+# Fields of peft's configuration that switch on variants with different arithmetic.
 OTHER_VARIANTS = (
     "arrow_config",
     "alora_invocation_tokens",
@@ -38,15 +38,15 @@ OTHER_VARIANTS = (
 
 
 def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device: str = "cpu") -> Adapter:
-    """An adapter from its folder, in the dtype of the layers that it changes.
+    """Read an adapter from its folder, in the dtype of the layers that it changes.
 
     Args:
-        name: what it is called, for as long as the process lives: its weights never change.
+        name: name of the adapter; its weights never change while the process lives.
         parts: the components of the pipeline that adapters may change, by name.
-        device: that draws; where the layers are, unless they are offloaded.
+        device: device that computes; the layers are on it, unless they are offloaded.
 
     Raises:
-        ValueError: the file holds what this arithmetic does not cover, or is of another base.
+        ValueError: the file has unsupported content, or belongs to another base.
         OSError: there is no such file.
     """
     file = folder / LORA_WEIGHTS
@@ -78,7 +78,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
 
 
 def _layer(parts: Mapping[str, nn.Module], place: Place, file: Path) -> Any:
-    """The layer that an update is for."""
+    """Return the layer that an update applies to."""
     part, name = place
     try:
         layer = parts[part].get_submodule(name)
@@ -103,11 +103,11 @@ def _update(
     place: Place,
     device: str,
 ) -> Update:
-    """The update of one layer of its stored tensors."""
+    """Make the update of one layer from its stored tensors."""
     weight = layer.weight
     if DOWN not in found or UP not in found:
         raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
-    # Copies, because what safetensors gives are views of the file.
+    # Copies, because safetensors returns views of the file.
     stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in found.items()}
     down, up = stored[DOWN], stored[UP].flatten(1)
     expected = (len(down), *weight.shape[1:])
@@ -128,8 +128,8 @@ def _update(
 
 
 def _scale(where: str, settings: Mapping[str, Any], place: Place, *, rank: int) -> float:
-    """alpha / rank of a layer, as peft reads its own configuration; 1 where the file has none, as diffusers
-    reads it."""
+    """Return alpha / rank of a layer as peft computes it (alpha / sqrt(rank) for rsLoRA); 1, as in diffusers,
+    if the file has no configuration."""
     part, layer = place
     own = {
         key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")
@@ -145,14 +145,14 @@ def _scale(where: str, settings: Mapping[str, Any], place: Place, *, rank: int) 
 
 
 class AdapterCache:
-    """Adapters in memory, the least recently used dropped first, the missing ones read by a thread.
+    """Least-recently-used cache of adapters in memory; a thread reads the missing ones.
 
-    An adapter that is dropped while rows are drawn with it stays in memory until they are done.
+    An adapter that is evicted while rows use it stays in memory until they are done.
 
     Args:
-        read: gives the adapter of a name; it runs on the cache's thread, and may fetch and check files.
-        max_bytes: of the adapters that are kept.
-        on_loaded: called from the thread after each one.
+        read: function from a name to its adapter; runs on the cache's thread, and may fetch and check files.
+        max_bytes: maximum size of the cached adapters.
+        on_loaded: callback from that thread after each read.
     """
 
     def __init__(
@@ -166,15 +166,15 @@ class AdapterCache:
 
     @property
     def num_bytes(self) -> int:
-        """What is kept; any thread may ask."""
+        """Size of the cached adapters; may be read from any thread."""
         return sum(adapter.num_bytes for adapter in list(self._kept.values()))
 
     def get(self, name: str) -> Adapter | None:
-        """The adapter, or None while it is being read, which the first call begins. Never waits.
+        """Return the adapter, or None while it is being read; the first call starts reading. Never blocks.
 
         Raises:
-            ValueError: it is larger than `max_bytes`.
-            Exception: what `read` raised; the next call tries again.
+            ValueError: the adapter is larger than `max_bytes`.
+            Exception: any exception of `read`; the next call tries again.
         """
         if name in self._kept:
             self.hits += 1
@@ -192,7 +192,7 @@ class AdapterCache:
         return self._kept.get(name)
 
     def holds(self, name: str) -> bool:
-        """Whether an adapter is in memory."""
+        """Return True if the adapter is in memory."""
         return name in self._kept
 
     def _read_checked(self, name: str) -> Adapter:
@@ -205,8 +205,8 @@ class AdapterCache:
         return adapter
 
     def _keep_loaded(self, wanted: str) -> None:
-        """Let what has been read count as kept, also if whoever asked for it has gone. Failures stay, for who
-        asks next."""
+        """Cache the adapters that have been read, even if their request is gone. Failures stay for the next
+        `get`."""
         read = [name for name, each in self._loading.items() if each.done() and not each.exception()]
         for name in sorted(read, key=lambda name: name == wanted):  # the wanted one last, so that it stays
             self._kept[name] = self._loading.pop(name).result()
@@ -214,5 +214,5 @@ class AdapterCache:
             self._kept.popitem(last=False)
 
     def close(self) -> None:
-        """Stop the thread; what it is reading is not waited for."""
+        """Stop the thread, without waiting for the current read."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""A group of rows that steps together, and what it brings to one denoiser call."""
+"""A group of rows that step together, with the inputs they share in each denoiser call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,16 @@ from serving.engine.rows import Row
 
 @dataclass(frozen=True)
 class Batch:
-    """What stays the same while the same rows step together: N rows, G of them with classifier-free guidance.
+    """Inputs that stay constant while the same N rows step together, G of them with classifier-free guidance.
 
     Attributes:
-        captions: N + G x ..., the unconditional halves last.
-        sizes: N + G x 6, or None.
-        guided: int64, G, which rows have an unconditional half.
+        captions: prompt embeddings, N + G x ..., the unconditional ones last.
+        sizes: size conditioning, N + G x 6, or None.
+        guided: int64, G: indices of the rows with guidance.
         guidance_scales: float32, G x 1 x 1 x 1.
-        told: float32, N: guidance for denoisers that are told it, or None.
-        stacks: of the adapters, N + G rows.
+        told: float32, N: guidance scale for denoisers that take it as an input, or None.
+        stacks: adapter updates for the N + G rows.
+        shares: slices of this batch made so far, by start and stop.
     """
 
     rows: list[Row]
@@ -57,7 +58,7 @@ class Batch:
         )
 
     def share(self, part: slice) -> "Share":
-        """What a part of the N + G rows brings; made once, for many steps."""
+        """Return the inputs of a slice of the N + G rows; cached, since many steps use it."""
         key = part.start, part.stop
         if key not in self.shares:
             self.shares[key] = Share(
@@ -69,21 +70,21 @@ class Batch:
         return self.shares[key]
 
     def twice(self, tensor: torch.Tensor) -> torch.Tensor:
-        """N x ... to N + G x ...: the rows with guidance once more."""
+        """Repeat the rows with guidance at the end: N x ... to N + G x ...."""
         return torch.cat([tensor, tensor[self.guided]]) if len(self.guided) else tensor
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """N + G x ... to what each row has of it: 1 x ..., with guidance 2 x ..., as copies."""
+        """Split N + G x ... into copies per row: 1 x ... each, or 2 x ... with guidance."""
         second = {row: len(self.rows) + place for place, row in enumerate(self.guided.tolist())}
         return [tensor[[i, second[i]] if i in second else [i]] for i in range(len(self.rows))]
 
     @staticmethod
     def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The same back."""
+        """Inverse of `split`."""
         return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
     def guide(self, output: torch.Tensor) -> torch.Tensor:
-        """N + G x ... to N x ...: classifier-free guidance (arXiv 2207.12598, eq. 6) of rows that have it."""
+        """Apply classifier-free guidance (arXiv 2207.12598, eq. 6) where it is on: N + G x ... to N x ...."""
         if not len(self.guided):
             return output
         conditional, unconditional = output.split([len(self.rows), len(self.guided)])
@@ -92,7 +93,7 @@ class Batch:
 
 
 class Share(NamedTuple):
-    """Some of a batch's rows."""
+    """The inputs of a slice of a batch's rows, see `Batch`."""
 
     captions: Captions
     sizes: torch.Tensor | None

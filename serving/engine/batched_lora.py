@@ -1,7 +1,7 @@
-"""One pass of a model for rows of different adapters: the base's layers, and a low-rank product a row.
+"""One forward pass for rows with different adapters: the base's layers plus one low-rank product per row.
 
-The base stays as it is. Where an adapter changes a layer, a hook adds what the row's own adapter gives for
-the row (grouped products: Chen et al., arXiv 2310.18547; Sheng et al., arXiv 2311.03285).
+The base stays unchanged. A hook on each layer that an adapter changes adds the output of each row's own
+adapter (grouped products: Chen et al., arXiv 2310.18547; Sheng et al., arXiv 2311.03285).
 """
 
 import threading
@@ -15,26 +15,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Place = tuple[str, str]  # a component of the pipeline and a layer in it, by their names
+Place = tuple[str, str]  # names of a pipeline component and of a layer in it
 
 
 class Update(NamedTuple):
-    """What an adapter does to one layer: y becomes gain * (y - bias) + bias + up (down x)."""
+    """An adapter's change to one layer: y becomes gain * (y - bias) + bias + up (down x)."""
 
-    down: torch.Tensor  # rank x in, or of a convolution rank x in x height x width
-    up: torch.Tensor  # out x rank, with the adapter's scale and gain in it
-    gain: torch.Tensor | None  # out; None is 1, and all but DoRA (arXiv 2402.09353) have that
+    down: torch.Tensor  # rank x in; for a convolution rank x in x height x width
+    up: torch.Tensor  # out x rank, with the adapter's scale and gain folded in
+    gain: torch.Tensor | None  # out; None means 1, for all but DoRA (arXiv 2402.09353)
 
     def of(self, part: slice) -> "Update":
-        """A part of the rows of a stack."""
-        if len(self.down) == 1:  # for all of them
+        """Return a slice of the rows of a stack."""
+        if len(self.down) == 1:  # shared by all rows
             return self
         return Update(self.down[part], self.up[part], None if self.gain is None else self.gain[part])
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA weights in memory, as `adapters.read_adapter` makes them."""
+    """LoRA weights in memory, from `adapters.read_adapter`."""
 
     name: str
     updates: Mapping[Place, Update]
@@ -45,24 +45,24 @@ class Adapter:
 
     @cached_property
     def changes_text(self) -> bool:
-        """Whether prompts have embeddings of their own with this adapter."""
+        """True if this adapter changes prompt embeddings."""
         return any(part.startswith("text_encoder") for part, _ in self.updates)
 
 
-Stacks = Mapping[Place, Update]  # the updates of N rows, each tensor N x ..., or 1 x ... for all of them
+Stacks = Mapping[Place, Update]  # updates of N rows, each tensor N x ..., or 1 x ... if shared by all
 
 
 class _Active(threading.local):
-    """What acts in the pass of a thread."""
+    """The stacks that apply to the current thread's pass."""
 
     stacks: Stacks = {}  # noqa: RUF012  # never written into
 
 
 class BatchedLoRA:
-    """The hooks in a model that adapters act through. One pass at a time in each thread.
+    """Hooks in a model that apply adapters. Each thread runs one pass at a time.
 
     Args:
-        parts: the components that adapters may change, by their name in the pipeline.
+        parts: components that adapters may change, by their name in the pipeline.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -71,8 +71,8 @@ class BatchedLoRA:
         self._active = _Active()
 
     def stack(self, rows: Sequence[Adapter | None], part: str) -> Stacks:
-        """The updates that N rows need in a component; smaller ranks are filled up with zeros. Where all rows
-        have one adapter it stands there once."""
+        """Stack the updates of N rows for a component, zero-padded to the largest rank. If all rows have the
+        same adapter it is stored once."""
         unique = list(dict.fromkeys(rows))
         index = [unique.index(row) for row in rows]
         places = dict.fromkeys(place for adapter in unique if adapter for place in adapter.updates)
@@ -89,7 +89,7 @@ class BatchedLoRA:
 
     @contextmanager
     def applied(self, stacks: Stacks) -> Iterator[None]:
-        """Within it, a pass of N rows in this thread is that of their adapters."""
+        """Apply the adapters of N rows to this thread's passes within the block."""
         self._active.stacks = stacks
         try:
             yield
@@ -112,15 +112,15 @@ class BatchedLoRA:
 
 
 def _multiplied(inputs: torch.Tensor, update: Update) -> torch.Tensor:
-    """N x ... x in to N x ... x out, each row by its own matrices, or all by the same ones as one product."""
+    """Map N x ... x in to N x ... x out, each row by its own matrices, or all in one product if shared."""
     flat = inputs.reshape(len(update.down), -1, inputs.shape[-1])
     added = torch.bmm(torch.bmm(flat, update.down.mT), update.up.mT)
     return added.reshape(*inputs.shape[:-1], -1)
 
 
 def _convolved(layer: Any, inputs: torch.Tensor, update: Update) -> torch.Tensor:
-    """N x in x h x w to N x out x h' x w', each row by its own kernels, or all by the same ones: one grouped
-    convolution of as many groups as there are kernels."""
+    """Map N x in x h x w to N x out x h' x w', each row by its own kernels or all by shared ones, as one
+    grouped convolution with one group per kernel."""
     groups, rank = update.down.shape[:2]
     hidden = F.conv2d(
         inputs.reshape(len(inputs) // groups, -1, *inputs.shape[2:]),
@@ -135,7 +135,7 @@ def _convolved(layer: Any, inputs: torch.Tensor, update: Update) -> torch.Tensor
 
 
 def _stacked(updates: Sequence[Update | None], index: Sequence[int]) -> Update:
-    """The updates of one layer, of which a row takes the one that `index` names."""
+    """Stack the updates of one layer; row i takes `updates[index[i]]`."""
     present = [update for update in updates if update]
     if len(updates) == 1:
         (only,) = present

@@ -1,9 +1,9 @@
-"""The deep part of a UNet left out in every other step of a row (DeepCache, Ma et al., arXiv 2312.00858).
+"""Skip the deep blocks of a UNet in every other step of a row (DeepCache, Ma et al., arXiv 2312.00858).
 
-Between two steps the deep features of a UNet change little. So a row's steps take turns: one is a whole
-pass, whose features on their way into the last block are kept; the next runs the first and the last block
-only, with the features that were kept. Which of them a step is depends on the row's own steps, the first
-being whole. So a picture is the same alone and in any batch, though not quite the one without.
+The deep features of a UNet change little between two steps. So a row's steps alternate: a full pass keeps the
+features that enter the last block; the next step runs the first and the last block only, with those features.
+The alternation follows the row's own steps and begins with a full pass. So an image is the same alone and in
+any batch, but differs slightly from the one without DeepCache.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import torch
 
 
 class DeepCache:
-    """Takes hold of a UNet's blocks, all but the first and the last.
+    """Wrap all blocks of a UNet but the first and the last.
 
     Args:
-        unet: a UNet2DConditionModel of at least two levels.
+        unet: a UNet2DConditionModel with at least two levels.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -31,11 +31,11 @@ class DeepCache:
                 block.forward = partial(self._pass, block, block.forward)
 
     def call(self, given: torch.Tensor | None, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Make a pass of N rows.
+        """Run a pass of N rows.
 
         Args:
-            given: N x ..., what `made` was in their last one; None: this one is whole.
-            work: calls the UNet.
+            given: N x ..., the value of `made` after the rows' last pass; None: run a full pass.
+            work: function that calls the UNet.
         """
         self._given = given
         try:
@@ -45,7 +45,7 @@ class DeepCache:
 
     @property
     def made(self) -> torch.Tensor:
-        """N x channels x height x width: the features of the last whole pass."""
+        """Features of the last full pass, N x channels x height x width."""
         return self._made
 
     def _pass(self, block: Any, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -57,5 +57,5 @@ class DeepCache:
         if block is self._last:
             return self._given
         sample = args[0] if args else named["hidden_states"]
-        # What deep blocks hand to each other is not looked at, but the UNet counts the residuals.
+        # The outputs of the skipped blocks are never used, but the UNet counts the residuals.
         return (sample, (sample,) * self._residuals[block]) if block in self._residuals else sample

@@ -1,10 +1,10 @@
-"""Draws the pictures of many requests, batched at every denoising step. Pure PyTorch: no Ray, no HTTP.
+"""Generate the images of many requests, batched at every denoising step. Pure PyTorch: no Ray, no HTTP.
 
 A request becomes a row. Rows join and leave between denoiser calls, each with its own prompt, seed, step
-count, guidance, size, adapter and picture to begin with, and each is the picture that plain diffusers draws
-of its request alone.
-Rows are let in first come, first served, at most `max_rows` at a time; of those being drawn, the ones of one
-size share a call, and the size whose row has waited longest for its step goes next.
+count, guidance, size, adapter and initial image. Each yields the image that plain diffusers generates for its
+request alone.
+Rows are admitted first come, first served, at most `max_rows` at a time. Running rows of the same size share
+a denoiser call, and the size whose row has waited longest for its step goes next.
 """
 
 import threading
@@ -45,28 +45,28 @@ from serving.load import Load
 
 
 class Engine:
-    """The synchronous core: `submit` from any thread, `step` from one.
+    """The synchronous core: call `submit` from any thread, `step` from a single one.
 
     Args:
-        pipeline: as `load_pipeline` or `optimizations.prepare` gives it; moved to `device`, unless it is
-            offloaded.
-        device: of PyTorch.
-        max_rows: drawn at a time; a call of the denoiser has at most twice as many, with guidance.
-        decode_rows: pictures that are encoded or decoded at a time: so long others' steps may have to wait.
-        max_waiting: requests that may wait for a place; None: any number.
-        max_side: pixels of a picture's longer side; None: twice that of the model's own.
-        prompt_bytes: of the prompt embeddings that are kept, the least recently used is dropped first.
-        adapter_folder: gives the local folder of an adapter's name, fetched and checked; it runs beside the
-            loop. None: there are no adapters.
-        adapter_bytes: of the adapters that are kept in memory.
-        attention: the kernel of the denoiser's attention, `optimizations.attention_kernel`.
-        cache_features: every other step of a row takes the deep features of the one before (`deepcache`):
-            faster, and not quite the same pictures. For UNets.
-        num_cores: of a CPU, that share the rows of a call; None: PyTorch's threads work on all rows together.
+        pipeline: the pipeline from `load_pipeline` or `optimizations.prepare`; moved to `device`, unless it
+            is offloaded.
+        device: PyTorch device.
+        max_rows: maximum rows running at a time; with guidance a denoiser call has up to twice as many.
+        decode_rows: maximum images per VAE call; bounds how long a VAE call delays denoising.
+        max_waiting: maximum requests waiting for a slot; None: no limit.
+        max_side: maximum length of an image's longer side in pixels; None: twice the model's own.
+        prompt_bytes: size of the prompt embedding cache (least recently used dropped first).
+        adapter_folder: function from an adapter's name to its local folder, fetched and checked; called from
+            another thread than the step loop. None: no adapters.
+        adapter_bytes: size of the adapter cache in memory.
+        attention: attention kernel of the denoiser, see `optimizations.attention_kernel`.
+        cache_features: reuse the deep features of the previous step in every other step of a row
+            (`deepcache`): faster, but the images differ slightly. UNets only.
+        num_cores: CPU cores that share the rows of a call; None: PyTorch's threads work on all rows together.
 
     Raises:
-        ValueError: if the pipeline's scheduler is none of `solvers.SOLVERS`, or a switch of
-            `optimizations.prepare` does not go with the other arguments.
+        ValueError: the pipeline's scheduler is not in `solvers.SOLVERS`, or a switch of
+            `optimizations.prepare` is incompatible with the other arguments.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Engine:
         self.deep = DeepCache(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
         self.low_rank = BatchedLoRA(parts)
-        # One thread at a time may call what is compiled, keeps deep features, or fetches its weights.
+        # Only one thread at a time may call a denoiser that is compiled, offloaded or caches deep features.
         alone = compiled(pipeline) or offloaded(pipeline) or cache_features
         self.workers = CPUWorkers(num_cores, share_out=not alone)
         self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows, workers=self.workers)
         self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
-        self.work = threading.Event()  # set when there may be something to do
+        self.work = threading.Event()  # set when there may be work
         self.adapters: AdapterCache | None = None
         if adapter_folder is not None:
             self.adapters = AdapterCache(
@@ -117,28 +117,28 @@ class Engine:
         self._running: list[Row] = []
         self._batches: dict[Kind, Batch] = {}
         self._calls = self._row_steps = self._first_steps = 0
-        self.failed_calls = 0  # of the denoiser, since one succeeded
+        self.failed_calls = 0  # denoiser calls that failed since the last success
         self._seconds_to_first_step = 0.0
 
     @property
     def own_size(self) -> tuple[int, int]:
-        """Height and width of the model's own pictures, pixels."""
+        """Height and width of the model's default image, in pixels."""
         height, width = self.family.sample_size(self.pipeline)
         factor = self.pipeline.vae_scale_factor
         return height * factor, width * factor
 
     @property
     def unfinished(self) -> bool:
-        """Whether any request is still to be answered."""
+        """True while any request is unanswered."""
         return bool(len(self._waiting) or self._encoding or self._running or len(self.decoder))
 
     @property
     def _free(self) -> int:
-        """Places that no row has."""
+        """Number of free slots."""
         return self.max_rows - len(self._encoding) - len(self._running)
 
     def load(self) -> Load:
-        """For metrics; may be called from any thread."""
+        """Return the current load, for metrics; may be called from any thread."""
         kept = self.adapters
         return Load(
             places=self.max_rows,
@@ -160,21 +160,21 @@ class Engine:
         )
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise ValueError if the scheduler cannot denoise in so many steps (some need a few at least)."""
+        """Raise ValueError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
         if num_steps < 1:
             raise ValueError(f"{num_steps}; at least one is needed")
         self._schedule(num_steps, *self.own_size)
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
-        """Put a request into the queue. To cancel it, cancel the future: its row leaves before the next step.
+        """Queue a request. To cancel it, cancel the future: its row leaves before the next step.
 
         Args:
-            on_preview: called from the thread that steps, with the steps done and the picture as it is
-                predicted then. Needed with `request.previews`.
+            on_preview: callback with the number of steps done and the image predicted at that step; called
+                from the stepping thread. Required with `request.previews`.
 
         Raises:
-            ValueError: naming the field that this model cannot do.
-            QueueFull: as many requests wait as may.
+            ValueError: the model does not support a field, which is named.
+            QueueFull: the queue is full.
         """
         height, width = self.own_size
         size = (request.height or height, request.width or width)
@@ -190,16 +190,15 @@ class Engine:
         return row.future
 
     def step(self) -> bool:
-        """Let rows in, encode one chunk, make one denoiser call, decode one chunk; whether there was anything
-        to do.
+        """Admit rows, encode one chunk, make one denoiser call, decode one chunk. Return False if idle.
 
-        What goes wrong with a batch becomes the error of its requests.
+        An exception in a batch becomes the error of its requests.
         """
         with torch.inference_mode():
             self._drop_answered()
             joined = self._admit()
             self._encode_chunk()
-            # Finished pictures take memory too: while as many wait as may run, no more are made.
+            # Finished latents take memory too: no denoising while `max_rows` of them wait for decoding.
             group = next_group(self._running) if len(self.decoder) < self.max_rows else []
             if group:
                 self._guarded(group, lambda: self._denoise(group))
@@ -213,16 +212,16 @@ class Engine:
         while self.unfinished:
             self.work.clear()
             if not self.step() and self.unfinished:
-                self.work.wait()  # for an adapter
+                self.work.wait()  # until an adapter has been read
 
     def fail_all(self, error: Exception) -> None:
-        """Answer every request with an error."""
+        """Fail every request with this error."""
         for row in (*self._waiting.rows, *self._encoding, *self._running, *self.decoder.rows):
             row.fail(error)
         self._drop_answered()
 
     def close(self) -> None:
-        """Stop reading adapters, and end the threads of the cores."""
+        """Stop the threads that read adapters and compute on the CPU."""
         self.workers.close()
         if self.adapters is not None:
             self.adapters.close()
@@ -237,12 +236,12 @@ class Engine:
     ) -> Schedule:
         factor, scheduler = self.pipeline.vae_scale_factor, self.pipeline.scheduler
         shape = (height // factor, width // factor)
-        if zero_terminal_snr:  # which changes neither `clip` nor that some steps take earlier outputs
+        if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
         return tabulate(scheduler, self.family, num_steps, shape, strength)
 
     def _drop_answered(self) -> None:
-        """Forget the rows that were cancelled or have failed, and batches of sizes that nobody draws."""
+        """Drop rows that were cancelled or have failed, and batches of sizes that no running row has."""
         self._waiting.drop_answered()
         self._encoding = [row for row in self._encoding if not row.future.done()]
         self._running = [row for row in self._running if not row.future.done()]
@@ -253,13 +252,13 @@ class Engine:
     def _guarded(self, rows: Sequence[Row], work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever a model may raise is the answer to these requests only
+        except Exception as error:  # a model may raise anything; only these requests fail
             for row in rows:
                 row.fail(error)
             self._drop_answered()
 
     def _admit(self) -> list[Row]:
-        """Give free places to the requests whose turn it is."""
+        """Move the next requests of the queue into the free slots."""
         joined = self._waiting.take(self._free)
         if joined:
             self._encoding += [row for row in joined if row.request.image is not None]
@@ -268,7 +267,7 @@ class Engine:
         return joined
 
     def _encode_chunk(self) -> None:
-        """Let rows run that begin with a picture."""
+        """Encode the images of one chunk of image-to-image rows, which then start running."""
         if not self._encoding:
             return
         chunk = next_chunk(self._encoding, self.chunk_rows)
@@ -280,7 +279,7 @@ class Engine:
         self._guarded(chunk, lambda: self.workers.together(encoding))
 
     def _begin(self, rows: list[Row]) -> None:
-        """Embeddings and noise of rows that join."""
+        """Set the prompt embeddings and initial noise of newly admitted rows."""
         guided = [row for row in rows if row.request.guidance_scale > 1 and not self.told]
         texts: list[Text] = [(row.request.prompt, row.adapter) for row in rows]
         texts += [(row.request.negative_prompt, row.adapter) for row in guided]
@@ -298,7 +297,7 @@ class Engine:
             row.captions, row.last_call = captions, self._calls
 
     def _denoise(self, rows: list[Row]) -> None:
-        """One step of rows of one kind."""
+        """Make one denoising step for rows of one kind."""
         kind, now = rows[0].kind, time.monotonic()
         if kind not in self._batches or self._batches[kind].rows != rows:
             self._batches[kind] = Batch.of(rows, self.family, self.denoiser, self.low_rank, self.device)
@@ -332,10 +331,10 @@ class Engine:
         self._running = [row for row in self._running if not row.finished]
 
     def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The denoiser's output for N + G rows of one kind, whose deep features are kept for the next."""
+        """Return the denoiser's output for N + G rows of one kind; keep deep features for the next step."""
         inputs = inputs.to(self.denoiser.dtype)
         work = partial(self.workers.apart, partial(self._pass, batch, inputs, timesteps), len(inputs))
-        with attention_kernel(self.attention):  # of all threads
+        with attention_kernel(self.attention):  # applies to all threads
             if self.deep is None:
                 return work()
             given = [row.deep for row in batch.rows if row.deep is not None]
@@ -346,7 +345,7 @@ class Engine:
         return output
 
     def _pass(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor, part: slice) -> torch.Tensor:
-        """The denoiser's output for a part of a batch's rows."""
+        """Return the denoiser's output for a slice of a batch's rows."""
         share = batch.share(part)
         with self.low_rank.applied(share.stacks):
             return self.family.denoise(

@@ -1,8 +1,8 @@
-"""Switches that make a model draw faster, or smaller, before an engine is made of it. Pure PyTorch.
+"""Switches that make a model faster or smaller, applied before an engine is built on it. Pure PyTorch.
 
-All but `offload` and `solver` change the denoiser only: text encoders and autoencoder stay in float32,
-because they run once a picture, and half precision overflows in some autoencoders.
-`Engine(cache_features=True)` is one more switch, and its `attention`.
+All but `offload`, `solver` and `fuse` change the denoiser only. Text encoders and autoencoder stay in
+float32, because they run once per image, and half precision overflows in some autoencoders.
+`Engine` has two more switches, `cache_features` and `attention`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -40,24 +40,24 @@ def prepare(
     solver: Solver = "model",
     fuse: Adapter | None = None,
 ) -> None:
-    """Change a pipeline, in place, into a faster one, and move it to a device.
+    """Optimize a pipeline in place, and move it to a device.
 
     Args:
-        pipeline: as `load_pipeline` gives it, in float32 and without adapters of peft.
-        precision: of the denoiser's weights and arithmetic, one of `PRECISIONS`. Latents, prompts' embeddings
-            and the solver's steps stay in float32 outside of it.
-        channels_last: the denoiser's convolutions take channels as the last dimension in memory.
-        compile: by `torch.compile`, for any batch and picture size; the first calls of one row and of several
-            take minutes. Rows of such an engine have no adapters.
-        int8_weights: of the denoiser's linear layers, a scale an output channel, restored in every call: a
-            quarter of their memory, not more speed.
-        offload: what stays in the host's memory, and is on the device a layer at a time while it runs: the
-            text encoders and the autoencoder, or the denoiser too, for models larger than the device.
-        solver: takes the place of the model's own scheduler, `solvers.scheduler_of`.
-        fuse: is merged into the base's weights; the engine then serves this one, and no others.
+        pipeline: a pipeline from `load_pipeline`, in float32 and without peft adapters.
+        precision: precision of the denoiser's weights and arithmetic, one of `PRECISIONS`. Latents, prompt
+            embeddings and the solver's steps stay in float32.
+        channels_last: use the channels-last memory format in the denoiser.
+        compile: compile the denoiser with `torch.compile`, for any batch and image size; the first calls with
+            one row and with several take minutes. Such an engine serves no adapters.
+        int8_weights: store the denoiser's linear weights as int8 with one scale per output channel, and
+            dequantize them in every call: a quarter of the memory, no speed-up.
+        offload: components kept in host memory and copied to the device one layer at a time while they run:
+            the text encoders and the autoencoder, or the denoiser too, for models larger than the device.
+        solver: replacement of the model's own scheduler, see `solvers.scheduler_of`.
+        fuse: adapter to merge into the base's weights; the engine then serves this one and no others.
 
     Raises:
-        ValueError: naming the switch that does not fit the model or another one.
+        ValueError: a switch, which is named, is incompatible with the model or with another switch.
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
@@ -83,7 +83,7 @@ def prepare(
     if channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if compile:
-        # The batch changes with nearly every call, and there is a size for every request.
+        # The batch size changes with nearly every call, and the image size with every request.
         denoiser.compile(dynamic=True)
     if offload != "none":
         keep_away(pipeline, device, offload)
@@ -91,7 +91,7 @@ def prepare(
 
 
 def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) -> None:
-    """Raise ValueError, naming the switch, where one that `prepare` was given does not fit an engine's."""
+    """Raise ValueError, naming the switch, if one of `prepare` is incompatible with one of the engine."""
     switches = getattr(pipeline, "switches", {})
     if with_adapters and switches.get("fuse"):
         raise ValueError("fuse: a model with a fused adapter serves no others; make the engine without them")
@@ -104,18 +104,18 @@ def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) 
 
 
 def offloaded(pipeline: Any) -> bool:
-    """Whether `prepare` left parts of a pipeline in the host's memory."""
+    """Return True if `prepare` left parts of the pipeline in host memory."""
     return bool(getattr(pipeline, "switches", {}).get("offload", "none") != "none")
 
 
 def compiled(pipeline: Any) -> bool:
-    """Whether `prepare` compiled a pipeline's denoiser."""
+    """Return True if `prepare` compiled the pipeline's denoiser."""
     return bool(getattr(pipeline, "switches", {}).get("compile"))
 
 
 def keep_away(pipeline: Any, device: str, offload: Offload) -> None:
-    """Leave the weights of what `offload` names in the host's memory; a layer's are copied to the device for
-    as long as it runs, by accelerate, and have no storage in between."""
+    """Leave the weights of the components that `offload` names in host memory. accelerate copies each layer
+    to the device while it runs; in between, the layer's weights are on the meta device."""
     from accelerate import cpu_offload
 
     own = family_of(pipeline).denoiser
@@ -129,17 +129,17 @@ def keep_away(pipeline: Any, device: str, offload: Offload) -> None:
 
 
 def attention_kernel(attention: Attention) -> AbstractContextManager[None]:
-    """Within it, torch computes attention by this kernel and no other; auto leaves it the choice.
+    """Return a context in which torch computes attention with this kernel only; `auto` lets torch choose.
 
     Raises:
-        RuntimeError: in the first call that the kernel does not cover on this device.
+        RuntimeError: raised by the first call that the kernel does not support on this device.
     """
     return nullcontext() if attention == "auto" else sdpa_kernel(KERNELS[attention])
 
 
 @torch.no_grad()
 def merge(pipeline: Any, adapter: Adapter) -> None:
-    """Add an adapter to the weights of the base that it changes: W becomes gain * W + up down."""
+    """Merge an adapter into the weights of its base: W becomes gain * W + up down."""
     for (part, name), update in adapter.updates.items():
         weight = getattr(pipeline, part).get_submodule(name).weight
         if update.gain is not None:
@@ -148,7 +148,7 @@ def merge(pipeline: Any, adapter: Adapter) -> None:
 
 
 class Int8(nn.Module):
-    """Weights as int8 and a scale an output channel: symmetric, the largest weight of a channel is 127."""
+    """Symmetric int8 weights with one scale per output channel; a channel's largest magnitude becomes 127."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -158,12 +158,12 @@ class Int8(nn.Module):
         return (rounded * scale).to(self.dtype)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int8, out x in, and float32, out x 1."""
+        """Quantize a weight: int8, out x in, and its scales: float32, out x 1."""
         scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
         return (weight / scale).round().to(torch.int8), scale
 
 
 def quantise(module: nn.Module) -> None:
-    """Keep the weights of all linear layers as int8. They are read as before, in their dtype."""
+    """Store the weights of all linear layers as int8. Reading them still gives their original dtype."""
     for layer in [each for each in module.modules() if isinstance(each, nn.Linear)]:
         parametrize.register_parametrization(layer, "weight", Int8(layer.weight.dtype))

@@ -1,4 +1,4 @@
-"""Prompt embeddings, kept: the same prompts come again, and the empty one with nearly every request."""
+"""Cache of prompt embeddings: prompts recur, and the empty one comes with nearly every request."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.sampling import encode_prompts
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
 
-Text = tuple[str | None, Adapter | None]  # a prompt and the adapter that reads it; None: no negative prompt
+Text = tuple[str | None, Adapter | None]  # prompt (None: no negative prompt) and adapter to encode it with
 
 
 class PromptEmbeddings:
-    """Embeddings of prompts, the least recently used dropped first.
+    """Least-recently-used cache of prompt embeddings.
 
     Args:
-        pipeline: its text encoders run on `device`, wherever their weights are in between.
-        low_rank: of the text encoders too.
-        device: of PyTorch.
-        max_bytes: of the embeddings that are kept, on the device.
+        pipeline: pipeline whose text encoders run on `device`, even if they are offloaded.
+        low_rank: adapter hooks, which cover the text encoders too.
+        device: PyTorch device.
+        max_bytes: maximum size of the cached embeddings, on the device.
     """
 
     def __init__(self, pipeline: Any, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
@@ -29,10 +29,10 @@ class PromptEmbeddings:
         self.hits = self.misses = 0
 
     def embed(self, texts: Sequence[Text]) -> list[Captions]:
-        """What the denoiser takes of N texts, one by one without the first dimension. What is missing is
-        encoded in one batch.
+        """Return the embeddings of N texts, each without the batch dimension. Missing ones are encoded in one
+        batch.
 
-        None is no prompt at all, as `Family.unconditional` defines it, and not the empty one.
+        The prompt None is not the empty prompt: its embedding is that of `Family.unconditional`.
         """
         wanted = {_key(text): text for text in texts}
         missing = [key for key in wanted if key not in self._kept]

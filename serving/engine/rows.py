@@ -1,4 +1,4 @@
-"""Rows: pictures on their way through the engine."""
+"""Requests, and the rows that they become in the engine."""
 
 import time
 from collections.abc import Callable
@@ -16,41 +16,41 @@ from serving.engine.batched_lora import Adapter
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One picture to draw, or to draw anew from another."""
+    """One image to generate, from text alone or from another image."""
 
     prompt: str
     seed: int
     steps: int
-    guidance_scale: float  # 1: off; where the denoiser is told its guidance, what it is told
+    guidance_scale: float  # 1: off; guidance-distilled denoisers take it as an input
     negative_prompt: str | None = None  # None: as diffusers without one
     height: int | None = None  # pixels; None: the model's own
     width: int | None = None
-    adapter: str | None = None  # None: the base alone
-    previews: int = 0  # unfinished pictures on the way, evenly spaced
-    image: torch.Tensor | None = None  # to begin with: uint8, height x width x 3
-    strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made, the last ones
-    zero_terminal_snr: bool = False  # the adapter was trained to a last step of pure noise
+    adapter: str | None = None  # None: the bare base
+    previews: int = 0  # number of intermediate images, evenly spaced over the steps
+    image: torch.Tensor | None = None  # initial image: uint8, height x width x 3
+    strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run, the last ones
+    zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR
 
 
 class Drawing(NamedTuple):
-    """A finished picture."""
+    """A finished image."""
 
     pixels: torch.Tensor  # uint8, height x width x 3, on the CPU
-    waited_s: float  # from its submission to its first step
-    total_s: float  # from its submission to now
+    waited_s: float  # seconds from submission to the first step
+    total_s: float  # seconds from submission to completion
 
 
-OnPreview = Callable[[int, torch.Tensor], object]  # steps done; uint8, height x width x 3
+OnPreview = Callable[[int, torch.Tensor], object]  # takes the steps done and a uint8 height x width x 3 image
 
 
 def check_request(
     request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool, max_side: int
 ) -> None:
-    """Raise ValueError, naming the field, for what a model cannot draw: in a batch it would harm others.
+    """Raise ValueError, naming the field, if the model cannot serve a request, which would fail its batch.
 
     Args:
-        size: height and width, pixels.
-        max_side: pixels, of the longer side.
+        size: height and width in pixels.
+        max_side: maximum length of the longer side in pixels.
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
@@ -93,25 +93,25 @@ def _check_image(request: Request, size: tuple[int, int]) -> None:
 
 @dataclass(eq=False)
 class Row:
-    """A request and how far it is."""
+    """A request and its progress."""
 
     request: Request
     schedule: Schedule
-    size: tuple[int, int]  # height and width, pixels
-    arrival: int  # counts requests
+    size: tuple[int, int]  # height and width in pixels
+    arrival: int  # sequence number of the request
     on_preview: OnPreview | None
     future: Future[Drawing] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
-    adapter: Adapter | None = None  # once it is in memory
+    adapter: Adapter | None = None  # set once it is in memory
     captions: Captions = field(default_factory=dict)
-    null_captions: Captions | None = None  # of rows with classifier-free guidance
+    null_captions: Captions | None = None  # set for rows with classifier-free guidance
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
-    earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # outputs, if the solver takes any
-    deep: torch.Tensor | None = None  # features that the next step takes, with guidance those of both passes
-    done: int = 0  # steps
-    last_call: int = 0  # of the denoiser: in which it took a step, or before which it joined
+    earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # past outputs, for some solvers
+    deep: torch.Tensor | None = None  # deep features for the next step; with guidance, of both passes
+    done: int = 0  # steps done
+    last_call: int = 0  # denoiser call in which the row last stepped, or after which it joined
 
     @property
     def kind(self) -> "Kind":
@@ -123,19 +123,19 @@ class Row:
 
     @property
     def shows_preview(self) -> bool:
-        """Whether the unfinished picture is shown after the steps that are done."""
+        """True if a preview is due after the steps done so far."""
         count, steps = self.request.previews, len(self.schedule)
         return count > 0 and self.done in {steps * i // (count + 1) for i in range(1, count + 1)}
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, unless there is an answer."""
+        """Answer with an error, unless the row is already answered."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def succeed(self, pixels: torch.Tensor) -> None:
-        """Answer with the picture, unless there is an answer."""
+        """Answer with the image, unless the row is already answered."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(Drawing(pixels, self.waited_s, time.monotonic() - self.submitted))
 
 
-Kind = tuple[tuple[int, int], bool]  # of rows that may share a call: the size, and whether features are given
+Kind = tuple[tuple[int, int], bool]  # rows of one kind may share a call: size, and True with cached features

@@ -1,4 +1,4 @@
-"""Which requests get a place in the engine, and which of its rows step next.
+"""Admission of requests to the engine, and the choice of the rows that step next.
 
 Requests wait in a bounded queue, first come, first served.
 """
@@ -11,22 +11,22 @@ from serving.engine.rows import Kind, Row
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may; this one is not accepted."""
+    """The queue is full; the request is rejected."""
 
 
 class RequestQueue:
-    """`add` from any thread, the rest from the one that steps.
+    """Queue of waiting rows: call `add` from any thread, the rest from the stepping thread.
 
     Args:
-        adapters: which rows need in memory before they have a place; None: there are none.
-        read_ahead: adapters that are read for rows that wait.
-        max_waiting: rows that may wait for a place, None: any number.
+        adapters: cache that must hold a row's adapter before the row is admitted; None: no adapters.
+        read_ahead: number of waiting rows whose adapters are read ahead.
+        max_waiting: maximum rows waiting for a slot; None: no limit.
     """
 
     def __init__(self, adapters: AdapterCache | None, *, read_ahead: int, max_waiting: int | None) -> None:
         self._adapters, self._read_ahead, self._max_waiting = adapters, read_ahead, max_waiting
         self._rows: list[Row] = []
-        self._answered = False  # whether any row was, since they were last looked through
+        self._answered = False  # True if any row was answered since the last cleanup
         self._lock = threading.Lock()
         self.rejected = 0
 
@@ -38,13 +38,13 @@ class RequestQueue:
         return tuple(self._rows)
 
     def add(self, row: Row, *, free: int) -> None:
-        """Let a row wait.
+        """Queue a row.
 
         Args:
-            free: places in the engine, for which nobody has to wait.
+            free: free slots in the engine; that many more rows may be queued than `max_waiting`.
 
         Raises:
-            QueueFull: if as many wait as may.
+            QueueFull: the queue is full.
         """
         with self._lock:
             if self._max_waiting is not None and len(self._rows) >= self._max_waiting + free:
@@ -56,10 +56,10 @@ class RequestQueue:
         row.future.add_done_callback(self._note_answered)
 
     def take(self, places: int) -> list[Row]:
-        """The rows that came first and whose adapters are in memory, at most as many as there are places.
+        """Remove and return the earliest rows whose adapters are in memory, at most `places` of them.
 
-        Adapters are read ahead. A row whose adapter is still being read is passed by others, and takes the
-        first place that is free afterwards.
+        Adapters are read ahead. A row whose adapter is still being read lets others pass, and takes the first
+        slot that becomes free afterwards.
         """
         taken: list[Row] = []
         ahead = 0
@@ -80,7 +80,7 @@ class RequestQueue:
         return taken
 
     def drop_answered(self) -> None:
-        """Forget the rows that were cancelled or have failed."""
+        """Drop the rows that were cancelled or have failed."""
         if self._answered:
             self._forget(set())
 
@@ -93,21 +93,21 @@ class RequestQueue:
             self._rows = [row for row in self._rows if row not in taken and not row.future.done()]
 
     def _has_adapter(self, row: Row) -> bool:
-        """Whether the row's adapter is in memory; if not, it is read."""
+        """Return True if the row's adapter is in memory; otherwise start reading it."""
         if row.adapter is not None:
             return True
         assert self._adapters is not None and row.request.adapter is not None
         try:
             row.adapter = self._adapters.get(row.request.adapter)
-        except Exception as error:  # whatever reading it may raise is the answer to this request
+        except Exception as error:  # reading may raise anything; only this request fails
             row.fail(error)
         return row.adapter is not None
 
 
 def next_group(rows: Sequence[Row]) -> list[Row]:
-    """Which rows share the next denoiser call: those of the kind whose row has waited longest for a step.
+    """Return the rows of the next denoiser call: the kind whose row has waited longest for a step.
 
-    So of S kinds that are being drawn every row steps at least once in S calls.
+    With S kinds running, every row therefore steps at least once in S calls.
     """
     groups: dict[Kind, list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, for a server whose event loop must stay free."""
+"""Run the engine in its own thread, for a server whose event loop must stay free."""
 
 import threading
 from concurrent.futures import Future
@@ -8,33 +8,33 @@ from serving.engine.rows import Drawing, OnPreview, Request
 
 
 class EngineStopped(RuntimeError):
-    """The engine was stopped before the picture was finished."""
+    """The engine was stopped before the image was finished."""
 
 
 class EngineThread:
-    """Steps an engine for as long as there is something to do.
+    """Step an engine while it has work.
 
-    Futures and previews may be handed to an event loop: `await asyncio.wrap_future(thread.submit(request))`,
-    where cancelling the task cancels the picture, and `on_preview` with `loop.call_soon_threadsafe`.
+    In an event loop, `await asyncio.wrap_future(thread.submit(request))`, where cancelling the task cancels
+    the request; let `on_preview` use `loop.call_soon_threadsafe`.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._lock = threading.Lock()  # no request may slip in behind the last look at the queue
+        self._lock = threading.Lock()  # no request may be queued after `stop` has begun
         self._stopping = False
 
     def start(self) -> None:
-        """Begin to step."""
+        """Start stepping."""
         self._thread.start()
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
-        """As `Engine.submit`.
+        """Queue a request, see `Engine.submit`.
 
         Raises:
-            ValueError: naming the field that this model cannot do.
-            QueueFull: as many requests wait as may.
-            EngineStopped: after `stop`.
+            ValueError: the model does not support a field, which is named.
+            QueueFull: the queue is full.
+            EngineStopped: `stop` was called.
         """
         with self._lock:
             if self._stopping:
@@ -42,7 +42,7 @@ class EngineThread:
             return self.engine.submit(request, on_preview)
 
     def stop(self) -> None:
-        """End after the step that is being made; what is unfinished fails with EngineStopped."""
+        """Stop after the current step; unfinished requests fail with EngineStopped."""
         with self._lock:
             self._stopping = True
         self.engine.work.set()
@@ -54,10 +54,10 @@ class EngineThread:
         self.engine.workers.take()
         while True:
             self.engine.work.clear()
-            if self._stopping:  # asked after clearing, so that being woken to stop is not forgotten
+            if self._stopping:  # checked after clearing, so that the wake-up of `stop` is not lost
                 return
             try:
                 if not self.engine.step():
                     self.engine.work.wait()
-            except Exception as error:  # a thread that died would leave every request without an answer
+            except Exception as error:  # a dead thread would leave every request unanswered
                 self.engine.fail_all(error)

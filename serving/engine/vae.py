@@ -1,7 +1,7 @@
-"""The autoencoder between the steps of rows: given pictures become latents, latents become pixels.
+"""The VAE calls between denoising steps: initial images become latents, latents become pixels.
 
-A row that begins with a picture begins with its noised latents (SDEdit, arXiv 2108.01073). Finished and
-unfinished latents are decoded a chunk at a time.
+An image-to-image row begins with the noised latents of its image (SDEdit, arXiv 2108.01073). Finished and
+preview latents are decoded one chunk at a time.
 """
 
 from collections import deque
@@ -16,26 +16,26 @@ from serving.engine.rows import Row
 
 
 class Decoding(NamedTuple):
-    """Latents that wait to become pixels."""
+    """Latents waiting to be decoded."""
 
     row: Row
     latents: torch.Tensor  # C x h x w
-    done: int  # steps behind them
-    last: bool  # the picture itself, not a preview
+    done: int  # steps done
+    last: bool  # True for the finished image, False for a preview
 
 
 class Decoder:
-    """The autoencoder and what waits for it, first come, first served.
+    """Decoder with its queue, first come, first served.
 
     Args:
-        chunk_rows: decoded at a time.
-        workers: that share a chunk.
+        chunk_rows: maximum images decoded at a time.
+        workers: CPU workers that share a chunk.
     """
 
     def __init__(self, autoencoder: Any, *, chunk_rows: int, workers: CPUWorkers) -> None:
         self.autoencoder, self.chunk_rows, self.workers = autoencoder, chunk_rows, workers
         self._queue: deque[Decoding] = deque()
-        self.pictures = 0  # decoded, without previews
+        self.pictures = 0  # images decoded, without previews
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -45,16 +45,16 @@ class Decoder:
         return [each.row for each in self._queue]
 
     def add(self, row: Row) -> None:
-        """Queue a row's picture if it is finished, else the picture as it is predicted now."""
+        """Queue a row's final latents if it is finished, else its current prediction of the clean latents."""
         latents = row.latents if row.finished else row.clean
         self._queue.append(Decoding(row, latents, row.done, row.finished))
 
     def drop_answered(self) -> None:
-        """Forget the rows that nobody waits for any more."""
+        """Drop the rows that are already answered."""
         self._queue = deque(each for each in self._queue if not each.row.future.done())
 
     def next_chunk(self) -> list[Decoding]:
-        """The longest waiting, and others of its size."""
+        """Remove and return the longest waiting latents and others of their size."""
         chunk: list[Decoding] = []
         others: deque[Decoding] = deque()
         for each in self._queue:
@@ -64,7 +64,7 @@ class Decoder:
         return chunk
 
     def decode(self, chunk: list[Decoding]) -> None:
-        """Decode rows of one size, and hand out the pictures."""
+        """Decode rows of one size, and deliver the images."""
         latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
         decoded = self.workers.apart(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
         pictures = decoded.permute(0, 2, 3, 1).contiguous()
@@ -76,20 +76,20 @@ class Decoder:
             assert each.row.on_preview is not None
             try:
                 each.row.on_preview(each.done, pixels)
-            except Exception as error:  # the caller's code, which must not harm the others of the chunk
+            except Exception as error:  # the caller's code, which must not fail other rows of the chunk
                 each.row.fail(error)
 
 
 def next_chunk(rows: Sequence[Row], most: int) -> list[Row]:
-    """Which rows are encoded together: the longest waiting, and others of its size."""
+    """Return the rows to encode together: the longest waiting one, and others of its size."""
     return [row for row in rows if row.size == rows[0].size][:most]
 
 
 def encode(autoencoder: Any, rows: Sequence[Row], device: str) -> None:
-    """Give rows of one size, each with an image, the latents that they begin with.
+    """Set the initial latents of rows of one size, each with an image.
 
-    As in diffusers' pipelines a row's seed draws first which latents the autoencoder's posterior gives, then
-    the noise that is added to them.
+    As in diffusers' pipelines, a row's generator draws the posterior sample first, then the noise that is
+    added.
     """
     draws = [_two_draws(row.request.seed, row.latents.shape) for row in rows]
     posterior, noise = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
