@@ -1,7 +1,7 @@
-"""Drift: is what is served still what was published? A window of served pictures, scored in the background.
+"""Detect drift between published and served images, by scoring a window of served images in the background.
 
-Three numbers of the last N pictures: FID against the validation pictures, CLIP score against their prompts,
-and the share of near copies of training pictures. They are told once the window is full, because each
+Three scores of the last N images: FID against the validation images, CLIP score against their prompts, and
+the fraction of near copies of training images. They are reported once the window is full, because each
 depends on N.
 """
 
@@ -28,20 +28,22 @@ from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.registry.models import REFERENCE
 from serving.load import Drift
 
-CAPACITY = 64  # pictures that may wait; more are passed over
-FEWEST = 2  # pictures of a window: of one there is no covariance
-SCORES_A_WINDOW = 4  # so often while its pictures are replaced once
+CAPACITY = 64  # maximum queued images; more are skipped
+FEWEST = 2  # minimum window, in images: a single one has no covariance
+SCORES_A_WINDOW = 4  # number of scores while all images of the window are replaced once
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Features of what a version was measured against: float32, pictures x D each.
+    """Reference features of a version: float32, images x D each.
 
     Attributes:
-        training: of the pictures that near copies are looked for among.
-        published: of the pictures that the version drew when it was measured, for what is to be expected.
+        validation: features of the validation images, for FID.
+        training: features of the training images, to search for near copies.
+        published: features of the images generated when the version was evaluated, for the expected FID.
+        feature_network: identity of the network that computed the features.
     """
 
     validation: torch.Tensor
@@ -51,10 +53,10 @@ class Reference:
 
     @classmethod
     def read(cls, folder: Storage, feature_network: str) -> "Reference":
-        """From the folder of a version's weights: tensors named `<network>/<validation|training|published>`.
+        """Read the tensors `<network>/<validation|training|published>` from a version's weights folder.
 
         Raises:
-            ConfigError: naming serve.drift_pictures, if there is none, or only of another network.
+            ConfigError: there is no reference by this network, or it is damaged; names serve.drift_pictures.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -75,17 +77,17 @@ class Reference:
 
 
 class Features(NamedTuple):
-    """Of one served picture, D or D_clip each, float32."""
+    """Features of one served image, float32: D, and D_clip for CLIP."""
 
     picture: torch.Tensor
-    clip: tuple[torch.Tensor, torch.Tensor] | None  # of the picture and of its caption
+    clip: tuple[torch.Tensor, torch.Tensor] | None  # CLIP features of the image and of its caption
 
 
 def score_window(window: list[Features], reference: Reference, clip: str | None) -> Drift:
-    """The scores of a window of at least two pictures.
+    """Score a window of at least two images.
 
     Args:
-        clip: identity of the network behind `Features.clip`.
+        clip: identity of the network behind `Features.clip`; None: no CLIP score.
     """
     network = reference.feature_network
     features = torch.stack([each.picture for each in window])
@@ -113,15 +115,15 @@ def score_window(window: list[Features], reference: Reference, clip: str | None)
 
 
 class DriftMonitor:
-    """A thread of the lowest priority that scores served pictures. One a served version.
+    """A thread of the lowest priority that scores served images. One monitor per served version.
 
     Args:
         network: the feature network of `reference`.
-        window: pictures; `serve.drift_pictures`.
-        clip: None: no CLIP score.
+        window: size of the window in images, `serve.drift_pictures`.
+        clip: network for the CLIP score; None: no CLIP score.
 
     Raises:
-        ValueError: if the window is too small, or the networks differ.
+        ValueError: the window is too small, or the networks differ.
     """
 
     def __init__(
@@ -138,17 +140,17 @@ class DriftMonitor:
         """None until the window is full."""
         self.num_measured = 0
         self.num_skipped = 0
-        """Pictures that came faster than they could be measured: the window is then a sample."""
+        """Images skipped because the queue was full: the window is then a sample."""
         self.num_failed = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
         self._thread.start()
 
     def add(self, pixels: np.ndarray, caption: str) -> None:
-        """Hand over a served picture; returns at once, and passes it over if too many are waiting.
+        """Queue a served image, or skip it if the queue is full. Never blocks.
 
         Args:
-            pixels: uint8, height x width x 3; not to be changed afterwards.
+            pixels: uint8, height x width x 3; must not be changed afterwards.
         """
         try:
             self._queue.put_nowait((pixels, caption))
@@ -156,20 +158,20 @@ class DriftMonitor:
             self.num_skipped += 1
 
     def scores(self) -> Drift | None:
-        """The latest, and how many pictures are not in any up to now."""
+        """Return the latest scores, with the number of images skipped or failed so far."""
         if self.latest is None:
             return None
         return self.latest._replace(num_passed_over=self.num_skipped + self.num_failed)
 
     def stop(self) -> None:
-        """End after the picture that is being measured."""
+        """Stop the thread after the image that is being measured."""
         self._stopping = True
         if self._queue.empty():
             self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where every thread has a priority of its own, and so its workers
+        if sys.platform == "linux":  # where priority is per thread, and its workers inherit it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         stride = max(1, (self._window.maxlen or 0) // SCORES_A_WINDOW)
         while (taken := self._queue.get()) is not None and not self._stopping:
@@ -181,12 +183,12 @@ class DriftMonitor:
                     clip = self._clip.identity if self._clip else None
                     self.latest = score_window(list(self._window), self._reference, clip)
                 self.num_measured = measured
-            except Exception:  # of one picture; those that are served are not to suffer, nor the next scores
+            except Exception:  # one bad image must affect neither serving nor later scores
                 self.num_failed += 1
                 log.exception("drift: a picture was not measured")
 
     def _measure(self, pixels: np.ndarray, caption: str) -> Features:
-        # One at a time: a batch would be no faster on few cores, and hold them for longer.
+        # One image at a time: a batch would be no faster on few cores, and would occupy them for longer.
         batch = torch.tensor(pixels).permute(2, 0, 1)[None]
         clip = None
         if self._clip:

@@ -1,4 +1,7 @@
-"""Which versions are watched in a replica: the champion, the candidate, and the last while it draws."""
+"""Drift monitors of a replica's versions: the most recently served ones are kept.
+
+These are the champion, the candidate, and the previous version while it still serves.
+"""
 
 import logging
 import threading
@@ -21,31 +24,31 @@ if TYPE_CHECKING:  # importing them takes PyTorch
     from ray_jobs.metrics.vision_model import Clip
     from serving.replica.drift import DriftMonitor
 
-KEPT = 3  # versions
-RETRY_S = 60.0  # after a monitor could not be opened
+KEPT = 3  # monitored versions
+RETRY_S = 60.0  # delay after a monitor could not be opened, in seconds
 
 log = logging.getLogger("ray.serve")
 
 
 class DriftWatch:
-    """A monitor a version, opened beside the pictures: those that are drawn meanwhile are passed over.
+    """One drift monitor per version, opened in the background; images served meanwhile are skipped.
 
-    Any thread may call it.
+    Methods may be called from any thread.
 
     Args:
-        evaluate: names the networks that the published pictures were measured by.
-        window: pictures; `serve.drift_pictures`.
+        evaluate: configuration of the networks that scored the published images.
+        window: size of the window in images, `serve.drift_pictures`.
     """
 
     def __init__(self, evaluate: EvaluateConfig, window: int) -> None:
         self._evaluate, self._window = evaluate, window
         self._lock = threading.Lock()
-        # None: its monitor is being opened, or cannot be.
+        # None: the monitor is being opened, or failed to open.
         self._monitors: OrderedDict[tuple[str, int, str], DriftMonitor | None] = OrderedDict()
         self._networks: tuple[FeatureNetwork, Clip | None] | None = None
 
     def add(self, version: RegisteredModel, pixels: np.ndarray, caption: str) -> None:
-        """Hand over a served picture, uint8, height x width x 3; returns at once."""
+        """Queue a served image, uint8, height x width x 3. Never blocks."""
         gone, name = None, _identity(version)
         with self._lock:
             if name not in self._monitors:
@@ -61,7 +64,7 @@ class DriftWatch:
             monitor.add(pixels, caption)
 
     def scores(self) -> dict[tuple[str, int], Drift]:
-        """By name and version, of those whose window is full."""
+        """Return the scores by name and version, for versions whose window is full."""
         with self._lock:
             found = [(name[:2], each.scores()) for name, each in self._monitors.items() if each is not None]
         return {name: drift for name, drift in found if drift is not None}
@@ -78,7 +81,7 @@ class DriftWatch:
             time.sleep(RETRY_S)
             with self._lock:
                 if self._monitors.get(_identity(version)) is None:
-                    self._monitors.pop(_identity(version), None)  # its next picture tries again
+                    self._monitors.pop(_identity(version), None)  # the version's next image tries again
             return
         with self._lock:
             if wanted := _identity(version) in self._monitors:

@@ -1,4 +1,4 @@
-"""The models of a replica: engines by name, loaded beside running ones, a few kept."""
+"""Cache of a replica's engines by name, loaded while others keep running."""
 
 import asyncio
 import threading
@@ -9,19 +9,19 @@ from typing import Generic, TypeVar
 
 Engine = TypeVar("Engine")
 
-# diffusers and transformers make modules without weights while they load, by a switch of the whole process:
-# of two loads at once one gets no weights, nor may later ones. All that a replica loads takes this.
+# diffusers and transformers create modules without weights while loading, by a switch of the whole process:
+# with two loads at once, one gets no weights, and later ones may not either. Every load in a replica takes
+# this lock.
 LOADING = threading.Lock()
 
 
 class EngineCache(Generic[Engine]):
-    """Gives out engines by name. All its methods belong to one event loop.
+    """Least-recently-used cache of engines by name. Call all methods from the same event loop.
 
     Args:
-        load: makes an engine, one at a time; runs in a thread, so that the ones that are there go on drawing.
-        close: ends an engine that nobody uses; runs in a thread too.
-        max_kept: engines in memory. The least recently used goes, but never one in use: while all are, there
-            are more.
+        load: function that loads an engine, one at a time; runs in a thread, so that others keep running.
+        close: function that stops an unused engine; runs in a thread too.
+        max_kept: maximum engines in memory; exceeded while more are in use, as those are never closed.
     """
 
     def __init__(
@@ -31,19 +31,19 @@ class EngineCache(Generic[Engine]):
         self._kept: OrderedDict[str, Engine] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._users: Counter[str] = Counter()
-        self._turn = asyncio.Lock()  # waits in the event loop, not in a thread that others need
+        self._turn = asyncio.Lock()  # waits in the event loop, without blocking a pool thread
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """Those in memory, the least recently used first."""
+        """The engines in memory, least recently used first."""
         return dict(self._kept)
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
-        """The engine of a name, which stays for as long as it is used.
+        """Provide the engine of this name; it stays in memory while it is in use.
 
         Raises:
-            Exception: what `load` raised; the next use tries again.
+            Exception: any exception of `load`; the next use tries again.
         """
         self._users[name] += 1
         try:
@@ -54,11 +54,11 @@ class EngineCache(Generic[Engine]):
             yield engine
         finally:
             self._users[name] -= 1
-            self._users += Counter()  # forgets the zeros
+            self._users += Counter()  # removes zero counts
             await self._trim()
 
     async def _loaded(self, name: str) -> Engine:
-        """Loads an engine once, however many ask; one that goes away does not end it for the others."""
+        """Load an engine once for all its callers; a cancelled caller does not cancel it for the others."""
         if name not in self._loading:
             self._loading[name] = asyncio.create_task(self._load_and_keep(name))
         return await asyncio.shield(self._loading[name])
@@ -66,7 +66,7 @@ class EngineCache(Generic[Engine]):
     async def _load_and_keep(self, name: str) -> Engine:
         try:
             async with self._turn:
-                if not self._users[name]:  # all have gone while others were loaded
+                if not self._users[name]:  # all callers left while another engine was loading
                     raise asyncio.CancelledError
                 engine = self._kept[name] = await asyncio.to_thread(self._load_alone, name)
         finally:

@@ -1,4 +1,4 @@
-"""Pictures that clients send, made into what the engine takes. Nothing of them is trusted."""
+"""Decode the images that clients send into the engine's input. They are untrusted."""
 
 from typing import TYPE_CHECKING
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 64 * 2**20  # of a picture that is opened; a small file may hold a huge one
+MAX_PIXELS = 64 * 2**20  # maximum size of a decoded image; a small file may hold a huge one
 
 
 def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
-    """Return a picture file as uint8, height x width x 3.
+    """Decode an image file into uint8, height x width x 3.
 
-    It is read as training reads its pictures (upright, sRGB, 16 bits and CMYK too, transparent parts white),
-    cut off evenly to that shape, then scaled with bicubic interpolation and antialiasing. One that fits stays
-    as it is.
+    The file is read as in training (upright, sRGB, also 16 bits and CMYK, transparent parts white), cropped
+    centrally to that aspect ratio, then scaled with bicubic interpolation and antialiasing. An image of that
+    size stays unchanged.
 
     Raises:
-        APIError: 400, it is no such file.
+        APIError: 400, the file is not a readable image in one of `FORMATS`, or has too many pixels.
     """
     import torch
     from numpy import array
@@ -34,7 +34,7 @@ def read_picture(content: bytes, height: int, width: int) -> "torch.Tensor":
         if rejected.reason == "too_many_pixels":
             raise _invalid(rejected.detail) from rejected
         raise _invalid(f"not a picture in one of {', '.join(FORMATS)}") from rejected
-    # Only what is left after the cut is scaled: of a line a pixel high, a pixel.
+    # Only the crop is scaled: one pixel of a line that is one pixel high.
     return torch.from_numpy(array(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)))
 
 

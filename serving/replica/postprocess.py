@@ -1,4 +1,4 @@
-"""Every picture on its way out of a replica: judged, watched for drift, told what it is, and encoded."""
+"""Postprocess each image of a replica: safety check, drift monitoring, provenance, PNG encoding."""
 
 from typing import Any
 
@@ -14,27 +14,27 @@ from serving.schemas import APIError
 
 
 class Postprocessor:
-    """What `serve` asks to be done with pictures. Any thread may call it.
+    """The postprocessing that `serve` configures. Methods may be called from any thread.
 
     Args:
         base: name of the model that was fine-tuned.
 
     Raises:
-        ConfigError: naming serve.safety_checker.
+        ConfigError: the safety checker cannot be made; names serve.safety_checker.
     """
 
     def __init__(self, settings: ServeConfig, evaluate: EvaluateConfig, base: str) -> None:
-        # Of an address the last part: it may hold keys.
+        # Only the last part of a URL, which may contain keys.
         self._base = base.partition("?")[0].rpartition("/")[2] if "://" in base else base
         self._provenance = settings.provenance
         self._checker = load_checker(settings.safety_checker) if settings.safety_checker else None
         self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None
 
     def picture(self, pixels: np.ndarray, order: Order) -> bytes:
-        """A finished picture, uint8, height x width x 3, as a PNG.
+        """Encode a finished image, uint8, height x width x 3, as a PNG.
 
         Raises:
-            APIError: the safety checker blocks it, or failed.
+            APIError: the safety checker blocks the image, or failed.
         """
         sent = self._judged(pixels)
         if self._drift and order.scored and order.version:
@@ -42,14 +42,14 @@ class Postprocessor:
         return encode_png(sent, self._facts(order, sent) if self._provenance else None)
 
     def preview(self, pixels: np.ndarray) -> bytes | None:
-        """An unfinished picture as a PNG; None if the safety checker does not let it out."""
+        """Encode a preview as a PNG; return None if the safety checker blocks it or fails."""
         try:
             return encode_png(self._judged(pixels), None)
         except APIError:
             return None
 
     def drift(self) -> dict[tuple[str, int], Drift]:
-        """By name and version."""
+        """Return the drift scores by name and version."""
         return self._drift.scores() if self._drift else {}
 
     def _judged(self, pixels: np.ndarray) -> np.ndarray:

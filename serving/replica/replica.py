@@ -1,4 +1,4 @@
-"""A replica: the base and what was fine-tuned on it, drawing the pictures of all requests."""
+"""A replica: generates images with the base and its fine-tuned versions."""
 
 import asyncio
 import gc
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-TOO_MANY_FAILURES = 5  # calls in a row, of whatever requests: the device or the process is broken
-KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and the one that follows it
+TOO_MANY_FAILURES = 5  # consecutive failed calls, of any requests: the device or the process is broken
+KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
 
 @serve.deployment
 class Model:
-    """Draws with the bare base, with LoRA versions as its adapters, and with fully trained versions.
+    """Serve the bare base, LoRA versions as its adapters, and fully trained versions.
 
     Args:
-        evaluate: the networks that drift is told by.
+        evaluate: configuration of the networks that measure drift.
         base: folder or hub name of the model that the LoRA versions were trained on.
-        first: the version that is expected to be asked for first; a fully trained one needs no base.
-        newest: gives the version that is asked for first when a replica starts later; None: it is `first`.
+        first: version to warm up; a fully trained one needs no base.
+        newest: function that returns the version to warm up when a replica starts later; None: `first`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -65,54 +65,54 @@ class Model:
         if settings.use_gpu and settings.gpu_share < 1:
             import torch
 
-            # Ray counts shares and watches none: one that takes more ends here, not in its neighbour.
+            # Ray does not enforce GPU shares: a replica that exceeds its own must fail, not its neighbour.
             torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
-        self._versions: dict[str, RegisteredModel] = {}  # by their engine's or adapter's name
-        self._fetched = ExitStack()  # the weights of the adapter that was read last
+        self._versions: dict[str, RegisteredModel] = {}  # by name of their engine or adapter
+        self._fetched = ExitStack()  # holds the weights of the adapter that was read last
         self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
-        self._opening = asyncio.Lock()  # one at a time: a client's file may hold a huge picture
+        self._opening = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
         self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
 
-            torch.set_num_threads(1)  # this thread's; the engines take what they need
+            torch.set_num_threads(1)  # for this thread; the engines set their own
             self._num_cores = max(1, len(os.sched_getaffinity(0)) // settings.max_replicas)
         try:
             await self.warm_up(first, settings.fuse_champion)
         except APIError as error:
-            # A replica that is started later may find another champion; the ingress asks for it.
+            # Not fatal: the champion may have changed by the time a replica starts; the ingress requests it.
             logger.warning("%s", error.message)
 
     async def traits(self) -> Traits:
-        """What the model draws; all that are loaded together draw the same size."""
-        for thread in self.engine_cache.engines.values():  # the first version may have been refused
+        """Return the model's default image size; all versions loaded together have the same one."""
+        for thread in self.engine_cache.engines.values():  # the first version may have failed to load
             return Traits(*thread.engine.own_size)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
             return Traits(*thread.engine.own_size)
 
     async def load(self) -> ReplicaLoad:
-        """What this replica is doing."""
+        """Return the load of this replica's engines, and its drift scores."""
         engines = self.engine_cache.engines.items()
         loads = {name: each.engine.load() for name, each in engines}
         return ReplicaLoad(self._name, os.getpid(), loads, self._postprocess.drift())
 
     async def warm_up(self, version: RegisteredModel | None, fused: bool = False) -> None:
-        """Load a version and draw a picture in few steps, unless that was done.
+        """Load a version and generate one image in few steps, unless it is already loaded.
 
         Raises:
-            APIError: the weights are not those that were registered, or do not fit.
+            APIError: the weights differ from the registered ones, or cannot be loaded.
         """
         if self._is_warm(place_of(version, fused=fused)):
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
-            # A compiled denoiser has a form for one row and one for several, as with guidance.
+            # torch.compile specializes on one row and on several; with guidance there are two.
             for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
                 await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
 
     def _is_warm(self, place: Place) -> bool:
-        """Whether what draws there is in memory."""
+        """Return True if this engine, and its adapter if any, are in memory."""
         thread = self.engine_cache.engines.get(place.engine)
         if thread is None or place.adapter is None:
             return thread is not None
@@ -120,16 +120,17 @@ class Model:
         return adapters is not None and adapters.holds(place.adapter)
 
     def check_health(self) -> None:
-        """Raise where an engine draws no more, whatever it is asked for; Serve then replaces the replica."""
+        """Raise RuntimeError if an engine fails every call; Serve then replaces the replica."""
         for name, thread in self.engine_cache.engines.items():
             if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
                 raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
 
     async def draw(self, order: Order) -> Picture:
-        """Draw one picture as a PNG, beside those of other requests. A client that goes away cancels it.
+        """Generate one image as a PNG, batched with other requests. A client that disconnects cancels it.
 
         Raises:
-            APIError: naming what this model cannot do; 400 if the safety checker blocks the picture.
+            APIError: the model does not support a parameter, which is named; 400 if the safety checker blocks
+                the image.
         """
         drawing = await self._drawing(order)
         png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), order)
@@ -145,10 +146,10 @@ class Model:
                 raise _refused(order.version, error) from error
 
     async def watch(self, order: Order) -> AsyncGenerator[Picture]:
-        """As `draw`, with the unfinished pictures before the finished one, but for those that the safety
-        checker does not let out."""
+        """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
+        left out."""
         loop = asyncio.get_running_loop()
-        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels; None at the end
+        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels of previews; None at the end
         async with self._engine(order.version, order.fused) as (thread, adapter):
             image = await self._opened(thread, order)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
@@ -170,7 +171,7 @@ class Model:
                 drawing.cancel()
 
     async def _opened(self, thread: "EngineThread", order: Order) -> "torch.Tensor | None":
-        """The picture that an order begins with, in the size that is drawn."""
+        """Read the order's initial image, if any, and fit it to the output size."""
         if order.image is None:
             return None
         height, width = thread.engine.own_size
@@ -182,7 +183,7 @@ class Model:
     async def _engine(
         self, version: RegisteredModel | None, fused: bool
     ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
-        """The engine that draws a version, and the adapter's name in it."""
+        """Provide the engine that serves a version, and the name of its adapter there, if it is one."""
         place = place_of(version, fused=fused)
         if place.adapter and self.settings.compile:
             message = (
@@ -199,7 +200,7 @@ class Model:
             raise _refused(version, error) from error
 
     def _load(self, name: str) -> "EngineThread":
-        """The engine of a name; takes a thread for seconds to minutes."""
+        """Load and start the engine of this name; blocks its thread for seconds to minutes."""
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.weights.loading import load_pipeline
         from serving.engine.adapters import read_adapter
@@ -211,7 +212,7 @@ class Model:
         version = self._versions.get(name)
         with (
             local_weights(version) if version else nullcontext() as folder
-        ):  # checked before the base is read
+        ):  # the weights are verified before the base is loaded
             whole = None if version is None or version.method == "lora" else folder
             pipeline = load_pipeline(
                 self.base if whole else local_path(self.base), whole, revision=self.base_revision
@@ -250,8 +251,8 @@ class Model:
         return thread
 
     def _adapter_folder(self, name: str) -> Path:
-        """Where an adapter lies on this machine. One thread reads them, one after the other, so what was
-        fetched for the last one may go."""
+        """Return the local folder of an adapter. A single thread reads adapters, one after the other, so the
+        files of the previous one can be deleted."""
         self._fetched.close()
         return self._fetched.enter_context(local_weights(self._versions[name]))
 
@@ -263,10 +264,10 @@ def _submit(
     image: "torch.Tensor | None",
     on_preview: "OnPreview | None" = None,
 ) -> "Future[Drawing]":
-    """Hand an order to the engine.
+    """Submit an order to the engine.
 
     Raises:
-        APIError: 400 for what this model cannot draw, 503 if too many wait.
+        APIError: 400 if the model does not support the request, 503 if the queue is full.
     """
     from serving.engine.rows import Request
     from serving.engine.scheduler import QueueFull
@@ -293,7 +294,7 @@ def _submit(
         field, _, reason = str(error).partition(":")
         known = {"height": "size", "width": "size"}.get(field, field)
         if known not in Order._fields and known != "size":
-            known, reason = "steps", str(error)  # of the scheduler, which names no field
+            known, reason = "steps", str(error)  # raised by the scheduler, which names no field
         raise APIError(400, f"{known}: {reason.strip()}", known, "invalid_value") from error
 
 
@@ -306,7 +307,7 @@ def _accepts(thread: "EngineThread", num_steps: int) -> bool:
 
 
 def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
-    """What is told of a version that cannot be loaded."""
+    """Return the error (503) for a version that cannot be loaded."""
     return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
 
 
@@ -315,6 +316,6 @@ def _stop(thread: "EngineThread") -> None:
 
     thread.stop()
     del thread
-    gc.collect()  # an engine refers to itself, and the next one needs its memory
+    gc.collect()  # an engine has reference cycles, and the next one needs its memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Runs the configured safety checker (`serving.safety`) on every picture before it is sent."""
+"""Run the configured safety checker (`serving.safety`) on every image before it is sent."""
 
 import importlib
 import logging
@@ -17,23 +17,23 @@ log = logging.getLogger(__name__)
 
 
 class SafetyChecker:
-    """A checker on the way of the pictures."""
+    """Apply a checker, one call at a time, and turn its verdicts into answers."""
 
     def __init__(self, check: Checker) -> None:
         self._check = check
         self._lock = threading.Lock()
 
     def judge(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray | APIError]:
-        """For each picture what is to be answered: itself, its replacement, or an error.
+        """Return the answer for each image: the image itself, its replacement, or an error.
 
-        An error is returned, not raised, since pictures of several requests may be looked at together.
+        Errors are returned, not raised, since one call may check images of several requests.
 
         Args:
-            pictures: uint8, height x width x 3, of any sizes.
+            pictures: images, uint8, height x width x 3, of any sizes.
 
         Returns:
-            In the same order. Errors: 400 `content_policy_violation` as OpenAI's; 500 `safety_check_failed`
-            of all, if the checker failed.
+            The answers in the same order. Errors: 400 `content_policy_violation` as in OpenAI's API; 500
+            `safety_check_failed` for all images if the checker failed.
         """
         if not pictures:
             return []
@@ -41,7 +41,7 @@ class SafetyChecker:
             with self._lock:
                 verdicts = list(self._check([Image.fromarray(pixels) for pixels in pictures]))
             return [_answer(pixels, verdict) for pixels, verdict in zip(pictures, verdicts, strict=True)]
-        except Exception as error:  # whatever it is, of a stranger's code: nothing unseen is sent
+        except Exception as error:  # user code may raise anything; no unchecked image is sent
             log.exception("the safety checker failed")
             message = f"the pictures could not be checked ({type(error).__name__}), so none is sent"
             return [APIError(500, message, code="safety_check_failed") for _ in pictures]
@@ -67,13 +67,13 @@ def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
 
 
 def checker_factory(name: str) -> CheckerFactory:
-    """The function that `serve.safety_checker` names, not called yet.
+    """Import the function that `serve.safety_checker` names, without calling it.
 
     Args:
         name: `module:function`.
 
     Raises:
-        ConfigError: naming the field and why there is no such function.
+        ConfigError: there is no such function; names the field and the reason.
     """
     where = f"serve.safety_checker: {name}"
     module_name, colon, function = name.partition(":")
@@ -81,7 +81,7 @@ def checker_factory(name: str) -> CheckerFactory:
         raise ConfigError(f"{where}: write it as module:function, for example my_checks.safety:make_checker")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module's own code may raise anything
+    except Exception as error:  # the module's own code may raise anything
         raise ConfigError(f"{where}: the module cannot be imported ({_told(error)})") from error
     factory: Any = getattr(module, function, None)
     if not callable(factory):
@@ -90,10 +90,10 @@ def checker_factory(name: str) -> CheckerFactory:
 
 
 def load_checker(name: str) -> SafetyChecker:
-    """The checker that `serve.safety_checker` names.
+    """Make the checker that `serve.safety_checker` names.
 
     Raises:
-        ConfigError: naming the field and why there is no such checker.
+        ConfigError: the checker cannot be made; names the field and the reason.
     """
     where, factory = f"serve.safety_checker: {name}", checker_factory(name)
     try:

@@ -1,4 +1,4 @@
-"""Weights of registered versions on this machine, checked to be those that were registered."""
+"""Provide the weights of registered versions on this machine, verified against the registration."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from ray_jobs.registry.models import RegisteredModel, verify_weights
 
 @contextmanager
 def local_weights(version: RegisteredModel) -> Iterator[Path]:
-    """The folder of a version's weights; what was fetched for it is deleted afterwards.
+    """Provide the local folder of a version's weights; a downloaded copy is deleted afterwards.
 
-    What is checked is what is loaded: a remote folder is fetched once.
+    A remote folder is downloaded once, so the files that are verified are the ones that are loaded.
 
     Raises:
-        ConfigError: the weights are gone, or not those that were registered.
+        ConfigError: the weights cannot be read, or differ from the registered ones.
     """
     storage = Storage.open(version.source)
     try:
