@@ -1,4 +1,4 @@
-"""Clusters, their storage and jobs. A process that imports it has the variables of its job's user."""
+"""Clusters, their storage and jobs. Importing this package sets the variables that the job's user sent."""
 
 from cluster.variables import take
 

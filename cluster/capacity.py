@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, what a machine can give, and whether the one suffices for the other."""
+"""Resources that a run needs and a machine offers, and the check that a cluster suffices for a run."""
 
 import math
 import os
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ray_jobs.config import Config, ConfigError, LocalConfig
 
 RESERVED_CPUS = 2
-"""Logical CPUs left for drivers and Ray Data's tasks; without them a training run can wait for itself."""
+"""Logical CPUs reserved for drivers and Ray Data's tasks; without them a training run can deadlock."""
 
 OBJECT_STORE_SHARE = 0.1
-"""Of a machine's memory, what the embedded Ray's object store may grow to; Ray's own default is 0.3."""
+"""Maximum size of the embedded Ray's object store, as a fraction of memory; Ray's own default is 0.3."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Actors:
     """Processes of one kind that are alive at the same time.
 
     Attributes:
-        kind: what they do, for a person.
-        field: the setting that says how many.
-        cpus, gpus: logical ones, that each reserves.
+        kind: readable name of their task.
+        field: the setting that determines `count`.
+        cpus, gpus: logical CPUs and GPUs that each process reserves.
     """
 
     kind: str
@@ -36,8 +36,8 @@ def trials_at_once(config: Config) -> int:
 
 
 def encoders(config: Config) -> list[Actors]:
-    """What holds the autoencoder and the text encoders, with its decoders: in `prepare`, or beside every
-    training where data.encode is stream."""
+    """Return the encoder actors and their picture decoders: those of `prepare`, or with data.encode=stream
+    those of all concurrent trials."""
     train, each = config.train, config.data.encode_workers
     each *= trials_at_once(config) if config.data.encode == "stream" else 1
     return [
@@ -47,10 +47,11 @@ def encoders(config: Config) -> list[Actors]:
 
 
 def search_actors(config: Config) -> list[Actors]:
-    """What is alive while the search trains, with as few workers as the configuration allows."""
+    """Return the actors alive while the search trains, with the minimum of workers that the configuration
+    allows."""
     train, trials, evaluate = config.train, trials_at_once(config), config.evaluate
     found = [
-        # A trial's own driver takes one CPU; the controller of its workers takes none.
+        # A trial's driver reserves one CPU; the controller of its workers reserves none.
         Actors("trial driver", "search.max_concurrent_trials", trials, 1, 0),
         Actors(
             "training worker",
@@ -66,7 +67,7 @@ def search_actors(config: Config) -> list[Actors]:
 
 
 def serving_actors(config: Config) -> list[Actors]:
-    """What the endpoint starts at most, on a cluster of its own or beside others."""
+    """Return the maximum of actors that the endpoint starts."""
     serve = config.serve
     share = serve.gpu_share if serve.use_gpu else 0.0
     return [
@@ -78,10 +79,10 @@ def serving_actors(config: Config) -> list[Actors]:
 def check_resources(config: Config, resources: Mapping[str, float]) -> None:
     """Raise ConfigError unless the cluster holds one full search: its trials, workers and evaluators.
 
-    A run that does not fit would wait for ever instead of failing.
+    A run that does not fit would wait forever instead of failing.
 
     Args:
-        resources: logical totals, as `ray.cluster_resources()` gives them.
+        resources: logical totals, as in `ray.cluster_resources()`.
     """
     wanted = search_actors(config)
     nodes = max(1, sum(name.startswith("node:") and "__" not in name for name in resources))
@@ -116,7 +117,7 @@ def _gpu_fields(config: Config) -> str:
 
 
 def _lower(config: Config) -> str:
-    """The settings that would make a run smaller."""
+    """Return advice that names the settings that make a run smaller."""
     trials = trials_at_once(config)
     lower = f"lower train.num_workers ({config.train.min_workers})"
     if trials > 1:
@@ -127,10 +128,10 @@ def _lower(config: Config) -> str:
 
 
 def sized(local: LocalConfig) -> LocalConfig:
-    """The embedded Ray with what was not set taken from the machine, and never less than the defaults.
+    """Fill in the unset sizes of the embedded Ray from the machine, at least the defaults.
 
-    A CPU core counts as a logical one, beside those for drivers and Ray Data; the object store may take a
-    tenth of the memory, and no more than shared memory has.
+    CPUs: one per core, plus `RESERVED_CPUS`. Object store: a tenth of the memory, and at most 80% of shared
+    memory.
     """
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_num_cpus, get_shared_memory_bytes

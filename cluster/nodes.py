@@ -1,4 +1,4 @@
-"""The nodes of the cluster that this process has joined, and whether they all see the run's storage."""
+"""The nodes of the cluster that this process has joined, and the check that they share the run's storage."""
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +9,16 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
 ANSWER_S = 120
-"""How long the nodes may take to look at the storage, in seconds: each may have to start a process first."""
+"""Timeout of the storage check, in seconds: each node may have to start a process first."""
 
 
 class NoAnswer(ConfigError):
-    """A node did not look at the storage in time."""
+    """A node did not finish the storage check in time."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A living node: its id, the name that a person knows it by, and its resources as Ray counts them."""
+    """A living node: its Ray id, its readable name, and its resources as Ray counts them."""
 
     identity: str
     name: str
@@ -26,7 +26,7 @@ class Node:
 
 
 def living_nodes() -> list[Node]:
-    """Those of the cluster, in the order of their names."""
+    """Return the living nodes of the cluster, sorted by name."""
     import ray
 
     found = [
@@ -42,13 +42,13 @@ def living_nodes() -> list[Node]:
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, float]:
-    """Their logical CPUs and GPUs, and `node:` entries, as in `ray.cluster_resources()`."""
+    """Sum the logical CPUs and GPUs of nodes, with `node:` entries, as in `ray.cluster_resources()`."""
     total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     return total | {name: 1.0 for node in nodes for name in node.resources if name.startswith("node:")}
 
 
 def described(nodes: Sequence[Node]) -> str:
-    """What a cluster has in all, on one line."""
+    """Summarize a cluster's resources in one line."""
     has = {
         kind: sum(node.resources.get(kind, 0) for node in nodes)
         for kind in ("CPU", "GPU", "memory", "object_store_memory")
@@ -61,13 +61,13 @@ def described(nodes: Sequence[Node]) -> str:
 
 
 def check_storage(config: Config, nodes: Sequence[Node]) -> None:
-    """Have each node write into the run's storage and read what the others wrote; one node alone need not.
+    """Check that each node can write to the run's storage and see the others' files; skipped for one node.
 
-    The tasks take no CPU, so a busy cluster answers too. Nodes that join later: `cluster.watch`.
+    The tasks reserve no CPU, so a busy cluster answers too. `cluster.watch` checks nodes that join later.
 
     Raises:
         NoAnswer: a node does not answer.
-        ConfigError: it cannot write, or does not see what another one wrote.
+        ConfigError: a node cannot write, or does not see another node's file.
     """
     if len(nodes) < 2:
         return
@@ -86,8 +86,11 @@ def check_storage(config: Config, nodes: Sequence[Node]) -> None:
 
 
 def disagreement(seen: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> str:
-    """What is wrong, by the identities of the nodes whose markers each node (by name) sees; empty if
-    nothing."""
+    """Describe the first node that misses another node's marker; empty if none does.
+
+    Args:
+        seen: identities of the nodes whose markers a node sees, by that node's name.
+    """
     for name, there in seen.items():
         unseen = [node.name for node in nodes if node.identity not in there]
         if unseen:
@@ -103,7 +106,7 @@ def disagreement(seen: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> st
 def _on_each(
     nodes: Sequence[Node], function: Callable[..., Any], config: Config, probe: str
 ) -> dict[str, Any]:
-    """What a function returns on every node, by the node's name."""
+    """Run a function on every node, and return its results by node name."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -126,12 +129,12 @@ def _on_each(
 
 
 def _folder(config: Config, probe: str) -> Storage:
-    """Where a node of the cluster finds the run, as the stages' own actors do."""
+    """Return the probe folder in the run's storage, opened on the node itself as the stages' actors do."""
     return Storage.open(config.storage).child(config.name, probe)
 
 
 def _write_marker(config: Config, probe: str, identity: str) -> str:
-    """The error, if any."""
+    """Write this node's marker, and return the error message; empty if it succeeds."""
     try:
         _folder(config, probe).write_text(identity, "")
     except OSError as error:
@@ -144,7 +147,7 @@ def _markers(config: Config, probe: str, identity: str) -> list[str]:
 
 
 def _clean(config: Config, probe: str, identity: str) -> None:
-    """Several nodes may be at it at once, where they do share the folder."""
+    """Delete the probe folder; several nodes may do so at once if they share it."""
     try:
         _folder(config, probe).delete("")
     except OSError:

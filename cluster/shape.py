@@ -1,4 +1,4 @@
-"""The shape of a cluster, described, of this machine or of a live one; and which machine holds what."""
+"""Cluster shapes (from a description, this machine or a live cluster), and placement of actors on them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cluster.nodes import Node
 
 CPUS_A_GPU = 12
-"""Of a machine that was described by its GPUs alone: what clouds give with one of theirs, at least."""
+"""CPUs per GPU of a machine described by its GPUs alone: the least that clouds provide."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Machine:
     """A node.
 
     Attributes:
-        cpus: logical ones, as Ray counts them.
-        gpu_gib: memory of each GPU; None where it is not known.
-        memory_gib: of the host; None where it is not known.
+        cpus: logical CPUs, as Ray counts them.
+        gpu_gib: memory per GPU in GiB; None if unknown.
+        memory_gib: host memory in GiB; None if unknown.
     """
 
     name: str
@@ -49,11 +49,12 @@ class Machine:
 
 
 def parse_nodes(text: str) -> list[Machine]:
-    """`4x8gpu80` (machines, GPUs each, GiB a GPU), `3x16cpu64` (machines, CPUs each, GiB of memory), several
-    with commas, or a YAML file with a list of {count, cpus, gpus, gpu_gib, memory_gib}.
+    """Parse `4x8gpu80` (machines, GPUs each, GiB per GPU), `3x16cpu64` (machines, CPUs each, GiB of memory),
+    several separated by commas, or the name of a YAML file that lists {count, cpus, gpus, gpu_gib,
+    memory_gib}.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text is none of these.
     """
     if text.endswith((".yaml", ".yml")):
         return _numbered(_from_file(text))
@@ -96,7 +97,7 @@ def _numbered(kinds: Iterable[tuple[int, Machine]]) -> list[Machine]:
 
 
 def embedded(local: LocalConfig) -> list[Machine]:
-    """This machine, as the embedded Ray would take it."""
+    """Return this machine with the resources that the embedded Ray would have."""
     from ray._common.utils import get_system_memory
 
     from cluster.embedded import num_gpus
@@ -105,7 +106,7 @@ def embedded(local: LocalConfig) -> list[Machine]:
 
 
 def machines_of(nodes: Iterable["Node"]) -> list[Machine]:
-    """The nodes of a running cluster, busy or not. The memory of their GPUs is not asked for."""
+    """Return the nodes of a running cluster as machines, busy or not; their GPU memory is unknown."""
     return [
         Machine(
             node.name,
@@ -120,16 +121,21 @@ def machines_of(nodes: Iterable["Node"]) -> list[Machine]:
 
 @dataclass
 class Placed:
-    """What each machine holds, by kind, and what found no room, with the reason and the fix."""
+    """A placement of actors.
+
+    Attributes:
+        held: number of actors by machine and kind.
+        left_over: messages about actors that do not fit, with the reason and the fix.
+    """
 
     held: dict[str, dict[str, int]] = field(default_factory=dict)
     left_over: list[str] = field(default_factory=list)
 
 
 def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
-    """Put each actor on the first machine with room for it, those that need most first.
+    """Place each actor on the first machine with room, largest actors first.
 
-    Ray packs training workers likewise; it may choose other machines of the same kind.
+    Ray packs training workers likewise, but may choose other machines of the same kind.
     """
     free = {machine.name: [machine.cpus, machine.gpus] for machine in machines}
     placed = Placed({machine.name: {} for machine in machines})
@@ -154,8 +160,9 @@ def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
 
 
 def check_places(config: Config, machines: Sequence[Machine]) -> None:
-    """Raise ConfigError where a search's processes of one kind find no room on the machines, were they alone
-    there: of what is large no node may hold one, or too few, whatever the nodes have in all.
+    """Raise ConfigError if a search's processes of one kind do not fit on the machines, even alone.
+
+    Totals do not show this: a large process may fit on no single node, or on too few.
     """
     for each in search_actors(config):
         if not place([each], machines).left_over:

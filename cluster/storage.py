@@ -1,4 +1,4 @@
-"""One view over local folders, s3:// and gs://, by pyarrow.fs (which Ray Data and Ray Train use too)."""
+"""Uniform access to local folders, s3:// and gs:// by pyarrow.fs (which Ray Data and Ray Train use too)."""
 
 import hashlib
 import json
@@ -23,13 +23,12 @@ AZURE = ("az://", "abfs://", "abfss://", "adl://", "wasb://", "wasbs://", "azure
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder that every node can reach. Names given to its methods are relative to it, with `/`.
+    """A folder that every node can reach. Methods take names relative to it, with `/` as the separator.
 
     Attributes:
-        uri: absolute local path, or the s3:// or gs:// address; what Ray Train and Tune take as
-            `storage_path`.
-        filesystem: what Ray Data takes as `filesystem`.
-        path: the folder inside `filesystem`, what Ray Data takes as path.
+        uri: absolute local path, or s3:// or gs:// address; the `storage_path` for Ray Train and Tune.
+        filesystem: the `filesystem` argument for Ray Data.
+        path: the folder inside `filesystem`, the path argument for Ray Data.
     """
 
     uri: str
@@ -38,12 +37,12 @@ class Storage:
 
     @staticmethod
     def open(uri: str) -> "Storage":
-        """`uri`: a local folder (made absolute; it need not exist), s3://bucket/prefix or gs://bucket/prefix.
+        """Open a local folder (made absolute; it need not exist), s3://bucket/prefix or gs://bucket/prefix.
 
-        S3-compatible stores take `s3://bucket/prefix?endpoint_override=host:port`.
+        For S3-compatible stores use `s3://bucket/prefix?endpoint_override=host:port`.
 
         Raises:
-            ConfigError: if the address is of another kind or the store does not know it.
+            ConfigError: the address is of another kind, or the store rejects it.
         """
         if uri.startswith("file://"):
             uri = unquote(uri.removeprefix("file://"))
@@ -68,7 +67,7 @@ class Storage:
         return "://" not in self.uri
 
     def child(self, *parts: str) -> "Storage":
-        """The folder `parts` below this one; it need not exist."""
+        """Return the folder `parts` below this one; it need not exist."""
         below = "/".join(parts)
         if self.is_local:
             return Storage(f"{self.uri.rstrip('/')}/{below}", self.filesystem, self._at(below))
@@ -80,13 +79,13 @@ class Storage:
         return f"{self.path.rstrip('/')}/{name}"
 
     def exists(self, name: str = "") -> bool:
-        """Whether `name` is a file or folder here (without a name: this folder itself)."""
+        """Return True if the file or folder `name` exists here (without a name: this folder itself)."""
         at = self._at(name).rstrip("/")
         return self.filesystem.get_file_info(at).type != fs.FileType.NotFound
 
     def folders(self) -> list[str]:
-        """The names of the folders directly below this one; none if it does not exist."""
-        # Google's storage lists a folder only where an object stands for it; others show in the names below.
+        """Return the sorted names of the folders directly below this one; empty if it does not exist."""
+        # GCS lists a folder only if it has a placeholder object; others show up in the paths of their files.
         deep = isinstance(self.filesystem, fs.GcsFileSystem)
         found = set()
         for info in self._below(recursive=deep):
@@ -96,7 +95,7 @@ class Storage:
         return sorted(found)
 
     def files(self) -> list[str]:
-        """The names of the files directly in this folder; none if it does not exist."""
+        """Return the sorted names of the files directly in this folder; empty if it does not exist."""
         return sorted(info.base_name for info in self._below() if info.type == fs.FileType.File)
 
     def _below(self, *, recursive: bool = False) -> list[fs.FileInfo]:
@@ -105,30 +104,30 @@ class Storage:
         return found
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of a file; FileNotFoundError if it is missing."""
+        """Return the content of a file; raise FileNotFoundError if it is missing."""
         with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
             return stream.read()
 
     def sha256(self, name: str) -> str:
-        """The digest of a file's content, in hexadecimal; FileNotFoundError if it is missing."""
+        """Return the SHA-256 digest of a file in hexadecimal; raise FileNotFoundError if it is missing."""
         with self.filesystem.open_input_stream(self._at(name), compression=None) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def open_input(self, name: str) -> NativeFile:
-        """A file for reading at any place, without the rest being fetched."""
+        """Open a file for random access, without fetching all of it."""
         return self.filesystem.open_input_file(self._at(name))
 
     def read_text(self, name: str) -> str:
-        """The content of a UTF-8 file; FileNotFoundError if it is missing."""
+        """Return the content of a UTF-8 file; raise FileNotFoundError if it is missing."""
         return self.read_bytes(name).decode("utf-8")
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: an interrupted write leaves the former content.
+        """Write a file atomically: an interrupted write leaves the former content.
 
-        Of a local one that holds for a machine that loses its power too.
+        Local files also survive a power failure.
         """
         target = self._at(name)
-        if not self.is_local:  # where what is written appears once its stream was closed
+        if not self.is_local:  # an object appears only once its stream is closed
             with self.filesystem.open_output_stream(target, compression=None) as stream:
                 stream.write(content)
             return
@@ -136,22 +135,23 @@ class Storage:
             file.write(content)
 
     def write_text(self, name: str, text: str) -> None:
-        """`write_bytes`, in UTF-8."""
+        """Write a UTF-8 file atomically, see `write_bytes`."""
         self.write_bytes(name, text.encode("utf-8"))
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The objects of a file of JSON lines; none if there is no such file."""
+        """Return the objects of a JSON Lines file; empty if there is no such file."""
         return [json.loads(line) for line in self.read_text(name).splitlines()] if self.exists(name) else []
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """`write_bytes`, a line of JSON an object."""
+        """Write a JSON Lines file atomically, one line per object, see `write_bytes`."""
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def upload(self, local_folder: str | Path, name: str) -> None:
-        """Copy a local folder here as `name`, in place of a folder of that name.
+        """Copy a local folder here as `name`, replacing a folder of that name.
 
-        A local one appears whole. In an object store the files directly in the folder, which readers look for
-        first (`model_index.json`), go first and come last, so what is not whole is not found.
+        In local storage the copy is atomic. In an object store the files directly in the folder, which
+        readers open first (`model_index.json`), are deleted first and uploaded last, so readers never find a
+        partial folder.
         """
         target = self._at(name)
         if self.is_local:
@@ -173,12 +173,12 @@ class Storage:
             )
 
     def local_copy(self, name: str = "") -> Path:
-        """A local path with the content of `name`: itself where the storage is local, else a download.
+        """Return a local path to `name`: its own path in local storage, else that of a download.
 
         A download goes to a new temporary folder that the caller may delete.
 
         Raises:
-            FileNotFoundError: if there is no such file or folder.
+            FileNotFoundError: there is no such file or folder.
         """
         source = self._at(name).rstrip("/")
         kind = self.filesystem.get_file_info(source).type
@@ -199,18 +199,18 @@ class Storage:
         return target
 
     def rename(self, name: str, to: str) -> None:
-        """Give a file another name; FileNotFoundError if it is missing, so that one of two succeeds."""
+        """Rename a file; raise FileNotFoundError if it is missing, so that one of two callers succeeds."""
         if not self.exists(name):
             raise FileNotFoundError(f"{self.uri}/{name}")
         self.filesystem.move(self._at(name), self._at(to))
 
     def delete(self, name: str) -> None:
-        """Delete a file or a folder with all it holds; a missing one is fine."""
+        """Delete a file, or a folder with its content; a missing one is not an error."""
         at = self._at(name)
         kind = self.filesystem.get_file_info(at).type
         if kind == fs.FileType.Directory:
             if isinstance(self.filesystem, fs.GcsFileSystem):
-                self.filesystem.create_dir(at)  # the object that stands for it, which is deleted last
+                self.filesystem.create_dir(at)  # the placeholder object, which is deleted last
             self.filesystem.delete_dir(at)
         elif kind == fs.FileType.File:
             self.filesystem.delete_file(at)
@@ -218,7 +218,7 @@ class Storage:
 
 @contextmanager
 def _replacing(target: str) -> Iterator[str]:
-    """A free name beside `target`, on the same disk; what the block makes there takes the target's place."""
+    """Yield a free path beside `target`; the file or folder that the block creates there replaces it."""
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
     aside = f"{folder}/.{name}.{uuid.uuid4().hex}.partial"
@@ -227,7 +227,7 @@ def _replacing(target: str) -> Iterator[str]:
         for path in [aside, *(str(below) for below in Path(aside).rglob("*"))]:
             _flush(path)
         if os.path.isdir(aside) and os.path.isdir(target):
-            former = f"{aside}.former"  # a folder cannot be renamed onto one that holds something
+            former = f"{aside}.former"  # a folder cannot be renamed onto a non-empty one
             os.replace(target, former)
             os.replace(aside, target)
             shutil.rmtree(former)
@@ -241,7 +241,7 @@ def _replacing(target: str) -> Iterator[str]:
 
 
 def _flush(path: str) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -250,5 +250,5 @@ def _flush(path: str) -> None:
 
 
 def slug(caption: str) -> str:
-    """A caption as part of a file's name: `A cat's face!` becomes `a-cat-s-face`."""
+    """Convert a caption to a part of a file name: `A cat's face!` becomes `a-cat-s-face`."""
     return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40] or "caption"

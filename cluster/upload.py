@@ -1,4 +1,4 @@
-"""What a job takes along: this repository's code and small data, and the configuration of its run."""
+"""Upload of a job: this repository's code and small data, and the configuration of its run."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,10 +12,10 @@ from ray_jobs.config.files import files_of
 ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
-"""What of the repository a job needs; all else (runs, caches, history) stays at home."""
+"""Folders of the repository that a job needs; the rest (runs, caches, history) is not uploaded."""
 
 MAX_UPLOAD_MB = 100
-"""More than this in one upload is data, which belongs into storage (Ray itself refuses from 512 MiB)."""
+"""Maximum upload in MiB; more than this is data, which belongs in storage (Ray's own limit is 512 MiB)."""
 
 
 def runtime_environment(
@@ -24,10 +24,11 @@ def runtime_environment(
     """Return Ray's runtime environment: code and small data, and the variables of a run.
 
     Args:
-        files: of the repository, outside `PACKAGES`, that are uploaded too.
+        env_vars: further environment variables.
+        files: files of the repository, outside `PACKAGES`, to upload too.
 
     Raises:
-        ConfigError: if there is too much to upload.
+        ConfigError: the upload is too large.
     """
     sizes = {
         name: sum(path.stat().st_size for path in (ROOT / name).rglob("*") if path.is_file()) / 2**20
@@ -48,7 +49,7 @@ def runtime_environment(
 
 
 def all_but(kept: Collection[Path], folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder and is neither to be kept nor holds something that is."""
+    """Yield the paths below a folder that are neither in `kept` nor contain a path that is."""
     for path in folder.iterdir():
         if path in kept:
             continue
@@ -59,11 +60,11 @@ def all_but(kept: Collection[Path], folder: Path) -> Iterator[Path]:
 
 
 def with_configuration(command: list[str], config: str) -> tuple[list[str], list[Path]]:
-    """Return a command that names its configuration as a job finds it on a cluster, and the files to upload
-    for that. An absolute path outside the repository stays as it is: shared storage, which every node reads.
+    """Return the command with its configuration's path on the cluster, and the files to upload for it. An
+    absolute path outside the repository stays unchanged: it is on shared storage, which every node reads.
 
     Args:
-        config: the configuration of the job, as the user names it.
+        config: the job's configuration, as the user named it.
 
     Raises:
         ConfigError: the configuration, or one that it extends, is neither in the repository nor shared.

@@ -1,4 +1,4 @@
-"""What is looked at while a stage runs: nodes that join later, and demands that nothing will ever meet."""
+"""Watch the cluster while a stage runs: nodes that join later, and demands that can never be met."""
 
 import logging
 import os
@@ -19,36 +19,36 @@ if TYPE_CHECKING:
     from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
 LOOK_S = 5.0
-"""From one look to the next, in seconds."""
+"""Interval between checks, in seconds."""
 
 INFEASIBLE_S = 120.0
-"""How long an autoscaler may say that no group of nodes meets a demand before that is believed, in seconds:
-it says so too while it does not know its groups yet."""
+"""How long an autoscaler must report a demand as infeasible before it counts, in seconds: it also does so
+while it does not know its node groups yet."""
 
 AGAIN_S = 60.0
-"""After which a stage that went on is told to stop once more, in seconds: an interrupt in the middle of a
-callback may be lost."""
+"""Interval after which a stage that is still running gets the stop signal again, in seconds: an interrupt in
+the middle of a callback may be lost."""
 
 STOP = signal.SIGUSR2
-"""Stops the stage. Not SIGINT, which is ignored in what a shell runs in the background, and not SIGUSR1,
-which Ray Tune takes for itself."""
+"""Signal that stops the stage. Not SIGINT, which background processes of a shell ignore, and not SIGUSR1,
+which Ray Tune uses."""
 
 
 @contextmanager
 def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
-    """Look after the cluster that this process has joined while the block lasts.
+    """Watch the cluster that this process has joined while the block runs.
 
     Args:
-        nodes: those that were looked at.
+        nodes: the nodes that have already been checked.
 
     Raises:
         ConfigError: a node that joined later does not see the run's storage, or the cluster's autoscaler
-            cannot give what the configuration asks for.
+            cannot provide the nodes that the configuration needs.
     """
     from ray.exceptions import RayError
 
     watch = Watch(config, nodes)
-    # A KeyboardInterrupt, because Ray's own waiting lets no other exception of a signal through.
+    # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)
     watch.start()
     try:
@@ -57,10 +57,10 @@ def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
         if watch.error:
             raise watch.error from None
         raise
-    except Exception:  # perhaps of a node that was not looked at yet
+    except Exception:  # perhaps caused by a node that was not checked yet
         watch.finish()
         with suppress(RayError):
-            for _ in range(2):  # the first word of a node is doubted
+            for _ in range(2):  # a node's first failure is not believed yet
                 watch.look_at_nodes()
         if watch.error:
             raise watch.error from None
@@ -71,10 +71,10 @@ def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
 
 
 class Watch(threading.Thread):
-    """Looks every few seconds; stops the main thread by a signal.
+    """Thread that checks the cluster every few seconds, and stops the main thread by a signal.
 
     Attributes:
-        error: why it did.
+        error: the reason for stopping.
     """
 
     def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
@@ -85,14 +85,14 @@ class Watch(threading.Thread):
         self._doubted: set[str] = set()
         self._infeasible_since: float | None = None
         self._done = threading.Event()
-        self._stopping = threading.Lock()  # so that no signal comes after the end
+        self._stopping = threading.Lock()  # so that no signal is sent after `finish`
 
     def run(self) -> None:
         while not self._done.wait(AGAIN_S if self.error else LOOK_S):
             try:
                 self.look_at_nodes()
                 self._look_at_demands()
-            except Exception as error:  # of a head that is away for a while, or whatever: the stage goes on
+            except Exception as error:  # such as a head that is briefly unreachable: the stage continues
                 logging.getLogger(__name__).warning("the cluster cannot be looked at: %s", error)
             with self._stopping:
                 if self.error and not self._done.is_set():
@@ -104,11 +104,11 @@ class Watch(threading.Thread):
         self.join()
 
     def look_at_nodes(self) -> None:
-        """Have those that have joined look at the storage, together with this process's own. What is wrong
-        must be so at two looks: a machine that has just started may be refused for some seconds.
+        """Check the storage on newly joined nodes, together with this process's node. An error counts once it
+        has occurred in two checks: a machine that has just started may be rejected for some seconds.
 
         Raises:
-            RayError: one has left meanwhile; if not, the next look finds it.
+            RayError: a node has left meanwhile; the next check tries again.
         """
         import ray
 
@@ -119,7 +119,7 @@ class Watch(threading.Thread):
             return
         try:
             check_storage(self.config, [*(node for node in nodes if node.identity == here), *joined])
-        except NoAnswer as error:  # of a busy node, for which a run that goes well is not stopped
+        except NoAnswer as error:  # a busy node is no reason to stop a healthy run
             say("cluster", str(error))
         except ConfigError as error:
             if doubtful := {node.identity for node in joined} - self._doubted:
@@ -150,7 +150,7 @@ def check_fit(config: Config, nodes: Sequence[Node]) -> None:
 
 
 def autoscaling_state() -> "AutoscalingState":
-    """What an autoscaler of version 2 reports, as on Kubernetes; its version is 0 where there is none."""
+    """Return the state reported by an autoscaler v2, as on Kubernetes; its version is 0 if there is none."""
     import ray
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -160,8 +160,11 @@ def autoscaling_state() -> "AutoscalingState":
 
 
 def autoscaler_runs(within_s: float = 30) -> bool:
-    """Whether an autoscaler of version 2 runs. One that has just started, beside the head, has told nothing
-    yet, which is waited for."""
+    """Return True if an autoscaler v2 is running; wait for the first report of one that has just started.
+
+    Args:
+        within_s: maximum wait in seconds.
+    """
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     deadline = time.monotonic() + within_s
@@ -173,10 +176,10 @@ def autoscaler_runs(within_s: float = 30) -> bool:
 
 
 def infeasible(state: "AutoscalingState", nodes: Sequence[Node], actors: Sequence[Actors]) -> bool:
-    """Whether some of these actors wait for what neither the nodes nor the autoscaler can give.
+    """Return True if some of these actors wait for resources that neither nodes nor autoscaler can provide.
 
-    An autoscaler also counts as infeasible what waits only until busy nodes are free; that is told by the
-    nodes' totals. What others on the cluster wait for is told by its size.
+    An autoscaler also reports requests as infeasible that only wait for busy nodes; those fit the nodes'
+    totals. Requests of other users of the cluster are recognized by their size.
     """
     if state.pending_instance_requests or state.pending_instances:
         return False
