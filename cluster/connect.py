@@ -13,18 +13,18 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 
 ANSWER_S = 10
-"""How long the head of a cluster may take to accept a connection, in seconds."""
+"""Timeout for connecting to the head of a cluster, in seconds."""
 
 
 @contextmanager
 def connect(config: Config) -> Iterator[Sequence[Node]]:
-    """Join the cluster of this Ray job (RAY_ADDRESS); outside of a job, start an embedded one. Its nodes.
+    """Join the cluster of this Ray job (RAY_ADDRESS), else start an embedded one; yield the cluster's nodes.
 
-    Where this process has joined one already, that one is used and left up.
+    A cluster that this process has already joined is used, and left running.
 
     Raises:
-        ConfigError: if the cluster does not let this process in, is too small for `config`, or its nodes do
-            not share the storage; before any actor starts.
+        ConfigError: the cluster rejects this process, is too small for `config`, or its nodes do not share
+            the storage; raised before any actor starts.
     """
     import ray
 
@@ -39,13 +39,13 @@ def connect(config: Config) -> Iterator[Sequence[Node]]:
 
 
 def _look_around(config: Config) -> Sequence[Node]:
-    """Say what the cluster has, and check that the run fits and its storage is shared; its nodes."""
+    """Print the cluster's resources, check that the run fits and storage is shared, and return the nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
     try:
         check_fit(config, nodes)
     except ConfigError as error:
-        # An autoscaler of version 2, as on Kubernetes, may bring what is lacking.
+        # An autoscaler v2, as on Kubernetes, may add the missing nodes.
         if not autoscaler_runs():
             raise
         say("cluster", f"waiting for its autoscaler, since now {error}")
@@ -55,10 +55,10 @@ def _look_around(config: Config) -> Sequence[Node]:
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """This process as a driver of the cluster at `address`, its workers' output left to Ray's logs.
+    """Join the cluster at `address` as a driver within the block; workers' output goes to Ray's logs only.
 
     Raises:
-        ConfigError: nothing answers there, or it refuses the token or the version of Ray or Python.
+        ConfigError: nothing answers there, or the cluster rejects the token or the version of Ray or Python.
     """
     import ray
 
@@ -80,10 +80,10 @@ def joined(address: str) -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise ConfigError if nothing listens at host:port; Ray itself would ask for many minutes."""
+    """Raise ConfigError if nothing listens at host:port; Ray itself would retry for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
-        return  # `auto` and the like, which Ray looks up
+        return  # `auto` and the like, which Ray resolves
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except OSError as error:
@@ -94,12 +94,12 @@ def _require_answer(address: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, for a line of ours."""
+    """Return an error's message on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def _quiet_ray_data() -> None:
-    """Ray Data's console shows errors only; its file in the session's logs keeps everything."""
+    """Limit Ray Data's console output to errors; its log file in the session folder keeps everything."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

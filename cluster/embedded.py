@@ -1,7 +1,7 @@
-"""The process that holds the embedded Ray: run by `cluster.local.local_cluster`, not by hand.
+"""The process that runs the embedded Ray; started by `cluster.local.local_cluster`, not by hand.
 
 It starts a head node with the settings given as one JSON argument, and stops it when its standard input
-ends. The kernel ends it whenever the parent is gone, killed included, so no Ray outlives its user.
+closes. The kernel closes that input whenever the parent ends, even if killed, so no Ray outlives its user.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 
 
 def num_gpus() -> int:
-    """The GPUs that this process may use. `Cluster`, unlike `ray.init`, takes none unless told."""
+    """Return the number of GPUs that this process may use; `Cluster`, unlike `ray.init`, defaults to none."""
     from ray._private.accelerators import get_accelerator_manager_for_resource
 
     manager = get_accelerator_manager_for_resource("GPU")
@@ -21,7 +21,7 @@ def num_gpus() -> int:
 
 def main() -> None:
     settings = json.loads(sys.argv[1]) | {"num_gpus": num_gpus()}
-    # A Ctrl-C goes to the whole terminal; the parent first stops its job and then closes the input.
+    # Ctrl-C reaches every process of the terminal; the parent first stops its job and then closes the input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ray.cluster_utils import Cluster
 

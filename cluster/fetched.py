@@ -1,7 +1,7 @@
-"""Models and networks that lie in an object store, fetched to this node: once, and whole or not at all.
+"""Download models and networks from object stores to this node, once and atomically.
 
-They are kept in `DIFFRAY_CACHE`, by default `~/.cache/diffray`. A copy is named by the address and by the
-names, sizes and times of what lies there: what was replaced in the store is fetched anew.
+They are cached in `DIFFRAY_CACHE`, by default `~/.cache/diffray`. The cache key covers the address and the
+names, sizes and modification times of its files, so replaced files are downloaded again.
 """
 
 import fcntl
@@ -22,15 +22,15 @@ from ray_jobs.config import ConfigError, resolve_path
 
 
 def local_path(path: str, field: str = "model.base") -> str:
-    """Where a file or folder lies on this node, fetched if its address is s3:// or gs://.
+    """Return the local path of a file or folder, downloading it first from s3:// or gs://.
 
-    Local paths and names of the hub come back as `resolve_path` gives them.
+    Local paths and hub names are passed to `resolve_path`.
 
     Args:
-        field: the setting that names it.
+        field: the setting that the path comes from, for error messages.
 
     Raises:
-        ConfigError: nothing lies at the address, or the store does not answer.
+        ConfigError: there is nothing at the address, or the download fails.
     """
     if not path.startswith(("s3://", "gs://")):
         return resolve_path(path)
@@ -52,7 +52,7 @@ def local_path(path: str, field: str = "model.base") -> str:
 
 
 def _listed(storage: Storage) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of change (ns since 1970) of each file at an address."""
+    """List path, size in bytes and modification time (ns since 1970) of each file at an address."""
     info = storage.filesystem.get_file_info(storage.path)
     found = [info]
     if info.type != fs.FileType.File:
@@ -64,7 +64,7 @@ def _listed(storage: Storage) -> list[tuple[str, int, int]]:
 
 
 def _fetch(storage: Storage, target: Path) -> None:
-    """Copy what lies at an address; what is interrupted leaves nothing that counts."""
+    """Copy the file or folder at an address to `target`; `target` appears only once the copy is complete."""
     aside = target.parent / f".{uuid.uuid4().hex}.partial"
     try:
         destination = aside / target.name
@@ -82,7 +82,7 @@ def _fetch(storage: Storage, target: Path) -> None:
 
 
 def _cache() -> Path:
-    """A folder of this node that can be written to."""
+    """Return the cache folder, or one in the temporary folder if it cannot be created."""
     folder = Path(os.environ.get("DIFFRAY_CACHE") or Path.home() / ".cache" / "diffray")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process of this node at a time."""
+    """Hold a lock that admits one process of this node at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

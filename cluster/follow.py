@@ -1,4 +1,4 @@
-"""Follow a job's log to the job's end, whatever becomes of the connection meanwhile."""
+"""Follow a job's log to the job's end, across lost connections."""
 
 import asyncio
 import sys
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 RETRY_S = 2
-"""From one attempt to reach a cluster to the next, in seconds."""
+"""Interval between attempts to reach a cluster, in seconds."""
 
 QUIET_S = 120
-"""After which without a line the cluster is asked whether the job still runs, in seconds: of a connection
-that something on the way has dropped nobody is told."""
+"""Time without a log line, in seconds, after which the job's status is queried: a connection that an
+intermediary has dropped gives no error."""
 
 UNREACHED = (OSError, RuntimeError, RayError, aiohttp.ClientError)
-"""What Ray's client raises while it cannot reach the cluster, or what stands before it answers in its place;
+"""Errors of Ray's client while it cannot reach the cluster, or while a proxy answers in the cluster's place;
 those of `requests` are OSErrors, those of the log's web socket are not."""
 
 
 class ConnectionLost(Exception):
-    """The cluster was out of reach for too long; the job may be running."""
+    """The cluster was unreachable for too long; the job may still be running."""
 
 
 @dataclass
 class Follower:
-    """Prints a job's log as it grows. The cluster sends it from its beginning after each loss.
+    """Print a job's log as it grows. After each reconnect the cluster sends the log from its beginning.
 
     Attributes:
-        printed: characters of the log.
-        lost_s: seconds without the cluster until that is an error.
+        printed: number of characters of the log printed so far.
+        lost_s: seconds without a connection until ConnectionLost is raised.
     """
 
     client: "JobSubmissionClient"
@@ -46,10 +46,10 @@ class Follower:
     _lost_at: float | None = None
 
     def follow(self) -> "JobDetails":
-        """The job as it ended, with all of its log printed.
+        """Print the log until the job ends, and return the job's final details.
 
         Raises:
-            ConnectionLost: no answer for `lost_s`.
+            ConnectionLost: no answer for `lost_s` seconds.
         """
         while True:
             try:
@@ -64,14 +64,14 @@ class Follower:
             time.sleep(0.5)
 
     async def _round(self) -> "JobDetails":
-        """Print what is new until the log's end or the loss of the connection; how the job is then."""
+        """Print new log text until the log ends or the connection is lost; return the job's details then."""
         broken = None
         try:
             await self._tail()
         except UNREACHED as error:
             broken = error
         details = self.client.get_job_info(self.job)
-        if details.status.is_terminal():  # the log's stream ends without an error where a node of it has gone
+        if details.status.is_terminal():  # the log stream ends without an error if its node has gone
             self._print_rest()
         elif broken:
             raise broken
@@ -84,7 +84,7 @@ class Follower:
             try:
                 chunk = await asyncio.wait_for(anext(stream), QUIET_S)
             except (StopAsyncIteration, TimeoutError):
-                return  # the job's status tells whether it is the end, silence, or a connection that hangs
+                return  # the job's status shows whether the job ended, is silent, or the connection hangs
             self._back()
             fresh = chunk[max(0, self.printed - seen) :]
             seen += len(chunk)
@@ -117,7 +117,7 @@ def _tell(line: str) -> None:
 
 
 def _print(text: str) -> None:
-    """To stdout, without the two lines that Ray itself puts before the job's first."""
+    """Print to stdout, without the two lines that Ray puts before the job's own output."""
     for line in text.splitlines(keepends=True):
         if "-- Runtime env is setting up." in line or line.startswith("Running entrypoint for job "):
             continue

@@ -1,13 +1,14 @@
-"""One driver a run: a lease in the run's folder, which a second driver of the same name finds taken.
+"""Run lease: at most one driver works on a run at a time.
 
-`lease/<number>-<owner>.json` is who holds the run, and is written anew every few seconds (`beat`). A new
-owner takes the next number. In a local folder that name is `lease/<number>.json` and is made with O_EXCL, so
-that one of two gets it. Object stores have no such thing in pyarrow; there each writes its claim and then
-looks, and who sees another's claim of the same number withdraws: of two that start in the same second both
-may be refused, but never both go on, since these stores list what was written (S3 does so since 2020).
+`lease/<number>-<owner>.json` names the owner of the run, and is rewritten every few seconds (`beat`). A new
+owner takes the next number. In a local folder the name is `lease/<number>.json`, created with O_EXCL, so only
+one of two drivers succeeds. pyarrow offers no such operation for object stores: there each driver writes its
+claim, then lists the folder, and withdraws if it sees another claim of the same number. Two drivers that
+start in the same second may both be refused, but never both proceed, since listings of these stores include
+all completed writes (S3 since 2020).
 
-Clocks of other machines are not believed: an owner is dead when its beat stands still for `EXPIRY_S` on the
-clock of the one who watches; or at once, when its process or its Ray job is known to have ended.
+Clocks of other machines are not trusted. An owner counts as dead when its beat has not changed for `EXPIRY_S`
+on the observer's clock, or at once when its process or its Ray job is known to have ended.
 """
 
 import json
@@ -32,21 +33,22 @@ from ray_jobs.console import say
 
 LEASES = "lease"
 BEAT_S = 10.0
-EXPIRY_S = 60.0  # several beats, since a store may be slow or refuse some
+EXPIRY_S = 60.0  # several beats, since a store may be slow or reject some
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A driver that holds a run, or would.
+    """A driver that holds a run, or claims it.
 
     Attributes:
-        identity: of this attempt.
-        host: the machine, as a person knows it.
-        place: the boot and the container in which `process` means something.
-        started: when the process started, in seconds since 1970 on its own machine.
-        job: of the Ray cluster; empty without one.
-        cluster: the Ray session that `job` belongs to.
-        beat: counts up while the driver lives.
+        identity: random id of this attempt.
+        host: host name.
+        place: boot and process namespace in which `process` is valid.
+        process: process id.
+        started: start time of the process, in seconds since 1970 on its own machine.
+        job: Ray job id; empty without Ray.
+        cluster: Ray session of `job`.
+        beat: counter that increases while the driver lives.
     """
 
     identity: str
@@ -60,7 +62,7 @@ class Owner:
 
     @staticmethod
     def this() -> "Owner":
-        """This process, as a driver of the Ray that it has joined, if any."""
+        """Return this process as an owner, with the job of the Ray that it has joined, if any."""
         job, cluster = _ray_job()
         process = psutil.Process()
         started = process.create_time()
@@ -73,7 +75,7 @@ class Owner:
 
 
 def _place() -> str:
-    """The boot of this machine and the namespace of its process numbers; both differ between containers."""
+    """Return an id of this boot and process namespace; containers differ in it."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
     if boot.exists():
         return f"{boot.read_text().strip()} {os.readlink(namespace)}"
@@ -81,7 +83,7 @@ def _place() -> str:
 
 
 def _ray_job() -> tuple[str, str]:
-    """This driver's Ray job and session; empty where no Ray was joined."""
+    """Return this driver's Ray job and session; empty strings if it has not joined Ray."""
     import ray
 
     if not ray.is_initialized():
@@ -91,8 +93,8 @@ def _ray_job() -> tuple[str, str]:
 
 
 def known_fate(owner: Owner, here: Owner) -> bool | None:
-    """Whether an owner lives, where this process can know: on the same machine or of the same Ray; else
-    None."""
+    """Return True if an owner is alive, False if it is dead, None if this process cannot know: the owner is
+    neither on the same machine nor in the same Ray session."""
     if owner.place == here.place:
         try:
             return abs(psutil.Process(owner.process).create_time() - owner.started) < 1
@@ -107,11 +109,12 @@ def known_fate(owner: Owner, here: Owner) -> bool | None:
 
 
 class Lease:
-    """A run's lease as one driver sees it.
+    """One driver's view of a run's lease.
 
     Args:
         run: the run's folder.
-        beat_s, expiry_s: seconds between signs of life, and without one until an owner counts as dead.
+        beat_s: seconds between beats.
+        expiry_s: seconds without a beat after which an owner counts as dead.
     """
 
     def __init__(
@@ -125,10 +128,10 @@ class Lease:
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def take(self) -> None:
-        """Hold the run, if need be after watching whether a former owner still lives.
+        """Acquire the lease, if necessary after waiting to see whether the former owner is still alive.
 
         Raises:
-            ConfigError: another driver holds it; it names that.
+            ConfigError: another driver, which is named, holds the lease.
         """
         number = self._highest()
         if number:
@@ -142,7 +145,7 @@ class Lease:
         self._beating.start()
 
     def release(self) -> None:
-        """Let the run go."""
+        """Release the lease."""
         self._done.set()
         self._beating.join()
         if not self.lost:
@@ -150,7 +153,7 @@ class Lease:
 
     @property
     def name(self) -> str:
-        """Of this owner's claim."""
+        """File name of this owner's claim."""
         whose = "" if self.folder.is_local else f"-{self.owner.identity}"
         return f"{self.number:06d}{whose}.json"
 
@@ -161,17 +164,17 @@ class Lease:
         return max((_number(name) for name in self._names()), default=0)
 
     def _read(self, number: int) -> Owner | None:
-        """Who holds a number; None where that was let go, or is just being written."""
+        """Return the owner of a number; None if it was released, or is just being written."""
         for name in self._names():
             if _number(name) == number:
                 try:
                     return Owner(**json.loads(self.folder.read_text(name)))
-                except (OSError, json.JSONDecodeError):  # a store may fail to read what is deleted meanwhile
+                except (OSError, json.JSONDecodeError):  # the file may be deleted meanwhile
                     return None
         return None
 
     def _require_dead(self, number: int) -> None:
-        """Return once nobody holds `number`; raise ConfigError as soon as its owner gives a sign of life."""
+        """Return once `number` is released or its owner counts as dead; raise ConfigError if it is alive."""
         first = self._read(number)
         fate = known_fate(first, self.owner) if first else None
         if fate is False:
@@ -186,7 +189,7 @@ class Lease:
             now, highest = self._read(number), self._highest()
             if highest > number or (now and first and now != first):
                 raise self._taken(self._read(highest))
-            if highest < number:  # let go meanwhile
+            if highest < number:  # released meanwhile
                 return
             first = now or first
 
@@ -198,7 +201,7 @@ class Lease:
         )
 
     def _claim(self) -> bool:
-        """Write this owner's claim; False if another had it first."""
+        """Write this owner's claim; return False if another driver claimed the number too."""
         content = json.dumps(asdict(self.owner))
         if not self.folder.is_local:
             self.folder.write_text(self.name, content)
@@ -216,8 +219,8 @@ class Lease:
         return True
 
     def _beat(self) -> None:
-        """Give signs of life until the end. Whoever was taken for dead, by a driver that went on with the
-        run, must write no more."""
+        """Update the beat until `release`. If another driver has taken over the run, stop this process's
+        stage, which must write no more."""
         while not self._done.wait(self.beat_s):
             try:
                 if self._highest() > self.number or not self.folder.exists(self.name):
@@ -226,7 +229,7 @@ class Lease:
                     return
                 self.owner = replace(self.owner, beat=self.owner.beat + 1)
                 self.folder.write_text(self.name, json.dumps(asdict(self.owner)))
-            except OSError as error:  # the next beat may succeed; too many missed ones end as lost
+            except OSError as error:  # the next beat may succeed; after too many failures the lease is lost
                 say("lease", f"{self.folder.uri} cannot be written: {' '.join(str(error).split())}")
 
 
@@ -236,15 +239,18 @@ def _number(name: str) -> int:
 
 @contextmanager
 def held(config: Config, **times: Any) -> Iterator[None]:
-    """The run of a configuration held by this process while the block lasts.
+    """Hold the lease of a configuration's run within the block.
+
+    Args:
+        times: `beat_s` and `expiry_s` of `Lease`.
 
     Raises:
-        ConfigError: another driver holds it.
-        RuntimeError: it was taken over, since this process gave no sign of life for too long.
+        ConfigError: another driver holds the lease.
+        RuntimeError: another driver took over, since this process missed its beats for too long.
     """
     lease = Lease(Storage.open(config.storage).child(config.name), Owner.this(), **times)
     lease.take()
-    # A KeyboardInterrupt, because Ray's own waiting lets no other exception of a signal through.
+    # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)
     try:
         yield

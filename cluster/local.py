@@ -22,37 +22,37 @@ from ray_jobs.config import ConfigError, LocalConfig, home
 from ray_jobs.console import show
 
 START_TIMEOUT_S = 180
-"""How long one start of the embedded Ray may take, in seconds: a loaded machine of 2 cores needs 40."""
+"""Timeout of one start of the embedded Ray, in seconds: a loaded machine with 2 cores needs 40."""
 
 STARTS = 3
-"""How often Ray is started before that is an error."""
+"""Number of attempts to start Ray."""
 
 PORT_FILE = "Timed out waiting for file"
-"""What a raylet of Ray 2.60 writes before it aborts: it waits 15 s for its agent's ports, and no setting
-changes that. An agent takes longer where its imports come from a cold disk, are not compiled, or wait for a
-core; the next one finds them in memory."""
+"""Message of a raylet of Ray 2.60 before it aborts: it waits 15 s for its agent's ports, and no setting
+changes that. An agent takes longer if its imports come from a cold disk, are not compiled, or wait for a core;
+the next one has them in memory."""
 
 QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""Environment of drivers and workers: no progress bars of Ray's own, no warning for every fork."""
+"""Environment of drivers and workers: no progress bars by Ray, no tokenizers warning at each fork."""
 
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""Environment of the embedded Ray's processes. glibc would return the memory of each large tensor to the
-system and get it back page by page for the next one: a quarter of an encoder's time, on two cores."""
+"""Environment of the embedded Ray's processes. Otherwise glibc returns the memory of each large tensor to the
+system and gets it back page by page for the next one: a quarter of an encoder's time, on two cores."""
 
 ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Environment of the embedded Ray's processes. Nobody takes its only machine away, so each training saves the
-process that would watch for that."""
+"""Environment of the embedded Ray's processes. Its only machine is never preempted, so each training saves
+the process that watches for that."""
 
 PATIENCE = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_TIMEOUT_S),
     "RAY_gcs_server_port_wait_time_s": str(START_TIMEOUT_S),
     "RAY_agent_register_timeout_ms": str(START_TIMEOUT_S * 1000),
 }
-"""Environment of the embedded Ray's head. Ray's own limits, 30 to 60 s, are too short for a cold disk."""
+"""Environment of the embedded Ray's head. Ray's own timeouts, 30 to 60 s, are too short for a cold disk."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class LocalCluster:
     """The embedded Ray.
 
     Attributes:
-        address: of the Jobs API (and dashboard), on the loopback interface.
-        gcs_address: what `ray.init(address=...)` takes.
-        logs: the folder of the framework's logs.
+        address: address of the Jobs API (and dashboard), on the loopback interface.
+        gcs_address: address for `ray.init(address=...)`.
+        logs: folder of Ray's logs.
     """
 
     address: str
@@ -71,10 +71,10 @@ class LocalCluster:
 
 
 class NotStartedError(Exception):
-    """Ray did not come up; another start may do.
+    """Ray did not start; another attempt may succeed.
 
     Attributes:
-        log: what tells why.
+        log: the log file that shows the cause.
     """
 
     def __init__(self, reason: str, log: Path) -> None:
@@ -84,15 +84,14 @@ class NotStartedError(Exception):
 
 @contextmanager
 def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
-    """Start Ray on this machine, on loopback addresses only, guarded by a token; stop it at the end.
+    """Start Ray on this machine, on loopback addresses only, protected by a token; stop it at the end.
 
-    All its ports are free ones and its files lie in a folder of their own, so another Ray on this
-    machine, a taken port, what a killed run left behind, or RAY_ADDRESS do not matter. Ray is held by a
-    process beside this one (`cluster/embedded.py`) that stops it when this process ends or is killed.
-    A head that does not come up is started again.
+    It uses free ports and a folder of its own, so another Ray on this machine, an occupied port, leftovers
+    of a killed run, or RAY_ADDRESS do not matter. Ray runs under a separate process (`cluster/embedded.py`)
+    that stops it when this process ends or is killed. A head that does not start is started again.
 
     Raises:
-        ConfigError: if Ray does not come up; it says what to do and names the log. No process is left.
+        ConfigError: Ray does not start; the error names the fix and the log. No process is left.
     """
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(QUIET | KEEP_MEMORY | ONE_MACHINE)
@@ -137,20 +136,20 @@ class Head:
             "dashboard_host": "127.0.0.1",
             "dashboard_port": _free_port(),
             "dashboard_agent_listen_port": 0,
-            # A port that is known is not waited for.
+            # The raylet does not wait for a port that is given.
             "runtime_env_agent_port": _free_port(),
         }
         own = {
-            # For Ray Train, whose processes else ask the Ray that was started last on this machine whether a
-            # training is still wanted, and end it if that one does not know it.
+            # For Ray Train: otherwise its processes ask the Ray that was started last on this machine whether
+            # a training is still wanted, and end it if that Ray does not know it.
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_TMPDIR": str(self.folder),
             "RAY_worker_niceness": str(local.niceness),
-            # Ray Train's workers run in folders of their own: relative paths start where this process is.
+            # Ray Train's workers run in their own folders; relative paths must start at this process's.
             "DIFFRAY_HOME": str(home()),
         }
         environment = os.environ | PATIENCE | own
-        # What Ray's processes have to compile, they compile once.
+        # So that Ray's processes compile bytecode only once.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         with open(self.log, "wb") as errors:
             self.holder = subprocess.Popen(
@@ -165,7 +164,7 @@ class Head:
         """Return once the Jobs API answers.
 
         Raises:
-            NotStartedError: if Ray ends, its raylet dies, or nothing answers in time.
+            NotStartedError: Ray ends, its raylet dies, or nothing answers in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         words = self._first_line(deadline).split()
@@ -181,7 +180,7 @@ class Head:
                 time.sleep(0.5)
 
     def _first_line(self, deadline: float) -> str:
-        """What the holder prints once the head is up."""
+        """Return the line that the holder process prints once the head is up."""
         stdout = self.holder.stdout
         assert stdout is not None
         while not select.select([stdout], [], [], 0.5)[0]:
@@ -200,14 +199,14 @@ class Head:
             raise NotStartedError(f"it does not answer after {START_TIMEOUT_S} s", self.log)
 
     def stop(self) -> None:
-        """Stop Ray in its own order."""
+        """Shut Ray down in an orderly way."""
         assert self.holder.stdin is not None
         self.holder.stdin.close()
         self.holder.wait()
         shutil.rmtree(self.folder / "ray" / "session_latest" / "runtime_resources", ignore_errors=True)
 
     def end(self) -> None:
-        """Kill every process of a Ray that did not come up, an agent whose raylet is gone included."""
+        """Kill every process of a Ray that did not start, including an agent whose raylet is gone."""
         self.holder.kill()
         self.holder.wait()
         for process in psutil.process_iter():
@@ -220,25 +219,25 @@ class Head:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a log, which in a traceback says what was wrong."""
+    """Return the last line of a log, at most 300 characters; in a traceback it names the error."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip()[:300] if lines else ""
 
 
 def _free_port() -> int:
-    """A port that nothing listens on at the loopback address."""
+    """Return a free port on the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _require_token() -> None:
-    """Turn token authentication on for this process and its children, with a new token if there is none."""
+    """Turn on token authentication for this process and its children, with a new token if none is set."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Ray reads its settings when it is imported; where that has happened, it must read them again.
+    # Ray reads its settings at import; if it is already imported, it must read them again.
     from ray import _raylet
 
     _raylet.Config.initialize("")  # type: ignore[attr-defined]
@@ -246,10 +245,10 @@ def _require_token() -> None:
 
 
 def _stay_on_loopback() -> None:
-    """Have Ray take 127.0.0.1 for this machine's address; else it puts an outside one in its place.
+    """Make Ray use 127.0.0.1 as this machine's address instead of an external one.
 
-    Ray has one switch for that, named for the systems where it is the default. It is read when Ray is
-    imported, which may have happened here (hence the constant), and by every process that Ray starts.
+    Ray has one switch for this, named after the systems where it is the default. Ray reads it at import,
+    which may already have happened here (hence the constant), and in every process that it starts.
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from ray._private import ray_constants

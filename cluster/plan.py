@@ -1,4 +1,4 @@
-"""What a run would do on a cluster, before anything is started: places, memory, batches, cost.
+"""Plan a run on a cluster before anything is started: placement, memory, batches, cost.
 
     python -m cluster.plan --config configs/demo.yaml
     python -m cluster.plan --config big.yaml --nodes 4x8gpu80
@@ -20,7 +20,7 @@ from ray_jobs.planning.plan import plan
 
 
 def live(address: str) -> list[Machine]:
-    """The nodes of a running cluster."""
+    """Return the nodes of a running cluster."""
     from cluster.connect import joined
     from cluster.nodes import living_nodes
 

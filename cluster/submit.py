@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 NOT_FOUND_S = 60
-"""How long a cluster may have no free agent for a job before that is an error, in seconds."""
+"""Timeout while a cluster has no free agent for a job, in seconds."""
 
 LOST_S = 300
-"""How long a cluster may be out of reach while its job is followed, in seconds."""
+"""Timeout while the cluster of a followed job is unreachable, in seconds."""
 
 CONNECTION_LOST = 75
-"""Exit code where the cluster went out of reach and did not come back; the job may be running."""
+"""Exit code if the connection to the cluster was lost for good; the job may still be running."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code of the job; 2 for what the user must mend, 75 where the cluster went out of reach."""
+    """Return the exit code of the job; 2 for a configuration error, 75 if the connection was lost."""
     options, command = _parse(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _interrupt(*_: Any) -> NoReturn:
-    """SIGTERM stops the job as Ctrl-C does."""
+    """Treat SIGTERM like Ctrl-C, which stops the job."""
     raise KeyboardInterrupt
 
 
@@ -89,7 +89,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def overrides_in(command: list[str]) -> list[str]:
-    """What a command of ours lays over its configuration, so that it is checked before Ray starts."""
+    """Return the configuration overrides in a diffray command, so that they are checked before Ray starts."""
     if not any(each.startswith(("ray_jobs.", "serving.")) for each in command):
         return []
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -122,7 +122,7 @@ def use_token(file: str) -> None:
     """Authenticate with the token in a file, in this process and its children.
 
     Raises:
-        ConfigError: there is no such file, or nothing in it.
+        ConfigError: the file cannot be read, or is empty.
     """
     path = Path(file).expanduser()
     try:
@@ -136,24 +136,25 @@ def use_token(file: str) -> None:
 
 
 def local_variables() -> dict[str, str]:
-    """On the embedded Ray a job runs in Ray's copy of the code, but with this Python, on the user's own
-    folders, and with all of this process's variables, which its processes inherit.
+    """Return the variables of a job on the embedded Ray.
+
+    The job runs in Ray's copy of the code, but with this Python, in the user's own folders, and inherits all
+    variables of this process.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"DIFFRAY_HOME": str(home()), "PATH": path}
 
 
 def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wait: bool = True) -> int:
-    """Submit `command`, print what it prints, line by line, and return its exit code.
+    """Submit `command`, print its output line by line, and return its exit code.
 
-    An interrupt stops the job, unless a person at a terminal wants otherwise, before it goes on as
-    KeyboardInterrupt.
+    KeyboardInterrupt stops the job and is raised again, unless the user at a terminal chooses otherwise.
 
     Args:
-        wait: else print the job's id and return 0 at once.
+        wait: wait for the job; else print its id and return 0 at once.
 
     Raises:
-        ConfigError: if nothing answers at `address`, or it refuses the token or the upload.
+        ConfigError: nothing answers at `address`, or the cluster rejects the token or the upload.
     """
     from ray.exceptions import RayError
 
@@ -190,7 +191,7 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they tell the upload in a dozen lines
+        logging.getLogger(name).setLevel(logging.ERROR)  # they log a dozen lines about the upload
     try:
         client = JobSubmissionClient(address)
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -207,14 +208,14 @@ def _client(address: str) -> "JobSubmissionClient":
 def _exit_code(job: str, info: "JobDetails") -> int:
     if info.status == "SUCCEEDED":
         return 0
-    if info.driver_exit_code is None:  # it never ran, so its log says nothing
+    if info.driver_exit_code is None:  # the job never ran, so its log is empty
         print(f"error: job {job}: {(info.message or info.status).splitlines()[0]}", file=sys.stderr)
     return info.driver_exit_code or 1
 
 
 def _ask(job: str) -> str:
-    """What a person wants of a job after Ctrl-C: `stop`, `leave` or `follow`. Another Ctrl-C is `stop`, and
-    so is an interrupt where nobody can be asked."""
+    """Ask the user what to do with a job after Ctrl-C: `stop`, `leave` or `follow`. Another Ctrl-C means
+    `stop`, and so does an interrupt without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return "stop"
     answers = {"s": "stop", "l": "leave", "f": "follow"}
@@ -245,7 +246,7 @@ def _stop(client: "JobSubmissionClient", job: str) -> None:
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """The id of a new job. A cluster that has just started may have no agent yet: that is waited for."""
+    """Submit a job and return its id; wait for a cluster that has just started and has no agent yet."""
     deadline = time.monotonic() + NOT_FOUND_S
     while True:
         try:

@@ -1,7 +1,7 @@
-"""The variables of a user's shell that a job gets, and the way on which secrets reach a cluster.
+"""Environment variables that a job inherits from the user's shell, and how secrets reach a cluster.
 
 Ray 2.60 writes a job's `env_vars` into the logs of every node ("Creating runtime env: ...") and shows them in
-its Jobs API. So what is secret goes as a small module of its own, which Ray logs by its digest only.
+its Jobs API. So secrets travel in a small module of their own, of which Ray logs only the digest.
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PLAIN = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT")
-"""What the job gets by Ray's `env_vars`, if the user has set it."""
+"""Variables passed by Ray's `env_vars`, if the user has set them."""
 
 SECRET = (
     "HF_TOKEN",
@@ -21,19 +21,19 @@ SECRET = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-"""What it gets by the module, if the user has set it."""
+"""Variables passed by the module, if the user has set them."""
 
 MODULE = "diffray_variables"
 
 
 def those_set(names: tuple[str, ...]) -> dict[str, str]:
-    """The variables of these names that this process has."""
+    """Return those of the named variables that are set in this process."""
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 @contextmanager
 def secret_modules() -> Iterator[list[str]]:
-    """Folders for Ray's `py_modules`: one with the secrets of this process, or none. Gone after the block."""
+    """Yield the folders for Ray's `py_modules`: one with this process's secrets, or none; deleted at the end."""
     values = those_set(SECRET)
     if not values:
         yield []
@@ -46,7 +46,7 @@ def secret_modules() -> Iterator[list[str]]:
 
 
 def take() -> None:
-    """Set what the job's user sent, in a process of a job; elsewhere nothing."""
+    """Set the secrets that the job's user sent; do nothing outside a job."""
     try:
         from diffray_variables import VALUES  # type: ignore[import-not-found]
     except ImportError:
