@@ -29,8 +29,8 @@ STARTS = 3
 
 PORT_FILE = "Timed out waiting for file"
 """Message of a raylet of Ray 2.60 before it aborts: it waits 15 s for its agent's ports, and no setting
-changes that. An agent takes longer if its imports come from a cold disk, are not compiled, or wait for a core;
-the next one has them in memory."""
+changes that. An agent takes longer if its imports come from a cold disk, are not compiled, or wait for a
+core; the next one has them in memory."""
 
 QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of drivers and workers: no progress bars by Ray, no tokenizers warning at each fork."""

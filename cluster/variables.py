@@ -33,7 +33,7 @@ def those_set(names: tuple[str, ...]) -> dict[str, str]:
 
 @contextmanager
 def secret_modules() -> Iterator[list[str]]:
-    """Yield the folders for Ray's `py_modules`: one with this process's secrets, or none; deleted at the end."""
+    """Yield the folders for Ray's `py_modules`: one with this process's secrets, or none; then delete it."""
     values = those_set(SECRET)
     if not values:
         yield []

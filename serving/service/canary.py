@@ -1,7 +1,7 @@
-"""Champion against candidate, by what they answered: counts, and when the candidate is taken out by itself.
+"""Compare champion and candidate by their answers, and decide when to remove the candidate automatically.
 
-Pure. What is compared is what users cannot tell a version from: errors of the server, and seconds a step,
-because requests of many steps take longer whoever draws them.
+Pure. The criteria do not depend on what users request: server errors, and seconds per step, because requests
+with many steps take longer with any version.
 """
 
 from collections import deque
@@ -10,27 +10,27 @@ from math import exp, lgamma
 from statistics import median
 from typing import Any
 
-WINDOW = 500  # requests of a version that are looked at, the last ones
-CHANCE = 0.001  # of taking out a candidate that is no worse, at one look
+WINDOW = 500  # number of latest requests per version that are compared
+CHANCE = 0.001  # probability of removing a candidate that is no worse, per check
 
 
 @dataclass
 class Tally:
-    """What one version did."""
+    """Results of one version."""
 
     answers: int = 0
     errors: int = 0
-    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))  # the last requests
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds a step
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # a request
+    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))  # per request, the latest ones
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds per step
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))  # seconds per request
 
     @property
     def error_rate(self) -> float:
-        """Of the last requests."""
+        """Error rate of the latest requests."""
         return sum(self.failed) / len(self.failed) if self.failed else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """For GET /v1/rollout."""
+        """Return the summary for GET /v1/rollout."""
         ordered = sorted(self.seconds)
         return {
             "answers": self.answers,
@@ -43,23 +43,23 @@ class Tally:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a candidate is taken out; as in ServeConfig."""
+    """Limits beyond which a candidate is removed; as in ServeConfig."""
 
-    requests: int  # of the candidate before anything is concluded
-    error_rate: float  # more than the champion's
-    latency: float  # times the champion's median
+    requests: int  # minimum requests before anything is concluded
+    error_rate: float  # allowed excess over the champion's error rate
+    latency: float  # allowed multiple of the champion's median
 
 
 class Canary:
-    """Counts by version, since the endpoint started: of those that were champion or candidate then."""
+    """Results since the endpoint started, by version, of versions that have been champion or candidate."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.tallies: dict[str, Tally] = {}
-        self.taken_out: dict[str, str] = {}  # version -> why
+        self.taken_out: dict[str, str] = {}  # reason by version
 
     def answered(self, version: str, *, seconds: float, steps: int) -> None:
-        """Count an answer that took `seconds` for pictures of `steps` each."""
+        """Count an answer that took `seconds` for images of `steps` steps each."""
         tally = self.tallies.setdefault(version, Tally())
         tally.answers += 1
         tally.failed.append(False)
@@ -67,17 +67,17 @@ class Canary:
         tally.latencies.append(seconds / steps)
 
     def failed(self, version: str) -> None:
-        """Count a request that the server could not answer; what the client did wrong does not count."""
+        """Count a request that failed on the server; client errors do not count."""
         tally = self.tallies.setdefault(version, Tally())
         tally.errors += 1
         tally.failed.append(True)
 
     def objection(self, champion: str, candidate: str) -> str | None:
-        """Why the candidate should be taken out now; None if it may stay.
+        """Return the reason to remove the candidate now; None if it may stay.
 
-        Errors: its rate lies above the champion's by the limit, and by Fisher's exact test (one-sided) so
-        many more errors come by chance in fewer than one of 1 / CHANCE cases. Latency: the median second a
-        step is beyond the limit's multiple of the champion's. Both need enough requests of both versions.
+        Errors: its error rate exceeds the champion's by more than the limit, with p < CHANCE in Fisher's
+        exact test (one-sided). Latency: its median seconds per step exceed the limit's multiple of the
+        champion's. Both criteria need enough requests of both versions.
         """
         ours, theirs = self.tallies.get(champion, Tally()), self.tallies.get(candidate, Tally())
         requests, others = len(theirs.failed), len(ours.failed)
@@ -99,7 +99,7 @@ class Canary:
 
 
 def fisher_exact(errors: int, answers: int, other_errors: int, other_answers: int) -> float:
-    """The chance of at least so many errors on the first side if both had the same rate, in 0 to 1.
+    """Return the probability (0 to 1) of at least so many errors on the first side if both rates were equal.
 
     Fisher, The Design of Experiments (1935), the upper tail of the hypergeometric distribution.
     """

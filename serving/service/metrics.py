@@ -1,8 +1,8 @@
-"""What an operator sees: counters, gauges and histograms in Prometheus' format.
+"""Metrics for operators: counters, gauges and histograms in Prometheus' format.
 
-The HTTP layer (`serving.http.access`) feeds the requests, the service the loads of the engines and what it
-knows of a picture. Every label has few values: models and versions are the ones that `serve` names, the other
-labels are of fixed lists, and what is none of these is counted as "other", so that no client can make series.
+The HTTP layer (`serving.http.access`) reports requests; the service reports engine loads and facts about
+images. Every label has few values: models and versions come from `serve`, other labels from fixed lists, and
+anything else counts as "other", so that no client can create series.
 """
 
 from collections import OrderedDict
@@ -41,7 +41,7 @@ REASONS = frozenset(
         "unsupported_parameter",
     }
 )
-"""The `code` of every APIError that is counted by name."""
+"""Every APIError `code` that is counted by name."""
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300)
 COUNTED = (
@@ -53,30 +53,30 @@ COUNTED = (
     "adapter_hits",
     "adapter_misses",
 )
-"""Fields of `Load` that only grow while an engine lives."""
+"""Fields of `Load` that never decrease while an engine lives."""
 
 
 class Metrics:
-    """All metrics of the endpoint, in a registry of their own. Any thread may use them.
+    """All metrics of the endpoint, in a registry of their own. Methods may be called from any thread.
 
     Args:
-        max_queued_requests: of the settings, told beside the number of open ones.
-        min_replicas: of the settings, told beside the number that is there.
-        max_versions: pairs of model and version that have series of their own.
+        max_queued_requests: the setting, exported beside the number of open requests.
+        min_replicas: the setting, exported beside the number of replicas.
+        max_versions: maximum pairs of model and version with series of their own.
     """
 
     def __init__(self, *, max_queued_requests: int, min_replicas: int, max_versions: int = 64) -> None:
         self.registry = CollectorRegistry()
         self._max_versions = max_versions
         self._served: set[tuple[str, str]] = set()
-        # Of replicas that are gone too: one that could not be asked once comes back with its whole count.
+        # Includes replicas that are gone: one that missed a query later reports its whole count again.
         self._loads: OrderedDict[str, Load] = OrderedDict()
         ProcessCollector(namespace="diffray", registry=self.registry)
         self._requests()
         self._engines()
         self._drift()
         for reason in (*REASONS, OTHER):
-            self.rejections.labels(reason)  # there from the start: a rate needs a value before the first
+            self.rejections.labels(reason)  # exists from the start: a rate needs a value before the first
         for cache in (self.prompt_cache, self.adapter_cache):
             cache.labels("hit"), cache.labels("miss")
         self.queue_places.set(max_queued_requests)
@@ -148,14 +148,14 @@ class Metrics:
         }
 
     def render(self) -> bytes:
-        """The text for GET /metrics, of type CONTENT_TYPE."""
+        """Return the text for GET /metrics, of type CONTENT_TYPE."""
         return generate_latest(self.registry)
 
     def serve(self, versions: Iterable[tuple[str, int | str]]) -> None:
-        """Name the pairs of model and version that are served from now on, the most important first.
+        """Set the pairs of model and version that are served from now on, the most important first.
 
-        Only the first `max_versions` have series of their own; those of versions that are no longer served
-        are dropped, so that they do not add up while a server follows its registry for months.
+        Only the first `max_versions` get series of their own. Series of versions that are no longer served
+        are dropped, so that they do not accumulate while a server follows its registry for months.
         """
         served = list(dict.fromkeys((model, str(version)) for model, version in versions))
         kept = set(served[: self._max_versions])
@@ -170,32 +170,32 @@ class Metrics:
         return pair if pair in self._served else (OTHER, OTHER)
 
     def answered(self, status: int, seconds: float, facts: Mapping[str, Any]) -> None:
-        """A request for pictures has ended; `facts`: its model, version and alias, as far as known."""
+        """Record an image request that has ended; `facts`: its model, version and alias, as far as known."""
         model, version = self._version(facts.get("model"), facts.get("version"))
         self.request_seconds.labels(model, version, status).observe(seconds)
         if "alias" in facts:
             self.drawn(facts["alias"], status)
 
     def drawn(self, alias: str, status: int) -> None:
-        """The version of an alias has answered; the shadow's answers, which no client sees, come here too."""
+        """Count an answer by the version of an alias; including shadow answers, which no client sees."""
         self.answers.labels(alias if alias in ALIASES else OTHER, status).inc()
 
     def rejected(self, reason: str) -> None:
-        """A request was answered with an error of this code."""
+        """Count a request that was answered with an error of this code."""
         self.rejections.labels(reason if reason in REASONS else OTHER).inc()
 
     def first_step(self, model: str, version: int | str, seconds: float) -> None:
-        """A picture had to wait so long for its first denoising step (`Drawing.waited_s`)."""
+        """Record how many seconds an image waited for its first denoising step (`Drawing.waited_s`)."""
         self.first_step_seconds.labels(*self._version(model, version)).observe(seconds)
 
     def engines(self, loads: Mapping[str, Load], replicas: int) -> None:
-        """What all replicas were doing when they were last asked.
+        """Update the engine metrics from the replicas' latest loads.
 
-        A counter that is lower than before is one of an engine that was started anew: what it shows is new.
+        A counter that has decreased belongs to a restarted engine; its whole value is added.
 
         Args:
-            loads: by a name of the replica and its engine.
-            replicas: that answered.
+            loads: loads by a name of the replica and its engine.
+            replicas: number of replicas that answered.
         """
         self.replicas.set(replicas)
         self.places.set(sum(load.places for load in loads.values()))
@@ -216,7 +216,7 @@ class Metrics:
             self._loads.popitem(last=False)
 
     def drift(self, model: str, version: int | str, scores: Drift) -> None:
-        """Scores of a window of served pictures; what was not measured is absent, also if it once was."""
+        """Set the drift scores of a version; scores that were not measured are removed."""
         labels = self._version(model, version)
         for name, gauge in self.by_drift.items():
             value = getattr(scores, name)
@@ -227,7 +227,7 @@ class Metrics:
 
 
 def _growth(before: Load | None, now: Load) -> dict[str, int]:
-    """How much each of COUNTED has grown."""
+    """Return the increase of each field in COUNTED."""
     counts = {name: getattr(now, name) for name in COUNTED}
     if before is None or any(counts[name] < getattr(before, name) for name in COUNTED):
         return counts

@@ -1,4 +1,4 @@
-"""The endpoint follows the registry: a new champion is loaded and warm before it gets a request."""
+"""Follow the registry's aliases: a new champion is loaded and warmed up before it gets a request."""
 
 import asyncio
 import logging
@@ -13,30 +13,30 @@ from serving.service.canary import Canary
 from serving.service.replica_client import ReplicaClient
 from serving.service.routing import Catalogue
 
-FRESH_S = 120  # the champion that the application was built with is looked up again after that
+FRESH_S = 120  # seconds after which the champion that the application was built with is looked up again
 
 logger = logging.getLogger("ray.serve")
 
 
 def is_fresh(built: float) -> bool:
-    """Whether an application was built a moment ago, seconds since 1970, with the registry's champion."""
-    # The clock that said `built` may be another machine's, and ahead of this one.
+    """Return True if the application was built (seconds since 1970) within the last `FRESH_S` seconds."""
+    # `built` may come from another machine, whose clock is ahead of this one.
     return 0 <= time.time() - built < FRESH_S
 
 
 def current(config: Config, known: RegisteredModel, built: float) -> RegisteredModel:
-    """The registry's champion, or the one that is known: if it is fresh, or the registry does not answer."""
+    """Return the registry's champion; the known one if it is fresh or the registry does not answer."""
     if is_fresh(built):
         return known
     try:
         return look_up(config)
-    except Exception as error:  # the endpoint goes on, whatever a registry may answer
+    except Exception as error:  # no answer of the registry may stop the endpoint
         logger.warning("the registry does not answer, so %s is served: %s", label(known), error)
         return known
 
 
 def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | None:
-    """The version that a champion replaced, if it is of the same base; None where there is none."""
+    """Return the version that a champion replaced, if it has the same base; else None."""
     try:
         found = registered(config, PREVIOUS)
     except ConfigError:
@@ -45,10 +45,10 @@ def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | 
 
 
 async def warmed_up(config: Config, champion: RegisteredModel, replicas: ReplicaClient) -> RegisteredModel:
-    """The version to begin with, loaded: the champion or, where that is refused, the one that it replaced.
+    """Load and return the first version to serve: the champion, or the one it replaced if it is refused.
 
     Raises:
-        APIError: there is none to be served.
+        APIError: neither can be served.
     """
     fused = config.serve.fuse_champion
     try:
@@ -65,13 +65,13 @@ async def warmed_up(config: Config, champion: RegisteredModel, replicas: Replica
 
 
 class RegistryWatcher:
-    """Looks at the registry's aliases from time to time and moves the catalogue on.
+    """Poll the registry's aliases and update the catalogue.
 
-    What cannot be read or served changes nothing: the last champion goes on, and `notice` says why.
+    An alias that cannot be read or served changes nothing: the last champion stays, and `notice` says why.
 
     Attributes:
-        notice: for GET /readyz; None while all is well.
-        looked: whether the registry was ever read.
+        notice: text for GET /readyz; None if there is nothing to report.
+        looked: True once the registry has been read.
     """
 
     def __init__(self, config: Config, catalogue: Catalogue, replicas: ReplicaClient, canary: Canary) -> None:
@@ -81,10 +81,10 @@ class RegistryWatcher:
         self._lock = asyncio.Lock()
 
     async def run(self, *, now: bool) -> None:
-        """Look again and again, until cancelled.
+        """Poll the registry until cancelled.
 
         Args:
-            now: the first time at once; else after a pause, because the champion was just looked up.
+            now: poll at once; else after a pause, because the champion was just looked up.
         """
         while True:
             if not now:
@@ -92,15 +92,15 @@ class RegistryWatcher:
             now = False
             try:
                 await self.look()
-            except Exception as error:  # whatever one look meets, the next one is made
+            except Exception as error:  # no failure may end the polling
                 self._tell(f"the registry's aliases were not followed: {error!r}")
 
     async def look(self) -> None:
-        """Read the registry once and follow what it says."""
+        """Read the registry once, and follow its aliases."""
         async with self._lock:
             try:
                 found = await asyncio.to_thread(entries, self.config, self.catalogue.models)
-            except Exception as error:  # the endpoint goes on, whatever a registry may answer
+            except Exception as error:  # no answer of the registry may stop the endpoint
                 self._tell(f"the registry does not answer, so the last state stays: {error}")
                 return
             self.catalogue.entries, self.looked = found, True
@@ -108,12 +108,12 @@ class RegistryWatcher:
             self._tell("; ".join(filter(None, notices)) or None)
 
     def _lacking(self) -> str | None:
-        """Which models of `serve.models` the registry does not hold, or not yet."""
+        """Return a notice about models of `serve.models` that are not in the registry (yet)."""
         lacking = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
         return f"serve.models: the registry holds no {', '.join(map(repr, lacking))}" if lacking else None
 
     async def _follow_champion(self) -> str | None:
-        """Warm up a new champion and let it answer; why not, if it cannot."""
+        """Warm up a new champion and let it answer; return the reason if it cannot."""
         champion = self.catalogue.alias(CHAMPION)
         if champion is None:
             return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
@@ -128,7 +128,8 @@ class RegistryWatcher:
         return None
 
     async def _follow_candidate(self) -> str | None:
-        """Let the candidate answer its share, or nobody where there is none to serve."""
+        """Warm up the candidate, if it is to be served, and let it answer its share; return the reason if it
+        cannot."""
         candidate, settings = self.catalogue.alias(CANDIDATE), self.config.serve
         if (
             candidate is None
@@ -143,7 +144,7 @@ class RegistryWatcher:
         return refusal
 
     async def _warm_up(self, version: RegisteredModel, *, fused: bool = False) -> str | None:
-        """Have the replicas load a version, unless they have; why not, if they cannot."""
+        """Have the replicas load a version, unless they have it already; return the reason if they cannot."""
         if not self.catalogue.fits(version):
             return (
                 f"{label(version)} cannot be served: it was trained on {version.base}, and the replicas hold "
@@ -156,7 +157,7 @@ class RegistryWatcher:
         return None
 
     def _tell(self, notice: str | None) -> None:
-        """Keep a notice, and log it when it is new."""
+        """Set the notice, and log it if it is new."""
         if notice and notice != self.notice:
             logger.warning("%s", notice)
         self.notice = notice

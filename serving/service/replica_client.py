@@ -1,4 +1,4 @@
-"""The ingress's view of the replicas: a call a picture, what went wrong, and once more if a replica died."""
+"""The ingress's client of the replicas: one call per image, error translation, retries if a replica dies."""
 
 import asyncio
 import time
@@ -17,16 +17,16 @@ from ray_jobs.registry.models import RegisteredModel, verify_weights
 from serving.messages import Order, Picture, ReplicaLoad, Traits, adapter_name, label
 from serving.schemas import APIError
 
-ATTEMPTS = 3  # a picture that ended so many replicas is not tried again: it may be what ends them
-WARM_UP_S = 600  # a replica may take to load a version
-ANSWER_S = 5  # a replica may take to tell what it does
-STATUS_S = 1.0  # for so long what Serve said of the replicas is repeated
+ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
+WARM_UP_S = 600  # timeout for a replica to load a version, in seconds
+ANSWER_S = 5  # timeout for a replica to report its load, in seconds
+STATUS_S = 1.0  # how long Serve's replica status is cached, in seconds
 
 T = TypeVar("T")
 
 
 class ReplicaClient:
-    """Serve finds the replicas, so nothing is known here of which ones live.
+    """Client of all replicas. Ray Serve picks the replica for each call.
 
     Args:
         model: handle of the deployment `replica.Model`.
@@ -38,22 +38,22 @@ class ReplicaClient:
         self._verified: set[str] = set()
         self._loads: list[ReplicaLoad] = []
         self._asking = asyncio.Lock()
-        self._running = (-inf, False, "")  # when it was asked, and what was answered
+        self._running = (-inf, False, "")  # time of the last status query, and its result
 
     async def traits(self) -> Traits:
-        """What the model draws; asked for once."""
+        """Return the model's traits; queried once."""
         if self._traits is None:
             self._traits = await _answered(self._model.traits.remote())
         assert self._traits is not None
         return self._traits
 
     async def draw(self, orders: Sequence[Order]) -> list[Picture]:
-        """The pictures, each from any replica. If the caller leaves, or one fails, all are cancelled.
+        """Generate the images, each on any replica. If the caller is cancelled or one fails, cancel all.
 
-        A picture follows from its order, so one whose replica died is drawn again by another.
+        An order determines its image, so if a replica dies another one repeats the order.
 
         Raises:
-            APIError: what the client is told.
+            APIError: the error to send to the client.
         """
         return await all_or_none([self._draw(order) for order in orders])
 
@@ -67,10 +67,11 @@ class ReplicaClient:
         raise AssertionError("the last attempt returns or raises")
 
     async def watch(self, order: Order) -> AsyncGenerator[Picture]:
-        """The unfinished pictures of an order, then the finished one.
+        """Yield the previews of an order, then the finished image.
 
         Raises:
-            APIError: what the client is told; also if the replica dies, for the client has seen some then.
+            APIError: the error to send to the client; also if the replica dies, because the client may have
+                received previews already.
         """
         pictures = self._model.options(stream=True).watch.remote(order)
         try:
@@ -82,10 +83,10 @@ class ReplicaClient:
             pictures.cancel()
 
     async def warm_up(self, version: RegisteredModel | None, *, fused: bool = False) -> None:
-        """Have every replica load a version, draw with it, and return when all have.
+        """Have every replica load a version and generate an image with it; return when all have.
 
-        A replica that dies meanwhile is passed over; the next one loads what it is asked for. Where there is
-        none, for nobody asks, only the weights are checked, once.
+        A replica that dies meanwhile is skipped; its successor loads versions on request. If no replica is
+        running, for lack of requests, only the weights are verified, once.
 
         Raises:
             APIError: the version cannot be served.
@@ -103,19 +104,19 @@ class ReplicaClient:
                 raise APIError(503, message, "model", "model_refused") from error
 
     async def loads(self) -> list[ReplicaLoad]:
-        """What the replicas are doing; what they did last, while one does not answer soon."""
+        """Return the replicas' loads; the previous ones if a replica does not answer in time."""
         with suppress(TimeoutError):
             results = await self._ask_all("load", timeout_s=ANSWER_S)
             self._loads = [each for each in results if isinstance(each, ReplicaLoad)]
         return self._loads
 
     async def check_running(self, *, may_sleep: bool) -> None:
-        """Raise APIError 503 unless a replica is there.
+        """Raise APIError 503 unless a replica is running.
 
         Args:
-            may_sleep: none is enough, if one is started as soon as somebody asks.
+            may_sleep: accept zero replicas, if one is started at the next request.
         """
-        async with self._asking:  # however many ask, Serve is asked once a second
+        async with self._asking:  # Serve is queried once per second, however many callers there are
             asked, running, reason = self._running
             if time.monotonic() - asked > STATUS_S:
                 running, reason = await self._status(may_sleep)
@@ -124,9 +125,9 @@ class ReplicaClient:
             raise APIError(503, f"no replica runs: {reason}", code="model_not_loaded")
 
     async def _status(self, may_sleep: bool) -> tuple[bool, str]:
-        """Whether replicas run or may be started, and what Serve says of them."""
+        """Return True if replicas run or may be started, and Serve's status message."""
         application = serve.get_replica_context().app_name
-        # Asked of the controller, not of the model, which would answer late under load.
+        # Queries the controller, not the model, which would answer late under load.
         status = await asyncio.to_thread(serve.status)
         model = status.applications[application].deployments["Model"]
         running = any(state == "RUNNING" and count for state, count in model.replica_states.items())
@@ -134,7 +135,7 @@ class ReplicaClient:
         return running or asleep, f"{model.status.lower()} {model.message}".strip()
 
     async def _ask_all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-        """Every replica's answer or exception; none without replicas."""
+        """Call a method on every replica, and return their answers or exceptions; empty without replicas."""
         try:
             broadcast = self._model.broadcast(method, *arguments)
             return await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
@@ -143,7 +144,7 @@ class ReplicaClient:
 
 
 async def all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order; the first exception, or being cancelled, cancels the rest."""
+    """Return the results in order; the first exception, or cancellation, cancels the rest."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))
@@ -153,10 +154,10 @@ async def all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _answered(response: Any) -> Any:
-    """A replica's answer; one that is waited for no more is cancelled there too.
+    """Return a replica's answer; if the caller is cancelled, cancel the call on the replica too.
 
     Raises:
-        APIError: what the client is told.
+        APIError: the error to send to the client.
     """
     try:
         return await response
@@ -168,7 +169,7 @@ async def _answered(response: Any) -> Any:
 
 
 def _told(error: Exception) -> APIError:
-    """What the client is told of a replica's error."""
+    """Return the error to send to the client for a replica's error."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, APIError):
             return error.cause

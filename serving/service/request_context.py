@@ -1,4 +1,4 @@
-"""State of a request that the HTTP layers and the service share."""
+"""Request state shared by the HTTP layers and the service."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -9,6 +9,6 @@ ANONYMOUS = "anonymous"
 
 
 def key_of(state: State) -> str | None:
-    """The API key of a request; None if it has none."""
+    """Return the id of the request's API key; None if it has none."""
     key_id = state.get("key_id")
     return None if key_id == ANONYMOUS else key_id

@@ -1,4 +1,4 @@
-"""A request becomes orders: the version that it means, the server's defaults, and one order a picture."""
+"""Turn a request into orders: resolve the version, fill in the server's defaults, one order per image."""
 
 import random
 import time
@@ -15,16 +15,16 @@ from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import State, key_of
 from serving.service.routing import Catalogue, UnknownModel
 
-GUIDANCE_SCALE = 3.0  # of versions that were registered without one
+GUIDANCE_SCALE = 3.0  # default for versions that were registered without one
 
 
 class RequestPlanner:
-    """Belongs to one event loop.
+    """Plan the orders of requests. Use it from one event loop only.
 
     Args:
-        catalogue: says which versions there are.
-        watcher: looks at the registry, if nobody has yet.
-        replicas: tell the model's own size.
+        catalogue: the available versions.
+        watcher: reads the registry, if it has not been read yet.
+        replicas: report the model's default size.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class RequestPlanner:
         self.watcher, self.replicas = watcher, replicas
 
     async def find(self, model: str | None, user: str | None = None) -> RegisteredModel | None:
-        """The version that a request's `model` means; None is the base alone.
+        """Return the version that a request's `model` names; None is the bare base.
 
         Raises:
-            APIError: 404.
+            APIError: 404, there is no such model.
         """
         with suppress(UnknownModel):
             return self.catalogue.find(model, user)
@@ -49,7 +49,11 @@ class RequestPlanner:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
     async def orders(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
-        """One order a picture, the server's defaults filled in; refuses what this model cannot do."""
+        """Return one order per image, with the server's defaults filled in.
+
+        Raises:
+            APIError: a field, which is named, is not supported.
+        """
         if request.partial_images and not request.stream:
             raise APIError(400, "partial_images: needs stream: true", "partial_images", "invalid_value")
         if request.stream and request.n > 1:
@@ -69,30 +73,30 @@ class RequestPlanner:
             request.negative_prompt,
             height,
             width,
-            # In fewer steps there are fewer unfinished pictures.
+            # There are at most steps - 1 intermediate images.
             min(request.partial_images, steps - 1),
             image,
             request.strength if isinstance(request, EditRequest) else 1.0,
-            # An edit is as far from the published pictures as what was sent.
+            # Edits are not scored: they differ from the published images as much as their input does.
             scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )
         state.update(self._names(version), steps=steps, n=request.n)
-        # Wraps around, so that every seed in an answer is one that a request may name.
+        # Seeds wrap around, so that every seed in an answer is valid in a request.
         return [
             first._replace(seed=(seed + i) % (MAX_SEED + 1), image_id=new_image_id())
             for i in range(request.n)
         ]
 
     def _usual_guidance(self, version: RegisteredModel | None) -> float:
-        """Where a request names none: as configured, else what the version was scored with; the base alone is
-        drawn as the champion."""
+        """Return the default guidance scale: the configured one, else the one the version was scored with.
+        The bare base uses the champion's."""
         recorded = (version or self.catalogue.champion).guidance_scale
         return self.settings.default_guidance_scale or recorded or GUIDANCE_SCALE
 
     def _names(self, version: RegisteredModel | None) -> dict[str, Any]:
-        """What a log says of a version."""
+        """Return the names of a version for logs: model, version and alias, if any."""
         if version is None:
             return {"model": BASE, "version": BASE}
         found = {"model": version.name, "version": version.version}
@@ -102,7 +106,11 @@ class RequestPlanner:
         return found
 
     async def _pixels(self, size: str | None) -> tuple[int | None, int | None]:
-        """Width and height; None is the model's own."""
+        """Return width and height in pixels, None each for the model's own.
+
+        Raises:
+            APIError: 400, the size is above the limit.
+        """
         if size is None:
             return None, None
         width, height = width_and_height(size)
@@ -117,6 +125,6 @@ class RequestPlanner:
         return width, height
 
     async def size(self, order: Order) -> str:
-        """Width x height in pixels."""
+        """Return an order's width x height in pixels."""
         own = await self.replicas.traits()
         return f"{order.width or own.width}x{order.height or own.height}"

@@ -1,4 +1,4 @@
-"""Finished pictures on their way to the client: recorded, counted, and some drawn again by the candidate."""
+"""Deliver finished images: record them, count them, and offer some to the candidate in shadow mode."""
 
 import asyncio
 import base64
@@ -17,10 +17,10 @@ from serving.service.shadow import Shadow, Shadowed
 
 
 class Delivery:
-    """All finished pictures pass here.
+    """Delivery of all finished images.
 
     Args:
-        shadow_share: of the champion's pictures that the candidate draws too.
+        shadow_share: fraction of the champion's images that the candidate generates too, 0 to 1.
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class Delivery:
     ) -> None:
         self.catalogue, self.feedback, self.metrics = catalogue, feedback, metrics
         self.shadow, self.shadow_share = shadow, shadow_share
-        self._recording = ThreadPoolExecutor(4, "recording")  # may wait for the database; the loop's may not
+        self._recording = ThreadPoolExecutor(4, "recording")  # may block on the database
 
     async def deliver(
         self, orders: list[Order], pictures: list[Picture], request: ImageRequest, state: State, size: str
     ) -> list[ImageData]:
-        """Finished pictures on their way to the client, recorded first.
+        """Record finished images, and return them as sent to the client.
 
         Args:
-            size: of all, width x height in pixels.
-            state: of the HTTP request.
+            size: width x height of all images, in pixels.
+            state: state of the HTTP request.
 
         Raises:
-            APIError: 503, if they cannot be recorded.
+            APIError: 503, the images cannot be recorded.
         """
         facts = {
             "created": time.time(),

@@ -1,17 +1,17 @@
-"""Promote and withdraw the candidate, by the aliases of the registry."""
+"""Promote and withdraw the candidate by changing the registry's aliases."""
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry import aliases
 from ray_jobs.registry.models import CANDIDATE, open_existing, store_errors
 
-TAKEN_OUT = "taken_out"  # tag of a version: why it is the candidate no more
+TAKEN_OUT = "taken_out"  # version tag with the reason why it is no longer the candidate
 
 
 def withdraw(config: Config, version: int | None = None, reason: str = "by hand") -> int:
-    """Take the alias `candidate` away and note why; returns the version that had it.
+    """Remove the alias `candidate`, tag its version with the reason, and return the version.
 
     Args:
-        version: only if this one has the alias.
+        version: the version that must have the alias; None: any.
 
     Raises:
         ConfigError: there is no candidate, or it is another version.
@@ -28,10 +28,10 @@ def withdraw(config: Config, version: int | None = None, reason: str = "by hand"
 
 
 def promote(config: Config, version: int | None = None) -> int:
-    """Make the candidate, or the version named, the champion, and return it.
+    """Make the candidate, or the given version, the champion, and return it.
 
     Raises:
-        ConfigError: there is no candidate, or its weights are not those that were registered.
+        ConfigError: there is no candidate, or its weights differ from the registered ones.
     """
     if version is None:
         with store_errors(config):

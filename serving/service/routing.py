@@ -1,4 +1,4 @@
-"""What may be asked for, and who is answered by which version. Pure: no registry, no replicas."""
+"""Route requests to versions, and list the models on offer. Pure: no registry, no replicas."""
 
 import hashlib
 import random
@@ -10,29 +10,29 @@ from serving.messages import BASE, base_of, label
 
 
 class UnknownModel(ValueError):
-    """No such model can be asked for here."""
+    """The requested model is not served here."""
 
 
 class Offer(NamedTuple):
-    """One name that a request may give as its model."""
+    """A model name that a request may use."""
 
     id: str
-    version: RegisteredModel | None  # None: the base alone
+    version: RegisteredModel | None  # None: the bare base
 
 
 class Catalogue:
-    """The registry as it was seen last, and the versions that are warm.
+    """The last known state of the registry, and the versions that are warm.
 
     Args:
         name: the registered model that is served.
-        champion: the version that answers; its base is the one that the replicas draw with.
-        admitted: other registered models that may be asked for; `*` is all.
-        candidate_share: of users, in 0 to 1.
+        champion: the version that answers; its base is the one loaded in the replicas.
+        admitted: other registered models that may be requested; `*` means all.
+        candidate_share: fraction of users whom the candidate answers, 0 to 1.
 
     Attributes:
-        champion: answers whoever asks for no other.
-        candidate: answers its share; None: nobody.
-        entries: what the registry holds, by registered model.
+        champion: version that answers requests without an explicit version.
+        candidate: version that answers `candidate_share` of them; None: no candidate.
+        entries: content of the registry, by registered model.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Catalogue:
 
     @property
     def models(self) -> list[str]:
-        """The registered models to look at; `*` stands for all."""
+        """The registered models to read from the registry; `*` means all."""
         return [self.name, *self.admitted]
 
     def fits(self, version: RegisteredModel) -> bool:
-        """Whether the replicas can draw a version: it is of their base, so of its size too."""
+        """Return True if the replicas can serve a version: it has their base, and so its image size."""
         return base_of(version) == self.base
 
     def alias(self, alias: str) -> RegisteredModel | None:
-        """The version of the served model that an alias points to in the registry."""
+        """Return the version of the served model that an alias points to in the registry, if any."""
         entry = self.entries.get(self.name)
         return entry.versions.get(entry.aliases.get(alias, 0)) if entry else None
 
     def answering(self, user: str | None) -> RegisteredModel:
-        """The version for a request that names none: the candidate for its share of users.
+        """Return the version for a request that names none: the candidate for its share of users.
 
-        A user stays with one version for as long as the candidate is the same; the next candidate meets
-        others. Without a user it is drawn by lot.
+        A user stays with one version while the candidate is the same; the next candidate gets other users.
+        Without a user the choice is random.
         """
         if self.candidate is None:
             return self.champion
@@ -70,10 +70,10 @@ class Catalogue:
         return self.candidate if share < self.candidate_share else self.champion
 
     def find(self, model: str | None, user: str | None = None) -> RegisteredModel | None:
-        """The version that a request's `model` means; None is the base alone.
+        """Return the version that a request's `model` names; None is the bare base.
 
         Raises:
-            UnknownModel: with what to do.
+            UnknownModel: there is no such model; names alternatives.
         """
         if model is None or model == self.name:
             return self.answering(user)
@@ -91,7 +91,7 @@ class Catalogue:
         )
 
     def offers(self) -> Iterator[Offer]:
-        """All that may be asked for, the served model first."""
+        """Yield all models that may be requested, the served model first."""
         yield Offer(self.name, self.champion)
         yield Offer(f"{self.name}:{CHAMPION}", self.champion)
         yielded = {label(self.champion)}
@@ -110,7 +110,7 @@ class Catalogue:
 
 
 def _in_entry(model: str, name: str, entry: RegistryEntry) -> RegisteredModel | None:
-    """The version that `name`, `name@version` or `name:alias` means."""
+    """Return the version that `model` names as `name`, `name@version` or `name:alias`; else None."""
     if model == name:
         return entry.versions.get(entry.aliases.get(CHAMPION, 0))
     rest = model.removeprefix(name)
@@ -122,5 +122,5 @@ def _in_entry(model: str, name: str, entry: RegistryEntry) -> RegisteredModel | 
 
 
 def _hashed(text: str) -> float:
-    """A number in 0 to 1, the same for the same text in every process."""
+    """Hash a text to a number in 0 to 1, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

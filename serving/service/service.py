@@ -1,4 +1,4 @@
-"""What the endpoint does with a request: choose the version, take it apart into orders, have them drawn."""
+"""Handle a request: choose the version, split the request into orders, and have the replicas draw them."""
 
 import asyncio
 import base64
@@ -37,13 +37,13 @@ logger = logging.getLogger("ray.serve")
 
 
 class Service:
-    """The endpoint without its HTTP. Belongs to one event loop.
+    """The endpoint without HTTP. Use it from one event loop only.
 
     Args:
-        config: of the run whose model is served.
-        champion: the version that answers first.
-        replicas: draw.
-        feedback: keeps how every picture was drawn.
+        config: configuration of the run whose model is served.
+        champion: the first version to answer requests.
+        replicas: client of the replicas, which generate the images.
+        feedback: store that records how every image was generated.
     """
 
     def __init__(
@@ -67,12 +67,16 @@ class Service:
         self.planner = RequestPlanner(settings, self.catalogue, self.watcher, replicas)
         self.delivery = Delivery(self.catalogue, feedback, self.metrics, self.shadow, settings.shadow_share)
         self.started = int(time.time())
-        self.num_open = 0  # requests
+        self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
-        self._named: list[Any] = []  # what of the registry the metrics know
+        self._named: list[Any] = []  # state of the registry that the metrics last received
 
     def start(self, *, look_now: bool) -> None:
-        """Follow the registry from now on, and draw shadows."""
+        """Start following the registry and, if configured, shadow mode.
+
+        Args:
+            look_now: read the registry at once instead of after a pause.
+        """
         self._in_background(self.watcher.run(now=look_now))
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
@@ -80,15 +84,15 @@ class Service:
     async def generate(
         self, request: ImageRequest, state: State, image: bytes | None = None
     ) -> ImageResponse:
-        """Draw `n` pictures of a prompt.
+        """Generate `n` images of a prompt.
 
         Args:
-            image: to begin with, for an EditRequest: a file of a picture.
-            state: of the HTTP request: the layers around say `key_id` there, which keeps to one version
-                where the request names no user; what is drawn is noted there for their logs.
+            image: image file to begin with, for an EditRequest.
+            state: state of the HTTP request. The HTTP layers set `key_id` in it, which selects the version
+                if the request names no user; facts about the images are added for their logs.
 
         Raises:
-            APIError: what the client is told.
+            APIError: the error to send to the client.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
@@ -109,10 +113,10 @@ class Service:
     async def stream(
         self, request: ImageRequest, state: State, image: bytes | None = None
     ) -> AsyncGenerator[PartialImageEvent | CompletedEvent]:
-        """Draw one picture, its unfinished ones on the way.
+        """Generate one image, yielding its previews on the way.
 
         Raises:
-            APIError: what the client is told, before the first event or after any.
+            APIError: the error to send to the client; raised before the first event or after any event.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
@@ -147,12 +151,12 @@ class Service:
         )
 
     async def rollout(self) -> dict[str, Any]:
-        """Champion and candidate, what they answered and what people said: answer to GET /v1/rollout."""
+        """Return the answer to GET /v1/rollout: champion and candidate, their answers and feedback."""
         candidate, notices = self.catalogue.candidate, [self.watcher.notice]
         said: list[Tally] = []
         try:
             said = await asyncio.to_thread(self.feedback.tally)
-        except APIError as error:  # an operator wants the rest all the more
+        except APIError as error:  # the rest of the answer is still useful to an operator
             notices.append(error.message)
         drift = latest_drift(await self.replicas.loads())
         return {
@@ -168,7 +172,7 @@ class Service:
         }
 
     async def measured(self) -> bytes:
-        """What the endpoint and its replicas do: answer to GET /metrics."""
+        """Return the answer to GET /metrics: metrics of the endpoint and its replicas."""
         self._name_versions()
         loads = await self.replicas.loads()
         engines = {f"{each.replica} {name}": load for each in loads for name, load in each.engines.items()}
@@ -178,7 +182,7 @@ class Service:
         return await asyncio.to_thread(self.metrics.render)
 
     def _name_versions(self) -> None:
-        """Tell the metrics which versions there are, when there are others."""
+        """Pass the served versions to the metrics when they have changed."""
         catalogue = self.catalogue
         known = [catalogue.champion, catalogue.candidate, catalogue.entries]
         if any(one is not other for one, other in zip(known, self._named or [None] * 3, strict=True)):
@@ -195,7 +199,11 @@ class Service:
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """One of the places for open requests."""
+        """Occupy one of the slots for open requests.
+
+        Raises:
+            APIError: 503, all slots are occupied.
+        """
         limit = self.settings.max_queued_requests
         if self.num_open >= limit:
             message = f"{limit} requests are waiting, which is the limit; try again later"
@@ -208,7 +216,7 @@ class Service:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        """What is told of a request that took too long."""
+        """Turn a TimeoutError into an APIError 504."""
         try:
             yield
         except TimeoutError:
@@ -218,7 +226,7 @@ class Service:
 
     @contextmanager
     def _counted(self, order: Order) -> Iterator[None]:
-        """Counts an answer or an error of champion and candidate; a client that goes away is neither."""
+        """Count an answer or a server error of champion or candidate; a client's disconnect is neither."""
         version, started = label(order.version), time.monotonic()
         compared = order.version in (self.catalogue.champion, self.catalogue.candidate)
         try:
@@ -233,7 +241,7 @@ class Service:
             self._judge()
 
     def _judge(self) -> None:
-        """Take the candidate out if it does worse than it may."""
+        """Remove the candidate if it exceeds its limits."""
         candidate, champion = self.catalogue.candidate, self.catalogue.champion
         if candidate is None:
             return
@@ -245,10 +253,10 @@ class Service:
             self._in_background(self._withdraw(candidate, reason))
 
     async def _withdraw(self, candidate: RegisteredModel, reason: str) -> None:
-        """Take the alias away, so that the next start of the endpoint knows too."""
+        """Remove the alias in the registry, so that a restarted endpoint does not serve the candidate."""
         try:
             await asyncio.to_thread(withdraw, self.config, candidate.version, reason)
-        except Exception as error:  # it is out here in any case, whatever a registry may answer
+        except Exception as error:  # this endpoint no longer serves it, whatever the registry answers
             logger.warning("%s keeps its alias in the registry: %s", label(candidate), error)
 
     async def _draw_shadow(self, order: Order) -> bytes:
@@ -262,11 +270,11 @@ class Service:
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._background.add(task)  # the loop itself keeps no hold of it
+        self._background.add(task)  # the event loop itself holds only a weak reference
         task.add_done_callback(self._background.discard)
 
 
 def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], Drift]:
-    """By name and version, the scores of the replica that made them last."""
+    """Return the most recent drift scores of any replica, by model name and version."""
     found = [item for each in loads for item in each.drift.items()]
     return dict(sorted(found, key=lambda item: item[1].scored_at))

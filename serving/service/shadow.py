@@ -1,4 +1,4 @@
-"""Shadow mode: the candidate draws what the champion has answered, unseen by whoever asked."""
+"""Shadow mode: the candidate repeats orders that the champion has answered, invisibly to the client."""
 
 import asyncio
 import json
@@ -11,13 +11,13 @@ from serving.messages import Order, label
 
 logger = logging.getLogger("ray.serve")
 
-WAITING = 16  # more are passed over
-NEXT = "next"  # a file with the number of the place that is written next
-KEPT = 200  # pairs of pictures in the folder; the oldest is written over
+WAITING = 16  # maximum queued pairs; more are skipped
+NEXT = "next"  # file with the number of the slot to write next
+KEPT = 200  # pairs of images in the folder; the oldest is overwritten
 
 
 class Shadowed(NamedTuple):
-    """A picture that was answered, and the same order for the candidate."""
+    """An image that was sent to a client, and the same order for the candidate."""
 
     picture_id: str
     answered: Order
@@ -26,14 +26,15 @@ class Shadowed(NamedTuple):
 
 
 class Shadow:
-    """Draws and stores pairs, one at a time, after the answers were sent.
+    """Generate and store pairs, one at a time, after the answers were sent.
 
     Args:
-        folder: gets `000/` and so on, each with `champion.png`, `candidate.png` and `parameters.json`, which
-            is written last; of an edit with `given`, the file that it began with. `next` says where the next
-            process goes on.
-        draw: has one picture drawn.
-        may_draw: whether the replicas have room beside the requests that wait for answers.
+        folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png`, for an
+            edit the input image as `given`, and `parameters.json`, which is written last. The file `next`
+            holds the slot at which the next process continues.
+        draw: function that has one image generated.
+        may_draw: function that returns True if the replicas have capacity beside the open requests.
+        kept: number of slots.
     """
 
     def __init__(
@@ -47,17 +48,17 @@ class Shadow:
         self.folder, self._draw, self._may_draw, self.kept = folder, draw, may_draw, kept
         self._waiting: asyncio.Queue[Shadowed] = asyncio.Queue(WAITING)
         self.stored = self.passed_over = 0
-        self._place: int | None = None  # in the folder; None: the last process knew
+        self._place: int | None = None  # next slot; None: not yet read from the folder
 
     def offer(self, pair: Shadowed) -> None:
-        """Take a pair if there is room; never waits."""
+        """Queue a pair if there is room. Never blocks."""
         if self._waiting.full():
             self.passed_over += 1
         else:
             self._waiting.put_nowait(pair)
 
     async def run(self) -> None:
-        """Draw and store, until cancelled."""
+        """Generate and store pairs until cancelled."""
         while True:
             pair = await self._waiting.get()
             while not self._may_draw():
@@ -65,7 +66,7 @@ class Shadow:
             try:
                 drawn = await self._draw(pair.order)
                 await asyncio.to_thread(self._store, pair, drawn)
-            except Exception as error:  # whatever is wrong with one pair, the next ones are drawn
+            except Exception as error:  # a failed pair must not stop the next ones
                 self.passed_over += 1
                 logger.warning("shadow of %s: %s", pair.picture_id, error)
 
