@@ -1,10 +1,10 @@
 """The endpoint: the registry's champion behind OpenAI's Images API, on Ray Serve.
 
-    python -m serving.command --config configs/demo.yaml            # stays up until Ctrl-C
-    python -m serving.command --config configs/demo.yaml --ask 4    # draws four pictures and stops
+    python -m serving.command --config configs/demo.yaml            # runs until Ctrl-C
+    python -m serving.command --config configs/demo.yaml --ask 4    # generates four images and stops
 
-A thin ingress checks requests and takes them apart into orders, one a picture; the engine in the model's
-replicas batches the orders of all requests, whatever versions they are for.
+A thin ingress checks requests and splits them into orders, one per image. The engines in the model's replicas
+batch the orders of all requests, across LoRA versions.
 """
 
 import time
@@ -26,24 +26,23 @@ from serving.replica.safety import checker_factory
 from serving.service.registry_watcher import current
 
 APPLICATION = "diffray"
-HEALTH_CHECK_S = 2  # so soon a replica that died is missed, and another is started
+HEALTH_CHECK_S = 2  # interval in seconds after which a dead replica is noticed and replaced
 
 
 def check_access(config: Config) -> None:
-    """Raise ConfigError unless it is said who may ask, and that can be read."""
+    """Raise ConfigError unless keys or anonymous requests are configured, and the keys are readable."""
     KeyRing.of(config.serve)
 
 
 def check_parts(config: Config) -> None:
-    """Raise ConfigError where something beside the model would keep the endpoint from starting: the database
-    of feedback, the safety checker's function."""
+    """Raise ConfigError if the feedback database or the safety checker's function would prevent the start."""
     if config.serve.safety_checker:
         checker_factory(config.serve.safety_checker)
     open_database(feedback_url(config)).dispose()
 
 
 def check_model(config: Config, registered: RegisteredModel) -> None:
-    """Raise ConfigError where a switch of `serve` does not go with the champion."""
+    """Raise ConfigError if a switch of `serve` is incompatible with the champion."""
     if config.serve.compile and registered.method == "lora" and not config.serve.fuse_champion:
         raise ConfigError(
             f"serve.compile: {registered.name} version {registered.version} is a LoRA version, whose layers "
@@ -59,16 +58,17 @@ def check_model(config: Config, registered: RegisteredModel) -> None:
 
 
 def build_application(config: Config, registered: RegisteredModel) -> serve.Application:
-    """The Serve application, with `registered` as its first champion.
+    """Build the Serve application, with `registered` as its first champion.
 
     Raises:
-        ConfigError: neither keys nor anonymous requests are allowed, or a switch does not fit the champion.
+        ConfigError: neither keys nor anonymous requests are configured, the feedback database or the safety
+            checker is unusable, or a switch is incompatible with the champion.
     """
     check_access(config)
     check_parts(config)
     check_model(config, registered)
     settings, built = config.serve, time.time()
-    # More than there ever are, because rows wait in the engine, which lets them in first come, first served.
+    # Never reached, because rows wait in the engine, which admits them first come, first served.
     most = settings.max_queued_requests * settings.max_pictures + 64
     model = Model.options(  # type: ignore[attr-defined]
         **_scaling(config),
@@ -84,7 +84,7 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
         partial(current, config, registered, built),
     )
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        # Counts its open requests itself, and has room beyond them to say 503 and to answer probes.
+        # The ingress counts open requests itself; the extra capacity serves 503 answers and probes.
         max_ongoing_requests=settings.max_queued_requests + 64,
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=settings.request_timeout_s,
@@ -94,14 +94,14 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
 
 
 def _scaling(config: Config) -> dict[str, Any]:
-    """How many replicas: a number, or as many as keep one full batch each."""
+    """Return Serve's scaling options: a fixed number of replicas, or autoscaling to one full batch each."""
     settings = config.serve
     if isinstance(settings.replicas, int):
         return {"num_replicas": settings.replicas}
     return {
         "autoscaling_config": {
             "min_replicas": settings.min_replicas,
-            "initial_replicas": max(1, settings.min_replicas),  # so that a mistake is told at the start
+            "initial_replicas": max(1, settings.min_replicas),  # so that errors show at the start
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.max_batch_size,
             "upscale_delay_s": 10,
@@ -111,6 +111,6 @@ def _scaling(config: Config) -> dict[str, Any]:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """For `serve run serving.app:build config=configs/demo.yaml`, and for a RayService."""
+    """Build the application for `serve run serving.app:build config=configs/demo.yaml`, or a RayService."""
     config = load_config(args["config"])
     return build_application(config, champion(config))

@@ -1,25 +1,25 @@
-"""Asking a running endpoint, by the commands of this room."""
+"""HTTP client of a running endpoint, for this package's commands."""
 
 import json
 import urllib.error
 import urllib.request
 from typing import Any
 
-KEY_VARIABLE = "DIFFRAY_KEY"  # of the environment: an API key for these commands
+KEY_VARIABLE = "DIFFRAY_KEY"  # environment variable with an API key for these commands
 
 
 class EndpointError(RuntimeError):
-    """The endpoint did not start or did not answer as it should.
+    """The endpoint did not start, or did not answer as expected.
 
     Attributes:
-        retry_after_s: after which it would take the request, if it said so.
+        retry_after_s: seconds after which to retry, if the endpoint said so.
     """
 
     retry_after_s: float | None = None
 
 
 def browsable(host: str, port: int) -> str:
-    """The URL at which this machine reaches an endpoint that listens on `host`."""
+    """Return the URL at which this machine reaches an endpoint that listens on `host`."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     return f"http://{name}:{port}"
 
@@ -27,18 +27,18 @@ def browsable(host: str, port: int) -> str:
 def call(
     url: str, body: dict[str, Any] | None = None, timeout_s: float = 60, *, key: str | None = None
 ) -> Any:
-    """GET (or POST `body` as JSON) and return the JSON answer.
+    """Send GET (or POST `body` as JSON), and return the JSON answer.
 
     Args:
-        key: an API key, where the endpoint asks for one.
+        key: API key, if the endpoint requires one.
 
     Raises:
-        EndpointError: if there is no answer, or an error; with the server's message.
+        EndpointError: there is no answer, or it is an error; carries the server's message.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data, headers)
-    # Straight to the endpoint: a proxy of the environment would not reach this machine.
+    # Bypass proxies from the environment, which would not reach this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout_s) as answer:

@@ -1,4 +1,4 @@
-"""The command behind `python -m serving.command`: start the endpoint, ask it for pictures, stop it."""
+"""The command `python -m serving.command`: start the endpoint, request images from it, stop it."""
 
 import argparse
 import base64
@@ -34,20 +34,20 @@ from serving.service.registry_watcher import replaced_by
 DEFAULT_PROMPTS = ["a red apple", "a sad face", "a cat", "a rocket"]
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Environment of Serve's controller. By default it kills an HTTP proxy that is not up within 5 s, which
-on a busy machine with few cores none ever is."""
+"""Environment of Serve's controller. By default it kills an HTTP proxy that is not up within 5 s, and on a
+busy machine with few cores none ever is."""
 
 
 def free_port(host: str, port: int, *, else_any: bool = False) -> int:
-    """`port` if it can be listened on; 0 gives a free one, and so does a taken one with `else_any`.
+    """Return `port` if it is free; any free port for 0, or with `else_any` for an occupied one.
 
     Raises:
-        ConfigError: naming serve.port or serve.host.
+        ConfigError: the address cannot be used; names serve.port or serve.host.
     """
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(address[0]) as listener:
-            # As the HTTP server does: connections that are closing do not hold a port.
+            # As the HTTP server does: closing connections do not occupy a port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address[4])
             return int(listener.getsockname()[1])
@@ -66,16 +66,16 @@ def free_port(host: str, port: int, *, else_any: bool = False) -> int:
 
 @contextmanager
 def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator[str]:
-    """Serve `registered` on the Ray that is joined; yield its URL once it answers; stop what was started.
+    """Serve `registered` on the joined Ray cluster, yield its URL once it answers, and stop it at the end.
 
     Raises:
-        EndpointError: if the application does not start, or nothing answers on the port.
+        EndpointError: the application does not start, or nothing answers on the port.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     url = browsable(config.serve.host, port)
     was_serving = bool(serve.status().proxies)
     try:
-        # A proxy that needs longer than a minute is waited for below, where the URL has to answer.
+        # If the proxy needs more than a minute, `wait_until_ready` below keeps waiting.
         with suppress(TimeoutError, RayActorError):
             serve.start(
                 proxy_location=ProxyLocation.HeadOnly,
@@ -89,7 +89,7 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
         wait_until_ready(url)
         yield url
     finally:
-        # A Serve that was there before keeps its other applications.
+        # A Serve that was already running keeps its other applications.
         if was_serving:
             serve.delete(APPLICATION)
         else:
@@ -97,10 +97,10 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
 
 
 def wait_until_ready(url: str, timeout_s: float = 120) -> None:
-    """Return once /readyz says ok; the HTTP proxy may come up after the model.
+    """Return once /readyz reports ok; the HTTP proxy may come up after the model.
 
     Raises:
-        EndpointError: with the last answer, after `timeout_s` seconds, or at once if another program answers.
+        EndpointError: the last error after `timeout_s` seconds, or at once if another program answers.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -116,7 +116,7 @@ def wait_until_ready(url: str, timeout_s: float = 120) -> None:
 
 
 def _why_not_started(error: Exception) -> str:
-    """The exception that stopped a replica, out of Serve's report; its last line of text."""
+    """Extract the exception that stopped a replica from Serve's status, else the status's last line."""
     deployments = serve.status().applications[APPLICATION].deployments.values()
     messages = [deployment.message for deployment in deployments if deployment.message]
     lines = [line.strip() for line in "\n".join(messages or [str(error)]).splitlines()]
@@ -125,7 +125,7 @@ def _why_not_started(error: Exception) -> str:
 
 
 def default_prompts(storage: Storage) -> list[str]:
-    """Distinct captions of the run's report (`samples/captions.json`), else DEFAULT_PROMPTS."""
+    """Return the distinct captions of the run's report (`samples/captions.json`), else DEFAULT_PROMPTS."""
     if not storage.exists("samples/captions.json"):
         return DEFAULT_PROMPTS
     captions = json.loads(storage.read_text("samples/captions.json"))
@@ -135,7 +135,7 @@ def default_prompts(storage: Storage) -> list[str]:
 
 
 def _drawn(config: Config, url: str, body: dict[str, Any]) -> Any:
-    """The answer to one request, made again where the endpoint says when."""
+    """Return the answer to one request, retrying when the endpoint gives a Retry-After."""
     while True:
         try:
             return call(
@@ -151,10 +151,10 @@ def _drawn(config: Config, url: str, body: dict[str, Any]) -> Any:
 
 
 def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
-    """Draw `count` pictures over HTTP, all requests at once, and save them in the run's samples folder."""
+    """Request `count` images over HTTP, concurrently, and save them in the run's samples folder."""
     storage = Storage.open(config.storage).child(config.name)
     chosen = list(islice(cycle(prompts or default_prompts(storage)), count))
-    # Repeated prompts get other seeds, so that they are other pictures.
+    # Repeated prompts get different seeds, and so different images.
     bodies = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(chosen)]
     started = time.perf_counter()
     at_once = min(count, config.serve.max_queued_requests, config.serve.concurrent_requests)
@@ -169,7 +169,7 @@ def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
 
 
 def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
-    """Where it listens, and a command to paste."""
+    """Print the endpoint's address and a command to paste."""
     show(f"serve: {registered.name} version {registered.version} at {url}/v1 (Ctrl-C stops it)")
     body = json.dumps({"prompt": DEFAULT_PROMPTS[0], "seed": 1})
     key = "" if config.serve.allow_anonymous else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
@@ -186,10 +186,10 @@ def _stop(signum: int, _: Any) -> NoReturn:
 
 
 def intact(config: Config, registered: RegisteredModel) -> RegisteredModel:
-    """The champion, or the version that it replaced where its weights are not those that were registered.
+    """Return the champion, or the version it replaced if its weights differ from the registered ones.
 
     Raises:
-        ConfigError: neither has its own.
+        ConfigError: neither version's weights are the registered ones.
     """
     try:
         verify_weights(registered, registered.source)
@@ -204,7 +204,7 @@ def intact(config: Config, registered: RegisteredModel) -> RegisteredModel:
 
 
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
-    """Start the endpoint; draw `num_pictures` and stop, or stay up until a signal comes."""
+    """Start the endpoint; generate `num_pictures` images and stop, or run until a signal arrives."""
     check_access(config)
     if num_pictures is not None and not (config.serve.allow_anonymous or os.environ.get(KEY_VARIABLE)):
         raise ConfigError(
@@ -212,7 +212,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
         )
     registered = champion(config)
     if Storage.open(registered.source).is_local:
-        # The replicas check it too, but a mistake is better told before Ray starts.
+        # The replicas check it too, but an error is better reported before Ray starts.
         registered = intact(config, registered)
     check_model(config, registered)
     check_parts(config)
@@ -224,7 +224,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
     show(f"framework logs: {log} and Ray's session folder")
     show(f"serve: starting {registered.name} version {registered.version}")
     with connect(config):
-        # Ray sets its own, which would skip the endpoint's orderly end.
+        # Ray sets its own handlers, which would skip the endpoint's orderly shutdown.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, _stop)
         with endpoint(config, registered, port) as url:
@@ -237,7 +237,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for what the user must mend, 1 for a failed endpoint."""
+    """Run the command, and return its exit code: 2 for a configuration error, 1 for a failed endpoint."""
     parser = argparse.ArgumentParser(prog="python -m serving.command", description="Serve the champion.")
     add_config_arguments(parser)
     parser.add_argument("--ask", type=int, metavar="N", help="draw N pictures over HTTP, then stop")
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(error)
     except Exception as error:
         if not isinstance(error, EndpointError):
-            traceback.print_exc()  # into the log, whose path is on the screen
+            traceback.print_exc()  # into the log, whose path was printed
         show(f"error: serve: {' '.join(str(error).split())[:500]}")
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Export: what people said of served pictures, as data to update the model from.
+"""Export feedback on served images as training data.
 
     python -m serving.export preferences --config configs/demo.yaml --out exports/preferences
     python -m serving.export preferences --config ... --out ... --draw http://127.0.0.1:8000 --key sk-...
@@ -25,7 +25,7 @@ from serving.feedback.store import FeedbackStore
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; exits with 2 and one line for what the user must mend."""
+    """Run the command; a configuration error exits with code 2 and one line of explanation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""API keys: who may ask for what.
+"""Manage the endpoint's API keys.
 
     python -m serving.keys add --config configs/demo.yaml --name alice --scope generate
     python -m serving.keys list --config configs/demo.yaml
     python -m serving.keys revoke --config configs/demo.yaml 3f9a01c2
 
-A key is shown once, when it is made; the file keeps its SHA-256 (`serving.http.api_keys`).
+A key is shown once, when it is created; the file keeps its SHA-256 (`serving.http.api_keys`).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for what the user must mend."""
+    """Run the command, and return its exit code: 2 for a configuration error."""
     options = _parser().parse_args(arguments)
     try:
         path = _path_of(options)

@@ -1,22 +1,22 @@
-"""What an engine is doing, and how its pictures are, for metrics."""
+"""Load of an engine, and drift scores of its images, for metrics."""
 
 from typing import NamedTuple
 
 
 class Load(NamedTuple):
-    """What the engine is doing, and has done since it was made."""
+    """Current state of an engine, and its counters since it was created."""
 
-    places: int  # for rows that are drawn at a time
-    waiting: int  # requests that have no place yet
-    encoding: int  # rows that have a place, and whose given picture is not encoded yet
-    running: int  # rows between their first step and their last
-    decoding: int  # pictures and previews after that
-    rejected: int  # requests, because too many were waiting
-    calls: int  # of the denoiser
-    row_steps: int  # steps of all rows in these calls
-    pictures: int  # finished
-    first_steps: int  # rows that took one,
-    seconds_to_first_step: float  # and how long they had waited for it, all together
+    places: int  # slots for running rows
+    waiting: int  # requests without a slot
+    encoding: int  # rows with a slot whose initial image is not encoded yet
+    running: int  # rows being denoised
+    decoding: int  # images and previews waiting to be decoded
+    rejected: int  # requests rejected because the queue was full
+    calls: int  # denoiser calls
+    row_steps: int  # denoising steps of all rows in these calls
+    pictures: int  # finished images
+    first_steps: int  # rows that have made their first step
+    seconds_to_first_step: float  # sum of these rows' waiting times
     prompt_hits: int
     prompt_misses: int
     adapter_hits: int
@@ -25,16 +25,16 @@ class Load(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """The scores of a full window. None: not measured, for want of what it needs.
+    """Drift scores of a full window. None: not measured, because an input is missing.
 
     Attributes:
-        num_pictures: in the window.
-        fid: of the window against the validation pictures.
-        expected_fid: that as many of the published pictures had, with the validation's prompts.
-        near_copies: share of the window, 0 to 1.
-        expected_near_copies: that a model which has learnt nothing by heart would have.
-        scored_at: seconds since 1970.
-        num_passed_over: pictures that came faster than they could be measured, or could not be.
+        num_pictures: number of images in the window.
+        fid: FID of the window against the validation images.
+        expected_fid: FID of as many published images, with the validation prompts.
+        near_copies: fraction of near copies of training images in the window, 0 to 1.
+        expected_near_copies: fraction expected of a model that has memorised nothing.
+        scored_at: time of scoring, seconds since 1970.
+        num_passed_over: images not scored, because the queue was full or measuring failed.
     """
 
     num_pictures: int

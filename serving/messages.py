@@ -1,4 +1,4 @@
-"""Messages between the ingress and the replicas. No PyTorch: the ingress takes none."""
+"""Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ BASE = "base"
 
 
 class Order(NamedTuple):
-    """One picture to draw."""
+    """One image to generate."""
 
-    version: RegisteredModel | None  # None: the base alone
+    version: RegisteredModel | None  # None: the bare base
     prompt: str
     seed: int
     steps: int
@@ -20,19 +20,19 @@ class Order(NamedTuple):
     negative_prompt: str | None = None
     height: int | None = None  # pixels; None: the model's own
     width: int | None = None
-    previews: int = 0  # unfinished pictures on the way
-    image: bytes | None = None  # to begin with: a file of a picture
-    strength: float = 1.0  # with an image, in (0, 1]: the share of the steps that is made
-    image_id: str = ""  # what the picture is called
-    scored: bool = False  # whether its version is judged by it too, see `replica.drift`
-    asked: float = 0.0  # seconds since 1970
-    fused: bool = False  # whether a LoRA version is drawn by an engine of its own, merged into the base
+    previews: int = 0  # number of intermediate images
+    image: bytes | None = None  # initial image: an image file
+    strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run
+    image_id: str = ""  # id of the generated image
+    scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
+    asked: float = 0.0  # time of the request, seconds since 1970
+    fused: bool = False  # True: a LoRA version is served by its own engine, merged into the base
 
     def parameters(self, size: str) -> dict[str, Any]:
-        """What its feedback and its file say of the picture.
+        """Return the parameters that are recorded for feedback and in the image's file.
 
         Args:
-            size: width x height, pixels.
+            size: width x height in pixels.
         """
         return {
             "image_id": self.image_id,
@@ -50,55 +50,55 @@ class Order(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What a replica answers."""
+    """A replica's answer: a finished image or a preview."""
 
     png: bytes
-    waited_s: float | None = None  # from the order's arrival to its first step; None: it is unfinished
+    waited_s: float | None = None  # seconds from the order's arrival to its first step; None: a preview
 
 
 class Traits(NamedTuple):
-    """What the ingress must know of the base that the replicas draw with."""
+    """Properties of the replicas' base that the ingress needs."""
 
-    height: int  # of the model's own pictures, pixels
+    height: int  # of the model's default image, in pixels
     width: int
 
 
 class ReplicaLoad(NamedTuple):
-    """What a replica is doing."""
+    """Load of a replica's engines, and its drift scores."""
 
-    replica: str  # its name; another one in its place has another
-    process: int  # its id on its node
-    engines: dict[str, Load]  # by what they draw
-    drift: dict[tuple[str, int], Drift]  # by name and version
+    replica: str  # unique name; a replacement replica has another one
+    process: int  # process id on its node
+    engines: dict[str, Load]  # by engine name
+    drift: dict[tuple[str, int], Drift]  # by model name and version
 
 
 class Place(NamedTuple):
-    """Where a version is drawn: the engine's name, and the adapter's in it."""
+    """Location of a version in a replica: the engine's name, and the adapter's name in it, if any."""
 
     engine: str
     adapter: str | None
 
 
 def label(version: RegisteredModel | None) -> str:
-    """How a version is asked for: `name@version`, or `base`."""
+    """Return the name by which a version is requested: `name@version`, or `base`."""
     return BASE if version is None else f"{version.name}@{version.version}"
 
 
 def base_of(version: RegisteredModel) -> tuple[str, str | None]:
-    """The base that a version was trained on, a folder or hub name, and its revision."""
+    """Return the base that a version was trained on (a folder or hub name) and its revision."""
     return resolve_path(version.base), version.base_revision
 
 
 def adapter_name(version: RegisteredModel) -> str:
-    """The version and the beginning of its weights' digest."""
+    """Return the version's label with the beginning of its weights' digest."""
     return f"{label(version)}#{version.digest[:12]}"
 
 
 def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
-    """LoRA versions are adapters of the base's engine, unless fused; a fully trained version has an engine of
-    its own.
+    """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; a fully
+    trained version has its own engine.
 
-    The digest is part of the names, because a registry that was made anew counts from 1 again.
+    Names include the digest, because a recreated registry counts versions from 1 again.
     """
     if version is None:
         return Place(BASE, None)

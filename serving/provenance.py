@@ -1,8 +1,7 @@
-"""Provenance in a picture's own file: which model drew it, and from what.
+"""Provenance stored in an image file: the model that generated it, and the parameters.
 
 Two text chunks of a PNG (W3C, Portable Network Graphics, section 11.3.3): `diffray`, JSON for programs, and
-`parameters`, the line that picture tools show and read. Whoever has a picture may have changed them: they are
-a label, not a proof.
+`parameters`, the text that image tools show and read. Anyone may change them: they are a label, not a proof.
 """
 
 import io
@@ -17,22 +16,23 @@ import numpy as np
 CHUNK = "diffray"
 TOOLS_CHUNK = "parameters"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_FACTS = 1 << 18  # bytes of JSON; more is not read
-MAX_CHUNKS = 64  # before the pixels; ours are among the first
+MAX_FACTS = 1 << 18  # maximum bytes of JSON that are read
+MAX_CHUNKS = 64  # maximum chunks read before the pixels; ours are among the first
 
 
 def facts_of(
     parameters: Mapping[str, Any], *, base: str, adapter_digest: str | None = None, with_prompt: bool = True
 ) -> dict[str, Any]:
-    """What a served picture says of itself.
+    """Return the provenance of a served image.
 
-    Never who asked: not the user, nor the key.
+    It never identifies the requester, neither the user nor the key.
 
     Args:
-        parameters: by the names of `feedback.schemas.Generation`; those that draw the picture are taken.
+        parameters: values by the names of `feedback.schemas.Generation`; those that determine the image are
+            taken.
         base: name of the model that was fine-tuned.
-        adapter_digest: sha256 of the adapter's weights.
-        with_prompt: False leaves out what the prompts were.
+        adapter_digest: SHA-256 of the adapter's weights.
+        with_prompt: include the prompts.
     """
     wanted = ["image_id", "model", "version", "adapter", "seed", "steps", "guidance_scale", "size"]
     wanted += ["strength", *(["prompt", "negative_prompt"] if with_prompt else [])]
@@ -42,21 +42,21 @@ def facts_of(
 
 
 def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:
-    """A PNG file.
+    """Encode an image as a PNG file.
 
     Args:
         pixels: uint8, height x width x 3.
-        facts: from `facts_of`, values of JSON; None writes nothing but the pixels.
+        facts: provenance from `facts_of`, JSON values; None: only the pixels are written.
 
     Raises:
-        ValueError: if the facts are more than `read_provenance` would read.
+        ValueError: the facts are larger than `read_provenance` would read.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     if facts is not None:
-        text = json.dumps(facts, allow_nan=False)  # of ASCII only, whatever the prompt: legal in every chunk
+        text = json.dumps(facts, allow_nan=False)  # ASCII for any prompt: legal in every chunk
         if len(text) > MAX_FACTS:
             raise ValueError(
                 f"facts: {len(text)} bytes; at most {MAX_FACTS} are read back: shorten the prompt"
@@ -64,13 +64,13 @@ def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:
         chunks.add_text(CHUNK, text)
         chunks.add_itxt(TOOLS_CHUNK, parameters_line(facts))
     file = io.BytesIO()
-    # Of a large picture the usual level takes several times as long as all the rest of an answer.
+    # For a large image the default level takes several times as long as the rest of an answer.
     Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks, compress_level=1)
     return file.getvalue()
 
 
 def parameters_line(facts: Mapping[str, Any]) -> str:
-    """The form that picture tools agree on: the prompt, what it is not to be, and one line of settings."""
+    """Format facts as image tools do: the prompt, the negative prompt, and one line of settings."""
     labels = {
         "steps": "Steps",
         "guidance_scale": "CFG scale",
@@ -87,21 +87,22 @@ def parameters_line(facts: Mapping[str, Any]) -> str:
         facts.get("negative_prompt") and f"Negative prompt: {facts['negative_prompt']}",
     ]
     text = "\n".join([line for line in lines if line] + [settings])
-    # A zero ends a chunk's text, and lone surrogates are no UTF-8.
+    # A null character ends a chunk's text, and lone surrogates are invalid in UTF-8.
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
 
 
 def read_provenance(png: bytes) -> dict[str, Any] | None:
-    """The facts that `encode_png` wrote; None where there are none that are whole.
+    """Read the facts that `encode_png` wrote; return None if they are missing or damaged.
 
-    For files of any origin: nothing is decompressed or decoded, and no more than `MAX_FACTS` bytes are read.
+    Safe for untrusted files: nothing is decompressed, no pixels are decoded, and at most `MAX_FACTS` bytes of
+    JSON are read.
     """
     for kind, data in _chunks(png):
         keyword, _, text = data.partition(b"\0")
         if kind == b"tEXt" and keyword == CHUNK.encode() and len(text) <= MAX_FACTS:
             try:
                 facts = json.loads(text.decode("ascii"))
-            # RecursionError: brackets in brackets, ten thousand deep.
+            # RecursionError: JSON nested thousands of levels deep.
             except (ValueError, RecursionError):
                 return None
             return facts if isinstance(facts, dict) else None
@@ -109,7 +110,7 @@ def read_provenance(png: bytes) -> dict[str, Any] | None:
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and data of the small chunks before the pixels, until one is damaged."""
+    """Yield type and data of the small chunks before the pixels; stop at a damaged one."""
     if not png.startswith(SIGNATURE):
         return
     position = len(SIGNATURE)

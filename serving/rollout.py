@@ -1,4 +1,4 @@
-"""Rollouts: the candidate becomes the champion, a champion is taken back, and how the two compare.
+"""Rollouts: promote or withdraw the candidate, roll back the champion, and compare the two.
 
     python -m serving.rollout status --config configs/demo.yaml --url http://127.0.0.1:8000
     python -m serving.rollout promote --config configs/demo.yaml
@@ -21,7 +21,7 @@ from serving.service.rollout import promote, withdraw
 
 
 def comparison(answer: dict[str, Any]) -> str:
-    """A table of GET /v1/rollout."""
+    """Format the answer of GET /v1/rollout as a table."""
     head = ("version", "", "answers", "errors", "median s", "p95 s", "median s a step")
     rows = []
     for version, tally in answer["versions"].items():
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 2 for what the user must mend, 1 for an endpoint that does not answer."""
+    """Run the command, and return its exit code: 2 for a configuration error, 1 if the endpoint fails."""
     parser = argparse.ArgumentParser(
         prog="python -m serving.rollout",
         description=__doc__,

@@ -1,9 +1,8 @@
-"""The interface of safety checkers, which look at every picture before it is sent.
+"""The interface of safety checkers, which check every image before it is sent.
 
-`serve.safety_checker: module:function` names a factory: called once a replica without arguments, it loads
-what it needs and returns the checker. A checker takes pictures and returns one `Verdict` each, in their
-order. It is called from one thread at a time. One that fails blocks: a picture that nobody has looked at is
-not sent.
+`serve.safety_checker: module:function` names a factory. It is called without arguments once per replica,
+loads its models and returns the checker. A checker takes images and returns one `Verdict` each, in the same
+order. It is called from one thread at a time. If it fails, no unchecked image is sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +13,13 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker says of one picture.
+    """A checker's verdict on one image.
 
     Attributes:
-        allowed: whether it may be sent as it is.
-        reason: why not, for the person who asked.
-        replacement: sent instead of a picture that is not allowed, of the same size; None: the request is
-            answered with an error.
+        allowed: True if the image may be sent unchanged.
+        reason: reason for blocking, shown to the client.
+        replacement: image of the same size to send instead of a blocked one; None: the request is answered
+            with an error.
     """
 
     allowed: bool

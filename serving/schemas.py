@@ -16,11 +16,11 @@ MAX_SEED = 2**31 - 1
 
 
 class Other(NamedTuple):
-    """A field of OpenAI's that this server does not have.
+    """A field of OpenAI's API that this server does not support.
 
     Attributes:
-        reason: why not, and what there is instead.
-        neutral: values that ask for what this server does anyway.
+        reason: explanation, and the alternative if there is one.
+        neutral: values that request what this server does anyway.
     """
 
     reason: str
@@ -37,7 +37,7 @@ OTHER_FIELDS = {
     "markup": Other("the whole picture is drawn anew, by its strength"),
     "mask": Other("the whole picture is drawn anew, by its strength"),
     "moderation": Other("this server's own safety checker looks at pictures, the same for everybody"),
-    # A form has text where JSON has a number.
+    # A form sends text where JSON has a number.
     "output_compression": Other("PNG has no lossy compression", (100, "100")),
     "output_format": Other("pictures are PNG here", ("png",)),
     "quality": Other("ask for more or fewer steps", ("standard",)),
@@ -45,15 +45,15 @@ OTHER_FIELDS = {
     "svg": Other(STILL_PNG),
 }
 
-# OpenAI's clients (3.52) send a request again, twice by default, for 408, 409, 429 and all from 500 on, where
-# the answer does not say otherwise. What took too long would be drawn three times, what failed fail again.
+# OpenAI's clients (3.52) retry a request, twice by default, on 408, 409, 429 and all statuses from 500 on,
+# unless the answer says otherwise. A request that timed out would run three times, a failed one fail again.
 DO_NOT_RETRY = {"x-should-retry": "false"}
 
 
 class APIError(Exception):
-    """What the client is told: an HTTP status, OpenAI's error body, and headers such as Retry-After."""
+    """An error for the client: an HTTP status, OpenAI's error body, and headers such as Retry-After."""
 
-    # Positional, so that it can be pickled on its way from a replica.
+    # Positional arguments, so that it can be pickled on its way from a replica.
     def __init__(
         self,
         status: int,
@@ -68,7 +68,7 @@ class APIError(Exception):
         self.headers = {**(DO_NOT_RETRY if vain else {}), **(headers or {})}
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON that OpenAI's clients expect."""
+        """Return the JSON that OpenAI's clients expect."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
@@ -116,8 +116,8 @@ class ImageRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
-        """Nulls mean absent; OpenAI's other fields may stand there if they change nothing. Its newer name of
-        `user` is `safety_identifier`, which goes before it unless it is empty."""
+        """Drop nulls, and OpenAI's other fields if they change nothing. `safety_identifier`, OpenAI's newer
+        name for `user`, takes precedence over `user` unless it is empty."""
         if not isinstance(body, dict):
             return body
         kept = {}
@@ -146,7 +146,7 @@ Limited = TypeVar("Limited", bound=ImageRequest)
 
 
 def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
-    """A request with the limits of a configuration, which so stand in errors and the OpenAPI document."""
+    """Return a request model with the configuration's limits, for validation and the OpenAPI document."""
     length = settings.max_prompt_length
     fields: dict[str, Any] = {
         "prompt": (str, _narrowed("prompt", max_length=length)),
@@ -158,7 +158,7 @@ def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
 
 
 def _narrowed(name: str, **limits: Any) -> Any:
-    """A field of ImageRequest with further limits."""
+    """Return a field of ImageRequest with further limits."""
     field = ImageRequest.model_fields[name]
     lower: dict[str, Any] = {"min_length": 1} if name == "prompt" else {"ge": 1} if "le" in limits else {}
     default = ... if field.is_required() else field.default
@@ -166,7 +166,7 @@ def _narrowed(name: str, **limits: Any) -> Any:
 
 
 def width_and_height(size: str) -> tuple[int, int]:
-    """Pixels of a `size` that ImageRequest let through."""
+    """Parse a `size` that ImageRequest has validated, in pixels."""
     width, height = size.split("x")
     return int(width), int(height)
 
@@ -271,13 +271,13 @@ class ModelList(BaseModel):
 
 
 def invalid_request(error: dict[str, Any]) -> APIError:
-    """A 400 from the first of pydantic's errors (one item of `ValidationError.errors()`)."""
+    """Make a 400 from one of pydantic's errors (an item of `ValidationError.errors()`)."""
     path = [str(part) for part in error["loc"] if part != "body"]
     field = ".".join(path)
     if error["type"] == "json_invalid":
         return APIError(400, "the body is not JSON", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        if other := OTHER_FIELDS.get(field.partition("[")[0]):  # of an object in a form: svg[model]
+        if other := OTHER_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
             message = f"{field}: not supported by this server: {other.reason}"
             return APIError(400, message, param=field, code="unsupported_parameter")
         message = f"{field}: unknown field; remove it or correct its name"
