@@ -22,8 +22,8 @@ LOOK_S = 5.0
 """Interval between checks, in seconds."""
 
 INFEASIBLE_S = 120.0
-"""How long an autoscaler must report a demand as infeasible before it counts, in seconds: it also does so
-while it does not know its node groups yet."""
+"""Time for which an autoscaler must report a demand as infeasible before it counts, in seconds: it also does
+so while it does not know its node groups yet."""
 
 AGAIN_S = 60.0
 """Interval after which a stage that is still running gets the stop signal again, in seconds: an interrupt in

@@ -1,7 +1,7 @@
-"""The SQL database of generations and ratings: its tables, and opening it.
+"""The SQL database of generations and ratings: its tables, and how to open it.
 
-SQLite in the storage folder by default, which any number of processes of one machine may share; PostgreSQL
-by its URL for several machines.
+The default is SQLite in the storage folder, which any number of processes on one machine may share. Several
+machines need PostgreSQL, given by its URL.
 """
 
 from typing import Any
@@ -36,8 +36,8 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 2  # raised, with a migration, whenever the tables change
-BUSY_S = 30  # a writer of SQLite waits so long for another one
+SCHEMA = 2  # increased, with a migration, whenever the tables change
+BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
 ID = String(28)
 
 metadata = MetaData()
@@ -70,7 +70,7 @@ generations = Table(
     Column("role", Text, nullable=False),
 )
 
-# One rating a picture and key; without keys all people share the key "".
+# One rating per image and key; without keys all clients share the key "".
 ratings = Table(
     "ratings",
     metadata,
@@ -81,8 +81,8 @@ ratings = Table(
     Column("created", Double, nullable=False),
 )
 
-# One vote a pair of pictures and key: `pair` is both ids in alphabetical order, so that a change of mind
-# replaces the former vote whichever picture won.
+# One vote per pair of images and key: `pair` is both ids in alphabetical order, so that a new vote replaces
+# the former one, whichever image won.
 votes = Table(
     "votes",
     metadata,
@@ -94,7 +94,7 @@ votes = Table(
     Column("created", Double, nullable=False),
 )
 
-# `negative_prompt` may be NULL. SQLite cannot take a column's NOT NULL away, both know these.
+# `negative_prompt` may be NULL. SQLite cannot drop a NOT NULL; both databases support these statements.
 TO_VERSION_2 = (
     "ALTER TABLE generations ADD COLUMN negative_or_null TEXT",
     "UPDATE generations SET negative_or_null = NULLIF(negative_prompt, '')",
@@ -106,10 +106,10 @@ UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.inse
 
 
 def feedback_url(config: Config) -> str:
-    """`serve.feedback_url`, else SQLite in the storage folder.
+    """Return `serve.feedback_url`, by default the URL of a SQLite file in the storage folder.
 
     Raises:
-        ConfigError: if the storage is remote, where a SQLite file cannot lie, and no URL is given.
+        ConfigError: no URL is given, and the storage is remote, where a SQLite file cannot be stored.
     """
     if config.serve.feedback_url:
         return config.serve.feedback_url
@@ -124,11 +124,11 @@ def feedback_url(config: Config) -> str:
 
 
 def open_database(url: str) -> Engine:
-    """Connect, and make the tables where there are none.
+    """Connect, and create or migrate the tables.
 
     Raises:
-        ConfigError: naming serve.feedback_url, if it is no URL of SQLite or PostgreSQL, its driver is not
-            installed, nothing answers there, or a newer program made the tables.
+        ConfigError: the URL is not one of SQLite or PostgreSQL, its driver is not installed, nothing answers
+            there, or a newer program created the tables; names serve.feedback_url.
     """
     try:
         engine = create_engine(url, pool_pre_ping=True)
@@ -157,7 +157,7 @@ def open_database(url: str) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
-    """A commit is on the disk when it returns (FULL); reading and writing go on side by side (WAL)."""
+    """Make commits durable when they return (FULL), and allow reading during writes (WAL)."""
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_S}")
     cursor.execute("PRAGMA journal_mode = WAL")
@@ -167,7 +167,7 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
 
 
 def _make_tables(engine: Engine, where: str) -> None:
-    """Several processes may do it at once."""
+    """Create or migrate the tables; several processes may do so at once."""
     if inspect(engine).has_table(schema.name):
         with engine.connect() as connection:
             found = connection.scalar(select(schema.c.version)) or 0
@@ -187,8 +187,8 @@ def _make_tables(engine: Engine, where: str) -> None:
 
 
 def _migrate(connection: Connection) -> None:
-    """Bring the tables of an older program up to date, in whichever of several processes comes first."""
+    """Migrate the tables of an older program; of several processes only the first does it."""
     older = update(schema).where(schema.c.version == 1).values(version=SCHEMA)
-    if connection.execute(older).rowcount:  # the others wait for this row, or find it changed
+    if connection.execute(older).rowcount:  # other processes wait for this row, or see it changed
         for change in TO_VERSION_2:
             connection.execute(text(change))

@@ -1,4 +1,4 @@
-"""Export of feedback: pairs for preference training, and liked pictures for fine-tuning."""
+"""Export of feedback: pairs for preference training, and liked images for fine-tuning."""
 
 import io
 import json
@@ -16,10 +16,10 @@ from serving.feedback.store import FeedbackStore, Rated, Vote
 PREFERENCES = "preferences"
 METADATA = "metadata.jsonl"
 REPORT = "export.json"
-IMAGES = "images"  # folder of drawn pictures beside the pairs
+IMAGES = "images"  # folder of reproduced images beside the pairs
 DRAWN_AT_ONCE = 4
 
-# What of a generation draws its picture again; not who asked, nor when.
+# Fields of a generation that reproduce its image; not the requester, nor the time.
 PARAMETERS = (
     "image_id",
     "model",
@@ -34,15 +34,15 @@ PARAMETERS = (
 
 
 LeftOut = Counter[str]
-"""How many of what is not in the export, by the reason why."""
+"""Number of items left out of the export, by reason."""
 
 
 class Pair(NamedTuple):
-    """Two pictures of one prompt, of which people prefer one.
+    """Two images of the same prompt, one of which is preferred.
 
     Attributes:
         source: `vote`: they were compared side by side; `rating`: one key rated one up and the other down.
-        people: keys that agree, less those that do not.
+        people: number of keys that agree, minus those that disagree.
     """
 
     chosen: Generation
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
     people: int
 
     def row(self) -> dict[str, Any]:
-        """As it is exported."""
+        """Return the exported row."""
         return {
             "prompt": self.chosen.prompt,
             "chosen": _parameters(self.chosen),
@@ -66,7 +66,7 @@ def _parameters(generation: Generation) -> dict[str, Any]:
 
 
 def voted_pairs(votes: Iterable[Vote], known: dict[str, Generation], left_out: LeftOut) -> list[Pair]:
-    """One pair for each two pictures that were compared, the majority's choice."""
+    """Return one pair, the majority's choice, for every two images that were compared."""
     balance: Counter[tuple[str, str]] = Counter()
     for vote in votes:
         first, second = sorted((vote.winner_id, vote.loser_id))
@@ -85,9 +85,9 @@ def voted_pairs(votes: Iterable[Vote], known: dict[str, Generation], left_out: L
 
 
 def rated_pairs(ratings: Iterable[Rated], known: dict[str, Generation], left_out: LeftOut) -> list[Pair]:
-    """Pairs of what one key rated +1 and -1 of one prompt: each picture in one pair, the oldest first.
+    """Pair images of one prompt that one key rated +1 and -1: each image in one pair, the oldest first.
 
-    Not every good one with every bad one, which would give a prompt with many ratings their square.
+    All combinations would give prompts with many ratings a quadratic weight.
     """
     rated: dict[tuple[str, str], dict[int, list[Generation]]] = {}
     for each in ratings:
@@ -105,7 +105,7 @@ def rated_pairs(ratings: Iterable[Rated], known: dict[str, Generation], left_out
 
 
 def liked(ratings: Iterable[Rated], known: dict[str, Generation], left_out: LeftOut) -> list[Generation]:
-    """Pictures that more keys rated +1 than -1, the oldest first."""
+    """Return the images that more keys rated +1 than -1, the oldest first."""
     sums: Counter[str] = Counter()
     for each in ratings:
         sums[each.image_id] += each.rating
@@ -122,7 +122,7 @@ def _age(generation: Generation) -> tuple[float, str]:
 def export_preferences(
     store: FeedbackStore, out: Storage, replayer: Replayer | None, file_format: str
 ) -> dict[str, Any]:
-    """Write the pairs, with their pictures if there is a `replayer`; returns what export.json holds."""
+    """Write the pairs, with their images if there is a `replayer`; return the content of export.json."""
     left_out: LeftOut = Counter()
     votes, ratings = store.votes(), store.ratings()
     images = {each.image_id for each in ratings}
@@ -149,7 +149,7 @@ def export_preferences(
 
 
 def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> dict[str, Any]:
-    """Write liked pictures and their captions; returns what export.json holds."""
+    """Write liked images and their captions; return the content of export.json."""
     left_out: LeftOut = Counter()
     ratings = store.ratings()
     known = {each.image_id: each for each in store.generations(sorted({each.image_id for each in ratings}))}
@@ -168,7 +168,8 @@ def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> d
 def _draw(
     wanted: dict[str, Generation], out: Storage, folder: str, replayer: Replayer
 ) -> dict[str, str | None]:
-    """Draw each into `folder`, unless it is there; by image id why there is none, or None."""
+    """Reproduce images in `folder`, unless they are there already. Return by image id the reason for a
+    missing image, or None."""
     place = out.child(folder) if folder else out
 
     def draw(generation: Generation) -> str | None:

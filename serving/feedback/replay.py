@@ -1,4 +1,4 @@
-"""Drawing a served picture again: the recorded parameters, asked of a running endpoint."""
+"""Reproduce a served image by sending its recorded parameters to a running endpoint."""
 
 import base64
 import time
@@ -11,22 +11,22 @@ from serving.feedback.schemas import Generation
 from serving.provenance import read_provenance
 
 TIMEOUT_S = 300
-TRIES = 6  # of a request that is turned away for now
+TRIES = 6  # maximum tries of a request that gets 429 or 503
 LONGEST_WAIT_S = 60.0
-# What the drawn picture has to say of itself, to be the one that was rated.
+# Provenance fields that must match for the reproduced image to be the rated one.
 SAME = ("model", "version", "adapter", "seed", "steps", "guidance_scale", "size")
 
 
 class Unavailable(Exception):
-    """This picture cannot be drawn again; the message says why, the same words for the same reason."""
+    """This image cannot be reproduced; the message is the same for the same reason."""
 
 
 class Replayer:
-    """An endpoint that draws.
+    """Client of an endpoint that reproduces images.
 
     Args:
-        url: of the endpoint, without /v1.
-        key: an API key with the scope `generate`; None where none is needed.
+        url: URL of the endpoint, without /v1.
+        key: API key with the scope `generate`; None if none is required.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
@@ -34,11 +34,11 @@ class Replayer:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def draw(self, generation: Generation) -> bytes:
-        """The PNG of a generation.
+        """Return the PNG of a generation.
 
         Raises:
-            Unavailable: the endpoint refuses, or serves another version than drew the picture.
-            ConfigError: naming --draw or --key, if nothing answers there or the key is not accepted.
+            Unavailable: the endpoint refuses, or serves another version than the one recorded.
+            ConfigError: nothing answers there or the key is rejected; names --draw or --key.
         """
         if generation.strength is not None:
             raise Unavailable("it began with a picture that was sent, which is not kept")
@@ -55,7 +55,7 @@ class Replayer:
         return png
 
     def objection(self, generation: Generation, png: bytes) -> str | None:
-        """Why a PNG is not the picture of a generation, by what it says of itself; None if it is."""
+        """Return the reason why a PNG, by its provenance, is not a generation's image; None if it is."""
         facts = read_provenance(png)
         if facts is None:
             return "the endpoint does not tell which version drew it (set serve.provenance: true)"
@@ -86,7 +86,7 @@ class Replayer:
 
 
 def _message(answer: requests.Response) -> str:
-    """Of an error in OpenAI's shape, else the beginning of whatever it is."""
+    """Return the message of an error in OpenAI's format, else the answer's first 200 characters."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What is kept of a served picture, and what `POST /v1/feedback` takes and answers."""
+"""Record of a served image, and request and response of `POST /v1/feedback`."""
 
 import secrets
 from typing import Annotated, Any, Literal
@@ -9,17 +9,17 @@ MAX_COMMENT = 2000  # characters
 
 ImageId = Annotated[str, StringConstraints(pattern=r"^img-[0-9a-f]{24}$")]
 Rating = Literal[-1, 0, 1]
-"""Of a picture by a person: -1 bad, 0 neither (also: a rating taken back), +1 good. Not stars: people agree
-on two buttons far better than on five, and preference training needs no more than better and worse."""
+"""Rating of an image: -1 bad, 0 neutral (also: a withdrawn rating), +1 good. Not stars: people agree far
+better on two buttons than on five, and preference training needs only better and worse."""
 
 
 def new_image_id() -> str:
-    """A name that nobody can guess: `img-` and 96 random bits as 24 hexadecimal digits."""
+    """Return an unguessable id: `img-` and 96 random bits as 24 hexadecimal digits."""
     return f"img-{secrets.token_hex(12)}"
 
 
 class Generation(BaseModel):
-    """A served picture: all that draws it again, and who asked."""
+    """A served image: everything needed to reproduce it, and the requester."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

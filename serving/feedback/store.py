@@ -1,6 +1,6 @@
-"""The store of feedback: how each served picture was drawn, and what people say of it.
+"""The feedback store: how each served image was generated, and people's feedback on it.
 
-A generation is written by a thread, off the request's path; a rating is on the disk before it is answered.
+A thread writes generations, off the request path; a rating is on disk before it is answered.
 """
 
 import atexit
@@ -20,17 +20,17 @@ from serving.feedback.database import UPSERT, feedback_url, generations, open_da
 from serving.feedback.schemas import FeedbackRequest, FeedbackResponse, Generation
 from serving.schemas import APIError
 
-CAPACITY = 4096  # generations that may wait for the disk
-BATCH = 512  # generations a commit at most
-WAITS_S = 10.0  # for room in the queue, and for the disk
+CAPACITY = 4096  # maximum queued generations
+BATCH = 512  # maximum generations per commit
+WAITS_S = 10.0  # timeout for room in the queue, and for the disk, in seconds
 SLOWEST_RETRY_S = 30.0
-UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)  # it may be back in a moment
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout)  # possibly temporary: worth a retry
 
 log = logging.getLogger(__name__)
 
 
 class Rated(NamedTuple):
-    """A key's rating of a picture."""
+    """A key's rating of an image."""
 
     image_id: str
     key_id: str
@@ -39,7 +39,7 @@ class Rated(NamedTuple):
 
 
 class Vote(NamedTuple):
-    """A key's choice between two pictures."""
+    """A key's choice between two images."""
 
     winner_id: str
     loser_id: str
@@ -47,7 +47,7 @@ class Vote(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What people said of a version's pictures; `ups` and `downs` are ratings of +1 and -1."""
+    """Feedback on a version's images in numbers; `ups` and `downs` are ratings of +1 and -1."""
 
     model: str
     version: int
@@ -59,11 +59,11 @@ class Tally(NamedTuple):
 
 
 class FeedbackStore:
-    """Generations and ratings in SQL. Safe to call from any thread; one a process.
+    """Generations and ratings in SQL. Methods may be called from any thread; create one store per process.
 
     Args:
-        engine: from `open_database`.
-        capacity: generations that may wait for the disk; `record` waits while there are as many.
+        engine: database engine from `open_database`.
+        capacity: maximum queued generations; `record` blocks while the queue is full.
     """
 
     def __init__(self, engine: Engine, capacity: int = CAPACITY) -> None:
@@ -77,19 +77,19 @@ class FeedbackStore:
 
     @classmethod
     def open(cls, config: Config) -> "FeedbackStore":
-        """The store of a configuration.
+        """Open the store of a configuration.
 
         Raises:
-            ConfigError: naming serve.feedback_url.
+            ConfigError: the database cannot be opened; names serve.feedback_url.
         """
         return cls(open_database(feedback_url(config)))
 
     def record(self, generation: Generation, timeout_s: float = WAITS_S) -> None:
-        """Hand a generation to the writer; waits where its queue is full, and drops nothing.
+        """Queue a generation for the writer; block while the queue is full, and drop nothing.
 
         Raises:
-            APIError: 503, if there is no room after `timeout_s` seconds (the disk or the database is gone),
-                or the store is closed.
+            APIError: 503, there is no room after `timeout_s` seconds (the disk or the database is gone), or
+                the store is closed.
         """
         if self._closing.is_set():
             raise _unavailable()
@@ -99,10 +99,10 @@ class FeedbackStore:
             raise _unavailable() from None
 
     def flush(self, timeout_s: float = WAITS_S) -> None:
-        """Return when all that was recorded before is on the disk.
+        """Return once everything recorded before is on disk.
 
         Raises:
-            APIError: 503, if it is not after `timeout_s` seconds.
+            APIError: 503, this takes more than `timeout_s` seconds.
         """
         written, deadline = threading.Event(), time.monotonic() + timeout_s
         try:
@@ -113,13 +113,13 @@ class FeedbackStore:
             raise _unavailable()
 
     def rate(self, request: FeedbackRequest, key_id: str | None = None) -> FeedbackResponse:
-        """Commit a rating, a vote or both; a later one of the same key replaces the former.
+        """Commit a rating, a vote or both; a later one by the same key replaces the former.
 
         Args:
-            key_id: of the API key; None: nobody needs one here, and all share one opinion.
+            key_id: id of the API key; None: no keys are used, and all clients share one rating per image.
 
         Raises:
-            APIError: 404 for a picture that this store does not know, 503 if the database does not answer.
+            APIError: 404 for an image that is not in this store, 503 if the database does not answer.
         """
         now, key = time.time(), key_id or ""
         try:
@@ -139,11 +139,11 @@ class FeedbackStore:
         return FeedbackResponse(created=int(now), **request.model_dump())
 
     def _replace(self, table: Any, row: dict[str, Any], **key: str) -> Any:
-        """Insert a row, or put it in place of the one that has its key."""
+        """Make a statement that inserts a row, or replaces the one with the same key."""
         return self._upsert(table).values(**key, **row).on_conflict_do_update(index_elements=[*key], set_=row)
 
     def _require_known(self, request: FeedbackRequest) -> None:
-        """Raise a 404 for a picture that was not recorded."""
+        """Raise APIError 404 for an image that was not recorded."""
         named = {"image_id": request.image_id, "over": request.over}
         for is_last in (False, True):
             known = {row.image_id for row in self.generations([each for each in named.values() if each])}
@@ -151,12 +151,12 @@ class FeedbackStore:
             if not missing:
                 return
             if not is_last:
-                self.flush()  # it may have been drawn a moment ago
+                self.flush()  # the image may have been generated a moment ago
         message = f"{missing[0]}: this server knows no picture {named[missing[0]]!r}"
         raise APIError(404, message, param=missing[0], code="image_not_found")
 
     def generations(self, image_ids: Sequence[str]) -> list[Generation]:
-        """Those of `image_ids` that are known, the oldest first."""
+        """Return the known generations among `image_ids`, the oldest first."""
         found = []
         with self._engine.connect() as connection:
             for start in range(0, len(image_ids), BATCH):
@@ -166,24 +166,24 @@ class FeedbackStore:
         return sorted(found, key=lambda each: (each.created, each.image_id))
 
     def ratings(self) -> list[Rated]:
-        """All, by picture and key."""
+        """Return all ratings, sorted by image and key."""
         columns = (ratings.c.image_id, ratings.c.key_id, ratings.c.rating, ratings.c.comment)
         with self._engine.connect() as connection:
             rows = connection.execute(select(*columns).order_by(*columns[:2]))
             return [Rated(*row) for row in rows]
 
     def votes(self) -> list[Vote]:
-        """All, by pair of pictures and key."""
+        """Return all votes, sorted by pair of images and key."""
         with self._engine.connect() as connection:
             columns = (votes.c.winner_id, votes.c.loser_id, votes.c.key_id)
             rows = connection.execute(select(*columns).order_by(votes.c.pair, votes.c.key_id))
             return [Vote(*row) for row in rows]
 
     def tally(self) -> list[Tally]:
-        """What was said of each model, version and role, so that versions can be compared.
+        """Count the feedback on each model, version and role, to compare versions.
 
         Raises:
-            APIError: 503, if the database does not answer.
+            APIError: 503, the database does not answer.
         """
         identity = (generations.c.model, generations.c.version, generations.c.role)
 
@@ -212,7 +212,8 @@ class FeedbackStore:
         ]
 
     def close(self) -> None:
-        """Write what waits, and close; afterwards nothing may be recorded. May be called twice."""
+        """Write the queued generations, and close the store; nothing can be recorded afterwards. May be
+        called twice."""
         atexit.unregister(self.close)
         if not self._closing.is_set():
             self._closing.set()
@@ -221,7 +222,7 @@ class FeedbackStore:
             self._engine.dispose()
 
     def _write(self) -> None:
-        """The writer's thread: whatever has gathered during a commit is the next one."""
+        """Run the writer thread: generations queued during one commit form the next one."""
         while not (self._closing.is_set() and self._queue.empty()):
             taken = [self._queue.get()]
             while len(taken) < BATCH and not self._queue.empty():
@@ -232,13 +233,13 @@ class FeedbackStore:
                     each.set()
 
     def _insert(self, batch: list[Generation]) -> None:
-        """Commit a batch, as often as it takes; one that is refused for its content goes row by row."""
+        """Commit a batch, retrying as often as needed; insert row by row if its content is rejected."""
         rows = [{name: _storable(value) for name, value in each.model_dump().items()} for each in batch]
         wait_s = 0.1
         while rows:
             try:
                 with self._engine.begin() as connection:
-                    # A commit whose answer was lost is repeated; the same id is the same picture.
+                    # A commit whose answer was lost is repeated; the same id means the same image.
                     connection.execute(self._upsert(generations).on_conflict_do_nothing(), rows)
                 return
             except UNREACHABLE as error:
@@ -257,7 +258,7 @@ class FeedbackStore:
 
 
 def _storable(value: Any) -> Any:
-    """PostgreSQL's text holds no zero character, and no database half a surrogate pair."""
+    """Replace characters that cannot be stored: null in PostgreSQL, lone surrogates in any database."""
     if not isinstance(value, str):
         return value
     return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()

@@ -1,8 +1,8 @@
-"""Who may ask, and how much: one layer around the whole HTTP application.
+"""Access control and limits, in one layer around the whole HTTP application.
 
-Each request gets an id, is matched with a key, and is held to the key's scopes and limits and to the size of
-its body before the application sees it; afterwards it is counted and logged. Plain ASGI, so that answers
-stream through it untouched and a client that leaves is noticed at once.
+Each request gets an id and is matched with a key. The key's scopes and limits and the body size are enforced
+before the application sees the request; afterwards it is counted and logged. The layer is plain ASGI, so that
+answers stream through it unchanged and a disconnect is noticed at once.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from serving.service.metrics import Metrics
 from serving.service.request_context import ANONYMOUS
 
 PUBLIC = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
-PROBES = frozenset({"/healthz", "/readyz", "/metrics"})  # asked all the time: logged only for debugging
-# A browser says so of forms that any page may send to this one's address (W3C, Fetch Metadata).
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})  # requested all the time: logged at debug level only
+# Browsers send these values with forms that other sites submit to this address (W3C, Fetch Metadata).
 OTHER_SITES = frozenset({"cross-site", "same-site"})
 CHALLENGE = 'Bearer realm="diffray"'
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def needed_scope(path: str, public_folders: tuple[str, ...] = ()) -> str | None:
-    """The scope that a path asks for; None: everybody may. A path that nobody thought of needs `admin`."""
+    """Return the scope that a path requires; None for public paths. Unknown paths require `admin`."""
     if path in PUBLIC or path.startswith(public_folders):
         return None
     if path.startswith(("/v1/admin", "/v1/rollout")) or not path.startswith("/v1/"):
@@ -38,12 +38,13 @@ def needed_scope(path: str, public_folders: tuple[str, ...] = ()) -> str | None:
 
 
 def is_drawing(method: str, path: str) -> bool:
-    """Whether a request is one for pictures: these alone are limited, and stand in the latencies."""
+    """Return True for image requests; only these are limited, and counted in the latencies."""
     return method == "POST" and path.startswith("/v1/images/")
 
 
 def client_of(scope: Scope) -> str:
-    """What anonymous clients are told apart by: the address, of IPv6 the /64 network that one owner has."""
+    """Return the identity of an anonymous client: its IPv4 address, or its IPv6 /64 network, which usually
+    belongs to a single owner."""
     host = (scope.get("client") or ("unknown",))[0]
     try:
         address = ipaddress.ip_address(host)
@@ -57,20 +58,19 @@ def client_of(scope: Scope) -> str:
 
 
 class Access:
-    """The layer, as ASGI middleware: `api.add_middleware(Access, settings=..., keys=..., metrics=...)`.
+    """ASGI middleware: `api.add_middleware(Access, settings=..., keys=..., metrics=...)`.
 
-    The application finds `key_id` (of anonymous requests "anonymous") and `request_id` in `request.state`,
-    and leaves there what it knows of the request: `logs.REQUEST_FACTS`, and `prompt`.
+    It puts `key_id` ("anonymous" for anonymous requests) and `request_id` into `request.state`. The
+    application adds `logs.REQUEST_FACTS` and `prompt` there, as far as known.
 
     Args:
-        app: of ASGI.
-        settings: limits, and whether requests without a key are answered.
-        keys: `KeyRing.of(settings)`; None: every request is anonymous, whatever its Authorization says.
-        metrics: where requests are counted.
-        rate, concurrency: what counts the limits; for a clock of one's own.
-        public_folders: paths below these need no key: the files of the page.
-        sends_request_id: whether answers get X-Request-ID; False behind a proxy that adds it, as Ray Serve's
-            does.
+        app: ASGI application.
+        settings: limits, and permission for requests without a key.
+        keys: `KeyRing.of(settings)`; None: every request is anonymous, whatever its Authorization header.
+        metrics: metrics in which requests are counted.
+        rate, concurrency: counters of the limits; pass them to use another clock.
+        public_folders: paths below these need no key, such as the web page's files.
+        sends_request_id: add X-Request-ID to answers; False behind a proxy that adds it, such as Ray Serve's.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Access:
         self.public_folders, self.sends_request_id = public_folders, sends_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; messages that are not HTTP's pass, but for WebSockets, which nothing here serves."""
+        """Handle a connection: HTTP requests are checked, WebSockets refused, and other types passed on."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] != "http":
@@ -106,10 +106,10 @@ class Access:
             await self._answer(exchange)
 
     async def _answer(self, exchange: Exchange) -> None:
-        """Admit, let the application answer, and answer what goes wrong."""
+        """Admit the request, let the application answer, and turn exceptions into answers."""
         try:
             self._admit(exchange)
-            # Strangers have no say about our memory: what needs no key takes no body.
+            # Public paths accept no body, so that strangers cannot occupy memory.
             max_bytes = self.settings.max_body_mb << 20 if "key_id" in exchange.state else 0
             body = await exchange.read_body(max_bytes, self.settings.request_timeout_s)
             await exchange.run(self.app, body)
@@ -125,7 +125,7 @@ class Access:
                 _log_failure(exchange, "failed while it was answered", error)
                 if not exchange.complete:
                     exchange.status = 500
-                    raise  # the server breaks the connection off, so that no part is taken for the whole
+                    raise  # the server aborts the connection, so that a part is not taken for the whole
             elif isinstance(error, APIError):
                 exchange.state.setdefault("reason", error.code)
                 await exchange.answer(error)
@@ -136,7 +136,7 @@ class Access:
             exchange.end()
 
     def _admit(self, exchange: Exchange) -> None:
-        """Find the key, hold the request to it, and take its place among the client's requests.
+        """Find the key, check its scope, and count the request against the client's limits.
 
         Raises:
             APIError: 401, 403 or 429.
@@ -158,9 +158,12 @@ class Access:
             self._take_place(exchange, key)
 
     def _key(self, authorization: str | None) -> Key | None:
-        """The key of a request; None if it is anonymous and may be.
+        """Return the key of a request; None if it is anonymous and this is allowed.
 
-        A key that is wrong is refused even where none is needed, so that nobody takes it for accepted.
+        A wrong key is refused even if none is required, so that it does not seem accepted.
+
+        Raises:
+            APIError: 401, the key is missing or wrong.
         """
         kind, _, token = (authorization or "").partition(" ")
         if self.keys is None or (authorization is None and self.settings.allow_anonymous):
@@ -176,18 +179,18 @@ class Access:
         return key
 
     def _take_place(self, exchange: Exchange, key: Key | None) -> None:
-        """Count a drawing request against its client's limits, until it ends.
+        """Count an image request against its client's limits until it ends.
 
         Raises:
-            APIError: 429, with the seconds after which to try again.
+            APIError: 429, with the seconds until a retry.
         """
         client = key.id if key else client_of(exchange.scope)
         at_once = (key and key.concurrent_requests) or self.settings.concurrent_requests
         a_minute = (key and key.requests_per_minute) or self.settings.requests_per_minute
-        # First, so that what is refused for this costs no token.
+        # Checked first, so that a request refused for this costs no token.
         if self.concurrency.is_full(client, at_once):
             message = f"{at_once} requests are being answered for this client, which is its limit"
-            # When one of them ends is not known; a second is a short try.
+            # It is unknown when one of them ends; 1 s is a short wait.
             raise APIError(429, message, None, "concurrency_limit_exceeded", {"retry-after": "1"})
         seconds = self.rate.take(client, a_minute)
         if seconds:
@@ -200,7 +203,7 @@ class Access:
     def _record(self, exchange: Exchange) -> None:
         """Count and log a request that has ended."""
         method, path, state = exchange.scope["method"], _path(exchange.scope), exchange.state
-        # A stream that goes wrong has begun with 200; its last event is the error.
+        # A stream that fails has begun with status 200; its last event is the error.
         status = state.get("stream_status", exchange.status)
         if status >= 400 and state.get("reason"):
             self.metrics.rejected(state["reason"])
@@ -218,13 +221,13 @@ class Access:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's X-Request-ID if it is one that may stand in logs, else a new one."""
+    """Return the client's X-Request-ID if it is safe for logs, else a new id."""
     told = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
     return told if REQUEST_ID.fullmatch(told) else uuid.uuid4().hex
 
 
 def _path(scope: Scope) -> str:
-    """The path below the prefix at which the application is mounted, as Starlette's routes see it."""
+    """Return the path below the application's mount prefix, as Starlette's routes see it."""
     path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 

@@ -1,4 +1,4 @@
-"""The endpoint's HTTP: OpenAI's Images API, probes, and what an operator asks."""
+"""The endpoint's HTTP API: OpenAI's Images API, probes, and operator routes."""
 
 import json
 from collections.abc import AsyncGenerator
@@ -33,15 +33,15 @@ from serving.service.metrics import CONTENT_TYPE
 from serving.service.request_context import key_of
 from serving.service.service import Service
 
-WEB = Path(__file__).parents[1] / "web"  # the page that a person opens
+WEB = Path(__file__).parents[1] / "web"  # files of the web page
 PAGE_HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for each time; 304 while a file is the same
+    "Cache-Control": "no-cache",  # cached, but revalidated each time; 304 while a file is unchanged
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-KINDS = ("image_generation", "image_edit")  # of events, in OpenAI's names
+KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 MEANINGS = {
     400: "a field is wrong; `param` names it",
     401: "no key, or a wrong one",
@@ -56,12 +56,12 @@ MEANINGS = {
 
 
 def create_api(service: Service) -> FastAPI:
-    """The application of a service. Middlewares go around it; the order of `add_middleware` is inside out."""
+    """Create the HTTP application of a service. Add middlewares from the innermost to the outermost."""
     api = FastAPI(
         title="diffray",
         summary="Text-to-image in the shape of OpenAI's Images API",
         version="1",
-        # FastAPI's pages for them run scripts of another server where the page at / keeps its key.
+        # FastAPI's documentation pages run third-party scripts on the origin where the page at / keeps a key.
         docs_url=None,
         redoc_url=None,
     )
@@ -77,7 +77,7 @@ def create_api(service: Service) -> FastAPI:
 
 
 def _add_drawing(api: FastAPI, service: Service) -> None:
-    """What a client asks."""
+    """Add the routes for clients: generations, edits and models."""
 
     async def generate(body: ImageRequest, request: Request) -> Response:
         """Draw `n` pictures of a prompt; with `stream` one, its unfinished pictures before it."""
@@ -94,7 +94,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
             return _json(await service.generate(body, state, image))
         return await EventStream.of(service.stream(body, state, image), state)
 
-    # Whose limits FastAPI checks and documents.
+    # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
     fields_of_edits = limited(EditRequest, service.settings)
     names = [f"{kind}.{stage}" for kind in KINDS for stage in ("partial_image", "completed")]
@@ -142,7 +142,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
 
 def _add_operation(api: FastAPI, service: Service) -> None:
-    """What an operator and a cluster ask."""
+    """Add the routes for operators and the cluster: probes, rollout and metrics."""
 
     @api.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -169,7 +169,7 @@ def _add_operation(api: FastAPI, service: Service) -> None:
 
 
 def _add_page(api: FastAPI) -> None:
-    """The page at `/`; its files below `/web/`."""
+    """Add the web page at `/`, with its files below `/web/`."""
     files = PageFiles(directory=WEB)
     api.mount("/web", files, name="web")
 
@@ -179,7 +179,7 @@ def _add_page(api: FastAPI) -> None:
 
 
 class PageFiles(StaticFiles):
-    """Files of a page that takes nothing from elsewhere and is framed nowhere."""
+    """Files of the web page, with headers that forbid third-party content and framing."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -192,10 +192,10 @@ class EventStream(StreamingResponse):
 
     @classmethod
     async def of(cls, events: AsyncGenerator[BaseModel], state: dict[str, Any]) -> "EventStream":
-        """The stream, once it has a first event: what goes wrong before is an answer with its own status.
+        """Return the stream once it has its first event, so that earlier errors get their own HTTP status.
 
         Args:
-            state: of the request; told what goes wrong later.
+            state: state of the request; later errors are recorded in it.
         """
         try:
             first = await anext(events)
@@ -218,7 +218,7 @@ class EventStream(StreamingResponse):
 async def _as_text(
     first: BaseModel, events: AsyncGenerator[BaseModel], state: dict[str, Any]
 ) -> AsyncGenerator[str]:
-    """Events as text, one named as its type; an error is the last."""
+    """Yield events as text, each named by its type; an error becomes the last event."""
     try:
         yield _event(first.type, first.model_dump_json())  # type: ignore[attr-defined]
         async for event in events:
@@ -231,15 +231,15 @@ async def _as_text(
 
 
 async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, bytes]:
-    """The fields and the picture of a form."""
+    """Return the fields and the image of an edit form."""
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
-    image = fields.pop("image", None) or fields.pop("image[]", None)  # so OpenAI's clients call one of a list
+    image = fields.pop("image", None) or fields.pop("image[]", None)  # OpenAI's clients' name in lists
     if image is None:
         raise APIError(400, "image: missing; send one picture, as a file", "image", "invalid_value")
     texts = {}
     for name, content in fields.items():
         try:
-            # What is no field of ours, as a mask, is refused by its name, whatever it holds.
+            # Unsupported fields, such as a mask, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
         except UnicodeDecodeError:
             raise APIError(400, f"{name}: is not UTF-8", name, "invalid_value") from None
@@ -250,7 +250,7 @@ async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequ
 
 
 def _form(model: type[EditRequest]) -> dict[str, Any]:
-    """The schema of a form with a picture."""
+    """Return the schema of a form with an image."""
     schema = model.model_json_schema()
     schema["properties"]["image"] = {
         "type": "string",
@@ -266,7 +266,7 @@ def _event(name: str, data: str) -> str:
 
 
 def _json(content: Any) -> Response:
-    """JSON of one of the schemas, or of plain values."""
+    """Return a JSON response for a pydantic model or plain values."""
     if isinstance(content, BaseModel):
         return Response(content.model_dump_json(), media_type="application/json")
     return JSONResponse(content)
@@ -274,7 +274,7 @@ def _json(content: Any) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    request.scope.setdefault("state", {})["reason"] = error.code  # for the layers around
+    request.scope.setdefault("state", {})["reason"] = error.code  # for the outer layers
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -292,18 +292,18 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 
 def _key_id(request: Request) -> str | None:
-    """The API key that was checked; None if the request has none."""
+    """Return the id of the request's checked API key; None if it has none."""
     return key_of(request.scope.get("state", {}))
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document."""
+    """Return the error responses of a route, for the OpenAPI document."""
     return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
 
 
 def _document(api: FastAPI, allow_anonymous: bool) -> None:
-    """What FastAPI's OpenAPI document lacks: which operations need a key. And what it has too much: a status
-    for invalid requests that OpenAI's API does not use."""
+    """Extend FastAPI's OpenAPI document by the keys that operations require, and remove the status 422 for
+    invalid requests, which OpenAI's API does not use."""
     make = api.openapi
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
     refusals = {str(status): {"description": MEANINGS[status], "content": error} for status in (401, 403)}

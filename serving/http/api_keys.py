@@ -1,11 +1,11 @@
-"""API keys: the file that holds them, and finding a request's key in it.
+"""API keys: the file that stores them, and the lookup of a request's key.
 
-A key is `diffray-<id>-<secret>`. It is shown once, when it is made; the file (`serve.keys`, or `--keys FILE`)
-keeps the SHA-256 of it. One round of a plain hash is right here, where for passwords it would be wrong: slow
-and salted hashes protect what people choose, which can be guessed, while a secret of 256 random bits cannot
-be, however fast its hash is, and a slow one would only let strangers keep the server busy. The id is no
-secret: it finds the entry, stands in logs, and names the key to `revoke`; the digests are then compared in
-constant time, so that answers tell nothing about them by how long they take.
+A key is `diffray-<id>-<secret>`. It is shown once, when it is created; the file (`serve.keys`, or
+`--keys FILE`) stores its SHA-256. One round of a plain hash is right here, though wrong for passwords: slow,
+salted hashes protect secrets that people choose and that can be guessed. A secret of 256 random bits cannot
+be guessed, however fast its hash is, and a slow hash would only let strangers keep the server busy. The id is
+not secret: it selects the entry, appears in logs, and names the key for `revoke`. Digests are compared in
+constant time, so that response times reveal nothing about them.
 """
 
 import fcntl
@@ -35,10 +35,10 @@ Scope = Literal["generate", "feedback", "admin"]
 
 
 class Key(Section):
-    """One key as it is stored; times have a zone."""
+    """A stored key; times have a time zone."""
 
     id: str = Field(pattern=r"^[0-9a-f]{8}$", description="in logs, and for revoke")
-    # One line of what can be seen, because it is printed.
+    # One line of visible characters, because it is printed.
     name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=100)]
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the whole key, in hexadecimal")
     scopes: frozenset[Scope] = Field(min_length=1)
@@ -49,14 +49,14 @@ class Key(Section):
     revoked: AwareDatetime | None = None
 
     def state(self, now: datetime) -> Literal["valid", "expired", "revoked"]:
-        """Whether it may be used at `now`."""
+        """Return the key's state at time `now`."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and self.expires <= now else "valid"
 
 
 class KeyFile(Section):
-    """What the file holds."""
+    """Content of the key file."""
 
     keys: list[Key] = []
 
@@ -68,15 +68,15 @@ class KeyFile(Section):
 
 
 def key_file(settings: ServeConfig) -> Path | None:
-    """The absolute path of `serve.keys`, from `home()`; None if it is not set."""
+    """Return the absolute path of `serve.keys`, relative to `home()`; None if it is not set."""
     return None if settings.keys is None else home() / Path(settings.keys).expanduser()
 
 
 def read_keys(path: Path) -> KeyFile:
-    """The keys of a file.
+    """Read the keys of a file.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: the file is missing, unreadable or invalid; names the file.
     """
     try:
         return KeyFile.model_validate_json(path.read_bytes())
@@ -87,7 +87,7 @@ def read_keys(path: Path) -> KeyFile:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or "file"
-        # Without the value: what somebody pasted by mistake may be a secret.
+        # Without the value, which may be a secret pasted by mistake.
         raise ConfigError(f"serve.keys: {path}: {field}: {first['msg']}; restore the file") from None
 
 
@@ -97,12 +97,12 @@ def _add_command(path: Path) -> str:
 
 @contextmanager
 def _rewritten(path: Path, *, create: bool = False) -> Iterator[list[Key]]:
-    """The keys, to be changed in place; written when the block ends without an error.
+    """Yield the keys, to be changed in place; write them if the block ends without an error.
 
-    Readers see the old file or the new one, never a part, and two writers wait for each other: the lock is
-    on a file beside it, because the file itself is replaced.
+    Readers see the old file or the new one, never a partial one. Writers lock each other out by a file beside
+    it, because the file itself is replaced.
     """
-    path = path.resolve()  # a link stays a link
+    path = path.resolve()  # a symbolic link stays one
     if create:
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.exists():
@@ -112,7 +112,7 @@ def _rewritten(path: Path, *, create: bool = False) -> Iterator[list[Key]]:
         keys = read_keys(path).keys if path.exists() or not create else []
         yield keys
         text = json.dumps(KeyFile(keys=keys).model_dump(mode="json"), indent=2) + "\n"
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # of mode 600
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 600
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -133,10 +133,10 @@ def add_key(
     concurrent_requests: int | None = None,
     expires: datetime | None = None,
 ) -> str:
-    """Make a key and return its token, which is kept nowhere. The file is made if there is none.
+    """Create a key and return its token, which is not stored. The file is created if it is missing.
 
     Raises:
-        ConfigError: the file is broken, or a value is none that a key may have.
+        ConfigError: the file is broken, or an argument is invalid.
     """
     with _rewritten(path, create=True) as keys:
         taken = {key.id for key in keys}
@@ -161,10 +161,10 @@ def add_key(
 
 
 def revoke_key(path: Path, id: str) -> None:
-    """A running server refuses the key from its next request on.
+    """Revoke a key; a running server refuses it from the next request on.
 
     Raises:
-        ConfigError: there is no such key, or it is revoked already.
+        ConfigError: there is no such key, or it is already revoked.
     """
     with _rewritten(path) as keys:
         places = [place for place, key in enumerate(keys) if key.id == id]
@@ -177,21 +177,21 @@ def revoke_key(path: Path, id: str) -> None:
 
 
 def digest(token: str) -> str:
-    """SHA-256 of a key, in hexadecimal."""
+    """Return the SHA-256 of a key in hexadecimal."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class KeyRing:
-    """The keys of a file, read again whenever it has changed.
+    """Keys of a file, which is read again whenever it has changed.
 
-    A file that breaks while the server runs is logged, and the keys that were read last stay.
+    If the file becomes invalid while the server runs, this is logged, and the last valid keys stay.
 
     Args:
-        path: of the file.
-        clock: seconds since 1970.
+        path: path of the key file.
+        clock: clock in seconds since 1970.
 
     Raises:
-        ConfigError: naming the file, if it cannot be read now.
+        ConfigError: the file cannot be read at the start; names the file.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -201,10 +201,10 @@ class KeyRing:
 
     @staticmethod
     def of(settings: ServeConfig) -> "KeyRing | None":
-        """The ring of `serve.keys`; None where there are no keys and everybody may ask.
+        """Return the key ring of `serve.keys`; None if there are no keys and anonymous requests are allowed.
 
         Raises:
-            ConfigError: the file is broken, or nobody could ask.
+            ConfigError: the file is broken, or neither keys nor anonymous requests are configured.
         """
         path = key_file(settings)
         if path is not None:
@@ -217,7 +217,7 @@ class KeyRing:
         return None
 
     def find(self, token: str) -> Key | None:
-        """The key of a token; None if it is unknown, expired or revoked."""
+        """Return the key of a token; None if it is unknown, expired or revoked."""
         self._refresh()
         match = TOKEN.fullmatch(token)
         key = self._keys.get(match[1]) if match else None
@@ -226,7 +226,7 @@ class KeyRing:
         return key if key.state(datetime.fromtimestamp(self._clock(), UTC)) == "valid" else None
 
     def _stamp(self) -> tuple[int, ...] | None:
-        """Differs when the file does; None if there is none."""
+        """Return a fingerprint that changes with the file; None if there is no file."""
         try:
             found = self._path.stat()
         except OSError:
@@ -237,7 +237,7 @@ class KeyRing:
         stamp = self._stamp()
         if stamp == self._seen:
             return
-        self._seen = stamp  # before reading: a change in between is seen the next time
+        self._seen = stamp  # set before reading: a change in between is noticed next time
         try:
             self._keys = {key.id: key for key in read_keys(self._path).keys}
         except ConfigError as error:

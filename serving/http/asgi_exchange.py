@@ -1,5 +1,5 @@
-"""One HTTP request and its answer, as ASGI messages: the body with its limits, the answer watched on its way,
-the work ended when the client goes."""
+"""One HTTP request and its answer as ASGI messages: limit the body, observe the answer, and cancel the work
+when the client disconnects."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CLIENT_LEFT = 499
-"""The status, in logs and metrics only, of a request whose client left before the answer was complete."""
+"""Status, in logs and metrics only, of a request whose client left before the answer was complete."""
 
 
 class ClientLeft(Exception):
@@ -24,19 +24,19 @@ class ClientLeft(Exception):
 
 
 class Exchange:
-    """What is known of a request while it is answered.
+    """State of a request while it is answered.
 
     Args:
-        scope: of ASGI; `state` becomes a dictionary of this request's own.
-        receive, send: of ASGI.
-        headers: added to the answer.
+        scope: ASGI scope; its `state` is replaced by a copy for this request.
+        receive, send: ASGI callables.
+        headers: headers to add to the answer.
 
     Attributes:
-        on_end: called once, when the answer is complete or there will be none; background work that the
-            application does afterwards may still be to come.
-        status: of the answer.
-        seconds: that it took.
-        started, complete: whether the answer is.
+        on_end: callbacks, each called once when the answer is complete or there will be none; background work
+            of the application may follow.
+        status: HTTP status of the answer.
+        seconds: duration of the answer.
+        started, complete: progress of the answer.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
@@ -51,15 +51,16 @@ class Exchange:
         self.started = self.complete = self._ended = False
 
     def header(self, name: bytes) -> str | None:
-        """The first of the request's headers of that name (in lower case)."""
+        """Return the request's first header of this name (in lower case), if any."""
         return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), None)
 
     async def read_body(self, max_bytes: int, timeout_s: float) -> bytes:
-        """The whole body, of at most `max_bytes`, also of a client that does not tell its length.
+        """Read the whole body, at most `max_bytes`, even if the client does not state its length.
 
         Raises:
-            APIError: 413 if it is longer, 408 if it is not here in time, 400 for a length that is no number.
-            ClientLeft: before its end.
+            APIError: 413 if it is too long, 408 if it does not arrive in time, 400 if the stated length is
+                not a number.
+            ClientLeft: the client left before the end of the body.
         """
         told = self.header(b"content-length") or "0"
         if not (told.isascii() and told.isdigit()):
@@ -84,14 +85,14 @@ class Exchange:
             raise APIError(408, f"the body did not come within {timeout_s:g} s", code="timeout") from None
 
     async def send(self, message: Message) -> None:
-        """ASGI's send, for the application."""
+        """Send an ASGI message of the application, adding the headers and observing the answer."""
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
         last = message["type"] == "http.response.pathsend" or (
             message["type"] == "http.response.body" and not message.get("more_body")
         )
-        # Beforehand: the server tells of the end as of a disconnect, and work may go on after the answer.
+        # Set before sending: the server reports the end as a disconnect, and work may continue afterwards.
         self.complete = self.complete or last
         await self._send(message)
         if last:
@@ -105,7 +106,8 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body})
 
     def end(self) -> None:
-        """The answer is complete, or there will be none; later calls do nothing."""
+        """Run the `on_end` callbacks when the answer is complete or there will be none; later calls do
+        nothing."""
         if not self._ended:
             self._ended = True
             self.seconds = time.perf_counter() - self._began
@@ -113,13 +115,13 @@ class Exchange:
                 each()
 
     async def run(self, app: ASGIApp, body: bytes) -> None:
-        """Let the application answer; when the client leaves before the end, its work is cancelled.
+        """Let the application answer; cancel its work if the client leaves before the end.
 
-        One task alone listens to the client, since servers do not promise each of several listeners the
-        disconnect; the application hears of it from here.
+        A single task listens to the client, since servers do not guarantee that each of several listeners
+        gets the disconnect; it is passed on to the application.
 
         Raises:
-            ClientLeft: and the application has ended.
+            ClientLeft: the client left, and the application has ended.
         """
         gone = asyncio.Event()
         work = asyncio.ensure_future(app(self.scope, _replay(body, gone), self.send))
@@ -134,7 +136,7 @@ class Exchange:
             (failure,) = await asyncio.gather(work, return_exceptions=True)
             raise ClientLeft from failure if isinstance(failure, Exception) else None
         finally:
-            # Reached with both running if this request itself is cancelled, by a server that stops.
+            # Both still run here if this request itself is cancelled by a server that stops.
             work.cancel()
             watch.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
@@ -149,7 +151,7 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 def _replay(body: bytes, gone: asyncio.Event) -> Receive:
-    """A `receive` that gives a body that was read, and then waits for the client to go."""
+    """Return a `receive` that yields a body read before, and then waits until the client is gone."""
     given = False
 
     async def receive() -> Message:

@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: ratings of pictures, and preferences between two."""
+"""Route `POST /v1/feedback`: ratings of images, and preferences between two."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -11,14 +11,14 @@ from serving.schemas import ErrorResponse
 
 
 def feedback_router(store: Callable[..., FeedbackStore], key_id: Callable[..., str | None]) -> APIRouter:
-    """`POST /v1/feedback`.
+    """Make the router of `POST /v1/feedback`.
 
-    Both arguments are FastAPI dependencies, so that a router can be made, and sent to a replica, before
+    Both arguments are FastAPI dependencies, so that a router can be created, and sent to a replica, before
     there is a store.
 
     Args:
-        store: gives the store of this process.
-        key_id: gives the id of the API key that was checked for the scope `feedback`; None: none is needed.
+        store: returns the store of this process.
+        key_id: returns the id of the API key, already checked for the scope `feedback`; None: no key needed.
     """
     router = APIRouter(tags=["feedback"])
 
@@ -31,7 +31,7 @@ def feedback_router(store: Callable[..., FeedbackStore], key_id: Callable[..., s
             503: {"model": ErrorResponse, "description": "the database is gone"},
         },
     )
-    def give_feedback(  # not async: the commit may take its time in a thread of the pool
+    def give_feedback(  # not async: the commit blocks a pool thread, not the event loop
         body: Annotated[FeedbackRequest, Body(openapi_examples=EXAMPLES)],
         kept: Annotated[FeedbackStore, Depends(store)],
         key: Annotated[str | None, Depends(key_id)],

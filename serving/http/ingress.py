@@ -1,4 +1,4 @@
-"""The ingress: the one process that HTTP requests reach, and that knows champion, candidate and limits."""
+"""The ingress: the single process that receives HTTP requests and holds champion, candidate and limits."""
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -19,10 +19,11 @@ from serving.service.service import Service
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Follows the registry from its start.
+    """Serve deployment of the HTTP API; it follows the registry from its start.
 
     Args:
-        champion: as it was at `built`, seconds since 1970; a process that is started again later looks anew.
+        champion: the champion at time `built`, in seconds since 1970; a process that is restarted later looks
+            it up again.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -38,7 +39,7 @@ class Ingress:
         await replicas.traits()
         self.service = Service(config, first, replicas, feedback)
         candidates = config.serve.candidate_share or config.serve.shadow_share
-        # The first look also leaves the notice that the champion is refused.
+        # The first poll also sets the notice if the champion is refused.
         self.service.start(look_now=bool(candidates) or not fresh or first != champion)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

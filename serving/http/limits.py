@@ -1,7 +1,7 @@
-"""How much a client may ask for: a rate and a number of requests at the same time. Pure: the clock is given.
+"""Limits per client: request rate and concurrent requests. Pure: the clock is an argument.
 
-Both are counted where they are made, so with several copies of the HTTP application each counts its own.
-They are not locked: one thread, that of the event loop, uses them.
+Counts are local, so with several copies of the HTTP application each counts its own. There are no locks: only
+the event loop's thread uses them.
 """
 
 import time
@@ -13,17 +13,17 @@ MINUTE = 60 * SECOND
 
 
 class RateLimit:
-    """A token bucket a client: it holds a minute's requests, and fills evenly.
+    """One token bucket per client: it holds one minute's requests, and fills evenly.
 
-    So in any t seconds a client gets at most `burst + t * burst / 60` requests, where `burst` is what it
-    may ask for in a minute. What is kept of a client is one number, the time at which its bucket is full
-    again (the generic cell rate algorithm, ITU-T I.371, in its form as a virtual schedule). Times are whole
-    nanoseconds, so that nothing is lost to rounding.
+    In any t seconds a client gets at most `burst + t * burst / 60` requests, where `burst` is its limit per
+    minute. The state per client is one number, the time at which its bucket is full again (the generic cell
+    rate algorithm, ITU-T I.371, in its virtual scheduling form). Times are integer nanoseconds, to avoid
+    rounding errors.
 
     Args:
-        clock: nanoseconds that never go back.
-        max_clients: remembered at a time; the one seen longest ago is forgotten first, and with it what it
-            has used. Clients whose buckets are full need no memory, so this matters only when so many ask
+        clock: monotonic clock in nanoseconds.
+        max_clients: maximum clients remembered; the one seen longest ago is forgotten first, including its
+            usage. Clients with full buckets take no memory, so this matters only if that many send requests
             within a minute.
     """
 
@@ -35,7 +35,7 @@ class RateLimit:
         return len(self._full_at)
 
     def take(self, client: str, requests_per_minute: int) -> int:
-        """Take a token. Returns 0, or the whole seconds after which one will be there; then none is taken."""
+        """Take a token and return 0; if there is none, return the whole seconds until there is one."""
         now = self._clock()
         interval = -(-MINUTE // requests_per_minute)  # rounded up: never more than the rate
         full_at = max(self._full_at.get(client, now), now) + interval
@@ -48,8 +48,8 @@ class RateLimit:
         return 0
 
     def _forget(self, now: int) -> None:
-        """Drop clients of full buckets, and above `max_clients` those seen longest ago. A look at two of them
-        a request suffices, because each request adds one at most."""
+        """Drop clients with full buckets, and above `max_clients` those seen longest ago. Two checks per
+        request suffice, because each request adds at most one client."""
         for _ in range(2):
             oldest, full_at = next(iter(self._full_at.items()))
             if full_at <= now or len(self._full_at) > self._max_clients:
@@ -57,7 +57,7 @@ class RateLimit:
 
 
 class ConcurrencyLimit:
-    """Requests of a client that are being answered; clients without any take no memory."""
+    """Number of open requests per client; clients without any take no memory."""
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
@@ -66,15 +66,15 @@ class ConcurrencyLimit:
         return len(self._open)
 
     def is_full(self, client: str, concurrent_requests: int) -> bool:
-        """Whether the client has so many open requests that it may begin no other."""
+        """Return True if the client has reached its limit of open requests."""
         return self._open[client] >= concurrent_requests
 
     def enter(self, client: str) -> None:
-        """A request begins; each is followed by one `leave`."""
+        """Count a new request; each `enter` must be followed by one `leave`."""
         self._open[client] += 1
 
     def leave(self, client: str) -> None:
-        """A request has ended."""
+        """Stop counting a request that has ended."""
         assert self._open[client] > 0, "a request ended twice"
         self._open[client] -= 1
         if not self._open[client]:

@@ -1,7 +1,7 @@
-"""What the server writes about itself: one JSON object a line, on one logger.
+"""The server's log: one JSON object per line, on one logger.
 
-Nothing that a client sends can begin a line or end a field, because every value goes through JSON, in ASCII:
-line ends, terminal escapes and directions of writing come out as \\u escapes. Long texts are cut.
+Nothing that a client sends can begin a line or end a field, because every value is encoded as ASCII JSON:
+line ends, terminal escapes and text direction marks become \\u escapes. Long texts are truncated.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any, TextIO
 LOGGER = logging.getLogger("diffray.serving")
 
 MAX_TEXT = 2000
-"""Characters of a value."""
+"""Maximum characters per value."""
 
 REQUEST_FACTS = ("model", "version", "alias", "steps", "n", "reason")
-"""What the application may put into `request.state` about a request, for its log line."""
+"""Facts about a request that the application may put into `request.state` for the log line."""
 
 
 class JSONFormatter(logging.Formatter):
-    """A record as one line: time (UTC), level, message, then the `fields` given in `extra`."""
+    """Format a record as one line: time (UTC), level, message, then the `fields` given in `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, Any] = getattr(record, "fields", {})
@@ -33,7 +33,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        # The end of a traceback is what tells.
+        # Keep the end of a traceback, which names the error.
         cut = {
             name: value[-MAX_TEXT:] if name == "exception" else _cut(value) for name, value in line.items()
         }
@@ -45,7 +45,7 @@ def _cut(value: Any) -> Any:
 
 
 def configure_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Let the logger write to `stream` (stderr if none is given), and nowhere else."""
+    """Make the logger write to `stream` (default: stderr) only."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JSONFormatter())
     LOGGER.handlers[:] = [handler]
@@ -63,13 +63,13 @@ def log_request(
     log_prompts: bool,
     level: int = logging.INFO,
 ) -> None:
-    """One line about a request that has ended.
+    """Log one line about a request that has ended.
 
     Args:
-        status: of HTTP; 499 where the client left before its answer was complete.
-        seconds: from its first byte here to the last of the answer.
-        state: the request's, with `request_id`, `key_id`, REQUEST_FACTS and `prompt` as far as known.
-        log_prompts: whether the prompt is written.
+        status: HTTP status; 499 if the client left before the answer was complete.
+        seconds: time from the first byte of the request to the last byte of the answer.
+        state: state of the request, with `request_id`, `key_id`, REQUEST_FACTS and `prompt` as far as known.
+        log_prompts: log the prompt.
     """
     known = ("request_id", "key_id", *REQUEST_FACTS, *(("prompt",) if log_prompts else ()))
     facts = {name: state[name] for name in known if state.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Forms with files (multipart/form-data, RFC 7578), in which OpenAI's clients send pictures."""
+"""Forms with files (multipart/form-data, RFC 7578), in which OpenAI's clients send images."""
 
 from email.message import Message
 from email.parser import BytesHeaderParser
@@ -7,17 +7,17 @@ from serving.schemas import APIError
 
 
 def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
-    """The fields of a form by name; of a name that stands there twice, an error.
+    """Parse a form into its fields by name.
 
     Raises:
-        APIError: 400, it is no such form.
+        APIError: 400, the form is invalid, or a name occurs twice.
     """
     header = Message()
     header["Content-Type"] = content_type
     boundary = _parameter(header, "boundary", "Content-Type")
     if header.get_content_type() != "multipart/form-data" or boundary is None:
         raise _invalid("send the fields as multipart/form-data")
-    # RFC 2046, 5.1.1: a delimiter is a line of its own, which no part may hold.
+    # RFC 2046, 5.1.1: a delimiter is a separate line, which must not occur in any part.
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     last = parts.pop() if parts else b""
     if not last.startswith(b"--"):
@@ -35,10 +35,10 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
 
 
 def _parameter(message: Message, name: str, header: str) -> str | None:
-    """A parameter of a header; None where there is none in plain text."""
+    """Return a header's parameter; None if it is missing or not plain text."""
     try:
         found = message.get_param(name, header=header)
-    except TypeError:  # the library compares parts of a parameter (RFC 2231) with ones that have no number
+    except TypeError:  # the library compares numbered parts of a parameter (RFC 2231) with unnumbered ones
         return None
     return found if isinstance(found, str) else None
 

@@ -57,7 +57,7 @@ COUNTED = (
 
 
 class Metrics:
-    """All metrics of the endpoint, in a registry of their own. Methods may be called from any thread.
+    """Metrics of the endpoint, in a registry of their own. Methods may be called from any thread.
 
     Args:
         max_queued_requests: the setting, exported beside the number of open requests.

@@ -1,4 +1,4 @@
-"""Handle a request: choose the version, split the request into orders, and have the replicas draw them."""
+"""Handle requests: choose the version, split into orders, and have the replicas generate the images."""
 
 import asyncio
 import base64
