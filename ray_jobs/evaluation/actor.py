@@ -1,4 +1,4 @@
-"""The actor that samples pictures from weights and measures them. Only the pool starts it."""
+"""The actor that samples pictures from weights and scores them; started by the pool only."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -30,16 +30,16 @@ from ray_jobs.weights.feature_networks import load_networks
 if TYPE_CHECKING:
     from ray_jobs.training.validation import ValidationLoss
 
-FEATURES = "features.safetensors"  # of a rung's pictures, beside its checkpoint
-LOSS_ROWS = 32  # of the denoising loss: a twentieth of what sampling as many pictures costs
+FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
+LOSS_ROWS = 32  # rows of the denoising loss: a twentieth of the cost of sampling as many pictures
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Where an actor writes pictures of its share as PNGs while it measures them.
+    """Destination of the PNGs that an actor writes from its share while it measures the pictures.
 
     Attributes:
-        names: of the files, one a picture; None: this one is not kept. Those after the last are not either.
+        names: one file name per picture; None skips that picture. Pictures past the end are skipped too.
     """
 
     folder: Storage
@@ -47,7 +47,7 @@ class Kept:
 
 
 class Evaluator:
-    """An actor that keeps the base model and the feature networks loaded.
+    """Actor that keeps the base model and the feature networks loaded.
 
     Only the fine-tuned weights change between calls.
     """
@@ -66,22 +66,22 @@ class Evaluator:
         self.base_scheduler = self.base.scheduler
         self.loaded: str | None = None
         self.pipeline = self.base
-        self._losses: dict[str, ValidationLoss] = {}  # by split; each reads its rows once
+        self._losses: dict[str, ValidationLoss] = {}  # by split; each instance reads its rows once
 
     def identities(self) -> list[str]:
-        """Of all feature networks, the one that decides first."""
+        """Return the identity of every feature network, the ranking network first."""
         return [network.identity for network in self.networks.all]
 
     def resizing(self) -> dict[str, str]:
-        """What becomes of a picture's size before each network sees it, by identity."""
+        """Return how each network's input pictures are resized, by network identity."""
         return {network.identity: network.resizing for network in self.networks.all}
 
     def num_features(self) -> int:
-        """Of the network that decides."""
+        """Return the number of features of the ranking network."""
         return self.networks.first.num_features
 
     def _use(self, weights: str | None) -> None:
-        """Bring the pipeline to the base (None) or to the weights in a folder, by path or URI."""
+        """Load the base model (None) or the weights in a folder (path or URI) into the pipeline."""
         from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
@@ -96,7 +96,7 @@ class Evaluator:
         folder = Storage.open(weights).local_copy()
         if (folder / LORA_WEIGHTS).exists():
             load_lora(self.base, folder)
-            if has_scheduler(folder):  # with which it was trained
+            if has_scheduler(folder):  # the scheduler that the adapter was trained with
                 self.base.scheduler = load_scheduler(folder)
         else:
             self.pipeline = load_pipeline(str(folder)).to(self.device)
@@ -110,7 +110,7 @@ class Evaluator:
         shapes: list[Shape] | None,
         guidance_scale: float | None,
     ) -> Iterator[Any]:
-        """Batches of pictures: uint8, N x 3 x H x W."""
+        """Yield batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
         self._use(weights)
@@ -126,7 +126,7 @@ class Evaluator:
         )
 
     def validation_losses(self, weights: str | None, split: str) -> list[float]:
-        """The denoising loss of each of some rows of a split or fold, always the same with the same noise."""
+        """Denoising loss of each row in a fixed subset of a split or fold, with fixed noise."""
         import torch
 
         from ray_jobs.training.validation import ValidationLoss
@@ -155,12 +155,13 @@ class Evaluator:
         by_all: bool = False,
         shapes: list[Shape] | None = None,
     ) -> Features:
-        """Features of one picture a caption, of which some are kept.
+        """Sample one picture per caption and return its features.
 
         Args:
-            guidance_scale: None: `evaluate.guidance_scale`.
-            shapes: one a picture; None: squares of `data.resolution`.
-            by_all: by CLIP too, not only by the networks that rank.
+            kept: destination of the pictures to save.
+            guidance_scale: None means `evaluate.guidance_scale`.
+            by_all: use CLIP too, not only the ranking networks.
+            shapes: one per picture; None means squares of `data.resolution`.
         """
         batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
         return self._features(batches, self.networks.all if by_all else self.networks.ranking)
@@ -173,14 +174,14 @@ class Evaluator:
         guidance_scale: float | None = None,
         shapes: list[Shape] | None = None,
     ) -> list[bytes]:
-        """One PNG a caption; arguments as of `sample_features`."""
+        """Sample one PNG per caption; arguments as for `sample_features`."""
         from ray_jobs.pictures.reading import encode_png
 
         batches = self._sample(weights, captions, seeds, shapes, guidance_scale)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
     def picture_features(self, pictures: list[bytes]) -> Features:
-        """Features of pictures (PNG bytes at their training shape) by all networks."""
+        """Features of pictures (PNG bytes at their training shape) from all networks."""
         import torch
         from PIL import Image
 
@@ -194,11 +195,11 @@ class Evaluator:
     def score(
         self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
     ) -> Scores:
-        """What the parts of a set score.
+        """Score a set of pictures, given in parts.
 
         Args:
-            folder: where the features are kept.
-            shares: the pictures' numbers in each part; None: in order.
+            folder: destination of the features; None: they are not saved.
+            shares: picture numbers of each part; None: the parts are in order.
         """
         from safetensors.numpy import save
 
@@ -208,7 +209,7 @@ class Evaluator:
         return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
 
     def real_against_real(self, real: Real, other: Features) -> list[Record]:
-        """Precision and recall of real pictures: what a perfect generator could have."""
+        """Precision and recall of real pictures: the values that a perfect generator could reach."""
         return precision_and_recall(other, real, self.networks.first.identity)
 
     def measure(
@@ -221,14 +222,14 @@ class Evaluator:
         kept: Storage | None,
         *generated: Features,
     ) -> Measures:
-        """All measures of the parts of a set.
+        """Compute all measures of a set of pictures, given in parts.
 
         Args:
-            captions: of the real pictures.
-            training: of training pictures; None: near copies are not looked for.
-            held_out: pictures that were not trained on; None where there are none.
-            shares: the pictures' numbers in each part; None: in order.
-            kept: a folder in which the features by the network that decides are kept.
+            captions: captions of the real pictures.
+            training: features of training pictures; None skips the search for near copies.
+            held_out: pictures that were not trained on; None if there are none.
+            shares: picture numbers of each part; None: the parts are in order.
+            kept: folder in which the ranking network's features are saved; None: they are not saved.
         """
         from safetensors.numpy import save
 
@@ -245,7 +246,7 @@ class Evaluator:
         )
 
     def difference(self, real: Real, one: Storage, other: Storage, file: str = FEATURES) -> PairedDifference:
-        """How much worse the set whose features are kept in one folder is than that of another."""
+        """Return how much worse the set with features in folder `one` is than the set in `other`."""
         import torch
         from safetensors.numpy import load
 
@@ -256,7 +257,7 @@ class Evaluator:
 
 
 def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
-    """The same batches; pictures that have a name are written on the way."""
+    """Pass batches through unchanged, writing the pictures that have a file name."""
     from ray_jobs.pictures.reading import encode_png
 
     names = iter(kept.names if kept else ())
@@ -269,8 +270,7 @@ def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
 
 
 def join(parts: Sequence[Features], shares: Sequence[Sequence[int]] | None = None) -> Features:
-    """One set of its parts, in the order of the pictures' numbers (`shares`, see `dealing.dealt`), or as they
-    are."""
+    """Concatenate parts, sorted by picture number if `shares` (see `dealing.dealt`) is given."""
     whole = {network: np.concatenate([part[network] for part in parts]) for network in parts[0]}
     if shares is None:
         return whole

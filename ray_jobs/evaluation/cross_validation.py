@@ -1,8 +1,9 @@
-"""Cross-validation: each fold trains what the folds before it have not stopped; candidates are ranked by the
+"""Cross-validation: each fold trains the trials that no earlier fold stopped; candidates are ranked by the
 mean over all folds.
 
-Folds differ in how hard their pictures are, so candidates are compared fold by fold: what all have in common
-cancels, and the standard error is that of the mean difference (Dietterich, 1998, on paired tests).
+Some folds have harder pictures than others, so candidates are compared fold by fold. The difficulty that all
+candidates share cancels, and the standard error is that of the mean difference (Dietterich, 1998, on paired
+tests).
 """
 
 import math
@@ -19,35 +20,39 @@ MEANS = ("fid", "kid", "fid_2", "train_loss", "validation_loss", "images_per_sec
 
 
 def splits(config: Config) -> list[str]:
-    """Whose pictures judge the candidates: the validation split, or one fold after the other."""
+    """Names of the splits that candidates are scored on: the validation split, or each fold in turn."""
     return [f"fold-{fold}" for fold in range(config.search.folds)] or ["validation"]
 
 
 def unseen_by(training: str) -> str | None:
-    """The split that a training never saw, by the name of its folder: validation, or the fold that it left
-    out. None: the last one, which all of training and validation went into."""
+    """Return the split that a training did not use, given its folder name: validation, or its held-out fold.
+
+    None: the refit, which trains on the training and validation splits together.
+    """
     if fold := re.search(r"_(fold-\d+)$", training):
         return fold[1]
     return None if training.endswith("_refit") else "validation"
 
 
 def held_out(config: Config, split: str) -> str:
-    """Whose pictures the weights that a split judges never saw, to say how near unseen pictures come to those
-    that they were trained on: the split's own; for the test split the validation split's, unless a last
-    training has taken those too."""
+    """Return the split whose pictures serve as the held-out reference for near copies.
+
+    They show how near pictures that were not trained on come to the training pictures. This is the evaluated
+    split itself; for the test split it is validation, unless the refit trained on validation too.
+    """
     return "validation" if split == "test" and not config.search.folds else split
 
 
 def trained_on(config: Config, dataset: Dataset, split: str) -> Dataset:
-    """The set whose training split the weights that a split judges were trained on."""
+    """Return the dataset whose training split produced the weights that `split` evaluates."""
     return dataset.together() if split == "test" and config.search.folds else dataset.judged_by(split)[0]
 
 
 def standing(rows: list[Row], folds: int) -> dict[str, int]:
-    """The trials that every fold up to now has measured, and the last step that all of them reached.
+    """Return the trials measured in every completed fold, with the last step reached in all of them.
 
     Args:
-        folds: how many of them are done.
+        folds: number of completed folds.
     """
     reached: dict[str, list[int]] = {}
     for name in {row["trial_id"] for row in rows}:
@@ -58,7 +63,7 @@ def standing(rows: list[Row], folds: int) -> dict[str, int]:
 
 
 def complete(rows: list[Row], folds: int) -> dict[tuple[str, int], list[Row]]:
-    """The candidates that all folds have measured, by trial and step: their rows in the folds' order."""
+    """Group the candidates measured in all folds by trial and step; rows are in fold order."""
     found: dict[tuple[str, int], dict[int, Row]] = {}
     for row in rows:
         found.setdefault((row["trial_id"], row["step"]), {})[row["fold"]] = row
@@ -70,11 +75,12 @@ def complete(rows: list[Row], folds: int) -> dict[tuple[str, int], list[Row]]:
 
 
 def averaged(rows: list[Row], folds: int) -> list[Row]:
-    """A row a candidate: means over the folds with their standard errors, `folds` the FID of each, and
-    `num_samples` the pictures of all.
+    """Average each candidate's rows over the folds, with standard errors.
+
+    Each returned row's `folds` lists the FID per fold; `num_samples` counts the pictures of all folds.
 
     Raises:
-        ValueError: folds were measured by different networks.
+        ValueError: the folds were measured with different networks.
     """
     found = []
     for of_fold in complete(rows, folds).values():
@@ -95,11 +101,13 @@ def averaged(rows: list[Row], folds: int) -> list[Row]:
 
 
 def choose_over_folds(rows: list[Row]) -> Row:
-    """The row of `averaged` that wins; one of fewer steps wins over the lowest if the folds do not tell them
-    apart. Those that were compared get `behind` and `behind_error`.
+    """Return the winning row of `averaged`.
+
+    A candidate with fewer steps wins over the lowest FID if their difference over the folds is within its
+    standard error. Rows compared with the lowest get `behind` and `behind_error`.
 
     Raises:
-        ValueError: they were measured by different networks, or on different numbers of pictures.
+        ValueError: rows were measured with different networks or numbers of pictures.
     """
     require_comparable(rows, "feature_network", "feature_network_2", "num_samples")
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
@@ -114,5 +122,5 @@ def choose_over_folds(rows: list[Row]) -> Row:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of their mean."""
+    """Standard error of the mean of `values`."""
     return stdev(values) / math.sqrt(len(values))

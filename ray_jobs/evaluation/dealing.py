@@ -1,21 +1,20 @@
-"""Pictures as batches of one shape, and batches as shares of actors. Pure."""
+"""Group pictures into batches of one shape, and batches into shares of actors. Pure functions."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-Shape = tuple[int, int]  # of a picture: height, width in pixels
+Shape = tuple[int, int]  # height and width of a picture in pixels
 Item = TypeVar("Item")
 
 
 def dealt(shapes: Sequence[Shape], count: int, batch_size: int) -> list[list[int]]:
-    """The numbers of N pictures as at most `count` shares, each of whole batches.
+    """Divide the numbers of N pictures into at most `count` shares of whole batches.
 
-    A batch has up to `batch_size` pictures of one shape, in their order. An actor finds the batches of its
-    share again by cutting runs of one shape from their beginning (`sampling.batches_of`). So a picture is
-    always in the same batch, however many actors there are: in a batch of another size it would be rounded
-    otherwise.
+    A batch holds up to `batch_size` pictures of one shape, in order. An actor reconstructs the batches of its
+    share by cutting each run of one shape from its start (`sampling.batches_of`). A picture is therefore in
+    the same batch for any number of actors; in a batch of another size it would be rounded differently.
     """
     of_shape: dict[Shape, list[int]] = defaultdict(list)
     for number, shape in enumerate(shapes):
@@ -31,7 +30,7 @@ def dealt(shapes: Sequence[Shape], count: int, batch_size: int) -> list[list[int
 
 
 def in_order(shares: Sequence[Sequence[int]], parts: Sequence[Sequence[Item]]) -> list[Item]:
-    """The items of all shares' parts in the order of their numbers."""
+    """Merge the parts of all shares, ordered by picture number."""
     found = {
         number: item
         for share, part in zip(shares, parts, strict=True)

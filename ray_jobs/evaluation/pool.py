@@ -1,4 +1,4 @@
-"""The pool of evaluators: which actor draws which pictures, and the scores of them all."""
+"""The pool of evaluators: assigns pictures to actors and combines their scores."""
 
 import hashlib
 import io
@@ -20,38 +20,38 @@ from ray_jobs.evaluation.scores import Features, Measures, Real, Record, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.samples import SAMPLES, sample_name
 
-# More pictures of one caption would say little about other captions; and prepare keeps no more real
-# training pictures to compare with.
+# More pictures of one caption say little about other captions, and prepare keeps no more real training
+# pictures to compare with.
 CAPTION_USES = 2
 
-RESTARTS = 10  # of an evaluator: one that dies again and again has another cause than a node
+RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
 
-REAL_FEATURES = "features"  # folder in the storage: features of real pictures, by digest
+REAL_FEATURES = "features"  # folder in the storage: features of real pictures, named by digest
 
 
 class Task(NamedTuple):
-    """What an actor draws: M pictures."""
+    """M pictures for one actor to sample."""
 
     actor: Any
-    numbers: list[int]  # their places in the order that was asked for
+    numbers: list[int]  # positions in the requested order
     captions: list[str]
     seeds: list[int]
     shapes: list[Shape]
 
 
 class EvaluatorPool:
-    """A driver's or trial's view of the evaluators: handles and captions, cheap to send.
+    """Handles of the evaluators, with captions; cheap to send to a driver or trial.
 
-    Picture i of a split has the caption and the shape of real picture i modulo their number and starts from
-    noise seeded with `evaluate.seed` + i, in the same batch, whatever the weights and however many actors
-    share the work, so that checkpoints are compared on the same noise.
+    Picture i of a split has the caption and shape of real picture i modulo their number. Its noise is seeded
+    with `evaluate.seed` + i, and it is in the same batch whatever the weights and the number of actors.
+    Checkpoints are thus compared on the same noise.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         import ray
 
         self.config, self.dataset = config, dataset
-        # One whose process or node dies starts again elsewhere and repeats what it was asked.
+        # An actor whose process or node dies restarts elsewhere and retries its pending calls.
         remote = ray.remote(
             num_cpus=1,
             num_gpus=1 if config.evaluate.use_gpu else 0,
@@ -63,16 +63,16 @@ class EvaluatorPool:
             for _ in range(config.evaluate.num_actors)
         ]
         self.captions: dict[str, list[str]] = {}
-        self.shapes: dict[str, list[Shape]] = {}  # of the same pictures
-        self.digests: dict[str, str] = {}  # of these pictures and their captions
+        self.shapes: dict[str, list[Shape]] = {}  # shapes of the same pictures
+        self.digests: dict[str, str] = {}  # digests of these pictures and their captions
         self._real: dict[str, Any] = {}
-        self._training: dict[int | None, Features] = {}  # by the fold that is left out
+        self._training: dict[int | None, Features] = {}  # by held-out fold
 
     def load(self, split: str) -> None:
-        """Read the captions of a split's pictures and start measuring the pictures, once.
+        """Read the captions of a split's pictures and compute the pictures' features, once per split.
 
         Args:
-            split: or a fold of cross-validation, `fold-2`.
+            split: name of a split, or of a cross-validation fold such as `fold-2`.
         """
         import ray
 
@@ -97,7 +97,7 @@ class EvaluatorPool:
         self._real[split] = ray.put(Real.of(self._measure_real([row["image"] for row in rows])))
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
-        """From the storage, where they were measured before: they cost as much as a candidate's."""
+        """Features of real pictures, cached in the storage: they cost as much as a candidate's."""
         import ray
         from safetensors.numpy import load, save
 
@@ -114,7 +114,7 @@ class EvaluatorPool:
         return found
 
     def features(self, pictures: Sequence[bytes]) -> Features:
-        """Of PNGs, by all networks."""
+        """Features of PNGs from all networks."""
         import ray
 
         shares = self._share([shape_of(picture) for picture in pictures])
@@ -125,7 +125,7 @@ class EvaluatorPool:
         return join(ray.get(parts), [numbers for _, numbers in shares])
 
     def _share(self, shapes: Sequence[Shape]) -> list[tuple[Any, list[int]]]:
-        """(actor, numbers of its pictures); see `dealt`."""
+        """Pairs of (actor, picture numbers); see `dealt`."""
         shares = dealt(shapes, len(self.actors), self.config.evaluate.batch_size)
         return list(zip(self.actors, shares, strict=False))
 
@@ -133,7 +133,7 @@ class EvaluatorPool:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
 
     def _tasks(self, split: str, wanted: Sequence[int] | None = None) -> list[Task]:
-        """Who draws which of a split's pictures: of these numbers, or all that a score takes."""
+        """Tasks for the given picture numbers of a split; None means all pictures of a score."""
         captions, shapes = self.captions[split], self.shapes[split]
         wanted = range(self._num_samples(split)) if wanted is None else wanted
         count, seed = len(captions), self.config.evaluate.seed
@@ -164,12 +164,12 @@ class EvaluatorPool:
         rung: Storage | None = None,
         guidance_scale: float | None = None,
     ) -> Scores:
-        """Scores of the weights (None: the base model) on a split that was loaded.
+        """Score weights (None: the base model) on a loaded split.
 
         Args:
-            rung: a folder in which the first `publish.sample_count` of the pictures and the features of all
-                are kept: a checkpoint's.
-            guidance_scale: None: `evaluate.guidance_scale`.
+            rung: checkpoint folder in which the first `publish.sample_count` pictures and the features of
+                all pictures are saved; None: nothing is saved.
+            guidance_scale: None means `evaluate.guidance_scale`.
         """
         import ray
 
@@ -189,13 +189,13 @@ class EvaluatorPool:
         guidance_scale: float | None = None,
         kept: Storage | None = None,
     ) -> Measures:
-        """All measures of the weights on a split that was loaded, from the pictures that `score` draws.
+        """Compute all measures of weights on a loaded split, from the pictures that `score` samples.
+
+        Near copies are searched among the first `evaluate.memorisation_pictures` training pictures that
+        prepare keeps, in the order of their digests. The pictures of `held_out` set the threshold.
 
         Args:
-            kept: a folder in which the features are kept, `TEST_FEATURES`.
-
-        Near copies are looked for among the first `evaluate.memorisation_pictures` of the training pictures
-        that prepare keeps, in the order of their digests; the pictures of `held_out` say what is near.
+            kept: folder in which the features are saved as `TEST_FEATURES`.
         """
         import ray
 
@@ -214,8 +214,10 @@ class EvaluatorPool:
         return ray.get(self.actors[0].measure.remote(*given, *parts))
 
     def training_features(self, split: str, count: int) -> Features:
-        """Of the first pictures that the weights which a split judges were trained on, in the order of
-        `Dataset.pictures`; measured once."""
+        """Features of the first `count` training pictures of the weights that a split evaluates.
+
+        The order is that of `Dataset.pictures`. Features are computed once.
+        """
         dataset = trained_on(self.config, self.dataset, split)
         if dataset.without_fold not in self._training:
             evaluate = self.config.evaluate
@@ -224,11 +226,11 @@ class EvaluatorPool:
         return {name: each[:count] for name, each in self._training[dataset.without_fold].items()}
 
     def reference(self, checkpoint: Storage) -> Features:
-        """What drift of a served checkpoint is told by: float32, N x D, named `<network>/<kind>`.
+        """Features for drift detection of a served checkpoint: float32, N x D, by `<network>/<kind>`.
 
-        The kinds: `validation`, pictures that it never saw (`held_out` of the test split, which publish has
-        read by then); `training` pictures, where near copies are looked for; and `published`, those that the
-        checkpoint's score was taken of.
+        The kinds are `validation`, pictures not trained on (`held_out` of the test split, which publish has
+        read by then); `training`, pictures used to detect near copies, if these are measured; and
+        `published`, the generated pictures that the checkpoint was scored on.
         """
         import ray
         from safetensors.numpy import load
@@ -244,43 +246,43 @@ class EvaluatorPool:
         return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}
 
     def validation_losses(self, weights: str | None, split: str = "validation") -> list[float]:
-        """The denoising loss of each row of a split or fold, at fixed timesteps and noise."""
+        """Denoising loss of each row of a split or fold, at fixed timesteps and noise."""
         import ray
 
         return ray.get(self.actors[-1].validation_losses.remote(weights, split))
 
     def difference(self, one: Storage, other: Storage, split: str, file: str = FEATURES) -> PairedDifference:
-        """By how much the FID of one folder's features is above another's, made of the same captions."""
+        """FID of the features in `one` minus that of the features in `other`, from the same captions."""
         import ray
 
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file))
 
     def resizing(self) -> dict[str, str]:
-        """What becomes of a picture's size before each feature network sees it, by identity."""
+        """Return how each feature network's input pictures are resized, by network identity."""
         import ray
 
         return ray.get(self.actors[0].resizing.remote())
 
     def num_features(self) -> int:
-        """Of the network that decides."""
+        """Return the number of features of the ranking network."""
         import ray
 
         return ray.get(self.actors[0].num_features.remote())
 
     def sample_names(self, split: str) -> list[str]:
-        """The files of the pictures that are kept of a split's rungs, one a caption."""
+        """File names of the pictures saved per rung of a split, one per caption."""
         count = min(self.config.publish.sample_count, self._num_samples(split))
         return [sample_name(i, caption) for i, caption in enumerate(self.captions[split][:count])]
 
     def floor(self, split: str) -> Scores:
-        """Scores of as many real training pictures as `score` generates, or as many as prepare kept."""
+        """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
         import ray
 
         found = self.training_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
     def real_against_real(self, split: str) -> list[Record]:
-        """Precision and recall of the pictures that `floor` takes."""
+        """Precision and recall of the pictures that `floor` scores."""
         import ray
 
         found = self.training_features(split, self._num_samples(split))
@@ -293,10 +295,10 @@ class EvaluatorPool:
         numbers: int | Sequence[int],
         guidance_scale: float | None = None,
     ) -> list[bytes]:
-        """PNGs of a split's pictures, from the noise that `score` uses.
+        """Sample PNGs of a split's pictures from the noise that `score` uses.
 
         Args:
-            numbers: which of them; or how many, from the first.
+            numbers: picture numbers; or a count, from the first.
         """
         wanted = range(self._num_samples(split))[:numbers] if isinstance(numbers, int) else numbers
         return self._draw(weights, self._tasks(split, wanted), guidance_scale)
@@ -304,10 +306,10 @@ class EvaluatorPool:
     def prompted(
         self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape] = ()
     ) -> list[bytes]:
-        """PNGs of one prompt; picture i starts from noise seeded with `evaluate.seed` + i.
+        """Sample PNGs of one prompt; the noise of picture i is seeded with `evaluate.seed` + i.
 
         Args:
-            shapes: picture i has shape i modulo their number; none: a square of `data.resolution`.
+            shapes: picture i has shape i modulo their number; if empty, a square of `data.resolution`.
         """
         side, seed = self.config.data.resolution, self.config.evaluate.seed
         shapes = shapes or [(side, side)]
@@ -333,14 +335,14 @@ class EvaluatorPool:
 
 
 def shape_of(picture: bytes) -> Shape:
-    """Of a PNG, by its header."""
+    """Read a PNG's height and width from its header."""
     width, height = Image.open(io.BytesIO(picture)).size
     return height, width
 
 
 @contextmanager
 def evaluators(config: Config, dataset: Dataset) -> Iterator[EvaluatorPool]:
-    """Evaluators that live as long as the block."""
+    """Yield a pool of evaluators that is stopped at the end of the block."""
     pool = EvaluatorPool(config, dataset)
     try:
         yield pool

@@ -1,7 +1,7 @@
-"""What is measured of a set of pictures: features in, numbers out.
+"""Measures of a set of pictures: features in, numbers out.
 
-`scores_of` is what every rung is ranked by; `further` and `near_copies` are told once, of what is published.
-A record is a number as JSON takes it, with its metric, network, sample count and error (null: none is told).
+`scores_of` ranks every rung; `further` and `near_copies` are computed once, for the published weights.
+A record is a JSON-compatible number with its metric, network, sample count and error (null: not estimated).
 """
 
 from dataclasses import asdict, dataclass
@@ -24,19 +24,19 @@ from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
 from ray_jobs.weights.feature_networks import Networks
 
-FEWEST = 4  # pictures of either set, below which neither a kernel distance nor an error is told
+FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
-PARTS = 10  # of an Inception Score, as in the paper
+PARTS = 10  # splits of an Inception Score, as in the paper
 
 Features = dict[str, np.ndarray]
-"""Of one set of pictures, by the identity of the network: float32, N x D."""
+"""Features of one set of pictures, by network identity: float32, N x D."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Real:
-    """Real pictures as scores need them: features, and of each network their moments, made once."""
+    """Real pictures, prepared for scoring: features, and their moments per network, computed once."""
 
     features: Features
     moments: dict[str, Moments]
@@ -49,12 +49,12 @@ class Real:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of pictures scores against real ones.
+    """Scores of a set of pictures against real ones.
 
     Attributes:
-        fid: by `evaluate.feature_network`, with its error.
-        kid: the kernel distance by the same network; None of too few pictures.
-        second: the Fréchet distance by `evaluate.second_network`; None without one.
+        fid: Fréchet distance in features of `evaluate.feature_network`, with its error.
+        kid: kernel distance in the same features; None for too few pictures.
+        second: Fréchet distance in features of `evaluate.second_network`; None without one.
     """
 
     fid: Score
@@ -62,7 +62,7 @@ class Scores:
     second: Score | None
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
-        """The numbers with their errors: `fid`, `fid_error`, `kid`, ... each behind a prefix."""
+        """Values with their errors: `fid`, `fid_error`, `kid`, ..., each name after a prefix."""
         named = {"fid": self.fid, "kid": self.kid, "fid_2": self.second}
         found: dict[str, float | None] = {}
         for name, score in named.items():
@@ -72,13 +72,13 @@ class Scores:
 
     @property
     def origin(self) -> dict[str, str | int]:
-        """What must be equal where such numbers are compared: networks, and how many pictures."""
+        """Networks and number of pictures, which must be equal for two scores to be comparable."""
         second = {"feature_network_2": self.second.feature_network} if self.second else {}
         return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **second}
 
 
 def scores_of(generated: Features, real: Real, networks: Networks, resamples: int) -> Scores:
-    """The scores that rank a set of pictures."""
+    """Compute the scores that rank a set of pictures."""
 
     def frechet(network: str) -> Score:
         features, moments = torch.from_numpy(generated[network]), real.moments[network]
@@ -94,14 +94,14 @@ def scores_of(generated: Features, real: Real, networks: Networks, resamples: in
 
 @dataclass(frozen=True)
 class Copies:
-    """How near generated pictures come to training pictures.
+    """Distances from generated pictures to their nearest training pictures.
 
     Attributes:
-        nearest: of each generated picture, the number of the nearest training picture, and its distance.
-        threshold, share, expected_share: as in `metrics.neighbours.Memorisation`; None where there are no
-            held-out pictures to take the threshold from.
-        num_training: training pictures that were looked at.
-        num_held_out: pictures that the threshold is of.
+        nearest: number of the nearest training picture and its distance, for each generated picture.
+        threshold, share, expected_share: as in `metrics.neighbours.Memorisation`; None if there are no
+            held-out pictures to compute the threshold from.
+        num_training: number of training pictures searched.
+        num_held_out: number of pictures that the threshold is computed from.
     """
 
     nearest: list[tuple[int, float]]
@@ -121,12 +121,12 @@ class Copies:
 
 @dataclass(frozen=True)
 class Measures:
-    """All that is measured of one set of pictures.
+    """All measures of one set of pictures.
 
     Attributes:
-        further: records beyond the scores that rank.
-        left_out: what was not measured, and why, in sentences.
-        copies: None where `evaluate.memorisation_pictures` is 0.
+        further: records beyond the ranking scores.
+        left_out: measures that were not computed and the reasons, as sentences.
+        copies: near copies; None if `evaluate.memorisation_pictures` is 0.
     """
 
     scores: Scores
@@ -135,7 +135,7 @@ class Measures:
     copies: Copies | None
 
     def records(self) -> list[Record]:
-        """With the share of near copies, where it is known."""
+        """Further records, plus the share of near copies if it is known."""
         known = self.copies and self.copies.share is not None
         return [*self.further, *([self.copies.record()] if self.copies and known else [])]
 
@@ -143,11 +143,11 @@ class Measures:
 def further(
     generated: Features, real: Real, networks: Networks, captions: list[str]
 ) -> tuple[list[Record], list[str]]:
-    """What is measured beyond the scores that rank; and what is not, and why.
+    """Compute the measures beyond the ranking scores; return them and the reasons for those left out.
 
     Args:
-        generated, real: with features by all networks; `real` of a picture a caption.
-        captions: of the real pictures; generated picture i has caption i modulo their number.
+        generated, real: sets with features from all networks; `real` has one picture per caption.
+        captions: captions of the real pictures; generated picture i has caption i modulo their number.
     """
     found: list[Record] = []
     left_out: list[str] = []
@@ -183,7 +183,7 @@ def further(
 
 
 def precision_and_recall(generated: Features, real: Real, network: str) -> list[Record]:
-    """Two records; none of too few pictures."""
+    """Records of precision and of recall; an empty list for too few pictures."""
     pictures, references = torch.from_numpy(generated[network]), torch.from_numpy(real.features[network])
     if min(len(pictures), len(references)) <= NEIGHBOURS:
         return []
@@ -208,11 +208,11 @@ def _clip_scores(generated: Features, real: Real, clip: Clip, captions: list[str
 
 
 def near_copies(generated: Features, training: Features, held_out: Features | None, network: str) -> Copies:
-    """The nearest training picture of each generated one, and the share of near copies.
+    """Find the nearest training picture of each generated one, and the share of near copies.
 
     Args:
-        held_out: of pictures that were not trained on; None where there are none.
-        network: by whose features.
+        held_out: features of pictures that were not trained on; None if there are none.
+        network: identity of the network whose features are compared.
     """
     pictures, seen = torch.from_numpy(generated[network]), torch.from_numpy(training[network])
     if held_out is None:
@@ -232,7 +232,7 @@ def near_copies(generated: Features, training: Features, held_out: Features | No
 
 
 def told(found: Scores) -> str:
-    """The scores for a person."""
+    """Format scores for display."""
     named = {"FID": (found.fid, 1), "KID": (found.kid, 4)}
     if found.second:
         named[f"Fréchet distance by {found.second.feature_network.split('@')[0]}"] = (found.second, 2)
@@ -244,6 +244,6 @@ def told(found: Scores) -> str:
 
 
 def told_record(record: dict[str, Any]) -> str:
-    """A measure for a person."""
+    """Format a measure's record for display."""
     value = number(record["value"], 4, record["standard_error"])
     return f"{record['metric']} {value} ({record['num_samples']} pictures, {record['feature_network']})"
