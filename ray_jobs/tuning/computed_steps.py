@@ -1,8 +1,8 @@
-"""Counts the denoiser steps that the trainings of a search compute.
+"""Count the denoiser steps that the trainings of a search compute.
 
-They are more than what the measured rungs tell: a trial trains on while the rung that stops it is measured,
-and a training that died repeats what came after its last checkpoint. Below `<storage>/<run>/search/`:
-`computed.json`, steps by training, of all starts of the search.
+The count exceeds the steps of the measured rungs: a trial keeps training while the rung that stops it is
+measured, and a training that died repeats the steps after its last checkpoint.
+`<storage>/<run>/search/computed.json` holds steps by training, summed over all starts of the search.
 """
 
 import json
@@ -13,20 +13,20 @@ from cluster.storage import Storage
 from ray_jobs.console import say
 
 COMPUTED = "computed.json"
-WRITE_EVERY = 10.0  # seconds: a driver that dies takes the count of so many with it
+WRITE_EVERY = 10.0  # seconds; a driver that dies loses at most the counts of this interval
 
 
 def read_computed(storage: Storage) -> dict[str, int]:
-    """Steps by training; none if there is no such file."""
+    """Read the steps by training; empty if the file does not exist."""
     return json.loads(storage.read_text(COMPUTED)) if storage.exists(COMPUTED) else {}
 
 
 class ComputedSteps:
-    """The steps that were computed up to now, and the file that a later start goes on from.
+    """Count of computed steps, kept in a file from which a later start resumes.
 
     Args:
-        storage: of the search.
-        board: handle of the ProgressBoard that trainings count their steps on; None: nothing is trained.
+        storage: the search's folder.
+        board: handle of the ProgressBoard on which trainings count their steps; None if nothing is trained.
     """
 
     def __init__(self, storage: Storage, board: Any) -> None:
@@ -36,8 +36,10 @@ class ComputedSteps:
         self.unwritten = False
 
     def take(self) -> dict[str, int]:
-        """Steps by training, of all starts of the search; writes them down if there are new ones, or says
-        that they cannot be, and tries again the next time."""
+        """Collect new steps from the board and return all steps by training, over all starts of the search.
+
+        New counts are written to the file. If that fails, a line says so and the next call tries again.
+        """
         import ray
 
         self.taken_at = time.monotonic()
@@ -54,6 +56,6 @@ class ComputedSteps:
         return self.steps
 
     def take_if_due(self) -> None:
-        """Take them if that was last done `WRITE_EVERY` seconds ago."""
+        """Call `take` if more than `WRITE_EVERY` seconds have passed since the last call."""
         if time.monotonic() - self.taken_at > WRITE_EVERY:
             self.take()

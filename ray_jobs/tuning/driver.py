@@ -1,4 +1,4 @@
-"""Runs trials under Ray Tune, and writes down every rung as it is measured."""
+"""Run trials under Ray Tune, recording every rung as soon as it is measured."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,24 +24,24 @@ from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, stoppers
 from ray_jobs.tuning.trial import Make, Surroundings, Trial, run_trial
 
-BEGUN = "trials.jsonl"  # settings of every trial that was begun
-MEMBER = "trial"  # what Tune draws where the trials are given one by one
+BEGUN = "trials.jsonl"  # settings of every started trial
+MEMBER = "trial"  # the single Tune dimension when the trials are given as a list
 
 Climb = Callable[..., None]
 
 
 class Trials:
-    """The trials of a search, those of earlier starts included.
+    """Trials of a search, including those of earlier starts.
 
     Args:
-        around: its recorded rows are added to.
-        climb: what Tune runs, called with the point of the space, `make` and `around`; it reports rows.
+        around: shared context; new rows are appended to its `recorded`.
+        climb: Tune's trainable, called with the point of the space, `make` and `around`; it reports rows.
 
     Attributes:
-        rows: of the measured rungs.
-        settings: of the trials that were begun, by `trial_id`.
-        computed: steps of their trainings.
-        errors: of trials that failed.
+        rows: rows of the measured rungs.
+        settings: settings of the started trials, by `trial_id`.
+        computed: steps of the trials' trainings.
+        errors: error messages of failed trials.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Trials:
 
     @property
     def budget_is_spent(self) -> bool:
-        """Whether a limit of the configuration is reached, so that nothing more is to be started."""
+        """Return whether a configured limit is reached, so that no further trial may start."""
         return Budget(self.around.config, self.rows, self.computed.take).stop_all()
 
     def run_space(self, make: Make) -> None:
         """Run the trials that `search.algorithm` draws from the space.
 
         Raises:
-            ConfigError: a store refuses what they write.
+            ConfigError: the storage refuses a trial's writes.
         """
         config = self.around.config
         if config.search.algorithm == "optuna":
@@ -76,12 +76,12 @@ class Trials:
             self.run_all([make(settings) for settings in points(config)])
 
     def run_all(self, trials: list[Trial]) -> None:
-        """Run these trials."""
+        """Run the given trials."""
         named = {trial.training: trial for trial in trials}
         self._run(partial(_named, named), {MEMBER: tune.grid_search(list(named))}, len(named), None, 1)
 
     def begin(self, trial: Trial) -> None:
-        """Take in a trial that starts."""
+        """Record the start of a trial."""
         if trial.trial_id not in self.settings:
             self.settings[trial.trial_id] = trial.settings
             lines = [{"trial_id": name, "settings": each} for name, each in self.settings.items()]
@@ -89,7 +89,7 @@ class Trials:
         self.mirror.add(trial.training, self.around.config.with_settings(trial.settings))
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Take in a row, unless it is known."""
+        """Record a row; return False if it is already recorded."""
         key = training_of(row), row["step"]
         if any(key == (training_of(old), old["step"]) for old in self.rows):
             return False
@@ -115,7 +115,7 @@ class Trials:
                 name="tune",
                 storage_path=self.storage.uri,
                 verbose=0,
-                # Of a trial's own driver; it goes on from what the training has left.
+                # Restarts a trial's driver, which resumes from the training's checkpoints.
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
                 callbacks=[Recorder(self, make, count, refused)],
                 stop=CombinedStopper(refused, *stoppers(config, recorded, self.computed.take)),
@@ -125,7 +125,7 @@ class Trials:
         if refused.error:
             raise refused.error
         for error in results.errors:
-            if damage := told_damage(error):  # every trial reads it: none is to be left out
+            if damage := told_damage(error):  # every trial reads this part, so the search must end
                 raise DamagedPart(damage)
         self.errors += [str(error).strip().splitlines()[-1] for error in results.errors]
         self.storage.delete("tune")
@@ -136,7 +136,7 @@ def _named(trials: dict[str, Trial], point: Settings) -> Trial:
 
 
 def scheduler(search: SearchConfig) -> TrialScheduler:
-    """What stops trials at their rungs. ASHA's own rungs are the ladder's where that doubles."""
+    """Build the Tune scheduler. ASHA's own rungs equal the ladder's if the ladder doubles."""
     if search.scheduler == "asha":
         return ASHAScheduler(
             time_attr="step",
@@ -145,14 +145,14 @@ def scheduler(search: SearchConfig) -> TrialScheduler:
             reduction_factor=search.reduction_factor,
         )
     if search.scheduler == "median":
-        # Tune's rule waits for three trials before it stops one. It compares a trial's best score so far with
-        # the means of the others' so far, so where FID falls from rung to rung it stops almost none.
+        # Tune's rule needs three trials before it stops one. It compares a trial's best score so far with the
+        # other trials' running means, so if FID falls from rung to rung it stops almost no trial.
         return MedianStoppingRule(time_attr="step", grace_period=search.ladder[0])
     return FIFOScheduler()
 
 
 class Recorder(Callback):
-    """In Tune's driver: writes down each rung as it comes in, and says so."""
+    """Tune callback that records each rung as it is reported and prints a line about it."""
 
     def __init__(self, trials: Trials, make: Make, count: int, refused: Refusal) -> None:
         self.trials, self.make, self.count, self.refused = trials, make, count, refused
@@ -163,7 +163,7 @@ class Recorder(Callback):
             self.spent_before[name] = max(self.spent_before.get(name, 0.0), row["seconds"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes its callbacks down beside its own state, from which no search goes on."""
+        """Return an empty state: Tune saves callbacks with its own state, from which no search resumes."""
         return {}
 
     def _trial(self, trial: Any) -> Trial:
@@ -185,7 +185,7 @@ class Recorder(Callback):
             return
         mine = self._trial(trial)
         seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
-        # Tune has put a name of its own in the place of the trial's.
+        # Tune has replaced the trial's ID with its own.
         known = result | {"trial_id": mine.trial_id, "seconds": seconds}
         row = {field: known[field] for field in FIELDS if field in known}
         if self.trials.add(row):
@@ -210,13 +210,15 @@ class Recorder(Callback):
 
 
 def _failures(trial: Any) -> str:
-    """The tracebacks of a trial, from the driver's own file: the storage, which `get_error` reads, has them
-    some time later."""
+    """Read a trial's tracebacks from the driver's local file.
+
+    The storage, which `get_error` reads, receives them only later.
+    """
     file = trial.error_file
     return Path(file).read_text() if file and Path(file).exists() else ""
 
 
 def _reason(trial: Any) -> str:
-    """The last line of the last traceback."""
+    """Return the last line of the last traceback."""
     lines = (_failures(trial) or "its process died").strip().splitlines()
     return " ".join(lines[-1].split())[:300]

@@ -1,7 +1,7 @@
 """Guidance scales as candidates: they cost samples, but no training.
 
-The best rung of each trial is measured at each of `search.guidance_scales` too, on the same captions and
-noise. Writes `<storage>/<run>/search/guidance.jsonl`, a line a measurement.
+The best rung of each trial is also measured at each of `search.guidance_scales`, on the same captions and
+noise. Writes `<storage>/<run>/search/guidance.jsonl`, one line per measurement.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ Row = dict[str, Any]
 
 
 def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorPool) -> Row:
-    """The winner with the guidance scale that suits it, or another trial's that is better with its own.
+    """Choose the winner among the best rungs of all trials, each at every guidance scale.
 
     Args:
         rows: all rungs, measured at `evaluate.guidance_scale`.
-        best: the one of them that wins.
+        best: the winner among them at that scale.
 
     Returns:
-        its row, with the scores at the scale that won and `guidance_scale`; `best` as it is where there is
-        nothing to choose from.
+        The winner's row with `guidance_scale` and the scores at that scale; `best` unchanged if there is no
+        other scale to try.
     """
     usual = config.evaluate.guidance_scale
     scales = [scale for scale in config.search.guidance_scales if scale != usual]
@@ -62,10 +62,12 @@ def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorP
 
 
 def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
-    """A row a rung and guidance scale that was tried, the usual one included, by rung and scale.
+    """Return one row per tried pair of rung and guidance scale, including the default scale.
+
+    Rows are sorted by learning rate, trial and scale.
 
     Args:
-        config: with the guidance scale that the rungs were measured at.
+        config: configuration with the guidance scale that the rungs were measured at.
         rows: all rungs.
     """
     storage = Storage.open(config.storage).child(config.name, "search")

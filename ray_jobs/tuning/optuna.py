@@ -1,7 +1,7 @@
 """Optuna's tree of Parzen estimators (Watanabe, arXiv 2304.11127) as Tune's search algorithm.
 
-Unlike Ray's own OptunaSearch it proposes no settings twice: two trials of the same settings would train the
-same in the same folder.
+Unlike Ray's own OptunaSearch it never proposes the same settings twice: two such trials would run the same
+training in the same folder.
 """
 
 import math
@@ -14,15 +14,15 @@ from ray_jobs.config import Config, Range, Settings
 from ray_jobs.config.space import MOST_DRAWS, IntegerRange, nearest
 from ray_jobs.run.names import trial_id
 
-RANDOM_TRIALS = 5  # drawn before the estimators have something to go by
+RANDOM_TRIALS = 5  # random draws before the estimators have data
 
 
 class Proposals(Searcher):
-    """Settings that are likely to have a lower FID than those that were tried.
+    """Search algorithm that proposes settings likely to lower the FID.
 
     Args:
-        before: settings of the trials that an earlier start of this search began: they come first, and being
-            measured already they cost nothing.
+        before: settings of the trials that an earlier start of this search began. They are proposed first;
+            their measured rungs cost nothing again.
     """
 
     def __init__(self, config: Config, before: list[Settings]) -> None:
@@ -41,7 +41,7 @@ class Proposals(Searcher):
         self.proposed: set[str] = set()
 
     def suggest(self, trial_id_of_tune: str) -> Settings | str:
-        """The settings of the next trial; Tune is told when there are no others."""
+        """Propose the next trial's settings, or return FINISHED if no new ones are found."""
         for _ in range(MOST_DRAWS):
             trial = self.study.ask(self.distributions)
             settings = {name: self._value(name, place) for name, place in trial.params.items()}
@@ -49,11 +49,11 @@ class Proposals(Searcher):
                 self.proposed.add(trial_id(settings))
                 self.asked[trial_id_of_tune] = trial
                 return settings
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which counts for nothing
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # ignored by the sampler
         return str(Searcher.FINISHED)
 
     def on_trial_result(self, trial_id_of_tune: str, result: dict[str, Any]) -> None:
-        """Take in a rung."""
+        """Record a rung's FID if it is the trial's lowest."""
         if "fid" in result:
             lowest = self.lowest.get(trial_id_of_tune, math.inf)
             self.lowest[trial_id_of_tune] = min(lowest, result["fid"])
@@ -61,7 +61,7 @@ class Proposals(Searcher):
     def on_trial_complete(
         self, trial_id_of_tune: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Learn from the best rung of a trial: every rung is a candidate, and the last one may overfit."""
+        """Report a trial's best rung to the study: every rung is a candidate, and the last may overfit."""
         self.on_trial_result(trial_id_of_tune, result or {})
         trial, lowest = self.asked.pop(trial_id_of_tune), self.lowest.pop(trial_id_of_tune, math.inf)
         if lowest < math.inf:
@@ -70,7 +70,7 @@ class Proposals(Searcher):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a search goes on from its own files, not from Tune's."""
+        """Do nothing: a search resumes from its own files, not from Tune's."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search goes on from its own files, not from Tune's")
@@ -85,7 +85,10 @@ class Proposals(Searcher):
 
 
 def _distribution(values: list[Any] | Range) -> optuna.distributions.BaseDistribution:
-    """Of a list, the place in it: Optuna's own choices may not be lists."""
+    """Optuna's distribution of a dimension; a list is represented by its indices.
+
+    Optuna's own categorical choices may not be lists.
+    """
     if isinstance(values, IntegerRange):
         return optuna.distributions.IntDistribution(values.low, values.high, log=values.log)
     if isinstance(values, Range):

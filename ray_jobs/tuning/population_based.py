@@ -1,9 +1,9 @@
-"""Population Based Training (Jaderberg et al., arXiv 1711.09846), a generation a rung.
+"""Population Based Training (Jaderberg et al., arXiv 1711.09846), one generation per rung.
 
-At each rung the worst members of the population give up what they have learnt: each takes over the
-checkpoint and the settings of one of the best, and changes the settings a little. Nobody is stopped. All
-that is drawn comes from the run's seed, the member and the rung, and what was decided follows from the
-measured rungs, so an interrupted search goes on with the same population.
+At each rung, each of the worst members is replaced by a copy of one of the best: it takes over the
+checkpoint and settings, and perturbs the settings. No member is stopped. Random draws depend only on the
+run's seed, the member and the rung, and decisions only on the measured rungs, so an interrupted search
+resumes with the same population.
 """
 
 import math
@@ -17,10 +17,10 @@ from ray_jobs.tuning.space import points
 from ray_jobs.tuning.trial import Trial
 
 REPLACED = 0.25  # share of the members that take over another's state at a rung
-FACTORS = (0.8, 1.25)  # a perturbed number is one of so many times what it was
-RESAMPLED = 0.25  # probability that a setting is drawn anew from the space instead
+FACTORS = (0.8, 1.25)  # a perturbed number is multiplied by one of these
+RESAMPLED = 0.25  # probability that a setting is redrawn from the space instead
 
-# Numbers that may change while a training goes on; others (rank, batch size) are taken over as they are.
+# Numbers that may change during a training; others (rank, batch size) are copied unchanged.
 PERTURBED = {
     "train.learning_rate",
     "train.weight_decay",
@@ -31,7 +31,7 @@ PERTURBED = {
 
 
 def first_generation(config: Config) -> list[Trial]:
-    """The members, up to the first rung."""
+    """Trials of all members, up to the first rung."""
     return [
         Trial(f"member-{number}", settings, config.search.ladder[:1], f"member-{number}")
         for number, settings in enumerate(points(config))
@@ -39,11 +39,11 @@ def first_generation(config: Config) -> list[Trial]:
 
 
 def next_generation(config: Config, members: list[Trial], rows: list[dict[str, Any]]) -> list[Trial]:
-    """The same members up to the next rung.
+    """Trials of the same members, up to the next rung.
 
     Args:
-        members: of the generation that was measured; one that left no row (it failed) is left out.
-        rows: of all rungs.
+        members: members of the measured generation; one without a row (it failed) is dropped.
+        rows: rows of all rungs.
     """
     ladder, reached = config.search.ladder, members[0].ladder
     at = {row["trial_id"]: row for row in rows if row["step"] == reached[-1]}
@@ -77,7 +77,7 @@ def next_generation(config: Config, members: list[Trial], rows: list[dict[str, A
 
 
 def perturbed(settings: Settings, dimensions: Dimensions, draw: random.Random) -> Settings:
-    """Settings with every number that may change moved a little, or drawn anew from its range or values."""
+    """Perturb every number that may change, or redraw it from its range or values."""
     found = dict(settings)
     for name in sorted(PERTURBED & dimensions.keys()):
         values = dimensions[name]

@@ -1,7 +1,7 @@
-"""What a search leaves behind: a line a rung, and which of them wins.
+"""Results of a search: one line per rung, and the winner.
 
-Below `<storage>/<run>/search/`: `digest` of what the results depend on, `results.jsonl`, and `finished.json`
-with the winner once every trial has ended.
+Files in `<storage>/<run>/search/`: `digest` of everything that the results depend on, `results.jsonl`, and
+`finished.json` with the winner once every trial has ended.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from ray_jobs.tuning.computed_steps import read_computed
 
 RESULTS = "results.jsonl"
 FINISHED = "finished.json"
-# With other values of these a search goes on with what it has.
+# A search whose values of these change keeps its results and continues.
 EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
 SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error")
-ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # of scores that compare, the same
+ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # equal in scores that may be compared
 FIELDS = (
     "trial_id",
     "learning_rate",
@@ -50,13 +50,13 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        measured: the measured rungs, as results.jsonl holds them.
-        rows: the candidates: the same, or with `search.folds` means over the folds.
-        winner: one of them, with `guidance_scale` where several were tried; with `search.folds` its
-            checkpoint is that of the last training.
+        measured: rows of the measured rungs, as in results.jsonl.
+        rows: the candidates: the same rows, or with `search.folds` the means over the folds.
+        winner: winning row, with `guidance_scale` if several were tried; with `search.folds` its checkpoint
+            is the refit's.
         computed: denoiser steps, by training.
     """
 
@@ -68,7 +68,7 @@ class SearchResult:
 
 
 def search_digest(config: Config, dataset: Dataset) -> str:
-    """Identifies what the results depend on: data, model, training, search and evaluation."""
+    """Digest of everything that the results depend on: data, model, training, search and evaluation."""
     settings = config.model_dump(mode="json", include={"search", "evaluate"})
     for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
         del settings["search"][field]
@@ -79,18 +79,18 @@ def search_digest(config: Config, dataset: Dataset) -> str:
 
 
 def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
-    """What finished.json holds. With a larger budget, more trials or more patience a search goes on."""
+    """Content of finished.json. It changes with the budget, trials or patience, so the search continues."""
     extent = config.search.model_dump(mode="json", include=set(EXTENDING))
     return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best})
 
 
 def read_rows(storage: Storage) -> list[dict[str, Any]]:
-    """The lines of results.jsonl; none if there is no such file."""
+    """Read the lines of results.jsonl; empty if the file does not exist."""
     return storage.read_lines(RESULTS)
 
 
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
-    """What a finished search of this configuration found; None if there was none."""
+    """Read the result of a finished search of this configuration; None if there is none."""
     storage = Storage.open(config.storage).child(config.name, "search")
     if not storage.exists(FINISHED):
         return None
@@ -104,7 +104,7 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
 def result(
     config: Config, dataset: Dataset, measured: list[dict[str, Any]], best: dict[str, Any]
 ) -> SearchResult:
-    """With the digest of all that it depends on, also where it stopped and what won."""
+    """Build a SearchResult; its digest also covers the search's extent and winner."""
     content = finished(config, dataset, best)
     digest = hashlib.sha256(content.encode()).hexdigest()
     computed = read_computed(Storage.open(config.storage).child(config.name, "search"))
@@ -112,29 +112,29 @@ def result(
 
 
 def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the winner is chosen from."""
+    """Rows that the winner is chosen from."""
     return averaged(measured, config.search.folds) if config.search.folds else measured
 
 
 def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
-    """The row that wins. Ties are told by pairs of pictures from the same noise (`paired_difference`).
+    """Return the winning row; ties are decided on pairs of pictures with equal noise (`paired_difference`).
 
-    Rows that were compared with the one of the lowest FID get `behind` and `behind_error`, by how much theirs
-    is higher and the error of that, and `variance_ratio` (as in `PairedDifference`; None: infinite).
-    `features` of a row: where the features of its pictures are kept, if not with its checkpoint.
+    Rows compared with the lowest FID get `behind`, the difference of their FIDs, `behind_error`, its error,
+    and `variance_ratio` (as in `PairedDifference`; None: infinite). A row's `features`, if present, is the
+    folder of its pictures' features; otherwise they are stored with its checkpoint.
 
     Raises:
-        ValueError: rows were measured by different networks, or on different numbers of pictures.
+        ValueError: rows were measured with different networks or numbers of pictures.
     """
     require_comparable(rows, *ORIGIN)
     best = min(rows, key=lambda row: (row["fid"], row["step"]))
     compared = []
     for row in rows:
-        # Of an earlier start, which another rung was the best of.
+        # Values of an earlier start, which had another best rung.
         for stale in ("behind", "behind_error", "variance_ratio"):
             row.pop(stale, None)
         behind, error = row["fid"] - best["fid"], 0.0
-        # Of more steps it could not win a tie; and without errors only equal scores are one.
+        # A row with more steps cannot win a tie, and without errors only equal scores tie.
         if row["step"] < best["step"] and row.get("fid_error") is not None:
             rung, lowest = (Storage.open(each.get("features", each["checkpoint"])) for each in (row, best))
             found = pool.difference(rung, lowest, "validation")
@@ -146,19 +146,19 @@ def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
 
 
 def with_error(row: dict[str, Any]) -> str:
-    """A row's FID for a person."""
+    """Format a row's FID with its error for display."""
     return number(row["fid"], 1, row.get("fid_error"))
 
 
 def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int]) -> Spent:
-    """What every training took: of steps all that were computed, of time what came before its last rung.
+    """Sum up the cost of every training: all computed steps, and the time up to its last rung.
 
     Args:
-        rows: a line a rung of a training, as results.jsonl holds them.
-        computed: steps by training; they are at least those of its last rung.
+        rows: one row per rung of a training, as in results.jsonl.
+        computed: steps by training; at least the steps of its last rung are counted.
     """
     last = {training_of(row): row for row in sorted(rows, key=lambda row: int(row["step"]))}
-    # A member that took over another's state saved nothing.
+    # In population based training no trial is stopped early, so none saves steps.
     replaced = config.search.scheduler == "population"
     costs = []
     for name, row in last.items():
@@ -179,7 +179,7 @@ def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int
 
 
 def at_most(config: Config) -> list[str]:
-    """What a search takes at most, as far as that is known beforehand, in lines for a person."""
+    """Describe the upper bounds of a search's cost that are known beforehand, as lines for display."""
     search, evaluate = config.search, config.evaluate
     most, planned, last = search.most_steps, search.planned_steps, search.ladder[-1]
     lines = [f"at most {most // last} x {last:,} = {most:,} steps"]
@@ -206,7 +206,7 @@ def at_most(config: Config) -> list[str]:
 
 
 def bill(config: Config, found: SearchResult) -> str:
-    """What was spent, and what of the whole grid was not, for a person."""
+    """Summarise the cost of a search against that of the whole grid, for display."""
     cost = spent(config, found.measured, found.computed)
     steps, measured, hours = (
         sum(getattr(trial, name) for trial in cost.trials)

@@ -16,7 +16,7 @@ from ray_jobs.tuning.trial import Trial, refitted
 
 
 def run_trials(config: Config, done: "Trials") -> None:
-    """All that is trained before the winner is chosen."""
+    """Run every training that precedes the choice of the winner."""
     search, ladder = config.search, config.search.ladder
     first = 0 if search.folds else None
     if search.scheduler == "population":
@@ -32,11 +32,11 @@ def run_trials(config: Config, done: "Trials") -> None:
 
 
 Following = Callable[[Config, list[Trial], list[dict[str, Any]]], list[Trial]]
-"""Who climbs to the next rung, of those that were measured at one."""
+"""Function that selects the trials to continue to the next rung from those measured at the last."""
 
 
 def run_generations(config: Config, done: "Trials", trials: list[Trial], following: Following) -> None:
-    """A generation a rung: all of it is measured before the next one begins."""
+    """Run one generation per rung; all of it is measured before the next one starts."""
     while trials and not done.budget_is_spent:
         done.run_all(trials)
         if trials[0].ladder == config.search.ladder or done.budget_is_spent:
@@ -48,7 +48,7 @@ def run_generations(config: Config, done: "Trials", trials: list[Trial], followi
 
 
 def choose_winner(config: Config, done: "Trials") -> dict[str, Any]:
-    """The row of the candidate that wins."""
+    """Return the winning candidate's row."""
     rows, pool = candidates(config, done.rows), done.around.pool
     if not config.search.folds:
         return choose_guidance(config, rows, choose(rows, pool), pool)

@@ -1,4 +1,4 @@
-"""The points of a search's space, which are the settings of its trials."""
+"""Points of a search space: the settings of its trials."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,16 @@ from ray_jobs.config.space import drawn, grid
 
 
 def further(settings: Mapping[str, Any]) -> Settings:
-    """Without the learning rate, which every row names by itself."""
+    """Settings without the learning rate, which is a field of its own in every row."""
     return {name: value for name, value in settings.items() if name != LEARNING_RATE}
 
 
 def points(config: Config) -> list[Settings]:
-    """The trials of a search whose algorithm is grid, every combination, or random, different ones drawn with
-    the run's seed: the same again after an interruption."""
+    """Return the settings of all trials of a search whose algorithm is grid or random.
+
+    Grid gives every combination. Random draws distinct ones with the run's seed, so an interrupted search
+    gets the same trials again.
+    """
     dimensions = config.search.dimensions
     if config.search.algorithm == "grid":
         return grid(dimensions)

@@ -1,5 +1,4 @@
-"""When a search stops trials on its own, beside what ASHA stops: no improvement, the budget is spent, or a
-store refuses what they write."""
+"""Stoppers of a search beside its scheduler: no improvement, spent budget, or a store that refuses writes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,21 +10,21 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.names import training_of
 
 Computed = Callable[[], Mapping[str, int]]
-"""The steps that were computed up to now, by training."""
+"""Function that returns the steps computed so far, by training."""
 
 
 def stoppers(config: Config, recorded: list[dict[str, Any]], computed: Computed) -> list[Stopper]:
-    """Those that the configuration asks for.
+    """Build the stoppers that the configuration asks for.
 
     Args:
-        recorded: lines of results.jsonl that an earlier start of this search has left; they were paid for.
+        recorded: lines of results.jsonl from earlier starts of this search; their cost counts too.
     """
     patience = config.search.patience
     return [Budget(config, recorded, computed), *([Patience(patience)] if patience else [])]
 
 
 class Patience(Stopper):
-    """Stops a trial that has not improved at so many rungs in a row.
+    """Stop a trial that has not improved at `rungs` consecutive rungs.
 
     An FID is an improvement if it is lower than the best by more than its own standard error.
     """
@@ -49,7 +48,7 @@ class Patience(Stopper):
 
 
 class Refusal(Stopper):
-    """Stops the search once a trial has failed for what the user must mend: it would fail the others too."""
+    """Stop the search once a trial fails for a cause that the user must fix: all trials would fail."""
 
     def __init__(self) -> None:
         self.error: ConfigError | None = None
@@ -62,10 +61,10 @@ class Refusal(Stopper):
 
 
 class Budget(Stopper):
-    """Stops the search once all trials together have spent `search.max_steps`, `max_hours` or `max_cost`.
+    """Stop the search once all trials together have spent `search.max_steps`, `max_hours` or `max_cost`.
 
-    It looks at each rung, so the last rungs may go beyond it. Steps are those that were computed, also such
-    as no rung has; hours are those of workers: two workers spend two in an hour.
+    The budget is checked at each rung, so the last rungs may exceed it. Steps are all computed steps,
+    including those after the last rung. Hours are worker hours: two workers spend two per hour.
     """
 
     def __init__(self, config: Config, recorded: list[dict[str, Any]], computed: Computed) -> None:
@@ -89,7 +88,7 @@ class Budget(Stopper):
 
     def stop_all(self) -> bool:
         if not self.seconds:
-            return False  # nothing is measured yet, so there is nothing to choose from
+            return False  # no rung is measured yet, so there is no candidate to choose
         hours = sum(self.seconds.values()) / 3600 * self.workers
         spent = {
             "max_steps": sum(self.steps.values()),

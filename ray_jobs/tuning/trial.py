@@ -1,4 +1,4 @@
-"""One trial of a search: a training that climbs the ladder, each rung measured as it comes."""
+"""One trial of a search: a training that climbs the ladder and is measured at each rung."""
 
 import math
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from ray_jobs.tuning.space import further
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial trains with, and how far.
+    """Settings and extent of a trial.
 
     Attributes:
-        trial_id: what its rungs are found by.
-        ladder: its own, up to the rung where it ends.
-        fold: of cross-validation: which one judges; None: the validation split.
+        trial_id: name that identifies its rungs.
+        ladder: the trial's own ladder, up to its last rung.
         training: folder of its checkpoints.
-        start: checkpoint to begin from, which another trial has left; None: the base model.
-        begins_at: the step of that checkpoint.
+        fold: cross-validation fold to evaluate on; None: the validation split.
+        start: checkpoint of another trial to start from; None: the base model.
+        begins_at: step of that checkpoint.
     """
 
     trial_id: str
@@ -43,21 +43,21 @@ class Trial:
 
     @staticmethod
     def of(settings: Settings, ladder: list[int], fold: int | None = None) -> "Trial":
-        """Named by its settings and its fold."""
+        """Create a trial named after its settings and fold."""
         name = trial_id(settings)
         return Trial(name, settings, ladder, name if fold is None else f"{name}_fold-{fold}", fold)
 
     @property
     def split(self) -> str:
-        """Whose pictures judge it."""
+        """Name of the split or fold that the trial is evaluated on."""
         return "validation" if self.fold is None else f"fold-{self.fold}"
 
     def labels(self, config: Config) -> dict[str, Any]:
-        """What tells its rows from others'."""
+        """Columns that identify this trial in results.jsonl."""
         rate = config.with_settings(self.settings).train.learning_rate
         found = {
             "trial_id": self.trial_id,
-            "training": self.training,  # Tune puts a name of its own in the place of trial_id
+            "training": self.training,  # Tune replaces trial_id with its own
             "learning_rate": rate,
             "settings": further(self.settings),
         }
@@ -69,16 +69,16 @@ class Trial:
 
 
 Make = Callable[[Settings], Trial]
-"""The trial that a point of the space stands for."""
+"""Function that creates the trial of a point in the space."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What every trial of a search works with.
+    """Context shared by all trials of a search.
 
     Attributes:
         board: handle of a ProgressBoard.
-        recorded: rows of rungs that were measured before.
+        recorded: rows of rungs that are already measured.
     """
 
     config: Config
@@ -89,10 +89,10 @@ class Surroundings:
 
 
 def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> None:
-    """What Tune runs: train to the end of the trial's ladder, reporting the row of each rung.
+    """Train to the end of the trial's ladder, reporting each rung's row to Tune. This is Tune's trainable.
 
     Raises:
-        RuntimeError: its loss diverged.
+        RuntimeError: the loss diverged, or the last rung is damaged.
     """
     trial, config, pool = make(space), around.config, around.pool
     labels = trial.labels(config)
@@ -104,7 +104,7 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
         step = rung.metrics["step"]
         tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
         Storage.open(rung.uri).write_text(REPORTED, "")
-    check_diverged(folder)  # it would again
+    check_diverged(folder)  # a diverged training would diverge again
     if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
         waits = config.search.wait_for_scores
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
@@ -119,14 +119,14 @@ Tell = Callable[[str], None]
 
 
 def _teller(trial: Trial, board: Any) -> Tell:
-    """Puts a line on the board, of which the driver prints it."""
+    """Return a function that posts a line on the board, for the driver to print."""
     return lambda line: board.post.remote(f"{trial.training}/{line}", line)
 
 
 def intact(rung: Rung, tell: Tell) -> bool:
-    """Whether a rung has the weights that its training wrote; others are told, and worth no score.
+    """Return whether a rung's weights are as its training wrote them; a damaged rung is reported, not scored.
 
-    Where there is none behind it, the training passes it over too, and makes it again.
+    If no rung follows it, the training skips it too and trains up to it again.
     """
     if wrong := damaged(Storage.open(rung.uri), WEIGHTS):
         tell(f"{rung.uri} is not measured: damaged: {', '.join(wrong)}")
@@ -134,10 +134,10 @@ def intact(rung: Rung, tell: Tell) -> bool:
 
 
 def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
-    """The rungs of a training, up to a step, that Tune was not told of.
+    """Rungs of a training, up to a step, that have not been reported to Tune.
 
-    Workers that die take with them the reports that nobody has fetched yet; their checkpoints stay, and the
-    workers that follow go on behind them.
+    Reports not yet fetched are lost when workers die. The checkpoints remain, and the next workers resume
+    after them.
     """
     rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] <= until]
     return [rung for rung in rungs if not Storage.open(rung.uri).exists(REPORTED)]
@@ -147,8 +147,8 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
     """Train to the end of a trial's ladder.
 
     Raises:
-        RuntimeError: its loss diverged.
-        DamagedPart: a file of the data set was moved aside meanwhile.
+        RuntimeError: the loss diverged.
+        DamagedPart: a file of the dataset has been moved aside as damaged.
     """
     dataset, config = around.dataset, around.config
     dataset.require_parts()
@@ -160,14 +160,14 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
         start=trial.start,
         callbacks=callbacks,
         board=around.board,
-        # Without callbacks nobody measures a rung.
+        # Without callbacks no rung is scored, so the workers would wait forever.
         wait_for_scores=config.search.wait_for_scores and bool(callbacks),
     ).fit()
     check_diverged(Storage.open(config.storage).child(config.name, "train", trial.training))
 
 
 def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool) -> dict[str, Any]:
-    """A rung's line: what the training reported, and the scores of its weights, of which samples are kept."""
+    """Score a rung's weights, saving samples; return its row of training metrics and scores."""
     scores = pool.score(rung.weights, split, Storage.open(rung.uri))
     measured = {**labels, "checkpoint": rung.uri}
     losses = pool.validation_losses(rung.weights, split)
@@ -176,9 +176,9 @@ def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool)
 
 
 class RungCallback(TuneReportCallback):
-    """In the training's controller: measure each checkpoint, then tell Tune, whose scheduler decides.
+    """Callback in the training's controller: measure each checkpoint, then report it to Tune's scheduler.
 
-    The workers train on towards the next rung meanwhile, or wait for it (`search.wait_for_scores`).
+    Meanwhile the workers train towards the next rung, or wait for the score (`search.wait_for_scores`).
     """
 
     def __init__(
@@ -196,10 +196,10 @@ class RungCallback(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["why"] != RUNG:
-            return  # a checkpoint to go on from, between rungs
+            return  # a resume checkpoint between rungs
         for rung in unreported(self.folder, until=metrics[0]["step"]):
             if not intact(rung, self.tell):
-                if self.waits:  # for a score that will never be: the training starts again before it
+                if self.waits:  # the score would never come; restart the training before this rung
                     raise RuntimeError(f"{rung.uri} is damaged, and search.wait_for_scores waits for it")
                 continue
             row = measure(rung, self.labels, self.trial.split, self.pool)
@@ -208,10 +208,10 @@ class RungCallback(TuneReportCallback):
 
 
 def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
-    """Train a trial's settings on training and validation pictures together, to a step.
+    """Train a trial's settings up to `step` on the training and validation splits together.
 
     Raises:
-        RuntimeError: its loss diverged.
+        RuntimeError: the loss diverged.
     """
     ladder = [rung for rung in trial.ladder if rung <= step]
     last = replace(trial, fold=None, ladder=ladder, training=f"{trial.trial_id}_refit")
