@@ -1,4 +1,4 @@
-"""The aliases of versions: who is the champion, the candidate, the champion before."""
+"""Aliases of registry versions: the champion, the candidate, and the previous champion."""
 
 import time
 from typing import Any
@@ -21,10 +21,10 @@ from ray_jobs.registry.store import retried, versions_of
 
 
 def promote(config: Config, version: int) -> None:
-    """Make a version the champion whatever its scores, and the former champion `previous`.
+    """Make a version the champion regardless of its scores, and the former champion `previous`.
 
     Raises:
-        ConfigError: if there is no such version, or its weights are no longer those that were registered.
+        ConfigError: the version does not exist, or its weights are no longer those that were registered.
     """
     with store_errors(config):
         client = open_existing(config)
@@ -34,12 +34,12 @@ def promote(config: Config, version: int) -> None:
 
 
 def rollback(config: Config) -> int:
-    """Make `previous` the champion again and return it.
+    """Make `previous` the champion again and return its version.
 
-    The alias `previous` is gone afterwards: doing it twice must not bring back what was taken back.
+    The alias `previous` is then deleted, so that a second rollback cannot restore the rejected version.
 
     Raises:
-        ConfigError: if there is no previous version, or its weights are gone.
+        ConfigError: there is no previous version, or its weights are missing.
     """
     name = config.publish.model_name
     with store_errors(config):
@@ -57,7 +57,7 @@ def rollback(config: Config) -> int:
 
 
 def status(config: Config) -> str:
-    """A table of the versions, newest first: what they scored, how that was measured, where they lie."""
+    """Format a table of the versions, newest first: scores, how they were measured, and storage location."""
     head = ("version", "aliases", "test FID", "samples", "network", "created (UTC)", "source")
     rows = []
     with store_errors(config):
@@ -77,11 +77,11 @@ def status(config: Config) -> str:
 
 
 def measured_of(client: Any, version: Any) -> Measured | None:
-    """What a version's tags and metrics say of its score; None where they do not."""
+    """Read a version's score from its tags and metrics; None if it is not recorded."""
     tags = version.tags
     if not {"feature_network", "num_samples", "data_digest"} <= set(tags):
         return None
-    # Versions of before these were tags have them in their MLflow run, which somebody may have removed.
+    # Versions older than these tags keep the score in their MLflow run, which may have been deleted.
     scores: dict[str, Any] = tags
     if "test_fid" not in tags:
         run = run_of(client, version)
@@ -101,7 +101,7 @@ def measured_of(client: Any, version: Any) -> Measured | None:
 
 
 def aliases_of(client: Any, config: Config) -> dict[str, int]:
-    """The version that each alias of `config.publish.model_name` points to.
+    """Return the version number of each alias of `config.publish.model_name`.
 
     Raises:
         ConfigError: nothing was published under that name.
@@ -118,17 +118,18 @@ def aliases_of(client: Any, config: Config) -> dict[str, int]:
 
 
 def names_of(aliases: dict[str, int], version: int) -> tuple[str, ...]:
-    """The aliases of a version, sorted."""
+    """Aliases of a version, sorted."""
     return tuple(sorted(alias for alias, each in aliases.items() if each == version))
 
 
 def make_champion(client: Any, name: str, version: int, aliases: dict[str, int]) -> None:
     """Give a version the alias `champion`, and the former champion `previous`.
 
-    In this order: after a crash in between there still is a champion, and doing it again mends the rest.
+    `previous` is set first: after a crash in between there still is a champion, and a second call completes
+    the change.
 
     Args:
-        aliases: as they are, by `aliases_of`.
+        aliases: current aliases, from `aliases_of`.
     """
     former = aliases.get(CHAMPION)
     if former not in (None, version):
@@ -139,7 +140,7 @@ def make_champion(client: Any, name: str, version: int, aliases: dict[str, int])
 
 
 def _check_weights(client: Any, config: Config, version: int) -> None:
-    """Raise ConfigError unless the version is there with the weights that were registered."""
+    """Raise ConfigError unless the version exists and its weights are those that were registered."""
     from mlflow.exceptions import MlflowException
 
     name = config.publish.model_name
@@ -161,5 +162,5 @@ def _check_weights(client: Any, config: Config, version: int) -> None:
 
 
 def command_line(name: str, version: int | None = None) -> str:
-    """The command of this module that a person is to type."""
+    """Format the `ray_jobs.versions` command for the user to run."""
     return f"python -m ray_jobs.versions {name} --config ..." + (f" --version {version}" if version else "")

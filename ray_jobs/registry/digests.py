@@ -1,7 +1,7 @@
-"""What identifies a folder of weights: its tensors, not the bytes of its files.
+"""Digests that identify a folder of weights by its tensors, not by the bytes of its files.
 
-safetensors writes a header's metadata in another order in each process, so that the same adapter saved twice
-is two different files (safetensors 0.8).
+safetensors writes a header's metadata in a different order in each process, so the same adapter saved twice
+gives two different files (safetensors 0.8).
 """
 
 import hashlib
@@ -19,11 +19,12 @@ MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def weights_digest(source: str) -> str:
-    """sha256 over the safetensors files below a folder (local path or URI), sorted by name: of each its name,
-    its metadata, and every tensor's name, dtype, shape and bytes.
+    """SHA-256 over the safetensors files below a folder (local path or URI), sorted by name.
+
+    It covers each file's name and metadata, and every tensor's name, dtype, shape and bytes.
 
     Raises:
-        ConfigError: if the folder is missing, holds no safetensors file, or one that is damaged.
+        ConfigError: the folder is missing, holds no safetensors file, or holds a damaged one.
     """
     digest = hashlib.sha256()
     for name, file in _files(source):
@@ -34,14 +35,18 @@ def weights_digest(source: str) -> str:
 
 
 def are_weights(source: str, digest: str) -> bool:
-    """Whether a folder holds the weights of a digest, also of one that an older release has registered, which
-    took the files' bytes; errors as of `weights_digest`."""
+    """Return whether a folder holds the weights of a digest; errors as for `weights_digest`.
+
+    Digests of older releases, computed over the files' bytes, match too.
+    """
     return digest == weights_digest(source) or digest == digest_of_bytes(source)
 
 
 def digest_of_bytes(source: str) -> str:
-    """The digest that older releases registered: sha256 over the files' names and bytes. Errors as of
-    `weights_digest`."""
+    """SHA-256 over the files' names and bytes, as older releases registered it.
+
+    Errors as for `weights_digest`.
+    """
     digest = hashlib.sha256()
     for name, file in _files(source):
         digest.update(name.encode() + b"\0")
@@ -52,7 +57,7 @@ def digest_of_bytes(source: str) -> str:
 
 
 def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
-    """Name and content of each file below a folder."""
+    """Yield the name and an open stream of each safetensors file below a folder."""
     folder = Storage.open(source)
     below = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     found = folder.filesystem.get_file_info(below)
@@ -64,7 +69,7 @@ def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
 
 
 def _content(path: str, file: NativeFile) -> tuple[dict[str, Any], list[Any]]:
-    """Metadata, and (name, dtype, shape, sha256) of each tensor in the order of their names."""
+    """Read a file's metadata and each tensor's (name, dtype, shape, sha256), sorted by name."""
     damaged = ConfigError(f"{path}: not a whole safetensors file; run the pipeline again to publish it")
     size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER:
@@ -87,7 +92,7 @@ def _content(path: str, file: NativeFile) -> tuple[dict[str, Any], list[Any]]:
 
 
 def _canonical(text: str) -> Any:
-    """Metadata, whose JSON may be written in any order."""
+    """Parse a metadata value as JSON, whose keys may be in any order; other text is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:
@@ -95,7 +100,7 @@ def _canonical(text: str) -> Any:
 
 
 def _digest_of(file: NativeFile, size: int) -> str:
-    """Of the next so many bytes; EOFError if there are fewer."""
+    """SHA-256 of the next `size` bytes; raises EOFError if there are fewer."""
     digest = hashlib.sha256()
     while size:
         block = file.read(min(BLOCK, size))

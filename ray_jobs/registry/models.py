@@ -1,8 +1,7 @@
 """The model registry: the MLflow store of a run, and the champion that `serving` reads from it.
 
-A version points to a folder of weights (diffusers' format, safetensors); its tags say which base it belongs
-to and the digest of its weights. Nothing is pickled. `registration.py` makes versions,
-`aliases.py` promotes them.
+A version points to a folder of weights (diffusers format, safetensors). Its tags hold its base model and the
+digest of its weights. Nothing is pickled. `registration.py` creates versions, `aliases.py` promotes them.
 """
 
 import logging
@@ -21,10 +20,10 @@ from ray_jobs.registry.store import check_experiment, pages, versions_of, withou
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
-# Beside a version's weights: features that drift is told by. Not *.safetensors, although it is one: the
-# digest of the weights is of those files.
+# Features for drift detection, stored with a version's weights. The file has safetensors format but not its
+# suffix, because the digest of the weights covers all *.safetensors files.
 REFERENCE = "reference.features"
-# Those of the pictures of its test score, by which a later version is compared with it in pairs.
+# Features of the pictures of its test score, for a paired comparison with a later version.
 TEST_FEATURES = "test.features"
 
 
@@ -35,30 +34,30 @@ class RegisteredModel:
     name: str
     version: int
     source: str  # folder or URI of the weights
-    digest: str  # of the weights, as `digests.weights_digest` gives it
-    base: str  # what the weights were trained on: folder as configured, or hub name
+    digest: str  # `digests.weights_digest` of the weights
+    base: str  # base model of the fine-tuning: folder as configured, or hub name
     base_revision: str | None
     method: str  # lora | full
     metrics: dict[str, float]
-    params: Mapping[str, str] = field(default_factory=dict)  # what `publish` logged of how it was made
-    guidance_scale: float | None = None  # that it was scored with; None: not recorded
-    test_digest: str | None = None  # of the pictures and captions that it was scored on
-    zero_terminal_snr: bool = False  # trained to a last step of pure noise, and drawn so
+    params: Mapping[str, str] = field(default_factory=dict)  # training parameters logged by `publish`
+    guidance_scale: float | None = None  # guidance scale of its score; None: not recorded
+    test_digest: str | None = None  # digest of the pictures and captions that it was scored on
+    zero_terminal_snr: bool = False  # trained and sampled with a last timestep of pure noise
 
 
 @dataclass(frozen=True)
 class RegistryEntry:
-    """A registered model: its versions by number, and the numbers that its aliases point to."""
+    """A registered model: its versions by number, and the version number of each alias."""
 
     versions: Mapping[int, RegisteredModel]
     aliases: Mapping[str, int]
 
 
 def tracking_uri(config: Config) -> str:
-    """The MLflow store of a run: configured, else MLFLOW_TRACKING_URI, else SQLite in the storage folder.
+    """URI of a run's MLflow store: configured, else MLFLOW_TRACKING_URI, else SQLite in the storage folder.
 
     Raises:
-        ConfigError: if the storage is remote, where a SQLite file cannot lie, and no URI is given.
+        ConfigError: no URI is given and the storage is remote, which cannot hold a SQLite file.
     """
     uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
@@ -72,15 +71,15 @@ def tracking_uri(config: Config) -> str:
 
 
 def shown_uri(config: Config) -> str:
-    """`tracking_uri` for a person or a log: without a password."""
+    """Return `tracking_uri` without its password, for display and logs."""
     return without_password(tracking_uri(config))
 
 
 def check_store(config: Config) -> None:
-    """Look whether the MLflow store of a run is there and takes its entries, before hours of training.
+    """Check that a run's MLflow store is reachable and accepts entries, before hours of training.
 
     Raises:
-        ConfigError: there is no address, nothing answers at it, or the run's experiment was deleted.
+        ConfigError: there is no URI, nothing answers at it, or the run's experiment was deleted.
     """
     check_experiment(tracking_uri(config), config.name)
 
@@ -95,7 +94,7 @@ def verify_weights(registered: RegisteredModel, folder: str) -> None:
 
 
 def open_client(config: Config) -> Any:
-    """MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
+    """Open MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
@@ -109,7 +108,7 @@ def open_client(config: Config) -> Any:
 
 @contextmanager
 def store_errors(config: Config) -> Iterator[None]:
-    """A store that refuses or cannot be reached is the user's to mend: one line that names it."""
+    """Turn errors of a store that refuses or cannot be reached into a ConfigError that names it."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -121,7 +120,7 @@ def store_errors(config: Config) -> Iterator[None]:
 
 
 def open_existing(config: Config) -> Any:
-    """MLflow's client of a store that is there: reading makes no SQLite file.
+    """Open MLflow's client of an existing store, so that reading does not create a SQLite file.
 
     Raises:
         ConfigError: there is no store yet.
@@ -133,7 +132,7 @@ def open_existing(config: Config) -> Any:
 
 
 def nothing_published(config: Config) -> ConfigError:
-    """What to say where a name has no champion."""
+    """ConfigError for a model name without a champion."""
     return ConfigError(
         f"publish.model_name: {shown_uri(config)} holds no champion of {config.publish.model_name!r}; run "
         "the pipeline first: python -m ray_jobs.pipeline --config ..., or promote a version that stayed "
@@ -142,7 +141,7 @@ def nothing_published(config: Config) -> ConfigError:
 
 
 def not_ours(config: Config, version: int) -> ConfigError:
-    """What to say of a version without the tags that this program sets."""
+    """ConfigError for a version without the tags that this program sets."""
     return ConfigError(
         f"publish.model_name: version {version} of {config.publish.model_name!r} in {shown_uri(config)} "
         f"was not registered by this program; point its alias {CHAMPION!r} to one that was"
@@ -150,15 +149,16 @@ def not_ours(config: Config, version: int) -> ConfigError:
 
 
 def champion(config: Config) -> RegisteredModel:
-    """The version that the alias `champion` of `config.publish.model_name` points to; errors as below."""
+    """Return the champion of `config.publish.model_name`; errors as for `registered`."""
     return registered(config, CHAMPION)
 
 
 def registered(config: Config, which: str) -> RegisteredModel:
-    """A version of `config.publish.model_name`, by its number or an alias.
+    """Return a version of `config.publish.model_name`, by its number or an alias.
 
     Raises:
-        ConfigError: if there is no registry, model or such version yet, or the registry cannot be reached.
+        ConfigError: the registry, the model or the version does not exist, the version was registered by
+            another program, or the registry cannot be reached.
     """
     from mlflow.exceptions import MlflowException
 
@@ -187,8 +187,10 @@ def registered(config: Config, which: str) -> RegisteredModel:
 
 
 def run_of(client: Any, version: Any) -> Any:
-    """The MLflow run that a version was logged with; None where it was removed for good (`mlflow gc`), which
-    is tidying up and takes no version away."""
+    """Return a version's MLflow run, or None if it has none or it was deleted permanently (`mlflow gc`).
+
+    The version remains valid without its run.
+    """
     from mlflow.exceptions import MlflowException
 
     if not version.run_id:
@@ -202,8 +204,9 @@ def run_of(client: Any, version: Any) -> Any:
 
 
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
-    """What the registry holds of some models; `*` stands for all. Versions of other programs are left out,
-    and so are metrics and parameters, which would take a question a version.
+    """Return the registry entries of the named models; `*` stands for all.
+
+    Versions of other programs are omitted. So are metrics and parameters, which need one request per version.
 
     Raises:
         ConfigError: there is no registry, or it cannot be reached.
@@ -214,7 +217,7 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
         found: dict[str, dict[int, RegisteredModel]] = {
             each.name: {} for each in models if each.name in names or "*" in names
         }
-        # One model is asked for by its name; of several, one question for all is cheaper than one each.
+        # A single model is queried by name; for several, one request for all is cheaper than one each.
         one = next(iter(found), "")
         versions = versions_of(client, one) if len(found) == 1 else pages(client.search_model_versions)
         for each in versions if found else []:
@@ -228,7 +231,7 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
 
 
 def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
-    """MLflow's version, as this program knows it."""
+    """Convert MLflow's version to a RegisteredModel."""
     return RegisteredModel(
         name=found.name,
         version=int(found.version),

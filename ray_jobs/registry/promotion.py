@@ -1,4 +1,4 @@
-"""Promotion: whether a new version may replace the champion. Pure: two measurements in, a sentence out."""
+"""Promotion: decide if a new version may replace the champion. Pure: two measurements in, a sentence out."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measured:
-    """A test FID, and what two of them must share to be compared.
+    """A test FID, and the conditions that must be equal to compare it with another.
 
     Attributes:
-        error: standard error; None where it was not estimated, which counts as 0.
-        data: digest of the prepared data, which another training picture changes.
-        test: digest of the pictures and captions of the test split; None of a version that was registered
-            without it, which is then compared by `data`.
-        base_fid: of the base model on the same pictures; None where it was not recorded.
+        error: standard error; None if it was not estimated, which counts as 0.
+        data: digest of the prepared data, including the training pictures.
+        test: digest of the pictures and captions of the test split; None for a version registered without
+            it, for which `data` is compared instead.
+        base_fid: FID of the base model on the same pictures; None if it was not recorded.
     """
 
     fid: float
@@ -30,10 +30,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Paired:
-    """A comparison of a new version with a champion on the same captions and noise, picture by picture.
+    """Paired comparison of a new version with a champion on the same captions and noise.
 
     Attributes:
-        champion: the version that it was compared with.
+        champion: version number of that champion.
         error: standard error of the difference of their test FIDs.
     """
 
@@ -42,11 +42,15 @@ class Paired:
 
 
 def objection(new: Measured, champion: Measured | None, paired: Paired | None = None) -> str | None:
-    """Why `new` must not replace the champion (None: not measured by this program); None: it may.
+    """Return the reason why `new` must not replace the champion, or None if it may.
 
-    The error of a difference of two independent estimates is the root of the sum of their squared errors. Two
-    versions that drew the same captions share the choice of these, which is half and more of either error, so
-    where both versions' pictures are known the error is that of the paired difference.
+    The error of the difference of two independent estimates is the root of the sum of their squared errors.
+    Two versions scored on the same captions share the sampling of these, which is at least half of either
+    error. So if both versions' pictures are available, the error is that of the paired difference.
+
+    Args:
+        champion: measurement of the champion; None if it was not measured by this program.
+        paired: paired comparison of the two; None if it is not available.
     """
     if champion is None:
         return "the champion has no record of how it was measured"
@@ -56,7 +60,7 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
     }
     if new.test and champion.test:
         pairs["test split"] = new.test[:12], champion.test[:12]
-    else:  # of before the test split had a digest of its own
+    else:  # registered before the test split had its own digest
         pairs["data"] = new.data[:12], champion.data[:12]
     differ = [
         f"{what} {mine}, the champion's {other}" for what, (mine, other) in pairs.items() if mine != other
@@ -74,7 +78,7 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
 
 
 def objection_to_first(new: Measured) -> str | None:
-    """Why the first version of a name must not be served: it is no better than the base model."""
+    """Return the reason why a name's first version must not be served (no better than the base), or None."""
     if math.isnan(new.fid):
         return "its test FID is not a number"
     if new.base_fid is None or math.isnan(new.base_fid) or new.fid < new.base_fid:

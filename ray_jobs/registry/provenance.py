@@ -1,4 +1,4 @@
-"""Provenance: what a version's tags say of where it came from and of how it is called."""
+"""Provenance: tags that record the code a version came from and its call signature."""
 
 import shutil
 import subprocess
@@ -12,16 +12,16 @@ PACKAGE = "diffray"
 
 
 def code_version() -> str:
-    """The commit of the checkout that runs, with `-dirty` if it was changed; else the package's version.
+    """Return the commit of the running checkout, with `-dirty` if it has changes; else the package's version.
 
-    A job on the embedded Ray runs in a copy of the checkout, without history; `home()` is the checkout then.
+    A job on the embedded Ray runs in a copy of the checkout without history; `home()` is then the checkout.
     """
     for checkout in (Path(__file__).resolve().parents[2], home()):
         ours = (checkout / ".git").exists() and (
             checkout / "ray_jobs" / "registry" / Path(__file__).name
         ).exists()
         if ours and shutil.which("git"):
-            # --exclude leaves no tag to describe by, so that --always gives the commit.
+            # --exclude removes all tags, so that --always gives the commit.
             describe = [
                 "git",
                 "-C",
@@ -33,7 +33,7 @@ def code_version() -> str:
                 "--exclude=*",
             ]
             done = subprocess.run(describe, capture_output=True, text=True)
-            if done.returncode == 0:  # not so if git trusts no folder of another owner
+            if done.returncode == 0:  # it fails if git does not trust a folder of another owner
                 return done.stdout.strip()
     try:
         return f"{PACKAGE} {metadata.version(PACKAGE)}"
@@ -42,11 +42,11 @@ def code_version() -> str:
 
 
 def signature(resolution: int) -> dict[str, Any]:
-    """Inputs and outputs of a version: prompt, seed, steps, guidance scale -> pictures N x H x W x 3, uint8.
+    """Signature of a version: prompt, seed, steps, guidance scale -> pictures N x H x W x 3, uint8.
 
-    In the form of MLflow's ModelSignature, whose `from_dict` reads it. MLflow itself keeps signatures in
-    the MLmodel file of a pyfunc model and takes none for a version (`mlflow.models.set_signature`), and a
-    folder in diffusers' format has no such file; so it travels as a tag.
+    The format is that of MLflow's `ModelSignature.from_dict`. MLflow itself keeps signatures in the MLmodel
+    file of a pyfunc model and accepts none for a version (`mlflow.models.set_signature`). A folder in
+    diffusers format has no such file, so the signature is stored as a tag.
     """
     import numpy as np
     from mlflow.models import ModelSignature

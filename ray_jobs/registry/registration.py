@@ -1,6 +1,6 @@
-"""Registration: a folder of weights becomes a version, and the champion if it deserves it.
+"""Registration: a folder of weights becomes a version, and the champion if its score allows it.
 
-`publish` calls it. What is told by `ray_jobs/versions.py` of aliases holds here.
+Called by `publish`. `ray_jobs/versions.py` describes the aliases.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from ray_jobs.registry.promotion import Measured, Paired, objection, objection_t
 from ray_jobs.registry.provenance import code_version, signature
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
 
-FOLDER = "registry"  # below the storage: the weights of every version
-DECISION = "decision"  # tag; written last, so that an interrupted registration is seen and finished
+FOLDER = "registry"  # folder in the storage with the weights of every version
+DECISION = "decision"  # tag; written last, so that an interrupted registration is detected and completed
 
 
 @dataclass(frozen=True)
 class Registered:
-    """What became of a registration: the version, its aliases now, and why, as a person is told it."""
+    """Outcome of a registration: the version, its current aliases, and the reason, for display."""
 
     version: int
     aliases: tuple[str, ...]
@@ -43,20 +43,21 @@ def register(
     description: str | None = None,
     paired: Paired | None = None,
 ) -> Registered:
-    """Make `source` a version of `config.publish.model_name`, and the champion if it deserves it.
+    """Register `source` as a version of `config.publish.model_name`, and as champion if its score allows it.
 
-    The weights are copied to `<storage>/registry/`, so that a champion outlives its run's next result.
-    Weights that are registered already keep their version, aliases and numbers.
+    The weights are copied to `<storage>/registry/`, so that a champion survives its run's next result.
+    Weights that are already registered keep their version, aliases and metrics.
 
     Args:
-        source: folder (local path or URI) in diffusers' format, with safetensors weights.
-        params: logged with the run, for example the learning rate.
-        metrics: logged with the run beside `test_fid` and `test_fid_error`.
-        description: of the version, for a person.
-        paired: its difference to a champion, where both drew the same pictures.
+        source: folder (local path or URI) in diffusers format, with safetensors weights.
+        measured: its test score.
+        params: parameters logged with the run, for example the learning rate.
+        metrics: metrics logged with the run in addition to `test_fid` and `test_fid_error`.
+        description: description of the version, for display.
+        paired: paired comparison with a champion, if both were scored on the same captions and noise.
 
     Raises:
-        ConfigError: if the folder holds no weights, or the registry refuses or cannot be reached.
+        ConfigError: the folder holds no weights, or the registry refuses or cannot be reached.
     """
     name, digest = config.publish.model_name, weights_digest(source)
     with store_errors(config):
@@ -83,9 +84,9 @@ def register(
 
 
 def _registered(versions: list[Any], source: str, digest: str) -> Any:
-    """The newest version of these weights; None: there is none."""
+    """Return the newest version of these weights, or None."""
     same = [each for each in versions if each.tags.get("digest") == digest]
-    # An older release took the digest of the files' bytes, and did not yet keep the score as a tag.
+    # Older releases computed the digest over the files' bytes, and did not yet store the score as a tag.
     older = [each for each in versions if "digest" in each.tags and "test_fid" not in each.tags]
     if older and not same:
         former = digest_of_bytes(source)
@@ -96,7 +97,7 @@ def _registered(versions: list[Any], source: str, digest: str) -> Any:
 def _decide(
     client: Any, config: Config, version: int, measured: Measured, paired: Paired | None = None
 ) -> Registered:
-    """Give a new version its alias; the tag says last that this was done."""
+    """Give a new version its alias, then record the decision in its tag."""
     name, aliases = config.publish.model_name, aliases_of(client, config)
     champion = aliases.get(CHAMPION)
     against: str | None = None
@@ -121,14 +122,14 @@ def _decide(
 
 
 def _settled(client: Any, config: Config, decided: Registered, before: set[int]) -> Registered:
-    """A decision, corrected where another run made its version the champion in the same moment.
+    """Return the decision, corrected if another run made its version the champion at the same time.
 
-    MLflow has no lock: each of two may have met no champion, or replaced one that it never compared with. But
-    each writes its alias, then its decision, and then looks for the other's, so one of them sees both at
-    least. All come to the same end: the earlier version stays, unless the later one beats it.
+    MLflow has no lock: each of two runs may have seen no champion, or replaced one that it never compared
+    with. But each writes its alias, then its decision, and then reads the other's, so at least one of them
+    sees both. Every run reaches the same result: the earlier version stays unless the later one beats it.
 
     Args:
-        before: versions that had been made the champion when the decision was begun.
+        before: versions that had already been made champion when the decision began.
     """
     name, version = config.publish.model_name, decided.version
     best = version
@@ -156,7 +157,7 @@ def _settled(client: Any, config: Config, decided: Registered, before: set[int])
 
 
 def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
-    """Of versions that were registered at the same time, which one is the champion and which it replaced."""
+    """Return the champion among versions registered at the same time, and the version that it replaced."""
     best, former = versions[0], None
     for each in versions[1:]:
         measured = measured_of(client, each)
@@ -166,7 +167,7 @@ def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
 
 
 def _champions(versions: list[Any]) -> dict[int, Any]:
-    """Those that were made the champion when they were registered, by number."""
+    """Versions that were made champion at their registration, by number."""
     return {int(each.version): each for each in versions if each.tags.get(DECISION, "").startswith(CHAMPION)}
 
 
@@ -179,7 +180,7 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "data_digest": measured.data,
         **({} if measured.test is None else {"test_digest": measured.test}),
         **({} if measured.base_fid is None else {"base_test_fid": repr(measured.base_fid)}),
-        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # that of config.yaml
+        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
         "code_version": code_version(),
         "feature_network": measured.feature_network,
         "num_samples": str(measured.num_samples),
@@ -192,8 +193,8 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
 
 
 def _keep(config: Config, source: str, digest: str) -> str:
-    """Copy the weights to a folder named by their digest, unless they are there; returns its address."""
-    # An address has no spaces; what tells folders apart is the digest.
+    """Copy the weights to a folder named after their digest, unless it exists; return its URI."""
+    # A URI has no spaces; the digest keeps folders distinct.
     folder = re.sub("[^A-Za-z0-9._-]", "-", config.publish.model_name)
     models, kept = Storage.open(config.storage).child(FOLDER, folder), digest[:16]
     place = models.child(kept).uri
@@ -214,7 +215,7 @@ def _log_run(
     from mlflow.entities import Metric, Param
 
     errors = {} if measured.error is None else {"test_fid_error": measured.error}
-    # One that was deleted since the start comes back: what was trained must not be lost.
+    # Restore an experiment that was deleted since the start, so that the trained result is not lost.
     experiment = experiment_id(client, config.name, restore=True)
     run = retried(lambda: client.create_run(experiment, run_name=config.name))
     now = run.info.start_time
@@ -233,7 +234,7 @@ def _log_run(
 
 
 def _ensure_model(client: Any, name: str) -> None:
-    """Create the registered model unless it is there."""
+    """Create the registered model unless it exists."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,7 +1,6 @@
-"""What the MLflow store needs of every caller: names in its filters, all pages, its experiments, and writes
-that meet another program's.
+"""Access to the MLflow store: filters by name, paged searches, experiments, and retried writes.
 
-Knows neither configurations nor versions (`ray_jobs/registry/models.py`).
+Independent of configurations and versions, which belong to `ray_jobs/registry/models.py`.
 """
 
 import random
@@ -14,12 +13,12 @@ from urllib.parse import urlsplit
 from cluster.sqlite import sqlite_file
 from ray_jobs.config import ConfigError
 
-ANSWERS_WITHIN = 10  # seconds that a server has to answer before a run starts
-ATTEMPTS = 10  # at a write
-PAUSE_S = 0.05  # before the second attempt at most; twice as long before each further one
+ANSWERS_WITHIN = 10  # seconds; timeout of the server check before a run starts
+ATTEMPTS = 10  # per write
+PAUSE_S = 0.05  # maximum pause before the second attempt; doubled before each further one
 LONGEST_PAUSE_S = 5.0
-# What SQLite, PostgreSQL and MySQL say where two programs write at once. MLflow 3.17 looks whether a row is
-# there and then inserts it, so the second of two fails; it hands the text on and no code of its own.
+# Errors of SQLite, PostgreSQL and MySQL when two programs write at once. MLflow 3.17 checks for a row, then
+# inserts it, so the second of two writers fails. MLflow passes on the text without an error code of its own.
 COLLISION = re.compile(
     "UNIQUE constraint failed|database is locked|duplicate key value|deadlock|could not serialize|"
     "Duplicate entry|Lock wait timeout",
@@ -31,10 +30,10 @@ T = TypeVar("T")
 
 
 def retried(write: Callable[[], T]) -> T:
-    """Do a write, again after a short random pause where another program's got in its way.
+    """Execute a write, retrying after a short random pause if it collides with another program's.
 
     Raises:
-        MlflowException: another reason, or no attempt went through.
+        MlflowException: the write failed for another reason, or every attempt failed.
     """
     from mlflow.exceptions import MlflowException
 
@@ -50,7 +49,7 @@ def retried(write: Callable[[], T]) -> T:
 
 
 def pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
-    """All that one of MLflow's paged searches finds, which by itself returns a first page."""
+    """Yield the results of all pages of an MLflow search, which returns one page per call."""
     token = None
     while True:
         page = search(page_token=token, **options)
@@ -61,8 +60,8 @@ def pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
 
 
 def versions_of(client: Any, name: str) -> list[Any]:
-    """MLflow's versions of one registered model, whatever its name."""
-    # A filter has no escapes: a name goes between quotes that it does not hold, or is looked for by hand.
+    """Return MLflow's versions of one registered model; its name may contain any characters."""
+    # Filters have no escapes: quote the name with a mark that it does not contain, else compare it here.
     quote = next((each for each in "'\"" if each not in name), None)
     only = f"name = {quote}{name}{quote}" if quote else None
     found = pages(client.search_model_versions, filter_string=only)
@@ -70,7 +69,7 @@ def versions_of(client: Any, name: str) -> list[Any]:
 
 
 def deleted_experiment(name: str, identity: str) -> ConfigError:
-    """What to say of a run whose MLflow experiment was deleted: it takes no entries, but keeps its name."""
+    """ConfigError for a deleted MLflow experiment, which accepts no entries but still occupies its name."""
     return ConfigError(
         f"name: the MLflow experiment {name!r} was deleted; bring it back (mlflow experiments restore "
         f"--experiment-id {identity}), remove it for good (mlflow gc --experiment-ids {identity}), or give "
@@ -79,14 +78,14 @@ def deleted_experiment(name: str, identity: str) -> ConfigError:
 
 
 def experiment_id(client: Any, name: str, *, artifacts: str | None = None, restore: bool = False) -> str:
-    """The experiment that holds a run's entries, created at its first use.
+    """Return the ID of the experiment that holds a run's entries, creating it on first use.
 
     Args:
-        artifacts: address where a new one keeps files; None: MLflow's choice.
-        restore: bring a deleted one back.
+        artifacts: artifact URI of a new experiment; None: MLflow's default.
+        restore: restore a deleted experiment.
 
     Raises:
-        ConfigError: it was deleted, and is not to be restored.
+        ConfigError: the experiment was deleted and `restore` is False.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -106,11 +105,13 @@ def _created(client: Any, name: str, artifacts: str | None) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return str(client.get_experiment_by_name(name).experiment_id)  # of a run that started in this moment
+    return str(client.get_experiment_by_name(name).experiment_id)  # created meanwhile by another run
 
 
 def check_experiment(uri: str, name: str) -> None:
-    """Look whether a store is there and takes a run's entries; without MLflow, whose import takes seconds.
+    """Check that a store is reachable and accepts a run's entries.
+
+    This does not use MLflow, whose import takes seconds.
 
     Raises:
         ConfigError: no server or database answers, or the experiment was deleted.
@@ -127,19 +128,19 @@ def _ask_server(uri: str, name: str) -> None:
 
     place = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
     try:
-        # A redirection leads to where one logs in, and MLflow's own client does that.
+        # A redirect leads to a login page, which MLflow's own client handles.
         answer = requests.get(
             place, params={"experiment_name": name}, timeout=ANSWERS_WITHIN, allow_redirects=False
         )
     except requests.exceptions.SSLError:
-        return  # it answers; whether its certificate will do is MLflow's to say
+        return  # it answers; MLflow's client validates the certificate
     except requests.RequestException as error:
         raise ConfigError(
             f"publish.tracking_uri: {without_password(uri)}: no MLflow server answers "
             f"({type(error).__name__}); start it, or correct the address here or in MLFLOW_TRACKING_URI"
         ) from None
     if answer.status_code != 200:
-        return  # there is no such experiment yet, or it asks who we are
+        return  # the experiment does not exist yet, or the server requires a login
     try:
         found = answer.json()["experiment"]
     except (ValueError, KeyError, TypeError):
@@ -157,7 +158,7 @@ def _ask_database(uri: str, name: str) -> None:
 
     file = sqlite_file(uri)
     if file and not file.exists():
-        return  # it is made at its first use
+        return  # created on first use
     try:
         engine = create_engine(uri)
         try:
@@ -177,11 +178,11 @@ def _ask_database(uri: str, name: str) -> None:
 
 
 def without_password(uri: str) -> str:
-    """The address of a database or server without its password."""
+    """Return a database's or server's URI without its password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         return make_url(uri).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):  # of another form, or a port that is no number
+    except (ArgumentError, ValueError):  # another URI format, or a port that is not a number
         return re.sub("//[^/@]*@", "//***@", uri)
