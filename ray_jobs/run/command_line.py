@@ -1,4 +1,4 @@
-"""The command line that every stage shares: configuration, connection, errors."""
+"""Command line shared by all stages: configuration, connection, errors."""
 
 import argparse
 import re
@@ -14,14 +14,14 @@ from ray_jobs.config import Config, ConfigError, add_config_arguments, load_conf
 from ray_jobs.console import complain, quiet_logs, show
 
 FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
-"""What a system, or an S3 store, says when it takes no more; an error of Ray holds it as text."""
+"""Messages of an operating system or S3 store that is full; Ray's errors contain them as text."""
 
 DENIED = ("Permission denied", "Read-only file system", "ACCESS_DENIED", "AccessDenied")
-"""What they say to somebody who may not write there."""
+"""Their messages to a user without write permission."""
 
 
 def refusal(config: Config, error: object) -> ConfigError | None:
-    """What the user must mend, where an error tells that a store refused something; else None."""
+    """Return a ConfigError for the user to fix if a store caused `error` by refusing something; else None."""
     lines = str(error).splitlines()
     for line in lines:
         if full := next((told for told in FULL if told in line), None):
@@ -35,7 +35,10 @@ def refusal(config: Config, error: object) -> ConfigError | None:
 
 
 def told_damage(error: object) -> str | None:
-    """What a DamagedPart says, if that is behind an error: of another process it is there as text."""
+    """Return the message of the DamagedPart that caused an error, or None.
+
+    An error from another process contains it only as text.
+    """
     found = re.search("an encoded part is damaged: .*: prepare encodes it anew", str(error))
     return found and found.group()
 
@@ -47,10 +50,10 @@ def run_stage(
 ) -> None:
     """Parse the arguments, join or start Ray, run `stage`, exit.
 
-    `stage` is called with the configuration, and with the parsed arguments where it adds its own.
+    `stage` is called with the configuration, and also with the parsed arguments if it adds its own.
 
-    Only one driver at a time works on a run. Exit code 2 and one line for what the user must mend; 1, one
-    line and the log's name for a failure; 130 for an interrupt.
+    At most one driver works on a run at a time. The exit code is 2, with one line, for an error that the user
+    must fix; 1, with one line and the log's name, for a failure; 130 for an interrupt.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,7 +1,7 @@
-"""Names of trials, made of their settings.
+"""Names of trials, derived from their settings.
 
-A trial's settings are a plain dict by the settings' full names (`train.learning_rate`, `train.lora.rank`),
-which `Config.with_settings` turns into the configuration that it trains with.
+A trial's settings are a plain dict keyed by full setting names (`train.learning_rate`, `train.lora.rank`).
+`Config.with_settings` turns it into the trial's configuration.
 """
 
 import hashlib
@@ -13,19 +13,20 @@ from typing import Any
 
 from ray_jobs.config import LEARNING_RATE
 
-LONGEST = 160  # characters of a name; folders add to it, and a file's name may have 255 bytes
-LONGEST_TEXT = 32  # characters of a value that is no number
+LONGEST = 160  # characters of a name; folder names extend it, and a file name may have 255 bytes
+LONGEST_TEXT = 32  # characters of a value that is not a number
 WORD = re.compile(rf"(?=.{{1,{LONGEST_TEXT}}}$)[a-z][a-z0-9.]*(_[a-z0-9.]+)*")
-NO_WORDS = ("inf", "nan", "none", "true", "false")  # which are other values' names, but for letter case
-HEX = 10  # digits of a digest that tells values apart where their text does not
+NO_WORDS = ("inf", "nan", "none", "true", "false")  # equal other values' names except for letter case
+HEX = 10  # digits of the digest that distinguishes values whose text does not
 
 
 def trial_id(settings: Mapping[str, Any]) -> str:
-    """A trial's name, the same in every attempt: it is what a resumed run finds its state by.
+    """Return a trial's name, which is the same in every attempt; a resumed run finds its state by it.
 
-    Of {"train.learning_rate": 1e-3, "train.lora.rank": 8} it is `lr-0.001_rank-8`. Among settings of the same
-    names it is one-to-one. It is made of letters, digits and `._+-`, so that folders, addresses and MLflow
-    take it as it is, and has at most `LONGEST` characters; letter case alone tells no two of them apart.
+    Example: {"train.learning_rate": 1e-3, "train.lora.rank": 8} gives `lr-0.001_rank-8`. Different values of
+    the same setting names give different names. Names consist of letters, digits and `._+-`, so that folders,
+    URIs and MLflow accept them unchanged. They have at most `LONGEST` characters, and no two differ in letter
+    case only.
     """
     last = Counter(name.rpartition(".")[2] for name in settings)
     parts = []
@@ -40,10 +41,10 @@ def trial_id(settings: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as it stands in a name, one-to-one.
+    """Format a value for use in a name, one-to-one.
 
-    A number as short as it can be without loss; True, False and None; a word of small letters with `-` for
-    `_`. All else is a hint for the eye and a digest of the value.
+    Numbers are as short as possible without loss. True, False and None keep their names. Lower-case words
+    have `-` for `_`. Other values become a readable hint and a digest.
     """
     if value is None or isinstance(value, bool):
         return str(value)
@@ -59,7 +60,7 @@ def value_text(value: Any) -> str:
 
 
 def _plain(text: str, others: str) -> str:
-    """Text with a hyphen for each run of characters other than ASCII letters, digits and `others`."""
+    """Replace each run of characters other than ASCII letters, digits and `others` with a hyphen."""
     return re.sub(rf"[^A-Za-z0-9{re.escape(others)}]+", "-", text).strip("-")
 
 
@@ -68,5 +69,5 @@ def _digest(text: str) -> str:
 
 
 def training_of(row: Mapping[str, Any]) -> str:
-    """The folder of checkpoints that a row of results.jsonl was measured in."""
+    """Name of the checkpoint folder that a row of results.jsonl was measured in."""
     return str(row.get("training", row["trial_id"]))

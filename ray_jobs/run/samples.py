@@ -1,4 +1,4 @@
-"""The pictures that are kept of a rung, beside its checkpoint."""
+"""Pictures saved for a rung, stored with its checkpoint."""
 
 import io
 import math
@@ -8,18 +8,18 @@ from PIL import Image
 
 from cluster.storage import Storage, slug
 
-SAMPLES = "samples"  # the folder, in that of the checkpoint
-SHEET_PICTURE = 128  # pixels a side on a sheet, at most
-SHEET_PICTURES = 64  # on a sheet, at most
+SAMPLES = "samples"  # subfolder of the checkpoint
+SHEET_PICTURE = 128  # maximum side of a picture on a sheet, in pixels
+SHEET_PICTURES = 64  # maximum pictures per sheet
 
 
 def sample_name(number: int, caption: str) -> str:
-    """The file of a kept picture."""
+    """File name of a saved picture."""
     return f"{number}-{slug(caption)}.png"
 
 
 def sheet(checkpoint: Storage) -> Image.Image | None:
-    """A rung's first kept pictures as one, line by line in the order of their captions; None of none."""
+    """Tile a rung's first saved pictures into one, row by row in caption order; None if there are none."""
     folder = checkpoint.child(SAMPLES)
     numbered = sorted(folder.files(), key=lambda name: int(name.partition("-")[0]))[:SHEET_PICTURES]
     return _tiled([_opened(folder.read_bytes(name)) for name in numbered]) if numbered else None
