@@ -1,4 +1,4 @@
-"""The scores of what is published: base and winner on the test split, near copies, subjects."""
+"""Final scores of a published model: base and winner on the test split, near copies, subjects."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from ray_jobs.evaluation.scores import Copies
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 
-SHOWN_OF_SUBJECT = 4  # pictures of each kind in the report
+SHOWN_OF_SUBJECT = 4  # pictures per kind and subject in the report
 
 
 @dataclass(frozen=True)
 class FinalScores:
-    """What publish has measured.
+    """Final measurements of publish.
 
     Attributes:
-        numbers: what winner.json holds of them.
-        memorisation: None where `evaluate.memorisation_pictures` is 0.
-        subjects: none where no source is one.
+        numbers: values for winner.json.
+        memorisation: near copies; None if `evaluate.memorisation_pictures` is 0.
+        subjects: pictures of each subject; empty if no source is a subject.
     """
 
     numbers: dict[str, Any]
@@ -37,22 +37,23 @@ class FinalScores:
 
 
 def settings_of(evaluate: EvaluateConfig) -> dict[str, Any]:
-    """What these scores depend on beyond what the search does; kept in winner.json."""
+    """Settings that affect these scores but not the search; stored in winner.json."""
     return evaluate.model_dump(mode="json", include=set(evaluate.AFTER_SEARCH))
 
 
 def counted(shapes: Iterable[Shape]) -> dict[str, int]:
-    """How many pictures there are of each shape, named width x height, the most frequent first."""
+    """Count pictures by shape, named width x height, the most frequent first."""
     return dict(Counter(f"{width}x{height}" for height, width in shapes).most_common())
 
 
 def measure_final(
     config: Config, dataset: Dataset, pool: EvaluatorPool, weights: str, guidance_scale: float | None = None
 ) -> FinalScores:
-    """Base and winner, each sampled once; the test split is looked at here and nowhere else.
+    """Measure base and winner, each sampled once. Only this function reads the test split.
 
     Args:
-        guidance_scale: that the search found for these weights; the base is drawn with the configured one.
+        weights: weights of the winner.
+        guidance_scale: scale that the search chose for the winner; the base is sampled at the configured one.
     """
     pool.load("test")
     for split in splits(config):
@@ -94,7 +95,7 @@ def _memorisation(
     copies: Copies,
     guidance_scale: float | None,
 ) -> Memorisation:
-    """The samples that come nearest to a training picture; they alone are drawn again, to be seen."""
+    """Collect the samples nearest to a training picture; only these are sampled again, for the report."""
     order = sorted(range(len(copies.nearest)), key=lambda i: copies.nearest[i][1])[:SHOWN_NEIGHBOURS]
     trained = trained_on(config, pool.dataset, "test")
     parts = ("train", "validation") if config.search.folds else ("train",)

@@ -1,7 +1,7 @@
-"""The model card: what a published model is, in the Hub's format (README.md beside the weights).
+"""Model card of a published model, in the Hub's format (README.md next to the weights).
 
-Pure: values in, text out. Whatever a user wrote (captions, names, paths) is text there, never markup, and of
-local paths and addresses only the last part is told.
+Pure: values in, text out. User text (captions, names, paths) is escaped, never markup. Of local paths and
+URLs only the last part is included.
 
 Format: https://huggingface.co/docs/hub/model-cards
 """
@@ -15,7 +15,7 @@ from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
 from ray_jobs.weights.schedulers import SCHEDULER
 
-# What it takes to train the model again; the rest says where things lie and how the model is served.
+# Sections needed to train the model again; the others configure storage locations and serving.
 REPRODUCED = {"name", "seed", "data", "model", "train", "search", "evaluate"}
 
 
@@ -30,16 +30,16 @@ def model_card(
     scheduler: str | None = None,
     variant: str | None = None,
 ) -> str:
-    """The text of README.md.
+    """Compose the text of README.md.
 
     Args:
-        base_on_hub: whether `model.base` is a name of the Hub, not a folder.
-        winner: what winner.json holds.
-        manifest: what dataset/manifest.json holds.
-        prompt: of the example.
-        pictures: (caption, path beside the card) of what the model drew.
-        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
-        variant: of the base's weights, where it has them only so.
+        base_on_hub: True if `model.base` is a Hub name, not a folder.
+        winner: content of winner.json.
+        manifest: content of dataset/manifest.json.
+        prompt: prompt of the usage example.
+        pictures: (caption, path relative to the card) of pictures that the model generated.
+        scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
+        variant: variant of the base's weights, if no default variant exists.
 
     Raises:
         KeyError: if `winner` or `manifest` lacks a key.
@@ -62,9 +62,9 @@ def model_card(
 
 
 def portable(path: str) -> str:
-    """A path or address as it may be told: names of the Hub and relative paths whole, else the last part.
+    """Shorten a path or URL for publication: Hub names and relative paths are kept, else only the last part.
 
-    So neither a home folder nor a bucket, nor what an address holds of credentials, gets into the card.
+    This keeps home folders, buckets and credentials in URLs out of the card.
     """
     plain = path.partition("?")[0] if "://" in path else path
     if "://" in plain or re.match(r"[/~\\]|\.\.|[A-Za-z]:[/\\]", plain):
@@ -75,7 +75,7 @@ def portable(path: str) -> str:
 def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]) -> dict[str, Any]:
     lora = config.train.method == "lora"
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if base_on_hub:  # the Hub takes names of its own only
+    if base_on_hub:  # the Hub accepts only names of its own models
         found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
     found["tags"] = ["text-to-image", "diffusers", *(["lora"] if lora else []), "diffray"]
     if pictures:
@@ -104,7 +104,7 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> 
     return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
-# diffusers 0.42.1 and transformers 5.23 leave the magnitudes of DoRA in text encoders where they began.
+# diffusers 0.42.1 and transformers 5.23 leave DoRA magnitudes in text encoders at their initial values.
 MAGNITUDES = (
     'weights = load_file("pytorch_lora_weights.safetensors")',
     "for name, part in pipeline.components.items():",
@@ -117,15 +117,15 @@ MAGNITUDES = (
 
 
 def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
-    """A Python program that draws `prompt` with plain diffusers, to be run in the model's folder.
+    """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
-    All is drawn in float32: of a base in half precision transformers 5.23 keeps the files' dtype, diffusers
-    0.42.1 does not, and two dtypes do not go together. Adapters are loaded in training mode, where they drop
-    out what `train.lora.dropout` says.
+    Everything is float32: for a base in half precision, transformers 5.23 keeps the files' dtype, diffusers
+    0.42.1 does not, and mixed dtypes fail. Adapters load in training mode, in which `train.lora.dropout` is
+    active, so the program switches to evaluation mode.
 
     Args:
-        scheduler: class of the scheduler that lies beside LoRA weights; None: they are drawn with the base's.
-        variant: of the base's weights, for example fp16, where it has them only so.
+        scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
+        variant: variant of the base's weights, for example fp16, if no default variant exists.
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={variant!r}" if variant else ""
@@ -182,7 +182,7 @@ def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
         return f"{winner[key]:.1f}"
 
     def real(split: str) -> int:
-        """Pictures that are compared with; without a held-out split they are those of training."""
+        """Number of real reference pictures; without a held-out split they are training pictures."""
         return int(min(config.evaluate.num_samples, manifest[split if manifest["held_out"] else "train"]))
 
     counts = [
@@ -210,7 +210,7 @@ def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
 
 
 def _measures(winner: dict[str, Any]) -> list[str]:
-    """Records of base and winner on the test split; nothing where there are none."""
+    """Table of base's and winner's records on the test split; empty if there are none."""
     found = winner.get("measures", {"base": [], "winner": []})
     base = {each["metric"]: each for each in found["base"]}
     floor = {
@@ -304,7 +304,7 @@ def _limits(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
 
 
 def _told(value: Any) -> Any:
-    """A configuration's values with `portable` text."""
+    """Apply `portable` to all strings of a configuration."""
     if isinstance(value, dict):
         return {key: _told(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -317,7 +317,7 @@ def _line(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Text as markdown that shows just that, within a line."""
+    """Escape text as single-line Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", _line(text))
 
 
@@ -327,6 +327,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text (CommonMark, section 4.5)."""
+    """Format a code block whose fence is longer than any in the text (CommonMark, section 4.5)."""
     ticks = max([2, *map(len, re.findall("`+", text))]) + 1
     return f"{'`' * ticks}{language}\n{text.rstrip()}\n{'`' * ticks}"

@@ -1,4 +1,4 @@
-"""The pages of what is published: the model's card, and the report of the run."""
+"""Pages of a published model: its card, and the run's report."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from ray_jobs.weights.model_files import variant_name
 
 REPORT = "report.html"
 CARD = "README.md"
-CARD_PICTURES = 4  # shown in the model's card
+CARD_PICTURES = 4  # pictures in the model card
 
 
 def write_card(
@@ -37,7 +37,7 @@ def write_card(
     model: Storage,
     scheduler: str | None,
 ) -> None:
-    """The model's card and its pictures, beside the weights."""
+    """Write the model card and its pictures next to the weights."""
     base = local_path(config.model.base)
     split = shown_split(config)
     names = pool.sample_names(split)[:CARD_PICTURES]
@@ -59,14 +59,14 @@ def write_card(
 
 
 def shown_split(config: Config) -> str:
-    """Whose captions are shown: no picture of theirs may have been trained on."""
+    """Return the split whose captions are shown; the winner must not have trained on its pictures."""
     return "test" if config.search.folds else "validation"
 
 
 def _strip(
     pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
 ) -> Strip | None:
-    """The pictures that are kept of the winning trial's rungs."""
+    """Collect the pictures saved at the winning trial's rungs; None if there are none."""
     split = splits(pool.config)[0]
     names = pool.sample_names(split)
     columns: list[tuple[str, list[Image.Image]]] = []
@@ -97,7 +97,7 @@ def write_page(
     final: FinalScores,
     run: Storage,
 ) -> None:
-    """The samples as files, and the page around them."""
+    """Write the samples as files, and the report that shows them."""
     count = min(config.publish.sample_count, config.evaluate.num_samples)
     split = shown_split(config)
     real = dataset.pictures(split, count)

@@ -1,7 +1,7 @@
-"""Subjects (DreamBooth): whether a model draws the subject, and whether its class stays as it was.
+"""Measures of DreamBooth subjects: similarity to the subject, and drift of its class.
 
-By CLIP where `evaluate.clip` names one, else by the second feature network, else by the first; every number
-carries which.
+Features come from the CLIP model of `evaluate.clip`, if set, else from the second feature network, else from
+the first. Every number records its network.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,17 +15,17 @@ from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
 from ray_jobs.evaluation.scores import Features
 
-MAX_PHOTOS = 100  # of a subject that are compared with
+MAX_PHOTOS = 100  # photos per subject used for comparison
 
 
 @dataclass(frozen=True)
 class MeasuredSubject:
-    """A subject, its numbers, and what they are of.
+    """Measurements of a subject, with the pictures that they are computed from.
 
     Attributes:
-        numbers: what winner.json holds of it: prompts, and records by their name.
+        numbers: values for winner.json: prompts, and records by name.
         photos: PNGs of the subject.
-        drawn: PNGs by (`base` or `winner`, prompt).
+        drawn: generated PNGs by (`base` or `winner`, prompt).
     """
 
     numbers: dict[str, Any]
@@ -36,10 +36,10 @@ class MeasuredSubject:
 def measure_subjects(
     config: Config, dataset: Dataset, pool: EvaluatorPool, weights: str
 ) -> list[MeasuredSubject]:
-    """All subjects of a run; none where no source is one.
+    """Measure all subjects of a run; empty if no source is a subject.
 
-    Pictures of the subject's prompt are compared with its photos, and pictures of the class prompt by the
-    base model with those by the weights, from the same noise. Both are drawn in the shapes of the photos.
+    Pictures of the subject's prompt are compared with its photos. Pictures of the class prompt from the base
+    model are compared with those from the weights, from the same noise. All have the shapes of the photos.
     """
     subjects = [source for source in open_sources(config) if isinstance(source, Subject)]
     if not subjects:
@@ -49,13 +49,13 @@ def measure_subjects(
         [row["image"] for row in rows if row["text"] == each.instance_prompt][:MAX_PHOTOS]
         for each in subjects
     ]
-    shapes: dict[str, list[Shape]] = {}  # that each prompt is drawn in
+    shapes: dict[str, list[Shape]] = {}  # picture shapes of each prompt
     for subject, own in zip(subjects, photos, strict=True):
         for prompt in (subject.instance_prompt, subject.class_prompt):
             if prompt:
                 shapes.setdefault(prompt, [shape_of(photo) for photo in own])
     drawn: dict[tuple[str, str], list[bytes]] = {}
-    for whose, which in (("base", None), ("winner", weights)):  # each is loaded once
+    for whose, which in (("base", None), ("winner", weights)):  # outer loop: each model is loaded once
         for prompt in sorted(shapes):
             count = config.evaluate.subject_samples
             drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
@@ -63,7 +63,7 @@ def measure_subjects(
     return [
         MeasuredSubject(_numbers(subject, pool.features(own), features), own, drawn)
         for subject, own in zip(subjects, photos, strict=True)
-        if own  # else prepare set them all aside, or keeps none of them for scores
+        if own  # empty if prepare rejected all photos, or keeps none of them for scores
     ]
 
 

@@ -1,6 +1,6 @@
-"""The test split is read once: what was chosen by it no longer tells how good the choice is.
+"""Ledger of test split reads: the split may be read once, since a score used for a choice becomes biased.
 
-`<storage>/<run>/test_reads.jsonl` has a line for each reading and one for each publishing that finished.
+`<storage>/<run>/test_reads.jsonl` has one line per read and one per finished publishing.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,22 @@ READ, PUBLISHED = "read", "published"
 def open_test(
     run: Storage, weights: str, data: str, forced: bool, former: Callable[[], str] = lambda: ""
 ) -> int:
-    """Record that the test split is about to be read; to be called before anything of it is loaded.
+    """Record that the test split is about to be read. Call this before loading any of it.
 
-    A publishing that did not finish may read again, for the same weights and data: that shows nothing new.
+    A publishing that did not finish may read again for the same weights and data: this reveals nothing new.
 
     Args:
         run: folder of the run.
-        weights: digest of the weights that will be measured.
+        weights: digest of the weights to be measured.
         data: digest of the prepared data.
-        forced: read although it was read before.
-        former: the digest that an older release gave the same weights; asked only where it decides.
+        forced: read even if the split was read before.
+        former: function that returns an older release's digest of the same weights; called only if needed.
 
     Returns:
-        How often the run has looked at the test split, this time included and such repetitions not.
+        Number of reads of the test split by this run, including this one but not such repetitions.
 
     Raises:
-        ConfigError: it was read before.
+        ConfigError: the split was read before.
     """
     records = read_records(run)
     last = records[-1] if records else None
@@ -55,13 +55,13 @@ def open_test(
 
 
 def close_test(run: Storage, weights: str, data: str) -> None:
-    """Record that what was read has been published: from now on a further reading must be forced."""
+    """Record that publishing has finished; any further read must be forced."""
     done = {"event": PUBLISHED, "time": _now(), "weights": weights, "data": data}
     run.write_lines(READS, [*read_records(run), done])
 
 
 def read_records(run: Storage) -> list[dict[str, Any]]:
-    """The lines of test_reads.jsonl, oldest first; none if there is no such file."""
+    """Read the lines of test_reads.jsonl, oldest first; empty if the file does not exist."""
     return run.read_lines(READS)
 
 

@@ -1,4 +1,4 @@
-"""The winner as a version of the registry."""
+"""Register the winner as a version in the registry."""
 
 from typing import Any
 
@@ -15,20 +15,22 @@ from ray_jobs.report import headline
 def paired_with_champion(
     config: Config, pool: EvaluatorPool, winner: dict[str, Any], model: Storage
 ) -> Paired | None:
-    """The winner's difference to the champion, picture by picture; None where the champion drew others, or
-    there is none."""
-    if not config.evaluate.bootstrap:  # no errors are asked for
+    """Compare the winner with the champion in pairs of pictures.
+
+    None if there is no champion, or no comparable pictures of it, or error estimates are disabled.
+    """
+    if not config.evaluate.bootstrap:  # error estimates are disabled
         return None
     try:
         held = champion(config)
-    except ConfigError:  # no champion yet; of a registry that does not answer `register` tells
+    except ConfigError:  # no champion yet; `register` reports an unreachable registry
         return None
     folder = Storage.open(held.source)
     if held.test_digest != winner["test_digest"] or not folder.exists(TEST_FEATURES):
         return None
     try:
         found = pool.difference(model, folder, "test", TEST_FEATURES)
-    except (KeyError, ValueError):  # by another network, or of another number of pictures
+    except (KeyError, ValueError):  # another network or number of pictures
         return None
     return Paired(held.version, found.standard_error)
 
@@ -36,7 +38,7 @@ def paired_with_champion(
 def register_winner(
     config: Config, winner: dict[str, Any], data: str, source: str, paired: Paired | None
 ) -> Registered:
-    """The winner as a version; `data`: digest of the prepared data."""
+    """Register the winner as a version; `data` is the digest of the prepared data."""
     return register(
         config,
         source=source,
@@ -66,7 +68,7 @@ def register_winner(
 
 
 def _metrics(winner: dict[str, Any]) -> dict[str, float]:
-    """What MLflow shows of a winner: its FIDs, and every other measure on the test split."""
+    """Metrics of the winner for MLflow: its FIDs, and every other measure on the test split."""
     fids = {name: value for name, value in winner.items() if name.endswith("_fid")}
     others = {slug(each["metric"]): each["value"] for each in winner["measures"]["winner"]}
     return fids | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}
