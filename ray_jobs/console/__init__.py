@@ -1,4 +1,4 @@
-"""Console output of a run: one line per event, the stage first."""
+"""Console output of a run: one line per event, starting with the stage."""
 
 import logging
 import os
@@ -12,18 +12,19 @@ from typing import TextIO
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _STARTED = time.monotonic()
 _phases = [("starting", _STARTED)]
-_terminal: TextIO | None = None  # where lines go once the frameworks' output was turned to a file
+_terminal: TextIO | None = None  # output for lines after the frameworks' output is redirected to a file
 
 
 def clock(seconds: float) -> str:
-    """75.2 -> `1:15`."""
+    """Format seconds as minutes and seconds: 75.2 -> `1:15`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def quiet_logs() -> Path:
-    """Send all that frameworks print and log in this process to a file; only `show` and `say` are seen.
+    """Redirect everything that frameworks print and log in this process to a file, and return its path.
 
-    The file descriptors are turned, since native code and Ray's own printing know no Python logging.
+    Only `show` and `say` still reach the console. File descriptors are redirected because native code and
+    Ray's own printing bypass Python logging.
     """
     global _terminal
     descriptor, name = tempfile.mkstemp(prefix="diffray-", suffix=".log")
@@ -39,18 +40,18 @@ def quiet_logs() -> Path:
 
 
 def show(line: str) -> None:
-    """Print a line that a person must see."""
+    """Print a line that the user must see."""
     print(line, file=_terminal or sys.stdout, flush=True)
 
 
 def complain(error: Exception) -> int:
-    """Print what the user must mend, and return a command's exit code for that."""
+    """Print an error that the user must fix, and return the command's exit code, 2."""
     show(f"error: {error}")
     return 2
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells, each column as wide as its widest one."""
+    """Format rows as lines of aligned columns, each as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -63,12 +64,12 @@ def say(stage: str, message: str) -> None:
 
 
 def phase(name: str) -> None:
-    """Begin a phase on a run's way to its first training step."""
+    """Start a phase of a run before its first training step."""
     _phases.append((name, time.monotonic()))
 
 
 def tell_phases() -> None:
-    """Say how long each phase took until now, the first time that a training step was made."""
+    """Print the duration of every phase up to now; only the first call, after a training step, prints."""
     if len(_phases) > 1:
         ends = [begun for _, begun in _phases[1:]] + [time.monotonic()]
         took = [f"{name} {clock(end - begun)}" for (name, begun), end in zip(_phases, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""The board of a run: the latest line of every training, and the steps that they have computed."""
+"""Progress board of a run: the latest line of every training, and the number of steps it has computed."""
 
 import threading
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from ray_jobs.console import clock, say, tell_phases
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training is, as its rank 0 reports it.
+    """Progress of a training, as reported by its rank 0.
 
     Attributes:
         waiting: share of the time since the last checkpoint that was spent waiting for data.
-        memory_gib: of rank 0, on its device.
+        memory_gib: device memory of rank 0 in GiB.
     """
 
     trial_id: str
@@ -41,7 +41,7 @@ class TrainingProgress:
 
 @dataclass
 class ProgressBoard:
-    """An actor that keeps the latest line of every training, and counts steps; the driver reads it."""
+    """Actor that keeps the latest line of every training and counts steps; the driver reads it."""
 
     lines: dict[str, str] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class ProgressBoard:
         self.lines[trial_id] = line
 
     def take(self) -> list[str]:
-        """The lines since the last call."""
+        """Return the lines posted since the last call."""
         lines, self.lines = list(self.lines.values()), {}
         return lines
 
@@ -59,18 +59,18 @@ class ProgressBoard:
         self.steps[trial_id] = self.steps.get(trial_id, 0) + 1
 
     def take_steps(self) -> dict[str, int]:
-        """The steps that were computed since the last call, by training."""
+        """Return the number of steps computed since the last call, by training."""
         steps, self.steps = self.steps, {}
         return steps
 
 
 @contextmanager
 def watched_board() -> Iterator[Any]:
-    """A ProgressBoard actor whose lines are printed every five seconds while the block lasts."""
+    """Yield a ProgressBoard actor whose lines are printed every five seconds until the block ends."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Beside the driver: another node could be taken away, and what was counted with it.
+    # On the driver's node: another node could be lost, and the counts with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     board = remote(ProgressBoard).remote()
