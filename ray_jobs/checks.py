@@ -1,4 +1,4 @@
-"""Checks before a run: what a later stage of the same configuration cannot do is refused before it begins.
+"""Check a configuration before a run: refuse settings that a later stage cannot carry out.
 
     python -m ray_jobs.checks --config configs/demo.yaml
 

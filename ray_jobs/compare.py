@@ -41,11 +41,11 @@ class Version:
     """One side of a comparison.
 
     Attributes:
-        which: as it was asked for.
-        name: for a person.
-        weights: where they are; None: the base model.
-        guidance_scale: that it is drawn with.
-        data: digest of the data that it was trained on; None of the base model.
+        which: version number or alias as requested.
+        name: display name.
+        weights: location of the weights; None: the base model.
+        guidance_scale: guidance scale for sampling.
+        data: digest of its training data; None for the base model.
     """
 
     which: str
@@ -56,11 +56,11 @@ class Version:
 
 
 def look_up(config: Config, which: str) -> Version:
-    """A version by number or alias, or `base`; its weights are checked.
+    """Find a version by number or alias, or `base`, and verify its weights.
 
     Raises:
-        ConfigError: it is not in the registry, belongs to another base model, has trained on the validation
-            split, or its weights have changed.
+        ConfigError: the version is not in the registry, belongs to another base model, was trained on the
+            validation split, or its weights have changed.
     """
     usual = config.evaluate.guidance_scale
     if which == BASE:
@@ -85,10 +85,10 @@ def look_up(config: Config, which: str) -> Version:
 def compare(
     config: Config, dataset: Dataset, pool: EvaluatorPool, one: Version, other: Version
 ) -> PairedDifference:
-    """Run the stage; returns by how much the FID of `one` is above that of `other`.
+    """Run the stage; return the FID of `one` minus that of `other`.
 
     Raises:
-        ConfigError: there are too few pictures, or no resamples, to tell an error.
+        ConfigError: there are too few pictures, or no resamples, to estimate an error.
     """
     if not config.evaluate.bootstrap:
         raise ConfigError("evaluate.bootstrap: a comparison needs the error of a difference; set it to 100")
@@ -125,7 +125,7 @@ def compare(
 
 
 def _grid(dataset: Dataset, pool: EvaluatorPool, names: list[str], sides: list[Storage]) -> bytes:
-    """The kept pictures beside the real ones: PNG."""
+    """PNG of the saved pictures next to the real ones."""
     files = pool.sample_names("validation")
     rows = []
     for row, file in zip(dataset.pictures("validation", len(files)), files, strict=False):
@@ -142,7 +142,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    # Before the data are looked at: a wrong name is told at once.
+    # Before the data are prepared, so that a wrong name is reported at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
     check_networks(config.evaluate)
     dataset = prepare(config)

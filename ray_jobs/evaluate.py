@@ -44,7 +44,7 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, str | None, str | None]]:
-    """(name, weights, a split that they never saw) of the base model and of every checkpoint of the run."""
+    """Yield (name, weights, unseen split) for the base model and every checkpoint of the run."""
     for split in splits(config):
         yield f"base, {split}" if config.search.folds else "base", None, split
     for training, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():

@@ -25,7 +25,7 @@ from ray_jobs.weights.model_files import check_weights
 
 
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:
-    """Run all stages; what they write is listed in the README."""
+    """Run all stages; the README lists their outputs."""
     phase("checks")
     check_inputs(config)
     run = Storage.open(config.storage).child(config.name)
@@ -41,10 +41,10 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Look at what the stages need (files, model, MLflow), so that a wrong name costs seconds and no GPU.
+    """Check the inputs of all stages (files, model, MLflow), so that a wrong name costs seconds and no GPU.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: an input is missing or invalid; the message names the field.
     """
     check_store(config)
     announce_class_pictures(config, open_sources(config))

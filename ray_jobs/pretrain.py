@@ -1,4 +1,4 @@
-"""Train a new, small base model from nothing, with the same stages as a fine-tuning.
+"""Train a new, small base model from scratch, with the same stages as a fine-tuning.
 
     python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(config: Config) -> Path:
-    """Run the stage; returns the folder of the finished model."""
+    """Run the stage; return the folder of the finished model."""
     if config.pretrain is None:
         raise ConfigError("pretrain: the section is missing; see configs/pretrain_emoji.yaml")
     storage = Storage.open(config.storage).child(config.name)
@@ -49,7 +49,7 @@ def pretrain(config: Config) -> Path:
 
 
 def _load_pictures(config: Config, source: str) -> "torch.Tensor":
-    """All pictures of a folder: uint8, N x 3 x resolution x resolution."""
+    """Load all pictures of a folder: uint8, N x 3 x resolution x resolution."""
     import numpy as np
     import torch
 
@@ -62,10 +62,10 @@ def _load_pictures(config: Config, source: str) -> "torch.Tensor":
 
 
 def _samples(config: Config, path: str) -> Iterator[Sample]:
-    """All captioned pictures of a source.
+    """Yield all captioned pictures of a source.
 
     Raises:
-        ConfigError: one of them cannot be used; a base model is trained on what was looked through before.
+        ConfigError: a picture cannot be used; the data of a base model must have been checked beforehand.
     """
     rules = CaptionRules(config.data.caption_lines, config.data.repair_captions is not False)
     source = open_source(SourceConfig(path=path), config.data.stratify, rules)
@@ -108,7 +108,7 @@ def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> N
 
 
 def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
-    """A complete pipeline: the trained autoencoder, and the rest with random weights."""
+    """Save a complete pipeline: the trained autoencoder, and the other parts with random weights."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -133,7 +133,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
 
 
 def _save_half(weights: Path, output: Path) -> None:
-    """Save a pipeline in float16, which halves the files and changes no picture that one can see."""
+    """Save a pipeline in float16, which halves the files without a visible change in its pictures."""
     import torch
 
     from ray_jobs.weights.loading import load_pipeline
@@ -141,7 +141,7 @@ def _save_half(weights: Path, output: Path) -> None:
 
     pipeline: Any = load_pipeline(str(weights))
     pipeline.to(dtype=torch.float16)
-    # Else each part's configuration would keep the path it was loaded from.
+    # Otherwise each part's configuration would keep the path it was loaded from.
     for part in (pipeline, pipeline.unet, pipeline.vae):
         part.register_to_config(_name_or_path=output.name)
     save_whole(pipeline, output)

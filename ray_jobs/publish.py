@@ -34,20 +34,21 @@ from ray_jobs.weights.feature_networks import check_networks
 from ray_jobs.weights.schedulers import has_scheduler, scheduler_class
 
 WINNER = "winner.json"
-# What winner.json takes over from the search.
+# Fields that winner.json copies from the search.
 WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds")
 
 
 def publish(
     config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult, forced: bool = False
 ) -> dict[str, Any]:
-    """Run the stage, or find its result; returns what winner.json holds.
+    """Run the stage, or reuse its result; return the content of winner.json.
 
     Args:
-        forced: measure on the test split although this run has read it.
+        forced: measure on the test split even if this run has already read it.
 
     Raises:
-        ConfigError: the run has read its test split before, or the registry refuses.
+        ConfigError: the run has read its test split before, the chosen weights are damaged, or the registry
+            refuses.
     """
     run = Storage.open(config.storage).child(config.name)
     if run.exists(WINNER) and not forced:
@@ -96,7 +97,7 @@ def publish(
 
 
 def require_intact(checkpoint: Storage) -> None:
-    """Raise ConfigError if the weights of a rung are other than its training wrote them."""
+    """Raise ConfigError if the weights of a rung are not as its training wrote them."""
     if wrong := damaged(checkpoint, WEIGHTS):
         raise ConfigError(
             f"{checkpoint.uri}: damaged: {', '.join(wrong)}; delete that folder and search/{FINISHED}, and "
@@ -105,7 +106,7 @@ def require_intact(checkpoint: Storage) -> None:
 
 
 def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:
-    """Say which settings a published result was not measured with."""
+    """Print the evaluation settings that have changed since a published result was measured."""
     settings = settings_of(config.evaluate)
     changed = [name for name in settings if winner.get("measure_settings", {}).get(name) != settings[name]]
     if changed:

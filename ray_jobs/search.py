@@ -1,5 +1,5 @@
-"""Search: trials that differ in learning rate and what else is searched climb the ladder of steps; the best
-rung of all wins.
+"""Search: trials with different learning rates and other searched settings climb the ladder of steps; the
+best rung of all wins.
 
     python -m ray_jobs.search --config configs/demo.yaml [--max-steps N] [--max-hours N] [--max-cost N]
 
@@ -44,10 +44,10 @@ from ray_jobs.weights.feature_networks import check_networks
 
 
 def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResult:
-    """Run the stage, or what is left of it.
+    """Run the stage, resuming where an earlier start stopped.
 
     Raises:
-        RuntimeError: if no trial reached a rung.
+        RuntimeError: no trial reached a rung.
     """
     run = Storage.open(config.storage).child(config.name)
     storage, digest = run.child("search"), search_digest(config, dataset)

@@ -20,7 +20,7 @@ from ray_jobs.training.trainer import build_trainer, check_diverged, training_na
 
 
 def train(config: Config) -> Any:
-    """Run the stage: prepare if need be, then train. Returns Ray Train's result."""
+    """Run the stage: prepare if needed, then train; return Ray Train's result."""
     with opened_store(config):
         dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers

@@ -1,4 +1,4 @@
-"""Versions of the registry: see them, promote one by hand, take a promotion back.
+"""Versions of the registry: list them, promote one by hand, roll back a promotion.
 
     python -m ray_jobs.versions status --config configs/demo.yaml
     python -m ray_jobs.versions promote --config configs/demo.yaml --version 3
@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 2 for what the user must mend."""
+    """Run the command; return the exit code, 2 for an error that the user must fix."""
     parser = argparse.ArgumentParser(
         prog="python -m ray_jobs.versions",
         description=__doc__,
