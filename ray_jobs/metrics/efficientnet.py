@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0: a light second feature network, and a classifier of ImageNet's 1,000 classes.
+"""EfficientNet-Lite0: a lightweight second feature network, and a classifier of ImageNet's 1,000 classes.
 
-The architecture is that of EfficientNet-B0 (Tan & Le, arXiv 1905.11946, table 1) without squeeze and
-excitation and with ReLU6 for Swish, as Google published it for small devices in 2020. Pure PyTorch.
+The architecture is EfficientNet-B0 (Tan & Le, arXiv 1905.11946, table 1) without squeeze-and-excitation and
+with ReLU6 instead of Swish, as published by Google for small devices in 2020. Pure PyTorch.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ray_jobs.metrics.feature_network import (
 DIGEST = "162cab1588fef51b5c21ded8c39f300b7865dc4826c4adb0db094486ac452864"
 NAME = "efficientnet-lite0"
 FIELD = "evaluate.second_network.path"  # the setting that names the file
-# Kernel size, stride of the first, expansion, channels and number of the blocks of each stage.
+# Per stage: kernel size, stride of the first block, expansion, channels, and number of blocks.
 STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -33,7 +33,7 @@ STAGES = (
     (3, 1, 6, 320, 1),
 )
 STEM, NUM_FEATURES, NUM_CLASSES = 32, 1280, 1000
-# The published network's input. It was trained on crops; the whole picture is what is measured here.
+# Input of the published network. It was trained on crops; here it measures whole pictures.
 PREPROCESSING = Preprocessing(224, "bicubic", mean=(127.0,) * 3, std=(128.0,) * 3)
 
 
@@ -42,7 +42,8 @@ def convolution(
 ) -> torch.nn.Sequential:
     """Convolution, batch normalisation and ReLU6.
 
-    Padded as TensorFlow's "SAME" pads an even side: at stride 2 one pixel less before the picture than after.
+    Padding is TensorFlow's "SAME" for an even side: at stride 2, one pixel less before the picture than after
+    it.
     """
     around = kernel - stride
     before, after = around // 2, around - around // 2
@@ -55,7 +56,7 @@ def convolution(
 
 
 class InvertedBottleneck(torch.nn.Sequential):
-    """Widen, convolve each channel by itself, narrow; added to its input where the shapes are equal."""
+    """Expand, convolve depthwise, project; the input is added if the shapes are equal."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         wide = channels * expansion
@@ -72,7 +73,7 @@ class InvertedBottleneck(torch.nn.Sequential):
 
 
 class EfficientNetLite0(torch.nn.Module):
-    """Pictures (float32, N x 3 x 224 x 224) to pooled features (N x 1280); `classifier` makes logits."""
+    """Map pictures (float32, N x 3 x 224 x 224) to pooled features (N x 1280); `classifier` gives logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class EfficientNetLite0(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class EfficientNet(FeatureNetwork):
-    """The pooled features of a picture resized to 224 x 224, bicubic, as (value - 127) / 128."""
+    """Pooled features of a picture resized to 224 x 224 (bicubic) and normalised to (value - 127) / 128."""
 
     module: EfficientNetLite0
 
@@ -106,7 +107,7 @@ class EfficientNet(FeatureNetwork):
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        """Of ImageNet's 1,000 classes, for the Inception Score.
+        """Probabilities of ImageNet's 1,000 classes, for the Inception Score.
 
         Args:
             images: uint8, N x 3 x H x W.
@@ -119,12 +120,12 @@ class EfficientNet(FeatureNetwork):
 
     @torch.inference_mode()
     def classes(self, features: torch.Tensor) -> torch.Tensor:
-        """As `probabilities`, of pictures whose `features` (float, N x 1280) are known."""
+        """Class probabilities as from `probabilities`, computed from `features` (float, N x 1280)."""
         return self.module.classifier(features.to(self.device)).softmax(dim=1).float().cpu()
 
 
 def read_efficientnet(path: str | Path, field: str = FIELD) -> tuple[bytes, str]:
-    """The file's bytes and their digest; errors as of `load_efficientnet`."""
+    """Read the file's bytes and their digest; errors as for `load_efficientnet`."""
     return read_checked(Path(path), field=field, mend="`make setup` fetches it", allowed={DIGEST})
 
 
@@ -134,7 +135,7 @@ def load_efficientnet(
     """Read the network from the safetensors file that `make setup` fetches.
 
     Raises:
-        ValueError: if the file is missing or another one than it should be.
+        ValueError: the file is missing, or its digest is not the expected one.
     """
     device = torch.device(device)
     content, digest = read_efficientnet(path, field)

@@ -1,4 +1,4 @@
-"""The Fréchet distance of infinitely many pictures, from the distances of fewer. Pure PyTorch."""
+"""Fréchet distance extrapolated to infinitely many pictures. Pure PyTorch."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ NUM_POINTS = 15  # as in the paper
 
 @dataclass(frozen=True)
 class FidInfinity:
-    """A straight line through distances over 1 / count: value + slope / count.
+    """Straight line through distances as a function of 1 / count: value + slope / count.
 
     Attributes:
-        value: at infinitely many pictures; may be below zero where the fit is bad.
-        slope: how much the distance rises with 1 / count.
-        counts: pictures of each point, ascending.
-        distances: at these counts.
-        standard_error: of the value, by least squares, in the distance's unit. It is that of the line: points
-            share pictures, so drawing other pictures moves the value by more.
-        residual: standard deviation of the points from the line, in the distance's unit. Beside
-            |value - distances[-1]|, the correction, it says what the extrapolation is worth.
+        value: distance at infinitely many pictures; may be negative if the fit is bad.
+        standard_error: error of the value from least squares, in the distance's unit. It covers the line fit
+            only: points share pictures, so sampling other pictures changes the value by more.
+        slope: increase of the distance with 1 / count.
+        counts: number of pictures of each point, ascending.
+        distances: distances at these counts.
+        residual: standard deviation of the points from the line, in the distance's unit. Compared with the
+            correction |value - distances[-1]|, it shows the quality of the extrapolation.
         r_squared: share of the points' variance that the line explains.
     """
 
@@ -39,19 +39,19 @@ class FidInfinity:
 def fid_infinity(
     features: torch.Tensor, real: Moments, *, min_count: int | None = None, seed: int = 0
 ) -> FidInfinity:
-    """The bias of a sample's size, taken out (Chong & Forsyth, arXiv 1911.07023, section 3).
+    """FID without the bias of the sample size (Chong & Forsyth, arXiv 1911.07023, section 3).
 
-    The distance of N pictures is, to first order, linear in 1 / N: it is measured on random subsets of 15
-    counts, evenly spaced up to all pictures, and the line through them is read at 1 / N = 0. First order
-    means N well above the number of features: below that the points bend, and the line corrects only a part
-    of the bias. What the number of real pictures does to the distance stays.
+    To first order the distance of N pictures is linear in 1 / N. It is measured on random subsets of 15
+    counts, evenly spaced up to all pictures, and the fitted line is evaluated at 1 / N = 0. First order holds
+    for N well above the number of features; below that the points curve, and the line corrects only part of
+    the bias. The bias from the number of real pictures remains.
 
     Args:
-        features: of the generated pictures, by `real.feature_network`; float, N x D.
-        min_count: of the first point; a tenth of the pictures, as in the paper.
+        features: features of the generated pictures from `real.feature_network`; float, N x D.
+        min_count: count of the first point; default: a tenth of the pictures, as in the paper.
 
     Raises:
-        ValueError: if there are too few pictures for that many points.
+        ValueError: there are too few pictures for that many points.
     """
     count = len(features)
     start = max(2, count // 10) if min_count is None else min_count
@@ -70,7 +70,7 @@ def fid_infinity(
 
 
 def _line(counts: list[int], distances: list[float], feature_network: str) -> FidInfinity:
-    """Least squares, every point alike."""
+    """Fit a line by ordinary least squares."""
     y = torch.tensor(distances, dtype=torch.float64)
     inverse = 1 / torch.tensor(counts, dtype=torch.float64)
     design = torch.stack([torch.ones_like(inverse), inverse], dim=1)
@@ -81,7 +81,7 @@ def _line(counts: list[int], distances: list[float], feature_network: str) -> Fi
     spread = float((inverse - inverse.mean()).square().mean())
     return FidInfinity(
         value=float(fit[0]),
-        # Of the intercept: the variance is the residual's, times the mean of x^2 over n var(x).
+        # Variance of the intercept: the residual variance times mean(x^2) / (n var(x)).
         standard_error=residual * (float(inverse.square().mean()) / spread / len(counts)) ** 0.5,
         slope=float(fit[1]),
         counts=tuple(counts),

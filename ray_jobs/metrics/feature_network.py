@@ -1,4 +1,4 @@
-"""What turns pictures into feature vectors: the interface that every feature network has. Pure PyTorch."""
+"""Interface of the feature networks, which map pictures to feature vectors. Pure PyTorch."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -15,8 +15,8 @@ class FeatureNetwork(ABC):
     """A frozen network in evaluation mode.
 
     Attributes:
-        digest: sha256 of all that the features depend on and the program does not fix itself: the weights'
-            file and, where a user states it, how a picture is prepared.
+        digest: SHA-256 of everything that the features depend on and the program does not fix itself: the
+            weights file and, if configured by the user, the preprocessing.
     """
 
     name: str
@@ -26,12 +26,12 @@ class FeatureNetwork(ABC):
 
     @property
     def identity(self) -> str:
-        """What is recorded with every score: name@sha256:first 12 digits."""
+        """Identity recorded with every score: name@sha256:first 12 digits."""
         return f"{self.name}@sha256:{self.digest[:12]}"
 
     @property
     def resizing(self) -> str:
-        """What becomes of a picture's size before the network sees it, for a person."""
+        """Description of how the network's input is resized, for display."""
         return "not resized"
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class FeatureNetwork(ABC):
             float32, N x num_features, on the CPU.
 
         Raises:
-            ValueError: if `images` are not uint8 with three channels.
+            ValueError: `images` are not uint8 with three channels.
         """
         require_pictures(images)
         return self._features(images.to(self.device)).float().cpu()
@@ -57,15 +57,15 @@ class FeatureNetwork(ABC):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture's values, 0 to 255, before a network sees them: (resized - mean) / std.
+    """Preprocessing of pictures with values 0 to 255 for a network: (resized - mean) / std.
 
-    The whole picture is resized to a square, without cropping, so that nothing of what was drawn is left out.
+    The whole picture is resized to a square without cropping, so that all of its content is measured.
 
     Attributes:
-        size: pixels a side.
-        interpolation: of PyTorch's `interpolate`, with half-pixel centres and, downwards, antialiasing.
-        mean: a channel, in the picture's range of 0 to 255.
-        std: likewise.
+        size: side of the square in pixels.
+        interpolation: mode of PyTorch's `interpolate`, with half-pixel centres and antialiased downscaling.
+        mean: mean per channel, in the range 0 to 255.
+        std: standard deviation per channel, in the same range.
     """
 
     size: int
@@ -75,11 +75,11 @@ class Preprocessing:
 
     @property
     def resizing(self) -> str:
-        """What becomes of a picture's size, for a person."""
+        """Description of the resizing, for display."""
         return whole_to(self.size)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Of uint8, N x 3 x H x W: float32, N x 3 x size x size."""
+        """Convert uint8, N x 3 x H x W to float32, N x 3 x size x size."""
         shape = (self.size, self.size)
         pixels = interpolate(
             images.float(), shape, mode=self.interpolation, align_corners=False, antialias=True
@@ -90,27 +90,28 @@ class Preprocessing:
 
 
 def whole_to(size: int) -> str:
-    """The words for `FeatureNetwork.resizing` where a whole picture becomes a square."""
+    """Describe resizing a whole picture to a square, for `FeatureNetwork.resizing`."""
     return f"resized whole to {size} x {size} pixels, whatever its proportions"
 
 
 def require_pictures(images: torch.Tensor) -> None:
-    """Raises ValueError if `images` are not uint8, N x 3 x H x W."""
+    """Raise ValueError if `images` are not uint8, N x 3 x H x W."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: uint8, N x 3 x H x W; not {images.dtype}, {tuple(images.shape)}")
 
 
 def read_checked(path: Path, *, field: str, mend: str, allowed: set[str]) -> tuple[bytes, str]:
-    """A file's bytes and their sha256; only from these bytes may a network then be loaded, so that the file
-    cannot change in between.
+    """Read a file's bytes and their SHA-256.
+
+    A network must be loaded from these bytes only, so that the file cannot change in between.
 
     Args:
-        field: the setting that names the file.
-        mend: what a person is told to do about a missing or a wrong file.
-        allowed: digests, one of which the file has.
+        field: setting that names the file.
+        mend: instruction to the user for a missing or wrong file.
+        allowed: accepted digests.
 
     Raises:
-        ValueError: if the file is missing, or is another one.
+        ValueError: the file is missing, or its digest is not accepted.
     """
     if not path.is_file():
         raise ValueError(f"{field}: {path}: no such file; {mend}")
@@ -122,7 +123,7 @@ def read_checked(path: Path, *, field: str, mend: str, allowed: set[str]) -> tup
 
 
 def require_digest(path: str, digest: str, expected: str | None, field: str) -> None:
-    """Raises ValueError if a network has another digest than `<field without .path>.sha256` says."""
+    """Raise ValueError if a network's digest differs from the setting `<field without .path>.sha256`."""
     if expected and expected.lower() != digest:
         raise ValueError(
             f"{field.removesuffix('.path')}.sha256: {path} has {digest}, not {expected}; take the file that "
@@ -131,7 +132,7 @@ def require_digest(path: str, digest: str, expected: str | None, field: str) -> 
 
 
 def freeze(module: torch.nn.Module, device: torch.device) -> None:
-    """Bring a network to a device and into evaluation mode, without gradients."""
+    """Move a network to a device, set evaluation mode and disable gradients."""
     module.to(device).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of feature vectors. Pure PyTorch, in float64."""
+"""Fréchet distance between two sets of feature vectors. Pure PyTorch, in float64."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ import torch
 class Moments:
     """Count, mean and scatter of a set of feature vectors; `+` gives those of the union.
 
-    The scatter matrix, the sum of (x - mean)(x - mean)^T, is held as a factor F with F^T F = scatter. For
-    few pictures that is small (the centred features themselves), for many it is never above 2D x D, and
-    the distance needs no matrix square root: see `frechet_distance`.
+    The scatter matrix, the sum of (x - mean)(x - mean)^T, is stored as a factor F with F^T F = scatter. For
+    few pictures F is small (the centred features themselves); for many it never exceeds 2D x D. The distance
+    then needs no matrix square root: see `frechet_distance`.
     """
 
     count: int
     mean: torch.Tensor  # float64, D
     factor: torch.Tensor  # float64, rows x D
-    feature_network: str  # moments of different networks never meet
+    feature_network: str  # moments of different networks must not be combined
 
     @classmethod
     def of(cls, features: torch.Tensor, feature_network: str = "unnamed") -> "Moments":
-        """The moments of `features` (float, N x D), made by the network of that name.
+        """Compute the moments of `features` (float, N x D) from the network of that name.
 
         Raises:
-            ValueError: if there are none, or one is not finite.
+            ValueError: there are no features, or some are not finite.
         """
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"features: N x D with N at least 1, not {tuple(features.shape)}")
@@ -35,7 +35,7 @@ class Moments:
         return cls(len(features), mean, _shorten(features - mean), feature_network)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets together (Chan, Golub & LeVeque 1983, eq. 2.1), in any order."""
+        """Combine the moments of two sets, in any order (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         require_same_network(self.feature_network, other.feature_network)
         count = self.count + other.count
         apart = other.mean - self.mean
@@ -50,27 +50,31 @@ class Moments:
 
 
 def _shorten(factor: torch.Tensor) -> torch.Tensor:
-    """The same F^T F in at most 2D rows: F = QR gives R^T R. At 2D, so that few merges pay for a QR."""
+    """Reduce F to at most 2D rows with the same F^T F = R^T R, by F = QR.
+
+    The limit is 2D, so that few merges need a QR decomposition.
+    """
     if len(factor) <= 2 * factor.shape[1]:
         return factor
     return torch.linalg.qr(factor, mode="r").R
 
 
 def require_same_network(one: str, other: str) -> None:
-    """Raises ValueError if two numbers come from different feature networks."""
+    """Raise ValueError if two values come from different feature networks."""
     if one != other:
         raise ValueError(f"feature_network: {one} and {other} measure different things; use one of them")
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """FID where the features are Inception's (Heusel et al., arXiv 1706.08500, eq. 6).
+    """Fréchet distance; FID if the features are Inception's (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S_a = A^T A and S_b = B^T B the
-    eigenvalues of S_a S_b are the squared singular values of A B^T, so the trace of the root is their sum:
-    a matrix of count x count for few pictures, instead of the eigenvalues of a non-symmetric D x D one.
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S_a = A^T A and S_b = B^T B, the
+    eigenvalues of S_a S_b are the squared singular values of A B^T, so the trace of the root is the sum of
+    the singular values. For few pictures this needs a count x count matrix, instead of the eigenvalues of a
+    non-symmetric D x D matrix.
 
     Raises:
-        ValueError: if a set has fewer than 2 pictures, or the feature networks differ.
+        ValueError: a set has fewer than 2 pictures, or the feature networks differ.
     """
     require_same_network(a.feature_network, b.feature_network)
     if min(a.count, b.count) < 2:
@@ -79,5 +83,5 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     means = (a.mean - b.mean).square().sum()
     traces = left.square().sum() + right.square().sum()
     root = torch.linalg.svdvals(left @ right.T).sum()
-    # Of equal sets the difference is rounding of either sign; a distance is not negative.
+    # For equal sets the result is a rounding error of either sign; a distance is not negative.
     return max(0.0, float(means + traces - 2 * root))

@@ -1,4 +1,4 @@
-"""The Inception Score of class probabilities. Pure PyTorch, in float64."""
+"""Inception Score of class probabilities. Pure PyTorch, in float64."""
 
 import torch
 
@@ -6,24 +6,24 @@ from ray_jobs.metrics.score import Score
 
 
 def inception_score(probabilities: torch.Tensor, classifier: str, *, splits: int = 10) -> Score:
-    """exp of the mean divergence of a picture's classes from those of all pictures.
+    """Inception Score: exp of the mean KL divergence of a picture's classes from those of all pictures.
 
     Salimans et al., arXiv 1606.03498, section 4.
-    The mean over `splits` parts, as the paper takes it, and its standard error; the spread that papers write
-    after "+-" is that of the parts, the error times the root of `splits`. Part i has the pictures i,
-    i + splits, ..., so that neighbouring captions spread over the parts.
+    The value is the mean over `splits` parts, as in the paper, with its standard error. Papers report the
+    parts' standard deviation after "+-", which is the error times the square root of `splits`. Part i has the
+    pictures i, i + splits, ..., so that neighbouring captions are spread over the parts.
 
-    The published scores are of the classifier of Inception v3. The FID network here has none: probabilities
-    of EfficientNet-Lite0 (`EfficientNet.probabilities`) are a stand-in, whose scores compare only with
-    each other. The score carries the classifier's identity as its network.
+    Published scores use the classifier of Inception v3, which the FID network here does not include.
+    Probabilities of EfficientNet-Lite0 (`EfficientNet.probabilities`) replace it; their scores are comparable
+    only with each other. The score records the classifier's identity as its network.
 
     Args:
         probabilities: float, N x C; rows sum to 1.
-        classifier: FeatureNetwork.identity of what gave them.
-        splits: 2 or more for an error.
+        classifier: FeatureNetwork.identity of the classifier.
+        splits: number of parts; an error needs at least 2.
 
     Raises:
-        ValueError: if a part would be without pictures, or the rows are no probabilities.
+        ValueError: a part would be empty, or the rows are not probabilities.
     """
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"splits: from 1 to the number of pictures, {len(probabilities)}; not {splits}")
@@ -37,6 +37,6 @@ def inception_score(probabilities: torch.Tensor, classifier: str, *, splits: int
 
 def _of_part(probabilities: torch.Tensor) -> torch.Tensor:
     marginal = probabilities.mean(dim=0)
-    # xlogy: a class of probability 0 adds nothing.
+    # xlogy: a class of probability 0 contributes 0.
     divergence = torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)
     return divergence.sum(dim=1).mean().exp()

@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of feature vectors. Pure PyTorch, in float64."""
+"""Kernel distance between two sets of feature vectors. Pure PyTorch, in float64."""
 
 import torch
 
@@ -9,10 +9,10 @@ SUBSET_SIZE = 1000
 
 
 def squared_mmd(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3.
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    Bińkowski et al., arXiv 1801.01401, equations 3 and 4 (Gretton et al. 2012, lemma 6). Being unbiased it
-    may be below zero.
+    Bińkowski et al., arXiv 1801.01401, equations 3 and 4 (Gretton et al. 2012, lemma 6). An unbiased estimate
+    may be negative.
 
     Args:
         one, other: float, N x D and M x D; N and M at least 2.
@@ -29,7 +29,7 @@ def _kernel(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_apart(matrix: torch.Tensor) -> torch.Tensor:
-    """Without the diagonal."""
+    """Sum of the off-diagonal elements."""
     return matrix.sum() - matrix.diagonal().sum()
 
 
@@ -45,18 +45,20 @@ def kernel_distance(
     """KID: the mean of `squared_mmd` over random subsets, with a standard error.
 
     The usual deviation between subsets is that of a score of `subset_size` pictures, not of all N (the
-    smaller of both counts): a subset m of N has the variance (1 - m / N) / m, so the whole has the subsets'
-    variance times m / (N - m) (Politis & Romano 1994). With subsets of half the pictures both are the same.
-    Where both sets are of one distribution it is up to twice too large, since the variance then falls faster.
-    Unlike the error of a Fréchet distance, it is also that of drawing other real pictures.
+    smaller of both counts). A subset of m of N pictures has the variance (1 - m / N) / m, so the variance of
+    the whole is the subsets' times m / (N - m) (Politis & Romano 1994). For subsets of half the pictures the
+    two are equal. If both sets have the same distribution, the error is up to twice too large, since the
+    variance then falls faster. Unlike the error of a Fréchet distance, it includes the sampling of the real
+    pictures.
 
     Args:
         generated, real: features, float, N x D and M x D, at least 4 of each.
-        feature_network: identity of the network that made both.
-        subset_size: below the smaller count; the smaller of 1,000 and half of it. Memory is its square.
+        feature_network: identity of the network that computed both.
+        subset_size: less than the smaller count; default: 1,000 or half of that count, whichever is smaller.
+            Memory grows with its square.
 
     Raises:
-        ValueError: if there are too few pictures for the subsets.
+        ValueError: there are too few pictures for the subsets.
     """
     count = min(len(generated), len(real))
     size = min(SUBSET_SIZE, count // 2) if subset_size is None else subset_size

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Distances that are in memory at once: 128 MiB.
+# Maximum number of distances in memory: 128 MiB.
 MAX_DISTANCES = 1 << 24
 
 
 def _distances(queries: torch.Tensor, references: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """Euclidean distances of chunks of the queries to all references: float64, chunk x M."""
+    """Yield Euclidean distances of chunks of the queries to all references: float64, chunk x M."""
     references = references.double()
     for part in queries.split(max(1, limit // len(references))):
         yield torch.cdist(part.double(), references)
@@ -19,11 +19,11 @@ def _distances(queries: torch.Tensor, references: torch.Tensor, limit: int) -> I
 def nearest(
     queries: torch.Tensor, references: torch.Tensor, k: int = 1, *, limit: int = MAX_DISTANCES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest references of each query by Euclidean distance.
+    """Find the k nearest references of each query by Euclidean distance.
 
     Args:
         queries, references: float, N x D and M x D.
-        limit: distances in memory at once, at least M.
+        limit: maximum number of distances in memory, at least M.
 
     Returns:
         Distances (float64) and indices (int64), N x k each, the nearest first.
@@ -34,11 +34,11 @@ def nearest(
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Both in 0 to 1. They move with the counts and with k: compare only equal ones.
+    """Precision and recall, each from 0 to 1. They depend on the counts and k: compare only with equal ones.
 
     Attributes:
-        precision: share of generated pictures among the real ones: how good they are.
-        recall: share of real pictures among the generated ones: how much of the variety is there.
+        precision: share of generated pictures within the real manifold, a measure of quality.
+        recall: share of real pictures within the generated manifold, a measure of variety.
     """
 
     precision: float
@@ -59,15 +59,15 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, equations 1 to 3).
 
-    A set's manifold is the union of balls around its pictures, each as wide as the way to the k-th nearest
-    other picture of the set.
+    A set's manifold is the union of balls around its pictures; each radius is the distance to the k-th
+    nearest other picture of the set.
 
     Args:
         generated, real: features, float, N x D and M x D; more than k of each.
-        k: 3 in the paper.
+        k: number of neighbours; 3 in the paper.
 
     Raises:
-        ValueError: if a set is too small for k.
+        ValueError: a set is too small for k.
     """
     if k < 1 or min(len(generated), len(real)) <= k:
         raise ValueError(f"k: from 1 to one less than the pictures of either set; got {k}")
@@ -77,30 +77,33 @@ def precision_recall(
 
 
 def _share_inside(queries: torch.Tensor, manifold: torch.Tensor, k: int, limit: int) -> float:
-    """Share of the queries that lie in a ball of the manifold."""
-    # Each is its own nearest, so the k-th other one is the last of k + 1.
+    """Share of the queries inside a ball of the manifold."""
+    # Each picture is its own nearest neighbour, so the k-th other one is the last of k + 1.
     radii = nearest(manifold, manifold, k + 1, limit=limit)[0][:, k]
     inside = [(part <= radii).any(dim=1) for part in _distances(queries, manifold, limit)]
     return float(torch.cat(inside).double().mean())
 
 
 def share_error(share: float, count: int) -> float:
-    """Standard error of a share of `count` pictures that are drawn anew, what they are held against being
-    fixed; by the plus-four rule (Agresti & Coull, 1998), so that none or all of few is not called certain."""
+    """Standard error of a share of `count` pictures under resampling, with the reference set fixed.
+
+    It uses the plus-four rule (Agresti & Coull, 1998), so that a share of 0 or 1 among few pictures does not
+    get an error of zero.
+    """
     adjusted = (share * count + 2) / (count + 4)
     return float((adjusted * (1 - adjusted) / (count + 4)) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class Memorisation:
-    """What of a training set its model has drawn again.
+    """Near copies of training pictures among a model's generated pictures.
 
     Attributes:
-        indices: the nearest training picture of each generated one: int64, N.
-        distances: to it: float64, N.
-        threshold: a nearer one is a near copy.
-        share: of near copies among the generated pictures, 0 to 1.
-        expected_share: that a model which has learnt nothing by heart would have.
+        indices: nearest training picture of each generated one: int64, N.
+        distances: distance to it: float64, N.
+        threshold: distance below which a picture is a near copy.
+        share: share of near copies among the generated pictures, 0 to 1.
+        expected_share: share expected of a model without memorisation.
     """
 
     indices: torch.Tensor
@@ -120,17 +123,17 @@ def memorisation(
     quantile: float = 0.01,
     limit: int = MAX_DISTANCES,
 ) -> Memorisation:
-    """The nearest training picture of each generated one, and the share of near copies.
+    """Find the nearest training picture of each generated one, and the share of near copies.
 
-    The threshold is taken from real pictures that the model has not seen: nearer to the training set than
-    all but `quantile` of them is a near copy. So a model that draws as unlike the training set as new real
-    pictures are has a share of `quantile`; the excess is what it has memorised. Of fewer held-out pictures
-    than 1 / quantile the threshold is near their smallest distance, and as uncertain as that.
+    The threshold comes from real pictures that the model was not trained on: a near copy is nearer to the
+    training set than all but `quantile` of them. A model whose pictures are as far from the training set as
+    new real pictures has a share of `quantile`; any excess is memorised. With fewer held-out pictures than
+    1 / quantile, the threshold is near their smallest distance, and as uncertain.
 
     Args:
-        generated, training, held_out: features, float, N x D, M x D and V x D; `held_out` of the
+        generated, training, held_out: features, float, N x D, M x D and V x D; `held_out` is the
             validation split, without near duplicates of training pictures.
-        quantile: of the held-out distances, above 0 and below 1.
+        quantile: quantile of the held-out distances, above 0 and below 1.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: above 0 and below 1; not {quantile}")

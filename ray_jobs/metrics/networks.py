@@ -1,4 +1,4 @@
-"""Any feature network from its specification."""
+"""Load a feature network of any kind from its specification."""
 
 import hashlib
 import io
@@ -22,18 +22,17 @@ from ray_jobs.metrics.vision_model import check_vision_model, load_vision_model
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network, and where it lies. `ray_jobs/config/search.py` checks that the settings fit the kind.
+    """Kind and location of a network. `ray_jobs/config/search.py` checks that the settings fit the kind.
 
     Attributes:
         kind: `inception`: the standard FID network; `efficientnet-lite0`; `transformers`: a vision model of
             that library (DINOv2, CLIP); `torchscript`: any file that maps float pictures to N x D features.
-        path: of the file; of `transformers`, a folder or a hub name.
-        sha256: `torchscript` needs its file's, since such a file is code. Else, where it is given, the
-            network must have this digest.
-        name: of `torchscript`, for the record beside its scores.
-        preprocessing: of `torchscript`: the input that it was trained on.
-        revision: of `transformers`, on the hub.
-        field: the setting that names the path.
+        path: path of the file; for `transformers`, a folder or hub name.
+        sha256: expected digest of the network. `torchscript` requires it, since such a file is code.
+        name: name of a `torchscript` network, recorded with its scores.
+        preprocessing: preprocessing of a `torchscript` network, as in its training.
+        revision: hub revision of a `transformers` model.
+        field: setting that names the path.
     """
 
     kind: Literal["inception", "efficientnet-lite0", "transformers", "torchscript"]
@@ -46,10 +45,10 @@ class NetworkSpec:
 
 
 def check_network(spec: NetworkSpec) -> None:
-    """Look whether a network's files are there and are the ones that are meant; nothing is loaded.
+    """Check that a network's files exist and have the expected digests, without loading the network.
 
     Raises:
-        ValueError: as `load_network`, as far as that can be told from the files.
+        ValueError: as for `load_network`, as far as the files show it.
     """
     match spec.kind:
         case "inception":
@@ -66,10 +65,10 @@ def check_network(spec: NetworkSpec) -> None:
 
 
 def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """The network that `spec` describes, frozen.
+    """Load the network that `spec` describes, frozen.
 
     Raises:
-        ValueError: if its file is missing, or is not the one that the digest names.
+        ValueError: the file is missing, or does not match the digest.
     """
     network: FeatureNetwork
     match spec.kind:
@@ -87,11 +86,11 @@ def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> Featu
 
 @dataclass(frozen=True, eq=False)
 class TorchScript(FeatureNetwork):
-    """A network from a file that the user vouches for by its digest."""
+    """Network from a TorchScript file that the user trusts by giving its digest."""
 
     module: torch.jit.ScriptModule
     preprocessing: Preprocessing
-    field: str  # the setting that names it
+    field: str  # setting that names it
 
     @property
     def resizing(self) -> str:
@@ -117,7 +116,7 @@ def _load_torchscript(spec: NetworkSpec, device: torch.device) -> TorchScript:
     content, digest = _read_torchscript(spec)
     module = torch.jit.load(io.BytesIO(content), map_location=device)
     freeze(module, device)
-    # How a picture is prepared is not in the file, and changes its features.
+    # The preprocessing is not in the file, but changes the features.
     whole = hashlib.sha256(f"{digest} {spec.preprocessing!r}".encode()).hexdigest()
     black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing, spec.field)

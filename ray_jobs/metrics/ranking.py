@@ -1,4 +1,4 @@
-"""Who wins, when measured numbers have errors. Pure Python."""
+"""Choice of a winner among scores with errors. Pure Python."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint beside the one of the lowest score.
+    """A checkpoint compared with the one of the lowest score.
 
     Attributes:
-        behind: how much worse it scored than that one; of itself 0.
+        behind: its score minus the lowest; 0 for the lowest itself.
         error: standard error of this difference (`paired_difference`).
-        steps: training steps that it cost.
+        steps: number of training steps.
     """
 
     behind: float
@@ -22,18 +22,18 @@ class Candidate:
 
 
 def is_tie(candidate: Candidate) -> bool:
-    """Whether it is as good as the best, as far as its score can tell."""
+    """Return whether the candidate's score is within its error of the best."""
     return candidate.behind <= candidate.error
 
 
 def winner(candidates: Sequence[Candidate]) -> int:
-    """Index of the one with the fewest steps among those that tie with the best; then of the best score.
+    """Index of the candidate with the fewest steps among those that tie with the best; then the best score.
 
-    As the one-standard-error rule chooses the simplest model (Breiman et al., Classification and Regression
-    Trees, 1984, section 3.4.3).
+    This follows the one-standard-error rule for choosing the simplest model (Breiman et al., Classification
+    and Regression Trees, 1984, section 3.4.3).
 
     Raises:
-        ValueError: if there is none, or a number is not finite.
+        ValueError: there are no candidates, a number is not finite, or an error is negative.
     """
     if not candidates:
         raise ValueError("candidates: there are none to choose from")
@@ -45,9 +45,9 @@ def winner(candidates: Sequence[Candidate]) -> int:
 
 
 def require_comparable(rows: Sequence[Mapping[str, Any]], *fields: str) -> None:
-    """Raises ValueError if rows of scores differ in one of these fields.
+    """Raise ValueError if rows of scores differ in one of these fields.
 
-    Rows that lack it, of former versions of this program, are not looked at.
+    Rows without the field, from older versions of this program, are ignored.
     """
     for field in fields:
         found = {str(row[field]) for row in rows if row.get(field) is not None}
@@ -59,10 +59,10 @@ def require_comparable(rows: Sequence[Mapping[str, Any]], *fields: str) -> None:
 
 
 def enough_samples(num_features: int) -> int:
-    """Pictures from which on Fréchet distances by a network of so many features can be ranked.
+    """Minimum number of pictures for ranking Fréchet distances in `num_features` features.
 
-    Up to as many pictures as features the covariance has not full rank, and the distance is mostly the
-    sample's size: the authors of FID ask for more than 2,048 with Inception, better 10,000 (Heusel et al.,
+    With no more pictures than features the covariance is rank-deficient, and the distance depends mostly on
+    the sample size. The authors of FID require more than 2,048 with Inception, better 10,000 (Heusel et al.,
     arXiv 1706.08500, and their program's instructions). The kernel distance has no such bias.
     """
     return num_features + 1

@@ -1,4 +1,4 @@
-"""A measured number with all that it depends on."""
+"""A score with everything that it depends on."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from ray_jobs.metrics.frechet import Moments, frechet_distance, require_same_net
 
 @dataclass(frozen=True)
 class Score:
-    """`<` (so `min`) compares only what is comparable: one metric, one network, one sample count.
+    """Score that `<` (and `min`) compares only with scores of the same metric, network and sample count.
 
     Attributes:
-        num_samples: pictures that were generated; a Fréchet distance falls as they grow in number.
+        num_samples: number of generated pictures; a Fréchet distance falls as it grows.
         feature_network: FeatureNetwork.identity.
-        standard_error: in the value's unit; None where it was not measured.
+        standard_error: error in the value's unit; None if it was not estimated.
     """
 
     value: float
@@ -23,7 +23,7 @@ class Score:
 
     @classmethod
     def of(cls, generated: Moments, real: Moments) -> "Score":
-        """The Fréchet distance of merged moments, of which no error can be told: see `frechet_score`."""
+        """Fréchet distance of moments, without an error; for one with an error see `frechet_score`."""
         return cls(frechet_distance(generated, real), generated.count, generated.feature_network)
 
     @property

@@ -11,11 +11,11 @@ CLIP_SCORE_SCALE = 2.5  # w of the paper
 
 
 def clip_score(pictures: torch.Tensor, captions: torch.Tensor, feature_network: str) -> Score:
-    """How well pictures fit their captions (Hessel et al., arXiv 2104.08718, equation 1).
+    """CLIPScore: agreement of pictures with their captions (Hessel et al., arXiv 2104.08718, equation 1).
 
-    The mean of 2.5 max(cos, 0), without the paper's "A photo depicts" before the captions, as image
-    generators are measured. torchmetrics 1.9 takes 100 times the mean cosine and clamps only that, so its
-    number is 40 times this one where no cosine is negative, and lower where some are.
+    The value is the mean of 2.5 max(cos, 0), without the paper's prefix "A photo depicts", as is usual for
+    image generators. torchmetrics 1.9 takes 100 times the mean cosine and clamps only the mean, so its
+    value is 40 times this one if no cosine is negative, and lower otherwise.
 
     Args:
         pictures, captions: `Clip.features` and `Clip.text_features`, float, N x D each, in the same order.
@@ -31,7 +31,7 @@ def image_similarity(generated: torch.Tensor, photos: torch.Tensor, feature_netw
     """Mean cosine of each generated picture to each of the subject's photos.
 
     Ruiz et al. (DreamBooth, arXiv 2208.12242, section 4.2): CLIP-I with CLIP's features, DINO with DINO's.
-    The error is that of drawing other pictures; the photos are fixed.
+    The error covers the sampling of the pictures; the photos are fixed.
 
     Args:
         generated, photos: features, float, N x D and M x D.
@@ -53,12 +53,12 @@ def paired_similarity(generated: torch.Tensor, real: torch.Tensor, feature_netwo
 
 @dataclass(frozen=True)
 class ClassDrift:
-    """What fine-tuning on a subject did to the pictures of its class.
+    """Effect of fine-tuning on a subject on the pictures of its class.
 
     Attributes:
-        distance: how far they have moved: mean of 1 - cosine of picture i before and after, 0 to 2.
-        toward_subject: how much more like the subject's photos they have become: mean cosine after, less
-            before. Above its error, other members of the class begin to look like the subject.
+        distance: mean of 1 - cosine of picture i before and after, 0 to 2.
+        toward_subject: mean cosine to the subject's photos after minus before. If it exceeds its error, other
+            members of the class are becoming similar to the subject.
     """
 
     distance: Score
@@ -68,12 +68,12 @@ class ClassDrift:
 def class_drift(
     before: torch.Tensor, after: torch.Tensor, photos: torch.Tensor, feature_network: str
 ) -> ClassDrift:
-    """Language drift and loss of variety, as a number (Ruiz et al., arXiv 2208.12242, section 3.2).
+    """Measure language drift and loss of variety (Ruiz et al., arXiv 2208.12242, section 3.2).
 
     Args:
-        before, after: features of pictures of the class prompt ("a dog") by the base model and by the
-            fine-tuned one; float, N x D each, picture i of both from the same noise, so that the errors are
-            those of paired differences.
+        before, after: features of pictures of the class prompt ("a dog") from the base model and from the
+            fine-tuned one; float, N x D each. Picture i of both has the same noise, so the errors are those
+            of paired differences.
         photos: features of the subject's photos; float, M x D.
     """
     if before.shape != after.shape:
@@ -90,7 +90,7 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
 
 
 def _likeness(pictures: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """Of each picture, its mean cosine to the photos: float64, N."""
+    """Mean cosine of each picture to the photos: float64, N."""
     return (_unit(pictures) @ _unit(photos).T).mean(dim=1)
 
 

@@ -1,6 +1,7 @@
-"""Vision models of transformers as feature networks: DINOv2, CLIP, and what else has a pooled output.
+"""Vision models of transformers as feature networks: DINOv2, CLIP, and others with a pooled output.
 
-From a folder or a hub name, weights as safetensors only; no code that comes with a model is ever run.
+Models are loaded from a folder or hub name, with safetensors weights only. Code in a model's repository is
+never run.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import torch
 
 from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, require_digest
 
-# What a model's features depend on; the rest of a repository (other formats, pictures) is not fetched.
+# Files that determine a model's features; others in a repository (other formats, pictures) are not fetched.
 FILES = ("*.json", "*.txt", "*.safetensors")
 # Settings that name a model.
 FIELD, CLIP_FIELD = "evaluate.second_network.path", "evaluate.clip"
@@ -22,18 +23,18 @@ FIELD, CLIP_FIELD = "evaluate.second_network.path", "evaluate.clip"
 
 @dataclass(frozen=True, eq=False)
 class VisionModel(FeatureNetwork):
-    """The pooled output of a model, such as DINOv2's class token after the last layer norm.
+    """Pooled output of a model, such as DINOv2's class token after the last layer norm.
 
-    Pictures are prepared as the model's own image processor says, in its PIL implementation everywhere, so
-    that a score does not depend on what is installed: resized, mostly cropped in the centre, normalised.
+    The model's own image processor prepares the pictures: it resizes, usually crops the centre, and
+    normalises. Its PIL implementation is always used, so that a score does not depend on installed packages.
     """
 
     module: Any  # a PreTrainedModel
-    processor: Any  # of pictures
+    processor: Any  # image processor
 
     @property
     def resizing(self) -> str:
-        """By the processor's settings: what the centre crop cuts off is not seen."""
+        """Description from the processor's settings; content outside a centre crop is not measured."""
         steps = []
         if getattr(self.processor, "do_resize", False):
             size = dict(self.processor.size)
@@ -63,7 +64,7 @@ class VisionModel(FeatureNetwork):
 
 @dataclass(frozen=True, eq=False)
 class Clip(VisionModel):
-    """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one space."""
+    """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one embedding space."""
 
     tokenizer: Any
 
@@ -72,7 +73,7 @@ class Clip(VisionModel):
 
     @torch.inference_mode()
     def text_features(self, captions: list[str]) -> torch.Tensor:
-        """Of captions, cut to what the model reads: float32, N x num_features, on the CPU."""
+        """Features of captions, truncated to the model's limit: float32, N x num_features, on the CPU."""
         tokens = self.tokenizer(
             captions,
             padding=True,
@@ -86,16 +87,16 @@ class Clip(VisionModel):
 def check_vision_model(
     path: str, *, revision: str | None = None, sha256: str | None = None, field: str = FIELD
 ) -> str:
-    """Look at a model's files without its weights; of a hub name only its configuration is fetched.
+    """Check a model's files without loading it; for a hub name only its JSON files are fetched.
 
     Args:
-        sha256: what the digest of a folder must be.
+        sha256: expected digest of a folder.
 
     Returns:
-        The type of the model, as transformers names it.
+        The model type as named by transformers.
 
     Raises:
-        ValueError: as `load_vision_model`, as far as that can be told.
+        ValueError: as for `load_vision_model`, as far as these files show it.
     """
     folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, ("*.json",))
     if folder == Path(path):
@@ -111,15 +112,16 @@ def check_vision_model(
 def load_vision_model(
     path: str, device: str | torch.device = "cpu", *, revision: str | None = None, field: str = FIELD
 ) -> VisionModel:
-    """A vision model in float32; a `Clip` where the folder holds a whole CLIPModel.
+    """Load a vision model in float32; a `Clip` if its configuration is CLIP's.
 
     Args:
-        path: folder, or hub name.
-        revision: of a hub name; a commit keeps a score's network what it was.
-        field: the setting that names it.
+        path: folder or hub name.
+        revision: revision of a hub name; a commit pins the network of a score.
+        field: setting that names the model.
 
     Raises:
-        ValueError: if it is neither, has no safetensors, lacks weights, or has no pooled output.
+        ValueError: `path` is neither a folder nor a hub name, or the model has no safetensors file, lacks
+            weights, or has no pooled output.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
@@ -147,20 +149,20 @@ def load_vision_model(
 
 
 def check_clip(path: str, *, revision: str | None = None) -> None:
-    """As `check_vision_model`.
+    """Check a CLIP model's files, as `check_vision_model` does.
 
     Raises:
-        ValueError: as there, or if it is no CLIPModel.
+        ValueError: as there, or the model is not a CLIPModel.
     """
     if check_vision_model(path, revision=revision, field=CLIP_FIELD) != "clip":
         raise _no_clip(path)
 
 
 def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> Clip:
-    """As `load_vision_model`, for the scores that need captions too.
+    """Load a CLIP model, as `load_vision_model` does, for scores that also need captions.
 
     Raises:
-        ValueError: as there, or if it is no CLIPModel.
+        ValueError: as there, or the model is not a CLIPModel.
     """
     model = load_vision_model(path, device, revision=revision, field=CLIP_FIELD)
     if not isinstance(model, Clip):
@@ -191,7 +193,7 @@ def _downloaded(name: str, revision: str | None, field: str, files: Sequence[str
 
 
 def model_digest(folder: Path) -> str:
-    """The sha256 of the weights, the architecture, the image processor and the tokenizer."""
+    """SHA-256 of the weights, the architecture, the image processor and the tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
         with path.open("rb") as file:
