@@ -1,11 +1,11 @@
-"""What a denoiser keeps for its backward pass, estimated from the shapes of its layers.
+"""Activation memory of a denoiser's backward pass, estimated from the shapes of its layers.
 
-Every convolution, linear layer and norm has an input, of (its positions) x (its input channels) numbers. In
-full training what is kept is the sum of these times `FULL`. A frozen layer keeps nothing for its own weights,
-so with LoRA the sum counts `FROZEN` times, and each layer with an adapter keeps its input too and the
-adapter's `rank` numbers at each position. The factors were fitted to what autograd saves of the demo's model
-and of a small model of each family (torch 2.13, peft 0.21) and are held to it by tests/unit/test_estimate.py.
-With gradient checkpointing a block keeps its input only, and one block at a time all of it.
+Every convolution, linear layer and norm has an input of (positions) x (input channels) elements. Full
+training keeps the sum of these times `FULL`. A frozen layer saves nothing for its own weights, so with LoRA
+the factor is `FROZEN`, and each adapted layer also keeps its input and the adapter's `rank` elements per
+position. The factors were fitted to the tensors that autograd saves for the demo's model and a small model of
+each family (torch 2.13, peft 0.21); tests/unit/test_estimate.py checks them. With gradient checkpointing each
+block keeps only its input, and one block at a time keeps everything.
 """
 
 import re
@@ -15,13 +15,13 @@ from typing import Any
 from ray_jobs.config import TrainConfig
 from ray_jobs.planning.estimate import DENOISER_ATTENTION, ELEMENT, Shapes, adapted
 
-# By whether it is a UNet.
+# Keyed by is_unet.
 FULL = {True: 1.5, False: 2.25}
 FROZEN = {True: 1.08, False: 1.0}
-DROPPED = 2.0  # times the input of an adapter with dropout: what is left of it and the mask
+DROPPED = 2.0  # times the input of an adapter with dropout: the input after dropout, and the mask
 DORA = 2.6  # times the output of a layer with DoRA (arXiv 2402.09353)
 SHARED = {"to_k": "to_q", "to_v": "to_q", "add_k_proj": "add_q_proj", "add_v_proj": "add_q_proj"}
-REST = "rest"  # what lies in no block
+REST = "rest"  # layers outside all blocks
 ONE_POSITION = (
     "time_emb",
     "add_embedding",
@@ -35,12 +35,12 @@ ONE_POSITION = (
 def activation_bytes(
     train: TrainConfig, denoiser: Shapes, config: dict[str, Any], *, side: int, text_tokens: int, rows: int
 ) -> int:
-    """Bytes that a micro batch keeps between its forward and backward pass.
+    """Bytes of activations that a micro batch keeps between its forward and backward pass.
 
     Args:
-        config: the denoiser's, as in its config.json.
-        side: of the latents.
-        rows: pictures of the micro batch.
+        config: the denoiser's config.json.
+        side: side of the latents.
+        rows: number of pictures in the micro batch.
     """
     where = _Places(config, side, text_tokens)
     kept = _kept_by_block(train, denoiser, where)
@@ -53,7 +53,7 @@ def activation_bytes(
 
 
 def _kept_by_block(train: TrainConfig, denoiser: Shapes, where: "_Places") -> dict[str, float]:
-    """Numbers of one picture by the block that keeps them."""
+    """Number of elements kept per picture, by block."""
     lora, is_unet = train.lora, where.is_unet
     factor = FULL[is_unet] if train.method == "full" else FROZEN[is_unet]
     kept: dict[str, float] = {REST: 0.0}
@@ -64,7 +64,7 @@ def _kept_by_block(train: TrainConfig, denoiser: Shapes, where: "_Places") -> di
             kept[block] = kept.get(block, 0.0) + factor * channels * where.positions(name)
     if train.method == "full":
         return kept
-    inputs: dict[str, float] = {}  # by what they are the input of: several layers may share one
+    inputs: dict[str, float] = {}  # by the input's name: several layers may share one
     for layer in adapted(denoiser, lora.target_modules or DENOISER_ATTENTION):
         name, block = f"{layer}.weight", _block(f"{layer}.weight")
         positions, shape = where.positions(name), denoiser[name]
@@ -79,7 +79,7 @@ def _kept_by_block(train: TrainConfig, denoiser: Shapes, where: "_Places") -> di
 
 
 def _source(layer: str) -> str:
-    """A name of a layer's input: the captions, or what is projected to queries, keys and values."""
+    """Name of a layer's input: the captions, or the common input of query, key and value projections."""
     *above, last = layer.split(".")
     if above and above[-1] == "attn2" and last in ("to_k", "to_v"):
         return "captions"
@@ -87,7 +87,7 @@ def _source(layer: str) -> str:
 
 
 def _block(name: str) -> str:
-    """What gradient checkpointing runs twice: a UNet's resnet or attention, a transformer's block."""
+    """Name of the unit of gradient checkpointing: a UNet's resnet or attention, a transformer's block."""
     found = re.match(
         r"((down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w+\.\d+|(single_)?transformer_blocks\.\d+)\.", name
     )
@@ -95,7 +95,7 @@ def _block(name: str) -> str:
 
 
 def _width(denoiser: Shapes, block: str) -> int:
-    """Channels of a block's input: those of its first norm, else of its first layer."""
+    """Channels of a block's input: those of its first norm, else the most of any of its layers."""
     shapes = [shape for name, shape in denoiser.items() if name.startswith(f"{block}.")]
     norms = [shape[0] for shape in shapes if len(shape) == 1]
     return norms[0] if norms else max((shape[1] for shape in shapes if len(shape) > 1), default=0)
@@ -103,11 +103,12 @@ def _width(denoiser: Shapes, block: str) -> int:
 
 @dataclass(frozen=True)
 class _Places:
-    """At how many places of a picture each layer works.
+    """Number of positions at which each layer works, per picture.
 
     Attributes:
-        config: the denoiser's.
-        side: of the latents.
+        config: the denoiser's configuration.
+        side: side of the latents.
+        text_tokens: tokens of a caption.
     """
 
     config: dict[str, Any]
@@ -119,7 +120,7 @@ class _Places:
         return "block_out_channels" in self.config
 
     def positions(self, name: str) -> int:
-        """Of a layer or block, by its name."""
+        """Return the number of positions of a layer or block, by its name."""
         if any(part in name for part in ONE_POSITION):
             return 1
         return self._in_unet(name) if self.is_unet else self._in_transformer(name)

@@ -1,4 +1,4 @@
-"""Whether every stage can do with the base model what the configuration asks for."""
+"""Checks that every stage can carry out the configuration with the base model."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -12,10 +12,10 @@ from ray_jobs.weights.model_files import latent_pixels
 
 
 def check_stages(config: Config) -> None:
-    """Look whether every stage can do with the base model what the configuration asks for.
+    """Check that every stage can carry out the configuration with the base model.
 
     Raises:
-        ConfigError: naming the field and the fix.
+        ConfigError: a setting does not fit; the message names the field and the fix.
     """
     from ray_jobs.training.setup import check_settings
 
@@ -34,7 +34,7 @@ def check_stages(config: Config) -> None:
 
 
 def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[Size]) -> None:
-    """Raise ValueError unless the model's own scheduler draws in the steps that scores are taken with."""
+    """Raise ValueError unless the model's own scheduler can sample in `evaluate.inference_steps` steps."""
     from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import is_tabulated, tabulate
 
@@ -43,7 +43,7 @@ def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence
     steps, name = config.evaluate.inference_steps, type(scheduler).__name__
     for shape in latents:
         try:
-            if is_tabulated(scheduler):  # which tells more: that no step is infinite
+            if is_tabulated(scheduler):  # stricter: also checks that no step is infinite
                 tabulate(scheduler, family, steps, shape)
             else:
                 family.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
@@ -57,7 +57,7 @@ def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence
 def _check_serving(
     config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[Size]
 ) -> None:
-    """Raise ValueError for what keeps the winner from being served as the configuration says."""
+    """Raise ValueError if the winner could not be served as configured."""
     from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of, tabulate
     from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
@@ -86,10 +86,10 @@ def _check_serving(
 
 
 def checked(config: Config) -> Callable[[], None]:
-    """Begin to look whether all stages suit the base model, on a CPU; what is returned waits for the end.
+    """Start `check_stages` as a Ray task on a CPU, and return a function that waits for its result.
 
     Raises:
-        ConfigError: when waiting; naming the setting.
+        ConfigError: raised by the returned function; the message names the setting.
     """
     import ray
 

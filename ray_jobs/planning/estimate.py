@@ -1,6 +1,6 @@
-"""How much memory a training takes on each rank, from the model's file headers and the configuration alone.
+"""Memory estimate of a training per rank, from the model's file headers and the configuration alone.
 
-What is kept between the backward pass and the step follows ZeRO's own account (Rajbhandari et al., arXiv
+Memory held between the backward pass and the step follows the ZeRO paper (Rajbhandari et al., arXiv
 1910.02054, section 5), as `ray_jobs/training/memory.py` measures it. Activations are estimated
 (`ray_jobs/planning/activations.py`).
 """
@@ -18,9 +18,9 @@ from ray_jobs.config import OTHER_LAYERS, ConfigError, TrainConfig
 from ray_jobs.weights.weight_files import plain_name, variant_of
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of a component's parameters, by name."""
+"""Shapes of a component's parameters, by name."""
 
-# By diffusers' names: layers that get an adapter where none are named, of the denoisers and of CLIP.
+# Default layers with an adapter, in diffusers' names, for denoisers and for CLIP.
 DENOISER_ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -28,7 +28,7 @@ DENOISER_ATTENTION = (
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
-REDUCED_AT_ONCE = 500_000_000  # elements of ZeRO's bucket of gradients, at most
+REDUCED_AT_ONCE = 500_000_000  # maximum elements of ZeRO's gradient bucket
 LIVE_AT_ONCE = (
     1_000_000_000  # elements that ZeRO-3 may keep gathered (DeepSpeed's stage3_max_live_parameters)
 )
@@ -36,16 +36,16 @@ LIVE_AT_ONCE = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, by what they are.
+    """Bytes on one rank, by kind.
 
     Attributes:
-        parameters: the model's, trained and frozen, without encoders and autoencoder.
-        gradients: between backward and step.
-        master_weights: fp32 ones that the optimizer steps; 0 where it steps the parameters themselves.
-        moments: Adam's two.
-        averages: the exponential moving average, fp32.
-        buckets: ZeRO's for gradients, and at stage 3 what is gathered at once.
-        activations: estimated, of one micro batch.
+        parameters: model parameters, trained and frozen, without encoders and autoencoder.
+        gradients: gradients between backward and step.
+        master_weights: fp32 weights that the optimizer updates; 0 if it updates the parameters themselves.
+        moments: Adam's two moments.
+        averages: exponential moving average, fp32.
+        buckets: ZeRO's gradient buckets, and at stage 3 the parameters gathered at once.
+        activations: estimated activations of one micro batch.
     """
 
     parameters: int
@@ -58,7 +58,7 @@ class Memory:
 
     @property
     def kept(self) -> int:
-        """What `benchmarks/train/zero.py` counts: parameters, gradients, and the optimizer's states."""
+        """Bytes counted by `benchmarks/train/zero.py`: parameters, gradients and optimizer states."""
         return self.parameters + self.gradients + self.master_weights + self.moments
 
     @property
@@ -68,17 +68,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Placement:
-    """Memory of a rank by where it lies: on its device, or offloaded to the host's memory."""
+    """Memory of a rank by location: on its device, or offloaded to host memory."""
 
     device: Memory
     offloaded: Memory
 
 
 def header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by name; their values are not read.
+    """Read the tensor entries of a safetensors header, by name; values are not read.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file is not a safetensors file.
     """
     try:
         with file.open("rb") as opened:
@@ -91,9 +91,9 @@ def header(file: Path) -> dict[str, Any]:
 
 
 def parameter_shapes(folder: Path) -> Shapes:
-    """Of a component in diffusers' or transformers' format; none if its weights are not there.
+    """Parameter shapes of a component in diffusers or transformers format; empty without weights files.
 
-    Integers (CLIP's positions) and Stable Diffusion 3's table of sines are no parameters.
+    Integers (CLIP's position IDs) and Stable Diffusion 3's sinusoidal table are not parameters.
     """
     every = sorted(folder.glob("*.safetensors"))
     variant = variant_of(file.name for file in every)
@@ -111,7 +111,7 @@ def numel(shape: Iterable[int]) -> int:
 
 
 def adapted(shapes: Shapes, targets: Iterable[str]) -> Iterator[str]:
-    """The layers whose names end in one of `targets`, without `.weight`."""
+    """Yield the layers whose names end in one of `targets`, without `.weight`."""
     ends = tuple(targets)
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
@@ -120,7 +120,7 @@ def adapted(shapes: Shapes, targets: Iterable[str]) -> Iterator[str]:
 
 
 def adapters(shapes: Shapes, targets: Iterable[str], rank: int, *, use_dora: bool = False) -> Shapes:
-    """The parameters of LoRA (arXiv 2106.09685) on the layers whose names end in one of `targets`."""
+    """LoRA parameters (arXiv 2106.09685) of the layers whose names end in one of `targets`."""
     found = Shapes()
     for layer in adapted(shapes, targets):
         shape = shapes[f"{layer}.weight"]
@@ -132,13 +132,13 @@ def adapters(shapes: Shapes, targets: Iterable[str], rank: int, *, use_dora: boo
 
 
 def trained_shapes(train: TrainConfig, denoiser: Shapes, text_encoders: Mapping[str, Shapes]) -> Shapes:
-    """What the optimizer steps, by its name in the training's module.
+    """Shapes of the parameters that the optimizer updates, by name in the training's module.
 
     Args:
-        text_encoders: those that are trained too.
+        text_encoders: shapes of the text encoders that are trained too.
 
     Raises:
-        ConfigError: no layer has such a name.
+        ConfigError: no layer matches the LoRA target modules.
     """
     parts = {"denoiser": denoiser} | {f"text_encoders.{name}": part for name, part in text_encoders.items()}
     found = Shapes()
@@ -159,7 +159,7 @@ def trained_shapes(train: TrainConfig, denoiser: Shapes, text_encoders: Mapping[
 
 
 def _ever_trained(train: TrainConfig) -> set[str] | None:
-    """The groups of layers that any stage of the run trains; None: all."""
+    """Groups of layers that any stage of the run trains; None means all."""
     named = [stage.trainable or train.trainable for stage in train.stages] or [train.trainable]
     return None if any(each is None for each in named) else {group for each in named for group in each or ()}
 
@@ -170,19 +170,19 @@ def _group(name: str, groups: Mapping[str, list[str]]) -> str:
 
 
 def effective_stage(train: TrainConfig, workers: int) -> int:
-    """ZeRO's stage as the engine takes it: one worker alone shards nothing in full fp32 training."""
+    """ZeRO stage that the engine uses: a single worker in plain full fp32 training uses stage 0."""
     offloads = train.offload_optimizer or train.offload_parameters
     needed = train.method != "full" or train.precision != "fp32" or offloads or train.deepspeed
     return train.zero_stage if workers > 1 or needed else 0
 
 
 def rows_a_worker(train: TrainConfig, workers: int) -> int:
-    """Of a step, on the ranks that have most."""
+    """Maximum number of rows per rank and step."""
     return -(-train.batch_size // workers)
 
 
 def pieces_a_step(train: TrainConfig, workers: int) -> int:
-    """In how many pieces a rank takes its rows, accumulating gradients."""
+    """Number of micro batches per rank and step, for gradient accumulation."""
     most = rows_a_worker(train, workers)
     return -(-most // (train.micro_batch_size or most))
 
@@ -190,20 +190,20 @@ def pieces_a_step(train: TrainConfig, workers: int) -> int:
 def rank_memory(
     train: TrainConfig, *, whole: int, trained: int, workers: int, activations: int = 0
 ) -> Placement:
-    """What one rank keeps.
+    """Estimate the memory of one rank.
 
     Args:
-        whole, trained: numbers of parameters of the model that the engine wraps, adapters included, and of
-            those that are trained.
-        activations: bytes of a micro batch.
+        whole: number of parameters of the model that the engine wraps, including adapters.
+        trained: number of trained parameters.
+        activations: bytes of activations of a micro batch.
     """
     stage, element = effective_stage(train, workers), ELEMENT[train.precision]
     zero = train.deepspeed.get("zero_optimization", {})
-    share = -(-trained // workers)  # of what is sharded
-    # Stage 1 shards gradients at the end of the backward pass, but sums those of several pieces up whole.
+    share = -(-trained // workers)  # of a sharded state
+    # Stage 1 shards gradients after the backward pass, but accumulates several micro batches unsharded.
     sharded_gradients = stage >= 2 or (stage == 1 and pieces_a_step(train, workers) == 1)
     parameters = element * (whole if stage < 3 else -(-whole // workers))
-    # Those of several pieces are summed in fp32.
+    # Gradients of several micro batches are accumulated in fp32.
     of_gradient = element if pieces_a_step(train, workers) == 1 else 4
     gradients = of_gradient * (share if sharded_gradients else trained)
     masters = 4 * share if stage else 0

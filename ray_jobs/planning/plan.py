@@ -1,4 +1,4 @@
-"""What a run would do on a cluster: places, memory, batches, cost."""
+"""Plan of a run on a cluster: placement, memory, batches, cost."""
 
 import json
 from pathlib import Path
@@ -24,15 +24,15 @@ from ray_jobs.planning.estimate import (
 from ray_jobs.weights.model_files import INDEX, model_folder
 
 GIB = 2**30
-HEADROOM = 0.9  # of a device's memory, the rest for the context, kernels' work space and fragments
+HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, workspaces and fragmentation
 CLIP_TOKENS, T5_TOKENS = 77, 512
 
 
 class Model:
-    """The sizes of what a configuration trains.
+    """Sizes of the model that a configuration trains.
 
     Raises:
-        ConfigError: the model or its weights are not there.
+        ConfigError: the model or its weights are missing.
     """
 
     def __init__(self, config: Config) -> None:
@@ -72,7 +72,7 @@ class Model:
         return found
 
     def memory(self, config: Config, workers: int) -> Placement:
-        """Of each rank, on so many workers."""
+        """Estimate the memory per rank for a number of workers."""
         train = config.train
         rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
         activations = activation_bytes(
@@ -84,7 +84,7 @@ class Model:
 
 
 def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple[list[str], list[str]]:
-    """What a rank keeps, and what does not fit with what would make it fit."""
+    """Describe a rank's memory; also return the problems, with fixes, if it does not fit."""
     train, workers = config.train, config.train.min_workers
     found = model.memory(config, workers)
     stage = effective_stage(train, workers)
@@ -114,12 +114,12 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
 
 
 def needed_here(config: Config, found: Placement) -> int:
-    """Bytes of the memory that `_room` tells: the device's, or on CPUs the host's with what is offloaded."""
+    """Bytes needed of the memory that `_room` returns: the device's, or on CPUs the host's with offloads."""
     return found.device.whole + (0 if config.train.use_gpu else found.offloaded.whole)
 
 
 def _room(config: Config, machines: list[Machine]) -> int | None:
-    """Bytes that a rank has: a GPU's, or its share of the host's; None where they are not known."""
+    """Bytes available to a rank: a GPU's memory, or its share of the host's; None if unknown."""
     if config.train.use_gpu:
         sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
         return int(HEADROOM * min(sizes) * GIB) if sizes else None
@@ -130,7 +130,7 @@ def _room(config: Config, machines: list[Machine]) -> int | None:
 
 
 def fixes(config: Config, model: Model, room: int) -> list[str]:
-    """Single changes after which a rank fits, the cheapest first; else all of them together, if that fits."""
+    """Single changes that make a rank fit, the cheapest first; else a combination, if one fits."""
     train, workers = config.train, config.train.min_workers
     rows = rows_a_worker(train, workers)
     changes: list[dict[str, Any]] = []
@@ -182,7 +182,7 @@ def _fits(config: Config, model: Model, change: dict[str, Any], room: int) -> bo
 
 
 def batch_lines(config: Config) -> list[str]:
-    """The arithmetic of a step, of an epoch where the data set is prepared, and of the ladder."""
+    """Describe the sizes of a step, of an epoch (if the dataset is prepared), and of the search."""
     train, workers = config.train, config.train.min_workers
     rows, pieces = rows_a_worker(train, workers), pieces_a_step(train, workers)
     lines = [
@@ -206,7 +206,7 @@ def batch_lines(config: Config) -> list[str]:
 
 
 def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
-    """Hours and money of the trainings, at a speed that a run has shown (`images/s` in its lines)."""
+    """Describe hours and cost of the trainings, at a speed measured in a run (`images/s` in its lines)."""
     if not images_per_second:
         return ["hours: give --images-per-second, of one trial, as a run's lines tell it"]
     steps = min(config.search.planned_steps, config.search.max_steps or config.search.planned_steps)
@@ -222,12 +222,12 @@ def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
 
 
 def told(size: float) -> str:
-    """Bytes for a person: MiB below one GiB."""
+    """Format bytes as GiB, or MiB below one GiB."""
     return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"
 
 
 def placement_lines(title: str, placed: Placed) -> list[str]:
-    """Which machine holds how many of what."""
+    """Describe the number of actors of each kind per machine."""
     lines = [f"{title}:"]
     for name, held in placed.held.items():
         inside = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in held.items())
@@ -236,7 +236,7 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
 
 
 def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
-    """The whole page, and whether all of it fits."""
+    """Compose the plan's text; also return True if everything fits."""
     lines = [f"cluster: {machine.told()}" for machine in _grouped(machines)]
     problems: list[str] = []
     stages = {"train and evaluate": search_actors(config), "serve": serving_actors(config)}
@@ -254,7 +254,7 @@ def plan(config: Config, machines: list[Machine], images_per_second: float | Non
 
 
 def _grouped(machines: list[Machine]) -> list[Machine]:
-    """One of each kind, with how many there are as its name."""
+    """Group equal machines into one of each kind, named by its count."""
     kinds: dict[tuple[Any, ...], list[Machine]] = {}
     for machine in machines:
         kinds.setdefault(machine.size, []).append(machine)
