@@ -1,4 +1,4 @@
-"""The manifest of a data set: what was found, what became of it, and whether that is enough."""
+"""Manifest of a dataset: its sources, the decisions on their pictures, and a check that enough remain."""
 
 import hashlib
 from collections import Counter
@@ -24,7 +24,7 @@ def describe(
     parts: Sequence[PlannedPart],
     counts: Counter[str],
 ) -> dict[str, Any]:
-    """The manifest: what was found and what became of it."""
+    """Compose the manifest from the sources and the decisions on their pictures."""
     data = config.data
     digests = sorted(
         f"{part.split} {digest} {key.hex()}"
@@ -71,7 +71,7 @@ def describe(
 
 
 def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPart]) -> list[dict[str, Any]]:
-    """Kept rows of every source, and the realised share of its rows in an epoch of training."""
+    """Kept rows per source, and their realised share in a training epoch."""
     training = [part for part in parts if part.split == "train"]
     rows = Counter[int]()
     for part in parts:
@@ -90,8 +90,10 @@ def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPa
 
 
 def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict[str, int]]:
-    """Training rows of every bucket, the whole batches they make, and the rows over: these are not lost, they
-    begin the bucket's first batch of the next epoch."""
+    """Training rows of every bucket, their number of whole batches, and the remaining rows.
+
+    The remaining rows are not lost: they start the bucket's first batch of the next epoch.
+    """
     rows = Counter[str]()
     for part in parts:
         if part.split == "train":
@@ -104,8 +106,7 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict
 
 
 def require_enough(config: Config, manifest: dict[str, Any], seen: int, storage: Storage) -> None:
-    """Raise ConfigError where so much of `seen` pictures was set aside that the set is wrong, or a split is
-    empty."""
+    """Raise ConfigError if too many of `seen` pictures were rejected, or a split is empty."""
     source = ", ".join(each.path for each in config.data.all_sources)
     aside = sum(manifest["rejected"].values())
     if aside > config.data.cleaning.max_rejected * seen:

@@ -1,4 +1,4 @@
-"""Prepare a data set: scan its sources, decide on every picture, and encode what is new."""
+"""Prepare a dataset: scan its sources, decide on every picture, and encode the new ones."""
 
 import hashlib
 import json
@@ -32,33 +32,33 @@ from ray_jobs.weights.model_files import encoders_digest
 
 PREVIEW = "preview.html"
 SECONDS_BETWEEN_LINES = 10
-FORMAT = 3  # of the manifest; another one prepares anew
-# Settings of speed, and what only changes which sources there are.
+FORMAT = 3  # version of the manifest; a change prepares anew
+# Settings that affect only speed, or only the list of sources.
 NO_CHANGE = {"encode_batch_size", "encode_workers", "num_class_images"}
 
 
 def open_sources(config: Config) -> list[Source]:
-    """The configured sources, listed but not read.
+    """List the configured sources without reading them.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: a source cannot be read.
     """
     rules, storage = caption_rules(config), Storage.open(config.storage)
     return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
 
 
 def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
-    """Run the stage, or find its result. Ray must be initialised.
+    """Run the stage, or reuse its result. Ray must be initialised.
 
     Args:
-        check: called before anything is drawn or encoded, and so before a GPU is asked for; raises to stop
-            the job.
+        check: function called before anything is generated or encoded, and so before a GPU is requested; it
+            raises to stop the job.
 
     Raises:
-        ConfigError: a source has wrong captions, too many pictures are set aside, or a split comes out empty.
+        ConfigError: a source has wrong captions, too many pictures are rejected, or a split is empty.
     """
     sources = open_sources(config)
-    picture_shapes(config)  # a wrong resolution is found before pictures are drawn at it
+    picture_shapes(config)  # reject a wrong resolution before generating pictures at it
     if check and lacking(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
@@ -91,7 +91,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
 
 
 def _open(config: Config) -> tuple[Dataset, str]:
-    """Where the data set lies, and the digest of the encoders."""
+    """Open the dataset's folders; return the dataset and the digest of the encoders."""
     encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
     storage = Storage.open(config.storage)
     cache = storage.child("encoded", encoders[:16])
@@ -99,7 +99,7 @@ def _open(config: Config) -> tuple[Dataset, str]:
 
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
-    """Identifies what the data set depends on, as is seen at a glance: a source that was copied is new."""
+    """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new."""
     settings = config.data.model_dump(mode="json", exclude=NO_CHANGE)
     return _identity(
         FORMAT,
@@ -112,7 +112,7 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
 
 
 def _content(config: Config, parts: Sequence[PlannedPart], encoders: str) -> str:
-    """Identifies what training reads: the same rows in the same order, wherever their pictures lie."""
+    """Digest of the training input: the rows and their order, independent of the pictures' locations."""
     settings = config.data.model_dump(mode="json", exclude=NO_CHANGE | {"source"})
     for source in settings["sources"]:
         del source["path"]
@@ -124,7 +124,7 @@ def _identity(*content: Any) -> str:
 
 
 def _stored(dataset: Dataset, inputs: str) -> Dataset:
-    """The data set with its manifest, if that is of these inputs and all its files are there."""
+    """Return the dataset with its manifest, if that has these inputs and all its files exist."""
     if not dataset.storage.exists(MANIFEST):
         return dataset
     manifest = json.loads(dataset.storage.read_text(MANIFEST))
@@ -136,7 +136,7 @@ def _stored(dataset: Dataset, inputs: str) -> Dataset:
 
 
 def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tuple[list[Entry], Decisions]:
-    """Scan the sources and decide on every picture; writes `rejected.jsonl` and `duplicates.jsonl`."""
+    """Scan the sources and decide on every picture; write `rejected.jsonl` and `duplicates.jsonl`."""
     found = entries(sources, config.data)
     names = ", ".join(source.name for source in sources)
     counts = [source.num_rows for source in sources]
@@ -156,7 +156,7 @@ def _plan(
     decisions: Decisions,
     storage: Storage,
 ) -> tuple[dict[str, Any], list[PlannedPart]]:
-    """The manifest and the parts of a set that was examined."""
+    """Return the manifest and the parts of an examined dataset."""
     buckets = picture_shapes(config)
     parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
     counts = Counter[str]()
@@ -184,7 +184,7 @@ def _plan(
 
 
 def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decisions) -> Iterator[str]:
-    """Lines on how sources and captions are read, and on what of the files is no row of the set."""
+    """Yield lines about how sources and captions are read, and about files that are not rows."""
     for source in sources:
         yield from source.notes
     if decisions.left_out:
@@ -207,7 +207,7 @@ def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decis
 
 
 def _progress(verb: str) -> Callable[..., None]:
-    """A callback that says how far a long step is, at most every few seconds."""
+    """Return a callback that prints the progress of a long step, at most every few seconds."""
     said_at = time.monotonic()
 
     def tell(done: int, whole: int | None = None) -> None:
@@ -220,7 +220,7 @@ def _progress(verb: str) -> Callable[..., None]:
 
 
 def dry_run(config: Config) -> str:
-    """Scan and decide, encode nothing; writes the preview and returns its address."""
+    """Scan and decide without encoding; write the preview and return its URI."""
     sources = open_sources(config)
     announce_class_pictures(config, sources)
     storage = Storage.open(config.storage).child(config.name, "dataset")

@@ -1,4 +1,4 @@
-"""What a picture is worth to training: its size, sharpness, contrast, light, and what it looks like."""
+"""Measures of a picture: size, sharpness, contrast, brightness, perceptual hash and colours."""
 
 import functools
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from ray_jobs.config import CleaningConfig
 from ray_jobs.pictures.reading import Picture, Rejected
 
 SHARPNESS_SIDE = 256
-# `at_least` of `read_picture` for a picture that is only measured: the sharpness of a JPEG that is reduced to
-# this while it is decoded is that of the whole one to within 8 %; reduced to 256 pixels, it is 40 % off.
+# `at_least` of `read_picture` for pictures that are only measured. The sharpness of a JPEG reduced to this
+# while decoding is within 8 % of the full one; reduced to 256 pixels, it is 40 % off.
 FIRST_LOOK_SIDE = 2 * SHARPNESS_SIDE
 DARK, BRIGHT = 8, 247
 HASH_SIDE = 32
@@ -20,7 +20,7 @@ COLOUR_FIELDS = 4
 
 @dataclass(frozen=True)
 class Measures:
-    """What is known of a picture once it is no longer in memory."""
+    """Measures of a picture, kept after its pixels are released."""
 
     width: int  # pixels, upright
     height: int
@@ -34,7 +34,7 @@ class Measures:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """How one of the numbers is judged and counted."""
+    """Threshold and histogram of one measure."""
 
     reason: str
     field: str  # of data.cleaning
@@ -51,10 +51,11 @@ MEASURES = {
 
 
 def measure(picture: Picture) -> Measures:
-    """Measure a picture; decoded with `at_least=FIRST_LOOK_SIDE` it measures much as the whole one.
+    """Measure a picture; decoding with `at_least=FIRST_LOOK_SIDE` gives nearly the same measures.
 
-    A larger one is reduced, so that one threshold of sharpness serves all sizes. A smaller one stays as it
-    is: enlarging adds no detail, so it would call small crisp pictures blurred; `min_side` judges their size.
+    Larger pictures are reduced, so that one sharpness threshold serves all sizes. Smaller ones are not
+    enlarged: that adds no detail, so small crisp pictures would count as blurred. `min_side` limits their
+    size.
     """
     image = picture.image
     scale = SHARPNESS_SIDE / min(image.size)
@@ -84,14 +85,15 @@ def _sharpness(luma: np.ndarray) -> float:
 
 
 def _perceptual_hash(grey: Image.Image) -> int:
-    """pHash, the hash by DCT (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
-    2010, section 3.2): of a luma of 32 x 32, whether each of 8 x 8 low frequencies is above their median.
+    """pHash, a perceptual hash by DCT of a 32 x 32 luma.
 
-    Row 0 and column 0 of the DCT are left out, as in pHash: the constant term, and what varies one way only.
+    Each bit states if one of 8 x 8 low frequencies is above their median (Zauner, "Implementation and
+    Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2). Row 0 and column 0 of the DCT, the
+    constant term and variation in one direction only, are excluded, as in pHash.
     """
     small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.LANCZOS)
     frequencies = _cosines() @ np.asarray(small, dtype=np.float64) @ _cosines().T
-    # Rounded, since in a flat or symmetrical picture errors of 1e-14 would decide.
+    # Rounded, since in a flat or symmetrical picture errors of 1e-14 would set the bits.
     bits = frequencies.round(3) > np.median(frequencies.round(3))
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -104,7 +106,7 @@ def _cosines() -> np.ndarray:
 
 
 def check_size(picture: Picture | Measures, config: CleaningConfig) -> None:
-    """Judge the size that the file's picture has.
+    """Check the size of the file's picture.
 
     Raises:
         Rejected: `too_small` or `extreme_aspect_ratio`.
@@ -123,7 +125,7 @@ def check_size(picture: Picture | Measures, config: CleaningConfig) -> None:
 
 
 def check(measures: Measures, config: CleaningConfig) -> None:
-    """Judge what was measured; of several faults the first in MEASURES counts, flat before blurred.
+    """Check the measures; of several faults the first in MEASURES counts, flat before blurred.
 
     Raises:
         Rejected: `near_constant`, `too_dark`, `too_bright` or `blurred`.
@@ -140,12 +142,12 @@ def check(measures: Measures, config: CleaningConfig) -> None:
 
 
 def histogram(name: str, values: np.ndarray) -> np.ndarray:
-    """Count `values` (any shape) of the measure `name` in its bins; counts of parts of a set add up.
+    """Count `values` (any shape) of the measure `name` in its bins; counts of a dataset's parts add up.
 
-    The first and the last bin also count what lies beyond the edges.
+    The first and last bins include values beyond the edges.
 
     Returns:
-        int64, one count a bin: len(MEASURES[name].edges) - 1.
+        int64, one count per bin: len(MEASURES[name].edges) - 1.
     """
     edges = MEASURES[name].edges
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a person is shown of a scan: each picture that was set aside, each group of duplicates, examples."""
+"""Findings of a scan for display: rejected pictures, groups of duplicates, examples."""
 
 import io
 import json
@@ -22,8 +22,11 @@ EXAMPLE_SIDE = 128  # pixels; what a preview shows is smaller than what is read
 
 
 def write_findings(entries: Sequence[Entry], index: Storage, decisions: Decisions, storage: Storage) -> None:
-    """`rejected.jsonl`: file_name, reason, detail of every row that is set aside, duplicates too, in source
-    order. `duplicates.jsonl`: a line a group: the first, and the others with what became of them."""
+    """Write `rejected.jsonl` and `duplicates.jsonl`.
+
+    `rejected.jsonl` has file_name, reason and detail of every rejected row, including duplicates, in source
+    order. `duplicates.jsonl` has one line per group: the first, and the others with the decision on each.
+    """
     files = [entry.file for entry in entries]
     involved = decisions.matched >= 0
     involved[decisions.matched[involved]] = True
@@ -61,7 +64,7 @@ def examples(
     index: Storage,
     decisions: Decisions,
 ) -> list[Example]:
-    """Up to EXAMPLES_A_REASON pictures of every reason, read again from their sources."""
+    """Read up to EXAMPLES_A_REASON pictures of every reason again from their sources."""
     taken = Counter[str]()
     chosen: list[int] = []
     for row in np.flatnonzero(decisions.reasons != "").tolist():
@@ -97,7 +100,7 @@ def examples(
 def _samples(
     sources: Sequence[Source], entries: Sequence[Entry], decisions: Decisions, rows: Sequence[int]
 ) -> Iterator[tuple[int, Sample]]:
-    """The rows' samples, each piece read once."""
+    """Yield the rows' samples, reading each piece once."""
     starts = np.cumsum(decisions.counts) - decisions.counts
     numbers = np.searchsorted(starts, rows, side="right") - 1
     for number in np.unique(numbers):
@@ -110,7 +113,7 @@ def _samples(
 def _details(
     entries: Sequence[Entry], index: Storage, decisions: Decisions, rows: Sequence[int]
 ) -> dict[int, tuple[str, str, str]]:
-    """Name, caption and detail of some rows."""
+    """Name, caption and detail of the given rows."""
     starts = np.cumsum(decisions.counts) - decisions.counts
     numbers = np.searchsorted(starts, rows, side="right") - 1
     different = [int(number) for number in np.unique(numbers)]

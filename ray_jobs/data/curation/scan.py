@@ -1,8 +1,7 @@
-"""The first look at a set: every picture is read once, measured, and written down in an index.
+"""Scan a dataset: read and measure every picture once, and record it in an index.
 
-The index holds one Parquet file a piece of the sources, one row a picture, no pixels. A file is named by
-what it depends on, so that a set that has grown is scanned only where it is new, and so is a scan that
-was interrupted.
+The index has one Parquet file per piece of the sources, with one row per picture and no pixels. A file is
+named after its dependencies, so that only the new part of a grown dataset or interrupted scan is scanned.
 """
 
 import hashlib
@@ -25,8 +24,8 @@ from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
 from ray_jobs.pictures.reading import Rejected, read_picture
 
-VERSION = 4  # of what a scan measures; another one scans anew
-FILES_AT_ONCE = 16  # index files that are read side by side
+VERSION = 4  # version of the measures; a change scans anew
+FILES_AT_ONCE = 16  # index files read in parallel
 SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -61,7 +60,7 @@ class Entry:
 
 
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
-    """All pieces in the order of the sources, with the names of their index files."""
+    """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.stratify]
     scanned = [json.dumps([*settings, vars(source.captions)]) for source in sources]
     return [
@@ -82,11 +81,11 @@ def scan(
     index: Storage,
     progress: Callable[[int], None],
 ) -> None:
-    """Write the index files that are missing, by Ray Data tasks, a piece each.
+    """Write the missing index files by Ray Data tasks, one per piece.
 
     Args:
-        found: from `entries`.
-        progress: is told the number of rows after each piece.
+        found: result of `entries`.
+        progress: callback that receives the number of rows after each piece.
     """
     import ray.data
 
@@ -112,8 +111,10 @@ def scan(
 
 
 def scan_sample(sample: Sample, config: DataConfig) -> dict[str, Any]:
-    """A row of the index: what the picture measures, or the reason why it cannot be read. Thresholds are not
-    applied here, so that others can be tried without another scan."""
+    """Return a row of the index: the picture's measures, or the reason why it cannot be read.
+
+    Thresholds are not applied here, so that they can be changed without another scan.
+    """
     row: dict[str, Any] = {name: None for name in SCHEMA.names}
     row |= {
         name: getattr(sample, name)
@@ -143,7 +144,7 @@ def _parquet(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def read_index(index: Storage, files: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The tables of index files, in order, a few read ahead."""
+    """Yield the tables of index files in order, reading a few ahead."""
 
     def read(file: str) -> pa.Table:
         return pq.read_table(io.BytesIO(index.read_bytes(file)), columns=list(columns))
@@ -155,10 +156,10 @@ def read_index(index: Storage, files: Sequence[str], columns: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class HashPart:
-    """The hashes of some index files, read where they are compared.
+    """Hashes of some index files, read in the task that compares them.
 
     Attributes:
-        ids: of each row of these files, in order: its picture's number, or -1 for a row that is not compared.
+        ids: picture number of each row of these files, in order; -1 for a row that is not compared.
     """
 
     index: Storage
@@ -166,7 +167,7 @@ class HashPart:
     ids: np.ndarray
 
     def __call__(self) -> Pictures:
-        """The rows that are compared."""
+        """Read the rows to compare."""
         tables = list(read_index(self.index, self.files, ["hash", "colours"]))
         table = pa.concat_tables(tables)
         rows = np.flatnonzero(self.ids >= 0)

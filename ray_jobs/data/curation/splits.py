@@ -1,4 +1,4 @@
-"""Which split and fold a picture belongs to: a function of its bytes, so that it never moves."""
+"""Assignment of a picture to a split and fold: a function of its bytes, so that it never moves."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def content_digest(data: bytes) -> str:
-    """The sha256 of a picture's file, in hexadecimal."""
+    """SHA-256 of a picture's file, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How a set is split: the shares of validation and test in [0, 1), the rest is train.
+    """Shares of validation and test in [0, 1); the rest is train.
 
-    Another seed gives another, independent assignment.
+    Different seeds give independent assignments.
     """
 
     seed: int
@@ -28,14 +28,14 @@ class Shares:
     test: float
 
     def split_at(self, position: float) -> Split:
-        """[0, 1): below `test` is test, then `validation`, then train."""
+        """Return the split at a position in [0, 1): test first, then validation, then train."""
         if position < self.test:
             return "test"
         return "validation" if position < self.test + self.validation else "train"
 
 
 def _position(name: str, seed: int | str) -> float:
-    """The place of a digest or another name in [0, 1), uniform, and independent between seeds."""
+    """Position of a digest or other name in [0, 1), uniform, and independent between seeds."""
     keyed = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(keyed[:8], "big") / 2**64
 
@@ -43,7 +43,7 @@ def _position(name: str, seed: int | str) -> float:
 def split_of(digest: str, shares: Shares) -> Split:
     """Assign a picture to a split by hashing its digest with the seed.
 
-    Other pictures have no say, so that adding some moves none.
+    The result does not depend on other pictures, so adding some moves none.
     """
     return shares.split_at(_position(digest, shares.seed))
 
@@ -53,15 +53,15 @@ def stratified_splits(
 ) -> list[Split]:
     """Split every stratum in the same shares.
 
-    The k-th picture of a stratum lies at frac(start + k * golden ratio), a sequence that fills [0, 1) so
-    evenly that the count in any split is off by at most 1.9 of 100 pictures, and 4.3 of a million: it grows
-    with the logarithm (additive recurrence; Kuipers & Niederreiter 1974, chapter 2.3); the start is the
-    stratum's hash. A `known` picture keeps its split, and the others continue behind them, so that adding
-    pictures moves none.
+    The k-th picture of a stratum has the position frac(start + k * golden ratio), where start is the
+    stratum's hash. This sequence fills [0, 1) so evenly that the count in any split is off by at most 1.9 of
+    100 pictures and 4.3 of a million: the deviation grows logarithmically (additive recurrence; Kuipers &
+    Niederreiter 1974, chapter 2.3). A `known` picture keeps its split, and the others continue after them, so
+    that adding pictures moves none.
 
     Args:
-        digests, strata: one a picture, in the order of the source.
-        known: digest to split, of pictures that were assigned before.
+        digests, strata: one per picture, in source order.
+        known: split by digest, for pictures assigned before.
     """
     taken: dict[str, int] = {}
     for digest, stratum in zip(digests, strata, strict=True):
@@ -78,16 +78,18 @@ def stratified_splits(
 
 
 def fold_of(digest: str, seed: int, folds: int) -> int:
-    """Which of `folds` folds a picture of train or validation belongs to; 0 where there are none.
+    """Return the fold (of `folds`) of a picture of train or validation; 0 if there are no folds.
 
-    Near duplicates have to be asked for by the digest of one of them.
+    For near duplicates, pass the digest of one of them for all.
     """
     return int(_position(digest, f"{seed}:fold") * folds)
 
 
 def is_floor_candidate(digest: str, shares: Shares) -> bool:
-    """Whether a training picture is among those kept for the floor: three times the share of the test
-    split, so that there are twice as many as test pictures also where the shares are uneven by chance.
+    """Return whether a training picture is kept for the floor.
+
+    The share is three times that of the test split, so that there are twice as many as test pictures even if
+    the shares are uneven by chance.
     """
     training = 1 - shares.validation - shares.test
     return _position(digest, f"{shares.seed}:floor") < 3 * shares.test / training

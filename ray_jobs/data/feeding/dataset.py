@@ -1,4 +1,4 @@
-"""What prepare leaves behind: the manifest, the list of parts, and the files of the encoding cache."""
+"""Prepared dataset: the manifest, the list of parts, and the files of the encoding cache."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +20,14 @@ NO_FOLD = -1
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared set.
+    """A prepared dataset.
 
     Attributes:
         storage: `<storage>/<run>/dataset`.
-        cache: where the files of its parts lie.
-        manifest: what manifest.json holds.
-        live: with `data.encode: stream`, a reference to what encodes the training rows (`streaming.Live`).
-        without_fold: of cross-validation: the fold that takes the place of validation, else None.
+        cache: folder of its parts' files.
+        manifest: content of manifest.json.
+        live: with `data.encode: stream`, a reference to the `streaming.Live` that encodes training rows.
+        without_fold: cross-validation fold that replaces validation, else None.
     """
 
     storage: Storage
@@ -38,59 +38,60 @@ class Dataset:
 
     @cached_property
     def all_parts(self) -> list[dict[str, Any]]:
-        """A record a part: split, fold, source, bucket, rows, file."""
+        """One record per part: split, fold, source, bucket, rows, file."""
         return list(json.loads(self.storage.read_text(PARTS)))
 
     def parts(self, split: str) -> list[dict[str, Any]]:
-        """The stored parts of a split. A set of too few pictures has one split, which stands for all."""
+        """Stored parts of a split. A dataset of too few pictures has one split, used for all."""
         if split in ("validation", "test") and not self.manifest["held_out"]:
             split = "train"
         if split == "train" and self.manifest["encode"] == "stream":
-            split = "floor"  # of training rows only those are stored that scores need
+            split = "floor"  # of the training rows only those needed for scores are stored
         if self.without_fold is None or split not in ("train", "validation"):
             return [part for part in self.all_parts if part["split"] == split]
         both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
         return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
 
     def judged_by(self, split: str) -> "tuple[Dataset, str]":
-        """The set and the split of it that `split` names, which may be `fold-2`: see `leave_out`."""
+        """Return the dataset and its split that `split` names; for names like `fold-2` see `leave_out`."""
         name, dash, fold = split.partition("-")
         return (self.leave_out(int(fold)), "validation") if dash else (self, name)
 
     def leave_out(self, fold: int) -> "Dataset":
-        """The set for one round of cross-validation: `fold` of train and validation is what is judged on, the
-        others are trained on.
+        """Return the dataset for one round of cross-validation.
+
+        `fold` of train and validation is used for evaluation, the other folds for training.
 
         Raises:
-            ValueError: `data.folds` made no such fold.
+            ValueError: `data.folds` has no such fold.
         """
         if fold not in range(len(self.manifest["folds"])):
             raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest['folds'])}")
         return replace(self, without_fold=fold)
 
     def together(self) -> "Dataset":
-        """The set for a last training after cross-validation: all of train and validation is trained on."""
+        """Return the dataset for the refit after cross-validation, which trains on train and validation."""
         return replace(self, without_fold=NO_FOLD)
 
     def num_rows(self, split: str) -> int:
-        """Rows of a split; an augmented picture has one a variant."""
+        """Number of rows of a split; an augmented picture has one per variant."""
         return sum(int(part["rows"]) for part in self.parts(split))
 
     def require_parts(self) -> None:
-        """Raise DamagedPart where a file was moved aside since prepare looked: no start would get past it."""
+        """Raise DamagedPart if a file was moved aside since prepare checked; no restart could pass it."""
         present = set(self.cache.files())
         for part in self.all_parts:
             if part["file"] not in present and (damage := aside(self.cache, part["file"])):
                 raise damage
 
     def empty_caption(self) -> dict[str, Any]:
-        """What the encoders make of the empty caption: tokens (int32) and embeddings (float32), by name."""
+        """Encoding of the empty caption: tokens (int32) and embeddings (float32), by name."""
         from safetensors.torch import load
 
         return dict(load(self.cache.read_bytes(EMPTY_CAPTION)))
 
     def table(self, split: str, columns: list[str]) -> pa.Table:
-        """Columns of a split's rows."""
+        """Read columns of a split's rows."""
 
         def read(part: dict[str, Any]) -> pa.Table:
             return read_part(self.cache, part["file"], columns)
@@ -99,7 +100,7 @@ class Dataset:
             return pa.concat_tables(pool.map(read, self.parts(split)))
 
     def read(self, split: str, columns: list[str], limit: int | None = None) -> list[dict[str, Any]]:
-        """Rows of a split in the order of their digests, so that the first are always the same."""
+        """Read rows of a split in the order of their digests, so that the first are always the same."""
         names = list(dict.fromkeys([*columns, "digest", "text"]))
         kept = self.table(split, names).to_pylist()
         return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]

@@ -1,14 +1,14 @@
-"""The order in which training sees its rows: a pure function of the seed, whatever the number of workers.
+"""Order of the training rows: a pure function of the seed, for any number of workers.
 
-Rows lie in parts (Parquet files, or runs of pictures). An epoch takes every row once, or by its source's
-weight. Per bucket (pictures of one shape), the parts are shuffled, the rows of each part are shuffled, and
-the result is cut into windows whose rows are shuffled again: the windowed shuffle of a set that does not fit
-into memory. Two rows can meet in a batch if their parts fall into one window; since the parts are dealt
-anew each epoch, any two rows can. With w parts a window, a batch of B holds on average B / w rows of a
-part, where a full shuffle of p parts holds B / p.
+Rows are stored in parts (Parquet files, or runs of pictures). An epoch takes every row once, or according to
+its source's weight. Per bucket (pictures of one shape), the parts and the rows of each part are shuffled, and
+the result is cut into windows whose rows are shuffled again: the windowed shuffle of a dataset that does not
+fit into memory. Two rows can be in one batch if their parts are in one window; since the parts are shuffled
+anew each epoch, this holds for any two rows. With w parts per window, a batch of B holds on average B / w
+rows of a part; with a full shuffle of p parts it holds B / p.
 
-A step's batch is of one bucket. What is left of a bucket at the end of an epoch starts the bucket's first
-batch of the next one, so that no row is ever left out. The position in this order is one number: the step.
+All rows of a batch are from one bucket. Rows of a bucket left at the end of an epoch start the bucket's first
+batch of the next one, so that no row is ever skipped. The position in this order is one number: the step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,9 @@ class Part:
     """Rows that are read together.
 
     Attributes:
-        rows: how many.
-        bucket: of what shape; batches do not mix buckets.
-        source: which source of the mixture they come from.
+        rows: number of rows.
+        bucket: shape of the rows; batches do not mix buckets.
+        source: number of their source in the mixture.
     """
 
     rows: int
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """A batch: its step (counted from 1) and the B x 2 (part, row in the part) that it consists of."""
+    """A batch: its step (counted from 1) and its rows as B x 2 (part, row in the part)."""
 
     step: int
     epoch: int
@@ -53,22 +53,21 @@ class Window:
 
 
 def rows_of_rank(rows: int, world_size: int, rank: int) -> range:
-    """Which of a step's rows a rank gets: consecutive ones, the first ranks one more where it does not
-    divide."""
+    """Range of a step's rows for one rank: consecutive rows, one more for the first ranks if uneven."""
     each, more = divmod(rows, world_size)
     first = rank * each + min(rank, more)
     return range(first, first + each + (rank < more))
 
 
 class Order:
-    """The batches of all steps.
+    """Batches of all steps.
 
     Args:
-        parts: all of them, in a fixed order.
-        batch_size: rows a step, over all workers.
-        window_rows: rows that are shuffled at once, rounded to whole batches.
-        seed: another one gives another, independent order.
-        weights: by source; the share of its rows in an epoch. Without weights every row comes once an epoch.
+        parts: all parts, in a fixed order.
+        batch_size: rows per step, over all workers.
+        window_rows: rows shuffled at once, rounded to whole batches.
+        seed: seed of the order; different seeds give independent orders.
+        weights: share of each source's rows in an epoch. Without weights every row occurs once per epoch.
 
     Raises:
         ValueError: there are no rows.
@@ -98,8 +97,11 @@ class Order:
         self.rows_an_epoch = sum(self.bucket_rows)
 
     def _quotas(self, weights: dict[int, float] | None) -> dict[str, dict[int, int]]:
-        """Rows an epoch of each bucket and source: as many as there are, or in the proportion of the weights
-        with no source of which an epoch would leave rows out."""
+        """Rows per epoch of each bucket and source.
+
+        Without weights this is the number of rows. With weights it is in their proportion, such that an epoch
+        omits no row of any source.
+        """
         there = {b: {s: int(self.sizes[n].sum()) for s, n in m.items()} for b, m in self.members.items()}
         if not weights:
             return there
@@ -113,7 +115,7 @@ class Order:
         return {b: {s: round(rows * times[s]) for s, rows in counts.items()} for b, counts in there.items()}
 
     def shares(self) -> dict[int, float]:
-        """The realised share of each source's rows in an epoch."""
+        """Realised share of each source's rows in an epoch."""
         taken: dict[int, int] = {}
         for quotas in self.quotas.values():
             for source, rows in quotas.items():
@@ -121,11 +123,11 @@ class Order:
         return {source: rows / self.rows_an_epoch for source, rows in sorted(taken.items())}
 
     def steps_before(self, epoch: int) -> int:
-        """How many steps end in the epochs before `epoch` (counted from 0)."""
+        """Number of steps that end in the epochs before `epoch` (counted from 0)."""
         return sum(rows * epoch // self.batch_size for rows in self.bucket_rows)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that `step` (counted from 1) belongs to: that of its last row."""
+        """Epoch of the last row of `step` (counted from 1)."""
         low, high = 0, 1
         while self.steps_before(high) < step:
             low, high = high, 2 * high
@@ -135,7 +137,7 @@ class Order:
         return low
 
     def windows(self, first: int, last: int) -> Iterator[Window]:
-        """The windows that hold the steps `first` to `last`, cut to these."""
+        """Yield the windows that contain the steps `first` to `last`, clipped to these."""
         epoch = self.epoch_of(first)
         while self.steps_before(epoch) < last:
             begin, end = self.steps_before(epoch) + 1, self.steps_before(epoch + 1)
@@ -149,7 +151,7 @@ class Order:
         """The batches of a window."""
         begin, end = self.steps_before(window.epoch), self.steps_before(window.epoch + 1)
         start = begin + (window.first - 1 - begin) // self.steps_a_window * self.steps_a_window
-        stop = min(start + self.steps_a_window, end)  # of the whole window, of which `window` may be a part
+        stop = min(start + self.steps_a_window, end)  # of the whole window; `window` may be a part
         labels = self._labels(window.epoch)
         inside = labels[start - begin : stop - begin]
         batches: dict[int, Iterator[np.ndarray]] = {}
@@ -165,7 +167,7 @@ class Order:
         return [step for step in found if window.first <= step.step <= window.last]
 
     def _labels(self, epoch: int) -> np.ndarray:
-        """The bucket of each of an epoch's steps."""
+        """Bucket of each of an epoch's steps."""
         counts = [
             rows * (epoch + 1) // self.batch_size - rows * epoch // self.batch_size
             for rows in self.bucket_rows
@@ -174,8 +176,10 @@ class Order:
         return self._generator(0, epoch).permutation(labels)
 
     def _shuffled(self, bucket: int, first: int, last: int) -> np.ndarray:
-        """Batches `first` to `last` (exclusive) of a bucket: n x B x 2. Rows are shuffled within the range,
-        but do not leave their epoch, so that each has been seen as often as the others."""
+        """Batches `first` to `last` (exclusive) of a bucket: n x B x 2.
+
+        Rows are shuffled within the range but stay in their epoch, so that all are seen equally often.
+        """
         begin, end, size = first * self.batch_size, last * self.batch_size, self.bucket_rows[bucket]
         pieces = []
         for epoch in range(begin // size, (end - 1) // size + 1):
@@ -200,14 +204,14 @@ class Order:
 
     @lru_cache(maxsize=64)  # noqa: B019  an Order lives as long as its training
     def _chunks(self, bucket: int, epoch: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
-        """A bucket's epoch as (part, first row, last row, lap) in shuffled order, and where each ends."""
+        """A bucket's epoch as (part, first row, last row, lap) in shuffled order, and the end of each."""
         name = self.buckets[bucket]
         chunks = []
         for source, quota in self.quotas[name].items():
             parts = self.members[name][source]
             there = int(self.sizes[parts].sum())
             position, until, drawn = epoch * quota, (epoch + 1) * quota, -1
-            while position < until:  # laps of the source, each in another order
+            while position < until:  # laps of the source, each in a different order
                 lap, inside = divmod(position, there)
                 if lap != drawn:
                     order = self._generator(3, bucket, source, lap).permutation(parts)
@@ -225,14 +229,14 @@ class Order:
 
 
 class JoinedOrder:
-    """Two orders side by side: each step has the rows of the one, then those of the other.
+    """Two orders combined: each step has the rows of the first, then those of the second.
 
-    Each goes round in its own epochs; a step counts as one of the first's.
+    Each order has its own epochs; a step's epoch is that of the first.
 
     Args:
-        first, second: the second's parts are numbered behind the first's.
-        window_rows: rows that are read at once, rounded to whole batches. Windows are not cut at epochs,
-            which a few pictures fill in less than a step.
+        first, second: orders to combine; the second's parts are numbered after the first's.
+        window_rows: rows read at once, rounded to whole batches. Windows are not cut at epochs, since a few
+            pictures may make an epoch shorter than a step.
     """
 
     def __init__(self, first: Order, second: Order, *, window_rows: int) -> None:
@@ -241,7 +245,7 @@ class JoinedOrder:
         self.steps_a_window = max(1, window_rows // self.batch_size)
 
     def windows(self, first: int, last: int) -> Iterator[Window]:
-        """Windows that hold the steps `first` to `last`."""
+        """Yield windows that contain the steps `first` to `last`."""
         for start in range(first, last + 1, self.steps_a_window):
             yield Window(self.first.epoch_of(start), start, min(start + self.steps_a_window - 1, last))
 

@@ -1,9 +1,9 @@
-"""Stream training rows to the workers: shuffled, endless, in one order whatever the number of workers.
+"""Stream training rows to the workers: shuffled, endless, in one order for any number of workers.
 
-Rank 0 starts one Ray Data execution, at the step that training goes on from, and hands every rank its end
-of the stream. Tasks each produce a window of `order.Order`; the blocks they yield belong to ranks 0, 1, ...
-in turn, and with `preserve_order` Ray deals them in that turn. Each carries its step and rank, and a rank
-that gets another's fails rather than trains on it.
+Rank 0 starts one Ray Data execution at the step from which training resumes, and gives every rank its
+iterator. Each task produces a window of `order.Order`. The blocks it yields are for ranks 0, 1, ... in turn,
+and with `preserve_order` Ray distributes them in that order. Each block carries its step and rank; a rank
+that receives another rank's block fails instead of training on it.
 """
 
 import json
@@ -38,16 +38,16 @@ from ray_jobs.data.sources.detection import Source
 if TYPE_CHECKING:
     import torch
 
-# Steps are sent together until they have this many bytes a rank: a block costs a millisecond or two,
-# however small it is.
+# Steps are sent together up to this many bytes per rank: a block costs a millisecond or two, regardless of
+# its size.
 BYTES_A_BLOCK = 4 << 20
 PREFETCHED_BLOCKS = 4
-STEPS_A_TASK = 64  # a task costs milliseconds, however little it reads
+STEPS_A_TASK = 64  # a task costs milliseconds even if it reads little
 
 
 @dataclass(frozen=True)
 class Live:
-    """What encodes training rows while they are streamed (`data.encode: stream`)."""
+    """Sources and plan for encoding training rows while they are streamed (`data.encode: stream`)."""
 
     readers: list[Source]
     entries: Sequence[Entry]
@@ -55,7 +55,7 @@ class Live:
 
     @staticmethod
     def share(readers: list[Source], entries: Sequence[Entry], parts: Sequence[PlannedPart]) -> Any:
-        """A reference that every node can resolve."""
+        """Return an object reference that every node can resolve."""
         import ray
 
         return ray.put(Live(readers, entries, parts))
@@ -63,14 +63,14 @@ class Live:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What makes the order, and how it is cut.
+    """Settings of the order and of its division among ranks.
 
     Attributes:
-        rows_a_step: of all ranks together.
-        world_size: number of ranks; each gets a consecutive part of a step's rows, of equal size or, for the
-            first ranks, one row more.
+        rows_a_step: rows per step, over all ranks.
+        world_size: number of ranks; each gets a consecutive, equal part of a step's rows, the first ranks one
+            row more if uneven.
         columns: tensors that training needs.
-        class_rows: how many of a step's rows, the last ones, are class pictures.
+        class_rows: number of class pictures in a step, which are its last rows.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class StreamSettings:
     class_rows: int = 0
 
     def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
-        """The order of the training rows in some parts."""
+        """Order of the training rows of the given parts."""
         data = self.config.data
         return Order(
             _parts(records),
@@ -93,7 +93,7 @@ class StreamSettings:
     def joined_order(
         self, records: Sequence[dict[str, Any]], of_class: Sequence[dict[str, Any]], row_bytes: int
     ) -> JoinedOrder:
-        """The order of training rows and, behind them in each step, class rows; these in one of their own."""
+        """Order of training rows followed, in each step, by class rows, which have an order of their own."""
         window_rows = self._window_rows(row_bytes)
         seed = int(np.random.SeedSequence((self.config.seed, 1)).generate_state(1)[0])
         regular = Order(_parts(of_class), batch_size=self.class_rows, window_rows=window_rows, seed=seed)
@@ -108,7 +108,7 @@ def _parts(records: Sequence[dict[str, Any]]) -> list[Part]:
 
 
 def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
-    """Start the stream of the steps `first_step` to `last_step`; returns a Ray Data iterator a rank."""
+    """Start the stream of the steps `first_step` to `last_step`; return one Ray Data iterator per rank."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -116,13 +116,13 @@ def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int,
     context.enable_progress_bars = False
     source = _cached if dataset.live is None else _live
     stream = source(dataset, settings, first_step, last_step)
-    # A block ends when it has this many bytes: after each row, which holds what one rank gets.
+    # A block ends at this many bytes, that is after each row, which holds the data of one rank.
     stream.context.target_max_block_size = 1
     return list(stream.streaming_split(settings.world_size, equal=True))
 
 
 def batches(iterator: Any, *, rank: int, first_step: int) -> Iterator[dict[str, "torch.Tensor"]]:
-    """This rank's rows of each step, from `first_step` on: tensors by column, N x ..."""
+    """Yield this rank's rows of each step from `first_step`: tensors by column, N x ..."""
     step = first_step
     for block in iterator.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
@@ -138,9 +138,9 @@ def batches(iterator: Any, *, rank: int, first_step: int) -> Iterator[dict[str, 
 
 
 def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray]]) -> pa.Table:
-    """A row of the stream: a rank's batches of some steps, the bytes of each column in one piece.
+    """Pack a rank's batches of some steps into one row of the stream, each column as one bytes value.
 
-    A table, which Ray Data takes as it is; a row as a dict it would copy several times.
+    The row is a table, which Ray Data passes on unchanged; it would copy a dict several times.
     """
     names = list(batches[0])
     layout = {
@@ -158,7 +158,7 @@ def pack(rank: int, steps: Sequence[int], batches: Sequence[dict[str, np.ndarray
 
 
 def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """Step, rank and arrays of every batch in a block of the stream."""
+    """Yield step, rank and arrays of every batch in a block of the stream."""
     for row in range(len(block)):
         layout = json.loads(block["layout"][row].as_py())
         ends = dict.fromkeys(layout["dtypes"], 0)
@@ -170,12 +170,12 @@ def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
                 count, kind = math.prod(shape), np.dtype(dtype)
                 values = np.frombuffer(contents[name], kind, count, ends[name])
                 ends[name] += count * kind.itemsize
-                arrays[name] = values.reshape(shape).copy()  # which frees the block, and can be written to
+                arrays[name] = values.reshape(shape).copy()  # frees the block, and is writable
             yield step, layout["rank"], arrays
 
 
 def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> Any:
-    """A Ray data set of the windows to produce, in runs: a small set's window is an epoch of few steps."""
+    """Ray dataset of the windows to produce, grouped in runs: a small dataset's window has few steps."""
     import ray
 
     runs: list[list[tuple[int, ...]]] = []
@@ -190,7 +190,7 @@ def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> Any
 
 
 def _steps(order: Order | JoinedOrder, run: Sequence[Sequence[int]]) -> list[Step]:
-    """The steps of a run of windows, as `_windows` writes it."""
+    """Steps of a run of windows, in the format of `_windows`."""
     return [step for window in run for step in order.steps(Window(*map(int, window)))]
 
 
@@ -210,7 +210,7 @@ def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_st
 
 @dataclass(frozen=True)
 class ReadWindow:
-    """Reads the parts of a run of windows and deals its rows: a table out for each rank and run of steps."""
+    """Read the parts of a run of windows; yield one table per rank and run of steps."""
 
     cache: Storage
     files: list[str]
@@ -249,7 +249,7 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
 
     live: Live = ray.get(dataset.live)
     config = settings.config
-    # A window holds files; what a picture takes when it is decoded is a safe guess of their size.
+    # A window holds files; a picture's decoded size is a safe estimate of its file size.
     order = settings.order([part.record() for part in live.parts], 3 * config.data.resolution**2)
     return (
         _windows(order, first_step, last_step)
@@ -266,7 +266,7 @@ def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step
 
 @dataclass(frozen=True)
 class GatherWindow:
-    """Reads the picture files of a run of windows and deals them: a row out for each step and rank."""
+    """Read the picture files of a run of windows; yield one row per step and rank."""
 
     live: Live
     order: Order
@@ -311,7 +311,7 @@ class GatherWindow:
 
 
 class DecodeBatch(Decode):
-    """Adds pixels to a gathered batch, augmented anew in each epoch."""
+    """Add pixels to a gathered batch, augmented anew in each epoch."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         width, height = (int(side) for side in row["bucket"].split("x"))
@@ -327,7 +327,7 @@ class DecodeBatch(Decode):
 
 
 class EncodeBatch(EncodeRows):
-    """An actor that encodes decoded batches to what `ReadWindow` yields."""
+    """Actor that encodes decoded batches into the format of `ReadWindow`."""
 
     def __init__(self, config: Config, columns: tuple[str, ...]) -> None:
         super().__init__(config)
