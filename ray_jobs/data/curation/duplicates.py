@@ -1,24 +1,24 @@
-"""Near duplicates of a whole set: which pairs of pictures are alike, and what becomes of them.
+"""Search for near duplicates in a whole dataset.
 
 Two pictures are near duplicates if their 64-bit perceptual hashes differ in at most `distance` bits and
 the mean absolute difference of their colours (mean RGB of 4 x 4 fields, 48 bytes) is at most `colour` of
 the full range.
 
-The search is that of Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling" (WWW 2007): cut
-the 64 bits into distance + k blocks. Hashes that differ in `distance` bits differ in that many blocks at
-most, so they agree in k of them at least: for each choice of k blocks a table, keyed by their bits, in
-which only rows of equal keys are compared. A pair belongs to the table of the first k blocks it agrees in
-and is found there alone.
+The search follows Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling" (WWW 2007): cut the
+64 bits into distance + k blocks. Hashes that differ in `distance` bits differ in at most that many blocks, so
+they agree in at least k. For each choice of k blocks there is a table, keyed by their bits, in which only
+rows with equal keys are compared. A pair belongs to the table of the first k blocks in which it agrees, and
+is found only there.
 
-Cost of N rows: N x tables keys are made, sorted and, between machines, moved (66 bytes each); hashes that
-are well spread take tables x N^2 / 2^(key bits + 1) comparisons. A larger k makes more tables of longer
-keys, so k is what costs least for N and the distance: at distance 4 and a million rows k = 2, 15 tables of
-21 bits; at distance 0 always one table of all 64. Of equal keys, only rows whose mean colour lies within
-the tolerance are compared (a difference of means is at most the mean difference), and copies, alike in
-every bit of hash and colours, stand for one row. So a task's memory grows with its rows and the pairs that
-it finds, never with the square of a key's rows; its time does where many hashes are the same although the
-pictures are no copies: one to four minutes for 100,000. Pictures that are alike but no copies do all form
-pairs: m of them m^2 / 2, of which a task takes at most `MAX_PAIRS`.
+Cost for N rows: N x tables keys are created, sorted and moved between machines (66 bytes each). Well-spread
+hashes need tables x N^2 / 2^(key bits + 1) comparisons. A larger k gives more tables with longer keys, so k
+is chosen for the least cost given N and the distance: at distance 4 and a million rows k = 2, with 15 tables
+of 21 bits; at distance 0 always one table of all 64. Among rows with equal keys, only those whose mean
+colours are within the tolerance are compared (a difference of means is at most the mean difference). Copies,
+equal in every bit of hash and colours, are represented by one row. A task's memory therefore grows with its
+rows and the pairs that it finds, never with the square of the rows per key. Its time does grow so if many
+hashes are equal although the pictures are not copies: one to four minutes for 100,000. Similar pictures that
+are not copies all form pairs: m of them form m^2 / 2, of which a task accepts at most `MAX_PAIRS`.
 """
 
 import itertools
@@ -32,21 +32,21 @@ import numpy as np
 from ray_jobs.config import ConfigError
 
 HASH_BITS = 64
-COLOUR_RANGE = 48 * 255  # of the sum of a picture's colours, and of the summed difference of two
-# Room for a colour sum and a tolerance added to it, in the low bits of a sorting key.
+COLOUR_RANGE = 48 * 255  # range of a picture's colour sum, and of the summed difference of two
+# Low bits of a sorting key, for a colour sum plus a tolerance.
 SUM_BITS = 15
-# What comparing with one row of the same key costs, of what making and sorting a key costs. Measured: 0.004
-# where mean colours are spread evenly, 0.03 where all are the same; hashes of real pictures are less spread.
+# Cost of a comparison with one row of the same key, relative to creating and sorting a key. Measured: 0.004
+# for evenly spread mean colours, 0.03 for equal ones; hashes of real pictures are less spread.
 COMPARISON_COST = 0.02
 CANDIDATES_AT_ONCE = 1 << 19  # pairs compared in one step; two copies of their colours are 50 MB
-MAX_PAIRS = 1 << 25  # that one task may find: 1.7 GiB while they are sorted
+MAX_PAIRS = 1 << 25  # maximum per task: 1.7 GiB during sorting
 KEYS_A_TASK = 1 << 22  # 264 MiB of rows
 
 
 class Pictures(NamedTuple):
-    """What the search knows of N pictures: ids, hashes, colours."""
+    """Search data of N pictures: IDs, hashes, colours."""
 
-    ids: np.ndarray  # int64, N: unique; their order is that of the set
+    ids: np.ndarray  # int64, N: unique; in dataset order
     hashes: np.ndarray  # uint64, N
     colours: np.ndarray  # uint8, N x 48
 
@@ -56,10 +56,10 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """All near duplicates of a set, by the ids of their pictures, smaller first, sorted.
+    """All near duplicates of a dataset as sorted pairs of picture IDs, the smaller first.
 
-    Copies have the same hash and colours, and thus the same near duplicates. They are named once, with the
-    first of them; `near` holds the pairs among pictures that are no copies.
+    Copies have the same hash and colours, and thus the same near duplicates. Each copy is listed once, with
+    the first of its group; `near` holds the pairs among pictures that are not copies.
     """
 
     near: np.ndarray  # int64, M x 2
@@ -68,18 +68,20 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Table:
-    """Some of the blocks that the hash is cut into: `key` their bits, `before` the masks of the blocks that
-    stand before the last of them and are not among them."""
+    """A choice of blocks of the hash.
+
+    `key` is the mask of their bits; `before` has the masks of the other blocks before the last chosen one.
+    """
 
     key: np.uint64
     before: tuple[np.uint64, ...]
 
 
 def make_tables(distance: int, agreeing: int) -> list[Table]:
-    """A table for each choice of `agreeing` of the distance + agreeing blocks of the 64 bits.
+    """Make one table per choice of `agreeing` of the distance + agreeing blocks of the 64 bits.
 
-    Hashes within `distance` have equal keys in one table at least; in exactly one of those they also
-    differ in each block of `before`.
+    Hashes within `distance` have equal keys in at least one table; in exactly one of those they also differ
+    in each block of `before`.
     """
     num_blocks = distance + agreeing
     edges = [HASH_BITS * block // num_blocks for block in range(num_blocks + 1)]
@@ -94,7 +96,7 @@ def make_tables(distance: int, agreeing: int) -> list[Table]:
 
 
 def least_cost(distance: int, num_rows: int) -> int:
-    """How many blocks shall agree (the paper's k), so that keys and comparisons together cost least."""
+    """Number of agreeing blocks (the paper's k) that minimises the cost of keys and comparisons."""
 
     def cost(agreeing: int) -> float:
         num_blocks = distance + agreeing
@@ -107,14 +109,14 @@ def least_cost(distance: int, num_rows: int) -> int:
 def near_pairs(
     hashes: np.ndarray, colours: np.ndarray, *, distance: int, colour: float, agreeing: int | None = None
 ) -> Pairs:
-    """The near duplicates of a set, in this process; ids are positions.
+    """Find the near duplicates of a dataset in this process; IDs are positions.
 
     Args:
         hashes: uint64, N.
         colours: uint8, N x 48.
         distance: bits, 0 to 8.
         colour: share of the full range, 0 to 1.
-        agreeing: the paper's k; else the one of least cost.
+        agreeing: the paper's k; None: the one of least cost.
 
     Raises:
         ConfigError: there are more than `MAX_PAIRS`.
@@ -128,17 +130,18 @@ def near_pairs(
 def find_near_pairs(
     parts: Sequence[Callable[[], Pictures]], *, distance: int, colour: float, keys_a_task: int = KEYS_A_TASK
 ) -> Pairs:
-    """The near duplicates of a set, by Ray tasks: what `near_pairs` finds, with the ids of the parts.
+    """Find the near duplicates of a dataset by Ray tasks: as `near_pairs`, with the IDs of the parts.
 
-    A task reads each part and another deals its rows, once a table, to as many tasks as there are
-    `keys_a_task` keys; each of these compares what has equal keys. A small set is compared by one task. Only
-    the pairs come here.
+    One task reads each part and another distributes its rows, once per table, to search tasks of
+    `keys_a_task` keys each, which compare rows with equal keys. A small dataset is compared by one task. Only
+    the pairs are returned to this process.
 
     Args:
-        parts: at least one; each is called inside a task and returns its pictures.
+        parts: at least one function; each is called inside a task and returns its pictures.
         distance: bits, 0 to 8.
         colour: share of the full range, 0 to 1.
-        keys_a_task: 66 bytes each; a task takes 1.3 times that beside them, six times if all are copies.
+        keys_a_task: keys per task, of 66 bytes each; a task needs 1.3 times that in addition, or six times if
+            all are copies.
 
     Raises:
         ConfigError: a task found more than `MAX_PAIRS`.
@@ -176,9 +179,9 @@ def _search_all(distance: int, colour: float, *blocks: Pictures) -> Pairs:
 
 
 def _deal(pictures: Pictures, tables: list[Table], num_tasks: int) -> Iterator[tuple[np.ndarray, Pictures]]:
-    """For each task the rows that it compares, with the number of the table (uint16) each is in.
+    """Yield, for each task, the rows that it compares, with their table numbers (uint16).
 
-    A key goes to the same task from every part. One that many hashes share, such as 0, goes to another
+    A key goes to the same task from every part. A key shared by many hashes, such as 0, goes to a different
     task in each table.
     """
     hashes = pictures.hashes
@@ -192,7 +195,7 @@ def _deal(pictures: Pictures, tables: list[Table], num_tasks: int) -> Iterator[t
 
 
 def _search(tables: list[Table], distance: int, colour: float, *blocks: tuple[np.ndarray, Pictures]) -> Pairs:
-    """The pairs among the rows that were dealt to a task."""
+    """Find the pairs among the rows of a task."""
     numbers = np.concatenate([number for number, _ in blocks])
     pictures = _joined([pictures for _, pictures in blocks])
     copies = []
@@ -200,7 +203,7 @@ def _search(tables: list[Table], distance: int, colour: float, *blocks: tuple[np
     def compared() -> Iterator[np.ndarray]:
         for number, table in enumerate(tables):
             firsts, found = _collapse(_sorted_by_id(pictures.at(numbers == number)))
-            if number == 0:  # copies meet in every table, and belong to the first like any pair
+            if number == 0:  # copies agree in every table, and belong to the first like any pair
                 copies.append(found)
             yield from _compare(firsts, table, distance, colour)
 
@@ -216,14 +219,14 @@ def _sorted_by_id(pictures: Pictures) -> Pictures:
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:
-    """uint64 to uint64, one to one, every bit depending on all: splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Mix uint64 keys one-to-one, every bit depending on all: splitmix64 (Steele et al., OOPSLA 2014)."""
     keys = (keys ^ (keys >> 30)) * 0xBF58476D1CE4E5B9
     keys = (keys ^ (keys >> 27)) * 0x94D049BB133111EB
     return keys ^ (keys >> 31)
 
 
 def _collapse(pictures: Pictures) -> tuple[Pictures, np.ndarray]:
-    """Of pictures in the order of their ids: those that are no copies, and the pairs (first, copy)."""
+    """Split pictures in ID order into those that are not copies, and the pairs (first, copy)."""
     by_hash = np.argsort(pictures.hashes)
     repeats = np.diff(pictures.hashes[by_hash]) == 0
     shared = np.zeros(len(by_hash), bool)  # only a hash that occurs again can be a copy's
@@ -240,11 +243,10 @@ def _collapse(pictures: Pictures) -> tuple[Pictures, np.ndarray]:
 
 
 def _compare(pictures: Pictures, table: Table, distance: int, colour: float) -> Iterator[np.ndarray]:
-    """The pairs of ids, int64 M x 2, that are near duplicates and belong to `table`, some at a time."""
+    """Yield the ID pairs (int64, M x 2) of near duplicates that belong to `table`, in chunks."""
     tolerance = int(colour * COLOUR_RANGE)
     sums = pictures.colours.sum(axis=1, dtype=np.uint64)
-    # Rows of one key side by side, by their colours' sum. Two keys that agree in the bits left of them are
-    # told apart below.
+    # Rows are sorted by key, then by colour sum. Keys that agree in the remaining bits are separated below.
     sorting = (_mix(pictures.hashes & table.key) >> SUM_BITS << SUM_BITS) | sums
     order = np.argsort(sorting)
     ids, hashes, colours = pictures.at(order)
@@ -254,14 +256,14 @@ def _compare(pictures: Pictures, table: Table, distance: int, colour: float) -> 
         for mask in table.before:
             near &= differing & mask != 0
         left, right = left[near], right[near]
-        # uint8 has no room for a negative difference.
+        # uint8 cannot hold a negative difference.
         low, high = np.minimum(colours[left], colours[right]), np.maximum(colours[left], colours[right])
         alike = (high - low).sum(axis=1, dtype=np.uint16) <= tolerance
         yield np.sort(np.column_stack([ids[left[alike]], ids[right[alike]]]), axis=1)
 
 
 def _candidates(values: np.ndarray, tolerance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of positions in the sorted `values` (uint64) that lie within `tolerance`, some at a time."""
+    """Yield pairs of positions in the sorted `values` (uint64) that are within `tolerance`, in chunks."""
     rows = np.flatnonzero(np.diff(values) <= tolerance)
     counts = np.searchsorted(values, values[rows] + tolerance, side="right") - rows - 1
     steps = np.cumsum(counts) // CANDIDATES_AT_ONCE
@@ -273,7 +275,7 @@ def _candidates(values: np.ndarray, tolerance: int) -> Iterator[tuple[np.ndarray
 
 
 def _limited(found: Iterator[np.ndarray]) -> list[np.ndarray]:
-    """The arrays of pairs, as long as a task can hold them."""
+    """Collect the arrays of pairs, up to a task's limit."""
     arrays, num_pairs = [np.empty((0, 2), np.int64)], 0
     for pairs in found:
         arrays.append(pairs)

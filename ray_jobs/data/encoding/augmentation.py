@@ -1,6 +1,6 @@
-"""Random changes to training pictures: flip, rotation, scale, place of the crop, colour.
+"""Random augmentation of training pictures: flip, rotation, scale, crop position, colour.
 
-What is drawn and how it is applied are apart: `Changes.draw` looks at no picture, `apply` draws nothing.
+Drawing and applying are separate: `Changes.draw` reads no picture, `apply` draws no random numbers.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ HUES = 255  # steps of Pillow's hue channel around the circle: its 0 and its 255
 
 
 def row_generator(seed: int, digest: str, draw: int) -> np.random.Generator:
-    """A generator for one row, independent between seeds, pictures and draws.
+    """Random generator for one row, independent between seeds, pictures and draws.
 
-    It rests on nothing but sha256, SeedSequence and Philox, all with fixed streams, so that a row is
-    augmented alike on every machine and after every restart.
+    It uses only SHA-256, SeedSequence and Philox, all with fixed streams, so that a row's augmentation is the
+    same on every machine and after every restart.
 
     Args:
         seed: any integer.
-        digest: sha256 of the picture's file, in hexadecimal.
-        draw: the epoch or the variant.
+        digest: SHA-256 of the picture's file, in hexadecimal.
+        draw: epoch or variant.
     """
     key = hashlib.sha256(f"{seed}:{digest}:{draw}".encode()).digest()
     sequence = np.random.SeedSequence(int.from_bytes(key, "big"))
@@ -34,17 +34,17 @@ def row_generator(seed: int, digest: str, draw: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to one picture; as it stands, nothing.
+    """Augmentation of one picture; the defaults change nothing.
 
     Attributes:
-        flip: mirror it, left for right.
-        degrees: it is turned by, anticlockwise.
-        side: of the crop, as a share of what fits.
-        place: of the crop, from left and from top: 0 and 1 are the ends of where it fits.
+        flip: True to flip horizontally.
+        degrees: rotation, anticlockwise.
+        side: side of the crop, as a share of the largest that fits.
+        place: position of the crop from left and top; 0 and 1 are the limits of its range.
         brightness: factor of every channel.
         contrast: factor of the distance from the mean luma.
         saturation: factor of the distance from grey.
-        hue: added, as a share of the circle.
+        hue: shift, as a share of the circle.
     """
 
     flip: bool = False
@@ -58,7 +58,7 @@ class Changes:
 
     @staticmethod
     def draw(config: AugmentationConfig, generator: np.random.Generator) -> "Changes":
-        """Draw as many numbers whatever is switched on, so that one augmentation does not change another."""
+        """Draw the changes; the count of draws is fixed, so that one augmentation does not affect another."""
         drawn = generator.random(13).tolist()
         flip, rotate, crop, scale, colour, angle, across, down, smaller = drawn[:9]
         brightness, contrast, saturation, hue = (
@@ -84,23 +84,23 @@ def augment(
     *,
     original: Size | None = None,
 ) -> Fitted:
-    """Draw changes and apply them; where none comes out, the result is that of `geometry.fit`.
+    """Draw changes and apply them; without changes the result equals `geometry.fit`.
 
     Args:
         image: RGB, upright.
-        target: of the result.
+        target: size of the result.
         config: probabilities and strengths.
-        generator: see `row_generator`; 13 numbers are taken from it.
-        original: size of the upright picture where `image` was decoded at a reduced scale.
+        generator: see `row_generator`; 13 numbers are drawn from it.
+        original: size of the upright picture, if `image` was decoded at a reduced scale.
     """
     return apply(image, target, Changes.draw(config, generator), original=original)
 
 
 def apply(image: Image.Image, target: Size, changes: Changes, *, original: Size | None = None) -> Fitted:
-    """Flip, turn, crop and resize `image` (RGB, upright), then change its colours.
+    """Flip, rotate, crop and resize `image` (RGB, upright), then change its colours.
 
-    The offset of the crop counts after the flip. Of a turned picture it counts from the corner of the
-    smallest upright rectangle around all of it.
+    The crop offset is measured after the flip. For a rotated picture it starts at the corner of the smallest
+    upright rectangle around the whole picture.
     """
     assert image.mode == "RGB", image.mode
     original = original or image.size
@@ -116,11 +116,11 @@ def apply(image: Image.Image, target: Size, changes: Changes, *, original: Size 
 
 
 def _crop(image: Image.Image, target: Size, changes: Changes) -> tuple[Image.Image, tuple[int, int]]:
-    """The crop at `target` size, and its offset. No pixel of it lies outside the picture.
+    """Return the crop at `target` size, and its offset. All its pixels are inside the picture.
 
-    Seen from a picture of W x H, an upright crop of w x h in it when it is turned by a is itself turned, and
-    covers w cos|a| + h sin|a| of W and w sin|a| + h cos|a| of H. The largest crop of the target's aspect
-    ratio fills one of them; what is left of the other, and more for a smaller side, is room for its place.
+    In the frame of a W x H picture rotated by a, an upright w x h crop is itself rotated, and spans
+    w cos|a| + h sin|a| of W and w sin|a| + h cos|a| of H. The largest crop of the target's aspect ratio fills
+    one of them. The remainder of the other, and more for a smaller crop, is the range of its position.
     """
     angle = math.radians(changes.degrees)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -140,7 +140,7 @@ def _crop(image: Image.Image, target: Size, changes: Changes) -> tuple[Image.Ima
         return cropped, crop_offset((left, top), crop, target)
     centre = left + covered[0] / 2, top + covered[1] / 2
     cropped = _turned(image, centre, crop, angle).resize(target, Image.Resampling.LANCZOS)
-    # From the picture's centre to the crop's, turned, and so to the corner of the rectangle around it.
+    # Rotate the vector between the picture's and the crop's centres to get the rectangle's corner.
     x, y = centre[0] - image.width / 2, centre[1] - image.height / 2
     around = extent(*image.size)
     left = (around[0] - width) / 2 + x * cos + y * sin
@@ -151,13 +151,13 @@ def _crop(image: Image.Image, target: Size, changes: Changes) -> tuple[Image.Ima
 def _turned(
     image: Image.Image, centre: tuple[float, float], crop: tuple[float, float], angle: float
 ) -> Image.Image:
-    """The crop around `centre` (x, y in the picture) as it looks when the picture is turned by `angle`.
+    """Return the crop around `centre` (x, y in the picture) after rotating the picture by `angle`.
 
-    It has the scale of `image` but for rounding to whole pixels (bicubic). Resizing it afterwards sees no
-    pixel from outside the crop, as resizing a part of a wholly turned picture would at its edges.
+    It has the scale of `image`, up to rounding to whole pixels (bicubic). Resizing it afterwards uses no
+    pixels outside the crop, unlike resizing a region of a fully rotated picture, which does at its edges.
 
     Args:
-        angle: in radians, anticlockwise.
+        angle: angle in radians, anticlockwise.
     """
     size = max(1, round(crop[0])), max(1, round(crop[1]))
     across, down = crop[0] / size[0], crop[1] / size[1]
@@ -178,7 +178,7 @@ def _change_colours(image: Image.Image, changes: Changes) -> Image.Image:
     image = ImageEnhance.Contrast(image).enhance(changes.contrast)
     image = ImageEnhance.Color(image).enhance(changes.saturation)
     steps = round(changes.hue * HUES)
-    if steps == 0:  # there and back by 8-bit HSV would cost some levels
+    if steps == 0:  # converting to 8-bit HSV and back would lose some levels
         return image
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(level + steps) % HUES for level in range(256)])

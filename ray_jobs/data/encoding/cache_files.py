@@ -1,7 +1,6 @@
-"""Files of the encoding cache: Parquet with a checksum a page, so that damage is found where it is read.
+"""Files of the encoding cache: Parquet with a checksum per page, so that damage is detected on reading.
 
-A damaged file is moved aside, and whoever reads it fails with a line that says so. The next prepare encodes
-it anew.
+A damaged file is moved aside, and its reader fails with a message. The next prepare encodes it anew.
 """
 
 import io
@@ -19,8 +18,8 @@ ASIDE = ".damaged"
 def write_part(cache: Storage, file: str, table: pa.Table) -> None:
     """Write rows as one file of the cache, whole or not at all."""
     buffer = io.BytesIO()
-    # Uncompressed they are read without a copy. As columns of 2-byte values, with BYTE_STREAM_SPLIT and zstd,
-    # latents and embeddings would take 1/2 to 2/3 of the room.
+    # Uncompressed columns are read without a copy. As columns of 2-byte values, with BYTE_STREAM_SPLIT and
+    # zstd, latents and embeddings would take 1/2 to 2/3 of the space.
     pq.write_table(
         table,
         buffer,
@@ -33,11 +32,11 @@ def write_part(cache: Storage, file: str, table: pa.Table) -> None:
 
 
 def read_part(cache: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a file of the cache; columns: None takes all.
+    """Read rows of a cache file; `columns` None reads all.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedPart: it is damaged, and moved aside now.
+        FileNotFoundError: the file does not exist.
+        DamagedPart: the file is damaged, and has been moved aside.
     """
     names = None if columns is None else list(columns)
     return _read(
@@ -46,16 +45,16 @@ def read_part(cache: Storage, file: str, columns: Sequence[str] | None = None) -
 
 
 def read_schema(cache: Storage, file: str) -> pa.Schema:
-    """The columns of a file of the cache; errors as above."""
+    """Read the schema of a cache file; errors as for `read_part`."""
     return _read(cache, file, pq.read_schema)
 
 
 class DamagedPart(ValueError):
-    """A file of the cache was damaged; names it, and what to do. `told_damage` knows it by its text."""
+    """Error for a damaged cache file; it names the file and the fix. `told_damage` recognises its text."""
 
 
 def aside(cache: Storage, file: str) -> DamagedPart | None:
-    """What to raise for a file that was moved aside; None if it was not."""
+    """Return the error for a file that was moved aside; None if it was not."""
     if not cache.exists(file + ASIDE):
         return None
     return DamagedPart(
@@ -72,7 +71,7 @@ def _read(cache: Storage, file: str, read: Callable[[Any], Any]) -> Any:
         except (OSError, pa.ArrowInvalid) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            content = cache.read_bytes(file)  # it may be the store that failed, not what it holds
+            content = cache.read_bytes(file)  # the store may have failed, not the content
         try:
             return read(pa.BufferReader(content))
         except (OSError, pa.ArrowInvalid):

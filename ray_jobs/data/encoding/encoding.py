@@ -1,11 +1,11 @@
-"""Encode what the plan names: Ray Data reads, decodes on CPUs, and encodes by actors that hold the model.
+"""Encode the planned parts: Ray Data reads, decodes on CPUs, and encodes in actors that hold the model.
 
-Parts are files of the encoding cache, `<storage>/encoded/<encoders>/<part>.parquet`, named by what they
-hold: the rows' keys. A row's key is the hash of all that its encoding depends on. A part that is there is
-left alone; of a part that is missing, rows that lie in other files of the cache are copied, and only the
-others are encoded. Each part is encoded by itself and written whole, so that an interrupted run, started
-again, writes the same bytes as an unbroken one. Beside the parts lies the empty caption's encoding, which
-training puts in the place of dropped captions.
+Parts are files of the encoding cache, `<storage>/encoded/<encoders>/<part>.parquet`, named after their rows'
+keys. A row's key is the hash of everything that its encoding depends on. Existing parts are kept. For a
+missing part, rows stored in other files of the cache are copied, and only the others are encoded. Each part
+is encoded separately and written atomically, so that a restarted run writes the same bytes as an
+uninterrupted one. The encoding of the empty caption, which training uses for dropped captions, is stored with
+the parts.
 """
 
 import json
@@ -30,9 +30,9 @@ from ray_jobs.data.encoding.tensors import tensor_column
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.pictures.reading import Picture, encode_png, read_picture
 
-# What the steps reserve. Ray Data would run steps that reserve alike as one, one after the other for each
-# part; so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its
-# processes, and the memory they take, from growing with the set while the encoders start.
+# Resources of the steps. Ray Data would fuse steps with equal resources and run them in sequence for each
+# part, so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its
+# processes, and their memory, from growing with the dataset while the encoders start.
 GATHERING = {"num_cpus": 1}
 DECODING = {"num_cpus": 1, "memory": 3 * PIXELS_A_PART}
 
@@ -41,14 +41,15 @@ CONDITIONING = ("original_height", "original_width", "top", "left", "target_heig
 
 
 class ChangedFile(RuntimeError):
-    """A picture is not the one that was scanned."""
+    """Error for a picture that has changed since the scan."""
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Reads the pictures of parts from consecutive pieces of a source, each piece once.
+    """Read the pictures of parts from consecutive pieces of a source, each piece once.
 
-    One row in: the entries and the parts. A row out for each part: its pictures' bytes and captions.
+    Input: one row with the entries and the parts. Output: one row per part, with its pictures' bytes and
+    captions.
     """
 
     readers: list[Source]
@@ -78,7 +79,7 @@ class Gather:
 
 
 def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Any]) -> dict[str, Any]:
-    """A part with the bytes and captions of its rows; variants of a picture share its bytes."""
+    """Combine a part with the bytes and captions of its rows; variants of a picture share its bytes."""
     places = list(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
     different = {place: number for number, place in enumerate(dict.fromkeys(places))}
     return {
@@ -92,7 +93,7 @@ def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Any]) -> dict[st
 
 @dataclass(frozen=True)
 class Decode:
-    """Adds pixels to a gathered part: each row fitted to the part's bucket, training rows augmented."""
+    """Add pixels to a gathered part: each row is fitted to the part's bucket, training rows augmented."""
 
     config: Config
 
@@ -123,14 +124,16 @@ class Decode:
         }
 
     def open(self, data: bytes, bucket: Size) -> Picture:
-        """A picture, a large JPEG at a half, a quarter or an eighth of its size: that is much faster, and
-        twice the size it is fitted to leaves the last halving to the better filter."""
+        """Decode a picture; a large JPEG at 1/2, 1/4 or 1/8 of its size, which is much faster.
+
+        It keeps at least twice the target size, so that the better filter does the last halving.
+        """
         config = self.config.data
         limit = config.cleaning.max_pixels
         return read_picture(data, background=config.background, max_pixels=limit, at_least=2 * max(bucket))
 
     def fit(self, picture: Picture, split: str, bucket: Size, digest: str, draw: int) -> Fitted:
-        """One picture at the training size; `draw` is its variant, or the epoch while streaming."""
+        """Fit one picture to the training size; `draw` is its variant, or the epoch while streaming."""
         data, original = self.config.data, (picture.width, picture.height)
         if split != "train" or not data.augmentation.is_active:
             return fit(picture.image, bucket, original=original)
@@ -144,7 +147,7 @@ class Decode:
 
 
 class EncodeRows:
-    """The encoders on an actor: pixels and captions to tensors as they are stored."""
+    """Encoders in an actor: pixels and captions to tensors in stored form."""
 
     def __init__(self, config: Config) -> None:
         import torch
@@ -159,7 +162,7 @@ class EncodeRows:
         self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
 
     def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
-        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, the captions' forms."""
+        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings."""
         import torch
 
         size = self.batch_size
@@ -174,7 +177,7 @@ class EncodeRows:
         tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
         tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
         tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
-        # Pictures come with their channels last, and convolutions keep that; stored is the plain order.
+        # Pixels are channels-last, which convolutions preserve; tensors are stored contiguous.
         return {
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in sorted(tensors.items())
@@ -182,7 +185,7 @@ class EncodeRows:
 
 
 class EncodePart(EncodeRows):
-    """An actor that encodes decoded parts and writes their files."""
+    """Actor that encodes decoded parts and writes their files."""
 
     def __init__(self, cache: Storage, config: Config, reuse: dict[bytes, tuple[str, int]]) -> None:
         from safetensors.torch import save
@@ -211,7 +214,7 @@ class EncodePart(EncodeRows):
     def _table(
         self, part: PlannedPart, row: dict[str, Any], pixels: np.ndarray, chosen: list[int]
     ) -> pa.Table:
-        """The chosen rows of a part, encoded."""
+        """Encode the chosen rows of a part."""
         import torch
 
         texts = [str(row["text"][n]) for n in chosen]
@@ -230,7 +233,7 @@ class EncodePart(EncodeRows):
         return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
 
     def _copied(self, part: PlannedPart) -> pa.Table | None:
-        """The rows of a part that lie in other files of the cache."""
+        """Read the rows of a part that are stored in other files of the cache."""
         places: dict[str, list[int]] = {}
         for key in part.keys:
             if key in self.reuse:
@@ -241,7 +244,7 @@ class EncodePart(EncodeRows):
 
 
 def encoder_actors(config: Config) -> dict[str, Any]:
-    """How Ray Data runs a step of `EncodeRows`: as a pool of actors that keep the model."""
+    """Ray Data options for a step of `EncodeRows`: a pool of actors that keep the model loaded."""
     import ray.data
 
     return {
@@ -259,10 +262,10 @@ def encode_parts(
     cache: Storage,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Write the parts that the cache lacks; returns how many rows had to be encoded.
+    """Write the parts missing from the cache; return the number of rows that had to be encoded.
 
     Args:
-        progress: is told rows done and rows to do, after each part.
+        progress: callback that receives rows done and rows to do, after each part.
     """
     import ray.data
 
@@ -284,8 +287,8 @@ def encode_parts(
         .map(Decode(config), **DECODING)
         .map(EncodePart, fn_constructor_args=(cache, config, reuse), **encoder_actors(config))
     )
-    written.context.target_max_block_size = 1  # a block a part, so that parts move on one by one
-    # Ray Data would measure its workers' memory every second, which costs the encoder some 5 %.
+    written.context.target_max_block_size = 1  # one block per part, so that parts move on one by one
+    # Ray Data would measure its workers' memory every second, which costs the encoder about 5 %.
     written.context.memory_usage_poll_interval_s = None
     done, encoded, whole = 0, 0, sum(len(part.rows) for part in missing)
     for row in written.iter_rows():
@@ -297,7 +300,7 @@ def encode_parts(
 def known_rows(
     cache: Storage, files: set[str], missing: Sequence[PlannedPart]
 ) -> dict[bytes, tuple[str, int]]:
-    """Where rows of the missing parts lie in other files of the cache: key to (file, row in it)."""
+    """Locate rows of the missing parts in other files of the cache: key to (file, row in it)."""
     needed = {key for part in missing for key in part.keys}
 
     def read(file: str) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Which shape a picture is trained at, and how it is cropped and resized to it."""
+"""Training shapes of pictures, and cropping and resizing to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Fitted:
 
     Attributes:
         pixels: uint8, height x width x 3.
-        original_size: height, width of the upright picture before anything was done to it.
-        crop: top, left of the crop, in pixels of the resized picture: the whole one at the scale of
-            `pixels`, so that (0, 0) says that nothing is cut off at the top and the left.
+        original_size: height, width of the upright original picture.
+        crop: top, left of the crop, in pixels of the whole picture resized to the scale of `pixels`; (0, 0)
+            means that nothing is cut off at the top and left.
         target_size: height, width of `pixels`.
     """
 
@@ -30,24 +30,24 @@ class Fitted:
 
     @property
     def sizes(self) -> list[int]:
-        """Original height and width, top and left of the crop, target height and width."""
+        """List of original height and width, top and left of the crop, target height and width."""
         return [*self.original_size, *self.crop, *self.target_size]
 
 
 def bucket_shapes(resolution: int, *, multiple: int, max_aspect_ratio: float) -> list[Size]:
-    """Shapes of nearly one area, from upright to lying: what pictures of any aspect ratio are cropped to.
+    """Shapes of nearly equal area, from portrait to landscape, to which pictures are cropped.
 
-    A shorter side for each multiple up to `resolution`, with the longer side that brings the area
-    nearest to resolution^2. So an area differs from it by at most multiple / (2 * resolution) of it,
-    and by less for longer shapes: half a multiple times the shorter side.
+    There is one shorter side per multiple up to `resolution`, with the longer side that brings the area
+    nearest to resolution^2. The relative difference of the area is thus at most multiple / (2 * resolution).
+    It is smaller for longer shapes: half a multiple times the shorter side.
 
     Args:
-        resolution: pixels, the side of the square shape.
-        multiple: pixels; every side is divisible by it.
+        resolution: side of the square shape in pixels.
+        multiple: divisor of every side in pixels.
         max_aspect_ratio: longer side / shorter side of the longest shape, at least 1.
 
     Returns:
-        Sizes sorted by width / height, the square in the middle; with (w, h) there is (h, w).
+        Sizes sorted by width / height, with the square in the middle; for every (w, h) there is (h, w).
 
     Raises:
         ConfigError: `resolution` is not divisible by `multiple`.
@@ -69,14 +69,14 @@ def bucket_shapes(resolution: int, *, multiple: int, max_aspect_ratio: float) ->
 
 
 def nearest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
-    """The shape whose aspect ratio is nearest to that of `size`, by the logarithm; of two the first.
+    """Return the shape with the aspect ratio nearest to that of `size` in logarithm; the first if tied.
 
-    That is the shape whose largest crop keeps the largest share of the picture.
+    Its largest crop keeps the largest share of the picture.
     """
     width, height = size
 
     def quotient(shape: Size) -> float:
-        """Of the aspect ratios, the larger by the smaller: it grows with the logarithms' difference."""
+        """Larger aspect ratio divided by the smaller; it grows with the difference of the logarithms."""
         across, down = width * shape[1], height * shape[0]
         return max(across, down) / min(across, down)
 
@@ -84,7 +84,7 @@ def nearest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
 
 
 def largest_crop(size: Size, target: Size) -> tuple[float, float]:
-    """Width and height, in pixels (not whole ones), of the largest crop with `target`'s aspect ratio."""
+    """Width and height, in fractional pixels, of the largest crop with `target`'s aspect ratio."""
     width, height = size
     target_width, target_height = target
     if width * target_height >= height * target_width:
@@ -97,8 +97,8 @@ def fit(image: Image.Image, target: Size, *, original: Size | None = None) -> Fi
 
     Args:
         image: RGB, upright.
-        target: of the result.
-        original: size of the upright picture where `image` was decoded at a reduced scale.
+        target: size of the result.
+        original: size of the upright picture, if `image` was decoded at a reduced scale.
     """
     assert image.mode == "RGB", image.mode
     crop = largest_crop(image.size, target)
@@ -116,9 +116,9 @@ def crop_offset(left_top: tuple[float, float], crop: tuple[float, float], target
     """Top and left of a crop in the resized picture.
 
     Args:
-        left_top: of the crop, in pixels of the picture before resizing.
-        crop: width and height there.
-        target: width and height that the crop is resized to.
+        left_top: left and top of the crop, in pixels of the picture before resizing.
+        crop: width and height of the crop there.
+        target: width and height of the crop after resizing.
     """
     left, top = left_top
     return round(top * target[1] / crop[1]), round(left * target[0] / crop[0])

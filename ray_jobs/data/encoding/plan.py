@@ -1,8 +1,8 @@
-"""From the index of a set to what is encoded: which pictures are kept, their splits, and the parts.
+"""Plan the encoding of a dataset from its index: kept pictures, their splits, and the parts.
 
 A part is a run of rows of one split, fold and bucket that is encoded and stored as one file. Parts do not
-reach beyond a chunk, a run of consecutive pieces of a source, so that every piece is read once, and so
-that pictures that are appended to a source leave the earlier parts as they are.
+span chunks (runs of consecutive pieces of a source), so that every piece is read once, and appending pictures
+to a source leaves the earlier parts unchanged.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from ray_jobs.data.encoding.geometry import Size, nearest_bucket
 
 ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
-PIXELS_A_PART = 64 << 20  # bytes of a part's decoded pictures, at most
-VERSION = 3  # of what an encoding depends on; another one encodes anew
+PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
+VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class PlannedPart:
     """Rows that are encoded together into one file.
 
     Attributes:
-        chunk: which run of pieces they lie in.
+        chunk: number of the run of pieces.
         bucket: width and height in pixels.
-        entries, rows: of each row, its entry's number and its number within that piece.
-        variants: of each row, which augmentation of the picture it is.
-        scored: of each row, whether its picture is kept for scores.
-        digests, keys: of each row; the key is the hash of all that its encoding depends on.
-        file: in the encoding cache.
+        entries, rows: entry number of each row, and its number within that piece.
+        variants: augmentation variant of each row.
+        scored: True for rows whose picture is kept for scores.
+        digests, keys: picture digest and key of each row; the key is the hash of everything that its encoding
+            depends on.
+        file: file name in the encoding cache.
     """
 
     split: str
@@ -54,7 +55,7 @@ class PlannedPart:
     file: str
 
     def record(self) -> dict[str, Any]:
-        """What the data set's list of parts says of it."""
+        """Return the part's record in the dataset's list of parts."""
         return {
             "split": self.split,
             "fold": self.fold,
@@ -72,7 +73,7 @@ def plan_parts(
     decisions: Decisions,
     buckets: Sequence[Size],
 ) -> Iterator[PlannedPart]:
-    """The parts of all kept rows, chunk by chunk in the order of the sources."""
+    """Yield the parts of all kept rows, chunk by chunk in source order."""
     data = config.data
     shares = Shares(data.split_seed, data.validation, data.test)
     columns = ["row", "text", "digest", "width", "height"]
@@ -130,8 +131,10 @@ def _cut(
 def row_key(
     config: Config, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool
 ) -> bytes:
-    """16 bytes that change when anything changes that a row's encoding depends on, but the encoders, whose
-    digest is the name of the cache's folder."""
+    """Return a 16-byte hash of everything that a row's encoding depends on, except the encoders.
+
+    The encoders' digest names the cache's folder.
+    """
     data = config.data
     depends: list[Any] = [VERSION, digest, text, bucket, data.background, data.encode_dtype, shown]
     if split == "train" and data.augmentation.is_active:

@@ -1,4 +1,4 @@
-"""The shapes that pictures are cropped to, where the model takes them."""
+"""Crop shapes of pictures, checked against the model."""
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
@@ -7,7 +7,7 @@ from ray_jobs.weights.model_files import max_side, size_multiple
 
 
 def picture_shapes(config: Config) -> list[Size]:
-    """The shapes that pictures are cropped to: one square, or those of the aspect-ratio buckets.
+    """Crop shapes of pictures: one square, or the aspect-ratio buckets.
 
     Raises:
         ConfigError: the resolution does not fit the model.

@@ -1,6 +1,6 @@
-"""Tensors as columns of Parquet files: fixed-size binary, whose field's metadata names shape and dtype.
+"""Tensors as Parquet columns: fixed-size binary, with shape and dtype in the field's metadata.
 
-Any Parquet reader can make them out, and bfloat16, which Arrow does not know, is kept bit by bit.
+Any Parquet reader can decode them, and bfloat16, which Arrow does not support, is preserved bit by bit.
 """
 
 import json
@@ -12,12 +12,12 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import torch
 
-# What holds a value's bits in NumPy.
+# NumPy type that holds the bits of each dtype.
 STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 
 def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array]:
-    """A tensor (N x ...) of a dtype in STORED_AS, a row an element of its first dimension."""
+    """Convert a tensor (N x ...) of a dtype in STORED_AS to a column, one row per element of dimension 0."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     assert dtype in STORED_AS, dtype
     shape = list(tensor.shape[1:])
@@ -29,7 +29,7 @@ def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array
 
 
 def read_tensors(table: pa.Table, names: list[str]) -> dict[str, np.ndarray]:
-    """Tensor columns of a table: N x ... in the dtype of STORED_AS (bfloat16 as its bits, uint16)."""
+    """Read tensor columns of a table: N x ... in the dtype of STORED_AS (bfloat16 bits as uint16)."""
     return {name: _read(table, name) for name in names}
 
 
@@ -47,7 +47,7 @@ def _read(table: pa.Table, name: str) -> np.ndarray:
 
 
 def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
-    """A tensor of a dtype in STORED_AS as what holds its bits there, in plain order."""
+    """Convert a tensor of a dtype in STORED_AS to the array that holds its bits, in contiguous order."""
     import torch
 
     plain = tensor.contiguous()
@@ -55,7 +55,7 @@ def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
 
 
 def as_torch(values: np.ndarray) -> "torch.Tensor":
-    """What `read_tensors` returned as a tensor of its own dtype; shares its memory."""
+    """Convert an array from `read_tensors` to a tensor of its own dtype; shares memory."""
     import torch
 
     tensor = torch.from_numpy(values)

@@ -1,6 +1,6 @@
-"""Arrow files as a source, a picture a row, as `save_to_disk` of the datasets library (5.2) writes them.
+"""Arrow files as a source, one picture per row, as written by `save_to_disk` of the datasets library (5.2).
 
-Such a folder holds `data-00000-of-00002.arrow` and so on, streams of Arrow's IPC format, a `state.json` that
+Such a folder holds `data-00000-of-00002.arrow` and so on (streams in Arrow's IPC format), a `state.json` that
 lists them, and a `dataset_info.json`. A DatasetDict is a folder of such folders and a `dataset_dict.json`.
 """
 
@@ -20,8 +20,8 @@ from ray_jobs.data.sources.tables import Table, find_columns
 
 STATE_FILE = "state.json"
 DICT_FILE = "dataset_dict.json"
-CACHE = "cache-"  # what `map` and `filter` of the library leave: other states of the same rows
-FILE_FORMAT = b"ARROW1"  # how a file of the IPC format begins that is no stream
+CACHE = "cache-"  # prefix of files left by the library's `map` and `filter`: other states of the same rows
+FILE_FORMAT = b"ARROW1"  # first bytes of a file in the IPC format that is not a stream
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ArrowFile(Piece):
 
 @dataclass(frozen=True)
 class Arrow(Table):
-    """Arrow IPC files, a picture a row."""
+    """Arrow IPC files, one picture per row."""
 
     def _batches(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         assert isinstance(piece, ArrowFile)
@@ -48,14 +48,14 @@ class Arrow(Table):
 
 
 def _opened(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """A local file is mapped, so that of a batch only what is looked at comes into memory."""
+    """Open a file; a local one is memory-mapped, so that only the accessed part of a batch is loaded."""
     if isinstance(filesystem, fs.LocalFileSystem):
         return pa.memory_map(path)
     return filesystem.open_input_file(path)
 
 
 def _reader(file: pa.NativeFile) -> Any:
-    """Arrow's reader of a stream or of a file of its IPC format."""
+    """Return Arrow's reader for the stream or the file variant of its IPC format."""
     begins = file.read(len(FILE_FORMAT))
     file.seek(0)
     return pa.ipc.open_file(file) if begins == FILE_FORMAT else pa.ipc.open_stream(file)
@@ -79,12 +79,12 @@ def _schema(listing: Listing, name: str) -> pa.Schema:
 
 
 def arrow_files(listing: Listing) -> list[str]:
-    """The Arrow files that hold rows: those that a `state.json` beside them lists; without one, all.
+    """List the Arrow files that hold rows: those in the `state.json` of their folder; without one, all.
 
-    Caches of the library are left aside.
+    The library's cache files are ignored.
 
     Raises:
-        ConfigError: a `state.json` is broken, or lists a file that is missing.
+        ConfigError: a `state.json` is broken, or lists a missing file.
     """
     listed: dict[str, list[str]] = {}
     for name in listing.ending(STATE_FILE):
@@ -108,7 +108,7 @@ def arrow_files(listing: Listing) -> list[str]:
 
 
 def _listed(listing: Listing, name: str) -> list[str] | None:
-    """The files that a state.json lists; None if it is another program's."""
+    """Files listed in a state.json; None if another program wrote it."""
     content = _json(listing, name)
     files = content.get("_data_files") if isinstance(content, dict) else None
     if not isinstance(files, list):
@@ -127,7 +127,7 @@ def _json(listing: Listing, name: str) -> Any:
 
 
 def dict_splits(listing: Listing) -> list[str]:
-    """The splits of a DatasetDict, which are folders; none if the folder is no such thing."""
+    """Splits (folders) of a DatasetDict; empty if the folder is not one."""
     if DICT_FILE not in listing.files:
         return []
     content = _json(listing, DICT_FILE)
@@ -138,7 +138,7 @@ def dict_splits(listing: Listing) -> list[str]:
 
 
 def open_arrow(listing: Listing, files: Sequence[str], config: SourceConfig, stratify: str | None) -> Arrow:
-    """List Arrow files; how many rows they hold, only reading tells.
+    """List Arrow files; their number of rows is known only after reading.
 
     Raises:
         ConfigError: a file is damaged, lacks a column, or has other columns than the first one.

@@ -1,4 +1,4 @@
-"""A caption between its file and the tokens: which of its lines count, and how it is repaired."""
+"""Caption rules: selection of lines, and repair before tokenization."""
 
 import functools
 import html
@@ -15,18 +15,18 @@ LINE_END = re.compile(r"\r\n|\r|\n")  # no others: a caption may hold U+2028
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How the captions of a source are read.
+    """Rules for reading the captions of a source.
 
     Attributes:
-        lines: as `data.caption_lines`.
-        repaired: whether they are brought to what CLIP was trained on (`clip_text`).
+        lines: value of `data.caption_lines`.
+        repaired: True to normalise captions to CLIP's training text (`clip_text`).
     """
 
     lines: Literal["whole", "first", "each"] = "whole"
     repaired: bool = False
 
     def texts(self, caption: str) -> list[tuple[str, bool]]:
-        """The captions that one text gives, and whether each was repaired; none if nothing is left."""
+        """Return the captions of one text, each with a flag for repaired; empty if nothing is left."""
         lines = [caption.strip()]
         if self.lines != "whole":
             lines = [line.strip() for line in LINE_END.split(caption) if line.strip()]
@@ -42,16 +42,16 @@ AS_WRITTEN = CaptionRules()
 
 
 def num_lines(caption: str) -> int:
-    """How many lines of a caption are not empty."""
+    """Number of non-empty lines of a caption."""
     return sum(bool(line.strip()) for line in LINE_END.split(caption))
 
 
 def clip_text(text: str) -> str:
-    """The text that CLIP was trained on: as ftfy repairs it, without entities of HTML, words one space apart.
+    """Normalise text as in CLIP's training: ftfy repair, HTML entities resolved, single spaces.
 
-    OpenAI's tokenizer does the same (`basic_clean`, `whitespace_clean`); it also makes small letters, as all
-    of CLIP's tokenizers do. That of transformers 5 leaves the rest out: for it a typographic apostrophe,
-    full-width letters and `&amp;` are other, rare tokens.
+    OpenAI's tokenizer does the same (`basic_clean`, `whitespace_clean`), and lower-cases, as all CLIP
+    tokenizers do. The tokenizer of transformers 5 omits the rest: it maps a typographic apostrophe,
+    full-width letters and `&amp;` to other, rare tokens.
     """
     import ftfy
 
@@ -59,10 +59,10 @@ def clip_text(text: str) -> str:
 
 
 def caption_rules(config: Config) -> CaptionRules:
-    """How the captions of all sources are read.
+    """Return the caption rules of all sources.
 
     Raises:
-        ConfigError: the base is no model in diffusers' format.
+        ConfigError: the base is not a model in diffusers format.
     """
     data, model = config.data, config.model
     repaired = data.repair_captions
@@ -76,6 +76,6 @@ def caption_rules(config: Config) -> CaptionRules:
 
 @functools.cache
 def _has_clip(base: str, revision: str | None) -> bool:
-    """Whether one of a model's text encoders is CLIP's."""
+    """Return whether one of a model's text encoders is CLIP's."""
     parts = model_index(model_folder(base, revision=revision)).values()
     return any(isinstance(each, list) and str(each[-1]).startswith("CLIPText") for each in parts)

@@ -1,4 +1,4 @@
-"""Opening a source: what kind of place it is, is seen from what its files hold, not from one file's name.
+"""Open a source: its kind is detected from the content of its files, not from one file's name.
 
 Opening reads names and captions, or the schemas of tables, never a picture.
 """
@@ -17,18 +17,18 @@ from ray_jobs.data.sources.samples import Piece, Sample, Source
 
 __all__ = ["Piece", "Sample", "Source", "list_files", "open_source"]
 
-# What the datasets library writes beside its tables.
+# Files that the datasets library writes with its tables.
 COMPANIONS = (arrow.STATE_FILE, arrow.DICT_FILE, dreambooth.DREAMBOOTH_FILE)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of source that a folder could be.
+    """A possible kind of source for a folder.
 
     Attributes:
-        example: a file that speaks for it.
-        files: of the listing that are read, where it is not the source that knows.
-        rest: why a picture is no row of it: reason and detail.
+        example: a file that indicates this kind.
+        files: files of the listing that are read, if the source itself does not know them.
+        rest: reason and detail for pictures that are not rows of the source.
     """
 
     example: str
@@ -43,16 +43,16 @@ def open_source(
     captions: CaptionRules = AS_WRITTEN,
     apart: Storage | None = None,
 ) -> Source:
-    """Find out what kind of source lies at `config.path`, and list its pieces.
+    """Detect the kind of source at `config.path`, and list its pieces.
 
     Args:
-        config: a local path, s3:// or gs://, of a folder or of one .parquet, .arrow or .tar file.
-        stratify: the column whose value becomes a sample's `stratum`.
-        captions: how captions are read.
-        apart: a folder that is no part of the source although it may lie in it: the storage of runs.
+        config: source whose path (local, s3:// or gs://) is a folder or one .parquet, .arrow or .tar file.
+        stratify: column whose value becomes a sample's `stratum`.
+        captions: rules for reading captions.
+        apart: folder to exclude if it is inside the source: the storage of runs.
 
     Raises:
-        ConfigError: there is nothing, or nothing that can be read; names the path, the file and the fix.
+        ConfigError: the path is empty or unreadable; the message names the path, the file and the fix.
     """
     try:
         listing, notes = _chosen_splits(list_files(config.path, apart), config)
@@ -68,10 +68,10 @@ def open_source(
 
 
 def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind:
-    """The kind of source that a folder is.
+    """Detect the kind of source of a folder.
 
     Raises:
-        ConfigError: it is none, or could be several.
+        ConfigError: the folder is not a source, or could be several kinds.
     """
     kinds = _with_captions(listing, config, stratify)
     has_prompts = dreambooth.has_prompts(listing)
@@ -104,7 +104,7 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         )
     if kinds:
         return kinds[0]
-    if tables := listing.ending(".parquet"):  # without a column that holds pictures: says which there are
+    if tables := listing.ending(".parquet"):  # without a picture column: the error lists the columns
         footers = parquet.read_footers(listing, tables)
         parquet.open_parquet(listing, footers, config, stratify)
     raise ConfigError(
@@ -116,12 +116,12 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
 
 
 def _lies_here(files: Collection[str]) -> bool:
-    """Whether some files lie in a source's folder itself: they come before what only lies deeper."""
+    """Return whether a file is in the source's top folder; such files take precedence over deeper ones."""
     return any("/" not in name for name in files)
 
 
 def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None) -> list[_Kind]:
-    """The kinds of sources with captions of their own that a folder could be."""
+    """Return the possible kinds of sources with their own captions for a folder."""
     kinds = []
     companions = [name for name in listing.files if posixpath.basename(name) in COMPANIONS]
     described = metadata.metadata_files(listing, config.image_column)
@@ -170,24 +170,24 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
             )
         )
     captions = folders.caption_files(listing)
-    # A metadata file of a subfolder does not speak for the pictures of the others.
+    # A metadata file in a subfolder does not describe the pictures of the others.
     if captions and not _lies_here(described):
         kinds.append(
             _Kind(
                 min(captions.values()),
                 lambda: folders.open_caption_files(listing, captions, config, stratify),
                 captions.values(),
-                ("not_listed", ""),  # there is none: every picture is a row
+                ("not_listed", ""),  # never used: every picture is a row
             )
         )
     return kinds
 
 
 def _chosen_splits(listing: Listing, config: SourceConfig) -> tuple[Listing, tuple[str, ...]]:
-    """The files of the splits that the configuration names, or all; and a line on what that means.
+    """Return the files of the configured splits, or all files, and a line that explains this.
 
     Raises:
-        ConfigError: there is no split of such a name.
+        ConfigError: a configured split does not exist.
     """
     named = arrow.dict_splits(listing)
     if named:

@@ -1,4 +1,4 @@
-"""DreamBooth (Ruiz et al., arXiv 2208.12242): pictures of a subject, and of its class, with a prompt each."""
+"""DreamBooth source (Ruiz et al., arXiv 2208.12242): pictures of a subject and its class, with prompts."""
 
 import json
 import posixpath
@@ -13,18 +13,18 @@ from ray_jobs.data.sources.listing import Listing
 DREAMBOOTH_KEYS = ("instance_prompt", "class_prompt")
 DREAMBOOTH_FILE = "dataset_info.json"
 CLASS_FOLDER = "class_data_dir"
-# Keys of the file of the same name that the datasets library (5.2) writes beside its own tables.
+# Keys of the file with the same name that the datasets library (5.2) writes with its own tables.
 LIBRARY_KEYS = {"features", "builder_name", "splits", "citation", "homepage", "license"}
 
 
 @dataclass(frozen=True)
 class Subject(Folder):
-    """Pictures of one thing, for DreamBooth.
+    """Pictures of one subject, for DreamBooth.
 
     Attributes:
-        instance_prompt: the caption of them all.
-        class_prompt: what kind of thing it is; None if that is not told.
-        num_class_pictures: of its kind, that lie in the folder.
+        instance_prompt: caption of all its pictures.
+        class_prompt: prompt of its class; None if not given.
+        num_class_pictures: number of class pictures in the folder.
     """
 
     instance_prompt: str
@@ -33,8 +33,9 @@ class Subject(Folder):
 
 
 def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None) -> Subject:
-    """A few pictures of one thing, and pictures of its class, if any; prompts from the configuration or from
-    dataset_info.json.
+    """Open a few pictures of one subject, and pictures of its class, if any.
+
+    The prompts come from the configuration or from dataset_info.json.
 
     Raises:
         ConfigError: a prompt is missing or given twice, dataset_info.json has an unknown key, or there are no
@@ -63,17 +64,17 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
 
 
 def class_pictures(listing: Listing, names: Iterable[str], class_prompt: str) -> Folder:
-    """The named files of a folder as pictures of a class."""
+    """Source of the named files of a folder as class pictures."""
     return folder_of_rows(
         listing, (file_row(name, text=class_prompt, role="class") for name in names), "pictures"
     )
 
 
 def has_prompts(listing: Listing) -> bool:
-    """Whether there is a dataset_info.json with prompts, not the datasets library's own file of that name.
+    """Return whether there is a dataset_info.json with prompts, not the datasets library's file of that name.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the file is neither.
     """
     if DREAMBOOTH_FILE not in listing.files:
         return False
@@ -89,7 +90,7 @@ def _content(listing: Listing) -> Any:
 
 
 def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
-    """The prompts of a subject by their key, from the configuration and from dataset_info.json."""
+    """Prompts of a subject by key, from the configuration and from dataset_info.json."""
     told = {key: prompt for key in DREAMBOOTH_KEYS if (prompt := getattr(config, key))}
     if not has_prompts(listing):
         return told
@@ -103,7 +104,7 @@ def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
 
 
 def _written_prompts(where: str, prompts: Any) -> dict[str, str]:
-    """The content of dataset_info.json, checked."""
+    """Validate the content of dataset_info.json, and return its prompts."""
     if not isinstance(prompts, dict):
         raise ConfigError(f'{where}: not an object; write {{"instance_prompt": "a photo of sks dog"}}')
     for key, value in prompts.items():

@@ -1,4 +1,4 @@
-"""Folders of picture files as a source; and those whose captions lie in files beside them."""
+"""Folders of picture files as a source, including those with captions in separate text files."""
 
 import os
 import posixpath
@@ -29,14 +29,14 @@ ROWS_A_PIECE = 128
 
 
 class Row(NamedTuple):
-    """A picture that a folder lists."""
+    """A picture listed by a folder."""
 
     file_name: str  # below the folder
     text: str | None = None
-    text_file: str | None = None  # that holds the text instead
+    text_file: str | None = None  # file that holds the text instead
     stratum: str = ""
     role: Role = "instance"
-    is_utf8: bool = True  # else the bytes that the name or the text was read from do not decode
+    is_utf8: bool = True  # False if the bytes of the name or text do not decode
 
 
 SCHEMA = pa.schema(
@@ -53,20 +53,20 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Rows(Piece):
-    """Up to ROWS_A_PIECE pictures. As Arrow they take a third of what Python's strings would."""
+    """Up to ROWS_A_PIECE pictures, as Arrow data, which takes a third of the memory of Python strings."""
 
     rows: pa.RecordBatch  # of SCHEMA
 
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """Pictures that lie below one folder, each a file."""
+    """Pictures below one folder, one file each."""
 
     filesystem: fs.FileSystem
     folder: str
 
     def listed(self) -> set[str]:
-        """The files that the rows name, by their path below the folder."""
+        """Files named by the rows, as paths relative to the folder."""
         names = set[str]()
         for piece in self.pieces:
             assert isinstance(piece, Rows)
@@ -106,12 +106,12 @@ class Folder(Source):
                 return file.read()
         except FileNotFoundError:
             raise Rejected("missing_file", f"no file {name}") from None
-        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
             raise Rejected("unreadable", legible(f"{name}: {error}")) from None
 
 
 def path_inside(name: str) -> str | None:
-    """A path below a folder, without `..`; None if it leaves it, as POSIX or Windows read it."""
+    """Normalise a path below a folder; None if it leaves the folder, by POSIX or Windows rules."""
     slashed = posixpath.normpath(name.replace("\\", "/"))
     if slashed.startswith("/") or slashed.split("/")[0] == ".." or re.match("[A-Za-z]:/", slashed):
         return None
@@ -119,12 +119,12 @@ def path_inside(name: str) -> str | None:
 
 
 def _real_path(folder: str, inside: str) -> str:
-    """A local path with its links followed, so that what is checked is what is opened."""
+    """Resolve the links of a local path, so that the checked path is the one that is opened."""
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, inside))
     if os.path.commonpath((root, path)) != root:
         raise Rejected("outside_folder", f"{inside} is a link that leaves the folder")
-    # Opening a named pipe would wait for a writer.
+    # Opening a named pipe would block until there is a writer.
     if os.path.exists(path) and not os.path.isfile(path):
         raise Rejected("unreadable", f"{inside} is not a file")
     return path
@@ -133,10 +133,10 @@ def _real_path(folder: str, inside: str) -> str:
 def open_caption_files(
     listing: Listing, captions: dict[str, str], config: SourceConfig, stratify: str | None
 ) -> Folder:
-    """A folder, with subfolders, of pictures, each with its caption in a .txt of the same name.
+    """Open a folder, with subfolders, of pictures whose captions are in .txt files of the same name.
 
     Args:
-        captions: from `caption_files`.
+        captions: result of `caption_files`.
     """
     refuse_columns(listing, config, stratify)
     rows = []
@@ -147,9 +147,9 @@ def open_caption_files(
 
 
 def caption_files(listing: Listing) -> dict[str, str]:
-    """The caption files that lie beside pictures, by their path without the suffix.
+    """Find the caption files of pictures, by path without the suffix.
 
-    The suffix may be in capitals, as the picture's may; where both cases are there, `.txt` counts.
+    Suffixes may be in upper case, as for pictures; if both cases exist, `.txt` is used.
     """
     texts = {posixpath.splitext(name)[0]: name for name in reversed(listing.ending(TEXT_SUFFIX))}
     texts |= {posixpath.splitext(name)[0]: name for name in listing.files if name.endswith(TEXT_SUFFIX)}
@@ -158,13 +158,13 @@ def caption_files(listing: Listing) -> dict[str, str]:
 
 
 def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
-    """Cut `rows` into pieces, which `label` names."""
+    """Divide `rows` into pieces, named after `label`."""
 
     def stamp(name: str | None) -> Stamp | None:
         found = listing.files.get(name or "")
         inside = None if found else path_inside(name or "")
         if inside and inside not in listing.files and isinstance(listing.filesystem, fs.LocalFileSystem):
-            return file_stamp(f"{listing.folder}/{inside}")  # it lies behind a link, or is missing
+            return file_stamp(f"{listing.folder}/{inside}")  # behind a link, or missing
         return found or listing.files.get(inside or "")
 
     remaining, pieces, count = iter(rows), list[Piece](), 0
@@ -182,12 +182,12 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
 
 
 def file_row(name: str, **values: Any) -> Row:
-    """Of a file that the listing found; a name that is not UTF-8 cannot be asked for again."""
+    """Row of a listed file; a name that is not UTF-8 cannot be opened later."""
     return Row(legible(name), is_utf8=name == legible(name), **values)
 
 
 def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None) -> None:
-    """Raise ConfigError where a setting names a column, and the source has none."""
+    """Raise ConfigError if a setting names a column, but the source has no columns."""
     named = {
         "data.stratify": stratify,
         "caption_column": config.caption_column,

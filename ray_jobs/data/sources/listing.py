@@ -1,4 +1,4 @@
-"""The files of a source, from one look at them, and what their names say."""
+"""Listing of a source's files, taken once, and information from their names."""
 
 import os
 import posixpath
@@ -15,13 +15,13 @@ from cluster.storage import Storage
 from ray_jobs.config import ConfigError, resolve_path
 from ray_jobs.data.sources.samples import LeftOut, Piece, fingerprint, legible, suffix_text
 
-Stamp = tuple[int, int | None]  # of a file: its size in bytes, and when it changed, in ns since 1970
+Stamp = tuple[int, int | None]  # size of a file in bytes, and modification time in ns since 1970
 
 READ_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff"),
     *(".bmp", ".dib", ".avif", ".avifs", ".heic", ".heif", ".hif"),
 )
-# Pictures that are not read: a file of theirs is a row that is set aside, not a file that nobody sees.
+# Picture formats that are not read: such a file becomes a rejected row and is not ignored silently.
 OTHER_SUFFIXES = (
     *(".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".jxr", ".svg", ".svgz", ".ico", ".icns", ".psd", ".tga"),
     *(".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dds", ".eps", ".xcf"),
@@ -29,9 +29,9 @@ OTHER_SUFFIXES = (
 )
 PICTURE_SUFFIXES = (*READ_SUFFIXES, *OTHER_SUFFIXES)
 TEXT_SUFFIX = ".txt"
-FILES_A_PIECE = 4096  # that are left out
+FILES_A_PIECE = 4096  # left-out files per piece
 
-# Words for a split in names of files and folders, and the split: as the datasets library takes them.
+# Words in names of files and folders that indicate a split, as in the datasets library.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -42,7 +42,7 @@ SPLIT_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_WORDS)})(?:[-_.].*)?\.(?
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source, from one look at them."""
+    """Files of a source, listed once."""
 
     name: str  # the path as the user wrote it, for messages
     filesystem: fs.FileSystem
@@ -51,13 +51,13 @@ class Listing:
     links: dict[str, str] = field(default_factory=dict)  # path -> why this link or special file is not read
 
     def ending(self, *suffixes: str) -> list[str]:
-        """The names of files with one of `suffixes` (lower case), sorted, without hidden ones."""
+        """Names of files with one of `suffixes` (lower case), sorted, without hidden files."""
         return sorted(name for name in self.files if name.lower().endswith(suffixes) and not is_hidden(name))
 
     def pictures(self) -> list[str]:
-        """The files that are pictures, sorted.
+        """Picture files, sorted.
 
-        One in a format that is not read is left out beside one of the same name that is: `IMG_1.CR2` beside
+        A file in an unread format is omitted if a readable one has the same name: `IMG_1.CR2` with
         `IMG_1.JPG`.
         """
         return [name for name in self.ending(*PICTURE_SUFFIXES) if not self._is_other(name)]
@@ -71,19 +71,19 @@ class Listing:
         return {posixpath.splitext(name)[0] for name in self.ending(*READ_SUFFIXES)}
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of a small file."""
+        """Read a small file."""
         with self.filesystem.open_input_file(f"{self.folder}/{name}") as file:
             return bytes(file.read())
 
     def splits(self) -> dict[str, str | None]:
-        """The split that the name of each file, or of a folder above it, tells; None: none."""
+        """Split of each file, from its name or that of a parent folder; None if neither names one."""
         return {name: split_of(name) for name in self.files}
 
     def left_out(self, used: Collection[str], reason: str, detail: str, first: int) -> Iterator[Piece]:
-        """The files that are not `used`: pictures with `reason` and `detail`, others counted by suffix.
+        """Yield pieces of unused files: pictures with `reason` and `detail`, others counted by suffix.
 
         Args:
-            used: paths below the folder; a link to a folder counts as used if one of them lies behind it.
+            used: paths below the folder; a link to a folder counts as used if it leads to one of them.
             first: number of the first piece.
         """
         files, others = list[tuple[str, str, str]](), Counter[str]()
@@ -110,14 +110,14 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder above it, has a name that begins with a dot."""
+    """Return whether the name of a file, or of a parent folder, starts with a dot."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
 def split_of(name: str) -> str | None:
-    """The split of a file: `data/train-00000-of-00002.parquet`, `test/metadata.csv`; None: it tells none.
+    """Return a file's split, as in `data/train-00000-of-00002.parquet` or `test/metadata.csv`, or None.
 
-    Of a picture only the folders tell: `train-station.jpg` belongs to no split.
+    For a picture only the folders count: `train-station.jpg` belongs to no split.
     """
     *folders, file = name.lower().split("/")
     for folder in folders:
@@ -128,23 +128,23 @@ def split_of(name: str) -> str | None:
 
 
 def file_stamp(path: str) -> Stamp | None:
-    """Of a local file; None if it is missing or is not a file."""
+    """Stamp of a local file; None if it is missing or not a regular file."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a name with a zero byte, which no file has
+    except (OSError, ValueError):  # ValueError: a name with a null byte, which no file has
         return None
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def list_files(path: str, apart: Storage | None = None) -> Listing:
-    """All files below a folder, or the one .parquet, .arrow or .tar file that `path` names.
+    """List all files below a folder, or the one .parquet, .arrow or .tar file that `path` names.
 
     Args:
-        apart: a folder whose files are not listed where it lies below `path`: what runs write there is no
-            part of a source, which would be another one after each of them.
+        apart: folder to exclude if it is below `path`. Files that runs write there are not part of the
+            source, which would otherwise change after each run.
 
     Raises:
-        ConfigError: there is no such folder or file.
+        ConfigError: the folder or file does not exist.
         OSError: it cannot be read.
     """
     storage = Storage.open(resolve_path(path))
@@ -173,9 +173,9 @@ def list_files(path: str, apart: Storage | None = None) -> Listing:
 
 
 def _local_files(root: str) -> tuple[dict[str, Stamp], dict[str, str]]:
-    """Regular files and links to such; and what is neither, with the reason.
+    """List regular files and links to them; also other entries, with the reason for not reading them.
 
-    Links to folders are not followed: they can lead in circles. FileSelector does follow them, up to the
+    Links to folders are not followed, since they can form cycles. FileSelector does follow them, up to the
     system's limit of 40, for every such link.
     """
 

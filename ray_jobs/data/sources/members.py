@@ -1,16 +1,17 @@
-"""Which members of a WebDataset's tar file belong together.
+"""Group the members of a WebDataset tar file into samples.
 
-The convention splits a base name at its first dot: `x.jpg`, `x.seg.png` and `x.txt` are one sample, of key x.
-So it takes `IMG_1.0.png` and `IMG_1.1.png` for two parts of one sample, which camera and export programs do
-not mean. Here a name is key, middle and suffix (`IMG_1`, `0`, `png`), and of consecutive members of one key
+The convention splits a base name at its first dot: `x.jpg`, `x.seg.png` and `x.txt` are one sample with key
+x. It thus treats `IMG_1.0.png` and `IMG_1.1.png` as two parts of one sample, which is not what camera and
+export programs mean. Here a name is key, middle and suffix (`IMG_1`, `0`, `png`). Among consecutive members
+with one key,
 
-- those without a middle make a sample,
-- those of one middle that follow each other and have a picture and a caption make one, too,
-- a picture with a middle but without a caption of its own is another picture of the sample (a mask, a depth
-  map) if that has one; the sample's picture, if it is the only one; and else a picture without a caption.
+- those without a middle form a sample,
+- consecutive ones with the same middle that include a picture and a caption form a sample, too,
+- a picture with a middle but without its own caption is an extra picture of the sample (a mask, a depth map)
+  if that has one; the sample's picture, if it is the only one; and else a picture without a caption.
 
-A sample takes its first picture, first .txt and first .json. Nothing is passed over: what is no part of a
-sample is counted, and named if it is a picture. At most two samples and a picture are in memory.
+A sample takes its first picture, first .txt and first .json. No member is ignored silently: those outside
+samples are counted, and named if they are pictures. At most two samples and a picture are in memory.
 """
 
 import tarfile
@@ -25,11 +26,11 @@ TEXTS = ("txt", "json")
 
 @dataclass
 class Group:
-    """Members of a tar that make one row.
+    """Members of a tar that form one row.
 
     Attributes:
-        parts: "picture", "txt", "json" -> the member's name and content.
-        problem: reason and detail, where the row is no sample.
+        parts: "picture", "txt", "json" -> name and content of the member.
+        problem: reason and detail, if the row is not a sample.
     """
 
     parts: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -45,9 +46,9 @@ class Group:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """The key, the middle and the suffix of a member: `a/x.seg.PNG` -> `a/x`, `seg`, `png`.
+    """Split a member's name into key, middle and suffix: `a/x.seg.PNG` -> `a/x`, `seg`, `png`.
 
-    A hidden file has no key, and a file without a dot no suffix.
+    A hidden file has no key, and a file without a dot has no suffix.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
@@ -56,11 +57,11 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 class Grouping:
-    """Sorts the members of a tar, as they come, into rows.
+    """Group the members of a tar, in order, into rows.
 
     Args:
-        content: reads a member; asked only for what a row can need.
-        others: counts the members that are no part of a row, by suffix.
+        content: function that reads a member; called only for members that a row may need.
+        others: counts by suffix of members that are not part of a row; updated in place.
     """
 
     def __init__(self, content: Callable[[tarfile.TarInfo], bytes], others: Counter[str]) -> None:
@@ -70,7 +71,7 @@ class Grouping:
         self._extra = list[tuple[str, bytes]]()  # pictures without a caption; the first one's content
 
     def add(self, member: tarfile.TarInfo) -> Iterator[Group]:
-        """Take the next member; yields the rows that it ends."""
+        """Add the next member; yield the rows that it completes."""
         key, middle, suffix = split_name(member.name)
         kind = "picture" if f".{suffix}" in PICTURE_SUFFIXES else suffix
         if not key or kind not in ("picture", *TEXTS) or member.isdir():
@@ -95,7 +96,7 @@ class Grouping:
             self._others[f".{suffix}"] += 1
 
     def whole(self) -> Iterator[Group]:
-        """Yield the rows that are whole where a damaged tar breaks off."""
+        """Yield the complete rows at the point where a damaged tar breaks off."""
         yield from (group for group in (self._sub, self._plain) if group.is_sample)
 
     def end(self) -> Iterator[Group]:

@@ -1,6 +1,6 @@
-"""Metadata files as a source: metadata.jsonl, .csv or .parquet, with a line a picture.
+"""Metadata files as a source: metadata.jsonl, .csv or .parquet, with one line per picture.
 
-As in an ImageFolder of the datasets library, every folder may have one, whose file names start from there.
+As in an ImageFolder of the datasets library, every folder may have one; its file names are relative to it.
 """
 
 import csv
@@ -25,10 +25,10 @@ ROWS_AT_ONCE = 1024  # of a metadata.parquet
 
 
 def metadata_files(listing: Listing, image_column: str | None) -> list[str]:
-    """The metadata files of all folders. A metadata.parquet without file names is a table like any other.
+    """List the metadata files of all folders. A metadata.parquet without file names is an ordinary table.
 
     Raises:
-        ConfigError: a folder has two.
+        ConfigError: a folder has two metadata files.
     """
     names, folders = [], dict[str, str]()
     found = [(*posixpath.split(name), name) for name in listing.ending(*METADATA_FILES)]
@@ -47,7 +47,7 @@ def _has_column(listing: Listing, name: str, column: str) -> bool:
     try:
         schema = pq.read_schema(f"{listing.folder}/{name}", filesystem=listing.filesystem)
     except (OSError, pa.ArrowException):
-        return False  # it is refused as a damaged table
+        return False  # rejected later as a damaged table
     if column not in schema.names:
         return False
     kind = schema.field(column).type
@@ -57,13 +57,13 @@ def _has_column(listing: Listing, name: str, column: str) -> bool:
 def open_image_folder(
     listing: Listing, files: Sequence[str], config: SourceConfig, stratify: str | None
 ) -> Folder:
-    """The pictures that metadata files name.
+    """Open the pictures named by metadata files.
 
     Args:
-        files: from `metadata_files`.
+        files: result of `metadata_files`.
 
     Raises:
-        ConfigError: a line cannot be understood, or lacks a field.
+        ConfigError: a line cannot be parsed, or lacks a field.
     """
     rows = (row for file in files for row in _rows(listing, file, config, stratify))
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
@@ -92,7 +92,7 @@ def _lines(listing: Listing, file: str, where: str) -> Iterator[tuple[int, dict[
         return
     is_csv = file.endswith(".csv")
     with listing.filesystem.open_input_stream(path, compression=None, buffer_size=1 << 20) as stream:
-        # Bytes that are not UTF-8 become lone surrogates, which tell the rows that had them.
+        # Bytes that are not UTF-8 become lone surrogates, which mark their rows.
         lines = io.TextIOWrapper(
             stream, encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else "\n"
         )
@@ -117,7 +117,7 @@ def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[st
 
 
 def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Strict, since otherwise a quote that is not closed swallows the rest of the file.
+    # Strict, since otherwise an unclosed quote swallows the rest of the file.
     reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
@@ -132,7 +132,7 @@ def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
 
 
 def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify: str | None) -> Row:
-    """Args: columns: of the file's name and of the caption."""
+    """Build a row from a line's fields; `columns` names those of the file name and the caption."""
     fixes = dict(zip(columns, ("image_column", "caption_column"), strict=True))
     for field in (*columns, *([stratify] if stratify else [])):
         if field not in fields:

@@ -1,4 +1,4 @@
-"""Parquet files as a source, a picture a row, as the datasets library and img2dataset write them."""
+"""Parquet files as a source, one picture per row, as written by the datasets library and img2dataset."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +12,9 @@ from ray_jobs.data.sources.listing import Listing
 from ray_jobs.data.sources.samples import Piece, fingerprint
 from ray_jobs.data.sources.tables import Table, find_columns, picture_columns
 
-FOOTERS_AT_ONCE = 16  # files that are opened side by side
-ROWS_AT_ONCE = 64  # of a row group that are in memory
-BUFFER = 4 << 20  # bytes of a column that are asked for at once
+FOOTERS_AT_ONCE = 16  # files opened in parallel
+ROWS_AT_ONCE = 64  # rows of a row group in memory
+BUFFER = 4 << 20  # bytes of a column per read
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class RowGroup(Piece):
 
 @dataclass(frozen=True)
 class Parquet(Table):
-    """Parquet files, a picture a row."""
+    """Parquet files, one picture per row."""
 
     def _batches(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         assert isinstance(piece, RowGroup)
         with self.filesystem.open_input_file(f"{self.folder}/{piece.file}") as file:
-            # A buffer, and none filled ahead: so a column arrives page by page, not as a whole.
+            # With a buffer and no prefetch, a column is read page by page, not as a whole.
             yield from pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(
                 ROWS_AT_ONCE, row_groups=[piece.row_group], columns=self.columns.names, use_threads=False
             )
@@ -46,7 +46,7 @@ class Parquet(Table):
 
 @dataclass(frozen=True)
 class Footer:
-    """What the end of a Parquet file says of it; or the error, where it cannot be read."""
+    """Footer of a Parquet file; or the error, if it cannot be read."""
 
     file: str
     rows: tuple[int, ...]  # of each row group
@@ -54,13 +54,13 @@ class Footer:
     error: str = ""
 
     def has_pictures(self, image_column: str | None) -> bool:
-        """Whether the file can be a source. A damaged one can: it is not passed over."""
+        """Return whether the file can be a source. A damaged one can, so that it is not ignored."""
         named = image_column is not None and image_column in self.schema.names
         return bool(self.error or named or picture_columns(self.schema))
 
 
 def read_footers(listing: Listing, files: Sequence[str]) -> list[Footer]:
-    """The footers of Parquet files, in order."""
+    """Read the footers of Parquet files, in order."""
 
     def footer(name: str) -> Footer:
         try:

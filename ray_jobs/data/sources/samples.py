@@ -1,6 +1,6 @@
-"""What a source of captioned pictures is: a list of pieces, of which each yields samples.
+"""Interface of a source of captioned pictures: a list of pieces, each of which yields samples.
 
-Nothing here needs Ray. A piece is what one task reads.
+Nothing here needs Ray. One task reads one piece.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from ray_jobs.pictures.reading import Rejected
 
 Role = Literal["instance", "class"]
 
-# Reasons of pictures and files that belong to no row of the set. They are counted apart from the rows that
-# cannot be used: a mask beside its picture does not speak against the set.
+# Reasons for pictures and files that are not rows of the dataset. They are counted separately from unusable
+# rows: a mask stored with its picture does not count against the dataset.
 LEFT_OUT = frozenset({"not_listed", "in_subfolder", "other_member", "unusable_link", "no_picture"})
 
 PLAIN_SUFFIX = re.compile(r"\.[\w.+-]{1,24}|hidden|without a suffix")
@@ -27,31 +27,31 @@ OTHER_NAMES = "of other names"
 
 @dataclass(frozen=True)
 class Sample:
-    """A captioned picture as it lies in its source, not decoded; or the reason why there is none."""
+    """A captioned picture as stored in its source, not decoded; or the reason why there is none."""
 
     row: int  # number within its piece, from 0
-    name: str  # what a person finds it by
+    name: str  # name to locate it by
     text: str  # the caption; "" where `problem` says why
-    data: bytes  # of the picture's file; b"" where `problem` is set
-    stratum: str  # value of the column that data.stratify names, else ""
+    data: bytes  # content of the picture's file; b"" if `problem` is set
+    stratum: str  # value of the column named by data.stratify, else ""
     role: Role
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
-    repaired: bool = False  # the caption: see `captions`
-    lines: int = 1  # of the caption in its source
+    repaired: bool = False  # True if the caption was repaired: see `captions`
+    lines: int = 1  # lines of the caption in its source
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads; the kinds of sources add what their reading needs."""
+    """Unit read by one task; each kind of source adds the fields that it needs."""
 
     number: int  # within its source, from 0
     name: str  # for messages
-    digest: str  # sha256, hexadecimal: another one where what `read` yields can have changed
+    digest: str  # sha256, hexadecimal; differs if the output of `read` may have changed
 
 
 @dataclass(frozen=True)
 class LeftOut(Piece):
-    """Files of a source that are no rows of it: the name, the reason (one of LEFT_OUT) and the detail."""
+    """Files of a source that are not rows: the name, the reason (one of LEFT_OUT) and the detail."""
 
     files: tuple[tuple[str, str, str], ...]
 
@@ -63,27 +63,27 @@ class LeftOut(Piece):
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A place with captioned pictures. It can be pickled, and so can its pieces."""
+    """Source of captioned pictures. The source and its pieces can be pickled."""
 
     name: str  # the path as the user wrote it
-    num_rows: int | None  # None where only reading tells (tar, Arrow)
+    num_rows: int | None  # None if known only after reading (tar, Arrow)
     pieces: list[Piece] = field(repr=False)
-    notes: tuple[str, ...] = field(default=(), kw_only=True)  # on how it is read, for a person
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # how it is read, for display
     captions: CaptionRules = field(default=AS_WRITTEN, kw_only=True)
 
     @cached_property
     def digest(self) -> str:
-        """Of all pieces, in their order."""
+        """Digest of the caption rules and all pieces, in order."""
         return fingerprint(self.captions, *[piece.digest for piece in self.pieces])
 
     def reader(self) -> "Source":
-        """A copy to send to tasks: it lists no pieces (they can be large) and reads those it is given."""
+        """Return a copy to send to tasks, without the list of pieces, which can be large."""
         return replace(self, pieces=[])
 
     def read(self, piece: Piece, wanted: Container[int] | None = None) -> Iterator[Sample]:
-        """The samples of a piece in order: all, or those whose row is in `wanted`.
+        """Yield the samples of a piece in order: all, or those whose row is in `wanted`.
 
-        What is wrong with a sample is its `problem`; nothing is raised for it.
+        A fault of a sample is stored in its `problem`; no error is raised.
         """
         if isinstance(piece, LeftOut):
             return piece.samples(wanted)
@@ -92,7 +92,7 @@ class Source(ABC):
         return (row for sample in self._read(piece, wanted) for row in self._rows(sample))
 
     def _read_lines(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
-        """As `read`, where a sample may be several rows; which it is, only reading all before it tells."""
+        """Read as `read`, for samples with several rows; row numbers require reading all samples before."""
         last, number = last_wanted(wanted), 0
         for sample in self._read(piece, None) if last != -1 else ():
             for row in self._rows(sample):
@@ -103,7 +103,7 @@ class Source(ABC):
                 return
 
     def _rows(self, sample: Sample) -> list[Sample]:
-        """The rows that a sample gives, by the rules for captions."""
+        """Return the rows of a sample, according to the caption rules."""
         if sample.problem:
             return [sample]
         texts = self.captions.texts(sample.text)
@@ -125,26 +125,26 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
-        """As `read`, of a piece of this kind of source."""
+        """Read a piece of this kind of source, as `read` specifies."""
 
 
 def last_wanted(wanted: Container[int] | None) -> int | None:
-    """The row behind which nothing is read; -1 where none is wanted, None where all may be."""
+    """Last row to read; -1 if none is wanted, None if all may be."""
     return max(wanted, default=-1) if isinstance(wanted, Collection) else None
 
 
 def fingerprint(*parts: object) -> str:
-    """The sha256 of plain values, in hexadecimal."""
+    """SHA-256 of plain values, in hexadecimal."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def legible(text: str) -> str:
-    """Text that can be stored as UTF-8: lone surrogates (what bytes became that did not decode) replaced."""
+    """Make text storable as UTF-8 by replacing lone surrogates, which stand for undecodable bytes."""
     return re.sub(r"[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def check_caption(text: str | None) -> str:
-    """`text` without white space at its ends, if it can be a caption; raises Rejected otherwise."""
+    """Return `text` stripped, if it can be a caption; raise Rejected otherwise."""
     if text is None:
         raise Rejected("missing_caption", "there is no text")
     if not text.strip():
@@ -153,7 +153,7 @@ def check_caption(text: str | None) -> str:
 
 
 def decode_caption(data: bytes) -> str:
-    """The caption in a text file or a binary column; raises Rejected if there is none."""
+    """Decode the caption in a text file or binary column; raise Rejected if there is none."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,25 +162,27 @@ def decode_caption(data: bytes) -> str:
 
 
 def broken_sample(piece: Piece, row: int, name: str, error: Exception) -> Sample:
-    """What stands for the rest of a piece that cannot be read on, from `row`."""
+    """Sample that represents the rest of a piece that cannot be read from `row`."""
     problem = Rejected("broken_shard", legible(f"{piece.name}: the rest cannot be read: {error}"))
     return Sample(row, legible(name), "", b"", "", "instance", problem)
 
 
 def left_out(row: int, name: str, reason: str, detail: str) -> Sample:
-    """Stand for a file that is no row of the set; `reason` is one of LEFT_OUT."""
+    """Sample that represents a file that is not a row; `reason` is one of LEFT_OUT."""
     assert reason in LEFT_OUT
     return Sample(row, legible(name), "", b"", "", "instance", Rejected(reason, legible(detail)))
 
 
 def no_pictures(row: int, name: str, suffixes: Counter[str]) -> Sample:
-    """Stand for all files of one place that are no pictures, counted by suffix."""
+    """Sample that represents all files of one location that are not pictures, counted by suffix."""
     return left_out(row, name, "no_picture", suffix_text(suffixes))
 
 
 def suffix_text(suffixes: Counter[str]) -> str:
-    """`3 .json, 1 .md`; the most frequent first. A name with odd characters behind its last dot has no suffix
-    that a person would call one."""
+    """Format counts by suffix, the most frequent first: `3 .json, 1 .md`.
+
+    A name with unusual characters after its last dot counts as having no suffix.
+    """
     told = Counter[str]()
     for suffix, count in suffixes.items():
         told[suffix if PLAIN_SUFFIX.fullmatch(suffix) else OTHER_NAMES] += count

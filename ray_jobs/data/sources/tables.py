@@ -1,4 +1,4 @@
-"""Tables with a picture a row, as Parquet and Arrow files hold them: which columns, and a row as a sample."""
+"""Tables with one picture per row, from Parquet and Arrow files: choice of columns, and rows as samples."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Container, Iterator
@@ -11,14 +11,14 @@ from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.sources.samples import Piece, Sample, Source, broken_sample, check_caption, decode_caption
 from ray_jobs.pictures.reading import Rejected
 
-# Columns that are taken where the configuration names none; the first that is there.
+# Default columns if the configuration names none; the first existing one is used.
 IMAGE_COLUMN = "image"
 CAPTION_COLUMNS = ("text", "caption")  # "caption" is what img2dataset calls it
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are read."""
+    """Columns of a table to read."""
 
     image: str
     caption: str
@@ -31,7 +31,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table(Source):
-    """Files of rows, a picture a row."""
+    """Files of rows, one picture per row."""
 
     filesystem: fs.FileSystem
     folder: str
@@ -39,11 +39,11 @@ class Table(Source):
 
     @abstractmethod
     def _batches(self, piece: Piece) -> Iterator[pa.RecordBatch]:
-        """The rows of a piece in order, with the columns that are read."""
+        """Yield the rows of a piece in order, with the columns to read."""
 
     @abstractmethod
     def _place(self, piece: Piece, row: int) -> str:
-        """Where a row of a piece lies, for a person."""
+        """Location of a row of a piece, for display."""
 
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         rows = sorted(wanted) if isinstance(wanted, Collection) else None
@@ -64,7 +64,7 @@ class Table(Source):
                 yield broken_sample(piece, broken, self._place(piece, broken), error)
 
     def _sample(self, place: str, row: int, batch: pa.RecordBatch, number: int) -> Sample:
-        """The sample in row `number` of a batch."""
+        """Build the sample in row `number` of a batch."""
         text, data, problem = "", b"", None
         values = batch.slice(number, 1)
         image = values.column(self.columns.image)
@@ -92,7 +92,7 @@ class Table(Source):
 
 
 def _as_bytes(column: pa.Array) -> bytes | None:
-    """The first value of a column as UTF-8, or as whatever bytes it holds; None for null."""
+    """First value of a column as UTF-8, or as its raw bytes; None for null."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not _is_bytes(column.type):
@@ -112,7 +112,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_picture(kind: pa.DataType) -> bool:
-    """Whether a column can hold pictures: bytes, or a struct that has bytes."""
+    """Return whether a column can hold pictures: bytes, or a struct with a bytes field."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     has_bytes = pa.types.is_struct(kind) and "bytes" in [field.name for field in kind]
@@ -120,21 +120,23 @@ def _is_picture(kind: pa.DataType) -> bool:
 
 
 def caption_column(names: Collection[str]) -> str:
-    """The column or key that holds the caption where the configuration names none."""
+    """Default column or key of the caption, if the configuration names none."""
     return next((name for name in CAPTION_COLUMNS if name in names), CAPTION_COLUMNS[0])
 
 
 def picture_columns(schema: pa.Schema) -> list[str]:
-    """The columns of a table that can hold pictures."""
+    """Columns of a table that can hold pictures."""
     return [field.name for field in schema if _is_picture(field.type)]
 
 
 def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: str | None) -> Columns:
-    """The columns that are read: those that the configuration names; else `image`, or the only one that can
-    hold pictures, and `text`, or `caption`.
+    """Choose the columns to read.
+
+    These are the configured ones; else `image` or the only one that can hold pictures, and `text` or
+    `caption`.
 
     Raises:
-        ConfigError: one is missing, several could be meant, or it has another type; names the fix.
+        ConfigError: a column is missing, ambiguous or has another type; the message names the fix.
     """
     pictures = picture_columns(schema)
     image = config.image_column

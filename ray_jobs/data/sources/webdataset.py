@@ -1,4 +1,4 @@
-"""WebDataset's shards as a source: tar files in which neighbouring members make a sample."""
+"""WebDataset shards as a source: tar files in which consecutive members form a sample."""
 
 import json
 import tarfile
@@ -27,7 +27,7 @@ from ray_jobs.data.sources.samples import (
 from ray_jobs.data.sources.tables import caption_column
 from ray_jobs.pictures.reading import Rejected
 
-BUFFER = 4 << 20  # bytes that are asked for at once
+BUFFER = 4 << 20  # bytes per read
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Shard(Piece):
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is damaged or missing is an error; `tarfile` alone takes it for the end."""
+    """Tar header that raises an error if damaged or missing; `tarfile` alone treats it as the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
@@ -52,9 +52,9 @@ class _Header(tarfile.TarInfo):
 
 @dataclass(frozen=True)
 class Tars(Source):
-    """WebDataset's shards: tar files whose members are grouped to samples as `members` says.
+    """WebDataset shards: tar files whose members are grouped into samples by `members`.
 
-    The caption is the .txt, unless `caption_column` names a key of the .json; without a .txt it is the json's
+    The caption is the .txt, unless `caption_column` names a key of the .json; without a .txt it is the JSON's
     "text" or "caption".
     """
 
@@ -64,7 +64,7 @@ class Tars(Source):
     stratify: str | None
 
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
-        """Of a damaged tar: what precedes the damage, and then one sample with problem `broken_shard`."""
+        """Yield samples; for a damaged tar those before the damage, then one with problem `broken_shard`."""
         assert isinstance(piece, Shard)
         last = last_wanted(wanted)
         if last == -1:
@@ -85,7 +85,7 @@ class Tars(Source):
             yield no_pictures(row, piece.file, others)
 
     def _groups(self, piece: Shard, others: Counter[str]) -> Iterator[Group]:
-        """The rows of a tar in order; `others` counts the members that are no part of one."""
+        """Yield the rows of a tar in order; `others` counts the members that are not part of a row."""
         path = f"{self.folder}/{piece.file}"
         with (
             self.filesystem.open_input_stream(path, compression=None, buffer_size=BUFFER) as stream,
@@ -100,7 +100,7 @@ class Tars(Source):
             grouping = Grouping(content, others)
             try:
                 while member := tar.next():
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                    tar.members.clear()  # type: ignore[attr-defined]  # otherwise it would keep every header
                     yield from grouping.add(member)
             except (tarfile.TarError, OSError):
                 yield from grouping.whole()
@@ -157,7 +157,7 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify: str | None) -> Tars:
-    """List the shards; what they hold, only reading tells.
+    """List the shards; their content is known only after reading.
 
     Raises:
         ConfigError: the configuration names a column for pictures, which a tar does not have.
