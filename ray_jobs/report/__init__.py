@@ -1,6 +1,7 @@
-"""The page that a run leaves behind: what was found, how, and the pictures. Pure: values in, HTML out.
+"""Report page of a run: results, method, and pictures. Pure: values in, HTML out.
 
-One self-contained file: no script, nothing fetched, light and dark by the reader's own setting.
+The page is one self-contained file without scripts or external resources; light and dark mode follow the
+reader's setting.
 """
 
 from ray_jobs.report.measures import SubjectPictures

@@ -1,4 +1,4 @@
-"""The charts of a search: scores over steps, a map of learning rate by steps, training against validation."""
+"""Charts of a search: scores over steps, a map of learning rate by steps, training and validation loss."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,26 @@ from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart, 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
 CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
-# Opacity of the best cell and of the worst: the text stays readable on either, light and dark.
+# Opacity of the best and worst cell; text stays readable on both, in light and dark mode.
 STRONGEST, FAINTEST = 0.55, 0.05
-SURE = 2  # standard errors, from which a difference is not put down to chance
+SURE = 2  # standard errors; larger differences are not attributed to chance
 
 Rows = Sequence[dict[str, Any]]
 
 
 def finite(row: dict[str, Any], key: str) -> float | None:
-    """A row's value; None where it has none or one that is not finite."""
+    """Return a row's value; None if it is missing or not finite."""
     value = row.get(key)
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def trials_of(results: Rows) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(label, trial, its rows in the order of the steps) of every trial, by learning rate.
+    """List (label, trial, its rows in step order) of every trial, by learning rate.
 
-    The label: its learning rate and what else was searched, or its name where they change on the way.
+    The label has the trial's learning rate and other searched settings, or its name if they change during the
+    trial.
 
-    A rung that was measured twice (a resumed search) counts once, the last time.
+    Of a rung that was measured twice (in a resumed search) only the last measurement counts.
     """
     trials: dict[str, dict[int, dict[str, Any]]] = {}
     for row in results:
@@ -45,7 +46,7 @@ def _label(trial: str, rungs: Rows) -> str:
 
 
 def score_curves(winner: dict[str, Any], results: Rows, key: str) -> list[Curve]:
-    """A curve a trial of `key` with `<key>_error`; those that ended before the last rung are stopped."""
+    """One curve per trial of `key` with `<key>_error`; trials that ended before the last rung are stopped."""
     last_rung = max((int(row["step"]) for row in results), default=0)
     curves = []
     for number, (label, trial, rungs) in enumerate(trials_of(results)):
@@ -59,7 +60,7 @@ def score_curves(winner: dict[str, Any], results: Rows, key: str) -> list[Curve]
 
 
 def fid_chart(winner: dict[str, Any], results: Rows) -> str:
-    """Validation FID over steps, a curve a trial, the base model as a dashed line."""
+    """Validation FID over steps, one curve per trial, with the base model as a dashed line."""
     chart = Chart(
         name="fid",
         title="Validation FID over training steps",
@@ -72,7 +73,7 @@ def fid_chart(winner: dict[str, Any], results: Rows) -> str:
 
 
 def kid_chart(winner: dict[str, Any], results: Rows) -> str:
-    """Validation KID over steps; empty where no row has one."""
+    """Validation KID over steps; empty if no row has one."""
     if not any(finite(row, "kid") is not None for row in results):
         return ""
     chart = Chart(
@@ -98,9 +99,9 @@ def second_chart(winner: dict[str, Any], results: Rows, network: str) -> str:
 
 
 def heat_map(winner: dict[str, Any], results: Rows) -> str:
-    """Validation FID of learning rate (rows) by steps (columns): the lower, the stronger the colour.
+    """Validation FID by learning rate (rows) and steps (columns); lower values have a stronger colour.
 
-    Of several trials of a learning rate a cell shows the best. Empty with fewer than two cells of values.
+    A cell shows the best of several trials with its learning rate. Empty with fewer than two filled cells.
     """
     cells: dict[tuple[float, int], float] = {}
     for _, _, rungs in trials_of(results):
@@ -122,7 +123,7 @@ def heat_map(winner: dict[str, Any], results: Rows) -> str:
             x = MAP_LEFT + column * width
             parts.append(_cell(x, y, width, cells, (rate, step), (rate, step) == best))
     foot = MAP_TOP + len(rates) * CELL_HEIGHT
-    every = math.ceil(44 / width)  # columns without room for a label have none
+    every = math.ceil(44 / width)  # label only columns with enough space
     parts += [
         f'<text x="{MAP_LEFT + (column + 0.5) * width:.1f}" y="{foot + 16}" text-anchor="middle">'
         f"{step:,}</text>"
@@ -157,7 +158,7 @@ def _cell(
     middle = f'x="{x + width / 2:.1f}" y="{y + 21}" text-anchor="middle"'
     if value is None:
         return f'<rect class="empty" {box} rx="4"/><text {middle}>–</text>'
-    # By the logarithm: one trial that diverged must not make all others alike.
+    # Logarithmic, so that one diverged trial does not make all others look alike.
     spread = math.log(high) - math.log(low) if low > 0 else 0.0
     nearness = (math.log(high) - math.log(value)) / spread if spread else 1.0
     opacity = FAINTEST + (STRONGEST - FAINTEST) * nearness
@@ -171,12 +172,13 @@ def _cell(
 
 
 class Rise(NamedTuple):
-    """How far the validation loss of a trial's last rung lies above its lowest.
+    """Difference between the validation loss of a trial's last rung and its lowest.
 
     Attributes:
-        step: of the rung where it is lowest.
-        error: standard error of `by` over the held-out rows, the two losses of a row taken as a pair; None
-            where the rungs keep the mean alone.
+        step: step of the rung with the lowest loss.
+        by: the difference.
+        error: standard error of `by` over the held-out rows, from the paired losses of each row; None if the
+            rungs store only the mean.
     """
 
     step: int
@@ -185,7 +187,7 @@ class Rise(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than chance would give."""
+        """Return whether the rise exceeds chance."""
         return self.error is not None and self.by > SURE * self.error
 
     def __str__(self) -> str:
@@ -199,7 +201,7 @@ class Rise(NamedTuple):
 
 
 def rise_of(rungs: Rows) -> Rise | None:
-    """The rise of a trial's validation loss; None where its last rung is the lowest."""
+    """Rise of a trial's validation loss; None if its last rung is the lowest."""
     known = [row for row in rungs if finite(row, "validation_loss") is not None]
     lowest = min(known, key=lambda row: row["validation_loss"], default=None)
     if lowest is None or lowest["step"] == known[-1]["step"]:
@@ -213,7 +215,7 @@ def rise_of(rungs: Rows) -> Rise | None:
 
 
 def loss_section(winner: dict[str, Any], results: Rows) -> str:
-    """Training against validation loss, a chart a trial, the winner's first; empty where none is known."""
+    """Section of training and validation loss, one chart per trial, winner first; empty without data."""
     trials = [
         each
         for each in trials_of(results)

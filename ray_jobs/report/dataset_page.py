@@ -1,7 +1,7 @@
-"""What a data set holds and what was set aside, as HTML: a section of the report, and the page of a dry run.
+"""Contents of a dataset and its rejected pictures as HTML: a report section, and the page of a dry run.
 
-Pure: values in, HTML out. Like the report, the page is one self-contained file: no script, nothing fetched,
-light and dark by the reader's own setting.
+Pure: values in, HTML out. Like the report, the page is one self-contained file without scripts or external
+resources; light and dark mode follow the reader's setting.
 """
 
 import base64
@@ -18,13 +18,13 @@ from PIL import Image
 STYLE = Path(__file__).with_name("style.css")
 TEMPLATE = Path(__file__).with_name("dataset_page.html")
 SPLITS = ("train", "validation", "test", "class")
-THUMBNAIL = 128  # pixels a side at most
+THUMBNAIL = 128  # maximum side in pixels
 # Units of the plot's own view box; the page scales it.
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_HEAD, PLOT_FOOT = 240, 84, 6, 16
 BAR_GAP = 0.8
-LEAST_BAR = 1.5  # one picture among thousands is still seen
+LEAST_BAR = 1.5  # keeps one picture among thousands visible
 
-# Why a picture is set aside: what it means and what to do. In the order of the contact sheet.
+# Rejection reasons: meaning and remedy, in the order of the contact sheet.
 REASONS = {
     "empty_file": "The file has no bytes: copy it again from its origin, or remove it.",
     "unreadable": "The file cannot be read as a picture: open it in a viewer, then mend or replace it.",
@@ -78,19 +78,19 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One picture that would be set aside."""
+    """A picture that would be rejected."""
 
     reason: str  # one of REASONS
-    name: str  # what a person finds it by
+    name: str  # name to locate it by
     caption: str
     detail: str
     picture: Image.Image | None  # None: it cannot be read
-    twin: Image.Image | None  # of a duplicate: the picture that is kept
-    twin_name: str = ""  # empty: no duplicate
+    twin: Image.Image | None  # for a duplicate: the picture that is kept
+    twin_name: str = ""  # empty: not a duplicate
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
-    """An HTML table of escaped cells, of the style's class `kind`, that scrolls where it is too wide."""
+    """Format an HTML table of escaped cells, with the style class `kind`; it scrolls if too wide."""
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
     content = f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody>"
@@ -98,7 +98,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "")
 
 
 def data_uri(picture: Image.Image, side: int) -> str:
-    """A picture as the data URI of a PNG, at most `side` pixels a side."""
+    """Data URI of a picture as PNG, with sides of at most `side` pixels."""
     picture = picture.convert("RGB")
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -107,7 +107,7 @@ def data_uri(picture: Image.Image, side: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 and "step" -> `1 step`; 1200 and "step" -> `1,200 steps`."""
+    """Format a count: 1 and "step" -> `1 step`; 1200 and "step" -> `1,200 steps`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -116,9 +116,9 @@ def _note(text: str, kind: str = "note") -> str:
 
 
 def _position(value: float, edges: Sequence[float]) -> float:
-    """Where `value` lies on an axis that gives every bin the same width, in bins from the left.
+    """Position of `value` on an axis with bins of equal width, in bins from the left.
 
-    The bins of a logarithmic measure are thereby drawn on a logarithmic axis. Beyond the edges: at the end.
+    A measure with logarithmic bins thus gets a logarithmic axis. Values beyond the edges are at the end.
     """
     for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         if value < high:
@@ -131,7 +131,7 @@ def _short(value: float) -> str:
 
 
 def _bar(left: float, right: float, height: float, cut: float, side: str) -> str:
-    """A bar of the histogram, in two parts where the threshold at `cut` divides it."""
+    """Draw a histogram bar, in two parts if the threshold at `cut` divides it."""
     at = min(max(cut, left), right)
     kinds = ("beyond", "kept") if side == "below" else ("kept", "beyond")
     return "".join(
@@ -143,12 +143,12 @@ def _bar(left: float, right: float, height: float, cut: float, side: str) -> str
 
 
 def histogram(name: str, measure: dict[str, Any]) -> str:
-    """One measure as an SVG element: a bar a bin, tinted beyond the threshold, which is a dashed line.
+    """Draw one measure's histogram as SVG, tinted beyond the threshold, which is a dashed line.
 
     Args:
         name: a key of MEASURES.
-        measure: `edges` (n + 1, increasing), `counts` (n), `threshold` (None: off) and `side`, "below"
-            or "above": the one that is set aside.
+        measure: `edges` (n + 1, increasing), `counts` (n), `threshold` (None: off) and `side` ("below" or
+            "above"), the rejected side.
     """
     edges, counts, threshold, side = (measure[key] for key in ("edges", "counts", "threshold", "side"))
     step, highest = PLOT_WIDTH / len(counts), max([*counts, 1])
@@ -178,7 +178,7 @@ def histogram(name: str, measure: dict[str, Any]) -> str:
 
 
 def _measure(name: str, measure: dict[str, Any]) -> str:
-    """A card with the histogram of one measure, and its threshold in words."""
+    """Card with the histogram of one measure, and its threshold in words."""
     title, unit = MEASURES[name]
     field, threshold = measure["field"], measure["threshold"]
     if threshold is None:
@@ -191,7 +191,7 @@ def _measure(name: str, measure: dict[str, Any]) -> str:
 
 
 def _splits(manifest: dict[str, Any]) -> str:
-    """Pictures a split, folds and different captions."""
+    """Describe pictures per split, folds, and the number of different captions."""
     parts = []
     if not manifest["held_out"]:
         parts.append(
@@ -224,7 +224,7 @@ def _duplicates(duplicates: dict[str, Any]) -> str:
 
 
 def _not_counted(manifest: dict[str, Any]) -> list[str]:
-    """Sentences on files of the sources that are no rows of the set."""
+    """Sentences about files of the sources that are not rows of the dataset."""
     notes = []
     if left_out := manifest["left_out"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
@@ -251,16 +251,16 @@ def _buckets(buckets: dict[str, dict[str, int]]) -> str:
 
 
 def dataset_section(manifest: dict[str, Any]) -> str:
-    """The data set in numbers: splits, what was set aside and why, duplicates, sources, buckets, measures.
+    """Section of dataset statistics: splits, rejections and reasons, duplicates, sources, buckets, measures.
 
     Args:
-        manifest: what dataset/manifest.json holds.
+        manifest: content of dataset/manifest.json.
 
     Returns:
-        An HTML fragment, for a page that has the style of STYLE.
+        An HTML fragment, for a page with the style of STYLE.
 
     Raises:
-        KeyError: if `manifest` lacks a key.
+        KeyError: `manifest` lacks a key.
     """
     parts = [_splits(manifest)]
     if len(manifest["source"]) > 1:
@@ -268,7 +268,7 @@ def dataset_section(manifest: dict[str, Any]) -> str:
     if len(manifest["buckets"]) > 1:
         parts.append(_buckets(manifest["buckets"]))
     parts.append("<h3>Set aside</h3>")
-    # A reason without a sentence is no cause to lose the page of a long run: its name says enough.
+    # An unknown reason must not break the report of a long run; its name is enough.
     rejected = manifest["rejected"]
     rows = [(reason, f"{rejected[reason]:,}", REASONS.get(reason, "")) for reason in _in_order(rejected)]
     head = ("reason", "pictures", "what it means, what to do")
@@ -281,13 +281,13 @@ def dataset_section(manifest: dict[str, Any]) -> str:
 
 
 def _in_order(reasons: Iterable[str]) -> list[str]:
-    """In the order of REASONS, unknown ones last."""
+    """Sort reasons in the order of REASONS, unknown ones last."""
     order = {reason: number for number, reason in enumerate(REASONS)}
     return sorted(reasons, key=lambda reason: (order.get(reason, len(order)), reason))
 
 
 def _picture(picture: Image.Image | None, name: str, says: str) -> str:
-    """A thumbnail, or an empty tile where there is none, over the file's name."""
+    """Thumbnail, or an empty tile if there is none, above the file's name."""
     if picture is None:
         shown = '<div class="blank">no picture</div>'
     else:
@@ -305,7 +305,7 @@ def _tile(example: Example) -> str:
 
 
 def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
-    """The contact sheet: a group a reason. Of duplicates the manifest knows the sum of all reasons only."""
+    """Contact sheet, one group per reason. For duplicates the manifest has only the sum of all reasons."""
     duplicates = f"the {counted(manifest['duplicates']['pictures'], 'duplicate')}"
     totals = {example.reason: duplicates for example in examples}
     totals |= {
@@ -323,20 +323,20 @@ def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
 def write_dataset_page(
     *, source: str, manifest: dict[str, Any], examples: Sequence[Example], seen: int, max_rejected: float
 ) -> str:
-    """The page of `python -m ray_jobs.prepare --dry-run`.
+    """Compose the page of `python -m ray_jobs.prepare --dry-run`.
 
     Args:
-        source: what the pictures came from, as the user wrote it.
-        manifest: what dataset/manifest.json would hold.
-        examples: pictures that would be set aside, as many a reason as are to be shown.
-        seen: number of pictures that were looked at: kept, set aside and duplicates.
+        source: source of the pictures, as the user wrote it.
+        manifest: content that dataset/manifest.json would have.
+        examples: pictures that would be rejected, all of which are shown.
+        seen: number of scanned pictures: kept, rejected and duplicates.
         max_rejected: data.cleaning.max_rejected, a share of `seen`.
 
     Returns:
         One HTML document, to be written as UTF-8.
 
     Raises:
-        KeyError: if `manifest` lacks a key.
+        KeyError: `manifest` lacks a key.
     """
     rejected = sum(manifest["rejected"].values())
     aside = rejected + manifest["duplicates"]["pictures"]

@@ -1,4 +1,4 @@
-"""Measures beyond the scores that rank: a table of base and winner, and what became of each subject."""
+"""Measures beyond the ranking scores: a table of base and winner, and a section on subjects."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from PIL import Image
 from ray_jobs.report.dataset_page import data_uri, table
 from ray_jobs.report.svg import number
 
-SUBJECT_PICTURE = 128  # pixels a side at most
+SUBJECT_PICTURE = 128  # maximum side in pixels
 
 # Name, digits and meaning of each metric, in the order of the table.
 METRICS = {
@@ -54,8 +54,8 @@ class SubjectPictures:
     """A subject of the run.
 
     Attributes:
-        numbers: what winner.json holds of it.
-        rows: PNGs by what they show.
+        numbers: the subject's values in winner.json.
+        rows: PNGs by row heading.
     """
 
     numbers: dict[str, Any]
@@ -63,8 +63,10 @@ class SubjectPictures:
 
 
 def measures_table(winner: dict[str, Any]) -> str:
-    """Base beside winner, on the test split, with what real training pictures reach where that is known, and
-    what was not measured; empty where nothing was."""
+    """Table of base and winner on the test split; empty if nothing was measured.
+
+    It includes the values of real training pictures, if known, and lists measures that were left out.
+    """
     measures = winner.get("measures")
     if not measures:
         return ""
@@ -82,7 +84,7 @@ def measures_table(winner: dict[str, Any]) -> str:
 
 
 def subjects_section(subjects: Sequence[SubjectPictures]) -> str:
-    """What the model draws of each subject and of its class; empty without subjects."""
+    """Section of pictures of each subject and its class; empty without subjects."""
     if not subjects:
         return ""
     note = (
@@ -139,6 +141,6 @@ def _value(record: dict[str, Any] | None, digits: int) -> str:
 
 
 def _source(record: dict[str, Any]) -> str:
-    """Of how many pictures a number is, and by which network."""
+    """Describe the number of pictures and the network of a value."""
     real = f" and {record['num_real']:,} real" if "num_real" in record else ""
     return f"{record['num_samples']:,} pictures{real}, {record['feature_network']}"

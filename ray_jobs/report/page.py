@@ -1,4 +1,4 @@
-"""The page itself: the parts in their order."""
+"""The report page: its parts in order."""
 
 from collections.abc import Sequence
 from html import escape
@@ -40,31 +40,31 @@ def write_report(
     spent: Spent | None = None,
     guidance: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The page of a run. A part whose data are missing is left out.
+    """Compose the report page of a run. Parts without data are omitted.
 
     Args:
-        winner: what winner.json holds; `<score>_error`, `base_test_kid`, `test_kid` and the scores of a
-            second network, `base_test_fid_2` and `test_fid_2`, and the records of `measures`, are shown
-            where they are there.
-        results: the lines of search/results.jsonl; of each are shown, where they are there: `fid_error`,
-            `kid` and `kid_error`, `fid_2` with `fid_2_error` and `feature_network_2`, `validation_loss`.
-        manifest: what dataset/manifest.json holds.
+        winner: content of winner.json; shown if present: `<score>_error`, `base_test_kid`, `test_kid`, the
+            scores of a second network, `base_test_fid_2` and `test_fid_2`, and the records of `measures`.
+        results: lines of search/results.jsonl; shown if present: `fid_error`, `kid` and `kid_error`, `fid_2`
+            with `fid_2_error` and `feature_network_2`, `validation_loss`.
+        manifest: content of dataset/manifest.json.
         config_yaml: the resolved configuration.
-        rows: the picture grid.
-        enough_samples: with fewer pictures a score the page says that the ranking may be noise.
-        split: whose captions the grid shows.
-        strip: the winning trial at each rung; None where no rung has samples.
-        memorisation: samples beside their nearest training pictures.
-        subjects: of a DreamBooth run.
-        spent: what the search took.
-        guidance: rows of `results` at each guidance scale that was tried, with `guidance_scale`.
+        rows: rows of the picture grid.
+        run_name: name of the run.
+        enough_samples: with fewer pictures per score the page warns that the ranking may be noise.
+        split: split of the captions in the grid.
+        strip: the winning trial at each rung; None if no rung has samples.
+        memorisation: samples and their nearest training pictures.
+        subjects: subjects of a DreamBooth run.
+        spent: cost of the search.
+        guidance: rows of `results` at each tried guidance scale, with `guidance_scale`.
 
     Returns:
         One HTML document, to be written as UTF-8.
 
     Raises:
-        KeyError: if `winner`, `results` or `manifest` lacks a key.
-        ValueError: the second scores of `results` are of different networks.
+        KeyError: `winner`, `results` or `manifest` lacks a key.
+        ValueError: the second scores of `results` are from different networks.
     """
     network = second_network(results)
     charts = [fid_chart(winner, results), heat_map(winner, results), kid_chart(winner, results)]
@@ -114,7 +114,7 @@ def _facts(winner: dict[str, Any]) -> str:
 
 
 def _resized(winner: dict[str, Any]) -> str:
-    """In which shapes pictures were drawn, and what the feature networks saw of them."""
+    """Describe the shapes of generated pictures, and their resizing for the feature networks."""
     shapes, resizing = winner.get("test_shapes", {}), winner.get("resizing", {})
     if not shapes or not resizing:
         return ""

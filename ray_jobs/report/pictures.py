@@ -1,4 +1,4 @@
-"""The pictures of the page: what the model draws, how it learned, and whether it copies what it saw."""
+"""Pictures of the page: samples, training progress, and near copies of training pictures."""
 
 import io
 import math
@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ray_jobs.report.dataset_page import data_uri
 
 COLUMNS = ("real", "base", "fine-tuned")
-PAGE_PICTURE = 192  # pixels a side on the page at most; larger ones are made smaller
-STRIP_PICTURE = 128  # pixels a side in the strip and beside neighbours at most: there are many
-SHEET_PICTURE = 128  # pixels a side on the sheet
-SHOWN_NEIGHBOURS = 12  # the nearest of all
+PAGE_PICTURE = 192  # maximum side in pixels on the page; larger pictures are reduced
+STRIP_PICTURE = 128  # maximum side in pixels in the strip and among neighbours, which are many
+SHEET_PICTURE = 128  # side in pixels on the sheet
+SHOWN_NEIGHBOURS = 12  # number of nearest pairs shown
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class PictureRow:
 
     @property
     def pictures(self) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """In the order of COLUMNS."""
+        """Return the pictures in the order of COLUMNS."""
         return self.real, self.base, self.winner
 
 
 @dataclass(frozen=True)
 class Strip:
-    """What the winning trial drew at each rung, from the same captions and the same noise.
+    """Samples of the winning trial at each rung, from the same captions and noise.
 
     Attributes:
-        captions: the rows.
-        columns: heading (`base`, or the rung's step) and a picture a caption, in the order of the steps.
+        captions: captions of the rows.
+        columns: heading (`base`, or the rung's step) and one picture per caption, in step order.
         winner: heading of the winner's column.
     """
 
@@ -51,17 +51,17 @@ class Strip:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Samples beside the training pictures that are nearest to them.
+    """Samples and their nearest training pictures.
 
     Attributes:
-        pairs: of the nearest samples: PNG of the sample, PNG of the training picture, their distance.
-        num_samples: that were looked at.
-        share: of near copies among them; None, as the next two, without held-out pictures.
-        near_copy: a smaller distance than this one is a near copy.
-        expected_share: of a model that has learnt nothing by heart.
-        num_held_out: pictures that `near_copy` is taken from.
-        num_training, of_training: training pictures that were looked at, and all there are.
-        feature_network: in whose features the distance is.
+        pairs: nearest samples: PNG of the sample, PNG of the training picture, their distance.
+        num_samples: number of samples checked.
+        share: share of near copies among them; None, as the next two, without held-out pictures.
+        near_copy: distance below which a sample is a near copy.
+        expected_share: share expected of a model without memorisation.
+        num_held_out: number of pictures that `near_copy` is computed from.
+        num_training, of_training: number of training pictures checked, and of all training pictures.
+        feature_network: network whose features the distances are in.
     """
 
     pairs: Sequence[tuple[bytes, bytes, float]]
@@ -76,7 +76,7 @@ class Memorisation:
 
 
 def card(row: PictureRow) -> str:
-    """One caption with its pictures."""
+    """Card of one caption with its pictures."""
     caption = escape(row.caption)
     cells = "".join(
         f'<div><img src="{data_uri(picture, PAGE_PICTURE)}" alt="{caption}: {name}">'
@@ -87,7 +87,7 @@ def card(row: PictureRow) -> str:
 
 
 def strip_section(strip: Strip | None) -> str:
-    """The section with the strip; nothing where no rung has samples."""
+    """Section with the strip; empty if no rung has samples."""
     if strip is None:
         return ""
 
@@ -122,7 +122,7 @@ def strip_section(strip: Strip | None) -> str:
 
 
 def memorisation_section(found: Memorisation | None) -> str:
-    """Samples beside their nearest training pictures, nearest first; empty where there are none."""
+    """Section of samples and their nearest training pictures, nearest first; empty without data."""
     if found is None or not found.pairs:
         return ""
     looked_at = (
@@ -139,7 +139,7 @@ def memorisation_section(found: Memorisation | None) -> str:
 
 
 def _copies(found: Memorisation) -> str:
-    """The share of near copies, and what a near copy is."""
+    """Describe the share of near copies, and define a near copy."""
     if found.share is None or found.near_copy is None or found.expected_share is None:
         return "No picture was held out, so nothing says how near is too near: look for yourself."
     few = found.num_held_out * found.expected_share < 1
@@ -154,7 +154,7 @@ def _copies(found: Memorisation) -> str:
 
 
 def _copies_too_often(found: Memorisation) -> bool:
-    """Whether the share is above the expected one by more than twice what chance makes of it."""
+    """Return whether the share exceeds the expected one by more than twice its chance variation."""
     if found.share is None or found.expected_share is None:
         return False
     chance = math.sqrt(found.expected_share * (1 - found.expected_share) / found.num_samples)
@@ -173,16 +173,16 @@ def _neighbours(sample: bytes, training: bytes, distance: float, near_copy: floa
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: it has Greek, Cyrillic and more, unlike Pillow's own."""
+    """Load DejaVu Sans from matplotlib; unlike Pillow's font it has Greek, Cyrillic and more."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def grid_image(rows: Sequence[PictureRow], columns: Sequence[str] = COLUMNS) -> Image.Image:
-    """The picture grid as one RGB sheet: a row a caption; for a README.
+    """Draw the picture grid as one RGB sheet for a README, one row per caption.
 
-    From five captions on it is laid out in two blocks side by side.
+    With five or more captions it has two blocks side by side.
 
     Args:
         columns: headings of a row's three pictures.

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: curves over training steps, with error bars and marks.
 
-A chart has a title and a description for who cannot see it, a tooltip a point, and a marker of its own a
-curve, so that colour is never all that tells curves apart. Colours of text and lines come from the page.
+A chart has a title and a description for screen readers, one tooltip per point, and one marker shape per
+curve, so that curves do not differ in colour alone. Colours of text and lines come from the page.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 # Units of a chart's own view box; the page scales it.
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 422, 30, 246
-# Readable on white and on near-black alike; in order of the learning rate.
+# Readable on both white and near-black; in order of the learning rate.
 PALETTE = ("#3b82f6", "#e0861a", "#10a37f", "#d6498f", "#8b6cf0", "#c2a000", "#0fa5c4", "#e0523f")
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",  # circle
@@ -24,25 +24,25 @@ MARKERS = (
 )
 STAR = "M0-11L2.6-3.6L10.5-3.4L4.2 1.4L6.5 8.9L0 4.4L-6.5 8.9L-4.2 1.4L-10.5-3.4L-2.6-3.6z"
 CROSS = "M-5.5-5.5L5.5 5.5M-5.5 5.5L5.5-5.5"
-CHARACTER = 8.3  # width of a digit of a tick's label, as large as a phone has it
+CHARACTER = 8.3  # width of a digit of a tick label, at a phone's font size
 
 
 def number(value: float | None, digits: int, error: float | None = None) -> str:
-    """`12.3 ± 0.4`; a dash for what is missing or not finite."""
+    """Format a value as `12.3 ± 0.4`; a dash if it is missing or not finite."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def told_settings(row: Mapping[str, Any]) -> str:
-    """A row's learning rate, and what else was searched: `0.001, rank 8`."""
+    """Format a row's learning rate and other searched settings: `0.001, rank 8`."""
     others = (f"{name.rpartition('.')[2]} {value}" for name, value in row.get("settings", {}).items())
     return ", ".join([f"{row['learning_rate']:g}", *others])
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a step; `error`: its standard error, where it is known."""
+    """A value at a step; `error` is its standard error, if known."""
 
     step: int
     value: float
@@ -51,12 +51,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of the chart: its finite points in the order of the steps.
+    """A line of the chart: its finite points in step order.
 
     Attributes:
         color: number of its colour and marker.
-        stopped: it ends with a cross.
-        star: the step of the point that has a star.
+        stopped: True to end the line with a cross.
+        star: step of the point with a star.
     """
 
     label: str
@@ -68,14 +68,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart says of itself.
+    """Texts and reference lines of a chart.
 
     Attributes:
-        name: of the element, unique on the page.
-        unit: what the vertical axis counts.
-        digits: behind the point, of a value in a tooltip.
-        level: a name and a value: a dashed line all along.
-        mark: a step and what it is: a dotted line all the way up.
+        name: ID of the element, unique on the page.
+        unit: unit of the vertical axis.
+        digits: decimal places of a value in a tooltip.
+        level: name and value of a dashed horizontal line.
+        mark: step and label of a dotted vertical line.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axes:
-    """From values to places. Steps are on a logarithmic scale, as ladders double."""
+    """Map values to positions. Steps have a logarithmic scale, since ladders double."""
 
     steps: tuple[float, float]
     values: tuple[float, float]
@@ -104,7 +104,7 @@ class Axes:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Some `count` round numbers (1, 2 or 5 times a power of ten apart) that cover low..high, low < high."""
+    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that cover low..high, low < high."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
@@ -113,7 +113,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
-    """A figure with its legend. Without any point it is a sentence that says so."""
+    """Draw a figure with its legend; without any points, return a sentence that says so."""
     points = [point for curve in curves for point in curve.points]
     if not points:
         return f'<p class="note">{escape(chart.title)}: no value is finite.</p>'
@@ -136,7 +136,7 @@ def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
 
 
 def framed(name: str, title: str, description: str, content: str, legend: str, height: float = HEIGHT) -> str:
-    """A figure: the drawing with its title and description, its caption, what stands below it."""
+    """Compose a figure: the drawing with its title and description, its caption, and its legend."""
     return (
         f'<figure class="chart" id="{name}"><figcaption>{escape(title)}</figcaption>'
         f'<svg role="img" aria-labelledby="{name}-title {name}-desc" viewBox="0 0 {WIDTH} {height:g}">'
@@ -156,7 +156,7 @@ def _grid(axes: Axes, grid: Sequence[float], steps: Sequence[int], unit: str) ->
         at, label = axes.x(step), f"{step:,}"
         parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
         half = CHARACTER * len(label) / 2
-        if at - half > free:  # ticks without room for a label have none
+        if at - half > free:  # label only ticks with enough space
             parts.append(f'<text x="{at:.1f}" y="{BOTTOM + 18}" text-anchor="middle">{label}</text>')
             free = at + half + CHARACTER
     parts.append(

@@ -1,4 +1,4 @@
-"""The tables of the page: scores, rungs, costs; and what must be said of the numbers."""
+"""Tables of the page: scores, rungs, costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from ray_jobs.report.verdict import closed_share, won_by_tie
 
 @dataclass(frozen=True)
 class TrialCost:
-    """What a trial took.
+    """Cost of a trial.
 
     Attributes:
-        steps: that were computed, those included that no measured rung has.
-        measured_steps: up to its last measured rung.
-        seconds: of wall time, evaluation included.
+        steps: all computed steps, including those after the last measured rung.
+        measured_steps: steps up to its last measured rung.
+        seconds: wall time in seconds, including evaluation.
         device_hours: hours times workers' devices.
-        saved_steps: between where it was stopped and the end of the ladder; 0: it went to the end.
+        saved_steps: steps between its stop and the end of the ladder; 0 if it reached the end.
     """
 
     trial_id: str
@@ -33,11 +33,11 @@ class TrialCost:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a search took, a row a trial.
+    """Cost of a search, one row per trial.
 
     Attributes:
-        price: of a device hour, where it is known.
-        other_steps: of trainings without a measured rung: trials that failed, or the winner's on all folds.
+        price: price of a device hour, if known.
+        other_steps: steps of trainings without a measured rung: failed trials, or the refit on all folds.
     """
 
     trials: Sequence[TrialCost]
@@ -46,7 +46,7 @@ class Spent:
 
 
 def scores(winner: dict[str, Any], results: Rows) -> list[tuple[str, str, str]]:
-    """The rows of the table of scores: name, value, meaning."""
+    """Rows of the table of scores: name, value, meaning."""
     chosen = "the lowest of all rungs"
     if won_by_tie(winner, results):
         chosen = "within the error of the lowest of all rungs, and of fewer steps"
@@ -98,7 +98,7 @@ def scores(winner: dict[str, Any], results: Rows) -> list[tuple[str, str, str]]:
 
 
 def rungs_table(results: Rows) -> str:
-    """Every rung with all that was measured of it; columns without a value are left out."""
+    """Table of every rung with all its measures; columns without a value are omitted."""
     columns = [("FID", "fid", 1), ("KID", "kid", 4), ("second network", "fid_2", 2)]
     columns += [("training loss", "train_loss", 4), ("validation loss", "validation_loss", 4)]
     columns += [("images/s", "images_per_second", 1)]
@@ -121,7 +121,7 @@ def rungs_table(results: Rows) -> str:
 
 
 def guidance_table(tried: Rows, winner: dict[str, Any]) -> str:
-    """The guidance scales that were tried on the best rung of each trial; empty where there were none."""
+    """Table of the guidance scales tried on the best rung of each trial; empty if there are none."""
     if not tried:
         return ""
     chosen = winner["trial_id"], winner["step"], winner.get("guidance_scale")
@@ -143,7 +143,7 @@ def guidance_table(tried: Rows, winner: dict[str, Any]) -> str:
 
 
 def costs_section(spent: Spent | None) -> str:
-    """What each trial took, and what stopping it saved; empty without data."""
+    """Section of each trial's cost, and the saving from stopping it; empty without data."""
     if spent is None or not spent.trials:
         return ""
     head = ["trial", "steps computed", "up to a rung", "time", "device hours"]
@@ -185,7 +185,7 @@ def costs_section(spent: Spent | None) -> str:
 
 
 def _saved(trial: TrialCost) -> float:
-    """Device hours that the steps which were not trained would have taken at the trial's own pace."""
+    """Device hours that the saved steps would have taken at the trial's own speed."""
     return trial.saved_steps * trial.device_hours / trial.steps if trial.steps else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences, and how far they can be trusted."""
+"""Results in sentences, with notes on their reliability."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from ray_jobs.report.svg import number, told_settings
 def closed_share(winner: dict[str, Any]) -> float | None:
     """Share of the distance from the base to real pictures that the winner closed, on the test split.
 
-    1: as near as other real pictures; 0: no better than the base; negative: worse. None where the base is
-    already as near as real pictures, to its standard error, or a score is not finite.
+    1: as near as other real pictures; 0: no better than the base; negative: worse. None if the base is
+    already as near as real pictures, within its standard error, or a score is not finite.
     """
     base, tuned, floor = (float(winner[k]) for k in ("base_test_fid", "test_fid", "test_floor_fid"))
     error = float(winner.get("base_test_fid_error") or 0)
@@ -23,7 +23,7 @@ def closed_share(winner: dict[str, Any]) -> float | None:
 
 
 def headline(winner: dict[str, Any]) -> str:
-    """The result in one sentence."""
+    """State the result in one sentence."""
     who = f"A learning rate of {told_settings(winner)} for {counted(winner['step'], 'step')}"
     if "guidance_scale" in winner:
         who += f", drawn with a guidance scale of {winner['guidance_scale']:g},"
@@ -36,20 +36,20 @@ def headline(winner: dict[str, Any]) -> str:
 
 
 class Note(NamedTuple):
-    """A sentence; `alert`: one that takes away from the result."""
+    """A sentence; `alert` marks one that weakens the result."""
 
     text: str
     alert: bool = True
 
 
 def notes(winner: dict[str, Any], results: Rows, enough_samples: int) -> list[Note]:
-    """What to keep in mind when reading the ranking; none where there is nothing.
+    """Collect caveats for reading the ranking; empty if there are none.
 
     Args:
-        enough_samples: pictures a score from which on a ranking by FID says something.
+        enough_samples: minimum number of pictures per score for a meaningful ranking by FID.
 
     Raises:
-        ValueError: the rungs' second scores are of different networks.
+        ValueError: the rungs' second scores are from different networks.
     """
     found: list[Note | None] = [_too_few(winner, results, enough_samples), _ties(winner, results)]
     if (network := second_network(results)) is not None:
@@ -61,10 +61,10 @@ def notes(winner: dict[str, Any], results: Rows, enough_samples: int) -> list[No
 
 
 def second_network(results: Rows) -> str | None:
-    """The feature network of `fid_2`; None where no row has a score of a second one.
+    """Feature network of `fid_2`; None if no row has a score from a second network.
 
     Raises:
-        ValueError: there are several, whose scores must not be compared.
+        ValueError: there are several networks, whose scores must not be compared.
     """
     scored = [row for row in results if finite(row, "fid_2") is not None]
     networks = {str(row["feature_network_2"]) for row in scored}
@@ -89,13 +89,13 @@ def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
 
 
 def won_by_tie(winner: dict[str, Any], results: Rows) -> bool:
-    """Whether another rung has a lower score, within the error, and took more steps."""
+    """Return whether another rung has a lower score, within the error, and took more steps."""
     chosen = _row_of(winner, results)
     return chosen is not None and bool(finite(chosen, "behind"))
 
 
 def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
-    """Why the winner is not the rung of the lowest score."""
+    """Explain why the winner is not the rung with the lowest score, if so."""
     chosen = _row_of(winner, results)
     lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
     if chosen is None or lowest is None or not won_by_tie(winner, results):
@@ -109,7 +109,7 @@ def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
 
 
 def _agreement(winner: dict[str, Any], results: Rows, network: str) -> Note | None:
-    """Whether the second network would have chosen the same rung."""
+    """State whether the second network would have chosen the same rung."""
     scored = [row for row in results if None not in (finite(row, "fid"), finite(row, "fid_2"))]
     first, second = (_lowest(scored, key) for key in ("fid", "fid_2"))
     if first is None or second is None:
