@@ -121,7 +121,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Measures:
-    """All measures of one set of pictures.
+    """Complete measures of one set of pictures.
 
     Attributes:
         further: records beyond the ranking scores.

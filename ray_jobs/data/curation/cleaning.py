@@ -37,9 +37,9 @@ class Measure:
     """Threshold and histogram of one measure."""
 
     reason: str
-    field: str  # of data.cleaning
+    field: str  # field in data.cleaning
     below: bool  # a picture is rejected below the threshold, else above it
-    edges: np.ndarray  # of the histogram's bins; the outer two are open
+    edges: np.ndarray  # edges of the histogram's bins; the outer two are open
 
 
 MEASURES = {

@@ -130,9 +130,9 @@ class _Pictures:
     """
 
     rows: np.ndarray  # int64: of the index, that can be used
-    number: np.ndarray  # int64, one a row: its picture
-    first: np.ndarray  # int64, one a picture: its first row
-    digests: np.ndarray  # S64, one a picture
+    number: np.ndarray  # int64, picture of each row
+    first: np.ndarray  # int64, first row of each picture
+    digests: np.ndarray  # S64, one per picture
 
     @staticmethod
     def of(digests: np.ndarray, rows: np.ndarray) -> "_Pictures":

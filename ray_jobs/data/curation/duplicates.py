@@ -56,7 +56,7 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """All near duplicates of a dataset as sorted pairs of picture IDs, the smaller first.
+    """Near duplicates of a whole dataset as sorted pairs of picture IDs, the smaller first.
 
     Copies have the same hash and colours, and thus the same near duplicates. Each copy is listed once, with
     the first of its group; `near` holds the pairs among pictures that are not copies.

@@ -151,7 +151,7 @@ class Order:
         """The batches of a window."""
         begin, end = self.steps_before(window.epoch), self.steps_before(window.epoch + 1)
         start = begin + (window.first - 1 - begin) // self.steps_a_window * self.steps_a_window
-        stop = min(start + self.steps_a_window, end)  # of the whole window; `window` may be a part
+        stop = min(start + self.steps_a_window, end)  # end of the whole window; `window` may be a part
         labels = self._labels(window.epoch)
         inside = labels[start - begin : stop - begin]
         batches: dict[int, Iterator[np.ndarray]] = {}

@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 class Rows(Piece):
     """Up to ROWS_A_PIECE pictures, as Arrow data, which takes a third of the memory of Python strings."""
 
-    rows: pa.RecordBatch  # of SCHEMA
+    rows: pa.RecordBatch  # with SCHEMA
 
 
 @dataclass(frozen=True)

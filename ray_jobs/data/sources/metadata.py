@@ -21,7 +21,7 @@ from ray_jobs.data.sources.tables import CAPTION_COLUMNS, caption_column
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMN = "file_name"
-ROWS_AT_ONCE = 1024  # of a metadata.parquet
+ROWS_AT_ONCE = 1024  # rows of a metadata.parquet per batch
 
 
 def metadata_files(listing: Listing, image_column: str | None) -> list[str]:

@@ -49,7 +49,7 @@ class Footer:
     """Footer of a Parquet file; or the error, if it cannot be read."""
 
     file: str
-    rows: tuple[int, ...]  # of each row group
+    rows: tuple[int, ...]  # number of rows per row group
     schema: pa.Schema
     error: str = ""
 
