@@ -43,6 +43,14 @@ def of(folder: Path) -> list[str]:
     return found
 
 
+def left_of(folder: Path) -> list[str]:
+    """Return what `of` still finds when processes have had time to end."""
+    gone = time.monotonic() + LEFT_S
+    while (left := of(folder)) and time.monotonic() < gone:
+        time.sleep(0.2)
+    return left
+
+
 @pytest.mark.parametrize(
     ("ended_by", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (None, 2)]
 )
@@ -82,7 +90,4 @@ def test_no_process_of_the_embedded_ray_is_left(folder: Path, ended_by: int | No
     process.stdout.read()
     assert process.wait() == code
     watchdog.cancel()
-    gone = time.monotonic() + LEFT_S
-    while of(folder) and time.monotonic() < gone:
-        time.sleep(0.2)
-    assert of(folder) == []
+    assert left_of(folder) == []

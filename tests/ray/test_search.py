@@ -253,9 +253,13 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
         paired = pool.difference(new, held, "test", TEST_FEATURES)
         shapes = pool.shapes["test"]
-    error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
-    assert error in second["registry_decision"]
-    assert paired.standard_error < second["test_fid_error"] / 2  # both drew the same captions
+    # Both drew the same captions: far less than either's own error may part them.
+    assert paired.standard_error < second["test_fid_error"] / 4
+    if winner["test_fid"] - second["test_fid"] > paired.standard_error:
+        assert second["registry_decision"].startswith("champion: ")
+    else:
+        error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
+        assert error in second["registry_decision"]
     assert all(row["fid"] > 0 and row["validation_loss"] > 0 for row in found.rows)
     assert set(pool.shapes["validation"]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.test_nothing_left import of
+from tests.ray.test_nothing_left import left_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,10 +77,11 @@ def test_a_head_whose_agent_was_slow_is_started_again(folder: Path) -> None:
     """Beside it: its workers get the niceness that was asked for."""
     done = run(STARTED_AGAIN, folder, "once")
     assert done.returncode == 0, done.stderr
-    again, niceness = done.stdout.splitlines()
+    again, *more, niceness = done.stdout.splitlines()
     assert again == "Ray did not come up (its agent was not up within 15 s); starting it again"
     assert niceness == "niceness 3"
-    assert of(folder) == []
+    assert len(more) <= 1, "a busy machine may need a third start, but no other line"
+    assert left_of(folder) == []
 
 
 def test_a_head_that_never_comes_up_is_one_line_and_leaves_no_process(folder: Path) -> None:
@@ -89,4 +90,4 @@ def test_a_head_that_never_comes_up_is_one_line_and_leaves_no_process(folder: Pa
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: local: Ray did not come up on this machine in 1 starts (its agent")
     assert "make setup" in done.stderr
-    assert of(folder) == []
+    assert left_of(folder) == []
