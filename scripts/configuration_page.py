@@ -44,11 +44,11 @@ def _section(name: str, schema: dict[str, Any], known: dict[str, Any]) -> list[s
         path = f"{name}.{field}" if name else field
         if inner := _inner(of, known):
             below += _section(path + "[]" * (of.get("type") == "array"), inner, known)
-        if not (inner and _is_section(of)):
+        if "$ref" not in of:  # a section has a table of its own
             required = field in schema.get("required", [])
             default = "" if required else _default(of.get("default"))
             text = of.get("description", "").replace("|", "\\|")
-            lines.append(f"| `{field}` | {_values(of, known)} | {default} | {text} |")
+            lines.append(f"| `{field}` | {_values(of)} | {default} | {text} |")
     return [*lines, "", *below]
 
 
@@ -60,11 +60,6 @@ def _inner(of: dict[str, Any], known: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _is_section(of: dict[str, Any]) -> bool:
-    """Return whether a field is a section and nothing else."""
-    return "$ref" in of
-
-
 def _default(value: Any) -> str:
     """Return a default as it is written in a file; an empty one in a word."""
     if value in (None, [], {}):
@@ -74,10 +69,10 @@ def _default(value: Any) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def _values(of: dict[str, Any], known: dict[str, Any]) -> str:
+def _values(of: dict[str, Any]) -> str:
     """Return what a field takes, in words and symbols."""
     if "anyOf" in of or "oneOf" in of:
-        kinds = [_values(each, known) for each in of.get("anyOf", of.get("oneOf", []))]
+        kinds = [_values(each) for each in of.get("anyOf", of.get("oneOf", []))]
         return " or ".join(dict.fromkeys(kinds))
     if "$ref" in of:
         return "section"
@@ -87,8 +82,8 @@ def _values(of: dict[str, Any], known: dict[str, Any]) -> str:
         return ", ".join(f"`{each}`" for each in of["enum"])
     if of.get("type") == "array":
         if "prefixItems" in of:
-            return f"[{', '.join(_values(each, known) for each in of['prefixItems'])}]"
-        return f"list of {_values(of.get('items', {}), known)}"
+            return f"[{', '.join(_values(each) for each in of['prefixItems'])}]"
+        return f"list of {_values(of.get('items', {}))}"
     kind = {"null": "empty", "boolean": "true or false", "object": "mapping"}.get(of.get("type", ""), "")
     bounds = [f"{sign} {of[name]:g}" for name, sign in BOUNDS.items() if name in of]
     return " ".join([kind or of.get("type", "any"), ", ".join(bounds)]).strip()

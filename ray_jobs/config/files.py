@@ -19,7 +19,9 @@ def read_settings(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: naming the file or the override, and the fix.
     """
-    tree = _read(path)
+    tree: dict[str, Any] = {}
+    for _, settings in reversed(_layers(path)):
+        tree = _merged(tree, settings)
     for override in overrides:
         _set(tree, override)
     return tree
@@ -27,12 +29,11 @@ def read_settings(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 def files_of(path: Path) -> list[Path]:
     """Return a file that `read_settings` reads, and those that it extends."""
-    base = read_yaml(path.read_text(encoding="utf-8")).get(EXTENDS)
-    return [path, *(files_of(path.parent / base) if base else [])]
+    return [file for file, _ in _layers(path)]
 
 
-def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a YAML file, laid over those of the file that its `extends` names.
+def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Return a YAML file with its own settings, then the files that it extends with theirs.
 
     Args:
         path: a relative `extends` starts from its folder.
@@ -52,10 +53,10 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{where}: not a configuration: it must be a mapping of sections")
     base = tree.pop(EXTENDS, None)
     if base is None:
-        return tree
+        return [(path, tree)]
     if not isinstance(base, str):
         raise ConfigError(f"{where}: {EXTENDS}: {base!r} is no path; name one configuration file")
-    return _merged(_read(path.parent / base, (*extended_by, path)), tree)
+    return [(path, tree), *_layers(path.parent / base, (*extended_by, path))]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
