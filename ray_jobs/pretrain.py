@@ -80,7 +80,7 @@ def _samples(config: Config, path: str) -> Iterator[Sample]:
 def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:
     import torch
 
-    from ray_jobs.diffusion.architecture import build_autoencoder
+    from ray_jobs.diffusion.families.architecture import build_autoencoder
     from ray_jobs.diffusion.autoencoder import standardise_latents, train_autoencoder
 
     torch.manual_seed(config.seed)
@@ -112,7 +112,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     import torch
     from diffusers import AutoencoderKL
 
-    from ray_jobs.diffusion import architecture
+    from ray_jobs.diffusion.families import architecture
     from ray_jobs.weights.saving import save_whole
 
     torch.manual_seed(config.seed)
@@ -136,13 +136,14 @@ def _save_half(weights: Path, output: Path) -> None:
     """Save a pipeline in float16, which halves the files without a visible change in its pictures."""
     import torch
 
+    from ray_jobs.diffusion.families import family_of
     from ray_jobs.weights.loading import load_pipeline
     from ray_jobs.weights.saving import save_whole
 
     pipeline: Any = load_pipeline(str(weights))
     pipeline.to(dtype=torch.float16)
     # Otherwise each part's configuration would keep the path it was loaded from.
-    for part in (pipeline, pipeline.unet, pipeline.vae):
+    for part in (pipeline, *family_of(pipeline).model(pipeline).values(), pipeline.vae):
         part.register_to_config(_name_or_path=output.name)
     save_whole(pipeline, output)
 

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_jobs.diffusion.families.family import Captions, Family
-from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss
+from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
 
 OTHER = "other"  # the group of all parameters that no named group matches
 
 
 class FineTuning(nn.Module):
-    """A denoiser with its loss, plus the text encoders if they are trained too; the engine wraps this module.
+    """The denoising components with their loss, plus the text encoders if they are trained too.
+
+    The engine wraps this module.
 
     Args:
         pipeline: pipeline from `load_pipeline`.
@@ -38,53 +40,63 @@ class FineTuning(nn.Module):
         super().__init__()
         self.family, self.objective, self.settings = family, objective, settings
         self.pipeline_config = dict(pipeline.config)
-        self.denoiser = getattr(pipeline, family.denoiser)
+        first, *others = family.model(pipeline).items()
+        self.denoiser = first[1]
+        self.further_denoisers = nn.ModuleDict(dict(others))
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        names = family.text_encoders if text_encoders_trained else ()
-        present = {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
-        self.text_encoders = nn.ModuleDict(present)
+        self.text_encoders = nn.ModuleDict(family.text.present(pipeline) if text_encoders_trained else {})
         self.all_trained: list[tuple[str, nn.Parameter]] = []
         self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
 
     def forward(
         self,
         latents: torch.Tensor,
-        captions: Captions,
+        conditions: Conditions,
         draws: Draws,
-        sizes: torch.Tensor | None = None,
         dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the losses of N images: float32, N.
 
         Args:
-            latents: float32, N x C x H x W, in the denoiser's scale.
-            captions: embeddings, or tokens where the text encoders are trained.
-            sizes: N x 6, for families with `sizes`.
-            dropped: bool, N: the images to train without a caption; their `captions` must be the empty one.
+            latents: float32, N x C x ..., as the denoiser receives them.
+            conditions: the denoiser's conditions; tokens in place of embeddings where the text encoders are
+                trained.
+            dropped: bool, N: the images to train without a caption; their captions must be the empty one.
                 None if there are none.
         """
         if self.text_encoders:
-            captions = self.family.embed(self.text_encoders, captions)
+            conditions = conditions | self.family.text.embed(self.text_encoders, conditions)
         if dropped is not None:
-            captions = self._without(captions, dropped)
-        dtype = self.denoiser.dtype
-        captions = {name: tensor.to(dtype) for name, tensor in captions.items()}
+            conditions = self._without(conditions, dropped)
+        dtype, model = self.denoiser.dtype, self.model
+        conditions = {name: cast(each, dtype) for name, each in conditions.items()}
 
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             noisy = noisy.to(dtype, memory_format=self.layout)
-            return self.family.denoise(self.denoiser, noisy, timesteps, captions, sizes).float()
+            return self.family.denoise(model, noisy, timesteps, conditions).float()
 
         return denoising_loss(denoise, self.objective, latents, draws, self.settings)
 
-    def _without(self, captions: Captions, dropped: torch.Tensor) -> Captions:
+    @property
+    def model(self) -> Components:
+        """The denoising components, by name."""
+        return {self.family.denoiser: self.denoiser, **self.further_denoisers}
+
+    @property
+    def components(self) -> dict[str, tuple[str, nn.Module]]:
+        """Prefix of the parameters' names here, and module, of each component that may be trained."""
+        found = {self.family.denoiser: ("denoiser", self.denoiser)}
+        found |= {name: (f"further_denoisers.{name}", part) for name, part in self.further_denoisers.items()}
+        return found | {name: (f"text_encoders.{name}", part) for name, part in self.text_encoders.items()}
+
+    def _without(self, conditions: Conditions, dropped: torch.Tensor) -> Conditions:
         """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""
-        captions = {name: captions[name] for name in self.family.embeds}
-        none = self.family.unconditional(self.pipeline_config, captions)
+        captions = {name: conditions[name] for name in self.family.text.embeds}
+        none = self.family.text.unconditional(self.pipeline_config, captions)
         if none is captions:
-            return captions
-        shape = {name: (-1, *[1] * (tensor.dim() - 1)) for name, tensor in captions.items()}
-        return {
-            name: torch.where(dropped.reshape(shape[name]), none[name], tensor)
+            return conditions
+        return conditions | {
+            name: torch.where(per_row(dropped, tensor), none[name], tensor)
             for name, tensor in captions.items()
         }
 
@@ -99,6 +111,11 @@ class FineTuning(nn.Module):
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return the parameters that require gradients, with their names, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a condition in the denoiser's dtype; integers and masks stay as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:

@@ -19,9 +19,9 @@ class Draws:
     """Random draws for a batch of N images; all float32."""
 
     position: Tensor  # N, uniform in [0, 1): position on the schedule
-    noise: Tensor  # N x C x H x W, standard normal
+    noise: Tensor  # N x C x ..., standard normal
     offset: Tensor | None = None  # N x C, standard normal; needed for offset noise
-    perturbation: Tensor | None = None  # N x C x H x W, standard normal; needed for input perturbation
+    perturbation: Tensor | None = None  # N x C x ..., standard normal; needed for input perturbation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LossSettings:
 class Objective(ABC):
     """A training objective: the noising of latents and the denoiser's target.
 
-    Latents, noise and targets are float32, N x C x H x W; positions and timesteps are N.
+    Latents, noise and targets are float32, N x C x ...; positions and timesteps are N.
     """
 
     prediction_type: str
@@ -142,7 +142,7 @@ class Diffusion(Objective):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise (arXiv 2006.11239, eq. 4)."""
-        signal = _per_picture(self.alphas_cumprod[timesteps])
+        signal = per_row(self.alphas_cumprod[timesteps], latents)
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Diffusion(Objective):
             return noise
         if self.prediction_type == "sample":
             return latents
-        signal = _per_picture(self.alphas_cumprod[timesteps])
+        signal = per_row(self.alphas_cumprod[timesteps], latents)
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class FlowMatching(Objective):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = (1 - sigma) x_0 + sigma noise (arXiv 2403.03206, eq. 13)."""
-        sigma = _per_picture(timesteps / self.num_timesteps)
+        sigma = per_row(timesteps / self.num_timesteps, latents)
         return (1 - sigma) * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -232,8 +232,9 @@ class FlowMatching(Objective):
             )
 
 
-def _per_picture(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)
+def per_row(values: Tensor, latents: Tensor) -> Tensor:
+    """Reshape N values for arithmetic with latents, N x ..."""
+    return values.reshape(-1, *[1] * (latents.dim() - 1))
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -244,41 +245,6 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     root = alphas_cumprod.sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * (first / (first - last))).square()
-
-
-def sample_posterior(
-    mean: Tensor, logvar: Tensor, autoencoder_config: Mapping[str, Any], noise: Tensor
-) -> Tensor:
-    """Draw latents from the autoencoder's posterior, in the denoiser's scale: float32, N x C x H x W.
-
-    Sources: Kingma & Welling, arXiv 1312.6114, section 2.4, for the draw; Rombach et al., arXiv 2112.10752,
-    appendix G, for the scale.
-
-    Args:
-        mean, logvar: float32, N x C x H x W.
-        autoencoder_config: see `latent_scale`.
-        noise: float32, N x C x H x W, standard normal.
-    """
-    drawn = mean + (0.5 * logvar).exp() * noise
-    shift, scale = latent_scale(autoencoder_config)
-    return (drawn - shift.to(drawn)) * scale.to(drawn)
-
-
-def latent_scale(autoencoder_config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of an autoencoder's latents: the denoiser's are (latents - shift) * scale.
-
-    Args:
-        autoencoder_config: configuration with `scaling_factor` and optionally either `shift_factor`, or both
-            `latents_mean` and `latents_std` with one number per channel (some Stable Diffusion XL models).
-
-    Returns:
-        float32, 1 x C x 1 x 1, or 1 x 1 x 1 x 1 if all channels share the values.
-    """
-    mean, std = autoencoder_config.get("latents_mean"), autoencoder_config.get("latents_std")
-    if mean is None or std is None:  # diffusers takes both or neither
-        mean, std = [autoencoder_config.get("shift_factor") or 0.0], [1.0]
-    shift, spread = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
-    return shift, autoencoder_config["scaling_factor"] / spread
 
 
 def density(position: Tensor, settings: LossSettings, default: str) -> Tensor:
@@ -327,7 +293,7 @@ def denoising_loss(
 
     Args:
         denoise: function from (noisy latents, timesteps) to a prediction of the latents' shape.
-        latents: float32, N x C x H x W.
+        latents: float32, N x C x ....
 
     Returns:
         float32, N: each image's loss, the weighted mean over its elements.
@@ -340,12 +306,12 @@ def denoising_loss(
     noise = draws.noise
     if settings.offset_noise:
         assert draws.offset is not None
-        noise = noise + settings.offset_noise * draws.offset[:, :, None, None]
+        noise = noise + settings.offset_noise * draws.offset[(..., *[None] * (noise.dim() - 2))]
     added = noise
     if settings.input_perturbation:
         assert draws.perturbation is not None
         added = noise + settings.input_perturbation * draws.perturbation
     prediction = denoise(objective.add_noise(latents, added, timesteps), timesteps).float()
     target = objective.target(latents, noise, timesteps)
-    error = pointwise_error(prediction, target, settings.huber_delta).mean(dim=(1, 2, 3))
+    error = pointwise_error(prediction, target, settings.huber_delta).mean(dim=tuple(range(1, latents.dim())))
     return error * objective.weight(timesteps, settings)

@@ -20,7 +20,7 @@ class StepDraws:
 
     Attributes:
         loss: position, noise and the loss's other draws.
-        posterior: float32, N x C x H x W, standard normal: noise that samples the autoencoder's posterior.
+        posterior: float32, N x C x ..., standard normal: noise that samples the autoencoder's posterior.
         caption: float32, N, uniform in [0, 1): a caption is dropped where this is below the dropout rate.
     """
 
@@ -30,7 +30,13 @@ class StepDraws:
 
 
 def draw(
-    seed: tuple[int, ...], step: int, places: Iterable[int], shape: tuple[int, ...], settings: LossSettings
+    seed: tuple[int, ...],
+    step: int,
+    places: Iterable[int],
+    shape: tuple[int, ...],
+    settings: LossSettings,
+    *,
+    posterior_shape: tuple[int, ...] | None = None,
 ) -> StepDraws:
     """Return the draws for the images at the given places of a step's batch, on the CPU.
 
@@ -38,9 +44,11 @@ def draw(
         seed: seed of the run, and of the image stream if there are several.
         step: training step, counted from 1.
         places: positions in the batch of all workers, counted from 0.
-        shape: shape of an image's latents, C x H x W.
+        shape: shape of an image's latents as the denoiser receives them, C x ...
+        posterior_shape: their shape in the autoencoder's posterior; None: the same.
     """
-    rows = [_draw_one((*seed, step, place), shape, settings) for place in places]
+    drawn = posterior_shape or shape
+    rows = [_draw_one((*seed, step, place), shape, drawn, settings) for place in places]
     uniform, posterior, noise, offset, perturbation = (list(column) for column in zip(*rows, strict=True))
     positions = torch.stack(uniform)
     return StepDraws(
@@ -56,7 +64,7 @@ def draw(
 
 
 def _draw_one(
-    entropy: tuple[int, ...], shape: tuple[int, ...], settings: LossSettings
+    entropy: tuple[int, ...], shape: tuple[int, ...], posterior_shape: tuple[int, ...], settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (position, caption), posterior, noise, offset, perturbation; the last two empty if not used."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
@@ -64,7 +72,7 @@ def _draw_one(
     nothing = torch.empty(0)
     return (
         torch.rand(2, generator=generator),
-        torch.randn(shape, generator=generator),
+        torch.randn(posterior_shape, generator=generator),
         torch.randn(shape, generator=generator),
         torch.randn(shape[:1], generator=generator) if settings.offset_noise else nothing,
         torch.randn(shape, generator=generator) if settings.input_perturbation else nothing,

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families import Captions, Family, family_of
-from ray_jobs.diffusion.objectives import latent_scale, sample_posterior
+from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
+from ray_jobs.diffusion.objectives import per_row
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
     """Return standard normal noise from one generator per image: an image depends on its own seed only.
 
     Args:
         seeds: N seeds.
-        shape: (channels, height, width) of the latents.
+        shape: shape of an image's latents, C x ...
 
     Returns:
-        float32, N x channels x height x width, on the CPU (the CPU's generator gives the same numbers
+        float32, N x C x ..., on the CPU (the CPU's generator gives the same numbers
         everywhere).
     """
     rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -31,97 +31,89 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
 
 @torch.no_grad()
 def null_captions(pipeline: Any) -> Captions:
-    """Return the denoiser's unconditional input, 1 x ..., as `Family.unconditional` defines it."""
-    return family_of(pipeline).unconditional(pipeline.config, encode_prompts(pipeline, [""]))
+    """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it."""
+    return family_of(pipeline).text.unconditional(pipeline.config, encode_prompts(pipeline, [""]))
 
 
-def whole_pictures(family: Family, count: int, height: int, width: int) -> torch.Tensor | None:
-    """Return the `sizes` for `Family.denoise` of N images that are neither scaled nor cropped: int64, N x 6.
-
-    None for a family without size conditioning.
-    """
-    if not family.sizes:
-        return None
-    return torch.tensor([[height, width, 0, 0, height, width]]).expand(count, -1)
+def whole_pictures(
+    family: Family, count: int, height: int, width: int, device: str | torch.device = "cpu"
+) -> Conditions:
+    """Return the `picture_conditions` of N images that are neither scaled nor cropped."""
+    if "sizes" not in family.picture_conditions:
+        return {}
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
+    return {"sizes": sizes.expand(count, -1)}
 
 
 @torch.no_grad()
 def sample_latents(
     family: Family,
-    denoiser: torch.nn.Module,
+    model: Components,
     scheduler: Any,
     noise: torch.Tensor,
-    captions: Captions,
+    conditions: Conditions,
     null_captions: Captions | None,
     *,
     num_steps: int,
     guidance_scale: float | torch.Tensor,
-    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Denoise with classifier-free guidance or, if the denoiser takes the scale as input, distilled guidance.
 
     Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) runs both halves in one batch.
 
     Args:
+        model: the denoising components, from `Family.model`.
         scheduler: any diffusers scheduler; it is copied, not changed.
-        noise: float, N x C x h x w, standard normal.
-        captions: N embeddings from `Family.embed`.
+        noise: float, N x C x ..., standard normal.
+        conditions: the denoiser's conditions for N images, without guidance.
         null_captions: one embedding from `null_captions`; not used with distilled guidance, or if every
             guidance scale is 1, which means no guidance.
         num_steps: number of denoising steps.
         guidance_scale: one scale, or a float tensor of N scales, one per image.
-        sizes: int, N x 6, for families with `sizes`.
 
     Returns:
-        Denoised latents, N x C x h x w, still in the denoiser's scale.
+        Denoised latents, N x C x ..., still in the denoiser's scale.
     """
     scheduler = deepcopy(scheduler)
-    family.set_timesteps(scheduler, num_steps, noise.shape, noise.device)
+    family.schedule.set_timesteps(scheduler, num_steps, noise.shape, noise.device)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has no such scale
     scale = torch.as_tensor(guidance_scale, dtype=latents.dtype, device=latents.device).expand(len(noise))
-    told = family.distilled_guidance(denoiser)
-    guided = not told and bool((scale != 1).any())
+    embedded = family.guidance_embedded(model[family.denoiser])
+    guided = not embedded and bool((scale != 1).any())
+    if embedded:
+        conditions = conditions | {"guidance": scale}
     if guided:
         assert null_captions is not None
-        captions = {
-            name: torch.cat([null_captions[name].expand_as(captions[name]), captions[name]])
-            for name in family.embeds
-        }
-        sizes = None if sizes is None else torch.cat([sizes, sizes])
-    sizes = None if sizes is None else sizes.to(noise.device)
+        null = {name: null_captions[name].expand_as(conditions[name]) for name in family.text.embeds}
+        conditions = {name: torch.cat([null.get(name, each), each]) for name, each in conditions.items()}
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(inputs, timestep)
-        predicted = family.denoise(
-            denoiser, inputs, timestep.expand(len(inputs)), captions, sizes, scale if told else None
-        )
+        predicted = family.denoise(model, inputs, timestep.expand(len(inputs)), conditions)
         if guided:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + scale.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+            predicted = family.guide(*predicted.chunk(2), per_row(scale, latents))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
 
 
 @torch.no_grad()
-def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents in the denoiser's scale to images: uint8, N x 3 x height x width, on the CPU."""
-    shift, scale = (part.to(latents) for part in latent_scale(autoencoder.config))
-    pixels = autoencoder.decode(latents / scale + shift, return_dict=False)[0]
-    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode the denoiser's latents to images: uint8, N x 3 x height x width, on the CPU."""
+    return family_of(pipeline).codec.pixels(pipeline.vae, latents)
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Encode images to latents in the denoiser's scale, drawn from the autoencoder's posterior.
+def encode_pictures(pipeline: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Encode images to the denoiser's latents, drawn from the autoencoder's posterior.
 
     Args:
         pixels: uint8, N x 3 x height x width.
-        noise: float32, N x C x h x w, standard normal, on the autoencoder's device.
+        noise: float32, N x C x ..., standard normal, of the posterior's shape and on the autoencoder's device.
     """
+    codec, autoencoder = family_of(pipeline).codec, pipeline.vae
     pictures = pixels.to(noise.device, autoencoder.dtype) / 127.5 - 1
-    posterior = autoencoder.encode(pictures).latent_dist
-    return sample_posterior(posterior.mean.float(), posterior.logvar.float(), autoencoder.config, noise)
+    return codec.sample(*codec.posterior(autoencoder, pictures), codec.scale(autoencoder), noise)
 
 
 def sample_pictures(
@@ -142,24 +134,23 @@ def sample_pictures(
         pipeline: pipeline from `load_pipeline`, on the device to sample on.
         prompts, seeds, shapes: N of each, one per image; a shape is (height, width) in pixels.
     """
-    family, factor = family_of(pipeline), pipeline.vae_scale_factor
+    family = family_of(pipeline)
     null = null_captions(pipeline)
     for batch in batches_of(shapes, batch_size):
         height, width = shapes[batch.start]
-        shape = (pipeline.vae.config.latent_channels, height // factor, width // factor)
-        noise = initial_noise(seeds[batch], shape)
+        noise = initial_noise(seeds[batch], family.codec.shape(pipeline.vae.config, height, width))
+        sizes = whole_pictures(family, len(noise), height, width, pipeline.device)
         latents = sample_latents(
             family,
-            getattr(pipeline, family.denoiser),
+            family.model(pipeline),
             pipeline.scheduler,
             noise.to(pipeline.device),
-            encode_prompts(pipeline, list(prompts[batch])),
+            encode_prompts(pipeline, list(prompts[batch])) | sizes,
             null,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
-            sizes=whole_pictures(family, len(noise), height, width),
         )
-        yield decode_latents(pipeline.vae, latents)
+        yield decode_latents(pipeline, latents)
 
 
 def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice]:
@@ -179,7 +170,7 @@ def encode_prompts(pipeline: Any, prompts: list[str], device: str | torch.device
     Args:
         device: device of the text encoders; None for the pipeline's.
     """
-    family = family_of(pipeline)
-    tokens = family.tokenize(pipeline, prompts)
+    text = family_of(pipeline).text
+    tokens = text.tokenize(pipeline, prompts)
     placed = {name: ids.to(device or pipeline.device) for name, ids in tokens.items()}
-    return family.embed(family.encoders(pipeline), placed)
+    return text.embed(text.present(pipeline), placed)

@@ -38,7 +38,7 @@ BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one step for N rows: the factors of the terms of `advance`, each N x 1 x 1 x 1."""
+    """Coefficients of one step for N rows: the factors of the terms of `advance`, each N x 1 x ..."""
 
     timestep: torch.Tensor
     input_scale: torch.Tensor  # factor on the latents before they enter the denoiser
@@ -48,7 +48,7 @@ class Coefficients(NamedTuple):
     next_output: torch.Tensor  # next latents: factor on the denoiser's output
     next_previous: torch.Tensor  # next latents: factor on the clean latents predicted one step earlier
     next_clipped: torch.Tensor  # next latents: factor on the change that clipping makes to the prediction
-    next_earlier: torch.Tensor  # next latents, N x 3 x 1 x 1 x 1: factors on earlier outputs, newest first
+    next_earlier: torch.Tensor  # next latents, N x 3 x 1 x ...: factors on earlier outputs, newest first
     remembers: torch.Tensor  # 1 where this output is kept as an earlier one, else 0
 
 
@@ -144,11 +144,11 @@ def tabulate(
         ValueError: the scheduler does not support this number of steps, or `strength` leaves no step to run.
     """
     scheduler = deepcopy(scheduler)
-    first = 0 if strength is None else family.first_step(num_steps, strength)
+    first = 0 if strength is None else family.schedule.first_step(num_steps, strength)
     if first >= num_steps > 0:
         raise ValueError(f"strength: {strength} of {num_steps} steps is not one; ask for more of either")
     try:
-        family.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
+        family.schedule.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
         calls = num_steps + (num_earlier(scheduler) > 0 and num_steps > 1)
         if len(scheduler.timesteps) != calls:
             raise ValueError(f"it makes {len(scheduler.timesteps)} steps of them")
@@ -240,12 +240,19 @@ def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
     return [float(timestep), input_scale, *clean.tolist()[:2], *stepped[0].tolist(), clipped]
 
 
-def coefficients(rows: Sequence[tuple[Schedule, int]], device: str | torch.device) -> Coefficients:
-    """Gather the next step of each of N rows, given its schedule and the number of steps already done."""
+def coefficients(
+    rows: Sequence[tuple[Schedule, int]], device: str | torch.device, latent_dims: int = 3
+) -> Coefficients:
+    """Gather the next step of each of N rows, given its schedule and the number of steps already done.
+
+    Args:
+        latent_dims: number of dimensions of a row's latents, C x ...
+    """
+    ones = (1,) * latent_dims
     table = torch.stack([schedule.table[done] for schedule, done in rows]).to(device)
     single, earlier, remembers = table.split([table.shape[1] - PLMS_OUTPUTS - 1, PLMS_OUTPUTS, 1], dim=1)
-    columns = single.T.reshape(single.shape[1], -1, 1, 1, 1).unbind()
-    weights = earlier.reshape(-1, PLMS_OUTPUTS, 1, 1, 1), remembers.reshape(-1, 1, 1, 1)
+    columns = single.T.reshape(single.shape[1], -1, *ones).unbind()
+    weights = earlier.reshape(-1, PLMS_OUTPUTS, *ones), remembers.reshape(-1, *ones)
     return Coefficients._make([*columns, *weights])
 
 
@@ -264,11 +271,11 @@ def advance(
     flow-matching Euler (arXiv 2403.03206).
 
     Args:
-        latents: float32, N x C x h x w, noisy.
+        latents: float32, N x C x ..., noisy.
         output: the denoiser's output with guidance applied, of the same shape.
         previous: clean latents that the row's last step predicted; zeros before the first.
         clip: the bound from `clip_range`.
-        earlier: N x 3 x C x h x w, outputs of earlier calls, newest first; zeros before the first. None if no
+        earlier: N x 3 x C x ..., outputs of earlier calls, newest first; zeros before the first. None if no
             row's scheduler uses them, see `num_earlier`.
 
     Returns:

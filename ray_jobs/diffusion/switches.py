@@ -7,11 +7,11 @@ from ray_jobs.diffusion.families import Family
 
 def check_channels_last(family: Family, denoiser: Any) -> None:
     """Raise ValueError for a denoiser with hardly any convolutions."""
-    if family.denoiser != "unet":
+    if not family.is_unet:
         raise ValueError(f"channels_last: {type(denoiser).__name__} has hardly a convolution; turn it off")
 
 
 def check_cache_features(family: Family, denoiser: Any) -> None:
     """Raise ValueError for a denoiser without deep features that a step can reuse from the previous one."""
-    if family.denoiser != "unet" or len(denoiser.up_blocks) < 2:
+    if not family.is_unet or len(denoiser.up_blocks) < 2:
         raise ValueError("cache_features: only a UNet of two levels or more has deep features; turn it off")

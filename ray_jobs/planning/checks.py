@@ -46,7 +46,7 @@ def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence
             if is_tabulated(scheduler):  # stricter: also checks that no step is infinite
                 tabulate(scheduler, family, steps, shape)
             else:
-                family.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
+                family.schedule.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
         except (ValueError, IndexError, ZeroDivisionError):
             raise ValueError(
                 f"evaluate.inference_steps: {name} of {config.model.base} cannot draw in {steps} steps; take "

@@ -108,11 +108,12 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> 
 MAGNITUDES = (
     'weights = load_file("pytorch_lora_weights.safetensors")',
     "for name, part in pipeline.components.items():",
-    '    if name.startswith("text_encoder") and part is not None:',
+    "    if isinstance(part, torch.nn.Module):",
     "        for key, parameter in part.named_parameters():",
     '            layer, magnitude, _ = key.removeprefix("text_model.").partition(".lora_magnitude_vector")',
-    "            if magnitude:",
-    '                parameter.data = weights[f"{name}.text_model.{layer}{magnitude}"]',
+    '            stored = f"{name}.text_model.{layer}{magnitude}"',
+    "            if magnitude and stored in weights:",
+    "                parameter.data = weights[stored]",
 )
 
 

@@ -1,6 +1,6 @@
 """Turn a rank's rows of a step into the engine's inputs: latents, captions, random draws, loss weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ from ray_jobs.config import Config, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.objectives import Draws, sample_posterior
+from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.randomness import draw
 
-CONDITIONING = "conditioning"  # the column of SDXL's sizes
+COLUMNS = {"sizes": "conditioning"}  # columns of the conditions that belong to the picture
 
 
 def loss_shares(config: TrainConfig) -> list[float]:
@@ -73,46 +73,55 @@ class InputMaker:
     """Builder of a piece's inputs. Random draws depend only on the run's seed, the step and the row's place.
 
     Args:
-        autoencoder: the autoencoder's configuration.
+        autoencoder: the pipeline's autoencoder, which gives the scale of its latents.
         empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
     """
 
     def __init__(
         self,
         config: Config,
-        autoencoder: Mapping[str, Any],
+        autoencoder: Any,
         model: FineTuning,
         empty_caption: Captions,
         device: torch.device,
     ) -> None:
-        self.config, self.autoencoder, self.device = config, autoencoder, device
-        self.settings, self.sizes = model.settings, model.family.sizes
+        self.config, self.device, self.settings = config, device, model.settings
+        self.codec, self.scale = model.family.codec, model.family.codec.scale(autoencoder)
+        self.picture_conditions = model.family.picture_conditions
         trained = config.train.train_text_encoder
-        names = model.family.tokens if trained else model.family.embeds
+        names = model.family.text.tokens if trained else model.family.text.embeds
         present = {name: empty_caption[name] for name in names if name in empty_caption}
-        self.null = {name: tensor.long() if trained else tensor for name, tensor in present.items()}
+        # Tokens are stored as int32, and text encoders take int64.
+        self.null = {name: t.long() if t.dtype == torch.int32 else t for name, t in present.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
-        extra = (CONDITIONING,) if self.sizes else ()
-        return ("latents_mean", "latents_logvar", *self.null, *extra)
+        of_picture = (COLUMNS[name] for name in self.picture_conditions)
+        return ("latents_mean", "latents_logvar", *self.null, *of_picture)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
-        rows, shape = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
-        drawn = draw((self.config.seed,), step, piece.places, shape, self.settings)
+        rows, stored = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
+        drawn = draw(
+            (self.config.seed,),
+            step,
+            piece.places,
+            self.codec.packed_shape(stored),
+            self.settings,
+            posterior_shape=stored,
+        )
         mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
         dropped = drawn.caption < self.config.train.caption_dropout
+        conditions = {name: self._dropped(rows[name], name, dropped) for name in self.null}
+        conditions |= {name: rows[COLUMNS[name]] for name in self.picture_conditions}
         inputs = {
-            "latents": self._there(sample_posterior(mean, logvar, self.autoencoder, drawn.posterior)),
-            "captions": {name: self._there(self._dropped(rows[name], name, dropped)) for name in self.null},
+            "latents": self._there(self.codec.sample(mean, logvar, self.scale, drawn.posterior)),
+            "conditions": {name: self._there(tensor) for name, tensor in conditions.items()},
             "draws": self._draws(drawn.loss),
         }
         if self.config.train.caption_dropout:
             inputs["dropped"] = self._there(dropped)
-        if self.sizes:
-            inputs["sizes"] = self._there(rows[CONDITIONING])
         return inputs, torch.tensor(piece.weights, device=self.device)
 
     def _draws(self, draws: Draws) -> Draws:
@@ -122,8 +131,7 @@ class InputMaker:
     def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:
         """Replace the dropped captions by the empty one."""
         null = self.null[name]
-        mask = dropped.reshape(-1, *[1] * (values.dim() - 1))
-        return torch.where(mask, null, values.to(null.dtype))
+        return torch.where(per_row(dropped, values), null, values.to(null.dtype))
 
     def _there(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

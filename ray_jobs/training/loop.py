@@ -144,7 +144,7 @@ class Training:
             load_weights(resumed.shards, model.all_trained)
         export = exporter(config, pipeline, model, self.rank)
         empty_caption = settings.dataset.empty_caption()
-        self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
+        self.inputs = InputMaker(config, pipeline.vae, model, empty_caption, device)
         startup.done("model")
         self.engine = build_engine(model, sharded_for(config.train, self.world_size), self.world_size)
         self.owned = owned_fragments(self.engine)

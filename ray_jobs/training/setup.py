@@ -21,8 +21,6 @@ from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
 
-CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-
 
 def loss_settings(config: TrainConfig) -> LossSettings:
     """Return the `LossSettings` that `train.loss` configures."""
@@ -40,10 +38,10 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
     base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
     # Captions are already encoded; a T5 would take ten gigabytes on each worker for nothing.
-    without = () if config.train.train_text_encoder else family.text_encoders
+    without = () if config.train.train_text_encoder else family.text.encoders
     pipeline = load_pipeline(base, revision=revision, without=without)
     model, parts = _choose_trained(config, pipeline, family, device)
-    _prepare(parts, config.train)
+    _prepare(parts, family, config.train)
     model.train()
     for part in model.text_encoders.values():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
@@ -84,7 +82,7 @@ def _check_settings(config: Config) -> tuple[Family, Any]:
     base, revision = local_path(config.model.base), config.model.revision
     index = read_index(base, revision)
     family = family_of(index["_class_name"])
-    model = empty_model(base, (family.denoiser, *family.text_encoders), revision=revision)
+    model = empty_model(base, (*family.denoisers, *family.text.encoders), revision=revision)
     with init_empty_weights():
         _choose_trained(config, model, family, "cpu")
     deepspeed_config(config.train, config.train.min_workers)
@@ -93,22 +91,22 @@ def _check_settings(config: Config) -> tuple[Family, Any]:
 
 def _choose_trained(
     config: Config, pipeline: Any, family: Family, device: str
-) -> tuple[FineTuning, list[Any]]:
-    """Return the module to train and the pipeline's components that it trains."""
+) -> tuple[FineTuning, dict[str, Any]]:
+    """Return the module to train and the pipeline's components that it trains, by name."""
     train = config.train
     settings = loss_settings(train)
-    objective = family.objective(pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr)
+    objective = family.schedule.objective(
+        pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
+    )
     objective.check(settings)
-    encoders = family.trainable_text_encoders if train.train_text_encoder else ()
-    parts = [getattr(pipeline, name) for name in (family.denoiser, *encoders)]
+    parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
     torch.manual_seed(config.seed)  # for the adapters' initial values
-    for name, part in zip((family.denoiser, *encoders), parts, strict=True):
+    for name, part in parts.items():
         if train.method == "lora":
-            chosen = train.lora.target_modules if name == family.denoiser else None
-            usual = family.lora_targets if name == family.denoiser else CLIP_ATTENTION
+            chosen = train.lora.target_modules if name in family.denoisers else None
             settings_of_lora = train.lora.model_dump(exclude={"target_modules"})
             try:
-                add_lora(part, target_modules=list(chosen or usual), **settings_of_lora)
+                add_lora(part, target_modules=list(chosen or family.trainable[name]), **settings_of_lora)
             except ValueError as error:
                 raise ValueError(f"train.lora: {name}: {error}") from None
         else:
@@ -126,16 +124,32 @@ def _choose_trained(
     return model, parts
 
 
-def _prepare(parts: list[Any], config: TrainConfig) -> None:
+def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
+    """Return the components that are trained.
+
+    Raises:
+        ValueError: the family has no text encoder that can be trained, and `train` asks for it.
+    """
+    if not train.train_text_encoder:
+        return family.denoisers
+    if not family.trainable_encoders:
+        raise ValueError(
+            f"train.train_text_encoder: {family.pipeline_class} has no text encoder that fine-tuning trains; "
+            "turn it off"
+        )
+    return tuple(family.trainable)
+
+
+def _prepare(parts: Mapping[str, Any], family: Family, config: TrainConfig) -> None:
     """Turn on the configured options that affect only speed and memory."""
-    for part in parts:
-        if config.gradient_checkpointing:
-            enable = (
-                getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
-            )
-            enable()
-    if config.compile:
-        parts[0].compile()
+    for name, part in parts.items():
+        denoises = name in family.denoisers
+        if config.gradient_checkpointing and denoises:
+            family.enable_gradient_checkpointing(part)
+        elif config.gradient_checkpointing:
+            part.gradient_checkpointing_enable()
+        if config.compile and denoises:
+            part.compile()
 
 
 def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Export:
@@ -153,8 +167,6 @@ def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Exp
 
         return export
     # Separate fp32 copies: the components in training change meanwhile.
-    trained = dict(pipeline.components)
-    names = (model.family.denoiser, *model.text_encoders)
-    own = {name: copy.deepcopy(trained[name]) for name in names} if rank == 0 else {}
+    own = copy.deepcopy(model.components) if rank == 0 else {}
     base = model_folder(local_path(config.model.base), revision=config.model.revision, without=UNUSED)
     return lambda weights, folder: save_pipeline(base, own, weights, folder, scheduler)

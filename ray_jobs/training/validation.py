@@ -65,7 +65,7 @@ class ValidationLoss:
             float64, N, on the CPU, in the order of the rows' digests.
         """
         train, family = self.config.train, family_of(pipeline)
-        objective = family.objective(
+        objective = family.schedule.objective(
             pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
         )
         model = FineTuning(
@@ -75,7 +75,7 @@ class ValidationLoss:
             PLAIN,
             text_encoders_trained=train.train_text_encoder,
         )
-        inputs = InputMaker(self.config, pipeline.vae.config, model, self.empty_caption, self.device)
+        inputs = InputMaker(self.config, pipeline.vae, model, self.empty_caption, self.device)
         losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
         with evaluating(model), torch.inference_mode():
             for piece in self.pieces:

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.finetuning import cast
 from ray_jobs.weights.loading import read_pipeline
-from ray_jobs.weights.model_files import NOT_ENCODERS
+from ray_jobs.weights.model_files import not_encoders
 
 
 class Encoders:
@@ -20,7 +21,7 @@ class Encoders:
     """
 
     def __init__(self, base: str, *, revision: str | None = None, device: str = "cpu") -> None:
-        self.pipeline = read_pipeline(base, revision=revision, without=NOT_ENCODERS).to(device)
+        self.pipeline = read_pipeline(base, revision=revision, without=not_encoders()).to(device)
         self.family = family_of(self.pipeline)
         self.device = device
         self.pipeline.vae.requires_grad_(False).eval()
@@ -33,20 +34,20 @@ class Encoders:
             pixels: uint8, N x H x W x 3.
 
         Returns:
-            Mean and log-variance, float32, N x C x h x w, on the CPU. They are not scaled: a latent is
-            (sample - shift_factor) * scaling_factor, as in the autoencoder's configuration.
+            Mean and log-variance, float32, N x C x ..., on the CPU, neither packed nor scaled (see `Codec`).
         """
         pictures = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.pipeline.vae.encode(pictures).latent_dist
-        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+        mean, logvar = self.family.codec.posterior(self.pipeline.vae, pictures)
+        return mean.cpu(), logvar.cpu()
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Captions:
-        """Return tokens (int32, for training text encoders) and the denoiser's inputs (float32).
+        """Return the family's columns of tokens (for training text encoders) and of embeddings.
 
-        Both are by name, on the CPU.
+        Both are by name, on the CPU; floats are float32.
         """
-        tokens = self.family.tokenize(self.pipeline, captions)
+        text = self.family.text
+        tokens = text.tokenize(self.pipeline, captions)
         placed = {name: ids.to(self.device) for name, ids in tokens.items()}
-        embeds = self.family.embed(self.family.encoders(self.pipeline), placed)
-        return tokens | {name: tensor.float().cpu() for name, tensor in embeds.items()}
+        embeds = text.embed(text.present(self.pipeline), placed)
+        return tokens | {name: cast(tensor, torch.float32).cpu() for name, tensor in embeds.items()}

@@ -11,9 +11,7 @@ from ray_jobs.weights.weight_files import is_weights, plain_name, require_safete
 SAFETY_CHECKER = "safety_checker"
 IMAGE_ENCODER = "image_encoder"  # for an IP-Adapter
 NEVER_LOADED = (SAFETY_CHECKER, IMAGE_ENCODER)  # never written either
-# Folders of a model that are not needed to sample, and those not needed to encode images and captions.
-UNUSED = (*NEVER_LOADED, "feature_extractor")
-NOT_ENCODERS = ("unet", "transformer", "scheduler", *UNUSED)
+UNUSED = (*NEVER_LOADED, "feature_extractor")  # folders of a model that are not needed to sample
 INDEX = "model_index.json"
 CONFIGURATIONS = ("*.json", "*.txt", "*.model")
 
@@ -140,7 +138,7 @@ def encoders_digest(base: str, *, revision: str | None = None) -> str:
 
     That is, the weights and configurations of the autoencoder, the tokenizers and the text encoders.
     """
-    return _digest(base, revision, NOT_ENCODERS)
+    return _digest(base, revision, not_encoders())
 
 
 def model_digest(base: str, *, revision: str | None = None) -> str:
@@ -150,6 +148,14 @@ def model_digest(base: str, *, revision: str | None = None) -> str:
     """
     components = (model_folder(base, revision=revision) / INDEX).read_bytes()
     return hashlib.sha256(components + _digest(base, revision, UNUSED).encode()).hexdigest()
+
+
+def not_encoders() -> tuple[str, ...]:
+    """Return the folders of models that are not needed to encode images and captions."""
+    from ray_jobs.diffusion.families import FAMILIES  # imports PyTorch
+
+    denoisers = {name: None for family in FAMILIES.values() for name in family.denoisers}
+    return (*denoisers, "scheduler", *UNUSED)
 
 
 def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
@@ -166,19 +172,19 @@ def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
 def size_multiple(base: str, *, revision: str | None = None) -> int:
     """Return the pixel count that both sides of an image must be multiples of, by the model's family."""
     family, *configs = _of_sizes(base, revision)
-    return int(family.size_multiple(*configs))
+    return int(family.codec.size_multiple(*configs))
 
 
 def latent_pixels(base: str, *, revision: str | None = None) -> int:
     """Return the side of a latent in pixels, by the model's family."""
     family, autoencoder, _ = _of_sizes(base, revision)
-    return int(family.latent_pixels(autoencoder))
+    return int(family.codec.latent_pixels(autoencoder))
 
 
 def max_side(base: str, *, revision: str | None = None) -> int | None:
     """Return the longest side, in pixels, that a model can generate, by its family; None for no limit."""
     family, *configs = _of_sizes(base, revision)
-    found = family.max_side(*configs)
+    found = family.codec.max_side(*configs)
     return None if found is None else int(found)
 
 

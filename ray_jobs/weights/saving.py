@@ -98,9 +98,7 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
     # Use peft's names: diffusers' own converter renames attention layers only, and its loader then drops
     # those of a file with both kinds of names, with a warning.
     arguments: dict[str, Any] = {}
-    parts = {model.family.denoiser: ("denoiser", model.denoiser)}
-    parts |= {name: (f"text_encoders.{name}", part) for name, part in model.text_encoders.items()}
-    for name, (prefix, part) in parts.items():
+    for name, (prefix, part) in model.components.items():
         mine = {
             key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
         }
@@ -130,7 +128,7 @@ def _settings(config: Any) -> dict[str, Any]:
 @torch.no_grad()
 def save_pipeline(
     base: Path,
-    components: Mapping[str, Any],
+    components: Mapping[str, tuple[str, nn.Module]],
     weights: Mapping[str, torch.Tensor],
     folder: Path,
     scheduler: Any | None = None,
@@ -140,17 +138,17 @@ def save_pipeline(
     Args:
         base: folder of the base model, whose files are used for all other components.
         components: components with trained weights, by their name in the pipeline. Pass copies, not those in
-            training: their weights are overwritten.
+            training: their weights are overwritten. Each with the prefix of its parameters in `weights`, as
+            in `FineTuning.components`.
         weights: trained weights by their name in `FineTuning`.
         scheduler: replacement for the base model's scheduler; None to keep that.
     """
     own: dict[str, torch.Tensor] = {}
-    for name, part in components.items():
-        prefix = f"text_encoders.{name}" if name.startswith("text_encoder") else "denoiser"
+    for prefix, part in components.values():
         own |= {f"{prefix}.{key}": parameter for key, parameter in part.named_parameters()}
     for key, value in weights.items():
         own[key].copy_(value)
-    for name, part in components.items():
+    for name, (_, part) in components.items():
         save_part(part, folder / name)
     index = model_index(base)
     for path in base.iterdir():

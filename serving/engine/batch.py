@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ray_jobs.diffusion.families import Captions, Family
+from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.finetuning import cast
+from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.engine.batched_lora import BatchedLoRA, Stacks
 from serving.engine.rows import Row
@@ -17,54 +19,49 @@ class Batch:
     """Inputs that stay constant while the same N rows step together, G of them with classifier-free guidance.
 
     Attributes:
-        captions: prompt embeddings, N + G x ..., the unconditional ones last.
-        sizes: size conditioning, N + G x 6, or None.
+        family: the family of the model.
+        conditions: the denoiser's conditions, N + G x ..., those without a caption last.
         guided: int64, G: indices of the rows with guidance.
-        guidance_scales: float32, G x 1 x 1 x 1.
-        told: float32, N: guidance scale for denoisers that take it as an input, or None.
+        guidance_scales: float32, G.
         stacks: adapter updates for the N + G rows.
         shares: slices of this batch made so far, by start and stop.
     """
 
     rows: list[Row]
-    captions: Captions
-    sizes: torch.Tensor | None
+    family: Family
+    conditions: Conditions
     guided: torch.Tensor
     guidance_scales: torch.Tensor
-    told: torch.Tensor | None
     stacks: Stacks
     shares: dict[tuple[int, int], "Share"] = field(default_factory=dict)
 
     @staticmethod
-    def of(rows: list[Row], family: Family, denoiser: Any, low_rank: BatchedLoRA, device: str) -> "Batch":
+    def of(
+        rows: list[Row], family: Family, model: Components, low_rank: BatchedLoRA, device: str
+    ) -> "Batch":
+        denoiser: Any = model[family.denoiser]
         guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
         captions = [row.captions for row in rows]
         captions += [row.null_captions for row in rows if row.null_captions is not None]
-        sizes = whole_pictures(family, len(captions), *rows[0].size)
+        conditions = {name: torch.stack([each[name] for each in captions]) for name in family.text.embeds}
+        conditions = {name: cast(each, denoiser.dtype) for name, each in conditions.items()}
+        conditions |= whole_pictures(family, len(captions), *rows[0].size, device)
         scales = torch.tensor([row.request.guidance_scale for row in rows], device=device)
         adapters = [row.adapter for row in rows] + [rows[i].adapter for i in guided]
         index = torch.tensor(guided, dtype=torch.int64, device=device)
-        return Batch(
-            rows,
-            {
-                name: torch.stack([each[name] for each in captions]).to(denoiser.dtype)
-                for name in family.embeds
-            },
-            None if sizes is None else sizes.to(device),
-            index,
-            scales[index].reshape(-1, 1, 1, 1),
-            scales if family.distilled_guidance(denoiser) else None,
-            low_rank.stack(adapters, family.denoiser),
-        )
+        if family.guidance_embedded(denoiser):
+            conditions["guidance"] = scales
+        stacks: Stacks = {}
+        for name in model:
+            stacks = {**stacks, **low_rank.stack(adapters, name)}
+        return Batch(rows, family, conditions, index, scales[index], stacks)
 
     def share(self, part: slice) -> "Share":
         """Return the inputs of a slice of the N + G rows; cached, since many steps use it."""
         key = part.start, part.stop
         if key not in self.shares:
             self.shares[key] = Share(
-                {name: captions[part] for name, captions in self.captions.items()},
-                None if self.sizes is None else self.sizes[part],
-                None if self.told is None else self.told[part],
+                {name: each[part] for name, each in self.conditions.items()},
                 {place: update.of(part) for place, update in self.stacks.items()},
             )
         return self.shares[key]
@@ -88,14 +85,13 @@ class Batch:
         if not len(self.guided):
             return output
         conditional, unconditional = output.split([len(self.rows), len(self.guided)])
-        step = conditional[self.guided] - unconditional
-        return conditional.index_copy(0, self.guided, unconditional + self.guidance_scales * step)
+        scales = per_row(self.guidance_scales, output)
+        guided = self.family.guide(unconditional, conditional[self.guided], scales)
+        return conditional.index_copy(0, self.guided, guided)
 
 
 class Share(NamedTuple):
     """The inputs of a slice of a batch's rows, see `Batch`."""
 
-    captions: Captions
-    sizes: torch.Tensor | None
-    told: torch.Tensor | None
+    conditions: Conditions
     stacks: Stacks

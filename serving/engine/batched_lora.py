@@ -44,9 +44,9 @@ class Adapter:
         return sum(part.nbytes for update in self.updates.values() for part in update if part is not None)
 
     @cached_property
-    def changes_text(self) -> bool:
-        """True if this adapter changes prompt embeddings."""
-        return any(part.startswith("text_encoder") for part, _ in self.updates)
+    def parts(self) -> frozenset[str]:
+        """Names of the components that this adapter changes."""
+        return frozenset(part for part, _ in self.updates)
 
 
 Stacks = Mapping[Place, Update]  # updates of N rows, each tensor N x ..., or 1 x ... if shared by all

@@ -17,16 +17,16 @@ class DeepCache:
     """Wrap all blocks of a UNet but the first and the last.
 
     Args:
-        unet: a UNet2DConditionModel with at least two levels.
+        denoiser: a UNet2DConditionModel with at least two levels.
     """
 
-    def __init__(self, unet: Any) -> None:
-        down, up = unet.down_blocks[1:], unet.up_blocks[:-1]
+    def __init__(self, denoiser: Any) -> None:
+        down, up = denoiser.down_blocks[1:], denoiser.up_blocks[:-1]
         self._last = up[-1]
         self._residuals = {block: len(block.resnets) + (block.downsamplers is not None) for block in down}
         self._given: torch.Tensor | None = None
         self._made = torch.empty(0)
-        for block in (*down, unet.mid_block, *up):
+        for block in (*down, denoiser.mid_block, *up):
             if block is not None:
                 block.forward = partial(self._pass, block, block.forward)
 

@@ -90,8 +90,9 @@ class Engine:
         self.pipeline = pipeline if offloaded(pipeline) else pipeline.to(device)
         self.family, self.device, self.attention = family_of(pipeline), device, attention
         self.max_rows, self.chunk_rows = max_rows, decode_rows
-        self.denoiser = getattr(pipeline, self.family.denoiser)
-        self.told = self.family.distilled_guidance(self.denoiser)
+        self.model = self.family.model(pipeline)
+        self.denoiser: Any = self.model[self.family.denoiser]
+        self.guidance_embedded = self.family.guidance_embedded(self.denoiser)
         self.clip, self.num_earlier = clip_range(pipeline.scheduler), num_earlier(pipeline.scheduler)
         self.deep = DeepCache(self.denoiser) if cache_features else None
         parts = self.family.adaptable(pipeline)
@@ -99,7 +100,7 @@ class Engine:
         # Only one thread at a time may call a denoiser that is compiled, offloaded or caches deep features.
         alone = compiled(pipeline) or offloaded(pipeline) or cache_features
         self.workers = CPUWorkers(num_cores, share_out=not alone)
-        self.decoder = Decoder(pipeline.vae, chunk_rows=decode_rows, workers=self.workers)
+        self.decoder = Decoder(pipeline, chunk_rows=decode_rows, workers=self.workers)
         self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
         self.work = threading.Event()  # set when there may be work
         self.adapters: AdapterCache | None = None
@@ -123,9 +124,7 @@ class Engine:
     @property
     def own_size(self) -> tuple[int, int]:
         """Height and width of the model's default image, in pixels."""
-        height, width = self.family.sample_size(self.pipeline)
-        factor = self.pipeline.vae_scale_factor
-        return height * factor, width * factor
+        return self.family.native_size(self.pipeline)
 
     @property
     def unfinished(self) -> bool:
@@ -226,6 +225,10 @@ class Engine:
         if self.adapters is not None:
             self.adapters.close()
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of an image, C x ..., given its size in pixels."""
+        return self.family.codec.shape(self.pipeline.vae.config, height, width)
+
     def _tabulate(
         self,
         num_steps: int,
@@ -234,11 +237,10 @@ class Engine:
         strength: float | None = None,
         zero_terminal_snr: bool = False,
     ) -> Schedule:
-        factor, scheduler = self.pipeline.vae_scale_factor, self.pipeline.scheduler
-        shape = (height // factor, width // factor)
+        scheduler = self.pipeline.scheduler
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
-        return tabulate(scheduler, self.family, num_steps, shape, strength)
+        return tabulate(scheduler, self.family, num_steps, self.latent_shape(height, width), strength)
 
     def _drop_answered(self) -> None:
         """Drop rows that were cancelled or have failed, and batches of sizes that no running row has."""
@@ -275,21 +277,19 @@ class Engine:
         self._running += chunk
         for row in chunk:
             row.last_call = self._calls
-        encoding = partial(encode, self.pipeline.vae, chunk, self.device)
+        encoding = partial(encode, self.pipeline, chunk, self.device)
         self._guarded(chunk, lambda: self.workers.together(encoding))
 
     def _begin(self, rows: list[Row]) -> None:
         """Set the prompt embeddings and initial noise of newly admitted rows."""
-        guided = [row for row in rows if row.request.guidance_scale > 1 and not self.told]
+        guided = [row for row in rows if row.request.guidance_scale > 1 and not self.guidance_embedded]
         texts: list[Text] = [(row.request.prompt, row.adapter) for row in rows]
         texts += [(row.request.negative_prompt, row.adapter) for row in guided]
         embeds = self.workers.together(partial(self.prompts.embed, texts))
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions
-        factor, channels = self.pipeline.vae_scale_factor, self.pipeline.vae.config.latent_channels
         for row, captions in zip(rows, embeds[: len(rows)], strict=True):
-            height, width = row.size
-            noise = initial_noise([row.request.seed], (channels, height // factor, width // factor))[0]
+            noise = initial_noise([row.request.seed], self.latent_shape(*row.size))[0]
             row.latents = (noise * row.schedule.noise_scale).to(self.device)
             row.clean = torch.zeros_like(row.latents)
             if self.num_earlier:
@@ -300,15 +300,15 @@ class Engine:
         """Make one denoising step for rows of one kind."""
         kind, now = rows[0].kind, time.monotonic()
         if kind not in self._batches or self._batches[kind].rows != rows:
-            self._batches[kind] = Batch.of(rows, self.family, self.denoiser, self.low_rank, self.device)
+            self._batches[kind] = Batch.of(rows, self.family, self.model, self.low_rank, self.device)
         batch = self._batches[kind]
         for row in rows:
             if not row.done:
                 row.waited_s = now - row.submitted
                 self._first_steps += 1
                 self._seconds_to_first_step += row.waited_s
-        step = coefficients([(row.schedule, row.done) for row in rows], self.device)
         latents = torch.stack([row.latents for row in rows])
+        step = coefficients([(row.schedule, row.done) for row in rows], self.device, latents.dim() - 1)
         clean = torch.stack([row.clean for row in rows])
         self.failed_calls += 1
         output = self._predict(
@@ -348,6 +348,4 @@ class Engine:
         """Return the denoiser's output for a slice of a batch's rows."""
         share = batch.share(part)
         with self.low_rank.applied(share.stacks):
-            return self.family.denoise(
-                self.denoiser, inputs[part], timesteps[part], share.captions, share.sizes, share.told
-            )
+            return self.family.denoise(self.model, inputs[part], timesteps[part], share.conditions)

@@ -22,7 +22,7 @@ class PromptEmbeddings:
     """
 
     def __init__(self, pipeline: Any, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
-        self.pipeline, self.family, self.device = pipeline, family_of(pipeline), device
+        self.pipeline, self.text, self.device = pipeline, family_of(pipeline).text, device
         self.low_rank, self.max_bytes = low_rank, max_bytes
         self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()
         self._num_bytes = 0
@@ -32,21 +32,21 @@ class PromptEmbeddings:
         """Return the embeddings of N texts, each without the batch dimension. Missing ones are encoded in one
         batch.
 
-        The prompt None is not the empty prompt: its embedding is that of `Family.unconditional`.
+        The prompt None is not the empty prompt: its embedding is that of `Text.unconditional`.
         """
-        wanted = {_key(text): text for text in texts}
+        wanted = {self._key(text): text for text in texts}
         missing = [key for key in wanted if key not in self._kept]
         self.misses += len(missing)
         self.hits += len(texts) - len(missing)
         if missing:
             adapters = [wanted[key][1] for key in missing]
             stacks: Stacks = {}
-            for part in self.family.encoders(self.pipeline):
+            for part in self.text.present(self.pipeline):
                 stacks = {**stacks, **self.low_rank.stack(adapters, part)}
             with self.low_rank.applied(stacks):
                 encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing], self.device)
             for row, key in enumerate(missing):
-                self._kept[key] = {name: encoded[name][row].clone() for name in self.family.embeds}
+                self._kept[key] = {name: encoded[name][row].clone() for name in self.text.embeds}
                 self._num_bytes += _bytes_of(self._kept[key])
         for key in wanted:
             self._kept.move_to_end(key)
@@ -57,14 +57,16 @@ class PromptEmbeddings:
         return found
 
     def _embedding(self, text: Text) -> Captions:
-        embeds = self._kept[_key(text)]
-        return self.family.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
+        embeds = self._kept[self._key(text)]
+        return self.text.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
+
+    def _key(self, text: Text) -> tuple[str, str | None]:
+        """Return what the embedding depends on: the prompt, and the adapter if it changes text encoders."""
+        prompt, adapter = text
+        changed = adapter is not None and not adapter.parts.isdisjoint(self.text.encoders)
+        return prompt or "", adapter.name if adapter and changed else None
 
 
 def _bytes_of(captions: Captions) -> int:
     return sum(tensor.nbytes for tensor in captions.values())
 
-
-def _key(text: Text) -> tuple[str, str | None]:
-    prompt, adapter = text
-    return prompt or "", adapter.name if adapter and adapter.changes_text else None

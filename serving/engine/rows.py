@@ -54,8 +54,8 @@ def check_request(
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    least = family.size_multiple(pipeline.vae.config, denoiser.config)
-    most = family.max_side(pipeline.vae.config, denoiser.config)
+    least = family.codec.size_multiple(pipeline.vae.config, denoiser.config)
+    most = family.codec.max_side(pipeline.vae.config, denoiser.config)
     for field_name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < least or pixels % least or (most and pixels > most):
             limit = f" up to {most}" if most else ""
@@ -69,7 +69,7 @@ def check_request(
         raise ValueError(f"seed: {request.seed}; it is from 0 to 2^63 - 1")
     if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
         raise ValueError(f"guidance_scale: {request.guidance_scale}; 1 is off, and the least")
-    if request.negative_prompt is not None and family.distilled_guidance(denoiser):
+    if request.negative_prompt is not None and family.guidance_embedded(denoiser):
         raise ValueError("negative_prompt: this model is told its guidance and has no negative prompt")
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):

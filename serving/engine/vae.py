@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
@@ -19,7 +21,7 @@ class Decoding(NamedTuple):
     """Latents waiting to be decoded."""
 
     row: Row
-    latents: torch.Tensor  # C x h x w
+    latents: torch.Tensor  # C x ...
     done: int  # steps done
     last: bool  # True for the finished image, False for a preview
 
@@ -32,8 +34,8 @@ class Decoder:
         workers: CPU workers that share a chunk.
     """
 
-    def __init__(self, autoencoder: Any, *, chunk_rows: int, workers: CPUWorkers) -> None:
-        self.autoencoder, self.chunk_rows, self.workers = autoencoder, chunk_rows, workers
+    def __init__(self, pipeline: Any, *, chunk_rows: int, workers: CPUWorkers) -> None:
+        self.pipeline, self.chunk_rows, self.workers = pipeline, chunk_rows, workers
         self._queue: deque[Decoding] = deque()
         self.pictures = 0  # images decoded, without previews
 
@@ -65,8 +67,8 @@ class Decoder:
 
     def decode(self, chunk: list[Decoding]) -> None:
         """Decode rows of one size, and deliver the images."""
-        latents = torch.stack([each.latents for each in chunk]).to(self.autoencoder.dtype)
-        decoded = self.workers.apart(lambda part: decode_latents(self.autoencoder, latents[part]), len(chunk))
+        latents = torch.stack([each.latents for each in chunk]).to(self.pipeline.vae.dtype)
+        decoded = self.workers.apart(lambda part: decode_latents(self.pipeline, latents[part]), len(chunk))
         pictures = decoded.permute(0, 2, 3, 1).contiguous()
         for each, pixels in zip(chunk, pictures.unbind(), strict=True):
             if each.last:
@@ -85,21 +87,22 @@ def next_chunk(rows: Sequence[Row], most: int) -> list[Row]:
     return [row for row in rows if row.size == rows[0].size][:most]
 
 
-def encode(autoencoder: Any, rows: Sequence[Row], device: str) -> None:
+def encode(pipeline: Any, rows: Sequence[Row], device: str) -> None:
     """Set the initial latents of rows of one size, each with an image.
 
     As in diffusers' pipelines, a row's generator draws the posterior sample first, then the noise that is
     added.
     """
-    draws = [_two_draws(row.request.seed, row.latents.shape) for row in rows]
+    codec = family_of(pipeline).codec
+    draws = [_two_draws(row.request.seed, codec, tuple(row.latents.shape)) for row in rows]
     posterior, noise = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
     images = torch.stack([row.request.image for row in rows if row.request.image is not None])
-    latents = encode_pictures(autoencoder, images.permute(0, 3, 1, 2), posterior)
+    latents = encode_pictures(pipeline, images.permute(0, 3, 1, 2), posterior)
     for i, row in enumerate(rows):
         row.latents = row.schedule.image_scale * latents[i] + row.schedule.noise_scale * noise[i]
 
 
-def _two_draws(seed: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _two_draws(seed: int, codec: Codec, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randn((1, *shape), generator=generator)[0]
+    first = torch.randn((1, *codec.unpacked_shape(shape)), generator=generator)[0]
     return first, torch.randn((1, *shape), generator=generator)[0]

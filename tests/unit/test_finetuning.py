@@ -28,17 +28,14 @@ def finetuning(base: Path, method: str, *, text_encoders: bool = False) -> tuple
     """A pipeline and what is trained of it."""
     pipeline = load_pipeline(str(base))
     family = family_of(pipeline)
-    trained = [getattr(pipeline, family.denoiser)]
-    if text_encoders:
-        trained += [getattr(pipeline, name) for name in family.trainable_text_encoders]
-    for part in trained:
+    for name in family.trainable if text_encoders else family.denoisers:
+        part = getattr(pipeline, name)
         if method == "full":
             part.requires_grad_(True)
         else:
-            layers = family.lora_targets if part is trained[0] else ("q_proj", "v_proj")
-            dora = method == "dora"
+            layers, dora = family.trainable[name], method == "dora"
             add_lora(part, rank=2, alpha=4, dropout=0.0, target_modules=list(layers), use_dora=dora)
-    objective = family.objective(pipeline.scheduler.config)
+    objective = family.schedule.objective(pipeline.scheduler.config)
     model = FineTuning(pipeline, family, objective, LossSettings(), text_encoders_trained=text_encoders)
     return pipeline, model
 
@@ -48,16 +45,18 @@ def inputs(pipeline: Any, model: FineTuning) -> dict[str, Any]:
     torch.manual_seed(0)
     family, channels = model.family, pipeline.vae.config.latent_channels
     captions = ["a red circle", "a blue cross", "", "a big green square"]
-    tokens = {name: ids.long() for name, ids in family.tokenize(pipeline, captions).items()}
+    tokens = {name: ids.long() for name, ids in family.text.tokenize(pipeline, captions).items()}
     with torch.no_grad():
-        embeds = family.embed(family.encoders(pipeline), tokens)
+        embeds = family.text.embed(family.text.present(pipeline), tokens)
     drawn = draw((0,), 1, range(4), (channels, 8, 8), model.settings)
     batch = {
         "latents": torch.randn(4, channels, 8, 8),
-        "captions": tokens if model.text_encoders else embeds,
+        "conditions": tokens if model.text_encoders else embeds,
         "draws": drawn.loss,
     }
-    return batch | ({"sizes": torch.tensor([[80, 72, 0, 4, 64, 64]] * 4)} if family.sizes else {})
+    if "sizes" in family.picture_conditions:
+        batch["conditions"]["sizes"] = torch.tensor([[80, 72, 0, 4, 64, 64]] * 4)
+    return batch
 
 
 def steps(model: FineTuning, batch: dict[str, Any], count: int) -> list[float]:
@@ -105,7 +104,7 @@ def test_saved_adapters_are_loaded_as_they_were_trained(
 def test_the_same_adapters_are_the_same_file_in_every_process(tiny_model: Path, tmp_path: Path) -> None:
     pipeline = load_pipeline(str(tiny_model))
     add_lora(pipeline.unet, rank=2, alpha=4, dropout=0.3, target_modules=["to_q", "to_v"])
-    objective = family_of(pipeline).objective(pipeline.scheduler.config)
+    objective = family_of(pipeline).schedule.objective(pipeline.scheduler.config)
     model = FineTuning(pipeline, family_of(pipeline), objective, LossSettings())
     save_lora(pipeline, model, dict(model.trained()), tmp_path)
     with safe_open(tmp_path / LORA_WEIGHTS, "pt") as file:
@@ -134,8 +133,8 @@ def test_a_whole_pipeline_is_saved_with_the_weights_it_is_given(base: Path, tmp_
     pipeline, model = finetuning(base, "full")
     batch = inputs(pipeline, model)
     steps(model, batch, 2)
-    names = (model.family.denoiser, *model.text_encoders)
-    components = {name: getattr(load_pipeline(str(base)), name) for name in names}
+    whole = load_pipeline(str(base))
+    components = {name: (prefix, getattr(whole, name)) for name, (prefix, _) in model.components.items()}
     save_pipeline(base, components, dict(model.trained()), tmp_path)
     again = FineTuning(load_pipeline(str(tmp_path)), model.family, model.objective, model.settings)
     with torch.no_grad():

@@ -122,7 +122,7 @@ def test_a_whole_pipeline_is_saved_with_the_scheduler_that_it_was_trained_for(
     family = family_of(pipeline)
     save_pipeline(
         tiny_model,
-        {family.denoiser: pipeline.unet},
+        {family.denoiser: ("denoiser", pipeline.unet)},
         {},
         tmp_path,
         trained_scheduler(velocity("PNDMScheduler")),

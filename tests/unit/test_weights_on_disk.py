@@ -132,7 +132,7 @@ def test_a_whole_model_of_such_a_base_is_published_under_plain_names(copy: Path,
         to_variant(copy, name)
     (copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"never opened")
     pipeline, model = finetuning(copy, "full")
-    components = {"unet": load_pipeline(str(copy)).unet}
+    components = {"unet": ("denoiser", load_pipeline(str(copy)).unet)}
     save_pipeline(copy, components, dict(model.trained()), tmp_path / "out")
     assert not [
         path for path in (tmp_path / "out").rglob("*") if "fp16" in path.name or path.suffix == ".bin"
@@ -151,20 +151,20 @@ def test_text_encoders_have_the_names_that_all_releases_read(base: Path, tmp_pat
     config = [f"model.base={base}", "train.lora.target_modules=null", "train.train_text_encoder=true"]
     _, model = build_model(load_config(DEMO, [*config, "train.method=full"]))
     whole = load_pipeline(str(base))
-    components = {name: getattr(whole, name) for name in (model.family.denoiser, *model.text_encoders)}
+    components = {name: (prefix, getattr(whole, name)) for name, (prefix, _) in model.components.items()}
     save_pipeline(base, components, dict(model.trained()), tmp_path / "whole")
     save_whole(whole, tmp_path / "again")
     (tmp_path / "again" / "text_encoder" / "unrelated.json").write_text("{}")
     use_old_names(tmp_path / "again" / "text_encoder", "CLIPTextModel")  # once more changes nothing
     for folder in (tmp_path / "whole", tmp_path / "again"):
-        for name in model.family.text_encoders:
+        for name in model.family.text.encoders:
             names = names_in(folder / name / "model.safetensors")
             if type(getattr(whole, name)).__name__ == "T5EncoderModel":
                 assert all(key.startswith(("shared.", "encoder.")) for key in names)
             else:
                 assert all(key.startswith("text_model.") or key == "text_projection.weight" for key in names)
         before, after = load_pipeline(str(base)), load_pipeline(str(folder))
-        for name in model.family.text_encoders:
+        for name in model.family.text.encoders:
             old, new = getattr(before, name).state_dict(), getattr(after, name).state_dict()
             assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
 
@@ -203,9 +203,8 @@ def test_every_tensor_of_an_adapter_arrives(base: Path, old_names: bool, tmp_pat
         }
         save_file(bare, file, metadata)
     loaded = load_pipeline(str(base), tmp_path)
-    parts = {model.family.denoiser: model.denoiser, **model.text_encoders}
     compared = 0
-    for name, part in parts.items():
+    for name, (_, part) in model.components.items():
         there = dict(getattr(loaded, name).named_parameters())
         for key, parameter in part.named_parameters():
             if "lora_" in key:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 # NumPy type that holds the bits of each dtype.
-STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
+STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32, "bool": np.bool_}
 
 
 def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array]:

@@ -1,19 +1,28 @@
-"""Model families that can be fine-tuned, by pipeline class."""
+"""Model families that can be fine-tuned, by pipeline class: one per file in this folder, found by looking."""
 
+import importlib
+import pkgutil
 from typing import Any
 
-from ray_jobs.diffusion.families.family import Captions, Family
-from ray_jobs.diffusion.families.flux import Flux
-from ray_jobs.diffusion.families.stable_diffusion import StableDiffusion
-from ray_jobs.diffusion.families.stable_diffusion_3 import StableDiffusion3
-from ray_jobs.diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from ray_jobs.diffusion.families.family import Components, Conditions, Family
+from ray_jobs.diffusion.families.text import Captions
 
-__all__ = ["FAMILIES", "Captions", "Family", "family_of"]
+__all__ = ["FAMILIES", "Captions", "Components", "Conditions", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {
-    family.pipeline_class: family
-    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux())
-}
+
+def _found() -> dict[str, Family]:
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+    kinds, families = [Family], {}
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.__module__.startswith(f"{__name__}.") and hasattr(kind, "pipeline_class"):
+            families[kind.pipeline_class] = kind()  # type: ignore[abstract]
+    return dict(sorted(families.items()))
+
+
+FAMILIES: dict[str, Family] = _found()
 
 
 def family_of(pipeline: Any) -> Family:

@@ -1,81 +1,137 @@
 """FLUX.1 of Black Forest Labs (https://github.com/black-forest-labs/flux)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from ray_jobs.diffusion.families.family import PATCH, Captions, Encoders, FlowMatchingFamily
+from ray_jobs.diffusion.families import tiny
+from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.family import (
+    CLIP_ATTENTION,
+    MMDIT_ATTENTION,
+    Components,
+    Conditions,
+    Family,
+)
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+
+PATCH = 2  # side of a patch, in latents
+T5_TOKENS = 512
 
 
-class Flux(FlowMatchingFamily):
-    """FLUX.1: T5 and the pooled embedding of CLIP; latents are packed into patches.
+class FluxText(Text):
+    """T5, and the pooled embedding of CLIP."""
 
-    FLUX.1-dev takes guidance as input; FLUX.1-schnell has none.
-    """
-
-    pipeline_class = "FluxPipeline"
     tokens = ("input_ids", "input_ids_2")
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
-    text_encoders = ("text_encoder", "text_encoder_2")
-    trainable_text_encoders = ("text_encoder",)
-    max_tokens = {"input_ids_2": 512}
-    max_shift = 1.15
+    encoders = ("text_encoder", "text_encoder_2")
+    max_tokens = {"input_ids_2": T5_TOKENS}
 
-    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         return {
-            "prompt_embeds": parts["text_encoder_2"](tokens["input_ids_2"]).last_hidden_state,
-            "pooled_prompt_embeds": parts["text_encoder"](tokens["input_ids"]).pooler_output,
+            "prompt_embeds": encoders["text_encoder_2"](tokens["input_ids_2"]).last_hidden_state,
+            "pooled_prompt_embeds": encoders["text_encoder"](tokens["input_ids"]).pooler_output,
         }
 
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "prompt_embeds": ((T5_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
+            "pooled_prompt_embeds": ((denoiser["pooled_projection_dim"],), torch.float32),
+        }
+
+
+class FluxCodec(Codec):
+    """Latents of which the transformer takes patches of 2 x 2, as tokens."""
+
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        return PATCH
+
+
+class Flux(Family):
+    """FLUX.1: FLUX.1-dev takes guidance as an input; FLUX.1-schnell has none."""
+
+    pipeline_class = "FluxPipeline"
+    trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
+    text, codec = FluxText(), FluxCodec()
+    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    variants = ("", "schnell")
+
     def denoise(
-        self,
-        denoiser: Any,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: Captions,
-        sizes: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        assert sizes is None
-        if self.distilled_guidance(denoiser):
-            guidance = latents.new_ones(len(latents)) if guidance is None else guidance
-        else:
-            assert guidance is None
-        packed = pixel_unshuffle(latents, PATCH)  # N x 4C x h/2 x w/2
-        rows, columns = packed.shape[-2:]
-        embeds = captions["prompt_embeds"]
+        denoiser: Any = model["transformer"]
+        guidance = None
+        if self.guidance_embedded(denoiser):
+            guidance = conditions.get("guidance", latents.new_ones(len(latents)))
+        tokens, grid = to_tokens(latents)
         predicted = denoiser(
-            packed.flatten(2).transpose(1, 2),
-            encoder_hidden_states=embeds,
-            pooled_projections=captions["pooled_prompt_embeds"],
+            tokens,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            pooled_projections=conditions["pooled_prompt_embeds"],
             timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
-            img_ids=_positions(rows, columns, latents.device),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
+            img_ids=positions(*grid, latents.device),
+            txt_ids=torch.zeros(conditions["prompt_embeds"].shape[1], 3, device=latents.device),
             guidance=guidance,
             return_dict=False,
         )[0]
-        return pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (rows, columns)), PATCH)
+        return from_tokens(predicted, grid)
 
-    def distilled_guidance(self, denoiser: Any) -> bool:
+    def guidance_embedded(self, denoiser: Any) -> bool:
         return bool(denoiser.config.guidance_embeds)
 
-    def set_timesteps(
-        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
-    ) -> None:
-        """Set sigmas in even steps from pure noise, shifted according to the image's size."""
-        if scheduler.config.get("use_flow_sigmas"):  # a scheduler that spaces its sigmas itself
-            return super().set_timesteps(scheduler, num_steps, latent_shape, device)
-        sigmas = [1 - step / num_steps for step in range(num_steps)]
-        shift = self.dynamic_shift(scheduler.config, latent_shape)
-        scheduler.set_timesteps(sigmas=sigmas, device=device, **shift)
+    def guidance_arguments(self, denoiser: Any, scale: float) -> dict[str, Any]:
+        if self.guidance_embedded(denoiser):
+            return {"guidance_scale": scale}
+        return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
 
-    def sample_size(self, pipeline: Any) -> tuple[int, int]:
-        return (pipeline.default_sample_size,) * 2  # the transformer's configuration has none
+    def native_size(self, pipeline: Any) -> tuple[int, int]:
+        # The transformer's configuration has no size.
+        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+        torch.manual_seed(0)
+        tokenizer, embedded = tiny.clip_tokenizer(captions), variant != "schnell"
+        return FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                in_channels=4 * 4,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=tiny.T5_WIDTH,
+                pooled_projection_dim=tiny.CLIP_WIDTH,
+                guidance_embeds=embedded,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=3.0 if embedded else 1.0, use_dynamic_shifting=embedded
+            ),
+            vae=tiny.shifted_autoencoder(),
+            text_encoder=tiny.clip(tokenizer, tiny.CLIP_WIDTH),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny.t5_encoder(captions),
+            tokenizer_2=tiny.t5_tokenizer(captions),
+        )
 
 
-def _positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def to_tokens(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Cut latents into patches of 2 x 2: N x (h/2 * w/2) x 4C. Also return the grid, (h/2, w/2)."""
+    packed = pixel_unshuffle(latents, PATCH)
+    rows, columns = packed.shape[-2:]
+    return packed.flatten(2).transpose(1, 2), (rows, columns)
+
+
+def from_tokens(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Inverse of `to_tokens`."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), PATCH)
+
+
+def positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Return (0, row, column) of each patch: float32, rows * columns x 3."""
     row = torch.arange(rows, dtype=torch.float32, device=device)
     column = torch.arange(columns, dtype=torch.float32, device=device)

@@ -1,40 +1,60 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encoders
+from ray_jobs.diffusion.families import architecture
+from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+from ray_jobs.diffusion.families.unet import UNetFamily
+
+CLIP_TOKENS = 77
 
 
-class StableDiffusion(DiffusionFamily):
-    """Stable Diffusion 1.x and 2.x: one CLIP text encoder.
+class StableDiffusionText(Text):
+    """One CLIP text encoder."""
+
+    tokens = ("input_ids",)
+    embeds = ("prompt_embeds",)
+    encoders = ("text_encoder",)
+
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
+        return {"prompt_embeds": encoders["text_encoder"](tokens["input_ids"]).last_hidden_state}
+
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"prompt_embeds": ((CLIP_TOKENS, denoiser["cross_attention_dim"]), torch.float32)}
+
+
+class StableDiffusion(UNetFamily):
+    """Stable Diffusion 1.x and 2.x.
 
     The scheduler's configuration says whether the UNet predicts the noise (1.x) or the velocity (2.x).
     """
 
     pipeline_class = "StableDiffusionPipeline"
-    tokens = ("input_ids",)
-    embeds = ("prompt_embeds",)
-    text_encoders = trainable_text_encoders = ("text_encoder",)
+    trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION}
+    text = StableDiffusionText()
+    variants = ("", "consistency")
 
-    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
-        return {"prompt_embeds": parts["text_encoder"](tokens["input_ids"]).last_hidden_state}
-
-    def denoise(
-        self,
-        denoiser: Any,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: Captions,
-        sizes: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert sizes is None
-        return denoiser(
-            latents,
-            timesteps,
-            encoder_hidden_states=captions["prompt_embeds"],
-            timestep_cond=self.guidance_embedding(denoiser, latents, guidance),
-            return_dict=False,
-        )[0]
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+        """Build a model of velocities, or one whose UNet takes guidance and whose images are not square."""
+        torch.manual_seed(0)
+        pipeline = architecture.build_pipeline(
+            architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+            architecture.build_tokenizer(captions, vocabulary=600, max_tokens=16),
+            text_width=32,
+            text_layers=2,
+            heads=2,
+            denoiser_channels=[32, 64],
+            denoiser_layers=1,
+            latent_size=8,
+        )
+        if variant == "consistency":
+            unet = pipeline.unet
+            pipeline.unet = type(unet).from_config(
+                unet.config | {"time_cond_proj_dim": 16, "sample_size": [8, 6]}
+            )
+            torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight, std=0.5)
+        return pipeline

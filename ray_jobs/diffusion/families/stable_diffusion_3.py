@@ -1,69 +1,128 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from ray_jobs.diffusion.families.family import PATCH, Captions, Encoders, FlowMatchingFamily
+from ray_jobs.diffusion.families import tiny
+from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.family import (
+    CLIP_ATTENTION,
+    MMDIT_ATTENTION,
+    Components,
+    Conditions,
+    Family,
+)
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 
 T5_TOKENS = 256
 
 
-class StableDiffusion3(FlowMatchingFamily):
-    """Stable Diffusion 3: two CLIP text encoders and T5, which a model may leave out (section 5.3.3)."""
+class StableDiffusion3Text(Text):
+    """Two CLIP text encoders and T5, which a model may leave out (section 5.3.3)."""
 
-    pipeline_class = "StableDiffusion3Pipeline"
     tokens = ("input_ids", "input_ids_2", "input_ids_3")
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
-    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    trainable_text_encoders = ("text_encoder", "text_encoder_2")
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     max_tokens = {"input_ids_3": T5_TOKENS}
-    max_shift = 1.16
 
-    def patch(self, denoiser: Mapping[str, Any]) -> int:
-        return int(denoiser.get("patch_size", PATCH))
-
-    def max_side(self, autoencoder: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
-        patches = int(denoiser.get("pos_embed_max_size", 96))  # diffusers' default
-        return patches * self.size_multiple(autoencoder, denoiser)
-
-    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         """Concatenate both CLIP encoders' penultimate layers, pad them to T5's width, and append T5's tokens.
 
         Without T5, return the CLIP embeddings unpadded: T5's width is in the denoiser's configuration, so
         `denoise` pads them.
         """
         clip = [
-            parts[part](tokens[name], output_hidden_states=True)
-            for part, name in zip(self.text_encoders[:2], self.tokens[:2], strict=True)
+            encoders[part](tokens[name], output_hidden_states=True)
+            for part, name in zip(self.encoders[:2], self.tokens[:2], strict=True)
         ]
         embeds = torch.cat([each.hidden_states[-2] for each in clip], dim=-1)
-        if "text_encoder_3" in parts:
-            t5 = parts["text_encoder_3"](tokens["input_ids_3"]).last_hidden_state
+        if "text_encoder_3" in encoders:
+            t5 = encoders["text_encoder_3"](tokens["input_ids_3"]).last_hidden_state
             embeds = torch.cat([pad(embeds, (0, t5.shape[-1] - embeds.shape[-1])), t5], dim=1)
         pooled = torch.cat([each.text_embeds for each in clip], dim=-1)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        tokens = CLIP_TOKENS + T5_TOKENS
+        return {
+            "prompt_embeds": ((tokens, denoiser["joint_attention_dim"]), torch.float32),
+            "pooled_prompt_embeds": ((denoiser["pooled_projection_dim"],), torch.float32),
+        }
+
+
+class StableDiffusion3Codec(Codec):
+    """Latents in patches, with a learned table of positions."""
+
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        return int(denoiser.get("patch_size", 2))
+
+    def max_side(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+        patches = int(denoiser.get("pos_embed_max_size", 96))  # diffusers' default
+        return patches * self.size_multiple(config, denoiser)
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5: a multimodal diffusion transformer that predicts a rectified flow."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    trainable = {
+        "transformer": MMDIT_ATTENTION,
+        "text_encoder": CLIP_ATTENTION,
+        "text_encoder_2": CLIP_ATTENTION,
+    }
+    text, codec, schedule = StableDiffusion3Text(), StableDiffusion3Codec(), RectifiedFlow(max_shift=1.16)
+    variants = ("", "without-t5")
+
     def denoise(
-        self,
-        denoiser: Any,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: Captions,
-        sizes: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        assert sizes is None and guidance is None
-        embeds = captions["prompt_embeds"]
+        denoiser: Any = model["transformer"]
+        embeds = conditions["prompt_embeds"]
         missing = denoiser.config.joint_attention_dim - embeds.shape[-1]
         if missing:  # without T5, zeros take its place
             embeds = pad(embeds, (0, missing, 0, T5_TOKENS))
         return denoiser(
             latents,
             encoder_hidden_states=embeds,
-            pooled_projections=captions["pooled_prompt_embeds"],
+            pooled_projections=conditions["pooled_prompt_embeds"],
             timestep=timesteps,
             return_dict=False,
         )[0]
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+        """Build a model with T5, or without it and with dynamic shifting."""
+        from diffusers import (
+            FlowMatchEulerDiscreteScheduler,
+            SD3Transformer2DModel,
+            StableDiffusion3Pipeline,
+        )
+
+        torch.manual_seed(0)
+        tokenizer, t5 = tiny.clip_tokenizer(captions), variant != "without-t5"
+        return StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                caption_projection_dim=16,
+                joint_attention_dim=tiny.T5_WIDTH,
+                pooled_projection_dim=tiny.POOLED + tiny.POOLED_2,
+                pos_embed_max_size=8,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=not t5),
+            vae=tiny.shifted_autoencoder(),
+            text_encoder=tiny.clip(tokenizer, tiny.CLIP_WIDTH, tiny.POOLED),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny.clip(tokenizer, tiny.CLIP_2_WIDTH, tiny.POOLED_2),
+            tokenizer_2=tokenizer,
+            text_encoder_3=tiny.t5_encoder(captions) if t5 else None,
+            tokenizer_3=tiny.t5_tokenizer(captions) if t5 else None,
+        )

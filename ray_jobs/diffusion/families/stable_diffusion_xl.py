@@ -1,29 +1,28 @@
 """Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families.family import Captions, DiffusionFamily, Encoders
+from ray_jobs.diffusion.families import architecture, tiny
+from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION, Conditions
+from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+from ray_jobs.diffusion.families.unet import UNetFamily
 
 
-class StableDiffusionXL(DiffusionFamily):
-    """Stable Diffusion XL: two CLIP text encoders, the second also pooled, and size conditioning.
+class StableDiffusionXLText(Text):
+    """Two CLIP text encoders, the second also pooled."""
 
-    See sections 2.1 and 2.2 of the paper.
-    """
-
-    pipeline_class = "StableDiffusionXLPipeline"
     tokens = ("input_ids", "input_ids_2")
     embeds = ("prompt_embeds", "pooled_prompt_embeds")
-    text_encoders = trainable_text_encoders = ("text_encoder", "text_encoder_2")
-    sizes = True
+    encoders = ("text_encoder", "text_encoder_2")
 
-    def embed(self, parts: Encoders, tokens: Captions) -> Captions:
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         """Return both encoders' penultimate layers, concatenated, and the second one's projection."""
-        first = parts["text_encoder"](tokens["input_ids"], output_hidden_states=True)
-        second = parts["text_encoder_2"](tokens["input_ids_2"], output_hidden_states=True)
+        first = encoders["text_encoder"](tokens["input_ids"], output_hidden_states=True)
+        second = encoders["text_encoder_2"](tokens["input_ids_2"], output_hidden_states=True)
         return {
             "prompt_embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
             "pooled_prompt_embeds": second.text_embeds,
@@ -35,21 +34,51 @@ class StableDiffusionXL(DiffusionFamily):
             return empty
         return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
 
-    def denoise(
-        self,
-        denoiser: Any,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: Captions,
-        sizes: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert sizes is not None
-        return denoiser(
-            latents,
-            timesteps,
-            encoder_hidden_states=captions["prompt_embeds"],
-            timestep_cond=self.guidance_embedding(denoiser, latents, guidance),
-            added_cond_kwargs={"text_embeds": captions["pooled_prompt_embeds"], "time_ids": sizes},
-            return_dict=False,
-        )[0]
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        pooled = denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
+        return {
+            "prompt_embeds": ((CLIP_TOKENS, denoiser["cross_attention_dim"]), torch.float32),
+            "pooled_prompt_embeds": ((pooled,), torch.float32),
+        }
+
+
+class StableDiffusionXL(UNetFamily):
+    """Stable Diffusion XL: the UNet also receives the sizes (sections 2.1 and 2.2 of the paper)."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION, "text_encoder_2": CLIP_ATTENTION}
+    text = StableDiffusionXLText()
+    picture_conditions = ("sizes",)
+
+    def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor]:
+        return {"text_embeds": conditions["pooled_prompt_embeds"], "time_ids": conditions["sizes"]}
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+        torch.manual_seed(0)
+        tokenizer = tiny.clip_tokenizer(captions)
+        return StableDiffusionXLPipeline(
+            vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
+            text_encoder=tiny.clip(tokenizer, tiny.CLIP_WIDTH),
+            text_encoder_2=tiny.clip(tokenizer, tiny.CLIP_2_WIDTH, tiny.POOLED_2),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=tiny.CLIP_WIDTH + tiny.CLIP_2_WIDTH,
+                attention_head_dim=4,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + tiny.POOLED_2,
+            ),
+            # As Stable Diffusion XL's own is configured.
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
+            ),
+        )

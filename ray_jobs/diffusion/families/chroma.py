@@ -1,0 +1,116 @@
+"""Chroma (https://huggingface.co/lodestones/Chroma): FLUX.1-schnell without CLIP and with masked captions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ray_jobs.diffusion.families import tiny
+from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.flux import (
+    PATCH,
+    T5_TOKENS,
+    FluxCodec,
+    from_tokens,
+    positions,
+    to_tokens,
+)
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+
+
+class ChromaText(Text):
+    """T5 with its attention mask, and a mask for the transformer: a caption's tokens and one of padding."""
+
+    tokens = ("input_ids", "attention_mask")
+    embeds = ("prompt_embeds", "prompt_mask")
+    encoders = ("text_encoder",)
+    max_tokens = {"input_ids": T5_TOKENS}
+
+    def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
+        found = self.tokens_of(pipeline.tokenizer, "input_ids", captions)
+        return {"input_ids": found.input_ids.int(), "attention_mask": found.attention_mask.bool()}
+
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
+        mask = tokens["attention_mask"]
+        embeds = encoders["text_encoder"](tokens["input_ids"], attention_mask=mask.int()).last_hidden_state
+        places = torch.arange(mask.shape[1], device=mask.device)
+        return {"prompt_embeds": embeds, "prompt_mask": places <= mask.sum(dim=1, keepdim=True)}
+
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "prompt_embeds": ((T5_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
+            "prompt_mask": ((T5_TOKENS,), torch.bool),
+        }
+
+
+class Chroma(Family):
+    """Chroma: a transformer with FLUX.1's tokens, whose modulation a small network computes."""
+
+    pipeline_class = "ChromaPipeline"
+    trainable = {"transformer": MMDIT_ATTENTION}
+    text, codec = ChromaText(), FluxCodec()
+    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+
+    def denoise(
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        tokens, grid = to_tokens(latents)
+        # A float mask, as in diffusers' pipeline: diffusers 0.42.1 adds its ones to the attention scores,
+        # where a bool mask would exclude the padding. Training and sampling follow the pipeline.
+        mask = torch.cat([conditions["prompt_mask"].to(tokens), tokens.new_ones(tokens.shape[:2])], dim=1)
+        predicted = model["transformer"](
+            tokens,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
+            img_ids=positions(*grid, latents.device),
+            txt_ids=torch.zeros(conditions["prompt_embeds"].shape[1], 3, device=latents.device),
+            attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return from_tokens(predicted, grid)
+
+    def native_size(self, pipeline: Any) -> tuple[int, int]:
+        # The transformer's configuration has no size.
+        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
+
+    def enable_gradient_checkpointing(self, denoiser: Any) -> None:
+        """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""
+        for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
+            block.forward = _checkpointed(block)
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+        from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+        torch.manual_seed(0)
+        return ChromaPipeline(
+            transformer=ChromaTransformer2DModel(
+                in_channels=4 * 4,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=tiny.T5_WIDTH,
+                axes_dims_rope=(4, 6, 6),
+                approximator_num_channels=16,
+                approximator_hidden_dim=32,
+                approximator_layers=2,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=tiny.shifted_autoencoder(),
+            text_encoder=tiny.t5_encoder(captions),
+            tokenizer=tiny.t5_tokenizer(captions),
+        )
+
+
+def _checkpointed(block: nn.Module) -> Any:
+    forward = block.forward
+
+    def recomputed(*args: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **named)
+        return checkpoint(forward, *args, use_reentrant=False, **named)
+
+    return recomputed

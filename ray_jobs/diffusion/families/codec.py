@@ -1,0 +1,113 @@
+"""Facet of a family: from pixels to latents and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Codec:
+    """An autoencoder with a Gaussian posterior, and the form of its latents that the denoiser works on.
+
+    This class is for diffusers' AutoencoderKL; latents are N x C x any space. The autoencoder's own latents
+    become the denoiser's by `pack`, which changes the shape, and then by shift and scale. `config` is an
+    autoencoder's configuration.
+    """
+
+    def latent_pixels(self, config: Mapping[str, Any]) -> int:
+        """Return the side of a latent in pixels."""
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    def patch(self, denoiser: Mapping[str, Any]) -> int:
+        """Return the side of a denoiser's patches in latents, from the denoiser's configuration."""
+        return 1
+
+    def size_multiple(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
+        """Return the pixel count that the sides of an image must be multiples of."""
+        return self.latent_pixels(config) * self.patch(denoiser)
+
+    def max_side(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+        """Return the longest side, in pixels, that the denoiser has positions for; None for no limit."""
+        return None
+
+    def shape(self, config: Mapping[str, Any], height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of an image's latents, C x ..., as the denoiser receives them."""
+        side = self.latent_pixels(config)
+        return config["latent_channels"], height // side, width // side
+
+    def posterior(self, autoencoder: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and log-variance of the autoencoder's posterior: float32, N x C x ..., unscaled.
+
+        Args:
+            pixels: float, N x 3 x height x width, in [-1, 1], in the autoencoder's dtype.
+        """
+        posterior = autoencoder.encode(pixels).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    def decode(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of unscaled, unpacked latents: float, N x 3 x height x width, around [-1, 1]."""
+        return autoencoder.decode(latents, return_dict=False)[0]
+
+    def scale(self, autoencoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return shift and scale of packed latents: the denoiser's are (packed - shift) * scale.
+
+        The configuration has `scaling_factor` and optionally either `shift_factor`, or both `latents_mean`
+        and `latents_std` with one number per channel (some Stable Diffusion XL models).
+
+        Returns:
+            float32, each C, or 1 if all channels share the value.
+        """
+        config = autoencoder.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:  # diffusers takes both or neither
+            mean, std = [config.get("shift_factor") or 0.0], [1.0]
+        shift, spread = (torch.tensor(values).flatten() for values in (mean, std))
+        return shift, config["scaling_factor"] / spread
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Bring the autoencoder's latents into the shape that the denoiser works on."""
+        return latents
+
+    def unpack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Inverse of `pack`."""
+        return latents
+
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, C x ..., that `pack` makes of an image's latents of a shape."""
+        return tuple(self.pack(torch.empty((1, *shape), device="meta")).shape[1:])
+
+    def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Inverse of `packed_shape`."""
+        return tuple(self.unpack(torch.empty((1, *shape), device="meta")).shape[1:])
+
+    def sample(
+        self,
+        mean: torch.Tensor,
+        logvar: torch.Tensor,
+        scale: tuple[torch.Tensor, torch.Tensor],
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """Draw latents from the autoencoder's posterior, as the denoiser receives them: float32, N x C x ...
+
+        Sources: Kingma & Welling, arXiv 1312.6114, section 2.4, for the draw; Rombach et al., arXiv
+        2112.10752, appendix G, for the scale.
+
+        Args:
+            mean, logvar: from `posterior`.
+            scale: from `scale`.
+            noise: float32, of the shape of `mean`, standard normal.
+        """
+        drawn = self.pack(mean + (0.5 * logvar).exp() * noise)
+        shift, factor = (per_channel(part.to(drawn), drawn) for part in scale)
+        return (drawn - shift) * factor
+
+    def pixels(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU."""
+        shift, factor = (per_channel(part.to(latents), latents) for part in self.scale(autoencoder))
+        pixels = self.decode(autoencoder, self.unpack(latents / factor + shift))
+        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def per_channel(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Reshape C values for arithmetic with latents, N x C x ..."""
+    return values.reshape(1, -1, *[1] * (latents.dim() - 2))

@@ -1,0 +1,83 @@
+"""Facet of a family: from captions to the denoiser's inputs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Captions = dict[str, torch.Tensor]  # tokens or embeddings of N captions, by name, each N x ...
+Encoders = Mapping[str, nn.Module] | nn.ModuleDict  # text encoders by their name in the pipeline
+
+
+class Text(ABC):
+    """Text encoders of a family and what the denoiser receives from them.
+
+    Attributes:
+        tokens: names of the columns that `tokenize` returns: integers, or bool for masks.
+        embeds: names of the columns that `embed` returns: float columns, which are cast to the denoiser's
+            dtype, and others such as masks, which are not.
+        encoders: text encoders in the pipeline; some models leave one out.
+        max_tokens: numbers of tokens, by column, where diffusers does not use the tokenizer's own maximum.
+    """
+
+    tokens: tuple[str, ...]
+    embeds: tuple[str, ...]
+    encoders: tuple[str, ...]
+    max_tokens: Mapping[str, int] = {}
+
+    def present(self, pipeline: Any) -> dict[str, nn.Module]:
+        """Return the text encoders that a pipeline has, by name."""
+        parts = {name: getattr(pipeline, name) for name in self.encoders}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
+        """Tokenize captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
+
+        A column `input_ids_2` comes from the pipeline's `tokenizer_2`. Tokenizers that the pipeline does not
+        have are skipped.
+        """
+        found = {}
+        for name in self.tokens:
+            tokenizer = getattr(pipeline, name.replace("input_ids", "tokenizer"))
+            if tokenizer is not None:
+                found[name] = self.tokens_of(tokenizer, name, captions).input_ids.int()
+        return found
+
+    def tokens_of(self, tokenizer: Any, name: str, captions: list[str]) -> Any:
+        """Return a tokenizer's output for the column `name`: PyTorch tensors, N x tokens."""
+        length = self.max_tokens.get(name, tokenizer.model_max_length)
+        return tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+
+    @abstractmethod
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
+        """Return the denoiser's caption inputs; gradients reach the encoders.
+
+        Args:
+            encoders: those that the model has.
+            tokens: tokens from `tokenize`, on the encoders' device.
+
+        Returns:
+            The columns of `embeds`, floats in the encoders' dtype.
+        """
+
+    def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
+        """Return the denoiser's inputs for no caption: N x ..., in the form that `embed` returns.
+
+        An empty caption that is given explicitly is different: it is always encoded.
+
+        Args:
+            settings: the pipeline's own configuration, as in `model_index.json`.
+            empty: embeddings of N empty captions, from `embed`.
+        """
+        return empty
+
+    @abstractmethod
+    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of one row of `embeds`, from the denoiser's configuration, for planning.
+
+        Floats are float32 here, and captions have their greatest length.
+        """

@@ -1,0 +1,61 @@
+"""Parts of the small models that `Family.tiny` builds, with random weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray_jobs.diffusion.families import architecture
+
+MAX_TOKENS = 16  # of the CLIP text encoders
+CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
+
+
+def shifted_autoencoder() -> Any:
+    """Return an autoencoder whose latents are scaled and shifted, as those of flow-matching models are."""
+    autoencoder = architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64)
+    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    return autoencoder
+
+
+def clip_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a CLIPTokenizer of `MAX_TOKENS` tokens."""
+    return architecture.build_tokenizer(captions, vocabulary=600, max_tokens=MAX_TOKENS)
+
+
+def clip(tokenizer: Any, width: int, projection: int | None = None) -> Any:
+    """Return a CLIPTextModel, or with a projection a CLIPTextModelWithProjection."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=projection or width,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def t5_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a T5TokenizerFast that knows the words of the captions, and letters for all others."""
+    from transformers import T5TokenizerFast
+
+    words = sorted({f"▁{word}" for caption in captions for word in caption.split()})
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    special = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")]
+    pieces = [(word, -1.0) for word in words] + [(letter, -5.0) for letter in ["▁", *letters]]
+    return T5TokenizerFast(vocab=special + pieces, extra_ids=0, model_max_length=512)
+
+
+def t5_encoder(captions: Sequence[str]) -> Any:
+    """Return a T5EncoderModel for `t5_tokenizer`."""
+    from transformers import T5Config, T5EncoderModel
+
+    size = len(t5_tokenizer(captions))
+    return T5EncoderModel(
+        T5Config(vocab_size=size, d_model=T5_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )

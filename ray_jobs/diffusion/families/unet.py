@@ -1,0 +1,54 @@
+"""What the families with a UNet share."""
+
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.families.family import Components, Conditions, Family
+from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
+
+
+class UNetFamily(Family):
+    """A UNet with cross-attention over a variance-preserving noise schedule."""
+
+    codec, schedule = Codec(), VariancePreserving()
+    is_unet = True
+
+    def denoise(
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        denoiser = model[self.denoiser]
+        return denoiser(
+            latents,
+            timesteps,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            timestep_cond=self.guidance_embedding(denoiser, latents, conditions),
+            added_cond_kwargs=self.added_conditions(conditions),
+            return_dict=False,
+        )[0]
+
+    def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor] | None:
+        """Return further conditions, by diffusers' names."""
+        return None
+
+    def guidance_embedded(self, denoiser: Any) -> bool:
+        return denoiser.config.get("time_cond_proj_dim") is not None
+
+    def guidance_embedding(
+        self, denoiser: Any, latents: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor | None:
+        """Return the sinusoidal embedding of N guidance scales: N x `time_cond_proj_dim`.
+
+        It embeds the scale minus 1, for a UNet that was distilled with guidance, as latent consistency models
+        are (arXiv 2310.04378); None for other UNets.
+        """
+        if not self.guidance_embedded(denoiser):
+            return None
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        scale = conditions.get("guidance", latents.new_ones(len(latents)))
+        size = denoiser.config.time_cond_proj_dim
+        # As in time embeddings with sines first and 1 / 10,000 as the last frequency.
+        embedding = get_timestep_embedding(1000 * (scale.float() - 1), size, downscale_freq_shift=1)
+        return embedding.to(latents.dtype)
