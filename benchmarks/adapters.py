@@ -17,8 +17,10 @@ def write_adapters(root: Path, count: int, model: str) -> list[str]:
     """Adapters with random weights as publish writes them: one folder each."""
     pipeline = load_pipeline(model)
     family = family_of(pipeline)
-    add_lora(pipeline.unet, rank=RANK, alpha=RANK, dropout=0.0, target_modules=list(family.lora_targets))
-    tuned = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
+    layers = list(family.trainable[family.denoiser])
+    add_lora(pipeline.unet, rank=RANK, alpha=RANK, dropout=0.0, target_modules=layers)
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    tuned = FineTuning(pipeline, family, objective, LossSettings())
     names = [f"adapter-{number}" for number in range(count)]
     for seed, name in enumerate(names):
         torch.manual_seed(seed)

@@ -73,7 +73,7 @@ def bare_rows_per_second(pipeline: Any, batch_size: int) -> float:
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        family.denoise(pipeline.unet, latents, timesteps, captions)
+        family.denoise(family.model(pipeline), latents, timesteps, captions)
         seconds.append(time.perf_counter() - start)
     return batch_size / median(seconds[1:])
 
@@ -95,7 +95,7 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
             rows = [request for request in batch if request.steps == count]
             latents = sample_latents(
                 family,
-                pipeline.unet,
+                family.model(pipeline),
                 pipeline.scheduler,
                 initial_noise([row.seed for row in rows], (pipeline.unet.config.in_channels, side, side)),
                 encode_prompts(pipeline, [row.prompt for row in rows]),
@@ -103,7 +103,7 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
                 num_steps=count,
                 guidance_scale=GUIDANCE_SCALE,
             )
-            decode_latents(pipeline.vae, latents)
+            decode_latents(pipeline, latents)
 
 
 def seconds_of(work: Callable[[], None]) -> float:

@@ -80,8 +80,8 @@ def _samples(config: Config, path: str) -> Iterator[Sample]:
 def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:
     import torch
 
-    from ray_jobs.diffusion.families.architecture import build_autoencoder
     from ray_jobs.diffusion.autoencoder import standardise_latents, train_autoencoder
+    from ray_jobs.diffusion.families.architecture import build_autoencoder
 
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.train.cpus_per_worker * config.train.min_workers)

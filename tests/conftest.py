@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,45 +43,39 @@ def ray_cluster() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionPipeline of 64x64 pixels with random weights, in diffusers' format."""
-    import torch
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of one of `tiny_models.MODELS`, written once."""
+    from tests import tiny_models
 
-    from ray_jobs.diffusion import architecture
+    written: dict[str, Path] = {}
 
-    torch.manual_seed(0)
-    tokenizer = architecture.build_tokenizer(captions(), vocabulary=600, max_tokens=16)
-    folder = tmp_path_factory.mktemp("tiny-model")
-    architecture.build_pipeline(
-        architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
-        tokenizer,
-        text_width=32,
-        text_layers=2,
-        heads=2,
-        denoiser_channels=[32, 64],
-        denoiser_layers=1,
-        latent_size=8,
-    ).save_pretrained(folder)
+    def folder(name: str) -> Path:
+        if name not in written:
+            written[name] = tiny_models.write(name, tmp_path_factory.mktemp("tiny") / name)
+        return written[name]
+
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_consistency(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a UNet that is told its guidance, as of latent consistency models, and pictures of
-    its own that are not square."""
-    import shutil
+def tiny_model(tiny: Callable[[str], Path]) -> Path:
+    """A StableDiffusionPipeline of 64x64 pixels with random weights, in diffusers' format."""
+    return tiny("StableDiffusionPipeline")
 
-    import torch
-    from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny-consistency")
-    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
-    config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    unet = UNet2DConditionModel.from_config(config | {"time_cond_proj_dim": 16, "sample_size": [8, 6]})
-    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.5)
-    unet.save_pretrained(folder / "unet")
-    return folder
+@pytest.fixture(scope="session")
+def tiny_xl(tiny: Callable[[str], Path]) -> Path:
+    return tiny("StableDiffusionXLPipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tiny: Callable[[str], Path]) -> Path:
+    return tiny("StableDiffusion3Pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tiny: Callable[[str], Path]) -> Path:
+    return tiny("FluxPipeline")
 
 
 @pytest.fixture(scope="session")

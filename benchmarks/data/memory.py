@@ -48,7 +48,7 @@ def write_tiny_model(folder: Path) -> None:
     """A StableDiffusionPipeline of 64 x 64 pixels with random weights: encoding costs next to nothing."""
     import torch
 
-    from ray_jobs.diffusion import architecture
+    from ray_jobs.diffusion.families import architecture
 
     torch.manual_seed(0)
     captions = [f"picture {number} of noise" for number in range(100)]

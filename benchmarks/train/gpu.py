@@ -16,7 +16,7 @@ from ray_jobs.config import LoraConfig, TrainConfig
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.diffusion.families.family import UNET_ATTENTION
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
-from ray_jobs.diffusion.objectives import Diffusion, Draws, LossSettings, sample_posterior
+from ray_jobs.diffusion.objectives import Diffusion, Draws, LossSettings
 from ray_jobs.diffusion.randomness import draw
 from ray_jobs.training.engine import build_engine, set_hyperparameters
 from ray_jobs.training.phases import stages_of
@@ -40,6 +40,8 @@ UNET: dict[str, dict[str, Any]] = {
 }
 TOKENS = 77
 VAE = {"scaling_factor": 0.18215}
+FAMILY = FAMILIES["StableDiffusionPipeline"]
+SCALE = FAMILY.codec.scale(SimpleNamespace(config=VAE))
 # Dense bf16 with fp32 accumulation, TFLOP/s, without sparsity: NVIDIA's data sheets. The longest name that is
 # part of the device's counts.
 PEAKS = {
@@ -177,7 +179,7 @@ class Ours:
         self.device, self.batch, self.steps = device, batch, 0
         pipeline = SimpleNamespace(unet=build_unet(config.method, size), text_encoder=None)
         objective = Diffusion.from_scheduler(SCHEDULE).to(device)
-        model = FineTuning(pipeline, FAMILIES["StableDiffusionPipeline"], objective, LossSettings())
+        model = FineTuning(pipeline, FAMILY, objective, LossSettings())
         model.remember_trained({})
         model.train()
         self.engine = build_engine(model, config, world_size=1)
@@ -189,7 +191,7 @@ class Ours:
         batch = self.batch
         places = range(len(batch.mean))
         drawn = draw((0,), self.steps, places, tuple(batch.mean.shape[1:]), LossSettings())
-        latents = sample_posterior(batch.mean, batch.logvar, VAE, drawn.posterior)
+        latents = FAMILY.codec.sample(batch.mean, batch.logvar, SCALE, drawn.posterior)
         there = {name: part.to(self.device) for name, part in vars(drawn.loss).items() if part is not None}
         captions = {"prompt_embeds": batch.embeds.to(self.device)}
         loss = self.engine(latents.to(self.device), captions, Draws(**there)).mean()

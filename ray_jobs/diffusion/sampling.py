@@ -109,7 +109,7 @@ def encode_pictures(pipeline: Any, pixels: torch.Tensor, noise: torch.Tensor) ->
 
     Args:
         pixels: uint8, N x 3 x height x width.
-        noise: float32, N x C x ..., standard normal, of the posterior's shape and on the autoencoder's device.
+        noise: float32, N x C x ..., standard normal, of the posterior's shape, on its device.
     """
     codec, autoencoder = family_of(pipeline).codec, pipeline.vae
     pictures = pixels.to(noise.device, autoencoder.dtype) / 127.5 - 1

@@ -36,9 +36,7 @@ class Batch:
     shares: dict[tuple[int, int], "Share"] = field(default_factory=dict)
 
     @staticmethod
-    def of(
-        rows: list[Row], family: Family, model: Components, low_rank: BatchedLoRA, device: str
-    ) -> "Batch":
+    def of(rows: list[Row], family: Family, model: Components, low_rank: BatchedLoRA, device: str) -> "Batch":
         denoiser: Any = model[family.denoiser]
         guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
         captions = [row.captions for row in rows]

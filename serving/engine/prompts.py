@@ -69,4 +69,3 @@ class PromptEmbeddings:
 
 def _bytes_of(captions: Captions) -> int:
     return sum(tensor.nbytes for tensor in captions.values())
-

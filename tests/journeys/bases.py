@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ray_jobs.diffusion import architecture
+from ray_jobs.diffusion.families import architecture, tiny
 from tests import tiny_models
 from tests.journeys.published import (
     UNET_FIELDS,
@@ -92,7 +92,7 @@ def stable_diffusion_xl(folder: Path, *, variant: str | None = None) -> Path:
     Args:
         variant: of the weights' files: fp16 also halves them.
     """
-    pipeline = _loaded(tiny_models.tiny_stable_diffusion_xl, folder)
+    pipeline = _loaded("StableDiffusionXLPipeline", folder)
     save(pipeline, folder, variant)
     absent = {name: [None, None] for name in ("feature_extractor", "image_encoder")}
     given = {"force_zeros_for_empty_prompt": True, "add_watermarker": None}
@@ -119,7 +119,7 @@ def _put_flow(folder: Path, version: str, **shift: Any) -> None:
 
 def stable_diffusion_3(folder: Path) -> Path:
     """stabilityai/stable-diffusion-3-medium-diffusers: half precision, T5 in shards."""
-    pipeline = _loaded(tiny_models.tiny_stable_diffusion_3, folder)
+    pipeline = _loaded("StableDiffusion3Pipeline", folder)
     pipeline.to(dtype=torch.float16)
     save(pipeline, folder, sharded=["text_encoder_3"])
     _put_flow(folder, "0.29.0.dev0")
@@ -131,7 +131,7 @@ def stable_diffusion_3(folder: Path) -> Path:
 
 def flux(folder: Path) -> Path:
     """black-forest-labs/FLUX.1-dev: bfloat16, transformer and T5 in shards."""
-    pipeline = _loaded(tiny_models.tiny_flux, folder)
+    pipeline = _loaded("FluxPipeline", folder)
     pipeline.to(dtype=torch.bfloat16)
     save(pipeline, folder, sharded=["transformer", "text_encoder_2"])
     shift = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
@@ -141,12 +141,12 @@ def flux(folder: Path) -> Path:
     return folder
 
 
-def _loaded(build: Callable[[Path], Path], folder: Path) -> Any:
-    """The pipeline that one of `tests/tiny_models.py` writes."""
+def _loaded(name: str, folder: Path) -> Any:
+    """One of `tiny_models.MODELS`, as it is read from its folder."""
     from diffusers import DiffusionPipeline
 
     with TemporaryDirectory(dir=folder.parent) as written:
-        return DiffusionPipeline.from_pretrained(build(Path(written)))
+        return DiffusionPipeline.from_pretrained(tiny_models.write(name, Path(written)))
 
 
 def _stable_diffusion(sample_size: int | tuple[int, int], **unet: Any) -> Any:
@@ -156,9 +156,7 @@ def _stable_diffusion(sample_size: int | tuple[int, int], **unet: Any) -> Any:
     tokenizer = tiny_models.clip_tokenizer()
     return StableDiffusionPipeline(
         vae=architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
-        text_encoder=architecture.build_text_encoder(
-            tokenizer, width=tiny_models.CLIP_WIDTH, layers=3, heads=2
-        ),
+        text_encoder=architecture.build_text_encoder(tokenizer, width=tiny.CLIP_WIDTH, layers=3, heads=2),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             **{
@@ -168,7 +166,7 @@ def _stable_diffusion(sample_size: int | tuple[int, int], **unet: Any) -> Any:
                 "layers_per_block": 1,
                 "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
                 "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-                "cross_attention_dim": tiny_models.CLIP_WIDTH,
+                "cross_attention_dim": tiny.CLIP_WIDTH,
                 "attention_head_dim": 2,
                 **unet,
             }

@@ -17,7 +17,7 @@ from ray_jobs.training.loop import LoopSettings
 from ray_jobs.training.trainer import check_diverged
 from tests.plain_training import PlainTraining
 from tests.record import record_fault
-from tests.tiny_models import tiny_flux
+from tests.tiny_models import write
 from tests.workers import Workers, run_inside
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -259,7 +259,7 @@ def test_a_compiled_denoiser_trains_as_it_does_without(
     two_workers: Workers, picture_folder: Path, tmp_path: Path
 ) -> None:
     """A transformer of few layers, which takes the compiler least."""
-    base = tiny_flux(tmp_path / "flux")
+    base = write("FluxPipeline", tmp_path / "flux")
 
     def config(compiled: bool) -> Config:
         overrides = ["search.ladder=[2]", f"train.compile={compiled}"]

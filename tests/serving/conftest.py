@@ -81,7 +81,7 @@ def save_adapters(base: Path, folder: Path, seed: int) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     folder.mkdir(parents=True)
     family = family_of(pipeline)
-    model = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
+    model = FineTuning(pipeline, family, family.schedule.objective(pipeline.scheduler.config), LossSettings())
     save_lora(pipeline, model, dict(model.trained()), folder)
     return folder
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image
 
+from ray_jobs.diffusion.families import family_of
 from serving.engine.rows import Request
 
 
@@ -30,10 +31,9 @@ def load(folder: Path, variant: str | None = None) -> Any:
 
 def draw(pipeline: Any, request: Request) -> torch.Tensor:
     """The request's picture: float32, height x width x 3, from 0 to 255."""
-    options: dict[str, Any] = {"guidance_scale": request.guidance_scale}
-    told = pipeline.transformer.config.get("guidance_embeds") if hasattr(pipeline, "transformer") else None
-    if told is False:  # FLUX without distilled guidance: the classifier-free one has a name of its own there
-        options = {"true_cfg_scale": request.guidance_scale, "negative_prompt": ""}
+    family = family_of(pipeline)
+    denoiser = getattr(pipeline, family.denoiser)
+    options: dict[str, Any] = family.guidance_arguments(denoiser, request.guidance_scale)
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
     if request.image is None:

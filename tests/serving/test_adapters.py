@@ -16,8 +16,8 @@ from ray_jobs.weights.saving import save_lora
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
-from tests import tiny_models
 from tests.serving import plain_diffusers
+from tests.tiny_models import FAMILY_MODELS
 
 TOLERANCE = 0.55  # of a pixel's 255 levels, as in test_engine.py
 
@@ -44,7 +44,7 @@ def write_adapter(model: Path, folder: Path, seed: int, **options: Any) -> Path:
     family = family_of(pipeline)
     text = options.pop("text", None)
     parts = {family.denoiser: options["target_modules"]}
-    parts |= dict.fromkeys(family.trainable_text_encoders, text) if text else {}
+    parts |= dict.fromkeys(family.trainable_encoders, text) if text else {}
     for name, targets in parts.items():
         part = getattr(pipeline, name)
         add_lora(part, dropout=0.0, **{**options, "target_modules": targets})
@@ -53,7 +53,7 @@ def write_adapter(model: Path, folder: Path, seed: int, **options: Any) -> Path:
                 torch.nn.init.normal_(parameter, std=0.3)
             if "lora_magnitude" in key:
                 parameter.data *= 1 + 0.3 * torch.rand(parameter.shape)
-    objective = family.objective(pipeline.scheduler.config)
+    objective = family.schedule.objective(pipeline.scheduler.config)
     tuned = FineTuning(pipeline, family, objective, LossSettings(), text_encoders_trained=bool(text))
     folder.mkdir(parents=True)
     save_lora(pipeline, tuned, dict(tuned.trained()), folder)
@@ -100,14 +100,11 @@ def test_a_batch_mixes_adapters_of_every_kind_and_rows_without(
         assert (future.result(0).pixels - expected).abs().max() <= TOLERANCE, request
 
 
-@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
-def test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders(tmp_path: Path, family: str) -> None:
-    makers = {
-        "xl": tiny_models.tiny_stable_diffusion_xl,
-        "sd3": tiny_models.tiny_stable_diffusion_3,
-        "flux": tiny_models.tiny_flux,
-    }
-    folder = makers[family](tmp_path / "base")
+@pytest.mark.parametrize("model", [name for name in FAMILY_MODELS if name != "StableDiffusionPipeline"])
+def test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders(
+    tiny: Callable[[str], Path], tmp_path: Path, model: str
+) -> None:
+    folder = tiny(model)
     names = ["attention", "text"]
     for seed, name in enumerate(names):
         write_adapter(folder, tmp_path / name, seed, **VARIANTS[name])

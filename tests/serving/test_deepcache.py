@@ -1,14 +1,15 @@
 """With kept features every other step is shallow, and a picture still depends on its own request alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Request
-from tests import tiny_models
 from tests.serving.test_adapters import VARIANTS, write_adapter
 
 REQUESTS = [
@@ -28,9 +29,11 @@ def drawn_by(engine: Engine, *requests: Request) -> list[torch.Tensor]:
     return [future.result(0).pixels.float() for future in futures]
 
 
-@pytest.mark.parametrize("family", ["sd", "xl"])
-def test_a_picture_is_the_same_alone_and_in_a_batch(tiny_model: Path, tmp_path: Path, family: str) -> None:
-    base = tiny_model if family == "sd" else tiny_models.tiny_stable_diffusion_xl(tmp_path / "base")
+@pytest.mark.parametrize("model", [name for name, family in FAMILIES.items() if family.is_unet])
+def test_a_picture_is_the_same_alone_and_in_a_batch(
+    tiny: Callable[[str], Path], tmp_path: Path, model: str
+) -> None:
+    base = tiny(model)
     adapter = write_adapter(base, tmp_path / "adapter", 0, **VARIANTS["attention"])
     engine = Engine(load_pipeline(str(base)), adapter_folder=lambda _: adapter, cache_features=True)
     plain = Engine(load_pipeline(str(base)), adapter_folder=lambda _: adapter)

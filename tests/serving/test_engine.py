@@ -15,8 +15,8 @@ from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Drawing, Request
 from serving.engine.scheduler import QueueFull
-from tests import tiny_models
 from tests.serving import plain_diffusers
+from tests.tiny_models import BY_NAME, MODELS
 
 TOLERANCE = 0.55
 """Of a pixel's 255 levels: half of one for rounding, and a tenth of that for the arithmetic of a batch."""
@@ -33,26 +33,6 @@ MIXED = [
     (4, Request("a small red circle", 0, 1, 3.0, None, *WIDE)),
     (5, Request("a small red circle", 3, 2, 1.0, None, *WIDE)),
 ]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
-    """The folder of a tiny model of each family."""
-    makers: dict[str, Callable[[Path], Path]] = {
-        "sd": lambda _: tiny_model,
-        "xl": tiny_models.tiny_stable_diffusion_xl,
-        "sd3": lambda folder: tiny_models.tiny_stable_diffusion_3(folder, dynamic_shifting=True),
-        "flux": tiny_models.tiny_flux,
-        "schnell": lambda folder: tiny_models.tiny_flux(folder, distilled_guidance=False),
-    }
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = makers[name](tmp_path_factory.mktemp(f"tiny-{name}"))
-        return made[name]
-
-    return folder
 
 
 def with_scheduler(pipeline: Any, name: str | None, **options: Any) -> Any:
@@ -81,26 +61,27 @@ def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("model", "scheduler", "num_cores"),
     [
-        *((*each, None) for each in product(("sd", "xl"), UNETS)),
-        ("sd", "PNDMScheduler", None),
-        ("sd", "DDIMScheduler", 2),
-        ("xl", "EulerDiscreteScheduler", 3),
-        ("sd3", None, 2),
-        ("sd3", "DPMSolverMultistepScheduler", None),
-        ("flux", None, 2),
-        ("schnell", None, None),
+        *((*each, None) for each in product(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), UNETS)),
+        ("StableDiffusionPipeline", "PNDMScheduler", None),
+        ("StableDiffusionPipeline", "DDIMScheduler", 2),
+        ("StableDiffusionXLPipeline", "EulerDiscreteScheduler", 3),
+        ("StableDiffusion3Pipeline", "DPMSolverMultistepScheduler", None),
+        *((name, None, 2) for name in MODELS if not BY_NAME[name][0].is_unet),
     ],
 )
 def test_every_row_of_a_changing_batch_is_the_picture_of_plain_diffusers(
-    folders: Callable[[str], Path], model: str, scheduler: str | None, num_cores: int | None
+    tiny: Callable[[str], Path], model: str, scheduler: str | None, num_cores: int | None
 ) -> None:
-    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if model == "sd3" else {}
+    flow = not BY_NAME[model][0].is_unet
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if flow and scheduler else {}
     options |= OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else {}
-    folder = folders(model)
+    folder = tiny(model)
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     pipeline = with_scheduler(load_pipeline(str(folder)), scheduler, **options)
     engine = Engine(pipeline, max_rows=4, num_cores=num_cores)
-    requests = [(call, replace(r, negative_prompt=None) if engine.told else r) for call, r in MIXED]
+    requests = [
+        (call, replace(r, negative_prompt=None) if engine.guidance_embedded else r) for call, r in MIXED
+    ]
     futures: list[Future[Drawing]] = []
     for call in range(6):
         futures += [engine.submit(request) for when, request in requests if when == call]

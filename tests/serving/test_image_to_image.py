@@ -17,10 +17,10 @@ from serving.engine.engine import Engine
 from serving.engine.rows import Request
 from serving.replica.image_input import read_picture
 from serving.schemas import APIError
-from tests import tiny_models
 from tests.conftest import draw
 from tests.serving import plain_diffusers
 from tests.serving.test_engine import OF_STABLE_DIFFUSION_1_5, UNETS, with_scheduler
+from tests.tiny_models import MODELS
 
 TOLERANCE = 0.65
 """Of a pixel's 255 levels: half of one for rounding, the rest for a batch's arithmetic, the encoder's too."""
@@ -42,17 +42,6 @@ MIXED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Callable[[str], Path]:
-    """The folder of a tiny model of each family."""
-    makers: dict[str, Callable[[Path], Path]] = {
-        "xl": tiny_models.tiny_stable_diffusion_xl,
-        "sd3": lambda folder: tiny_models.tiny_stable_diffusion_3(folder, dynamic_shifting=True),
-        "flux": tiny_models.tiny_flux,
-    }
-    return lambda name: makers[name](tmp_path_factory.mktemp(name)) if name in makers else tiny_model
-
-
 def engine_of(folder: Path, **options: Any) -> Engine:
     return Engine(load_pipeline(str(folder)), **options)
 
@@ -60,23 +49,23 @@ def engine_of(folder: Path, **options: Any) -> Engine:
 @pytest.mark.parametrize(
     ("model", "scheduler"),
     [
-        *(("sd", name) for name in (*UNETS, "PNDMScheduler")),
-        ("xl", "EulerDiscreteScheduler"),
-        ("sd3", None),
-        ("flux", None),
+        *(("StableDiffusionPipeline", name) for name in (*UNETS, "PNDMScheduler")),
+        *((name, None) for name in MODELS if name not in ("StableDiffusionPipeline",)),
     ],
 )
 def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch(
-    folders: Callable[[str], Path], model: str, scheduler: str | None
+    tiny: Callable[[str], Path], model: str, scheduler: str | None
 ) -> None:
-    folder = folders(model)
+    folder = tiny(model)
     # Stable Diffusion's pipelines turn DDIM's clipping off when they are made, and the one for image to image
     # is made of the other.
     options: dict[str, Any] = {"clip_sample": False} if scheduler == "DDIMScheduler" else {}
     options = OF_STABLE_DIFFUSION_1_5 if scheduler == "PNDMScheduler" else options
     plain = with_scheduler(plain_diffusers.load(folder), scheduler, **options)
     engine = Engine(with_scheduler(load_pipeline(str(folder)), scheduler, **options), max_rows=8)
-    requests = [replace(request, negative_prompt=None) if engine.told else request for request in MIXED]
+    requests = [
+        replace(request, negative_prompt=None) if engine.guidance_embedded else request for request in MIXED
+    ]
     futures = [engine.submit(request) for request in requests]
     engine.drain()
     alone = engine.submit(requests[0])

@@ -1,5 +1,6 @@
 """Each switch draws nearly the pictures of float32, with adapters or a clear refusal."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
 from serving.engine.rows import Request
-from tests import tiny_models
 from tests.serving.test_adapters import VARIANTS, parts_of, write_adapter
+from tests.tiny_models import FAMILY_MODELS
 
 LIMITS = {"bf16": 8.0, "fp16": 1.5, "int8": 4.0, "channels_last": 0.1}
 """Mean difference to float32's pictures, of 255 levels. The tiny model has random weights, and guidance and
@@ -24,11 +25,7 @@ REQUESTS = [
     Request("a big blue cross", 7, 4, 1.0, height=64, width=64),
     Request("a big blue cross", 7, 3, 2.0, height=48, width=64),
 ]
-MAKERS = {
-    "xl": tiny_models.tiny_stable_diffusion_xl,
-    "sd3": tiny_models.tiny_stable_diffusion_3,
-    "flux": tiny_models.tiny_flux,
-}
+OTHERS = [name for name in FAMILY_MODELS if name != "StableDiffusionPipeline"]
 SWITCHES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
@@ -74,9 +71,9 @@ def test_a_switch_keeps_the_pictures_with_and_without_adapters(
     assert min(differences(expected[3:], expected[:1] * len(adapters))) > LIMITS[switch]
 
 
-@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
-def test_every_family_can_be_of_half_precision_and_int8(tmp_path: Path, family: str) -> None:
-    folder = MAKERS[family](tmp_path)
+@pytest.mark.parametrize("model", OTHERS)
+def test_every_family_can_be_of_half_precision_and_int8(tiny: Callable[[str], Path], model: str) -> None:
+    folder = tiny(model)
     pipeline = prepared(folder, precision="bf16", int8_weights=True)
     expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
     assert max(differences(drawn(pipeline, REQUESTS[0]), expected)) <= LIMITS["bf16"] + LIMITS["int8"]
@@ -103,9 +100,9 @@ def test_an_offloaded_model_has_no_weights_between_its_layers_calls_and_draws_th
         assert {each.is_meta for each in component.parameters()} == {component in away}
 
 
-@pytest.mark.parametrize("family", ["xl", "sd3", "flux"])
-def test_every_family_can_be_offloaded(tmp_path: Path, family: str) -> None:
-    folder = MAKERS[family](tmp_path)
+@pytest.mark.parametrize("model", OTHERS)
+def test_every_family_can_be_offloaded(tiny: Callable[[str], Path], model: str) -> None:
+    folder = tiny(model)
     expected = drawn(load_pipeline(str(folder)), REQUESTS[0])
     assert differences(drawn(prepared(folder, offload="model"), REQUESTS[0]), expected) == [0]
 
@@ -188,12 +185,11 @@ def test_a_precision_that_there_is_not_is_refused(tiny_model: Path) -> None:
         prepared(tiny_model, precision="fp8")
 
 
-def test_a_transformer_has_no_channels_last_and_no_deep_features(tmp_path: Path) -> None:
-    folder = tiny_models.tiny_flux(tmp_path)
+def test_a_transformer_has_no_channels_last_and_no_deep_features(tiny_flux: Path) -> None:
     with pytest.raises(ValueError, match="channels_last: FluxTransformer2DModel"):
-        prepared(folder, channels_last=True)
+        prepared(tiny_flux, channels_last=True)
     with pytest.raises(ValueError, match="cache_features: only a UNet"):
-        Engine(load_pipeline(str(folder)), cache_features=True)
+        Engine(load_pipeline(str(tiny_flux)), cache_features=True)
 
 
 @pytest.mark.parametrize("switch", ["int8_weights", "compile"])

@@ -12,7 +12,6 @@ from cluster import plan
 from ray_jobs.checks import main
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.planning.checks import check_stages
-from tests import tiny_models
 
 SPACE = {"train.lora.target_modules": [["to_q"], ["to_x"]]}
 
@@ -45,16 +44,11 @@ def rescheduled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     return write
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.tiny_flux(tmp_path_factory.mktemp("flux"))
-
-
-def test_what_every_stage_can_do_passes(tiny_model: Path, flux: Path) -> None:
+def test_what_every_stage_can_do_passes(tiny_model: Path, tiny_flux: Path) -> None:
     check_stages(config_of(tiny_model))
     check_stages(config_of(tiny_model, serve={"cache_features": True, "channels_last": True}))
     check_stages(config_of(tiny_model, train={"loss": {"zero_terminal_snr": True}}))
-    check_stages(config_of(flux, serve={"solver": "model"}))
+    check_stages(config_of(tiny_flux, serve={"solver": "model"}))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +84,15 @@ def test_what_a_stage_cannot_do_names_its_field(
     ],
 )
 def test_a_switch_that_the_base_cannot_have_is_refused(
-    flux: Path, serve: dict[str, Any], expected: str
+    tiny_flux: Path, serve: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
-        check_stages(config_of(flux, serve=serve))
+        check_stages(config_of(tiny_flux, serve=serve))
 
 
-def test_a_size_that_cannot_be_packed_is_refused(flux: Path) -> None:
+def test_a_size_that_cannot_be_packed_is_refused(tiny_flux: Path) -> None:
     with pytest.raises(ConfigError, match="data.resolution: 72 is no multiple of 16"):
-        check_stages(config_of(flux, resolution=72))
+        check_stages(config_of(tiny_flux, resolution=72))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.objectives import sample_posterior
+from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.weights.encoders import Encoders
 from ray_jobs.weights.loading import load_pipeline, read_index
 from ray_jobs.weights.model_files import encoders_digest, max_side, model_folder, size_multiple
@@ -31,9 +32,12 @@ def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("tiny_xl", {"input_ids": 16, "input_ids_2": 16, "prompt_embeds": 16, "pooled_prompt_embeds": 24}),
         (
-            "tiny_sd3",
+            "StableDiffusionXLPipeline",
+            {"input_ids": 16, "input_ids_2": 16, "prompt_embeds": 16, "pooled_prompt_embeds": 24},
+        ),
+        (
+            "StableDiffusion3Pipeline",
             {
                 "input_ids": 16,
                 "input_ids_2": 16,
@@ -43,23 +47,28 @@ def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
             },
         ),
         (
-            "tiny_sd3_without_t5",
+            "StableDiffusion3Pipeline-without-t5",
             {"input_ids": 16, "input_ids_2": 16, "prompt_embeds": 16, "pooled_prompt_embeds": 16 + 24},
         ),
         (
-            "tiny_flux",
+            "FluxPipeline",
             {"input_ids": 16, "input_ids_2": 512, "prompt_embeds": 512, "pooled_prompt_embeds": 32},
+        ),
+        (
+            "ChromaPipeline",
+            {"input_ids": 512, "attention_mask": 512, "prompt_embeds": 512, "prompt_mask": 512},
         ),
     ],
 )
 def test_other_families_give_the_tokens_and_the_embeddings_of_all_their_encoders(
-    model: str, expected: dict[str, int], request: pytest.FixtureRequest
+    model: str, expected: dict[str, int], tiny: Callable[[str], Path]
 ) -> None:
-    forms = Encoders(str(request.getfixturevalue(model))).encode_captions(["a red circle", "a blue cross"])
+    forms = Encoders(str(tiny(model))).encode_captions(["a red circle", "a blue cross"])
     assert {name: form.shape[1] for name, form in forms.items()} == expected
     for name, form in forms.items():
         assert len(form) == 2
-        assert form.dtype == (torch.int32 if name.startswith("input_ids") else torch.float32)
+        dtypes = {"input": torch.int32, "prompt_mask": torch.bool, "attention_mask": torch.bool}
+        assert form.dtype == dtypes.get(name, dtypes.get(name.partition("_")[0], torch.float32))
 
 
 def test_the_posterior_of_a_picture_is_that_of_the_autoencoder(tiny_model: Path) -> None:
@@ -78,8 +87,8 @@ def test_the_posterior_of_a_picture_is_that_of_the_autoencoder(tiny_model: Path)
 
 def test_latents_are_drawn_from_the_posterior_and_scaled() -> None:
     mean, logvar = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 2 * np.log(0.5))
-    config = {"scaling_factor": 2.0, "shift_factor": 1.0}
-    drawn = sample_posterior(mean, logvar, config, torch.tensor([[[[0.0, -1.0]]]]))
+    scale = torch.tensor([1.0]), torch.tensor([2.0])
+    drawn = Codec().sample(mean, logvar, scale, torch.tensor([[[[0.0, -1.0]]]]))
     assert drawn.flatten().tolist() == pytest.approx([(3 - 1) * 2, (3 - 0.5 - 1) * 2])
 
 
@@ -100,22 +109,27 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
 @pytest.mark.parametrize(
     ("model", "multiple", "limit"),
     [
-        ("tiny_model", 8, None),
-        ("tiny_xl", 8, None),
-        ("tiny_sd3", 16, 128),
-        ("tiny_flux", 16, None),  # its configuration says patch_size 1: packing lies outside the transformer
+        ("StableDiffusionPipeline", 8, None),
+        ("StableDiffusionXLPipeline", 8, None),
+        ("StableDiffusion3Pipeline", 16, 128),
+        ("ChromaPipeline", 16, None),
+        (
+            "FluxPipeline",
+            16,
+            None,
+        ),  # its configuration says patch_size 1: packing lies outside the transformer
     ],
 )
 def test_sides_fit_the_family(
-    model: str, multiple: int, limit: int | None, request: pytest.FixtureRequest
+    model: str, multiple: int, limit: int | None, tiny: Callable[[str], Path]
 ) -> None:
-    base = str(request.getfixturevalue(model))
+    base = str(tiny(model))
     assert (size_multiple(base), max_side(base)) == (multiple, limit)
     for settings in (["data.resolution=64"], ["data.resolution=64", "data.buckets=true"]):
         config = load_config(DEMO, [f"model.base={base}", *settings])
         sides = {side for shape in picture_shapes(config) for side in shape}
         assert all(side % multiple == 0 for side in sides)
-    pipeline = load_pipeline(base, without=family_of(read_index(base)["_class_name"]).text_encoders)
+    pipeline = load_pipeline(base, without=family_of(read_index(base)["_class_name"]).text.encoders)
     for side in (multiple // 2, 64 - multiple // 2, (limit or 512) + multiple):
         with pytest.raises(ValueError, match=f"^height: {side}; "):
             check_request(Request("", 0, 2, 1.0), (side, 64), pipeline, with_adapters=False, max_side=512)

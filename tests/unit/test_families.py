@@ -18,23 +18,15 @@ from ray_jobs.diffusion.sampling import (
 )
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from tests.serving import plain_diffusers
+from tests.tiny_models import MODELS
 
 PROMPTS = ["a small red circle", "a big blue cross"]
 HEIGHT, WIDTH, FACTOR = 64, 48, 8  # pixels, pixels, and pixels a latent
-MODELS = (
-    "tiny_model",
-    "tiny_xl",
-    "tiny_sd3",
-    "tiny_sd3_without_t5",
-    "tiny_flux",
-    "tiny_schnell",
-    "tiny_consistency",
-)
 
 
 @pytest.fixture(params=MODELS)
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
+def folder(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
+    return tiny(request.param)
 
 
 @torch.no_grad()
@@ -44,6 +36,9 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
     if kind == "StableDiffusionPipeline":
         embeds, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
+    if kind == "ChromaPipeline":
+        embeds, _, mask, *_ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "prompt_mask": mask.bool()}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
@@ -57,19 +52,17 @@ def noise() -> torch.Tensor:
     return initial_noise([3, 4], (4, HEIGHT // FACTOR, WIDTH // FACTOR))
 
 
-def predict(pipeline: Any, sizes: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-    """One step's prediction for the prompts."""
+def predict(pipeline: Any, **more: torch.Tensor) -> torch.Tensor:
+    """One step's prediction for the prompts, with further conditions."""
     family = family_of(pipeline)
-    sizes = whole_pictures(family, 2, HEIGHT, WIDTH) if sizes is None else sizes
-    captions = encode_prompts(pipeline, PROMPTS)
-    denoiser = getattr(pipeline, family.denoiser)
-    return family.denoise(denoiser, noise(), torch.tensor([100, 900]), captions, sizes, **options)
+    conditions = encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH) | more
+    return family.denoise(family.model(pipeline), noise(), torch.tensor([100, 900]), conditions)
 
 
 def test_prompts_are_encoded_as_by_the_pipeline_itself(folder: Path) -> None:
     pipeline = load_pipeline(str(folder))
     ours, theirs = encode_prompts(pipeline, PROMPTS), encoded_by_diffusers(plain_diffusers.load(folder))
-    assert ours.keys() == theirs.keys() == set(family_of(pipeline).embeds)
+    assert ours.keys() == theirs.keys() == set(family_of(pipeline).text.embeds)
     for name, expected in theirs.items():
         # Without T5 the pipeline has zeros after and beside CLIP's, which ours gets when it denoises.
         places = tuple(slice(size) for size in ours[name].shape)
@@ -85,29 +78,31 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
     pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
+    embedded = family.guidance_embedded(denoiser)
     latents = sample_latents(
         family,
-        denoiser,
+        family.model(pipeline),
         pipeline.scheduler,
         noise(),
-        encode_prompts(pipeline, PROMPTS),
-        None if family.distilled_guidance(denoiser) else encode_prompts(pipeline, [""]),
+        encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH),
+        None if embedded else encode_prompts(pipeline, [""]),
         num_steps=4,
         guidance_scale=guidance_scale,
-        sizes=whole_pictures(family, 2, HEIGHT, WIDTH),
     )
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
-    options |= {"guidance_scale": guidance_scale, "negative_prompt": ["", ""], "latents": noise()}
-    if type(pipeline).__name__ == "FluxPipeline":
+    options |= {"latents": noise()} | ({} if embedded else {"negative_prompt": ["", ""]})
+    options |= family.guidance_arguments(denoiser, guidance_scale)
+    if "negative_prompt" in options:
+        options["negative_prompt"] = ["", ""]
+    packs = hasattr(theirs, "_pack_latents")
+    if packs:
         options["latents"] = theirs._pack_latents(noise(), 2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
-        told = family.distilled_guidance(denoiser)
-        options["true_cfg_scale"] = 1.0 if told else guidance_scale
     expected = theirs(PROMPTS, output_type="latent", **options).images
-    if type(pipeline).__name__ == "FluxPipeline":
+    if packs:
         expected = theirs._unpack_latents(expected, HEIGHT, WIDTH, FACTOR)
     assert torch.allclose(latents, expected, atol=1e-4)
     pixels = theirs(PROMPTS, output_type="pt", **options).images
-    assert (decode_latents(pipeline.vae, latents) - 255 * pixels).abs().max() < 0.5 + 255e-4
+    assert (decode_latents(pipeline, latents) - 255 * pixels).abs().max() < 0.5 + 255e-4
 
 
 def test_every_row_has_its_own_guidance(folder: Path) -> None:
@@ -117,14 +112,13 @@ def test_every_row_has_its_own_guidance(folder: Path) -> None:
     def draw(guidance_scale: float | torch.Tensor) -> torch.Tensor:
         return sample_latents(
             family,
-            getattr(pipeline, family.denoiser),
+            family.model(pipeline),
             pipeline.scheduler,
             noise(),
-            encode_prompts(pipeline, PROMPTS),
+            encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH),
             encode_prompts(pipeline, [""]),
             num_steps=2,
             guidance_scale=guidance_scale,
-            sizes=whole_pictures(family, 2, HEIGHT, WIDTH),
         )
 
     low, high, mixed = draw(1.0), draw(9.0), draw(torch.tensor([1.0, 9.0]))
@@ -135,13 +129,12 @@ def test_every_row_has_its_own_guidance(folder: Path) -> None:
 def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Path) -> None:
     pipeline = load_pipeline(str(folder))
     family = family_of(pipeline)
-    denoiser, parts = getattr(pipeline, family.denoiser), family.encoders(pipeline)
-    trained = [denoiser, *(parts[name] for name in family.trainable_text_encoders)]
+    trained = [getattr(pipeline, name) for name in family.trainable]
     for part in trained:
         part.requires_grad_(True)
-    captions = family.embed(parts, family.tokenize(pipeline, PROMPTS))
-    sizes = whole_pictures(family, 2, HEIGHT, WIDTH)
-    predicted = family.denoise(denoiser, noise(), torch.tensor([100, 900]), captions, sizes)
+    captions = family.text.embed(family.text.present(pipeline), family.text.tokenize(pipeline, PROMPTS))
+    conditions = captions | whole_pictures(family, 2, HEIGHT, WIDTH)
+    predicted = family.denoise(family.model(pipeline), noise(), torch.tensor([100, 900]), conditions)
     assert predicted.shape == noise().shape
     predicted.square().mean().backward()
     for part in trained:
@@ -174,7 +167,7 @@ def test_adapters_of_layers_that_the_model_does_not_have_are_refused(folder: Pat
     add_adapters(trained)
     save_adapters(trained, tmp_path)
     stored = load_file(tmp_path / LORA_WEIGHTS)
-    for part in (family_of(trained).denoiser, "text_encoder"):
+    for part in family_of(trained).trainable:
         layer = next(name for name in stored if name.startswith(f"{part}.")).split(".lora_")[0]
         other = {name.replace(f"{layer}.", f"{layer}_elsewhere."): value for name, value in stored.items()}
         save_file(other, tmp_path / LORA_WEIGHTS)
@@ -189,10 +182,8 @@ def add_adapters(pipeline: Any) -> None:
     from peft import LoraConfig
 
     family = family_of(pipeline)
-    targets = {family.denoiser: family.lora_targets}
-    targets |= dict.fromkeys(family.trainable_text_encoders, ("q_proj", "v_proj"))
     torch.manual_seed(1)
-    for name, layers in targets.items():
+    for name, layers in family.trainable.items():
         part = getattr(pipeline, name)
         part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(layers)))
         for key, parameter in part.named_parameters():
@@ -205,8 +196,7 @@ def save_adapters(pipeline: Any, folder: Path) -> None:
 
     family = family_of(pipeline)
     layers = {
-        f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipeline, name))
-        for name in (family.denoiser, *family.trainable_text_encoders)
+        f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipeline, name)) for name in family.trainable
     }
     type(pipeline).save_lora_weights(folder, **layers)
 
@@ -218,7 +208,7 @@ def test_the_sizes_change_what_stable_diffusion_xl_predicts(tiny_xl: Path) -> No
         for column in range(6):
             sizes = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]] * 2)
             sizes[0, column] += 500
-            other = predict(pipeline, sizes)
+            other = predict(pipeline, sizes=sizes)
             assert not torch.allclose(other[0], whole[0], atol=1e-4)
             assert torch.allclose(other[1], whole[1], atol=1e-6)
 
@@ -234,7 +224,7 @@ def test_guidance_is_one_unless_it_is_told(tiny_flux: Path) -> None:
 def test_the_objective_is_that_of_the_models_scheduler(request: pytest.FixtureRequest) -> None:
     def objective(name: str) -> Any:
         pipeline = load_pipeline(str(request.getfixturevalue(name)))
-        return family_of(pipeline).objective(pipeline.scheduler.config)
+        return family_of(pipeline).schedule.objective(pipeline.scheduler.config)
 
     diffusion = {name: objective(name) for name in ("tiny_model", "tiny_xl")}
     assert all(isinstance(each, Diffusion) for each in diffusion.values())
@@ -246,16 +236,16 @@ def test_the_objective_is_that_of_the_models_scheduler(request: pytest.FixtureRe
     assert flows["tiny_flux"].shift == 1.0
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.is_unet])
 def test_flow_matching_has_no_terminal_snr_to_correct(name: str) -> None:
     with pytest.raises(ValueError, match=r"train\.loss\.zero_terminal_snr: .*turn it off"):
-        FAMILIES[name].objective({"shift": 1.0, "num_train_timesteps": 1000}, zero_terminal_snr=True)
+        FAMILIES[name].schedule.objective({"shift": 1.0, "num_train_timesteps": 1000}, zero_terminal_snr=True)
 
 
 @pytest.mark.parametrize("load", [family_of, None])
 def test_a_pipeline_of_no_known_family_is_named(load: Callable[[str], Any] | None, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    with pytest.raises(ValueError, match="model.base: DDPMPipeline is none of StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match="model.base: DDPMPipeline is none of .*StableDiffusionPipeline, "):
         load("DDPMPipeline") if load else load_pipeline(str(tmp_path))
 
 
@@ -268,6 +258,5 @@ def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> N
         for name, layer in denoiser.named_modules()
         if isinstance(layer, torch.nn.Linear) and ".attn" in name
     }
-    assert linear and linear == {
-        name for name, _ in denoiser.named_modules() if name.endswith(family.lora_targets)
-    }
+    targets = family.trainable[family.denoiser]
+    assert linear and linear == {name for name, _ in denoiser.named_modules() if name.endswith(targets)}

@@ -1,6 +1,7 @@
 """What is trained of each family's model, and that plain diffusers loads what is saved."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.randomness import draw
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.saving import save_lora, save_pipeline
+from tests.tiny_models import FAMILY_MODELS
 
-FAMILIES = ["tiny_model", "tiny_xl", "tiny_sd3", "tiny_flux"]
 
-
-@pytest.fixture(params=FAMILIES)
-def base(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(request.param)
-    return folder
+@pytest.fixture(params=FAMILY_MODELS)
+def base(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
+    return tiny(request.param)
 
 
 def finetuning(base: Path, method: str, *, text_encoders: bool = False) -> tuple[Any, FineTuning]:
@@ -154,7 +153,7 @@ def test_adapters_of_convolutions_and_projections_load_in_plain_diffusers(
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     family = family_of(pipeline)
-    model = FineTuning(pipeline, family, family.objective(pipeline.scheduler.config), LossSettings())
+    model = FineTuning(pipeline, family, family.schedule.objective(pipeline.scheduler.config), LossSettings())
     save_lora(pipeline, model, dict(model.trained()), tmp_path)
     plain = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     config = plain.unet.config

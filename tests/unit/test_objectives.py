@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import Tensor
 
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.objectives import (
     Diffusion,
     Draws,
@@ -18,7 +21,6 @@ from ray_jobs.diffusion.objectives import (
     Objective,
     denoising_loss,
     density,
-    sample_posterior,
 )
 
 LATENT, NOISE = 2.0, -1.0
@@ -269,12 +271,14 @@ def test_the_schedule_moves_to_a_device_in_a_new_objective() -> None:
 
 
 def test_latents_are_drawn_from_the_posterior_and_scaled() -> None:
-    latents = sample_posterior(
-        full(3.0), full(2 * math.log(0.5)), {"scaling_factor": 2.0, "shift_factor": 1.0}, full(NOISE)
-    )
+    def scale(**config: float | None) -> Any:
+        return Codec().scale(SimpleNamespace(config=config))
+
+    shifted = scale(scaling_factor=2.0, shift_factor=1.0)
+    latents = Codec().sample(full(3.0), full(2 * math.log(0.5)), shifted, full(NOISE))
     assert latents.item() == pytest.approx((3 - 0.5 - 1) * 2)
-    unshifted = sample_posterior(full(3.0), full(0.0), {"scaling_factor": 2.0, "shift_factor": None}, full(0))
-    assert unshifted.item() == pytest.approx(6.0)
+    unshifted = scale(scaling_factor=2.0, shift_factor=None)
+    assert Codec().sample(full(3.0), full(0.0), unshifted, full(0)).item() == pytest.approx(6.0)
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Pictures that evaluation draws are those of diffusers' pipelines from the same seeds."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.rows import Request
 from tests.serving import plain_diffusers
+from tests.tiny_models import FAMILY_MODELS
 
 TOLERANCE = 0.55  # of a pixel's 255 levels: half of one is rounding
 STATISTICS = {
@@ -35,12 +37,12 @@ def test_without_a_prompt_there_are_zeros_if_the_model_asks_for_them(tiny_xl: Pa
     assert (drawn(ours, 4.0) - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("model", ["tiny_model", "tiny_xl", "tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", FAMILY_MODELS)
 def test_pictures_of_several_shapes_are_those_of_plain_diffusers(
-    request: pytest.FixtureRequest, model: str
+    tiny: Callable[[str], Path], model: str
 ) -> None:
     """Of Stable Diffusion XL the denoiser is told the size of each."""
-    folder = request.getfixturevalue(model)
+    folder = tiny(model)
     shapes, plain = [(64, 64), (48, 80), (48, 80), (80, 48), (64, 64)], plain_diffusers.load(folder)
     batches = sample_pictures(
         load_pipeline(str(folder)),
@@ -59,7 +61,10 @@ def test_pictures_of_several_shapes_are_those_of_plain_diffusers(
 
 
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 1), (2.0, 2)])
-def test_guidance_of_one_takes_one_pass(tiny_schnell: Path, guidance_scale: float, rows: int) -> None:
+def test_guidance_of_one_takes_one_pass(
+    tiny: Callable[[str], Path], guidance_scale: float, rows: int
+) -> None:
+    tiny_schnell = tiny("FluxPipeline-schnell")
     pipeline, batches = load_pipeline(str(tiny_schnell)), []
     pipeline.transformer.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     request = Request("a small red circle", 5, 3, guidance_scale, None, 64, 64)
@@ -82,14 +87,13 @@ def test_latents_with_a_mean_and_a_spread_of_their_own_are_decoded_as_by_diffuse
 def test_encoded_latents_are_in_the_scale_that_is_decoded(
     tiny_model: Path, statistics: dict[str, Any]
 ) -> None:
-    autoencoder = load_pipeline(str(tiny_model)).vae
+    pipeline = load_pipeline(str(tiny_model))
+    autoencoder = pipeline.vae
     autoencoder.register_to_config(**statistics)
     pixels = torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    latents = encode_pictures(autoencoder, pixels, torch.zeros(2, 4, 8, 8))
+    latents = encode_pictures(pipeline, pixels, torch.zeros(2, 4, 8, 8))
     with torch.no_grad():
         unscaled = autoencoder.encode(pixels / 127.5 - 1).latent_dist.mean
         expected = autoencoder.decode(unscaled).sample
-    assert (
-        decode_latents(autoencoder, latents) - 127.5 * (expected.clamp(-1, 1) + 1)
-    ).abs().max() <= TOLERANCE
+    assert (decode_latents(pipeline, latents) - 127.5 * (expected.clamp(-1, 1) + 1)).abs().max() <= TOLERANCE
     assert statistics == {} or not torch.allclose(latents, unscaled)

@@ -8,9 +8,10 @@ import pytest
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.training.trainer import depends_on, require_same
-from tests.tiny_models import tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+from tests.tiny_models import FAMILY_MODELS, write
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -20,18 +21,21 @@ def config(base: Path, *overrides: str) -> Config:
     return load_config(DEMO, [f"model.base={base}", *plain])
 
 
-@pytest.mark.parametrize("family", [tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux])
-@pytest.mark.parametrize(
-    "method", [["train.lora.use_dora=true"], ["train.method=full", "train.train_text_encoder=true"]]
-)
+@pytest.mark.parametrize("model", FAMILY_MODELS)
+@pytest.mark.parametrize("method", [["train.lora.use_dora=true"], ["train.method=full"]])
 def test_settings_that_suit_the_model_pass_without_its_weights(
-    family: object, method: list[str], tmp_path: Path
+    model: str, method: list[str], tmp_path: Path
 ) -> None:
-    assert callable(family)
-    base = family(tmp_path)
+    base = write(model, tmp_path)
     for weights in base.rglob("*.safetensors"):
         weights.write_bytes(b"")
     check_settings(config(base, *method))
+    encoders = config(base, *method, "train.train_text_encoder=true")
+    if FAMILIES[model].trainable_encoders:
+        check_settings(encoders)
+    else:
+        with pytest.raises(ValueError, match="train.train_text_encoder: ChromaPipeline has no .*turn it off"):
+            check_settings(encoders)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ def test_a_setting_that_does_not_suit_the_model_is_named(
     settings: list[str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check_settings(config(tiny_stable_diffusion_xl(tmp_path), *settings))
+        check_settings(config(write("StableDiffusionXLPipeline", tmp_path), *settings))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_a_value_of_the_search_that_does_not_suit_the_model_is_named(
     space: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check_settings(config(tiny_stable_diffusion_xl(tmp_path), f"search.space={space}"))
+        check_settings(config(write("StableDiffusionXLPipeline", tmp_path), f"search.space={space}"))
 
 
 @pytest.mark.parametrize(

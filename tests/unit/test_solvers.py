@@ -79,7 +79,7 @@ def output_of(inputs: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 
 def drawn_by_diffusers(scheduler: Any, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
     family = FLOW if type(scheduler).__name__.startswith("Flow") else FAMILY
-    family.set_timesteps(scheduler, num_steps, noise.shape, "cpu")
+    family.schedule.set_timesteps(scheduler, num_steps, noise.shape, "cpu")
     latents = noise[None] * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
         inputs = latents

@@ -1,6 +1,7 @@
 """The validation loss: fixed rows, timesteps and noise, whatever pipeline is measured."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ray_jobs.weights.loading import load_lora, load_pipeline
 from ray_jobs.weights.saving import save_lora
 from tests.conftest import captions
 from tests.conftest import draw as draw_picture
+from tests.tiny_models import FAMILY_MODELS
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 CPU = torch.device("cpu")
@@ -75,10 +77,14 @@ def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     return prepared(configured(tiny_model), tmp_path_factory.mktemp("prepared"))
 
 
-@pytest.fixture(scope="module", params=["tiny_model", "tiny_xl", "tiny_sd3_without_t5", "tiny_flux"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
+@pytest.fixture(scope="module", params=FAMILY_MODELS)
+def family(
+    request: pytest.FixtureRequest,
+    tiny: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Dataset]:
     """A base model of each family and the pictures as it encodes them."""
-    base: Path = request.getfixturevalue(request.param)
+    base = tiny(request.param)
     return base, prepared(configured(base), tmp_path_factory.mktemp(request.param))
 
 
@@ -106,7 +112,7 @@ def by_hand(config: Config, dataset: Dataset, pipeline: Any, place: int) -> floa
 def trained(config: Config, dataset: Dataset, steps: int) -> tuple[Any, Any]:
     """A pipeline and its fine-tuning, after plain steps on the rows of the validation loss."""
     pipeline, model = build_model(config)
-    inputs = InputMaker(config, pipeline.vae.config, model, dataset.empty_caption(), CPU)
+    inputs = InputMaker(config, pipeline.vae, model, dataset.empty_caption(), CPU)
     optimizer = torch.optim.AdamW([p for _, p in model.trained()], lr=3e-3)
     pieces = ValidationLoss(config, dataset, CPU).pieces
     for step in range(1, steps + 1):

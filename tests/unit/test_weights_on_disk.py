@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.config import ConfigError, load_config
-from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.registry.digests import are_weights, weights_digest
 from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.weights.encoders import Encoders
@@ -24,14 +25,12 @@ from serving.engine.adapters import read_adapter
 from tests.unit.test_finetuning import finetuning
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-FAMILIES = ["tiny_model", "tiny_xl", "tiny_sd3", "tiny_flux"]
 STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-@pytest.fixture(params=FAMILIES)
-def base(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(request.param)
-    return folder
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.trainable_encoders])
+def base(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
+    return tiny(request.param)
 
 
 @pytest.fixture

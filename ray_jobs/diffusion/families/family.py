@@ -43,7 +43,7 @@ class Family(ABC):
     is_unet: bool = False
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
     variants: tuple[str, ...] = ("",)
-    """Names of the small models that `tiny` can build, one for each way in which models of the family differ."""
+    """Names of the small models that `tiny` can build: one for each way in which models differ."""
 
     @property
     def denoisers(self) -> tuple[str, ...]:

@@ -52,9 +52,8 @@ class StableDiffusion(UNetFamily):
             latent_size=8,
         )
         if variant == "consistency":
-            unet = pipeline.unet
-            pipeline.unet = type(unet).from_config(
-                unet.config | {"time_cond_proj_dim": 16, "sample_size": [8, 6]}
-            )
+            config = dict(pipeline.unet.config) | {"time_cond_proj_dim": 16, "sample_size": [8, 6]}
+            config.pop("_use_default_values", None)  # which lists the first option as left out
+            pipeline.unet = type(pipeline.unet).from_config(config)
             torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight, std=0.5)
         return pipeline
