@@ -6,9 +6,8 @@ from typing import Any
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.encoding.geometry import Size
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.weights.model_files import latent_pixels
+from ray_jobs.weights.model_files import latent_shape
 
 
 def check_stages(config: Config) -> None:
@@ -23,8 +22,8 @@ def check_stages(config: Config) -> None:
         shapes = picture_shapes(config)
         family, model = check_settings(config)
         denoiser = getattr(model, family.denoiser)
-        factor = latent_pixels(local_path(config.model.base), revision=config.model.revision)
-        latents = [(height // factor, width // factor) for height, width in shapes]
+        base, revision = local_path(config.model.base), config.model.revision
+        latents = [latent_shape(base, *shape, revision=revision) for shape in shapes]
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
     except ConfigError:
@@ -33,7 +32,7 @@ def check_stages(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[Size]) -> None:
+def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[tuple[int, ...]]) -> None:
     """Raise ValueError unless the model's own scheduler can sample in `evaluate.inference_steps` steps."""
     from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import is_tabulated, tabulate
@@ -55,7 +54,7 @@ def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence
 
 
 def _check_serving(
-    config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[Size]
+    config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[tuple[int, ...]]
 ) -> None:
     """Raise ValueError if the winner could not be served as configured."""
     from ray_jobs.diffusion.schedulers import trained_scheduler

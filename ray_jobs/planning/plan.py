@@ -1,95 +1,76 @@
 """Plan of a run on a cluster: placement, memory, batches, cost."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
 from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError
-from ray_jobs.planning.activations import activation_bytes
+from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.planning.estimate import (
     Placement,
-    Shapes,
     effective_stage,
-    numel,
-    parameter_shapes,
     pieces_a_step,
     rank_memory,
     rows_a_worker,
-    trained_shapes,
 )
-from ray_jobs.weights.model_files import INDEX, model_folder
+from ray_jobs.planning.footprint import Footprint, footprint
+from ray_jobs.weights.model_files import model_folder
 
 GIB = 2**30
 HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, workspaces and fragmentation
-CLIP_TOKENS, T5_TOKENS = 77, 512
 
 
 class Model:
-    """Sizes of the model that a configuration trains.
+    """Sizes of the training that a configuration describes, and of variations on it.
 
     Raises:
-        ConfigError: the model or its weights are missing.
+        ConfigError: the base model is missing.
     """
 
     def __init__(self, config: Config) -> None:
-        base = local_path(config.model.base)
         try:
-            folder = model_folder(base, revision=config.model.revision)
+            model_folder(local_path(config.model.base), revision=config.model.revision)
         except ValueError as error:
             raise ConfigError(f"model.base: {error}") from None
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self.denoiser_name = "unet" if "unet" in index else "transformer"
-        self.denoiser = self._shapes(folder, self.denoiser_name)
-        self.config: dict[str, Any] = json.loads((folder / self.denoiser_name / "config.json").read_text())
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        self.side = config.data.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-        classes = {
-            name: kind[1] for name, kind in index.items() if name.startswith("text_encoder") and kind[1]
-        }
-        self.text_tokens = T5_TOKENS if any("T5" in kind for kind in classes.values()) else CLIP_TOKENS
-        wrapped = classes if config.train.train_text_encoder else {}
-        encoders = {name: self._shapes(folder, name) for name in wrapped}
-        clip = {name: shapes for name, shapes in encoders.items() if "CLIP" in classes[name]}
-        trained = trained_shapes(config.train, self.denoiser, clip)
-        self.trained = sum(map(numel, trained.values()))
-        base_size = sum(
-            numel(shape) for part in (self.denoiser, *encoders.values()) for shape in part.values()
-        )
-        self.whole = base_size + (self.trained if config.train.method == "lora" else 0)
+        self.config = config
+        self._footprints: dict[tuple[str, str, bool], Footprint] = {}
 
-    @staticmethod
-    def _shapes(folder: Path, name: str) -> Shapes:
-        found = parameter_shapes(folder / name)
-        if not found:
-            raise ConfigError(
-                f"model.base: {folder / name} has no safetensors files here; fetch them first: "
-                "hf download NAME --include '*/*.safetensors'"
-            )
-        return found
+    def footprint(self, train: TrainConfig) -> Footprint:
+        """Return the sizes with other settings of `train`.
 
-    def memory(self, config: Config, workers: int) -> Placement:
-        """Estimate the memory per rank for a number of workers."""
-        train = config.train
+        Raises:
+            ConfigError: a setting does not suit the base model.
+        """
+        key = train.method, train.precision, train.gradient_checkpointing
+        if key not in self._footprints:
+            try:
+                self._footprints[key] = footprint(self.config.model_copy(update={"train": train}))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        return self._footprints[key]
+
+    def memory(self, train: TrainConfig) -> Placement:
+        """Estimate the memory per rank."""
+        found, workers = self.footprint(train), train.min_workers
         rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
-        activations = activation_bytes(
-            train, self.denoiser, self.config, side=self.side, text_tokens=self.text_tokens, rows=rows
-        )
         return rank_memory(
-            train, whole=self.whole, trained=self.trained, workers=workers, activations=activations
+            train,
+            whole=found.whole(train.method),
+            trained=found.trained,
+            workers=workers,
+            activations=rows * found.activations,
         )
 
 
 def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple[list[str], list[str]]:
     """Describe a rank's memory; also return the problems, with fixes, if it does not fit."""
     train, workers = config.train, config.train.min_workers
-    found = model.memory(config, workers)
+    size, found = model.footprint(train), model.memory(train)
     stage = effective_stage(train, workers)
     lines = [
-        f"model: {model.denoiser_name} of {model.whole:,} parameters, {model.trained:,} trained "
+        f"model: {size.whole(train.method):,} parameters, {size.trained:,} trained "
         f"({train.method}, {train.precision})",
         f"memory a rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
         "(activations are estimated, the rest is arithmetic):",
@@ -173,12 +154,7 @@ def _halves(size: int) -> list[int]:
 def _fits(config: Config, model: Model, change: dict[str, Any], room: int) -> bool:
     train = config.train.model_copy(update=change)
     changed = config.model_copy(update={"train": train})
-    if "method" in change:
-        usual = trained_shapes(train, model.denoiser, {})
-        lighter = Model.__new__(Model)
-        lighter.__dict__ |= vars(model) | {"trained": sum(map(numel, usual.values()))}
-        model = lighter
-    return needed_here(changed, model.memory(changed, train.min_workers)) <= room
+    return needed_here(changed, model.memory(train)) <= room
 
 
 def batch_lines(config: Config) -> list[str]:

@@ -75,18 +75,31 @@ def check_settings(config: Config) -> tuple[Family, Any]:
 
 
 def _check_settings(config: Config) -> tuple[Family, Any]:
+    family, pipeline, _ = _empty(config)
+    deepspeed_config(config.train, config.train.min_workers)
+    return family, pipeline
+
+
+def empty_finetuning(config: Config) -> FineTuning:
+    """Return the module that `build_model` returns, on the meta device: without memory for weights.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    return _empty(config)[2]
+
+
+def _empty(config: Config) -> tuple[Family, Any, FineTuning]:
     from accelerate import init_empty_weights
 
     from ray_jobs.weights.loading import empty_model, read_index
 
     base, revision = local_path(config.model.base), config.model.revision
-    index = read_index(base, revision)
-    family = family_of(index["_class_name"])
-    model = empty_model(base, (*family.denoisers, *family.text.encoders), revision=revision)
+    family = family_of(read_index(base, revision)["_class_name"])
+    pipeline = empty_model(base, (*family.denoisers, *family.text.encoders), revision=revision)
     with init_empty_weights():
-        _choose_trained(config, model, family, "cpu")
-    deepspeed_config(config.train, config.train.min_workers)
-    return family, model
+        model, _ = _choose_trained(config, pipeline, family, "cpu")
+    return family, pipeline, model
 
 
 def _choose_trained(

@@ -96,6 +96,8 @@ def _class_of(entry: Sequence[str]) -> Any:
 def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None) -> Any:
     """Return an object with a model's configuration, scheduler and named parts, without allocating weights.
 
+    As from `load_pipeline`, the parts are frozen and in evaluation mode.
+
     Args:
         parts: names of components with weights. Those that the model leaves out are None in the result.
     """
@@ -121,7 +123,8 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
                 part = kind.from_config(kind.load_config(base, **options))
             else:
                 part = kind(kind.config_class.from_pretrained(base, **options))
-        setattr(found, name, part)
+                part.tie_weights()  # parameters without memory are made apart
+        setattr(found, name, part.requires_grad_(False).eval())
     return found
 
 

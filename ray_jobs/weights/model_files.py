@@ -175,10 +175,10 @@ def size_multiple(base: str, *, revision: str | None = None) -> int:
     return int(family.codec.size_multiple(*configs))
 
 
-def latent_pixels(base: str, *, revision: str | None = None) -> int:
-    """Return the side of a latent in pixels, by the model's family."""
+def latent_shape(base: str, height: int, width: int, *, revision: str | None = None) -> tuple[int, ...]:
+    """Return the shape of an image's latents, C x ..., by the model's family."""
     family, autoencoder, _ = _of_sizes(base, revision)
-    return int(family.codec.latent_pixels(autoencoder))
+    return tuple(family.codec.shape(autoencoder, height, width))
 
 
 def max_side(base: str, *, revision: str | None = None) -> int | None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image
 
 from ray_jobs.diffusion.families import family_of
 from serving.engine.rows import Request
@@ -16,8 +16,6 @@ def load(folder: Path, variant: str | None = None) -> Any:
     Args:
         variant: of the weights' files, fp16 for example.
     """
-    import diffusers
-
     index = diffusers.DiffusionPipeline.load_config(folder)
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if "safety_checker" in index:
@@ -40,7 +38,9 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         options |= {"height": request.height, "width": request.width}
     else:
         options |= image_options(pipeline, request.image, request.strength)
-        pipeline = AutoPipelineForImage2Image.from_pipe(pipeline)
+        # AutoPipelineForImage2Image of diffusers 0.42.1 does not know all of them, for example Chroma's.
+        name = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")
+        pipeline = getattr(diffusers, name).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
         request.prompt,

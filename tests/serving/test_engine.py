@@ -21,6 +21,7 @@ from tests.tiny_models import BY_NAME, MODELS
 TOLERANCE = 0.55
 """Of a pixel's 255 levels: half of one for rounding, and a tenth of that for the arithmetic of a batch."""
 
+SD = "StableDiffusionPipeline"
 UNETS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 OF_STABLE_DIFFUSION_1_5 = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 SQUARE, WIDE = (64, 64), (48, 64)
@@ -61,9 +62,9 @@ def drawn(engine: Engine, *requests: Request) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("model", "scheduler", "num_cores"),
     [
-        *((*each, None) for each in product(("StableDiffusionPipeline", "StableDiffusionXLPipeline"), UNETS)),
-        ("StableDiffusionPipeline", "PNDMScheduler", None),
-        ("StableDiffusionPipeline", "DDIMScheduler", 2),
+        *((*each, None) for each in product((SD, "StableDiffusionXLPipeline"), UNETS)),
+        (SD, "PNDMScheduler", None),
+        (SD, "DDIMScheduler", 2),
         ("StableDiffusionXLPipeline", "EulerDiscreteScheduler", 3),
         ("StableDiffusion3Pipeline", "DPMSolverMultistepScheduler", None),
         *((name, None, 2) for name in MODELS if not BY_NAME[name][0].is_unet),
@@ -263,26 +264,26 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
 @pytest.mark.parametrize(
     ("model", "fields", "told"),
     [
-        ("sd", {"steps": 0}, "steps: 0"),
-        ("sd", {"steps": 1001}, "cannot draw in 1001 steps"),
-        ("sd", {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
-        ("sd", {"guidance_scale": float("nan")}, "guidance_scale: nan"),
-        ("sd", {"seed": 2**64}, "seed: "),
-        ("sd", {"prompt": "\ud800"}, "prompt: it holds half"),
-        ("sd", {"height": 60}, "height: 60; this model draws multiples of 8"),
-        ("sd", {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
-        ("sd", {"previews": 2}, "previews: 2"),
-        ("sd3", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
-        ("sd3", {"width": 144}, "width: 144"),
-        ("sd", {"width": 136}, "width: 136; pictures of up to 128 pixels a side"),
-        ("flux", {"height": 72}, "height: 72; this model draws multiples of 16 pixels"),
-        ("flux", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
+        (SD, {"steps": 0}, "steps: 0"),
+        (SD, {"steps": 1001}, "cannot draw in 1001 steps"),
+        (SD, {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
+        (SD, {"guidance_scale": float("nan")}, "guidance_scale: nan"),
+        (SD, {"seed": 2**64}, "seed: "),
+        (SD, {"prompt": "\ud800"}, "prompt: it holds half"),
+        (SD, {"height": 60}, "height: 60; this model draws multiples of 8"),
+        (SD, {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
+        (SD, {"previews": 2}, "previews: 2"),
+        ("StableDiffusion3Pipeline", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
+        ("StableDiffusion3Pipeline", {"width": 144}, "width: 144"),
+        (SD, {"width": 136}, "width: 136; pictures of up to 128 pixels a side"),
+        ("FluxPipeline", {"height": 72}, "height: 72; this model draws multiples of 16 pixels"),
+        ("FluxPipeline", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
     ],
 )
 def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
-    folders: Callable[[str], Path], model: str, fields: dict[str, Any], told: str
+    tiny: Callable[[str], Path], model: str, fields: dict[str, Any], told: str
 ) -> None:
-    engine = engine_of(folders(model), "DDIMScheduler" if model == "sd" else None)
+    engine = engine_of(tiny(model), "DDIMScheduler" if model == SD else None)
     with pytest.raises(ValueError, match=told):
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
     assert not engine.unfinished

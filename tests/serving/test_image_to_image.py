@@ -20,7 +20,7 @@ from serving.schemas import APIError
 from tests.conftest import draw
 from tests.serving import plain_diffusers
 from tests.serving.test_engine import OF_STABLE_DIFFUSION_1_5, UNETS, with_scheduler
-from tests.tiny_models import MODELS
+from tests.tiny_models import FAMILY_MODELS
 
 TOLERANCE = 0.65
 """Of a pixel's 255 levels: half of one for rounding, the rest for a batch's arithmetic, the encoder's too."""
@@ -50,7 +50,8 @@ def engine_of(folder: Path, **options: Any) -> Engine:
     ("model", "scheduler"),
     [
         *(("StableDiffusionPipeline", name) for name in (*UNETS, "PNDMScheduler")),
-        *((name, None) for name in MODELS if name not in ("StableDiffusionPipeline",)),
+        *((name, None) for name in FAMILY_MODELS if name != "StableDiffusionPipeline"),
+        ("StableDiffusion3Pipeline-without-t5", None),
     ],
 )
 def test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch(

@@ -1,7 +1,6 @@
 """The estimates of memory, against the models themselves, ZeRO's measured bytes and autograd."""
 
-import json
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +9,24 @@ import torch
 
 from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
-from ray_jobs.planning.activations import activation_bytes
-from ray_jobs.planning.estimate import (
-    Shapes,
-    effective_stage,
-    numel,
-    parameter_shapes,
-    pieces_a_step,
-    rank_memory,
-    rows_a_worker,
-    trained_shapes,
-)
+from ray_jobs.diffusion.families import FAMILIES
+from ray_jobs.planning.estimate import effective_stage, pieces_a_step, rank_memory, rows_a_worker
+from ray_jobs.planning.footprint import footprint
+from ray_jobs.planning.plan import Model
 from ray_jobs.training import engine
 from ray_jobs.training.setup import build_model
-from tests import tiny_models
+from tests.tiny_models import FAMILY_MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models" / "emoji-base"
-CAPTION_TOKENS, PICTURES, SIDE = 16, 8, 8
-BUILDERS = {
-    "Stable Diffusion XL": tiny_models.tiny_stable_diffusion_xl,
-    "Stable Diffusion 3": tiny_models.tiny_stable_diffusion_3,
-    "FLUX": tiny_models.tiny_flux,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small model of each family."""
-    built = {name: build(tmp_path_factory.mktemp("model")) for name, build in BUILDERS.items()}
-    return {"Stable Diffusion": BASE} | built
+SIDE = 64
 
 
 def a_config(model: Path, **train: Any) -> Config:
     return Config.model_validate(
         {
             "name": "planned",
-            "data": {"source": "pictures"},
+            "data": {"source": "pictures", "resolution": SIDE},
             "model": {"base": str(model)},
             "search": {"learning_rates": [1e-3], "ladder": [2]},
             "train": train,
@@ -54,17 +34,7 @@ def a_config(model: Path, **train: Any) -> Config:
     )
 
 
-def shapes_of(model: Path) -> tuple[Shapes, dict[str, Shapes]]:
-    """The denoiser's, and those of the CLIP text encoders."""
-    name = "unet" if (model / "unet").is_dir() else "transformer"
-    encoders = {}
-    for folder in sorted(model.glob("text_encoder*")):
-        if "CLIP" in json.loads((folder / "config.json").read_text())["architectures"][0]:
-            encoders[folder.name] = parameter_shapes(folder)
-    return parameter_shapes(model / name), encoders
-
-
-@pytest.mark.parametrize("name", ["Stable Diffusion", *BUILDERS])
+@pytest.mark.parametrize("name", FAMILY_MODELS)
 @pytest.mark.parametrize(
     "train",
     [
@@ -76,14 +46,17 @@ def shapes_of(model: Path) -> tuple[Shapes, dict[str, Shapes]]:
     ],
     ids=["full", "lora", "dora with text encoders", "full with text encoders", "a group"],
 )
-def test_the_files_headers_tell_how_many_parameters_are_trained(
-    models: dict[str, Path], name: str, train: dict[str, Any]
+def test_a_model_without_weights_tells_how_many_parameters_are_trained(
+    tiny: Callable[[str], Path], name: str, train: dict[str, Any]
 ) -> None:
-    config = a_config(models[name], **train)
+    if train.get("train_text_encoder") and not FAMILIES[name].trainable_encoders:
+        train = train | {"train_text_encoder": False}
+    config = a_config(tiny(name), **train)
     _, model = build_model(config)
-    denoiser, encoders = shapes_of(models[name])
-    found = trained_shapes(config.train, denoiser, encoders if config.train.train_text_encoder else {})
-    assert sum(map(numel, found.values())) == sum(p.numel() for _, p in model.all_trained)
+    found = footprint(config)
+    assert found.trained == sum(p.numel() for _, p in model.all_trained)
+    assert found.whole(config.train.method) == sum(p.numel() for p in model.parameters())
+    assert found.activations > 0
 
 
 # MiB of parameters, gradients and the optimizer's states on each of two workers, as
@@ -98,11 +71,8 @@ MEASURED = {
 @pytest.mark.parametrize("stage", range(4))
 def test_a_ranks_bytes_are_the_measured_ones_to_two_percent(method: str, stage: int) -> None:
     lora = {"rank": 32, "alpha": 32, "target_modules": DEMO_TARGETS}
-    config = a_config(BASE, method=method, lora=lora, zero_stage=stage).train
-    denoiser, _ = shapes_of(BASE)
-    trained = sum(map(numel, trained_shapes(config, denoiser, {}).values()))
-    whole = sum(map(numel, denoiser.values())) + (trained if method == "lora" else 0)
-    found = rank_memory(config, whole=whole, trained=trained, workers=2).device
+    config = a_config(BASE, method=method, lora=lora, zero_stage=stage, num_workers=2)
+    found = Model(config).memory(config.train).device
     assert found.kept / 2**20 == pytest.approx(MEASURED[method][stage], rel=0.02)
 
 
@@ -160,32 +130,25 @@ LORA: dict[str, dict[str, Any] | None] = {
 }
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion", *BUILDERS])
+@pytest.mark.parametrize("name", FAMILY_MODELS)
 @pytest.mark.parametrize("layers", LORA)
-def test_activations_are_what_autograd_saves_to_a_tenth_below_and_a_quarter_above(
-    models: dict[str, Path], name: str, layers: str
-) -> None:
-    def estimated(config: Config) -> int:
-        return activation_bytes(
-            config.train, denoiser, settings, side=SIDE, text_tokens=CAPTION_TOKENS, rows=PICTURES
-        )
-
+def test_activations_are_what_autograd_saves(tiny: Callable[[str], Path], name: str, layers: str) -> None:
     lora = LORA[layers]
+    if lora and "target_modules" in lora and not FAMILIES[name].is_unet:
+        lora = lora | {"target_modules": None}
     train = {"method": "full"} if lora is None else {"lora": {"rank": 8, "alpha": 8} | lora}
-    config = a_config(models[name], **train)
+    config = a_config(tiny(name), **train)
     _, model = build_model(config)
-    denoiser, _ = shapes_of(models[name])
-    settings = json.loads((models[name] / model.family.denoiser / "config.json").read_text())
-    found = estimated(config)
-    assert 0.9 < found / saved_by_autograd(model) < 1.25
-    recomputing = a_config(models[name], gradient_checkpointing=True, **train)
+    kept = footprint(config).activations
+    assert kept == pytest.approx(saved_by_autograd(model), rel=1e-6)
+    recomputing = a_config(tiny(name), gradient_checkpointing=True, **train)
     _, model = build_model(recomputing)
-    # Autograd does not tell the one block that is computed anew, which the estimate has too.
-    assert saved_by_autograd(model) / 1.5 < estimated(recomputing) < found
+    # Autograd's hooks do not show the block that is recomputed, which the estimate includes.
+    assert saved_by_autograd(model) / 1.5 < footprint(recomputing).activations < kept
 
 
 def saved_by_autograd(model: Any) -> int:
-    """Bytes that a forward pass of the denoiser keeps, weights left out."""
+    """Bytes that a real forward pass of one row keeps, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -195,37 +158,24 @@ def saved_by_autograd(model: Any) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
+    family, config = model.family, model.denoiser.config
+    conditions = {
+        name: torch.ones((1, *shape), dtype=dtype)
+        for name, (shape, dtype) in family.text.shapes(config).items()
+    }
+    conditions |= {name: torch.full((1, 6), SIDE) for name in family.picture_conditions}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.family.denoise(model.denoiser, **inputs(model))
-        loss = output.square().mean()
-    del loss
+        output = family.denoise(model.model, torch.randn(1, 4, 8, 8), torch.full((1,), 500.0), conditions)
+    del output
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def inputs(model: Any) -> dict[str, Any]:
-    settings, family = model.denoiser.config, model.family
-    width = settings.cross_attention_dim if family.denoiser == "unet" else settings.joint_attention_dim
-    captions = {"prompt_embeds": torch.randn(PICTURES, CAPTION_TOKENS, width)}
-    pooled = tiny_models.POOLED_2 if family.sizes else settings.get("pooled_projection_dim")
-    if pooled:
-        captions["pooled_prompt_embeds"] = torch.randn(PICTURES, pooled)
-    channels = 4 if family.denoiser == "transformer" else settings.in_channels
-    return {
-        "latents": torch.randn(PICTURES, channels, SIDE, SIDE),
-        "timesteps": torch.full((PICTURES,), 5),
-        "captions": captions,
-        "sizes": torch.full((PICTURES, 6), 64) if family.sizes else None,
-        "guidance": torch.ones(PICTURES) if family.distilled_guidance(model.denoiser) else None,
-    }
+def test_half_precision_keeps_about_half(tiny_flux: Path) -> None:
+    single, half = (footprint(a_config(tiny_flux, precision=name)).activations for name in ("fp32", "bf16"))
+    assert 0.45 < half / single < 0.65
 
 
-def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 5) + b"oh no")
-    with pytest.raises(ConfigError, match="model.base: .*model.safetensors: not a safetensors file"):
-        parameter_shapes(tmp_path)
-
-
-def test_adapters_for_no_layer_are_refused() -> None:
-    train = TrainConfig.model_validate({"lora": {"target_modules": ["nowhere"]}})
-    with pytest.raises(ConfigError, match="train.lora.target_modules: .*nowhere.* match no layer"):
-        trained_shapes(train, {"attn.to_q.weight": (4, 4)}, {})
+def test_adapters_for_no_layer_are_refused(tiny_model: Path) -> None:
+    config = a_config(tiny_model, lora={"target_modules": ["nowhere"]})
+    with pytest.raises(ConfigError, match="train.lora: unet: .*nowhere"):
+        Model(config).footprint(config.train)

@@ -168,7 +168,7 @@ def test_a_schedule_has_as_many_steps_as_were_asked_for(name: str, spacing: str)
     """In diffusers 0.42 trailing spacing adds a timestep -1 for 12 of these counts."""
     scheduler = build(name, {"timestep_spacing": spacing} | TABULATED.get(name, {}))
     for count in range(1, 301):
-        FAMILY.set_timesteps(scheduler, count, SHAPE, "cpu")
+        FAMILY.schedule.set_timesteps(scheduler, count, SHAPE, "cpu")
         repeated = name == "PNDMScheduler" and count > 1  # its first step is made of two calls
         assert len(scheduler.timesteps) == count + repeated
         assert scheduler.timesteps[-1] >= 0

@@ -1,14 +1,14 @@
 """Chroma (https://huggingface.co/lodestones/Chroma): FLUX.1-schnell without CLIP and with masked captions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family, Recompute
 from ray_jobs.diffusion.families.flux import (
     PATCH,
     T5_TOKENS,
@@ -76,10 +76,11 @@ class Chroma(Family):
         # The transformer's configuration has no size.
         return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
 
-    def enable_gradient_checkpointing(self, denoiser: Any) -> None:
+    def enable_gradient_checkpointing(self, denoiser: Any, recompute: Recompute | None = None) -> None:
         """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""
+        recompute = recompute or partial(checkpoint, use_reentrant=False)
         for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
-            block.forward = _checkpointed(block)
+            block.forward = partial(_in_training, block.forward, recompute)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
         from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -105,12 +106,5 @@ class Chroma(Family):
         )
 
 
-def _checkpointed(block: nn.Module) -> Any:
-    forward = block.forward
-
-    def recomputed(*args: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **named)
-        return checkpoint(forward, *args, use_reentrant=False, **named)
-
-    return recomputed
+def _in_training(forward: Callable[..., Any], recompute: Recompute, *args: Any, **named: Any) -> Any:
+    return recompute(forward, *args, **named) if torch.is_grad_enabled() else forward(*args, **named)

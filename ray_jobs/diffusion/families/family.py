@@ -1,7 +1,7 @@
 """A model family: everything in which families differ, as facets. Each family is one file in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input.
 """
+Recompute = Callable[..., Any]
 Components = Mapping[str, nn.Module]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -111,9 +112,13 @@ class Family(ABC):
         pixels = self.codec.latent_pixels(pipeline.vae.config)
         return height * pixels, width * pixels
 
-    def enable_gradient_checkpointing(self, denoiser: Any) -> None:
-        """Recompute the activations of each block in the backward pass."""
-        denoiser.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, denoiser: Any, recompute: Recompute | None = None) -> None:
+        """Recompute the activations of each block in the backward pass.
+
+        Args:
+            recompute: function that calls a block with its arguments, in place of PyTorch's checkpoint.
+        """
+        denoiser.enable_gradient_checkpointing(recompute)
 
     @abstractmethod
     def tiny(self, captions: Sequence[str], variant: str = "") -> Any:

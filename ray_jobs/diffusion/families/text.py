@@ -52,6 +52,10 @@ class Text(ABC):
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
 
+    def num_tokens(self, name: str, encoder: Any) -> int:
+        """Return the number of tokens in a column, given the text encoder that reads it."""
+        return self.max_tokens.get(name) or int(encoder.config.max_position_embeddings)
+
     @abstractmethod
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         """Return the denoiser's caption inputs; gradients reach the encoders.

@@ -1,0 +1,129 @@
+"""Size of a training: the module itself, built without memory, says what it holds and what autograd keeps.
+
+The forward pass runs on PyTorch's fake tensors, which have shapes but no data, as on a CPU, where attention
+keeps what fused kernels keep. With gradient checkpointing each block keeps its inputs, and one block at a
+time everything.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cluster.fetched import local_path
+from ray_jobs.config import Config
+from ray_jobs.diffusion.families import Conditions
+from ray_jobs.diffusion.finetuning import FineTuning, cast
+from ray_jobs.training.setup import empty_finetuning
+from ray_jobs.weights.model_files import latent_shape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a training's module holds.
+
+    Attributes:
+        base: parameters of the base model in it, without adapters.
+        trained: parameters that the optimizer updates, adapters included.
+        activations: bytes that autograd keeps for one row between the forward and the backward pass.
+    """
+
+    base: int
+    trained: int
+    activations: int
+
+    def whole(self, method: str) -> int:
+        """Return the number of parameters in the module, adapters included."""
+        return self.base + (self.trained if method == "lora" else 0)
+
+
+def footprint(config: Config) -> Footprint:
+    """Measure the training that a configuration describes; only the model's configuration files are read.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    model = empty_finetuning(config)
+    trained = sum(parameter.numel() for _, parameter in model.all_trained)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    base = whole - (trained if config.train.method == "lora" else 0)
+    return Footprint(base, trained, _activations(config, model))
+
+
+def _activations(config: Config, model: FineTuning) -> int:
+    dtype, kept = DTYPES[config.train.precision], Kept(model)
+    model.train().to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        conditions = _conditions(config, model)
+        base, resolution = local_path(config.model.base), config.data.resolution
+        shape = latent_shape(base, resolution, resolution, revision=config.model.revision)
+        if config.train.gradient_checkpointing:
+            for part in model.model.values():
+                model.family.enable_gradient_checkpointing(part, kept.recomputed)
+        with kept.counting():
+            if model.text_encoders:
+                conditions |= model.family.text.embed(model.text_encoders, conditions)
+            conditions = {name: cast(each, dtype) for name, each in conditions.items()}
+            latents = torch.empty((1, *shape), dtype=dtype)
+            model.family.denoise(model.model, latents, torch.full((1,), 500.0), conditions)
+    return kept.num_bytes + kept.largest_block
+
+
+def _conditions(config: Config, model: FineTuning) -> Conditions:
+    """Return conditions for one row, and tokens where text encoders are trained."""
+    family, denoiser = model.family, model.denoiser
+    rows = {
+        name: torch.empty((1, *shape), dtype=dtype)
+        for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
+    }
+    for name, encoder in zip(family.text.tokens, family.text.encoders, strict=False):
+        if encoder in model.text_encoders:
+            count = family.text.num_tokens(name, model.text_encoders[encoder])
+            rows[name] = torch.ones((1, count), dtype=torch.int64)
+    if "sizes" in family.picture_conditions:
+        rows["sizes"] = torch.full((1, 6), config.data.resolution)
+    return rows
+
+
+class Kept:
+    """Bytes of the tensors that autograd saves, other than the module's weights, each storage once."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.largest_block = module, 0
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is saved within the block."""
+        weights = {parameter.untyped_storage()._cdata for parameter in self.module.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                self._storages[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+    def recomputed(self, block: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Run a block that is recomputed in the backward pass: it keeps its inputs only."""
+        inside = Kept(self.module)
+        with inside.counting():
+            output = block(*args, **named)
+        self.largest_block = max(self.largest_block, inside.num_bytes)
+        for each in (*args, *named.values()):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                self._storages[storage._cdata] = storage
+        return output
