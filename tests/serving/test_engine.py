@@ -170,7 +170,7 @@ def test_every_row_steps_at_least_once_in_as_many_calls_as_there_are_sizes(tiny_
             steps = int(torch.randint(2, 9, (), generator=generator))
             engine.submit(Request("a", 0, steps, 1.0, height=sizes[kind][0], width=sizes[kind][1]))
         engine.step()
-        for row in engine._running:
+        for row in engine.scheduler.running:
             before = previous.get(row.arrival)
             if before is not None and row.done == before[0]:
                 waits.append(engine.load().calls - row.last_call)
@@ -225,7 +225,7 @@ def test_finished_pictures_that_wait_to_be_decoded_are_bounded(tiny_model: Path)
     while engine.unfinished:
         engine.step()
         most = max(most, engine.load().decoding)
-    assert most <= 2 * engine.max_rows and all(future.done() for future in futures)
+    assert most <= 2 * engine.scheduler.max_rows and all(future.done() for future in futures)
 
 
 def test_an_error_in_a_step_fails_its_requests_and_the_engine_goes_on(tiny_model: Path) -> None:
