@@ -21,7 +21,11 @@ MAX_CHUNKS = 64  # maximum chunks read before the pixels; ours are among the fir
 
 
 def facts_of(
-    parameters: Mapping[str, Any], *, base: str, adapter_digest: str | None = None, with_prompt: bool = True
+    parameters: Mapping[str, object],
+    *,
+    base: str,
+    adapter_digest: str | None = None,
+    with_prompt: bool = True,
 ) -> dict[str, Any]:
     """Return the provenance of a served image.
 

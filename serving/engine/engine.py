@@ -42,6 +42,7 @@ from serving.engine.rows import Drawing, Kind, OnPreview, Request, Row, check_re
 from serving.engine.scheduler import Scheduler
 from serving.engine.vae import Decoder, encode
 from serving.load import Load
+from serving.request import RequestError
 
 
 class Engine:
@@ -152,9 +153,9 @@ class Engine:
         )
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise ValueError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
+        """Raise RequestError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
         if num_steps < 1:
-            raise ValueError(f"{num_steps}; at least one is needed")
+            raise RequestError("steps", f"{num_steps}; at least one is needed")
         self._schedule(num_steps, *self.own_size)
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
@@ -165,7 +166,7 @@ class Engine:
                 from the stepping thread. Required with `request.previews`.
 
         Raises:
-            ValueError: the model does not support a field, which is named.
+            RequestError: the model does not support a field.
             QueueFull: the queue is full.
         """
         height, width = self.own_size
@@ -173,7 +174,7 @@ class Engine:
         with_adapters = self.adapters is not None
         check_request(request, size, self.pipeline, with_adapters=with_adapters, max_side=self.max_side)
         if bool(request.previews) != (on_preview is not None):
-            raise ValueError(f"previews: {request.previews}; they and on_preview go together")
+            raise RequestError("previews", f"{request.previews}; they and on_preview go together")
         strength = None if request.image is None else request.strength
         schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
         row = Row(request, schedule, size, next(self._arrivals), on_preview)
@@ -230,7 +231,13 @@ class Engine:
         shape = (height // factor, width // factor)
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
-        return tabulate(scheduler, self.family, num_steps, shape, strength)
+        if strength is not None and self.family.first_step(num_steps, strength) >= num_steps:
+            reason = f"{strength} of {num_steps} steps is not one; ask for more of either"
+            raise RequestError("strength", reason)
+        try:
+            return tabulate(scheduler, self.family, num_steps, shape, strength)
+        except ValueError as error:
+            raise RequestError("steps", str(error)) from error
 
     def _drop_answered(self) -> None:
         """Drop rows that were cancelled or have failed, and batches of sizes that no running row has."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,32 @@ from ray import serve
 from cluster.fetched import local_path
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, Order, Picture, Place, ReplicaLoad, Traits, base_of, label, place_of
+from serving.messages import (
+    BASE,
+    Picture,
+    Place,
+    ReplicaLoad,
+    RoutedRequest,
+    Traits,
+    base_of,
+    label,
+    place_of,
+)
 from serving.replica.engine_cache import EngineCache
 from serving.replica.image_input import read_picture
 from serving.replica.postprocess import Postprocessor
 from serving.replica.weights import local_weights
+from serving.request import Request, RequestError
 from serving.schemas import APIError
 
 if TYPE_CHECKING:
-    import torch
-
     from serving.engine.rows import Drawing, OnPreview
     from serving.engine.thread import EngineThread
 
 logger = logging.getLogger("ray.serve")
 
 TOO_MANY_FAILURES = 5  # consecutive failed calls, of any requests: the device or the process is broken
+PARAMS = {"height": "size", "width": "size"}  # HTTP parameters by fields of Request with other names
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
 
@@ -109,7 +120,9 @@ class Model:
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
             # torch.compile specializes on one row and on several; with guidance there are two.
             for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
-                await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
+                await self._drawing(
+                    RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
+                )
 
     def _is_warm(self, place: Place) -> bool:
         """Return True if this engine, and its adapter if any, are in memory."""
@@ -125,35 +138,34 @@ class Model:
             if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
                 raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
 
-    async def draw(self, order: Order) -> Picture:
+    async def draw(self, routed: RoutedRequest) -> Picture:
         """Generate one image as a PNG, batched with other requests. A client that disconnects cancels it.
 
         Raises:
             APIError: the model does not support a parameter, which is named; 400 if the safety checker blocks
                 the image.
         """
-        drawing = await self._drawing(order)
-        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), order)
+        drawing = await self._drawing(routed)
+        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), routed)
         return Picture(png, drawing.waited_s)
 
-    async def _drawing(self, order: Order) -> "Drawing":
-        async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await self._opened(thread, order)
-            future = _submit(thread, order, adapter, image)
+    async def _drawing(self, routed: RoutedRequest) -> "Drawing":
+        async with self._engine(routed.version, routed.fused) as (thread, adapter):
+            future = _submit(thread, await self._completed(routed, thread, adapter))
             try:
                 return await asyncio.wrap_future(future)
             except ValueError as error:
-                raise _refused(order.version, error) from error
+                raise _refused(routed.version, error) from error
 
-    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
+    async def watch(self, routed: RoutedRequest) -> AsyncGenerator[Picture]:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
         left out."""
         loop = asyncio.get_running_loop()
         seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels of previews; None at the end
-        async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await self._opened(thread, order)
+        async with self._engine(routed.version, routed.fused) as (thread, adapter):
+            request = await self._completed(routed, thread, adapter)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
-            future = _submit(thread, order, adapter, image, show if order.previews else None)
+            future = _submit(thread, request, show if request.previews else None)
             drawing = asyncio.wrap_future(future)
             drawing.add_done_callback(lambda _: seen.put_nowait(None))
             try:
@@ -164,20 +176,22 @@ class Model:
                 try:
                     finished = drawing.result()
                 except ValueError as error:
-                    raise _refused(order.version, error) from error
-                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), order)
+                    raise _refused(routed.version, error) from error
+                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
                 yield Picture(png, finished.waited_s)
             finally:
                 drawing.cancel()
 
-    async def _opened(self, thread: "EngineThread", order: Order) -> "torch.Tensor | None":
-        """Read the order's initial image, if any, and fit it to the output size."""
-        if order.image is None:
-            return None
-        height, width = thread.engine.own_size
-        size = order.height or height, order.width or width
-        async with self._opening:
-            return await asyncio.to_thread(read_picture, order.image, *size)
+    async def _completed(self, routed: RoutedRequest, thread: "EngineThread", adapter: str | None) -> Request:
+        """Return the request as the engine takes it: with its adapter and the pixels of its initial image."""
+        request, image = routed.request, None
+        if routed.image is not None:
+            height, width = thread.engine.own_size
+            size = request.height or height, request.width or width
+            async with self._opening:
+                image = await asyncio.to_thread(read_picture, routed.image, *size)
+        zero_terminal_snr = routed.version is not None and routed.version.zero_terminal_snr
+        return replace(request, adapter=adapter, image=image, zero_terminal_snr=zero_terminal_snr)
 
     @asynccontextmanager
     async def _engine(
@@ -258,44 +272,22 @@ class Model:
 
 
 def _submit(
-    thread: "EngineThread",
-    order: Order,
-    adapter: str | None,
-    image: "torch.Tensor | None",
-    on_preview: "OnPreview | None" = None,
+    thread: "EngineThread", request: Request, on_preview: "OnPreview | None" = None
 ) -> "Future[Drawing]":
-    """Submit an order to the engine.
+    """Submit a request to the engine.
 
     Raises:
         APIError: 400 if the model does not support the request, 503 if the queue is full.
     """
-    from serving.engine.rows import Request
     from serving.engine.scheduler import QueueFull
 
-    request = Request(
-        order.prompt,
-        order.seed,
-        order.steps,
-        order.guidance_scale,
-        negative_prompt=order.negative_prompt,
-        height=order.height,
-        width=order.width,
-        adapter=adapter,
-        previews=order.previews,
-        image=image,
-        strength=order.strength,
-        zero_terminal_snr=order.version is not None and order.version.zero_terminal_snr,
-    )
     try:
         return thread.submit(request, on_preview)
     except QueueFull as error:
         raise APIError(503, str(error), code="queue_full") from error
-    except ValueError as error:
-        field, _, reason = str(error).partition(":")
-        known = {"height": "size", "width": "size"}.get(field, field)
-        if known not in Order._fields and known != "size":
-            known, reason = "steps", str(error)  # raised by the scheduler, which names no field
-        raise APIError(400, f"{known}: {reason.strip()}", known, "invalid_value") from error
+    except RequestError as error:
+        param = PARAMS.get(error.field, error.field)
+        raise APIError(400, f"{param}: {error.reason}", param, "invalid_value") from error
 
 
 def _accepts(thread: "EngineThread", num_steps: int) -> bool:

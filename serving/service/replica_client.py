@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
 from ray_jobs.registry.models import RegisteredModel, verify_weights
-from serving.messages import Order, Picture, ReplicaLoad, Traits, adapter_name, label
+from serving.messages import Picture, ReplicaLoad, RoutedRequest, Traits, adapter_name, label
 from serving.schemas import APIError
 
 ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
@@ -47,33 +47,33 @@ class ReplicaClient:
         assert self._traits is not None
         return self._traits
 
-    async def draw(self, orders: Sequence[Order]) -> list[Picture]:
+    async def draw(self, requests: Sequence[RoutedRequest]) -> list[Picture]:
         """Generate the images, each on any replica. If the caller is cancelled or one fails, cancel all.
 
-        An order determines its image, so if a replica dies another one repeats the order.
+        A request determines its image, so if a replica dies another one repeats the request.
 
         Raises:
             APIError: the error to send to the client.
         """
-        return await all_or_none([self._draw(order) for order in orders])
+        return await all_or_none([self._draw(each) for each in requests])
 
-    async def _draw(self, order: Order) -> Picture:
+    async def _draw(self, request: RoutedRequest) -> Picture:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return Picture(*await _answered(self._model.draw.remote(order)))
+                return Picture(*await _answered(self._model.draw.remote(request)))
             except APIError as error:
                 if error.code != "model_lost" or attempt == ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
-        """Yield the previews of an order, then the finished image.
+    async def watch(self, request: RoutedRequest) -> AsyncGenerator[Picture]:
+        """Yield the previews of a request, then the finished image.
 
         Raises:
             APIError: the error to send to the client; also if the replica dies, because the client may have
                 received previews already.
         """
-        pictures = self._model.options(stream=True).watch.remote(order)
+        pictures = self._model.options(stream=True).watch.remote(request)
         try:
             async for picture in pictures:
                 yield picture

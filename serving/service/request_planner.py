@@ -1,14 +1,16 @@
-"""Turn a request into orders: resolve the version, fill in the server's defaults, one order per image."""
+"""Plan a client's request: resolve the version, fill in the server's defaults, one request per image."""
 
 import random
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ray_jobs.config import ServeConfig
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
-from serving.messages import BASE, Order, label
+from serving.messages import BASE, RoutedRequest, label
+from serving.request import Request
 from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
@@ -19,7 +21,7 @@ GUIDANCE_SCALE = 3.0  # default for versions that were registered without one
 
 
 class RequestPlanner:
-    """Plan the orders of requests. Use it from one event loop only.
+    """Planner of requests. Use it from one event loop only.
 
     Args:
         catalogue: the available versions.
@@ -48,8 +50,8 @@ class RequestPlanner:
         except UnknownModel as error:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
-    async def orders(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
-        """Return one order per image, with the server's defaults filled in.
+    async def plan(self, request: ImageRequest, state: State, image: bytes | None) -> list[RoutedRequest]:
+        """Return one request per image, with the server's defaults filled in.
 
         Raises:
             APIError: a field, which is named, is not supported.
@@ -64,8 +66,7 @@ class RequestPlanner:
         width, height = await self._pixels(request.size)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
         steps = request.steps or self.settings.default_steps
-        first = Order(
-            version,
+        first = Request(
             request.prompt,
             seed,
             steps,
@@ -73,10 +74,13 @@ class RequestPlanner:
             request.negative_prompt,
             height,
             width,
-            # There are at most steps - 1 intermediate images.
-            min(request.partial_images, steps - 1),
+            previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
+            strength=request.strength if isinstance(request, EditRequest) else 1.0,
+        )
+        routed = RoutedRequest(
+            version,
+            first,
             image,
-            request.strength if isinstance(request, EditRequest) else 1.0,
             # Edits are not scored: they differ from the published images as much as their input does.
             scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
@@ -85,7 +89,7 @@ class RequestPlanner:
         state.update(self._names(version), steps=steps, n=request.n)
         # Seeds wrap around, so that every seed in an answer is valid in a request.
         return [
-            first._replace(seed=(seed + i) % (MAX_SEED + 1), image_id=new_image_id())
+            routed._replace(request=replace(first, seed=(seed + i) % (MAX_SEED + 1)), image_id=new_image_id())
             for i in range(request.n)
         ]
 
@@ -124,7 +128,7 @@ class RequestPlanner:
             raise APIError(400, message, "size", "invalid_value")
         return width, height
 
-    async def size(self, order: Order) -> str:
-        """Return an order's width x height in pixels."""
+    async def size(self, request: Request) -> str:
+        """Return the image's width x height in pixels."""
         own = await self.replicas.traits()
-        return f"{order.width or own.width}x{order.height or own.height}"
+        return f"{request.width or own.width}x{request.height or own.height}"

@@ -1,4 +1,4 @@
-"""Handle requests: choose the version, split into orders, and have the replicas generate the images."""
+"""Handle requests: choose the version, plan one request per image, and have the replicas generate them."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
 from serving.feedback.store import FeedbackStore, Tally
 from serving.load import Drift
-from serving.messages import BASE, Order, ReplicaLoad, label
+from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
     APIError,
     CompletedEvent,
@@ -97,16 +97,16 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                orders = await self._ordered(request, state, image)
-            with self._counted(orders[0]):
+                planned = await self._plan(request, state, image)
+            with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
-                    pictures = await self.replicas.draw(orders)
-            size = await self.planner.size(orders[0])
-            data = await self.delivery.deliver(orders, pictures, request, state, size)
+                    pictures = await self.replicas.draw(planned)
+            size = await self.planner.size(planned[0].request)
+            data = await self.delivery.deliver(planned, pictures, request.user, state, size)
         return ImageResponse(
             created=int(time.time()),
             data=data,
-            model=label(orders[0].version),
+            model=label(planned[0].version),
             size=size,
         )
 
@@ -121,10 +121,10 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                (order,) = await self._ordered(request, state, image)
-                size = await self.planner.size(order)
-            async with aclosing(self.replicas.watch(order)) as pictures:
-                with self._counted(order):
+                (planned,) = await self._plan(request, state, image)
+                size = await self.planner.size(planned.request)
+            async with aclosing(self.replicas.watch(planned)) as pictures:
+                with self._counted(planned):
                     for index in count():
                         async with asyncio.timeout_at(deadline):
                             picture = await anext(pictures)
@@ -139,13 +139,13 @@ class Service:
                             created_at=int(time.time()),
                             size=size,
                         )
-            (data,) = await self.delivery.deliver([order], [picture], request, state, size)
+            (data,) = await self.delivery.deliver([planned], [picture], request.user, state, size)
         yield CompletedEvent(
             type="image_generation.completed" if image is None else "image_edit.completed",
             id=data.id,
             b64_json=data.b64_json,
             seed=data.seed,
-            model=label(order.version),
+            model=label(planned.version),
             created_at=int(time.time()),
             size=size,
         )
@@ -192,10 +192,10 @@ class Service:
             served = [(each.name, each.version) for each in versions if each is not None]
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
-    async def _ordered(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
-        orders = await self.planner.orders(request, state, image)
+    async def _plan(self, request: ImageRequest, state: State, image: bytes | None) -> list[RoutedRequest]:
+        planned = await self.planner.plan(request, state, image)
         self._name_versions()
-        return orders
+        return planned
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -225,10 +225,10 @@ class Service:
             raise APIError(504, message, code="timeout") from None
 
     @contextmanager
-    def _counted(self, order: Order) -> Iterator[None]:
+    def _counted(self, planned: RoutedRequest) -> Iterator[None]:
         """Count an answer or a server error of champion or candidate; a client's disconnect is neither."""
-        version, started = label(order.version), time.monotonic()
-        compared = order.version in (self.catalogue.champion, self.catalogue.candidate)
+        version, started = label(planned.version), time.monotonic()
+        compared = planned.version in (self.catalogue.champion, self.catalogue.candidate)
         try:
             yield
         except (APIError, TimeoutError) as error:
@@ -237,7 +237,7 @@ class Service:
                 self._judge()
             raise
         if compared:
-            self.canary.answered(version, seconds=time.monotonic() - started, steps=order.steps)
+            self.canary.answered(version, seconds=time.monotonic() - started, steps=planned.request.steps)
             self._judge()
 
     def _judge(self) -> None:
@@ -259,9 +259,9 @@ class Service:
         except Exception as error:  # this endpoint no longer serves it, whatever the registry answers
             logger.warning("%s keeps its alias in the registry: %s", label(candidate), error)
 
-    async def _draw_shadow(self, order: Order) -> bytes:
+    async def _draw_shadow(self, request: RoutedRequest) -> bytes:
         try:
-            (picture,) = await self.replicas.draw([order])
+            (picture,) = await self.replicas.draw([request])
         except APIError as error:
             self.metrics.drawn("shadow", error.status)
             raise

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image
 
-from serving.engine.rows import Request
+from serving.request import Request
 
 
 def load(folder: Path, variant: str | None = None) -> Any:

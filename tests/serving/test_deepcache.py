@@ -7,7 +7,7 @@ import torch
 
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests import tiny_models
 from tests.serving.test_adapters import VARIANTS, write_adapter
 

@@ -13,8 +13,9 @@ import torch
 
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Drawing, Request
+from serving.engine.rows import Drawing
 from serving.engine.scheduler import QueueFull
+from serving.request import Request, RequestError
 from tests import tiny_models
 from tests.serving import plain_diffusers
 
@@ -302,8 +303,9 @@ def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
     folders: Callable[[str], Path], model: str, fields: dict[str, Any], told: str
 ) -> None:
     engine = engine_of(folders(model), "DDIMScheduler" if model == "sd" else None)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(RequestError, match=told) as refused:
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert [refused.value.field] == list(fields)
     assert not engine.unfinished
 
 

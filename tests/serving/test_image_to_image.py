@@ -14,8 +14,8 @@ from PIL import Image, ImageCms
 from ray_jobs.pictures.reading import decode_image
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
 from serving.replica.image_input import read_picture
+from serving.request import Request, RequestError
 from serving.schemas import APIError
 from tests import tiny_models
 from tests.conftest import draw
@@ -213,6 +213,7 @@ def test_a_line_a_pixel_wide_takes_no_memory_but_its_own(shape: tuple[int, int])
 )
 def test_what_cannot_be_begun_with_is_refused(tiny_model: Path, fields: dict[str, Any], told: str) -> None:
     engine = engine_of(tiny_model)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(RequestError, match=told) as refused:
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert refused.value.field == list(fields)[-1]
     assert not engine.unfinished

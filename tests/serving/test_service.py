@@ -16,7 +16,8 @@ from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
-from serving.messages import BASE, Order, place_of
+from serving.messages import BASE, RoutedRequest, label, place_of
+from serving.request import Request
 from serving.schemas import APIError, ImageRequest
 from serving.service.rollout import TAKEN_OUT
 from serving.service.service import Service
@@ -157,8 +158,8 @@ def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
     async def work(service: Service, _: Any) -> None:
         async def guidance(model: str, **fields: Any) -> float:
             request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
-            [order] = await service.planner.orders(request, {}, None)
-            return order.guidance_scale
+            [planned] = await service.planner.plan(request, {}, None)
+            return planned.request.guidance_scale
 
         asked = [scored[0].name, f"{scored[1].name}@2", BASE]
         assert [await guidance(model) for model in asked] == expected
@@ -181,14 +182,14 @@ def test_a_model_that_is_admitted_and_not_there_is_told(
 def test_shadows_go_on_where_the_last_process_stopped(
     versions: list[RegisteredModel], tmp_path: Path
 ) -> None:
-    async def drawn(_: Order) -> bytes:
+    async def drawn(_: RoutedRequest) -> bytes:
         return b"a picture"
 
     async def store_one(number: int, image: bytes | None) -> None:
         shadow = Shadow(Storage.open(str(tmp_path)), drawn, lambda: True, kept=2)
         running = asyncio.create_task(shadow.run())
-        order = Order(versions[0], "a", number, 4, 3.0, image=image)
-        shadow.offer(Shadowed(f"img-{number}", order, b"", order._replace(version=versions[1])))
+        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), image)
+        shadow.offer(Shadowed(f"img-{number}", answered, b"", answered._replace(version=versions[1])))
         while not shadow.stored:
             assert not shadow.passed_over
             await asyncio.sleep(0.01)
@@ -196,10 +197,26 @@ def test_shadows_go_on_where_the_last_process_stopped(
 
     for number, image in enumerate((b"given", None, None)):
         asyncio.run(store_one(number, image))
-    stored = [
-        json.loads((tmp_path / place / "parameters.json").read_text())["seed"] for place in ("000", "001")
-    ]
-    assert stored == [2, 1], "the oldest was written over"
+    stored = [json.loads((tmp_path / place / "parameters.json").read_text()) for place in ("000", "001")]
+    assert [each["seed"] for each in stored] == [2, 1], "the oldest was written over"
+    assert stored[0] == {
+        "id": "img-2",
+        "champion": label(versions[0]),
+        "candidate": label(versions[1]),
+        "prompt": "a",
+        "seed": 2,
+        "steps": 4,
+        "guidance_scale": 3.0,
+        "negative_prompt": None,
+        "height": None,
+        "width": None,
+        "previews": 0,
+        "strength": 1.0,
+        "image_id": "",
+        "scored": False,
+        "asked": 0.0,
+        "fused": False,
+    }
     assert not (tmp_path / "000" / "given").exists(), "with all that belonged to it"
 
 
