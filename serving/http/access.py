@@ -60,8 +60,8 @@ def client_of(scope: Scope) -> str:
 class Access:
     """ASGI middleware: `api.add_middleware(Access, settings=..., keys=..., metrics=...)`.
 
-    It puts `key_id` ("anonymous" for anonymous requests) and `request_id` into `request.state`. The
-    application adds `logs.REQUEST_FACTS` and `prompt` there, as far as known.
+    It makes the request's context (`asgi_exchange.context_of`) with the request's id and its key's. The
+    application adds the facts that it knows.
 
     Args:
         app: ASGI application.
@@ -101,7 +101,7 @@ class Access:
             request_id = _request_id(scope)
             headers = {"x-request-id": request_id} if self.sends_request_id else {}
             exchange = Exchange(scope, receive, send, headers)
-            exchange.state["request_id"] = request_id
+            exchange.context.request_id = request_id
             exchange.on_end.append(lambda: self._record(exchange))
             await self._answer(exchange)
 
@@ -110,7 +110,7 @@ class Access:
         try:
             self._admit(exchange)
             # Public paths accept no body, so that strangers cannot occupy memory.
-            max_bytes = self.settings.max_body_mb << 20 if "key_id" in exchange.state else 0
+            max_bytes = self.settings.max_body_mb << 20 if exchange.context.key_id else 0
             body = await exchange.read_body(max_bytes, self.settings.request_timeout_s)
             await exchange.run(self.app, body)
         except (ClientLeft, asyncio.CancelledError) as error:
@@ -127,7 +127,7 @@ class Access:
                     exchange.status = 500
                     raise  # the server aborts the connection, so that a part is not taken for the whole
             elif isinstance(error, APIError):
-                exchange.state.setdefault("reason", error.code)
+                exchange.context.reason = exchange.context.reason or error.code
                 await exchange.answer(error)
             else:
                 _log_failure(exchange, "failed", error)
@@ -146,7 +146,7 @@ class Access:
         if scope is None or (path == "/metrics" and self.settings.allow_anonymous):
             return
         key = self._key(exchange.header(b"authorization"))
-        exchange.state["key_id"] = key.id if key else ANONYMOUS
+        exchange.context.key_id = key.id if key else ANONYMOUS
         if key is None and method == "POST" and exchange.header(b"sec-fetch-site") in OTHER_SITES:
             message = "a page of another site may not ask here without a key"
             raise APIError(403, message, code="insufficient_scope")
@@ -202,19 +202,19 @@ class Access:
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log a request that has ended."""
-        method, path, state = exchange.scope["method"], _path(exchange.scope), exchange.state
+        method, path, context = exchange.scope["method"], _path(exchange.scope), exchange.context
         # A stream that fails has begun with status 200; its last event is the error.
-        status = state.get("stream_status", exchange.status)
-        if status >= 400 and state.get("reason"):
-            self.metrics.rejected(state["reason"])
+        status = context.stream_status or exchange.status
+        if status >= 400 and context.reason:
+            self.metrics.rejected(context.reason)
         if is_drawing(method, path):
-            self.metrics.answered(status, exchange.seconds, state)
+            self.metrics.answered(status, exchange.seconds, context)
         log_request(
             method=method,
             path=path,
             status=status,
             seconds=exchange.seconds,
-            state=state,
+            context=context,
             log_prompts=self.settings.log_prompts,
             level=logging.DEBUG if path in PROBES else logging.INFO,
         )
@@ -233,5 +233,5 @@ def _path(scope: Scope) -> str:
 
 
 def _log_failure(exchange: Exchange, message: str, error: BaseException) -> None:
-    ids = {name: exchange.state.get(name) for name in ("request_id", "key_id")}
+    ids = {"request_id": exchange.context.request_id, "key_id": exchange.context.key_id}
     LOGGER.error(message, exc_info=error, extra={"fields": ids})

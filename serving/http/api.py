@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from serving.http.access import needed_scope
+from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
 from serving.http.multipart import form_fields
 from serving.messages import label
@@ -30,7 +31,7 @@ from serving.schemas import (
     limited,
 )
 from serving.service.metrics import CONTENT_TYPE
-from serving.service.request_context import key_of
+from serving.service.request_context import RequestContext
 from serving.service.service import Service
 
 WEB = Path(__file__).parents[1] / "web"  # files of the web page
@@ -81,18 +82,18 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
     async def generate(body: ImageRequest, request: Request) -> Response:
         """Draw `n` pictures of a prompt; with `stream` one, its unfinished pictures before it."""
-        state = request.scope.setdefault("state", {})
+        context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, state))
-        return await EventStream.of(service.stream(body, state), state)
+            return _json(await service.generate(body, context))
+        return await EventStream.of(service.stream(body, context), context)
 
     async def edit(request: Request) -> Response:
         """Draw `n` pictures that begin with a given one, a file in the field `image`."""
         body, image = await _edit_of(request, fields_of_edits)
-        state = request.scope.setdefault("state", {})
+        context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, state, image))
-        return await EventStream.of(service.stream(body, state, image), state)
+            return _json(await service.generate(body, context, image))
+        return await EventStream.of(service.stream(body, context, image), context)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -191,11 +192,11 @@ class EventStream(StreamingResponse):
     """Server-sent events whose source is closed with the connection."""
 
     @classmethod
-    async def of(cls, events: AsyncGenerator[BaseModel], state: dict[str, Any]) -> "EventStream":
+    async def of(cls, events: AsyncGenerator[BaseModel], context: RequestContext) -> "EventStream":
         """Return the stream once it has its first event, so that earlier errors get their own HTTP status.
 
         Args:
-            state: state of the request; later errors are recorded in it.
+            context: facts about the request; later errors are recorded in it.
         """
         try:
             first = await anext(events)
@@ -203,7 +204,7 @@ class EventStream(StreamingResponse):
             await events.aclose()
             raise
         return cls(
-            _as_text(first, events, state),
+            _as_text(first, events, context),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
@@ -216,7 +217,7 @@ class EventStream(StreamingResponse):
 
 
 async def _as_text(
-    first: BaseModel, events: AsyncGenerator[BaseModel], state: dict[str, Any]
+    first: BaseModel, events: AsyncGenerator[BaseModel], context: RequestContext
 ) -> AsyncGenerator[str]:
     """Yield events as text, each named by its type; an error becomes the last event."""
     try:
@@ -224,7 +225,7 @@ async def _as_text(
         async for event in events:
             yield _event(event.type, event.model_dump_json())  # type: ignore[attr-defined]
     except APIError as error:
-        state.update(reason=error.code, stream_status=error.status)
+        context.reason, context.stream_status = error.code, error.status
         yield _event("error", json.dumps(error.body()))
     finally:
         await events.aclose()
@@ -274,7 +275,7 @@ def _json(content: Any) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    request.scope.setdefault("state", {})["reason"] = error.code  # for the outer layers
+    context_of(request.scope).reason = error.code  # for the outer layers
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -293,7 +294,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 def _key_id(request: Request) -> str | None:
     """Return the id of the request's checked API key; None if it has none."""
-    return key_of(request.scope.get("state", {}))
+    return context_of(request.scope).key
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

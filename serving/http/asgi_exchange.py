@@ -4,10 +4,11 @@ when the client disconnects."""
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from serving.schemas import APIError
+from serving.service.request_context import RequestContext
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -23,15 +24,23 @@ class ClientLeft(Exception):
     """The client closed its connection."""
 
 
+def context_of(scope: MutableMapping[str, Any]) -> RequestContext:
+    """Return the request's context; a new one, which is kept, if no outer layer made one."""
+    context = scope.setdefault("state", {}).setdefault("context", RequestContext())
+    assert isinstance(context, RequestContext)
+    return context
+
+
 class Exchange:
     """State of a request while it is answered.
 
     Args:
-        scope: ASGI scope; its `state` is replaced by a copy for this request.
+        scope: ASGI scope; its `state` is replaced by a copy that holds `context`, see `context_of`.
         receive, send: ASGI callables.
         headers: headers to add to the answer.
 
     Attributes:
+        context: facts about the request.
         on_end: callbacks, each called once when the answer is complete or there will be none; background work
             of the application may follow.
         status: HTTP status of the answer.
@@ -41,8 +50,8 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
         self.scope, self._receive, self._send = scope, receive, send
-        self.state: dict[str, Any] = {**scope.get("state", {})}
-        scope["state"] = self.state
+        self.context = RequestContext()
+        scope["state"] = {**scope.get("state", {}), "context": self.context}
         self._headers = _encoded(headers)
         self.on_end: list[Callable[[], None]] = []
         self._began = time.perf_counter()

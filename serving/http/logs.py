@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from serving.service.request_context import RequestContext
+
 LOGGER = logging.getLogger("diffray.serving")
 
 MAX_TEXT = 2000
 """Maximum characters per value."""
 
-REQUEST_FACTS = ("model", "version", "alias", "steps", "n", "reason")
-"""Facts about a request that the application may put into `request.state` for the log line."""
+LOGGED = ("request_id", "key_id", "model", "version", "alias", "steps", "n", "reason")
+"""Facts about a request that its log line holds."""
 
 
 class JSONFormatter(logging.Formatter):
@@ -59,7 +61,7 @@ def log_request(
     path: str,
     status: int,
     seconds: float,
-    state: Mapping[str, Any],
+    context: RequestContext,
     log_prompts: bool,
     level: int = logging.INFO,
 ) -> None:
@@ -68,10 +70,10 @@ def log_request(
     Args:
         status: HTTP status; 499 if the client left before the answer was complete.
         seconds: time from the first byte of the request to the last byte of the answer.
-        state: state of the request, with `request_id`, `key_id`, REQUEST_FACTS and `prompt` as far as known.
+        context: facts about the request, of which those are logged that are known.
         log_prompts: log the prompt.
     """
-    known = ("request_id", "key_id", *REQUEST_FACTS, *(("prompt",) if log_prompts else ()))
-    facts = {name: state[name] for name in known if state.get(name) is not None}
+    facts = {name: getattr(context, name) for name in (*LOGGED, *(("prompt",) if log_prompts else ()))}
+    facts = {name: value for name, value in facts.items() if value is not None}
     fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4), **facts}
     LOGGER.log(level, "request", extra={"fields": fields})

@@ -7,12 +7,12 @@ anything else counts as "other", so that no client can create series.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from serving.load import Drift, Load
+from serving.service.request_context import RequestContext
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"
@@ -169,12 +169,12 @@ class Metrics:
         pair = (str(model), str(version))
         return pair if pair in self._served else (OTHER, OTHER)
 
-    def answered(self, status: int, seconds: float, facts: Mapping[str, Any]) -> None:
-        """Record an image request that has ended; `facts`: its model, version and alias, as far as known."""
-        model, version = self._version(facts.get("model"), facts.get("version"))
+    def answered(self, status: int, seconds: float, context: RequestContext) -> None:
+        """Record an image request that has ended."""
+        model, version = self._version(context.model, context.version)
         self.request_seconds.labels(model, version, status).observe(seconds)
-        if "alias" in facts:
-            self.drawn(facts["alias"], status)
+        if context.alias is not None:
+            self.drawn(context.alias, status)
 
     def drawn(self, alias: str, status: int) -> None:
         """Count an answer by the version of an alias; including shadow answers, which no client sees."""
@@ -184,7 +184,7 @@ class Metrics:
         """Count a request that was answered with an error of this code."""
         self.rejections.labels(reason if reason in REASONS else OTHER).inc()
 
-    def first_step(self, model: str, version: int | str, seconds: float) -> None:
+    def first_step(self, model: str | None, version: int | str | None, seconds: float) -> None:
         """Record how many seconds an image waited for its first denoising step (`Drawing.waited_s`)."""
         self.first_step_seconds.labels(*self._version(model, version)).observe(seconds)
 

@@ -4,7 +4,6 @@ import random
 import time
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from ray_jobs.config import ServeConfig
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
@@ -14,7 +13,7 @@ from serving.request import Request
 from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
-from serving.service.request_context import State, key_of
+from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue, UnknownModel
 
 GUIDANCE_SCALE = 3.0  # default for versions that were registered without one
@@ -50,7 +49,9 @@ class RequestPlanner:
         except UnknownModel as error:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
-    async def plan(self, request: ImageRequest, state: State, image: bytes | None) -> list[RoutedRequest]:
+    async def plan(
+        self, request: ImageRequest, context: RequestContext, image: bytes | None
+    ) -> list[RoutedRequest]:
         """Return one request per image, with the server's defaults filled in.
 
         Raises:
@@ -60,8 +61,8 @@ class RequestPlanner:
             raise APIError(400, "partial_images: needs stream: true", "partial_images", "invalid_value")
         if request.stream and request.n > 1:
             raise APIError(400, "n: a stream has one picture; leave n out", "n", "invalid_value")
-        state["prompt"] = request.prompt
-        user = request.user or key_of(state)
+        context.prompt = request.prompt
+        user = request.user or context.key
         version = await self.find(request.model, user)
         width, height = await self._pixels(request.size)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
@@ -86,7 +87,8 @@ class RequestPlanner:
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )
-        state.update(self._names(version), steps=steps, n=request.n)
+        context.steps, context.n = steps, request.n
+        self._name(version, context)
         # Seeds wrap around, so that every seed in an answer is valid in a request.
         return [
             routed._replace(request=replace(first, seed=(seed + i) % (MAX_SEED + 1)), image_id=new_image_id())
@@ -99,15 +101,15 @@ class RequestPlanner:
         recorded = (version or self.catalogue.champion).guidance_scale
         return self.settings.default_guidance_scale or recorded or GUIDANCE_SCALE
 
-    def _names(self, version: RegisteredModel | None) -> dict[str, Any]:
-        """Return the names of a version for logs: model, version and alias, if any."""
+    def _name(self, version: RegisteredModel | None, context: RequestContext) -> None:
+        """Set the context's model, version and alias, if it has one."""
         if version is None:
-            return {"model": BASE, "version": BASE}
-        found = {"model": version.name, "version": version.version}
+            context.model, context.version = BASE, BASE
+            return
+        context.model, context.version = version.name, version.version
         for alias, each in ((CHAMPION, self.catalogue.champion), (CANDIDATE, self.catalogue.candidate)):
             if each is not None and label(each) == label(version):
-                found["alias"] = alias
-        return found
+                context.alias = alias
 
     async def _pixels(self, size: str | None) -> tuple[int | None, int | None]:
         """Return width and height in pixels, None each for the model's own.

@@ -12,7 +12,7 @@ from serving.feedback.store import FeedbackStore
 from serving.messages import Picture, RoutedRequest, label
 from serving.schemas import ImageData
 from serving.service.metrics import Metrics
-from serving.service.request_context import State, key_of
+from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow, Shadowed
 
@@ -41,7 +41,7 @@ class Delivery:
         requests: list[RoutedRequest],
         pictures: list[Picture],
         user: str | None,
-        state: State,
+        context: RequestContext,
         size: str,
     ) -> list[ImageData]:
         """Record finished images, and return them as sent to the client.
@@ -49,7 +49,7 @@ class Delivery:
         Args:
             user: the client's user, as it named them.
             size: width x height of all images, in pixels.
-            state: state of the HTTP request.
+            context: facts about the HTTP request.
 
         Raises:
             APIError: 503, the images cannot be recorded.
@@ -57,8 +57,8 @@ class Delivery:
         facts = {
             "created": time.time(),
             "user": user,
-            "key_id": key_of(state),
-            "role": state.get("alias", "other"),
+            "key_id": context.key,
+            "role": context.alias or "other",
         }
         records = [
             Generation.model_validate({**each.parameters(size), **facts, "seconds": time.time() - each.asked})
@@ -68,7 +68,7 @@ class Delivery:
         data = []
         for each, picture in zip(requests, pictures, strict=True):
             if picture.waited_s is not None:
-                self.metrics.first_step(state["model"], state["version"], picture.waited_s)
+                self.metrics.first_step(context.model, context.version, picture.waited_s)
             data.append(
                 ImageData(
                     id=each.image_id,

@@ -26,7 +26,7 @@ from serving.service.canary import Canary, Limits
 from serving.service.metrics import Metrics
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
-from serving.service.request_context import State
+from serving.service.request_context import RequestContext
 from serving.service.request_planner import RequestPlanner
 from serving.service.responses import Delivery
 from serving.service.rollout import withdraw
@@ -82,14 +82,14 @@ class Service:
             self._in_background(self.shadow.run())
 
     async def generate(
-        self, request: ImageRequest, state: State, image: bytes | None = None
+        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
             image: image file to begin with, for an EditRequest.
-            state: state of the HTTP request. The HTTP layers set `key_id` in it, which selects the version
-                if the request names no user; facts about the images are added for their logs.
+            context: facts about the HTTP request. Its key selects the version if the request names no user;
+                facts about the images are added for the log.
 
         Raises:
             APIError: the error to send to the client.
@@ -97,12 +97,12 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                planned = await self._plan(request, state, image)
+                planned = await self._plan(request, context, image)
             with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(planned)
             size = await self.planner.size(planned[0].request)
-            data = await self.delivery.deliver(planned, pictures, request.user, state, size)
+            data = await self.delivery.deliver(planned, pictures, request.user, context, size)
         return ImageResponse(
             created=int(time.time()),
             data=data,
@@ -111,7 +111,7 @@ class Service:
         )
 
     async def stream(
-        self, request: ImageRequest, state: State, image: bytes | None = None
+        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
     ) -> AsyncGenerator[PartialImageEvent | CompletedEvent]:
         """Generate one image, yielding its previews on the way.
 
@@ -121,7 +121,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._place(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                (planned,) = await self._plan(request, state, image)
+                (planned,) = await self._plan(request, context, image)
                 size = await self.planner.size(planned.request)
             async with aclosing(self.replicas.watch(planned)) as pictures:
                 with self._counted(planned):
@@ -139,7 +139,7 @@ class Service:
                             created_at=int(time.time()),
                             size=size,
                         )
-            (data,) = await self.delivery.deliver([planned], [picture], request.user, state, size)
+            (data,) = await self.delivery.deliver([planned], [picture], request.user, context, size)
         yield CompletedEvent(
             type="image_generation.completed" if image is None else "image_edit.completed",
             id=data.id,
@@ -192,8 +192,10 @@ class Service:
             served = [(each.name, each.version) for each in versions if each is not None]
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
-    async def _plan(self, request: ImageRequest, state: State, image: bytes | None) -> list[RoutedRequest]:
-        planned = await self.planner.plan(request, state, image)
+    async def _plan(
+        self, request: ImageRequest, context: RequestContext, image: bytes | None
+    ) -> list[RoutedRequest]:
+        planned = await self.planner.plan(request, context, image)
         self._name_versions()
         return planned
 

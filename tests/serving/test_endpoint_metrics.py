@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.load import Drift, Load
 from serving.service.metrics import COUNTED, OTHER, REASONS, Metrics
+from serving.service.request_context import RequestContext
 
 NOTHING = Load(*[0] * len(Load._fields))
 
@@ -102,13 +103,13 @@ def test_what_is_not_served_is_counted_as_other(metrics: Metrics) -> None:
     told: list[dict[str, Any]] = [{"model": "diffray", "version": "3"}, {"model": "x"}, {}]
     told += [{"model": f"invented {number}", "version": 3} for number in range(500)]
     for facts in told:
-        metrics.answered(200, 1.5, {**facts, "alias": facts.get("model")})
+        metrics.answered(200, 1.5, RequestContext(**facts, alias=facts.get("model")))
         metrics.rejected(str(facts.get("model")))
     count = "diffray_request_seconds_count"
     assert value(metrics, count, model="diffray", version="3", status="200") == 1
     assert value(metrics, count, model=OTHER, version=OTHER, status="200") == 502
     assert value(metrics, "diffray_rejected_requests_total", reason=OTHER) == 503
-    assert value(metrics, "diffray_answers_total", alias=OTHER, status="200") == 503
+    assert value(metrics, "diffray_answers_total", alias=OTHER, status="200") == 502
     assert metrics.render().count(b"\n") < 250
 
 

@@ -19,6 +19,7 @@ from serving.feedback.store import FeedbackStore
 from serving.messages import BASE, RoutedRequest, label, place_of
 from serving.request import Request
 from serving.schemas import APIError, ImageRequest
+from serving.service.request_context import RequestContext
 from serving.service.rollout import TAKEN_OUT
 from serving.service.service import Service
 from serving.service.shadow import Shadow, Shadowed
@@ -67,10 +68,10 @@ async def answered(service: Service, version: RegisteredModel, **fields: Any) ->
     request = ImageRequest(prompt="a red apple", model=f"{version.name}@{version.version}", **fields)
     try:
         if request.stream:
-            async for _ in service.stream(request, {}):
+            async for _ in service.stream(request, RequestContext()):
                 pass
         else:
-            await service.generate(request, {})
+            await service.generate(request, RequestContext())
     except APIError as error:
         return error.status
     return 200
@@ -136,7 +137,7 @@ def test_only_champion_and_candidate_are_compared(
 
     async def work(service: Service, _: Any) -> None:
         for model in ("watched@1", "watched@2", "base"):
-            await service.generate(ImageRequest(prompt="a red apple", model=model, steps=1), {})
+            await service.generate(ImageRequest(prompt="a red apple", model=model, steps=1), RequestContext())
         assert set(service.canary.tallies) == {"watched@1", "watched@2"}
 
     served(watched, versions, store, work)
@@ -158,7 +159,7 @@ def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
     async def work(service: Service, _: Any) -> None:
         async def guidance(model: str, **fields: Any) -> float:
             request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
-            [planned] = await service.planner.plan(request, {}, None)
+            [planned] = await service.planner.plan(request, RequestContext(), None)
             return planned.request.guidance_scale
 
         asked = [scored[0].name, f"{scored[1].name}@2", BASE]
@@ -237,7 +238,7 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
         service.start(look_now=False)
         for image in (file.getvalue(), None):
             request = ImageRequest(prompt="a red apple", model="watched:champion", steps=2)
-            await service.generate(request, {}, image)
+            await service.generate(request, RequestContext(), image)
         while service.shadow.stored < 2:
             assert not service.shadow.passed_over
             await asyncio.sleep(0.01)
