@@ -50,8 +50,8 @@ def call(
         except (ValueError, KeyError, TypeError):
             text = " ".join(text.split())[:200]
         failure = EndpointError(f"{url}: {error.code}: {text}")
-        told = error.headers.get("Retry-After", "")
-        failure.retry_after_s = float(told) if told.isdecimal() else None
+        seconds = error.headers.get("Retry-After", "")
+        failure.retry_after_s = float(seconds) if seconds.isdecimal() else None
         raise failure from None
     except (OSError, ValueError) as error:
         raise EndpointError(f"{url}: {error}") from None

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Load(NamedTuple):
+class EngineLoad(NamedTuple):
     """Current state of an engine, and its counters since it was created."""
 
     places: int  # slots for running rows
@@ -24,7 +24,7 @@ class Load(NamedTuple):
     adapter_bytes: int
 
 
-class Drift(NamedTuple):
+class DriftScores(NamedTuple):
     """Drift scores of a full window. None: not measured, because an input is missing.
 
     Attributes:

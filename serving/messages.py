@@ -4,7 +4,7 @@ from typing import NamedTuple, TypedDict
 
 from ray_jobs.config import resolve_path
 from ray_jobs.registry.models import RegisteredModel
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
 from serving.request import Request
 
 BASE = "base"
@@ -69,7 +69,7 @@ class Picture(NamedTuple):
     waited_s: float | None = None  # seconds from the request's arrival to its first step; None: a preview
 
 
-class Traits(NamedTuple):
+class ImageSize(NamedTuple):
     """Properties of the replicas' base that the ingress needs."""
 
     height: int  # of the model's default image, in pixels
@@ -81,11 +81,11 @@ class ReplicaLoad(NamedTuple):
 
     replica: str  # unique name; a replacement replica has another one
     process: int  # process id on its node
-    engines: dict[str, Load]  # by engine name
-    drift: dict[tuple[str, int], Drift]  # by model name and version
+    engines: dict[str, EngineLoad]  # by engine name
+    drift: dict[tuple[str, int], DriftScores]  # by model name and version
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Location of a version in a replica: the engine's name, and the adapter's name in it, if any."""
 
     engine: str
@@ -107,15 +107,15 @@ def adapter_name(version: RegisteredModel) -> str:
     return f"{label(version)}#{version.digest[:12]}"
 
 
-def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
+def placement_of(version: RegisteredModel | None, *, fused: bool = False) -> Placement:
     """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; a fully
     trained version has its own engine.
 
     Names include the digest, because a recreated registry counts versions from 1 again.
     """
     if version is None:
-        return Place(BASE, None)
+        return Placement(BASE, None)
     name = adapter_name(version)
     if version.method != "lora":
-        return Place(name, None)
-    return Place(f"fused {name}", None) if fused else Place(BASE, name)
+        return Placement(name, None)
+    return Placement(f"fused {name}", None) if fused else Placement(BASE, name)

@@ -31,12 +31,12 @@ def comparison(answer: dict[str, Any]) -> str:
         rows.append((version, role, str(tally["answers"]), str(tally["errors"]), *shown))
     lines = columns([head, *rows])
     for version, scores in answer["quality"].items():
-        told = f"quality: {version}: FID {scores['fid']:.1f}"
+        line = f"quality: {version}: FID {scores['fid']:.1f}"
         if scores["expected_fid"] is not None:
-            told += f" (when published {scores['expected_fid']:.1f})"
+            line += f" (when published {scores['expected_fid']:.1f})"
         for name, key in (("CLIP score", "clip_score"), ("near copies", "near_copies")):
-            told += "" if scores[key] is None else f", {name} {scores[key]:.3g}"
-        lines.append(f"{told}, of the last {scores['num_pictures']} pictures")
+            line += "" if scores[key] is None else f", {name} {scores[key]:.3g}"
+        lines.append(f"{line}, of the last {scores['num_pictures']} pictures")
     lines += [
         f"feedback: {each['model']}@{each['version']} ({each['role']}): {each['ups']} up, "
         f"{each['downs']} down, {each['wins']} votes won, {each['losses']} lost"

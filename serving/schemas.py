@@ -15,7 +15,7 @@ from ray_jobs.config import ServeConfig
 MAX_SEED = 2**31 - 1
 
 
-class Other(NamedTuple):
+class Unsupported(NamedTuple):
     """A field of OpenAI's API that this server does not support.
 
     Attributes:
@@ -28,21 +28,21 @@ class Other(NamedTuple):
 
 
 STILL_PNG = "a picture is one PNG here"
-OTHER_FIELDS = {
-    "background": Other("the model draws no transparency", ("opaque",)),
-    "complexity": Other("the model plans nothing before it draws; ask for more steps"),
-    "frame_count": Other(STILL_PNG),
-    "frame_duration_ms": Other(STILL_PNG),
-    "input_fidelity": Other("strength says how far a picture may change", ("low",)),
-    "markup": Other("the whole picture is drawn anew, by its strength"),
-    "mask": Other("the whole picture is drawn anew, by its strength"),
-    "moderation": Other("this server's own safety checker looks at pictures, the same for everybody"),
+UNSUPPORTED_FIELDS = {
+    "background": Unsupported("the model draws no transparency", ("opaque",)),
+    "complexity": Unsupported("the model plans nothing before it draws; ask for more steps"),
+    "frame_count": Unsupported(STILL_PNG),
+    "frame_duration_ms": Unsupported(STILL_PNG),
+    "input_fidelity": Unsupported("strength says how far a picture may change", ("low",)),
+    "markup": Unsupported("the whole picture is drawn anew, by its strength"),
+    "mask": Unsupported("the whole picture is drawn anew, by its strength"),
+    "moderation": Unsupported("this server's own safety checker looks at pictures, the same for everybody"),
     # A form sends text where JSON has a number.
-    "output_compression": Other("PNG has no lossy compression", (100, "100")),
-    "output_format": Other("pictures are PNG here", ("png",)),
-    "quality": Other("ask for more or fewer steps", ("standard",)),
-    "style": Other("the model has the style that it was trained on"),
-    "svg": Other(STILL_PNG),
+    "output_compression": Unsupported("PNG has no lossy compression", (100, "100")),
+    "output_format": Unsupported("pictures are PNG here", ("png",)),
+    "quality": Unsupported("ask for more or fewer steps", ("standard",)),
+    "style": Unsupported("the model has the style that it was trained on"),
+    "svg": Unsupported(STILL_PNG),
 }
 
 # OpenAI's clients (3.52) retry a request, twice by default, on 408, 409, 429 and all statuses from 500 on,
@@ -122,9 +122,9 @@ class ImageRequest(BaseModel):
             return body
         kept = {}
         for field, value in body.items():
-            if value is None or (value == "auto" and field in (*OTHER_FIELDS, "size")):
+            if value is None or (value == "auto" and field in (*UNSUPPORTED_FIELDS, "size")):
                 continue
-            if field in OTHER_FIELDS and value in OTHER_FIELDS[field].neutral:
+            if field in UNSUPPORTED_FIELDS and value in UNSUPPORTED_FIELDS[field].neutral:
                 continue
             kept[field] = value
         if identifier := kept.pop("safety_identifier", None):
@@ -277,7 +277,7 @@ def invalid_request(error: dict[str, Any]) -> APIError:
     if error["type"] == "json_invalid":
         return APIError(400, "the body is not JSON", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        if other := OTHER_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
+        if other := UNSUPPORTED_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
             message = f"{field}: not supported by this server: {other.reason}"
             return APIError(400, message, param=field, code="unsupported_parameter")
         message = f"{field}: unknown field; remove it or correct its name"

@@ -41,7 +41,7 @@ from serving.engine.prompts import PromptEmbeddings, Text
 from serving.engine.rows import Drawing, Kind, OnPreview, Request, Row, check_request
 from serving.engine.scheduler import Scheduler
 from serving.engine.vae import Decoder, encode
-from serving.load import Load
+from serving.load import EngineLoad
 from serving.request import RequestError
 
 
@@ -130,10 +130,10 @@ class Engine:
         """True while any request is unanswered."""
         return bool(self.scheduler.rows)
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         """Return the current load, for metrics; may be called from any thread."""
         scheduler, adapters = self.scheduler, self.adapters
-        return Load(
+        return EngineLoad(
             places=scheduler.max_rows,
             waiting=len(scheduler.waiting),
             encoding=len(scheduler.encoding),

@@ -170,11 +170,11 @@ def _make_tables(engine: Engine, where: str) -> None:
     """Create or migrate the tables; several processes may do so at once."""
     if inspect(engine).has_table(schema.name):
         with engine.connect() as connection:
-            found = connection.scalar(select(schema.c.version)) or 0
-        if found > SCHEMA:
+            version = connection.scalar(select(schema.c.version)) or 0
+        if version > SCHEMA:
             raise ConfigError(
-                f"serve.feedback_url: {where}: its tables have version {found}, this program knows {SCHEMA}; "
-                "update diffray, or give another database"
+                f"serve.feedback_url: {where}: its tables have version {version}, but this program "
+                f"knows version {SCHEMA}; update diffray, or use another database"
             )
     with engine.begin() as connection:
         for table in metadata.sorted_tables:

@@ -157,13 +157,13 @@ class FeedbackStore:
 
     def generations(self, image_ids: Sequence[str]) -> list[Generation]:
         """Return the known generations among `image_ids`, the oldest first."""
-        found = []
+        known = []
         with self._engine.connect() as connection:
             for start in range(0, len(image_ids), BATCH):
                 wanted = generations.c.image_id.in_(image_ids[start : start + BATCH])
                 rows = connection.execute(select(generations).where(wanted)).mappings()
-                found += [Generation.model_validate(dict(row)) for row in rows]
-        return sorted(found, key=lambda each: (each.created, each.image_id))
+                known += [Generation.model_validate(dict(row)) for row in rows]
+        return sorted(known, key=lambda each: (each.created, each.image_id))
 
     def ratings(self) -> list[Rated]:
         """Return all ratings, sorted by image and key."""
@@ -190,7 +190,7 @@ class FeedbackStore:
         def count(condition: Any) -> Any:
             return func.sum(case((condition, 1), else_=0))
 
-        said: dict[tuple[str, int, str], dict[str, int]] = {}
+        counts_by_version: dict[tuple[str, int, str], dict[str, int]] = {}
         wanted = {
             "ups": (ratings.c.image_id, count(ratings.c.rating == 1)),
             "downs": (ratings.c.image_id, count(ratings.c.rating == -1)),
@@ -202,13 +202,13 @@ class FeedbackStore:
                 for name, (image_id, number) in wanted.items():
                     joined = generations.join(image_id.table, generations.c.image_id == image_id)
                     query = select(*identity, number).select_from(joined).group_by(*identity)
-                    for *version, found in connection.execute(query):
-                        said.setdefault(tuple(version), {})[name] = int(found)
+                    for *version, total in connection.execute(query):
+                        counts_by_version.setdefault(tuple(version), {})[name] = int(total)
         except SQLAlchemyError as error:
             raise _unavailable() from error
         return [
             Tally(*version, *(counts.get(name, 0) for name in wanted))
-            for version, counts in sorted(said.items())
+            for version, counts in sorted(counts_by_version.items())
         ]
 
     def close(self) -> None:

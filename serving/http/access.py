@@ -155,7 +155,7 @@ class Access:
             challenge = {"www-authenticate": f'{CHALLENGE}, error="insufficient_scope", scope="{scope}"'}
             raise APIError(403, message, code="insufficient_scope", headers=challenge)
         if is_drawing(method, path):
-            self._take_place(exchange, key)
+            self._count_in(exchange, key)
 
     def _key(self, authorization: str | None) -> Key | None:
         """Return the key of a request; None if it is anonymous and this is allowed.
@@ -178,7 +178,7 @@ class Access:
             raise APIError(401, "this key is unknown, expired or revoked", None, "invalid_api_key", headers)
         return key
 
-    def _take_place(self, exchange: Exchange, key: Key | None) -> None:
+    def _count_in(self, exchange: Exchange, key: Key | None) -> None:
         """Count an image request against its client's limits until it ends.
 
         Raises:
@@ -222,8 +222,10 @@ class Access:
 
 def _request_id(scope: Scope) -> str:
     """Return the client's X-Request-ID if it is safe for logs, else a new id."""
-    told = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return told if REQUEST_ID.fullmatch(told) else uuid.uuid4().hex
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode(
+        "latin-1"
+    )
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _path(scope: Scope) -> str:

@@ -43,7 +43,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
-MEANINGS = {
+ERROR_DESCRIPTIONS = {
     400: "a field is wrong; `param` names it",
     401: "no key, or a wrong one",
     403: "the key lacks the scope",
@@ -124,13 +124,13 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     @api.get("/v1/models/{model}", responses=_errors(404))
     async def model(model: str) -> ModelCard:
         """One of them."""
-        found = next((card for card in await cards() if card.id == model), None)
-        if found is None:
+        wanted = next((card for card in await cards() if card.id == model), None)
+        if wanted is None:
             raise APIError(404, f"{model!r} is not served; see /v1/models", "model", "model_not_found")
-        return found
+        return wanted
 
     async def cards() -> list[ModelCard]:
-        own = await service.replicas.traits()
+        own = await service.replicas.default_size()
         return [
             ModelCard(
                 id=offer.id,
@@ -166,7 +166,7 @@ def _add_operation(api: FastAPI, service: Service) -> None:
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": text}}})
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(await service.measured(), media_type=CONTENT_TYPE)
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
 
 
 def _add_page(api: FastAPI) -> None:
@@ -299,7 +299,9 @@ def _key_id(request: Request) -> str | None:
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the error responses of a route, for the OpenAPI document."""
-    return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
+    return {
+        status: {"model": ErrorResponse, "description": ERROR_DESCRIPTIONS[status]} for status in statuses
+    }
 
 
 def _document(api: FastAPI, allow_anonymous: bool) -> None:
@@ -307,7 +309,9 @@ def _document(api: FastAPI, allow_anonymous: bool) -> None:
     invalid requests, which OpenAI's API does not use."""
     make = api.openapi
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-    refusals = {str(status): {"description": MEANINGS[status], "content": error} for status in (401, 403)}
+    refusals = {
+        str(status): {"description": ERROR_DESCRIPTIONS[status], "content": error} for status in (401, 403)
+    }
 
     def openapi() -> dict[str, Any]:
         document = make()

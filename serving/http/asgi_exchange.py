@@ -71,11 +71,11 @@ class Exchange:
                 not a number.
             ClientLeft: the client left before the end of the body.
         """
-        told = self.header(b"content-length") or "0"
-        if not (told.isascii() and told.isdigit()):
+        stated = self.header(b"content-length") or "0"
+        if not (stated.isascii() and stated.isdigit()):
             raise APIError(400, "Content-Length must be a number")
         too_large = f"the body is larger than the {max_bytes} bytes that this server takes"
-        if int(told) > max_bytes:
+        if int(stated) > max_bytes:
             raise APIError(413, too_large, code="request_too_large")
         chunks, length = [], 0
         try:
@@ -110,8 +110,8 @@ class Exchange:
     async def answer(self, error: APIError) -> None:
         """Send an error as the whole answer."""
         body = json.dumps(error.body()).encode()
-        told = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-        await self.send({"type": "http.response.start", "status": error.status, "headers": _encoded(told)})
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        await self.send({"type": "http.response.start", "status": error.status, "headers": _encoded(headers)})
         await self.send({"type": "http.response.body", "body": body})
 
     def end(self) -> None:

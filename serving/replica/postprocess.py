@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
-from serving.load import Drift
+from serving.load import DriftScores
 from serving.messages import RoutedRequest
 from serving.provenance import encode_png, facts_of
 from serving.replica.drift_watch import DriftWatch
@@ -48,7 +48,7 @@ class Postprocessor:
         except APIError:
             return None
 
-    def drift(self) -> dict[tuple[str, int], Drift]:
+    def drift(self) -> dict[tuple[str, int], DriftScores]:
         """Return the drift scores by name and version."""
         return self._drift.scores() if self._drift else {}
 

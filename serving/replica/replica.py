@@ -19,14 +19,14 @@ from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
+    ImageSize,
     Picture,
-    Place,
+    Placement,
     ReplicaLoad,
     RoutedRequest,
-    Traits,
     base_of,
     label,
-    place_of,
+    placement_of,
 )
 from serving.replica.engine_cache import EngineCache
 from serving.replica.image_input import read_picture
@@ -68,8 +68,8 @@ class Model:
     ) -> None:
         self.settings, self.base, self.base_revision = settings, base, base_revision
         if newest is not None:
-            found = await asyncio.to_thread(newest)
-            first = found if base_of(found) == (base, base_revision) else first
+            current = await asyncio.to_thread(newest)
+            first = current if base_of(current) == (base, base_revision) else first
         self._name = uuid.uuid4().hex
         self._postprocess = Postprocessor(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
@@ -82,7 +82,7 @@ class Model:
         self._fetched = ExitStack()  # holds the weights of the adapter that was read last
         self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
-        self._opening = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
+        self._decoding = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
         self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
@@ -95,12 +95,12 @@ class Model:
             # Not fatal: the champion may have changed by the time a replica starts; the ingress requests it.
             logger.warning("%s", error.message)
 
-    async def traits(self) -> Traits:
+    async def default_size(self) -> ImageSize:
         """Return the model's default image size; all versions loaded together have the same one."""
         for thread in self.engine_cache.engines.values():  # the first version may have failed to load
-            return Traits(*thread.engine.own_size)
+            return ImageSize(*thread.engine.own_size)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
-            return Traits(*thread.engine.own_size)
+            return ImageSize(*thread.engine.own_size)
 
     async def load(self) -> ReplicaLoad:
         """Return the load of this replica's engines, and its drift scores."""
@@ -114,7 +114,7 @@ class Model:
         Raises:
             APIError: the weights differ from the registered ones, or cannot be loaded.
         """
-        if self._is_warm(place_of(version, fused=fused)):
+        if self._is_warm(placement_of(version, fused=fused)):
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
@@ -124,7 +124,7 @@ class Model:
                     RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
                 )
 
-    def _is_warm(self, place: Place) -> bool:
+    def _is_warm(self, place: Placement) -> bool:
         """Return True if this engine, and its adapter if any, are in memory."""
         thread = self.engine_cache.engines.get(place.engine)
         if thread is None or place.adapter is None:
@@ -155,7 +155,7 @@ class Model:
             try:
                 return await asyncio.wrap_future(future)
             except ValueError as error:
-                raise _refused(routed.version, error) from error
+                raise _cannot_serve(routed.version, error) from error
 
     async def watch(self, routed: RoutedRequest) -> AsyncGenerator[Picture]:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
@@ -176,7 +176,7 @@ class Model:
                 try:
                     finished = drawing.result()
                 except ValueError as error:
-                    raise _refused(routed.version, error) from error
+                    raise _cannot_serve(routed.version, error) from error
                 png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
                 yield Picture(png, finished.waited_s)
             finally:
@@ -188,7 +188,7 @@ class Model:
         if routed.image is not None:
             height, width = thread.engine.own_size
             size = request.height or height, request.width or width
-            async with self._opening:
+            async with self._decoding:
                 image = await asyncio.to_thread(read_picture, routed.image, *size)
         zero_terminal_snr = routed.version is not None and routed.version.zero_terminal_snr
         return replace(request, adapter=adapter, image=image, zero_terminal_snr=zero_terminal_snr)
@@ -198,7 +198,7 @@ class Model:
         self, version: RegisteredModel | None, fused: bool
     ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
         """Provide the engine that serves a version, and the name of its adapter there, if it is one."""
-        place = place_of(version, fused=fused)
+        place = placement_of(version, fused=fused)
         if place.adapter and self.settings.compile:
             message = (
                 f"{label(version)} is a LoRA version, which a server with serve.compile draws as "
@@ -211,7 +211,7 @@ class Model:
             async with self.engine_cache.use(place.engine) as thread:
                 yield thread, place.adapter
         except (ValueError, OSError) as error:
-            raise _refused(version, error) from error
+            raise _cannot_serve(version, error) from error
 
     def _load(self, name: str) -> "EngineThread":
         """Load and start the engine of this name; blocks its thread for seconds to minutes."""
@@ -298,7 +298,7 @@ def _accepts(thread: "EngineThread", num_steps: int) -> bool:
     return True
 
 
-def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
+def _cannot_serve(version: RegisteredModel | None, error: Exception) -> APIError:
     """Return the error (503) for a version that cannot be loaded."""
     return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
 

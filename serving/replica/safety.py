@@ -82,7 +82,7 @@ def checker_factory(name: str) -> CheckerFactory:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code may raise anything
-        raise ConfigError(f"{where}: the module cannot be imported ({_told(error)})") from error
+        raise ConfigError(f"{where}: the module cannot be imported ({_summary(error)})") from error
     factory: Any = getattr(module, function, None)
     if not callable(factory):
         raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
@@ -99,7 +99,7 @@ def load_checker(name: str) -> SafetyChecker:
     try:
         checker: Any = factory()
     except Exception as error:
-        raise ConfigError(f"{where}: it made no checker ({_told(error)})") from error
+        raise ConfigError(f"{where}: it made no checker ({_summary(error)})") from error
     if not callable(checker):
         raise ConfigError(
             f"{where}: it returned {type(checker).__name__}, not a checker; return a function that takes "
@@ -108,5 +108,5 @@ def load_checker(name: str) -> SafetyChecker:
     return SafetyChecker(checker)
 
 
-def _told(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

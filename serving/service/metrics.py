@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
 from serving.service.request_context import RequestContext
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -53,7 +53,7 @@ COUNTED = (
     "adapter_hits",
     "adapter_misses",
 )
-"""Fields of `Load` that never decrease while an engine lives."""
+"""Fields of `EngineLoad` that never decrease while an engine lives."""
 
 
 class Metrics:
@@ -70,7 +70,7 @@ class Metrics:
         self._max_versions = max_versions
         self._served: set[tuple[str, str]] = set()
         # Includes replicas that are gone: one that missed a query later reports its whole count again.
-        self._loads: OrderedDict[str, Load] = OrderedDict()
+        self._loads: OrderedDict[str, EngineLoad] = OrderedDict()
         ProcessCollector(namespace="diffray", registry=self.registry)
         self._requests()
         self._engines()
@@ -188,7 +188,7 @@ class Metrics:
         """Record how many seconds an image waited for its first denoising step (`Drawing.waited_s`)."""
         self.first_step_seconds.labels(*self._version(model, version)).observe(seconds)
 
-    def engines(self, loads: Mapping[str, Load], replicas: int) -> None:
+    def engines(self, loads: Mapping[str, EngineLoad], replicas: int) -> None:
         """Update the engine metrics from the replicas' latest loads.
 
         A counter that has decreased belongs to a restarted engine; its whole value is added.
@@ -215,7 +215,7 @@ class Metrics:
         while len(self._loads) > len(loads) + 256:
             self._loads.popitem(last=False)
 
-    def drift(self, model: str, version: int | str, scores: Drift) -> None:
+    def drift(self, model: str, version: int | str, scores: DriftScores) -> None:
         """Set the drift scores of a version; scores that were not measured are removed."""
         labels = self._version(model, version)
         for name, gauge in self.by_drift.items():
@@ -226,7 +226,7 @@ class Metrics:
                 gauge.labels(*labels).set(value)
 
 
-def _growth(before: Load | None, now: Load) -> dict[str, int]:
+def _growth(before: EngineLoad | None, now: EngineLoad) -> dict[str, int]:
     """Return the increase of each field in COUNTED."""
     counts = {name: getattr(now, name) for name in COUNTED}
     if before is None or any(counts[name] < getattr(before, name) for name in COUNTED):

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
 from ray_jobs.registry.models import RegisteredModel, verify_weights
-from serving.messages import Picture, ReplicaLoad, RoutedRequest, Traits, adapter_name, label
+from serving.messages import ImageSize, Picture, ReplicaLoad, RoutedRequest, adapter_name, label
 from serving.schemas import APIError
 
 ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
@@ -34,18 +34,18 @@ class ReplicaClient:
 
     def __init__(self, model: DeploymentHandle) -> None:
         self._model = model
-        self._traits: Traits | None = None
+        self._default_size: ImageSize | None = None
         self._verified: set[str] = set()
         self._loads: list[ReplicaLoad] = []
         self._asking = asyncio.Lock()
         self._running = (-inf, False, "")  # time of the last status query, and its result
 
-    async def traits(self) -> Traits:
-        """Return the model's traits; queried once."""
-        if self._traits is None:
-            self._traits = await _answered(self._model.traits.remote())
-        assert self._traits is not None
-        return self._traits
+    async def default_size(self) -> ImageSize:
+        """Return the size of the model's default image; queried once."""
+        if self._default_size is None:
+            self._default_size = await _result_of(self._model.default_size.remote())
+        assert self._default_size is not None
+        return self._default_size
 
     async def draw(self, requests: Sequence[RoutedRequest]) -> list[Picture]:
         """Generate the images, each on any replica. If the caller is cancelled or one fails, cancel all.
@@ -60,7 +60,7 @@ class ReplicaClient:
     async def _draw(self, request: RoutedRequest) -> Picture:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return Picture(*await _answered(self._model.draw.remote(request)))
+                return Picture(*await _result_of(self._model.draw.remote(request)))
             except APIError as error:
                 if error.code != "model_lost" or attempt == ATTEMPTS:
                     raise
@@ -78,7 +78,7 @@ class ReplicaClient:
             async for picture in pictures:
                 yield picture
         except (RayError, RayServeException) as error:
-            raise _told(error) from error
+            raise _api_error(error) from error
         finally:
             pictures.cancel()
 
@@ -94,7 +94,7 @@ class ReplicaClient:
         results = await self._ask_all("warm_up", version, fused, timeout_s=WARM_UP_S)
         for result in results:
             if isinstance(result, RayTaskError):
-                raise _told(result) from result
+                raise _api_error(result) from result
         if version is not None and not results and adapter_name(version) not in self._verified:
             try:
                 await asyncio.to_thread(verify_weights, version, version.source)
@@ -153,7 +153,7 @@ async def all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
 
 
-async def _answered(response: Any) -> Any:
+async def _result_of(response: Any) -> Any:
     """Return a replica's answer; if the caller is cancelled, cancel the call on the replica too.
 
     Raises:
@@ -165,10 +165,10 @@ async def _answered(response: Any) -> Any:
         response.cancel()
         raise
     except (RayError, RayServeException) as error:
-        raise _told(error) from error
+        raise _api_error(error) from error
 
 
-def _told(error: Exception) -> APIError:
+def _api_error(error: Exception) -> APIError:
     """Return the error to send to the client for a replica's error."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, APIError):

@@ -42,8 +42,8 @@ class RequestPlanner:
         """
         with suppress(UnknownModel):
             return self.catalogue.find(model, user)
-        if not self.watcher.looked:
-            await self.watcher.look()
+        if not self.watcher.polled:
+            await self.watcher.poll()
         try:
             return self.catalogue.find(model, user)
         except UnknownModel as error:
@@ -120,7 +120,7 @@ class RequestPlanner:
         if size is None:
             return None, None
         width, height = width_and_height(size)
-        own = await self.replicas.traits()
+        own = await self.replicas.default_size()
         limit = self.settings.max_side or 2 * max(own)
         if max(width, height) > limit:
             message = (
@@ -132,5 +132,5 @@ class RequestPlanner:
 
     async def size(self, request: Request) -> str:
         """Return the image's width x height in pixels."""
-        own = await self.replicas.traits()
+        own = await self.replicas.default_size()
         return f"{request.width or own.width}x{request.height or own.height}"

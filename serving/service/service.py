@@ -13,7 +13,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
 from serving.feedback.store import FeedbackStore, Tally
-from serving.load import Drift
+from serving.load import DriftScores
 from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
     APIError,
@@ -71,13 +71,13 @@ class Service:
         self._background: set[asyncio.Task[None]] = set()
         self._named: list[Any] = []  # state of the registry that the metrics last received
 
-    def start(self, *, look_now: bool) -> None:
+    def start(self, *, poll_now: bool) -> None:
         """Start following the registry and, if configured, shadow mode.
 
         Args:
-            look_now: read the registry at once instead of after a pause.
+            poll_now: read the registry at once instead of after a pause.
         """
-        self._in_background(self.watcher.run(now=look_now))
+        self._in_background(self.watcher.run(now=poll_now))
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
 
@@ -95,7 +95,7 @@ class Service:
             APIError: the error to send to the client.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._place(), self._in_time():
+        with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
                 planned = await self._plan(request, context, image)
             with self._counted(planned[0]):
@@ -119,7 +119,7 @@ class Service:
             APIError: the error to send to the client; raised before the first event or after any event.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._place(), self._in_time():
+        with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
                 (planned,) = await self._plan(request, context, image)
                 size = await self.planner.size(planned.request)
@@ -153,9 +153,9 @@ class Service:
     async def rollout(self) -> dict[str, Any]:
         """Return the answer to GET /v1/rollout: champion and candidate, their answers and feedback."""
         candidate, notices = self.catalogue.candidate, [self.watcher.notice]
-        said: list[Tally] = []
+        tallies: list[Tally] = []
         try:
-            said = await asyncio.to_thread(self.feedback.tally)
+            tallies = await asyncio.to_thread(self.feedback.tally)
         except APIError as error:  # the rest of the answer is still useful to an operator
             notices.append(error.message)
         drift = latest_drift(await self.replicas.loads())
@@ -165,13 +165,13 @@ class Service:
             "candidate_share": self.settings.candidate_share,
             "versions": {name: tally.as_json() for name, tally in self.canary.tallies.items()},
             "quality": {f"{model}@{version}": each._asdict() for (model, version), each in drift.items()},
-            "feedback": [tally._asdict() for tally in said],
+            "feedback": [tally._asdict() for tally in tallies],
             "taken_out": self.canary.taken_out,
             "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
             "notice": "; ".join(filter(None, notices)) or None,
         }
 
-    async def measured(self) -> bytes:
+    async def metrics_text(self) -> bytes:
         """Return the answer to GET /metrics: metrics of the endpoint and its replicas."""
         self._name_versions()
         loads = await self.replicas.loads()
@@ -200,7 +200,7 @@ class Service:
         return planned
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
+    def _slot(self) -> Iterator[None]:
         """Occupy one of the slots for open requests.
 
         Raises:
@@ -276,7 +276,7 @@ class Service:
         task.add_done_callback(self._background.discard)
 
 
-def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], Drift]:
+def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], DriftScores]:
     """Return the most recent drift scores of any replica, by model name and version."""
-    found = [item for each in loads for item in each.drift.items()]
-    return dict(sorted(found, key=lambda item: item[1].scored_at))
+    scores = [item for each in loads for item in each.drift.items()]
+    return dict(sorted(scores, key=lambda item: item[1].scored_at))

@@ -16,7 +16,7 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, Picture, RoutedRequest, Traits, place_of
+from serving.messages import BASE, ImageSize, Picture, RoutedRequest, placement_of
 from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
 from serving.request import Request
@@ -90,7 +90,7 @@ def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
 
     drawn, engines = with_replica(lora, work)
     assert len({picture.png for picture in drawn}) == 3
-    assert engines == {BASE, place_of(full).engine}
+    assert engines == {BASE, placement_of(full).engine}
 
 
 def test_engines_that_are_asked_for_at_once_all_have_their_weights(
@@ -106,11 +106,11 @@ def test_engines_that_are_asked_for_at_once_all_have_their_weights(
 
 
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
-    async def work(model: Any) -> tuple[set[str], Traits]:
+    async def work(model: Any) -> tuple[set[str], ImageSize]:
         await model.draw(routed(full))
-        return set((await model.load()).engines), await model.traits()
+        return set((await model.load()).engines), await model.default_size()
 
-    assert with_replica(full, work) == ({place_of(full).engine}, Traits(height=64, width=64))
+    assert with_replica(full, work) == ({placement_of(full).engine}, ImageSize(height=64, width=64))
 
 
 @pytest.mark.parametrize("solver", ["model", "euler"])
@@ -171,7 +171,7 @@ def test_a_replica_that_starts_later_loads_who_is_champion_then(
     async def work(model: Any) -> set[str]:
         return set((await model.load()).engines)
 
-    assert with_replica(lora, work, newest=lambda: full) == {place_of(full).engine}
+    assert with_replica(lora, work, newest=lambda: full) == {placement_of(full).engine}
     foreign = replace(full, base="another-base")
     assert with_replica(lora, work, newest=lambda: foreign) == {BASE}
 
@@ -183,7 +183,7 @@ def test_an_adapter_that_was_dropped_from_memory_is_not_warm_any_more(lora: Regi
         assert adapters.misses == 1
         adapters._kept.clear()
         await model.warm_up(lora)
-        assert adapters.misses == 2 and adapters.holds(place_of(lora).adapter)
+        assert adapters.misses == 2 and adapters.holds(placement_of(lora).adapter)
 
     with_replica(lora, work)
 
@@ -284,7 +284,7 @@ def test_a_fused_champion_is_drawn_as_its_adapter_is_by_an_engine_of_its_own(lor
         return [await model.draw(routed(lora, fused=fused)) for fused in (True, False)], before
 
     (fused, adapted), before = with_replica(lora, work, fuse_champion=True)
-    assert before == {place_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
+    assert before == {placement_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
     assert np.abs(pixels(fused) - pixels(adapted)).max() <= 1
 
 

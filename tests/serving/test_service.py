@@ -16,7 +16,7 @@ from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
-from serving.messages import BASE, RoutedRequest, label, place_of
+from serving.messages import BASE, RoutedRequest, label, placement_of
 from serving.request import Request
 from serving.schemas import APIError, ImageRequest
 from serving.service.request_context import RequestContext
@@ -173,7 +173,7 @@ def test_a_model_that_is_admitted_and_not_there_is_told(
     watched: Config, versions: list[RegisteredModel], store: FeedbackStore
 ) -> None:
     async def work(service: Service, _: Any) -> str | None:
-        await service.watcher.look()
+        await service.watcher.poll()
         return service.watcher.notice
 
     found = served(changed(watched, models=["nobody", "watched", "*"]), versions, store, work)
@@ -235,7 +235,7 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
     )
 
     async def work(service: Service, model: Any) -> set[str]:
-        service.start(look_now=False)
+        service.start(poll_now=False)
         for image in (file.getvalue(), None):
             request = ImageRequest(prompt="a red apple", model="watched:champion", steps=2)
             await service.generate(request, RequestContext(), image)
@@ -250,4 +250,4 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
     folder = tmp_path / config.name / "shadow"
     assert (folder / "000" / "given").read_bytes() == file.getvalue()
     assert (folder / "001" / "parameters.json").exists() and not (folder / "001" / "given").exists()
-    assert engines == {BASE, place_of(versions[0], fused=True).engine}, "a shadow is no champion"
+    assert engines == {BASE, placement_of(versions[0], fused=True).engine}, "a shadow is no champion"
