@@ -155,7 +155,7 @@ class Engine:
     def check_steps(self, num_steps: int) -> None:
         """Raise RequestError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
         if num_steps < 1:
-            raise RequestError("steps", f"{num_steps}; at least one is needed")
+            raise RequestError("steps", f"{num_steps}; must be at least 1")
         self._schedule(num_steps, *self.own_size)
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
@@ -174,7 +174,9 @@ class Engine:
         with_adapters = self.adapters is not None
         check_request(request, size, self.pipeline, with_adapters=with_adapters, max_side=self.max_side)
         if bool(request.previews) != (on_preview is not None):
-            raise RequestError("previews", f"{request.previews}; they and on_preview go together")
+            raise RequestError(
+                "previews", f"{request.previews}; on_preview is required with previews, and only then"
+            )
         strength = None if request.image is None else request.strength
         schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
         row = Row(request, schedule, size, next(self._arrivals), on_preview)
@@ -232,7 +234,7 @@ class Engine:
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
         if strength is not None and self.family.first_step(num_steps, strength) >= num_steps:
-            reason = f"{strength} of {num_steps} steps is not one; ask for more of either"
+            reason = f"{strength} of {num_steps} steps leaves no step to run; increase one of them"
             raise RequestError("strength", reason)
         try:
             return tabulate(scheduler, self.family, num_steps, shape, strength)

@@ -41,32 +41,36 @@ def check_request(
     most = family.max_side(pipeline.vae.config, denoiser.config)
     for field_name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < least or pixels % least or (most and pixels > most):
-            limit = f" up to {most}" if most else ""
-            raise RequestError(field_name, f"{pixels}; this model draws multiples of {least}{limit} pixels")
+            limit = f", at most {most}" if most else ""
+            raise RequestError(field_name, f"{pixels}; must be a multiple of {least} pixels{limit}")
         if pixels > max_side:
-            raise RequestError(field_name, f"{pixels}; pictures of up to {max_side} pixels a side are drawn")
+            raise RequestError(field_name, f"{pixels}; must be at most {max_side} pixels")
     _check_image(request, size)
     if request.steps < 1:
-        raise RequestError("steps", f"{request.steps}; at least one is needed")
+        raise RequestError("steps", f"{request.steps}; must be at least 1")
     if not 0 <= request.seed < 2**63:
-        raise RequestError("seed", f"{request.seed}; it is from 0 to 2^63 - 1")
+        raise RequestError("seed", f"{request.seed}; must be from 0 to 2^63 - 1")
     if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
-        raise RequestError("guidance_scale", f"{request.guidance_scale}; 1 is off, and the least")
+        raise RequestError(
+            "guidance_scale", f"{request.guidance_scale}; must be at least 1, which turns guidance off"
+        )
     if request.negative_prompt is not None and family.distilled_guidance(denoiser):
-        raise RequestError("negative_prompt", "this model is told its guidance and has no negative prompt")
+        raise RequestError(
+            "negative_prompt", "not supported: this model takes the guidance scale as an input"
+        )
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise RequestError("prompt", "it holds half of a surrogate pair, which is no text")
+            raise RequestError("prompt", "contains an unpaired surrogate, which is not valid Unicode")
     if request.adapter is not None and not with_adapters:
         raise RequestError("adapter", f"{request.adapter!r}; this model is served without adapters")
 
 
 def _check_image(request: Request, size: tuple[int, int]) -> None:
     if not 0 < request.strength <= 1:
-        raise RequestError("strength", f"{request.strength}; it is above 0 and at most 1")
+        raise RequestError("strength", f"{request.strength}; must be above 0 and at most 1")
     image = request.image
     if image is None and request.strength != 1:
-        raise RequestError("strength", f"{request.strength}; it is of an image, and there is none")
+        raise RequestError("strength", f"{request.strength}; needs an initial image")
     if image is not None and (image.dtype != torch.uint8 or image.shape != (*size, 3)):
         reason = (
             f"{tuple(image.shape)} of {image.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "

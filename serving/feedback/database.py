@@ -141,7 +141,7 @@ def open_database(url: str) -> Engine:
         raise ConfigError(f"serve.feedback_url: its driver is missing ({error}); pip install it") from None
     where = engine.url.render_as_string(hide_password=True)
     if engine.dialect.name not in UPSERT:
-        raise ConfigError(f"serve.feedback_url: {where}: only SQLite and PostgreSQL are known; take one")
+        raise ConfigError(f"serve.feedback_url: {where}: only SQLite and PostgreSQL are supported")
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     try:
@@ -149,7 +149,7 @@ def open_database(url: str) -> Engine:
     except DBAPIError as error:
         engine.dispose()
         reason = " ".join(str(error.orig).split())
-        raise ConfigError(f"serve.feedback_url: {where}: {reason}; mend the database or the URL") from None
+        raise ConfigError(f"serve.feedback_url: {where}: {reason}; fix the database or the URL") from None
     except ConfigError:
         engine.dispose()
         raise

@@ -152,7 +152,7 @@ class FeedbackStore:
                 return
             if not is_last:
                 self.flush()  # the image may have been generated a moment ago
-        message = f"{missing[0]}: this server knows no picture {named[missing[0]]!r}"
+        message = f"{missing[0]}: this server has no image {named[missing[0]]!r}"
         raise APIError(404, message, param=missing[0], code="image_not_found")
 
     def generations(self, image_ids: Sequence[str]) -> list[Generation]:

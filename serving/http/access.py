@@ -131,7 +131,11 @@ class Access:
                 await exchange.answer(error)
             else:
                 _log_failure(exchange, "failed", error)
-                await exchange.answer(APIError(500, "the server failed; its log knows this request's id"))
+                await exchange.answer(
+                    APIError(
+                        500, "internal server error; the server's log has details under this request's id"
+                    )
+                )
         finally:
             exchange.end()
 
@@ -148,10 +152,10 @@ class Access:
         key = self._key(exchange.header(b"authorization"))
         exchange.context.key_id = key.id if key else ANONYMOUS
         if key is None and method == "POST" and exchange.header(b"sec-fetch-site") in OTHER_SITES:
-            message = "a page of another site may not ask here without a key"
+            message = "a request from a page of another site needs an API key"
             raise APIError(403, message, code="insufficient_scope")
         if key is not None and scope not in key.scopes:
-            message = f"the key {key.id} lacks the scope {scope!r} that {path} needs"
+            message = f"the key {key.id} lacks the scope {scope!r}, which {path} requires"
             challenge = {"www-authenticate": f'{CHALLENGE}, error="insufficient_scope", scope="{scope}"'}
             raise APIError(403, message, code="insufficient_scope", headers=challenge)
         if is_drawing(method, path):
@@ -169,7 +173,7 @@ class Access:
         if self.keys is None or (authorization is None and self.settings.allow_anonymous):
             return None
         if kind.lower() != "bearer" or not token.strip():
-            message = "give a key of this server, as `Authorization: Bearer KEY`"
+            message = "missing API key; send it as `Authorization: Bearer KEY`"
             headers = {"www-authenticate": CHALLENGE}
             raise APIError(401, message, code="invalid_api_key", headers=headers)
         key = self.keys.find(token.strip())
@@ -189,12 +193,12 @@ class Access:
         a_minute = (key and key.requests_per_minute) or self.settings.requests_per_minute
         # Checked first, so that a request refused for this costs no token.
         if self.concurrency.is_full(client, at_once):
-            message = f"{at_once} requests are being answered for this client, which is its limit"
+            message = f"this client has {at_once} open requests, which is its limit"
             # It is unknown when one of them ends; 1 s is a short wait.
             raise APIError(429, message, None, "concurrency_limit_exceeded", {"retry-after": "1"})
         seconds = self.rate.take(client, a_minute)
         if seconds:
-            message = f"the limit of {a_minute} requests a minute is reached; try again in {seconds} s"
+            message = f"the limit of {a_minute} requests per minute is reached; try again in {seconds} s"
             raise APIError(429, message, None, "rate_limit_exceeded", {"retry-after": str(seconds)})
         self.concurrency.enter(client)
         self.metrics.open_requests.inc()

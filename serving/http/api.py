@@ -44,15 +44,15 @@ PAGE_HEADERS = {
 }
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 ERROR_DESCRIPTIONS = {
-    400: "a field is wrong; `param` names it",
-    401: "no key, or a wrong one",
-    403: "the key lacks the scope",
-    404: "no such model",
-    413: "the body is larger than this server takes",
-    429: "this client asks too much; Retry-After says when to try again",
-    500: "drawing failed",
-    503: "too many requests wait, or the model cannot answer now",
-    504: "not drawn in time",
+    400: "A field is invalid; `param` names it.",
+    401: "The API key is missing or invalid.",
+    403: "The key lacks the required scope.",
+    404: "The model does not exist.",
+    413: "The body is too large.",
+    429: "A limit of this client is reached; retry after Retry-After seconds.",
+    500: "Image generation failed.",
+    503: "Too many open requests, or the model is unavailable.",
+    504: "The request timed out.",
 }
 
 
@@ -60,7 +60,7 @@ def create_api(service: Service) -> FastAPI:
     """Create the HTTP application of a service. Add middlewares from the innermost to the outermost."""
     api = FastAPI(
         title="diffray",
-        summary="Text-to-image in the shape of OpenAI's Images API",
+        summary="Image generation compatible with OpenAI's Images API",
         version="1",
         # FastAPI's documentation pages run third-party scripts on the origin where the page at / keeps a key.
         docs_url=None,
@@ -81,14 +81,14 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     """Add the routes for clients: generations, edits and models."""
 
     async def generate(body: ImageRequest, request: Request) -> Response:
-        """Draw `n` pictures of a prompt; with `stream` one, its unfinished pictures before it."""
+        """Generate `n` images from a prompt; with `stream`, one image after its previews."""
         context = context_of(request.scope)
         if not body.stream:
             return _json(await service.generate(body, context))
         return await EventStream.of(service.stream(body, context), context)
 
     async def edit(request: Request) -> Response:
-        """Draw `n` pictures that begin with a given one, a file in the field `image`."""
+        """Generate `n` images from an initial image, the file in the field `image`."""
         body, image = await _edit_of(request, fields_of_edits)
         context = context_of(request.scope)
         if not body.stream:
@@ -118,12 +118,12 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
     @api.get("/v1/models")
     async def models() -> ModelList:
-        """All that a request may give as its `model`."""
+        """List the models that a request may name."""
         return ModelList(data=await cards())
 
     @api.get("/v1/models/{model}", responses=_errors(404))
     async def model(model: str) -> ModelCard:
-        """One of them."""
+        """Describe one model."""
         wanted = next((card for card in await cards() if card.id == model), None)
         if wanted is None:
             raise APIError(404, f"{model!r} is not served; see /v1/models", "model", "model_not_found")
@@ -147,25 +147,25 @@ def _add_operation(api: FastAPI, service: Service) -> None:
 
     @api.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """200 while this process lives."""
+        """Return 200 while this process lives."""
         return {"status": "ok"}
 
     @api.get("/readyz", responses=_errors(503))
     async def readyz() -> Readiness:
-        """200 while requests can be answered, else 503 with the reason."""
+        """Return 200 while requests can be answered, else 503 with the reason."""
         await service.replicas.check_running(may_sleep=not service.settings.min_replicas)
         return Readiness(model=label(service.catalogue.champion), notice=service.watcher.notice)
 
     @api.get("/v1/rollout")
     async def rollout() -> dict[str, Any]:
-        """Champion and candidate: what they answered since the endpoint started, and what people said."""
+        """Compare champion and candidate: answers since the endpoint started, and feedback."""
         return await service.rollout()
 
     text = {"schema": {"type": "string"}}
 
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": text}}})
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return metrics in Prometheus' text format."""
         return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
 
 
@@ -236,14 +236,14 @@ async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequ
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
     image = fields.pop("image", None) or fields.pop("image[]", None)  # OpenAI's clients' name in lists
     if image is None:
-        raise APIError(400, "image: missing; send one picture, as a file", "image", "invalid_value")
+        raise APIError(400, "image: missing; send one image file", "image", "invalid_value")
     texts = {}
     for name, content in fields.items():
         try:
             # Unsupported fields, such as a mask, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
         except UnicodeDecodeError:
-            raise APIError(400, f"{name}: is not UTF-8", name, "invalid_value") from None
+            raise APIError(400, f"{name}: must be UTF-8", name, "invalid_value") from None
     try:
         return model.model_validate(texts), image
     except ValidationError as error:
@@ -315,7 +315,7 @@ def _document(api: FastAPI, allow_anonymous: bool) -> None:
 
     def openapi() -> dict[str, Any]:
         document = make()
-        bearer = {"type": "http", "scheme": "bearer", "description": "a key of this server"}
+        bearer = {"type": "http", "scheme": "bearer", "description": "API key of this server"}
         document["components"]["securitySchemes"] = {"key": bearer}
         for path, operations in document["paths"].items():
             scope = needed_scope(path)

@@ -74,7 +74,7 @@ class Exchange:
         stated = self.header(b"content-length") or "0"
         if not (stated.isascii() and stated.isdigit()):
             raise APIError(400, "Content-Length must be a number")
-        too_large = f"the body is larger than the {max_bytes} bytes that this server takes"
+        too_large = f"the body is larger than the {max_bytes} bytes that this server accepts"
         if int(stated) > max_bytes:
             raise APIError(413, too_large, code="request_too_large")
         chunks, length = [], 0
@@ -91,7 +91,7 @@ class Exchange:
                     if not message.get("more_body"):
                         return b"".join(chunks)
         except TimeoutError:
-            raise APIError(408, f"the body did not come within {timeout_s:g} s", code="timeout") from None
+            raise APIError(408, f"the body did not arrive within {timeout_s:g} s", code="timeout") from None
 
     async def send(self, message: Message) -> None:
         """Send an ASGI message of the application, adding the headers and observing the answer."""

@@ -21,7 +21,7 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     last = parts.pop() if parts else b""
     if not last.startswith(b"--"):
-        raise _invalid("the form has no end")
+        raise _invalid("the form is incomplete: its closing boundary is missing")
     fields: dict[str, bytes] = {}
     for part in parts:
         head, mark, content = part.partition(b"\r\n\r\n")

@@ -201,8 +201,8 @@ class Model:
         place = placement_of(version, fused=fused)
         if place.adapter and self.settings.compile:
             message = (
-                f"{label(version)} is a LoRA version, which a server with serve.compile draws as "
-                "its champion only, with serve.fuse_champion"
+                f"{label(version)} is a LoRA version, which a server with serve.compile serves "
+                "only as its champion, with serve.fuse_champion"
             )
             raise APIError(503, message, "model", "model_refused")
         if version is not None:

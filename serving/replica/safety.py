@@ -43,7 +43,7 @@ class SafetyChecker:
             return [_answer(pixels, verdict) for pixels, verdict in zip(pictures, verdicts, strict=True)]
         except Exception as error:  # user code may raise anything; no unchecked image is sent
             log.exception("the safety checker failed")
-            message = f"the pictures could not be checked ({type(error).__name__}), so none is sent"
+            message = f"the safety check failed ({type(error).__name__}), so no image is sent"
             return [APIError(500, message, code="safety_check_failed") for _ in pictures]
 
 
@@ -56,7 +56,7 @@ def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
         reason = f": {verdict.reason}" if verdict.reason else ""
         return APIError(
             400,
-            f"the picture was blocked by this server's safety checker{reason}",
+            f"the image was blocked by this server's safety checker{reason}",
             param="prompt",
             code="content_policy_violation",
         )

@@ -94,7 +94,7 @@ class Canary:
         if min(len(ours.latencies), len(theirs.latencies)) >= self.limits.requests:
             slower = median(theirs.latencies) / median(ours.latencies)
             if slower > self.limits.latency:
-                return f"latency: {slower:.1f} times the champion's seconds a step, in the median"
+                return f"latency: {slower:.1f} times the champion's median seconds per step"
         return None
 
 

@@ -101,7 +101,7 @@ class RegistryWatcher:
             try:
                 read = await asyncio.to_thread(entries, self.config, self.catalogue.models)
             except Exception as error:  # no answer of the registry may stop the endpoint
-                self._set_notice(f"the registry does not answer, so the last state stays: {error}")
+                self._set_notice(f"the registry does not answer, so its last known state is used: {error}")
                 return
             self.catalogue.entries, self.polled = read, True
             notices = [await self._follow_champion(), await self._follow_candidate(), self._missing_models()]
@@ -110,13 +110,13 @@ class RegistryWatcher:
     def _missing_models(self) -> str | None:
         """Return a notice about models of `serve.models` that are not in the registry (yet)."""
         missing = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
-        return f"serve.models: the registry holds no {', '.join(map(repr, missing))}" if missing else None
+        return f"serve.models: the registry has no {', '.join(map(repr, missing))}" if missing else None
 
     async def _follow_champion(self) -> str | None:
         """Warm up a new champion and let it answer; return the reason if it cannot."""
         champion = self.catalogue.alias(CHAMPION)
         if champion is None:
-            return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
+            return f"the registry has no champion of {self.catalogue.name!r}; the last one stays"
         former = self.catalogue.champion
         refusal = await self._warm_up(champion, fused=self.config.serve.fuse_champion)
         if placement_of(champion) == placement_of(former):

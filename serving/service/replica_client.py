@@ -122,7 +122,7 @@ class ReplicaClient:
                 running, reason = await self._status(may_sleep)
                 self._running = time.monotonic(), running, reason
         if not running:
-            raise APIError(503, f"no replica runs: {reason}", code="model_not_loaded")
+            raise APIError(503, f"no replica is running: {reason}", code="model_not_loaded")
 
     async def _status(self, may_sleep: bool) -> tuple[bool, str]:
         """Return True if replicas run or may be started, and Serve's status message."""
@@ -173,5 +173,5 @@ def _api_error(error: Exception) -> APIError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, APIError):
             return error.cause
-        return APIError(500, f"drawing failed: {error.cause}", code="drawing_failed")
-    return APIError(503, "the model stopped while drawing; try again", code="model_lost")
+        return APIError(500, f"image generation failed: {error.cause}", code="drawing_failed")
+    return APIError(503, "the replica stopped while generating the image; try again", code="model_lost")

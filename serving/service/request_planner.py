@@ -60,7 +60,7 @@ class RequestPlanner:
         if request.partial_images and not request.stream:
             raise APIError(400, "partial_images: needs stream: true", "partial_images", "invalid_value")
         if request.stream and request.n > 1:
-            raise APIError(400, "n: a stream has one picture; leave n out", "n", "invalid_value")
+            raise APIError(400, "n: must be 1 with stream: true", "n", "invalid_value")
         context.prompt = request.prompt
         user = request.user or context.key
         version = await self.find(request.model, user)
@@ -124,8 +124,8 @@ class RequestPlanner:
         limit = self.settings.max_side or 2 * max(own)
         if max(width, height) > limit:
             message = (
-                f"size: {size} is larger than the {limit} pixels a side drawn here; this model's own "
-                f"size is {own.width}x{own.height}"
+                f"size: {size} exceeds this server's limit of {limit} pixels per side; the model's default "
+                f"is {own.width}x{own.height}"
             )
             raise APIError(400, message, "size", "invalid_value")
         return width, height

@@ -21,7 +21,7 @@ def withdraw(config: Config, version: int | None = None, reason: str = "by hand"
         client = open_existing(config)
         candidate = aliases.aliases_of(client, config).get(CANDIDATE)
         if candidate is None or version not in (None, candidate):
-            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to take out")
+            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to withdraw")
         client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
         client.delete_registered_model_alias(name, CANDIDATE)
     return candidate

@@ -86,7 +86,7 @@ class Catalogue:
             if version is not None and self.fits(version):
                 return version
         raise UnknownModel(
-            f"the model {model!r} does not exist here; GET /v1/models lists those that do, for example "
+            f"the model {model!r} does not exist; GET /v1/models lists the available models, for example "
             f"{self.name!r} or {label(self.champion)!r}"
         )
 

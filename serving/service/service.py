@@ -208,7 +208,7 @@ class Service:
         """
         limit = self.settings.max_queued_requests
         if self.num_open >= limit:
-            message = f"{limit} requests are waiting, which is the limit; try again later"
+            message = f"the server has {limit} open requests, which is its limit; try again later"
             raise APIError(503, message, None, "queue_full", {"retry-after": "1"})
         self.num_open += 1
         try:
@@ -223,7 +223,7 @@ class Service:
             yield
         except TimeoutError:
             seconds = f"{self.settings.request_timeout_s:g}"
-            message = f"not drawn within {seconds} s; ask for fewer steps or pictures, or try later"
+            message = f"not finished within {seconds} s; request fewer steps or images, or try again later"
             raise APIError(504, message, code="timeout") from None
 
     @contextmanager

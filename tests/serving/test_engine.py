@@ -288,15 +288,15 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         ("sd", {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
         ("sd", {"guidance_scale": float("nan")}, "guidance_scale: nan"),
         ("sd", {"seed": 2**64}, "seed: "),
-        ("sd", {"prompt": "\ud800"}, "prompt: it holds half"),
-        ("sd", {"height": 60}, "height: 60; this model draws multiples of 8"),
+        ("sd", {"prompt": "\ud800"}, "prompt: contains an unpaired surrogate"),
+        ("sd", {"height": 60}, "height: 60; must be a multiple of 8 pixels"),
         ("sd", {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
         ("sd", {"previews": 2}, "previews: 2"),
-        ("sd3", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
+        ("sd3", {"width": 72}, "width: 72; must be a multiple of 16 pixels, at most 128"),
         ("sd3", {"width": 144}, "width: 144"),
-        ("sd", {"width": 136}, "width: 136; pictures of up to 128 pixels a side"),
-        ("flux", {"height": 72}, "height: 72; this model draws multiples of 16 pixels"),
-        ("flux", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
+        ("sd", {"width": 136}, "width: 136; must be at most 128 pixels"),
+        ("flux", {"height": 72}, "height: 72; must be a multiple of 16 pixels"),
+        ("flux", {"negative_prompt": "a"}, "negative_prompt: not supported: this model takes the guidance"),
     ],
 )
 def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
@@ -337,7 +337,7 @@ def test_the_load_tells_places_and_how_long_rows_waited_for_their_first_step(tin
 
 def test_the_bound_on_a_side_can_be_set(tiny_model: Path) -> None:
     engine = engine_of(tiny_model, max_side=64)
-    with pytest.raises(ValueError, match="height: 72; pictures of up to 64 pixels"):
+    with pytest.raises(ValueError, match="height: 72; must be at most 64 pixels"):
         engine.submit(Request("a", 0, 1, 1.0, height=72))
 
 

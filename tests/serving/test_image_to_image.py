@@ -203,10 +203,10 @@ def test_a_line_a_pixel_wide_takes_no_memory_but_its_own(shape: tuple[int, int])
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"strength": 0.5}, "strength: 0.5; it is of an image, and there is none"),
-        ({"image": picture(*SQUARE), "strength": 0.0}, "strength: 0.0; it is above 0"),
+        ({"strength": 0.5}, "strength: 0.5; needs an initial image"),
+        ({"image": picture(*SQUARE), "strength": 0.0}, "strength: 0.0; must be above 0"),
         ({"image": picture(*SQUARE), "strength": float("nan")}, "strength: nan"),
-        ({"image": picture(*SQUARE), "strength": 0.2}, "strength: 0.2 of 4 steps is not one"),
+        ({"image": picture(*SQUARE), "strength": 0.2}, "strength: 0.2 of 4 steps leaves no step"),
         ({"image": picture(*WIDE)}, r"image: \(48, 64, 3\) of torch.uint8; uint8, 64 x 64 x 3 is needed"),
         ({"image": picture(*SQUARE).float()}, "of torch.float32"),
     ],

@@ -232,9 +232,9 @@ def test_a_watcher_that_leaves_frees_its_row(lora: RegisteredModel) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"width": 60}, "size", "60; this model draws multiples of 8 pixels"),
-        ({"seed": -1}, "seed", "-1; it is from 0"),
-        ({"prompt": "\ud800"}, "prompt", "it holds half"),
+        ({"width": 60}, "size", "60; must be a multiple of 8 pixels"),
+        ({"seed": -1}, "seed", "-1; must be from 0"),
+        ({"prompt": "\ud800"}, "prompt", "contains an unpaired surrogate"),
         ({"image": encode_png(np.zeros((9, 9, 3), np.uint8), None), "strength": 0.2}, "strength", "0.2 of 4"),
         ({"steps": 1001}, "steps", "DPMSolverMultistepScheduler cannot draw in 1001 steps"),
     ],

@@ -64,7 +64,7 @@ def test_without_a_candidate_promoting_asks_for_a_version(rolled: Config) -> Non
     withdraw(rolled)
     with pytest.raises(ConfigError, match="promote --version"):
         promote(rolled)
-    with pytest.raises(ConfigError, match="nothing to take out"):
+    with pytest.raises(ConfigError, match="nothing to withdraw"):
         withdraw(rolled)
 
 

@@ -177,7 +177,7 @@ def test_a_model_that_is_admitted_and_not_there_is_told(
         return service.watcher.notice
 
     found = served(changed(watched, models=["nobody", "watched", "*"]), versions, store, work)
-    assert found == "serve.models: the registry holds no 'nobody'"
+    assert found == "serve.models: the registry has no 'nobody'"
 
 
 def test_shadows_go_on_where_the_last_process_stopped(
