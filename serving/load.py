@@ -1,5 +1,6 @@
 """Load of an engine, and drift scores of its images, for metrics."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -24,7 +25,8 @@ class EngineLoad(NamedTuple):
     adapter_bytes: int
 
 
-class DriftScores(NamedTuple):
+@dataclass(frozen=True)
+class DriftScores:
     """Drift scores of a full window. None: not measured, because an input is missing.
 
     Attributes:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from ray_jobs.config import ServeConfig
 
@@ -24,7 +25,7 @@ class Unsupported(NamedTuple):
     """
 
     reason: str
-    neutral: tuple[Any, ...] = ()
+    neutral: tuple[str | int, ...] = ()
 
 
 STILL_PNG = "every image is a single PNG"
@@ -122,7 +123,7 @@ class ImageRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral_fields(cls, body: Any) -> Any:
+    def _drop_neutral_fields(cls, body: object) -> object:
         """Drop nulls, and OpenAI's other fields if they change nothing. `safety_identifier`, OpenAI's newer
         name for `user`, takes precedence over `user` unless it is empty."""
         if not isinstance(body, dict):
@@ -279,7 +280,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def invalid_request(error: dict[str, Any]) -> APIError:
+def invalid_request(error: ErrorDetails) -> APIError:
     """Make a 400 from one of pydantic's errors (an item of `ValidationError.errors()`)."""
     path = [str(part) for part in error["loc"] if part != "body"]
     field = ".".join(path)

@@ -77,7 +77,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
     return Adapter(name, updates)
 
 
-def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> Any:
+def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> "nn.Linear | nn.Conv2d":
     """Return the layer that an update applies to."""
     part, name = place
     try:
@@ -97,7 +97,7 @@ def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> Any:
 
 def _update(
     where: str,
-    layer: Any,
+    layer: nn.Linear | nn.Conv2d,
     tensors: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
     place: LayerKey,
@@ -156,7 +156,7 @@ class AdapterCache:
     """
 
     def __init__(
-        self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], Any]
+        self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], object]
     ) -> None:
         self._read, self._on_loaded, self.max_bytes = read, on_loaded, max_bytes
         self._kept: OrderedDict[str, Adapter] = OrderedDict()

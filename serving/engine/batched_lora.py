@@ -118,7 +118,7 @@ def _multiplied(inputs: torch.Tensor, update: Update) -> torch.Tensor:
     return added.reshape(*inputs.shape[:-1], -1)
 
 
-def _convolved(layer: Any, inputs: torch.Tensor, update: Update) -> torch.Tensor:
+def _convolved(layer: nn.Conv2d, inputs: torch.Tensor, update: Update) -> torch.Tensor:
     """Map N x in x h x w to N x out x h' x w', each row by its own kernels or all by shared ones, as one
     grouped convolution with one group per kernel."""
     groups, rank = update.down.shape[:2]

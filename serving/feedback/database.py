@@ -4,6 +4,7 @@ The default is SQLite in the storage folder, which any number of processes on on
 machines need PostgreSQL, given by its URL.
 """
 
+import sqlite3
 from typing import Any
 
 from sqlalchemy import (
@@ -156,7 +157,7 @@ def open_database(url: str) -> Engine:
     return engine
 
 
-def _prepare_sqlite(connection: Any, _: Any) -> None:
+def _prepare_sqlite(connection: "sqlite3.Connection", _: object) -> None:
     """Make commits durable when they return (FULL), and allow reading during writes (WAL)."""
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_S}")

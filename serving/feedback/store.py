@@ -9,9 +9,10 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, case, func, select
+from sqlalchemy import ColumnElement, Engine, Executable, Table, case, func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -46,7 +47,8 @@ class Vote(NamedTuple):
     key_id: str
 
 
-class Tally(NamedTuple):
+@dataclass(frozen=True)
+class FeedbackTally:
     """Feedback on a version's images in numbers; `ups` and `downs` are ratings of +1 and -1."""
 
     model: str
@@ -138,7 +140,7 @@ class FeedbackStore:
             raise _unavailable() from error
         return FeedbackResponse(created=int(now), **request.model_dump())
 
-    def _replace(self, table: Any, row: dict[str, Any], **key: str) -> Any:
+    def _replace(self, table: Table, row: dict[str, Any], **key: str) -> Executable:
         """Make a statement that inserts a row, or replaces the one with the same key."""
         return self._upsert(table).values(**key, **row).on_conflict_do_update(index_elements=[*key], set_=row)
 
@@ -179,7 +181,7 @@ class FeedbackStore:
             rows = connection.execute(select(*columns).order_by(votes.c.pair, votes.c.key_id))
             return [Vote(*row) for row in rows]
 
-    def tally(self) -> list[Tally]:
+    def tally(self) -> list[FeedbackTally]:
         """Count the feedback on each model, version and role, to compare versions.
 
         Raises:
@@ -187,7 +189,7 @@ class FeedbackStore:
         """
         identity = (generations.c.model, generations.c.version, generations.c.role)
 
-        def count(condition: Any) -> Any:
+        def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
             return func.sum(case((condition, 1), else_=0))
 
         counts_by_version: dict[tuple[str, int, str], dict[str, int]] = {}
@@ -207,7 +209,7 @@ class FeedbackStore:
         except SQLAlchemyError as error:
             raise _unavailable() from error
         return [
-            Tally(*version, *(counts.get(name, 0) for name in wanted))
+            FeedbackTally(*version, *(counts.get(name, 0) for name in wanted))
             for version, counts in sorted(counts_by_version.items())
         ]
 

@@ -11,9 +11,11 @@ import logging
 import re
 import uuid
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from ray_jobs.config import ServeConfig
 from serving.http.api_keys import Key, KeyRing
-from serving.http.asgi_exchange import CLIENT_LEFT, ASGIApp, ClientLeft, Exchange, Receive, Scope, Send
+from serving.http.asgi_exchange import CLIENT_LEFT, ClientLeft, Exchange
 from serving.http.limits import ConcurrencyLimit, RateLimit
 from serving.http.logs import LOGGER, log_request
 from serving.schemas import APIError

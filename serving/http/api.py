@@ -32,6 +32,7 @@ from serving.schemas import (
 )
 from serving.service.metrics import CONTENT_TYPE
 from serving.service.request_context import RequestContext
+from serving.service.rollout import RolloutStatus
 from serving.service.service import Service
 
 WEB = Path(__file__).parents[1] / "web"  # files of the web page
@@ -157,7 +158,7 @@ def _add_operation(api: FastAPI, service: Service) -> None:
         return Readiness(model=label(service.catalogue.champion), notice=service.watcher.notice)
 
     @api.get("/v1/rollout")
-    async def rollout() -> dict[str, Any]:
+    async def rollout() -> RolloutStatus:
         """Compare champion and candidate: answers since the endpoint started, and feedback."""
         return await service.rollout()
 
@@ -247,7 +248,7 @@ async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequ
     try:
         return model.model_validate(texts), image
     except ValidationError as error:
-        raise invalid_request(dict(error.errors()[0])) from None
+        raise invalid_request(error.errors()[0]) from None
 
 
 def _form(model: type[EditRequest]) -> dict[str, Any]:

@@ -4,17 +4,12 @@ when the client disconnects."""
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.schemas import APIError
 from serving.service.request_context import RequestContext
-
-Scope = dict[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CLIENT_LEFT = 499
 """Status, in logs and metrics only, of a request whose client left before the answer was complete."""
@@ -24,7 +19,7 @@ class ClientLeft(Exception):
     """The client closed its connection."""
 
 
-def context_of(scope: MutableMapping[str, Any]) -> RequestContext:
+def context_of(scope: Scope) -> RequestContext:
     """Return the request's context; a new one, which is kept, if no outer layer made one."""
     context = scope.setdefault("state", {}).setdefault("context", RequestContext())
     assert isinstance(context, RequestContext)

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TextIO
 
 from serving.service.request_context import RequestContext
 
@@ -26,7 +26,7 @@ class JSONFormatter(logging.Formatter):
     """Format a record as one line: time (UTC), level, message, then the `fields` given in `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        fields: Mapping[str, object] = getattr(record, "fields", {})
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -36,14 +36,14 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         # Keep the end of a traceback, which names the error.
-        cut = {
-            name: value[-MAX_TEXT:] if name == "exception" else _cut(value) for name, value in line.items()
-        }
+        cut = {name: _cut(value, keep_end=name == "exception") for name, value in line.items()}
         return json.dumps(cut, ensure_ascii=True, default=str)
 
 
-def _cut(value: Any) -> Any:
-    return value[:MAX_TEXT] if isinstance(value, str) else value
+def _cut(value: object, *, keep_end: bool) -> object:
+    if not isinstance(value, str):
+        return value
+    return value[-MAX_TEXT:] if keep_end else value[:MAX_TEXT]
 
 
 def configure_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:

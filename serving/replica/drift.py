@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +161,7 @@ class DriftMonitor:
         """Return the latest scores, with the number of images skipped or failed so far."""
         if self.latest is None:
             return None
-        return self.latest._replace(num_passed_over=self.num_skipped + self.num_failed)
+        return replace(self.latest, num_passed_over=self.num_skipped + self.num_failed)
 
     def stop(self) -> None:
         """Stop the thread after the image that is being measured."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray import serve
 
@@ -36,6 +36,8 @@ from serving.request import Request, RequestError
 from serving.schemas import APIError
 
 if TYPE_CHECKING:
+    import torch
+
     from serving.engine.rows import Drawing, OnPreview
     from serving.engine.thread import EngineThread
 
@@ -161,7 +163,7 @@ class Model:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
         left out."""
         loop = asyncio.get_running_loop()
-        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels of previews; None at the end
+        seen: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()  # pixels of previews; None at the end
         async with self._engine(routed.version, routed.fused) as (thread, adapter):
             request = await self._completed(routed, thread, adapter)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731

@@ -47,7 +47,7 @@ class SafetyChecker:
             return [APIError(500, message, code="safety_check_failed") for _ in pictures]
 
 
-def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
+def _answer(pixels: np.ndarray, verdict: object) -> np.ndarray | APIError:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"the checker gave {verdict!r}, not a Verdict")
     if verdict.allowed:

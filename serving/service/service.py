@@ -12,7 +12,7 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
-from serving.feedback.store import FeedbackStore, Tally
+from serving.feedback.store import FeedbackStore, FeedbackTally
 from serving.load import DriftScores
 from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
@@ -29,7 +29,7 @@ from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
 from serving.service.request_planner import RequestPlanner
 from serving.service.responses import Delivery
-from serving.service.rollout import withdraw
+from serving.service.rollout import RolloutStatus, ShadowCounts, withdraw
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
 
@@ -69,7 +69,7 @@ class Service:
         self.started = int(time.time())
         self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
-        self._named: list[Any] = []  # state of the registry that the metrics last received
+        self._named: list[object] = []  # state of the registry that the metrics last received
 
     def start(self, *, poll_now: bool) -> None:
         """Start following the registry and, if configured, shadow mode.
@@ -150,26 +150,26 @@ class Service:
             size=size,
         )
 
-    async def rollout(self) -> dict[str, Any]:
+    async def rollout(self) -> RolloutStatus:
         """Return the answer to GET /v1/rollout: champion and candidate, their answers and feedback."""
         candidate, notices = self.catalogue.candidate, [self.watcher.notice]
-        tallies: list[Tally] = []
+        tallies: list[FeedbackTally] = []
         try:
             tallies = await asyncio.to_thread(self.feedback.tally)
         except APIError as error:  # the rest of the answer is still useful to an operator
             notices.append(error.message)
         drift = latest_drift(await self.replicas.loads())
-        return {
-            "champion": label(self.catalogue.champion),
-            "candidate": candidate and label(candidate),
-            "candidate_share": self.settings.candidate_share,
-            "versions": {name: tally.as_json() for name, tally in self.canary.tallies.items()},
-            "quality": {f"{model}@{version}": each._asdict() for (model, version), each in drift.items()},
-            "feedback": [tally._asdict() for tally in tallies],
-            "taken_out": self.canary.taken_out,
-            "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
-            "notice": "; ".join(filter(None, notices)) or None,
-        }
+        return RolloutStatus(
+            champion=label(self.catalogue.champion),
+            candidate=candidate and label(candidate),
+            candidate_share=self.settings.candidate_share,
+            versions={name: tally.summary() for name, tally in self.canary.tallies.items()},
+            quality={f"{model}@{version}": each for (model, version), each in drift.items()},
+            feedback=tallies,
+            taken_out=self.canary.taken_out,
+            shadow=ShadowCounts(stored=self.shadow.stored, passed_over=self.shadow.passed_over),
+            notice="; ".join(filter(None, notices)) or None,
+        )
 
     async def metrics_text(self) -> bytes:
         """Return the answer to GET /metrics: metrics of the endpoint and its replicas."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_versions_are_tallied_apart(store: FeedbackStore) -> None:
     for number, rating in ((1, 1), (2, -1), (3, 1)):
         store.rate(rated(number, rating))
     store.rate(rated(3, None, over=f"img-{1:024x}"))
-    told = [tuple(each) for each in store.tally()]
+    told = [astuple(each) for each in store.tally()]
     assert told == [("served", 3, "champion", 1, 1, 0, 1), ("served", 4, "candidate", 1, 0, 1, 0)]
 
 

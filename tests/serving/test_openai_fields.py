@@ -23,7 +23,7 @@ TAKEN = {"image", "safety_identifier"}  # by other means than a field of the sam
 def refused(model: type[ImageRequest], **fields: Any) -> APIError:
     with pytest.raises(ValidationError) as caught:
         model.model_validate({"prompt": "a", **fields})
-    return invalid_request(dict(caught.value.errors()[0]))
+    return invalid_request(caught.value.errors()[0])
 
 
 @pytest.mark.parametrize(("model", "theirs"), [(ImageRequest, GENERATE), (EditRequest, EDIT)])

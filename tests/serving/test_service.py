@@ -20,7 +20,7 @@ from serving.messages import BASE, RoutedRequest, label, placement_of
 from serving.request import Request
 from serving.schemas import APIError, ImageRequest
 from serving.service.request_context import RequestContext
-from serving.service.rollout import TAKEN_OUT
+from serving.service.rollout import TAKEN_OUT, RolloutStatus
 from serving.service.service import Service
 from serving.service.shadow import Shadow, Shadowed
 from tests.serving.conftest import save_adapters
@@ -114,7 +114,7 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
     champion, candidate = versions
     damaged = replace(candidate, digest="00" * 32)
 
-    async def work(service: Service, _: Any) -> dict[str, Any]:
+    async def work(service: Service, _: Any) -> RolloutStatus:
         for _ in range(REQUESTS):
             assert await answered(service, champion, steps=1) == 200
             assert await answered(service, damaged, steps=1) == 503
@@ -123,9 +123,9 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
         await asyncio.gather(*service._background)
         return await service.rollout()
 
-    told = served(watched, [champion, damaged], store, work)
-    assert told["candidate"] is None
-    assert "errors: 100.0% of the last 20 requests" in told["taken_out"]["watched@2"]
+    status = served(watched, [champion, damaged], store, work)
+    assert status.candidate is None
+    assert "errors: 100.0% of the last 20 requests" in status.taken_out["watched@2"]
     assert CANDIDATE not in client.get_registered_model("watched").aliases
     assert "errors: 100.0%" in client.get_model_version("watched", "2").tags[TAKEN_OUT]
 
