@@ -237,6 +237,9 @@ class CompletedEvent(PictureEvent):
     usage: Usage = Usage()
 
 
+ImageEvent = PartialImageEvent | CompletedEvent
+
+
 class ErrorBody(BaseModel):
     """An error in the format of OpenAI's API."""
 

@@ -22,6 +22,7 @@ from serving.schemas import (
     APIError,
     EditRequest,
     ErrorResponse,
+    ImageEvent,
     ImageRequest,
     ImageResponse,
     ModelCard,
@@ -193,7 +194,7 @@ class EventStream(StreamingResponse):
     """Server-sent events whose source is closed with the connection."""
 
     @classmethod
-    async def of(cls, events: AsyncGenerator[BaseModel], context: RequestContext) -> "EventStream":
+    async def of(cls, events: AsyncGenerator[ImageEvent], context: RequestContext) -> "EventStream":
         """Return the stream once it has its first event, so that earlier errors get their own HTTP status.
 
         Args:
@@ -218,13 +219,13 @@ class EventStream(StreamingResponse):
 
 
 async def _as_text(
-    first: BaseModel, events: AsyncGenerator[BaseModel], context: RequestContext
+    first: ImageEvent, events: AsyncGenerator[ImageEvent], context: RequestContext
 ) -> AsyncGenerator[str]:
     """Yield events as text, each named by its type; an error becomes the last event."""
     try:
-        yield _event(first.type, first.model_dump_json())  # type: ignore[attr-defined]
+        yield _event(first.type, first.model_dump_json())
         async for event in events:
-            yield _event(event.type, event.model_dump_json())  # type: ignore[attr-defined]
+            yield _event(event.type, event.model_dump_json())
     except APIError as error:
         context.reason, context.stream_status = error.code, error.status
         yield _event("error", json.dumps(error.body()))

@@ -126,13 +126,13 @@ class Model:
                     RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
                 )
 
-    def _is_warm(self, place: Placement) -> bool:
+    def _is_warm(self, placement: Placement) -> bool:
         """Return True if this engine, and its adapter if any, are in memory."""
-        thread = self.engine_cache.engines.get(place.engine)
-        if thread is None or place.adapter is None:
+        thread = self.engine_cache.engines.get(placement.engine)
+        if thread is None or placement.adapter is None:
             return thread is not None
         adapters = thread.engine.adapters
-        return adapters is not None and adapters.holds(place.adapter)
+        return adapters is not None and adapters.holds(placement.adapter)
 
     def check_health(self) -> None:
         """Raise RuntimeError if an engine fails every call; Serve then replaces the replica."""
@@ -200,18 +200,18 @@ class Model:
         self, version: RegisteredModel | None, fused: bool
     ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
         """Provide the engine that serves a version, and the name of its adapter there, if it is one."""
-        place = placement_of(version, fused=fused)
-        if place.adapter and self.settings.compile:
+        placement = placement_of(version, fused=fused)
+        if placement.adapter and self.settings.compile:
             message = (
                 f"{label(version)} is a LoRA version, which a server with serve.compile serves "
                 "only as its champion, with serve.fuse_champion"
             )
             raise APIError(503, message, "model", "model_refused")
         if version is not None:
-            self._versions[place.adapter or place.engine] = version
+            self._versions[placement.adapter or placement.engine] = version
         try:
-            async with self.engine_cache.use(place.engine) as thread:
-                yield thread, place.adapter
+            async with self.engine_cache.use(placement.engine) as thread:
+                yield thread, placement.adapter
         except (ValueError, OSError) as error:
             raise _cannot_serve(version, error) from error
 

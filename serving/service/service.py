@@ -18,6 +18,7 @@ from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
     APIError,
     CompletedEvent,
+    ImageEvent,
     ImageRequest,
     ImageResponse,
     PartialImageEvent,
@@ -112,7 +113,7 @@ class Service:
 
     async def stream(
         self, request: ImageRequest, context: RequestContext, image: bytes | None = None
-    ) -> AsyncGenerator[PartialImageEvent | CompletedEvent]:
+    ) -> AsyncGenerator[ImageEvent]:
         """Generate one image, yielding its previews on the way.
 
         Raises:

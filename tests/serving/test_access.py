@@ -21,7 +21,6 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
@@ -99,7 +98,7 @@ class Server:
             late = BackgroundTask(later, told["later"]) if "later" in told else None
             return JSONResponse({"key_id": context.key_id}, background=late)
 
-        async def too_late() -> AsyncGenerator[BaseModel]:
+        async def too_late() -> AsyncGenerator[PartialImageEvent]:
             yield PartialImageEvent(b64_json="", created_at=0, size="8x8", partial_image_index=0)
             raise APIError(504, "not drawn in time", code="timeout")
 
