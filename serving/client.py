@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 KEY_VARIABLE = "DIFFRAY_KEY"  # environment variable with an API key for these commands
@@ -25,7 +26,7 @@ def browsable(host: str, port: int) -> str:
 
 
 def call(
-    url: str, body: dict[str, Any] | None = None, timeout_s: float = 60, *, key: str | None = None
+    url: str, body: Mapping[str, object] | None = None, timeout_s: float = 60, *, key: str | None = None
 ) -> Any:
     """Send GET (or POST `body` as JSON), and return the JSON answer.
 
@@ -50,8 +51,8 @@ def call(
         except (ValueError, KeyError, TypeError):
             text = " ".join(text.split())[:200]
         failure = EndpointError(f"{url}: {error.code}: {text}")
-        told = error.headers.get("Retry-After", "")
-        failure.retry_after_s = float(told) if told.isdecimal() else None
+        seconds = error.headers.get("Retry-After", "")
+        failure.retry_after_s = float(seconds) if seconds.isdecimal() else None
         raise failure from None
     except (OSError, ValueError) as error:
         raise EndpointError(f"{url}: {error}") from None

@@ -134,7 +134,7 @@ def default_prompts(storage: Storage) -> list[str]:
     return list(dict.fromkeys(captions)) or DEFAULT_PROMPTS
 
 
-def _drawn(config: Config, url: str, body: dict[str, Any]) -> Any:
+def _drawn(config: Config, url: str, body: dict[str, object]) -> Any:
     """Return the answer to one request, retrying when the endpoint gives a Retry-After."""
     while True:
         try:

@@ -52,9 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
             store.close()
     except ConfigError as error:
         sys.exit(complain(error))
-    [(what, count), _] = report.items()
-    show(f"export: {count} {what} in {out.uri}")
-    for reason, number in report["left_out"].items():
+    show(f"export: {report.count} {report.kind} in {out.uri}")
+    for reason, number in report.left_out.items():
         show(f"export: left out: {number} x {reason}")
 
 

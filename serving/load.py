@@ -1,9 +1,10 @@
 """Load of an engine, and drift scores of its images, for metrics."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Load(NamedTuple):
+class EngineLoad(NamedTuple):
     """Current state of an engine, and its counters since it was created."""
 
     places: int  # slots for running rows
@@ -24,7 +25,8 @@ class Load(NamedTuple):
     adapter_bytes: int
 
 
-class Drift(NamedTuple):
+@dataclass(frozen=True)
+class DriftScores:
     """Drift scores of a full window. None: not measured, because an input is missing.
 
     Attributes:

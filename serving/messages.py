@@ -1,35 +1,48 @@
 """Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from ray_jobs.config import resolve_path
 from ray_jobs.registry.models import RegisteredModel
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
+from serving.request import Request
 
 BASE = "base"
 
 
-class Order(NamedTuple):
-    """One image to generate."""
+class ImageParameters(TypedDict):
+    """Parameters of a generated image that are recorded for feedback and in its file."""
 
-    version: RegisteredModel | None  # None: the bare base
+    image_id: str
+    model: str
+    version: int
+    adapter: str | None
     prompt: str
+    negative_prompt: str | None
     seed: int
     steps: int
     guidance_scale: float
-    negative_prompt: str | None = None
-    height: int | None = None  # pixels; None: the model's own
-    width: int | None = None
-    previews: int = 0  # number of intermediate images
-    image: bytes | None = None  # initial image: an image file
-    strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run
+    size: str
+    strength: float | None
+
+
+class RoutedRequest(NamedTuple):
+    """A request with the version that it goes to.
+
+    `request` is complete but for what only the replica knows: the name of the version's adapter in the engine
+    and the pixels of the initial image.
+    """
+
+    version: RegisteredModel | None  # None: the bare base
+    request: Request
+    image: bytes | None = None  # file of the initial image, as it was sent
     image_id: str = ""  # id of the generated image
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
     asked: float = 0.0  # time of the request, seconds since 1970
     fused: bool = False  # True: a LoRA version is served by its own engine, merged into the base
 
-    def parameters(self, size: str) -> dict[str, Any]:
-        """Return the parameters that are recorded for feedback and in the image's file.
+    def parameters(self, size: str) -> ImageParameters:
+        """Return the image's parameters.
 
         Args:
             size: width x height in pixels.
@@ -39,13 +52,13 @@ class Order(NamedTuple):
             "model": self.version.name if self.version else BASE,
             "version": self.version.version if self.version else 0,
             "adapter": adapter_name(self.version) if self.version and self.version.method == "lora" else None,
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "seed": self.seed,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
+            "prompt": self.request.prompt,
+            "negative_prompt": self.request.negative_prompt,
+            "seed": self.request.seed,
+            "steps": self.request.steps,
+            "guidance_scale": self.request.guidance_scale,
             "size": size,
-            "strength": None if self.image is None else self.strength,
+            "strength": None if self.image is None else self.request.strength,
         }
 
 
@@ -53,10 +66,10 @@ class Picture(NamedTuple):
     """A replica's answer: a finished image or a preview."""
 
     png: bytes
-    waited_s: float | None = None  # seconds from the order's arrival to its first step; None: a preview
+    waited_s: float | None = None  # seconds from the request's arrival to its first step; None: a preview
 
 
-class Traits(NamedTuple):
+class ImageSize(NamedTuple):
     """Properties of the replicas' base that the ingress needs."""
 
     height: int  # of the model's default image, in pixels
@@ -68,11 +81,11 @@ class ReplicaLoad(NamedTuple):
 
     replica: str  # unique name; a replacement replica has another one
     process: int  # process id on its node
-    engines: dict[str, Load]  # by engine name
-    drift: dict[tuple[str, int], Drift]  # by model name and version
+    engines: dict[str, EngineLoad]  # by engine name
+    drift: dict[tuple[str, int], DriftScores]  # by model name and version
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Location of a version in a replica: the engine's name, and the adapter's name in it, if any."""
 
     engine: str
@@ -94,15 +107,15 @@ def adapter_name(version: RegisteredModel) -> str:
     return f"{label(version)}#{version.digest[:12]}"
 
 
-def place_of(version: RegisteredModel | None, *, fused: bool = False) -> Place:
+def placement_of(version: RegisteredModel | None, *, fused: bool = False) -> Placement:
     """Return the place of a version. LoRA versions are adapters in the base's engine, unless fused; a fully
     trained version has its own engine.
 
     Names include the digest, because a recreated registry counts versions from 1 again.
     """
     if version is None:
-        return Place(BASE, None)
+        return Placement(BASE, None)
     name = adapter_name(version)
     if version.method != "lora":
-        return Place(name, None)
-    return Place(f"fused {name}", None) if fused else Place(BASE, name)
+        return Placement(name, None)
+    return Placement(f"fused {name}", None) if fused else Placement(BASE, name)

@@ -21,7 +21,11 @@ MAX_CHUNKS = 64  # maximum chunks read before the pixels; ours are among the fir
 
 
 def facts_of(
-    parameters: Mapping[str, Any], *, base: str, adapter_digest: str | None = None, with_prompt: bool = True
+    parameters: Mapping[str, object],
+    *,
+    base: str,
+    adapter_digest: str | None = None,
+    with_prompt: bool = True,
 ) -> dict[str, Any]:
     """Return the provenance of a served image.
 
@@ -41,7 +45,7 @@ def facts_of(
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:
+def encode_png(pixels: np.ndarray, facts: Mapping[str, object] | None) -> bytes:
     """Encode an image as a PNG file.
 
     Args:
@@ -69,7 +73,7 @@ def encode_png(pixels: np.ndarray, facts: Mapping[str, Any] | None) -> bytes:
     return file.getvalue()
 
 
-def parameters_line(facts: Mapping[str, Any]) -> str:
+def parameters_line(facts: Mapping[str, object]) -> str:
     """Format facts as image tools do: the prompt, the negative prompt, and one line of settings."""
     labels = {
         "steps": "Steps",
@@ -83,8 +87,8 @@ def parameters_line(facts: Mapping[str, Any]) -> str:
     }
     settings = ", ".join(f"{label}: {facts[name]}" for name, label in labels.items() if name in facts)
     lines = [
-        facts.get("prompt"),
-        facts.get("negative_prompt") and f"Negative prompt: {facts['negative_prompt']}",
+        str(facts.get("prompt") or ""),
+        f"Negative prompt: {facts['negative_prompt']}" if facts.get("negative_prompt") else "",
     ]
     text = "\n".join([line for line in lines if line] + [settings])
     # A null character ends a chunk's text, and lone surrogates are invalid in UTF-8.

@@ -11,39 +11,40 @@ A running endpoint follows the registry's aliases, so these act on the registry 
 import argparse
 import os
 import sys
-from typing import Any
+
+from pydantic import ValidationError
 
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import columns, complain, show
 from ray_jobs.registry import aliases
 from serving.client import KEY_VARIABLE, EndpointError, call
-from serving.service.rollout import promote, withdraw
+from serving.service.rollout import RolloutStatus, promote, withdraw
 
 
-def comparison(answer: dict[str, Any]) -> str:
+def comparison(status: RolloutStatus) -> str:
     """Format the answer of GET /v1/rollout as a table."""
+    roles = {status.champion: "champion", status.candidate: "candidate"}
     head = ("version", "", "answers", "errors", "median s", "p95 s", "median s a step")
     rows = []
-    for version, tally in answer["versions"].items():
-        role = next((each for each in ("champion", "candidate") if answer[each] == version), "")
-        times = [tally[key] for key in ("median_s", "p95_s", "median_step_s")]
-        shown = ["–" if each is None else f"{each:.3g}" for each in times]
-        rows.append((version, role, str(tally["answers"]), str(tally["errors"]), *shown))
+    for version, each in status.versions.items():
+        times = (each.median_s, each.p95_s, each.median_step_s)
+        shown = ["–" if seconds is None else f"{seconds:.3g}" for seconds in times]
+        rows.append((version, roles.get(version, ""), str(each.answers), str(each.errors), *shown))
     lines = columns([head, *rows])
-    for version, scores in answer["quality"].items():
-        told = f"quality: {version}: FID {scores['fid']:.1f}"
-        if scores["expected_fid"] is not None:
-            told += f" (when published {scores['expected_fid']:.1f})"
-        for name, key in (("CLIP score", "clip_score"), ("near copies", "near_copies")):
-            told += "" if scores[key] is None else f", {name} {scores[key]:.3g}"
-        lines.append(f"{told}, of the last {scores['num_pictures']} pictures")
+    for version, scores in status.quality.items():
+        line = f"quality: {version}: FID {scores.fid:.1f}"
+        if scores.expected_fid is not None:
+            line += f" (when published {scores.expected_fid:.1f})"
+        for name, score in (("CLIP score", scores.clip_score), ("near copies", scores.near_copies)):
+            line += "" if score is None else f", {name} {score:.3g}"
+        lines.append(f"{line}, of the last {scores.num_pictures} pictures")
     lines += [
-        f"feedback: {each['model']}@{each['version']} ({each['role']}): {each['ups']} up, "
-        f"{each['downs']} down, {each['wins']} votes won, {each['losses']} lost"
-        for each in answer["feedback"]
+        f"feedback: {each.model}@{each.version} ({each.role}): {each.ups} up, "
+        f"{each.downs} down, {each.wins} votes won, {each.losses} lost"
+        for each in status.feedback
     ]
-    lines += [f"taken out: {version}: {reason}" for version, reason in answer["taken_out"].items()]
-    return "\n".join(lines + ([f"notice: {answer['notice']}"] if answer["notice"] else []))
+    lines += [f"taken out: {version}: {reason}" for version, reason in status.taken_out.items()]
+    return "\n".join(lines + ([f"notice: {status.notice}"] if status.notice else []))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -59,7 +60,12 @@ def _run(options: argparse.Namespace) -> None:
         show(aliases.status(config))
         if options.url:
             key = os.environ.get(KEY_VARIABLE)
-            show(comparison(call(f"{options.url.rstrip('/')}/v1/rollout", key=key)))
+            url = f"{options.url.rstrip('/')}/v1/rollout"
+            try:
+                status = RolloutStatus.model_validate(call(url, key=key))
+            except ValidationError:
+                raise EndpointError(f"{url}: another version of diffray answers there") from None
+            show(comparison(status))
 
 
 def main(arguments: list[str] | None = None) -> int:

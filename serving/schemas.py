@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from ray_jobs.config import ServeConfig
 
 MAX_SEED = 2**31 - 1
 
 
-class Other(NamedTuple):
+class Unsupported(NamedTuple):
     """A field of OpenAI's API that this server does not support.
 
     Attributes:
@@ -24,25 +25,25 @@ class Other(NamedTuple):
     """
 
     reason: str
-    neutral: tuple[Any, ...] = ()
+    neutral: tuple[str | int, ...] = ()
 
 
-STILL_PNG = "a picture is one PNG here"
-OTHER_FIELDS = {
-    "background": Other("the model draws no transparency", ("opaque",)),
-    "complexity": Other("the model plans nothing before it draws; ask for more steps"),
-    "frame_count": Other(STILL_PNG),
-    "frame_duration_ms": Other(STILL_PNG),
-    "input_fidelity": Other("strength says how far a picture may change", ("low",)),
-    "markup": Other("the whole picture is drawn anew, by its strength"),
-    "mask": Other("the whole picture is drawn anew, by its strength"),
-    "moderation": Other("this server's own safety checker looks at pictures, the same for everybody"),
+STILL_PNG = "every image is a single PNG"
+UNSUPPORTED_FIELDS = {
+    "background": Unsupported("the model does not generate transparency", ("opaque",)),
+    "complexity": Unsupported("the model has no planning phase; request more steps"),
+    "frame_count": Unsupported(STILL_PNG),
+    "frame_duration_ms": Unsupported(STILL_PNG),
+    "input_fidelity": Unsupported("strength sets how far the image may change", ("low",)),
+    "markup": Unsupported("the whole image is regenerated; strength sets how far it may change"),
+    "mask": Unsupported("the whole image is regenerated; strength sets how far it may change"),
+    "moderation": Unsupported("this server applies its own safety checker to every image"),
     # A form sends text where JSON has a number.
-    "output_compression": Other("PNG has no lossy compression", (100, "100")),
-    "output_format": Other("pictures are PNG here", ("png",)),
-    "quality": Other("ask for more or fewer steps", ("standard",)),
-    "style": Other("the model has the style that it was trained on"),
-    "svg": Other(STILL_PNG),
+    "output_compression": Unsupported("PNG has no lossy compression", (100, "100")),
+    "output_format": Unsupported("images are always PNG", ("png",)),
+    "quality": Unsupported("request more or fewer steps", ("standard",)),
+    "style": Unsupported("the model's style comes from its training images"),
+    "svg": Unsupported(STILL_PNG),
 }
 
 # OpenAI's clients (3.52) retry a request, twice by default, on 408, 409, 429 and all statuses from 500 on,
@@ -88,43 +89,50 @@ class ImageRequest(BaseModel):
         },
     )
 
-    prompt: str = Field(min_length=1, description="what to draw")
+    prompt: str = Field(min_length=1, description="Text that describes the image.")
     model: str | None = Field(
-        None, max_length=300, description="a name of GET /v1/models; the served one if empty"
+        None, max_length=300, description="Model id from GET /v1/models. Default: the served model."
     )
-    n: int = Field(1, ge=1, description="pictures; the i-th has seed + i")
+    n: int = Field(1, ge=1, description="Number of images; image i (from 0) uses seed + i.")
     size: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
-        description="width x height in pixels, for example 64x64; the model's own if empty",
+        description="Width x height in pixels, for example 64x64. Default: the model's own size.",
     )
-    response_format: Literal["b64_json"] = Field("b64_json", description="PNG in base64")
-    stream: bool = Field(False, description="answer with server-sent events; needs n = 1")
-    partial_images: int = Field(0, ge=0, le=3, description="unfinished pictures on the way; needs stream")
-    negative_prompt: str | None = Field(None, description="what the picture should not show")
-    steps: int | None = Field(None, ge=1, description="denoising steps")
+    response_format: Literal["b64_json"] = Field("b64_json", description="PNG, base64-encoded.")
+    stream: bool = Field(False, description="Send server-sent events; requires n = 1.")
+    partial_images: int = Field(0, ge=0, le=3, description="Number of previews; requires stream.")
+    negative_prompt: str | None = Field(None, description="Text that describes what to avoid.")
+    steps: int | None = Field(None, ge=1, description="Number of denoising steps.")
     guidance_scale: float | None = Field(
-        None, ge=1, le=20, allow_inf_nan=False, description="of classifier-free guidance; 1: off"
+        None,
+        ge=1,
+        le=20,
+        allow_inf_nan=False,
+        description="Scale of classifier-free guidance; 1 turns it off.",
     )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="of the noise; drawn if empty")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Seed of the initial noise. Default: random."
+    )
     user: str | None = Field(
         None,
         max_length=256,
-        description="your user's name or a hash of it; one user stays with one version. Or safety_identifier",
+        description="Stable id of your end user, such as a hash; a user stays with one version. "
+        "safety_identifier is accepted too.",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral_fields(cls, body: Any) -> Any:
+    def _drop_neutral_fields(cls, body: object) -> object:
         """Drop nulls, and OpenAI's other fields if they change nothing. `safety_identifier`, OpenAI's newer
         name for `user`, takes precedence over `user` unless it is empty."""
         if not isinstance(body, dict):
             return body
         kept = {}
         for field, value in body.items():
-            if value is None or (value == "auto" and field in (*OTHER_FIELDS, "size")):
+            if value is None or (value == "auto" and field in (*UNSUPPORTED_FIELDS, "size")):
                 continue
-            if field in OTHER_FIELDS and value in OTHER_FIELDS[field].neutral:
+            if field in UNSUPPORTED_FIELDS and value in UNSUPPORTED_FIELDS[field].neutral:
                 continue
             kept[field] = value
         if identifier := kept.pop("safety_identifier", None):
@@ -133,12 +141,12 @@ class ImageRequest(BaseModel):
 
 
 class EditRequest(ImageRequest):
-    """The fields beside the picture of POST /v1/images/edits, a form."""
+    """Fields of the form of POST /v1/images/edits, beside the image."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": []})
 
     strength: float = Field(
-        0.8, gt=0, le=1, allow_inf_nan=False, description="how far the picture may change; 1: anything"
+        0.8, gt=0, le=1, allow_inf_nan=False, description="How far the image may change, up to 1: completely."
     )
 
 
@@ -158,7 +166,7 @@ def limited(request: type[Limited], settings: ServeConfig) -> type[Limited]:
 
 
 def _narrowed(name: str, **limits: Any) -> Any:
-    """Return a field of ImageRequest with further limits."""
+    """Return a field of ImageRequest with tighter limits."""
     field = ImageRequest.model_fields[name]
     lower: dict[str, Any] = {"min_length": 1} if name == "prompt" else {"ge": 1} if "le" in limits else {}
     default = ... if field.is_required() else field.default
@@ -172,21 +180,21 @@ def width_and_height(size: str) -> tuple[int, int]:
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """One generated image."""
 
-    id: str = Field(pattern="^img-[0-9a-f]{24}$", description="to speak of this picture later")
-    b64_json: str = Field(description="PNG in base64")
-    revised_prompt: None = Field(None, description="always null: prompts are drawn as written")
-    seed: int = Field(description="draws this picture again, with n = 1")
+    id: str = Field(pattern="^img-[0-9a-f]{24}$", description="Id of the image, for POST /v1/feedback.")
+    b64_json: str = Field(description="PNG, base64-encoded.")
+    revised_prompt: None = Field(None, description="Always null: prompts are used unchanged.")
+    seed: int = Field(description="Seed that reproduces this image with n = 1.")
 
 
 class ImageResponse(BaseModel):
     """Answer to POST /v1/images/generations."""
 
-    created: int = Field(description="seconds since 1970")
+    created: int = Field(description="Unix time in seconds.")
     data: list[ImageData]
-    model: str = Field(description="name@version that drew, to be asked for the same again")
-    size: str = Field(description="width x height in pixels")
+    model: str = Field(description="name@version that generated the images; request it to reproduce them.")
+    size: str = Field(description="Width x height in pixels.")
     output_format: Literal["png"] = "png"
 
 
@@ -200,37 +208,40 @@ class Usage(BaseModel):
 
 
 class PictureEvent(BaseModel):
-    """What both events of a stream tell of their picture."""
+    """Fields of both kinds of image events."""
 
-    b64_json: str = Field(description="PNG in base64")
-    created_at: int = Field(description="seconds since 1970")
-    size: str = Field(description="width x height in pixels")
+    b64_json: str = Field(description="PNG, base64-encoded.")
+    created_at: int = Field(description="Unix time in seconds.")
+    size: str = Field(description="Width x height in pixels.")
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png"] = "png"
 
 
 class PartialImageEvent(PictureEvent):
-    """An unfinished picture of a stream."""
+    """A preview in a stream."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"] = (
         "image_generation.partial_image"
     )
-    partial_image_index: int = Field(description="counts from 0")
+    partial_image_index: int = Field(description="Index of the preview, from 0.")
 
 
 class CompletedEvent(PictureEvent):
-    """The finished picture of a stream, its last event."""
+    """The finished image, the last event of a stream."""
 
     type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
-    id: str = Field(description="to speak of this picture later")
-    seed: int = Field(description="draws this picture again")
-    model: str = Field(description="name@version that drew")
+    id: str = Field(description="Id of the image, for POST /v1/feedback.")
+    seed: int = Field(description="Seed that reproduces this image.")
+    model: str = Field(description="name@version that generated the image.")
     usage: Usage = Usage()
 
 
+ImageEvent = PartialImageEvent | CompletedEvent
+
+
 class ErrorBody(BaseModel):
-    """What is wrong, as OpenAI's clients read it."""
+    """An error in the format of OpenAI's API."""
 
     message: str
     type: str
@@ -239,7 +250,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer but 200."""
+    """Body of every answer with a status other than 200."""
 
     error: ErrorBody
 
@@ -248,19 +259,21 @@ class Readiness(BaseModel):
     """Answer to GET /readyz."""
 
     status: Literal["ok"] = "ok"
-    model: str = Field(description="name@version that answers requests")
-    notice: str | None = Field(description="what a person should look at, such as a refused champion")
+    model: str = Field(description="name@version that answers requests by default.")
+    notice: str | None = Field(
+        description="Problem for an operator, such as a champion that cannot be served."
+    )
 
 
 class ModelCard(BaseModel):
     """One entry of GET /v1/models."""
 
-    id: str = Field(description="what a request may give as its model")
+    id: str = Field(description="Value for the field model of a request.")
     object: Literal["model"] = "model"
-    created: int = Field(description="seconds since 1970 when the endpoint started")
+    created: int = Field(description="Unix time in seconds at which the endpoint started.")
     owned_by: str = "diffray"
-    version: int | None = Field(description="of the model registry; null: the base alone")
-    size: str = Field(description="width x height of its own pictures")
+    version: int | None = Field(description="Version in the model registry; null for the bare base.")
+    size: str = Field(description="Default width x height in pixels.")
 
 
 class ModelList(BaseModel):
@@ -270,14 +283,14 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def invalid_request(error: dict[str, Any]) -> APIError:
+def invalid_request(error: ErrorDetails) -> APIError:
     """Make a 400 from one of pydantic's errors (an item of `ValidationError.errors()`)."""
     path = [str(part) for part in error["loc"] if part != "body"]
     field = ".".join(path)
     if error["type"] == "json_invalid":
         return APIError(400, "the body is not JSON", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        if other := OTHER_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
+        if other := UNSUPPORTED_FIELDS.get(field.partition("[")[0]):  # a form writes objects as svg[model]
             message = f"{field}: not supported by this server: {other.reason}"
             return APIError(400, message, param=field, code="unsupported_parameter")
         message = f"{field}: unknown field; remove it or correct its name"
@@ -286,7 +299,7 @@ def invalid_request(error: dict[str, Any]) -> APIError:
         message = "size: must be width x height in pixels, for example 64x64"
         return APIError(400, message, param=field, code="invalid_value")
     if field == "response_format":
-        message = "response_format: only b64_json is served here, not links to pictures"
+        message = "response_format: only b64_json is supported; this server returns no URLs"
         return APIError(400, message, param=field, code="invalid_value")
     where = f"{field}: " if field else ""
     return APIError(400, where + error["msg"], param=field or None, code="invalid_value")

@@ -21,7 +21,7 @@ from torch import nn
 
 from ray_jobs.weights.adapter_files import check_adapter, layer_in_memory
 from ray_jobs.weights.loading import LORA_WEIGHTS
-from serving.engine.batched_lora import Adapter, Place, Update
+from serving.engine.batched_lora import Adapter, LayerKey, Update
 
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # Fields of peft's configuration that switch on variants with different arithmetic.
@@ -57,7 +57,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
     settings = check_adapter(file, tensors, metadata)
-    by_place: dict[Place, dict[str, torch.Tensor]] = {}
+    by_place: dict[LayerKey, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind = next((kind for kind in (DOWN, UP, MAGNITUDE) if key.endswith(kind)), None)
         part, _, layer = key.partition(".")
@@ -70,14 +70,14 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
         by_place.setdefault((part, layer), {})[kind] = tensor
     updates = {
         place: _update(
-            f"{file}: {'.'.join(place)}", _layer(parts, place, file), found, settings, place, device
+            f"{file}: {'.'.join(place)}", _layer(parts, place, file), stored, settings, place, device
         )
-        for place, found in by_place.items()
+        for place, stored in by_place.items()
     }
     return Adapter(name, updates)
 
 
-def _layer(parts: Mapping[str, nn.Module], place: Place, file: Path) -> Any:
+def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> "nn.Linear | nn.Conv2d":
     """Return the layer that an update applies to."""
     part, name = place
     try:
@@ -97,18 +97,18 @@ def _layer(parts: Mapping[str, nn.Module], place: Place, file: Path) -> Any:
 
 def _update(
     where: str,
-    layer: Any,
-    found: Mapping[str, torch.Tensor],
+    layer: nn.Linear | nn.Conv2d,
+    tensors: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
-    place: Place,
+    place: LayerKey,
     device: str,
 ) -> Update:
     """Make the update of one layer from its stored tensors."""
     weight = layer.weight
-    if DOWN not in found or UP not in found:
+    if DOWN not in tensors or UP not in tensors:
         raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
     # Copies, because safetensors returns views of the file.
-    stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in found.items()}
+    stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in tensors.items()}
     down, up = stored[DOWN], stored[UP].flatten(1)
     expected = (len(down), *weight.shape[1:])
     if down.shape != expected or up.shape != (len(weight), len(down)) or stored[UP].ndim != weight.ndim:
@@ -127,7 +127,7 @@ def _update(
     return Update(down, up, gain)
 
 
-def _scale(where: str, settings: Mapping[str, Any], place: Place, *, rank: int) -> float:
+def _scale(where: str, settings: Mapping[str, Any], place: LayerKey, *, rank: int) -> float:
     """Return alpha / rank of a layer as peft computes it (alpha / sqrt(rank) for rsLoRA); 1, as in diffusers,
     if the file has no configuration."""
     part, layer = place
@@ -156,7 +156,7 @@ class AdapterCache:
     """
 
     def __init__(
-        self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], Any]
+        self, read: Callable[[str], Adapter], *, max_bytes: int, on_loaded: Callable[[], object]
     ) -> None:
         self._read, self._on_loaded, self.max_bytes = read, on_loaded, max_bytes
         self._kept: OrderedDict[str, Adapter] = OrderedDict()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Place = tuple[str, str]  # names of a pipeline component and of a layer in it
+LayerKey = tuple[str, str]  # names of a pipeline component and of a layer in it
 
 
 class Update(NamedTuple):
@@ -37,7 +37,7 @@ class Adapter:
     """LoRA weights in memory, from `adapters.read_adapter`."""
 
     name: str
-    updates: Mapping[Place, Update]
+    updates: Mapping[LayerKey, Update]
 
     @cached_property
     def num_bytes(self) -> int:
@@ -49,7 +49,7 @@ class Adapter:
         return frozenset(part for part, _ in self.updates)
 
 
-Stacks = Mapping[Place, Update]  # updates of N rows, each tensor N x ..., or 1 x ... if shared by all
+Stacks = Mapping[LayerKey, Update]  # updates of N rows, each tensor N x ..., or 1 x ... if shared by all
 
 
 class _Active(threading.local):
@@ -67,7 +67,7 @@ class BatchedLoRA:
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = parts
-        self._hooked: set[Place] = set()
+        self._hooked: set[LayerKey] = set()
         self._active = _Active()
 
     def stack(self, rows: Sequence[Adapter | None], part: str) -> Stacks:
@@ -76,7 +76,7 @@ class BatchedLoRA:
         unique = list(dict.fromkeys(rows))
         index = [unique.index(row) for row in rows]
         places = dict.fromkeys(place for adapter in unique if adapter for place in adapter.updates)
-        found = {}
+        stacks = {}
         for place in places:
             if place[0] != part:
                 continue
@@ -84,8 +84,8 @@ class BatchedLoRA:
                 self._parts[part].get_submodule(place[1]).register_forward_hook(partial(self._add, place))
                 self._hooked.add(place)
             updates = [adapter.updates.get(place) if adapter else None for adapter in unique]
-            found[place] = _stacked(updates, index if len(unique) > 1 else [0])
-        return found
+            stacks[place] = _stacked(updates, index if len(unique) > 1 else [0])
+        return stacks
 
     @contextmanager
     def applied(self, stacks: Stacks) -> Iterator[None]:
@@ -96,7 +96,7 @@ class BatchedLoRA:
         finally:
             self._active.stacks = {}
 
-    def _add(self, place: Place, layer: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> Any:
+    def _add(self, place: LayerKey, layer: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> Any:
         update = self._active.stacks.get(place)
         if update is None:
             return None  # the layer's own output
@@ -118,7 +118,7 @@ def _multiplied(inputs: torch.Tensor, update: Update) -> torch.Tensor:
     return added.reshape(*inputs.shape[:-1], -1)
 
 
-def _convolved(layer: Any, inputs: torch.Tensor, update: Update) -> torch.Tensor:
+def _convolved(layer: nn.Conv2d, inputs: torch.Tensor, update: Update) -> torch.Tensor:
     """Map N x in x h x w to N x out x h' x w', each row by its own kernels or all by shared ones, as one
     grouped convolution with one group per kernel."""
     groups, rank = update.down.shape[:2]

@@ -4,11 +4,11 @@ A request becomes a row. Rows join and leave between denoiser calls, each with i
 count, guidance, size, adapter and initial image. Each yields the image that plain diffusers generates for its
 request alone.
 Rows are admitted first come, first served, at most `max_rows` at a time. Running rows of the same size share
-a denoiser call, and the size whose row has waited longest for its step goes next.
+a denoiser call, and the size whose row has waited longest for its step goes next. `scheduler` decides this;
+the engine computes what it decides.
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache, partial
@@ -39,9 +39,10 @@ from serving.engine.deepcache import DeepCache
 from serving.engine.optimizations import attention_kernel, check_switches, compiled, offloaded
 from serving.engine.prompts import PromptEmbeddings, Text
 from serving.engine.rows import Drawing, Kind, OnPreview, Request, Row, check_request
-from serving.engine.scheduler import RequestQueue, next_group
-from serving.engine.vae import Decoder, encode, next_chunk
-from serving.load import Load
+from serving.engine.scheduler import Scheduler
+from serving.engine.vae import Decoder, encode
+from serving.load import EngineLoad
+from serving.request import RequestError
 
 
 class Engine:
@@ -89,7 +90,6 @@ class Engine:
         check_switches(pipeline, with_adapters=adapter_folder is not None, cache_features=cache_features)
         self.pipeline = pipeline if offloaded(pipeline) else pipeline.to(device)
         self.family, self.device, self.attention = family_of(pipeline), device, attention
-        self.max_rows, self.chunk_rows = max_rows, decode_rows
         self.model = self.family.model(pipeline)
         self.denoiser: Any = self.model[self.family.denoiser]
         self.guidance_embedded = self.family.guidance_embedded(self.denoiser)
@@ -100,7 +100,7 @@ class Engine:
         # Only one thread at a time may call a denoiser that is compiled, offloaded or caches deep features.
         alone = compiled(pipeline) or offloaded(pipeline) or cache_features
         self.workers = CPUWorkers(num_cores, share_out=not alone)
-        self.decoder = Decoder(pipeline, chunk_rows=decode_rows, workers=self.workers)
+        self.decoder = Decoder(pipeline, workers=self.workers)
         self.prompts = PromptEmbeddings(pipeline, self.low_rank, device=device, max_bytes=prompt_bytes)
         self.work = threading.Event()  # set when there may be work
         self.adapters: AdapterCache | None = None
@@ -113,13 +113,11 @@ class Engine:
         self.max_side = 2 * max(self.own_size) if max_side is None else max_side
         self._schedule = lru_cache(1024)(self._tabulate)
         self._arrivals = count()
-        self._waiting = RequestQueue(self.adapters, read_ahead=max_rows, max_waiting=max_waiting)
-        self._encoding: list[Row] = []
-        self._running: list[Row] = []
+        self.scheduler = Scheduler(
+            self.adapters, max_rows=max_rows, chunk_rows=decode_rows, max_waiting=max_waiting
+        )
         self._batches: dict[Kind, Batch] = {}
-        self._calls = self._row_steps = self._first_steps = 0
         self.failed_calls = 0  # denoiser calls that failed since the last success
-        self._seconds_to_first_step = 0.0
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -129,39 +127,34 @@ class Engine:
     @property
     def unfinished(self) -> bool:
         """True while any request is unanswered."""
-        return bool(len(self._waiting) or self._encoding or self._running or len(self.decoder))
+        return bool(self.scheduler.rows)
 
-    @property
-    def _free(self) -> int:
-        """Number of free slots."""
-        return self.max_rows - len(self._encoding) - len(self._running)
-
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         """Return the current load, for metrics; may be called from any thread."""
-        kept = self.adapters
-        return Load(
-            places=self.max_rows,
-            waiting=len(self._waiting),
-            encoding=len(self._encoding),
-            running=len(self._running),
-            decoding=len(self.decoder),
-            rejected=self._waiting.rejected,
-            calls=self._calls,
-            row_steps=self._row_steps,
+        scheduler, adapters = self.scheduler, self.adapters
+        return EngineLoad(
+            places=scheduler.max_rows,
+            waiting=len(scheduler.waiting),
+            encoding=len(scheduler.encoding),
+            running=len(scheduler.running),
+            decoding=len(scheduler.decoding),
+            rejected=scheduler.waiting.rejected,
+            calls=scheduler.calls,
+            row_steps=scheduler.row_steps,
             pictures=self.decoder.pictures,
-            first_steps=self._first_steps,
-            seconds_to_first_step=self._seconds_to_first_step,
+            first_steps=scheduler.first_steps,
+            seconds_to_first_step=scheduler.seconds_to_first_step,
             prompt_hits=self.prompts.hits,
             prompt_misses=self.prompts.misses,
-            adapter_hits=kept.hits if kept else 0,
-            adapter_misses=kept.misses if kept else 0,
-            adapter_bytes=kept.num_bytes if kept else 0,
+            adapter_hits=adapters.hits if adapters else 0,
+            adapter_misses=adapters.misses if adapters else 0,
+            adapter_bytes=adapters.num_bytes if adapters else 0,
         )
 
     def check_steps(self, num_steps: int) -> None:
-        """Raise ValueError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
+        """Raise RequestError if the scheduler cannot denoise in `num_steps` steps (some have a minimum)."""
         if num_steps < 1:
-            raise ValueError(f"{num_steps}; at least one is needed")
+            raise RequestError("steps", f"{num_steps}; must be at least 1")
         self._schedule(num_steps, *self.own_size)
 
     def submit(self, request: Request, on_preview: OnPreview | None = None) -> Future[Drawing]:
@@ -172,7 +165,7 @@ class Engine:
                 from the stepping thread. Required with `request.previews`.
 
         Raises:
-            ValueError: the model does not support a field, which is named.
+            RequestError: the model does not support a field.
             QueueFull: the queue is full.
         """
         height, width = self.own_size
@@ -180,11 +173,13 @@ class Engine:
         with_adapters = self.adapters is not None
         check_request(request, size, self.pipeline, with_adapters=with_adapters, max_side=self.max_side)
         if bool(request.previews) != (on_preview is not None):
-            raise ValueError(f"previews: {request.previews}; they and on_preview go together")
+            raise RequestError(
+                "previews", f"{request.previews}; on_preview is required with previews, and only then"
+            )
         strength = None if request.image is None else request.strength
         schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
         row = Row(request, schedule, size, next(self._arrivals), on_preview)
-        self._waiting.add(row, free=self._free)
+        self.scheduler.add(row)
         self.work.set()
         return row.future
 
@@ -195,14 +190,14 @@ class Engine:
         """
         with torch.inference_mode():
             self._drop_answered()
-            joined = self._admit()
-            self._encode_chunk()
-            # Finished latents take memory too: no denoising while `max_rows` of them wait for decoding.
-            group = next_group(self._running) if len(self.decoder) < self.max_rows else []
-            if group:
+            if joined := self.scheduler.admit():
+                self._guarded(joined, lambda: self._begin(joined))
+            if images := self.scheduler.next_to_encode():
+                encoding = partial(encode, self.pipeline, images, self.device)
+                self._guarded(images, lambda: self.workers.together(encoding))
+            if group := self.scheduler.next_to_denoise():
                 self._guarded(group, lambda: self._denoise(group))
-            chunk = self.decoder.next_chunk()
-            if chunk:
+            if chunk := self.scheduler.next_to_decode():
                 self._guarded([each.row for each in chunk], lambda: self.decoder.decode(chunk))
         return bool(joined or group or chunk)
 
@@ -215,7 +210,7 @@ class Engine:
 
     def fail_all(self, error: Exception) -> None:
         """Fail every request with this error."""
-        for row in (*self._waiting.rows, *self._encoding, *self._running, *self.decoder.rows):
+        for row in self.scheduler.rows:
             row.fail(error)
         self._drop_answered()
 
@@ -240,15 +235,18 @@ class Engine:
         scheduler = self.pipeline.scheduler
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
-        return tabulate(scheduler, self.family, num_steps, self.latent_shape(height, width), strength)
+        if strength is not None and self.family.schedule.first_step(num_steps, strength) >= num_steps:
+            reason = f"{strength} of {num_steps} steps leaves no step to run; increase one of them"
+            raise RequestError("strength", reason)
+        try:
+            return tabulate(scheduler, self.family, num_steps, self.latent_shape(height, width), strength)
+        except ValueError as error:
+            raise RequestError("steps", str(error)) from error
 
     def _drop_answered(self) -> None:
         """Drop rows that were cancelled or have failed, and batches of sizes that no running row has."""
-        self._waiting.drop_answered()
-        self._encoding = [row for row in self._encoding if not row.future.done()]
-        self._running = [row for row in self._running if not row.future.done()]
-        self.decoder.drop_answered()
-        sizes = {row.size for row in self._running}
+        self.scheduler.drop_answered()
+        sizes = {row.size for row in self.scheduler.running}
         self._batches = {kind: batch for kind, batch in self._batches.items() if kind[0] in sizes}
 
     def _guarded(self, rows: Sequence[Row], work: Callable[[], None]) -> None:
@@ -258,27 +256,6 @@ class Engine:
             for row in rows:
                 row.fail(error)
             self._drop_answered()
-
-    def _admit(self) -> list[Row]:
-        """Move the next requests of the queue into the free slots."""
-        joined = self._waiting.take(self._free)
-        if joined:
-            self._encoding += [row for row in joined if row.request.image is not None]
-            self._running += [row for row in joined if row.request.image is None]
-            self._guarded(joined, lambda: self._begin(joined))
-        return joined
-
-    def _encode_chunk(self) -> None:
-        """Encode the images of one chunk of image-to-image rows, which then start running."""
-        if not self._encoding:
-            return
-        chunk = next_chunk(self._encoding, self.chunk_rows)
-        self._encoding = [row for row in self._encoding if row not in chunk]
-        self._running += chunk
-        for row in chunk:
-            row.last_call = self._calls
-        encoding = partial(encode, self.pipeline, chunk, self.device)
-        self._guarded(chunk, lambda: self.workers.together(encoding))
 
     def _begin(self, rows: list[Row]) -> None:
         """Set the prompt embeddings and initial noise of newly admitted rows."""
@@ -294,19 +271,14 @@ class Engine:
             row.clean = torch.zeros_like(row.latents)
             if self.num_earlier:
                 row.earlier = row.latents.new_zeros((self.num_earlier, *row.latents.shape))
-            row.captions, row.last_call = captions, self._calls
+            row.captions = captions
 
     def _denoise(self, rows: list[Row]) -> None:
         """Make one denoising step for rows of one kind."""
-        kind, now = rows[0].kind, time.monotonic()
+        kind = rows[0].kind
         if kind not in self._batches or self._batches[kind].rows != rows:
             self._batches[kind] = Batch.of(rows, self.family, self.model, self.low_rank, self.device)
         batch = self._batches[kind]
-        for row in rows:
-            if not row.done:
-                row.waited_s = now - row.submitted
-                self._first_steps += 1
-                self._seconds_to_first_step += row.waited_s
         latents = torch.stack([row.latents for row in rows])
         step = coefficients([(row.schedule, row.done) for row in rows], self.device, latents.dim() - 1)
         clean = torch.stack([row.clean for row in rows])
@@ -318,17 +290,11 @@ class Engine:
         earlier = torch.stack([row.earlier for row in rows]) if self.num_earlier else None
         guided = batch.guide(output.float())
         latents, clean, earlier = advance(step, latents, guided, clean, self.clip, earlier)
-        self._calls += 1
-        self._row_steps += len(rows)
         for i, row in enumerate(rows):
             row.latents, row.clean = latents[i], clean[i]
             if earlier is not None:
                 row.earlier = earlier[i]
-            row.done += 1
-            row.last_call = self._calls
-            if row.finished or row.shows_preview:
-                self.decoder.add(row)
-        self._running = [row for row in self._running if not row.finished]
+        self.scheduler.stepped(rows)
 
     def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's output for N + G rows of one kind; keep deep features for the next step."""

@@ -1,4 +1,4 @@
-"""Requests, and the rows that they become in the engine."""
+"""The rows that requests become in the engine."""
 
 import time
 from collections.abc import Callable
@@ -12,24 +12,7 @@ import torch
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.solvers import Schedule
 from serving.engine.batched_lora import Adapter
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One image to generate, from text alone or from another image."""
-
-    prompt: str
-    seed: int
-    steps: int
-    guidance_scale: float  # 1: off; guidance-distilled denoisers take it as an input
-    negative_prompt: str | None = None  # None: as diffusers without one
-    height: int | None = None  # pixels; None: the model's own
-    width: int | None = None
-    adapter: str | None = None  # None: the bare base
-    previews: int = 0  # number of intermediate images, evenly spaced over the steps
-    image: torch.Tensor | None = None  # initial image: uint8, height x width x 3
-    strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run, the last ones
-    zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR
+from serving.request import Request, RequestError
 
 
 class Drawing(NamedTuple):
@@ -46,7 +29,7 @@ OnPreview = Callable[[int, torch.Tensor], object]  # takes the steps done and a 
 def check_request(
     request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool, max_side: int
 ) -> None:
-    """Raise ValueError, naming the field, if the model cannot serve a request, which would fail its batch.
+    """Raise RequestError if the model cannot serve a request, which would fail its batch.
 
     Args:
         size: height and width in pixels.
@@ -58,37 +41,42 @@ def check_request(
     most = family.codec.max_side(pipeline.vae.config, denoiser.config)
     for field_name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < least or pixels % least or (most and pixels > most):
-            limit = f" up to {most}" if most else ""
-            raise ValueError(f"{field_name}: {pixels}; this model draws multiples of {least}{limit} pixels")
+            limit = f", at most {most}" if most else ""
+            raise RequestError(field_name, f"{pixels}; must be a multiple of {least} pixels{limit}")
         if pixels > max_side:
-            raise ValueError(f"{field_name}: {pixels}; pictures of up to {max_side} pixels a side are drawn")
+            raise RequestError(field_name, f"{pixels}; must be at most {max_side} pixels")
     _check_image(request, size)
     if request.steps < 1:
-        raise ValueError(f"steps: {request.steps}; at least one is needed")
+        raise RequestError("steps", f"{request.steps}; must be at least 1")
     if not 0 <= request.seed < 2**63:
-        raise ValueError(f"seed: {request.seed}; it is from 0 to 2^63 - 1")
+        raise RequestError("seed", f"{request.seed}; must be from 0 to 2^63 - 1")
     if not isfinite(request.guidance_scale) or request.guidance_scale < 1:
-        raise ValueError(f"guidance_scale: {request.guidance_scale}; 1 is off, and the least")
+        raise RequestError(
+            "guidance_scale", f"{request.guidance_scale}; must be at least 1, which turns guidance off"
+        )
     if request.negative_prompt is not None and family.guidance_embedded(denoiser):
-        raise ValueError("negative_prompt: this model is told its guidance and has no negative prompt")
+        raise RequestError(
+            "negative_prompt", "not supported: this model takes the guidance scale as an input"
+        )
     for text in (request.prompt, request.negative_prompt or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("prompt: it holds half of a surrogate pair, which is no text")
+            raise RequestError("prompt", "contains an unpaired surrogate, which is not valid Unicode")
     if request.adapter is not None and not with_adapters:
-        raise ValueError(f"adapter: {request.adapter!r}; this model is served without adapters")
+        raise RequestError("adapter", f"{request.adapter!r}; this model is served without adapters")
 
 
 def _check_image(request: Request, size: tuple[int, int]) -> None:
     if not 0 < request.strength <= 1:
-        raise ValueError(f"strength: {request.strength}; it is above 0 and at most 1")
+        raise RequestError("strength", f"{request.strength}; must be above 0 and at most 1")
     image = request.image
     if image is None and request.strength != 1:
-        raise ValueError(f"strength: {request.strength}; it is of an image, and there is none")
+        raise RequestError("strength", f"{request.strength}; needs an initial image")
     if image is not None and (image.dtype != torch.uint8 or image.shape != (*size, 3)):
-        raise ValueError(
-            f"image: {tuple(image.shape)} of {image.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "
+        reason = (
+            f"{tuple(image.shape)} of {image.dtype}; uint8, {size[0]} x {size[1]} x 3 is needed, as "
             "serving.replica.image_input.read_picture makes it"
         )
+        raise RequestError("image", reason)
 
 
 @dataclass(eq=False)

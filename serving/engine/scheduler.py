@@ -1,10 +1,16 @@
-"""Admission of requests to the engine, and the choice of the rows that step next.
+"""The state of every unfinished row, and the decision which rows the engine works on next.
 
-Requests wait in a bounded queue, first come, first served.
+A row waits in the queue, is encoded if it has an initial image, runs until its last step, and is decoded.
+Nothing here calls a model: `engine.Engine` asks the scheduler what is next, computes it, and reports it.
 """
 
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 
 from serving.engine.adapters import AdapterCache
 from serving.engine.rows import Kind, Row
@@ -14,8 +20,124 @@ class QueueFull(RuntimeError):
     """The queue is full; the request is rejected."""
 
 
+class Decoding(NamedTuple):
+    """Latents waiting to be decoded."""
+
+    row: Row
+    latents: torch.Tensor  # C x h x w
+    done: int  # steps done
+    last: bool  # True for the finished image, False for a preview
+
+
+class Scheduler:
+    """Rows by stage. Call `add` from any thread, the rest from the stepping thread.
+
+    Args:
+        adapters: cache that must hold a row's adapter before the row is admitted; None: no adapters.
+        max_rows: maximum rows being encoded or running at a time.
+        chunk_rows: maximum images encoded or decoded at a time.
+        max_waiting: maximum rows waiting for a slot; None: no limit.
+    """
+
+    def __init__(
+        self, adapters: AdapterCache | None, *, max_rows: int, chunk_rows: int, max_waiting: int | None
+    ) -> None:
+        self.max_rows, self.chunk_rows = max_rows, chunk_rows
+        self.waiting = RequestQueue(adapters, read_ahead=max_rows, max_waiting=max_waiting)
+        self.encoding: list[Row] = []
+        self.running: list[Row] = []
+        self.decoding: deque[Decoding] = deque()
+        self.calls = self.row_steps = self.first_steps = 0
+        self.seconds_to_first_step = 0.0
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every unfinished row; twice, if a preview of it is waiting to be decoded."""
+        return [*self.waiting.rows, *self.encoding, *self.running, *(each.row for each in self.decoding)]
+
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return self.max_rows - len(self.encoding) - len(self.running)
+
+    def add(self, row: Row) -> None:
+        """Queue a row.
+
+        Raises:
+            QueueFull: the queue is full.
+        """
+        self.waiting.add(row, free=self.free)
+
+    def admit(self) -> list[Row]:
+        """Move the next rows of the queue into the free slots, and return them."""
+        joined = self.waiting.take(self.free)
+        for row in joined:
+            row.last_call = self.calls
+            (self.running if row.request.image is None else self.encoding).append(row)
+        return joined
+
+    def next_to_encode(self) -> list[Row]:
+        """Return the rows whose images are encoded together: the longest waiting one, and others of its size.
+        They run from now on."""
+        chunk = [row for row in self.encoding if row.size == self.encoding[0].size][: self.chunk_rows]
+        self.encoding = [row for row in self.encoding if row not in chunk]
+        self.running += chunk
+        for row in chunk:
+            row.last_call = self.calls
+        return chunk
+
+    def next_to_denoise(self) -> list[Row]:
+        """Return the rows of the next denoiser call: the kind whose row has waited longest for a step.
+
+        With S kinds running, every row therefore steps at least once in S calls.
+        """
+        if len(self.decoding) >= self.max_rows:  # finished latents take memory too
+            return []
+        groups: dict[Kind, list[Row]] = {}
+        for row in self.running:
+            groups.setdefault(row.kind, []).append(row)
+        group = min(groups.values(), key=lambda rows: min((r.last_call, r.arrival) for r in rows), default=[])
+        for row in group:
+            if not row.done:
+                row.waited_s = time.monotonic() - row.submitted
+                self.first_steps += 1
+                self.seconds_to_first_step += row.waited_s
+        return group
+
+    def stepped(self, rows: Sequence[Row]) -> None:
+        """Count a denoising step of these rows, and queue the latents that are due for decoding: the final
+        ones of a finished row, the predicted clean ones for a preview."""
+        self.calls += 1
+        self.row_steps += len(rows)
+        for row in rows:
+            row.done += 1
+            row.last_call = self.calls
+            if row.finished or row.shows_preview:
+                latents = row.latents if row.finished else row.clean
+                self.decoding.append(Decoding(row, latents, row.done, row.finished))
+        self.running = [row for row in self.running if not row.finished]
+
+    def next_to_decode(self) -> list[Decoding]:
+        """Remove and return the longest waiting latents and others of their size."""
+        chunk: list[Decoding] = []
+        others: deque[Decoding] = deque()
+        for each in self.decoding:
+            fits = len(chunk) < self.chunk_rows and each.row.size == self.decoding[0].row.size
+            (chunk if fits else others).append(each)
+        self.decoding = others
+        return chunk
+
+    def drop_answered(self) -> None:
+        """Drop the rows that were cancelled or have failed."""
+        self.waiting.drop_answered()
+        self.encoding = [row for row in self.encoding if not row.future.done()]
+        self.running = [row for row in self.running if not row.future.done()]
+        self.decoding = deque(each for each in self.decoding if not each.row.future.done())
+
+
 class RequestQueue:
-    """Queue of waiting rows: call `add` from any thread, the rest from the stepping thread.
+    """Bounded queue of waiting rows, first come, first served. Call `add` from any thread, the rest from the
+    stepping thread.
 
     Args:
         adapters: cache that must hold a row's adapter before the row is admitted; None: no adapters.
@@ -102,14 +224,3 @@ class RequestQueue:
         except Exception as error:  # reading may raise anything; only this request fails
             row.fail(error)
         return row.adapter is not None
-
-
-def next_group(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the next denoiser call: the kind whose row has waited longest for a step.
-
-    With S kinds running, every row therefore steps at least once in S calls.
-    """
-    groups: dict[Kind, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.kind, []).append(row)
-    return min(groups.values(), key=lambda group: min((r.last_call, r.arrival) for r in group), default=[])

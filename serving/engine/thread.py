@@ -32,7 +32,7 @@ class EngineThread:
         """Queue a request, see `Engine.submit`.
 
         Raises:
-            ValueError: the model does not support a field, which is named.
+            RequestError: the model does not support a field.
             QueueFull: the queue is full.
             EngineStopped: `stop` was called.
         """

@@ -4,9 +4,8 @@ An image-to-image row begins with the noised latents of its image (SDEdit, arXiv
 preview latents are decoded one chunk at a time.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,55 +14,19 @@ from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
-
-
-class Decoding(NamedTuple):
-    """Latents waiting to be decoded."""
-
-    row: Row
-    latents: torch.Tensor  # C x ...
-    done: int  # steps done
-    last: bool  # True for the finished image, False for a preview
+from serving.engine.scheduler import Decoding
 
 
 class Decoder:
-    """Decoder with its queue, first come, first served.
+    """Decoder that delivers the images.
 
     Args:
-        chunk_rows: maximum images decoded at a time.
         workers: CPU workers that share a chunk.
     """
 
-    def __init__(self, pipeline: Any, *, chunk_rows: int, workers: CPUWorkers) -> None:
-        self.pipeline, self.chunk_rows, self.workers = pipeline, chunk_rows, workers
-        self._queue: deque[Decoding] = deque()
+    def __init__(self, pipeline: Any, *, workers: CPUWorkers) -> None:
+        self.pipeline, self.workers = pipeline, workers
         self.pictures = 0  # images decoded, without previews
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def rows(self) -> list[Row]:
-        return [each.row for each in self._queue]
-
-    def add(self, row: Row) -> None:
-        """Queue a row's final latents if it is finished, else its current prediction of the clean latents."""
-        latents = row.latents if row.finished else row.clean
-        self._queue.append(Decoding(row, latents, row.done, row.finished))
-
-    def drop_answered(self) -> None:
-        """Drop the rows that are already answered."""
-        self._queue = deque(each for each in self._queue if not each.row.future.done())
-
-    def next_chunk(self) -> list[Decoding]:
-        """Remove and return the longest waiting latents and others of their size."""
-        chunk: list[Decoding] = []
-        others: deque[Decoding] = deque()
-        for each in self._queue:
-            fits = len(chunk) < self.chunk_rows and each.row.size == self._queue[0].row.size
-            (chunk if fits else others).append(each)
-        self._queue = others
-        return chunk
 
     def decode(self, chunk: list[Decoding]) -> None:
         """Decode rows of one size, and deliver the images."""
@@ -80,11 +43,6 @@ class Decoder:
                 each.row.on_preview(each.done, pixels)
             except Exception as error:  # the caller's code, which must not fail other rows of the chunk
                 each.row.fail(error)
-
-
-def next_chunk(rows: Sequence[Row], most: int) -> list[Row]:
-    """Return the rows to encode together: the longest waiting one, and others of its size."""
-    return [row for row in rows if row.size == rows[0].size][:most]
 
 
 def encode(pipeline: Any, rows: Sequence[Row], device: str) -> None:

@@ -4,6 +4,7 @@ The default is SQLite in the storage folder, which any number of processes on on
 machines need PostgreSQL, given by its URL.
 """
 
+import sqlite3
 from typing import Any
 
 from sqlalchemy import (
@@ -141,7 +142,7 @@ def open_database(url: str) -> Engine:
         raise ConfigError(f"serve.feedback_url: its driver is missing ({error}); pip install it") from None
     where = engine.url.render_as_string(hide_password=True)
     if engine.dialect.name not in UPSERT:
-        raise ConfigError(f"serve.feedback_url: {where}: only SQLite and PostgreSQL are known; take one")
+        raise ConfigError(f"serve.feedback_url: {where}: only SQLite and PostgreSQL are supported")
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     try:
@@ -149,14 +150,14 @@ def open_database(url: str) -> Engine:
     except DBAPIError as error:
         engine.dispose()
         reason = " ".join(str(error.orig).split())
-        raise ConfigError(f"serve.feedback_url: {where}: {reason}; mend the database or the URL") from None
+        raise ConfigError(f"serve.feedback_url: {where}: {reason}; fix the database or the URL") from None
     except ConfigError:
         engine.dispose()
         raise
     return engine
 
 
-def _prepare_sqlite(connection: Any, _: Any) -> None:
+def _prepare_sqlite(connection: "sqlite3.Connection", _: object) -> None:
     """Make commits durable when they return (FULL), and allow reading during writes (WAL)."""
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_S}")
@@ -170,11 +171,11 @@ def _make_tables(engine: Engine, where: str) -> None:
     """Create or migrate the tables; several processes may do so at once."""
     if inspect(engine).has_table(schema.name):
         with engine.connect() as connection:
-            found = connection.scalar(select(schema.c.version)) or 0
-        if found > SCHEMA:
+            version = connection.scalar(select(schema.c.version)) or 0
+        if version > SCHEMA:
             raise ConfigError(
-                f"serve.feedback_url: {where}: its tables have version {found}, this program knows {SCHEMA}; "
-                "update diffray, or give another database"
+                f"serve.feedback_url: {where}: its tables have version {version}, but this program "
+                f"knows version {SCHEMA}; update diffray, or use another database"
             )
     with engine.begin() as connection:
         for table in metadata.sorted_tables:

@@ -37,6 +37,20 @@ LeftOut = Counter[str]
 """Number of items left out of the export, by reason."""
 
 
+class ExportReport(NamedTuple):
+    """Content of export.json.
+
+    Attributes:
+        kind: `pairs` or `pictures`.
+        count: number of exported items.
+        left_out: number of items left out, by reason.
+    """
+
+    kind: str
+    count: int
+    left_out: dict[str, int]
+
+
 class Pair(NamedTuple):
     """Two images of the same prompt, one of which is preferred.
 
@@ -121,8 +135,8 @@ def _age(generation: Generation) -> tuple[float, str]:
 
 def export_preferences(
     store: FeedbackStore, out: Storage, replayer: Replayer | None, file_format: str
-) -> dict[str, Any]:
-    """Write the pairs, with their images if there is a `replayer`; return the content of export.json."""
+) -> ExportReport:
+    """Write the pairs, with their images if there is a `replayer`."""
     left_out: LeftOut = Counter()
     votes, ratings = store.votes(), store.ratings()
     images = {each.image_id for each in ratings}
@@ -145,11 +159,11 @@ def export_preferences(
             }
             rows.append(pair.row() | files)
     _write_rows(out, rows, file_format)
-    return _report(out, {"pairs": len(rows), "left_out": dict(sorted(left_out.items()))})
+    return _report(out, "pairs", len(rows), left_out)
 
 
-def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> dict[str, Any]:
-    """Write liked images and their captions; return the content of export.json."""
+def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> ExportReport:
+    """Write liked images and their captions."""
     left_out: LeftOut = Counter()
     ratings = store.ratings()
     known = {each.image_id: each for each in store.generations(sorted({each.image_id for each in ratings}))}
@@ -162,7 +176,7 @@ def export_training(store: FeedbackStore, out: Storage, replayer: Replayer) -> d
         else:
             rows.append({"file_name": f"{generation.image_id}.png", "text": generation.prompt})
     out.write_lines(METADATA, rows)
-    return _report(out, {"pictures": len(rows), "left_out": dict(sorted(left_out.items()))})
+    return _report(out, "pictures", len(rows), left_out)
 
 
 def _draw(
@@ -199,6 +213,8 @@ def _write_rows(out: Storage, rows: list[dict[str, Any]], file_format: str) -> N
     out.write_bytes(f"{PREFERENCES}.parquet", buffer.getvalue())
 
 
-def _report(out: Storage, report: dict[str, Any]) -> dict[str, Any]:
-    out.write_text(REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+def _report(out: Storage, kind: str, count: int, left_out: LeftOut) -> ExportReport:
+    report = ExportReport(kind, count, dict(sorted(left_out.items())))
+    content = {kind: count, "left_out": report.left_out}
+    out.write_text(REPORT, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return report

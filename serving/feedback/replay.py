@@ -60,12 +60,12 @@ class Replayer:
         if facts is None:
             return "the endpoint does not tell which version drew it (set serve.provenance: true)"
         for name in SAME:
-            told, meant = facts.get(name), getattr(generation, name)
-            if told != meant:
-                return f"it was drawn with {name} {meant}, the endpoint has {told}"
+            actual, recorded = facts.get(name), getattr(generation, name)
+            if actual != recorded:
+                return f"it was drawn with {name} {recorded}, the endpoint has {actual}"
         return None
 
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, body: dict[str, object]) -> dict[str, Any]:
         wait_s = 1.0
         for _ in range(TRIES):
             try:
@@ -77,8 +77,8 @@ class Replayer:
                 raise ConfigError(f"--key: the endpoint does not accept it: {_message(answer)}")
             if answer.status_code not in (429, 503):
                 break
-            told = answer.headers.get("Retry-After", "")
-            time.sleep(min(float(told) if told.isdecimal() else wait_s, LONGEST_WAIT_S))
+            seconds = answer.headers.get("Retry-After", "")
+            time.sleep(min(float(seconds) if seconds.isdecimal() else wait_s, LONGEST_WAIT_S))
             wait_s *= 2
         if answer.status_code != 200:
             raise Unavailable(f"the endpoint answered {answer.status_code}: {_message(answer)}")

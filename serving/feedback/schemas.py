@@ -43,40 +43,44 @@ class Generation(BaseModel):
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "rating": {
-        "summary": "Rate a picture",
+        "summary": "Rate an image",
         "value": {"image_id": "img-0123456789abcdef01234567", "rating": 1, "comment": "the red is right"},
     },
     "vote": {
-        "summary": "Prefer one of two pictures",
+        "summary": "Prefer one of two images",
         "value": {"image_id": "img-0123456789abcdef01234567", "over": "img-89abcdef0123456789abcdef"},
     },
 }
 
 
 class FeedbackRequest(BaseModel):
-    """Body of POST /v1/feedback: a rating, a preference between two pictures, or both."""
+    """Body of POST /v1/feedback: a rating, a preference between two images, or both."""
 
     model_config = ConfigDict(extra="forbid")
 
-    image_id: ImageId = Field(description="of the picture, as its answer told")
-    rating: Rating | None = Field(None, description="-1 bad, 0 neither, +1 good; a later one replaces it")
-    comment: str | None = Field(None, max_length=MAX_COMMENT, description="free text")
-    over: ImageId | None = Field(None, description="of the picture that image_id is preferred to")
+    image_id: ImageId = Field(description="Id of the image, from its answer.")
+    rating: Rating | None = Field(
+        None, description="-1: bad, 0: neutral, +1: good. A later rating replaces it."
+    )
+    comment: str | None = Field(None, max_length=MAX_COMMENT, description="Free text.")
+    over: ImageId | None = Field(None, description="Id of the image to which image_id is preferred.")
 
     @model_validator(mode="after")
     def _says_something(self) -> "FeedbackRequest":
         if self.rating is None and self.over is None:
-            raise ValueError("give a rating (-1, 0 or 1), or over: the picture that this one is preferred to")
+            raise ValueError(
+                "give a rating (-1, 0 or 1), or over: the id of the image that this one is preferred to"
+            )
         if self.over == self.image_id:
-            raise ValueError("over: a picture cannot be preferred to itself")
+            raise ValueError("over: an image cannot be preferred to itself")
         return self
 
 
 class FeedbackResponse(BaseModel):
-    """Answer to POST /v1/feedback, once it is on disk."""
+    """Answer to POST /v1/feedback, sent once the feedback is on disk."""
 
     object: Literal["feedback"] = "feedback"
-    created: int = Field(description="seconds since 1970")
+    created: int = Field(description="Unix time in seconds.")
     image_id: str
     rating: Rating | None
     comment: str | None

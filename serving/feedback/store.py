@@ -9,9 +9,10 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, case, func, select
+from sqlalchemy import ColumnElement, Engine, Executable, Table, case, func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -46,7 +47,8 @@ class Vote(NamedTuple):
     key_id: str
 
 
-class Tally(NamedTuple):
+@dataclass(frozen=True)
+class FeedbackTally:
     """Feedback on a version's images in numbers; `ups` and `downs` are ratings of +1 and -1."""
 
     model: str
@@ -138,7 +140,7 @@ class FeedbackStore:
             raise _unavailable() from error
         return FeedbackResponse(created=int(now), **request.model_dump())
 
-    def _replace(self, table: Any, row: dict[str, Any], **key: str) -> Any:
+    def _replace(self, table: Table, row: dict[str, Any], **key: str) -> Executable:
         """Make a statement that inserts a row, or replaces the one with the same key."""
         return self._upsert(table).values(**key, **row).on_conflict_do_update(index_elements=[*key], set_=row)
 
@@ -152,18 +154,18 @@ class FeedbackStore:
                 return
             if not is_last:
                 self.flush()  # the image may have been generated a moment ago
-        message = f"{missing[0]}: this server knows no picture {named[missing[0]]!r}"
+        message = f"{missing[0]}: this server has no image {named[missing[0]]!r}"
         raise APIError(404, message, param=missing[0], code="image_not_found")
 
     def generations(self, image_ids: Sequence[str]) -> list[Generation]:
         """Return the known generations among `image_ids`, the oldest first."""
-        found = []
+        known = []
         with self._engine.connect() as connection:
             for start in range(0, len(image_ids), BATCH):
                 wanted = generations.c.image_id.in_(image_ids[start : start + BATCH])
                 rows = connection.execute(select(generations).where(wanted)).mappings()
-                found += [Generation.model_validate(dict(row)) for row in rows]
-        return sorted(found, key=lambda each: (each.created, each.image_id))
+                known += [Generation.model_validate(dict(row)) for row in rows]
+        return sorted(known, key=lambda each: (each.created, each.image_id))
 
     def ratings(self) -> list[Rated]:
         """Return all ratings, sorted by image and key."""
@@ -179,7 +181,7 @@ class FeedbackStore:
             rows = connection.execute(select(*columns).order_by(votes.c.pair, votes.c.key_id))
             return [Vote(*row) for row in rows]
 
-    def tally(self) -> list[Tally]:
+    def tally(self) -> list[FeedbackTally]:
         """Count the feedback on each model, version and role, to compare versions.
 
         Raises:
@@ -187,10 +189,10 @@ class FeedbackStore:
         """
         identity = (generations.c.model, generations.c.version, generations.c.role)
 
-        def count(condition: Any) -> Any:
+        def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
             return func.sum(case((condition, 1), else_=0))
 
-        said: dict[tuple[str, int, str], dict[str, int]] = {}
+        counts_by_version: dict[tuple[str, int, str], dict[str, int]] = {}
         wanted = {
             "ups": (ratings.c.image_id, count(ratings.c.rating == 1)),
             "downs": (ratings.c.image_id, count(ratings.c.rating == -1)),
@@ -202,13 +204,13 @@ class FeedbackStore:
                 for name, (image_id, number) in wanted.items():
                     joined = generations.join(image_id.table, generations.c.image_id == image_id)
                     query = select(*identity, number).select_from(joined).group_by(*identity)
-                    for *version, found in connection.execute(query):
-                        said.setdefault(tuple(version), {})[name] = int(found)
+                    for *version, total in connection.execute(query):
+                        counts_by_version.setdefault(tuple(version), {})[name] = int(total)
         except SQLAlchemyError as error:
             raise _unavailable() from error
         return [
-            Tally(*version, *(counts.get(name, 0) for name in wanted))
-            for version, counts in sorted(said.items())
+            FeedbackTally(*version, *(counts.get(name, 0) for name in wanted))
+            for version, counts in sorted(counts_by_version.items())
         ]
 
     def close(self) -> None:

@@ -11,9 +11,11 @@ import logging
 import re
 import uuid
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from ray_jobs.config import ServeConfig
 from serving.http.api_keys import Key, KeyRing
-from serving.http.asgi_exchange import CLIENT_LEFT, ASGIApp, ClientLeft, Exchange, Receive, Scope, Send
+from serving.http.asgi_exchange import CLIENT_LEFT, ClientLeft, Exchange
 from serving.http.limits import ConcurrencyLimit, RateLimit
 from serving.http.logs import LOGGER, log_request
 from serving.schemas import APIError
@@ -60,8 +62,8 @@ def client_of(scope: Scope) -> str:
 class Access:
     """ASGI middleware: `api.add_middleware(Access, settings=..., keys=..., metrics=...)`.
 
-    It puts `key_id` ("anonymous" for anonymous requests) and `request_id` into `request.state`. The
-    application adds `logs.REQUEST_FACTS` and `prompt` there, as far as known.
+    It makes the request's context (`asgi_exchange.context_of`) with the request's id and its key's. The
+    application adds the facts that it knows.
 
     Args:
         app: ASGI application.
@@ -101,7 +103,7 @@ class Access:
             request_id = _request_id(scope)
             headers = {"x-request-id": request_id} if self.sends_request_id else {}
             exchange = Exchange(scope, receive, send, headers)
-            exchange.state["request_id"] = request_id
+            exchange.context.request_id = request_id
             exchange.on_end.append(lambda: self._record(exchange))
             await self._answer(exchange)
 
@@ -110,7 +112,7 @@ class Access:
         try:
             self._admit(exchange)
             # Public paths accept no body, so that strangers cannot occupy memory.
-            max_bytes = self.settings.max_body_mb << 20 if "key_id" in exchange.state else 0
+            max_bytes = self.settings.max_body_mb << 20 if exchange.context.key_id else 0
             body = await exchange.read_body(max_bytes, self.settings.request_timeout_s)
             await exchange.run(self.app, body)
         except (ClientLeft, asyncio.CancelledError) as error:
@@ -127,11 +129,15 @@ class Access:
                     exchange.status = 500
                     raise  # the server aborts the connection, so that a part is not taken for the whole
             elif isinstance(error, APIError):
-                exchange.state.setdefault("reason", error.code)
+                exchange.context.reason = exchange.context.reason or error.code
                 await exchange.answer(error)
             else:
                 _log_failure(exchange, "failed", error)
-                await exchange.answer(APIError(500, "the server failed; its log knows this request's id"))
+                await exchange.answer(
+                    APIError(
+                        500, "internal server error; the server's log has details under this request's id"
+                    )
+                )
         finally:
             exchange.end()
 
@@ -146,16 +152,16 @@ class Access:
         if scope is None or (path == "/metrics" and self.settings.allow_anonymous):
             return
         key = self._key(exchange.header(b"authorization"))
-        exchange.state["key_id"] = key.id if key else ANONYMOUS
+        exchange.context.key_id = key.id if key else ANONYMOUS
         if key is None and method == "POST" and exchange.header(b"sec-fetch-site") in OTHER_SITES:
-            message = "a page of another site may not ask here without a key"
+            message = "a request from a page of another site needs an API key"
             raise APIError(403, message, code="insufficient_scope")
         if key is not None and scope not in key.scopes:
-            message = f"the key {key.id} lacks the scope {scope!r} that {path} needs"
+            message = f"the key {key.id} lacks the scope {scope!r}, which {path} requires"
             challenge = {"www-authenticate": f'{CHALLENGE}, error="insufficient_scope", scope="{scope}"'}
             raise APIError(403, message, code="insufficient_scope", headers=challenge)
         if is_drawing(method, path):
-            self._take_place(exchange, key)
+            self._count_in(exchange, key)
 
     def _key(self, authorization: str | None) -> Key | None:
         """Return the key of a request; None if it is anonymous and this is allowed.
@@ -169,7 +175,7 @@ class Access:
         if self.keys is None or (authorization is None and self.settings.allow_anonymous):
             return None
         if kind.lower() != "bearer" or not token.strip():
-            message = "give a key of this server, as `Authorization: Bearer KEY`"
+            message = "missing API key; send it as `Authorization: Bearer KEY`"
             headers = {"www-authenticate": CHALLENGE}
             raise APIError(401, message, code="invalid_api_key", headers=headers)
         key = self.keys.find(token.strip())
@@ -178,7 +184,7 @@ class Access:
             raise APIError(401, "this key is unknown, expired or revoked", None, "invalid_api_key", headers)
         return key
 
-    def _take_place(self, exchange: Exchange, key: Key | None) -> None:
+    def _count_in(self, exchange: Exchange, key: Key | None) -> None:
         """Count an image request against its client's limits until it ends.
 
         Raises:
@@ -189,12 +195,12 @@ class Access:
         a_minute = (key and key.requests_per_minute) or self.settings.requests_per_minute
         # Checked first, so that a request refused for this costs no token.
         if self.concurrency.is_full(client, at_once):
-            message = f"{at_once} requests are being answered for this client, which is its limit"
+            message = f"this client has {at_once} open requests, which is its limit"
             # It is unknown when one of them ends; 1 s is a short wait.
             raise APIError(429, message, None, "concurrency_limit_exceeded", {"retry-after": "1"})
         seconds = self.rate.take(client, a_minute)
         if seconds:
-            message = f"the limit of {a_minute} requests a minute is reached; try again in {seconds} s"
+            message = f"the limit of {a_minute} requests per minute is reached; try again in {seconds} s"
             raise APIError(429, message, None, "rate_limit_exceeded", {"retry-after": str(seconds)})
         self.concurrency.enter(client)
         self.metrics.open_requests.inc()
@@ -202,19 +208,19 @@ class Access:
 
     def _record(self, exchange: Exchange) -> None:
         """Count and log a request that has ended."""
-        method, path, state = exchange.scope["method"], _path(exchange.scope), exchange.state
+        method, path, context = exchange.scope["method"], _path(exchange.scope), exchange.context
         # A stream that fails has begun with status 200; its last event is the error.
-        status = state.get("stream_status", exchange.status)
-        if status >= 400 and state.get("reason"):
-            self.metrics.rejected(state["reason"])
+        status = context.stream_status or exchange.status
+        if status >= 400 and context.reason:
+            self.metrics.rejected(context.reason)
         if is_drawing(method, path):
-            self.metrics.answered(status, exchange.seconds, state)
+            self.metrics.answered(status, exchange.seconds, context)
         log_request(
             method=method,
             path=path,
             status=status,
             seconds=exchange.seconds,
-            state=state,
+            context=context,
             log_prompts=self.settings.log_prompts,
             level=logging.DEBUG if path in PROBES else logging.INFO,
         )
@@ -222,8 +228,10 @@ class Access:
 
 def _request_id(scope: Scope) -> str:
     """Return the client's X-Request-ID if it is safe for logs, else a new id."""
-    told = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return told if REQUEST_ID.fullmatch(told) else uuid.uuid4().hex
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode(
+        "latin-1"
+    )
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _path(scope: Scope) -> str:
@@ -233,5 +241,5 @@ def _path(scope: Scope) -> str:
 
 
 def _log_failure(exchange: Exchange, message: str, error: BaseException) -> None:
-    ids = {name: exchange.state.get(name) for name in ("request_id", "key_id")}
+    ids = {"request_id": exchange.context.request_id, "key_id": exchange.context.key_id}
     LOGGER.error(message, exc_info=error, extra={"fields": ids})

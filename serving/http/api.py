@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from serving.http.access import needed_scope
+from serving.http.asgi_exchange import context_of
 from serving.http.feedback import feedback_router
 from serving.http.multipart import form_fields
 from serving.messages import label
@@ -21,6 +22,7 @@ from serving.schemas import (
     APIError,
     EditRequest,
     ErrorResponse,
+    ImageEvent,
     ImageRequest,
     ImageResponse,
     ModelCard,
@@ -30,7 +32,8 @@ from serving.schemas import (
     limited,
 )
 from serving.service.metrics import CONTENT_TYPE
-from serving.service.request_context import key_of
+from serving.service.request_context import RequestContext
+from serving.service.rollout import RolloutStatus
 from serving.service.service import Service
 
 WEB = Path(__file__).parents[1] / "web"  # files of the web page
@@ -42,16 +45,16 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
-MEANINGS = {
-    400: "a field is wrong; `param` names it",
-    401: "no key, or a wrong one",
-    403: "the key lacks the scope",
-    404: "no such model",
-    413: "the body is larger than this server takes",
-    429: "this client asks too much; Retry-After says when to try again",
-    500: "drawing failed",
-    503: "too many requests wait, or the model cannot answer now",
-    504: "not drawn in time",
+ERROR_DESCRIPTIONS = {
+    400: "A field is invalid; `param` names it.",
+    401: "The API key is missing or invalid.",
+    403: "The key lacks the required scope.",
+    404: "The model does not exist.",
+    413: "The body is too large.",
+    429: "A limit of this client is reached; retry after Retry-After seconds.",
+    500: "Image generation failed.",
+    503: "Too many open requests, or the model is unavailable.",
+    504: "The request timed out.",
 }
 
 
@@ -59,7 +62,7 @@ def create_api(service: Service) -> FastAPI:
     """Create the HTTP application of a service. Add middlewares from the innermost to the outermost."""
     api = FastAPI(
         title="diffray",
-        summary="Text-to-image in the shape of OpenAI's Images API",
+        summary="Image generation compatible with OpenAI's Images API",
         version="1",
         # FastAPI's documentation pages run third-party scripts on the origin where the page at / keeps a key.
         docs_url=None,
@@ -80,19 +83,19 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
     """Add the routes for clients: generations, edits and models."""
 
     async def generate(body: ImageRequest, request: Request) -> Response:
-        """Draw `n` pictures of a prompt; with `stream` one, its unfinished pictures before it."""
-        state = request.scope.setdefault("state", {})
+        """Generate `n` images from a prompt; with `stream`, one image after its previews."""
+        context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, state))
-        return await EventStream.of(service.stream(body, state), state)
+            return _json(await service.generate(body, context))
+        return await EventStream.of(service.stream(body, context), context)
 
     async def edit(request: Request) -> Response:
-        """Draw `n` pictures that begin with a given one, a file in the field `image`."""
+        """Generate `n` images from an initial image, the file in the field `image`."""
         body, image = await _edit_of(request, fields_of_edits)
-        state = request.scope.setdefault("state", {})
+        context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, state, image))
-        return await EventStream.of(service.stream(body, state, image), state)
+            return _json(await service.generate(body, context, image))
+        return await EventStream.of(service.stream(body, context, image), context)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -117,19 +120,19 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
 
     @api.get("/v1/models")
     async def models() -> ModelList:
-        """All that a request may give as its `model`."""
+        """List the models that a request may name."""
         return ModelList(data=await cards())
 
     @api.get("/v1/models/{model}", responses=_errors(404))
     async def model(model: str) -> ModelCard:
-        """One of them."""
-        found = next((card for card in await cards() if card.id == model), None)
-        if found is None:
+        """Describe one model."""
+        wanted = next((card for card in await cards() if card.id == model), None)
+        if wanted is None:
             raise APIError(404, f"{model!r} is not served; see /v1/models", "model", "model_not_found")
-        return found
+        return wanted
 
     async def cards() -> list[ModelCard]:
-        own = await service.replicas.traits()
+        own = await service.replicas.default_size()
         return [
             ModelCard(
                 id=offer.id,
@@ -146,26 +149,26 @@ def _add_operation(api: FastAPI, service: Service) -> None:
 
     @api.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """200 while this process lives."""
+        """Return 200 while this process lives."""
         return {"status": "ok"}
 
     @api.get("/readyz", responses=_errors(503))
     async def readyz() -> Readiness:
-        """200 while requests can be answered, else 503 with the reason."""
+        """Return 200 while requests can be answered, else 503 with the reason."""
         await service.replicas.check_running(may_sleep=not service.settings.min_replicas)
         return Readiness(model=label(service.catalogue.champion), notice=service.watcher.notice)
 
     @api.get("/v1/rollout")
-    async def rollout() -> dict[str, Any]:
-        """Champion and candidate: what they answered since the endpoint started, and what people said."""
+    async def rollout() -> RolloutStatus:
+        """Compare champion and candidate: answers since the endpoint started, and feedback."""
         return await service.rollout()
 
     text = {"schema": {"type": "string"}}
 
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": text}}})
     async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(await service.measured(), media_type=CONTENT_TYPE)
+        """Return metrics in Prometheus' text format."""
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
 
 
 def _add_page(api: FastAPI) -> None:
@@ -191,11 +194,11 @@ class EventStream(StreamingResponse):
     """Server-sent events whose source is closed with the connection."""
 
     @classmethod
-    async def of(cls, events: AsyncGenerator[BaseModel], state: dict[str, Any]) -> "EventStream":
+    async def of(cls, events: AsyncGenerator[ImageEvent], context: RequestContext) -> "EventStream":
         """Return the stream once it has its first event, so that earlier errors get their own HTTP status.
 
         Args:
-            state: state of the request; later errors are recorded in it.
+            context: facts about the request; later errors are recorded in it.
         """
         try:
             first = await anext(events)
@@ -203,7 +206,7 @@ class EventStream(StreamingResponse):
             await events.aclose()
             raise
         return cls(
-            _as_text(first, events, state),
+            _as_text(first, events, context),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
@@ -216,15 +219,15 @@ class EventStream(StreamingResponse):
 
 
 async def _as_text(
-    first: BaseModel, events: AsyncGenerator[BaseModel], state: dict[str, Any]
+    first: ImageEvent, events: AsyncGenerator[ImageEvent], context: RequestContext
 ) -> AsyncGenerator[str]:
     """Yield events as text, each named by its type; an error becomes the last event."""
     try:
-        yield _event(first.type, first.model_dump_json())  # type: ignore[attr-defined]
+        yield _event(first.type, first.model_dump_json())
         async for event in events:
-            yield _event(event.type, event.model_dump_json())  # type: ignore[attr-defined]
+            yield _event(event.type, event.model_dump_json())
     except APIError as error:
-        state.update(reason=error.code, stream_status=error.status)
+        context.reason, context.stream_status = error.code, error.status
         yield _event("error", json.dumps(error.body()))
     finally:
         await events.aclose()
@@ -235,18 +238,18 @@ async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequ
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
     image = fields.pop("image", None) or fields.pop("image[]", None)  # OpenAI's clients' name in lists
     if image is None:
-        raise APIError(400, "image: missing; send one picture, as a file", "image", "invalid_value")
+        raise APIError(400, "image: missing; send one image file", "image", "invalid_value")
     texts = {}
     for name, content in fields.items():
         try:
             # Unsupported fields, such as a mask, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
         except UnicodeDecodeError:
-            raise APIError(400, f"{name}: is not UTF-8", name, "invalid_value") from None
+            raise APIError(400, f"{name}: must be UTF-8", name, "invalid_value") from None
     try:
         return model.model_validate(texts), image
     except ValidationError as error:
-        raise invalid_request(dict(error.errors()[0])) from None
+        raise invalid_request(error.errors()[0]) from None
 
 
 def _form(model: type[EditRequest]) -> dict[str, Any]:
@@ -274,7 +277,7 @@ def _json(content: Any) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    request.scope.setdefault("state", {})["reason"] = error.code  # for the outer layers
+    context_of(request.scope).reason = error.code  # for the outer layers
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -293,12 +296,14 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 def _key_id(request: Request) -> str | None:
     """Return the id of the request's checked API key; None if it has none."""
-    return key_of(request.scope.get("state", {}))
+    return context_of(request.scope).key
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the error responses of a route, for the OpenAPI document."""
-    return {status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in statuses}
+    return {
+        status: {"model": ErrorResponse, "description": ERROR_DESCRIPTIONS[status]} for status in statuses
+    }
 
 
 def _document(api: FastAPI, allow_anonymous: bool) -> None:
@@ -306,11 +311,13 @@ def _document(api: FastAPI, allow_anonymous: bool) -> None:
     invalid requests, which OpenAI's API does not use."""
     make = api.openapi
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-    refusals = {str(status): {"description": MEANINGS[status], "content": error} for status in (401, 403)}
+    refusals = {
+        str(status): {"description": ERROR_DESCRIPTIONS[status], "content": error} for status in (401, 403)
+    }
 
     def openapi() -> dict[str, Any]:
         document = make()
-        bearer = {"type": "http", "scheme": "bearer", "description": "a key of this server"}
+        bearer = {"type": "http", "scheme": "bearer", "description": "API key of this server"}
         document["components"]["securitySchemes"] = {"key": bearer}
         for path, operations in document["paths"].items():
             scope = needed_scope(path)

@@ -228,10 +228,10 @@ class KeyRing:
     def _stamp(self) -> tuple[int, ...] | None:
         """Return a fingerprint that changes with the file; None if there is no file."""
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _refresh(self) -> None:
         stamp = self._stamp()

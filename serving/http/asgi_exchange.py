@@ -4,16 +4,12 @@ when the client disconnects."""
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.schemas import APIError
-
-Scope = dict[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+from serving.service.request_context import RequestContext
 
 CLIENT_LEFT = 499
 """Status, in logs and metrics only, of a request whose client left before the answer was complete."""
@@ -23,15 +19,23 @@ class ClientLeft(Exception):
     """The client closed its connection."""
 
 
+def context_of(scope: Scope) -> RequestContext:
+    """Return the request's context; a new one, which is kept, if no outer layer made one."""
+    context = scope.setdefault("state", {}).setdefault("context", RequestContext())
+    assert isinstance(context, RequestContext)
+    return context
+
+
 class Exchange:
     """State of a request while it is answered.
 
     Args:
-        scope: ASGI scope; its `state` is replaced by a copy for this request.
+        scope: ASGI scope; its `state` is replaced by a copy that holds `context`, see `context_of`.
         receive, send: ASGI callables.
         headers: headers to add to the answer.
 
     Attributes:
+        context: facts about the request.
         on_end: callbacks, each called once when the answer is complete or there will be none; background work
             of the application may follow.
         status: HTTP status of the answer.
@@ -41,8 +45,8 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str]) -> None:
         self.scope, self._receive, self._send = scope, receive, send
-        self.state: dict[str, Any] = {**scope.get("state", {})}
-        scope["state"] = self.state
+        self.context = RequestContext()
+        scope["state"] = {**scope.get("state", {}), "context": self.context}
         self._headers = _encoded(headers)
         self.on_end: list[Callable[[], None]] = []
         self._began = time.perf_counter()
@@ -62,11 +66,11 @@ class Exchange:
                 not a number.
             ClientLeft: the client left before the end of the body.
         """
-        told = self.header(b"content-length") or "0"
-        if not (told.isascii() and told.isdigit()):
+        stated = self.header(b"content-length") or "0"
+        if not (stated.isascii() and stated.isdigit()):
             raise APIError(400, "Content-Length must be a number")
-        too_large = f"the body is larger than the {max_bytes} bytes that this server takes"
-        if int(told) > max_bytes:
+        too_large = f"the body is larger than the {max_bytes} bytes that this server accepts"
+        if int(stated) > max_bytes:
             raise APIError(413, too_large, code="request_too_large")
         chunks, length = [], 0
         try:
@@ -82,7 +86,7 @@ class Exchange:
                     if not message.get("more_body"):
                         return b"".join(chunks)
         except TimeoutError:
-            raise APIError(408, f"the body did not come within {timeout_s:g} s", code="timeout") from None
+            raise APIError(408, f"the body did not arrive within {timeout_s:g} s", code="timeout") from None
 
     async def send(self, message: Message) -> None:
         """Send an ASGI message of the application, adding the headers and observing the answer."""
@@ -101,8 +105,8 @@ class Exchange:
     async def answer(self, error: APIError) -> None:
         """Send an error as the whole answer."""
         body = json.dumps(error.body()).encode()
-        told = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-        await self.send({"type": "http.response.start", "status": error.status, "headers": _encoded(told)})
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        await self.send({"type": "http.response.start", "status": error.status, "headers": _encoded(headers)})
         await self.send({"type": "http.response.body", "body": body})
 
     def end(self) -> None:

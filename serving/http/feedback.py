@@ -24,11 +24,11 @@ def feedback_router(store: Callable[..., FeedbackStore], key_id: Callable[..., s
 
     @router.post(
         "/v1/feedback",
-        summary="Rate a picture, or prefer one to another",
+        summary="Rate an image, or prefer one to another",
         responses={
-            400: {"model": ErrorResponse, "description": "a field is wrong; `param` names it"},
-            404: {"model": ErrorResponse, "description": "no such picture"},
-            503: {"model": ErrorResponse, "description": "the database is gone"},
+            400: {"model": ErrorResponse, "description": "A field is invalid; `param` names it."},
+            404: {"model": ErrorResponse, "description": "The image does not exist."},
+            503: {"model": ErrorResponse, "description": "The feedback database is unavailable."},
         },
     )
     def give_feedback(  # not async: the commit blocks a pool thread, not the event loop

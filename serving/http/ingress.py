@@ -36,11 +36,11 @@ class Ingress:
         fresh = is_fresh(built)
         champion = current(config, champion, built)
         first = await warmed_up(config, champion, replicas)
-        await replicas.traits()
+        await replicas.default_size()
         self.service = Service(config, first, replicas, feedback)
         candidates = config.serve.candidate_share or config.serve.shadow_share
         # The first poll also sets the notice if the champion is refused.
-        self.service.start(look_now=bool(candidates) or not fresh or first != champion)
+        self.service.start(poll_now=bool(candidates) or not fresh or first != champion)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         api = create_api(self.service)

@@ -9,22 +9,24 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TextIO
+
+from serving.service.request_context import RequestContext
 
 LOGGER = logging.getLogger("diffray.serving")
 
 MAX_TEXT = 2000
 """Maximum characters per value."""
 
-REQUEST_FACTS = ("model", "version", "alias", "steps", "n", "reason")
-"""Facts about a request that the application may put into `request.state` for the log line."""
+LOGGED = ("request_id", "key_id", "model", "version", "alias", "steps", "n", "reason")
+"""Facts about a request that its log line holds."""
 
 
 class JSONFormatter(logging.Formatter):
     """Format a record as one line: time (UTC), level, message, then the `fields` given in `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        fields: Mapping[str, object] = getattr(record, "fields", {})
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -34,14 +36,14 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         # Keep the end of a traceback, which names the error.
-        cut = {
-            name: value[-MAX_TEXT:] if name == "exception" else _cut(value) for name, value in line.items()
-        }
+        cut = {name: _cut(value, keep_end=name == "exception") for name, value in line.items()}
         return json.dumps(cut, ensure_ascii=True, default=str)
 
 
-def _cut(value: Any) -> Any:
-    return value[:MAX_TEXT] if isinstance(value, str) else value
+def _cut(value: object, *, keep_end: bool) -> object:
+    if not isinstance(value, str):
+        return value
+    return value[-MAX_TEXT:] if keep_end else value[:MAX_TEXT]
 
 
 def configure_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
@@ -59,7 +61,7 @@ def log_request(
     path: str,
     status: int,
     seconds: float,
-    state: Mapping[str, Any],
+    context: RequestContext,
     log_prompts: bool,
     level: int = logging.INFO,
 ) -> None:
@@ -68,10 +70,10 @@ def log_request(
     Args:
         status: HTTP status; 499 if the client left before the answer was complete.
         seconds: time from the first byte of the request to the last byte of the answer.
-        state: state of the request, with `request_id`, `key_id`, REQUEST_FACTS and `prompt` as far as known.
+        context: facts about the request, of which those are logged that are known.
         log_prompts: log the prompt.
     """
-    known = ("request_id", "key_id", *REQUEST_FACTS, *(("prompt",) if log_prompts else ()))
-    facts = {name: state[name] for name in known if state.get(name) is not None}
+    facts = {name: getattr(context, name) for name in (*LOGGED, *(("prompt",) if log_prompts else ()))}
+    facts = {name: value for name, value in facts.items() if value is not None}
     fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4), **facts}
     LOGGER.log(level, "request", extra={"fields": fields})

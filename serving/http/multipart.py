@@ -21,7 +21,7 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     last = parts.pop() if parts else b""
     if not last.startswith(b"--"):
-        raise _invalid("the form has no end")
+        raise _invalid("the form is incomplete: its closing boundary is missing")
     fields: dict[str, bytes] = {}
     for part in parts:
         head, mark, content = part.partition(b"\r\n\r\n")
@@ -37,10 +37,10 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
 def _parameter(message: Message, name: str, header: str) -> str | None:
     """Return a header's parameter; None if it is missing or not plain text."""
     try:
-        found = message.get_param(name, header=header)
+        value = message.get_param(name, header=header)
     except TypeError:  # the library compares numbered parts of a parameter (RFC 2231) with unnumbered ones
         return None
-    return found if isinstance(found, str) else None
+    return value if isinstance(value, str) else None
 
 
 def _invalid(reason: str) -> APIError:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from ray_jobs.metrics.neighbours import memorisation
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.registry.models import REFERENCE
-from serving.load import Drift
+from serving.load import DriftScores
 
 CAPACITY = 64  # maximum queued images; more are skipped
 FEWEST = 2  # minimum window, in images: a single one has no covariance
@@ -83,7 +83,7 @@ class Features(NamedTuple):
     clip: tuple[torch.Tensor, torch.Tensor] | None  # CLIP features of the image and of its caption
 
 
-def score_window(window: list[Features], reference: Reference, clip: str | None) -> Drift:
+def score_window(window: list[Features], reference: Reference, clip: str | None) -> DriftScores:
     """Score a window of at least two images.
 
     Args:
@@ -102,7 +102,7 @@ def score_window(window: list[Features], reference: Reference, clip: str | None)
     copies = None
     if reference.training is not None:
         copies = memorisation(features, reference.training, reference.validation, network)
-    return Drift(
+    return DriftScores(
         num_pictures=len(window),
         fid=frechet_distance(Moments.of(features, network), real),
         expected_fid=expected,
@@ -136,7 +136,7 @@ class DriftMonitor:
         self._network, self._reference, self._clip = network, reference, clip
         self._window: deque[Features] = deque(maxlen=window)
         self._queue: queue.Queue[tuple[np.ndarray, str] | None] = queue.Queue(CAPACITY)
-        self.latest: Drift | None = None
+        self.latest: DriftScores | None = None
         """None until the window is full."""
         self.num_measured = 0
         self.num_skipped = 0
@@ -157,11 +157,11 @@ class DriftMonitor:
         except queue.Full:
             self.num_skipped += 1
 
-    def scores(self) -> Drift | None:
+    def scores(self) -> DriftScores | None:
         """Return the latest scores, with the number of images skipped or failed so far."""
         if self.latest is None:
             return None
-        return self.latest._replace(num_passed_over=self.num_skipped + self.num_failed)
+        return replace(self.latest, num_passed_over=self.num_skipped + self.num_failed)
 
     def stop(self) -> None:
         """Stop the thread after the image that is being measured."""

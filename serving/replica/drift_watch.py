@@ -15,7 +15,7 @@ from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, EvaluateConfig
 from ray_jobs.registry.models import RegisteredModel
-from serving.load import Drift
+from serving.load import DriftScores
 from serving.messages import label
 from serving.replica.engine_cache import LOADING
 
@@ -63,11 +63,11 @@ class DriftWatch:
         if monitor is not None:
             monitor.add(pixels, caption)
 
-    def scores(self) -> dict[tuple[str, int], Drift]:
+    def scores(self) -> dict[tuple[str, int], DriftScores]:
         """Return the scores by name and version, for versions whose window is full."""
         with self._lock:
-            found = [(name[:2], each.scores()) for name, each in self._monitors.items() if each is not None]
-        return {name: drift for name, drift in found if drift is not None}
+            scores = [(name[:2], each.scores()) for name, each in self._monitors.items() if each is not None]
+        return {name: drift for name, drift in scores if drift is not None}
 
     def _open(self, version: RegisteredModel) -> None:
         from serving.replica.drift import DriftMonitor, Reference

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
-from serving.load import Drift
-from serving.messages import Order
+from serving.load import DriftScores
+from serving.messages import RoutedRequest
 from serving.provenance import encode_png, facts_of
 from serving.replica.drift_watch import DriftWatch
 from serving.replica.safety import load_checker
@@ -30,16 +30,16 @@ class Postprocessor:
         self._checker = load_checker(settings.safety_checker) if settings.safety_checker else None
         self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None
 
-    def picture(self, pixels: np.ndarray, order: Order) -> bytes:
+    def picture(self, pixels: np.ndarray, routed: RoutedRequest) -> bytes:
         """Encode a finished image, uint8, height x width x 3, as a PNG.
 
         Raises:
             APIError: the safety checker blocks the image, or failed.
         """
         sent = self._judged(pixels)
-        if self._drift and order.scored and order.version:
-            self._drift.add(order.version, pixels, order.prompt)
-        return encode_png(sent, self._facts(order, sent) if self._provenance else None)
+        if self._drift and routed.scored and routed.version:
+            self._drift.add(routed.version, pixels, routed.request.prompt)
+        return encode_png(sent, self._facts(routed, sent) if self._provenance else None)
 
     def preview(self, pixels: np.ndarray) -> bytes | None:
         """Encode a preview as a PNG; return None if the safety checker blocks it or fails."""
@@ -48,7 +48,7 @@ class Postprocessor:
         except APIError:
             return None
 
-    def drift(self) -> dict[tuple[str, int], Drift]:
+    def drift(self) -> dict[tuple[str, int], DriftScores]:
         """Return the drift scores by name and version."""
         return self._drift.scores() if self._drift else {}
 
@@ -60,8 +60,8 @@ class Postprocessor:
             raise answer
         return answer
 
-    def _facts(self, order: Order, pixels: np.ndarray) -> dict[str, Any]:
-        version = order.version
+    def _facts(self, routed: RoutedRequest, pixels: np.ndarray) -> dict[str, Any]:
+        version = routed.version
         digest = version.digest if version and version.method == "lora" else None
         height, width = pixels.shape[:2]
-        return facts_of(order.parameters(f"{width}x{height}"), base=self._base, adapter_digest=digest)
+        return facts_of(routed.parameters(f"{width}x{height}"), base=self._base, adapter_digest=digest)

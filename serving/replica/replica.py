@@ -8,19 +8,31 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray import serve
 
 from cluster.fetched import local_path
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, Order, Picture, Place, ReplicaLoad, Traits, base_of, label, place_of
+from serving.messages import (
+    BASE,
+    ImageSize,
+    Picture,
+    Placement,
+    ReplicaLoad,
+    RoutedRequest,
+    base_of,
+    label,
+    placement_of,
+)
 from serving.replica.engine_cache import EngineCache
 from serving.replica.image_input import read_picture
 from serving.replica.postprocess import Postprocessor
 from serving.replica.weights import local_weights
+from serving.request import Request, RequestError
 from serving.schemas import APIError
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 TOO_MANY_FAILURES = 5  # consecutive failed calls, of any requests: the device or the process is broken
+PARAMS = {"height": "size", "width": "size"}  # HTTP parameters by fields of Request with other names
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
 
@@ -57,8 +70,8 @@ class Model:
     ) -> None:
         self.settings, self.base, self.base_revision = settings, base, base_revision
         if newest is not None:
-            found = await asyncio.to_thread(newest)
-            first = found if base_of(found) == (base, base_revision) else first
+            current = await asyncio.to_thread(newest)
+            first = current if base_of(current) == (base, base_revision) else first
         self._name = uuid.uuid4().hex
         self._postprocess = Postprocessor(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
@@ -71,7 +84,7 @@ class Model:
         self._fetched = ExitStack()  # holds the weights of the adapter that was read last
         self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
-        self._opening = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
+        self._decoding = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
         self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
@@ -84,12 +97,12 @@ class Model:
             # Not fatal: the champion may have changed by the time a replica starts; the ingress requests it.
             logger.warning("%s", error.message)
 
-    async def traits(self) -> Traits:
+    async def default_size(self) -> ImageSize:
         """Return the model's default image size; all versions loaded together have the same one."""
         for thread in self.engine_cache.engines.values():  # the first version may have failed to load
-            return Traits(*thread.engine.own_size)
+            return ImageSize(*thread.engine.own_size)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
-            return Traits(*thread.engine.own_size)
+            return ImageSize(*thread.engine.own_size)
 
     async def load(self) -> ReplicaLoad:
         """Return the load of this replica's engines, and its drift scores."""
@@ -103,21 +116,23 @@ class Model:
         Raises:
             APIError: the weights differ from the registered ones, or cannot be loaded.
         """
-        if self._is_warm(place_of(version, fused=fused)):
+        if self._is_warm(placement_of(version, fused=fused)):
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
             # torch.compile specializes on one row and on several; with guidance there are two.
             for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
-                await self._drawing(Order(version, "", 0, steps, guidance_scale, fused=fused))
+                await self._drawing(
+                    RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
+                )
 
-    def _is_warm(self, place: Place) -> bool:
+    def _is_warm(self, placement: Placement) -> bool:
         """Return True if this engine, and its adapter if any, are in memory."""
-        thread = self.engine_cache.engines.get(place.engine)
-        if thread is None or place.adapter is None:
+        thread = self.engine_cache.engines.get(placement.engine)
+        if thread is None or placement.adapter is None:
             return thread is not None
         adapters = thread.engine.adapters
-        return adapters is not None and adapters.holds(place.adapter)
+        return adapters is not None and adapters.holds(placement.adapter)
 
     def check_health(self) -> None:
         """Raise RuntimeError if an engine fails every call; Serve then replaces the replica."""
@@ -125,35 +140,34 @@ class Model:
             if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
                 raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
 
-    async def draw(self, order: Order) -> Picture:
+    async def draw(self, routed: RoutedRequest) -> Picture:
         """Generate one image as a PNG, batched with other requests. A client that disconnects cancels it.
 
         Raises:
             APIError: the model does not support a parameter, which is named; 400 if the safety checker blocks
                 the image.
         """
-        drawing = await self._drawing(order)
-        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), order)
+        drawing = await self._drawing(routed)
+        png = await asyncio.to_thread(self._postprocess.picture, drawing.pixels.numpy(), routed)
         return Picture(png, drawing.waited_s)
 
-    async def _drawing(self, order: Order) -> "Drawing":
-        async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await self._opened(thread, order)
-            future = _submit(thread, order, adapter, image)
+    async def _drawing(self, routed: RoutedRequest) -> "Drawing":
+        async with self._engine(routed.version, routed.fused) as (thread, adapter):
+            future = _submit(thread, await self._completed(routed, thread, adapter))
             try:
                 return await asyncio.wrap_future(future)
             except ValueError as error:
-                raise _refused(order.version, error) from error
+                raise _cannot_serve(routed.version, error) from error
 
-    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
+    async def watch(self, routed: RoutedRequest) -> AsyncGenerator[Picture]:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
         left out."""
         loop = asyncio.get_running_loop()
-        seen: asyncio.Queue[Any] = asyncio.Queue()  # pixels of previews; None at the end
-        async with self._engine(order.version, order.fused) as (thread, adapter):
-            image = await self._opened(thread, order)
+        seen: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()  # pixels of previews; None at the end
+        async with self._engine(routed.version, routed.fused) as (thread, adapter):
+            request = await self._completed(routed, thread, adapter)
             show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
-            future = _submit(thread, order, adapter, image, show if order.previews else None)
+            future = _submit(thread, request, show if request.previews else None)
             drawing = asyncio.wrap_future(future)
             drawing.add_done_callback(lambda _: seen.put_nowait(None))
             try:
@@ -164,40 +178,42 @@ class Model:
                 try:
                     finished = drawing.result()
                 except ValueError as error:
-                    raise _refused(order.version, error) from error
-                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), order)
+                    raise _cannot_serve(routed.version, error) from error
+                png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
                 yield Picture(png, finished.waited_s)
             finally:
                 drawing.cancel()
 
-    async def _opened(self, thread: "EngineThread", order: Order) -> "torch.Tensor | None":
-        """Read the order's initial image, if any, and fit it to the output size."""
-        if order.image is None:
-            return None
-        height, width = thread.engine.own_size
-        size = order.height or height, order.width or width
-        async with self._opening:
-            return await asyncio.to_thread(read_picture, order.image, *size)
+    async def _completed(self, routed: RoutedRequest, thread: "EngineThread", adapter: str | None) -> Request:
+        """Return the request as the engine takes it: with its adapter and the pixels of its initial image."""
+        request, image = routed.request, None
+        if routed.image is not None:
+            height, width = thread.engine.own_size
+            size = request.height or height, request.width or width
+            async with self._decoding:
+                image = await asyncio.to_thread(read_picture, routed.image, *size)
+        zero_terminal_snr = routed.version is not None and routed.version.zero_terminal_snr
+        return replace(request, adapter=adapter, image=image, zero_terminal_snr=zero_terminal_snr)
 
     @asynccontextmanager
     async def _engine(
         self, version: RegisteredModel | None, fused: bool
     ) -> "AsyncIterator[tuple[EngineThread, str | None]]":
         """Provide the engine that serves a version, and the name of its adapter there, if it is one."""
-        place = place_of(version, fused=fused)
-        if place.adapter and self.settings.compile:
+        placement = placement_of(version, fused=fused)
+        if placement.adapter and self.settings.compile:
             message = (
-                f"{label(version)} is a LoRA version, which a server with serve.compile draws as "
-                "its champion only, with serve.fuse_champion"
+                f"{label(version)} is a LoRA version, which a server with serve.compile serves "
+                "only as its champion, with serve.fuse_champion"
             )
             raise APIError(503, message, "model", "model_refused")
         if version is not None:
-            self._versions[place.adapter or place.engine] = version
+            self._versions[placement.adapter or placement.engine] = version
         try:
-            async with self.engine_cache.use(place.engine) as thread:
-                yield thread, place.adapter
+            async with self.engine_cache.use(placement.engine) as thread:
+                yield thread, placement.adapter
         except (ValueError, OSError) as error:
-            raise _refused(version, error) from error
+            raise _cannot_serve(version, error) from error
 
     def _load(self, name: str) -> "EngineThread":
         """Load and start the engine of this name; blocks its thread for seconds to minutes."""
@@ -258,44 +274,22 @@ class Model:
 
 
 def _submit(
-    thread: "EngineThread",
-    order: Order,
-    adapter: str | None,
-    image: "torch.Tensor | None",
-    on_preview: "OnPreview | None" = None,
+    thread: "EngineThread", request: Request, on_preview: "OnPreview | None" = None
 ) -> "Future[Drawing]":
-    """Submit an order to the engine.
+    """Submit a request to the engine.
 
     Raises:
         APIError: 400 if the model does not support the request, 503 if the queue is full.
     """
-    from serving.engine.rows import Request
     from serving.engine.scheduler import QueueFull
 
-    request = Request(
-        order.prompt,
-        order.seed,
-        order.steps,
-        order.guidance_scale,
-        negative_prompt=order.negative_prompt,
-        height=order.height,
-        width=order.width,
-        adapter=adapter,
-        previews=order.previews,
-        image=image,
-        strength=order.strength,
-        zero_terminal_snr=order.version is not None and order.version.zero_terminal_snr,
-    )
     try:
         return thread.submit(request, on_preview)
     except QueueFull as error:
         raise APIError(503, str(error), code="queue_full") from error
-    except ValueError as error:
-        field, _, reason = str(error).partition(":")
-        known = {"height": "size", "width": "size"}.get(field, field)
-        if known not in Order._fields and known != "size":
-            known, reason = "steps", str(error)  # raised by the scheduler, which names no field
-        raise APIError(400, f"{known}: {reason.strip()}", known, "invalid_value") from error
+    except RequestError as error:
+        param = PARAMS.get(error.field, error.field)
+        raise APIError(400, f"{param}: {error.reason}", param, "invalid_value") from error
 
 
 def _accepts(thread: "EngineThread", num_steps: int) -> bool:
@@ -306,7 +300,7 @@ def _accepts(thread: "EngineThread", num_steps: int) -> bool:
     return True
 
 
-def _refused(version: RegisteredModel | None, error: Exception) -> APIError:
+def _cannot_serve(version: RegisteredModel | None, error: Exception) -> APIError:
     """Return the error (503) for a version that cannot be loaded."""
     return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
 

@@ -43,11 +43,11 @@ class SafetyChecker:
             return [_answer(pixels, verdict) for pixels, verdict in zip(pictures, verdicts, strict=True)]
         except Exception as error:  # user code may raise anything; no unchecked image is sent
             log.exception("the safety checker failed")
-            message = f"the pictures could not be checked ({type(error).__name__}), so none is sent"
+            message = f"the safety check failed ({type(error).__name__}), so no image is sent"
             return [APIError(500, message, code="safety_check_failed") for _ in pictures]
 
 
-def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
+def _answer(pixels: np.ndarray, verdict: object) -> np.ndarray | APIError:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"the checker gave {verdict!r}, not a Verdict")
     if verdict.allowed:
@@ -56,7 +56,7 @@ def _answer(pixels: np.ndarray, verdict: Any) -> np.ndarray | APIError:
         reason = f": {verdict.reason}" if verdict.reason else ""
         return APIError(
             400,
-            f"the picture was blocked by this server's safety checker{reason}",
+            f"the image was blocked by this server's safety checker{reason}",
             param="prompt",
             code="content_policy_violation",
         )
@@ -82,7 +82,7 @@ def checker_factory(name: str) -> CheckerFactory:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code may raise anything
-        raise ConfigError(f"{where}: the module cannot be imported ({_told(error)})") from error
+        raise ConfigError(f"{where}: the module cannot be imported ({_summary(error)})") from error
     factory: Any = getattr(module, function, None)
     if not callable(factory):
         raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
@@ -99,7 +99,7 @@ def load_checker(name: str) -> SafetyChecker:
     try:
         checker: Any = factory()
     except Exception as error:
-        raise ConfigError(f"{where}: it made no checker ({_told(error)})") from error
+        raise ConfigError(f"{where}: it made no checker ({_summary(error)})") from error
     if not callable(checker):
         raise ConfigError(
             f"{where}: it returned {type(checker).__name__}, not a checker; return a function that takes "
@@ -108,5 +108,5 @@ def load_checker(name: str) -> SafetyChecker:
     return SafetyChecker(checker)
 
 
-def _told(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import exp, lgamma
 from statistics import median
-from typing import Any
 
 WINDOW = 500  # number of latest requests per version that are compared
 CHANCE = 0.001  # probability of removing a candidate that is no worse, per check
@@ -29,16 +28,27 @@ class Tally:
         """Error rate of the latest requests."""
         return sum(self.failed) / len(self.failed) if self.failed else 0.0
 
-    def as_json(self) -> dict[str, Any]:
+    def summary(self) -> "Summary":
         """Return the summary for GET /v1/rollout."""
         ordered = sorted(self.seconds)
-        return {
-            "answers": self.answers,
-            "errors": self.errors,
-            "median_s": median(ordered) if ordered else None,
-            "p95_s": ordered[int(0.95 * (len(ordered) - 1))] if ordered else None,
-            "median_step_s": median(self.latencies) if self.latencies else None,
-        }
+        return Summary(
+            answers=self.answers,
+            errors=self.errors,
+            median_s=median(ordered) if ordered else None,
+            p95_s=ordered[int(0.95 * (len(ordered) - 1))] if ordered else None,
+            median_step_s=median(self.latencies) if self.latencies else None,
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Answers of one version since the endpoint started; durations are those of the latest requests."""
+
+    answers: int
+    errors: int
+    median_s: float | None  # seconds per request
+    p95_s: float | None
+    median_step_s: float | None  # seconds per denoising step
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Canary:
         if min(len(ours.latencies), len(theirs.latencies)) >= self.limits.requests:
             slower = median(theirs.latencies) / median(ours.latencies)
             if slower > self.limits.latency:
-                return f"latency: {slower:.1f} times the champion's seconds a step, in the median"
+                return f"latency: {slower:.1f} times the champion's median seconds per step"
         return None
 
 

@@ -7,12 +7,12 @@ anything else counts as "other", so that no client can create series.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
+from serving.service.request_context import RequestContext
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"
@@ -53,7 +53,7 @@ COUNTED = (
     "adapter_hits",
     "adapter_misses",
 )
-"""Fields of `Load` that never decrease while an engine lives."""
+"""Fields of `EngineLoad` that never decrease while an engine lives."""
 
 
 class Metrics:
@@ -70,7 +70,7 @@ class Metrics:
         self._max_versions = max_versions
         self._served: set[tuple[str, str]] = set()
         # Includes replicas that are gone: one that missed a query later reports its whole count again.
-        self._loads: OrderedDict[str, Load] = OrderedDict()
+        self._loads: OrderedDict[str, EngineLoad] = OrderedDict()
         ProcessCollector(namespace="diffray", registry=self.registry)
         self._requests()
         self._engines()
@@ -94,48 +94,52 @@ class Metrics:
     def _requests(self) -> None:
         version = ("model", "version")
         self.request_seconds = self._seconds(
-            "request", "Requests for pictures, to the end of their answer", (*version, "status")
+            "request", "Duration of image requests, to the end of the answer", (*version, "status")
         )
         self.first_step_seconds = self._seconds(
-            "first_step", "From a picture's arrival at the engine to its first denoising step", version
+            "first_step", "Time from an image's arrival at the engine to its first denoising step", version
         )
         self.rejections = self._counter("rejected_requests", "Requests answered with an error", ("reason",))
-        self.answers = self._counter("answers", "Requests for pictures by who drew them", ("alias", "status"))
-        self.open_requests = self._gauge("open_requests", "Requests for pictures that are being answered")
-        self.queue_places = self._gauge("queue_places", "Requests for pictures that may be open")
+        self.answers = self._counter(
+            "answers", "Image requests by the alias that answered them", ("alias", "status")
+        )
+        self.open_requests = self._gauge("open_requests", "Open image requests")
+        self.queue_places = self._gauge("queue_places", "Maximum open image requests")
 
     def _engines(self) -> None:
-        self.replicas = self._gauge("replicas", "Replicas that told their load when last asked")
-        self.min_replicas = self._gauge("min_replicas", "Replicas that there should be at least")
-        self.waiting = self._gauge("queue_length", "Pictures that have no place in a batch yet")
-        self.running = self._gauge("rows_running", "Pictures that are being denoised")
-        self.places = self._gauge("row_places", "Pictures that can be denoised at a time")
-        self.decoding = self._gauge("rows_decoding", "Pictures and previews that are being decoded")
-        self.adapter_bytes = self._gauge("adapter_bytes", "Adapters kept in memory")
-        self.calls = self._counter("denoiser_calls", "Calls of the denoiser")
-        self.row_steps = self._counter("denoiser_steps", "Denoising steps of all pictures")
-        self.pictures = self._counter("pictures", "Pictures finished")
-        self.prompt_cache = self._counter("prompt_cache", "Prompt embeddings looked up", ("result",))
-        self.adapter_cache = self._counter("adapter_cache", "Adapters looked up", ("result",))
+        self.replicas = self._gauge("replicas", "Replicas that reported their load at the last query")
+        self.min_replicas = self._gauge("min_replicas", "Minimum number of replicas")
+        self.waiting = self._gauge("queue_length", "Images waiting for a slot in the engine")
+        self.running = self._gauge("rows_running", "Images being denoised")
+        self.places = self._gauge("row_places", "Maximum images denoised at a time")
+        self.decoding = self._gauge("rows_decoding", "Images and previews waiting to be decoded")
+        self.adapter_bytes = self._gauge("adapter_bytes", "Size of the adapters in memory, in bytes")
+        self.calls = self._counter("denoiser_calls", "Denoiser calls")
+        self.row_steps = self._counter("denoiser_steps", "Denoising steps of all images")
+        self.pictures = self._counter("pictures", "Finished images")
+        self.prompt_cache = self._counter(
+            "prompt_cache", "Lookups in the cache of prompt embeddings", ("result",)
+        )
+        self.adapter_cache = self._counter("adapter_cache", "Lookups in the adapter cache", ("result",))
 
     def _drift(self) -> None:
         version = ("model", "version")  # with labels, a gauge is absent until it is set
-        self.fid = self._gauge("drift_fid", "FID of served pictures to the validation split", version)
-        self.clip_score = self._gauge("drift_clip_score", "Mean CLIP score of served pictures", version)
+        self.fid = self._gauge("drift_fid", "FID of served images against the validation split", version)
+        self.clip_score = self._gauge("drift_clip_score", "Mean CLIP score of served images", version)
         self.near_copies = self._gauge(
-            "drift_near_copies", "Share of served pictures that nearly are training pictures", version
+            "drift_near_copies", "Fraction of served images that nearly copy a training image", version
         )
         self.expected_fid = self._gauge(
-            "drift_expected_fid", "FID that as many pictures had when the version was published", version
+            "drift_expected_fid", "FID of as many images when the version was published", version
         )
         self.expected_near_copies = self._gauge(
-            "drift_expected_near_copies", "Near copies of a model that learnt nothing by heart", version
+            "drift_expected_near_copies",
+            "Fraction of near copies expected of a model without memorization",
+            version,
         )
-        self.drift_pictures = self._gauge(
-            "drift_pictures", "Served pictures behind the drift scores", version
-        )
+        self.drift_pictures = self._gauge("drift_pictures", "Served images in the drift scores", version)
         self.drift_passed_over = self._gauge(
-            "drift_passed_over", "Served pictures that the drift scores left out", version
+            "drift_passed_over", "Served images left out of the drift scores", version
         )
         self.by_drift = {
             "fid": self.fid,
@@ -169,12 +173,12 @@ class Metrics:
         pair = (str(model), str(version))
         return pair if pair in self._served else (OTHER, OTHER)
 
-    def answered(self, status: int, seconds: float, facts: Mapping[str, Any]) -> None:
-        """Record an image request that has ended; `facts`: its model, version and alias, as far as known."""
-        model, version = self._version(facts.get("model"), facts.get("version"))
+    def answered(self, status: int, seconds: float, context: RequestContext) -> None:
+        """Record an image request that has ended."""
+        model, version = self._version(context.model, context.version)
         self.request_seconds.labels(model, version, status).observe(seconds)
-        if "alias" in facts:
-            self.drawn(facts["alias"], status)
+        if context.alias is not None:
+            self.drawn(context.alias, status)
 
     def drawn(self, alias: str, status: int) -> None:
         """Count an answer by the version of an alias; including shadow answers, which no client sees."""
@@ -184,11 +188,11 @@ class Metrics:
         """Count a request that was answered with an error of this code."""
         self.rejections.labels(reason if reason in REASONS else OTHER).inc()
 
-    def first_step(self, model: str, version: int | str, seconds: float) -> None:
+    def first_step(self, model: str | None, version: int | str | None, seconds: float) -> None:
         """Record how many seconds an image waited for its first denoising step (`Drawing.waited_s`)."""
         self.first_step_seconds.labels(*self._version(model, version)).observe(seconds)
 
-    def engines(self, loads: Mapping[str, Load], replicas: int) -> None:
+    def engines(self, loads: Mapping[str, EngineLoad], replicas: int) -> None:
         """Update the engine metrics from the replicas' latest loads.
 
         A counter that has decreased belongs to a restarted engine; its whole value is added.
@@ -215,7 +219,7 @@ class Metrics:
         while len(self._loads) > len(loads) + 256:
             self._loads.popitem(last=False)
 
-    def drift(self, model: str, version: int | str, scores: Drift) -> None:
+    def drift(self, model: str, version: int | str, scores: DriftScores) -> None:
         """Set the drift scores of a version; scores that were not measured are removed."""
         labels = self._version(model, version)
         for name, gauge in self.by_drift.items():
@@ -226,7 +230,7 @@ class Metrics:
                 gauge.labels(*labels).set(value)
 
 
-def _growth(before: Load | None, now: Load) -> dict[str, int]:
+def _growth(before: EngineLoad | None, now: EngineLoad) -> dict[str, int]:
     """Return the increase of each field in COUNTED."""
     counts = {name: getattr(now, name) for name in COUNTED}
     if before is None or any(counts[name] < getattr(before, name) for name in COUNTED):

@@ -7,7 +7,7 @@ import time
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
 from ray_jobs.registry.models import champion as look_up
-from serving.messages import label, place_of
+from serving.messages import label, placement_of
 from serving.schemas import APIError
 from serving.service.canary import Canary
 from serving.service.replica_client import ReplicaClient
@@ -38,10 +38,10 @@ def current(config: Config, known: RegisteredModel, built: float) -> RegisteredM
 def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | None:
     """Return the version that a champion replaced, if it has the same base; else None."""
     try:
-        found = registered(config, PREVIOUS)
+        previous = registered(config, PREVIOUS)
     except ConfigError:
         return None
-    return found if found.version != champion.version and found.base == champion.base else None
+    return previous if previous.version != champion.version and previous.base == champion.base else None
 
 
 async def warmed_up(config: Config, champion: RegisteredModel, replicas: ReplicaClient) -> RegisteredModel:
@@ -71,13 +71,13 @@ class RegistryWatcher:
 
     Attributes:
         notice: text for GET /readyz; None if there is nothing to report.
-        looked: True once the registry has been read.
+        polled: True once the registry has been read.
     """
 
     def __init__(self, config: Config, catalogue: Catalogue, replicas: ReplicaClient, canary: Canary) -> None:
         self.config, self.catalogue, self.replicas, self.canary = config, catalogue, replicas, canary
         self.notice: str | None = None
-        self.looked = False
+        self.polled = False
         self._lock = asyncio.Lock()
 
     async def run(self, *, now: bool) -> None:
@@ -91,35 +91,35 @@ class RegistryWatcher:
                 await asyncio.sleep(self.config.serve.follow_s)
             now = False
             try:
-                await self.look()
+                await self.poll()
             except Exception as error:  # no failure may end the polling
-                self._tell(f"the registry's aliases were not followed: {error!r}")
+                self._set_notice(f"the registry's aliases were not followed: {error!r}")
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Read the registry once, and follow its aliases."""
         async with self._lock:
             try:
-                found = await asyncio.to_thread(entries, self.config, self.catalogue.models)
+                read = await asyncio.to_thread(entries, self.config, self.catalogue.models)
             except Exception as error:  # no answer of the registry may stop the endpoint
-                self._tell(f"the registry does not answer, so the last state stays: {error}")
+                self._set_notice(f"the registry does not answer, so its last known state is used: {error}")
                 return
-            self.catalogue.entries, self.looked = found, True
-            notices = [await self._follow_champion(), await self._follow_candidate(), self._lacking()]
-            self._tell("; ".join(filter(None, notices)) or None)
+            self.catalogue.entries, self.polled = read, True
+            notices = [await self._follow_champion(), await self._follow_candidate(), self._missing_models()]
+            self._set_notice("; ".join(filter(None, notices)) or None)
 
-    def _lacking(self) -> str | None:
+    def _missing_models(self) -> str | None:
         """Return a notice about models of `serve.models` that are not in the registry (yet)."""
-        lacking = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
-        return f"serve.models: the registry holds no {', '.join(map(repr, lacking))}" if lacking else None
+        missing = [name for name in self.catalogue.admitted if name not in (*self.catalogue.entries, "*")]
+        return f"serve.models: the registry has no {', '.join(map(repr, missing))}" if missing else None
 
     async def _follow_champion(self) -> str | None:
         """Warm up a new champion and let it answer; return the reason if it cannot."""
         champion = self.catalogue.alias(CHAMPION)
         if champion is None:
-            return f"the registry holds no champion of {self.catalogue.name!r}; the last one stays"
+            return f"the registry has no champion of {self.catalogue.name!r}; the last one stays"
         former = self.catalogue.champion
         refusal = await self._warm_up(champion, fused=self.config.serve.fuse_champion)
-        if place_of(champion) == place_of(former):
+        if placement_of(champion) == placement_of(former):
             return refusal
         if refusal:
             return f"{refusal}; {label(former)} stays the champion"
@@ -135,7 +135,7 @@ class RegistryWatcher:
             candidate is None
             or not (settings.candidate_share or settings.shadow_share)
             or label(candidate) in self.canary.taken_out
-            or place_of(candidate) == place_of(self.catalogue.champion)
+            or placement_of(candidate) == placement_of(self.catalogue.champion)
         ):
             self.catalogue.candidate = None
             return None
@@ -156,7 +156,7 @@ class RegistryWatcher:
             return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
         return None
 
-    def _tell(self, notice: str | None) -> None:
+    def _set_notice(self, notice: str | None) -> None:
         """Set the notice, and log it if it is new."""
         if notice and notice != self.notice:
             logger.warning("%s", notice)

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
 from ray_jobs.registry.models import RegisteredModel, verify_weights
-from serving.messages import Order, Picture, ReplicaLoad, Traits, adapter_name, label
+from serving.messages import ImageSize, Picture, ReplicaLoad, RoutedRequest, adapter_name, label
 from serving.schemas import APIError
 
 ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
@@ -34,51 +34,51 @@ class ReplicaClient:
 
     def __init__(self, model: DeploymentHandle) -> None:
         self._model = model
-        self._traits: Traits | None = None
+        self._default_size: ImageSize | None = None
         self._verified: set[str] = set()
         self._loads: list[ReplicaLoad] = []
         self._asking = asyncio.Lock()
         self._running = (-inf, False, "")  # time of the last status query, and its result
 
-    async def traits(self) -> Traits:
-        """Return the model's traits; queried once."""
-        if self._traits is None:
-            self._traits = await _answered(self._model.traits.remote())
-        assert self._traits is not None
-        return self._traits
+    async def default_size(self) -> ImageSize:
+        """Return the size of the model's default image; queried once."""
+        if self._default_size is None:
+            self._default_size = await _result_of(self._model.default_size.remote())
+        assert self._default_size is not None
+        return self._default_size
 
-    async def draw(self, orders: Sequence[Order]) -> list[Picture]:
+    async def draw(self, requests: Sequence[RoutedRequest]) -> list[Picture]:
         """Generate the images, each on any replica. If the caller is cancelled or one fails, cancel all.
 
-        An order determines its image, so if a replica dies another one repeats the order.
+        A request determines its image, so if a replica dies another one repeats the request.
 
         Raises:
             APIError: the error to send to the client.
         """
-        return await all_or_none([self._draw(order) for order in orders])
+        return await all_or_none([self._draw(each) for each in requests])
 
-    async def _draw(self, order: Order) -> Picture:
+    async def _draw(self, request: RoutedRequest) -> Picture:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return Picture(*await _answered(self._model.draw.remote(order)))
+                return Picture(*await _result_of(self._model.draw.remote(request)))
             except APIError as error:
                 if error.code != "model_lost" or attempt == ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def watch(self, order: Order) -> AsyncGenerator[Picture]:
-        """Yield the previews of an order, then the finished image.
+    async def watch(self, request: RoutedRequest) -> AsyncGenerator[Picture]:
+        """Yield the previews of a request, then the finished image.
 
         Raises:
             APIError: the error to send to the client; also if the replica dies, because the client may have
                 received previews already.
         """
-        pictures = self._model.options(stream=True).watch.remote(order)
+        pictures = self._model.options(stream=True).watch.remote(request)
         try:
             async for picture in pictures:
                 yield picture
         except (RayError, RayServeException) as error:
-            raise _told(error) from error
+            raise _api_error(error) from error
         finally:
             pictures.cancel()
 
@@ -94,7 +94,7 @@ class ReplicaClient:
         results = await self._ask_all("warm_up", version, fused, timeout_s=WARM_UP_S)
         for result in results:
             if isinstance(result, RayTaskError):
-                raise _told(result) from result
+                raise _api_error(result) from result
         if version is not None and not results and adapter_name(version) not in self._verified:
             try:
                 await asyncio.to_thread(verify_weights, version, version.source)
@@ -122,7 +122,7 @@ class ReplicaClient:
                 running, reason = await self._status(may_sleep)
                 self._running = time.monotonic(), running, reason
         if not running:
-            raise APIError(503, f"no replica runs: {reason}", code="model_not_loaded")
+            raise APIError(503, f"no replica is running: {reason}", code="model_not_loaded")
 
     async def _status(self, may_sleep: bool) -> tuple[bool, str]:
         """Return True if replicas run or may be started, and Serve's status message."""
@@ -153,7 +153,7 @@ async def all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
 
 
-async def _answered(response: Any) -> Any:
+async def _result_of(response: Any) -> Any:
     """Return a replica's answer; if the caller is cancelled, cancel the call on the replica too.
 
     Raises:
@@ -165,13 +165,13 @@ async def _answered(response: Any) -> Any:
         response.cancel()
         raise
     except (RayError, RayServeException) as error:
-        raise _told(error) from error
+        raise _api_error(error) from error
 
 
-def _told(error: Exception) -> APIError:
+def _api_error(error: Exception) -> APIError:
     """Return the error to send to the client for a replica's error."""
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, APIError):
             return error.cause
-        return APIError(500, f"drawing failed: {error.cause}", code="drawing_failed")
-    return APIError(503, "the model stopped while drawing; try again", code="model_lost")
+        return APIError(500, f"image generation failed: {error.cause}", code="drawing_failed")
+    return APIError(503, "the replica stopped while generating the image; try again", code="model_lost")

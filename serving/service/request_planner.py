@@ -1,25 +1,26 @@
-"""Turn a request into orders: resolve the version, fill in the server's defaults, one order per image."""
+"""Plan a client's request: resolve the version, fill in the server's defaults, one request per image."""
 
 import random
 import time
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
 from ray_jobs.config import ServeConfig
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
-from serving.messages import BASE, Order, label
+from serving.messages import BASE, RoutedRequest, label
+from serving.request import Request
 from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
-from serving.service.request_context import State, key_of
+from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue, UnknownModel
 
 GUIDANCE_SCALE = 3.0  # default for versions that were registered without one
 
 
 class RequestPlanner:
-    """Plan the orders of requests. Use it from one event loop only.
+    """Planner of requests. Use it from one event loop only.
 
     Args:
         catalogue: the available versions.
@@ -41,15 +42,17 @@ class RequestPlanner:
         """
         with suppress(UnknownModel):
             return self.catalogue.find(model, user)
-        if not self.watcher.looked:
-            await self.watcher.look()
+        if not self.watcher.polled:
+            await self.watcher.poll()
         try:
             return self.catalogue.find(model, user)
         except UnknownModel as error:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
-    async def orders(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
-        """Return one order per image, with the server's defaults filled in.
+    async def plan(
+        self, request: ImageRequest, context: RequestContext, image: bytes | None
+    ) -> list[RoutedRequest]:
+        """Return one request per image, with the server's defaults filled in.
 
         Raises:
             APIError: a field, which is named, is not supported.
@@ -57,15 +60,14 @@ class RequestPlanner:
         if request.partial_images and not request.stream:
             raise APIError(400, "partial_images: needs stream: true", "partial_images", "invalid_value")
         if request.stream and request.n > 1:
-            raise APIError(400, "n: a stream has one picture; leave n out", "n", "invalid_value")
-        state["prompt"] = request.prompt
-        user = request.user or key_of(state)
+            raise APIError(400, "n: must be 1 with stream: true", "n", "invalid_value")
+        context.prompt = request.prompt
+        user = request.user or context.key
         version = await self.find(request.model, user)
         width, height = await self._pixels(request.size)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
         steps = request.steps or self.settings.default_steps
-        first = Order(
-            version,
+        first = Request(
             request.prompt,
             seed,
             steps,
@@ -73,19 +75,23 @@ class RequestPlanner:
             request.negative_prompt,
             height,
             width,
-            # There are at most steps - 1 intermediate images.
-            min(request.partial_images, steps - 1),
+            previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
+            strength=request.strength if isinstance(request, EditRequest) else 1.0,
+        )
+        routed = RoutedRequest(
+            version,
+            first,
             image,
-            request.strength if isinstance(request, EditRequest) else 1.0,
             # Edits are not scored: they differ from the published images as much as their input does.
             scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )
-        state.update(self._names(version), steps=steps, n=request.n)
+        context.steps, context.n = steps, request.n
+        self._name(version, context)
         # Seeds wrap around, so that every seed in an answer is valid in a request.
         return [
-            first._replace(seed=(seed + i) % (MAX_SEED + 1), image_id=new_image_id())
+            routed._replace(request=replace(first, seed=(seed + i) % (MAX_SEED + 1)), image_id=new_image_id())
             for i in range(request.n)
         ]
 
@@ -95,15 +101,15 @@ class RequestPlanner:
         recorded = (version or self.catalogue.champion).guidance_scale
         return self.settings.default_guidance_scale or recorded or GUIDANCE_SCALE
 
-    def _names(self, version: RegisteredModel | None) -> dict[str, Any]:
-        """Return the names of a version for logs: model, version and alias, if any."""
+    def _name(self, version: RegisteredModel | None, context: RequestContext) -> None:
+        """Set the context's model, version and alias, if it has one."""
         if version is None:
-            return {"model": BASE, "version": BASE}
-        found = {"model": version.name, "version": version.version}
+            context.model, context.version = BASE, BASE
+            return
+        context.model, context.version = version.name, version.version
         for alias, each in ((CHAMPION, self.catalogue.champion), (CANDIDATE, self.catalogue.candidate)):
             if each is not None and label(each) == label(version):
-                found["alias"] = alias
-        return found
+                context.alias = alias
 
     async def _pixels(self, size: str | None) -> tuple[int | None, int | None]:
         """Return width and height in pixels, None each for the model's own.
@@ -114,17 +120,17 @@ class RequestPlanner:
         if size is None:
             return None, None
         width, height = width_and_height(size)
-        own = await self.replicas.traits()
+        own = await self.replicas.default_size()
         limit = self.settings.max_side or 2 * max(own)
         if max(width, height) > limit:
             message = (
-                f"size: {size} is larger than the {limit} pixels a side drawn here; this model's own "
-                f"size is {own.width}x{own.height}"
+                f"size: {size} exceeds this server's limit of {limit} pixels per side; the model's default "
+                f"is {own.width}x{own.height}"
             )
             raise APIError(400, message, "size", "invalid_value")
         return width, height
 
-    async def size(self, order: Order) -> str:
-        """Return an order's width x height in pixels."""
-        own = await self.replicas.traits()
-        return f"{order.width or own.width}x{order.height or own.height}"
+    async def size(self, request: Request) -> str:
+        """Return the image's width x height in pixels."""
+        own = await self.replicas.default_size()
+        return f"{request.width or own.width}x{request.height or own.height}"

@@ -5,13 +5,14 @@ import base64
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from serving.feedback.schemas import Generation, new_image_id
 from serving.feedback.store import FeedbackStore
-from serving.messages import Order, Picture, label
-from serving.schemas import ImageData, ImageRequest
+from serving.messages import Picture, RoutedRequest, label
+from serving.schemas import ImageData
 from serving.service.metrics import Metrics
-from serving.service.request_context import State, key_of
+from serving.service.request_context import RequestContext
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow, Shadowed
 
@@ -36,40 +37,55 @@ class Delivery:
         self._recording = ThreadPoolExecutor(4, "recording")  # may block on the database
 
     async def deliver(
-        self, orders: list[Order], pictures: list[Picture], request: ImageRequest, state: State, size: str
+        self,
+        requests: list[RoutedRequest],
+        pictures: list[Picture],
+        user: str | None,
+        context: RequestContext,
+        size: str,
     ) -> list[ImageData]:
         """Record finished images, and return them as sent to the client.
 
         Args:
+            user: the client's user, as it named them.
             size: width x height of all images, in pixels.
-            state: state of the HTTP request.
+            context: facts about the HTTP request.
 
         Raises:
             APIError: 503, the images cannot be recorded.
         """
         facts = {
             "created": time.time(),
-            "user": request.user,
-            "key_id": key_of(state),
-            "role": state.get("alias", "other"),
+            "user": user,
+            "key_id": context.key,
+            "role": context.alias or "other",
         }
         records = [
-            Generation.model_validate(order.parameters(size) | facts | {"seconds": time.time() - order.asked})
-            for order in orders
+            Generation.model_validate({**each.parameters(size), **facts, "seconds": time.time() - each.asked})
+            for each in requests
         ]
         await asyncio.get_running_loop().run_in_executor(self._recording, self._record, records)
         data = []
-        for order, picture in zip(orders, pictures, strict=True):
+        for each, picture in zip(requests, pictures, strict=True):
             if picture.waited_s is not None:
-                self.metrics.first_step(state["model"], state["version"], picture.waited_s)
+                self.metrics.first_step(context.model, context.version, picture.waited_s)
             data.append(
-                ImageData(id=order.image_id, b64_json=base64.b64encode(picture.png).decode(), seed=order.seed)
+                ImageData(
+                    id=each.image_id,
+                    b64_json=base64.b64encode(picture.png).decode(),
+                    seed=each.request.seed,
+                )
             )
             candidate = self.catalogue.candidate
-            drawn_by_champion = label(order.version) == label(self.catalogue.champion)
+            drawn_by_champion = label(each.version) == label(self.catalogue.champion)
             if candidate and drawn_by_champion and random.random() < self.shadow_share:
-                again = order._replace(version=candidate, fused=False, previews=0, image_id=new_image_id())
-                self.shadow.offer(Shadowed(order.image_id, order, picture.png, again))
+                again = each._replace(
+                    version=candidate,
+                    request=replace(each.request, previews=0),
+                    image_id=new_image_id(),
+                    fused=False,
+                )
+                self.shadow.offer(Shadowed(each.image_id, each, picture.png, again))
         return data
 
     def _record(self, generations: list[Generation]) -> None:

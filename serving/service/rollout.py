@@ -1,10 +1,39 @@
-"""Promote and withdraw the candidate by changing the registry's aliases."""
+"""Promote and withdraw the candidate by changing the registry's aliases; status of a running rollout."""
+
+from pydantic import BaseModel
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry import aliases
 from ray_jobs.registry.models import CANDIDATE, open_existing, store_errors
+from serving.feedback.store import FeedbackTally
+from serving.load import DriftScores
+from serving.service.canary import Summary
 
 TAKEN_OUT = "taken_out"  # version tag with the reason why it is no longer the candidate
+
+
+class ShadowCounts(BaseModel):
+    """Pairs of images of champion and candidate."""
+
+    stored: int
+    passed_over: int
+
+
+class RolloutStatus(BaseModel):
+    """Answer to GET /v1/rollout: champion and candidate, their answers, and people's feedback.
+
+    Versions are named name@version.
+    """
+
+    champion: str
+    candidate: str | None
+    candidate_share: float
+    versions: dict[str, Summary]
+    quality: dict[str, DriftScores]
+    feedback: list[FeedbackTally]
+    taken_out: dict[str, str]
+    shadow: ShadowCounts
+    notice: str | None
 
 
 def withdraw(config: Config, version: int | None = None, reason: str = "by hand") -> int:
@@ -21,7 +50,7 @@ def withdraw(config: Config, version: int | None = None, reason: str = "by hand"
         client = open_existing(config)
         candidate = aliases.aliases_of(client, config).get(CANDIDATE)
         if candidate is None or version not in (None, candidate):
-            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to take out")
+            raise ConfigError(f"{name!r} has no candidate {version or ''}".rstrip() + "; nothing to withdraw")
         client.set_model_version_tag(name, str(candidate), TAKEN_OUT, reason)
         client.delete_registered_model_alias(name, CANDIDATE)
     return candidate

@@ -82,11 +82,11 @@ class Catalogue:
         if model in (label(self.champion), f"{self.name}:{CHAMPION}"):
             return self.champion
         for name, entry in self.entries.items():
-            found = _in_entry(model, name, entry)
-            if found is not None and self.fits(found):
-                return found
+            version = _in_entry(model, name, entry)
+            if version is not None and self.fits(version):
+                return version
         raise UnknownModel(
-            f"the model {model!r} does not exist here; GET /v1/models lists those that do, for example "
+            f"the model {model!r} does not exist; GET /v1/models lists the available models, for example "
             f"{self.name!r} or {label(self.champion)!r}"
         )
 

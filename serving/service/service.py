@@ -1,4 +1,4 @@
-"""Handle requests: choose the version, split into orders, and have the replicas generate the images."""
+"""Handle requests: choose the version, plan one request per image, and have the replicas generate them."""
 
 import asyncio
 import base64
@@ -12,12 +12,13 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
-from serving.feedback.store import FeedbackStore, Tally
-from serving.load import Drift
-from serving.messages import BASE, Order, ReplicaLoad, label
+from serving.feedback.store import FeedbackStore, FeedbackTally
+from serving.load import DriftScores
+from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
 from serving.schemas import (
     APIError,
     CompletedEvent,
+    ImageEvent,
     ImageRequest,
     ImageResponse,
     PartialImageEvent,
@@ -26,10 +27,10 @@ from serving.service.canary import Canary, Limits
 from serving.service.metrics import Metrics
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
-from serving.service.request_context import State
+from serving.service.request_context import RequestContext
 from serving.service.request_planner import RequestPlanner
 from serving.service.responses import Delivery
-from serving.service.rollout import withdraw
+from serving.service.rollout import RolloutStatus, ShadowCounts, withdraw
 from serving.service.routing import Catalogue
 from serving.service.shadow import Shadow
 
@@ -69,62 +70,62 @@ class Service:
         self.started = int(time.time())
         self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
-        self._named: list[Any] = []  # state of the registry that the metrics last received
+        self._named: list[object] = []  # state of the registry that the metrics last received
 
-    def start(self, *, look_now: bool) -> None:
+    def start(self, *, poll_now: bool) -> None:
         """Start following the registry and, if configured, shadow mode.
 
         Args:
-            look_now: read the registry at once instead of after a pause.
+            poll_now: read the registry at once instead of after a pause.
         """
-        self._in_background(self.watcher.run(now=look_now))
+        self._in_background(self.watcher.run(now=poll_now))
         if self.settings.shadow_share:
             self._in_background(self.shadow.run())
 
     async def generate(
-        self, request: ImageRequest, state: State, image: bytes | None = None
+        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
             image: image file to begin with, for an EditRequest.
-            state: state of the HTTP request. The HTTP layers set `key_id` in it, which selects the version
-                if the request names no user; facts about the images are added for their logs.
+            context: facts about the HTTP request. Its key selects the version if the request names no user;
+                facts about the images are added for the log.
 
         Raises:
             APIError: the error to send to the client.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._place(), self._in_time():
+        with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                orders = await self._ordered(request, state, image)
-            with self._counted(orders[0]):
+                planned = await self._plan(request, context, image)
+            with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
-                    pictures = await self.replicas.draw(orders)
-            size = await self.planner.size(orders[0])
-            data = await self.delivery.deliver(orders, pictures, request, state, size)
+                    pictures = await self.replicas.draw(planned)
+            size = await self.planner.size(planned[0].request)
+            data = await self.delivery.deliver(planned, pictures, request.user, context, size)
         return ImageResponse(
             created=int(time.time()),
             data=data,
-            model=label(orders[0].version),
+            model=label(planned[0].version),
             size=size,
         )
 
     async def stream(
-        self, request: ImageRequest, state: State, image: bytes | None = None
-    ) -> AsyncGenerator[PartialImageEvent | CompletedEvent]:
+        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
+    ) -> AsyncGenerator[ImageEvent]:
         """Generate one image, yielding its previews on the way.
 
         Raises:
             APIError: the error to send to the client; raised before the first event or after any event.
         """
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
-        with self._place(), self._in_time():
+        with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                (order,) = await self._ordered(request, state, image)
-                size = await self.planner.size(order)
-            async with aclosing(self.replicas.watch(order)) as pictures:
-                with self._counted(order):
+                (planned,) = await self._plan(request, context, image)
+                size = await self.planner.size(planned.request)
+            async with aclosing(self.replicas.watch(planned)) as pictures:
+                with self._counted(planned):
                     for index in count():
                         async with asyncio.timeout_at(deadline):
                             picture = await anext(pictures)
@@ -139,39 +140,39 @@ class Service:
                             created_at=int(time.time()),
                             size=size,
                         )
-            (data,) = await self.delivery.deliver([order], [picture], request, state, size)
+            (data,) = await self.delivery.deliver([planned], [picture], request.user, context, size)
         yield CompletedEvent(
             type="image_generation.completed" if image is None else "image_edit.completed",
             id=data.id,
             b64_json=data.b64_json,
             seed=data.seed,
-            model=label(order.version),
+            model=label(planned.version),
             created_at=int(time.time()),
             size=size,
         )
 
-    async def rollout(self) -> dict[str, Any]:
+    async def rollout(self) -> RolloutStatus:
         """Return the answer to GET /v1/rollout: champion and candidate, their answers and feedback."""
         candidate, notices = self.catalogue.candidate, [self.watcher.notice]
-        said: list[Tally] = []
+        tallies: list[FeedbackTally] = []
         try:
-            said = await asyncio.to_thread(self.feedback.tally)
+            tallies = await asyncio.to_thread(self.feedback.tally)
         except APIError as error:  # the rest of the answer is still useful to an operator
             notices.append(error.message)
         drift = latest_drift(await self.replicas.loads())
-        return {
-            "champion": label(self.catalogue.champion),
-            "candidate": candidate and label(candidate),
-            "candidate_share": self.settings.candidate_share,
-            "versions": {name: tally.as_json() for name, tally in self.canary.tallies.items()},
-            "quality": {f"{model}@{version}": each._asdict() for (model, version), each in drift.items()},
-            "feedback": [tally._asdict() for tally in said],
-            "taken_out": self.canary.taken_out,
-            "shadow": {"stored": self.shadow.stored, "passed_over": self.shadow.passed_over},
-            "notice": "; ".join(filter(None, notices)) or None,
-        }
+        return RolloutStatus(
+            champion=label(self.catalogue.champion),
+            candidate=candidate and label(candidate),
+            candidate_share=self.settings.candidate_share,
+            versions={name: tally.summary() for name, tally in self.canary.tallies.items()},
+            quality={f"{model}@{version}": each for (model, version), each in drift.items()},
+            feedback=tallies,
+            taken_out=self.canary.taken_out,
+            shadow=ShadowCounts(stored=self.shadow.stored, passed_over=self.shadow.passed_over),
+            notice="; ".join(filter(None, notices)) or None,
+        )
 
-    async def measured(self) -> bytes:
+    async def metrics_text(self) -> bytes:
         """Return the answer to GET /metrics: metrics of the endpoint and its replicas."""
         self._name_versions()
         loads = await self.replicas.loads()
@@ -192,13 +193,15 @@ class Service:
             served = [(each.name, each.version) for each in versions if each is not None]
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
-    async def _ordered(self, request: ImageRequest, state: State, image: bytes | None) -> list[Order]:
-        orders = await self.planner.orders(request, state, image)
+    async def _plan(
+        self, request: ImageRequest, context: RequestContext, image: bytes | None
+    ) -> list[RoutedRequest]:
+        planned = await self.planner.plan(request, context, image)
         self._name_versions()
-        return orders
+        return planned
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
+    def _slot(self) -> Iterator[None]:
         """Occupy one of the slots for open requests.
 
         Raises:
@@ -206,7 +209,7 @@ class Service:
         """
         limit = self.settings.max_queued_requests
         if self.num_open >= limit:
-            message = f"{limit} requests are waiting, which is the limit; try again later"
+            message = f"the server has {limit} open requests, which is its limit; try again later"
             raise APIError(503, message, None, "queue_full", {"retry-after": "1"})
         self.num_open += 1
         try:
@@ -221,14 +224,14 @@ class Service:
             yield
         except TimeoutError:
             seconds = f"{self.settings.request_timeout_s:g}"
-            message = f"not drawn within {seconds} s; ask for fewer steps or pictures, or try later"
+            message = f"not finished within {seconds} s; request fewer steps or images, or try again later"
             raise APIError(504, message, code="timeout") from None
 
     @contextmanager
-    def _counted(self, order: Order) -> Iterator[None]:
+    def _counted(self, planned: RoutedRequest) -> Iterator[None]:
         """Count an answer or a server error of champion or candidate; a client's disconnect is neither."""
-        version, started = label(order.version), time.monotonic()
-        compared = order.version in (self.catalogue.champion, self.catalogue.candidate)
+        version, started = label(planned.version), time.monotonic()
+        compared = planned.version in (self.catalogue.champion, self.catalogue.candidate)
         try:
             yield
         except (APIError, TimeoutError) as error:
@@ -237,7 +240,7 @@ class Service:
                 self._judge()
             raise
         if compared:
-            self.canary.answered(version, seconds=time.monotonic() - started, steps=order.steps)
+            self.canary.answered(version, seconds=time.monotonic() - started, steps=planned.request.steps)
             self._judge()
 
     def _judge(self) -> None:
@@ -259,9 +262,9 @@ class Service:
         except Exception as error:  # this endpoint no longer serves it, whatever the registry answers
             logger.warning("%s keeps its alias in the registry: %s", label(candidate), error)
 
-    async def _draw_shadow(self, order: Order) -> bytes:
+    async def _draw_shadow(self, request: RoutedRequest) -> bytes:
         try:
-            (picture,) = await self.replicas.draw([order])
+            (picture,) = await self.replicas.draw([request])
         except APIError as error:
             self.metrics.drawn("shadow", error.status)
             raise
@@ -274,7 +277,7 @@ class Service:
         task.add_done_callback(self._background.discard)
 
 
-def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], Drift]:
+def latest_drift(loads: Sequence[ReplicaLoad]) -> dict[tuple[str, int], DriftScores]:
     """Return the most recent drift scores of any replica, by model name and version."""
-    found = [item for each in loads for item in each.drift.items()]
-    return dict(sorted(found, key=lambda item: item[1].scored_at))
+    scores = [item for each in loads for item in each.drift.items()]
+    return dict(sorted(scores, key=lambda item: item[1].scored_at))

@@ -1,28 +1,42 @@
-"""Shadow mode: the candidate repeats orders that the champion has answered, invisibly to the client."""
+"""Shadow mode: the candidate repeats requests that the champion has answered, invisibly to the client."""
 
 import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 from cluster.storage import Storage
-from serving.messages import Order, label
+from serving.messages import RoutedRequest, label
 
 logger = logging.getLogger("ray.serve")
 
 WAITING = 16  # maximum queued pairs; more are skipped
 NEXT = "next"  # file with the number of the slot to write next
+# Fields of a request, and of its routing, in the file of parameters.
+PARAMETERS = (
+    "prompt",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "negative_prompt",
+    "height",
+    "width",
+    "previews",
+    "strength",
+)
+ROUTING = ("image_id", "scored", "asked", "fused")
 KEPT = 200  # pairs of images in the folder; the oldest is overwritten
 
 
 class Shadowed(NamedTuple):
-    """An image that was sent to a client, and the same order for the candidate."""
+    """An image that was sent to a client, and the same request for the candidate."""
 
     picture_id: str
-    answered: Order
+    answered: RoutedRequest
     picture: bytes  # PNG
-    order: Order
+    request: RoutedRequest
 
 
 class Shadow:
@@ -40,7 +54,7 @@ class Shadow:
     def __init__(
         self,
         folder: Storage,
-        draw: Callable[[Order], Awaitable[bytes]],
+        draw: Callable[[RoutedRequest], Awaitable[bytes]],
         may_draw: Callable[[], bool],
         *,
         kept: int = KEPT,
@@ -64,7 +78,7 @@ class Shadow:
             while not self._may_draw():
                 await asyncio.sleep(0.2)
             try:
-                drawn = await self._draw(pair.order)
+                drawn = await self._draw(pair.request)
                 await asyncio.to_thread(self._store, pair, drawn)
             except Exception as error:  # a failed pair must not stop the next ones
                 self.passed_over += 1
@@ -78,12 +92,12 @@ class Shadow:
         place = self.folder.child(name)
         place.write_bytes("champion.png", pair.picture)
         place.write_bytes("candidate.png", drawn)
-        order = pair.order._asdict()
-        del order["version"]
-        if (image := order.pop("image")) is not None:
-            place.write_bytes("given", image)
-        versions = {"champion": label(pair.answered.version), "candidate": label(pair.order.version)}
-        place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **order}))
+        if pair.request.image is not None:
+            place.write_bytes("given", pair.request.image)
+        versions = {"champion": label(pair.answered.version), "candidate": label(pair.request.version)}
+        request, routed = asdict(pair.request.request), pair.request._asdict()
+        parameters = {name: request[name] for name in PARAMETERS} | {name: routed[name] for name in ROUTING}
+        place.write_text("parameters.json", json.dumps({"id": pair.picture_id, **versions, **parameters}))
         self.stored += 1
         self._place = (self._place + 1) % self.kept
         self.folder.write_text(NEXT, str(self._place))

@@ -10,10 +10,10 @@ import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from serving.engine.rows import Request as DrawRequest
 from serving.engine.thread import EngineThread
 from serving.feedback.schemas import Generation, new_image_id
 from serving.provenance import encode_png, facts_of
+from serving.request import Request as DrawRequest
 from serving.schemas import APIError
 from tests.serving.feedback_server import application, key_id, served
 

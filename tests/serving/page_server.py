@@ -88,7 +88,7 @@ def service_here(
     versions = {each.version: each for each in (champion, candidate)}
     aliases = {CHAMPION: champion.version, CANDIDATE: candidate.version}
     service.catalogue.entries = {champion.name: RegistryEntry(versions, aliases)}
-    service.watcher.looked = True
+    service.watcher.polled = True
     try:
         yield service, model
     finally:

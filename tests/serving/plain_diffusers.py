@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from serving.engine.rows import Request
+from serving.request import Request
 
 
 def load(folder: Path, variant: str | None = None) -> Any:

@@ -21,13 +21,13 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from ray_jobs.config import ServeConfig
 from serving.http.access import Access, client_of
 from serving.http.api import EventStream
 from serving.http.api_keys import KeyRing, Scope, add_key, digest
+from serving.http.asgi_exchange import context_of
 from serving.http.limits import ConcurrencyLimit
 from serving.http.logs import configure_logging
 from serving.schemas import APIError, PartialImageEvent
@@ -69,14 +69,15 @@ class Server:
 
         @api.exception_handler(APIError)
         async def refuse(request: Request, error: APIError) -> JSONResponse:
-            request.state.reason = error.code
+            context_of(request.scope).reason = error.code
             return JSONResponse(error.body(), error.status)
 
         @api.post(DRAW)
         async def draw(request: Request) -> Any:
             told = await request.json()
-            request.state.model, request.state.version = "diffray", 3
-            request.state.alias, request.state.prompt = "champion", told.get("prompt")
+            context = context_of(request.scope)
+            context.model, context.version = "diffray", 3
+            context.alias, context.prompt = "champion", told.get("prompt")
             if told.get("fail") == "full":
                 raise APIError(503, "full", code="queue_full")
             if told.get("fail"):
@@ -84,7 +85,7 @@ class Server:
             self.loop = asyncio.get_running_loop()
             events.append("began")
             if told.get("late"):
-                return await EventStream.of(too_late(), request.scope["state"])
+                return await EventStream.of(too_late(), context)
             if told.get("stream"):
                 return StreamingResponse(parts(told["stream"], told), media_type="text/event-stream")
             try:
@@ -95,9 +96,9 @@ class Server:
                 events.append("cancelled")
                 raise
             late = BackgroundTask(later, told["later"]) if "later" in told else None
-            return JSONResponse({"key_id": request.state.key_id}, background=late)
+            return JSONResponse({"key_id": context.key_id}, background=late)
 
-        async def too_late() -> AsyncGenerator[BaseModel]:
+        async def too_late() -> AsyncGenerator[PartialImageEvent]:
             yield PartialImageEvent(b64_json="", created_at=0, size="8x8", partial_image_index=0)
             raise APIError(504, "not drawn in time", code="timeout")
 
@@ -121,7 +122,7 @@ class Server:
         @api.api_route("/{path:path}", methods=["GET", "POST"], include_in_schema=False)
         async def other(request: Request) -> dict[str, Any]:
             body = await request.body()
-            return {"bytes": len(body), "sum": sum(body), "request_id": request.state.request_id}
+            return {"bytes": len(body), "sum": sum(body), "request_id": context_of(request.scope).request_id}
 
         return api
 

@@ -15,7 +15,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
 from ray_jobs.weights.saving import save_lora
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.serving import plain_diffusers
 from tests.tiny_models import FAMILY_MODELS
 

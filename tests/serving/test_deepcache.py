@@ -9,7 +9,7 @@ import torch
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.serving.test_adapters import VARIANTS, write_adapter
 
 REQUESTS = [

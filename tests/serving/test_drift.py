@@ -22,7 +22,7 @@ from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip, load_clip
 from ray_jobs.registry.models import REFERENCE
-from serving.load import Drift
+from serving.load import DriftScores
 from serving.replica.drift import DriftMonitor, Reference
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def scored(monitor: DriftMonitor, pictures: Sequence[np.ndarray]) -> Drift:
+def scored(monitor: DriftMonitor, pictures: Sequence[np.ndarray]) -> DriftScores:
     """The scores once so many more pictures were measured."""
     before = monitor.num_measured
     for picture in pictures:

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
 from serving.service.metrics import COUNTED, OTHER, REASONS, Metrics
+from serving.service.request_context import RequestContext
 
-NOTHING = Load(*[0] * len(Load._fields))
+NOTHING = EngineLoad(*[0] * len(EngineLoad._fields))
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return None
 
 
-def load(**counts: int) -> Load:
+def load(**counts: int) -> EngineLoad:
     return NOTHING._replace(**counts)
 
 
@@ -102,21 +103,21 @@ def test_what_is_not_served_is_counted_as_other(metrics: Metrics) -> None:
     told: list[dict[str, Any]] = [{"model": "diffray", "version": "3"}, {"model": "x"}, {}]
     told += [{"model": f"invented {number}", "version": 3} for number in range(500)]
     for facts in told:
-        metrics.answered(200, 1.5, {**facts, "alias": facts.get("model")})
+        metrics.answered(200, 1.5, RequestContext(**facts, alias=facts.get("model")))
         metrics.rejected(str(facts.get("model")))
     count = "diffray_request_seconds_count"
     assert value(metrics, count, model="diffray", version="3", status="200") == 1
     assert value(metrics, count, model=OTHER, version=OTHER, status="200") == 502
     assert value(metrics, "diffray_rejected_requests_total", reason=OTHER) == 503
-    assert value(metrics, "diffray_answers_total", alias=OTHER, status="200") == 503
+    assert value(metrics, "diffray_answers_total", alias=OTHER, status="200") == 502
     assert metrics.render().count(b"\n") < 250
 
 
-def drift(**scores: Any) -> Drift:
+def drift(**scores: Any) -> DriftScores:
     """Scores of a window, of which only some were measured."""
     unmeasured = dict.fromkeys(("expected_fid", "clip_score", "near_copies", "expected_near_copies"))
     given: dict[str, Any] = {"num_pictures": 16, "fid": 1.0, "feature_network": "n", "scored_at": 0.0}
-    return Drift(**given | unmeasured | scores)
+    return DriftScores(**given | unmeasured | scores)
 
 
 def test_thousands_of_models_have_few_series_and_the_first_ones_their_own(metrics: Metrics) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Drawing, Request
+from serving.engine.rows import Drawing
 from serving.engine.scheduler import QueueFull
+from serving.request import Request, RequestError
 from tests.serving import plain_diffusers
 from tests.tiny_models import BY_NAME, MODELS
 
@@ -152,7 +153,7 @@ def test_every_row_steps_at_least_once_in_as_many_calls_as_there_are_sizes(tiny_
             steps = int(torch.randint(2, 9, (), generator=generator))
             engine.submit(Request("a", 0, steps, 1.0, height=sizes[kind][0], width=sizes[kind][1]))
         engine.step()
-        for row in engine._running:
+        for row in engine.scheduler.running:
             before = previous.get(row.arrival)
             if before is not None and row.done == before[0]:
                 waits.append(engine.load().calls - row.last_call)
@@ -207,7 +208,7 @@ def test_finished_pictures_that_wait_to_be_decoded_are_bounded(tiny_model: Path)
     while engine.unfinished:
         engine.step()
         most = max(most, engine.load().decoding)
-    assert most <= 2 * engine.max_rows and all(future.done() for future in futures)
+    assert most <= 2 * engine.scheduler.max_rows and all(future.done() for future in futures)
 
 
 def test_an_error_in_a_step_fails_its_requests_and_the_engine_goes_on(tiny_model: Path) -> None:
@@ -269,23 +270,32 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         (SD, {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
         (SD, {"guidance_scale": float("nan")}, "guidance_scale: nan"),
         (SD, {"seed": 2**64}, "seed: "),
-        (SD, {"prompt": "\ud800"}, "prompt: it holds half"),
-        (SD, {"height": 60}, "height: 60; this model draws multiples of 8"),
+        (SD, {"prompt": "\ud800"}, "prompt: contains an unpaired surrogate"),
+        (SD, {"height": 60}, "height: 60; must be a multiple of 8 pixels"),
         (SD, {"adapter": "dogs"}, "adapter: 'dogs'; this model is served without"),
         (SD, {"previews": 2}, "previews: 2"),
-        ("StableDiffusion3Pipeline", {"width": 72}, "width: 72; this model draws multiples of 16 up to 128"),
+        (
+            "StableDiffusion3Pipeline",
+            {"width": 72},
+            "width: 72; must be a multiple of 16 pixels, at most 128",
+        ),
         ("StableDiffusion3Pipeline", {"width": 144}, "width: 144"),
-        (SD, {"width": 136}, "width: 136; pictures of up to 128 pixels a side"),
-        ("FluxPipeline", {"height": 72}, "height: 72; this model draws multiples of 16 pixels"),
-        ("FluxPipeline", {"negative_prompt": "a"}, "negative_prompt: this model is told its guidance"),
+        (SD, {"width": 136}, "width: 136; must be at most 128 pixels"),
+        ("FluxPipeline", {"height": 72}, "height: 72; must be a multiple of 16 pixels"),
+        (
+            "FluxPipeline",
+            {"negative_prompt": "a"},
+            "negative_prompt: not supported: this model takes the guidance",
+        ),
     ],
 )
 def test_what_a_model_cannot_draw_is_refused_before_it_joins_a_batch(
     tiny: Callable[[str], Path], model: str, fields: dict[str, Any], told: str
 ) -> None:
     engine = engine_of(tiny(model), "DDIMScheduler" if model == SD else None)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(RequestError, match=told) as refused:
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert [refused.value.field] == list(fields)
     assert not engine.unfinished
 
 
@@ -317,7 +327,7 @@ def test_the_load_tells_places_and_how_long_rows_waited_for_their_first_step(tin
 
 def test_the_bound_on_a_side_can_be_set(tiny_model: Path) -> None:
     engine = engine_of(tiny_model, max_side=64)
-    with pytest.raises(ValueError, match="height: 72; pictures of up to 64 pixels"):
+    with pytest.raises(ValueError, match="height: 72; must be at most 64 pixels"):
         engine.submit(Request("a", 0, 1, 1.0, height=72))
 
 

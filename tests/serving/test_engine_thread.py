@@ -11,8 +11,8 @@ import torch
 
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
 from serving.engine.thread import EngineStopped, EngineThread
+from serving.request import Request
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_versions_are_tallied_apart(store: FeedbackStore) -> None:
     for number, rating in ((1, 1), (2, -1), (3, 1)):
         store.rate(rated(number, rating))
     store.rate(rated(3, None, over=f"img-{1:024x}"))
-    told = [tuple(each) for each in store.tally()]
+    told = [astuple(each) for each in store.tally()]
     assert told == [("served", 3, "champion", 1, 1, 0, 1), ("served", 4, "candidate", 1, 0, 1, 0)]
 
 
@@ -246,7 +247,7 @@ def test_a_newer_schema_is_refused_and_left_alone(database: str) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql(f"UPDATE feedback_schema SET version = {SCHEMA + 1}")
         connection.exec_driver_sql("DROP TABLE ratings")
-    expected = rf"serve\.feedback_url: .* tables have version {SCHEMA + 1}, .* knows {SCHEMA}; update diffray"
+    expected = rf"serve\.feedback_url: .* tables have version {SCHEMA + 1}, .* knows version {SCHEMA}; update"
     with pytest.raises(ConfigError, match=expected):
         open_database(database)
     assert not sqlalchemy.inspect(engine).has_table("ratings")

@@ -14,8 +14,8 @@ from PIL import Image, ImageCms
 from ray_jobs.pictures.reading import decode_image
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
 from serving.replica.image_input import read_picture
+from serving.request import Request, RequestError
 from serving.schemas import APIError
 from tests.conftest import draw
 from tests.serving import plain_diffusers
@@ -193,16 +193,17 @@ def test_a_line_a_pixel_wide_takes_no_memory_but_its_own(shape: tuple[int, int])
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"strength": 0.5}, "strength: 0.5; it is of an image, and there is none"),
-        ({"image": picture(*SQUARE), "strength": 0.0}, "strength: 0.0; it is above 0"),
+        ({"strength": 0.5}, "strength: 0.5; needs an initial image"),
+        ({"image": picture(*SQUARE), "strength": 0.0}, "strength: 0.0; must be above 0"),
         ({"image": picture(*SQUARE), "strength": float("nan")}, "strength: nan"),
-        ({"image": picture(*SQUARE), "strength": 0.2}, "strength: 0.2 of 4 steps is not one"),
+        ({"image": picture(*SQUARE), "strength": 0.2}, "strength: 0.2 of 4 steps leaves no step"),
         ({"image": picture(*WIDE)}, r"image: \(48, 64, 3\) of torch.uint8; uint8, 64 x 64 x 3 is needed"),
         ({"image": picture(*SQUARE).float()}, "of torch.float32"),
     ],
 )
 def test_what_cannot_be_begun_with_is_refused(tiny_model: Path, fields: dict[str, Any], told: str) -> None:
     engine = engine_of(tiny_model)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(RequestError, match=told) as refused:
         engine.submit(replace(Request("a", 0, 4, 3.0), **fields))
+    assert refused.value.field == list(fields)[-1]
     assert not engine.unfinished

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.http.logs import LOGGER, MAX_TEXT, configure_logging, log_request
+from serving.service.request_context import RequestContext
 
 
 def logged(**facts: Any) -> dict[str, Any]:
@@ -25,13 +26,20 @@ def logged(**facts: Any) -> dict[str, Any]:
 @settings(deadline=None, derandomize=True)
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_no_text_ends_its_line_or_its_field(path: str, prompt: str) -> None:
-    line = logged(path=path, state={"prompt": prompt})
+    line = logged(path=path, context=RequestContext(prompt=prompt))
     assert (line["path"], line["prompt"], line["status"]) == (path, prompt, 200)
 
 
 def test_a_line_names_what_is_known_of_the_request_and_nothing_else() -> None:
-    facts = {"request_id": "r", "key_id": "k", "model": "m", "version": 3, "steps": 20, "n": 2}
-    line = logged(state={**facts, "alias": None, "headers": "authorization: Bearer secret"})
+    facts: dict[str, Any] = {
+        "request_id": "r",
+        "key_id": "k",
+        "model": "m",
+        "version": 3,
+        "steps": 20,
+        "n": 2,
+    }
+    line = logged(context=RequestContext(**facts, stream_status=504))
     assert line.pop("time").endswith("+00:00")
     assert line == facts | {
         "level": "info",
@@ -44,11 +52,11 @@ def test_a_line_names_what_is_known_of_the_request_and_nothing_else() -> None:
 
 
 def test_prompts_stay_out_unless_told_otherwise() -> None:
-    assert "prompt" not in logged(state={"prompt": "a"}, log_prompts=False)
+    assert "prompt" not in logged(context=RequestContext(prompt="a"), log_prompts=False)
 
 
 def test_long_texts_are_cut() -> None:
-    assert len(logged(state={"prompt": "a" * 10_000})["prompt"]) == MAX_TEXT
+    assert len(logged(context=RequestContext(prompt="a" * 10_000))["prompt"]) == MAX_TEXT
 
 
 def test_an_exception_is_part_of_its_line_with_its_end_kept() -> None:
@@ -65,7 +73,7 @@ def test_an_exception_is_part_of_its_line_with_its_end_kept() -> None:
 
 def test_nothing_is_written_twice_when_logging_is_configured_again() -> None:
     configure_logging(io.StringIO())
-    logged(state={})
+    logged(context=RequestContext())
     assert len(LOGGER.handlers) == 1 and not LOGGER.propagate
     configure_logging(io.StringIO(), logging.WARNING)
     assert not LOGGER.isEnabledFor(logging.INFO)

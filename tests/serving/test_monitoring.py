@@ -10,8 +10,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.load import Drift, Load
+from serving.load import DriftScores, EngineLoad
 from serving.service.metrics import ALIASES, REASONS, Metrics
+from serving.service.request_context import RequestContext
 
 FOLDER = Path(__file__).parents[2] / "serving" / "monitoring"
 RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
@@ -24,11 +25,10 @@ QUERIES = [target["expr"] for target in TARGETS] + [rule["expr"] for rule in RUL
 def exported() -> dict[str, set[str]]:
     """Sample name -> label names, of a server on which everything has happened once."""
     metrics = Metrics(max_queued_requests=1, min_replicas=1)
-    facts = {"model": "diffray", "version": 1, "alias": "champion"}
-    metrics.answered(200, 1.0, facts)
+    metrics.answered(200, 1.0, RequestContext(model="diffray", version=1, alias="champion"))
     metrics.first_step("diffray", 1, 1.0)
-    metrics.engines({"a": Load(*[1] * len(Load._fields))}, replicas=1)
-    metrics.drift("diffray", 1, Drift(16, 1.0, 1.0, 1.0, 0.0, 0.0, "network", 0.0))
+    metrics.engines({"a": EngineLoad(*[1] * len(EngineLoad._fields))}, replicas=1)
+    metrics.drift("diffray", 1, DriftScores(16, 1.0, 1.0, 1.0, 0.0, 0.0, "network", 0.0))
     families = text_string_to_metric_families(metrics.render().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

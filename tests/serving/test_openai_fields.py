@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ray_jobs.config import ServeConfig
 from serving.http.api import _answer_error, _edit_of, _json
-from serving.schemas import OTHER_FIELDS, APIError, EditRequest, ImageRequest, invalid_request, limited
+from serving.schemas import UNSUPPORTED_FIELDS, APIError, EditRequest, ImageRequest, invalid_request, limited
 from tests.serving.http_server import http_server
 
 GENERATE = typing.get_type_hints(image_generate_params.ImageGenerateParamsBase)
@@ -23,18 +23,18 @@ TAKEN = {"image", "safety_identifier"}  # by other means than a field of the sam
 def refused(model: type[ImageRequest], **fields: Any) -> APIError:
     with pytest.raises(ValidationError) as caught:
         model.model_validate({"prompt": "a", **fields})
-    return invalid_request(dict(caught.value.errors()[0]))
+    return invalid_request(caught.value.errors()[0])
 
 
 @pytest.mark.parametrize(("model", "theirs"), [(ImageRequest, GENERATE), (EditRequest, EDIT)])
 def test_every_field_of_openais_client_is_known(model: type[ImageRequest], theirs: dict[str, Any]) -> None:
-    unknown = set(theirs) - set(model.model_fields) - set(OTHER_FIELDS) - TAKEN
-    assert not unknown, "of a newer client: take them, or say in OTHER_FIELDS why not"
-    for field in set(theirs) & set(OTHER_FIELDS):
+    unknown = set(theirs) - set(model.model_fields) - set(UNSUPPORTED_FIELDS) - TAKEN
+    assert not unknown, "of a newer client: take them, or say in UNSUPPORTED_FIELDS why not"
+    for field in set(theirs) & set(UNSUPPORTED_FIELDS):
         error = refused(model, **{field: "what no server would take for neutral"})
         assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
-        assert OTHER_FIELDS[field].reason in error.message and "unknown" not in error.message
-    assert set(OTHER_FIELDS) <= set(GENERATE) | set(EDIT), "these are no longer OpenAI's"
+        assert UNSUPPORTED_FIELDS[field].reason in error.message and "unknown" not in error.message
+    assert set(UNSUPPORTED_FIELDS) <= set(GENERATE) | set(EDIT), "these are no longer OpenAI's"
 
 
 def test_a_field_of_nobodys_is_unknown() -> None:
@@ -43,9 +43,9 @@ def test_a_field_of_nobodys_is_unknown() -> None:
     assert refused(EditRequest, **{"svg[model]": "x"}).code == "unsupported_parameter"
 
 
-@pytest.mark.parametrize("field", sorted(OTHER_FIELDS))
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED_FIELDS))
 def test_null_auto_and_neutral_values_are_accepted(field: str) -> None:
-    for value in (None, "auto", *OTHER_FIELDS[field].neutral):
+    for value in (None, "auto", *UNSUPPORTED_FIELDS[field].neutral):
         assert ImageRequest.model_validate({"prompt": "a", field: value}).prompt == "a"
 
 

@@ -12,7 +12,7 @@ from ray_jobs.weights.loading import load_lora, load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.serving.test_adapters import VARIANTS, parts_of, write_adapter
 from tests.tiny_models import FAMILY_MODELS
 

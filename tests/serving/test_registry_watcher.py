@@ -20,7 +20,7 @@ from ray_jobs.registry import aliases
 from ray_jobs.registry.models import champion, open_client, registered
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
-from serving.messages import place_of
+from serving.messages import placement_of
 from serving.rollout import main
 from serving.service.rollout import withdraw
 from tests.record import record_fault
@@ -168,7 +168,7 @@ def test_versions_are_drawn_by_one_engine_together_but_for_the_fused_champion(
         answers = list(pool.map(lambda model: answer(url, model=model, seed=1).json(), models))
     assert len({each["data"][0]["b64_json"] for each in answers}) == 4
     (load,) = loads()
-    champions = {place_of(registered(followed, version), fused=True).engine for version in "12"}
+    champions = {placement_of(registered(followed, version), fused=True).engine for version in "12"}
     assert set(load.engines) == {"base"} | champions
 
 
@@ -208,5 +208,5 @@ def test_a_killed_replica_loses_no_request_and_another_takes_its_place(url: str,
 
 def test_places_of_versions_differ_by_digest(followed: Config) -> None:
     first = registered(followed, "1")
-    assert place_of(first).engine == "base"
-    assert place_of(first).adapter != place_of(registered(followed, "2")).adapter
+    assert placement_of(first).engine == "base"
+    assert placement_of(first).adapter != placement_of(registered(followed, "2")).adapter

@@ -16,9 +16,10 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, Order, Picture, Traits, place_of
-from serving.provenance import read_provenance
+from serving.messages import BASE, ImageSize, Picture, RoutedRequest, placement_of
+from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
+from serving.request import Request
 from serving.schemas import APIError
 from tests.serving.conftest import save_adapters
 
@@ -69,8 +70,11 @@ def with_replica(first: RegisteredModel, work: Callable[[Any], Awaitable[Any]], 
     return asyncio.run(run())
 
 
-def order(version: RegisteredModel | None, **fields: Any) -> Order:
-    return Order(version, "a red apple", 3, 4, 3.0)._replace(**fields)
+def routed(
+    version: RegisteredModel | None, *, image: bytes | None = None, fused: bool = False, **fields: Any
+) -> RoutedRequest:
+    request = replace(Request("a red apple", 3, 4, 3.0), **fields)
+    return RoutedRequest(version, request, image, fused=fused)
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -81,12 +85,12 @@ def test_base_adapter_and_fully_trained_version_are_drawn_side_by_side(
     lora: RegisteredModel, full: RegisteredModel
 ) -> None:
     async def work(model: Any) -> tuple[list[Picture], set[str]]:
-        drawn = await asyncio.gather(*(model.draw(order(each)) for each in (None, lora, full)))
+        drawn = await asyncio.gather(*(model.draw(routed(each)) for each in (None, lora, full)))
         return drawn, set((await model.load()).engines)
 
     drawn, engines = with_replica(lora, work)
     assert len({picture.png for picture in drawn}) == 3
-    assert engines == {BASE, place_of(full).engine}
+    assert engines == {BASE, placement_of(full).engine}
 
 
 def test_engines_that_are_asked_for_at_once_all_have_their_weights(
@@ -95,18 +99,18 @@ def test_engines_that_are_asked_for_at_once_all_have_their_weights(
     """As after a replica's death, when all that waited asks the next one."""
 
     async def work(model: Any) -> list[Picture]:
-        orders = [order(None), order(lora, fused=True)]
+        orders = [routed(None), routed(lora, fused=True)]
         return await asyncio.gather(*(model.draw(each) for each in orders))
 
     assert len({picture.png for picture in with_replica(full, work)}) == 2
 
 
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
-    async def work(model: Any) -> tuple[set[str], Traits]:
-        await model.draw(order(full))
-        return set((await model.load()).engines), await model.traits()
+    async def work(model: Any) -> tuple[set[str], ImageSize]:
+        await model.draw(routed(full))
+        return set((await model.load()).engines), await model.default_size()
 
-    assert with_replica(full, work) == ({place_of(full).engine}, Traits(height=64, width=64))
+    assert with_replica(full, work) == ({placement_of(full).engine}, ImageSize(height=64, width=64))
 
 
 @pytest.mark.parametrize("solver", ["model", "euler"])
@@ -124,7 +128,7 @@ def test_a_fully_trained_version_draws_what_diffusers_draws_with_it(
         num_inference_steps=4,
         guidance_scale=3.0,
     ).images[0]
-    drawn = with_replica(full, lambda model: model.draw(order(full)), solver=solver)
+    drawn = with_replica(full, lambda model: model.draw(routed(full)), solver=solver)
     assert np.abs(pixels(drawn) - np.asarray(plain)).max() <= 2
 
 
@@ -141,7 +145,7 @@ def test_weights_that_are_not_those_registered_are_refused(
             ) as refused:
                 await model.warm_up(changed)
             assert (refused.value.status, refused.value.code) == (503, "model_refused")
-        return await model.draw(order(lora))
+        return await model.draw(routed(lora))
 
     assert with_replica(lora, work)
 
@@ -151,14 +155,14 @@ def test_weights_that_are_gone_are_refused(lora: RegisteredModel) -> None:
 
     async def work(model: Any) -> None:
         with pytest.raises(APIError, match="m@9 cannot be served: .*cannot be read"):
-            await model.draw(order(gone))
+            await model.draw(routed(gone))
 
     with_replica(lora, work)
 
 
 def test_a_replica_starts_though_its_first_version_is_refused(lora: RegisteredModel) -> None:
     broken = replace(lora, digest="22" * 32)
-    assert with_replica(broken, lambda model: model.draw(order(lora)))
+    assert with_replica(broken, lambda model: model.draw(routed(lora)))
 
 
 def test_a_replica_that_starts_later_loads_who_is_champion_then(
@@ -167,7 +171,7 @@ def test_a_replica_that_starts_later_loads_who_is_champion_then(
     async def work(model: Any) -> set[str]:
         return set((await model.load()).engines)
 
-    assert with_replica(lora, work, newest=lambda: full) == {place_of(full).engine}
+    assert with_replica(lora, work, newest=lambda: full) == {placement_of(full).engine}
     foreign = replace(full, base="another-base")
     assert with_replica(lora, work, newest=lambda: foreign) == {BASE}
 
@@ -179,7 +183,7 @@ def test_an_adapter_that_was_dropped_from_memory_is_not_warm_any_more(lora: Regi
         assert adapters.misses == 1
         adapters._kept.clear()
         await model.warm_up(lora)
-        assert adapters.misses == 2 and adapters.holds(place_of(lora).adapter)
+        assert adapters.misses == 2 and adapters.holds(placement_of(lora).adapter)
 
     with_replica(lora, work)
 
@@ -195,10 +199,10 @@ def test_a_replica_whose_denoiser_fails_time_after_time_is_not_healthy(lora: Reg
             for _ in range(failures):
                 model.check_health()
                 with pytest.raises(RuntimeError, match="device-side"):
-                    await model.draw(order(None))
+                    await model.draw(routed(None))
             hook.remove()
             if failures < TOO_MANY_FAILURES:
-                await model.draw(order(None))
+                await model.draw(routed(None))
         with pytest.raises(RuntimeError, match="base: 5 calls of the denoiser in a row failed"):
             model.check_health()
 
@@ -207,7 +211,7 @@ def test_a_replica_whose_denoiser_fails_time_after_time_is_not_healthy(lora: Reg
 
 def test_watching_ends_with_what_drawing_gives(lora: RegisteredModel) -> None:
     async def work(model: Any) -> tuple[list[Picture], Picture]:
-        return [each async for each in model.watch(order(lora, previews=2))], await model.draw(order(lora))
+        return [each async for each in model.watch(routed(lora, previews=2))], await model.draw(routed(lora))
 
     seen, drawn = with_replica(lora, work)
     assert len(seen) == 3
@@ -216,32 +220,40 @@ def test_watching_ends_with_what_drawing_gives(lora: RegisteredModel) -> None:
 
 def test_a_watcher_that_leaves_frees_its_row(lora: RegisteredModel) -> None:
     async def work(model: Any) -> int:
-        watching = model.watch(order(lora, previews=3, steps=400))
+        watching = model.watch(routed(lora, previews=3, steps=400))
         await anext(watching)
         await watching.aclose()
-        await model.draw(order(lora))
+        await model.draw(routed(lora))
         return int((await model.load()).engines[BASE].calls)
 
     assert with_replica(lora, work) < 400
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"width": 60}, "size"), ({"seed": -1}, "seed"), ({"prompt": "\ud800"}, "prompt")],
+    ("fields", "param", "reason"),
+    [
+        ({"width": 60}, "size", "60; must be a multiple of 8 pixels"),
+        ({"seed": -1}, "seed", "-1; must be from 0"),
+        ({"prompt": "\ud800"}, "prompt", "contains an unpaired surrogate"),
+        ({"image": encode_png(np.zeros((9, 9, 3), np.uint8), None), "strength": 0.2}, "strength", "0.2 of 4"),
+        ({"steps": 1001}, "steps", "DPMSolverMultistepScheduler cannot draw in 1001 steps"),
+    ],
 )
 def test_what_the_engine_refuses_names_the_requests_field(
-    lora: RegisteredModel, fields: dict[str, Any], param: str
+    lora: RegisteredModel, fields: dict[str, Any], param: str, reason: str
 ) -> None:
     async def work(model: Any) -> None:
         with pytest.raises(APIError) as refused:
-            await model.draw(order(lora, **fields))
-        assert (refused.value.status, refused.value.param) == (400, param)
+            await model.draw(routed(lora, **fields))
+        error = refused.value
+        assert (error.status, error.param, error.code) == (400, param, "invalid_value")
+        assert error.message.startswith(f"{param}: {reason}")
 
     with_replica(lora, work)
 
 
 def test_unfinished_pictures_are_judged_and_the_finished_one_is_an_error(lora: RegisteredModel) -> None:
-    narrow = order(lora, previews=2, height=64, width=72)
+    narrow = routed(lora, previews=2, height=64, width=72)
 
     async def work(model: Any) -> None:
         with pytest.raises(APIError) as refused:
@@ -258,9 +270,9 @@ def test_unfinished_pictures_are_judged_and_the_finished_one_is_an_error(lora: R
 def test_a_faster_switch_draws_nearly_the_same_picture_with_adapters_too(
     lora: RegisteredModel, switch: dict[str, Any]
 ) -> None:
-    plain = pixels(with_replica(lora, lambda model: model.draw(order(lora))))
-    faster = pixels(with_replica(lora, lambda model: model.draw(order(lora)), **switch))
-    base = pixels(with_replica(lora, lambda model: model.draw(order(None))))
+    plain = pixels(with_replica(lora, lambda model: model.draw(routed(lora))))
+    faster = pixels(with_replica(lora, lambda model: model.draw(routed(lora)), **switch))
+    base = pixels(with_replica(lora, lambda model: model.draw(routed(None))))
     assert np.abs(faster - plain).mean() < np.abs(base - plain).mean() / 4
     if "channels_last" not in switch:
         assert (faster != plain).any()
@@ -269,10 +281,10 @@ def test_a_faster_switch_draws_nearly_the_same_picture_with_adapters_too(
 def test_a_fused_champion_is_drawn_as_its_adapter_is_by_an_engine_of_its_own(lora: RegisteredModel) -> None:
     async def work(model: Any) -> tuple[list[Picture], set[str]]:
         before = set((await model.load()).engines)
-        return [await model.draw(order(lora, fused=fused)) for fused in (True, False)], before
+        return [await model.draw(routed(lora, fused=fused)) for fused in (True, False)], before
 
     (fused, adapted), before = with_replica(lora, work, fuse_champion=True)
-    assert before == {place_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
+    assert before == {placement_of(lora, fused=True).engine}, "the champion is loaded before it is asked for"
     assert np.abs(pixels(fused) - pixels(adapted)).max() <= 1
 
 
@@ -280,23 +292,23 @@ def test_a_fused_champion_is_drawn_as_its_adapter_is_by_an_engine_of_its_own(lor
 def test_a_picture_says_which_adapter_drew_it_unless_it_is_to_say_nothing(
     lora: RegisteredModel, provenance: bool
 ) -> None:
-    drawn = with_replica(lora, lambda model: model.draw(order(lora)), provenance=provenance)
+    drawn = with_replica(lora, lambda model: model.draw(routed(lora)), provenance=provenance)
     facts = read_provenance(drawn.png)
     assert (facts or {}).get("adapter") == (f"m@1#{lora.digest[:12]}" if provenance else None)
     assert (facts is None) != provenance
 
 
 def test_the_denoiser_computes_attention_by_the_kernel_that_was_asked_for(lora: RegisteredModel) -> None:
-    plain = pixels(with_replica(lora, lambda model: model.draw(order(lora))))
+    plain = pixels(with_replica(lora, lambda model: model.draw(routed(lora))))
     for kernel in ("flash", "math"):
-        drawn = with_replica(lora, lambda model: model.draw(order(lora)), attention=kernel)
+        drawn = with_replica(lora, lambda model: model.draw(routed(lora)), attention=kernel)
         assert np.abs(pixels(drawn) - plain).max() <= 1
 
 
 def test_a_compiled_replica_refuses_lora_versions(lora: RegisteredModel) -> None:
     async def work(model: Any) -> None:
         with pytest.raises(APIError, match="m@1 is a LoRA version") as refused:
-            await model.draw(order(lora))
+            await model.draw(routed(lora))
         assert (refused.value.status, refused.value.code) == (503, "model_refused")
 
     # The first version is the LoRA one too, so nothing is compiled.

@@ -11,7 +11,7 @@ from ray_jobs.registry.models import entries, open_client, tracking_uri
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.rollout import comparison, main
-from serving.service.rollout import TAKEN_OUT, promote, withdraw
+from serving.service.rollout import TAKEN_OUT, RolloutStatus, promote, withdraw
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_without_a_candidate_promoting_asks_for_a_version(rolled: Config) -> Non
     withdraw(rolled)
     with pytest.raises(ConfigError, match="promote --version"):
         promote(rolled)
-    with pytest.raises(ConfigError, match="nothing to take out"):
+    with pytest.raises(ConfigError, match="nothing to withdraw"):
         withdraw(rolled)
 
 
@@ -90,6 +90,7 @@ def test_the_comparison_is_a_table_with_what_was_taken_out() -> None:
     answer: dict[str, Any] = {
         "champion": "m@1",
         "candidate": None,
+        "candidate_share": 0.0,
         "versions": {"m@1": tally, "m@2": tally},
         "quality": {
             "m@1": {
@@ -97,16 +98,22 @@ def test_the_comparison_is_a_table_with_what_was_taken_out() -> None:
                 "expected_fid": 11.0,
                 "clip_score": None,
                 "near_copies": 0.01,
+                "expected_near_copies": None,
                 "num_pictures": 16,
+                "feature_network": "n",
+                "scored_at": 0.0,
             }
         },
         "feedback": [
             {"model": "m", "version": 2, "role": "candidate", "ups": 3, "downs": 1, "wins": 2, "losses": 0}
         ],
         "taken_out": {"m@2": "latency: 3.0 times"},
+        "shadow": {"stored": 0, "passed_over": 0},
         "notice": None,
     }
-    head, first, second, quality, said, out = comparison(answer).splitlines()
+    status = RolloutStatus.model_validate(answer)
+    assert status.model_dump(exclude_defaults=True) == answer
+    head, first, second, quality, said, out = comparison(status).splitlines()
     assert head.split()[:1] == ["version"]
     assert first.split() == ["m@1", "champion", "9", "1", "0.25", "1.5", "–"]
     assert second.split() == ["m@2", "9", "1", "0.25", "1.5", "–"]

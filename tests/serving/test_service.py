@@ -16,9 +16,11 @@ from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
-from serving.messages import BASE, Order, place_of
+from serving.messages import BASE, RoutedRequest, label, placement_of
+from serving.request import Request
 from serving.schemas import APIError, ImageRequest
-from serving.service.rollout import TAKEN_OUT
+from serving.service.request_context import RequestContext
+from serving.service.rollout import TAKEN_OUT, RolloutStatus
 from serving.service.service import Service
 from serving.service.shadow import Shadow, Shadowed
 from tests.serving.conftest import save_adapters
@@ -66,10 +68,10 @@ async def answered(service: Service, version: RegisteredModel, **fields: Any) ->
     request = ImageRequest(prompt="a red apple", model=f"{version.name}@{version.version}", **fields)
     try:
         if request.stream:
-            async for _ in service.stream(request, {}):
+            async for _ in service.stream(request, RequestContext()):
                 pass
         else:
-            await service.generate(request, {})
+            await service.generate(request, RequestContext())
     except APIError as error:
         return error.status
     return 200
@@ -112,7 +114,7 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
     champion, candidate = versions
     damaged = replace(candidate, digest="00" * 32)
 
-    async def work(service: Service, _: Any) -> dict[str, Any]:
+    async def work(service: Service, _: Any) -> RolloutStatus:
         for _ in range(REQUESTS):
             assert await answered(service, champion, steps=1) == 200
             assert await answered(service, damaged, steps=1) == 503
@@ -121,9 +123,9 @@ def test_a_candidate_that_fails_is_taken_out_and_loses_its_alias(
         await asyncio.gather(*service._background)
         return await service.rollout()
 
-    told = served(watched, [champion, damaged], store, work)
-    assert told["candidate"] is None
-    assert "errors: 100.0% of the last 20 requests" in told["taken_out"]["watched@2"]
+    status = served(watched, [champion, damaged], store, work)
+    assert status.candidate is None
+    assert "errors: 100.0% of the last 20 requests" in status.taken_out["watched@2"]
     assert CANDIDATE not in client.get_registered_model("watched").aliases
     assert "errors: 100.0%" in client.get_model_version("watched", "2").tags[TAKEN_OUT]
 
@@ -135,7 +137,7 @@ def test_only_champion_and_candidate_are_compared(
 
     async def work(service: Service, _: Any) -> None:
         for model in ("watched@1", "watched@2", "base"):
-            await service.generate(ImageRequest(prompt="a red apple", model=model, steps=1), {})
+            await service.generate(ImageRequest(prompt="a red apple", model=model, steps=1), RequestContext())
         assert set(service.canary.tallies) == {"watched@1", "watched@2"}
 
     served(watched, versions, store, work)
@@ -157,8 +159,8 @@ def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
     async def work(service: Service, _: Any) -> None:
         async def guidance(model: str, **fields: Any) -> float:
             request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
-            [order] = await service.planner.orders(request, {}, None)
-            return order.guidance_scale
+            [planned] = await service.planner.plan(request, RequestContext(), None)
+            return planned.request.guidance_scale
 
         asked = [scored[0].name, f"{scored[1].name}@2", BASE]
         assert [await guidance(model) for model in asked] == expected
@@ -171,24 +173,24 @@ def test_a_model_that_is_admitted_and_not_there_is_told(
     watched: Config, versions: list[RegisteredModel], store: FeedbackStore
 ) -> None:
     async def work(service: Service, _: Any) -> str | None:
-        await service.watcher.look()
+        await service.watcher.poll()
         return service.watcher.notice
 
     found = served(changed(watched, models=["nobody", "watched", "*"]), versions, store, work)
-    assert found == "serve.models: the registry holds no 'nobody'"
+    assert found == "serve.models: the registry has no 'nobody'"
 
 
 def test_shadows_go_on_where_the_last_process_stopped(
     versions: list[RegisteredModel], tmp_path: Path
 ) -> None:
-    async def drawn(_: Order) -> bytes:
+    async def drawn(_: RoutedRequest) -> bytes:
         return b"a picture"
 
     async def store_one(number: int, image: bytes | None) -> None:
         shadow = Shadow(Storage.open(str(tmp_path)), drawn, lambda: True, kept=2)
         running = asyncio.create_task(shadow.run())
-        order = Order(versions[0], "a", number, 4, 3.0, image=image)
-        shadow.offer(Shadowed(f"img-{number}", order, b"", order._replace(version=versions[1])))
+        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), image)
+        shadow.offer(Shadowed(f"img-{number}", answered, b"", answered._replace(version=versions[1])))
         while not shadow.stored:
             assert not shadow.passed_over
             await asyncio.sleep(0.01)
@@ -196,10 +198,26 @@ def test_shadows_go_on_where_the_last_process_stopped(
 
     for number, image in enumerate((b"given", None, None)):
         asyncio.run(store_one(number, image))
-    stored = [
-        json.loads((tmp_path / place / "parameters.json").read_text())["seed"] for place in ("000", "001")
-    ]
-    assert stored == [2, 1], "the oldest was written over"
+    stored = [json.loads((tmp_path / place / "parameters.json").read_text()) for place in ("000", "001")]
+    assert [each["seed"] for each in stored] == [2, 1], "the oldest was written over"
+    assert stored[0] == {
+        "id": "img-2",
+        "champion": label(versions[0]),
+        "candidate": label(versions[1]),
+        "prompt": "a",
+        "seed": 2,
+        "steps": 4,
+        "guidance_scale": 3.0,
+        "negative_prompt": None,
+        "height": None,
+        "width": None,
+        "previews": 0,
+        "strength": 1.0,
+        "image_id": "",
+        "scored": False,
+        "asked": 0.0,
+        "fused": False,
+    }
     assert not (tmp_path / "000" / "given").exists(), "with all that belonged to it"
 
 
@@ -217,10 +235,10 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
     )
 
     async def work(service: Service, model: Any) -> set[str]:
-        service.start(look_now=False)
+        service.start(poll_now=False)
         for image in (file.getvalue(), None):
             request = ImageRequest(prompt="a red apple", model="watched:champion", steps=2)
-            await service.generate(request, {}, image)
+            await service.generate(request, RequestContext(), image)
         while service.shadow.stored < 2:
             assert not service.shadow.passed_over
             await asyncio.sleep(0.01)
@@ -232,4 +250,4 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
     folder = tmp_path / config.name / "shadow"
     assert (folder / "000" / "given").read_bytes() == file.getvalue()
     assert (folder / "001" / "parameters.json").exists() and not (folder / "001" / "given").exists()
-    assert engines == {BASE, place_of(versions[0], fused=True).engine}, "a shadow is no champion"
+    assert engines == {BASE, placement_of(versions[0], fused=True).engine}, "a shadow is no champion"

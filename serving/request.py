@@ -1,0 +1,37 @@
+"""The request that travels from the ingress to the engine. No PyTorch, which the ingress does not import."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RequestError(ValueError):
+    """A field of a request that the model does not support."""
+
+    # Positional arguments, so that it can be pickled.
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One image to generate, from text alone or from another image."""
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float  # 1: off; guidance-distilled denoisers take it as an input
+    negative_prompt: str | None = None  # None: as diffusers without one
+    height: int | None = None  # pixels; None: the model's own
+    width: int | None = None
+    adapter: str | None = None  # None: the bare base
+    previews: int = 0  # number of intermediate images, evenly spaced over the steps
+    image: "torch.Tensor | None" = None  # initial image: uint8, height x width x 3
+    strength: float = 1.0  # with an image, in (0, 1]: fraction of the steps that is run, the last ones
+    zero_terminal_snr: bool = False  # the adapter was trained with zero terminal SNR
