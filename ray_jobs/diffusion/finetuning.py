@@ -41,7 +41,7 @@ class FineTuning(nn.Module):
         self.family, self.objective, self.settings = family, objective, settings
         self.pipeline_config = dict(pipeline.config)
         first, *others = family.model(pipeline).items()
-        self.denoiser = first[1]
+        self.denoiser: Any = first[1]
         self.further_denoisers = nn.ModuleDict(dict(others))
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.text_encoders = nn.ModuleDict(family.text.present(pipeline) if text_encoders_trained else {})
@@ -83,7 +83,7 @@ class FineTuning(nn.Module):
         return {self.family.denoiser: self.denoiser, **self.further_denoisers}
 
     @property
-    def components(self) -> dict[str, tuple[str, nn.Module]]:
+    def components(self) -> dict[str, tuple[str, Any]]:
         """Prefix of the parameters' names here, and module, of each component that may be trained."""
         found = {self.family.denoiser: ("denoiser", self.denoiser)}
         found |= {name: (f"further_denoisers.{name}", part) for name, part in self.further_denoisers.items()}

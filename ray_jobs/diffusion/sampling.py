@@ -92,7 +92,8 @@ def sample_latents(
             inputs = scheduler.scale_model_input(inputs, timestep)
         predicted = family.denoise(model, inputs, timestep.expand(len(inputs)), conditions)
         if guided:
-            predicted = family.guide(*predicted.chunk(2), per_row(scale, latents))
+            unconditional, conditional = predicted.chunk(2)
+            predicted = family.guide(unconditional, conditional, per_row(scale, latents))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
 

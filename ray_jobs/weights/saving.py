@@ -128,7 +128,7 @@ def _settings(config: Any) -> dict[str, Any]:
 @torch.no_grad()
 def save_pipeline(
     base: Path,
-    components: Mapping[str, tuple[str, nn.Module]],
+    components: Mapping[str, tuple[str, Any]],
     weights: Mapping[str, torch.Tensor],
     folder: Path,
     scheduler: Any | None = None,

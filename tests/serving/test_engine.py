@@ -277,7 +277,7 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         (
             "StableDiffusion3Pipeline",
             {"width": 72},
-            "width: 72; must be a multiple of 16 pixels, at most 128",
+            "width: 72; must be a multiple of 16 .*most 128",
         ),
         ("StableDiffusion3Pipeline", {"width": 144}, "width: 144"),
         (SD, {"width": 136}, "width: 136; must be at most 128 pixels"),
@@ -285,7 +285,7 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
         (
             "FluxPipeline",
             {"negative_prompt": "a"},
-            "negative_prompt: not supported: this model takes the guidance",
+            "negative_prompt: not supported: this model",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def inputs(pipeline: Any, model: FineTuning) -> dict[str, Any]:
     with torch.no_grad():
         embeds = family.text.embed(family.text.present(pipeline), tokens)
     drawn = draw((0,), 1, range(4), (channels, 8, 8), model.settings)
-    batch = {
+    batch: dict[str, Any] = {
         "latents": torch.randn(4, channels, 8, 8),
         "conditions": tokens if model.text_encoders else embeds,
         "draws": drawn.loss,
