@@ -141,6 +141,14 @@ def flux(folder: Path) -> Path:
     return folder
 
 
+def chroma(folder: Path) -> Path:
+    """lodestones/Chroma1-HD: T5 alone, bfloat16."""
+    pipeline = _loaded("ChromaPipeline", folder)
+    pipeline.to(dtype=torch.bfloat16)
+    save(pipeline, folder)
+    return folder
+
+
 def _loaded(name: str, folder: Path) -> Any:
     """One of `tiny_models.MODELS`, as it is read from its folder."""
     from diffusers import DiffusionPipeline
@@ -187,4 +195,5 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion XL, only fp16 files": partial(stable_diffusion_xl, variant="fp16"),
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
+    "Chroma": chroma,
 }

@@ -8,6 +8,8 @@
 | stream     | Stable Diffusion 3                  | folder, `encode: stream`     | lora                   |
 | buckets    | FLUX.1-dev                          | folder of shapes, buckets    | lora                   |
 | dreambooth | a UNet that is told its guidance    | eight photos                 | prior preservation     |
+| masks      | Chroma                              | folder of shapes, buckets    | lora                   |
+| masks-full | Chroma                              | folder, `encode: stream`     | full, two workers      |
 
 Two trials train at once, but with folds, where each fold has one, and with a stream, whose encoders take
 the place of the second.
@@ -70,10 +72,26 @@ JOURNEYS = [
         },
         pictures=8,
     ),
+    Journey(
+        "masks",
+        "Chroma",
+        pictures.folder_of_shapes,
+        {"data": {"buckets": True}, "train": {"batch_size": 2, "gradient_checkpointing": True}},
+    ),
+    Journey(
+        "masks-full",
+        "Chroma",
+        pictures.folder_of_shapes,
+        {
+            "data": {"encode": "stream"},
+            "train": {"method": "full", "num_workers": 2, "zero_stage": 2, "caption_dropout": 0.5},
+            "search": {"max_concurrent_trials": 1, "learning_rates": [3e-3, 1e-3]},
+        },
+    ),
 ]
 
 # By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline.
-WALKED_IN_PARTS = ("stream", "buckets", "dreambooth")
+WALKED_IN_PARTS = ("stream", "buckets", "dreambooth", "masks-full")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Each family encodes, denoises and draws as its pipeline in diffusers does, and can be trained."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from tests.serving import plain_diffusers
 from tests.tiny_models import MODELS
 
+PIPELINE = re.compile(r'pipeline_class = "(\w+)"')
 PROMPTS = ["a small red circle", "a big blue cross"]
 HEIGHT, WIDTH, FACTOR = 64, 48, 8  # pixels, pixels, and pixels a latent
 
@@ -247,6 +249,26 @@ def test_a_pipeline_of_no_known_family_is_named(load: Callable[[str], Any] | Non
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     with pytest.raises(ValueError, match="model.base: DDPMPipeline is none of .*StableDiffusionPipeline, "):
         load("DDPMPipeline") if load else load_pipeline(str(tmp_path))
+
+
+NAMES = re.compile(r"\b(unet|transformer|text_encoder(_\d)?|block_out_channels)\b")
+
+
+def test_only_families_name_the_components_of_their_models() -> None:
+    """Else a new family would be more than one file."""
+    root = Path(__file__).parents[2]
+    files = [path for top in ("ray_jobs", "cluster", "serving") for path in (root / top).rglob("*.py")]
+    inside = root / "ray_jobs" / "diffusion" / "families"
+    named = {path for path in files if NAMES.search(path.read_text(encoding="utf-8"))}
+    assert {path.name for path in named if path.is_relative_to(inside)} >= {"flux.py", "chroma.py"}
+    assert not {path.relative_to(root).as_posix() for path in named if not path.is_relative_to(inside)}
+
+
+def test_every_family_is_found_and_has_its_small_models() -> None:
+    folder = Path(__file__).parents[2] / "ray_jobs" / "diffusion" / "families"
+    written = {name for path in folder.glob("*.py") for name in PIPELINE.findall(path.read_text())}
+    assert written == set(FAMILIES)
+    assert all("" in family.variants for family in FAMILIES.values())
 
 
 def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> None:
