@@ -143,6 +143,24 @@ def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Pa
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
+def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: Path) -> None:
+    found = []
+    for recompute in (False, True):
+        pipeline = load_pipeline(str(folder))
+        family = family_of(pipeline)
+        for denoiser in family.model(pipeline).values():
+            denoiser.requires_grad_(True).train()
+            if recompute:
+                family.enable_gradient_checkpointing(denoiser)
+        predicted = predict(pipeline)
+        predicted.square().mean().backward()
+        parameters = [p for part in family.model(pipeline).values() for p in part.parameters()]
+        found.append([predicted, *(p.grad for p in parameters if p.grad is not None)])
+    assert len(found[0]) > 10
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.allclose(plain, recomputed, atol=1e-6)
+
+
 def test_all_that_is_loaded_is_frozen(folder: Path) -> None:
     pipeline = load_pipeline(str(folder))
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.shape import parse_nodes
 from ray_jobs.config import load_config
-from ray_jobs.planning.plan import Model, plan
+from ray_jobs.planning.plan import GIB, HEADROOM, Model, plan
 from tests import full_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,8 +31,8 @@ def test_a_recipe_fits_the_machines_that_it_names(recipe: str, tmp_path: Path) -
     named = re.search(r"--config configs/([\w-]+)\.yaml --nodes (\S+)", path.read_text(encoding="utf-8"))
     assert named and named[1] == recipe
     config = load_config(path, [f"model.base={build(tmp_path)}", f"storage={tmp_path}"])
-    assert Model(config).footprint(config.train).base == parameters
+    model = Model(config)
+    assert model.footprint(config.train).base == parameters
+    assert model.memory(config.train).device.whole > 8 * GIB * HEADROOM, "the shape named is no smaller one"
     page, fits = plan(config, parse_nodes(named[2]), None)
     assert fits, page
-    smaller, fits = plan(config, parse_nodes("1x1gpu8"), None)
-    assert not fits, smaller
