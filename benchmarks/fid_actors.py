@@ -36,7 +36,8 @@ SPLIT = "validation"
 def outside_networks(config: Config, dataset: Dataset) -> dict[str, float]:
     """Where the seconds of one score go, in this process on one thread; the second of two scores."""
     evaluator, clock = Evaluator(config, dataset, 1), Clock()
-    pipeline, networks = evaluator.base, evaluator.networks
+    pipeline: Any = evaluator.base
+    networks = evaluator.networks
     for part, name in ((pipeline.unet, "denoiser"), (pipeline.text_encoder, "text encoder")):
         part.forward = clock.timed(name, part.forward)
     pipeline.vae.decode = clock.timed("decoder", pipeline.vae.decode)

@@ -41,7 +41,8 @@ UNET: dict[str, dict[str, Any]] = {
 TOKENS = 77
 VAE = {"scaling_factor": 0.18215}
 FAMILY = FAMILIES["StableDiffusionPipeline"]
-SCALE = FAMILY.codec.scale(SimpleNamespace(config=VAE))
+AUTOENCODER: Any = SimpleNamespace(config=VAE)
+SCALE = FAMILY.codec.scale(AUTOENCODER)
 # Dense bf16 with fp32 accumulation, TFLOP/s, without sparsity: NVIDIA's data sheets. The longest name that is
 # part of the device's counts.
 PEAKS = {
@@ -177,7 +178,7 @@ class Ours:
 
     def __init__(self, config: TrainConfig, size: str, device: str, batch: Cached) -> None:
         self.device, self.batch, self.steps = device, batch, 0
-        pipeline = SimpleNamespace(unet=build_unet(config.method, size), text_encoder=None)
+        pipeline: Any = SimpleNamespace(unet=build_unet(config.method, size), text_encoder=None)
         objective = Diffusion.from_scheduler(SCHEDULE).to(device)
         model = FineTuning(pipeline, FAMILY, objective, LossSettings())
         model.remember_trained({})

@@ -49,6 +49,6 @@ def bare_loop(config: Config, inputs: dict[str, Any]) -> BareLoop:
         "latents": inputs["latents"],
         "noise": inputs["draws"].noise,
         "timesteps": inputs["timesteps"],
-        "embeds": inputs["captions"]["prompt_embeds"],
+        "embeds": inputs["conditions"]["prompt_embeds"],
     }
     return BareLoop(pipeline, config.train, batch)

@@ -120,7 +120,7 @@ class Engine(Trained):
         set_hyperparameters(
             engine, stages_of(config.train, config.search.ladder[-1])[0], config.train.warmup_steps
         )
-        given = {name: inputs[name] for name in ("latents", "captions", "draws")}
+        given = {name: inputs[name] for name in ("latents", "conditions", "draws")}
         self.backward = lambda: engine.backward(engine(**given).mean())
         self.update = engine.step
         self.state = lambda: kept_bytes(engine)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
+from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 OTHER = "other"  # the group of all parameters that no named group matches
 
@@ -29,7 +30,7 @@ class FineTuning(nn.Module):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         family: Family,
         objective: Objective,
         settings: LossSettings,
@@ -41,10 +42,12 @@ class FineTuning(nn.Module):
         self.family, self.objective, self.settings = family, objective, settings
         self.pipeline_config = dict(pipeline.config)
         first, *others = family.model(pipeline).items()
-        self.denoiser: Any = first[1]
-        self.further_denoisers = nn.ModuleDict(dict(others))
+        self.denoiser: Denoiser = first[1]
+        self.further_denoisers: Any = nn.ModuleDict(dict(others))
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.text_encoders = nn.ModuleDict(family.text.present(pipeline) if text_encoders_trained else {})
+        self.text_encoders: Any = nn.ModuleDict(
+            family.text.present(pipeline) if text_encoders_trained else {}
+        )
         self.all_trained: list[tuple[str, nn.Parameter]] = []
         self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
 
@@ -83,7 +86,7 @@ class FineTuning(nn.Module):
         return {self.family.denoiser: self.denoiser, **self.further_denoisers}
 
     @property
-    def components(self) -> dict[str, tuple[str, Any]]:
+    def components(self) -> dict[str, tuple[str, Component]]:
         """Prefix of the parameters' names here, and module, of each component that may be trained."""
         found = {self.family.denoiser: ("denoiser", self.denoiser)}
         found |= {name: (f"further_denoisers.{name}", part) for name, part in self.further_denoisers.items()}
@@ -164,7 +167,7 @@ def group_members(
 
 
 def add_lora(
-    part: Any,
+    part: Component,
     *,
     rank: int,
     alpha: int,

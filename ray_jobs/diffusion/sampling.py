@@ -6,12 +6,12 @@ diffusers.
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from typing import Any
 
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
 from ray_jobs.diffusion.objectives import per_row
+from ray_jobs.diffusion.protocols import Pipeline, Scheduler
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -30,7 +30,7 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def null_captions(pipeline: Any) -> Captions:
+def null_captions(pipeline: Pipeline) -> Captions:
     """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it."""
     return family_of(pipeline).text.unconditional(pipeline.config, encode_prompts(pipeline, [""]))
 
@@ -49,7 +49,7 @@ def whole_pictures(
 def sample_latents(
     family: Family,
     model: Components,
-    scheduler: Any,
+    scheduler: Scheduler,
     noise: torch.Tensor,
     conditions: Conditions,
     null_captions: Captions | None,
@@ -99,13 +99,13 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_latents(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     """Decode the denoiser's latents to images: uint8, N x 3 x height x width, on the CPU."""
     return family_of(pipeline).codec.pixels(pipeline.vae, latents)
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: Any, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Encode images to the denoiser's latents, drawn from the autoencoder's posterior.
 
     Args:
@@ -118,7 +118,7 @@ def encode_pictures(pipeline: Any, pixels: torch.Tensor, noise: torch.Tensor) ->
 
 
 def sample_pictures(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -165,7 +165,9 @@ def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: list[str], device: str | torch.device | None = None) -> Captions:
+def encode_prompts(
+    pipeline: Pipeline, prompts: list[str], device: str | torch.device | None = None
+) -> Captions:
     """Encode N prompts to the denoiser's inputs: float, N x ..., by name.
 
     Args:

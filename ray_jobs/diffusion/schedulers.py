@@ -3,8 +3,10 @@
 import inspect
 from typing import Any
 
+from ray_jobs.diffusion.protocols import Scheduler
 
-def trained_scheduler(scheduler: Any) -> Any:
+
+def trained_scheduler(scheduler: Scheduler) -> Scheduler:
     """Return a scheduler for a model that was trained with `train.loss.zero_terminal_snr`.
 
     Its last timestep is pure noise, and sampling starts there (Lin et al., arXiv 2305.08891, sections 3.1 and
@@ -22,7 +24,7 @@ def trained_scheduler(scheduler: Any) -> Any:
     return rebuilt(scheduler, kind, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
-def rebuilt(scheduler: Any, kind: Any, **options: Any) -> Any:
+def rebuilt(scheduler: Scheduler, kind: Any, **options: Any) -> Scheduler:
     """Return a diffusers scheduler as one of class `kind`, with the given options changed.
 
     All other options keep their values, even those that its file omits and whose default differs in `kind`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.protocols import Scheduler
 from ray_jobs.diffusion.schedulers import rebuilt
 
 # Per class, the option values with which the scheduler is deterministic and can be tabulated here.
@@ -70,7 +71,7 @@ class Schedule(NamedTuple):
         return len(self.table)
 
 
-def scheduler_of(scheduler: Any, solver: str) -> Any:
+def scheduler_of(scheduler: Scheduler, solver: str) -> Scheduler:
     """Return a model's scheduler, or another solver for the same diffusion.
 
     Noise schedule, prediction type and timestep spacing stay the same, even if the model's file omits them
@@ -93,7 +94,7 @@ def scheduler_of(scheduler: Any, solver: str) -> Any:
     return rebuilt(scheduler, getattr(diffusers, name), **options)
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Scheduler) -> None:
     """Raise ValueError for a scheduler that is not in `SOLVERS`, or has an option that is not supported."""
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SOLVERS:
@@ -109,7 +110,7 @@ def check_scheduler(scheduler: Any) -> None:
             )
 
 
-def is_tabulated(scheduler: Any) -> bool:
+def is_tabulated(scheduler: Scheduler) -> bool:
     """Return whether `check_scheduler` accepts a scheduler."""
     try:
         check_scheduler(scheduler)
@@ -118,19 +119,23 @@ def is_tabulated(scheduler: Any) -> bool:
     return True
 
 
-def clip_range(scheduler: Any) -> float | None:
+def clip_range(scheduler: Scheduler) -> float | None:
     """Return the bound that predicted clean latents are clamped to, minus to plus; None for no clamping."""
     clips = type(scheduler).__name__ == "DDIMScheduler" and scheduler.config.clip_sample
     return float(scheduler.config.clip_sample_range) if clips else None
 
 
-def num_earlier(scheduler: Any) -> int:
+def num_earlier(scheduler: Scheduler) -> int:
     """Return the number of earlier denoiser outputs that a scheduler's steps use."""
     return PLMS_OUTPUTS if type(scheduler).__name__ == "PNDMScheduler" else 0
 
 
 def tabulate(
-    scheduler: Any, family: Family, num_steps: int, latent_shape: Sequence[int], strength: float | None = None
+    scheduler: Scheduler,
+    family: Family,
+    num_steps: int,
+    latent_shape: Sequence[int],
+    strength: float | None = None,
 ) -> Schedule:
     """Return the coefficients of a diffusers scheduler for a step count.
 
@@ -166,7 +171,7 @@ def tabulate(
     return Schedule(table, noise_scale, image_scale)
 
 
-def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
+def _noise_levels(scheduler: Scheduler, first: int) -> tuple[float, float]:
     """Return the factors on an image's latents and on the noise before step `first`.
 
     The scheduler continues from that step.
@@ -183,12 +188,12 @@ def _noise_levels(scheduler: Any, first: int) -> tuple[float, float]:
     return image_scale, noise_scale
 
 
-def _walk(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
+def _walk(scheduler: Scheduler, timesteps: torch.Tensor) -> list[list[float]]:
     """Return the table's rows for a scheduler that uses no earlier outputs."""
     return [[*_probe(scheduler, timestep), *[0.0] * (PLMS_OUTPUTS + 1)] for timestep in timesteps]
 
 
-def _walk_plms(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
+def _walk_plms(scheduler: Scheduler, timesteps: torch.Tensor) -> list[list[float]]:
     """Return the table's rows for PNDM without Runge-Kutta steps (Liu et al., arXiv 2202.09778, eq. 12).
 
     Its second call repeats the first step with the mean of both outputs.
@@ -213,7 +218,7 @@ def _walk_plms(scheduler: Any, timesteps: torch.Tensor) -> list[list[float]]:
     return rows
 
 
-def _probe(scheduler: Any, timestep: torch.Tensor) -> list[float]:
+def _probe(scheduler: Scheduler, timestep: torch.Tensor) -> list[float]:
     """Return the first columns of one step's row in the table, measured on a step of the scheduler."""
     # Three unit vectors: the latents, the denoiser's output and the previous prediction.
     latents, output, previous = torch.eye(3)

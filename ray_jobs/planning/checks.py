@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding.shapes import picture_shapes
+from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.protocols import Denoiser, Scheduler
 from ray_jobs.weights.model_files import latent_shape
 
 
@@ -32,7 +33,9 @@ def check_stages(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence[tuple[int, ...]]) -> None:
+def _check_scores(
+    config: Config, family: Family, scheduler: Scheduler, latents: Sequence[tuple[int, ...]]
+) -> None:
     """Raise ValueError unless the model's own scheduler can sample in `evaluate.inference_steps` steps."""
     from ray_jobs.diffusion.schedulers import trained_scheduler
     from ray_jobs.diffusion.solvers import is_tabulated, tabulate
@@ -54,7 +57,11 @@ def _check_scores(config: Config, family: Any, scheduler: Any, latents: Sequence
 
 
 def _check_serving(
-    config: Config, family: Any, denoiser: Any, scheduler: Any, latents: Sequence[tuple[int, ...]]
+    config: Config,
+    family: Family,
+    denoiser: Denoiser,
+    scheduler: Scheduler,
+    latents: Sequence[tuple[int, ...]],
 ) -> None:
     """Raise ValueError if the winner could not be served as configured."""
     from ray_jobs.diffusion.schedulers import trained_scheduler

@@ -11,6 +11,7 @@ from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, per_row
+from ray_jobs.diffusion.protocols import Autoencoder
 from ray_jobs.diffusion.randomness import draw
 
 COLUMNS = {"sizes": "conditioning"}  # columns of the conditions that belong to the picture
@@ -80,7 +81,7 @@ class InputMaker:
     def __init__(
         self,
         config: Config,
-        autoencoder: Any,
+        autoencoder: Autoencoder,
         model: FineTuning,
         empty_caption: Captions,
         device: torch.device,

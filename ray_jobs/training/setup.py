@@ -13,6 +13,7 @@ from ray_jobs.config.space import ends
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import deepspeed_config
@@ -27,7 +28,7 @@ def loss_settings(config: TrainConfig) -> LossSettings:
     return LossSettings(**config.loss.model_dump(exclude={"zero_terminal_snr"}))
 
 
-def build_model(config: Config, device: str = "cpu") -> tuple[Any, FineTuning]:
+def build_model(config: Config, device: str = "cpu") -> tuple[Pipeline, FineTuning]:
     """Return the base pipeline and the module to train, which wraps its denoiser.
 
     Raises:
@@ -103,7 +104,7 @@ def _empty(config: Config) -> tuple[Family, Any, FineTuning]:
 
 
 def _choose_trained(
-    config: Config, pipeline: Any, family: Family, device: str
+    config: Config, pipeline: Pipeline, family: Family, device: str
 ) -> tuple[FineTuning, dict[str, Any]]:
     """Return the module to train and the pipeline's components that it trains, by name."""
     train = config.train
@@ -165,7 +166,7 @@ def _prepare(parts: Mapping[str, Any], family: Family, config: TrainConfig) -> N
             part.compile()
 
 
-def exporter(config: Config, pipeline: Any, model: FineTuning, rank: int) -> Export:
+def exporter(config: Config, pipeline: Pipeline, model: FineTuning, rank: int) -> Export:
     """Return a function that writes trained weights in diffusers' format on rank 0 while training continues.
 
     Call this before the engine is built, which may shard the pipeline's weights.

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.training.batch import InputMaker, Piece
 
 # Uniform positions, even for objectives that train on some positions more often.
@@ -49,11 +49,11 @@ class ValidationLoss:
         self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
 
-    def __call__(self, pipeline: Any) -> float:
+    def __call__(self, pipeline: Pipeline) -> float:
         """Return the mean of `of_rows`."""
         return self.of_rows(pipeline).mean().item()
 
-    def of_rows(self, pipeline: Any) -> torch.Tensor:
+    def of_rows(self, pipeline: Pipeline) -> torch.Tensor:
         """Return the loss of each row, averaged over timesteps and elements.
 
         Where text encoders are trained, the pipeline's own encode the captions.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.weights.adapter_files import check_adapter, place_tensors
 from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
 from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
@@ -21,7 +22,7 @@ def load_pipeline(
     *,
     revision: str | None = None,
     without: Sequence[str] = (),
-) -> Any:
+) -> Pipeline:
     """Load a pipeline in float32 on the CPU, frozen and in evaluation mode.
 
     Args:
@@ -54,7 +55,7 @@ def load_pipeline(
     return pipeline
 
 
-def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[str] = ()) -> Any:
+def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[str] = ()) -> Pipeline:
     """Load a model's pipeline in float32 as diffusers builds it.
 
     Each component is loaded from its plain weights if present, else from a variant such as fp16.
@@ -140,7 +141,7 @@ def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: None for name, entry in index.items() if name in names or entry == [None, None]}
 
 
-def load_lora(pipeline: Any, folder: Path) -> None:
+def load_lora(pipeline: Pipeline, folder: Path) -> None:
     """Add the adapters in a folder to a pipeline that has none, with dropout inactive.
 
     Raises:

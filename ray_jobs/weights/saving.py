@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.protocols import Component, Pipeline, Scheduler
 from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
 from ray_jobs.weights.weight_files import is_weights, plain_name, variant_of
 
 
-def save_part(part: Any, folder: Path) -> None:
+def save_part(part: Component, folder: Path) -> None:
     """Write a component with its weights into its own folder."""
     part.save_pretrained(folder, safe_serialization=True)
     use_old_names(folder, type(part).__name__)
 
 
-def save_whole(pipeline: Any, folder: Path) -> None:
+def save_whole(pipeline: Pipeline, folder: Path) -> None:
     """Write a pipeline in diffusers' format."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     for name, part in pipeline.components.items():
@@ -87,7 +88,9 @@ def use_old_names(folder: Path, class_name: str | None) -> None:
         )
 
 
-def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_lora(
+    pipeline: Pipeline, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
 
     Args:
@@ -106,7 +109,7 @@ def save_lora(pipeline: Any, model: FineTuning, weights: Mapping[str, torch.Tens
             state = get_peft_model_state_dict(part, state_dict=mine)
             arguments[f"{name}_lora_layers"] = {file_name(part, key): value for key, value in state.items()}
             arguments[f"{name}_lora_adapter_metadata"] = _settings(part.peft_config["default"])
-    type(pipeline).save_lora_weights(folder, safe_serialization=True, **arguments)
+    pipeline.save_lora_weights(folder, safe_serialization=True, **arguments)
     assert (folder / LORA_WEIGHTS).exists()
 
 
@@ -128,10 +131,10 @@ def _settings(config: Any) -> dict[str, Any]:
 @torch.no_grad()
 def save_pipeline(
     base: Path,
-    components: Mapping[str, tuple[str, Any]],
+    components: Mapping[str, tuple[str, Component]],
     weights: Mapping[str, torch.Tensor],
     folder: Path,
-    scheduler: Any | None = None,
+    scheduler: Scheduler | None = None,
 ) -> None:
     """Write a whole pipeline with trained weights in diffusers' format, as safetensors.
 

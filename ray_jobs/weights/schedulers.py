@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ray_jobs.diffusion.protocols import Scheduler
+
 SCHEDULER = "scheduler"  # folder name, as in every pipeline; beside LoRA weights only if needed
 CONFIG = "scheduler_config.json"
 
@@ -18,7 +20,7 @@ def scheduler_class(folder: Path) -> str:
     return str(json.loads((folder / SCHEDULER / CONFIG).read_text(encoding="utf-8"))["_class_name"])
 
 
-def load_scheduler(folder: Path) -> Any:
+def load_scheduler(folder: Path) -> Scheduler:
     """Load the scheduler beside weights.
 
     Raises:

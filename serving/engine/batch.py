@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.finetuning import cast
 from ray_jobs.diffusion.objectives import per_row
+from ray_jobs.diffusion.protocols import Denoiser
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.engine.batched_lora import BatchedLoRA, Stacks
 from serving.engine.rows import Row
@@ -37,7 +38,7 @@ class Batch:
 
     @staticmethod
     def of(rows: list[Row], family: Family, model: Components, low_rank: BatchedLoRA, device: str) -> "Batch":
-        denoiser: Any = model[family.denoiser]
+        denoiser: Denoiser = model[family.denoiser]
         guided = [i for i, row in enumerate(rows) if row.null_captions is not None]
         captions = [row.captions for row in rows]
         captions += [row.null_captions for row in rows if row.null_captions is not None]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ray_jobs.diffusion.protocols import Denoiser
+
 
 class DeepCache:
     """Wrap all blocks of a UNet but the first and the last.
@@ -20,7 +22,7 @@ class DeepCache:
         denoiser: a UNet2DConditionModel with at least two levels.
     """
 
-    def __init__(self, denoiser: Any) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         down, up = denoiser.down_blocks[1:], denoiser.up_blocks[:-1]
         self._last = up[-1]
         self._residuals = {block: len(block.resnets) + (block.downsamplers is not None) for block in down}

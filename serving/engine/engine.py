@@ -14,12 +14,12 @@ from concurrent.futures import Future
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 from ray_jobs.diffusion.sampling import initial_noise
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.diffusion.solvers import (
@@ -72,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         *,
         device: str = "cpu",
         max_rows: int = 8,
@@ -91,7 +91,7 @@ class Engine:
         self.pipeline = pipeline if offloaded(pipeline) else pipeline.to(device)
         self.family, self.device, self.attention = family_of(pipeline), device, attention
         self.model = self.family.model(pipeline)
-        self.denoiser: Any = self.model[self.family.denoiser]
+        self.denoiser: Denoiser = self.model[self.family.denoiser]
         self.guidance_embedded = self.family.guidance_embedded(self.denoiser)
         self.clip, self.num_earlier = clip_range(pipeline.scheduler), num_earlier(pipeline.scheduler)
         self.deep = DeepCache(self.denoiser) if cache_features else None

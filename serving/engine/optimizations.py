@@ -6,7 +6,6 @@ float32, because they run once per image, and half precision overflows in some a
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.solvers import scheduler_of
 from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
 from serving.engine.batched_lora import Adapter
@@ -29,7 +29,7 @@ KERNELS = {
 
 
 def prepare(
-    pipeline: Any,
+    pipeline: Pipeline,
     device: str,
     *,
     precision: str = "fp32",
@@ -90,7 +90,7 @@ def prepare(
     pipeline.switches = {"compile": compile, "fuse": fuse is not None, "offload": offload}
 
 
-def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) -> None:
+def check_switches(pipeline: Pipeline, *, with_adapters: bool, cache_features: bool) -> None:
     """Raise ValueError, naming the switch, if one of `prepare` is incompatible with one of the engine."""
     switches = getattr(pipeline, "switches", {})
     if with_adapters and switches.get("fuse"):
@@ -103,17 +103,17 @@ def check_switches(pipeline: Any, *, with_adapters: bool, cache_features: bool) 
         check_cache_features(family, getattr(pipeline, family.denoiser))
 
 
-def offloaded(pipeline: Any) -> bool:
+def offloaded(pipeline: Pipeline) -> bool:
     """Return True if `prepare` left parts of the pipeline in host memory."""
     return bool(getattr(pipeline, "switches", {}).get("offload", "none") != "none")
 
 
-def compiled(pipeline: Any) -> bool:
+def compiled(pipeline: Pipeline) -> bool:
     """Return True if `prepare` compiled the pipeline's denoiser."""
     return bool(getattr(pipeline, "switches", {}).get("compile"))
 
 
-def keep_away(pipeline: Any, device: str, offload: Offload) -> None:
+def keep_away(pipeline: Pipeline, device: str, offload: Offload) -> None:
     """Leave the weights of the components that `offload` names in host memory. accelerate copies each layer
     to the device while it runs; in between, the layer's weights are on the meta device."""
     from accelerate import cpu_offload
@@ -138,7 +138,7 @@ def attention_kernel(attention: Attention) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def merge(pipeline: Any, adapter: Adapter) -> None:
+def merge(pipeline: Pipeline, adapter: Adapter) -> None:
     """Merge an adapter into the weights of its base: W becomes gain * W + up down."""
     for (part, name), update in adapter.updates.items():
         weight = getattr(pipeline, part).get_submodule(name).weight

@@ -2,9 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import encode_prompts
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
 
@@ -21,7 +21,7 @@ class PromptEmbeddings:
         max_bytes: maximum size of the cached embeddings, on the device.
     """
 
-    def __init__(self, pipeline: Any, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
+    def __init__(self, pipeline: Pipeline, low_rank: BatchedLoRA, *, device: str, max_bytes: int) -> None:
         self.pipeline, self.text, self.device = pipeline, family_of(pipeline).text, device
         self.low_rank, self.max_bytes = low_rank, max_bytes
         self._kept: OrderedDict[tuple[str, str | None], Captions] = OrderedDict()

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.solvers import Schedule
 from serving.engine.batched_lora import Adapter
 from serving.request import Request, RequestError
@@ -27,7 +28,7 @@ OnPreview = Callable[[int, torch.Tensor], object]  # takes the steps done and a 
 
 
 def check_request(
-    request: Request, size: tuple[int, int], pipeline: Any, *, with_adapters: bool, max_side: int
+    request: Request, size: tuple[int, int], pipeline: Pipeline, *, with_adapters: bool, max_side: int
 ) -> None:
     """Raise RequestError if the model cannot serve a request, which would fail its batch.
 

@@ -5,12 +5,12 @@ preview latents are decoded one chunk at a time.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.codec import Codec
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
@@ -24,7 +24,7 @@ class Decoder:
         workers: CPU workers that share a chunk.
     """
 
-    def __init__(self, pipeline: Any, *, workers: CPUWorkers) -> None:
+    def __init__(self, pipeline: Pipeline, *, workers: CPUWorkers) -> None:
         self.pipeline, self.workers = pipeline, workers
         self.pictures = 0  # images decoded, without previews
 
@@ -45,7 +45,7 @@ class Decoder:
                 each.row.fail(error)
 
 
-def encode(pipeline: Any, rows: Sequence[Row], device: str) -> None:
+def encode(pipeline: Pipeline, rows: Sequence[Row], device: str) -> None:
     """Set the initial latents of rows of one size, each with an image.
 
     As in diffusers' pipelines, a row's generator draws the posterior sample first, then the noise that is

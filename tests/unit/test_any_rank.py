@@ -184,6 +184,6 @@ def test_solver_tables_step_as_the_scheduler_does(pipeline: Any) -> None:
                 FAMILY.denoise(FAMILY.model(pipeline), inputs, step.timestep.flatten(), each)
                 for each in ({name: t.expand(2, *t.shape[1:]) for name, t in null.items()}, conditions)
             ]
-            output = FAMILY.guide(*both, scale.reshape(-1, 1, 1, 1, 1))
+            output = FAMILY.guide(both[0], both[1], scale.reshape(-1, 1, 1, 1, 1))
             latents, clean, _ = advance(step, latents, output, clean)
     assert torch.allclose(latents, expected, atol=1e-5)

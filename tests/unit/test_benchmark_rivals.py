@@ -41,7 +41,7 @@ def test_the_bare_loop_computes_the_loss_that_ours_does(
     rows = {name: torch.randn((4, *shape), generator=generator) for name, shape in shapes.items()}
     inputs = inputs_of(config, rows, rank=0, world_size=1)
     _, model = build_model(config)
-    ours = model(inputs["latents"], inputs["captions"], inputs["draws"]).mean()
+    ours = model(inputs["latents"], inputs["conditions"], inputs["draws"]).mean()
     rival = bare_loop(config, inputs)
     assert rival.forward().item() == pytest.approx(ours.item(), rel=1e-5)
     assert sum(p.numel() for p in rival.trained) == sum(p.numel() for _, p in model.all_trained)

@@ -272,7 +272,8 @@ def test_the_schedule_moves_to_a_device_in_a_new_objective() -> None:
 
 def test_latents_are_drawn_from_the_posterior_and_scaled() -> None:
     def scale(**config: float | None) -> Any:
-        return Codec().scale(SimpleNamespace(config=config))
+        autoencoder: Any = SimpleNamespace(config=config)
+        return Codec().scale(autoencoder)
 
     shifted = scale(scaling_factor=2.0, shift_factor=1.0)
     latents = Codec().sample(full(3.0), full(2 * math.log(0.5)), shifted, full(NOISE))

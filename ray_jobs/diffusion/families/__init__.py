@@ -2,10 +2,10 @@
 
 import importlib
 import pkgutil
-from typing import Any
 
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.text import Captions
+from ray_jobs.diffusion.protocols import Pipeline
 
 __all__ = ["FAMILIES", "Captions", "Components", "Conditions", "Family", "family_of"]
 
@@ -25,7 +25,7 @@ def _found() -> dict[str, Family]:
 FAMILIES: dict[str, Family] = _found()
 
 
-def family_of(pipeline: Any) -> Family:
+def family_of(pipeline: Pipeline | str) -> Family:
     """Return the family of a pipeline, given as an object or by the name of its class.
 
     Raises:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ray_jobs.diffusion.protocols import Tokenizer
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -62,7 +64,7 @@ def build_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
     )
 
 
-def build_text_encoder(tokenizer: Any, *, width: int, layers: int, heads: int) -> Any:
+def build_text_encoder(tokenizer: Tokenizer, *, width: int, layers: int, heads: int) -> Any:
     """Return a CLIPTextModel for `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -123,7 +125,7 @@ def build_scheduler() -> Any:
 
 def build_pipeline(
     autoencoder: "AutoencoderKL",
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     text_width: int,
     text_layers: int,

@@ -1,6 +1,6 @@
 """Chroma (https://huggingface.co/lodestones/Chroma): FLUX.1-schnell without CLIP and with masked captions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ray_jobs.diffusion.families.flux import (
 )
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 
 class ChromaText(Text):
@@ -29,7 +30,7 @@ class ChromaText(Text):
     encoders = ("text_encoder",)
     max_tokens = {"input_ids": T5_TOKENS}
 
-    def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
         found = self.tokens_of(pipeline.tokenizer, "input_ids", captions)
         return {"input_ids": found.input_ids.int(), "attention_mask": found.attention_mask.bool()}
 
@@ -39,7 +40,7 @@ class ChromaText(Text):
         places = torch.arange(mask.shape[1], device=mask.device)
         return {"prompt_embeds": embeds, "prompt_mask": places <= mask.sum(dim=1, keepdim=True)}
 
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
             "prompt_embeds": ((T5_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
             "prompt_mask": ((T5_TOKENS,), torch.bool),
@@ -72,17 +73,17 @@ class Chroma(Family):
         )[0]
         return from_tokens(predicted, grid)
 
-    def native_size(self, pipeline: Any) -> tuple[int, int]:
+    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         # The transformer's configuration has no size.
         return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
 
-    def enable_gradient_checkpointing(self, denoiser: Any, recompute: Recompute | None = None) -> None:
+    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute | None = None) -> None:
         """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""
         recompute = recompute or partial(checkpoint, use_reentrant=False)
         for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
             block.forward = partial(_in_training, block.forward, recompute)
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
         torch.manual_seed(0)

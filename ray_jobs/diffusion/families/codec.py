@@ -1,9 +1,8 @@
 """Facet of a family: from pixels to latents and back."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
+
+from ray_jobs.diffusion.protocols import Autoencoder, Settings
 
 
 class Codec:
@@ -14,28 +13,28 @@ class Codec:
     autoencoder's configuration.
     """
 
-    def latent_pixels(self, config: Mapping[str, Any]) -> int:
+    def latent_pixels(self, config: Settings) -> int:
         """Return the side of a latent in pixels."""
         return int(2 ** (len(config["block_out_channels"]) - 1))
 
-    def patch(self, denoiser: Mapping[str, Any]) -> int:
+    def patch(self, denoiser: Settings) -> int:
         """Return the side of a denoiser's patches in latents, from the denoiser's configuration."""
         return 1
 
-    def size_multiple(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
+    def size_multiple(self, config: Settings, denoiser: Settings) -> int:
         """Return the pixel count that the sides of an image must be multiples of."""
         return self.latent_pixels(config) * self.patch(denoiser)
 
-    def max_side(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+    def max_side(self, config: Settings, denoiser: Settings) -> int | None:
         """Return the longest side, in pixels, that the denoiser has positions for; None for no limit."""
         return None
 
-    def shape(self, config: Mapping[str, Any], height: int, width: int) -> tuple[int, ...]:
+    def shape(self, config: Settings, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of an image's latents, C x ..., as the denoiser receives them."""
         side = self.latent_pixels(config)
         return config["latent_channels"], height // side, width // side
 
-    def posterior(self, autoencoder: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior(self, autoencoder: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log-variance of the autoencoder's posterior: float32, N x C x ..., unscaled.
 
         Args:
@@ -44,11 +43,11 @@ class Codec:
         posterior = autoencoder.encode(pixels).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
-    def decode(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
         """Return the pixels of unscaled, unpacked latents: float, N x 3 x height x width, around [-1, 1]."""
         return autoencoder.decode(latents, return_dict=False)[0]
 
-    def scale(self, autoencoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def scale(self, autoencoder: Autoencoder) -> tuple[torch.Tensor, torch.Tensor]:
         """Return shift and scale of packed latents: the denoiser's are (packed - shift) * scale.
 
         The configuration has `scaling_factor` and optionally either `shift_factor`, or both `latents_mean`
@@ -101,7 +100,7 @@ class Codec:
         shift, factor = (per_channel(part.to(drawn), drawn) for part in scale)
         return (drawn - shift) * factor
 
-    def pixels(self, autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    def pixels(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU."""
         shift, factor = (per_channel(part.to(latents), latents) for part in self.scale(autoencoder))
         pixels = self.decode(autoencoder, self.unpack(latents / factor + shift))

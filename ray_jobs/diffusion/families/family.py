@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.text import Text
+from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
@@ -18,7 +18,7 @@ These are the columns of `Text.embeds`, the family's `picture_conditions`, and `
 denoisers that take the guidance scale as an input.
 """
 Recompute = Callable[..., Any]
-Components = Mapping[str, nn.Module]  # modules of a pipeline, by their names there
+Components = Mapping[str, Component]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MMDIT_ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -61,11 +61,11 @@ class Family(ABC):
         """Names of the text encoders that fine-tuning may train: CLIP, not T5."""
         return tuple(name for name in self.trainable if name in self.text.encoders)
 
-    def model(self, pipeline: Any) -> dict[str, nn.Module]:
+    def model(self, pipeline: Pipeline) -> dict[str, Component]:
         """Return a pipeline's denoising components, by name."""
         return {name: getattr(pipeline, name) for name in self.denoisers}
 
-    def adaptable(self, pipeline: Any) -> dict[str, nn.Module]:
+    def adaptable(self, pipeline: Pipeline) -> dict[str, Component]:
         """Return the components that adapters may change, by name: denoisers and text encoders."""
         return {**self.model(pipeline), **self.text.present(pipeline)}
 
@@ -83,7 +83,7 @@ class Family(ABC):
                 `guidance` and it is missing, 1 is used.
         """
 
-    def guidance_embedded(self, denoiser: Any) -> bool:
+    def guidance_embedded(self, denoiser: Denoiser) -> bool:
         """Return whether the denoiser takes guidance as an input (Meng et al., arXiv 2210.03142).
 
         It then needs one pass per step instead of two.
@@ -101,18 +101,18 @@ class Family(ABC):
         """
         return unconditional + scale * (conditional - unconditional)
 
-    def guidance_arguments(self, denoiser: Any, scale: float) -> dict[str, Any]:
+    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
         """Return the arguments with which diffusers' pipeline draws at a guidance scale of ours."""
         return {"guidance_scale": scale}
 
-    def native_size(self, pipeline: Any) -> tuple[int, int]:
+    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""
         size = getattr(pipeline, self.denoiser).config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = self.codec.latent_pixels(pipeline.vae.config)
         return height * pixels, width * pixels
 
-    def enable_gradient_checkpointing(self, denoiser: Any, recompute: Recompute | None = None) -> None:
+    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute | None = None) -> None:
         """Recompute the activations of each block in the backward pass.
 
         Args:
@@ -121,7 +121,7 @@ class Family(ABC):
         denoiser.enable_gradient_checkpointing(recompute)
 
     @abstractmethod
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         """Return a pipeline of the family's own classes with small random weights, for 64 x 64 pixels.
 
         Every test of every room that runs over families runs on these.

@@ -1,6 +1,6 @@
 """FLUX.1 of Black Forest Labs (https://github.com/black-forest-labs/flux)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ray_jobs.diffusion.families.family import (
 )
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 PATCH = 2  # side of a patch, in latents
 T5_TOKENS = 512
@@ -36,7 +37,7 @@ class FluxText(Text):
             "pooled_prompt_embeds": encoders["text_encoder"](tokens["input_ids"]).pooler_output,
         }
 
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
             "prompt_embeds": ((T5_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
             "pooled_prompt_embeds": ((denoiser["pooled_projection_dim"],), torch.float32),
@@ -46,7 +47,7 @@ class FluxText(Text):
 class FluxCodec(Codec):
     """Latents of which the transformer takes patches of 2 x 2, as tokens."""
 
-    def patch(self, denoiser: Mapping[str, Any]) -> int:
+    def patch(self, denoiser: Settings) -> int:
         return PATCH
 
 
@@ -62,7 +63,7 @@ class Flux(Family):
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        denoiser: Any = model["transformer"]
+        denoiser: Denoiser = model["transformer"]
         guidance = None
         if self.guidance_embedded(denoiser):
             guidance = conditions.get("guidance", latents.new_ones(len(latents)))
@@ -79,19 +80,19 @@ class Flux(Family):
         )[0]
         return from_tokens(predicted, grid)
 
-    def guidance_embedded(self, denoiser: Any) -> bool:
+    def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
 
-    def guidance_arguments(self, denoiser: Any, scale: float) -> dict[str, Any]:
+    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
         if self.guidance_embedded(denoiser):
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
 
-    def native_size(self, pipeline: Any) -> tuple[int, int]:
+    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         # The transformer's configuration has no size.
         return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
         torch.manual_seed(0)

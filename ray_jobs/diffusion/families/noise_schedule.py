@@ -1,12 +1,13 @@
 """Facet of a family: noise levels in training and sampling."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching, Objective
+from ray_jobs.diffusion.protocols import Scheduler, Settings
 
 
 class NoiseSchedule(ABC):
@@ -22,7 +23,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def set_timesteps(
-        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
+        self, scheduler: Scheduler, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
     ) -> None:
         """Prepare a scheduler for sampling, as the family's pipeline does.
 
@@ -46,7 +47,7 @@ class VariancePreserving(NoiseSchedule):
         return Diffusion.from_scheduler(scheduler_config, zero_terminal_snr=zero_terminal_snr)
 
     def set_timesteps(
-        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
+        self, scheduler: Scheduler, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
     ) -> None:
         scheduler.set_timesteps(num_steps, device=device)
         _drop_negative_timestep(scheduler)
@@ -76,7 +77,7 @@ class RectifiedFlow(NoiseSchedule):
             )
         return FlowMatching.from_scheduler(scheduler_config)
 
-    def dynamic_shift(self, config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, float]:
+    def dynamic_shift(self, config: Settings, latent_shape: Sequence[int]) -> dict[str, float]:
         """Return `mu`, which gives larger images more of the noisy timesteps.
 
         It is linear in the number of patches, through two known points. Empty if the scheduler does not use
@@ -90,7 +91,7 @@ class RectifiedFlow(NoiseSchedule):
         return {"mu": least + (most - least) * (patches - few) / (many - few)}
 
     def set_timesteps(
-        self, scheduler: Any, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
+        self, scheduler: Scheduler, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
     ) -> None:
         shift = self.dynamic_shift(scheduler.config, latent_shape)
         # A scheduler with `use_flow_sigmas` spaces its sigmas itself.
@@ -104,7 +105,7 @@ class RectifiedFlow(NoiseSchedule):
         return int(num_steps - num_steps * strength)
 
 
-def _drop_negative_timestep(scheduler: Any) -> None:
+def _drop_negative_timestep(scheduler: Scheduler) -> None:
     """Remove the timestep -1 with which trailing spacing ends for some step counts, for example 61.
 
     In diffusers 0.42 the last value of `arange(1000, 0, -1000 / 61)` is 0 up to rounding. A step from there

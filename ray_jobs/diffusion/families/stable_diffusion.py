@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -9,6 +8,7 @@ from ray_jobs.diffusion.families import architecture
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.families.unet import UNetFamily
+from ray_jobs.diffusion.protocols import Pipeline, Settings
 
 CLIP_TOKENS = 77
 
@@ -23,7 +23,7 @@ class StableDiffusionText(Text):
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         return {"prompt_embeds": encoders["text_encoder"](tokens["input_ids"]).last_hidden_state}
 
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"prompt_embeds": ((CLIP_TOKENS, denoiser["cross_attention_dim"]), torch.float32)}
 
 
@@ -38,7 +38,7 @@ class StableDiffusion(UNetFamily):
     text = StableDiffusionText()
     variants = ("", "consistency")
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         """Build a model of velocities, or one whose UNet takes guidance and whose images are not square."""
         torch.manual_seed(0)
         pipeline = architecture.build_pipeline(

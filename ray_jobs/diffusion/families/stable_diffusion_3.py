@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -18,6 +17,7 @@ from ray_jobs.diffusion.families.family import (
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 T5_TOKENS = 256
 
@@ -47,7 +47,7 @@ class StableDiffusion3Text(Text):
         pooled = torch.cat([each.text_embeds for each in clip], dim=-1)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         tokens = CLIP_TOKENS + T5_TOKENS
         return {
             "prompt_embeds": ((tokens, denoiser["joint_attention_dim"]), torch.float32),
@@ -58,10 +58,10 @@ class StableDiffusion3Text(Text):
 class StableDiffusion3Codec(Codec):
     """Latents in patches, with a learned table of positions."""
 
-    def patch(self, denoiser: Mapping[str, Any]) -> int:
+    def patch(self, denoiser: Settings) -> int:
         return int(denoiser.get("patch_size", 2))
 
-    def max_side(self, config: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int | None:
+    def max_side(self, config: Settings, denoiser: Settings) -> int | None:
         patches = int(denoiser.get("pos_embed_max_size", 96))  # diffusers' default
         return patches * self.size_multiple(config, denoiser)
 
@@ -81,7 +81,7 @@ class StableDiffusion3(Family):
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        denoiser: Any = model["transformer"]
+        denoiser: Denoiser = model["transformer"]
         embeds = conditions["prompt_embeds"]
         missing = denoiser.config.joint_attention_dim - embeds.shape[-1]
         if missing:  # without T5, zeros take its place
@@ -94,7 +94,7 @@ class StableDiffusion3(Family):
             return_dict=False,
         )[0]
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         """Build a model with T5, or without it and with dynamic shifting."""
         from diffusers import (
             FlowMatchEulerDiscreteScheduler,

@@ -1,7 +1,6 @@
 """Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +9,7 @@ from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION, C
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.families.unet import UNetFamily
+from ray_jobs.diffusion.protocols import Pipeline, Settings
 
 
 class StableDiffusionXLText(Text):
@@ -28,13 +28,13 @@ class StableDiffusionXLText(Text):
             "pooled_prompt_embeds": second.text_embeds,
         }
 
-    def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
+    def unconditional(self, settings: Settings, empty: Captions) -> Captions:
         """Return zeros if the model's configuration asks for them, which is diffusers' default."""
         if not settings.get("force_zeros_for_empty_prompt", True):
             return empty
         return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
 
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         pooled = denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
         return {
             "prompt_embeds": ((CLIP_TOKENS, denoiser["cross_attention_dim"]), torch.float32),
@@ -53,7 +53,7 @@ class StableDiffusionXL(UNetFamily):
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor]:
         return {"text_embeds": conditions["pooled_prompt_embeds"], "time_ids": conditions["sizes"]}
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Any:
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
         torch.manual_seed(0)

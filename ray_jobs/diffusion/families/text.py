@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+
+from ray_jobs.diffusion.protocols import Pipeline, Settings, TextEncoder, Tokenizer
 
 Captions = dict[str, torch.Tensor]  # tokens or embeddings of N captions, by name, each N x ...
-Encoders = Mapping[str, nn.Module] | nn.ModuleDict  # text encoders by their name in the pipeline
+Encoders = Mapping[str, TextEncoder]  # text encoders by their name in the pipeline
 
 
 class Text(ABC):
@@ -27,12 +28,12 @@ class Text(ABC):
     encoders: tuple[str, ...]
     max_tokens: Mapping[str, int] = {}
 
-    def present(self, pipeline: Any) -> dict[str, nn.Module]:
+    def present(self, pipeline: Pipeline) -> dict[str, TextEncoder]:
         """Return the text encoders that a pipeline has, by name."""
         parts = {name: getattr(pipeline, name) for name in self.encoders}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def tokenize(self, pipeline: Any, captions: list[str]) -> Captions:
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
         """Tokenize captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
 
         A column `input_ids_2` comes from the pipeline's `tokenizer_2`. Tokenizers that the pipeline does not
@@ -45,14 +46,14 @@ class Text(ABC):
                 found[name] = self.tokens_of(tokenizer, name, captions).input_ids.int()
         return found
 
-    def tokens_of(self, tokenizer: Any, name: str, captions: list[str]) -> Any:
+    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str]) -> Any:
         """Return a tokenizer's output for the column `name`: PyTorch tensors, N x tokens."""
         length = self.max_tokens.get(name, tokenizer.model_max_length)
         return tokenizer(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
 
-    def num_tokens(self, name: str, encoder: Any) -> int:
+    def num_tokens(self, name: str, encoder: TextEncoder) -> int:
         """Return the number of tokens in a column, given the text encoder that reads it."""
         return self.max_tokens.get(name) or int(encoder.config.max_position_embeddings)
 
@@ -68,7 +69,7 @@ class Text(ABC):
             The columns of `embeds`, floats in the encoders' dtype.
         """
 
-    def unconditional(self, settings: Mapping[str, Any], empty: Captions) -> Captions:
+    def unconditional(self, settings: Settings, empty: Captions) -> Captions:
         """Return the denoiser's inputs for no caption: N x ..., in the form that `embed` returns.
 
         An empty caption that is given explicitly is different: it is always encoded.
@@ -80,7 +81,7 @@ class Text(ABC):
         return empty
 
     @abstractmethod
-    def shapes(self, denoiser: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return shape and dtype of one row of `embeds`, from the denoiser's configuration, for planning.
 
         Floats are float32 here, and captions have their greatest length.

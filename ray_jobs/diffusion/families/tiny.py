@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_jobs.diffusion.families import architecture
+from ray_jobs.diffusion.protocols import Tokenizer
 
 MAX_TOKENS = 16  # of the CLIP text encoders
 CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
@@ -21,7 +22,7 @@ def clip_tokenizer(captions: Sequence[str]) -> Any:
     return architecture.build_tokenizer(captions, vocabulary=600, max_tokens=MAX_TOKENS)
 
 
-def clip(tokenizer: Any, width: int, projection: int | None = None) -> Any:
+def clip(tokenizer: Tokenizer, width: int, projection: int | None = None) -> Any:
     """Return a CLIPTextModel, or with a projection a CLIPTextModelWithProjection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

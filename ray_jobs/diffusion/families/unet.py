@@ -1,12 +1,11 @@
 """What the families with a UNet share."""
 
-from typing import Any
-
 import torch
 
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
+from ray_jobs.diffusion.protocols import Denoiser
 
 
 class UNetFamily(Family):
@@ -32,11 +31,11 @@ class UNetFamily(Family):
         """Return further conditions, by diffusers' names."""
         return None
 
-    def guidance_embedded(self, denoiser: Any) -> bool:
+    def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return denoiser.config.get("time_cond_proj_dim") is not None
 
     def guidance_embedding(
-        self, denoiser: Any, latents: torch.Tensor, conditions: Conditions
+        self, denoiser: Denoiser, latents: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor | None:
         """Return the sinusoidal embedding of N guidance scales: N x `time_cond_proj_dim`.
 
