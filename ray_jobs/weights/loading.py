@@ -124,7 +124,8 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
                 part = kind.from_config(kind.load_config(base, **options))
             else:
                 part = kind(kind.config_class.from_pretrained(base, **options))
-                part.tie_weights()  # parameters without memory are made apart
+        if not issubclass(kind, ModelMixin):
+            part.tie_weights()  # without memory, shared parameters are created separately
         setattr(found, name, part.requires_grad_(False).eval())
     return found
 

@@ -103,7 +103,7 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
 
     def look(_: Any, __: Any, named: dict[str, Any]) -> None:
         seen["prompt_embeds"] = named["encoder_hidden_states"]
-        pooled = named.get("pooled_projections", named.get("added_cond_kwargs", {}).get("text_embeds"))
+        pooled = named.get("pooled_projections", (named.get("added_cond_kwargs") or {}).get("text_embeds"))
         if pooled is not None:
             seen["pooled_prompt_embeds"] = pooled
 
