@@ -11,7 +11,7 @@ import pytest
 
 from cluster.shape import parse_nodes
 from ray_jobs.config import load_config
-from ray_jobs.planning.plan import GIB, HEADROOM, Model, plan
+from ray_jobs.planning.plan import plan
 from tests import full_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,8 +31,14 @@ def test_a_recipe_fits_the_machines_that_it_names(recipe: str, tmp_path: Path) -
     named = re.search(r"--config configs/([\w-]+)\.yaml --nodes (\S+)", path.read_text(encoding="utf-8"))
     assert named and named[1] == recipe
     config = load_config(path, [f"model.base={build(tmp_path)}", f"storage={tmp_path}"])
-    model = Model(config)
-    assert model.footprint(config.train).base == parameters
-    assert model.memory(config.train).device.whole > 8 * GIB * HEADROOM, "the shape named is no smaller one"
     page, fits = plan(config, parse_nodes(named[2]), None)
     assert fits, page
+    [(whole, trained)] = re.findall(r"^model: ([\d,]+) parameters, ([\d,]+) trained", page, re.MULTILINE)
+    adapters = number(trained) if config.train.method == "lora" else 0
+    assert number(whole) - adapters == parameters
+    [needed] = re.findall(r"^    in all +([\d.]+) GiB", page, re.MULTILINE)
+    assert float(needed) > 6, "a recipe for a small GPU names one"
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
