@@ -77,22 +77,22 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
     return Adapter(name, updates)
 
 
-def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> "nn.Linear | nn.Conv2d":
+def _layer(parts: Mapping[str, nn.Module], place: LayerKey, file: Path) -> nn.Linear | nn.Conv2d:
     """Return the layer that an update applies to."""
     part, name = place
     try:
         layer = parts[part].get_submodule(name)
     except AttributeError:
         raise ValueError(f"{file}: {part} has no layer {name}; it was trained on another base") from None
-    plain = isinstance(layer, nn.Linear)
-    if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if not plain:
-        kind = type(layer).__name__
-        raise ValueError(
-            f"{file}: {part}.{name} is a {kind}, and only linear layers and convolutions are read"
-        )
-    return layer
+    if isinstance(layer, nn.Linear) or (
+        isinstance(layer, nn.Conv2d)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    ):
+        return layer
+    kind = type(layer).__name__
+    raise ValueError(f"{file}: {part}.{name} is a {kind}, and only linear layers and convolutions are read")
 
 
 def _update(

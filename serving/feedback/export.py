@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cluster.storage import Storage
@@ -37,7 +38,8 @@ LeftOut = Counter[str]
 """Number of items left out of the export, by reason."""
 
 
-class ExportReport(NamedTuple):
+@dataclass(frozen=True)
+class ExportReport:
     """Content of export.json.
 
     Attributes:

@@ -65,7 +65,7 @@ class Replayer:
                 return f"it was drawn with {name} {recorded}, the endpoint has {actual}"
         return None
 
-    def _ask(self, body: dict[str, object]) -> dict[str, Any]:
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         wait_s = 1.0
         for _ in range(TRIES):
             try:

@@ -70,7 +70,7 @@ class Service:
         self.started = int(time.time())
         self.num_open = 0  # open requests
         self._background: set[asyncio.Task[None]] = set()
-        self._named: list[object] = []  # state of the registry that the metrics last received
+        self._named: Sequence[object] = ()  # state of the registry that the metrics last received
 
     def start(self, *, poll_now: bool) -> None:
         """Start following the registry and, if configured, shadow mode.
@@ -186,7 +186,7 @@ class Service:
         """Pass the served versions to the metrics when they have changed."""
         catalogue = self.catalogue
         known = [catalogue.champion, catalogue.candidate, catalogue.entries]
-        if any(one is not other for one, other in zip(known, self._named or [None] * 3, strict=True)):
+        if any(one is not other for one, other in zip(known, self._named or (None,) * 3, strict=True)):
             self._named = known
             offered = [offer.version for offer in catalogue.offers()]
             versions = [catalogue.champion, catalogue.candidate, *offered]

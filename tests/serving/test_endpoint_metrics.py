@@ -133,7 +133,7 @@ def test_thousands_of_models_have_few_series_and_the_first_ones_their_own(metric
 def test_versions_that_are_served_no_more_leave_no_series(metrics: Metrics) -> None:
     for version in range(300):
         metrics.serve([("diffray", version)])
-        metrics.answered(200, 1.0, {"model": "diffray", "version": version})
+        metrics.answered(200, 1.0, RequestContext(model="diffray", version=version))
         metrics.drift("diffray", version, drift(fid=10.0))
     text = metrics.render().decode()
     assert 'version="299"' in text and 'version="298"' not in text
