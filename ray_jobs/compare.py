@@ -30,6 +30,7 @@ from ray_jobs.registry.aliases import command_line
 from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.weights.feature_networks import check_networks
 
@@ -94,7 +95,7 @@ def compare(
         raise ConfigError("evaluate.bootstrap: a comparison needs the error of a difference; set it to 100")
     names = [one.name, other.name]
     pool.load("validation")
-    folder = Storage.open(config.storage).child(config.name, "comparisons", f"{one.which}-{other.which}")
+    folder = RunFolder.of(config).comparison(one.which, other.which)
     folder.delete("")
     sides = [folder.child(side) for side in "AB"]
     scores: list[Scores] = []

@@ -27,6 +27,7 @@ from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import MODEL, RunFolder
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.training.checkpoint import WEIGHTS, damaged
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
@@ -50,7 +51,8 @@ def publish(
         ConfigError: the run has read its test split before, the chosen weights are damaged, or the registry
             refuses.
     """
-    run = Storage.open(config.storage).child(config.name)
+    folder = RunFolder.of(config)
+    run = folder.root
     if run.exists(WINNER) and not forced:
         winner = json.loads(run.read_text(WINNER))
         if winner["search_digest"] == found.digest and run.exists(REPORT):
@@ -69,21 +71,21 @@ def publish(
         evaluate = config.evaluate.model_copy(update={"guidance_scale": guidance_scale})
         config = config.model_copy(update={"evaluate": evaluate})
     local = Storage.open(weights).local_copy()
-    run.upload(local, "model")
+    run.upload(local, MODEL)
     winner = {name: best[name] for name in WINNING if name in best}
     winner |= {"validation_fid": best["fid"], "validation_fid_error": best.get("fid_error")}
     winner["test_reads"] = test_reads
     winner |= final.numbers
     beside = config.train.method == "lora" and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
-    write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"), scheduler)
-    run.child("model").write_bytes(REFERENCE, save(pool.reference(checkpoint)))
-    run.child("model").write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
-    paired = paired_with_champion(config, pool, winner, run.child("model"))
-    registered = register_winner(config, winner, data, run.child("model").uri, paired)
+    write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
+    folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
+    folder.model.write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
+    paired = paired_with_champion(config, pool, winner, folder.model)
+    registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner["search_digest"] = found.digest
-    write_page(config, dataset, pool, found, winner, final, run)
+    write_page(config, dataset, pool, found, winner, final, folder)
     run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
     close_test(run, digest, data)
     share, closed = closed_share(winner), ""
@@ -120,7 +122,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     dataset = prepare(config)
     found = read_result(config, dataset)
     if found is None:
-        searched = Storage.open(config.storage).child(config.name, "search")
+        searched = RunFolder.of(config).search
         raise ConfigError(
             f"{searched.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
         )

@@ -12,7 +12,6 @@ measured rungs are not measured again, and a training resumes from its last chec
 import argparse
 from contextlib import AbstractContextManager
 
-from cluster.storage import Storage
 from ray_jobs.config import Config, add_budget_arguments
 from ray_jobs.console import phase, say
 from ray_jobs.console.board import watched_board
@@ -23,6 +22,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.results import (
@@ -49,12 +49,12 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     Raises:
         RuntimeError: no trial reached a rung.
     """
-    run = Storage.open(config.storage).child(config.name)
-    storage, digest = run.child("search"), search_digest(config, dataset)
+    run = RunFolder.of(config)
+    storage, digest = run.search, search_digest(config, dataset)
     if storage.exists("digest") and storage.read_text("digest") != digest:
         say("search", "the settings or the data have changed: starting over")
         storage.delete("")
-        run.delete("train")
+        run.trainings.delete("")
     storage.write_text("digest", digest)
     if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
@@ -83,7 +83,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
 
 
 def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror]:
-    storage = Storage.open(config.storage).child(config.name, "search")
+    storage = RunFolder.of(config).search
     return tracked(config, {}, dataset.manifest["digest"], lambda: read_rows(storage))
 
 

@@ -28,9 +28,11 @@ from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.samples import suffix_text
 from ray_jobs.report.dataset_page import write_dataset_page
+from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.weights.model_files import encoders_digest
 
 PREVIEW = "preview.html"
+INDEX = "index"
 SECONDS_BETWEEN_LINES = 10
 FORMAT = 3  # version of the manifest; a change prepares anew
 # Settings that affect only speed, or only the list of sources.
@@ -43,7 +45,7 @@ def open_sources(config: Config) -> list[Source]:
     Raises:
         ConfigError: a source cannot be read.
     """
-    rules, storage = caption_rules(config), Storage.open(config.storage)
+    rules, storage = caption_rules(config), SharedFolder.of(config).root
     return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
 
 
@@ -93,9 +95,8 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
 def _open(config: Config) -> tuple[Dataset, str]:
     """Open the dataset's folders; return the dataset and the digest of the encoders."""
     encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
-    storage = Storage.open(config.storage)
-    cache = storage.child("encoded", encoders[:16])
-    return Dataset(storage.child(config.name, "dataset"), cache, {}), encoders
+    cache = SharedFolder.of(config).encoded(encoders)
+    return Dataset(RunFolder.of(config).dataset, cache, {}), encoders
 
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
@@ -142,7 +143,7 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     counts = [source.num_rows for source in sources]
     known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
     say("prepare", f"{known} in {names}")
-    index = storage.child("index")
+    index = storage.child(INDEX)
     scan(sources, found, config.data, index, _progress("looked at"))
     decisions = decide(config, found, index, storage)
     write_findings(found, index, decisions, storage)
@@ -158,7 +159,7 @@ def _plan(
 ) -> tuple[dict[str, Any], list[PlannedPart]]:
     """Return the manifest and the parts of an examined dataset."""
     buckets = picture_shapes(config)
-    parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
+    parts = list(plan_parts(config, found, storage.child(INDEX), decisions, buckets))
     counts = Counter[str]()
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
@@ -223,13 +224,13 @@ def dry_run(config: Config) -> str:
     """Scan and decide without encoding; write the preview and return its URI."""
     sources = open_sources(config)
     announce_class_pictures(config, sources)
-    storage = Storage.open(config.storage).child(config.name, "dataset")
+    storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     page = write_dataset_page(
         source=", ".join(source.name for source in sources),
         manifest=manifest,
-        examples=examples(config, sources, found, storage.child("index"), decisions),
+        examples=examples(config, sources, found, storage.child(INDEX), decisions),
         seen=decisions.num_judged + len(decisions.reasons) - decisions.num_own,
         max_rejected=config.data.cleaning.max_rejected,
     )

@@ -18,6 +18,7 @@ from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import Features, Measures, Real, Record, Scores
 from ray_jobs.metrics.resampling import PairedDifference
+from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.samples import SAMPLES, sample_name
 
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
@@ -25,8 +26,6 @@ from ray_jobs.run.samples import SAMPLES, sample_name
 CAPTION_USES = 2
 
 RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
-
-REAL_FEATURES = "features"  # folder in the storage: features of real pictures, named by digest
 
 
 class Task(NamedTuple):
@@ -105,7 +104,7 @@ class EvaluatorPool:
         digest = hashlib.sha256("\n".join(identities).encode())
         for picture in pictures:
             digest.update(hashlib.sha256(picture).digest())
-        folder = Storage.open(self.config.storage).child(REAL_FEATURES)
+        folder = SharedFolder.of(self.config).real_features
         file = f"{digest.hexdigest()[:32]}.safetensors"
         if folder.exists(file):
             return dict(load(folder.read_bytes(file)))

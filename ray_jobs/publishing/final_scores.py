@@ -7,7 +7,6 @@ from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
-from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
@@ -17,6 +16,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.evaluation.scores import Copies
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
+from ray_jobs.run.folder import RunFolder
 
 SHOWN_OF_SUBJECT = 4  # pictures per kind and subject in the report
 
@@ -58,7 +58,7 @@ def measure_final(
     pool.load("test")
     for split in splits(config):
         pool.load(split)
-    run = Storage.open(config.storage).child(config.name)
+    run = RunFolder.of(config).root
     base, test = pool.measure(None, "test"), pool.measure(weights, "test", guidance_scale, run)
     floor = pool.floor("test")
     fid, lowest = test.scores.fid, floor.fid

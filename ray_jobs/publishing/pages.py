@@ -18,6 +18,7 @@ from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
+from ray_jobs.run.folder import CAPTIONS, RunFolder
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
@@ -95,24 +96,24 @@ def write_page(
     found: SearchResult,
     winner: dict[str, Any],
     final: FinalScores,
-    run: Storage,
+    run: RunFolder,
 ) -> None:
     """Write the samples as files, and the report that shows them."""
     count = min(config.publish.sample_count, config.evaluate.num_samples)
     split = shown_split(config)
     real = dataset.pictures(split, count)
     count = len(real)
-    weights = run.child("model").uri
+    weights = run.model.uri
     columns = {
         "real": [row["image"] for row in real],
         "base": pool.pictures(None, split, count),
         "winner": pool.pictures(weights, split, count, config.evaluate.guidance_scale),
     }
     captions = [row["text"] for row in real]
-    run.delete("samples")
+    run.samples.delete("")
     for kind, pictures in columns.items():
         for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
-            run.write_bytes(f"samples/{number}-{slug(caption)}-{kind}.png", data)
+            run.samples.write_bytes(f"{number}-{slug(caption)}-{kind}.png", data)
     opened: dict[str, list[Image.Image]]
     opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
     rows = [
@@ -120,8 +121,8 @@ def write_page(
     ]
     grid = io.BytesIO()
     grid_image(rows).save(grid, format="PNG")
-    run.write_bytes("samples/grid.png", grid.getvalue())
-    run.write_text("samples/captions.json", json.dumps(captions, ensure_ascii=False))
+    run.samples.write_bytes("grid.png", grid.getvalue())
+    run.samples.write_text(CAPTIONS, json.dumps(captions, ensure_ascii=False))
     page = write_report(
         winner=winner,
         results=found.rows,
@@ -137,4 +138,4 @@ def write_page(
         spent=spent(config, found.measured, found.computed),
         guidance=measured_scales(pool.config, found.rows),
     )
-    run.write_text(REPORT, page)
+    run.root.write_text(REPORT, page)

@@ -25,6 +25,7 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.run.folder import CONFIG
 from ray_jobs.training.monitor import RUNG
 from ray_jobs.training.state import Shards, load_state, owned_fragments, snapshot, whole, write_shard
 
@@ -32,7 +33,6 @@ WEIGHTS = "weights"
 STATE = "state"
 PROGRESS = "progress.json"
 SERIES = "series.json"
-CONFIG = "config.yaml"
 FOLDER = "step-"
 MARK = "complete-"
 REPORTED = "reported"  # marker file of a rung that was evaluated and whose score was reported to the search

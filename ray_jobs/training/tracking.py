@@ -24,6 +24,7 @@ from ray_jobs.config import Config, Section
 from ray_jobs.console import say
 from ray_jobs.registry.models import check_store, open_client, store_errors, tracking_uri
 from ray_jobs.registry.store import experiment_id, retried
+from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.names import training_of
 from ray_jobs.run.samples import SAMPLES, sheet
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
@@ -31,7 +32,6 @@ from ray_jobs.training.loop import DIVERGED
 
 LOOK_EVERY = 10.0  # seconds
 PATIENCE = 60.0  # seconds that the end of a stage waits for a slow store
-ARTIFACTS = "mlartifacts"  # folder in the storage for the images that go with a SQLite store
 LARGEST_BATCH = 1000  # metrics that MLflow accepts in one call
 STEP_METRICS = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
 CHECKPOINT_METRICS = {
@@ -81,7 +81,7 @@ def _experiment(client: Any, config: Config) -> str:
     """
     place = None
     if sqlite_file(tracking_uri(config)):
-        place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
+        place = Path(SharedFolder.of(config).artifacts(config.name).uri).as_uri()
     return experiment_id(client, config.name, artifacts=place)
 
 
@@ -165,7 +165,7 @@ class Mirror:
         self, config: Config, trials: dict[str, Config], digest: str, rungs: Callable[[], Rows]
     ) -> None:
         self.config, self.digest, self.rungs = config, digest, rungs
-        self.trainings = Storage.open(config.storage).child(config.name, "train")
+        self.trainings = RunFolder.of(config).trainings
         self.trials: dict[str, Config] = {}
         self.began_after: dict[str, int] = {}
         for trial, settings in trials.items():

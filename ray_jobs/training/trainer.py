@@ -7,6 +7,7 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 
@@ -60,7 +61,6 @@ def build_trainer(
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
     )
-    storage = Storage.open(config.storage).child(config.name, "train")
     settings.trial.delete(DIVERGED)
     require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
     return TorchTrainer(
@@ -75,7 +75,7 @@ def build_trainer(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=storage.uri,
+            storage_path=RunFolder.of(config).trainings.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
             callbacks=[TellFailures(name, settings.trial, train.max_failures, board), *callbacks],
         ),

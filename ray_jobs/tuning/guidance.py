@@ -10,6 +10,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.evaluation.pool import EvaluatorPool
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.checkpoint import Rung
 from ray_jobs.tuning.results import choose, with_error
 
@@ -37,7 +38,7 @@ def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorP
     for row in sorted(rows, key=lambda row: (row["fid"], row["step"])):
         lowest.setdefault(row["trial_id"], row)
     finalists = [best, *(row for name, row in lowest.items() if name != best["trial_id"])]
-    storage = Storage.open(config.storage).child(config.name, "search")
+    storage = RunFolder.of(config).search
     measured = storage.read_lines(MEASURED)
     for row in finalists:
         for scale in scales:
@@ -70,7 +71,7 @@ def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
         config: configuration with the guidance scale that the rungs were measured at.
         rows: all rungs.
     """
-    storage = Storage.open(config.storage).child(config.name, "search")
+    storage = RunFolder.of(config).search
     rungs = {(row["trial_id"], row["step"]): row for row in rows}
     wanted = set(config.search.guidance_scales) - {config.evaluate.guidance_scale}
     found = [

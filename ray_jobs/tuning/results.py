@@ -18,6 +18,7 @@ from ray_jobs.evaluation.cross_validation import averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import training_of
 from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.computed_steps import read_computed
@@ -91,7 +92,7 @@ def read_rows(storage: Storage) -> list[dict[str, Any]]:
 
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     """Read the result of a finished search of this configuration; None if there is none."""
-    storage = Storage.open(config.storage).child(config.name, "search")
+    storage = RunFolder.of(config).search
     if not storage.exists(FINISHED):
         return None
     told = storage.read_text(FINISHED)
@@ -107,7 +108,7 @@ def result(
     """Build a SearchResult; its digest also covers the search's extent and winner."""
     content = finished(config, dataset, best)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    computed = read_computed(Storage.open(config.storage).child(config.name, "search"))
+    computed = read_computed(RunFolder.of(config).search)
     return SearchResult(digest, measured, candidates(config, measured), best, computed)
 
 

@@ -13,6 +13,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, Settings
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.pool import EvaluatorPool
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import training_of, trial_id
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.monitor import RUNG
@@ -97,7 +98,7 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
     trial, config, pool = make(space), around.config, around.pool
     labels = trial.labels(config)
     known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
-    folder = Storage.open(config.storage).child(config.name, "train", trial.training)
+    folder = RunFolder.of(config).training(trial.training)
     tell = _teller(trial, around.board)
     rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] in known or intact(rung, tell)]
     for rung in rungs:
@@ -163,7 +164,7 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
         # Without callbacks no rung is scored, so the workers would wait forever.
         wait_for_scores=config.search.wait_for_scores and bool(callbacks),
     ).fit()
-    check_diverged(Storage.open(config.storage).child(config.name, "train", trial.training))
+    check_diverged(RunFolder.of(config).training(trial.training))
 
 
 def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool) -> dict[str, Any]:
@@ -215,10 +216,10 @@ def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
     """
     ladder = [rung for rung in trial.ladder if rung <= step]
     last = replace(trial, fold=None, ladder=ladder, training=f"{trial.trial_id}_refit")
-    trainings = Storage.open(around.config.storage).child(around.config.name, "train")
+    folder = RunFolder.of(around.config).training(last.training)
 
     def rungs() -> list[Rung]:
-        found = rungs_of(trainings.child(last.training))
+        found = rungs_of(folder)
         return [rung for rung in found if rung.metrics["step"] == step]
 
     if not rungs():

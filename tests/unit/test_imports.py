@@ -36,6 +36,7 @@ SERVING_KNOWS = (
     "ray_jobs.metrics",
     "ray_jobs.pictures",
     "ray_jobs.registry",
+    "ray_jobs.run.folder",
     "ray_jobs.weights",
     "cluster",
     "serving",
