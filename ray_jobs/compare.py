@@ -100,7 +100,7 @@ def compare(
     sides = [folder.child(side) for side in "AB"]
     scores: list[Scores] = []
     for version, side in zip((one, other), sides, strict=True):
-        if version.data not in (None, dataset.manifest["digest"]):
+        if version.data not in (None, dataset.manifest.digest):
             unsure = "it may have trained on some of these pictures"
             say("compare", f"{version.name} was trained on other data than this run prepared: {unsure}")
         scores.append(pool.score(version.weights, "validation", side, version.guidance_scale))

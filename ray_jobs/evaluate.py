@@ -49,7 +49,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, str | None, str | None]]:
         yield f"base, {split}" if config.search.folds else "base", None, split
     for training, rungs in find_rungs(RunFolder.of(config).trainings).items():
         for rung in rungs:
-            yield f"{training}  step {rung.metrics['step']}", rung.weights, unseen_by(training)
+            yield f"{training}  step {rung.step}", rung.weights, unseen_by(training)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,17 +23,16 @@ from ray_jobs.planning.checks import checked
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import read_rows, write_rows
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.results import (
     FINISHED,
-    RESULTS,
     SearchResult,
     at_most,
     bill,
     finished,
     read_result,
-    read_rows,
     result,
     search_digest,
     with_error,
@@ -74,7 +73,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
         best = choose_winner(config, done)
         done.computed.take()
-    storage.write_lines(RESULTS, done.rows)
+    write_rows(storage, done.rows)
     if not done.errors:
         storage.write_text(FINISHED, finished(config, dataset, best))
     found = result(config, dataset, done.rows, best)
@@ -84,13 +83,13 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
 
 def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror]:
     storage = RunFolder.of(config).search
-    return tracked(config, {}, dataset.manifest["digest"], lambda: read_rows(storage))
+    return tracked(config, {}, dataset.manifest.digest, lambda: read_rows(storage))
 
 
 def _tell(config: Config, found: SearchResult) -> None:
-    best, lowest = found.winner, min(row["fid"] for row in found.rows)
-    tie = "" if best["fid"] <= lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
-    what = f"{best['trial_id']} at step {best['step']}"
+    best, lowest = found.winner, min(row.fid for row in found.rows)
+    tie = "" if best.fid <= lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
+    what = f"{best.trial_id} at step {best.step}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
     say("search", bill(config, found))

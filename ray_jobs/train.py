@@ -25,7 +25,7 @@ def train(config: Config) -> Any:
         dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
-    name, digest = training_name(config), dataset.manifest["digest"]
+    name, digest = training_name(config), dataset.manifest.digest
     say(
         "train",
         f"{name}: {workers} workers, "

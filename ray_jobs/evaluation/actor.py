@@ -16,7 +16,6 @@ from ray_jobs.evaluation.scores import (
     Features,
     Measures,
     Real,
-    Record,
     Scores,
     further,
     near_copies,
@@ -25,6 +24,7 @@ from ray_jobs.evaluation.scores import (
 )
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
 from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.run.records import Measurement
 from ray_jobs.weights.feature_networks import load_networks
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Evaluator:
             folder.write_bytes(FEATURES, save(whole))
         return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
 
-    def real_against_real(self, real: Real, other: Features) -> list[Record]:
+    def real_against_real(self, real: Real, other: Features) -> list[Measurement]:
         """Precision and recall of real pictures: the values that a perfect generator could reach."""
         return precision_and_recall(other, real, self.networks.first.identity)
 

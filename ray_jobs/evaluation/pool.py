@@ -16,9 +16,10 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, Kept, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import Features, Measures, Real, Record, Scores
+from ray_jobs.evaluation.scores import Features, Measures, Real, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
+from ray_jobs.run.records import Measurement
 from ray_jobs.run.samples import SAMPLES, sample_name
 
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
@@ -202,7 +203,7 @@ class EvaluatorPool:
         self.load(held)
         bound = self.config.evaluate.memorisation_pictures
         training = self.training_features(split, bound) if bound else None
-        unseen = self._real[held] if self.dataset.manifest["held_out"] else None
+        unseen = self._real[held] if self.dataset.manifest.held_out else None
         tasks = self._tasks(split)
         parts = [
             actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True, shapes)
@@ -280,7 +281,7 @@ class EvaluatorPool:
         found = self.training_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
-    def real_against_real(self, split: str) -> list[Record]:
+    def real_against_real(self, split: str) -> list[Measurement]:
         """Precision and recall of the pictures that `floor` scores."""
         import ray
 

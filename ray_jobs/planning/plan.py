@@ -8,7 +8,6 @@ from cluster.capacity import encoders, search_actors, serving_actors, trials_at_
 from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.feeding.dataset import MANIFEST
 from ray_jobs.planning.activations import activation_bytes
 from ray_jobs.planning.estimate import (
     Placement,
@@ -22,6 +21,7 @@ from ray_jobs.planning.estimate import (
     trained_shapes,
 )
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.weights.model_files import INDEX, model_folder
 
 GIB = 2**30
@@ -193,7 +193,7 @@ def batch_lines(config: Config) -> list[str]:
     last = config.search.ladder[-1]
     dataset = RunFolder.of(config).dataset
     if dataset.exists(MANIFEST):
-        known = json.loads(dataset.read_text(MANIFEST))["train"] * config.data.augmentation.variants
+        known = Manifest.read(dataset).train * config.data.augmentation.variants
         epoch = known / train.training_rows
         lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
     else:

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -19,6 +18,7 @@ from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, RunFolder
+from ray_jobs.run.records import Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
@@ -33,7 +33,7 @@ def write_card(
     config: Config,
     dataset: Dataset,
     pool: EvaluatorPool,
-    winner: dict[str, Any],
+    winner: Winner,
     samples: Storage,
     model: Storage,
     scheduler: str | None,
@@ -64,29 +64,27 @@ def shown_split(config: Config) -> str:
     return "test" if config.search.folds else "validation"
 
 
-def _strip(
-    pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
-) -> Strip | None:
+def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[Image.Image]) -> Strip | None:
     """Collect the pictures saved at the winning trial's rungs; None if there are none."""
     split = splits(pool.config)[0]
     names = pool.sample_names(split)
     columns: list[tuple[str, list[Image.Image]]] = []
-    for row in sorted(found.rows, key=lambda row: int(row["step"])):
-        if row["trial_id"] != winner["trial_id"]:
+    for row in sorted(found.rows, key=lambda row: row.step):
+        if row.trial_id != winner.trial_id:
             continue
-        samples = Storage.open(row["checkpoint"]).child(SAMPLES)
+        samples = Storage.open(row.checkpoint).child(SAMPLES)
         if not all(samples.exists(name) for name in names):
-            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row['step']} out")
+            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row.step} out")
             continue
         pictures: list[Image.Image]
         pictures = [Image.open(io.BytesIO(samples.read_bytes(name))) for name in names]
-        columns.append((f"{row['step']:,}", pictures))
+        columns.append((f"{row.step:,}", pictures))
     if not columns:
         return None
     if split != shown_split(pool.config):
         base = [Image.open(io.BytesIO(each)) for each in pool.pictures(None, split, len(names))]
     captions = pool.captions[split][: len(names)]
-    return Strip(captions, [("base", base), *columns], f"{winner['step']:,}")
+    return Strip(captions, [("base", base), *columns], f"{winner.step:,}")
 
 
 def write_page(
@@ -94,7 +92,7 @@ def write_page(
     dataset: Dataset,
     pool: EvaluatorPool,
     found: SearchResult,
-    winner: dict[str, Any],
+    winner: Winner,
     final: FinalScores,
     run: RunFolder,
 ) -> None:

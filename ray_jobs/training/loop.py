@@ -187,7 +187,7 @@ class Training:
                 return
             self._average(step)
             if step in ladder or why:
-                self.writer.save(*self.meter.metrics(), why=RUNG if step in ladder else why)
+                self.writer.save(*self.meter.metrics(RUNG if step in ladder else why))
             if self.settings.wait_for_scores and step in ladder[:-1]:
                 self._wait_for_score(step)
             if step == stage.last and step < ladder[-1]:

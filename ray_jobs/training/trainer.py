@@ -19,7 +19,7 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
     train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
     schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
     return {
-        "dataset": dataset.manifest["content"],
+        "dataset": dataset.manifest.content,
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],

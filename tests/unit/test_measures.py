@@ -21,6 +21,7 @@ from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
 from ray_jobs.pictures.reading import encode_png
+from ray_jobs.run.manifest import Manifest
 from ray_jobs.weights import loading
 from ray_jobs.weights.feature_networks import Networks, load_networks
 from tests.serving.conftest import save_adapters
@@ -154,7 +155,7 @@ def evaluator(tiny_model: Path, clip_folder: Path, tmp_path_factory: pytest.Temp
             "evaluate": {"inference_steps": 2, "batch_size": 4, "bootstrap": 3, "second_network": None},
         }
     )
-    evaluator = Evaluator(config, Dataset(storage, storage, {}), num_threads=1)
+    evaluator = Evaluator(config, Dataset(storage, storage, Manifest()), num_threads=1)
     clip = load_clip(str(clip_folder))
     evaluator.networks = Networks(Colours("colours", "0" * 64, torch.device("cpu"), 3), None, clip)
     return evaluator
