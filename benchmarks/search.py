@@ -31,6 +31,7 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
 from ray_jobs.run.records import RungRow
+from ray_jobs.run.split import TEST
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import find_rungs, weights_of
 from ray_jobs.training.trainer import build_trainer
@@ -54,7 +55,7 @@ def searched(config: Config) -> dict[str, Any]:
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
-        pool.load("test")
+        pool.load(TEST)
         lowest = min(found.rows, key=lambda row: row.fid)
         cost = spent(config, found.measured, found.computed)
         return {
@@ -69,7 +70,7 @@ def searched(config: Config) -> dict[str, Any]:
 
 def tested(pool: EvaluatorPool, row: RungRow) -> dict[str, Any]:
     """What a rung scores on the test split."""
-    score = pool.score(weights_of(row.checkpoint), "test").fid
+    score = pool.score(weights_of(row.checkpoint), TEST).fid
     told = {"test_fid": score.value, "test_fid_error": score.standard_error, "num_samples": score.num_samples}
     return row.model_dump(include={"trial_id", "step", "fid"}) | told
 

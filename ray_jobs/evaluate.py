@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.preparation import prepare
-from ray_jobs.evaluation.cross_validation import splits, unseen_by
+from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.evaluation.scores import told, told_record
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.split import Split, unseen_by
 from ray_jobs.training.checkpoint import find_rungs
 from ray_jobs.weights.feature_networks import check_networks
 
@@ -43,7 +44,7 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 say("evaluate", sentence)
 
 
-def _candidates(config: Config) -> Iterator[tuple[str, str | None, str | None]]:
+def _candidates(config: Config) -> Iterator[tuple[str, str | None, Split | None]]:
     """Yield (name, weights, unseen split) for the base model and every checkpoint of the run."""
     for split in splits(config):
         yield f"base, {split}" if config.search.folds else "base", None, split

@@ -10,11 +10,11 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.cleaning import MEASURES
 from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.curation.splits import SPLITS
 from ray_jobs.data.encoding.plan import PlannedPart
 from ray_jobs.data.feeding.order import Order, Part
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
+from ray_jobs.run.split import SPLITS
 
 
 def describe(

@@ -16,7 +16,6 @@ from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
-from ray_jobs.data.curation.splits import SPLITS
 from ray_jobs.data.encoding.class_pictures import announce_class_pictures, generate_class_pictures, lacking
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
@@ -30,6 +29,7 @@ from ray_jobs.data.sources.samples import suffix_text
 from ray_jobs.report.dataset_page import write_dataset_page
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
+from ray_jobs.run.split import SPLITS
 from ray_jobs.weights.model_files import encoders_digest
 
 PREVIEW = "preview.html"

@@ -7,44 +7,34 @@ tests).
 """
 
 import math
-import re
 from statistics import fmean, stdev
 
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.run.records import RungRow
+from ray_jobs.run.split import TEST, VALIDATION, Split
 
 MEANS = ("fid", "kid", "fid_2", "train_loss", "validation_loss", "images_per_second")
 
 
-def splits(config: Config) -> list[str]:
-    """Names of the splits that candidates are scored on: the validation split, or each fold in turn."""
-    return [f"fold-{fold}" for fold in range(config.search.folds)] or ["validation"]
+def splits(config: Config) -> list[Split]:
+    """Splits that candidates are scored on: the validation split, or each fold in turn."""
+    return [Split.of_fold(fold) for fold in range(config.search.folds)] or [VALIDATION]
 
 
-def unseen_by(training: str) -> str | None:
-    """Return the split that a training did not use, given its folder name: validation, or its held-out fold.
-
-    None: the refit, which trains on the training and validation splits together.
-    """
-    if fold := re.search(r"_(fold-\d+)$", training):
-        return fold[1]
-    return None if training.endswith("_refit") else "validation"
-
-
-def held_out(config: Config, split: str) -> str:
+def held_out(config: Config, split: Split) -> Split:
     """Return the split whose pictures serve as the held-out reference for near copies.
 
     They show how near pictures that were not trained on come to the training pictures. This is the evaluated
     split itself; for the test split it is validation, unless the refit trained on validation too.
     """
-    return "validation" if split == "test" and not config.search.folds else split
+    return VALIDATION if split == TEST and not config.search.folds else split
 
 
-def trained_on(config: Config, dataset: Dataset, split: str) -> Dataset:
+def trained_on(config: Config, dataset: Dataset, split: Split) -> Dataset:
     """Return the dataset whose training split produced the weights that `split` evaluates."""
-    return dataset.together() if split == "test" and config.search.folds else dataset.judged_by(split)[0]
+    return dataset.together() if split == TEST and config.search.folds else dataset.judged_by(split)
 
 
 def standing(rows: list[RungRow], folds: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import FinalMeasures, RungRow, Winner
+from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import weights_of
 
 # Fields that winner.json copies from the search.
@@ -57,12 +58,12 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             one.
     """
     weights, guidance_scale = weights_of(best.checkpoint), best.guidance_scale
-    pool.load("test")
+    pool.load(TEST)
     for split in splits(config):
         pool.load(split)
     run = RunFolder.of(config).root
-    base, test = pool.measure(None, "test"), pool.measure(weights, "test", guidance_scale, run)
-    floor = pool.floor("test")
+    base, test = pool.measure(None, TEST), pool.measure(weights, TEST, guidance_scale, run)
+    floor = pool.floor(TEST)
     fid, lowest = test.scores.fid, floor.fid
     if lowest.num_samples < fid.num_samples:
         say("publish", f"the floor comes out high: it has {lowest.num_samples} real training pictures only")
@@ -86,12 +87,12 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
                 base=base.records(),
                 winner=test.records(),
                 left_out=test.left_out,
-                floor=pool.real_against_real("test"),
+                floor=pool.real_against_real(TEST),
             ),
             "measure_settings": settings_of(config.evaluate),
-            "test_shapes": counted(islice(cycle(pool.shapes["test"]), fid.num_samples)),
+            "test_shapes": counted(islice(cycle(pool.shapes[TEST]), fid.num_samples)),
             "resizing": pool.resizing(),
-            "test_digest": pool.digests["test"],
+            "test_digest": pool.digests[TEST],
             "subjects": [each.scores for each in subjects],
         }
     )
@@ -108,10 +109,10 @@ def _memorisation(
 ) -> Memorisation:
     """Collect the samples nearest to a training picture; only these are sampled again, for the report."""
     order = sorted(range(len(copies.nearest)), key=lambda i: copies.nearest[i][1])[:SHOWN_NEIGHBOURS]
-    trained = trained_on(config, pool.dataset, "test")
+    trained = trained_on(config, pool.dataset, TEST)
     parts = ("train", "validation") if config.search.folds else ("train",)
     seen = trained.pictures("train", config.evaluate.memorisation_pictures)
-    drawn_again = pool.pictures(weights, "test", order, guidance_scale)
+    drawn_again = pool.pictures(weights, TEST, order, guidance_scale)
     pairs = [
         (drawn, seen[copies.nearest[i][0]]["image"], copies.nearest[i][1])
         for i, drawn in zip(order, drawn_again, strict=True)

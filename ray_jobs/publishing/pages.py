@@ -20,6 +20,7 @@ from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, RunFolder
 from ray_jobs.run.records import Winner
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
 from ray_jobs.weights.model_files import variant_name
@@ -59,9 +60,9 @@ def write_card(
     model.write_text(CARD, card)
 
 
-def shown_split(config: Config) -> str:
+def shown_split(config: Config) -> Split:
     """Return the split whose captions are shown; the winner must not have trained on its pictures."""
-    return "test" if config.search.folds else "validation"
+    return TEST if config.search.folds else VALIDATION
 
 
 def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[Image.Image]) -> Strip | None:
@@ -99,7 +100,7 @@ def write_page(
     """Write the samples as files, and the report that shows them."""
     count = min(config.publish.sample_count, config.evaluate.num_samples)
     split = shown_split(config)
-    real = dataset.pictures(split, count)
+    real = dataset.pictures(split.name, count)
     count = len(real)
     weights = run.model.uri
     columns = {
@@ -128,7 +129,7 @@ def write_page(
         config_yaml=config.to_yaml(),
         rows=rows,
         run_name=config.name,
-        split=split,
+        split=split.name,
         strip=_strip(pool, found, winner, opened["base"]),
         memorisation=final.memorisation,
         subjects=final.subjects,

@@ -9,6 +9,7 @@ from ray_jobs.registry.promotion import Measured, Paired
 from ray_jobs.registry.registration import Registered, register
 from ray_jobs.report import headline
 from ray_jobs.run.records import Winner
+from ray_jobs.run.split import TEST
 
 
 def paired_with_champion(
@@ -28,7 +29,7 @@ def paired_with_champion(
     if held.test_digest != winner.test_digest or not folder.exists(TEST_FEATURES):
         return None
     try:
-        found = pool.difference(model, folder, "test", TEST_FEATURES)
+        found = pool.difference(model, folder, TEST, TEST_FEATURES)
     except (KeyError, ValueError):  # another network or number of pictures
         return None
     return Paired(held.version, found.standard_error)

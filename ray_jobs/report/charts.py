@@ -115,7 +115,7 @@ def heat_map(winner: Winner, results: Rows) -> str:
     rates = sorted({row.learning_rate for row in results}, reverse=True)
     steps = sorted({row.step for row in results})
     width = (WIDTH - MAP_LEFT - 4) / len(steps)
-    best = float(winner.learning_rate), winner.step
+    best = winner.learning_rate, winner.step
     parts = []
     for line, rate in enumerate(rates):
         y = MAP_TOP + line * CELL_HEIGHT

@@ -140,13 +140,27 @@ class RungRow(Record):
         return self.trial_id, self.step
 
 
+def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
+    """Read the rows of a file in the search's folder; empty if it does not exist.
+
+    Raises:
+        ConfigError: a line has a newer format.
+    """
+    return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
+
+
+def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) -> None:
+    search.write_lines(file, (row.versioned() for row in rows))
+
+
 class Measurement(Record):
     """One number with all that it depends on; `standard_error` is None if it was not estimated.
 
     Attributes:
         num_samples: number of generated pictures.
         num_real: number of real pictures, where that matters.
-        num_training, expected_share: as in `evaluation.scores.Copies`, for near copies.
+        num_training, num_held_out, threshold, expected_share: as in `evaluation.scores.Copies`; of near
+            copies only.
     """
 
     metric: str
@@ -156,6 +170,8 @@ class Measurement(Record):
     feature_network: str
     num_real: int | None = None
     num_training: int | None = None
+    num_held_out: int | None = None
+    threshold: float | None = None
     expected_share: float | None = None
 
 
@@ -251,16 +267,3 @@ class Winner(Record):
 
     def write(self, run: Storage) -> None:
         run.write_text(WINNER, json.dumps(self.versioned(), indent=2) + "\n")
-
-
-def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
-    """Read the rows of a file in the search's folder; empty if it does not exist.
-
-    Raises:
-        ConfigError: a line has a newer format.
-    """
-    return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
-
-
-def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) -> None:
-    search.write_lines(file, (row.versioned() for row in rows))

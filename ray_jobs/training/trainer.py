@@ -9,6 +9,7 @@ from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, Confi
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
+from ray_jobs.training.checkpoint import rungs_of
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 
 DEPENDS_ON = "depends_on.json"
@@ -61,6 +62,7 @@ def build_trainer(
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
     )
+    rungs_of(settings.trial)  # a checkpoint of a newer format is refused here, not by the workers
     settings.trial.delete(DIVERGED)
     require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
     return TorchTrainer(

@@ -11,6 +11,7 @@ from ray_jobs.console import say
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import RungRow, read_rows, write_rows
+from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.checkpoint import weights_of
 from ray_jobs.tuning.results import choose, with_error
 
@@ -81,7 +82,7 @@ def measured_scales(config: Config, rows: list[RungRow]) -> list[RungRow]:
 
 def _measure(row: RungRow, scale: float, pool: EvaluatorPool) -> RungRow:
     folder = Storage.open(row.checkpoint).child(f"guidance-{scale:g}")
-    scores = pool.score(weights_of(row.checkpoint), "validation", folder, guidance_scale=scale)
+    scores = pool.score(weights_of(row.checkpoint), VALIDATION, folder, guidance_scale=scale)
     return RungRow.model_validate(
         {
             "trial_id": row.trial_id,

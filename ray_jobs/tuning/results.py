@@ -19,6 +19,7 @@ from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import RungRow, read_rows
+from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.computed_steps import read_computed
 
@@ -106,7 +107,7 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
         # A row with more steps cannot win a tie, and without errors only equal scores tie.
         if row.step < best.step and row.fid_error is not None:
             rung, lowest = (Storage.open(each.features or each.checkpoint) for each in (row, best))
-            found = pool.difference(rung, lowest, "validation")
+            found = pool.difference(rung, lowest, VALIDATION)
             ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
             compared = dict(zip(COMPARISON, (found.value, found.standard_error, ratio), strict=True))
             rows[place] = row | compared

@@ -16,6 +16,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
 from ray_jobs.run.records import RungRow
+from ray_jobs.run.split import VALIDATION, Split, refit_of, training_of
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.monitor import RUNG
 from ray_jobs.training.trainer import build_trainer, check_diverged
@@ -50,12 +51,13 @@ class Trial:
     def of(settings: Settings, ladder: list[int], fold: int | None = None) -> "Trial":
         """Create a trial named after its settings and fold."""
         name = trial_id(settings)
-        return Trial(name, settings, ladder, name if fold is None else f"{name}_fold-{fold}", fold)
+        split = VALIDATION if fold is None else Split.of_fold(fold)
+        return Trial(name, settings, ladder, training_of(name, split), fold)
 
     @property
-    def split(self) -> str:
-        """Name of the split or fold that the trial is evaluated on."""
-        return "validation" if self.fold is None else f"fold-{self.fold}"
+    def split(self) -> Split:
+        """Split that the trial is evaluated on."""
+        return VALIDATION if self.fold is None else Split.of_fold(self.fold)
 
     def labels(self, config: Config) -> Labels:
         """Columns that identify this trial in results.jsonl."""
@@ -171,7 +173,7 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
     check_diverged(RunFolder.of(config).training(trial.training))
 
 
-def measure(rung: Rung, labels: Labels, split: str, pool: EvaluatorPool) -> RungRow:
+def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> RungRow:
     """Score a rung's weights, saving samples; return its row of training metrics and scores."""
     scores = pool.score(rung.weights, split, Storage.open(rung.uri))
     losses = pool.validation_losses(rung.weights, split)
@@ -229,7 +231,7 @@ def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
         RuntimeError: the loss diverged.
     """
     ladder = [rung for rung in trial.ladder if rung <= step]
-    last = replace(trial, fold=None, ladder=ladder, training=f"{trial.trial_id}_refit")
+    last = replace(trial, fold=None, ladder=ladder, training=refit_of(trial.trial_id))
     folder = RunFolder.of(around.config).training(last.training)
 
     def rungs() -> list[Rung]:

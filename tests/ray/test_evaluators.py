@@ -22,6 +22,7 @@ from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import RungRow
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
 from ray_jobs.tuning.guidance import MEASURED, choose_guidance
 from ray_jobs.tuning.results import SearchResult, choose
@@ -71,13 +72,13 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
 def rows(config: Config, started: EvaluatorPool, tiny_model: Path) -> list[RungRow]:
     """Two trials of one rung each, as a search has measured them."""
     pool, found = fresh(started), []
-    pool.load("validation")
+    pool.load(VALIDATION)
     for seed, trial in enumerate(("lr-0.001", "lr-0.0001")):
         folder = Storage.open(config.storage).child(config.name, "train", trial, folder_of(STEP))
         save_adapters(tiny_model, Path(folder.uri) / "weights", seed)
         folder.write_text("progress.json", json.dumps({"step": STEP, "why": "rung", "world_size": 1}))
         folder.write_text("complete-0000-of-0001", "{}")
-        scores = pool.score(weights_of(folder.uri), "validation", folder)
+        scores = pool.score(weights_of(folder.uri), VALIDATION, folder)
         row = {"trial_id": trial, "learning_rate": float(trial[3:]), "step": STEP, "checkpoint": folder.uri}
         row |= {"seconds": 1.0, "train_loss": 0.1, "images_per_second": 1.0, "settings": {}}
         found.append(RungRow.model_validate(row | scores.row() | scores.origin))
@@ -90,10 +91,10 @@ def test_a_score_does_not_depend_on_the_number_of_evaluators(started: EvaluatorP
     for num_actors in (1, 2):
         pool = fresh(started, num_actors=num_actors)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
-        pool.load("validation")
-        shares = [len(task.seeds) for task in pool._tasks("validation")]
+        pool.load(VALIDATION)
+        shares = [len(task.seeds) for task in pool._tasks(VALIDATION)]
         assert shares == [[11], [4, 7]][num_actors - 1]
-        scores.append(pool.score(None, "validation"))
+        scores.append(pool.score(None, VALIDATION))
     assert scores[0] == scores[1]
 
 
@@ -106,11 +107,11 @@ def test_each_caption_is_drawn_in_the_shape_of_its_picture_however_many_evaluato
         pool = fresh(started, num_actors=num_actors)
         pool.dataset = small_set(Storage.open(str(tmp_path / "set")), shapes=shapes)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
-        pool.load("validation")
+        pool.load(VALIDATION)
         rung = Storage.open(str(tmp_path / str(num_actors)))
-        scores.append((pool.score(None, "validation", rung), pool.floor("validation")))
-        drawn.append(pool.pictures(None, "validation", 11))
-        kept.append([rung.child(SAMPLES).read_bytes(name) for name in pool.sample_names("validation")])
+        scores.append((pool.score(None, VALIDATION, rung), pool.floor(VALIDATION)))
+        drawn.append(pool.pictures(None, VALIDATION, 11))
+        kept.append([rung.child(SAMPLES).read_bytes(name) for name in pool.sample_names(VALIDATION)])
     assert scores[0] == scores[1] and drawn[0] == drawn[1] and kept[0] == kept[1] == drawn[0][:2]
     real = [row["image"] for row in pool.dataset.pictures("validation", 11)]
     of_real = [shape_of(picture) for picture in real]
@@ -142,11 +143,11 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
 ) -> None:
     search = config.search.model_copy(update={"folds": 2})
     pool = fresh(started, config.model_copy(update={"search": search}))
-    pool.load("fold-0")
-    found = pool.measure(None, "fold-0")
+    pool.load(Split.of_fold(0))
+    found = pool.measure(None, Split.of_fold(0))
     assert found.copies is not None
-    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions["fold-0"]))
-    assert set(pool._real) == {"fold-0"} and set(pool._training) == {0}
+    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions[Split.of_fold(0)]))
+    assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == {0}
 
 
 def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
@@ -154,7 +155,7 @@ def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
 ) -> None:
     scales = config.search.model_copy(update={"guidance_scales": [2.0, 1.0, 6.0]})
     config, pool = config.model_copy(update={"search": scales}), fresh(started)
-    pool.load("validation")
+    pool.load(VALIDATION)
     best, rows = choose(rows, pool)
     found = choose_guidance(config, rows, best, pool)
     storage = Storage.open(config.storage).child(config.name, "search")
@@ -191,7 +192,7 @@ def test_a_subject_is_measured_by_its_photos_and_its_class_by_the_base_model(
     cosines = (drawn @ photo[0]) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(photo[0])
     likeness = found.scores.winner_similarity
     assert likeness.value == pytest.approx(float(cosines.mean()), rel=1e-4)
-    assert likeness.num_samples == 4 and likeness.feature_network in started.training_features("test", 1)
+    assert likeness.num_samples == 4 and likeness.feature_network in started.training_features(TEST, 1)
     assert found.scores.class_drift and found.scores.class_drift.value > 0.01
     base: Any = None
     [same] = measure_subjects(config, dataset, started, base)
@@ -213,8 +214,8 @@ def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_i
         assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
     assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
     pool = fresh(started)
-    pool.load("validation")
-    drawn = pool.score(weights, "validation", guidance_scale=1.0).fid.value
+    pool.load(VALIDATION)
+    drawn = pool.score(weights, VALIDATION, guidance_scale=1.0).fid.value
     assert written["version 1"]["fid"] == drawn != rows[0].fid
 
 

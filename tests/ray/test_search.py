@@ -24,6 +24,7 @@ from ray_jobs.publish import publish
 from ray_jobs.registry.aliases import promote
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.records import read_rows
+from ray_jobs.run.split import TEST, VALIDATION
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
 from ray_jobs.training.tracking import Mirror
@@ -161,9 +162,9 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
     dataset = prepare(config)
     before = [actor.actor_id for actor in alive(ray_cluster)]  # of other tests
     with evaluators(config, dataset) as pool:
-        pool.load("validation")
+        pool.load(VALIDATION)
         [evaluator] = alive(ray_cluster, "Evaluator")
-        base = pool.score(None, "validation")
+        base = pool.score(None, VALIDATION)
         found = search(config, dataset, pool)
         assert [(row.learning_rate, row.step) for row in found.rows] == [
             (1e-9, 2),
@@ -181,7 +182,7 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         )
         os.kill(evaluator.pid, signal.SIGKILL)
         killed = time.monotonic()
-        assert pool.score(None, "validation").fid == base.fid, "it starts again and repeats"
+        assert pool.score(None, VALIDATION).fid == base.fid, "it starts again and repeats"
         took = time.monotonic() - killed
         record_fault("kill -9 of an evaluator", recovery_s=took, lost="one score, measured again")
     wait_until_gone(ray_cluster, before, "Evaluator")
@@ -249,8 +250,8 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         again = config.model_copy(update={"name": "again"})
         second = publish(again, dataset, pool, replace(found, winner=other))
         new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
-        paired = pool.difference(new, held, "test", TEST_FEATURES)
-        shapes = pool.shapes["test"]
+        paired = pool.difference(new, held, TEST, TEST_FEATURES)
+        shapes = pool.shapes[TEST]
     # Both drew the same captions: far less than either's own error may part them.
     assert second.test_fid_error and second.registry_decision
     assert paired.standard_error < second.test_fid_error / 4
@@ -260,9 +261,9 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
         assert error in second.registry_decision
     assert all(row.fid > 0 and row.validation_loss > 0 for row in found.rows)
-    assert set(pool.shapes["validation"]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
+    assert set(pool.shapes[VALIDATION]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"
-    for number, (height, width) in enumerate(pool.shapes["validation"][:8]):
+    for number, (height, width) in enumerate(pool.shapes[VALIDATION][:8]):
         for kind in ("real", "base", "winner"):
             [file] = (run / "samples").glob(f"{number}-*-{kind}.png")
             assert Image.open(file).size == (width, height)

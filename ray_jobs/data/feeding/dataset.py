@@ -13,6 +13,7 @@ from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
 from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.split import Split
 
 PARTS = "parts.json"
 NO_FOLD = -1
@@ -51,10 +52,9 @@ class Dataset:
         both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
         return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
 
-    def judged_by(self, split: str) -> "tuple[Dataset, str]":
-        """Return the dataset and its split that `split` names; for names like `fold-2` see `leave_out`."""
-        name, dash, fold = split.partition("-")
-        return (self.leave_out(int(fold)), "validation") if dash else (self, name)
+    def judged_by(self, split: Split) -> "Dataset":
+        """Return the dataset whose split `split.name` has the pictures of `split`, see `leave_out`."""
+        return self if split.fold is None else self.leave_out(split.fold)
 
     def leave_out(self, fold: int) -> "Dataset":
         """Return the dataset for one round of cross-validation.
