@@ -74,9 +74,10 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         best = choose_winner(config, done)
         done.computed.take()
     write_rows(storage, done.rows)
+    content = finished(config, dataset, best)
     if not done.errors:
-        storage.write_text(FINISHED, finished(config, dataset, best))
-    found = result(config, dataset, done.rows, best)
+        storage.write_text(FINISHED, content)
+    found = result(config, content, done.rows, best)
     _tell(config, found)
     return found
 

@@ -71,16 +71,17 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     storage = RunFolder.of(config).search
     if not storage.exists(FINISHED):
         return None
-    told = storage.read_text(FINISHED)
-    best = RungRow.parse(json.loads(told)["winner"], f"{storage.uri}/{FINISHED}")
-    if told != finished(config, dataset, best):
+    content = storage.read_text(FINISHED)
+    told = json.loads(content)
+    best = RungRow.parse(told["winner"], f"{storage.uri}/{FINISHED}")
+    now = json.loads(finished(config, dataset, best))
+    if (told["digest"], told["extent"]) != (now["digest"], now["extent"]):
         return None
-    return result(config, dataset, read_rows(storage), best)
+    return result(config, content, read_rows(storage), best)
 
 
-def result(config: Config, dataset: Dataset, measured: list[RungRow], best: RungRow) -> SearchResult:
-    """Build a SearchResult; its digest also covers the search's extent and winner."""
-    content = finished(config, dataset, best)
+def result(config: Config, content: str, measured: list[RungRow], best: RungRow) -> SearchResult:
+    """Build a SearchResult from the content of finished.json, which its digest covers."""
     digest = hashlib.sha256(content.encode()).hexdigest()
     computed = read_computed(RunFolder.of(config).search)
     return SearchResult(digest, measured, candidates(config, measured), best, computed)
