@@ -28,9 +28,9 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.actor import Evaluator
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.evaluation.scores import Real
+from ray_jobs.run.split import VALIDATION
 
 RESULTS = Path(__file__).parent / "results" / "fid_actors.json"
-SPLIT = "validation"
 
 
 def outside_networks(config: Config, dataset: Dataset) -> dict[str, float]:
@@ -47,7 +47,7 @@ def outside_networks(config: Config, dataset: Dataset) -> dict[str, float]:
     ]
     evaluator.networks = replace(networks, first=timed[0], second=timed[1] if timed[1:] else None)
 
-    rows = dataset.pictures(SPLIT, config.evaluate.num_samples)
+    rows = dataset.pictures(VALIDATION.name, config.evaluate.num_samples)
     real = Real.of(evaluator.picture_features([row["image"] for row in rows]))
     captions = [row["text"] for row in rows]
     for _ in range(2):
@@ -73,12 +73,12 @@ def with_actors(config: Config, dataset: Dataset, rounds: int) -> dict[str, Any]
         pools: dict[int, EvaluatorPool] = {1: one, 2: two}
         scores = {}
         for pool in pools.values():
-            pool.load(SPLIT)
-            pool.score(None, SPLIT)  # the first one fills caches
+            pool.load(VALIDATION)
+            pool.score(None, VALIDATION)  # the first one fills caches
         for _ in range(rounds):
             for count, pool in pools.items():
                 begin = time.perf_counter()
-                scores[count] = pool.score(None, SPLIT).fid
+                scores[count] = pool.score(None, VALIDATION).fid
                 spent[count].append(time.perf_counter() - begin)
     values = [scores[count].value for count in (1, 2)]
     return {

@@ -26,6 +26,7 @@ from ray_jobs.console import quiet_logs, show
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.run.split import VALIDATION
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of, steps_of
 from ray_jobs.training.trainer import build_trainer, training_name
@@ -64,7 +65,7 @@ def in_line(config: Config, pool: EvaluatorPool, name: str) -> float:
     trainings = Storage.open(config.storage).child(config.name, "train")
     begin = time.perf_counter()
     for rung in find_rungs(trainings)[name][:-1]:
-        pool.score(rung.weights, "validation")
+        pool.score(rung.weights, VALIDATION)
         pool.validation_losses(rung.weights)
     return time.perf_counter() - begin
 
@@ -73,8 +74,8 @@ def measured(config: Config, dataset: Dataset) -> dict[str, Any]:
     ladder = config.search.ladder
     build_trainer(config, dataset, name="alone").fit()
     with evaluators(config, dataset) as pool:
-        pool.load("validation")
-        pool.score(None, "validation")  # the first one compiles and fills caches
+        pool.load(VALIDATION)
+        pool.score(None, VALIDATION)  # the first one compiles and fills caches
         search(config, dataset, pool)
         waiting = in_line(config, pool, training_name(config))
     alone, beside = (told(times_of(config, name), ladder) for name in ("alone", training_name(config)))

@@ -30,13 +30,15 @@ from ray_jobs.console import quiet_logs, show
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
+from ray_jobs.run.records import RungRow
+from ray_jobs.run.split import TEST
 from ray_jobs.search import search
-from ray_jobs.training.checkpoint import Rung, find_rungs
+from ray_jobs.training.checkpoint import find_rungs, weights_of
 from ray_jobs.training.trainer import build_trainer
 from ray_jobs.tuning.results import spent
 
 RATES = [2e-3, 1e-3, 5e-4, 2e-4]
-TOLD = ("trial_id", "step", "fid", "fid_error", "seconds", "behind", "behind_error", "variance_ratio")
+TOLD = {"trial_id", "step", "fid", "fid_error", "seconds", "behind", "behind_error", "variance_ratio"}
 RESULTS = Path(__file__).parent / "results" / "search.json"
 AIMS = "aims: at most 0.30 of the steps, a test FID within 1.02 of the grid's best"
 
@@ -53,11 +55,11 @@ def searched(config: Config) -> dict[str, Any]:
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
-        pool.load("test")
-        lowest = min(found.rows, key=lambda row: row["fid"])
+        pool.load(TEST)
+        lowest = min(found.rows, key=lambda row: row.fid)
         cost = spent(config, found.measured, found.computed)
         return {
-            "rungs": [{name: row[name] for name in TOLD if name in row} for row in found.rows],
+            "rungs": [row.model_dump(include=TOLD, exclude_unset=True) for row in found.rows],
             "winner": tested(pool, found.winner),
             "lowest": tested(pool, lowest),
             "steps": sum(trial.steps for trial in cost.trials) + cost.other_steps,
@@ -66,11 +68,11 @@ def searched(config: Config) -> dict[str, Any]:
         }
 
 
-def tested(pool: EvaluatorPool, row: dict[str, Any]) -> dict[str, Any]:
+def tested(pool: EvaluatorPool, row: RungRow) -> dict[str, Any]:
     """What a rung scores on the test split."""
-    score = pool.score(Rung(row["checkpoint"], row).weights, "test").fid
+    score = pool.score(weights_of(row.checkpoint), TEST).fid
     told = {"test_fid": score.value, "test_fid_error": score.standard_error, "num_samples": score.num_samples}
-    return {name: row[name] for name in ("trial_id", "step", "fid")} | told
+    return row.model_dump(include={"trial_id", "step", "fid"}) | told
 
 
 def trained_separately(grid: dict[str, Any]) -> dict[str, float]:

@@ -28,7 +28,7 @@ import psutil
 
 from cluster.storage import Storage
 from cluster.watch import STOP
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import ConfigError
 from ray_jobs.console import say
 
 LEASES = "lease"
@@ -238,17 +238,18 @@ def _number(name: str) -> int:
 
 
 @contextmanager
-def held(config: Config, **times: Any) -> Iterator[None]:
-    """Hold the lease of a configuration's run within the block.
+def held(run: Storage, **times: Any) -> Iterator[None]:
+    """Hold the lease of a run within the block.
 
     Args:
+        run: the run's folder.
         times: `beat_s` and `expiry_s` of `Lease`.
 
     Raises:
         ConfigError: another driver holds the lease.
         RuntimeError: another driver took over, since this process missed its beats for too long.
     """
-    lease = Lease(Storage.open(config.storage).child(config.name), Owner.this(), **times)
+    lease = Lease(run, Owner.this(), **times)
     lease.take()
     # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)

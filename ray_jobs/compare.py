@@ -30,7 +30,9 @@ from ray_jobs.registry.aliases import command_line
 from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.split import VALIDATION
 from ray_jobs.weights.feature_networks import check_networks
 
 BASE = "base"
@@ -93,20 +95,20 @@ def compare(
     if not config.evaluate.bootstrap:
         raise ConfigError("evaluate.bootstrap: a comparison needs the error of a difference; set it to 100")
     names = [one.name, other.name]
-    pool.load("validation")
-    folder = Storage.open(config.storage).child(config.name, "comparisons", f"{one.which}-{other.which}")
+    pool.load(VALIDATION)
+    folder = RunFolder.of(config).comparison(one.which, other.which)
     folder.delete("")
     sides = [folder.child(side) for side in "AB"]
     scores: list[Scores] = []
     for version, side in zip((one, other), sides, strict=True):
-        if version.data not in (None, dataset.manifest["digest"]):
+        if version.data not in (None, dataset.manifest.digest):
             unsure = "it may have trained on some of these pictures"
             say("compare", f"{version.name} was trained on other data than this run prepared: {unsure}")
-        scores.append(pool.score(version.weights, "validation", side, version.guidance_scale))
+        scores.append(pool.score(version.weights, VALIDATION, side, version.guidance_scale))
         say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {told(scores[-1])}")
     if scores[0].fid.num_samples < FEWEST:
         raise ConfigError(f"evaluate.num_samples: a comparison needs {FEWEST} pictures; raise it")
-    found = pool.difference(sides[0], sides[1], "validation")
+    found = pool.difference(sides[0], sides[1], VALIDATION)
     told_apart = abs(found.value) > found.standard_error
     say(
         "compare",
@@ -126,9 +128,9 @@ def compare(
 
 def _grid(dataset: Dataset, pool: EvaluatorPool, names: list[str], sides: list[Storage]) -> bytes:
     """PNG of the saved pictures next to the real ones."""
-    files = pool.sample_names("validation")
+    files = pool.sample_names(VALIDATION)
     rows = []
-    for row, file in zip(dataset.pictures("validation", len(files)), files, strict=False):
+    for row, file in zip(dataset.pictures(VALIDATION.name, len(files)), files, strict=False):
         contents = [row["image"], *(side.child(SAMPLES).read_bytes(file) for side in sides)]
         rows.append(PictureRow(row["text"], *(Image.open(io.BytesIO(data)) for data in contents)))
     sheet = io.BytesIO()

@@ -11,14 +11,15 @@ measure, not only by those that rank. The test split is publish's alone.
 import argparse
 from collections.abc import Iterator
 
-from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.preparation import prepare
-from ray_jobs.evaluation.cross_validation import splits, unseen_by
+from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.evaluation.scores import told, told_record
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.split import Split, unseen_by
 from ray_jobs.training.checkpoint import find_rungs
 from ray_jobs.weights.feature_networks import check_networks
 
@@ -43,13 +44,13 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
                 say("evaluate", sentence)
 
 
-def _candidates(config: Config) -> Iterator[tuple[str, str | None, str | None]]:
+def _candidates(config: Config) -> Iterator[tuple[str, str | None, Split | None]]:
     """Yield (name, weights, unseen split) for the base model and every checkpoint of the run."""
     for split in splits(config):
         yield f"base, {split}" if config.search.folds else "base", None, split
-    for training, rungs in find_rungs(Storage.open(config.storage).child(config.name, "train")).items():
+    for training, rungs in find_rungs(RunFolder.of(config).trainings).items():
         for rung in rungs:
-            yield f"{training}  step {rung.metrics['step']}", rung.weights, unseen_by(training)
+            yield f"{training}  step {rung.step}", rung.weights, unseen_by(training)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ import argparse
 
 from cluster.fetched import local_path
 from cluster.lease import LEASES
-from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, add_budget_arguments
 from ray_jobs.console import phase, say
 from ray_jobs.data.encoding.class_pictures import announce_class_pictures
@@ -19,6 +18,7 @@ from ray_jobs.planning.checks import checked
 from ray_jobs.publish import publish
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import CONFIG, RunFolder
 from ray_jobs.search import search
 from ray_jobs.weights.feature_networks import check_networks
 from ray_jobs.weights.model_files import check_weights
@@ -28,11 +28,11 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     """Run all stages; the README lists their outputs."""
     phase("checks")
     check_inputs(config)
-    run = Storage.open(config.storage).child(config.name)
+    run = RunFolder.of(config).root
     if arguments.fresh:
         for name in {*run.folders(), *run.files()} - {LEASES}:
             run.delete(name)
-    run.write_text("config.yaml", config.to_yaml())
+    run.write_text(CONFIG, config.to_yaml())
     say("pipeline", f"run {config.name}; results in {run.uri}")
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
 from ray_jobs.console import clock, say
 from ray_jobs.data.sources.captions import CaptionRules
@@ -21,6 +20,7 @@ from ray_jobs.data.sources.detection import Sample, open_source
 from ray_jobs.data.sources.samples import LEFT_OUT
 from ray_jobs.pictures.reading import decode_image
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.train import train
 from ray_jobs.training.checkpoint import WEIGHTS
 
@@ -32,15 +32,14 @@ def pretrain(config: Config) -> Path:
     """Run the stage; return the folder of the finished model."""
     if config.pretrain is None:
         raise ConfigError("pretrain: the section is missing; see configs/pretrain_emoji.yaml")
-    storage = Storage.open(config.storage).child(config.name)
-    if not storage.is_local:
+    run = RunFolder.of(config)
+    if not run.root.is_local:
         raise ConfigError(f"storage: {config.storage}: a base model is trained in a local folder")
-    run = Path(storage.path)
-    if not (run / "autoencoder").exists():
-        _train_autoencoder(config, config.pretrain, run / "autoencoder")
-    if not (run / "initial").exists():
+    if not run.autoencoder.exists():
+        _train_autoencoder(config, config.pretrain, Path(run.autoencoder.path))
+    if not run.initial.exists():
         _build_initial(config, config.pretrain, run)
-    started = config.model.model_copy(update={"base": str(run / "initial")})
+    started = config.model.model_copy(update={"base": run.initial.path})
     result = train(config.model_copy(update={"model": started}))
     output = home() / config.pretrain.output
     _save_half(Path(result.checkpoint.path) / WEIGHTS, output)
@@ -107,7 +106,7 @@ def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> N
     autoencoder.save_pretrained(folder)
 
 
-def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
+def _build_initial(config: Config, sizes: PretrainConfig, run: RunFolder) -> None:
     """Save a complete pipeline: the trained autoencoder, and the other parts with random weights."""
     import torch
     from diffusers import AutoencoderKL
@@ -116,7 +115,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
     from ray_jobs.weights.saving import save_whole
 
     torch.manual_seed(config.seed)
-    autoencoder = AutoencoderKL.from_pretrained(run / "autoencoder")
+    autoencoder = AutoencoderKL.from_pretrained(run.autoencoder.path)
     captions = [s.text for each in config.data.all_sources for s in _samples(config, each.path)]
     tokenizer = architecture.build_tokenizer(captions, sizes.vocabulary, sizes.max_tokens)
     pipeline = architecture.build_pipeline(
@@ -129,7 +128,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: Path) -> None:
         denoiser_layers=sizes.denoiser_layers,
         latent_size=config.data.resolution // 2 ** (len(sizes.autoencoder_channels) - 1),
     )
-    save_whole(pipeline, run / "initial")
+    save_whole(pipeline, Path(run.initial.path))
 
 
 def _save_half(weights: Path, output: Path) -> None:

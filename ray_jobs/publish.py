@@ -8,8 +8,6 @@ have finished. With the same winner it is skipped. A run reads its test split on
 """
 
 import argparse
-import json
-from typing import Any
 
 from safetensors.numpy import save
 
@@ -27,20 +25,18 @@ from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import MODEL, RunFolder
+from ray_jobs.run.records import WINNER, Winner
 from ray_jobs.run.samples import SAMPLES
-from ray_jobs.training.checkpoint import WEIGHTS, damaged
+from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
 from ray_jobs.weights.feature_networks import check_networks
 from ray_jobs.weights.schedulers import has_scheduler, scheduler_class
 
-WINNER = "winner.json"
-# Fields that winner.json copies from the search.
-WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds")
-
 
 def publish(
     config: Config, dataset: Dataset, pool: EvaluatorPool, found: SearchResult, forced: bool = False
-) -> dict[str, Any]:
+) -> Winner:
     """Run the stage, or reuse its result; return the content of winner.json.
 
     Args:
@@ -50,47 +46,44 @@ def publish(
         ConfigError: the run has read its test split before, the chosen weights are damaged, or the registry
             refuses.
     """
-    run = Storage.open(config.storage).child(config.name)
+    folder = RunFolder.of(config)
+    run = folder.root
     if run.exists(WINNER) and not forced:
-        winner = json.loads(run.read_text(WINNER))
-        if winner["search_digest"] == found.digest and run.exists(REPORT):
-            say("publish", f"unchanged, skipped: version {winner['registry_version']}")
+        winner = Winner.read(run)
+        if winner.search_digest == found.digest and run.exists(REPORT):
+            say("publish", f"unchanged, skipped: version {winner.registry_version}")
             _tell_other_measures(config, winner)
-            return dict(winner)
+            return winner
     best = found.winner
-    checkpoint = Storage.open(best["checkpoint"])
+    checkpoint = Storage.open(best.checkpoint)
     require_intact(checkpoint)
-    weights = checkpoint.child(WEIGHTS).uri
-    digest, data = weights_digest(weights), dataset.manifest["digest"]
+    weights = weights_of(best.checkpoint)
+    digest, data = weights_digest(weights), dataset.manifest.digest
     test_reads = open_test(run, digest, data, forced, lambda: digest_of_bytes(weights))
-    guidance_scale = best.get("guidance_scale")
-    final = measure_final(config, dataset, pool, weights, guidance_scale)
-    if guidance_scale is not None:
-        evaluate = config.evaluate.model_copy(update={"guidance_scale": guidance_scale})
+    final = measure_final(config, dataset, pool, best)
+    if best.guidance_scale is not None:
+        evaluate = config.evaluate.model_copy(update={"guidance_scale": best.guidance_scale})
         config = config.model_copy(update={"evaluate": evaluate})
     local = Storage.open(weights).local_copy()
-    run.upload(local, "model")
-    winner = {name: best[name] for name in WINNING if name in best}
-    winner |= {"validation_fid": best["fid"], "validation_fid_error": best.get("fid_error")}
-    winner["test_reads"] = test_reads
-    winner |= final.numbers
+    run.upload(local, MODEL)
+    winner = final.winner | {"test_reads": test_reads}
     beside = config.train.method == "lora" and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
-    write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), run.child("model"), scheduler)
-    run.child("model").write_bytes(REFERENCE, save(pool.reference(checkpoint)))
-    run.child("model").write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
-    paired = paired_with_champion(config, pool, winner, run.child("model"))
-    registered = register_winner(config, winner, data, run.child("model").uri, paired)
+    write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
+    folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
+    folder.model.write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
+    paired = paired_with_champion(config, pool, winner, folder.model)
+    registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
-    winner["search_digest"] = found.digest
-    write_page(config, dataset, pool, found, winner, final, run)
-    run.write_text(WINNER, json.dumps(winner, indent=2) + "\n")
+    winner |= {"search_digest": found.digest}
+    write_page(config, dataset, pool, found, winner, final, folder)
+    winner.write(run)
     close_test(run, digest, data)
     share, closed = closed_share(winner), ""
     if share is not None:
         way = f"{share:.0%} of the way to" if share >= 0 else "away from"
-        closed = f", {way} real pictures ({winner['test_floor_fid']:.1f})"
-    say("publish", f"test FID {winner['base_test_fid']:.1f} (base) -> {winner['test_fid']:.1f}{closed}")
+        closed = f", {way} real pictures ({winner.test_floor_fid:.1f})"
+    say("publish", f"test FID {winner.base_test_fid:.1f} (base) -> {winner.test_fid:.1f}{closed}")
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")
     return winner
@@ -105,22 +98,22 @@ def require_intact(checkpoint: Storage) -> None:
         )
 
 
-def _tell_other_measures(config: Config, winner: dict[str, Any]) -> None:
+def _tell_other_measures(config: Config, winner: Winner) -> None:
     """Print the evaluation settings that have changed since a published result was measured."""
     settings = settings_of(config.evaluate)
-    changed = [name for name in settings if winner.get("measure_settings", {}).get(name) != settings[name]]
+    changed = [name for name in settings if winner.measure_settings.get(name) != settings[name]]
     if changed:
         fields = ", ".join(f"evaluate.{name}" for name in changed)
         say("publish", f"{fields} changed since it was measured; --force measures again")
 
 
-def _run(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
     check_networks(config.evaluate)
     dataset = prepare(config)
     found = read_result(config, dataset)
     if found is None:
-        searched = Storage.open(config.storage).child(config.name, "search")
+        searched = RunFolder.of(config).search
         raise ConfigError(
             f"{searched.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
         )

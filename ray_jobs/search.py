@@ -12,7 +12,6 @@ measured rungs are not measured again, and a training resumes from its last chec
 import argparse
 from contextlib import AbstractContextManager
 
-from cluster.storage import Storage
 from ray_jobs.config import Config, add_budget_arguments
 from ray_jobs.console import phase, say
 from ray_jobs.console.board import watched_board
@@ -23,17 +22,17 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import read_rows, write_rows
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.results import (
     FINISHED,
-    RESULTS,
     SearchResult,
     at_most,
     bill,
     finished,
     read_result,
-    read_rows,
     result,
     search_digest,
     with_error,
@@ -49,12 +48,12 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     Raises:
         RuntimeError: no trial reached a rung.
     """
-    run = Storage.open(config.storage).child(config.name)
-    storage, digest = run.child("search"), search_digest(config, dataset)
+    run = RunFolder.of(config)
+    storage, digest = run.search, search_digest(config, dataset)
     if storage.exists("digest") and storage.read_text("digest") != digest:
         say("search", "the settings or the data have changed: starting over")
         storage.delete("")
-        run.delete("train")
+        run.trainings.delete("")
     storage.write_text("digest", digest)
     if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
@@ -74,23 +73,24 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
         best = choose_winner(config, done)
         done.computed.take()
-    storage.write_lines(RESULTS, done.rows)
+    write_rows(storage, done.rows)
+    content = finished(config, dataset, best)
     if not done.errors:
-        storage.write_text(FINISHED, finished(config, dataset, best))
-    found = result(config, dataset, done.rows, best)
+        storage.write_text(FINISHED, content)
+    found = result(config, content, done.rows, best)
     _tell(config, found)
     return found
 
 
 def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror]:
-    storage = Storage.open(config.storage).child(config.name, "search")
-    return tracked(config, {}, dataset.manifest["digest"], lambda: read_rows(storage))
+    storage = RunFolder.of(config).search
+    return tracked(config, {}, dataset.manifest.digest, lambda: read_rows(storage))
 
 
 def _tell(config: Config, found: SearchResult) -> None:
-    best, lowest = found.winner, min(row["fid"] for row in found.rows)
-    tie = "" if best["fid"] <= lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
-    what = f"{best['trial_id']} at step {best['step']}"
+    best, lowest = found.winner, min(row.fid for row in found.rows)
+    tie = "" if best.fid <= lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
+    what = f"{best.trial_id} at step {best.step}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
     say("search", bill(config, found))

@@ -8,13 +8,13 @@ Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each 
 
 from typing import Any
 
-from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.console.board import watched_board
 from ray_jobs.data.preparation import prepare
 from ray_jobs.planning.checks import checked
 from ray_jobs.run.command_line import run_stage
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.tracking import opened_store, tracked
 from ray_jobs.training.trainer import build_trainer, check_diverged, training_name
 
@@ -25,7 +25,7 @@ def train(config: Config) -> Any:
         dataset = prepare(config, check=checked(config))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
-    name, digest = training_name(config), dataset.manifest["digest"]
+    name, digest = training_name(config), dataset.manifest.digest
     say(
         "train",
         f"{name}: {workers} workers, "
@@ -33,8 +33,7 @@ def train(config: Config) -> Any:
     )
     with watched_board() as board, tracked(config, {name: config}, digest, lambda: []):
         result = build_trainer(config, dataset, name=name, board=board).fit()
-    trainings = Storage.open(config.storage).child(config.name, "train")
-    check_diverged(trainings.child(name))
+    check_diverged(RunFolder.of(config).training(name))
     metrics = result.metrics or {}
     say(
         "train",

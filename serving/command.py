@@ -27,6 +27,7 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, quiet_logs, show
 from ray_jobs.registry.models import RegisteredModel, champion, verify_weights
+from ray_jobs.run.folder import CAPTIONS, RunFolder
 from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 from serving.service.registry_watcher import replaced_by
@@ -124,13 +125,13 @@ def _why_not_started(error: Exception) -> str:
     return (causes or [line for line in lines if line])[-1]
 
 
-def default_prompts(storage: Storage) -> list[str]:
+def default_prompts(samples: Storage) -> list[str]:
     """Return the distinct captions of the run's report (`samples/captions.json`), else DEFAULT_PROMPTS."""
-    if not storage.exists("samples/captions.json"):
+    if not samples.exists(CAPTIONS):
         return DEFAULT_PROMPTS
-    captions = json.loads(storage.read_text("samples/captions.json"))
+    captions = json.loads(samples.read_text(CAPTIONS))
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
-        raise ConfigError(f"{storage.uri}/samples/captions.json: must be a list of captions; delete it")
+        raise ConfigError(f"{samples.uri}/{CAPTIONS}: must be a list of captions; delete it")
     return list(dict.fromkeys(captions)) or DEFAULT_PROMPTS
 
 
@@ -152,8 +153,8 @@ def _drawn(config: Config, url: str, body: dict[str, object]) -> Any:
 
 def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
     """Request `count` images over HTTP, concurrently, and save them in the run's samples folder."""
-    storage = Storage.open(config.storage).child(config.name)
-    chosen = list(islice(cycle(prompts or default_prompts(storage)), count))
+    samples = RunFolder.of(config).samples
+    chosen = list(islice(cycle(prompts or default_prompts(samples)), count))
     # Repeated prompts get different seeds, and so different images.
     bodies = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(chosen)]
     started = time.perf_counter()
@@ -162,9 +163,9 @@ def ask(config: Config, url: str, count: int, prompts: Sequence[str]) -> None:
         answers = list(pool.map(lambda body: _drawn(config, url, body), bodies))
     seconds = time.perf_counter() - started
     for index, (prompt, answer) in enumerate(zip(chosen, answers, strict=True)):
-        name = f"samples/served-{index}-{slug(prompt)}.png"
-        storage.write_bytes(name, base64.b64decode(answer["data"][0]["b64_json"]))
-        show(f"serve: {prompt!r} (seed {index}) -> {storage.uri}/{name}")
+        name = f"served-{index}-{slug(prompt)}.png"
+        samples.write_bytes(name, base64.b64decode(answer["data"][0]["b64_json"]))
+        show(f"serve: {prompt!r} (seed {index}) -> {samples.uri}/{name}")
     show(f"serve: {count} pictures in {seconds:.1f} s, {seconds / count:.2f} s a picture")
 
 

@@ -11,6 +11,7 @@ from cluster.storage import Storage
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.cache_files import write_part
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
+from ray_jobs.run.manifest import Manifest
 from tests.conftest import captions, draw
 
 FOLDS = 2
@@ -52,7 +53,7 @@ def small_set(storage: Storage, side: int = 64, shapes: Sequence[tuple[int, int]
     folds = [
         sum(part["rows"] for part in parts if part["fold"] == n and part["split"] != "test") for n in (0, 1)
     ]
-    return Dataset(storage, storage, {**manifest, **counts, "folds": folds})
+    return Dataset(storage, storage, Manifest.model_validate({**manifest, **counts, "folds": folds}))
 
 
 def png(caption: str, number: int, shape: tuple[int, int]) -> bytes:

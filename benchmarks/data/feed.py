@@ -24,6 +24,7 @@ from ray_jobs.data.encoding.plan import MAX_ROWS_A_PART
 from ray_jobs.data.encoding.tensors import as_torch, read_tensors, tensor_column
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
+from ray_jobs.run.manifest import Manifest
 
 # What training reads of a row, bfloat16: of 512 x 512 pixels for Stable Diffusion 1.5, and of the demo.
 SHAPES = {
@@ -100,7 +101,7 @@ def write_rows(folder: Path, name: str, count: int) -> None:
 def stream(folder: Path, world_size: int, seconds: float) -> dict[str, float]:
     """The product's stream: a short run that tells how many steps to take, then the one that counts."""
     storage = Storage.open(str(folder))
-    dataset = Dataset(storage, storage.child("cache"), {"held_out": True, "encode": "cache"})
+    dataset = Dataset(storage, storage.child("cache"), Manifest())
     config = configured(folder, folder)
     settings = StreamSettings(config, world_size * ROWS_A_RANK, world_size, COLUMNS)
     epoch = dataset.num_rows("train") // settings.rows_a_step

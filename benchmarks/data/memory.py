@@ -88,7 +88,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     return {
         "pictures": count,
         "kept": sum(dataset.num_rows(split) for split in ("train", "validation", "test")),
-        "duplicates": dataset.manifest["duplicates"]["pictures"],
+        "duplicates": dataset.manifest.duplicates.pictures,
         "peak_mib": peak.mib,
         "processes": peak.processes,
         "idle_mib": idle,

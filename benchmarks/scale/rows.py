@@ -118,7 +118,7 @@ def measure(folder: Path, size: int) -> dict[str, float]:
             counts = Counter[str]()
             for part in parts:
                 counts[part.split] += len(part.rows)
-            manifest = json.dumps(describe(config, sources, decisions, parts, counts))
+            manifest = json.dumps(describe(config, sources, decisions, parts, counts).fields())
             records = [part.record() for part in parts]
     with told("order"):
         training = [Part(part["rows"]) for part in records if part["split"] == "train"]

@@ -15,9 +15,9 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
+from ray_jobs.run.records import read_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.driver import Trials
-from ray_jobs.tuning.results import read_rows
 from ray_jobs.tuning.scheduling import run_trials
 from ray_jobs.tuning.trial import Make, Surroundings
 

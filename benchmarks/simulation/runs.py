@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 from benchmarks.simulation.search import Plan, Scores, Timing
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.evaluation.actor import FEATURES
-from ray_jobs.run.names import training_of
-from ray_jobs.training.checkpoint import CONFIG, SERIES, folder_of, steps_of
-from ray_jobs.tuning.results import read_rows
+from ray_jobs.run.folder import CONFIG, RunFolder
+from ray_jobs.run.records import RungRow, read_rows
+from ray_jobs.training.checkpoint import SERIES, folder_of, steps_of
 
-Rows = list[dict[str, Any]]
+Rows = list[RungRow]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def by_trial(rows: Rows) -> dict[str, Rows]:
     """In the order in which trials were first measured."""
     found: dict[str, Rows] = {}
     for row in rows:
-        found.setdefault(training_of(row), []).append(row)
+        found.setdefault(row.training_name, []).append(row)
     return found
 
 
@@ -69,8 +68,8 @@ def scores_of(trials: dict[str, Rows], ladder: Sequence[int]) -> Scores:
     """Of rungs that were not measured, because the trial was stopped, the FID of its last one."""
     found = []
     for rows in trials.values():
-        fids: dict[int, float] = {row["step"]: row["fid"] for row in rows}
-        last = fids[rows[-1]["step"]]
+        fids: dict[int, float] = {row.step: row.fid for row in rows}
+        last = fids[rows[-1].step]
         found.append({step: fids.get(step, last) for step in ladder})
     return found
 
@@ -81,11 +80,11 @@ def read_run(folder: str) -> Run:
     Raises:
         ValueError: nothing was measured there.
     """
-    run = Storage.open(folder)
-    trials = by_trial(read_rows(run.child("search")))
+    run = RunFolder(Storage.open(folder))
+    trials = by_trial(read_rows(run.search))
     if not trials:
         raise ValueError(f"{folder}: has no search/results.jsonl; name a run's folder, as runs/demo")
-    clocks = {name: Clock(run.child("train", name), rows) for name, rows in trials.items()}
+    clocks = {name: Clock(run.training(name), rows) for name, rows in trials.items()}
     config = load_config(Path(clocks[next(iter(clocks))].folder.child(CONFIG).uri))
     plan = plan_of(config, len(trials))
     begins, ends = (sorted(getattr(clock, end) for clock in clocks.values()) for end in ("began", "ended"))
@@ -137,14 +136,14 @@ class Clock:
         for step in steps_of(trial):
             series = json.loads(trial.child(folder_of(step)).read_text(SERIES))
             times |= {row["step"]: row["time"] for row in series}
-        first, rung, last = min(times), rows[0]["step"], max(times)
+        first, rung, last = min(times), rows[0].step, max(times)
         self.folder = trial.child(folder_of(rung))
-        self.began = median(_written(trial, row["step"]) - row["seconds"] for row in rows)
-        self.ended = self.began + rows[-1]["seconds"]
+        self.began = median(_written(trial, row.step) - row.seconds for row in rows)
+        self.ended = self.began + rows[-1].seconds
         self.step_s = (times[rung] - times[first]) / (rung - first)
         self.steps_beside = [(times[last] - times[rung]) / (last - rung)] if last > rung else []
         self.startup = times[first] - self.step_s - self.began
-        self.rungs = [(row["step"], times[row["step"]], self.began + row["seconds"]) for row in rows]
+        self.rungs = [(row.step, times[row.step], self.began + row.seconds) for row in rows]
 
 
 def _written(trial: Storage, step: int) -> float:
@@ -176,9 +175,9 @@ def read_benchmark(results: Path, kind: str, config: Config) -> list[Run]:
         if kind != "grid" and "asha" not in each["searches"]:
             raise ValueError(f"{results}: seed {each['seed']}: run benchmarks.search --scheduler asha first")
         made = each["grid"] if kind == "grid" else each["searches"]["asha"]
-        trials = by_trial(made["rungs"])
+        trials = by_trial([RungRow.model_validate(row) for row in made["rungs"]])
         plan = plan_of(config, len(trials))
-        seconds = sum(rows[-1]["seconds"] for rows in trials.values())
+        seconds = sum(rows[-1].seconds for rows in trials.values())
         found.append(
             Run(
                 name=f"{kind}, seed {each['seed']}",
@@ -199,8 +198,8 @@ def timing_of(trials: dict[str, Rows], evaluators: int) -> Timing:
     climbs = [rows for rows in trials.values() if len(rows) > 1]
     startups, steps, measuring = [], [], []
     for rows in climbs:
-        gaps = [later["seconds"] - row["seconds"] for row, later in zip(rows, rows[1:], strict=False)]
-        steps.append(sum(gaps) / (rows[-1]["step"] - rows[0]["step"]))
+        gaps = [later.seconds - row.seconds for row, later in zip(rows, rows[1:], strict=False)]
+        steps.append(sum(gaps) / (rows[-1].step - rows[0].step))
         measuring.append(min(gaps))
-        startups.append(max(0.0, rows[0]["seconds"] - rows[0]["step"] * steps[-1] - measuring[-1]))
+        startups.append(max(0.0, rows[0].seconds - rows[0].step * steps[-1] - measuring[-1]))
     return Timing(startups, steps, [evaluators * each for each in measuring])

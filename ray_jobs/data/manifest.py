@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,10 +10,11 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.cleaning import MEASURES
 from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.curation.splits import SPLITS
 from ray_jobs.data.encoding.plan import PlannedPart
 from ray_jobs.data.feeding.order import Order, Part
 from ray_jobs.data.sources.detection import Source
+from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
+from ray_jobs.run.split import SPLITS
 
 
 def describe(
@@ -23,7 +23,7 @@ def describe(
     decisions: Decisions,
     parts: Sequence[PlannedPart],
     counts: Counter[str],
-) -> dict[str, Any]:
+) -> Manifest:
     """Compose the manifest from the sources and the decisions on their pictures."""
     data = config.data
     digests = sorted(
@@ -34,43 +34,45 @@ def describe(
     set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
     folds = Counter(part.fold for part in parts for v in part.variants if part.split != "test" and v == 0)
     matched = decisions.matched >= 0
-    return {
-        **{split: counts[split] for split in SPLITS},
-        "class": counts["class"],
-        "encode": data.encode,
-        "held_out": decisions.held_out,
-        "rejected": dict(sorted(decisions.rejected.items())),
-        "left_out": dict(sorted(decisions.left_out.items())),
-        "no_pictures": dict(sorted(decisions.no_pictures.items())),
-        "duplicates": {
-            "mode": data.cleaning.duplicates,
-            "groups": len(np.unique(decisions.matched[matched])),
-            "pictures": sum(decisions.duplicates.values()),
-        },
-        "source": _shares(config, sources, parts),
-        "buckets": _bucket_rows(config, parts),
-        "folds": [folds[fold] for fold in range(data.folds)],
-        "captions": {
-            "different": decisions.num_captions,
-            "repaired": decisions.num_repaired,
-            "of_lines": decisions.num_of_lines,
-        },
-        "measures": {
-            name: {
-                "edges": [float(edge) for edge in measure.edges],
-                "counts": decisions.histograms[name].tolist(),
-                "threshold": getattr(data.cleaning, measure.field),
-                "side": "below" if measure.below else "above",
-                "field": f"data.cleaning.{measure.field}",
-                "set_aside": set_aside[measure.reason],
-            }
+    return Manifest(
+        train=counts["train"],
+        validation=counts["validation"],
+        test=counts["test"],
+        class_=counts["class"],
+        encode=data.encode,
+        held_out=decisions.held_out,
+        rejected=dict(sorted(decisions.rejected.items())),
+        left_out=dict(sorted(decisions.left_out.items())),
+        no_pictures=dict(sorted(decisions.no_pictures.items())),
+        duplicates=Duplicates(
+            mode=data.cleaning.duplicates,
+            groups=len(np.unique(decisions.matched[matched])),
+            pictures=sum(decisions.duplicates.values()),
+        ),
+        source=_shares(config, sources, parts),
+        buckets=_bucket_rows(config, parts),
+        folds=[folds[fold] for fold in range(data.folds)],
+        captions=Captions(
+            different=decisions.num_captions,
+            repaired=decisions.num_repaired,
+            of_lines=decisions.num_of_lines,
+        ),
+        measures={
+            name: Histogram(
+                edges=[float(edge) for edge in measure.edges],
+                counts=decisions.histograms[name].tolist(),
+                threshold=getattr(data.cleaning, measure.field),
+                side="below" if measure.below else "above",
+                field=f"data.cleaning.{measure.field}",
+                set_aside=set_aside[measure.reason],
+            )
             for name, measure in MEASURES.items()
         },
-        "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
-    }
+        digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+    )
 
 
-def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPart]) -> list[dict[str, Any]]:
+def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPart]) -> list[SourceShare]:
     """Kept rows per source, and their realised share in a training epoch."""
     training = [part for part in parts if part.split == "train"]
     rows = Counter[int]()
@@ -84,12 +86,12 @@ def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPa
         )
         shares = order.shares()
     return [
-        {"name": source.name, "rows": rows[number], "share": shares.get(number, 0.0)}
+        SourceShare(name=source.name, rows=rows[number], share=shares.get(number, 0.0))
         for number, source in enumerate(sources)
     ]
 
 
-def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict[str, int]]:
+def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Bucket]:
     """Training rows of every bucket, their number of whole batches, and the remaining rows.
 
     The remaining rows are not lost: they start the bucket's first batch of the next epoch.
@@ -100,31 +102,29 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, dict
             rows[part.record()["bucket"]] += len(part.rows)
     size = config.train.training_rows
     return {
-        bucket: {"rows": count, "steps": count // size, "rows_over": count % size}
+        bucket: Bucket(rows=count, steps=count // size, rows_over=count % size)
         for bucket, count in sorted(rows.items())
     }
 
 
-def require_enough(config: Config, manifest: dict[str, Any], seen: int, storage: Storage) -> None:
+def require_enough(config: Config, manifest: Manifest, seen: int, storage: Storage) -> None:
     """Raise ConfigError if too many of `seen` pictures were rejected, or a split is empty."""
     source = ", ".join(each.path for each in config.data.all_sources)
-    aside = sum(manifest["rejected"].values())
+    aside = sum(manifest.rejected.values())
     if aside > config.data.cleaning.max_rejected * seen:
-        reasons = ", ".join(
-            f"{count} {reason}" for reason, count in Counter(manifest["rejected"]).most_common()
-        )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(manifest.rejected).most_common())
         raise ConfigError(
             f"{source}: {aside} of {seen} pictures are set aside ({reasons}), more than "
             f"data.cleaning.max_rejected ({config.data.cleaning.max_rejected:g}) allows; "
             f"{storage.uri}/rejected.jsonl names each, --dry-run shows them"
         )
-    for split in SPLITS if manifest["held_out"] else ("train",):
-        if manifest[split] < 2:
+    for split in SPLITS if manifest.held_out else ("train",):
+        if manifest.rows(split) < 2:
             raise ConfigError(
-                f"{source}: {manifest[split]} pictures in the {split} split, 2 are needed; "
+                f"{source}: {manifest.rows(split)} pictures in the {split} split, 2 are needed; "
                 f"add pictures or raise data.{'validation' if split == 'train' else split}"
             )
-    if config.train.prior_loss_weight and not manifest["class"]:
+    if config.train.prior_loss_weight and not manifest.class_:
         raise ConfigError(
             f"{source}: all class pictures are set aside, {storage.uri}/rejected.jsonl says why; put others "
             "into class_data_dir/, or loosen data.cleaning"

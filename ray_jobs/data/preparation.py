@@ -16,21 +16,24 @@ from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
-from ray_jobs.data.curation.splits import SPLITS
 from ray_jobs.data.encoding.class_pictures import announce_class_pictures, generate_class_pictures, lacking
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.data.feeding.dataset import MANIFEST, PARTS, Dataset
+from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import Live
 from ray_jobs.data.manifest import describe, require_enough
 from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.samples import suffix_text
 from ray_jobs.report.dataset_page import write_dataset_page
+from ray_jobs.run.folder import RunFolder, SharedFolder
+from ray_jobs.run.manifest import MANIFEST, Manifest
+from ray_jobs.run.split import SPLITS
 from ray_jobs.weights.model_files import encoders_digest
 
 PREVIEW = "preview.html"
+INDEX = "index"
 SECONDS_BETWEEN_LINES = 10
 FORMAT = 3  # version of the manifest; a change prepares anew
 # Settings that affect only speed, or only the list of sources.
@@ -43,7 +46,7 @@ def open_sources(config: Config) -> list[Source]:
     Raises:
         ConfigError: a source cannot be read.
     """
-    rules, storage = caption_rules(config), Storage.open(config.storage)
+    rules, storage = caption_rules(config), SharedFolder.of(config).root
     return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
 
 
@@ -64,12 +67,11 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
     inputs = _inputs(config, sources, encoders)
-    dataset = _stored(dataset, inputs)
-    if dataset.manifest and config.data.encode == "cache":
+    if config.data.encode == "cache" and (stored := _stored(dataset, inputs)):
         say("prepare", "unchanged, skipped")
         if check:
             check()
-        return dataset
+        return stored
     phase("cleaning")
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
@@ -77,15 +79,15 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
-    stored = [part for part in parts if part.split != "train"] if streamed else parts
+    kept = [part for part in parts if part.split != "train"] if streamed else parts
     phase("encoding")
-    encoded = encode_parts(config, sources, found, stored, dataset.cache, _progress("encoded"))
-    rows = sum(len(part.rows) for part in stored)
+    encoded = encode_parts(config, sources, found, kept, dataset.cache, _progress("encoded"))
+    rows = sum(len(part.rows) for part in kept)
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")
-    dataset.storage.write_text(PARTS, json.dumps([part.record() for part in stored]))
+    dataset.storage.write_text(PARTS, json.dumps([part.record() for part in kept]))
     content = _content(config, parts, encoders)
     manifest |= {"inputs": inputs, "content": content, "encoders": encoders}
-    dataset.storage.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    manifest.write(dataset.storage)
     live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
     return Dataset(dataset.storage, dataset.cache, manifest, live)
 
@@ -93,9 +95,8 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
 def _open(config: Config) -> tuple[Dataset, str]:
     """Open the dataset's folders; return the dataset and the digest of the encoders."""
     encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
-    storage = Storage.open(config.storage)
-    cache = storage.child("encoded", encoders[:16])
-    return Dataset(storage.child(config.name, "dataset"), cache, {}), encoders
+    cache = SharedFolder.of(config).encoded(encoders)
+    return Dataset(RunFolder.of(config).dataset, cache, Manifest()), encoders
 
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
@@ -123,16 +124,18 @@ def _identity(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _stored(dataset: Dataset, inputs: str) -> Dataset:
-    """Return the dataset with its manifest, if that has these inputs and all its files exist."""
+def _stored(dataset: Dataset, inputs: str) -> Dataset | None:
+    """Return the dataset with its manifest if that has these inputs and all its files exist, else None."""
     if not dataset.storage.exists(MANIFEST):
-        return dataset
-    manifest = json.loads(dataset.storage.read_text(MANIFEST))
+        return None
+    # Before it is validated: older releases wrote other manifests, whose inputs differ.
+    if json.loads(dataset.storage.read_text(MANIFEST))["inputs"] != inputs:
+        return None
     present = set(dataset.cache.files())
     needed = {EMPTY_CAPTION, *(part["file"] for part in dataset.all_parts)}
-    if manifest["inputs"] != inputs or not needed <= present:
-        return dataset
-    return Dataset(dataset.storage, dataset.cache, manifest)
+    if not needed <= present:
+        return None
+    return Dataset(dataset.storage, dataset.cache, Manifest.read(dataset.storage))
 
 
 def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tuple[list[Entry], Decisions]:
@@ -142,7 +145,7 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     counts = [source.num_rows for source in sources]
     known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
     say("prepare", f"{known} in {names}")
-    index = storage.child("index")
+    index = storage.child(INDEX)
     scan(sources, found, config.data, index, _progress("looked at"))
     decisions = decide(config, found, index, storage)
     write_findings(found, index, decisions, storage)
@@ -155,16 +158,16 @@ def _plan(
     found: Sequence[Entry],
     decisions: Decisions,
     storage: Storage,
-) -> tuple[dict[str, Any], list[PlannedPart]]:
+) -> tuple[Manifest, list[PlannedPart]]:
     """Return the manifest and the parts of an examined dataset."""
     buckets = picture_shapes(config)
-    parts = list(plan_parts(config, found, storage.child("index"), decisions, buckets))
+    parts = list(plan_parts(config, found, storage.child(INDEX), decisions, buckets))
     counts = Counter[str]()
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
     manifest = describe(config, sources, decisions, parts, counts)
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
-    duplicates = manifest["duplicates"]["pictures"]
+    duplicates = manifest.duplicates.pictures
     say(
         "prepare",
         f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
@@ -173,10 +176,10 @@ def _plan(
         say("prepare", line)
     if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
         say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
-    if manifest["class"] and not config.train.prior_loss_weight:
+    if manifest.class_ and not config.train.prior_loss_weight:
         say(
             "prepare",
-            f"{manifest['class']:,} class pictures are not trained on: train.prior_loss_weight is 0",
+            f"{manifest.class_:,} class pictures are not trained on: train.prior_loss_weight is 0",
         )
     if not decisions.held_out:
         say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
@@ -223,13 +226,13 @@ def dry_run(config: Config) -> str:
     """Scan and decide without encoding; write the preview and return its URI."""
     sources = open_sources(config)
     announce_class_pictures(config, sources)
-    storage = Storage.open(config.storage).child(config.name, "dataset")
+    storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     page = write_dataset_page(
         source=", ".join(source.name for source in sources),
         manifest=manifest,
-        examples=examples(config, sources, found, storage.child("index"), decisions),
+        examples=examples(config, sources, found, storage.child(INDEX), decisions),
         seen=decisions.num_judged + len(decisions.reasons) - decisions.num_own,
         max_rejected=config.data.cleaning.max_rejected,
     )

@@ -16,7 +16,6 @@ from ray_jobs.evaluation.scores import (
     Features,
     Measures,
     Real,
-    Record,
     Scores,
     further,
     near_copies,
@@ -25,6 +24,8 @@ from ray_jobs.evaluation.scores import (
 )
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
 from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.run.records import Measurement
+from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import load_networks
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Evaluator:
         self.base_scheduler = self.base.scheduler
         self.loaded: str | None = None
         self.pipeline = self.base
-        self._losses: dict[str, ValidationLoss] = {}  # by split; each instance reads its rows once
+        self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
 
     def identities(self) -> list[str]:
         """Return the identity of every feature network, the ranking network first."""
@@ -125,14 +126,14 @@ class Evaluator:
             batch_size=evaluate.batch_size,
         )
 
-    def validation_losses(self, weights: str | None, split: str) -> list[float]:
+    def validation_losses(self, weights: str | None, split: Split) -> list[float]:
         """Denoising loss of each row in a fixed subset of a split or fold, with fixed noise."""
         import torch
 
         from ray_jobs.training.validation import ValidationLoss
 
         if split not in self._losses:
-            dataset, _ = self.dataset.judged_by(split)
+            dataset = self.dataset.judged_by(split)
             device = torch.device(self.device)
             self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
         self._use(weights)
@@ -208,7 +209,7 @@ class Evaluator:
             folder.write_bytes(FEATURES, save(whole))
         return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
 
-    def real_against_real(self, real: Real, other: Features) -> list[Record]:
+    def real_against_real(self, real: Real, other: Features) -> list[Measurement]:
         """Precision and recall of real pictures: the values that a perfect generator could reach."""
         return precision_and_recall(other, real, self.networks.first.identity)
 

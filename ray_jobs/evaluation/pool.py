@@ -16,17 +16,18 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, Kept, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import Features, Measures, Real, Record, Scores
+from ray_jobs.evaluation.scores import Features, Measures, Real, Scores
 from ray_jobs.metrics.resampling import PairedDifference
+from ray_jobs.run.folder import SharedFolder
+from ray_jobs.run.records import Measurement
 from ray_jobs.run.samples import SAMPLES, sample_name
+from ray_jobs.run.split import TEST, VALIDATION, Split
 
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
 # pictures to compare with.
 CAPTION_USES = 2
 
 RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
-
-REAL_FEATURES = "features"  # folder in the storage: features of real pictures, named by digest
 
 
 class Task(NamedTuple):
@@ -62,24 +63,19 @@ class EvaluatorPool:
             remote.remote(config, dataset, config.train.cpus_per_worker)
             for _ in range(config.evaluate.num_actors)
         ]
-        self.captions: dict[str, list[str]] = {}
-        self.shapes: dict[str, list[Shape]] = {}  # shapes of the same pictures
-        self.digests: dict[str, str] = {}  # digests of these pictures and their captions
-        self._real: dict[str, Any] = {}
+        self.captions: dict[Split, list[str]] = {}
+        self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
+        self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
+        self._real: dict[Split, Any] = {}
         self._training: dict[int | None, Features] = {}  # by held-out fold
 
-    def load(self, split: str) -> None:
-        """Read the captions of a split's pictures and compute the pictures' features, once per split.
-
-        Args:
-            split: name of a split, or of a cross-validation fold such as `fold-2`.
-        """
+    def load(self, split: Split) -> None:
+        """Read the captions of a split's pictures and compute the pictures' features, once per split."""
         import ray
 
         if split in self._real:
             return
-        dataset, name = self.dataset.judged_by(split)
-        rows = dataset.pictures(name, self.config.evaluate.num_samples)
+        rows = self.dataset.judged_by(split).pictures(split.name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
         self.shapes[split] = [shape_of(row["image"]) for row in rows]
         digest = hashlib.sha256()
@@ -105,7 +101,7 @@ class EvaluatorPool:
         digest = hashlib.sha256("\n".join(identities).encode())
         for picture in pictures:
             digest.update(hashlib.sha256(picture).digest())
-        folder = Storage.open(self.config.storage).child(REAL_FEATURES)
+        folder = SharedFolder.of(self.config).real_features
         file = f"{digest.hexdigest()[:32]}.safetensors"
         if folder.exists(file):
             return dict(load(folder.read_bytes(file)))
@@ -129,10 +125,10 @@ class EvaluatorPool:
         shares = dealt(shapes, len(self.actors), self.config.evaluate.batch_size)
         return list(zip(self.actors, shares, strict=False))
 
-    def _num_samples(self, split: str) -> int:
+    def _num_samples(self, split: Split) -> int:
         return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
 
-    def _tasks(self, split: str, wanted: Sequence[int] | None = None) -> list[Task]:
+    def _tasks(self, split: Split, wanted: Sequence[int] | None = None) -> list[Task]:
         """Tasks for the given picture numbers of a split; None means all pictures of a score."""
         captions, shapes = self.captions[split], self.shapes[split]
         wanted = range(self._num_samples(split)) if wanted is None else wanted
@@ -160,7 +156,7 @@ class EvaluatorPool:
     def score(
         self,
         weights: str | None,
-        split: str,
+        split: Split,
         rung: Storage | None = None,
         guidance_scale: float | None = None,
     ) -> Scores:
@@ -185,7 +181,7 @@ class EvaluatorPool:
     def measure(
         self,
         weights: str | None,
-        split: str,
+        split: Split,
         guidance_scale: float | None = None,
         kept: Storage | None = None,
     ) -> Measures:
@@ -203,7 +199,7 @@ class EvaluatorPool:
         self.load(held)
         bound = self.config.evaluate.memorisation_pictures
         training = self.training_features(split, bound) if bound else None
-        unseen = self._real[held] if self.dataset.manifest["held_out"] else None
+        unseen = self._real[held] if self.dataset.manifest.held_out else None
         tasks = self._tasks(split)
         parts = [
             actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True, shapes)
@@ -213,7 +209,7 @@ class EvaluatorPool:
         given = self._real[split], self.captions[split], training, unseen, shares, kept
         return ray.get(self.actors[0].measure.remote(*given, *parts))
 
-    def training_features(self, split: str, count: int) -> Features:
+    def training_features(self, split: Split, count: int) -> Features:
         """Features of the first `count` training pictures of the weights that a split evaluates.
 
         The order is that of `Dataset.pictures`. Features are computed once.
@@ -235,23 +231,25 @@ class EvaluatorPool:
         import ray
         from safetensors.numpy import load
 
-        held = held_out(self.config, "test")
+        held = held_out(self.config, TEST)
         self.load(held)
         kinds: dict[str, Features] = {"validation": ray.get(self._real[held]).features}
         if bound := self.config.evaluate.memorisation_pictures:
-            kinds["training"] = self.training_features("test", bound)
+            kinds["training"] = self.training_features(TEST, bound)
         if checkpoint.exists(FEATURES):
             kinds["published"] = dict(load(checkpoint.read_bytes(FEATURES)))
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
         return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}
 
-    def validation_losses(self, weights: str | None, split: str = "validation") -> list[float]:
+    def validation_losses(self, weights: str | None, split: Split = VALIDATION) -> list[float]:
         """Denoising loss of each row of a split or fold, at fixed timesteps and noise."""
         import ray
 
         return ray.get(self.actors[-1].validation_losses.remote(weights, split))
 
-    def difference(self, one: Storage, other: Storage, split: str, file: str = FEATURES) -> PairedDifference:
+    def difference(
+        self, one: Storage, other: Storage, split: Split, file: str = FEATURES
+    ) -> PairedDifference:
         """FID of the features in `one` minus that of the features in `other`, from the same captions."""
         import ray
 
@@ -269,19 +267,19 @@ class EvaluatorPool:
 
         return ray.get(self.actors[0].num_features.remote())
 
-    def sample_names(self, split: str) -> list[str]:
+    def sample_names(self, split: Split) -> list[str]:
         """File names of the pictures saved per rung of a split, one per caption."""
         count = min(self.config.publish.sample_count, self._num_samples(split))
         return [sample_name(i, caption) for i, caption in enumerate(self.captions[split][:count])]
 
-    def floor(self, split: str) -> Scores:
+    def floor(self, split: Split) -> Scores:
         """Score real training pictures: as many as `score` generates, or as many as prepare kept."""
         import ray
 
         found = self.training_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
-    def real_against_real(self, split: str) -> list[Record]:
+    def real_against_real(self, split: Split) -> list[Measurement]:
         """Precision and recall of the pictures that `floor` scores."""
         import ray
 
@@ -291,7 +289,7 @@ class EvaluatorPool:
     def pictures(
         self,
         weights: str | None,
-        split: str,
+        split: Split,
         numbers: int | Sequence[int],
         guidance_scale: float | None = None,
     ) -> list[bytes]:

@@ -1,11 +1,9 @@
 """Measures of a set of pictures: features in, numbers out.
 
 `scores_of` ranks every rung; `further` and `near_copies` are computed once, for the published weights.
-A record is a JSON-compatible number with its metric, network, sample count and error (null: not estimated).
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.similarity import clip_score, paired_similarity
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
+from ray_jobs.run.records import Measurement
 from ray_jobs.weights.feature_networks import Networks
 
 FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
@@ -31,7 +30,10 @@ PARTS = 10  # splits of an Inception Score, as in the paper
 Features = dict[str, np.ndarray]
 """Features of one set of pictures, by network identity: float32, N x D."""
 
-Record = dict[str, Any]
+
+def measurement(score: Score, **further: float) -> Measurement:
+    """Convert a score to a record, with further values of its metric."""
+    return Measurement.model_validate(asdict(score) | further)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +114,11 @@ class Copies:
     num_held_out: int
     feature_network: str
 
-    def record(self) -> Record:
+    def record(self) -> Measurement:
         found = {name: value for name, value in asdict(self).items() if name not in ("nearest", "share")}
         error = None if self.share is None else share_error(self.share, len(self.nearest))
         told = {"metric": "near copies", "value": self.share, "standard_error": error}
-        return told | {"num_samples": len(self.nearest)} | found
+        return Measurement.model_validate(told | {"num_samples": len(self.nearest)} | found)
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ class Measures:
     """
 
     scores: Scores
-    further: list[Record]
+    further: list[Measurement]
     left_out: list[str]
     copies: Copies | None
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[Measurement]:
         """Further records, plus the share of near copies if it is known."""
         known = self.copies and self.copies.share is not None
         return [*self.further, *([self.copies.record()] if self.copies and known else [])]
@@ -142,14 +144,14 @@ class Measures:
 
 def further(
     generated: Features, real: Real, networks: Networks, captions: list[str]
-) -> tuple[list[Record], list[str]]:
+) -> tuple[list[Measurement], list[str]]:
     """Compute the measures beyond the ranking scores; return them and the reasons for those left out.
 
     Args:
         generated, real: sets with features from all networks; `real` has one picture per caption.
         captions: captions of the real pictures; generated picture i has caption i modulo their number.
     """
-    found: list[Record] = []
+    found: list[Measurement] = []
     left_out: list[str] = []
     first = networks.first.identity
     pictures = torch.from_numpy(generated[first])
@@ -161,7 +163,7 @@ def further(
     if len(pictures) >= needed:
         line = fid_infinity(pictures, real.moments[first])
         score = Score(line.value, len(pictures), first, line.standard_error, "fid_infinity")
-        found.append(asdict(score) | {"r_squared": line.r_squared})
+        found.append(measurement(score, r_squared=line.r_squared))
     else:
         left_out.append(
             f"FID is not extrapolated to infinitely many pictures: of {len(pictures):,} the fit would say"
@@ -174,15 +176,15 @@ def further(
         left_out.append(f"No Inception Score: it needs {2 * PARTS} pictures.")
     else:
         classes = classifier.classes(torch.from_numpy(generated[classifier.identity]))
-        found.append(asdict(inception_score(classes, classifier.identity, splits=PARTS)))
+        found.append(measurement(inception_score(classes, classifier.identity, splits=PARTS)))
     if networks.clip:
-        found += map(asdict, _clip_scores(generated, real, networks.clip, captions))
+        found += map(measurement, _clip_scores(generated, real, networks.clip, captions))
     else:
         left_out.append("No CLIP scores: evaluate.clip names no model.")
     return found, left_out
 
 
-def precision_and_recall(generated: Features, real: Real, network: str) -> list[Record]:
+def precision_and_recall(generated: Features, real: Real, network: str) -> list[Measurement]:
     """Records of precision and of recall; an empty list for too few pictures."""
     pictures, references = torch.from_numpy(generated[network]), torch.from_numpy(real.features[network])
     if min(len(pictures), len(references)) <= NEIGHBOURS:
@@ -191,7 +193,9 @@ def precision_and_recall(generated: Features, real: Real, network: str) -> list[
     shared = {name: value for name, value in asdict(pair).items() if name not in ("precision", "recall")}
     values = {"precision": (pair.precision, pair.num_samples), "recall": (pair.recall, pair.num_real)}
     return [
-        {"metric": name, "value": value, "standard_error": share_error(value, count), **shared}
+        Measurement.model_validate(
+            {"metric": name, "value": value, "standard_error": share_error(value, count), **shared}
+        )
         for name, (value, count) in values.items()
     ]
 
@@ -243,7 +247,7 @@ def told(found: Scores) -> str:
     return ", ".join(lines)
 
 
-def told_record(record: dict[str, Any]) -> str:
-    """Format a measure's record for display."""
-    value = number(record["value"], 4, record["standard_error"])
-    return f"{record['metric']} {value} ({record['num_samples']} pictures, {record['feature_network']})"
+def told_record(record: Measurement) -> str:
+    """Format a measurement for display."""
+    value = number(record.value, 4, record.standard_error)
+    return f"{record.metric} {value} ({record.num_samples} pictures, {record.feature_network})"

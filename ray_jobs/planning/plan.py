@@ -6,7 +6,6 @@ from typing import Any
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
 from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
-from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.planning.estimate import (
     Placement,
@@ -16,6 +15,8 @@ from ray_jobs.planning.estimate import (
     rows_a_worker,
 )
 from ray_jobs.planning.footprint import Footprint, footprint
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.weights.model_files import model_folder
 
 GIB = 2**30
@@ -166,9 +167,9 @@ def batch_lines(config: Config) -> list[str]:
         f"micro batch{'es' * (pieces > 1)} of at most {-(-rows // pieces)}"
     ]
     last = config.search.ladder[-1]
-    manifest = Storage.open(config.storage).child(config.name, "dataset")
-    if manifest.exists("manifest.json"):
-        known = json.loads(manifest.read_text("manifest.json"))["train"] * config.data.augmentation.variants
+    dataset = RunFolder.of(config).dataset
+    if dataset.exists(MANIFEST):
+        known = Manifest.read(dataset).train * config.data.augmentation.variants
         epoch = known / train.training_rows
         lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
     else:

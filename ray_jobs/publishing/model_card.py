@@ -13,6 +13,8 @@ from typing import Any
 from ray_jobs.config import LEARNING_RATE, Config
 from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import FinalMeasures, Winner
 from ray_jobs.weights.schedulers import SCHEDULER
 
 # Sections needed to train the model again; the others configure storage locations and serving.
@@ -23,8 +25,8 @@ def model_card(
     *,
     config: Config,
     base_on_hub: bool,
-    winner: dict[str, Any],
-    manifest: dict[str, Any],
+    winner: Winner,
+    manifest: Manifest,
     prompt: str,
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
@@ -41,10 +43,8 @@ def model_card(
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, if no default variant exists.
 
-    Raises:
-        KeyError: if `winner` or `manifest` lacks a key.
     """
-    config = config.with_settings({LEARNING_RATE: winner["learning_rate"], **winner.get("settings", {})})
+    config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
         f"---\n{write_yaml(_front_matter(config, base_on_hub, pictures))}---",
         f"# {_text(config.name)}",
@@ -84,7 +84,7 @@ def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[st
     return found
 
 
-def _introduction(config: Config, winner: dict[str, Any]) -> str:
+def _introduction(config: Config, winner: Winner) -> str:
     base = _text(portable(config.model.base))
     kind = (
         f"LoRA weights (rank {config.train.lora.rank}) for the text-to-image model {base}"
@@ -94,13 +94,13 @@ def _introduction(config: Config, winner: dict[str, Any]) -> str:
     return f"{kind}, in diffusers' format. {_text(headline(winner))}"
 
 
-def _pictures(pictures: Sequence[tuple[str, str]], manifest: dict[str, Any]) -> list[str]:
+def _pictures(pictures: Sequence[tuple[str, str]], manifest: Manifest) -> list[str]:
     table = [
         "| " + " | ".join(f"![]({path})" for _, path in pictures) + " |",
         "|" + " --- |" * len(pictures),
         "| " + " | ".join(_text(caption) for caption, _ in pictures) + " |",
     ]
-    seen = "did not see" if manifest["held_out"] else "saw"
+    seen = "did not see" if manifest.held_out else "saw"
     return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
 
 
@@ -178,17 +178,17 @@ def _use(
     return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
 
 
-def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     def fid(key: str) -> str:
-        return f"{winner[key]:.1f}"
+        return f"{getattr(winner, key):.1f}"
 
     def real(split: str) -> int:
         """Number of real reference pictures; without a held-out split they are training pictures."""
-        return int(min(config.evaluate.num_samples, manifest[split if manifest["held_out"] else "train"]))
+        return min(config.evaluate.num_samples, manifest.rows(split if manifest.held_out else "train"))
 
     counts = [
-        f"{winner[key]:,} generated, {real(split):,} real"
-        for key, split in (("num_samples", "test"), ("validation_num_samples", "validation"))
+        f"{generated:,} generated, {real(split):,} real"
+        for generated, split in ((winner.num_samples, "test"), (winner.validation_num_samples, "validation"))
     ]
     table = _table(
         ("FID (lower is nearer to real pictures)", "test", "validation"),
@@ -199,52 +199,46 @@ def _scores(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) ->
             ("pictures", *counts),
         ],
     )
-    times = winner.get("test_reads", 1)
+    times = winner.test_reads
     reads = "once" if times == 1 else f"{times} times"
     return [
         "## Scores",
         table,
-        f"Feature network: {_text(winner['feature_network'])}. The test split was looked at {reads},"
+        f"Feature network: {_text(winner.feature_network)}. The test split was looked at {reads},"
         " after the search; the search chose by validation, so that score is a little flattered. FID"
         " depends on the number of pictures and on the network: compare within this table only.",
     ]
 
 
-def _measures(winner: dict[str, Any]) -> list[str]:
+def _measures(winner: Winner) -> list[str]:
     """Table of base's and winner's records on the test split; empty if there are none."""
-    found = winner.get("measures", {"base": [], "winner": []})
-    base = {each["metric"]: each for each in found["base"]}
-    floor = {
-        each["metric"]: number(each["value"], 3, each["standard_error"]) for each in found.get("floor", ())
-    }
+    found = winner.measures or FinalMeasures()
+    base = {each.metric: each for each in found.base}
+    floor = {each.metric: number(each.value, 3, each.standard_error) for each in found.floor}
     rows = []
-    for each in found["winner"]:
-        pair = (number(r["value"], 3, r["standard_error"]) for r in (each, base[each["metric"]]))
-        real = floor.get(each["metric"], "–")
-        rows.append((each["metric"], *pair, real, f"{each['num_samples']:,}", each["feature_network"]))
+    for each in found.winner:
+        pair = (number(record.value, 3, record.standard_error) for record in (each, base[each.metric]))
+        real = floor.get(each.metric, "–")
+        rows.append((each.metric, *pair, real, f"{each.num_samples:,}", each.feature_network))
     if not rows:
         return []
     head = ("measure, on the test split", "this model", "base model", "real pictures", "pictures", "network")
     return ["Further measures, of the same pictures:", _table(head, rows)]
 
 
-def _data(config: Config, manifest: dict[str, Any]) -> list[str]:
-    splits = ", ".join(f"{manifest[split]:,} {split}" for split in ("train", "validation", "test"))
-    rows = [
-        (portable(each["name"]), f"{each['rows']:,}", f"{each['share']:.0%}") for each in manifest["source"]
-    ]
-    held_out = (
-        "" if manifest["held_out"] else " The set is too small to hold any out: scores compare with it."
-    )
+def _data(config: Config, manifest: Manifest) -> list[str]:
+    splits = ", ".join(f"{manifest.rows(split):,} {split}" for split in ("train", "validation", "test"))
+    rows = [(portable(each.name), f"{each.rows:,}", f"{each.share:.0%}") for each in manifest.source]
+    held_out = "" if manifest.held_out else " The set is too small to hold any out: scores compare with it."
     return [
         "## Training data",
-        f"{manifest['captions']['different']:,} different captions; pictures: {splits};"
-        f" {config.data.resolution} pixels.{held_out} Digest of the prepared data: `{manifest['digest']}`.",
+        f"{manifest.captions.different:,} different captions; pictures: {splits};"
+        f" {config.data.resolution} pixels.{held_out} Digest of the prepared data: `{manifest.digest}`.",
         _table(("source", "pictures", "share of training"), rows),
     ]
 
 
-def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
+def _settings(config: Config, winner: Winner) -> list[str]:
     train = config.train
     method = "all weights of the denoiser"
     if train.method == "lora":
@@ -252,8 +246,8 @@ def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
     workers = f"{train.min_workers} to {train.max_workers}" if train.is_elastic else f"{train.min_workers}"
     rows = [
         ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),
-        ("learning rate", f"{winner['learning_rate']:g}, {train.schedule}"),
-        ("steps", f"{winner['step']:,} of {train.batch_size} pictures"),
+        ("learning rate", f"{winner.learning_rate:g}, {train.schedule}"),
+        ("steps", f"{winner.step:,} of {train.batch_size} pictures"),
         ("precision", train.precision),
         ("sharding", f"DeepSpeed ZeRO stage {train.zero_stage}, {workers} workers"),
         ("averaged weights (EMA)", f"decay {train.ema_decay:g}" if train.ema_decay else "off"),
@@ -262,7 +256,7 @@ def _settings(config: Config, winner: dict[str, Any]) -> list[str]:
     return ["## Training", _table(("setting", "value"), rows)]
 
 
-def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
+def _reproduce(config: Config, winner: Winner) -> list[str]:
     told = _told(config.model_dump(mode="json", include=REPRODUCED))
     settings = _fenced(write_yaml(told), "yaml")
     command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
@@ -270,7 +264,7 @@ def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
         [
             "# the search, and the model that won it",
             f"{command}.pipeline --config run.yaml",
-            f"# this model's training alone; its weights are those of step {winner['step']}",
+            f"# this model's training alone; its weights are those of step {winner.step}",
             f"{command}.train --config run.yaml",
         ]
     )
@@ -282,16 +276,15 @@ def _reproduce(config: Config, winner: dict[str, Any]) -> list[str]:
     ]
 
 
-def _limits(config: Config, winner: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
-    records = winner.get("measures", {"winner": []})["winner"]
+def _limits(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     copies = "".join(
-        f" Of its pictures for the test captions {each['value']:.1%} are nearer to one of"
-        f" {each['num_training']:,} training pictures than {1 - each['expected_share']:.0%} of the pictures"
+        f" Of its pictures for the test captions {each.value:.1%} are nearer to one of"
+        f" {each.num_training:,} training pictures than {1 - each.expected_share:.0%} of the pictures"
         " are that it never saw."
-        for each in records
-        if each["metric"] == "near copies"
+        for each in (winner.measures or FinalMeasures()).winner
+        if each.metric == "near copies" and each.expected_share is not None
     )
-    learnt = manifest["train"] + (manifest["validation"] if config.search.folds else 0)
+    learnt = manifest.train + (manifest.validation if config.search.folds else 0)
     return [
         "## Limits and licence",
         f"The model has learnt from {learnt:,} pictures: what they lack it draws as the base model"

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,7 +17,10 @@ from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
+from ray_jobs.run.folder import CAPTIONS, RunFolder
+from ray_jobs.run.records import Winner
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
 from ray_jobs.weights.model_files import variant_name
@@ -32,7 +34,7 @@ def write_card(
     config: Config,
     dataset: Dataset,
     pool: EvaluatorPool,
-    winner: dict[str, Any],
+    winner: Winner,
     samples: Storage,
     model: Storage,
     scheduler: str | None,
@@ -58,34 +60,32 @@ def write_card(
     model.write_text(CARD, card)
 
 
-def shown_split(config: Config) -> str:
+def shown_split(config: Config) -> Split:
     """Return the split whose captions are shown; the winner must not have trained on its pictures."""
-    return "test" if config.search.folds else "validation"
+    return TEST if config.search.folds else VALIDATION
 
 
-def _strip(
-    pool: EvaluatorPool, found: SearchResult, winner: dict[str, Any], base: list[Image.Image]
-) -> Strip | None:
+def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[Image.Image]) -> Strip | None:
     """Collect the pictures saved at the winning trial's rungs; None if there are none."""
     split = splits(pool.config)[0]
     names = pool.sample_names(split)
     columns: list[tuple[str, list[Image.Image]]] = []
-    for row in sorted(found.rows, key=lambda row: int(row["step"])):
-        if row["trial_id"] != winner["trial_id"]:
+    for row in sorted(found.rows, key=lambda row: row.step):
+        if row.trial_id != winner.trial_id:
             continue
-        samples = Storage.open(row["checkpoint"]).child(SAMPLES)
+        samples = Storage.open(row.checkpoint).child(SAMPLES)
         if not all(samples.exists(name) for name in names):
-            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row['step']} out")
+            say("publish", f"{samples.uri}: some are missing, so the report leaves step {row.step} out")
             continue
         pictures: list[Image.Image]
         pictures = [Image.open(io.BytesIO(samples.read_bytes(name))) for name in names]
-        columns.append((f"{row['step']:,}", pictures))
+        columns.append((f"{row.step:,}", pictures))
     if not columns:
         return None
     if split != shown_split(pool.config):
         base = [Image.open(io.BytesIO(each)) for each in pool.pictures(None, split, len(names))]
     captions = pool.captions[split][: len(names)]
-    return Strip(captions, [("base", base), *columns], f"{winner['step']:,}")
+    return Strip(captions, [("base", base), *columns], f"{winner.step:,}")
 
 
 def write_page(
@@ -93,26 +93,26 @@ def write_page(
     dataset: Dataset,
     pool: EvaluatorPool,
     found: SearchResult,
-    winner: dict[str, Any],
+    winner: Winner,
     final: FinalScores,
-    run: Storage,
+    run: RunFolder,
 ) -> None:
     """Write the samples as files, and the report that shows them."""
     count = min(config.publish.sample_count, config.evaluate.num_samples)
     split = shown_split(config)
-    real = dataset.pictures(split, count)
+    real = dataset.pictures(split.name, count)
     count = len(real)
-    weights = run.child("model").uri
+    weights = run.model.uri
     columns = {
         "real": [row["image"] for row in real],
         "base": pool.pictures(None, split, count),
         "winner": pool.pictures(weights, split, count, config.evaluate.guidance_scale),
     }
     captions = [row["text"] for row in real]
-    run.delete("samples")
+    run.samples.delete("")
     for kind, pictures in columns.items():
         for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
-            run.write_bytes(f"samples/{number}-{slug(caption)}-{kind}.png", data)
+            run.samples.write_bytes(f"{number}-{slug(caption)}-{kind}.png", data)
     opened: dict[str, list[Image.Image]]
     opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
     rows = [
@@ -120,8 +120,8 @@ def write_page(
     ]
     grid = io.BytesIO()
     grid_image(rows).save(grid, format="PNG")
-    run.write_bytes("samples/grid.png", grid.getvalue())
-    run.write_text("samples/captions.json", json.dumps(captions, ensure_ascii=False))
+    run.samples.write_bytes("grid.png", grid.getvalue())
+    run.samples.write_text(CAPTIONS, json.dumps(captions, ensure_ascii=False))
     page = write_report(
         winner=winner,
         results=found.rows,
@@ -129,7 +129,7 @@ def write_page(
         config_yaml=config.to_yaml(),
         rows=rows,
         run_name=config.name,
-        split=split,
+        split=split.name,
         strip=_strip(pool, found, winner, opened["base"]),
         memorisation=final.memorisation,
         subjects=final.subjects,
@@ -137,4 +137,4 @@ def write_page(
         spent=spent(config, found.measured, found.computed),
         guidance=measured_scales(pool.config, found.rows),
     )
-    run.write_text(REPORT, page)
+    run.root.write_text(REPORT, page)

@@ -4,8 +4,7 @@ Features come from the CLIP model of `evaluate.clip`, if set, else from the seco
 the first. Every number records its network.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
@@ -13,7 +12,8 @@ from ray_jobs.data.preparation import open_sources
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
-from ray_jobs.evaluation.scores import Features
+from ray_jobs.evaluation.scores import Features, measurement
+from ray_jobs.run.records import Measurement, SubjectScores
 
 MAX_PHOTOS = 100  # photos per subject used for comparison
 
@@ -23,12 +23,12 @@ class MeasuredSubject:
     """Measurements of a subject, with the pictures that they are computed from.
 
     Attributes:
-        numbers: values for winner.json: prompts, and records by name.
+        scores: its measures, for winner.json.
         photos: PNGs of the subject.
         drawn: generated PNGs by (`base` or `winner`, prompt).
     """
 
-    numbers: dict[str, Any]
+    scores: SubjectScores
     photos: list[bytes]
     drawn: dict[tuple[str, str], list[bytes]]
 
@@ -44,7 +44,7 @@ def measure_subjects(
     subjects = [source for source in open_sources(config) if isinstance(source, Subject)]
     if not subjects:
         return []
-    rows = dataset.pictures("train", dataset.manifest["train"])
+    rows = dataset.pictures("train", dataset.manifest.train)
     photos = [
         [row["image"] for row in rows if row["text"] == each.instance_prompt][:MAX_PHOTOS]
         for each in subjects
@@ -61,13 +61,13 @@ def measure_subjects(
             drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
     features = {place: pool.features(pictures) for place, pictures in drawn.items()}
     return [
-        MeasuredSubject(_numbers(subject, pool.features(own), features), own, drawn)
+        MeasuredSubject(_scores(subject, pool.features(own), features), own, drawn)
         for subject, own in zip(subjects, photos, strict=True)
         if own  # empty if prepare rejected all photos, or keeps none of them for scores
     ]
 
 
-def _numbers(subject: Subject, photos: Features, features: dict[tuple[str, str], Features]) -> dict[str, Any]:
+def _scores(subject: Subject, photos: Features, features: dict[tuple[str, str], Features]) -> SubjectScores:
     import torch
 
     from ray_jobs.metrics.similarity import class_drift, image_similarity
@@ -79,10 +79,20 @@ def _numbers(subject: Subject, photos: Features, features: dict[tuple[str, str],
     def drawn(whose: str, prompt: str) -> torch.Tensor:
         return torch.from_numpy(features[whose, prompt][network])
 
-    found: dict[str, Any] = {"instance_prompt": instance, "class_prompt": kind, "num_photos": len(of_photos)}
-    for whose in ("base", "winner"):
-        found[f"{whose}_similarity"] = asdict(image_similarity(drawn(whose, instance), of_photos, network))
-    if kind:
-        drift = class_drift(drawn("base", kind), drawn("winner", kind), of_photos, network)
-        found |= {"class_drift": asdict(drift.distance), "toward_subject": asdict(drift.toward_subject)}
-    return found
+    def similarity(whose: str) -> Measurement:
+        return measurement(image_similarity(drawn(whose, instance), of_photos, network))
+
+    found = SubjectScores(
+        instance_prompt=instance,
+        class_prompt=kind,
+        num_photos=len(of_photos),
+        base_similarity=similarity("base"),
+        winner_similarity=similarity("winner"),
+    )
+    if not kind:
+        return found
+    drift = class_drift(drawn("base", kind), drawn("winner", kind), of_photos, network)
+    return found | {
+        "class_drift": measurement(drift.distance),
+        "toward_subject": measurement(drift.toward_subject),
+    }

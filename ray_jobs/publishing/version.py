@@ -1,7 +1,5 @@
 """Register the winner as a version in the registry."""
 
-from typing import Any
-
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.evaluation.pool import EvaluatorPool
@@ -10,10 +8,12 @@ from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired
 from ray_jobs.registry.registration import Registered, register
 from ray_jobs.report import headline
+from ray_jobs.run.records import Winner
+from ray_jobs.run.split import TEST
 
 
 def paired_with_champion(
-    config: Config, pool: EvaluatorPool, winner: dict[str, Any], model: Storage
+    config: Config, pool: EvaluatorPool, winner: Winner, model: Storage
 ) -> Paired | None:
     """Compare the winner with the champion in pairs of pictures.
 
@@ -26,36 +26,36 @@ def paired_with_champion(
     except ConfigError:  # no champion yet; `register` reports an unreachable registry
         return None
     folder = Storage.open(held.source)
-    if held.test_digest != winner["test_digest"] or not folder.exists(TEST_FEATURES):
+    if held.test_digest != winner.test_digest or not folder.exists(TEST_FEATURES):
         return None
     try:
-        found = pool.difference(model, folder, "test", TEST_FEATURES)
+        found = pool.difference(model, folder, TEST, TEST_FEATURES)
     except (KeyError, ValueError):  # another network or number of pictures
         return None
     return Paired(held.version, found.standard_error)
 
 
 def register_winner(
-    config: Config, winner: dict[str, Any], data: str, source: str, paired: Paired | None
+    config: Config, winner: Winner, data: str, source: str, paired: Paired | None
 ) -> Registered:
     """Register the winner as a version; `data` is the digest of the prepared data."""
     return register(
         config,
         source=source,
         measured=Measured(
-            fid=winner["test_fid"],
-            error=winner.get("test_fid_error"),
-            num_samples=winner["num_samples"],
-            feature_network=winner["feature_network"],
+            fid=winner.test_fid,
+            error=winner.test_fid_error,
+            num_samples=winner.num_samples,
+            feature_network=winner.feature_network,
             data=data,
-            test=winner["test_digest"],
-            base_fid=winner["base_test_fid"],
+            test=winner.test_digest,
+            base_fid=winner.base_test_fid,
         ),
         paired=paired,
         params={
-            "learning_rate": f"{winner['learning_rate']:g}",
-            "step": str(winner["step"]),
-            **{name: str(value) for name, value in winner.get("settings", {}).items()},
+            "learning_rate": f"{winner.learning_rate:g}",
+            "step": str(winner.step),
+            **{name: str(value) for name, value in winner.settings.items()},
             "guidance_scale": f"{config.evaluate.guidance_scale:g}",
             "method": config.train.method,
             "base": config.model.base,
@@ -67,8 +67,8 @@ def register_winner(
     )
 
 
-def _metrics(winner: dict[str, Any]) -> dict[str, float]:
+def _metrics(winner: Winner) -> dict[str, float]:
     """Metrics of the winner for MLflow: its FIDs, and every other measure on the test split."""
-    fids = {name: value for name, value in winner.items() if name.endswith("_fid")}
-    others = {slug(each["metric"]): each["value"] for each in winner["measures"]["winner"]}
+    fids = {name: value for name, value in winner.fields().items() if name.endswith("_fid")}
+    others = {slug(each.metric): each.value for each in winner.measures.winner} if winner.measures else {}
     return fids | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.sqlite import sqlite_file, sqlite_url
-from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
 from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
+from ray_jobs.run.folder import SharedFolder
 
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
@@ -67,7 +67,7 @@ def tracking_uri(config: Config) -> str:
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
             "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"
         )
-    return sqlite_url(f"{Storage.open(config.storage).uri}/mlflow.db")
+    return sqlite_url(f"{SharedFolder.of(config).root.uri}/mlflow.db")
 
 
 def shown_uri(config: Config) -> str:

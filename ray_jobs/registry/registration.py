@@ -19,8 +19,8 @@ from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client,
 from ray_jobs.registry.promotion import Measured, Paired, objection, objection_to_first
 from ray_jobs.registry.provenance import code_version, signature
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
+from ray_jobs.run.folder import SharedFolder
 
-FOLDER = "registry"  # folder in the storage with the weights of every version
 DECISION = "decision"  # tag; written last, so that an interrupted registration is detected and completed
 
 
@@ -196,7 +196,7 @@ def _keep(config: Config, source: str, digest: str) -> str:
     """Copy the weights to a folder named after their digest, unless it exists; return its URI."""
     # A URI has no spaces; the digest keeps folders distinct.
     folder = re.sub("[^A-Za-z0-9._-]", "-", config.publish.model_name)
-    models, kept = Storage.open(config.storage).child(FOLDER, folder), digest[:16]
+    models, kept = SharedFolder.of(config).registered(folder), digest[:16]
     place = models.child(kept).uri
     if models.exists(kept) and weights_digest(place) == digest:
         return place

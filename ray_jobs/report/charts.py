@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from html import escape
 from statistics import stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart, told_settings
+from ray_jobs.run.records import RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
@@ -15,16 +16,16 @@ CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 STRONGEST, FAINTEST = 0.55, 0.05
 SURE = 2  # standard errors; larger differences are not attributed to chance
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[RungRow]
 
 
-def finite(row: dict[str, Any], key: str) -> float | None:
-    """Return a row's value; None if it is missing or not finite."""
-    value = row.get(key)
-    return float(value) if value is not None and math.isfinite(value) else None
+def finite(record: RungRow | Winner, key: str) -> float | None:
+    """Return a record's value; None if it is missing or not finite."""
+    value = getattr(record, key, None)
+    return value if value is not None and math.isfinite(value) else None
 
 
-def trials_of(results: Rows) -> list[tuple[str, str, list[dict[str, Any]]]]:
+def trials_of(results: Rows) -> list[tuple[str, str, list[RungRow]]]:
     """List (label, trial, its rows in step order) of every trial, by learning rate.
 
     The label has the trial's learning rate and other searched settings, or its name if they change during the
@@ -32,11 +33,11 @@ def trials_of(results: Rows) -> list[tuple[str, str, list[dict[str, Any]]]]:
 
     Of a rung that was measured twice (in a resumed search) only the last measurement counts.
     """
-    trials: dict[str, dict[int, dict[str, Any]]] = {}
+    trials: dict[str, dict[int, RungRow]] = {}
     for row in results:
-        trials.setdefault(str(row["trial_id"]), {})[int(row["step"])] = row
+        trials.setdefault(row.trial_id, {})[row.step] = row
     found = [(trial, [rungs[step] for step in sorted(rungs)]) for trial, rungs in trials.items()]
-    found.sort(key=lambda each: (float(each[1][0]["learning_rate"]), each[0]))
+    found.sort(key=lambda each: (each[1][0].learning_rate, each[0]))
     return [(_label(trial, rungs), trial, rungs) for trial, rungs in found]
 
 
@@ -45,21 +46,21 @@ def _label(trial: str, rungs: Rows) -> str:
     return labels.pop() if len(labels) == 1 else trial
 
 
-def score_curves(winner: dict[str, Any], results: Rows, key: str) -> list[Curve]:
+def score_curves(winner: Winner, results: Rows, key: str) -> list[Curve]:
     """One curve per trial of `key` with `<key>_error`; trials that ended before the last rung are stopped."""
-    last_rung = max((int(row["step"]) for row in results), default=0)
+    last_rung = max((row.step for row in results), default=0)
     curves = []
     for number, (label, trial, rungs) in enumerate(trials_of(results)):
-        found = [(int(row["step"]), finite(row, key), finite(row, f"{key}_error")) for row in rungs]
+        found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
         points = [Point(step, value, error) for step, value, error in found if value is not None]
         diverged = any(finite(row, "fid") is None for row in rungs)
-        stopped = int(rungs[-1]["step"]) < last_rung or diverged
-        star = int(winner["step"]) if trial == winner["trial_id"] else None
+        stopped = rungs[-1].step < last_rung or diverged
+        star = winner.step if trial == winner.trial_id else None
         curves.append(Curve(label, points, number, stopped, star))
     return curves
 
 
-def fid_chart(winner: dict[str, Any], results: Rows) -> str:
+def fid_chart(winner: Winner, results: Rows) -> str:
     """Validation FID over steps, one curve per trial, with the base model as a dashed line."""
     chart = Chart(
         name="fid",
@@ -67,12 +68,12 @@ def fid_chart(winner: dict[str, Any], results: Rows) -> str:
         description=f"A line a learning rate, a point a rung; lower is better. {NUMBERS}",
         unit="FID (lower is better)",
         digits=1,
-        level=("base model", float(winner["base_validation_fid"])),
+        level=("base model", winner.base_validation_fid),
     )
     return line_chart(chart, score_curves(winner, results, "fid"))
 
 
-def kid_chart(winner: dict[str, Any], results: Rows) -> str:
+def kid_chart(winner: Winner, results: Rows) -> str:
     """Validation KID over steps; empty if no row has one."""
     if not any(finite(row, "kid") is not None for row in results):
         return ""
@@ -86,7 +87,7 @@ def kid_chart(winner: dict[str, Any], results: Rows) -> str:
     return line_chart(chart, score_curves(winner, results, "kid"))
 
 
-def second_chart(winner: dict[str, Any], results: Rows, network: str) -> str:
+def second_chart(winner: Winner, results: Rows, network: str) -> str:
     """Fréchet distance over steps in the second feature network, `network`."""
     chart = Chart(
         name="fid-2",
@@ -98,7 +99,7 @@ def second_chart(winner: dict[str, Any], results: Rows, network: str) -> str:
     return line_chart(chart, score_curves(winner, results, "fid_2"))
 
 
-def heat_map(winner: dict[str, Any], results: Rows) -> str:
+def heat_map(winner: Winner, results: Rows) -> str:
     """Validation FID by learning rate (rows) and steps (columns); lower values have a stronger colour.
 
     A cell shows the best of several trials with its learning rate. Empty with fewer than two filled cells.
@@ -107,14 +108,14 @@ def heat_map(winner: dict[str, Any], results: Rows) -> str:
     for _, _, rungs in trials_of(results):
         for row in rungs:
             if (value := finite(row, "fid")) is not None:
-                place = float(row["learning_rate"]), int(row["step"])
+                place = row.learning_rate, row.step
                 cells[place] = min(value, cells.get(place, math.inf))
     if len(cells) < 2:
         return ""
-    rates = sorted({float(row["learning_rate"]) for row in results}, reverse=True)
-    steps = sorted({int(row["step"]) for row in results})
+    rates = sorted({row.learning_rate for row in results}, reverse=True)
+    steps = sorted({row.step for row in results})
     width = (WIDTH - MAP_LEFT - 4) / len(steps)
-    best = float(winner["learning_rate"]), int(winner["step"])
+    best = winner.learning_rate, winner.step
     parts = []
     for line, rate in enumerate(rates):
         y = MAP_TOP + line * CELL_HEIGHT
@@ -203,18 +204,23 @@ class Rise(NamedTuple):
 def rise_of(rungs: Rows) -> Rise | None:
     """Rise of a trial's validation loss; None if its last rung is the lowest."""
     known = [row for row in rungs if finite(row, "validation_loss") is not None]
-    lowest = min(known, key=lambda row: row["validation_loss"], default=None)
-    if lowest is None or lowest["step"] == known[-1]["step"]:
+    lowest = min(known, key=_loss, default=None)
+    if lowest is None or lowest.step == known[-1].step:
         return None
-    by = known[-1]["validation_loss"] - lowest["validation_loss"]
-    pairs = [row.get("validation_losses") or [] for row in (known[-1], lowest)]
+    by = _loss(known[-1]) - _loss(lowest)
+    pairs = [row.validation_losses for row in (known[-1], lowest)]
     if len(pairs[0]) != len(pairs[1]) or len(pairs[0]) < 2:
-        return Rise(lowest["step"], by, None)
+        return Rise(lowest.step, by, None)
     differences = [last - least for last, least in zip(*pairs, strict=True)]
-    return Rise(lowest["step"], by, stdev(differences) / math.sqrt(len(differences)))
+    return Rise(lowest.step, by, stdev(differences) / math.sqrt(len(differences)))
 
 
-def loss_section(winner: dict[str, Any], results: Rows) -> str:
+def _loss(row: RungRow) -> float:
+    assert row.validation_loss is not None
+    return row.validation_loss
+
+
+def loss_section(winner: Winner, results: Rows) -> str:
     """Section of training and validation loss, one chart per trial, winner first; empty without data."""
     trials = [
         each
@@ -223,7 +229,7 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     ]
     if not trials:
         return ""
-    trials.sort(key=lambda each: each[1] != winner["trial_id"])
+    trials.sort(key=lambda each: each[1] != winner.trial_id)
     charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
     note = (
         "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
@@ -239,10 +245,10 @@ def loss_section(winner: dict[str, Any], results: Rows) -> str:
     )
 
 
-def _loss_chart(number: int, label: str, rungs: list[dict[str, Any]]) -> str:
+def _loss_chart(number: int, label: str, rungs: Rows) -> str:
     curves = []
     for color, (name, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
-        found = [(int(row["step"]), finite(row, key)) for row in rungs]
+        found = [(row.step, finite(row, key)) for row in rungs]
         points = [Point(step, value) for step, value in found if value is not None]
         curves.append(Curve(name, points, color))
     rise = rise_of(rungs)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from PIL import Image
+
+from ray_jobs.run.manifest import Bucket, Duplicates, Histogram, Manifest, SourceShare
 
 STYLE = Path(__file__).with_name("style.css")
 TEMPLATE = Path(__file__).with_name("dataset_page.html")
@@ -142,15 +143,13 @@ def _bar(left: float, right: float, height: float, cut: float, side: str) -> str
     )
 
 
-def histogram(name: str, measure: dict[str, Any]) -> str:
+def histogram(name: str, measure: Histogram) -> str:
     """Draw one measure's histogram as SVG, tinted beyond the threshold, which is a dashed line.
 
     Args:
         name: a key of MEASURES.
-        measure: `edges` (n + 1, increasing), `counts` (n), `threshold` (None: off) and `side` ("below" or
-            "above"), the rejected side.
     """
-    edges, counts, threshold, side = (measure[key] for key in ("edges", "counts", "threshold", "side"))
+    edges, counts, threshold, side = measure.edges, measure.counts, measure.threshold, measure.side
     step, highest = PLOT_WIDTH / len(counts), max([*counts, 1])
     nothing_beyond = 0.0 if side == "below" else float(PLOT_WIDTH)
     cut = nothing_beyond if threshold is None else _position(threshold, edges) * step
@@ -177,23 +176,23 @@ def histogram(name: str, measure: dict[str, Any]) -> str:
     return f'<svg role="img" aria-label="{label}" viewBox="{box}">{"".join(parts)}</svg>'
 
 
-def _measure(name: str, measure: dict[str, Any]) -> str:
+def _measure(name: str, measure: Histogram) -> str:
     """Card with the histogram of one measure, and its threshold in words."""
     title, unit = MEASURES[name]
-    field, threshold = measure["field"], measure["threshold"]
+    field, threshold = measure.field, measure.threshold
     if threshold is None:
         words = f"Off: {field} is empty, so nothing is set aside by this."
     else:
-        aside = counted(measure["set_aside"], "picture")
-        words = f"{aside} set aside {measure['side']} {threshold:g}, which is {field}."
+        aside = counted(measure.set_aside, "picture")
+        words = f"{aside} set aside {measure.side} {threshold:g}, which is {field}."
     head = f"<figcaption>{escape(title)}<small>{escape(unit)}</small></figcaption>"
     return f'<figure class="card">{head}{histogram(name, measure)}{_note(words)}</figure>'
 
 
-def _splits(manifest: dict[str, Any]) -> str:
+def _splits(manifest: Manifest) -> str:
     """Describe pictures per split, folds, and the number of different captions."""
     parts = []
-    if not manifest["held_out"]:
+    if not manifest.held_out:
         parts.append(
             _note(
                 "There are too few pictures to hold any out: scores compare with the pictures that the model"
@@ -201,56 +200,58 @@ def _splits(manifest: dict[str, Any]) -> str:
                 "note alert",
             )
         )
-    rows = [(split, f"{manifest[split]:,}") for split in SPLITS if manifest[split] or split != "class"]
+    rows = [
+        (split, f"{manifest.rows(split):,}") for split in SPLITS if manifest.rows(split) or split != "class"
+    ]
     parts.append(table(("split", "pictures"), rows, "numbers"))
-    words = [counted(manifest["captions"]["different"], "different caption")]
-    if several := manifest["captions"]["of_lines"]:
+    words = [counted(manifest.captions.different, "different caption")]
+    if several := manifest.captions.of_lines:
         words.append(f"{counted(several, 'caption')} of several lines: see data.caption_lines")
-    if repaired := manifest["captions"]["repaired"]:
+    if repaired := manifest.captions.repaired:
         words.append(f"{counted(repaired, 'caption')} repaired as CLIP was trained (quotes, widths, HTML)")
-    if folds := manifest["folds"]:
+    if folds := manifest.folds:
         sizes = ", ".join(f"{size:,}" for size in folds)
         words.append(f"{len(folds)} folds of training and validation pictures: {sizes}")
     return "".join([*parts, *(_note(f"{each}.") for each in words)])
 
 
-def _duplicates(duplicates: dict[str, Any]) -> str:
-    groups, aside = counted(duplicates["groups"], "group"), counted(duplicates["pictures"], "picture")
-    if duplicates["mode"] == "ignore":
+def _duplicates(duplicates: Duplicates) -> str:
+    groups, aside = counted(duplicates.groups, "group"), counted(duplicates.pictures, "picture")
+    if duplicates.mode == "ignore":
         return "Near duplicates were not looked for: data.cleaning.duplicates is ignore."
-    if duplicates["mode"] == "keep":
+    if duplicates.mode == "keep":
         return f"Near duplicates: {groups}, each kept within one split; {aside} set aside."
     return f"Duplicates: {groups}, of which the first picture is kept; {aside} set aside."
 
 
-def _not_counted(manifest: dict[str, Any]) -> list[str]:
+def _not_counted(manifest: Manifest) -> list[str]:
     """Sentences about files of the sources that are not rows of the dataset."""
     notes = []
-    if left_out := manifest["left_out"]:
+    if left_out := manifest.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         notes.append(f"Pictures that are no rows of the set, and not counted above: {reasons}.")
-    if others := manifest["no_pictures"]:
+    if others := manifest.no_pictures:
         suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
         notes.append(f"Files that are no pictures: {suffixes}.")
     return notes
 
 
-def _sources(sources: Sequence[dict[str, Any]]) -> str:
-    rows = [(each["name"], f"{each['rows']:,}", f"{each['share']:.1%}") for each in sources]
+def _sources(sources: Sequence[SourceShare]) -> str:
+    rows = [(each.name, f"{each.rows:,}", f"{each.share:.1%}") for each in sources]
     return "<h3>Sources</h3>" + table(("source", "pictures", "share of an epoch"), rows, "numbers")
 
 
-def _buckets(buckets: dict[str, dict[str, int]]) -> str:
+def _buckets(buckets: dict[str, Bucket]) -> str:
     head = ("width x height", "training rows", "steps an epoch", "carried over")
     rows = [
-        (shape, *(f"{bucket[key]:,}" for key in ("rows", "steps", "rows_over")))
+        (shape, f"{bucket.rows:,}", f"{bucket.steps:,}", f"{bucket.rows_over:,}")
         for shape, bucket in buckets.items()
     ]
     note = _note("Carried over: rows of an incomplete batch, which begin the next epoch.")
     return "<h3>Buckets</h3>" + table(head, rows, "numbers") + note
 
 
-def dataset_section(manifest: dict[str, Any]) -> str:
+def dataset_section(manifest: Manifest) -> str:
     """Section of dataset statistics: splits, rejections and reasons, duplicates, sources, buckets, measures.
 
     Args:
@@ -258,24 +259,21 @@ def dataset_section(manifest: dict[str, Any]) -> str:
 
     Returns:
         An HTML fragment, for a page with the style of STYLE.
-
-    Raises:
-        KeyError: `manifest` lacks a key.
     """
     parts = [_splits(manifest)]
-    if len(manifest["source"]) > 1:
-        parts.append(_sources(manifest["source"]))
-    if len(manifest["buckets"]) > 1:
-        parts.append(_buckets(manifest["buckets"]))
+    if len(manifest.source) > 1:
+        parts.append(_sources(manifest.source))
+    if len(manifest.buckets) > 1:
+        parts.append(_buckets(manifest.buckets))
     parts.append("<h3>Set aside</h3>")
     # An unknown reason must not break the report of a long run; its name is enough.
-    rejected = manifest["rejected"]
+    rejected = manifest.rejected
     rows = [(reason, f"{rejected[reason]:,}", REASONS.get(reason, "")) for reason in _in_order(rejected)]
     head = ("reason", "pictures", "what it means, what to do")
     parts.append(table(head, rows, "reasons") if rows else _note("No picture is unusable."))
-    parts.append(_note(_duplicates(manifest["duplicates"])))
+    parts.append(_note(_duplicates(manifest.duplicates)))
     parts += map(_note, _not_counted(manifest))
-    cards = "".join(_measure(name, measure) for name, measure in manifest["measures"].items())
+    cards = "".join(_measure(name, measure) for name, measure in manifest.measures.items())
     parts.append(f'<h3>Measures</h3><div class="cards measures">{cards}</div>')
     return "".join(parts)
 
@@ -304,13 +302,11 @@ def _tile(example: Example) -> str:
     return f'<div class="{kind}"><div class="sides">{sides}</div>{words}</div>'
 
 
-def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
+def _sheet(manifest: Manifest, examples: Sequence[Example]) -> str:
     """Contact sheet, one group per reason. For duplicates the manifest has only the sum of all reasons."""
-    duplicates = f"the {counted(manifest['duplicates']['pictures'], 'duplicate')}"
+    duplicates = f"the {counted(manifest.duplicates.pictures, 'duplicate')}"
     totals = {example.reason: duplicates for example in examples}
-    totals |= {
-        reason: f"{number:,}" for reason, number in (manifest["rejected"] | manifest["left_out"]).items()
-    }
+    totals |= {reason: f"{number:,}" for reason, number in (manifest.rejected | manifest.left_out).items()}
     parts = []
     for reason in _in_order(totals):
         shown = [example for example in examples if example.reason == reason]
@@ -321,7 +317,7 @@ def _sheet(manifest: dict[str, Any], examples: Sequence[Example]) -> str:
 
 
 def write_dataset_page(
-    *, source: str, manifest: dict[str, Any], examples: Sequence[Example], seen: int, max_rejected: float
+    *, source: str, manifest: Manifest, examples: Sequence[Example], seen: int, max_rejected: float
 ) -> str:
     """Compose the page of `python -m ray_jobs.prepare --dry-run`.
 
@@ -334,12 +330,9 @@ def write_dataset_page(
 
     Returns:
         One HTML document, to be written as UTF-8.
-
-    Raises:
-        KeyError: `manifest` lacks a key.
     """
-    rejected = sum(manifest["rejected"].values())
-    aside = rejected + manifest["duplicates"]["pictures"]
+    rejected = sum(manifest.rejected.values())
+    aside = rejected + manifest.duplicates.pictures
     share = f"Without duplicates, {rejected / max(seen, 1):.1%} of the pictures are set aside"
     limit = f"data.cleaning.max_rejected, {max_rejected:.0%}"
     if rejected > max_rejected * seen:

@@ -4,12 +4,12 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from PIL import Image
 
 from ray_jobs.report.dataset_page import data_uri, table
 from ray_jobs.report.svg import number
+from ray_jobs.run.records import Measurement, SubjectScores, Winner
 
 SUBJECT_PICTURE = 128  # maximum side in pixels
 
@@ -54,24 +54,24 @@ class SubjectPictures:
     """A subject of the run.
 
     Attributes:
-        numbers: the subject's values in winner.json.
         rows: PNGs by row heading.
     """
 
-    numbers: dict[str, Any]
+    scores: SubjectScores
     rows: Mapping[str, Sequence[bytes]]
 
 
-def measures_table(winner: dict[str, Any]) -> str:
+def measures_table(winner: Winner) -> str:
     """Table of base and winner on the test split; empty if nothing was measured.
 
     It includes the values of real training pictures, if known, and lists measures that were left out.
     """
-    measures = winner.get("measures")
-    if not measures:
+    measures = winner.measures
+    if measures is None:
         return ""
     base, tuned, floor = (
-        {each["metric"]: each for each in measures.get(whose, ())} for whose in ("base", "winner", "floor")
+        {each.metric: each for each in records}
+        for records in (measures.base, measures.winner, measures.floor)
     )
     rows = []
     for metric, (name, digits, meaning) in METRICS.items():
@@ -80,7 +80,7 @@ def measures_table(winner: dict[str, Any]) -> str:
             rows.append((name, *values, f"{meaning}; {_source(tuned[metric])}"))
     head = ("measure", "base", "winner", "real pictures", "what it is")
     shown = table(head, rows, "pairs") if rows else ""
-    return shown + "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in measures["left_out"])
+    return shown + "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in measures.left_out)
 
 
 def subjects_section(subjects: Sequence[SubjectPictures]) -> str:
@@ -95,28 +95,28 @@ def subjects_section(subjects: Sequence[SubjectPictures]) -> str:
 
 
 def _subject(subject: SubjectPictures) -> str:
-    found = subject.numbers
-    like = found["winner_similarity"]
+    found = subject.scores
+    like = found.winner_similarity
     rows = [
         (
             "Likeness to the photos",
-            _value(found["base_similarity"], 3),
+            _value(found.base_similarity, 3),
             _value(like, 3),
-            f"mean cosine to {found['num_photos']} photos; {_source(like)}",
+            f"mean cosine to {found.num_photos} photos; {_source(like)}",
         )
     ]
     alert = ""
-    if "class_drift" in found:
-        drift, toward = found["class_drift"], found["toward_subject"]
+    drift, toward = found.class_drift, found.toward_subject
+    if drift and toward:
         rows += [
             ("Class has moved", "–", _value(drift, 3), f"1 − cosine of before and after; {_source(drift)}"),
             ("… toward the subject", "–", _value(toward, 3), f"rise of its likeness; {_source(toward)}"),
         ]
-        if toward["value"] > (toward["standard_error"] or 0.0):
-            words = f"“{found['class_prompt']}” begins to look like the subject: {_value(toward, 3)}."
+        if toward.value > (toward.standard_error or 0.0):
+            words = f"“{found.class_prompt}” begins to look like the subject: {_value(toward, 3)}."
             alert = f'<p class="note alert">{escape(words)}</p>'
     head = ("measure", "base", "winner", "what it is")
-    title = found["instance_prompt"] + (f" / {found['class_prompt']}" if found["class_prompt"] else "")
+    title = found.instance_prompt + (f" / {found.class_prompt}" if found.class_prompt else "")
     return f"<h3>{escape(title)}</h3>{_pictures(subject.rows)}{alert}{table(head, rows, 'pairs')}"
 
 
@@ -132,15 +132,15 @@ def _pictures(rows: Mapping[str, Sequence[bytes]]) -> str:
     return f'<div class="wide"><table class="strip"><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _value(record: dict[str, Any] | None, digits: int) -> str:
+def _value(record: Measurement | None, digits: int) -> str:
     if record is None:
         return "–"
-    if record["metric"] == "near copies":
-        return f"{record['value']:.1%} ± {record['standard_error']:.1%}"
-    return number(record["value"], digits, record["standard_error"])
+    if record.metric == "near copies":
+        return f"{record.value:.1%} ± {record.standard_error:.1%}"
+    return number(record.value, digits, record.standard_error)
 
 
-def _source(record: dict[str, Any]) -> str:
+def _source(record: Measurement) -> str:
     """Describe the number of pictures and the network of a value."""
-    real = f" and {record['num_real']:,} real" if "num_real" in record else ""
-    return f"{record['num_samples']:,} pictures{real}, {record['feature_network']}"
+    real = f" and {record.num_real:,} real" if record.num_real is not None else ""
+    return f"{record.num_samples:,} pictures{real}, {record.feature_network}"

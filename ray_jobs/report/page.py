@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from ray_jobs.report.charts import fid_chart, heat_map, kid_chart, loss_section, second_chart
 from ray_jobs.report.dataset_page import STYLE, dataset_section, table
@@ -20,15 +19,17 @@ from ray_jobs.report.pictures import (
 from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, costs_section, guidance_table, rungs_table, scores
 from ray_jobs.report.verdict import headline, notes, second_network
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import RungRow, Winner
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_report(
     *,
-    winner: dict[str, Any],
-    results: Sequence[dict[str, Any]],
-    manifest: dict[str, Any],
+    winner: Winner,
+    results: Sequence[RungRow],
+    manifest: Manifest,
     config_yaml: str,
     rows: Sequence[PictureRow],
     run_name: str,
@@ -38,16 +39,12 @@ def write_report(
     memorisation: Memorisation | None = None,
     subjects: Sequence[SubjectPictures] = (),
     spent: Spent | None = None,
-    guidance: Sequence[dict[str, Any]] = (),
+    guidance: Sequence[RungRow] = (),
 ) -> str:
     """Compose the report page of a run. Parts without data are omitted.
 
     Args:
-        winner: content of winner.json; shown if present: `<score>_error`, `base_test_kid`, `test_kid`, the
-            scores of a second network, `base_test_fid_2` and `test_fid_2`, and the records of `measures`.
-        results: lines of search/results.jsonl; shown if present: `fid_error`, `kid` and `kid_error`, `fid_2`
-            with `fid_2_error` and `feature_network_2`, `validation_loss`.
-        manifest: content of dataset/manifest.json.
+        results: measured rungs, or with folds the candidates.
         config_yaml: the resolved configuration.
         rows: rows of the picture grid.
         run_name: name of the run.
@@ -63,7 +60,6 @@ def write_report(
         One HTML document, to be written as UTF-8.
 
     Raises:
-        KeyError: `winner`, `results` or `manifest` lacks a key.
         ValueError: the second scores of `results` are from different networks.
     """
     network = second_network(results)
@@ -92,30 +88,29 @@ def write_report(
         facts=escape(_facts(winner)),
         costs=costs_section(spent),
         dataset=dataset_section(manifest),
-        digest=escape(str(manifest["digest"])[:16]),
+        digest=escape(manifest.digest[:16]),
         config=escape(config_yaml),
     )
 
 
-def _summary(winner: dict[str, Any]) -> str:
-    before, after = (
-        number(winner[key], 1, winner.get(f"{key}_error")) for key in ("base_test_fid", "test_fid")
-    )
-    floor = number(winner["test_floor_fid"], 1)
+def _summary(winner: Winner) -> str:
+    before = number(winner.base_test_fid, 1, winner.base_test_fid_error)
+    after = number(winner.test_fid, 1, winner.test_fid_error)
+    floor = number(winner.test_floor_fid, 1)
     return f"Test FID {before} before, {after} after; real pictures score {floor} against each other."
 
 
-def _facts(winner: dict[str, Any]) -> str:
-    decision = f" ({winner['registry_decision']})" if "registry_decision" in winner else ""
+def _facts(winner: Winner) -> str:
+    decision = f" ({winner.registry_decision})" if winner.registry_decision else ""
     return (
-        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures a score.{_resized(winner)}"
-        f" Registered as version {winner['registry_version']}{decision}; trial {winner['trial_id']}."
+        f"FID by {winner.feature_network}; {winner.num_samples} pictures a score.{_resized(winner)}"
+        f" Registered as version {winner.registry_version}{decision}; trial {winner.trial_id}."
     )
 
 
-def _resized(winner: dict[str, Any]) -> str:
+def _resized(winner: Winner) -> str:
     """Describe the shapes of generated pictures, and their resizing for the feature networks."""
-    shapes, resizing = winner.get("test_shapes", {}), winner.get("resizing", {})
+    shapes, resizing = winner.test_shapes, winner.resizing
     if not shapes or not resizing:
         return ""
     named = ", ".join(f"{shape} ({count})" for shape, count in shapes.items())

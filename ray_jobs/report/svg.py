@@ -5,10 +5,11 @@ curve, so that curves do not differ in colour alone. Colours of text and lines c
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+
+from ray_jobs.run.records import RungRow, Winner
 
 # Units of a chart's own view box; the page scales it.
 WIDTH, HEIGHT = 440, 290
@@ -34,10 +35,10 @@ def number(value: float | None, digits: int, error: float | None = None) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def told_settings(row: Mapping[str, Any]) -> str:
+def told_settings(row: RungRow | Winner) -> str:
     """Format a row's learning rate and other searched settings: `0.001, rank 8`."""
-    others = (f"{name.rpartition('.')[2]} {value}" for name, value in row.get("settings", {}).items())
-    return ", ".join([f"{row['learning_rate']:g}", *others])
+    others = (f"{name.rpartition('.')[2]} {value}" for name, value in row.settings.items())
+    return ", ".join([f"{row.learning_rate:g}", *others])
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
+from ray_jobs.run.records import Winner
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Spent:
     other_steps: int = 0
 
 
-def scores(winner: dict[str, Any], results: Rows) -> list[tuple[str, str, str]]:
+def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
     """Rows of the table of scores: name, value, meaning."""
     chosen = "the lowest of all rungs"
     if won_by_tie(winner, results):
         chosen = "within the error of the lowest of all rungs, and of fewer steps"
-    samples, share = winner["num_samples"], closed_share(winner)
-    again = int(winner.get("test_reads", 1)) > 1
+    samples, share = winner.num_samples, closed_share(winner)
+    again = winner.test_reads > 1
     when = "measured after the search" if again else "measured once, after the search"
 
     def value(key: str, digits: int = 1) -> str:
-        return number(winner[key], digits, winner.get(f"{key}_error"))
+        return number(getattr(winner, key), digits, getattr(winner, f"{key}_error", None))
 
     rows = [
         (
@@ -110,27 +110,27 @@ def rungs_table(results: Rows) -> str:
     ]
     rows = [
         (
-            f"{row['learning_rate']:g}",
-            f"{row['step']:,}",
+            f"{row.learning_rate:g}",
+            f"{row.step:,}",
             *(number(finite(row, key), digits, finite(row, f"{key}_error")) for _, key, digits in shown),
-            row["trial_id"],
+            row.trial_id,
         )
-        for row in sorted(results, key=lambda row: (row["learning_rate"], row["step"]))
+        for row in sorted(results, key=lambda row: (row.learning_rate, row.step))
     ]
     return table(("learning rate", "step", *(head for head, _, _ in shown), "trial"), rows, "numbers rungs")
 
 
-def guidance_table(tried: Rows, winner: dict[str, Any]) -> str:
+def guidance_table(tried: Rows, winner: Winner) -> str:
     """Table of the guidance scales tried on the best rung of each trial; empty if there are none."""
     if not tried:
         return ""
-    chosen = winner["trial_id"], winner["step"], winner.get("guidance_scale")
+    chosen = winner.trial_id, winner.step, winner.guidance_scale
     rows = [
         (
-            row["trial_id"],
-            f"{row['step']:,}",
-            f"{row['guidance_scale']:g}"
-            + (" ★" if (row["trial_id"], row["step"], row["guidance_scale"]) == chosen else ""),
+            row.trial_id,
+            f"{row.step:,}",
+            f"{row.guidance_scale:g}"
+            + (" ★" if (row.trial_id, row.step, row.guidance_scale) == chosen else ""),
             *(
                 number(finite(row, key), digits, finite(row, f"{key}_error"))
                 for key, digits in (("fid", 1), ("kid", 4), ("fid_2", 2))

@@ -1,32 +1,32 @@
 """Results in sentences, with notes on their reliability."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import number, told_settings
+from ray_jobs.run.records import RungRow, Winner
 
 
-def closed_share(winner: dict[str, Any]) -> float | None:
+def closed_share(winner: Winner) -> float | None:
     """Share of the distance from the base to real pictures that the winner closed, on the test split.
 
     1: as near as other real pictures; 0: no better than the base; negative: worse. None if the base is
     already as near as real pictures, within its standard error, or a score is not finite.
     """
-    base, tuned, floor = (float(winner[k]) for k in ("base_test_fid", "test_fid", "test_floor_fid"))
-    error = float(winner.get("base_test_fid_error") or 0)
+    base, tuned, floor = winner.base_test_fid, winner.test_fid, winner.test_floor_fid
+    error = winner.base_test_fid_error or 0.0
     if not all(map(math.isfinite, (base, tuned, floor))) or base - floor <= error:
         return None
     return (base - tuned) / (base - floor)
 
 
-def headline(winner: dict[str, Any]) -> str:
+def headline(winner: Winner) -> str:
     """State the result in one sentence."""
-    who = f"A learning rate of {told_settings(winner)} for {counted(winner['step'], 'step')}"
-    if "guidance_scale" in winner:
-        who += f", drawn with a guidance scale of {winner['guidance_scale']:g},"
+    who = f"A learning rate of {told_settings(winner)} for {counted(winner.step, 'step')}"
+    if winner.guidance_scale is not None:
+        who += f", drawn with a guidance scale of {winner.guidance_scale:g},"
     share = closed_share(winner)
     if share is None:
         return f"{who} won; the base model left no distance to real pictures that its error would show."
@@ -42,7 +42,7 @@ class Note(NamedTuple):
     alert: bool = True
 
 
-def notes(winner: dict[str, Any], results: Rows, enough_samples: int) -> list[Note]:
+def notes(winner: Winner, results: Rows, enough_samples: int) -> list[Note]:
     """Collect caveats for reading the ranking; empty if there are none.
 
     Args:
@@ -54,8 +54,8 @@ def notes(winner: dict[str, Any], results: Rows, enough_samples: int) -> list[No
     found: list[Note | None] = [_too_few(winner, results, enough_samples), _ties(winner, results)]
     if (network := second_network(results)) is not None:
         found.append(_agreement(winner, results, network))
-    if int(winner.get("test_reads", 1)) > 1:
-        times = f"The test split of this run was read {winner['test_reads']} times"
+    if winner.test_reads > 1:
+        times = f"The test split of this run was read {winner.test_reads} times"
         found.append(Note(f"{times}: whoever chose by it has flattered the scores on it."))
     return [note for note in found if note]
 
@@ -67,7 +67,7 @@ def second_network(results: Rows) -> str | None:
         ValueError: there are several networks, whose scores must not be compared.
     """
     scored = [row for row in results if finite(row, "fid_2") is not None]
-    networks = {str(row["feature_network_2"]) for row in scored}
+    networks = {str(row.feature_network_2) for row in scored}
     if len(networks) > 1:
         raise ValueError(
             f"feature_network_2: {', '.join(sorted(networks))}: scores of different networks cannot be"
@@ -76,8 +76,8 @@ def second_network(results: Rows) -> str | None:
     return networks.pop() if networks else None
 
 
-def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
-    samples = int(winner["num_samples"])
+def _too_few(winner: Winner, results: Rows, enough: int) -> Note | None:
+    samples = winner.num_samples
     if samples >= enough:
         return None
     shown = any(finite(row, "kid") is not None for row in results)
@@ -88,19 +88,20 @@ def _too_few(winner: dict[str, Any], results: Rows, enough: int) -> Note | None:
     )
 
 
-def won_by_tie(winner: dict[str, Any], results: Rows) -> bool:
+def won_by_tie(winner: Winner, results: Rows) -> bool:
     """Return whether another rung has a lower score, within the error, and took more steps."""
     chosen = _row_of(winner, results)
     return chosen is not None and bool(finite(chosen, "behind"))
 
 
-def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
+def _ties(winner: Winner, results: Rows) -> Note | None:
     """Explain why the winner is not the rung with the lowest score, if so."""
     chosen = _row_of(winner, results)
     lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
     if chosen is None or lowest is None or not won_by_tie(winner, results):
         return None
-    apart = number(chosen["behind"], 1, chosen["behind_error"])
+    assert chosen.behind is not None
+    apart = number(chosen.behind, 1, chosen.behind_error)
     return Note(
         f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
         " within the error of that difference, so the winner is the one of fewer steps.",
@@ -108,14 +109,14 @@ def _ties(winner: dict[str, Any], results: Rows) -> Note | None:
     )
 
 
-def _agreement(winner: dict[str, Any], results: Rows, network: str) -> Note | None:
+def _agreement(winner: Winner, results: Rows, network: str) -> Note | None:
     """State whether the second network would have chosen the same rung."""
     scored = [row for row in results if None not in (finite(row, "fid"), finite(row, "fid_2"))]
     first, second = (_lowest(scored, key) for key in ("fid", "fid_2"))
     if first is None or second is None:
         return None
-    mine, other = (name.split("@")[0] for name in (str(winner["feature_network"]), network))
-    if (first["trial_id"], first["step"]) == (second["trial_id"], second["step"]):
+    mine, other = (name.split("@")[0] for name in (winner.feature_network, network))
+    if first.place == second.place:
         return Note(f"Both feature networks, {mine} and {other}, name the same winner.", alert=False)
     return Note(
         f"The feature networks disagree about the winner: {mine} takes {_name(first)}, {other} takes"
@@ -123,14 +124,14 @@ def _agreement(winner: dict[str, Any], results: Rows, network: str) -> Note | No
     )
 
 
-def _row_of(winner: dict[str, Any], results: Rows) -> dict[str, Any] | None:
-    wanted = winner["trial_id"], winner["step"]
-    return next((row for row in reversed(results) if (row["trial_id"], row["step"]) == wanted), None)
+def _row_of(winner: Winner, results: Rows) -> RungRow | None:
+    wanted = winner.trial_id, winner.step
+    return next((row for row in reversed(results) if row.place == wanted), None)
 
 
-def _lowest(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any] | None:
-    return min(rows, key=lambda row: (row[key], row["step"]), default=None)
+def _lowest(rows: Rows, key: str) -> RungRow | None:
+    return min(rows, key=lambda row: (getattr(row, key), row.step), default=None)
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{told_settings(row)} at {counted(int(row['step']), 'step')}"
+def _name(row: RungRow) -> str:
+    return f"{told_settings(row)} at {counted(row.step, 'step')}"

@@ -12,6 +12,7 @@ from cluster.lease import held
 from cluster.watch import watched
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, quiet_logs, show
+from ray_jobs.run.folder import RunFolder
 
 FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
 """Messages of an operating system or S3 store that is full; Ray's errors contain them as text."""
@@ -69,7 +70,7 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config) as nodes, watched(config, nodes), held(config):
+        with connect(config) as nodes, watched(config, nodes), held(RunFolder.of(config).root):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(complain(error))

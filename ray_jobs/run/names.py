@@ -66,8 +66,3 @@ def _plain(text: str, others: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HEX]
-
-
-def training_of(row: Mapping[str, Any]) -> str:
-    """Name of the checkpoint folder that a row of results.jsonl was measured in."""
-    return str(row.get("training", row["trial_id"]))

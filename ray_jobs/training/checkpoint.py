@@ -25,14 +25,15 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.monitor import RUNG
+from ray_jobs.run.folder import CONFIG
+from ray_jobs.run.records import Progress
+from ray_jobs.training.monitor import RUNG, Series
 from ray_jobs.training.state import Shards, load_state, owned_fragments, snapshot, whole, write_shard
 
 WEIGHTS = "weights"
 STATE = "state"
 PROGRESS = "progress.json"
 SERIES = "series.json"
-CONFIG = "config.yaml"
 FOLDER = "step-"
 MARK = "complete-"
 REPORTED = "reported"  # marker file of a rung that was evaluated and whose score was reported to the search
@@ -52,19 +53,17 @@ class CheckpointWriter:
     def __init__(self, engine: Any, ema: EMA | None, export: Export, config: str) -> None:
         self.engine, self.ema, self.export, self.config = engine, ema, export, config
 
-    def save(self, metrics: dict[str, Any], series: list[dict[str, float]], *, why: str) -> None:
+    def save(self, progress: Progress, series: Series) -> None:
         """Report a checkpoint of the current state to Ray Train; every rank must call this.
 
         Args:
-            metrics, series: the results of `Meter.metrics`.
-            why: RUNG, INTERVAL or PREEMPTION.
+            progress, series: the results of `Meter.metrics`.
         """
         import ray.train
 
         rank, world_size = self.engine.global_rank, self.engine.world_size
-        metrics = metrics | {"why": why}
         tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
-        weights = self._evaluated_weights() if why == RUNG else {}
+        weights = self._evaluated_weights() if progress.why == RUNG else {}
         storage = ray.train.get_context().get_storage()
 
         def upload(checkpoint: Any, name: str) -> Any:
@@ -74,11 +73,10 @@ class CheckpointWriter:
                 storage.storage_filesystem.delete_file(mark)  # left behind by an attempt that died
             write_shard(folder / STATE, rank, world_size, tensors, steps)
             if rank == 0:
-                progress = metrics | {"world_size": world_size}
                 (folder / SERIES).write_text(json.dumps(series))
                 (folder / CONFIG).write_text(self.config, encoding="utf-8")
-                (folder / PROGRESS).write_text(json.dumps(progress))
-                if why == RUNG:
+                (folder / PROGRESS).write_text(json.dumps(progress.versioned()))
+                if progress.why == RUNG:
                     self.export(weights, folder / WEIGHTS)
             written = digests(folder)
             there = storage.persist_current_checkpoint(checkpoint, name)
@@ -90,9 +88,9 @@ class CheckpointWriter:
             return there
 
         ray.train.report(
-            metrics,
+            progress.fields(),
             checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="diffray-checkpoint-")),
-            checkpoint_dir_name=folder_of(metrics["step"]),
+            checkpoint_dir_name=folder_of(progress.step),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
         )
@@ -128,9 +126,10 @@ class Resumed:
     """
 
     def __init__(self, folder: Path) -> None:
-        progress = json.loads((folder / PROGRESS).read_text())
-        self.step = int(progress["step"])
-        self.shards = Shards(folder / STATE, int(progress["world_size"]))
+        file = folder / PROGRESS
+        progress = Progress.parse(json.loads(file.read_text()), str(file))
+        self.step = progress.step
+        self.shards = Shards(folder / STATE, progress.world_size)
 
     def restore(self, engine: Any, ema: EMA | None) -> None:
         """Restore the optimizer's state and the averages; the model must already have its weights."""
@@ -146,11 +145,20 @@ class Rung:
     """A checkpoint in the run's storage whose weights can be evaluated."""
 
     uri: str
-    metrics: dict[str, Any]
+    progress: Progress
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
 
     @property
     def weights(self) -> str:
-        return Storage.open(self.uri).child(WEIGHTS).uri
+        return weights_of(self.uri)
+
+
+def weights_of(checkpoint: str) -> str:
+    """Return the URI of a checkpoint's weights."""
+    return Storage.open(checkpoint).child(WEIGHTS).uri
 
 
 def folder_of(step: int) -> str:
@@ -186,7 +194,7 @@ def drop_old_states(trial: Storage) -> None:
     for step in reversed(steps_of(trial)):
         folder = trial.child(folder_of(step))
         progress = read_progress(folder)
-        if progress and newer >= 2 and progress["why"] != RUNG:
+        if progress and newer >= 2 and progress.why != RUNG:
             if not folder.exists(STATE):
                 return  # neither do the earlier ones
             folder.delete(STATE)
@@ -200,7 +208,7 @@ def damaged(folder: Storage, part: str = "") -> list[str]:
         part: path prefix; only files below it are checked.
     """
     written: dict[str, str] = {}
-    for mark in sorted(_marks(json.loads(folder.read_text(PROGRESS))["world_size"])):
+    for mark in sorted(_marks(_progress(folder).world_size)):
         try:
             written |= json.loads(folder.read_text(mark))
         except ValueError:
@@ -229,17 +237,25 @@ def rungs_of(trial: Storage) -> list[Rung]:
 
 def _rung(folder: Storage) -> Rung | None:
     """Return the rung in a folder, or None if the folder holds no complete checkpoint of a rung."""
-    metrics = read_progress(folder)
-    return Rung(folder.uri, metrics) if metrics and metrics["why"] == RUNG else None
+    progress = read_progress(folder)
+    return Rung(folder.uri, progress) if progress and progress.why == RUNG else None
 
 
-def read_progress(folder: Storage) -> dict[str, Any] | None:
-    """Return the metrics of the checkpoint in a folder, or None if it is missing, incomplete or damaged."""
+def read_progress(folder: Storage) -> Progress | None:
+    """Return the progress of the checkpoint in a folder, or None if it is missing, incomplete or damaged.
+
+    Raises:
+        ConfigError: it has a newer format.
+    """
     files = set(folder.files())
     if not any(name.startswith(f"{MARK}0000-") for name in files):
         return None  # rank 0 may still be writing progress.json
     try:
-        metrics: dict[str, Any] = json.loads(folder.read_text(PROGRESS))
-    except ValueError:
+        progress = _progress(folder)
+    except json.JSONDecodeError:
         return None  # damaged
-    return metrics if _marks(metrics["world_size"]) <= files else None
+    return progress if _marks(progress.world_size) <= files else None
+
+
+def _progress(folder: Storage) -> Progress:
+    return Progress.parse(json.loads(folder.read_text(PROGRESS)), f"{folder.uri}/{PROGRESS}")

@@ -16,6 +16,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.checkpoint import (
     REPORTED,
@@ -66,7 +67,7 @@ class LoopSettings:
     @property
     def trial(self) -> Storage:
         """Folder of the trial's checkpoints."""
-        return Storage.open(self.config.storage).child(self.config.name, "train", self.trial_id)
+        return RunFolder.of(self.config).training(self.trial_id)
 
     @property
     def stages(self) -> list[Stage]:
@@ -186,7 +187,7 @@ class Training:
                 return
             self._average(step)
             if step in ladder or why:
-                self.writer.save(*self.meter.metrics(), why=RUNG if step in ladder else why)
+                self.writer.save(*self.meter.metrics(RUNG if step in ladder else why))
             if self.settings.wait_for_scores and step in ladder[:-1]:
                 self._wait_for_score(step)
             if step == stage.last and step < ladder[-1]:

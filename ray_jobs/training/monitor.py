@@ -11,6 +11,7 @@ import torch
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.board import TrainingProgress
+from ray_jobs.run.records import Progress
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.startup import StartUp
 
@@ -19,6 +20,9 @@ SMOOTHED = 20  # steps over which the displayed loss is averaged
 ENOUGH = 64  # images after which a mean loss is comparable, if that is fewer than SMOOTHED steps
 EXPLODED = 5.0  # multiple of the lowest smoothed loss at which the loss counts as diverged
 RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
+
+Series = list[dict[str, float]]
+"""One row per step: step, loss, grad_norm, learning_rate, time."""
 
 
 class Diverged(RuntimeError):
@@ -61,7 +65,7 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self.series: list[dict[str, float]] = []
+        self.series: Series = []
         self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
 
     def go_on(self) -> None:
@@ -178,22 +182,28 @@ class Meter:
             seconds_left=(self.ladder[-1] - step) * self.seconds_per_step,
         )
 
-    def metrics(self) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """Return a checkpoint's metrics and one row per step, both since the last one; then start afresh."""
+    def metrics(self, why: str) -> tuple[Progress, Series]:
+        """Return a checkpoint's progress and one row per step, both since the last one; then start afresh.
+
+        Args:
+            why: RUNG, INTERVAL or PREEMPTION.
+        """
         series, step = self.series, int(self.series[-1]["step"])
-        metrics: dict[str, Any] = {
-            "step": step,
-            "train_loss": sum(row["loss"] for row in series) / len(series),
-            "grad_norm": sum(row["grad_norm"] for row in series) / len(series),
-            "images_per_second": self.images_per_second,
-            "waiting_for_data": self.waited / self.seconds if self.seconds else 0.0,
-            "state_bytes": self.state_bytes,
-        }
+        progress = Progress(
+            step=step,
+            train_loss=sum(row["loss"] for row in series) / len(series),
+            grad_norm=sum(row["grad_norm"] for row in series) / len(series),
+            images_per_second=self.images_per_second,
+            waiting_for_data=self.waited / self.seconds if self.seconds else 0.0,
+            state_bytes=self.state_bytes,
+            why=why,
+            world_size=self.engine.world_size,
+        )
         if self.startup:
-            metrics["startup_seconds"], self.startup = self.startup.record, None
+            progress, self.startup = progress | {"startup_seconds": self.startup.record}, None
         self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
         self._restart()
-        return metrics, series
+        return progress, series
 
 
 def memory_gib(device: torch.device) -> float:

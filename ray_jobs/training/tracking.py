@@ -24,14 +24,15 @@ from ray_jobs.config import Config, Section
 from ray_jobs.console import say
 from ray_jobs.registry.models import check_store, open_client, store_errors, tracking_uri
 from ray_jobs.registry.store import experiment_id, retried
-from ray_jobs.run.names import training_of
+from ray_jobs.run.folder import RunFolder, SharedFolder
+from ray_jobs.run.records import Progress, RungRow
 from ray_jobs.run.samples import SAMPLES, sheet
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.loop import DIVERGED
+from ray_jobs.training.monitor import Series
 
 LOOK_EVERY = 10.0  # seconds
 PATIENCE = 60.0  # seconds that the end of a stage waits for a slow store
-ARTIFACTS = "mlartifacts"  # folder in the storage for the images that go with a SQLite store
 LARGEST_BATCH = 1000  # metrics that MLflow accepts in one call
 STEP_METRICS = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
 CHECKPOINT_METRICS = {
@@ -51,7 +52,7 @@ FIRST_RUNG_METRIC = "validation/fid"  # its presence means that the rung was log
 # Tags that identify an MLflow run: a digest of the checkpoints' location, and the trial.
 TRAININGS_TAG, TRIAL_TAG = "diffray.trainings", "diffray.trial"
 
-Rows = list[dict[str, Any]]
+Rows = list[RungRow]
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def _experiment(client: Any, config: Config) -> str:
     """
     place = None
     if sqlite_file(tracking_uri(config)):
-        place = Path(Storage.open(config.storage).child(ARTIFACTS, config.name).uri).as_uri()
+        place = Path(SharedFolder.of(config).artifacts(config.name).uri).as_uri()
     return experiment_id(client, config.name, artifacts=place)
 
 
@@ -94,8 +95,8 @@ def tracked(
     Args:
         trials: configuration of each trial by name; more can be added to the mirror.
         digest: digest of the prepared data.
-        rungs: returns the rungs evaluated so far, as dicts with at least `trial_id`, `step` and `fid`. Other
-            `RUNG_METRICS` that they have are logged too, and the samples of a `checkpoint` are shown.
+        rungs: returns the rungs evaluated so far; all `RUNG_METRICS` that they have are logged, and the
+            samples of a `checkpoint` are shown.
     """
     mirror, done = Mirror(config, trials, digest, rungs), threading.Event()
     thread = threading.Thread(target=_watch, args=(mirror, done), daemon=True)
@@ -165,7 +166,7 @@ class Mirror:
         self, config: Config, trials: dict[str, Config], digest: str, rungs: Callable[[], Rows]
     ) -> None:
         self.config, self.digest, self.rungs = config, digest, rungs
-        self.trainings = Storage.open(config.storage).child(config.name, "train")
+        self.trainings = RunFolder.of(config).trainings
         self.trials: dict[str, Config] = {}
         self.began_after: dict[str, int] = {}
         for trial, settings in trials.items():
@@ -199,12 +200,12 @@ class Mirror:
             MlflowException: the store refuses or cannot be reached.
         """
         for row in self.rungs():
-            run, step = self.runs.get(training_of(row)), int(row["step"])
-            if run is None or step in run.shown or "checkpoint" not in row:
+            run = self.runs.get(row.training_name)
+            if run is None or row.step in run.shown or not row.checkpoint:
                 continue
-            if pictures := sheet(Storage.open(row["checkpoint"])):
-                self.client.log_image(run.id, pictures, artifact_file=f"samples/{folder_of(step)}.png")
-            run.shown.add(step)
+            if pictures := sheet(Storage.open(row.checkpoint)):
+                self.client.log_image(run.id, pictures, artifact_file=f"samples/{folder_of(row.step)}.png")
+            run.shown.add(row.step)
 
     def end(self) -> None:
         """Set the final status of each MLflow run."""
@@ -218,17 +219,17 @@ class Mirror:
             if known and step <= known.step:
                 continue
             checkpoint = below.child(folder_of(step))
-            measured = read_progress(checkpoint)
-            if measured is None:
+            progress = read_progress(checkpoint)
+            if progress is None:
                 some_not_whole = True
                 continue
             series = json.loads(checkpoint.read_text(SERIES))
             known = self._run(trial, started=_milliseconds(series[0]))
             if some_not_whole and series[0]["step"] > known.step + 1:
                 return  # the steps between are still being written
-            self._log_checkpoint(known, series, measured)
+            self._log_checkpoint(known, series, progress)
 
-    def _log_checkpoint(self, run: MlflowRun, series: Rows, measured: dict[str, Any]) -> None:
+    def _log_checkpoint(self, run: MlflowRun, series: Series, progress: Progress) -> None:
         """Log a checkpoint's new steps, in batches that MLflow accepts whole or not at all."""
         from mlflow.entities import Metric
 
@@ -242,25 +243,25 @@ class Mirror:
                 for name, field in STEP_METRICS.items()
             ]
             last = int(rows[-1]["step"])
-            if last == measured["step"]:
+            if last == progress.step:
                 metrics += [
-                    Metric(name, float(measured[field]), _milliseconds(rows[-1]), last)
+                    Metric(name, getattr(progress, field), _milliseconds(rows[-1]), last)
                     for name, field in CHECKPOINT_METRICS.items()
                 ]
             self.client.log_batch(run.id, metrics=metrics)
             run.step = last
 
-    def _log_rung(self, row: dict[str, Any]) -> None:
+    def _log_rung(self, row: RungRow) -> None:
         from mlflow.entities import Metric
 
-        run, step = self.runs.get(training_of(row)), int(row["step"])
-        found = {name: row.get(field) for name, field in RUNG_METRICS.items()}
+        run = self.runs.get(row.training_name)
+        found = {name: getattr(row, field) for name, field in RUNG_METRICS.items()}
         finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-        if run is None or step in run.rungs or FIRST_RUNG_METRIC not in finite:
+        if run is None or row.step in run.rungs or FIRST_RUNG_METRIC not in finite:
             return
         now = int(1000 * time.time())
-        self.client.log_batch(run.id, metrics=[Metric(*each, now, step) for each in finite.items()])
-        run.rungs.add(step)
+        self.client.log_batch(run.id, metrics=[Metric(*each, now, row.step) for each in finite.items()])
+        run.rungs.add(row.step)
 
     def _run(self, trial: str, started: int) -> MlflowRun:
         """Return the MLflow run of a trial: the one from before an interruption, or a new one."""
@@ -324,6 +325,6 @@ def _flat(prefix: str, section: Section, without: set[str]) -> dict[str, str]:
     return found
 
 
-def _milliseconds(row: dict[str, Any]) -> int:
+def _milliseconds(row: dict[str, float]) -> int:
     """Return the time at which a step ended, in milliseconds since 1970 as MLflow expects."""
     return int(1000 * row["time"])

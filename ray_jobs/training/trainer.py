@@ -7,7 +7,9 @@ from typing import Any
 from cluster.storage import Storage
 from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
+from ray_jobs.training.checkpoint import rungs_of
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
 
 DEPENDS_ON = "depends_on.json"
@@ -18,7 +20,7 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
     train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
     schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
     return {
-        "dataset": dataset.manifest["content"],
+        "dataset": dataset.manifest.content,
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
@@ -60,7 +62,7 @@ def build_trainer(
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
     )
-    storage = Storage.open(config.storage).child(config.name, "train")
+    rungs_of(settings.trial)  # a checkpoint of a newer format is refused here, not by the workers
     settings.trial.delete(DIVERGED)
     require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
     return TorchTrainer(
@@ -75,7 +77,7 @@ def build_trainer(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=storage.uri,
+            storage_path=RunFolder.of(config).trainings.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
             callbacks=[TellFailures(name, settings.trial, train.max_failures, board), *callbacks],
         ),

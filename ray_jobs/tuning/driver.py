@@ -15,11 +15,11 @@ from ray_jobs.config import SearchConfig, Settings
 from ray_jobs.console import say
 from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.run.command_line import refusal, told_damage
-from ray_jobs.run.names import training_of
+from ray_jobs.run.records import RungRow, write_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
-from ray_jobs.tuning.results import FIELDS, RESULTS, with_error
+from ray_jobs.tuning.results import with_error
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, stoppers
 from ray_jobs.tuning.trial import Make, Surroundings, Trial, run_trial
@@ -88,13 +88,12 @@ class Trials:
             self.storage.write_lines(BEGUN, lines)
         self.mirror.add(trial.training, self.around.config.with_settings(trial.settings))
 
-    def add(self, row: dict[str, Any]) -> bool:
+    def add(self, row: RungRow) -> bool:
         """Record a row; return False if it is already recorded."""
-        key = training_of(row), row["step"]
-        if any(key == (training_of(old), old["step"]) for old in self.rows):
+        if any((row.training_name, row.step) == (old.training_name, old.step) for old in self.rows):
             return False
         self.rows.append(row)
-        self.storage.write_lines(RESULTS, self.rows)
+        write_rows(self.storage, self.rows)
         return True
 
     def _run(self, make: Make, space: dict[str, Any], count: int, algorithm: Any, num_samples: int) -> None:
@@ -159,8 +158,8 @@ class Recorder(Callback):
         self.started: set[str] = set()
         self.spent_before: dict[str, float] = {}  # seconds of earlier starts, by training
         for row in trials.rows:
-            name = training_of(row)
-            self.spent_before[name] = max(self.spent_before.get(name, 0.0), row["seconds"])
+            name = row.training_name
+            self.spent_before[name] = max(self.spent_before.get(name, 0.0), row.seconds)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an empty state: Tune saves callbacks with its own state, from which no search resumes."""
@@ -187,12 +186,12 @@ class Recorder(Callback):
         seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
         # Tune has replaced the trial's ID with its own.
         known = result | {"trial_id": mine.trial_id, "seconds": seconds}
-        row = {field: known[field] for field in FIELDS if field in known}
+        row = RungRow.model_validate({name: known[name] for name in RungRow.model_fields if name in known})
         if self.trials.add(row):
             say(
                 "search",
-                f"{mine.training}  rung {row['step']}/{mine.ladder[-1]}: validation FID {with_error(row)}, "
-                f"loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s",
+                f"{mine.training}  rung {row.step}/{mine.ladder[-1]}: validation FID {with_error(row)}, "
+                f"loss {row.train_loss:.4f}, {row.images_per_second:.0f} images/s",
             )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

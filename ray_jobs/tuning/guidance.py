@@ -1,24 +1,24 @@
 """Guidance scales as candidates: they cost samples, but no training.
 
 The best rung of each trial is also measured at each of `search.guidance_scales`, on the same captions and
-noise. Writes `<storage>/<run>/search/guidance.jsonl`, one line per measurement.
+noise. Writes `<storage>/<run>/search/guidance.jsonl`, one line per measurement: the rung, the scale, and the
+scores that replace those of the rung's row.
 """
-
-from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.evaluation.pool import EvaluatorPool
-from ray_jobs.training.checkpoint import Rung
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import RungRow, read_rows, write_rows
+from ray_jobs.run.split import VALIDATION
+from ray_jobs.training.checkpoint import weights_of
 from ray_jobs.tuning.results import choose, with_error
 
 MEASURED = "guidance.jsonl"
 
-Row = dict[str, Any]
 
-
-def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorPool) -> Row:
+def choose_guidance(config: Config, rows: list[RungRow], best: RungRow, pool: EvaluatorPool) -> RungRow:
     """Choose the winner among the best rungs of all trials, each at every guidance scale.
 
     Args:
@@ -33,35 +33,32 @@ def choose_guidance(config: Config, rows: list[Row], best: Row, pool: EvaluatorP
     scales = [scale for scale in config.search.guidance_scales if scale != usual]
     if not scales:
         return best
-    lowest: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (row["fid"], row["step"])):
-        lowest.setdefault(row["trial_id"], row)
-    finalists = [best, *(row for name, row in lowest.items() if name != best["trial_id"])]
-    storage = Storage.open(config.storage).child(config.name, "search")
-    measured = storage.read_lines(MEASURED)
+    lowest: dict[str, RungRow] = {}
+    for row in sorted(rows, key=lambda row: (row.fid, row.step)):
+        lowest.setdefault(row.trial_id, row)
+    finalists = [best, *(row for name, row in lowest.items() if name != best.trial_id)]
+    storage = RunFolder.of(config).search
+    measured = read_rows(storage, MEASURED)
     for row in finalists:
         for scale in scales:
-            wanted = (row["trial_id"], row["step"], scale)
-            if not any(
-                wanted == (each["trial_id"], each["step"], each["guidance_scale"]) for each in measured
-            ):
-                measured.append(_measure(row, scale, pool))
-                storage.write_lines(MEASURED, measured)
-                say(
-                    "search",
-                    f"{wanted[0]} at step {wanted[1]}, guidance {scale:g}: {with_error(measured[-1])}",
-                )
-    chosen = {(row["trial_id"], row["step"]): row for row in finalists}
+            if any((row.place, scale) == (each.place, each.guidance_scale) for each in measured):
+                continue
+            measured.append(_measure(row, scale, pool))
+            write_rows(storage, measured, MEASURED)
+            told = with_error(measured[-1])
+            say("search", f"{row.trial_id} at step {row.step}, guidance {scale:g}: {told}")
+    chosen = {row.place: row for row in finalists}
     found = [row | {"guidance_scale": usual} for row in finalists]
     found += [
-        chosen[each["trial_id"], each["step"]] | each
+        chosen[each.place] | each.fields()
         for each in measured
-        if (each["trial_id"], each["step"]) in chosen and each["guidance_scale"] in scales
+        if each.place in chosen and each.guidance_scale in scales
     ]
-    return choose(found, pool)
+    winner, _ = choose(found, pool)
+    return winner
 
 
-def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
+def measured_scales(config: Config, rows: list[RungRow]) -> list[RungRow]:
     """Return one row per tried pair of rung and guidance scale, including the default scale.
 
     Rows are sorted by learning rate, trial and scale.
@@ -70,28 +67,29 @@ def measured_scales(config: Config, rows: list[Row]) -> list[Row]:
         config: configuration with the guidance scale that the rungs were measured at.
         rows: all rungs.
     """
-    storage = Storage.open(config.storage).child(config.name, "search")
-    rungs = {(row["trial_id"], row["step"]): row for row in rows}
-    wanted = set(config.search.guidance_scales) - {config.evaluate.guidance_scale}
+    usual = config.evaluate.guidance_scale
+    rungs = {row.place: row for row in rows}
+    wanted = set(config.search.guidance_scales) - {usual}
     found = [
-        rungs[key] | each
-        for each in storage.read_lines(MEASURED)
-        if (key := (each["trial_id"], each["step"])) in rungs and each["guidance_scale"] in wanted
+        rungs[each.place] | each.fields()
+        for each in read_rows(RunFolder.of(config).search, MEASURED)
+        if each.place in rungs and each.guidance_scale in wanted
     ]
-    tried = {(each["trial_id"], each["step"]) for each in found}
-    found += [rungs[key] | {"guidance_scale": config.evaluate.guidance_scale} for key in tried]
-    return sorted(found, key=lambda row: (row["learning_rate"], row["trial_id"], row["guidance_scale"]))
+    tried = {each.place for each in found}
+    found += [rungs[place] | {"guidance_scale": usual} for place in tried]
+    return sorted(found, key=lambda row: (row.learning_rate, row.trial_id, row.guidance_scale or 0.0))
 
 
-def _measure(row: Row, scale: float, pool: EvaluatorPool) -> Row:
-    rung = Rung(row["checkpoint"], row)
-    folder = Storage.open(row["checkpoint"]).child(f"guidance-{scale:g}")
-    scores = pool.score(rung.weights, "validation", folder, guidance_scale=scale)
-    return {
-        "trial_id": row["trial_id"],
-        "step": row["step"],
-        "guidance_scale": scale,
-        "features": folder.uri,
-        **scores.row(),
-        **scores.origin,
-    }
+def _measure(row: RungRow, scale: float, pool: EvaluatorPool) -> RungRow:
+    folder = Storage.open(row.checkpoint).child(f"guidance-{scale:g}")
+    scores = pool.score(weights_of(row.checkpoint), VALIDATION, folder, guidance_scale=scale)
+    return RungRow.model_validate(
+        {
+            "trial_id": row.trial_id,
+            "step": row.step,
+            "guidance_scale": scale,
+            "features": folder.uri,
+            **scores.row(),
+            **scores.origin,
+        }
+    )

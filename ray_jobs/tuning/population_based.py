@@ -9,10 +9,10 @@ resumes with the same population.
 import math
 import random
 from dataclasses import replace
-from typing import Any
 
 from ray_jobs.config import Config, Range, Settings
 from ray_jobs.config.space import Dimensions, sample, within
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.trial import Trial
 
@@ -38,7 +38,7 @@ def first_generation(config: Config) -> list[Trial]:
     ]
 
 
-def next_generation(config: Config, members: list[Trial], rows: list[dict[str, Any]]) -> list[Trial]:
+def next_generation(config: Config, members: list[Trial], rows: list[RungRow]) -> list[Trial]:
     """Trials of the same members, up to the next rung.
 
     Args:
@@ -46,10 +46,8 @@ def next_generation(config: Config, members: list[Trial], rows: list[dict[str, A
         rows: rows of all rungs.
     """
     ladder, reached = config.search.ladder, members[0].ladder
-    at = {row["trial_id"]: row for row in rows if row["step"] == reached[-1]}
-    ranked = sorted(
-        (each for each in members if each.trial_id in at), key=lambda each: at[each.trial_id]["fid"]
-    )
+    at = {row.trial_id: row for row in rows if row.step == reached[-1]}
+    ranked = sorted((each for each in members if each.trial_id in at), key=lambda each: at[each.trial_id].fid)
     quantile = min(math.ceil(len(ranked) * REPLACED), len(ranked) // 2)
     worst = {each.trial_id for each in ranked[len(ranked) - quantile :]}
     upwards = ladder[: len(reached) + 1]
@@ -69,7 +67,7 @@ def next_generation(config: Config, members: list[Trial], rows: list[dict[str, A
                 settings,
                 upwards,
                 training=f"{member.trial_id}_from-{reached[-1]}",
-                start=at[donor.trial_id]["checkpoint"],
+                start=at[donor.trial_id].checkpoint,
                 begins_at=reached[-1],
             )
         )

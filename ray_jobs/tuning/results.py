@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
@@ -18,34 +17,17 @@ from ray_jobs.evaluation.cross_validation import averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
-from ray_jobs.run.names import training_of
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import RungRow, read_rows
+from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.computed_steps import read_computed
 
-RESULTS = "results.jsonl"
 FINISHED = "finished.json"
 # A search whose values of these change keeps its results and continues.
 EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
-SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error")
 ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # equal in scores that may be compared
-FIELDS = (
-    "trial_id",
-    "learning_rate",
-    "settings",
-    "fold",
-    "training",
-    "parent",
-    "begins_at",
-    "step",
-    *SCORES,
-    *ORIGIN,
-    "train_loss",
-    "validation_loss",
-    "validation_losses",
-    "images_per_second",
-    "seconds",
-    "checkpoint",
-)
+COMPARISON = ("behind", "behind_error", "variance_ratio")
 
 
 @dataclass(frozen=True)
@@ -61,9 +43,9 @@ class SearchResult:
     """
 
     digest: str
-    measured: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
-    winner: dict[str, Any]
+    measured: list[RungRow]
+    rows: list[RungRow]
+    winner: RungRow
     computed: dict[str, int]
 
 
@@ -78,99 +60,91 @@ def search_digest(config: Config, dataset: Dataset) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
+def finished(config: Config, dataset: Dataset, best: RungRow) -> str:
     """Content of finished.json. It changes with the budget, trials or patience, so the search continues."""
     extent = config.search.model_dump(mode="json", include=set(EXTENDING))
-    return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best})
-
-
-def read_rows(storage: Storage) -> list[dict[str, Any]]:
-    """Read the lines of results.jsonl; empty if the file does not exist."""
-    return storage.read_lines(RESULTS)
+    return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best.fields()})
 
 
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     """Read the result of a finished search of this configuration; None if there is none."""
-    storage = Storage.open(config.storage).child(config.name, "search")
+    storage = RunFolder.of(config).search
     if not storage.exists(FINISHED):
         return None
-    told = storage.read_text(FINISHED)
-    best = json.loads(told)["winner"]
-    return (
-        result(config, dataset, read_rows(storage), best) if told == finished(config, dataset, best) else None
-    )
+    content = storage.read_text(FINISHED)
+    told = json.loads(content)
+    best = RungRow.parse(told["winner"], f"{storage.uri}/{FINISHED}")
+    now = json.loads(finished(config, dataset, best))
+    if (told["digest"], told["extent"]) != (now["digest"], now["extent"]):
+        return None
+    return result(config, content, read_rows(storage), best)
 
 
-def result(
-    config: Config, dataset: Dataset, measured: list[dict[str, Any]], best: dict[str, Any]
-) -> SearchResult:
-    """Build a SearchResult; its digest also covers the search's extent and winner."""
-    content = finished(config, dataset, best)
+def result(config: Config, content: str, measured: list[RungRow], best: RungRow) -> SearchResult:
+    """Build a SearchResult from the content of finished.json, which its digest covers."""
     digest = hashlib.sha256(content.encode()).hexdigest()
-    computed = read_computed(Storage.open(config.storage).child(config.name, "search"))
+    computed = read_computed(RunFolder.of(config).search)
     return SearchResult(digest, measured, candidates(config, measured), best, computed)
 
 
-def candidates(config: Config, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def candidates(config: Config, measured: list[RungRow]) -> list[RungRow]:
     """Rows that the winner is chosen from."""
     return averaged(measured, config.search.folds) if config.search.folds else measured
 
 
-def choose(rows: list[dict[str, Any]], pool: EvaluatorPool) -> dict[str, Any]:
-    """Return the winning row; ties are decided on pairs of pictures with equal noise (`paired_difference`).
+def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[RungRow]]:
+    """Return the winning row, and all rows with what they were compared by.
 
-    Rows compared with the lowest FID get `behind`, the difference of their FIDs, `behind_error`, its error,
-    and `variance_ratio` (as in `PairedDifference`; None: infinite). A row's `features`, if present, is the
-    folder of its pictures' features; otherwise they are stored with its checkpoint.
+    Ties are decided on pairs of pictures with equal noise (`paired_difference`). Rows compared with the
+    lowest FID get `behind`, `behind_error` and `variance_ratio`.
 
     Raises:
         ValueError: rows were measured with different networks or numbers of pictures.
     """
-    require_comparable(rows, *ORIGIN)
-    best = min(rows, key=lambda row: (row["fid"], row["step"]))
-    compared = []
-    for row in rows:
-        # Values of an earlier start, which had another best rung.
-        for stale in ("behind", "behind_error", "variance_ratio"):
-            row.pop(stale, None)
-        behind, error = row["fid"] - best["fid"], 0.0
+    require_comparable([row.fields() for row in rows], *ORIGIN)
+    rows = [row.without(*COMPARISON) for row in rows]  # of an earlier start, which had another best rung
+    best = min(rows, key=lambda row: (row.fid, row.step))
+    for place, row in enumerate(rows):
         # A row with more steps cannot win a tie, and without errors only equal scores tie.
-        if row["step"] < best["step"] and row.get("fid_error") is not None:
-            rung, lowest = (Storage.open(each.get("features", each["checkpoint"])) for each in (row, best))
-            found = pool.difference(rung, lowest, "validation")
-            behind, error = found.value, found.standard_error
+        if row.step < best.step and row.fid_error is not None:
+            rung, lowest = (Storage.open(each.features or each.checkpoint) for each in (row, best))
+            found = pool.difference(rung, lowest, VALIDATION)
             ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
-            row |= {"behind": behind, "behind_error": error, "variance_ratio": ratio}
-        compared.append(Candidate(behind, error, row["step"]))
-    return rows[winner(compared)]
+            compared = dict(zip(COMPARISON, (found.value, found.standard_error, ratio), strict=True))
+            rows[place] = row | compared
+    ranked = [
+        Candidate(row.fid - best.fid if row.behind is None else row.behind, row.behind_error or 0.0, row.step)
+        for row in rows
+    ]
+    return rows[winner(ranked)], rows
 
 
-def with_error(row: dict[str, Any]) -> str:
+def with_error(row: RungRow) -> str:
     """Format a row's FID with its error for display."""
-    return number(row["fid"], 1, row.get("fid_error"))
+    return number(row.fid, 1, row.fid_error)
 
 
-def spent(config: Config, rows: list[dict[str, Any]], computed: Mapping[str, int]) -> Spent:
+def spent(config: Config, rows: list[RungRow], computed: Mapping[str, int]) -> Spent:
     """Sum up the cost of every training: all computed steps, and the time up to its last rung.
 
     Args:
         rows: one row per rung of a training, as in results.jsonl.
         computed: steps by training; at least the steps of its last rung are counted.
     """
-    last = {training_of(row): row for row in sorted(rows, key=lambda row: int(row["step"]))}
+    last = {row.training_name: row for row in sorted(rows, key=lambda row: row.step)}
     # In population based training no trial is stopped early, so none saves steps.
     replaced = config.search.scheduler == "population"
     costs = []
     for name, row in last.items():
-        measured = row["step"] - row.get("begins_at", 0)
+        measured = row.step - row.begins_at
         steps = max(measured, computed.get(name, 0))
         costs.append(
             TrialCost(
                 trial_id=name,
                 steps=steps,
                 measured_steps=measured,
-                seconds=row["seconds"],
-                device_hours=row["seconds"] / 3600 * config.train.min_workers,
+                seconds=row.seconds,
+                device_hours=row.seconds / 3600 * config.train.min_workers,
                 saved_steps=0 if replaced else max(0, config.search.ladder[-1] - steps),
             )
         )

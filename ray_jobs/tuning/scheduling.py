@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.evaluation.cross_validation import choose_over_folds, standing
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.guidance import choose_guidance
 from ray_jobs.tuning.population_based import first_generation, next_generation
@@ -31,7 +31,7 @@ def run_trials(config: Config, done: "Trials") -> None:
         done.run_all([Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items()])
 
 
-Following = Callable[[Config, list[Trial], list[dict[str, Any]]], list[Trial]]
+Following = Callable[[Config, list[Trial], list[RungRow]], list[Trial]]
 """Function that selects the trials to continue to the next rung from those measured at the last."""
 
 
@@ -47,14 +47,15 @@ def run_generations(config: Config, done: "Trials", trials: list[Trial], followi
             say("search", f"rung {before[0].ladder[-1]}: of {len(before)} trials go on: {names or 'none'}")
 
 
-def choose_winner(config: Config, done: "Trials") -> dict[str, Any]:
-    """Return the winning candidate's row."""
-    rows, pool = candidates(config, done.rows), done.around.pool
+def choose_winner(config: Config, done: "Trials") -> RungRow:
+    """Return the winning candidate's row; the rows of `done` get what they were compared by."""
     if not config.search.folds:
-        return choose_guidance(config, rows, choose(rows, pool), pool)
+        best, done.rows[:] = choose(done.rows, done.around.pool)
+        return choose_guidance(config, done.rows, best, done.around.pool)
+    rows = candidates(config, done.rows)
     if not rows:
         raise RuntimeError("search.folds: no rung was measured in all folds; see search/results.jsonl")
     best = choose_over_folds(rows)
-    say("search", f"{best['trial_id']} at step {best['step']}: training it on all folds together")
-    trial = Trial.of(done.settings[best["trial_id"]], config.search.ladder)
-    return best | {"checkpoint": refitted(trial, best["step"], done.around).uri}
+    say("search", f"{best.trial_id} at step {best.step}: training it on all folds together")
+    trial = Trial.of(done.settings[best.trial_id], config.search.ladder)
+    return best | {"checkpoint": refitted(trial, best.step, done.around).uri}

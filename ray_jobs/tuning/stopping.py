@@ -7,13 +7,13 @@ from typing import Any
 from ray.tune import Stopper
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.run.names import training_of
+from ray_jobs.run.records import RungRow
 
 Computed = Callable[[], Mapping[str, int]]
 """Function that returns the steps computed so far, by training."""
 
 
-def stoppers(config: Config, recorded: list[dict[str, Any]], computed: Computed) -> list[Stopper]:
+def stoppers(config: Config, recorded: list[RungRow], computed: Computed) -> list[Stopper]:
     """Build the stoppers that the configuration asks for.
 
     Args:
@@ -67,15 +67,15 @@ class Budget(Stopper):
     including those after the last rung. Hours are worker hours: two workers spend two per hour.
     """
 
-    def __init__(self, config: Config, recorded: list[dict[str, Any]], computed: Computed) -> None:
+    def __init__(self, config: Config, recorded: list[RungRow], computed: Computed) -> None:
         self.search, self.workers, self.computed = config.search, config.train.min_workers, computed
         self.steps = dict(computed())
         self.seconds: dict[tuple[str, str], float] = {}
         for row in recorded:
-            self._add(row, "before", row["seconds"])
+            self._add(row, "before", row.seconds)
 
-    def _add(self, row: dict[str, Any], start: str, seconds: float) -> None:
-        name, steps = training_of(row), row["step"] - row.get("begins_at", 0)
+    def _add(self, row: RungRow, start: str, seconds: float) -> None:
+        name, steps = row.training_name, row.step - row.begins_at
         self.steps[name] = max(self.steps.get(name, 0), steps)
         self.seconds[name, start] = max(self.seconds.get((name, start), 0.0), seconds)
 
@@ -83,7 +83,7 @@ class Budget(Stopper):
         if "fid" in result:
             for name, steps in self.computed().items():
                 self.steps[name] = max(self.steps.get(name, 0), steps)
-            self._add(result, "now", result["time_total_s"])
+            self._add(RungRow.model_validate(result), "now", result["time_total_s"])
         return False
 
     def stop_all(self) -> bool:

@@ -7,10 +7,9 @@ resumes with the same trials.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from ray_jobs.config import Config
-from ray_jobs.run.names import training_of
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.trial import Trial
 
@@ -20,7 +19,7 @@ def all_trials(config: Config, fold: int | None) -> list[Trial]:
     return [Trial.of(settings, config.search.ladder[:1], fold) for settings in points(config)]
 
 
-def best_trials(config: Config, trials: list[Trial], rows: list[dict[str, Any]]) -> list[Trial]:
+def best_trials(config: Config, trials: list[Trial], rows: list[RungRow]) -> list[Trial]:
     """Return the trials that continue, up to the next rung.
 
     At a rung all trials have trained the same steps, so the tie rule, which prefers fewer steps, does not
@@ -31,7 +30,7 @@ def best_trials(config: Config, trials: list[Trial], rows: list[dict[str, Any]])
         rows: rows of all rungs.
     """
     reached = trials[0].ladder
-    at = {training_of(row): row["fid"] for row in rows if row["step"] == reached[-1]}
+    at = {row.training_name: row.fid for row in rows if row.step == reached[-1]}
     measured = [trial for trial in trials if trial.training in at]
     measured.sort(key=lambda trial: (at[trial.training], trial.training))
     upwards = config.search.ladder[: len(reached) + 1]

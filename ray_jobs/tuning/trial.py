@@ -13,11 +13,17 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, Settings
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.pool import EvaluatorPool
-from ray_jobs.run.names import training_of, trial_id
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.names import trial_id
+from ray_jobs.run.records import RungRow
+from ray_jobs.run.split import VALIDATION, Split, refit_of, training_of
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.monitor import RUNG
 from ray_jobs.training.trainer import build_trainer, check_diverged
 from ray_jobs.tuning.space import further
+
+Labels = dict[str, Any]
+"""Columns of results.jsonl that identify a trial."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,18 @@ class Trial:
     def of(settings: Settings, ladder: list[int], fold: int | None = None) -> "Trial":
         """Create a trial named after its settings and fold."""
         name = trial_id(settings)
-        return Trial(name, settings, ladder, name if fold is None else f"{name}_fold-{fold}", fold)
+        split = VALIDATION if fold is None else Split.of_fold(fold)
+        return Trial(name, settings, ladder, training_of(name, split), fold)
 
     @property
-    def split(self) -> str:
-        """Name of the split or fold that the trial is evaluated on."""
-        return "validation" if self.fold is None else f"fold-{self.fold}"
+    def split(self) -> Split:
+        """Split that the trial is evaluated on."""
+        return VALIDATION if self.fold is None else Split.of_fold(self.fold)
 
-    def labels(self, config: Config) -> dict[str, Any]:
+    def labels(self, config: Config) -> Labels:
         """Columns that identify this trial in results.jsonl."""
         rate = config.with_settings(self.settings).train.learning_rate
-        found = {
+        found: Labels = {
             "trial_id": self.trial_id,
             "training": self.training,  # Tune replaces trial_id with its own
             "learning_rate": rate,
@@ -85,7 +92,7 @@ class Surroundings:
     dataset: Dataset
     pool: EvaluatorPool
     board: Any
-    recorded: list[dict[str, Any]]
+    recorded: list[RungRow]
 
 
 def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> None:
@@ -96,22 +103,22 @@ def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> Non
     """
     trial, config, pool = make(space), around.config, around.pool
     labels = trial.labels(config)
-    known = {row["step"]: row for row in around.recorded if training_of(row) == trial.training}
-    folder = Storage.open(config.storage).child(config.name, "train", trial.training)
+    known = {row.step: row for row in around.recorded if row.training_name == trial.training}
+    folder = RunFolder.of(config).training(trial.training)
     tell = _teller(trial, around.board)
-    rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] in known or intact(rung, tell)]
+    rungs = [rung for rung in rungs_of(folder) if rung.step in known or intact(rung, tell)]
     for rung in rungs:
-        step = rung.metrics["step"]
-        tune.report(known[step] if step in known else measure(rung, labels, trial.split, pool))
+        row = known.get(rung.step) or measure(rung, labels, trial.split, pool)
+        tune.report(row.fields())
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # a diverged training would diverge again
-    if not rungs or rungs[-1].metrics["step"] < trial.ladder[-1]:
+    if not rungs or rungs[-1].step < trial.ladder[-1]:
         waits = config.search.wait_for_scores
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
         for rung in unreported(folder):
             if intact(rung, tell):
-                tune.report(measure(rung, labels, trial.split, pool))
-            elif rung.metrics["step"] == trial.ladder[-1]:
+                tune.report(measure(rung, labels, trial.split, pool).fields())
+            elif rung.step == trial.ladder[-1]:
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
 
@@ -139,7 +146,7 @@ def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
     Reports not yet fetched are lost when workers die. The checkpoints remain, and the next workers resume
     after them.
     """
-    rungs = [rung for rung in rungs_of(folder) if rung.metrics["step"] <= until]
+    rungs = [rung for rung in rungs_of(folder) if rung.step <= until]
     return [rung for rung in rungs if not Storage.open(rung.uri).exists(REPORTED)]
 
 
@@ -163,16 +170,26 @@ def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> Non
         # Without callbacks no rung is scored, so the workers would wait forever.
         wait_for_scores=config.search.wait_for_scores and bool(callbacks),
     ).fit()
-    check_diverged(Storage.open(config.storage).child(config.name, "train", trial.training))
+    check_diverged(RunFolder.of(config).training(trial.training))
 
 
-def measure(rung: Rung, labels: dict[str, Any], split: str, pool: EvaluatorPool) -> dict[str, Any]:
+def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> RungRow:
     """Score a rung's weights, saving samples; return its row of training metrics and scores."""
     scores = pool.score(rung.weights, split, Storage.open(rung.uri))
-    measured = {**labels, "checkpoint": rung.uri}
     losses = pool.validation_losses(rung.weights, split)
-    measured |= {"validation_loss": fmean(losses), "validation_losses": [round(each, 7) for each in losses]}
-    return rung.metrics | measured | scores.row() | scores.origin
+    return RungRow.model_validate(
+        {
+            **labels,
+            "step": rung.step,
+            **scores.row(),
+            **scores.origin,
+            "train_loss": rung.progress.train_loss,
+            "validation_loss": fmean(losses),
+            "validation_losses": [round(each, 7) for each in losses],
+            "images_per_second": rung.progress.images_per_second,
+            "checkpoint": rung.uri,
+        }
+    )
 
 
 class RungCallback(TuneReportCallback):
@@ -184,7 +201,7 @@ class RungCallback(TuneReportCallback):
     def __init__(
         self,
         trial: Trial,
-        labels: dict[str, Any],
+        labels: Labels,
         pool: EvaluatorPool,
         folder: Storage,
         tell: Tell,
@@ -203,7 +220,7 @@ class RungCallback(TuneReportCallback):
                     raise RuntimeError(f"{rung.uri} is damaged, and search.wait_for_scores waits for it")
                 continue
             row = measure(rung, self.labels, self.trial.split, self.pool)
-            super().after_report(run_context, [row], None)
+            super().after_report(run_context, [row.fields()], None)
             Storage.open(rung.uri).write_text(REPORTED, "")
 
 
@@ -214,12 +231,12 @@ def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
         RuntimeError: the loss diverged.
     """
     ladder = [rung for rung in trial.ladder if rung <= step]
-    last = replace(trial, fold=None, ladder=ladder, training=f"{trial.trial_id}_refit")
-    trainings = Storage.open(around.config.storage).child(around.config.name, "train")
+    last = replace(trial, fold=None, ladder=ladder, training=refit_of(trial.trial_id))
+    folder = RunFolder.of(around.config).training(last.training)
 
     def rungs() -> list[Rung]:
-        found = rungs_of(trainings.child(last.training))
-        return [rung for rung in found if rung.metrics["step"] == step]
+        found = rungs_of(folder)
+        return [rung for rung in found if rung.step == step]
 
     if not rungs():
         whole = replace(around, dataset=around.dataset.together())

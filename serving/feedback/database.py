@@ -33,8 +33,8 @@ from sqlalchemy.schema import CreateTable
 from sqlalchemy.types import BigInteger
 
 from cluster.sqlite import sqlite_url
-from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.run.folder import SharedFolder
 
 FILE = "feedback.db"  # in the storage folder
 SCHEMA = 2  # increased, with a migration, whenever the tables change
@@ -119,7 +119,7 @@ def feedback_url(config: Config) -> str:
             f"serve.feedback_url: missing, and a SQLite database cannot lie in {config.storage}; give the "
             "URL of a PostgreSQL database, for example postgresql+psycopg://user:password@host/diffray"
         )
-    storage = Storage.open(config.storage)
+    storage = SharedFolder.of(config).root
     storage.filesystem.create_dir(storage.path)
     return sqlite_url(f"{storage.uri}/{FILE}")
 

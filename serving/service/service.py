@@ -9,9 +9,9 @@ from contextlib import aclosing, contextmanager
 from itertools import count
 from typing import Any
 
-from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
+from ray_jobs.run.folder import RunFolder
 from serving.feedback.store import FeedbackStore, FeedbackTally
 from serving.load import DriftScores
 from serving.messages import BASE, ReplicaLoad, RoutedRequest, label
@@ -61,7 +61,7 @@ class Service:
         )
         self.watcher = RegistryWatcher(config, self.catalogue, replicas, self.canary)
         self.shadow = Shadow(
-            Storage.open(config.storage).child(config.name, "shadow"),
+            RunFolder.of(config).shadow,
             self._draw_shadow,
             lambda: self.num_open < settings.max_batch_size / 2,
         )

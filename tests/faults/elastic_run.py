@@ -21,6 +21,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.console.board import ProgressBoard
 from ray_jobs.data.preparation import prepare
+from ray_jobs.run.records import Progress
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.trainer import build_trainer, training_name
 
@@ -32,7 +33,7 @@ GRACE_S = 60
 PATIENCE_S = 300
 
 
-def checkpoints(config: Config) -> dict[int, dict[str, Any]]:
+def checkpoints(config: Config) -> dict[int, Progress]:
     """What progress.json says in the whole checkpoints of the training, by step."""
     folder = trial(config)
     found = {step: read_progress(folder.child(folder_of(step))) for step in steps_of(folder)}
@@ -66,7 +67,7 @@ def wait_for(
     steps: Steps,
     event: str,
     happen: Callable[[], Any],
-    wanted: Callable[[dict[str, Any]], bool],
+    wanted: Callable[[Progress], bool],
 ) -> Any:
     """Let something happen, wait for a checkpoint after all present ones, and say which it was, how long it
     took, and how many steps were taken again. Returns what happened."""
@@ -79,7 +80,7 @@ def wait_for(
                 took = time.monotonic() - begin
                 resumed = first_step(config, step) - 1
                 told = {"seconds": took, "again": max(0, before - resumed)}
-                print(json.dumps({"event": event, **told, **progress}), flush=True)
+                print(json.dumps({"event": event, **told, **progress.fields()}), flush=True)
                 return happened
         steps.look()
         time.sleep(0.1)
@@ -100,28 +101,28 @@ def disturb(cluster: Cluster, config: Config) -> None:
         steps,
         "one node",
         lambda: threading.Thread(target=run, args=(config, steps.board), daemon=True).start(),
-        lambda progress: progress["world_size"] == 1,
+        lambda progress: progress.world_size == 1,
     )
     joined = wait_for(
         config,
         steps,
         "a node joined",
         lambda: cluster.add_node(**WORKER_NODE),
-        lambda progress: progress["world_size"] == 2,
+        lambda progress: progress.world_size == 2,
     )
     wait_for(
         config,
         steps,
         "a node will be taken away",
         lambda: announce(joined),
-        lambda progress: progress["why"] == "preemption",
+        lambda progress: progress.why == "preemption",
     )
     wait_for(
         config,
         steps,
         "the node died",
         lambda: cluster.remove_node(joined, allow_graceful=False),
-        lambda progress: progress["world_size"] == 1,
+        lambda progress: progress.world_size == 1,
     )
     time.sleep(PATIENCE_S)
 

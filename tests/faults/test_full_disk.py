@@ -78,7 +78,7 @@ def test_a_checkpoint_on_a_full_disk(
     filler = fill(disk, leave=48 << 10)
     with pytest.raises(ray.train.TrainingFailedError, match=FULL[0]):
         train(2, 4, 6)
-    assert [rung.metrics["step"] for rung in rungs_of(training)] == [2]
+    assert [rung.step for rung in rungs_of(training)] == [2]
     filler.unlink()
     begun = time.time()
     train(2, 4, 6)

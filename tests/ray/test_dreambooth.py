@@ -92,7 +92,7 @@ def test_the_base_model_draws_exactly_the_class_pictures_that_are_lacking(
 
 
 def test_class_pictures_have_a_split_of_their_own_and_their_class_prompts(dataset: Dataset) -> None:
-    assert (dataset.manifest["train"], dataset.manifest["class"]) == (8, 6)
+    assert (dataset.manifest.train, dataset.manifest.class_) == (8, 6)
     assert members(dataset, "train") == {SKS_CAT, SKS_DOG}
     texts = [row["text"] for row in dataset.read("class", ["text"])]
     assert sorted(texts) == [CAT] * 3 + [DOG] * 3

@@ -15,12 +15,15 @@ from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.evaluation.pool import REAL_FEATURES, EvaluatorPool, evaluators, shape_of
+from ray_jobs.evaluation.pool import EvaluatorPool, evaluators, shape_of
 from ray_jobs.publish import publish
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
+from ray_jobs.run.folder import SharedFolder
+from ray_jobs.run.records import RungRow
 from ray_jobs.run.samples import SAMPLES
-from ray_jobs.training.checkpoint import Rung, folder_of
+from ray_jobs.run.split import TEST, VALIDATION, Split
+from ray_jobs.training.checkpoint import folder_of, weights_of
 from ray_jobs.tuning.guidance import MEASURED, choose_guidance
 from ray_jobs.tuning.results import SearchResult, choose
 from tests.conftest import captions, draw
@@ -66,19 +69,19 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
 
 
 @pytest.fixture(scope="module")
-def rows(config: Config, started: EvaluatorPool, tiny_model: Path) -> list[dict[str, Any]]:
+def rows(config: Config, started: EvaluatorPool, tiny_model: Path) -> list[RungRow]:
     """Two trials of one rung each, as a search has measured them."""
     pool, found = fresh(started), []
-    pool.load("validation")
+    pool.load(VALIDATION)
     for seed, trial in enumerate(("lr-0.001", "lr-0.0001")):
         folder = Storage.open(config.storage).child(config.name, "train", trial, folder_of(STEP))
         save_adapters(tiny_model, Path(folder.uri) / "weights", seed)
         folder.write_text("progress.json", json.dumps({"step": STEP, "why": "rung", "world_size": 1}))
         folder.write_text("complete-0000-of-0001", "{}")
-        scores = pool.score(Rung(folder.uri, {}).weights, "validation", folder)
+        scores = pool.score(weights_of(folder.uri), VALIDATION, folder)
         row = {"trial_id": trial, "learning_rate": float(trial[3:]), "step": STEP, "checkpoint": folder.uri}
         row |= {"seconds": 1.0, "train_loss": 0.1, "images_per_second": 1.0, "settings": {}}
-        found.append(row | scores.row() | scores.origin)
+        found.append(RungRow.model_validate(row | scores.row() | scores.origin))
     return found
 
 
@@ -88,10 +91,10 @@ def test_a_score_does_not_depend_on_the_number_of_evaluators(started: EvaluatorP
     for num_actors in (1, 2):
         pool = fresh(started, num_actors=num_actors)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
-        pool.load("validation")
-        shares = [len(task.seeds) for task in pool._tasks("validation")]
+        pool.load(VALIDATION)
+        shares = [len(task.seeds) for task in pool._tasks(VALIDATION)]
         assert shares == [[11], [4, 7]][num_actors - 1]
-        scores.append(pool.score(None, "validation"))
+        scores.append(pool.score(None, VALIDATION))
     assert scores[0] == scores[1]
 
 
@@ -104,11 +107,11 @@ def test_each_caption_is_drawn_in_the_shape_of_its_picture_however_many_evaluato
         pool = fresh(started, num_actors=num_actors)
         pool.dataset = small_set(Storage.open(str(tmp_path / "set")), shapes=shapes)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
-        pool.load("validation")
+        pool.load(VALIDATION)
         rung = Storage.open(str(tmp_path / str(num_actors)))
-        scores.append((pool.score(None, "validation", rung), pool.floor("validation")))
-        drawn.append(pool.pictures(None, "validation", 11))
-        kept.append([rung.child(SAMPLES).read_bytes(name) for name in pool.sample_names("validation")])
+        scores.append((pool.score(None, VALIDATION, rung), pool.floor(VALIDATION)))
+        drawn.append(pool.pictures(None, VALIDATION, 11))
+        kept.append([rung.child(SAMPLES).read_bytes(name) for name in pool.sample_names(VALIDATION)])
     assert scores[0] == scores[1] and drawn[0] == drawn[1] and kept[0] == kept[1] == drawn[0][:2]
     real = [row["image"] for row in pool.dataset.pictures("validation", 11)]
     of_real = [shape_of(picture) for picture in real]
@@ -120,7 +123,7 @@ def test_each_caption_is_drawn_in_the_shape_of_its_picture_however_many_evaluato
 def test_features_of_real_pictures_are_measured_once_and_found_by_their_digest(
     config: Config, dataset: Dataset, started: EvaluatorPool
 ) -> None:
-    folder = Storage.open(config.storage).child(REAL_FEATURES)
+    folder = SharedFolder.of(config).real_features
     pictures = [row["image"] for row in dataset.pictures("train", 3)]
     before = set(folder.files())
     measured = started._measure_real(pictures)
@@ -140,46 +143,46 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
 ) -> None:
     search = config.search.model_copy(update={"folds": 2})
     pool = fresh(started, config.model_copy(update={"search": search}))
-    pool.load("fold-0")
-    found = pool.measure(None, "fold-0")
+    pool.load(Split.of_fold(0))
+    found = pool.measure(None, Split.of_fold(0))
     assert found.copies is not None
-    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions["fold-0"]))
-    assert set(pool._real) == {"fold-0"} and set(pool._training) == {0}
+    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions[Split.of_fold(0)]))
+    assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == {0}
 
 
 def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
-    config: Config, started: EvaluatorPool, rows: list[dict[str, Any]]
+    config: Config, started: EvaluatorPool, rows: list[RungRow]
 ) -> None:
     scales = config.search.model_copy(update={"guidance_scales": [2.0, 1.0, 6.0]})
     config, pool = config.model_copy(update={"search": scales}), fresh(started)
-    pool.load("validation")
-    best = choose(rows, pool)
+    pool.load(VALIDATION)
+    best, rows = choose(rows, pool)
     found = choose_guidance(config, rows, best, pool)
     storage = Storage.open(config.storage).child(config.name, "search")
     lines = storage.read_lines(MEASURED)
     measured = {(line["trial_id"], line["guidance_scale"]): line for line in lines}
-    assert set(measured) == {(row["trial_id"], scale) for row in rows for scale in (1.0, 6.0)}
+    assert set(measured) == {(row.trial_id, scale) for row in rows for scale in (1.0, 6.0)}
     assert all(line["num_samples"] == 11 and "@sha256:" in line["feature_network"] for line in lines)
     fids = {key: line["fid"] for key, line in measured.items()}
-    fids |= {(row["trial_id"], 2.0): row["fid"] for row in rows}
-    assert (found["trial_id"], found["guidance_scale"]) == min(fids, key=lambda key: fids[key])
-    assert found["fid"] == min(fids.values()) and len(set(fids.values())) == 6
+    fids |= {(row.trial_id, 2.0): row.fid for row in rows}
+    assert (found.trial_id, found.guidance_scale) == min(fids, key=lambda key: fids[key])
+    assert found.fid == min(fids.values()) and len(set(fids.values())) == 6
     again = choose_guidance(config, rows, best, pool)
-    assert again["fid"] == found["fid"] and storage.read_lines(MEASURED) == lines
+    assert again.fid == found.fid and storage.read_lines(MEASURED) == lines
     assert choose_guidance(started.config, rows, best, pool) is best, "nothing to choose from"
 
 
 def test_a_subject_is_measured_by_its_photos_and_its_class_by_the_base_model(
-    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]], tmp_path: Path
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[RungRow], tmp_path: Path
 ) -> None:
     instance, kind = captions()[0], "a circle"
     draw(instance, 0).save(tmp_path / "photo.png")
     source = {"path": str(tmp_path), "instance_prompt": instance, "class_prompt": kind}
     data = type(config.data).model_validate({"sources": [source], "resolution": 64, "folds": 2})
     config = config.model_copy(update={"data": data})
-    weights = Rung(rows[0]["checkpoint"], {}).weights
+    weights = weights_of(rows[0].checkpoint)
     [found] = measure_subjects(config, dataset, started, weights)
-    assert found.numbers["num_photos"] == len(found.photos) == 1
+    assert found.scores.num_photos == len(found.photos) == 1
     assert {place: len(pictures) for place, pictures in found.drawn.items()} == {
         (whose, prompt): 4 for whose in ("base", "winner") for prompt in (instance, kind)
     }
@@ -187,22 +190,21 @@ def test_a_subject_is_measured_by_its_photos_and_its_class_by_the_base_model(
         started.features(pictures).values() for pictures in (found.photos, found.drawn["winner", instance])
     )
     cosines = (drawn @ photo[0]) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(photo[0])
-    likeness = found.numbers["winner_similarity"]
-    assert likeness["value"] == pytest.approx(float(cosines.mean()), rel=1e-4)
-    assert likeness["num_samples"] == 4 and likeness["feature_network"] in started.training_features(
-        "test", 1
-    )
-    assert found.numbers["class_drift"]["value"] > 0.01
+    likeness = found.scores.winner_similarity
+    assert likeness.value == pytest.approx(float(cosines.mean()), rel=1e-4)
+    assert likeness.num_samples == 4 and likeness.feature_network in started.training_features(TEST, 1)
+    assert found.scores.class_drift and found.scores.class_drift.value > 0.01
     base: Any = None
     [same] = measure_subjects(config, dataset, started, base)
-    assert same.numbers["class_drift"]["value"] == pytest.approx(0, abs=1e-5)
-    assert same.numbers["winner_similarity"] == same.numbers["base_similarity"]
+    assert same.scores.class_drift
+    assert same.scores.class_drift.value == pytest.approx(0, abs=1e-5)
+    assert same.scores.winner_similarity == same.scores.base_similarity
 
 
 def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_it_was_measured(
-    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[RungRow]
 ) -> None:
-    weights = Rung(rows[0]["checkpoint"], {}).weights
+    weights = weights_of(rows[0].checkpoint)
     one, other = Version("1", "version 1", weights, 1.0, "d"), Version("base", "base", None, 2.0)
     found = compare(config, dataset, fresh(started), one, other)
     folder = Storage.open(config.storage).child(config.name, "comparisons", "1-base")
@@ -212,18 +214,18 @@ def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_i
         assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
     assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
     pool = fresh(started)
-    pool.load("validation")
-    drawn = pool.score(weights, "validation", guidance_scale=1.0).fid.value
-    assert written["version 1"]["fid"] == drawn != rows[0]["fid"]
+    pool.load(VALIDATION)
+    drawn = pool.score(weights, VALIDATION, guidance_scale=1.0).fid.value
+    assert written["version 1"]["fid"] == drawn != rows[0].fid
 
 
 def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
-    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[dict[str, Any]]
+    config: Config, dataset: Dataset, started: EvaluatorPool, rows: list[RungRow]
 ) -> None:
     run = Storage.open(config.storage).child(config.name)
-    first, second = (SearchResult(row["trial_id"], rows, rows, row, {}) for row in rows)
+    first, second = (SearchResult(row.trial_id, rows, rows, row, {}) for row in rows)
     winner = publish(config, dataset, fresh(started), first)
-    assert winner["test_reads"] == 1
+    assert winner.test_reads == 1
     reads = read_records(run)
     assert [each["event"] for each in reads] == ["read", "published"]
     assert publish(config, dataset, fresh(started), first) == winner
@@ -232,8 +234,8 @@ def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
         publish(config, dataset, pool, second)
     assert not pool._real and read_records(run) == reads, "nothing was looked at"
     again = publish(config, dataset, pool, first, forced=True)
-    assert again["test_reads"] == 2 and again["test_fid"] == winner["test_fid"]
+    assert again.test_reads == 2 and again.test_fid == winner.test_fid
     assert [each.get("forced") for each in read_records(run)] == [False, None, True, None]
     assert "read 2 times" in run.read_text("report.html")
-    assert winner["num_samples"] == 11 and again["registry_version"] == winner["registry_version"]
+    assert winner.num_samples == 11 and again.registry_version == winner.registry_version
     assert len(PICTURES["test"]) == 11

@@ -112,16 +112,16 @@ def test_each_bad_picture_is_set_aside_with_its_reason_and_the_good_ones_are_kep
     assert {line["file_name"]: line["reason"] for line in written} == bad | rest
     assert all(line["detail"] for line in written)
     counted = {reason: 1 for name, reason in bad.items() if reason != "near_duplicate"}
-    assert manifest["rejected"] == counted
-    assert (manifest["left_out"], manifest["no_pictures"]) == ({"not_listed": 1}, {".md": 1})
-    assert manifest["duplicates"] == {"mode": "drop", "groups": 1, "pictures": 1}
+    assert manifest.rejected == counted
+    assert (manifest.left_out, manifest.no_pictures) == ({"not_listed": 1}, {".md": 1})
+    assert manifest.duplicates.fields() == {"mode": "drop", "groups": 1, "pictures": 1}
     group = json.loads(dataset.storage.read_text("duplicates.jsonl"))
     assert group["first"] == "003.png" and group["others"][0]["file_name"] == "twin.jpg"
     kept = [members(dataset, split) for split in ("train", "validation", "test")]
     assert set.union(*kept) == {f"picture {number}" for number in range(48)}
     assert sum(map(len, kept)) == 48  # no picture lies in two splits
-    assert sum(manifest["folds"]) == manifest["train"] + manifest["validation"]
-    assert manifest["measures"]["sharpness"]["set_aside"] == 1
+    assert sum(manifest.folds) == manifest.train + manifest.validation
+    assert manifest.measures["sharpness"].set_aside == 1
 
     # Cross-validation: each fold is judged on once, and never trained on then.
     judged = [members(dataset.leave_out(fold), "validation") for fold in range(3)]
@@ -151,8 +151,8 @@ def test_a_set_that_grows_and_changes_moves_no_picture_and_encodes_only_what_is_
     # A copy elsewhere is the same set, and trainings on it go on.
     shutil.copytree(pictures, tmp_path / "copy")
     copied = prepare(configured(tiny_model, tmp_path / "copy", tmp_path, "data.cleaning.duplicates=keep"))
-    assert copied.manifest["inputs"] != before.manifest["inputs"]
-    assert copied.manifest["content"] == before.manifest["content"]
+    assert copied.manifest.inputs != before.manifest.inputs
+    assert copied.manifest.content == before.manifest.content
     capsys.readouterr()
 
     # New ones first, some of them near duplicates of old ones, and one that resembles two of them.
@@ -258,8 +258,8 @@ def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_p
             "data.augmentation.crop=0.5",
         )
     )
-    assert set(dataset.manifest["buckets"]) == {"88x48", "64x64", "48x88"}
-    assert dataset.num_rows("train") == 2 * dataset.manifest["train"]
+    assert set(dataset.manifest.buckets) == {"88x48", "64x64", "48x88"}
+    assert dataset.num_rows("train") == 2 * dataset.manifest.train
     for part in dataset.parts("train"):
         read = pq.read_table(dataset.cache.open_input(part["file"]))
         width, height = map(int, part["bucket"].split("x"))
@@ -272,8 +272,8 @@ def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_p
         assert (variants[:, 0] != variants[:, 1]).any(axis=1).mean() > 0.4
         for original, target in zip(*conditioning(read), strict=True):
             assert tuple(original) == shapes[shape][::-1] and tuple(target) == (height, width)
-    over = dataset.manifest["buckets"]["64x64"]
-    assert over["steps"] * 4 + over["rows_over"] == over["rows"]
+    over = dataset.manifest.buckets["64x64"]
+    assert over.steps * 4 + over.rows_over == over.rows
 
 
 def conditioning(table: Any) -> tuple[list[list[int]], list[list[int]]]:
@@ -292,8 +292,8 @@ def test_four_photos_of_a_subject_are_enough(
     prompts = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
     (folder / "dataset_info.json").write_text(json.dumps(prompts))
     dataset = prepare(configured(tiny_model, folder, tmp_path))
-    assert (dataset.manifest["train"], dataset.manifest["class"]) == (4, 4)
-    assert dataset.manifest["held_out"] is False
+    assert (dataset.manifest.train, dataset.manifest.class_) == (4, 4)
+    assert dataset.manifest.held_out is False
     assert len(dataset.pictures("validation", 10)) == len(dataset.pictures("test", 10)) == 4
     assert members(dataset, "train") == {"a photo of sks dog"}
     assert members(dataset, "class") == {"a photo of a dog"}
@@ -323,7 +323,7 @@ def test_a_mixture_of_a_bucket_and_a_folder_prepared_into_a_bucket(
                 "data.cleaning.duplicates=ignore",
             )
         )
-        assert [source["rows"] for source in dataset.manifest["source"]] == [24, 48]
-        shares = [source["share"] for source in dataset.manifest["source"]]
+        assert [source.rows for source in dataset.manifest.source] == [24, 48]
+        shares = [source.share for source in dataset.manifest.source]
         assert shares == pytest.approx([0.75, 0.25], abs=0.01)
         assert dataset.storage.uri.startswith("s3://") and members(dataset, "train")

@@ -23,12 +23,13 @@ from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publish import publish
 from ray_jobs.registry.aliases import promote
 from ray_jobs.registry.models import TEST_FEATURES
+from ray_jobs.run.records import read_rows
+from ray_jobs.run.split import TEST, VALIDATION
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.training.trainer import build_trainer
 from ray_jobs.tuning.driver import Trials
-from ray_jobs.tuning.results import read_rows
 from ray_jobs.tuning.scheduling import run_trials
 from ray_jobs.tuning.trial import Surroundings
 from tests.landscape import climb, out_of_room
@@ -70,7 +71,7 @@ def test_optuna_draws_from_ranges_and_goes_on_with_what_it_began(
 def test_trials_worse_than_the_median_of_the_others_stop(ray_cluster: LocalCluster, tmp_path: Path) -> None:
     rates = "learning_rates=[3.0e-4,2.9e-4,3.1e-4,1.0e-1]"
     rows = searched(configured(tmp_path, rates, "scheduler=median")).rows
-    steps = {rate: max(row["step"] for row in rows if row["learning_rate"] == rate) for rate in (3e-4, 0.1)}
+    steps = {rate: max(row.step for row in rows if row.learning_rate == rate) for rate in (3e-4, 0.1)}
     assert steps == {3e-4: 320, 0.1: 80}
 
 
@@ -91,17 +92,15 @@ def test_folds_train_what_is_left_of_the_fold_before(
     rows = searched(config).rows
     reached = {
         fold: {
-            row["trial_id"]: max(
-                r["step"] for r in rows if (r["trial_id"], r["fold"]) == (row["trial_id"], fold)
-            )
+            row.trial_id: max(r.step for r in rows if (r.trial_id, r.fold) == (row.trial_id, fold))
             for row in rows
-            if row["fold"] == fold
+            if row.fold == fold
         }
         for fold in (0, 1)
     }
     assert reached[0]["lr-0.0003"] == 320 and reached[0]["lr-0.1"] == 80
     assert all(reached[1][name] <= reached[0][name] for name in reached[1])
-    assert {row["training"] for row in rows if row["fold"] == 1} <= {f"{n}_fold-1" for n in reached[0]}
+    assert {row.training for row in rows if row.fold == 1} <= {f"{n}_fold-1" for n in reached[0]}
 
 
 def test_a_population_improves_on_what_it_began_with(ray_cluster: LocalCluster, tmp_path: Path) -> None:
@@ -113,13 +112,13 @@ def test_a_population_improves_on_what_it_began_with(ray_cluster: LocalCluster, 
         "max_concurrent_trials=3",
     )
     found = searched(config)
-    members = {row["trial_id"] for row in found.rows}
+    members = {row.trial_id for row in found.rows}
     assert members == {f"member-{n}" for n in range(3)}
     for name in members:
-        assert [row["step"] for row in found.rows if row["trial_id"] == name] == [80, 160]
-    worst = [row for row in found.rows if row["trial_id"] == "member-0"]
-    assert worst[1]["parent"] == "member-2/80" and worst[1]["begins_at"] == 80
-    assert worst[1]["fid"] < worst[0]["fid"] / 2
+        assert [row.step for row in found.rows if row.trial_id == name] == [80, 160]
+    worst = [row for row in found.rows if row.trial_id == "member-0"]
+    assert worst[1].parent == "member-2/80" and worst[1].begins_at == 80
+    assert worst[1].fid < worst[0].fid / 2
 
 
 def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
@@ -135,8 +134,8 @@ def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
 def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_path: Path) -> None:
     config = configured(tmp_path, "space={train.weight_decay: [0.0,0.1]}", "scheduler=none", "max_steps=480")
     rows = searched(config).rows
-    assert {(row["learning_rate"], row["settings"][DECAY]) for row in rows} == {(1e-3, 0.0), (1e-3, 0.1)}
-    steps = {row["trial_id"]: row["step"] for row in rows}
+    assert {(row.learning_rate, row.settings[DECAY]) for row in rows} == {(1e-3, 0.0), (1e-3, 0.1)}
+    steps = {row.trial_id: row.step for row in rows}
     assert 480 <= sum(steps.values()) < 480 + 320, "four trials of 320 steps"
 
 
@@ -163,19 +162,19 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
     dataset = prepare(config)
     before = [actor.actor_id for actor in alive(ray_cluster)]  # of other tests
     with evaluators(config, dataset) as pool:
-        pool.load("validation")
+        pool.load(VALIDATION)
         [evaluator] = alive(ray_cluster, "Evaluator")
-        base = pool.score(None, "validation")
+        base = pool.score(None, VALIDATION)
         found = search(config, dataset, pool)
-        assert [(row["learning_rate"], row["step"]) for row in found.rows] == [
+        assert [(row.learning_rate, row.step) for row in found.rows] == [
             (1e-9, 2),
             (1e-9, 3),
             (2e-9, 2),
             (2e-9, 3),
         ]
         for first, second in (found.rows[:2], found.rows[2:]):
-            [step] = json.loads((Path(second["checkpoint"]) / SERIES).read_text())
-            assert step["time"] > (Path(first["checkpoint"]) / REPORTED).stat().st_mtime
+            [step] = json.loads((Path(second.checkpoint) / SERIES).read_text())
+            assert step["time"] > (Path(first.checkpoint) / REPORTED).stat().st_mtime
         assert found.computed.keys() == {"lr-1e-09", "lr-2e-09"} and min(found.computed.values()) >= 3
         wait_until_gone(ray_cluster, before, "ImplicitFunc", "RayTrainWorker", "TrainController")
         assert [actor.pid for actor in alive(ray_cluster, "Evaluator")] == [evaluator.pid], (
@@ -183,7 +182,7 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         )
         os.kill(evaluator.pid, signal.SIGKILL)
         killed = time.monotonic()
-        assert pool.score(None, "validation").fid == base.fid, "it starts again and repeats"
+        assert pool.score(None, VALIDATION).fid == base.fid, "it starts again and repeats"
         took = time.monotonic() - killed
         record_fault("kill -9 of an evaluator", recovery_s=took, lost="one score, measured again")
     wait_until_gone(ray_cluster, before, "Evaluator")
@@ -247,28 +246,29 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         found = search(config, dataset, pool)
         winner = publish(config, dataset, pool, found)
         promote(config, 1)  # also where it does not beat its base
-        [other] = [row for row in found.rows if row["step"] != winner["step"]]
+        [other] = [row for row in found.rows if row.step != winner.step]
         again = config.model_copy(update={"name": "again"})
         second = publish(again, dataset, pool, replace(found, winner=other))
         new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
-        paired = pool.difference(new, held, "test", TEST_FEATURES)
-        shapes = pool.shapes["test"]
+        paired = pool.difference(new, held, TEST, TEST_FEATURES)
+        shapes = pool.shapes[TEST]
     # Both drew the same captions: far less than either's own error may part them.
-    assert paired.standard_error < second["test_fid_error"] / 4
-    if winner["test_fid"] - second["test_fid"] > paired.standard_error:
-        assert second["registry_decision"].startswith("champion: ")
+    assert second.test_fid_error and second.registry_decision
+    assert paired.standard_error < second.test_fid_error / 4
+    if winner.test_fid - second.test_fid > paired.standard_error:
+        assert second.registry_decision.startswith("champion: ")
     else:
         error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
-        assert error in second["registry_decision"]
-    assert all(row["fid"] > 0 and row["validation_loss"] > 0 for row in found.rows)
-    assert set(pool.shapes["validation"]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
+        assert error in second.registry_decision
+    assert all(row.fid > 0 and row.validation_loss > 0 for row in found.rows)
+    assert set(pool.shapes[VALIDATION]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"
-    for number, (height, width) in enumerate(pool.shapes["validation"][:8]):
+    for number, (height, width) in enumerate(pool.shapes[VALIDATION][:8]):
         for kind in ("real", "base", "winner"):
             [file] = (run / "samples").glob(f"{number}-*-{kind}.png")
             assert Image.open(file).size == (width, height)
-    assert sum(winner["test_shapes"].values()) == winner["num_samples"] == 2 * len(shapes)
-    assert set(winner["test_shapes"]) == {f"{width}x{height}" for height, width in shapes}
+    assert sum(winner.test_shapes.values()) == winner.num_samples == 2 * len(shapes)
+    assert set(winner.test_shapes) == {f"{width}x{height}" for height, width in shapes}
     page = (run / "report.html").read_text()
     assert "Each caption is drawn in the shape of its real picture: " in page
     assert "for inception-2015-12-05 resized whole to 299 x 299 pixels, whatever its proportions" in page

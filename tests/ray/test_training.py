@@ -169,7 +169,7 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
             written.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
             run = Storage.open(settings.config.storage).child(settings.config.name, "train")
             rungs = find_rungs(run)[settings.trial_id]
-            told.write_text(json.dumps([rung.metrics["step"] for rung in rungs]))
+            told.write_text(json.dumps([rung.step for rung in rungs]))
             os.kill(os.getpid(), signal.SIGKILL)
 
         StorageContext.persist_current_checkpoint = persist_or_die
@@ -298,7 +298,7 @@ def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_sa
     record_fault("kill -9 of a worker that writes a checkpoint", recovery_s=took, lost=lost)
     assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
     rungs = find_rungs(Storage.open(str(run)))["trial"]
-    assert [rung.metrics["step"] for rung in rungs] == [2, 4, 40]
+    assert [rung.step for rung in rungs] == [2, 4, 40]
     expected = state_at(two_workers.checkpoints / folder_of(40))
     found = state_at(run / "trial" / folder_of(40))
     assert expected.keys() == found.keys()

@@ -71,7 +71,7 @@ def check_checkpoints(storage: Storage, local: Path) -> None:
     trial = storage.child("trial")
     last = last_intact(trial, pytest.fail)
     assert last is not None and last.path.endswith(folder_of(6))
-    assert [rung.metrics["step"] for rung in rungs_of(trial)] == [2, 4, 6]
+    assert [rung.step for rung in rungs_of(trial)] == [2, 4, 6]
     assert not [name for step in (2, 4, 6) for name in damaged(trial.child(folder_of(step)))]
 
 

@@ -124,7 +124,7 @@ def test_a_rung_of_damaged_weights_is_told_and_not_measured(trial: Path) -> None
     flip(STATE)(trial / folder_of(6))  # of which no score depends
     told: list[str] = []
     kept = [rung for rung in rungs_of(Storage.open(str(trial))) if intact(rung, told.append)]
-    assert [rung.metrics["step"] for rung in kept] == [2, 6]
+    assert [rung.step for rung in kept] == [2, 6]
     assert told == [f"{trial / folder_of(4)} is not measured: damaged: {WEIGHTS}"]
 
 
@@ -138,11 +138,11 @@ def test_a_rung_whose_report_was_lost_is_found(trial: Path) -> None:
     (trial / folder_of(2) / REPORTED).touch()
     write(trial, 3, why="interval")
     folder = Storage.open(str(trial))
-    assert [rung.metrics["step"] for rung in unreported(folder)] == [4, 6]
-    assert [rung.metrics["step"] for rung in unreported(folder, until=4)] == [4]
+    assert [rung.step for rung in unreported(folder)] == [4, 6]
+    assert [rung.step for rung in unreported(folder, until=4)] == [4]
 
 
 def test_a_rung_with_damaged_measurements_is_none(trial: Path) -> None:
     (trial / folder_of(4) / "progress.json").write_text("no JSON")
     rungs = find_rungs(Storage.open(str(trial.parent)))["trial"]
-    assert [rung.metrics["step"] for rung in rungs] == [2, 6]
+    assert [rung.step for rung in rungs] == [2, 6]

@@ -266,22 +266,20 @@ def test_the_budget_can_be_given_on_the_command_line() -> None:
 
 
 def test_a_run_is_not_called_what_all_runs_share() -> None:
-    from ray_jobs.data.encoding.class_pictures import FOLDER as CLASS_PICTURES
-    from ray_jobs.evaluation.pool import REAL_FEATURES
-    from ray_jobs.registry.registration import FOLDER as REGISTRY
-    from ray_jobs.training.tracking import ARTIFACTS
+    from ray_jobs.run.folder import SharedFolder
     from serving.feedback.database import FILE as FEEDBACK
 
-    for name in (
-        CLASS_PICTURES,
-        REAL_FEATURES,
-        REGISTRY,
-        "Registry",
-        ARTIFACTS,
-        FEEDBACK,
-        "mlflow.db",
-        "encoded",
-    ):
+    config = load_config(DEMO, [])
+    shared = SharedFolder.of(config)
+    folders = [
+        shared.encoded("digest"),
+        shared.real_features,
+        shared.class_pictures("digest"),
+        shared.registered("model"),
+        shared.artifacts("run"),
+    ]
+    names = [folder.path.removeprefix(f"{shared.root.path}/").split("/")[0] for folder in folders]
+    for name in (*names, "Registry", "mlflow.db", FEEDBACK):
         with pytest.raises(ConfigError, match="name: .* is what all runs of a storage share"):
             load_config(DEMO, [f"name={name}"])
 

@@ -21,6 +21,7 @@ from ray_jobs.report.dataset_page import (
     histogram,
     write_dataset_page,
 )
+from ray_jobs.run.manifest import Histogram, Manifest
 
 SHARPNESS: dict[str, Any] = {
     "edges": [1.0, 10.0, 100.0, 1000.0],
@@ -77,7 +78,8 @@ def page_of(*examples: Example, **changes: Any) -> str:
         "seen": 1625,
         "max_rejected": 0.2,
     }
-    return write_dataset_page(**{**values, **changes})
+    values |= changes
+    return write_dataset_page(**values | {"manifest": Manifest.model_validate(values["manifest"])})
 
 
 class Page(HTMLParser):
@@ -100,9 +102,17 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
+def section_html(**changes: Any) -> str:
+    return dataset_section(Manifest.model_validate(MANIFEST | changes))
+
+
+def drawn(name: str, values: dict[str, Any]) -> str:
+    return histogram(name, Histogram.model_validate(values))
+
+
 def section(**changes: Any) -> str:
     """The text of the section for a manifest with these changes."""
-    return Page(dataset_section({**MANIFEST, **changes})).text
+    return Page(section_html(**changes)).text
 
 
 def bars(svg: str) -> list[tuple[str, float, float]]:
@@ -178,24 +188,24 @@ def test_each_measure_shows_its_threshold_its_field_and_what_it_set_aside() -> N
     text = section()
     assert "12 pictures set aside below 10, which is data.cleaning.min_sharpness." in text
     assert "5 pictures set aside above 0.75, which is data.cleaning.max_dark." in text
-    assert len(re.findall('class="threshold"', dataset_section(MANIFEST))) == 2
+    assert len(re.findall('class="threshold"', section_html())) == 2
 
 
 def test_a_threshold_that_is_off_is_said_to_be_off() -> None:
     off = {**SHARPNESS, "threshold": None, "set_aside": 0}
-    html = dataset_section({**MANIFEST, "measures": {"sharpness": off}})
+    html = section_html(measures={"sharpness": off})
     assert "Off: data.cleaning.min_sharpness is empty" in html
     assert 'class="threshold"' not in html
     assert {kind for kind, _, _ in bars(html)} == {"kept"}
 
 
 def test_bars_below_the_threshold_are_tinted() -> None:
-    assert [kind for kind, _, _ in bars(histogram("sharpness", SHARPNESS))] == ["beyond", "kept", "kept"]
+    assert [kind for kind, _, _ in bars(drawn("sharpness", SHARPNESS))] == ["beyond", "kept", "kept"]
 
 
 def test_a_bar_that_the_threshold_divides_is_tinted_beyond_it_only() -> None:
     # Two bins of 120 units each; 0.75 lies in the middle of the second.
-    assert [(kind, left) for kind, left, _ in bars(histogram("dark", DARK))] == [
+    assert [(kind, left) for kind, left, _ in bars(drawn("dark", DARK))] == [
         ("kept", 0.0),
         ("kept", 120.0),
         ("beyond", 180.0),
@@ -204,14 +214,14 @@ def test_a_bar_that_the_threshold_divides_is_tinted_beyond_it_only() -> None:
 
 @pytest.mark.parametrize(("threshold", "kinds"), [(0.5, {"kept"}), (5000.0, {"beyond"})])
 def test_a_threshold_outside_the_histogram_is_drawn_at_its_end(threshold: float, kinds: set[str]) -> None:
-    svg = histogram("sharpness", {**SHARPNESS, "threshold": threshold})
+    svg = drawn("sharpness", {**SHARPNESS, "threshold": threshold})
     assert {kind for kind, _, _ in bars(svg)} == kinds
     (line,) = [attrs for _, attrs in Page(svg).tags if attrs.get("class") == "threshold"]
     assert float(line["x1"] or -1) == (0.0 if kinds == {"kept"} else 240.0)
 
 
 def test_a_single_picture_among_a_million_has_a_bar_and_none_has_not() -> None:
-    svg = histogram("sharpness", {**SHARPNESS, "counts": [1, 1_000_000, 0]})
+    svg = drawn("sharpness", {**SHARPNESS, "counts": [1, 1_000_000, 0]})
     heights = [float(attrs["height"] or 0) for tag, attrs in Page(svg).tags if tag == "rect"]
     assert len(heights) == 2
     assert min(heights) >= 1

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.lease import LEASES, Lease, Owner, held
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import ConfigError
 from tests.record import record_fault
 from tests.s3_server import S3Server, s3_server
 
@@ -40,18 +40,6 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def elsewhere(**fields: object) -> Owner:
     """A driver on a machine of which this one knows nothing."""
     return replace(Owner.this(), host="other", place="another boot", **fields)  # type: ignore[arg-type]
-
-
-def a_config(storage: Path) -> Config:
-    return Config.model_validate(
-        {
-            "name": "demo",
-            "storage": str(storage),
-            "data": {"source": "pictures"},
-            "model": {"base": "model"},
-            "search": {"learning_rates": [1e-3], "ladder": [2]},
-        }
-    )
 
 
 def leased(run: Storage, owner: Owner | None = None) -> Lease:
@@ -150,9 +138,8 @@ def test_of_many_that_start_at_once_no_two_hold_the_run(run: Storage) -> None:
 
 
 def test_a_driver_that_was_taken_for_dead_stops_and_says_so(tmp_path: Path) -> None:
-    config = a_config(tmp_path)
     run = Storage.open(str(tmp_path)).child("demo")
-    with pytest.raises(RuntimeError, match="was taken over by another driver"), held(config, **QUICK):
+    with pytest.raises(RuntimeError, match="was taken over by another driver"), held(run, **QUICK):
         run.child(LEASES).write_text("000002.json", json.dumps(asdict(elsewhere())))
         run.child(LEASES).delete("000001.json")
         time.sleep(20)
@@ -160,10 +147,10 @@ def test_a_driver_that_was_taken_for_dead_stops_and_says_so(tmp_path: Path) -> N
 
 
 def test_an_interrupt_releases_the_run(tmp_path: Path) -> None:
-    config = a_config(tmp_path)
+    run = Storage.open(str(tmp_path)).child("demo")
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
-    with pytest.raises(KeyboardInterrupt), held(config, **QUICK):
+    with pytest.raises(KeyboardInterrupt), held(run, **QUICK):
         threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
         time.sleep(20)
     signal.signal(signal.SIGINT, former)
-    assert Storage.open(str(tmp_path)).child("demo", LEASES).files() == []
+    assert run.child(LEASES).files() == []

@@ -21,6 +21,7 @@ from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
 from ray_jobs.pictures.reading import encode_png
+from ray_jobs.run.manifest import Manifest
 from ray_jobs.weights import loading
 from ray_jobs.weights.feature_networks import Networks, load_networks
 from tests.serving.conftest import save_adapters
@@ -65,7 +66,7 @@ def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> 
     generated, real = features(networks, 24, seed=1), Real.of(features(networks, 3 * 4, seed=2))
     found, _ = further(generated, real, networks, CAPTIONS * 4)
     assert networks.second and networks.clip
-    of_network = {record["metric"]: record["feature_network"] for record in found}
+    of_network = {record.metric: record.feature_network for record in found}
     assert of_network == {
         "precision": NETWORK,
         "recall": NETWORK,
@@ -73,8 +74,8 @@ def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> 
         "CLIP score": networks.clip.identity,
         "CLIP image similarity": networks.clip.identity,
     }
-    assert {record["num_samples"] for record in found} == {24}
-    errors = {record["metric"] for record in found if record["standard_error"]}
+    assert {record.num_samples for record in found} == {24}
+    errors = {record.metric for record in found if record.standard_error}
     assert errors == set(of_network)
 
 
@@ -97,10 +98,10 @@ def test_fid_is_extrapolated_from_more_pictures_than_features_on(networks: Netwo
     few = Networks(replace(networks.first, num_features=20))
     generated, real = features(few, 21, seed=1), Real.of(features(few, 21, seed=2))
     found, _ = further(generated, real, few, CAPTIONS * 7)
-    [record] = [record for record in found if record["metric"] == "fid_infinity"]
-    assert record["standard_error"] > 0 and record["num_samples"] == 21
+    [record] = [record for record in found if record.metric == "fid_infinity"]
+    assert record.standard_error and record.standard_error > 0 and record.num_samples == 21
     found, _ = further(features(few, 20, seed=1), real, few, CAPTIONS * 7)
-    assert "fid_infinity" not in [record["metric"] for record in found]
+    assert "fid_infinity" not in [record.metric for record in found]
 
 
 def test_a_picture_is_held_against_the_caption_and_the_real_picture_that_it_was_drawn_for(
@@ -113,7 +114,7 @@ def test_a_picture_is_held_against_the_caption_and_the_real_picture_that_it_was_
     values = {}
     for name, order in (("own", [0, 1, 2, 0, 1, 2]), ("others", [1, 2, 0, 1, 2, 0])):
         found, _ = further(generated | {clip: texts[order]}, Real.of(real), networks, CAPTIONS)
-        values[name] = {record["metric"]: record["value"] for record in found}
+        values[name] = {record.metric: record.value for record in found}
     assert values["own"]["CLIP score"] == pytest.approx(2.5)
     assert values["own"]["CLIP image similarity"] == pytest.approx(1)
     assert values["others"]["CLIP score"] < 2.49
@@ -127,10 +128,11 @@ def test_a_copied_training_picture_is_found_and_counted() -> None:
     number, distance = found.nearest[7]
     assert number == 31 and distance == pytest.approx(1e-4 * 5**0.5, rel=0.05)
     record = found.record()
-    assert record["value"] == pytest.approx(sum(d < record["threshold"] for _, d in found.nearest) / 20)
-    assert record["value"] >= 1 / 20 and record["standard_error"] > 0
-    assert (record["num_samples"], record["num_training"], record["num_held_out"]) == (20, 40, 100)
-    assert (record["expected_share"], record["feature_network"]) == (0.01, "n")
+    assert record.threshold and record.standard_error
+    assert record.value == pytest.approx(sum(d < record.threshold for _, d in found.nearest) / 20)
+    assert record.value >= 1 / 20 and record.standard_error > 0
+    assert (record.num_samples, record.num_training, record.num_held_out) == (20, 40, 100)
+    assert (record.expected_share, record.feature_network) == (0.01, "n")
 
 
 def test_without_held_out_pictures_the_nearest_are_told_and_no_share() -> None:
@@ -154,7 +156,7 @@ def evaluator(tiny_model: Path, clip_folder: Path, tmp_path_factory: pytest.Temp
             "evaluate": {"inference_steps": 2, "batch_size": 4, "bootstrap": 3, "second_network": None},
         }
     )
-    evaluator = Evaluator(config, Dataset(storage, storage, {}), num_threads=1)
+    evaluator = Evaluator(config, Dataset(storage, storage, Manifest()), num_threads=1)
     clip = load_clip(str(clip_folder))
     evaluator.networks = Networks(Colours("colours", "0" * 64, torch.device("cpu"), 3), None, clip)
     return evaluator
@@ -176,7 +178,7 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     ]
     found = evaluator.measure(real, CAPTIONS * 2, real.features, real, None, None, *halves)
     assert found.scores == evaluator.score(real, None, None, *halves)
-    assert {record["metric"] for record in found.records()} >= {"precision", "CLIP score", "near copies"}
+    assert {record.metric for record in found.records()} >= {"precision", "CLIP score", "near copies"}
     assert found.copies is not None and len(found.copies.nearest) == 6
 
 

@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ray_jobs.config import Config
 from ray_jobs.publishing.model_card import model_card, portable, usage
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import Winner
 from ray_jobs.weights.model_files import variant_name
 from tests.cards import draw, program
 from tests.unit.test_report import MANIFEST
@@ -42,7 +44,10 @@ def card(config: Config | None = None, **changes: Any) -> str:
         "prompt": "a red apple",
         "pictures": [("a red apple", "images/0-a-red-apple.png")],
     }
-    return model_card(**{**values, **changes})
+    values |= changes
+    values["winner"] = Winner.model_validate(values["winner"])
+    values["manifest"] = Manifest.model_validate(values["manifest"])
+    return model_card(**values)
 
 
 def test_the_hub_reads_the_front_matter() -> None:

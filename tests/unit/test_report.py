@@ -25,6 +25,8 @@ from ray_jobs.report import (
 from ray_jobs.report.charts import rise_of
 from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
 from ray_jobs.report.svg import ticks
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import RungRow, SubjectScores, Winner
 
 WINNER: dict[str, Any] = {
     "trial_id": "a_00001",
@@ -58,8 +60,8 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def rung(trial: int, rate: float, step: int, fid: float | None) -> dict[str, Any]:
-    return {
+def rung(trial: int, rate: float, step: int, fid: float) -> RungRow:
+    values = {
         "trial_id": f"a_{trial:05d}",
         "learning_rate": rate,
         "step": step,
@@ -68,14 +70,19 @@ def rung(trial: int, rate: float, step: int, fid: float | None) -> dict[str, Any
         "images_per_second": 31.5,
         "checkpoint": "checkpoints/x",
     }
+    return RungRow.model_validate(values)
 
 
 RESULTS = [
     rung(0, 1e-4, 100, 180.0),
     rung(1, 3e-4, 100, 150.0),
     rung(1, 3e-4, 400, 99.5),
-    rung(2, 1e-2, 100, None),
+    rung(2, 1e-2, 100, math.nan),
 ]
+
+
+def won(**changes: Any) -> Winner:
+    return Winner.model_validate(WINNER | changes)
 
 
 def picture_row(caption: str = "a red apple") -> PictureRow:
@@ -92,7 +99,10 @@ def report(**changes: Any) -> str:
         "run_name": "demo",
         "enough_samples": 2049,
     }
-    return write_report(**{**values, **changes})
+    values |= changes
+    values["winner"] = Winner.model_validate(values["winner"])
+    values["manifest"] = Manifest.model_validate(values["manifest"])
+    return write_report(**values)
 
 
 class Page(HTMLParser):
@@ -113,9 +123,9 @@ class Page(HTMLParser):
 
 def test_the_headline_names_the_winner_and_the_share_closed() -> None:
     # (210 - 110) / (210 - 70)
-    assert closed_share(WINNER) == pytest.approx(100 / 140)
+    assert closed_share(won()) == pytest.approx(100 / 140)
     sentence = "A learning rate of 0.0003 for 400 steps closed 71% of the distance"
-    assert headline(WINNER).startswith(sentence)
+    assert headline(won()).startswith(sentence)
     assert sentence in Page(report()).text
 
 
@@ -125,12 +135,12 @@ def test_the_grid_says_whose_captions_it_shows() -> None:
 
 
 def test_a_worse_winner_is_called_worse() -> None:
-    assert "further from real pictures" in headline({**WINNER, "test_fid": 250.0})
+    assert "further from real pictures" in headline(won(test_fid=250.0))
 
 
 @pytest.mark.parametrize("base", [70.0, 60.0, math.nan, 73.0])
 def test_without_a_distance_to_close_there_is_no_share(base: float) -> None:
-    winner = {**WINNER, "base_test_fid": base, "base_test_fid_error": 4.0}
+    winner = won(base_test_fid=base, base_test_fid_error=4.0)
     assert closed_share(winner) is None
     assert "no distance" in headline(winner)
     assert "nan%" not in report(winner=winner)
@@ -214,7 +224,10 @@ def test_the_map_has_a_cell_a_learning_rate_and_step_and_frames_the_winner() -> 
 def test_over_fitting_starts_at_the_lowest_validation_loss_that_higher_ones_follow(
     losses: list[float], step: int | None
 ) -> None:
-    rungs = [{"step": at, "validation_loss": loss} for at, loss in zip((100, 200, 400), losses, strict=False)]
+    rungs = [
+        rung(1, 3e-4, at, 100.0) | {"validation_loss": loss}
+        for at, loss in zip((100, 200, 400), losses, strict=False)
+    ]
     rise = rise_of(rungs)
     assert (rise.step if rise else None) == step
     assert rise is None or (rise.error is None and not rise.is_clear), "of means alone nothing is sure"
@@ -227,7 +240,7 @@ def test_over_fitting_starts_at_the_lowest_validation_loss_that_higher_ones_foll
 )
 def test_a_rise_is_clear_where_the_rows_agree(last: list[float], clear: bool) -> None:
     rungs = [
-        {"step": step, "validation_loss": fmean(losses), "validation_losses": losses}
+        rung(1, 3e-4, step, 100.0) | {"validation_loss": fmean(losses), "validation_losses": losses}
         for step, losses in ((100, [0.1, 0.2, 0.3]), (200, last))
     ]
     rise = rise_of(rungs)
@@ -249,9 +262,10 @@ def test_the_page_says_when_the_feature_networks_disagree_about_the_winner() -> 
         "The feature networks disagree about the winner: inception-2015-12-05 takes 0.0003 at 400 steps,"
         " second takes 0.0003 at 200 steps." in Page(measured()).text
     )
-    agreeing = [rung(0, 1e-4, 100, 180.0), rung(1, 3e-4, 400, 99.5)]
-    for row, other in zip(agreeing, (60.0, 40.0), strict=True):
-        row |= {"fid_2": other, "feature_network_2": "second@sha256:00"}
+    agreeing = [
+        row | {"fid_2": other, "feature_network_2": "second@sha256:00"}
+        for row, other in ((rung(0, 1e-4, 100, 180.0), 60.0), (rung(1, 3e-4, 400, 99.5), 40.0))
+    ]
     assert "inception-2015-12-05 and second, name the same winner" in Page(report(results=agreeing)).text
 
 
@@ -400,7 +414,9 @@ def subject(toward: float = 0.01) -> SubjectPictures:
         "class_drift": record("class drift", 0.125, 0.02),
         "toward_subject": record("drift toward subject", toward, 0.02),
     }
-    return SubjectPictures(numbers, {"photo": [png("red")] * 4, "class, base": [png("blue")] * 4})
+    return SubjectPictures(
+        SubjectScores.model_validate(numbers), {"photo": [png("red")] * 4, "class, base": [png("blue")] * 4}
+    )
 
 
 def test_a_subject_is_shown_with_its_likeness_and_the_drift_of_its_class() -> None:

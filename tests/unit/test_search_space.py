@@ -16,7 +16,9 @@ from ray_jobs.config.yaml_text import read_yaml
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import averaged, choose_over_folds, standing
 from ray_jobs.metrics.resampling import PairedDifference
-from ray_jobs.run.names import training_of, trial_id
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.names import trial_id
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.population_based import first_generation, next_generation, perturbed
 from ray_jobs.tuning.results import SearchResult, at_most, bill, choose, search_digest, spent
@@ -101,7 +103,7 @@ def test_settings_change_the_configuration_and_nothing_else() -> None:
 
 def test_more_trials_a_larger_budget_or_other_guidance_go_on_with_what_was_measured(tmp_path: Path) -> None:
     storage = Storage.open(str(tmp_path))
-    dataset = Dataset(storage, storage, {"content": "as they are"})
+    dataset = Dataset(storage, storage, Manifest(content="as they are"))
 
     def digest(*overrides: str) -> str:
         drawn = ("algorithm=random", "learning_rates={low: 1.0e-5, high: 1.0e-2}")
@@ -112,9 +114,10 @@ def test_more_trials_a_larger_budget_or_other_guidance_go_on_with_what_was_measu
     assert digest() != digest("ladder=[80,160]")
 
 
-def fold_row(trial: str, step: int, fold: int, fid: float) -> dict[str, Any]:
+def fold_row(trial: str, step: int, fold: int, fid: float) -> RungRow:
+    scores: dict[str, Any]
     scores = {"fid": fid, "fid_error": 1.0, "kid": fid / 100, "kid_error": 0.1, "seconds": 10.0}
-    return {"trial_id": trial, "step": step, "fold": fold, "training": f"{trial}_fold-{fold}", **scores}
+    return RungRow(trial_id=trial, step=step, fold=fold, training=f"{trial}_fold-{fold}", **scores)
 
 
 def test_a_fold_trains_what_all_folds_before_it_have_measured_up_to_where_they_stopped() -> None:
@@ -128,9 +131,9 @@ def test_candidates_are_averaged_over_the_folds_that_all_measured_them() -> None
     rows = [fold_row("a", 80, fold, fid) for fold, fid in enumerate((10.0, 14.0, 12.0))]
     rows += [fold_row("a", 160, 0, 1.0)]  # a fold only
     [row] = averaged(rows, 3)
-    assert (row["step"], row["fid"], row["folds"], row["seconds"]) == (80, 12.0, [10.0, 14.0, 12.0], 30.0)
-    assert row["fid_error"] == pytest.approx(2 / 3**0.5)  # standard deviation 2, of three folds
-    assert "fold" not in row and "training" not in row
+    assert (row.step, row.fid, row.folds, row.seconds) == (80, 12.0, [10.0, 14.0, 12.0], 30.0)
+    assert row.fid_error == pytest.approx(2 / 3**0.5)  # standard deviation 2, of three folds
+    assert (row.fold, row.training_name) == (None, "a")
 
 
 def test_folds_tell_apart_what_differs_in_each_however_much_the_folds_differ() -> None:
@@ -138,19 +141,20 @@ def test_folds_tell_apart_what_differs_in_each_however_much_the_folds_differ() -
     hard = (10.0, 50.0, 90.0)
     rows = [fold_row("late", 160, fold, fid) for fold, fid in enumerate(hard)]
     rows += [fold_row("early", 80, fold, fid + 1) for fold, fid in enumerate(hard)]
-    assert choose_over_folds(averaged(rows, 3))["trial_id"] == "late"
-    rows = [row for row in rows if row["trial_id"] == "late"]
+    assert choose_over_folds(averaged(rows, 3)).trial_id == "late"
+    rows = [row for row in rows if row.trial_id == "late"]
     rows += [
         fold_row("early", 80, fold, fid + gap)
         for fold, (fid, gap) in enumerate(zip(hard, (9, -4, -2), strict=True))
     ]
     found = choose_over_folds(averaged(rows, 3))
-    assert found["trial_id"] == "early" and 0 < found["behind"] < found["behind_error"]
+    assert found.trial_id == "early"
+    assert found.behind and found.behind_error and 0 < found.behind < found.behind_error
 
 
-def population_rows(members: list[Trial], fids: list[float]) -> list[dict[str, Any]]:
+def population_rows(members: list[Trial], fids: list[float]) -> list[RungRow]:
     return [
-        {"trial_id": m.trial_id, "step": m.ladder[-1], "fid": fid, "checkpoint": f"at/{m.training}"}
+        RungRow(trial_id=m.trial_id, step=m.ladder[-1], fid=fid, checkpoint=f"at/{m.training}")
         for m, fid in zip(members, fids, strict=True)
     ]
 
@@ -194,13 +198,18 @@ class Differences:
 
 def test_a_rung_that_was_compared_keeps_by_how_much_the_common_noise_made_that_surer() -> None:
     rows = [
-        {"trial_id": "a", "step": step, "fid": fid, "fid_error": 3.0, "checkpoint": f"a/{step}"}
+        RungRow(trial_id="a", step=step, fid=fid, fid_error=3.0, checkpoint=f"a/{step}")
         for step, fid in ((80, 100.5), (160, 100.0), (320, 101.0))
     ]
     pool: Any = Differences()
-    assert choose(rows, pool) is rows[0], "the tie goes to fewer steps"
-    assert [rows[0][name] for name in ("behind", "behind_error", "variance_ratio")] == [0.5, 1.0, 4.0]
-    assert "variance_ratio" not in rows[1] and "variance_ratio" not in rows[2]
+    best, rows = choose(rows, pool)
+    assert best is rows[0], "the tie goes to fewer steps"
+    assert (best.behind, best.behind_error, best.variance_ratio) == (0.5, 1.0, 4.0)
+    assert not any("variance_ratio" in row.fields() for row in rows[1:])
+    others = [row | {"fid": row.fid + 1} for row in rows if row.step != 320] + [rows[2] | {"fid": 1.0}]
+    pool.difference = lambda *pair: PairedDifference(9.0, 1.0, math.inf, 128, "inception")
+    _, rows = choose(others, pool)
+    assert [row.behind for row in rows] == [9.0, 9.0, None], "a later start compares with its own best rung"
 
 
 def test_a_range_is_drawn_from_evenly_in_the_logarithm() -> None:
@@ -348,9 +357,9 @@ def test_a_space_with_trials_that_cannot_be_is_refused_before_the_first(
 
 def test_what_a_member_took_over_was_not_spent_again() -> None:
     config = configured("scheduler=population", "learning_rates=[1.0e-3,5.0e-4]")
-    own = {"trial_id": "member-1", "learning_rate": 1e-3, "step": 80, "seconds": 30.0}
+    own = RungRow(trial_id="member-1", learning_rate=1e-3, step=80, fid=9.0, seconds=30.0)
     taken = own | {"training": "member-1_from-80", "step": 160, "begins_at": 80}
-    assert training_of(taken) == "member-1_from-80"
+    assert taken.training_name == "member-1_from-80"
     assert [(each.trial_id, each.steps) for each in spent(config, [own, taken], {}).trials] == [
         ("member-1", 80),
         ("member-1_from-80", 80),
@@ -360,8 +369,8 @@ def test_what_a_member_took_over_was_not_spent_again() -> None:
 def test_steps_that_were_computed_while_the_last_rung_was_measured_are_spent_too() -> None:
     config = configured("learning_rates=[1.0e-3,5.0e-4]", "device_hour_price=2")
     rows = [
-        {"trial_id": "lr-0.001", "learning_rate": 1e-3, "step": 320, "seconds": 1800.0},
-        {"trial_id": "lr-0.0005", "learning_rate": 5e-4, "step": 80, "seconds": 900.0},
+        RungRow(trial_id="lr-0.001", learning_rate=1e-3, step=320, fid=8.0, seconds=1800.0),
+        RungRow(trial_id="lr-0.0005", learning_rate=5e-4, step=80, fid=9.0, seconds=900.0),
     ]
     found = spent(config, rows, {"lr-0.0005": 131, "lr-0.001_refit": 40})  # one that no count is known of
     assert [(each.steps, each.measured_steps, each.saved_steps) for each in found.trials] == [

@@ -9,6 +9,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import FAMILIES
+from ray_jobs.run.manifest import Manifest
 from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.training.trainer import depends_on, require_same
 from tests.tiny_models import FAMILY_MODELS, write
@@ -101,7 +102,7 @@ def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_
     tmp_path: Path,
 ) -> None:
     storage = Storage.open(str(tmp_path))
-    dataset = Dataset(storage, storage, {"content": "some pictures"})
+    dataset = Dataset(storage, storage, Manifest(content="some pictures"))
 
     def resume(*overrides: str) -> None:
         require_same(storage, depends_on(load_config(DEMO, list(overrides)), dataset))

@@ -19,6 +19,7 @@ from benchmarks.simulation.runs import Clock, evaluations, scores_of, timing_of
 from benchmarks.simulation.search import Cluster, Outcome, Plan, Scores, Simulation, Timing
 from cluster.storage import Storage
 from ray_jobs.evaluation.actor import FEATURES
+from ray_jobs.run.records import RungRow
 from ray_jobs.training.checkpoint import SERIES, folder_of
 
 ONE = Timing(startup=[100.0], step=[0.5], evaluation=[60.0])
@@ -165,14 +166,14 @@ def test_it_stops_the_trials_that_tunes_scheduler_stops(factor: int) -> None:
 
 def test_seconds_are_read_from_a_runs_files(tmp_path: Path) -> None:
     began, trial = 1_000_000.0, Storage.open(str(tmp_path))
-    rows: list[dict[str, Any]] = []
+    rows: list[RungRow] = []
     for step, measured in ((10, 95.0), (20, 130.0)):
         pace = 2 if step == 10 else 3
         last = began + 70 + 3 * (step - 10)
         series = [{"step": n, "time": last - pace * (step - n)} for n in range(step - 9, step + 1)]
         trial.child(folder_of(step)).write_text(SERIES, json.dumps(series))
         write_at(trial, step, began + measured)
-        rows.append({"trial_id": "one", "step": step, "seconds": measured, "fid": 100.0 - step})
+        rows.append(RungRow(trial_id="one", step=step, seconds=measured, fid=100.0 - step))
     clock = Clock(trial, rows)
     assert (clock.began, clock.ended) == (
         pytest.approx(began, abs=0.01),
@@ -192,11 +193,13 @@ def write_at(trial: Storage, step: int, when: float) -> None:
 
 
 def test_seconds_of_lines_alone_give_back_the_times_of_the_rungs() -> None:
-    rows = [{"step": step, "seconds": 100 + 0.5 * step + 30} for step in (80, 160, 320)]
+    rows = [
+        RungRow(trial_id="one", step=step, fid=9.0, seconds=100 + 0.5 * step + 30) for step in (80, 160, 320)
+    ]
     found = timing_of({"one": rows, "stopped": rows[:1]}, evaluators=2)
     assert list(found.step) == pytest.approx([0.5])
     measuring = only(found.evaluation) / 2
-    assert only(found.startup) + 80 * 0.5 + measuring == pytest.approx(rows[0]["seconds"])
+    assert only(found.startup) + 80 * 0.5 + measuring == pytest.approx(rows[0].seconds)
 
 
 def only(values: Sequence[float]) -> float:

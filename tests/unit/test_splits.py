@@ -4,13 +4,13 @@ import pytest
 
 from ray_jobs.data.curation.splits import (
     Shares,
-    Split,
     content_digest,
     fold_of,
     is_floor_candidate,
     split_of,
     stratified_splits,
 )
+from ray_jobs.run.split import SplitName
 
 SHARES = Shares(seed=0, validation=0.15, test=0.15)
 DIGESTS = [content_digest(str(number).encode()) for number in range(4000)]
@@ -48,7 +48,7 @@ def test_every_stratum_is_split_in_the_same_shares_to_within_about_a_picture(siz
 def test_pictures_added_anywhere_move_none_that_are_known() -> None:
     strata = ["apple" if number % 3 else "pear" for number in range(200)]
     before = stratified_splits(DIGESTS[:200], strata, SHARES, {})
-    known: dict[str, Split] = dict(zip(DIGESTS[:200], before, strict=True))
+    known: dict[str, SplitName] = dict(zip(DIGESTS[:200], before, strict=True))
     grown = [digest for pair in zip(DIGESTS[1000:1200], DIGESTS[:200], strict=True) for digest in pair]
     after = stratified_splits(grown, [of for of in strata for _ in range(2)], SHARES, known)
     found = dict(zip(grown, after, strict=True))

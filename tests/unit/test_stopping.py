@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.stopping import Budget, Patience, stoppers
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -17,6 +18,10 @@ def configured(*overrides: str) -> Config:
 
 def rung(step: int, rate: float = 1e-3, seconds: float = 0.0, **scores: Any) -> dict[str, Any]:
     return {"trial_id": f"lr-{rate:g}", "step": step, "time_total_s": seconds, "fid": 100.0, **scores}
+
+
+def recorded_rung(step: int, seconds: float) -> RungRow:
+    return RungRow(trial_id="lr-0.001", step=step, fid=100.0, seconds=seconds)
 
 
 def test_patience_ends_with_so_many_rungs_without_an_improvement_beyond_the_error() -> None:
@@ -67,7 +72,7 @@ def test_a_cost_is_hours_times_their_price() -> None:
 
 
 def test_what_an_earlier_start_has_spent_counts() -> None:
-    recorded = [rung(80) | {"seconds": 1000.0}, rung(160) | {"seconds": 1500.0}]
+    recorded = [recorded_rung(80, 1000.0), recorded_rung(160, 1500.0)]
     budget = Budget(configured("max_hours=1"), recorded, dict)
     assert not budget.stop_all()
     budget("a", rung(160, seconds=1.0))  # reported again, since it is known
@@ -77,15 +82,15 @@ def test_what_an_earlier_start_has_spent_counts() -> None:
 
 
 def test_a_recorded_rung_that_tune_reports_under_its_own_name_counts_once() -> None:
-    row = rung(80, seconds=1.0) | {"seconds": 1000.0, "training": "lr-0.001"}
+    row = recorded_rung(80, 1000.0) | {"training": "lr-0.001"}
     budget = Budget(configured("max_steps=160"), [row], dict)
-    budget("a", row | {"trial_id": "diffray_5f3a_00000"})
+    budget("a", row.fields() | {"trial_id": "diffray_5f3a_00000", "time_total_s": 1.0})
     assert not budget.stop_all()
 
 
 def test_steps_that_no_rung_has_count_and_the_search_stops_at_the_next_rung() -> None:
     computed = {"lr-0.001": 130, "lr-0.1": 20}  # one trains on behind its rung, another one has failed
-    budget = Budget(configured("max_steps=240"), [rung(80) | {"seconds": 1.0}], lambda: computed)
+    budget = Budget(configured("max_steps=240"), [recorded_rung(80, 1.0)], lambda: computed)
     computed |= {"lr-0.0002": 90}
     assert not budget.stop_all(), "in the middle of a rung"
     budget("a", rung(80, 2e-4))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.run.names import training_of
+from ray_jobs.run.records import RungRow
 from ray_jobs.tuning.scheduling import run_trials
 from ray_jobs.tuning.successive_halving import all_trials, best_trials
 from ray_jobs.tuning.trial import Trial
@@ -48,7 +48,7 @@ class Looked:
     budget_is_spent = False
 
     def __init__(self, left: int = 100) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[RungRow] = []
         self.settings: dict[str, Any] = {}
         self.steps, self.left = 0, left
 
@@ -57,21 +57,27 @@ class Looked:
             self.settings[trial.trial_id] = trial.settings
             before = 0
             for step in trial.ladder:
-                if not any((training_of(row), row["step"]) == (trial.training, step) for row in self.rows):
+                if not any((row.training_name, row.step) == (trial.training, step) for row in self.rows):
                     if not self.left:
                         raise KeyboardInterrupt
                     self.left -= 1
                     self.steps += step - before
-                    found = {"trial_id": trial.trial_id, "training": trial.training, "step": step}
-                    folds = {} if trial.fold is None else {"fold": trial.fold}
-                    self.rows.append(found | folds | {"fid": FIDS[trial.trial_id, step]})
+                    self.rows.append(
+                        RungRow(
+                            trial_id=trial.trial_id,
+                            fold=trial.fold,
+                            training=trial.training,
+                            step=step,
+                            fid=FIDS[trial.trial_id, step],
+                        )
+                    )
                 before = step
 
 
 def searched(config: Config, done: Looked) -> set[tuple[str, int]]:
     told: Any = done
     run_trials(config, told)
-    return {(training_of(row), row["step"]) for row in done.rows}
+    return {(row.training_name, row.step) for row in done.rows}
 
 
 def test_the_steps_and_what_is_measured_do_not_depend_on_the_order_of_the_rates() -> None:
@@ -111,7 +117,7 @@ def test_one_goes_on_where_the_share_is_less_and_a_trial_that_failed_is_left_out
     config = configured("search.reduction_factor=3")
     trials = all_trials(config, None)
     fids = {"lr-0.002": 9.0, "lr-0.001": 9.0, "lr-0.0005": 12.0}
-    rows = [{"trial_id": name, "training": name, "step": 80, "fid": fid} for name, fid in fids.items()]
+    rows = [RungRow(trial_id=name, step=80, fid=fid) for name, fid in fids.items()]
     [best] = best_trials(config, trials, rows)
     assert (best.training, best.ladder) == ("lr-0.001", [80, 160]), "of the same FID the name decides"
     assert best_trials(config, list(reversed(trials)), rows) == [best]

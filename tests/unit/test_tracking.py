@@ -19,6 +19,7 @@ from PIL import Image
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.models import check_store, open_client
+from ray_jobs.run.records import RungRow
 from ray_jobs.training.loop import DIVERGED
 from ray_jobs.training.tracking import Mirror, opened_store, run_params, tracked
 
@@ -79,7 +80,7 @@ def checkpoint(config: Config, first: int, last: int, *, whole: bool = True, run
     return trial
 
 
-def mirror(config: Config, rungs: Callable[[], list[dict[str, Any]]] = lambda: []) -> Mirror:
+def mirror(config: Config, rungs: Callable[[], list[RungRow]] = lambda: []) -> Mirror:
     return Mirror(config, {TRIAL: config}, "d1", rungs)
 
 
@@ -169,11 +170,11 @@ def test_a_checkpoint_that_is_not_whole_is_waited_for_and_one_that_never_will_be
 
 
 def test_the_fid_of_each_rung_is_shown_once_at_its_step(config: Config) -> None:
-    rows: list[dict[str, Any]] = []
+    rows: list[RungRow] = []
     checkpoint(config, 1, 4, rung=True)
     looking = mirror(config, lambda: rows)
     looking.look()
-    rows += [{"trial_id": TRIAL, "step": 2, "fid": float("nan")}, {"trial_id": TRIAL, "step": 4, "fid": 99.5}]
+    rows += [RungRow(trial_id=TRIAL, step=step, fid=fid) for step, fid in ((2, float("nan")), (4, 99.5))]
     looking.look()
     looking.look()
     checkpoint(config, 5, 6)
@@ -183,9 +184,9 @@ def test_the_fid_of_each_rung_is_shown_once_at_its_step(config: Config) -> None:
 
 def test_all_that_a_rung_was_measured_by_is_shown_at_its_step(config: Config) -> None:
     scores = {"fid": 99.5, "fid_error": 2.0, "kid": 0.02, "kid_error": 0.001, "fid_2": 3.5}
-    rows: list[dict[str, Any]] = [{"trial_id": TRIAL, "step": 2, "validation_loss": 0.25, **scores}]
-    rows[0]["fid_2_error"] = None  # without evaluate.bootstrap
-    rows.append({"trial_id": TRIAL, "step": 4, "fid": 98.0, "kid": float("nan")})
+    # Without evaluate.bootstrap there are no errors.
+    values = {"trial_id": TRIAL, "step": 2, "validation_loss": 0.25, "fid_2_error": None, **scores}
+    rows = [RungRow.model_validate(values), RungRow(trial_id=TRIAL, step=4, fid=98.0, kid=float("nan"))]
     checkpoint(config, 1, 4, rung=True)
     looking = mirror(config, lambda: rows)
     looking.look()
@@ -197,20 +198,20 @@ def test_all_that_a_rung_was_measured_by_is_shown_at_its_step(config: Config) ->
     assert {name: history(config, run, name) for name in expected} == expected
 
 
-def with_pictures(config: Config, step: int) -> dict[str, Any]:
+def with_pictures(config: Config, step: int) -> RungRow:
     """A measured rung that has kept a picture."""
     folder = checkpoint(config, 1, step, rung=True).child(f"step-{step:08d}")
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, format="PNG")
     folder.write_bytes("samples/0-a-caption.png", file.getvalue())
-    return {"trial_id": TRIAL, "step": step, "fid": 99.5, "checkpoint": folder.uri}
+    return RungRow(trial_id=TRIAL, step=step, fid=99.5, checkpoint=folder.uri)
 
 
 def test_each_rung_shows_its_pictures_as_one_file_in_the_storage(config: Config, tmp_path: Path) -> None:
     config = config.model_copy(update={"name": "other"})  # the store knows that of the fixture
     with opened_store(config):
         pass
-    rows = [with_pictures(config, 4), {"trial_id": TRIAL, "step": 5, "fid": 98.0, "checkpoint": "nowhere"}]
+    rows = [with_pictures(config, 4), RungRow(trial_id=TRIAL, step=5, fid=98.0, checkpoint="nowhere")]
     looking = mirror(config, lambda: rows)
     looking.look()
     looking.show_samples()

@@ -11,10 +11,11 @@ from ray_jobs.compare import look_up
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluate import _candidates
-from ray_jobs.evaluation.cross_validation import held_out, trained_on, unseen_by
+from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from ray_jobs.run.names import LEARNING_RATE
+from ray_jobs.run.split import TEST, VALIDATION, Split, refit_of, unseen_by
 from ray_jobs.training.checkpoint import folder_of
 from ray_jobs.tuning.trial import Trial
 from tests.small_set import FOLDS, small_set
@@ -38,25 +39,30 @@ def texts(dataset: Dataset, split: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("overrides", "split"),
-    [([], "validation"), ([], "test"), (IN_FOLDS, "fold-0"), (IN_FOLDS, "fold-1"), (IN_FOLDS, "test")],
+    [
+        ([], VALIDATION),
+        ([], TEST),
+        *((IN_FOLDS, each) for each in (Split.of_fold(0), Split.of_fold(1), TEST)),
+    ],
+    ids=str,
 )
 def test_what_judges_and_what_tells_near_copies_were_never_trained_on(
-    dataset: Dataset, overrides: list[str], split: str
+    dataset: Dataset, overrides: list[str], split: Split
 ) -> None:
     config = configured(*overrides)
     learnt = texts(trained_on(config, dataset, split), "train")
     for judge in (split, held_out(config, split)):
-        of, name = dataset.judged_by(judge)
-        assert texts(of, name) and not texts(of, name) & learnt
-        if split != "test":
-            assert not texts(of, name) & texts(dataset, "test"), "publish alone reads it"
+        judging = texts(dataset.judged_by(judge), judge.name)
+        assert judging and not judging & learnt
+        if split != TEST:
+            assert not judging & texts(dataset, "test"), "publish alone reads it"
 
 
 def test_near_copies_of_the_published_are_looked_for_among_all_that_it_was_trained_on(
     dataset: Dataset,
 ) -> None:
     both = texts(dataset, "train") | texts(dataset, "validation")
-    assert texts(trained_on(configured(*IN_FOLDS), dataset, "test"), "train") == both
+    assert texts(trained_on(configured(*IN_FOLDS), dataset, TEST), "train") == both
 
 
 def test_a_training_is_judged_by_what_it_left_out() -> None:
@@ -64,7 +70,9 @@ def test_a_training_is_judged_by_what_it_left_out() -> None:
     for fold in (None, 0, 12):
         trial = Trial.of(settings, [80], fold)
         assert unseen_by(trial.training) == trial.split
-    assert unseen_by("lr-0.001_refit") is None
+    assert str(Split.of_fold(12)) == "fold-12" and trial.training.endswith("_fold-12")
+    assert unseen_by(refit_of("lr-0.001")) is None
+    assert unseen_by("lr-0.001_schedule-fold-2") == VALIDATION, "a setting's value is no fold"
 
 
 def checkpoint(config: Config, training: str) -> None:
@@ -77,7 +85,7 @@ def test_the_stage_scores_each_checkpoint_on_its_fold_and_no_last_training(tmp_p
     config = configured(f"storage={tmp_path}", *IN_FOLDS)
     for training in ("lr-0.001_fold-0", "lr-0.001_fold-1", "lr-0.001_refit"):
         checkpoint(config, training)
-    judged = {name: split for name, _, split in _candidates(config)}
+    judged = {name: split and str(split) for name, _, split in _candidates(config)}
     assert judged == {
         "base, fold-0": "fold-0",
         "base, fold-1": "fold-1",
@@ -87,7 +95,7 @@ def test_the_stage_scores_each_checkpoint_on_its_fold_and_no_last_training(tmp_p
     }
     plain = configured(f"storage={tmp_path}", "name=plain")
     checkpoint(plain, "lr-0.001")
-    assert [split for _, _, split in _candidates(plain)] == ["validation", "validation"]
+    assert [split for _, _, split in _candidates(plain)] == [VALIDATION, VALIDATION]
 
 
 def published(config: Config, folder: Path, params: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from ray_jobs.data.encoding.plan import PlannedPart
 from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.diffusion.randomness import draw
+from ray_jobs.run.manifest import Manifest
 from ray_jobs.training.batch import InputMaker
 from ray_jobs.training.setup import build_model
 from ray_jobs.training.validation import PLAIN, ValidationLoss
@@ -69,7 +70,7 @@ def prepared(config: Config, folder: Path, split: str = "validation") -> Dataset
         )
         records.append(part.record())
     storage.write_bytes(PARTS, json.dumps(records).encode())
-    return Dataset(storage, storage, {"held_out": True, "encode": "store", "folds": []})
+    return Dataset(storage, storage, Manifest())
 
 
 @pytest.fixture(scope="module")

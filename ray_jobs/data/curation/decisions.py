@@ -19,9 +19,10 @@ from ray_jobs.config import CleaningConfig, Config
 from ray_jobs.data.curation.cleaning import MEASURES, Measures, check, check_size, histogram
 from ray_jobs.data.curation.duplicates import Pairs, find_near_pairs
 from ray_jobs.data.curation.scan import Entry, HashPart, read_index
-from ray_jobs.data.curation.splits import Shares, Split, fold_of, split_of, stratified_splits
+from ray_jobs.data.curation.splits import Shares, fold_of, split_of, stratified_splits
 from ray_jobs.data.sources.samples import LEFT_OUT, read_suffix_text
 from ray_jobs.pictures.reading import Rejected
+from ray_jobs.run.split import SplitName
 
 FILES_A_HASH_PART = 256
 HOLD_OUT_FROM = 20
@@ -272,7 +273,9 @@ def _short(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _own_splits(config: Config, names: list[str], strata: np.ndarray, known: dict[str, Split]) -> np.ndarray:
+def _own_splits(
+    config: Config, names: list[str], strata: np.ndarray, known: dict[str, SplitName]
+) -> np.ndarray:
     """Split of every picture without regard to near duplicates."""
     data = config.data
     shares = Shares(data.split_seed, data.validation, data.test)
@@ -341,7 +344,7 @@ def _split_settings(config: Config) -> str:
     return json.dumps([data.split_seed, data.validation, data.test, data.stratify])
 
 
-def _known_splits(config: Config, dataset: Storage) -> dict[str, Split]:
+def _known_splits(config: Config, dataset: Storage) -> dict[str, SplitName]:
     """Splits, by digest, of the pictures that an earlier run with the same settings kept."""
     if not dataset.exists(ASSIGNED):
         return {}

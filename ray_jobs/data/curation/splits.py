@@ -3,10 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from ray_jobs.run.split import SplitName
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -27,7 +25,7 @@ class Shares:
     validation: float
     test: float
 
-    def split_at(self, position: float) -> Split:
+    def split_at(self, position: float) -> SplitName:
         """Return the split at a position in [0, 1): test first, then validation, then train."""
         if position < self.test:
             return "test"
@@ -40,7 +38,7 @@ def _position(name: str, seed: int | str) -> float:
     return int.from_bytes(keyed[:8], "big") / 2**64
 
 
-def split_of(digest: str, shares: Shares) -> Split:
+def split_of(digest: str, shares: Shares) -> SplitName:
     """Assign a picture to a split by hashing its digest with the seed.
 
     The result does not depend on other pictures, so adding some moves none.
@@ -49,8 +47,8 @@ def split_of(digest: str, shares: Shares) -> Split:
 
 
 def stratified_splits(
-    digests: Sequence[str], strata: Sequence[str], shares: Shares, known: dict[str, Split]
-) -> list[Split]:
+    digests: Sequence[str], strata: Sequence[str], shares: Shares, known: dict[str, SplitName]
+) -> list[SplitName]:
     """Split every stratum in the same shares.
 
     The k-th picture of a stratum has the position frac(start + k * golden ratio), where start is the

@@ -21,9 +21,9 @@ from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, list_files
 from ray_jobs.data.sources.dreambooth import Subject, class_pictures
 from ray_jobs.pictures.reading import encode_png
+from ray_jobs.run.folder import SharedFolder
 from ray_jobs.weights.model_files import model_digest
 
-FOLDER = "class_pictures"
 SETTINGS = "settings.json"
 
 
@@ -105,7 +105,7 @@ def _folder(config: Config, model: str, prompt: str) -> Storage:
     }
     text = json.dumps(settings, indent=2) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    folder = Storage.open(config.storage).child(FOLDER, digest)
+    folder = SharedFolder.of(config).class_pictures(digest)
     folder.write_text(SETTINGS, text)
     return folder
 

@@ -12,8 +12,9 @@ from cluster.storage import Storage
 from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
+from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.split import Split
 
-MANIFEST = "manifest.json"
 PARTS = "parts.json"
 NO_FOLD = -1
 
@@ -25,14 +26,13 @@ class Dataset:
     Attributes:
         storage: `<storage>/<run>/dataset`.
         cache: folder of its parts' files.
-        manifest: content of manifest.json.
         live: with `data.encode: stream`, a reference to the `streaming.Live` that encodes training rows.
         without_fold: cross-validation fold that replaces validation, else None.
     """
 
     storage: Storage
     cache: Storage
-    manifest: dict[str, Any]
+    manifest: Manifest
     live: Any = None
     without_fold: int | None = None
 
@@ -43,19 +43,18 @@ class Dataset:
 
     def parts(self, split: str) -> list[dict[str, Any]]:
         """Stored parts of a split. A dataset of too few pictures has one split, used for all."""
-        if split in ("validation", "test") and not self.manifest["held_out"]:
+        if split in ("validation", "test") and not self.manifest.held_out:
             split = "train"
-        if split == "train" and self.manifest["encode"] == "stream":
+        if split == "train" and self.manifest.encode == "stream":
             split = "floor"  # of the training rows only those needed for scores are stored
         if self.without_fold is None or split not in ("train", "validation"):
             return [part for part in self.all_parts if part["split"] == split]
         both = [part for part in self.all_parts if part["split"] in ("train", "validation")]
         return [part for part in both if (part["fold"] == self.without_fold) == (split == "validation")]
 
-    def judged_by(self, split: str) -> "tuple[Dataset, str]":
-        """Return the dataset and its split that `split` names; for names like `fold-2` see `leave_out`."""
-        name, dash, fold = split.partition("-")
-        return (self.leave_out(int(fold)), "validation") if dash else (self, name)
+    def judged_by(self, split: Split) -> "Dataset":
+        """Return the dataset whose split `split.name` has the pictures of `split`, see `leave_out`."""
+        return self if split.fold is None else self.leave_out(split.fold)
 
     def leave_out(self, fold: int) -> "Dataset":
         """Return the dataset for one round of cross-validation.
@@ -65,8 +64,8 @@ class Dataset:
         Raises:
             ValueError: `data.folds` has no such fold.
         """
-        if fold not in range(len(self.manifest["folds"])):
-            raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest['folds'])}")
+        if fold not in range(len(self.manifest.folds)):
+            raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest.folds)}")
         return replace(self, without_fold=fold)
 
     def together(self) -> "Dataset":

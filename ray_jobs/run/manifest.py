@@ -1,0 +1,120 @@
+"""Manifest of a prepared dataset (dataset/manifest.json)."""
+
+import json
+from typing import Literal, Self
+
+from pydantic import Field
+
+from cluster.storage import Storage
+from ray_jobs.run.records import Record
+
+MANIFEST = "manifest.json"
+
+
+class Duplicates(Record):
+    """Duplicate pictures.
+
+    Attributes:
+        mode: `data.cleaning.duplicates`.
+        groups: groups of similar pictures.
+        pictures: rejected duplicates.
+    """
+
+    mode: str = "ignore"
+    groups: int = 0
+    pictures: int = 0
+
+
+class SourceShare(Record):
+    """Kept rows of a source, and its share of a training epoch."""
+
+    name: str
+    rows: int
+    share: float
+
+
+class Bucket(Record):
+    """Training rows of a shape, its whole batches in an epoch, and the rows that they leave over."""
+
+    rows: int
+    steps: int
+    rows_over: int
+
+
+class Captions(Record):
+    """Number of different captions, of repaired ones, and of ones with several lines."""
+
+    different: int = 0
+    repaired: int = 0
+    of_lines: int = 0
+
+
+class Histogram(Record):
+    """Values of one quality measure over all pictures.
+
+    Attributes:
+        edges: n + 1 increasing edges of the bins of `counts`.
+        threshold: pictures on its `side` are rejected; None: none are.
+        field: setting of the threshold.
+        set_aside: number of pictures rejected by it.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    threshold: float | None
+    side: Literal["below", "above"]
+    field: str
+    set_aside: int
+
+
+class Manifest(Record):
+    """What prepare decided about a dataset.
+
+    Attributes:
+        train, validation, test, class_: kept pictures of each split, without augmented variants.
+        encode: `data.encode`: "cache" or "stream".
+        held_out: whether validation and test pictures are held out; too few pictures are not split.
+        rejected, left_out: pictures by reason; those left out do not count as rows.
+        no_pictures: other files by suffix.
+        buckets: by shape, named width x height.
+        folds: pictures of each cross-validation fold.
+        measures: histograms by quality measure.
+        digest: digest of the pictures, captions and splits.
+        inputs: digest of sources and settings, by which prepare knows its own result again.
+        content: digest of the training input.
+        encoders: digest of the encoders.
+    """
+
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+    class_: int = Field(0, alias="class")
+    encode: str = "cache"
+    held_out: bool = True
+    rejected: dict[str, int] = {}
+    left_out: dict[str, int] = {}
+    no_pictures: dict[str, int] = {}
+    duplicates: Duplicates = Duplicates()
+    source: list[SourceShare] = []
+    buckets: dict[str, Bucket] = {}
+    folds: list[int] = []
+    captions: Captions = Captions()
+    measures: dict[str, Histogram] = {}
+    digest: str = ""
+    inputs: str = ""
+    content: str = ""
+    encoders: str = ""
+
+    @classmethod
+    def read(cls, dataset: Storage) -> Self:
+        """Read manifest.json from the dataset's folder."""
+        return cls.parse(json.loads(dataset.read_text(MANIFEST)), f"{dataset.uri}/{MANIFEST}")
+
+    def write(self, dataset: Storage) -> None:
+        dataset.write_text(MANIFEST, json.dumps(self.fields(), indent=2) + "\n")
+
+    def rows(self, split: str) -> int:
+        """Return the number of pictures of a split: train, validation, test or class."""
+        return {"train": self.train, "validation": self.validation, "test": self.test, "class": self.class_}[
+            split
+        ]

@@ -1,0 +1,269 @@
+"""Records that a run keeps in files and that its stages hand on.
+
+A record keeps keys that it does not know, and writes only values that it was given, so that a file of an
+older release stays as it is. progress.json, winner.json and each line of results.jsonl carry the number of
+their format; one without a number has format 1.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.storage import Storage
+from ray_jobs.config import ConfigError, Settings
+from ray_jobs.config.fields import explain
+
+FORMAT = 1  # a change that this program could misread gets the next number
+RESULTS = "results.jsonl"
+WINNER = "winner.json"
+
+
+class Record(BaseModel):
+    """Base of all records: immutable; `record | {...}` is a copy with other values."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], where: str) -> Self:
+        """Validate the content of a file.
+
+        Raises:
+            ConfigError: it has a newer format, or lacks a value; `where` names the file.
+        """
+        values = dict(content)
+        if (version := values.pop("format", 1)) not in range(1, FORMAT + 1):
+            raise ConfigError(
+                f"{where} was written by a newer diffray (format {version}); this one reads format {FORMAT}: "
+                "update it, or give the run another name"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where)) from None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the values that were given, without defaults."""
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+    def versioned(self) -> dict[str, Any]:
+        """Return the same with the format's number, as content of a file."""
+        return {"format": FORMAT, **self.fields()}
+
+    def __or__(self, changes: Mapping[str, Any]) -> Self:
+        return self.model_validate(self.fields() | dict(changes))
+
+    def without(self, *names: str) -> Self:
+        """Return a copy that was not given these values."""
+        return self.model_validate({name: each for name, each in self.fields().items() if name not in names})
+
+
+class Progress(Record):
+    """State of a training at a checkpoint (progress.json): means since the previous checkpoint.
+
+    Attributes:
+        waiting_for_data: share of the time.
+        state_bytes: memory of rank 0, by kind.
+        startup_seconds: seconds of each start-up phase; only in a worker group's first checkpoint.
+        why: reason for the checkpoint: `RUNG`, `INTERVAL` or `PREEMPTION`.
+    """
+
+    step: int
+    train_loss: float = math.nan
+    grad_norm: float = math.nan
+    images_per_second: float = 0.0
+    waiting_for_data: float = 0.0
+    state_bytes: dict[str, int] = {}
+    startup_seconds: dict[str, float] = {}
+    why: str
+    world_size: int
+
+
+class RungRow(Record):
+    """A measured rung (one line of results.jsonl), or a candidate for the winner.
+
+    Attributes:
+        settings: searched settings other than the learning rate.
+        fold: cross-validation fold that was evaluated; None: the validation split.
+        training: folder of the checkpoints, if it is not named after the trial.
+        parent: checkpoint of another trial that the training began with, at step `begins_at`.
+        validation_losses: loss of each held-out row.
+        seconds: time of the trial up to this rung, including evaluation.
+        checkpoint: URI of the checkpoint.
+        folds: a candidate's FID in each fold; the other scores are means over the folds.
+        guidance_scale: of a candidate that is not measured at `evaluate.guidance_scale` alone.
+        features: URI of the folder of its pictures' features, if that is not the checkpoint.
+        behind: FID above the lowest on common noise, with its error and the `variance_ratio` of
+            `PairedDifference` (None: infinite); only given for rows that were compared.
+    """
+
+    trial_id: str
+    learning_rate: float = math.nan
+    settings: Settings = {}
+    fold: int | None = None
+    training: str | None = None
+    parent: str | None = None
+    begins_at: int = 0
+    step: int
+    fid: float
+    fid_error: float | None = None
+    kid: float | None = None
+    kid_error: float | None = None
+    fid_2: float | None = None
+    fid_2_error: float | None = None
+    feature_network: str | None = None
+    feature_network_2: str | None = None
+    num_samples: int | None = None
+    train_loss: float = math.nan
+    validation_loss: float | None = None
+    validation_losses: list[float] = []
+    images_per_second: float = math.nan
+    seconds: float = 0.0
+    checkpoint: str = ""
+    folds: list[float] = []
+    guidance_scale: float | None = None
+    features: str | None = None
+    behind: float | None = None
+    behind_error: float | None = None
+    variance_ratio: float | None = None
+
+    @property
+    def training_name(self) -> str:
+        """Name of the checkpoints' folder."""
+        return self.training or self.trial_id
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Trial and step, which identify a candidate."""
+        return self.trial_id, self.step
+
+
+def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
+    """Read the rows of a file in the search's folder; empty if it does not exist.
+
+    Raises:
+        ConfigError: a line has a newer format.
+    """
+    return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
+
+
+def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) -> None:
+    search.write_lines(file, (row.versioned() for row in rows))
+
+
+class Measurement(Record):
+    """One number with all that it depends on; `standard_error` is None if it was not estimated.
+
+    Attributes:
+        num_samples: number of generated pictures.
+        num_real: number of real pictures, where that matters.
+        num_training, num_held_out, threshold, expected_share: as in `evaluation.scores.Copies`; of near
+            copies only.
+    """
+
+    metric: str
+    value: float
+    standard_error: float | None = None
+    num_samples: int
+    feature_network: str
+    num_real: int | None = None
+    num_training: int | None = None
+    num_held_out: int | None = None
+    threshold: float | None = None
+    expected_share: float | None = None
+
+
+class FinalMeasures(Record):
+    """Measures on the test split beyond the scores that rank.
+
+    Attributes:
+        left_out: measures that were not computed and the reasons, as sentences.
+        floor: the values of real training pictures.
+    """
+
+    base: list[Measurement] = []
+    winner: list[Measurement] = []
+    left_out: list[str] = []
+    floor: list[Measurement] = []
+
+
+class SubjectScores(Record):
+    """Measures of a DreamBooth subject; the last two only if its class has a prompt."""
+
+    instance_prompt: str
+    class_prompt: str | None
+    num_photos: int
+    base_similarity: Measurement
+    winner_similarity: Measurement
+    class_drift: Measurement | None = None
+    toward_subject: Measurement | None = None
+
+
+class Winner(Record):
+    """The published model and its scores (winner.json).
+
+    Attributes:
+        settings: searched settings other than the learning rate.
+        guidance_scale: scale that the search chose; None if it tried one only.
+        folds: validation FID in each fold.
+        test_reads: how often the test split of this run was read.
+        test_floor_fid: FID of real training pictures.
+        measure_settings: settings of `evaluate` that affect these scores but not the search.
+        test_shapes: generated pictures by shape, named width x height.
+        resizing: how pictures were resized for each feature network.
+        test_digest: digest of the test pictures and their captions.
+        registry_version: version in the registry; None until it is registered.
+        search_digest: digest of the search's result.
+    """
+
+    trial_id: str
+    learning_rate: float
+    settings: Settings = {}
+    step: int
+    guidance_scale: float | None = None
+    folds: list[float] = []
+    validation_fid: float
+    validation_fid_error: float | None = None
+    test_reads: int = 1
+    test_fid: float
+    test_fid_error: float | None = None
+    test_kid: float | None = None
+    test_kid_error: float | None = None
+    test_fid_2: float | None = None
+    test_fid_2_error: float | None = None
+    base_test_fid: float
+    base_test_fid_error: float | None = None
+    base_test_kid: float | None = None
+    base_test_kid_error: float | None = None
+    base_test_fid_2: float | None = None
+    base_test_fid_2_error: float | None = None
+    feature_network: str
+    num_samples: int
+    feature_network_2: str | None = None
+    base_validation_fid: float
+    base_validation_fid_error: float | None = None
+    validation_num_samples: int = 0
+    test_floor_fid: float
+    measures: FinalMeasures | None = None
+    measure_settings: Settings = {}
+    test_shapes: dict[str, int] = {}
+    resizing: dict[str, str] = {}
+    test_digest: str = ""
+    subjects: list[SubjectScores] = []
+    registry_version: int | None = None
+    registry_decision: str | None = None
+    search_digest: str = ""
+
+    @classmethod
+    def read(cls, run: Storage) -> Self:
+        """Read winner.json from the run's folder.
+
+        Raises:
+            ConfigError: it has a newer format, or lacks a value.
+        """
+        return cls.parse(json.loads(run.read_text(WINNER)), f"{run.uri}/{WINNER}")
+
+    def write(self, run: Storage) -> None:
+        run.write_text(WINNER, json.dumps(self.versioned(), indent=2) + "\n")
