@@ -21,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("train.learning_rat=0.1", "train.learning_rat: unknown key"),
         ("search.learning_rates=[0]", "search.learning_rates.0"),
         ("train.learning_rate=0", "train.learning_rate"),
-        ("evaluate.bootstrap=1", "one half has no spread; give 0 (no errors) or at least 2"),
+        ("evaluate.bootstrap=1", "an error needs at least 2 halves; give 0 (no errors) or at least 2"),
         ("evaluate.clip_revision=main", "clip_revision needs clip"),
         ("evaluate.second_network={kind: torchscript, name: a}", "sha256: kind torchscript needs it"),
         (
@@ -30,12 +30,15 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ),
         (
             "evaluate.feature_network={kind: efficientnet-lite0}",
-            "second_network: the same as feature_network; name another one, or give null",
+            "second_network: the same as feature_network; choose another, or set it to null",
         ),
         ("evaluate.feature_network={revision: main}", "evaluate.feature_network: revision: only kind"),
         ("evaluate.second_network={name: a}", "name: only kind torchscript has it; remove it"),
         ("evaluate.second_network={interpolation: bicubic}", "interpolation: only kind torchscript has it"),
-        ("evaluate.second_network={revision: main}", "revision: only kind transformers has it; remove it"),
+        (
+            "evaluate.second_network={revision: main}",
+            "revision: only used with kind: transformers; remove it",
+        ),
         ("search.ladder=[10,10]", "ladder must increase"),
         ("search.ladder=[20,10]", "ladder must increase"),
         ("search.learning_rates=[0.1,0.1]", "repeats a value"),
@@ -43,22 +46,22 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("search.learning_rates={low: 1.0e-3, high: 1.0e-4}", "low: 0.001 must be below high: 0.0001"),
         ("search.learning_rates={low: 1.0e-5, high: 1.0e-3}", "learning_rates: a range needs algorithm"),
         ("search.algorithm=optuna", "num_trials: algorithm optuna needs it"),
-        ("search.num_trials=4", "num_trials: a grid has as many as it has combinations"),
+        ("search.num_trials=4", "num_trials: algorithm grid runs every combination"),
         ("search.space={train.lora.rank: [8, 0]}", "search.space.train.lora.rank: 0: lora.rank"),
         ("search.space={train.lora.rnk: [8]}", "search.space.train.lora.rnk: 8: lora.rnk: unknown key"),
         ("search.space={train.num_workers: [1, 2]}", "train.num_workers is not searched"),
-        ("search.space={'train.deepspeed.a(b)': [1]}", "write it as train.lora.rank"),
+        ("search.space={'train.deepspeed.a(b)': [1]}", "write it like train.lora.rank"),
         ("search.space={data.resolution: [64]}", "data.resolution is not searched"),
         ("search.space={train.weight_decay: [0.1, 0.1]}", "space.train.weight_decay repeats a value"),
         ("search.space={train.prior_loss_weight: [1]}", "needs train.prior_loss_weight above 0"),
         ("search.guidance_scales=[0.5]", "search.guidance_scales.0"),
         ("search.folds=1", "one fold leaves nothing to train on"),
         ("search.folds=3", "search.folds: 3 needs data.folds: 3"),
-        ("data.validation=0.9", "must leave a share for training"),
-        ("train.trainable=[attention]", "must name some of groups: ['other']"),
+        ("data.validation=0.9", "to leave images for training"),
+        ("train.trainable=[attention]", "must be names of groups: ['other']"),
         ("train.groups={other: [x]}", "other is the name of what is in no group"),
         ("train.stages=[{steps: 400},{steps: 1}]", "the last one begins after step 400, the ladder ends at"),
-        ("train.stages=[{steps: 9, learning_rate: 0.1}]", "every stage names a learning_rate"),
+        ("train.stages=[{steps: 9, learning_rate: 0.1}]", "every stage sets learning_rate"),
         ("train.num_workers=[4,2]", "must be [min, max]"),
         ("train.batch_size=1", "leave some of 2 workers without one"),
         ("train.offload_parameters=true", "offload_parameters needs zero_stage: 3"),
@@ -100,7 +103,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
         ("publish.model_name=стиль", "publish.model_name: a model's name has letters"),
         ("publish.model_name=''", "publish.model_name: a model's name has letters"),
         (f"publish.model_name={'x' * 101}", "publish.model_name: a model's name has letters"),
-        ("publish.model_name=base", "base is what a request calls the base model"),
+        ("publish.model_name=base", "base is reserved: requests use it for the base model"),
         ("serve.models=[team/style]", "serve.models.0"),
         ("serve.drift_pictures=.inf", "serve.drift_pictures"),
         ("serve.request_timeout_s=.inf", "serve.request_timeout_s: Input should be a finite number"),
@@ -123,10 +126,10 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
     [
         (["train.zero_stage=0", "train.precision=bf16"], "bf16 needs zero_stage 1, 2 or 3"),
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
-        (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has none"),
+        (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has no warm-up"),
         (
             ["train.stages=[{steps: 5, schedule: constant, warmup_steps: 2}, {steps: 1}]"],
-            "warmup_steps: schedule constant has none",
+            "warmup_steps: schedule constant has no warm-up",
         ),
         (
             ["train.stages=[{steps: 5, warmup_steps: 5}, {steps: 1}]"],
@@ -147,7 +150,7 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         ),
         (
             ["search.scheduler=population", "search.folds=2", "data.folds=2"],
-            "population and folds do not go together",
+            "population cannot be combined with folds",
         ),
         (["search.folds=2", "data.folds=2", "search.guidance_scales=[2]"], "folds leave none"),
         (
@@ -198,7 +201,7 @@ def test_a_configuration_extends_another_section_by_section(tmp_path: Path) -> N
     [
         ("nowhere.yaml", r"variant\.yaml: extends: .*nowhere\.yaml: no such file; correct the path"),
         ("variant.yaml", r"variant\.yaml: extends: .*variant\.yaml: extends itself"),
-        ("[demo.yaml]", r"variant\.yaml: extends: \['demo\.yaml'\] is no path"),
+        ("[demo.yaml]", r"variant\.yaml: extends: \['demo\.yaml'\] is not a path"),
     ],
 )
 def test_what_cannot_be_extended_is_named(extends: str, expected: str, tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ def test_a_run_is_not_called_what_all_runs_share() -> None:
         "mlflow.db",
         "encoded",
     ):
-        with pytest.raises(ConfigError, match="name: .* is what all runs of a storage share"):
+        with pytest.raises(ConfigError, match="name: .* is the name of a folder that all runs share"):
             load_config(DEMO, [f"name={name}"])
 
 

@@ -325,7 +325,7 @@ def test_values_of_the_space_are_recorded_as_their_settings_read_them() -> None:
         ),
         (
             ["space={train.schedule: [constant, cosine], train.warmup_steps: [0, 5]}"],
-            "train.schedule: 'constant' with train.warmup_steps: 5: .* schedule constant has none",
+            "train.schedule: 'constant' with train.warmup_steps: 5: .* schedule constant has no warm-up",
         ),
         (
             ["space={train.stages: [[{steps: 400}, {steps: 1}]]}"],
