@@ -106,7 +106,7 @@ def test_a_saved_data_set_is_read_from_the_files_that_its_state_lists(tmp_path: 
 def test_pictures_that_a_saved_data_set_only_points_at_are_said_to_be_missing(tmp_path: Path) -> None:
     [sample, *_] = samples(opened(saved_to_disk(tmp_path, [[0, 1]], embedded=False)))
     assert sample.problem and sample.problem.reason == "missing_file"
-    assert "has the path of a picture, but not its bytes" in sample.problem.detail
+    assert "has only the path of a picture, not its bytes" in sample.problem.detail
     assert "(/gone/0.png)" in sample.name
 
 
@@ -148,7 +148,7 @@ def test_a_cut_arrow_file_yields_what_precedes_the_damage(tmp_path: Path) -> Non
     assert [s.text for s in before] == ["a 0", "a 1", "a 2", "a 3"]
     assert last.problem and last.problem.reason == "broken_shard" and last.row == 4
     path.write_bytes(b"no arrow")
-    with pytest.raises(ConfigError, match="a.arrow: not a whole Arrow file"):
+    with pytest.raises(ConfigError, match="a.arrow: not a complete Arrow file"):
         opened(path)
 
 
@@ -238,7 +238,7 @@ def test_the_column_caption_is_taken_where_there_is_no_text(tmp_path: Path) -> N
 @pytest.mark.parametrize("setting", ["caption_column", "image_column"])
 def test_a_source_without_columns_refuses_their_names(tmp_path: Path, setting: str) -> None:
     for kind in (caption_files, dreambooth):
-        with pytest.raises(ConfigError, match=f"{setting}: words: .* has no columns, only files"):
+        with pytest.raises(ConfigError, match=f"{setting}: words: .* has only files, no columns"):
             opened(kind(tmp_path / kind.__name__), **{setting: "words"})
     write_tar(tmp_path / "s.tar", {"a.png": picture(), "a.txt": "a"})
     with pytest.raises(ConfigError, match="image_column: words: .* has tar files, which have no columns"):
@@ -330,7 +330,7 @@ def test_img2datasets_parquet_names_its_columns_otherwise(tmp_path: Path) -> Non
 
 def test_two_columns_with_bytes_have_to_be_told_apart(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"one": picture(0), "two": picture(1), "text": "a"}])
-    with pytest.raises(ConfigError, match="has 2 columns with bytes .one, two.; say which one"):
+    with pytest.raises(ConfigError, match="has 2 columns with bytes .one, two.; name the one"):
         opened(path)
     assert facts(path, image_column="two")[0][2] == picture(1)
 

@@ -226,9 +226,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"data.source: .*{name}: no such folder"):
             opened(tmp_path / name)
     write(tmp_path, {"alone.png": picture()})
-    with pytest.raises(
-        ConfigError, match="has no metadata.jsonl or metadata.csv, .* and no picture with a .txt"
-    ):
+    with pytest.raises(ConfigError, match="no metadata.jsonl or metadata.csv, .* and no picture with a .txt"):
         opened(tmp_path)
 
 
