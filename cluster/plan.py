@@ -8,7 +8,7 @@
 `--nodes 4x8gpu80` means four machines with eight GPUs of 80 GiB each; a YAML file lists `{count, cpus, gpus,
 gpu_gib, memory_gib}`. The default is this machine's embedded Ray. No weights are loaded: sizes come from the
 headers of the model's files. The exit code is 0 if everything fits, 1 if something does not, and 2 for an
-error that the user must fix, including what a later stage cannot do with the base model (`ray_jobs/checks.py`).
+error that the user must fix, including one that a later stage would meet (`ray_jobs/checks.py`).
 """
 
 import argparse
