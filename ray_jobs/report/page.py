@@ -87,7 +87,7 @@ def write_report(
         losses=loss_section(winner, results),
         memorisation=memorisation_section(memorisation),
         subjects=subjects_section(subjects),
-        scores=table(("score", "", "what it is"), scores(winner, results), "scores"),
+        scores=table(("score", "", "meaning"), scores(winner, results), "scores"),
         measures=measures_table(winner),
         facts=escape(_facts(winner)),
         costs=costs_section(spent),
@@ -102,13 +102,15 @@ def _summary(winner: dict[str, Any]) -> str:
         number(winner[key], 1, winner.get(f"{key}_error")) for key in ("base_test_fid", "test_fid")
     )
     floor = number(winner["test_floor_fid"], 1)
-    return f"Test FID {before} before, {after} after; real pictures score {floor} against each other."
+    return (
+        f"Test FID {before} before, {after} after training; real pictures score {floor} against each other."
+    )
 
 
 def _facts(winner: dict[str, Any]) -> str:
     decision = f" ({winner['registry_decision']})" if "registry_decision" in winner else ""
     return (
-        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures a score.{_resized(winner)}"
+        f"FID by {winner['feature_network']}; {winner['num_samples']} pictures per score.{_resized(winner)}"
         f" Registered as version {winner['registry_version']}{decision}; trial {winner['trial_id']}."
     )
 
@@ -122,7 +124,7 @@ def _resized(winner: dict[str, Any]) -> str:
     drawn = (
         f" Each caption is drawn in the shape of its real picture: {named}."
         if len(shapes) > 1
-        else f" Pictures are of {next(iter(shapes))} pixels."
+        else f" Pictures have {next(iter(shapes))} pixels."
     )
     seen = "; ".join(f"for {network.split('@')[0]} {words}" for network, words in resizing.items())
-    return f"{drawn} Real and drawn pictures alike are, {seen}."
+    return f"{drawn} Real and drawn pictures are treated alike: {seen}."
