@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 
 class ConfigError(ValueError):
-    """What a user must mend before the job can start. The message names the field or file and the fix."""
+    """An error that the user must fix before the job can start; it names the field or file and the fix."""
 
 
 def home() -> Path:

@@ -26,14 +26,12 @@ def refusal(config: Config, error: object) -> ConfigError | None:
     for line in lines:
         if full := next((told for told in FULL if told in line), None):
             where = f"{config.storage}, or a node's temporary folder"
-            mend = "free some space and run the same command again; it resumes"
-            return ConfigError(f"storage: {where}: {full}: {mend}")
+            fix = "free some space and run the same command again; it resumes"
+            return ConfigError(f"storage: {where}: {full}: {fix}")
         if any(told in line for told in DENIED):
-            said, mend = (
-                " ".join(line.split())[:300],
-                "give the user of the run permission to read it and to write to storage",
-            )
-            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
+            said = " ".join(line.split())[:300]
+            fix = "give the user of the run permission to read it and to write to storage"
+            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {fix}")
     return None
 
 

@@ -96,7 +96,7 @@ async function drawEntry(view) {
   }
 }
 
-/** Say what went wrong where it can be mended. */
+/** Show an error where it can be fixed. */
 function told(error, view) {
   if (error.name === "AbortError") return say("Cancelled.");
   if (!(error instanceof ApiError)) throw error;
