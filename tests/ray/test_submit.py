@@ -259,7 +259,9 @@ def test_a_quota_that_is_used_up_exits_2_with_one_line(ray_cluster: LocalCluster
     result = stage(tmp_path / "run.yaml", ("-c", OVER_QUOTA), RAY_ADDRESS=ray_cluster.gcs_address)
     assert result.returncode == 2
     [line] = [line for line in result.stdout.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: make room" in line
+    assert (
+        line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: free some space" in line
+    )
 
 
 def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
@@ -509,7 +511,7 @@ def test_the_embedded_ray_takes_from_the_machine_only_what_is_not_set() -> None:
 def test_too_few_gpus_are_told_with_the_number_of_missing_nodes() -> None:
     config = Config.model_validate(a_config(train={"num_workers": 4, "use_gpu": True}))
     resources = {"CPU": 64.0, "GPU": 2.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0}
-    with pytest.raises(ConfigError, match="needs 4 logical GPUs and the cluster has 2.*2 more nodes"):
+    with pytest.raises(ConfigError, match="needs 4 logical GPUs, but the cluster has 2.*2 more nodes"):
         check_resources(config, resources)
 
 

@@ -216,7 +216,7 @@ def test_dreambooth_gives_instance_and_class_pictures_their_prompts(tmp_path: Pa
         ("{}", "'instance_prompt' is missing"),
         ('{"instance_prompt": " "}', "'instance_prompt' must be a text and not empty"),
         ('{"instance_prompt": "a", "steps": 5}', "unknown key 'steps'"),
-        ('{"instance_prompt": "a"}', "'class_prompt' is missing; class_data_dir/ has pictures"),
+        ('{"instance_prompt": "a"}', "'class_prompt' is missing; the pictures in class_data_dir/"),
     ],
 )
 def test_a_wrong_dataset_info_names_the_key(tmp_path: Path, info: str, expected: str) -> None:
@@ -264,7 +264,7 @@ def test_a_class_prompt_without_an_instance_prompt_is_refused(tmp_path: Path) ->
 
 def test_class_pictures_without_a_class_prompt_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": picture(0), "class_data_dir/b.png": picture(1)})
-    with pytest.raises(ConfigError, match="'class_prompt' is missing; class_data_dir/ has pictures"):
+    with pytest.raises(ConfigError, match="'class_prompt' is missing; the pictures in class_data_dir/"):
         opened(tmp_path, instance_prompt="a sks cat")
 
 

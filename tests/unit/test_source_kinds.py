@@ -220,9 +220,7 @@ def test_a_named_column_is_the_one_that_is_trained_on(tmp_path: Path) -> None:
         assert [text for _, text, _ in facts(path, caption_column="caption")] == ["a cat"]
         named = facts(path, caption_column="caption", image_column="picture")
         assert named == [("b.png", "a cat", picture(1))]
-        with pytest.raises(
-            ConfigError, match="field 'words' is missing .*; .* name another in caption_column"
-        ):
+        with pytest.raises(ConfigError, match="field 'words' is missing .*; .* set caption_column"):
             opened(path, caption_column="words")
 
 
