@@ -146,7 +146,7 @@ class ServeConfig(Section):
             rollback = ("rollback_requests", "rollback_error_rate", "rollback_latency")
             require_unset(self, "without candidate_share or shadow_share", *rollback)
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"replicas: {list(self.replicas)} must be [min, max], with min at most max")  # type: ignore[arg-type]
+            raise ValueError(f"replicas: {self.replicas} must be [min, max], with min at most max")
         if self.gpu_share < 1 and not self.use_gpu:
             raise ValueError("gpu_share needs use_gpu")
         if self.compile and self.cache_features:

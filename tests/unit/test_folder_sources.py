@@ -272,5 +272,7 @@ def test_class_pictures_without_a_class_prompt_are_refused(tmp_path: Path) -> No
 def test_a_folder_with_captions_refuses_an_instance_prompt(
     tmp_path: Path, kind: Callable[[Path], Path]
 ) -> None:
-    with pytest.raises(ConfigError, match="has captions .*, and an instance_prompt in data.sources; remove"):
+    with pytest.raises(
+        ConfigError, match="has captions .* and also an instance_prompt in data.sources; remove"
+    ):
         opened(kind(tmp_path), instance_prompt="a sks cat")

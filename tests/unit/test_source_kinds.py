@@ -120,7 +120,7 @@ def test_the_splits_of_a_saved_dict_are_one_set_unless_some_are_named(tmp_path: 
     assert "its splits (shifted, train) are read as one set" in note
     chosen = opened(tmp_path, splits=["train"])
     assert [s.text for s in samples(chosen)] == ["a 0", "a 1"]
-    assert "of its splits, train is read" in chosen.notes[0]
+    assert "reading only the splits train;" in chosen.notes[0]
     with pytest.raises(ConfigError, match="splits: test: .* has no such split .found: shifted, train"):
         opened(tmp_path, splits=["test"])
 
@@ -170,7 +170,7 @@ def test_parquet_beside_the_librarys_own_description_is_no_subject(tmp_path: Pat
 def test_prompts_in_a_dataset_info_beside_captions_are_refused(tmp_path: Path) -> None:
     write(dreambooth(tmp_path), {"0.txt": "a dog"})
     with pytest.raises(
-        ConfigError, match="has captions .0.txt., and an instance_prompt in dataset_info.json"
+        ConfigError, match="has captions .0.txt. and also an instance_prompt in dataset_info.json"
     ):
         opened(tmp_path)
 
@@ -254,7 +254,7 @@ def test_a_table_of_pictures_named_metadata_is_a_table(tmp_path: Path) -> None:
 def test_a_metadata_file_of_a_subfolder_does_not_hide_the_captions_of_the_others(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": picture(1), "a.txt": "a", "sub/b.png": picture(2)})
     write(tmp_path, {"sub/metadata.jsonl": lines([{"file_name": "b.png", "text": "b"}])})
-    with pytest.raises(ConfigError, match="has sub/metadata.jsonl and a.txt; remove one of them"):
+    with pytest.raises(ConfigError, match="because of sub/metadata.jsonl and a.txt; remove one of them"):
         opened(tmp_path)
 
 
