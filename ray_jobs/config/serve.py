@@ -146,7 +146,8 @@ class ServeConfig(Section):
             rollback = ("rollback_requests", "rollback_error_rate", "rollback_latency")
             require_unset(self, "without candidate_share or shadow_share", *rollback)
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"replicas: {self.replicas} must be [min, max], with min at most max")
+            low, high = self.min_replicas, self.max_replicas
+            raise ValueError(f"replicas: [{low}, {high}] must be [min, max]; swap the two numbers")
         if self.gpu_share < 1 and not self.use_gpu:
             raise ValueError("gpu_share needs use_gpu")
         if self.compile and self.cache_features:

@@ -212,7 +212,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _workers(self) -> "TrainConfig":
         if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers: {self.num_workers} must be [min, max], with min at most max")
+            low, high = self.min_workers, self.max_workers
+            raise ValueError(f"num_workers: [{low}, {high}] must be [min, max]; swap the two numbers")
         if self.batch_size < self.max_workers:
             raise ValueError(
                 f"batch_size: {self.batch_size} is less than the number of workers ({self.max_workers}); "
