@@ -31,7 +31,7 @@ S3 = "When completing multiple part upload for key 'runs/demo' in bucket 'bucket
         (OSError(S3.format("ACCESS_DENIED during PutObject operation")), "ACCESS_DENIED during PutObject"),
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs"),
-            "Permission denied: '/runs': let",
+            "Permission denied: '/runs': give",
         ),
         (RuntimeError("a task died:\n  OSError: [Errno 28] No space left on device\nend"), "free some space"),
     ],
