@@ -96,18 +96,18 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
             continue
         if kind == "GPU" and not present:
             raise ConfigError(
-                f"{_gpu_fields(config)}: the run needs {needed:g} GPUs and the cluster has none: set "
-                "use_gpu: false there, or name a cluster with GPUs (--address)"
+                f"{_gpu_fields(config)}: the run needs {needed:g} GPUs, but the cluster has none; set "
+                "use_gpu: false, or use a cluster with GPUs (--address)"
             )
         missing = math.ceil(needed - present)
         add = f"or add {missing} {kind}s to the cluster"
         if present:
-            add += f" ({math.ceil(missing / (present / nodes))} more nodes like the present)"
+            add += f" ({math.ceil(missing / (present / nodes))} more nodes of the present size)"
         if kind == "CPU":
             add += "; on the embedded cluster raise local.num_cpus"
         raise ConfigError(
-            f"train.num_workers: the run needs {needed:g} logical {kind}s and the cluster has "
-            f"{present:g}: {_lower(config)}, {add}"
+            f"train.num_workers: the run needs {needed:g} logical {kind}s, but the cluster has "
+            f"{present:g}; {_lower(config)}, {add}"
         )
 
 

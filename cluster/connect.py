@@ -48,7 +48,7 @@ def _look_around(config: Config) -> Sequence[Node]:
         # An autoscaler v2, as on Kubernetes, may add the missing nodes.
         if not autoscaler_runs():
             raise
-        say("cluster", f"waiting for its autoscaler, since now {error}")
+        say("cluster", f"waiting for the autoscaler, because {error}")
     check_storage(config, nodes)
     return nodes
 
@@ -70,7 +70,7 @@ def joined(address: str) -> Iterator[None]:
         ray.shutdown()
         said = one_line(error)
         if said.startswith("Version mismatch"):
-            said += ": give this process and the cluster the same Ray and the same Python"
+            said += "; use the same Ray and Python version here and on the cluster"
         raise ConfigError(f"RAY_ADDRESS: {address}: {said}") from None
     _quiet_ray_data()
     try:
@@ -88,8 +88,8 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except OSError as error:
         raise ConfigError(
-            f"RAY_ADDRESS: {address}: nothing answers there ({error}); name the head node and its GCS port, "
-            "or unset it for a Ray on this machine"
+            f"RAY_ADDRESS: {address}: no answer ({error}); give the head node and its GCS port, or unset "
+            "RAY_ADDRESS to start Ray on this machine"
         ) from None
 
 

@@ -39,7 +39,7 @@ def local_path(path: str, field: str = "model.base") -> str:
         storage = Storage.open(path)
         found = _listed(storage)
         if not found:
-            raise ConfigError(f"{field}: {where}: nothing lies there; correct the address")
+            raise ConfigError(f"{field}: {where}: there are no files; correct the address")
         identity = hashlib.sha256(json.dumps([where, found]).encode()).hexdigest()[:32]
         target = _cache() / identity / Path(storage.path).name
         with _alone(target.parent):
@@ -47,7 +47,7 @@ def local_path(path: str, field: str = "model.base") -> str:
                 _fetch(storage, target)
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{field}: {where}: cannot be fetched: {reason}") from None
+        raise ConfigError(f"{field}: {where}: cannot be downloaded: {reason}") from None
     return str(target)
 
 

@@ -102,13 +102,13 @@ class Follower:
     def _lost(self, error: BaseException) -> None:
         if self._lost_at is None:
             self._lost_at = time.monotonic()
-            _tell(f"connection lost, trying for {self.lost_s:.0f} s to take it up again: {one_line(error)}")
+            _tell(f"connection lost, retrying for {self.lost_s:.0f} s: {one_line(error)}")
         elif time.monotonic() - self._lost_at > self.lost_s:
             raise ConnectionLost(one_line(error)) from None
 
     def _back(self) -> None:
         if self._lost_at is not None:
-            _tell(f"connected again after {time.monotonic() - self._lost_at:.0f} s")
+            _tell(f"reconnected after {time.monotonic() - self._lost_at:.0f} s")
             self._lost_at = None
 
 

@@ -182,7 +182,7 @@ class Lease:
         if fate:
             raise self._taken(first)
         who = first.told() if first else "another driver"
-        say("lease", f"{who} held this run; waiting {self.expiry_s:.0f} s to see whether it lives")
+        say("lease", f"{who} holds this run; waiting {self.expiry_s:.0f} s to see whether it is alive")
         deadline = time.monotonic() + self.expiry_s
         while time.monotonic() < deadline:
             time.sleep(min(self.beat_s, self.expiry_s) / 4)
@@ -196,7 +196,7 @@ class Lease:
     def _taken(self, owner: Owner | None) -> ConfigError:
         who = owner.told() if owner else "another driver that has just started"
         return ConfigError(
-            f"name: the run {self.run.uri} is held by {who}: wait for its end, stop it, or give this run "
+            f"name: the run {self.run.uri} is in use by {who}; wait until it ends, stop it, or choose "
             "another name"
         )
 
@@ -258,7 +258,7 @@ def held(run: Storage, **times: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         if lease.lost:
             raise RuntimeError(
-                f"{lease.run.uri} was taken over by another driver, to which this one seemed dead"
+                f"{lease.run.uri} was taken over by another driver, because this one did not renew its lease"
             ) from None
         raise
     finally:

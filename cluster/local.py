@@ -106,11 +106,11 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
             head.end()
             if start == STARTS:
                 raise ConfigError(
-                    f"local: Ray did not come up on this machine in {STARTS} starts ({error}): stop other "
-                    "work on it, or run `make setup`, which compiles Python's bytecode, and try again; "
-                    f"its log is {error.log}"
+                    f"local: Ray did not start on this machine in {STARTS} attempts ({error}); stop other "
+                    "programs, or run `make setup`, which compiles Python's bytecode, and try again; "
+                    f"log: {error.log}"
                 ) from None
-            show(f"Ray did not come up ({error}); starting it again")
+            show(f"Ray did not start ({error}); trying again")
         except BaseException:
             head.end()
             raise
@@ -194,9 +194,9 @@ class Head:
     def _check_alive(self, deadline: float) -> None:
         raylet = self.folder / "ray" / "session_latest" / "logs" / "raylet.err"
         if raylet.exists() and PORT_FILE in raylet.read_text(encoding="utf-8", errors="replace"):
-            raise NotStartedError("its agent was not up within 15 s", raylet.resolve())
+            raise NotStartedError("its agent did not start within 15 s", raylet.resolve())
         if time.monotonic() > deadline:
-            raise NotStartedError(f"it does not answer after {START_TIMEOUT_S} s", self.log)
+            raise NotStartedError(f"no answer after {START_TIMEOUT_S} s", self.log)
 
     def stop(self) -> None:
         """Shut Ray down in an orderly way."""

@@ -76,8 +76,8 @@ def check_storage(config: Config, nodes: Sequence[Node]) -> None:
         errors = _on_each(nodes, _write_marker, config, probe)
         if failed := [f"{name} ({error})" for name, error in errors.items() if error]:
             raise ConfigError(
-                f"storage: {config.storage}: cannot be written by {', '.join(failed)}; give a folder, s3:// "
-                "or gs:// that every node can write"
+                f"storage: {config.storage}: cannot be written by {', '.join(failed)}; use a folder, s3:// "
+                "or gs:// that every node can write to"
             )
         if said := disagreement(_on_each(nodes, _markers, config, probe), nodes):
             raise ConfigError(f"storage: {config.storage}: {said}")
@@ -95,10 +95,10 @@ def disagreement(seen: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> st
         unseen = [node.name for node in nodes if node.identity not in there]
         if unseen:
             return (
-                f"{name} does not see what {unseen[0]} writes there"
-                + (f", nor {len(unseen) - 1} more nodes" if unseen[1:] else "")
-                + ": it is a folder of each node's own; mount a shared one at the same absolute path on "
-                "every node, or give s3:// or gs://"
+                f"{name} does not see the files of {unseen[0]}"
+                + (f" and {len(unseen) - 1} more nodes" if unseen[1:] else "")
+                + "; the folder is local to each node: mount a shared one at the same absolute path on "
+                "every node, or use s3:// or gs://"
             )
     return ""
 
@@ -123,7 +123,7 @@ def _on_each(
     except ray.exceptions.GetTimeoutError:
         late = [name for name, found in waiting.items() if not ray.wait([found], timeout=0)[0]]
         raise NoAnswer(
-            f"storage: {config.storage}: no answer within {ANSWER_S} s by {', '.join(late)}; look whether "
+            f"storage: {config.storage}: no answer within {ANSWER_S} s from {', '.join(late)}; check whether "
             "its mount hangs there"
         ) from None
 

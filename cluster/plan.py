@@ -5,10 +5,10 @@
     python -m cluster.plan --config big.yaml --nodes shape.yaml --images-per-second 900
     python -m cluster.plan --config big.yaml --address 10.0.0.5:6379
 
-`--nodes 4x8gpu80` is four machines of eight GPUs of 80 GiB; a YAML file lists `{count, cpus, gpus, gpu_gib,
-memory_gib}`. Without either it is this machine's embedded Ray. Nothing is loaded: sizes come from the headers
-of the model's files. Exit code 0 if all fits, 1 if something does not, 2 for what the user must mend: that is
-also what a later stage cannot do with the base model (`ray_jobs/checks.py`).
+`--nodes 4x8gpu80` means four machines with eight GPUs of 80 GiB each; a YAML file lists `{count, cpus, gpus,
+gpu_gib, memory_gib}`. The default is this machine's embedded Ray. No weights are loaded: sizes come from the
+headers of the model's files. The exit code is 0 if everything fits, 1 if something does not, and 2 for an
+error that the user must fix, including one that a later stage would meet (`ray_jobs/checks.py`).
 """
 
 import argparse
@@ -36,9 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_config_arguments(parser)
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--nodes", help="4x8gpu80, 3x16cpu64, several with a comma, or a YAML file")
-    shape.add_argument("--address", help="GCS of a live cluster, head:6379")
-    parser.add_argument("--images-per-second", type=float, help="of one trial, as a run has shown it")
+    shape.add_argument(
+        "--nodes", help="machines, as 4x8gpu80 or 3x16cpu64, several separated by commas; or a YAML file"
+    )
+    shape.add_argument("--address", help="GCS address of a running cluster, as head:6379")
+    parser.add_argument("--images-per-second", type=float, help="speed of one trial, measured in a run")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)

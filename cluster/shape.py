@@ -153,8 +153,8 @@ def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
         if left:
             needs = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
             placed.left_over.append(
-                f"{left} of {each.count} {each.kind}{'s' * (each.count > 1)} find no machine with {needs} "
-                f"free; lower {each.field}, or add machines"
+                f"{left} of {each.count} {each.kind}{'s' * (each.count > 1)} fit on no machine: "
+                f"each needs {needs} free; lower {each.field}, or add machines"
             )
     return placed
 
@@ -173,5 +173,5 @@ def check_places(config: Config, machines: Sequence[Machine]) -> None:
         takes = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
         raise ConfigError(
             f"{named}: {each.count} {each.kind}s of {takes} each do not fit on the nodes, the largest of "
-            f"which is {largest.told()}: lower {' or '.join(fields)}, or add nodes that hold them"
+            f"which is {largest.told()}; lower {' or '.join(fields)}, or add larger nodes"
         )

@@ -51,11 +51,11 @@ class Storage:
             return Storage(folder, fs.LocalFileSystem(), folder)
         if uri.startswith(AZURE):
             raise ConfigError(
-                f"storage: {uri}: Azure's storage is not offered; give a local folder (a mounted "
-                "container is one), s3:// or gs://"
+                f"storage: {uri}: Azure storage is not supported; use s3://, gs:// or a local folder "
+                "(for example a mounted container)"
             )
         if not uri.startswith(("s3://", "gs://")):
-            raise ConfigError(f"storage: {uri}: give a local folder, s3:// or gs://")
+            raise ConfigError(f"storage: {uri}: not supported; use a local folder, s3:// or gs://")
         try:
             filesystem, path = fs.FileSystem.from_uri(uri)
         except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ class Storage:
         source = self._at(name).rstrip("/")
         kind = self.filesystem.get_file_info(source).type
         if kind == fs.FileType.NotFound:
-            raise FileNotFoundError(f"{self.uri}: holds no {name or 'files'}")
+            raise FileNotFoundError(f"{self.uri}: contains no {name or 'files'}")
         if self.is_local:
             return Path(source)
         target = Path(tempfile.mkdtemp(prefix="diffray-")) / Path(source).name

@@ -4,9 +4,8 @@
     python -m cluster.submit --address http://head:8265 -- python -m ray_jobs.pipeline --config ...
 
 A cluster's token is read from --token-file, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
-Ctrl-C asks, in a terminal, whether the job is to be stopped; elsewhere, and the second time, it is.
-`--no-wait` leaves the job to itself once the cluster has it. docs/cluster.md does the same with plain
-`ray job submit`.
+In a terminal, Ctrl-C asks whether to stop the job; a second Ctrl-C, or one without a terminal, stops it.
+`--no-wait` exits once the job is submitted. docs/cluster.md shows the same with plain `ray job submit`.
 """
 
 import argparse
@@ -68,14 +67,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--address", help="Jobs API of a cluster, http://host:8265; default: embedded Ray")
     parser.add_argument("--token-file", help="file with the cluster's token, and nothing else")
-    parser.add_argument(
-        "--no-wait", action="store_true", help="print the job's id and leave it; needs --address"
-    )
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and exit; needs --address")
     parser.add_argument(
         "--config",
-        help="checked before anything starts, its `local` sizes the Ray; default: the command's own",
+        help="checked before anything starts; its `local` section sizes the embedded Ray; default: the "
+        "command's own",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --, what the job runs")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that the job runs, after --")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
@@ -114,7 +112,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     begun = time.monotonic()
     with local_cluster(local) as cluster:
         took = time.monotonic() - begun
-        print(f"framework logs: {cluster.logs}; Ray came up in {took:.0f} s", flush=True)
+        print(f"framework logs: {cluster.logs}; Ray started in {took:.0f} s", flush=True)
         return run_job(cluster.address, command, environment)
 
 
@@ -130,7 +128,7 @@ def use_token(file: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--token-file {file}: cannot be read: {one_line(error)}") from None
     if not token:
-        raise ConfigError(f"--token-file {file}: is empty; `ray get-auth-token --generate` makes a token")
+        raise ConfigError(f"--token-file {file}: empty; create a token with `ray get-auth-token --generate`")
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
@@ -166,19 +164,22 @@ def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wa
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"--address {address}: {one_line(error)}") from None
     if not wait:
-        print(f"job {job}; ray job logs --follow --address {address} {job}", flush=True)
+        print(f"job {job}; to follow it: ray job logs --follow --address {address} {job}", flush=True)
         return 0
     follower, again = Follower(client, job, LOST_S), f"ray job logs --follow --address {address} {job}"
     while True:
         try:
             return _exit_code(job, follower.follow())
         except ConnectionLost as error:
-            print(f"error: --address {address}: {error}; the job may be running: {again}", file=sys.stderr)
+            print(
+                f"error: --address {address}: {error}; the job may still be running; to follow it: {again}",
+                file=sys.stderr,
+            )
             return CONNECTION_LOST
         except KeyboardInterrupt:
             answer = _ask(job)
             if answer == "leave":
-                print(f"left running: {again}", flush=True)
+                print(f"the job is still running; to follow it: {again}", flush=True)
                 return 130
             if answer == "stop":
                 _stop(client, job)
@@ -199,7 +200,7 @@ def _client(address: str) -> "JobSubmissionClient":
     there, here = client._server_ray_version, ray.__version__
     if there != here:
         raise ConfigError(
-            f"--address {address}: the cluster runs Ray {there} and this machine has {here}: install "
+            f"--address {address}: the cluster runs Ray {there} and this machine has {here}; install "
             f"ray[default]=={there} here, or start the cluster with Ray {here}"
         )
     return client
@@ -219,7 +220,7 @@ def _ask(job: str) -> str:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return "stop"
     answers = {"s": "stop", "l": "leave", "f": "follow"}
-    question = f"\njob {job} is running: [s]top it, [l]eave it running, [f]ollow on? "
+    question = f"\njob {job} is running: [s]top it, [l]eave it running, keep [f]ollowing it? "
     try:
         while True:
             print(question, end="", file=sys.stderr, flush=True)
@@ -242,7 +243,7 @@ def _stop(client: "JobSubmissionClient", job: str) -> None:
             while not client.get_job_status(job).is_terminal():
                 time.sleep(0.5)
     except UNREACHED as error:
-        print(f"error: it may be running, job {job}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: job {job} may still be running: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:

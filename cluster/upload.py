@@ -37,8 +37,8 @@ def runtime_environment(
     if sum(sizes.values()) > MAX_UPLOAD_MB:
         largest = max(sizes, key=lambda name: sizes[name])
         raise ConfigError(
-            f"{ROOT / largest}: {sizes[largest]:.0f} MiB of the {sum(sizes.values()):.0f} to upload, and the "
-            f"limit is {MAX_UPLOAD_MB}: move data to shared storage and name it in data.source or model.base"
+            f"{ROOT / largest}: {sizes[largest]:.0f} MiB of the {sum(sizes.values()):.0f} to upload, but the "
+            f"limit is {MAX_UPLOAD_MB}; move data to shared storage and name it in data.source or model.base"
         )
     kept = {*files, *(ROOT / name for name in PACKAGES)}
     return {
@@ -77,8 +77,8 @@ def with_configuration(command: list[str], config: str) -> tuple[list[str], list
     for file in files:
         if not file.is_relative_to(ROOT):
             raise ConfigError(
-                f"--config {config}: {file} does not lie in {ROOT}, which the cluster gets a copy of; put it "
-                "there, or all of the configuration on storage that every node reads, by its absolute path"
+                f"--config {config}: {file} is outside {ROOT}, which is uploaded to the cluster; move it "
+                "there, or give an absolute path on storage that every node reads, for all its files"
             )
     found = str(files[0].relative_to(ROOT))
     return [found if each == config else each for each in command], files

@@ -93,7 +93,7 @@ class Watch(threading.Thread):
                 self.look_at_nodes()
                 self._look_at_demands()
             except Exception as error:  # such as a head that is briefly unreachable: the stage continues
-                logging.getLogger(__name__).warning("the cluster cannot be looked at: %s", error)
+                logging.getLogger(__name__).warning("the cluster cannot be checked: %s", error)
             with self._stopping:
                 if self.error and not self._done.is_set():
                     os.kill(os.getpid(), STOP)
@@ -123,7 +123,7 @@ class Watch(threading.Thread):
             say("cluster", str(error))
         except ConfigError as error:
             if doubtful := {node.identity for node in joined} - self._doubted:
-                say("cluster", f"looked at once more: {error}")
+                say("cluster", f"will be checked again: {error}")
                 self._doubted |= doubtful
                 return
             self.error = error
@@ -140,7 +140,7 @@ class Watch(threading.Thread):
         try:
             check_fit(self.config, nodes)
         except ConfigError as error:
-            self.error = ConfigError(f"{error}; its autoscaler has no group of nodes that would do")
+            self.error = ConfigError(f"{error}; no node group of the autoscaler is large enough")
 
 
 def check_fit(config: Config, nodes: Sequence[Node]) -> None:

@@ -2,9 +2,9 @@
 
     python -m ray_jobs.checks --config configs/demo.yaml
 
-Shapes of pictures, what is trained, how scores are sampled, and how the winner is served are looked at on the
-base model's configurations, without its weights. `cluster.plan` and the stages that train ask `check_stages`
-too, which takes PyTorch and some ten seconds. Exit code 2 and one line for what the user must mend.
+Compares image shapes, trained layers, sampling of scores, and serving with the base model's configuration,
+without its weights. `cluster.plan` and the stages that train run the same check. It takes about ten seconds.
+An error that the user must fix gives one line and exit code 2.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Compare: two versions of the registry on the same captions and the same noise.
+"""Compare two registry versions on the same captions and noise.
 
     python -m ray_jobs.compare --config configs/demo.yaml champion candidate
     python -m ray_jobs.compare --config configs/demo.yaml 3 base
 
-Versions by number or alias; `base` is the base model. Both are measured on the validation split, picture by
-picture, each drawn with the guidance scale that it was published with (the base: `evaluate.guidance_scale`).
-A version that `search.folds` has trained on these pictures too is refused.
+A version is given by number or alias; `base` is the base model. Both are scored on the validation split in
+pairs of pictures, each at the guidance scale that it was published with (the base at
+`evaluate.guidance_scale`). A version that was trained on these pictures (`search.folds`) is refused.
 
-Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and both
-versions' side by side.
+Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and those
+of both versions side by side.
 """
 
 import argparse
@@ -75,8 +75,8 @@ def look_up(config: Config, which: str) -> Version:
         )
     if int(found.params.get("folds", config.search.folds)):
         raise ConfigError(
-            f"search.folds: version {found.version} was trained on the validation pictures too, so a "
-            "comparison on them would flatter it; compare the test FIDs that publish has measured: "
+            f"search.folds: version {found.version} was trained on the validation pictures too, which "
+            "would bias the comparison; compare the test FIDs of publish instead: "
             f"{command_line('status')}"
         )
     verify_weights(found, found.source)
@@ -93,7 +93,7 @@ def compare(
         ConfigError: there are too few pictures, or no resamples, to estimate an error.
     """
     if not config.evaluate.bootstrap:
-        raise ConfigError("evaluate.bootstrap: a comparison needs the error of a difference; set it to 100")
+        raise ConfigError("evaluate.bootstrap: a comparison needs errors; set it to 100, for example")
     names = [one.name, other.name]
     pool.load(VALIDATION)
     folder = RunFolder.of(config).comparison(one.which, other.which)
@@ -103,7 +103,7 @@ def compare(
     for version, side in zip((one, other), sides, strict=True):
         if version.data not in (None, dataset.manifest.digest):
             unsure = "it may have trained on some of these pictures"
-            say("compare", f"{version.name} was trained on other data than this run prepared: {unsure}")
+            say("compare", f"{version.name} was trained on data other than this run's: {unsure}")
         scores.append(pool.score(version.weights, VALIDATION, side, version.guidance_scale))
         say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {told(scores[-1])}")
     if scores[0].fid.num_samples < FEWEST:
@@ -112,9 +112,9 @@ def compare(
     told_apart = abs(found.value) > found.standard_error
     say(
         "compare",
-        f"{names[0]} less {names[1]}: {found.value:+.1f} ± {found.standard_error:.1f}"
-        + ("" if told_apart else ", not told apart")
-        + f"; common captions and noise make the variance {found.variance_ratio:.1f} times smaller",
+        f"{names[0]} minus {names[1]}: {found.value:+.1f} ± {found.standard_error:.1f}"
+        + ("" if told_apart else ", within the error")
+        + f"; sharing captions and noise makes the variance {found.variance_ratio:.1f} times smaller",
     )
     numbers = {
         version.name: score.row() | score.origin | {"guidance_scale": version.guidance_scale}

@@ -1,11 +1,10 @@
-"""Evaluate: sample pictures from weights and measure them against real ones.
+"""Score the base model and all checkpoints of a run against held-out pictures.
 
     python -m ray_jobs.evaluate --config configs/demo.yaml
     python -m ray_jobs.evaluate --config configs/demo.yaml --all
 
-Scores the base model and every checkpoint that the run's trainings have left on pictures that it never saw:
-the validation split, or with `search.folds` the fold that its training left out; with `--all` by every
-measure, not only by those that rank. The test split is publish's alone.
+The pictures are the validation split, or with `search.folds` the fold that a training left out. `--all`
+computes every score, not only those used for ranking. Only publish uses the test split.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     with evaluators(config, dataset) as pool:
         for name, weights, split in _candidates(config):
             if split is None:
-                say("evaluate", f"{name}: left out: only the test split is new to it, and publish reads that")
+                say("evaluate", f"{name}: skipped: only the test split is unseen, and only publish uses it")
                 continue
             pool.load(split)
             measured = pool.measure(weights, split) if arguments.all else None
@@ -54,7 +53,7 @@ def _candidates(config: Config) -> Iterator[tuple[str, str | None, Split | None]
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="every measure, as publish takes them")
+    parser.add_argument("--all", action="store_true", help="compute every score, as publish does")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The main job: prepare, search, publish.
+"""Run all stages: prepare, search, publish.
 
     python -m ray_jobs.pipeline --config configs/demo.yaml
 
-A run of the same name goes on where it stopped: finished stages are skipped. `--fresh` starts over.
+A run of the same name resumes: finished stages are skipped. `--fresh` starts over.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def check_inputs(config: Config) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_budget_arguments(parser)
-    parser.add_argument("--fresh", action="store_true", help="delete the run's former results first")
+    parser.add_argument("--fresh", action="store_true", help="delete the run's previous results first")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Prepare: read pictures and captions, set bad ones aside, find duplicates, split, encode once.
+"""Read pictures and captions, reject bad ones, find duplicates, split, and encode once.
 
     python -m ray_jobs.prepare --config configs/demo.yaml
     python -m ray_jobs.prepare --config configs/demo.yaml --dry-run
 
-Writes `<storage>/<run>/dataset/`: `index/` (what every picture measures), `rejected.jsonl`,
-`duplicates.jsonl`, `parts.json` and, last, `manifest.json`; latents and embeddings go to the encoding cache,
-`<storage>/encoded/`, which all runs share. With the same inputs it is skipped; with others, only what is
-new is scanned and encoded. For DreamBooth the base model draws missing class pictures first, to
-`<storage>/class_pictures/`. `--dry-run` stops before encoding and writes `dataset/preview.html`: what would
-be kept, and a contact sheet of what would be set aside and why.
+Writes `<storage>/<run>/dataset/`: `index/` (measures of every picture), `rejected.jsonl`, `duplicates.jsonl`,
+`parts.json` and, last, `manifest.json`. Latents and embeddings go to `<storage>/encoded/`, which all runs
+share. With unchanged inputs the stage is skipped; otherwise only new pictures are scanned and encoded. For
+DreamBooth the base model first draws missing class pictures to `<storage>/class_pictures/`. `--dry-run` stops
+before encoding and writes `dataset/preview.html`: what would be kept, and what would be rejected and why.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from ray_jobs.run.command_line import run_stage
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="stop before encoding and show what would be set aside"
+        "--dry-run", action="store_true", help="stop before encoding and show what would be rejected"
     )
 
 

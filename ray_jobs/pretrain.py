@@ -1,11 +1,11 @@
-"""Train a new, small base model from scratch, with the same stages as a fine-tuning.
+"""Train a small base model from scratch, with the stages of a fine-tuning.
 
     python -m ray_jobs.pretrain --config configs/pretrain_emoji.yaml
 
-1. An autoencoder learns to compress pictures. 2. A tokenizer learns the captions' words; text encoder
-and denoiser start with random weights. 3. `prepare` and `train` run as for any model, with
-`method: full` and `train_text_encoder`. 4. The averaged weights of the last rung are saved in half
-precision. Each step leaves its result under `<storage>/<run>/` and is not done twice.
+1. Train an autoencoder. 2. Learn a tokenizer from the captions; the text encoder and the denoiser start with
+random weights. 3. Run `prepare` and `train` as for any model, with `method: full` and `train_text_encoder`.
+4. Save the averaged weights of the last rung in half precision. Each step stores its result under
+`<storage>/<run>/` and is skipped when repeated.
 """
 
 import time
@@ -34,7 +34,7 @@ def pretrain(config: Config) -> Path:
         raise ConfigError("pretrain: the section is missing; see configs/pretrain_emoji.yaml")
     run = RunFolder.of(config)
     if not run.root.is_local:
-        raise ConfigError(f"storage: {config.storage}: a base model is trained in a local folder")
+        raise ConfigError(f"storage: {config.storage}: pretrain needs a local folder")
     if not run.autoencoder.exists():
         _train_autoencoder(config, config.pretrain, Path(run.autoencoder.path))
     if not run.initial.exists():
@@ -71,7 +71,7 @@ def _samples(config: Config, path: str) -> Iterator[Sample]:
     for piece in source.pieces:
         for sample in source.read(piece):
             if sample.problem and sample.problem.reason not in LEFT_OUT:
-                raise ConfigError(f"{path}: {sample.name}: {sample.problem}; mend or remove it")
+                raise ConfigError(f"{path}: {sample.name}: {sample.problem}; repair or remove the file")
             if not sample.problem:
                 yield sample
 

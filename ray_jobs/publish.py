@@ -1,10 +1,11 @@
-"""Publish: measure the winner once on the test split, register it, and write the report.
+"""Score the winner once on the test split, register it, and write the report.
 
     python -m ray_jobs.publish --config configs/demo.yaml
 
 Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`,
-`test_reads.jsonl`; the registry gets a version, the champion if it beats the present one. The search must
-have finished. With the same winner it is skipped. A run reads its test split once; `--force` reads it again.
+`test_reads.jsonl`. Adds a version to the registry, which becomes the champion if it beats the current one.
+The search must have finished. A winner that is already published is skipped. A run uses its test split once;
+`--force` uses it again.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def require_intact(checkpoint: Storage) -> None:
     if wrong := damaged(checkpoint, WEIGHTS):
         raise ConfigError(
             f"{checkpoint.uri}: damaged: {', '.join(wrong)}; delete that folder and search/{FINISHED}, and "
-            "start the run again: it trains on from the checkpoint before"
+            "start the run again; training resumes from the checkpoint before"
         )
 
 
@@ -104,7 +105,7 @@ def _tell_other_measures(config: Config, winner: Winner) -> None:
     changed = [name for name in settings if winner.measure_settings.get(name) != settings[name]]
     if changed:
         fields = ", ".join(f"evaluate.{name}" for name in changed)
-        say("publish", f"{fields} changed since it was measured; --force measures again")
+        say("publish", f"{fields} changed since the scores were computed; --force computes them again")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:
@@ -115,14 +116,14 @@ def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     if found is None:
         searched = RunFolder.of(config).search
         raise ConfigError(
-            f"{searched.uri}: holds no finished search of this configuration; run python -m ray_jobs.search"
+            f"{searched.uri}: no finished search of this configuration; run python -m ray_jobs.search"
         )
     with evaluators(config, dataset) as pool:
         return publish(config, dataset, pool, found, forced=arguments.force)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="read the test split again; it is recorded")
+    parser.add_argument("--force", action="store_true", help="use the test split again; this is recorded")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Search: trials with different learning rates and other searched settings climb the ladder of steps; the
-best rung of all wins.
+"""Search learning rates and other settings: each trial climbs the ladder of steps, and the best rung wins.
 
     python -m ray_jobs.search --config configs/demo.yaml [--max-steps N] [--max-hours N] [--max-cost N]
 
-Writes `<storage>/<run>/search/results.jsonl`, a line a rung. `search.scheduler` stops trials: by default ASHA
-(Li et al., arXiv 1810.05934) one whose validation FID at a rung is not among the best. The winner is the rung
-of the lowest FID, or one of fewer steps that the error does not tell from it. An interrupted search goes on:
-measured rungs are not measured again, and a training resumes from its last checkpoint.
+Writes `<storage>/<run>/search/results.jsonl`, one line per rung. `search.scheduler` stops bad trials: the
+default, ASHA (Li et al., arXiv 1810.05934), stops a trial whose validation FID at a rung is not among the
+best. The winner is the rung with the lowest FID, or an earlier one within the error of the difference. An
+interrupted search resumes: no rung is scored twice, and each training continues from its last checkpoint.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     run = RunFolder.of(config)
     storage, digest = run.search, search_digest(config, dataset)
     if storage.exists("digest") and storage.read_text("digest") != digest:
-        say("search", "the settings or the data have changed: starting over")
+        say("search", "settings or data have changed; starting over")
         storage.delete("")
         run.trainings.delete("")
     storage.write_text("digest", digest)
@@ -89,7 +88,7 @@ def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror
 
 def _tell(config: Config, found: SearchResult) -> None:
     best, lowest = found.winner, min(row.fid for row in found.rows)
-    tie = "" if best.fid <= lowest else f", not told from the lowest ({lowest:.1f}) and of fewer steps"
+    tie = "" if best.fid <= lowest else f", within the error of the lowest ({lowest:.1f}), with fewer steps"
     what = f"{best.trial_id} at step {best.step}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")

@@ -1,9 +1,9 @@
-"""Train one run: Ray Train workers, each with a DeepSpeed engine, over the prepared rows.
+"""Train once on the prepared rows, with Ray Train workers and DeepSpeed.
 
     python -m ray_jobs.train --config configs/demo.yaml --set train.learning_rate=1e-3
 
-Climbs `search.ladder` at `train.learning_rate` and leaves a checkpoint at each rung under
-`<storage>/<run>/train/<trial>/`. A run that was interrupted goes on from its last checkpoint.
+Climbs `search.ladder` at `train.learning_rate` and writes a checkpoint at each rung to
+`<storage>/<run>/train/<trial>/`. An interrupted run resumes from its last checkpoint.
 """
 
 from typing import Any

@@ -1,13 +1,13 @@
-"""Versions of the registry: list them, promote one by hand, roll back a promotion.
+"""List the versions of the registry, promote one by hand, or roll back a promotion.
 
     python -m ray_jobs.versions status --config configs/demo.yaml
     python -m ray_jobs.versions promote --config configs/demo.yaml --version 3
     python -m ray_jobs.versions rollback --config configs/demo.yaml
 
-A new version is the `candidate`. It becomes the `champion`, which is served, if its test FID beats the
-champion's by more than the error of the difference, both being measured alike on the same test split, and the
-first of its name if it beats the base model's; the former champion becomes `previous`.
-All of this can be done again after an interruption, and done twice it changes nothing more.
+A new version is the `candidate`. It becomes the `champion`, which is served, if its test FID is lower than
+the champion's by more than the error of the difference, on the same test split. The first version of a name
+must beat the base model instead. The former champion becomes `previous`. Each command can be repeated after
+an interruption.
 """
 
 import argparse
@@ -41,14 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for command, purpose in (
-        ("status", "the versions, their aliases and scores"),
+        ("status", "list the versions with their aliases and scores"),
         ("promote", "make a version the champion, whatever its scores"),
         ("rollback", "make the previous version the champion again"),
     ):
         options = commands.add_parser(command, help=purpose, description=purpose)
         add_config_arguments(options)
         if command == "promote":
-            options.add_argument("--version", type=int, required=True, help="a number that status lists")
+            options.add_argument(
+                "--version", type=int, required=True, help="a version number, as listed by status"
+            )
     try:
         _run(parser.parse_args(argv))
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The command `python -m serving.command`: start the endpoint, request images from it, stop it."""
+"""Start the endpoint, request images from it, and stop it: `python -m serving.command`."""
 
 import argparse
 import base64

@@ -4,11 +4,11 @@
     python -m serving.export preferences --config ... --out ... --draw http://127.0.0.1:8000 --key sk-...
     python -m serving.export training --config ... --out exports/liked --draw http://... --key sk-...
 
-preferences: pairs of pictures of one prompt, the better and the worse, for preference training.
-training: pictures that people liked, with their captions, a folder that `data.source` reads.
+preferences: pairs of pictures of one prompt, the preferred and the other one, for preference training.
+training: liked pictures with their captions, as a folder for `data.source`.
 
-Pictures are not stored when they are served; `--draw` has an endpoint draw them again from what is recorded.
-The same database gives the same files. `export.json` tells what was left out and why.
+Served pictures are not stored; with `--draw` an endpoint draws them again from the recorded settings. The
+same database gives the same files. `export.json` lists what was left out and why.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Rollouts: promote or withdraw the candidate, roll back the champion, and compare the two.
+"""Promote or withdraw the candidate, roll back the champion, or compare the two.
 
     python -m serving.rollout status --config configs/demo.yaml --url http://127.0.0.1:8000
     python -m serving.rollout promote --config configs/demo.yaml
     python -m serving.rollout rollback --config configs/demo.yaml
     python -m serving.rollout withdraw --config configs/demo.yaml
 
-A running endpoint follows the registry's aliases, so these act on the registry only.
+These commands change only the registry's aliases; a running endpoint follows them within seconds.
 """
 
 import argparse

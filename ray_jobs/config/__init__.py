@@ -153,9 +153,7 @@ class Config(Section):
     @classmethod
     def _is_no_folder_of_all_runs(cls, name: str) -> str:
         if name.lower() in NO_RUNS:
-            raise ValueError(
-                f"{name} is what all runs of a storage share, beside their folders; take another"
-            )
+            raise ValueError(f"{name} is the name of a folder that all runs share; choose another name")
         return name
 
     @model_validator(mode="after")
@@ -169,14 +167,15 @@ class Config(Section):
         before = sum(stage.steps for stage in stages[:-1])
         if stages and before >= last:
             raise ValueError(
-                f"train.stages: the last one begins after step {before}, the ladder ends at {last}"
+                f"train.stages: the last stage begins after step {before}, but search.ladder ends at {last}; "
+                "shorten the earlier stages or extend the ladder"
             )
         fixed = stages and all(stage.learning_rate for stage in stages)
         rates = self.search.learning_rates
         if fixed and (isinstance(rates, Range) or len(rates) > 1):
             raise ValueError(
-                "train.stages: every stage names a learning_rate, so searching one would change nothing; "
-                "leave it out of a stage, or give search.learning_rates one value"
+                "train.stages: every stage sets learning_rate, so searching it would change nothing; "
+                "remove it from one stage, or give search.learning_rates a single value"
             )
 
     def _check_prior_preservation(self) -> None:
@@ -184,13 +183,12 @@ class Config(Section):
             return
         if self.data.buckets:
             raise ValueError(
-                "train.prior_loss_weight needs data.buckets: false: a step takes class pictures of the "
-                "same shape as the others"
+                "train.prior_loss_weight needs data.buckets: false, because the class images of a step must "
+                "have the shape of the others"
             )
         if self.data.encode == "stream":
             raise ValueError(
-                "train.prior_loss_weight needs data.encode: cache: class pictures are few, so that it "
-                "costs next to nothing"
+                "train.prior_loss_weight needs data.encode: cache, which costs little for a few class images"
             )
 
     @model_validator(mode="after")
@@ -214,7 +212,7 @@ class Config(Section):
         # The default is a number at most, so that a written configuration loads again.
         if shown > measured and shown != PublishConfig.model_fields["sample_count"].default:
             raise ValueError(
-                f"publish.sample_count: {shown} cannot be shown of evaluate.num_samples: {measured}; lower it"
+                f"publish.sample_count: {shown} is more than evaluate.num_samples: {measured}; lower it"
             )
         return self
 
@@ -223,15 +221,14 @@ class Config(Section):
         search = self.search
         if search.folds and search.folds != self.data.folds:
             raise ValueError(
-                f"search.folds: {search.folds} needs data.folds: {search.folds}, into which prepare "
-                f"deals the pictures (it is {self.data.folds})"
+                f"search.folds: {search.folds} needs data.folds: {search.folds} (it is {self.data.folds})"
             )
         if search.folds and self.data.encode == "stream":
             raise ValueError("search.folds needs data.encode: cache")
         if "train.prior_loss_weight" in search.space and not self.train.prior_loss_weight:
             raise ValueError(
                 "search.space.train.prior_loss_weight needs train.prior_loss_weight above 0, so that prepare "
-                "makes class pictures"
+                "provides class images"
             )
         return self
 
@@ -269,7 +266,9 @@ class Config(Section):
             for each in path[:-1]:
                 place = place.setdefault(each, {}) if isinstance(place, dict) else None
             if section != "train" or not path or path[0] in FREE_SETTINGS or not isinstance(place, dict):
-                raise ValueError(f"{name} is not searched: name a setting of train that changes the result")
+                raise ValueError(
+                    f"{name} cannot be searched: name a setting of train that changes the result"
+                )
             place[path[-1]] = value
         return self.model_copy(update={"train": TrainConfig.model_validate(train)})
 
@@ -295,14 +294,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """`--max-steps`, `--max-hours` and `--max-cost`: as `--set search.max_steps=...` and so on."""
-    for name, unit in (("steps", "of all trials"), ("hours", "of workers"), ("cost", "of workers, in money")):
+    for name, unit in (
+        ("steps", "of optimizer steps over all trials"),
+        ("hours", "of worker hours over all trials"),
+        ("cost", "in the currency of search.device_hour_price"),
+    ):
         parser.add_argument(
             f"--max-{name}",
             action="append",
             dest="overrides",
             type=f"search.max_{name}={{}}".format,
             metavar="N",
-            help=f"{unit}: the search ends at the rung where it has spent so much",
+            help=f"budget {unit}; the search stops at the rung that exceeds it",
         )
 
 

@@ -111,7 +111,7 @@ class AugmentationConfig(Section):
     @model_validator(mode="after")
     def _variants_differ(self) -> "AugmentationConfig":
         if self.variants > 1 and not self.is_active:
-            raise ValueError("variants would all be alike: give one of flip, rotate, crop, scale, colour")
+            raise ValueError("variants would all be the same: set flip, rotate, crop, scale or colour")
         if not self.rotate:
             require_unset(self, "without rotate", "max_degrees")
         if not self.scale:
@@ -192,16 +192,20 @@ class DataConfig(Section):
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
-            raise ValueError(f"background: {self.background!r} is no colour; for example white") from None
+            raise ValueError(
+                f"background: {self.background!r} is not a colour; give a name or code, for example white"
+            ) from None
         weights = [each.weight for each in self.sources]
         if any(weights) and not all(weights):
             raise ValueError("sources: give every source a weight, or none")
         if self.validation + self.test >= 1:
-            raise ValueError("validation + test must leave a share for training: lower one of them")
+            raise ValueError(
+                "validation + test must be less than 1, to leave images for training; lower one of them"
+            )
         if not self.buckets:
             require_unset(self, "without buckets", "bucket_max_aspect_ratio")
         if self.folds == 1:
             raise ValueError("folds: one fold leaves nothing to train on; give 0 or at least 2")
         if self.encode == "stream" and self.augmentation.variants > 1:
-            raise ValueError("augmentation.variants: with encode: stream every epoch is augmented anew")
+            raise ValueError("augmentation.variants: encode: stream augments anew in every epoch; remove it")
         return self

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 
 class ConfigError(ValueError):
-    """What a user must mend before the job can start. The message names the field or file and the fix."""
+    """An error that the user must fix before the job can start; it names the field or file and the fix."""
 
 
 def home() -> Path:
@@ -54,7 +54,7 @@ def explain(error: ValidationError, where: str) -> str:
     field = ".".join(parts) or "configuration"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key; remove it or correct its name (ray_jobs/config/ lists them all)"
+        message = "unknown key; remove it or correct its name (docs/configuration.md lists them all)"
     else:
         message += "; write it in quotes" if first["type"] == "string_type" else ""
         message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
@@ -62,15 +62,15 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
 
 
-NAMES = "letters and digits, in its middle also spaces and . _ - +, at most 100 characters in all"
+NAMES = "at most 100 letters, digits, spaces or . _ - +, with a letter or digit at both ends"
 
 
 def _model_name(name: str) -> str:
     """A registered model's name, as it can stand in folders, addresses, MLflow's filters and `name@3`."""
     if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?", name):
-        raise ValueError(f"a model's name has {NAMES}; for example fluent-emoji")
+        raise ValueError(f"a model's name has {NAMES}, for example fluent-emoji")
     if name == "base":
-        raise ValueError("base is what a request calls the base model by itself; take another name")
+        raise ValueError("base is reserved: requests use it for the base model; choose another name")
     return name
 
 

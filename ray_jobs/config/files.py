@@ -41,7 +41,7 @@ def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, 
     """
     where = f"{extended_by[-1]}: {EXTENDS}: {path}" if extended_by else str(path)
     if path.resolve() in [each.resolve() for each in extended_by]:
-        raise ConfigError(f"{where}: extends itself; remove one `{EXTENDS}` of the circle")
+        raise ConfigError(f"{where}: the files extend each other in a circle; remove one `{EXTENDS}`")
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -50,12 +50,12 @@ def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: not a configuration: it must be a mapping of sections")
+        raise ConfigError(f"{where}: not a configuration: it must be a mapping of sections, such as `train:`")
     base = tree.pop(EXTENDS, None)
     if base is None:
         return [(path, tree)]
     if not isinstance(base, str):
-        raise ConfigError(f"{where}: {EXTENDS}: {base!r} is no path; name one configuration file")
+        raise ConfigError(f"{where}: {EXTENDS}: {base!r} is not a path; name one configuration file")
     return [(path, tree), *_layers(path.parent / base, (*extended_by, path))]
 
 

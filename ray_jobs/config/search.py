@@ -135,7 +135,7 @@ class SearchConfig(Section):
     def _increases(self) -> "SearchConfig":
         pairs = zip(self.ladder, self.ladder[1:], strict=False)
         if any(later <= earlier for earlier, later in pairs):
-            raise ValueError(f"ladder must increase: {self.ladder}; sort it and drop repeats")
+            raise ValueError(f"ladder must increase: {self.ladder}; sort it and remove repeated values")
         if self.max_cost and not self.device_hour_price:
             raise ValueError("max_cost needs device_hour_price")
         return self
@@ -147,7 +147,7 @@ class SearchConfig(Section):
         for name, values in {LEARNING_RATE: self.learning_rates, **self.space}.items():
             short = "learning_rates" if name == LEARNING_RATE else f"space.{name}"
             if not re.fullmatch(r"\w+(\.[\w-]+)*", name, re.ASCII):
-                raise ValueError(f"{short}: write it as train.lora.rank: letters, digits and _ between dots")
+                raise ValueError(f"{short}: not a name of a setting; write it like train.lora.rank")
             if above := next((each for each in self.space if name.startswith(f"{each}.")), None):
                 raise ValueError(f"{short} is part of space.{above}; search one of the two")
             if isinstance(values, Range):
@@ -162,22 +162,24 @@ class SearchConfig(Section):
             elif any(one == other for one, other in combinations(values, 2)):
                 raise ValueError(f"{short} repeats a value: {values}")
         if self.algorithm == "grid" and self.num_trials:
-            raise ValueError("num_trials: a grid has as many as it has combinations; leave it out")
+            raise ValueError("num_trials: algorithm grid runs every combination; remove num_trials")
         if self.algorithm != "grid" and not self.num_trials:
-            raise ValueError(f"num_trials: algorithm {self.algorithm} needs it")
+            raise ValueError(f"num_trials is required with algorithm: {self.algorithm}")
         if self.num_trials and self.num_trials > self.combinations:
             raise ValueError(
-                f"num_trials: {self.num_trials}, but the values have {self.combinations} combinations; take "
+                f"num_trials: {self.num_trials}, but the values have {self.combinations} combinations; use "
                 "algorithm: grid, or give more values"
             )
         if self.folds == 1:
             raise ValueError("folds: one fold leaves nothing to train on; give 0 or at least 2")
         if self.folds and self.guidance_scales:
-            raise ValueError("guidance_scales: the validation split decides, and folds leave none; drop one")
+            raise ValueError(
+                "guidance_scales needs a validation split, and folds leave none; remove one of them"
+            )
         if self.scheduler == "halving" and self.algorithm == "optuna":
             raise ValueError(
-                "scheduler: halving compares all trials at a rung, and optuna proposes one after the other: "
-                "algorithm grid or random"
+                "scheduler: halving compares all trials at a rung, but optuna proposes them one by one; use "
+                "algorithm: grid or random"
             )
         if self.scheduler not in ("asha", "halving"):
             require_unset(self, f"with scheduler: {self.scheduler}", "reduction_factor")
@@ -185,9 +187,11 @@ class SearchConfig(Section):
             if self.grid_size < 2:
                 raise ValueError("scheduler: population needs at least two trials")
             if self.algorithm == "optuna":
-                raise ValueError("scheduler: population changes settings itself: algorithm grid or random")
+                raise ValueError(
+                    "scheduler: population changes settings itself; use algorithm: grid or random"
+                )
             if self.folds:
-                raise ValueError("scheduler: population and folds do not go together; set folds: 0")
+                raise ValueError("scheduler: population cannot be combined with folds; set folds: 0")
         return self
 
 
@@ -226,11 +230,11 @@ class NetworkConfig(Section):
         if self.kind == "torchscript":
             missing = [field for field in ("sha256", *of_torchscript) if getattr(self, field) is None]
             if missing:
-                raise ValueError(f"{missing[0]}: kind torchscript needs it")
+                raise ValueError(f"{missing[0]} is required with kind: torchscript")
         elif given or self.interpolation != "bilinear":
-            raise ValueError(f"{[*given, 'interpolation'][0]}: only kind torchscript has it; remove it")
+            raise ValueError(f"{[*given, 'interpolation'][0]}: only used with kind: torchscript; remove it")
         if self.revision and self.kind != "transformers":
-            raise ValueError("revision: only kind transformers has it; remove it")
+            raise ValueError("revision: only used with kind: transformers; remove it")
         return self
 
 
@@ -294,9 +298,9 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> "EvaluateConfig":
         if self.bootstrap == 1:
-            raise ValueError("bootstrap: one half has no spread; give 0 (no errors) or at least 2")
+            raise ValueError("bootstrap: an error needs at least 2 halves; give 0 (no errors) or at least 2")
         if self.feature_network == self.second_network:
-            raise ValueError("second_network: the same as feature_network; name another one, or give null")
+            raise ValueError("second_network: the same as feature_network; choose another, or set it to null")
         if self.clip_revision and not self.clip:
             raise ValueError("clip_revision needs clip")
         return self

@@ -144,23 +144,26 @@ class ServeConfig(Section):
     def _fits(self) -> "ServeConfig":
         if not (self.candidate_share or self.shadow_share):
             rollback = ("rollback_requests", "rollback_error_rate", "rollback_latency")
-            require_unset(self, "where no candidate answers (candidate_share, shadow_share)", *rollback)
+            require_unset(self, "without candidate_share or shadow_share", *rollback)
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"replicas: {list(self.replicas)} must be [min, max]")  # type: ignore[arg-type]
+            low, high = self.min_replicas, self.max_replicas
+            raise ValueError(f"replicas: [{low}, {high}] must be [min, max]; swap the two numbers")
         if self.gpu_share < 1 and not self.use_gpu:
             raise ValueError("gpu_share needs use_gpu")
         if self.compile and self.cache_features:
-            raise ValueError("compile does not go with cache_features; turn one off")
+            raise ValueError("compile cannot be combined with cache_features; turn one off")
         if self.offload != "none" and not self.use_gpu:
-            raise ValueError("offload needs use_gpu; on a CPU the weights are in the host's memory anyway")
+            raise ValueError("offload needs use_gpu; on a CPU the weights are in host memory anyway")
         if self.offload == "model" and self.compile:
-            raise ValueError("offload: model does not go with compile; turn one off")
+            raise ValueError("offload: model cannot be combined with compile; turn one off")
         if self.attention in ("efficient", "cudnn") and not self.use_gpu:
-            raise ValueError(f"attention: {self.attention} needs use_gpu; a CPU has flash and math")
+            raise ValueError(f"attention: {self.attention} needs use_gpu; on a CPU use flash or math")
         if self.attention in ("flash", "cudnn") and self.use_gpu and self.precision == "fp32":
             raise ValueError(f"attention: {self.attention} on a GPU needs precision bf16 or fp16")
         if self.drift_pictures == 1:
-            raise ValueError("drift_pictures: one picture has no spread; give 0 (none), or better hundreds")
+            raise ValueError("drift_pictures: one image is too few; give 0 (off) or some hundreds")
         if self.default_steps > self.max_steps:
-            raise ValueError(f"default_steps: {self.default_steps} are more than max_steps: {self.max_steps}")
+            raise ValueError(
+                f"default_steps: {self.default_steps} is more than max_steps: {self.max_steps}; lower it"
+            )
         return self

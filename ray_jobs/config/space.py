@@ -79,12 +79,12 @@ def range_of(name: str, values: Range) -> Range:
     """
     kind = number_kind(name)
     if kind is None:
-        raise ValueError("a range is for a setting of train that is a number; give values")
+        raise ValueError("a range needs a setting of train that is a number; give values instead")
     if kind is float:
         return values
     for field, end in (("low", values.low), ("high", values.high)):
         if end != int(end):
-            raise ValueError(f"{field}: {end:g}: the setting is a whole number")
+            raise ValueError(f"{field}: {end:g}: must be a whole number, like the setting")
     return IntegerRange(low=int(values.low), high=int(values.high), log=values.log)
 
 
@@ -197,6 +197,6 @@ def drawn(dimensions: Dimensions, count: int, seed: int) -> list[Settings]:
         if len(found) == count:
             return list(found.values())
     raise ValueError(
-        f"search.num_trials: {count}, but after many draws there are only {len(found)} different trials; "
-        "lower it or widen the ranges"
+        f"search.num_trials: {count}, but the ranges give only {len(found)} different trials; lower it or "
+        "widen the ranges"
     )

@@ -76,7 +76,7 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _warms_up(self) -> "StageConfig":
         if self.schedule == "constant" and self.warmup_steps:
-            raise ValueError("warmup_steps: schedule constant has none; take constant_with_warmup")
+            raise ValueError("warmup_steps: schedule constant has no warm-up; use constant_with_warmup")
         return self
 
 
@@ -212,11 +212,12 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _workers(self) -> "TrainConfig":
         if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers: {list(self.num_workers)} must be [min, max]")  # type: ignore[arg-type]
+            low, high = self.min_workers, self.max_workers
+            raise ValueError(f"num_workers: [{low}, {high}] must be [min, max]; swap the two numbers")
         if self.batch_size < self.max_workers:
             raise ValueError(
-                f"batch_size: {self.batch_size} pictures a step leave some of {self.max_workers} workers "
-                "without one; raise it"
+                f"batch_size: {self.batch_size} is less than the number of workers ({self.max_workers}); "
+                "raise batch_size or lower num_workers"
             )
         return self
 
@@ -225,7 +226,7 @@ class TrainConfig(Section):
         if self.prior_loss_weight and self.batch_size < 2:
             raise ValueError(
                 f"prior_loss_weight: {self.prior_loss_weight:g} needs a batch_size of at least 2: "
-                "half of a step's pictures are class pictures"
+                "half of the images of a step are class images"
             )
         return self
 
@@ -240,7 +241,7 @@ class TrainConfig(Section):
                 f"precision: {self.precision} needs zero_stage 1, 2 or 3, which keep fp32 weights"
             )
         if self.precision == "fp16" and not self.use_gpu:
-            raise ValueError("precision: fp16 needs use_gpu; a CPU has bf16")
+            raise ValueError("precision: fp16 needs use_gpu; on a CPU use bf16")
         return self
 
     @field_validator("optimizer", mode="before")
@@ -248,8 +249,8 @@ class TrainConfig(Section):
     def _eight_bit(cls, given: Any) -> Any:
         if given == "adamw_8bit":
             raise ValueError(
-                "adamw_8bit is gone, for its 8-bit states could not be resumed; take adamw, and zero_stage 1 "
-                "or higher or offload_optimizer where memory is short"
+                "adamw_8bit was removed because its states could not be resumed; use adamw, and to save "
+                "memory zero_stage 1 or higher, or offload_optimizer"
             )
         return given
 
@@ -257,21 +258,24 @@ class TrainConfig(Section):
     def _schedules(self) -> "TrainConfig":
         used = {stage.schedule or self.schedule for stage in self.stages} or {self.schedule}
         if used == {"constant"} and self.warmup_steps not in (0, WARMUP_STEPS):
-            raise ValueError("warmup_steps: schedule constant has none; take constant_with_warmup")
+            raise ValueError("warmup_steps: schedule constant has no warm-up; use constant_with_warmup")
         for number, stage in enumerate(self.stages):
             if stage.warmup_steps and (stage.schedule or self.schedule) == "constant":
                 raise ValueError(
-                    f"stages.{number}.warmup_steps: schedule constant has none; take constant_with_warmup"
+                    f"stages.{number}.warmup_steps: schedule constant has no warm-up; use "
+                    "constant_with_warmup"
                 )
             if stage.warmup_steps and stage.warmup_steps >= stage.steps and number < len(self.stages) - 1:
                 raise ValueError(
-                    f"stages.{number}.warmup_steps: {stage.warmup_steps} of a stage of {stage.steps} steps "
-                    "never end; take fewer"
+                    f"stages.{number}.warmup_steps: {stage.warmup_steps} must be less than the stage's "
+                    f"{stage.steps} steps; lower it"
                 )
         known = {*self.groups, OTHER_LAYERS}
         for names in [self.trainable, *(stage.trainable for stage in self.stages)]:
             if names is not None and (not names or not known.issuperset(names)):
-                raise ValueError(f"trainable: {names} must name some of groups: {sorted(known)}")
+                raise ValueError(f"trainable: {names} must be names of groups: {sorted(known)}")
         if OTHER_LAYERS in self.groups:
-            raise ValueError(f"groups: {OTHER_LAYERS} is the name of what is in no group; take another")
+            raise ValueError(
+                f"groups: {OTHER_LAYERS} is reserved for layers in no group; choose another name"
+            )
         return self

@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} stands twice in one section", key.start_mark
+                    None, None, f"{key.value!r} appears twice in one section; remove one", key.start_mark
                 )
             seen.add((key.tag, key.value))
         return node

@@ -114,18 +114,18 @@ def require_enough(config: Config, manifest: Manifest, seen: int, storage: Stora
     if aside > config.data.cleaning.max_rejected * seen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(manifest.rejected).most_common())
         raise ConfigError(
-            f"{source}: {aside} of {seen} pictures are set aside ({reasons}), more than "
+            f"{source}: {aside} of {seen} pictures are rejected ({reasons}), more than "
             f"data.cleaning.max_rejected ({config.data.cleaning.max_rejected:g}) allows; "
-            f"{storage.uri}/rejected.jsonl names each, --dry-run shows them"
+            f"{storage.uri}/rejected.jsonl lists them, and --dry-run shows them"
         )
     for split in SPLITS if manifest.held_out else ("train",):
         if manifest.rows(split) < 2:
             raise ConfigError(
-                f"{source}: {manifest.rows(split)} pictures in the {split} split, 2 are needed; "
+                f"{source}: {manifest.rows(split)} pictures in the {split} split, but 2 are needed; "
                 f"add pictures or raise data.{'validation' if split == 'train' else split}"
             )
     if config.train.prior_loss_weight and not manifest.class_:
         raise ConfigError(
-            f"{source}: all class pictures are set aside, {storage.uri}/rejected.jsonl says why; put others "
-            "into class_data_dir/, or loosen data.cleaning"
+            f"{source}: all class pictures are rejected ({storage.uri}/rejected.jsonl says why); put others "
+            "into class_data_dir/ or relax data.cleaning"
         )

@@ -83,7 +83,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     phase("encoding")
     encoded = encode_parts(config, sources, found, kept, dataset.cache, _progress("encoded"))
     rows = sum(len(part.rows) for part in kept)
-    say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} found in the cache")
+    say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} already in the cache")
     dataset.storage.write_text(PARTS, json.dumps([part.record() for part in kept]))
     content = _content(config, parts, encoders)
     manifest |= {"inputs": inputs, "content": content, "encoders": encoders}
@@ -146,7 +146,7 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     known = f"{sum(n for n in counts if n):,} captioned pictures" if all(counts) else f"{len(found)} pieces"
     say("prepare", f"{known} in {names}")
     index = storage.child(INDEX)
-    scan(sources, found, config.data, index, _progress("looked at"))
+    scan(sources, found, config.data, index, _progress("scanned"))
     decisions = decide(config, found, index, storage)
     write_findings(found, index, decisions, storage)
     return found, decisions
@@ -170,19 +170,19 @@ def _plan(
     duplicates = manifest.duplicates.pictures
     say(
         "prepare",
-        f"{said}; set aside: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
+        f"{said}; rejected: {sum(decisions.rejected.values()):,}, and {duplicates:,} duplicates",
     )
     for line in _said_of_sources(config, sources, decisions):
         say("prepare", line)
     if bad := np.count_nonzero(decisions.reasons[decisions.num_own :]):
-        say("prepare", f"set aside of the class pictures that the base model drew: {bad:,}")
+        say("prepare", f"rejected class pictures of the base model: {bad:,}")
     if manifest.class_ and not config.train.prior_loss_weight:
         say(
             "prepare",
-            f"{manifest.class_:,} class pictures are not trained on: train.prior_loss_weight is 0",
+            f"{manifest.class_:,} class pictures are not used, because train.prior_loss_weight is 0",
         )
     if not decisions.held_out:
-        say("prepare", "too few pictures to hold any out: scores compare with the training pictures")
+        say("prepare", "too few pictures to hold any out; scores compare with the training pictures")
     return manifest, parts
 
 
@@ -192,21 +192,25 @@ def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decis
         yield from source.notes
     if decisions.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(decisions.left_out.items()))
-        yield f"pictures that are no rows of the set: {reasons}; rejected.jsonl names each"
+        yield f"pictures that are not part of the set: {reasons}; rejected.jsonl lists them"
     if decisions.num_of_lines:
-        taken = {"whole": "each taken as one", "first": "of which the first is taken", "each": "a row each"}
+        taken = {
+            "whole": "each used as a whole",
+            "first": "only the first line used",
+            "each": "one row per line",
+        }
         yield (
-            f"captions of several lines: {decisions.num_of_lines:,}, {taken[config.data.caption_lines]} "
+            f"captions with several lines: {decisions.num_of_lines:,}, {taken[config.data.caption_lines]} "
             f"(data.caption_lines: {config.data.caption_lines})"
         )
     if decisions.num_repaired:
         yield (
-            f"captions repaired as CLIP was trained (quotes, widths, HTML): {decisions.num_repaired:,}; "
-            "data.repair_captions: false leaves them as they are"
+            f"captions normalised as in CLIP's training (quotes, widths, HTML): {decisions.num_repaired:,}; "
+            "data.repair_captions: false keeps them unchanged"
         )
     if decisions.no_pictures:
         files = sum(decisions.no_pictures.values())
-        yield f"files that are no pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
+        yield f"files that are not pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
 
 
 def _progress(verb: str) -> Callable[..., None]:

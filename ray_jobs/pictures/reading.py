@@ -96,7 +96,7 @@ def read_picture(
             `unreadable`: it is broken in another way.
     """
     if not data:
-        raise Rejected("empty_file", "the file has no bytes")
+        raise Rejected("empty_file", "the file is empty")
     file_format = _format(data)
     if file_format not in formats:
         raise Rejected("unknown_format", f"not one of {', '.join(formats)}; it begins with {data[:12]!r}")

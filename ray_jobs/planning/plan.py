@@ -1,6 +1,5 @@
 """Plan of a run on a cluster: placement, memory, batches, cost."""
 
-import json
 from typing import Any
 
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once

@@ -65,7 +65,7 @@ def fid_chart(winner: Winner, results: Rows) -> str:
     chart = Chart(
         name="fid",
         title="Validation FID over training steps",
-        description=f"A line a learning rate, a point a rung; lower is better. {NUMBERS}",
+        description=f"One line per learning rate, one point per rung; lower is better. {NUMBERS}",
         unit="FID (lower is better)",
         digits=1,
         level=("base model", winner.base_validation_fid),
@@ -80,7 +80,7 @@ def kid_chart(winner: Winner, results: Rows) -> str:
     chart = Chart(
         name="kid",
         title="Validation KID over training steps",
-        description=f"The kernel distance, unbiased at any number of pictures; lower is better. {NUMBERS}",
+        description=f"Kernel distance, unbiased for any number of pictures; lower is better. {NUMBERS}",
         unit="KID (lower is better)",
         digits=4,
     )
@@ -91,8 +91,8 @@ def second_chart(winner: Winner, results: Rows, network: str) -> str:
     """Fréchet distance over steps in the second feature network, `network`."""
     chart = Chart(
         name="fid-2",
-        title=f"The same pictures, seen by {network.split('@')[0]}",
-        description=f"Fréchet distance in the second network; only the order compares with FID. {NUMBERS}",
+        title=f"The same pictures by {network.split('@')[0]}",
+        description=f"Fréchet distance in the second network; only its ranking compares with FID. {NUMBERS}",
         unit="Fréchet distance (lower is better)",
         digits=2,
     )
@@ -137,7 +137,7 @@ def heat_map(winner: Winner, results: Rows) -> str:
         '<p class="note">Learning rate by steps; the stronger the colour, the lower the FID; –: no value.</p>'
     )
     words = (
-        "A cell a learning rate and step count, with its validation FID; the winner has a frame. " + NUMBERS
+        "One cell per learning rate and step count, with its validation FID; the winner is framed. " + NUMBERS
     )
     title = "Validation FID by learning rate and steps"
     return framed("heat-map", title, words, "".join(parts), note, foot + MAP_FOOT)
@@ -194,11 +194,11 @@ class Rise(NamedTuple):
     def __str__(self) -> str:
         lowest = f"Validation loss is lowest at {self.step:,} steps"
         if self.error is None:
-            return f"{lowest} and higher at the last rung, perhaps by chance."
-        higher = f"by {self.by:.2g} ± {self.error:.1g}"
+            return f"{lowest} and higher at the last rung, possibly by chance."
+        higher = f"higher by {self.by:.2g} ± {self.error:.1g}"
         if self.is_clear:
-            return f"{lowest} and rises from there: at the last rung it is higher {higher}."
-        return f"{lowest}; that it is higher at the last rung, {higher}, may be chance."
+            return f"{lowest} and rises from there: at the last rung it is {higher}."
+        return f"{lowest}; at the last rung it is {higher}, which may be chance."
 
 
 def rise_of(rungs: Rows) -> Rise | None:
@@ -232,12 +232,12 @@ def loss_section(winner: Winner, results: Rows) -> str:
     trials.sort(key=lambda each: each[1] != winner.trial_id)
     charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
     note = (
-        "The training loss is that of the pictures it learns from; the validation loss is that of held-out"
-        " pictures, with the same noise and timesteps at every rung. Where it rises by more than"
-        " twice its standard error, the model begins to learn by heart."
+        "Training loss is measured on training pictures, validation loss on held-out pictures with the same"
+        " noise and timesteps at every rung. If it rises by more than twice its standard error, the model is"
+        " over-fitting."
     )
     others = (
-        "<details><summary>The other learning rates</summary>"
+        "<details><summary>Other learning rates</summary>"
         f'<div class="charts">{"".join(charts[1:])}</div></details>'
     )
     return f'<h2>Over-fitting</h2><p class="note">{escape(note)}</p><div class="charts">{charts[0]}</div>' + (

@@ -27,25 +27,25 @@ LEAST_BAR = 1.5  # keeps one picture among thousands visible
 
 # Rejection reasons: meaning and remedy, in the order of the contact sheet.
 REASONS = {
-    "empty_file": "The file has no bytes: copy it again from its origin, or remove it.",
-    "unreadable": "The file cannot be read as a picture: open it in a viewer, then mend or replace it.",
-    "unknown_format": "The format is not read here: convert the file to PNG, JPEG, WebP, TIFF or AVIF.",
-    "truncated": "The file ends before the picture does: copy it again, the transfer was probably cut off.",
+    "empty_file": "The file is empty: copy it again, or remove it.",
+    "unreadable": "The file cannot be read as a picture: repair or replace it.",
+    "unknown_format": "The format is not supported: convert the file to PNG, JPEG, WebP, TIFF or AVIF.",
+    "truncated": "The file ends too early: copy it again; the transfer was probably interrupted.",
     "too_many_pixels": "The picture has more pixels than data.cleaning.max_pixels: make it smaller, or raise"
-    " the limit if you trust where it comes from.",
+    " the limit if you trust its source.",
     "too_small": "The shorter side has fewer pixels than data.cleaning.min_side: find a larger version, or"
     " lower the limit.",
-    "extreme_aspect_ratio": "The picture is longer and narrower than data.cleaning.max_aspect_ratio: crop it,"
+    "extreme_aspect_ratio": "The aspect ratio is above data.cleaning.max_aspect_ratio: crop the picture,"
     " or raise the limit.",
-    "missing_caption": "The picture has no caption: write one beside it or in its row.",
-    "empty_caption": "The caption is empty: write what the picture shows.",
-    "caption_not_utf8": "The caption is not UTF-8 text: save it again in that encoding.",
-    "outside_folder": "The path leads out of the data set's folder: move the picture into the folder and name"
-    " it relative to that.",
-    "missing_file": "A caption names a file that is not there: correct the name, or add the file.",
-    "broken_shard": "The file is damaged, and all behind the damage is lost: copy or write it again.",
-    "missing_stratum": "No value of data.stratify belongs to the picture: add it to its .json.",
-    "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it by a sharper one, or"
+    "missing_caption": "The picture has no caption: write one.",
+    "empty_caption": "The caption is empty: describe the picture.",
+    "caption_not_utf8": "The caption is not UTF-8 text: save it as UTF-8.",
+    "outside_folder": "The path points outside the data set's folder: move the picture into the folder and"
+    " give a path relative to it.",
+    "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
+    "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
+    "missing_stratum": "The picture has no value for data.stratify: add it to its .json.",
+    "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"
     " lower the threshold.",
     "near_constant": "The picture has less contrast than data.cleaning.min_contrast, so there is little to"
     " learn from: replace it, or lower the threshold if it is meant to be flat.",
@@ -53,19 +53,19 @@ REASONS = {
     " threshold if it is meant to be dark.",
     "too_bright": "A larger share of the picture is white than data.cleaning.max_bright: replace it, or raise"
     " the threshold if it is meant to be bright.",
-    "duplicate": "The same picture with the same caption comes earlier, and is kept: nothing to do.",
-    "near_duplicate": "Nearly the same picture comes earlier, and that one is kept: if the two are meant to"
+    "duplicate": "The same picture with the same caption appears earlier and is kept: nothing to do.",
+    "near_duplicate": "A nearly identical picture appears earlier and is kept: if the two are meant to"
     " differ, lower data.cleaning.duplicate_distance or data.cleaning.duplicate_colour.",
-    "not_listed": "Not counted: the picture is no row of the set, since no line of a metadata file names it,"
-    " or since it lies beside files of tables or shards: list it if it belongs to the set.",
-    "in_subfolder": "Not counted: pictures of a subject lie in the folder itself, those of its class in"
-    " class_data_dir: move it there if it belongs to the set.",
-    "other_member": "Not counted: another picture of a sample in a tar file, such as a mask, or one in a"
-    " format that is not read beside one of the same name that is.",
-    "unusable_link": "Not counted: a link to a folder or to nothing, or a link in a tar file: put the"
-    " pictures themselves there.",
-    "near_duplicate_across_splits": "The picture resembles pictures of different splits, and would leak one"
-    " split into another: leave it out, or remove all but one of those it resembles.",
+    "not_listed": "Not counted: no line of a metadata file names the picture, or it is beside tables or"
+    " shards, which alone are read: list it if it belongs to the set.",
+    "in_subfolder": "Not counted: pictures of a subject must be in the folder itself, those of its class in"
+    " class_data_dir: move the picture there if it belongs to the set.",
+    "other_member": "Not counted: an additional picture of a tar sample, such as a mask, or a picture in an"
+    " unsupported format beside one of the same name in a supported format.",
+    "unusable_link": "Not counted: a broken link, a link to a folder, or a link in a tar file: replace it"
+    " with the pictures themselves.",
+    "near_duplicate_across_splits": "The picture resembles pictures of different splits and would leak one"
+    " split into another: remove it, or all but one of those that it resembles.",
 }
 
 # Title and unit of each measure, as in ray_jobs/data/curation/cleaning.py.
@@ -181,10 +181,10 @@ def _measure(name: str, measure: Histogram) -> str:
     title, unit = MEASURES[name]
     field, threshold = measure.field, measure.threshold
     if threshold is None:
-        words = f"Off: {field} is empty, so nothing is set aside by this."
+        words = f"Off, because {field} is empty."
     else:
         aside = counted(measure.set_aside, "picture")
-        words = f"{aside} set aside {measure.side} {threshold:g}, which is {field}."
+        words = f"{aside} rejected: {measure.side} {field} ({threshold:g})."
     head = f"<figcaption>{escape(title)}<small>{escape(unit)}</small></figcaption>"
     return f'<figure class="card">{head}{histogram(name, measure)}{_note(words)}</figure>'
 
@@ -195,8 +195,8 @@ def _splits(manifest: Manifest) -> str:
     if not manifest.held_out:
         parts.append(
             _note(
-                "There are too few pictures to hold any out: scores compare with the pictures that the model"
-                " was trained on, so they cannot tell learning from learning by heart.",
+                "There are too few pictures to hold any out: scores compare with the training pictures, so"
+                " they cannot distinguish learning from memorisation.",
                 "note alert",
             )
         )
@@ -206,9 +206,11 @@ def _splits(manifest: Manifest) -> str:
     parts.append(table(("split", "pictures"), rows, "numbers"))
     words = [counted(manifest.captions.different, "different caption")]
     if several := manifest.captions.of_lines:
-        words.append(f"{counted(several, 'caption')} of several lines: see data.caption_lines")
+        words.append(f"{counted(several, 'caption')} with several lines: see data.caption_lines")
     if repaired := manifest.captions.repaired:
-        words.append(f"{counted(repaired, 'caption')} repaired as CLIP was trained (quotes, widths, HTML)")
+        words.append(
+            f"{counted(repaired, 'caption')} normalised as in CLIP's training (quotes, widths, HTML)"
+        )
     if folds := manifest.folds:
         sizes = ", ".join(f"{size:,}" for size in folds)
         words.append(f"{len(folds)} folds of training and validation pictures: {sizes}")
@@ -218,10 +220,10 @@ def _splits(manifest: Manifest) -> str:
 def _duplicates(duplicates: Duplicates) -> str:
     groups, aside = counted(duplicates.groups, "group"), counted(duplicates.pictures, "picture")
     if duplicates.mode == "ignore":
-        return "Near duplicates were not looked for: data.cleaning.duplicates is ignore."
+        return "Near duplicates were not searched, because data.cleaning.duplicates is ignore."
     if duplicates.mode == "keep":
-        return f"Near duplicates: {groups}, each kept within one split; {aside} set aside."
-    return f"Duplicates: {groups}, of which the first picture is kept; {aside} set aside."
+        return f"Near duplicates: {groups}, each kept within one split; {aside} rejected."
+    return f"Duplicates: {groups}, the first picture of each is kept; {aside} rejected."
 
 
 def _not_counted(manifest: Manifest) -> list[str]:
@@ -229,10 +231,10 @@ def _not_counted(manifest: Manifest) -> list[str]:
     notes = []
     if left_out := manifest.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        notes.append(f"Pictures that are no rows of the set, and not counted above: {reasons}.")
+        notes.append(f"Pictures that are not part of the set and not counted above: {reasons}.")
     if others := manifest.no_pictures:
         suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-        notes.append(f"Files that are no pictures: {suffixes}.")
+        notes.append(f"Files that are not pictures: {suffixes}.")
     return notes
 
 
@@ -242,12 +244,12 @@ def _sources(sources: Sequence[SourceShare]) -> str:
 
 
 def _buckets(buckets: dict[str, Bucket]) -> str:
-    head = ("width x height", "training rows", "steps an epoch", "carried over")
+    head = ("width x height", "training rows", "steps per epoch", "carried over")
     rows = [
         (shape, f"{bucket.rows:,}", f"{bucket.steps:,}", f"{bucket.rows_over:,}")
         for shape, bucket in buckets.items()
     ]
-    note = _note("Carried over: rows of an incomplete batch, which begin the next epoch.")
+    note = _note("Carried over: rows of an incomplete batch, with which the next epoch begins.")
     return "<h3>Buckets</h3>" + table(head, rows, "numbers") + note
 
 
@@ -265,12 +267,12 @@ def dataset_section(manifest: Manifest) -> str:
         parts.append(_sources(manifest.source))
     if len(manifest.buckets) > 1:
         parts.append(_buckets(manifest.buckets))
-    parts.append("<h3>Set aside</h3>")
+    parts.append("<h3>Rejected</h3>")
     # An unknown reason must not break the report of a long run; its name is enough.
     rejected = manifest.rejected
     rows = [(reason, f"{rejected[reason]:,}", REASONS.get(reason, "")) for reason in _in_order(rejected)]
-    head = ("reason", "pictures", "what it means, what to do")
-    parts.append(table(head, rows, "reasons") if rows else _note("No picture is unusable."))
+    head = ("reason", "pictures", "meaning and remedy")
+    parts.append(table(head, rows, "reasons") if rows else _note("No picture is rejected."))
     parts.append(_note(_duplicates(manifest.duplicates)))
     parts += map(_note, _not_counted(manifest))
     cards = "".join(_measure(name, measure) for name, measure in manifest.measures.items())
@@ -313,7 +315,7 @@ def _sheet(manifest: Manifest, examples: Sequence[Example]) -> str:
         parts.append(f"<h3>{escape(REASONS.get(reason, reason))}</h3>")
         parts.append(_note(f"{reason}: {len(shown):,} of {totals[reason]}"))
         parts.append(f'<div class="sheet">{"".join(map(_tile, shown))}</div>')
-    return "".join(parts) or _note("No picture would be set aside.")
+    return "".join(parts) or _note("No picture would be rejected.")
 
 
 def write_dataset_page(
@@ -333,10 +335,10 @@ def write_dataset_page(
     """
     rejected = sum(manifest.rejected.values())
     aside = rejected + manifest.duplicates.pictures
-    share = f"Without duplicates, {rejected / max(seen, 1):.1%} of the pictures are set aside"
+    share = f"Without duplicates, {rejected / max(seen, 1):.1%} of the pictures are rejected"
     limit = f"data.cleaning.max_rejected, {max_rejected:.0%}"
     if rejected > max_rejected * seen:
-        words = f"The job would stop. {share}, more than {limit}: mend the pictures, or raise it."
+        words = f"The job would stop. {share}, more than {limit}: repair the pictures, or raise the limit."
         summary = f'<span class="alert">{escape(words)}</span>'
     else:
         summary = escape(f"{share}, within {limit}.")
@@ -344,7 +346,7 @@ def write_dataset_page(
         style=STYLE.read_text(encoding="utf-8"),
         source=escape(source),
         headline=escape(
-            f"Of {counted(seen, 'picture')}, {seen - aside:,} would be kept and {aside:,} set aside."
+            f"Of {counted(seen, 'picture')}, {seen - aside:,} would be kept and {aside:,} rejected."
         ),
         summary=summary,
         section=dataset_section(manifest),

@@ -18,22 +18,22 @@ METRICS = {
     "precision": (
         "Precision",
         3,
-        "share of the generated pictures that lie among real ones: how good they are",
+        "share of generated pictures within the manifold of real ones: quality",
     ),
     "recall": (
         "Recall",
         3,
-        "share of real pictures that lie among the generated ones: how much variety there is",
+        "share of real pictures within the manifold of generated ones: variety",
     ),
     "IS": (
         "Inception Score",
         2,
-        "clear and varied classes, higher is better; only scores of one classifier compare",
+        "clear and varied classes, higher is better; comparable only for the same classifier",
     ),
     "fid_infinity": (
         "FID at infinity",
         1,
-        "FID without the bias of the count; the error is that of the fit alone",
+        "FID extrapolated to infinitely many pictures; the error is that of the fit",
     ),
     "CLIP score": (
         "CLIP score",
@@ -44,7 +44,7 @@ METRICS = {
     "near copies": (
         "Near copies",
         3,
-        "share of pictures that nearly are training pictures: see “Learnt by heart?”",
+        "share of pictures that nearly copy a training picture: see “Memorisation”",
     ),
 }
 
@@ -88,8 +88,8 @@ def subjects_section(subjects: Sequence[SubjectPictures]) -> str:
     if not subjects:
         return ""
     note = (
-        "Pictures of the subject's prompt should look like its photos. Pictures of its class, from the same"
-        " noise before and after, should stay as they were."
+        "Pictures of the subject's prompt should look like its photos. Pictures of its class, drawn from the"
+        " same noise before and after training, should not change."
     )
     return f'<h2>Subjects</h2><p class="note">{escape(note)}</p>' + "".join(map(_subject, subjects))
 
@@ -99,7 +99,7 @@ def _subject(subject: SubjectPictures) -> str:
     like = found.winner_similarity
     rows = [
         (
-            "Likeness to the photos",
+            "Similarity to the photos",
             _value(found.base_similarity, 3),
             _value(like, 3),
             f"mean cosine to {found.num_photos} photos; {_source(like)}",
@@ -109,13 +109,18 @@ def _subject(subject: SubjectPictures) -> str:
     drift, toward = found.class_drift, found.toward_subject
     if drift and toward:
         rows += [
-            ("Class has moved", "–", _value(drift, 3), f"1 − cosine of before and after; {_source(drift)}"),
-            ("… toward the subject", "–", _value(toward, 3), f"rise of its likeness; {_source(toward)}"),
+            (
+                "Change of the class",
+                "–",
+                _value(drift, 3),
+                f"1 − cosine between before and after; {_source(drift)}",
+            ),
+            ("… towards the subject", "–", _value(toward, 3), f"increase in similarity; {_source(toward)}"),
         ]
         if toward.value > (toward.standard_error or 0.0):
-            words = f"“{found.class_prompt}” begins to look like the subject: {_value(toward, 3)}."
+            words = f"“{found.class_prompt}” is beginning to look like the subject: {_value(toward, 3)}."
             alert = f'<p class="note alert">{escape(words)}</p>'
-    head = ("measure", "base", "winner", "what it is")
+    head = ("measure", "base", "winner", "meaning")
     title = found.instance_prompt + (f" / {found.class_prompt}" if found.class_prompt else "")
     return f"<h3>{escape(title)}</h3>{_pictures(subject.rows)}{alert}{table(head, rows, 'pairs')}"
 

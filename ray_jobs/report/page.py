@@ -83,7 +83,7 @@ def write_report(
         losses=loss_section(winner, results),
         memorisation=memorisation_section(memorisation),
         subjects=subjects_section(subjects),
-        scores=table(("score", "", "what it is"), scores(winner, results), "scores"),
+        scores=table(("score", "", "meaning"), scores(winner, results), "scores"),
         measures=measures_table(winner),
         facts=escape(_facts(winner)),
         costs=costs_section(spent),
@@ -97,13 +97,15 @@ def _summary(winner: Winner) -> str:
     before = number(winner.base_test_fid, 1, winner.base_test_fid_error)
     after = number(winner.test_fid, 1, winner.test_fid_error)
     floor = number(winner.test_floor_fid, 1)
-    return f"Test FID {before} before, {after} after; real pictures score {floor} against each other."
+    return (
+        f"Test FID {before} before, {after} after training; real pictures score {floor} against each other."
+    )
 
 
 def _facts(winner: Winner) -> str:
     decision = f" ({winner.registry_decision})" if winner.registry_decision else ""
     return (
-        f"FID by {winner.feature_network}; {winner.num_samples} pictures a score.{_resized(winner)}"
+        f"FID by {winner.feature_network}; {winner.num_samples} pictures per score.{_resized(winner)}"
         f" Registered as version {winner.registry_version}{decision}; trial {winner.trial_id}."
     )
 
@@ -117,7 +119,7 @@ def _resized(winner: Winner) -> str:
     drawn = (
         f" Each caption is drawn in the shape of its real picture: {named}."
         if len(shapes) > 1
-        else f" Pictures are of {next(iter(shapes))} pixels."
+        else f" Pictures have {next(iter(shapes))} pixels."
     )
     seen = "; ".join(f"for {network.split('@')[0]} {words}" for network, words in resizing.items())
-    return f"{drawn} Real and drawn pictures alike are, {seen}."
+    return f"{drawn} Real and drawn pictures are treated alike: {seen}."

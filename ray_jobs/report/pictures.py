@@ -113,7 +113,7 @@ def strip_section(strip: Strip | None) -> str:
         rows.append(f'<tr><th scope="row"><span>{escape(caption)}</span></th>{cells}</tr>')
     note = (
         "The winning trial at each rung (training steps), from the same noise as the base model; ★ the"
-        " winner. Pictures that turn stiff, noisy or all alike to the right are a sign of over-fitting."
+        " winner. Pictures that become stiff, noisy or alike towards the right are a sign of over-fitting."
     )
     return (
         f'<h2>How it learned</h2><p class="note">{note}</p><div class="wide"><table class="strip">'
@@ -126,14 +126,14 @@ def memorisation_section(found: Memorisation | None) -> str:
     if found is None or not found.pairs:
         return ""
     looked_at = (
-        f" Looked at: {found.num_training:,} of {found.of_training:,} training pictures, distances in the"
+        f" Compared: {found.num_training:,} of {found.of_training:,} training pictures, by distances in the"
         f" features of {found.feature_network}."
     )
     nearest = sorted(found.pairs, key=lambda pair: pair[2])[:SHOWN_NEIGHBOURS]
     kind = "note alert" if _copies_too_often(found) else "note"
     return (
-        f'<h2>Learnt by heart?</h2><p class="{kind}">{escape(_copies(found))}</p>'
-        f'<p class="note">{escape("The pictures that come nearest to a training picture." + looked_at)}</p>'
+        f'<h2>Memorisation</h2><p class="{kind}">{escape(_copies(found))}</p>'
+        f'<p class="note">{escape("The pictures nearest to a training picture." + looked_at)}</p>'
         f'<div class="sheet">{"".join(_neighbours(*pair, found.near_copy) for pair in nearest)}</div>'
     )
 
@@ -141,15 +141,15 @@ def memorisation_section(found: Memorisation | None) -> str:
 def _copies(found: Memorisation) -> str:
     """Describe the share of near copies, and define a near copy."""
     if found.share is None or found.near_copy is None or found.expected_share is None:
-        return "No picture was held out, so nothing says how near is too near: look for yourself."
+        return "No picture was held out, so there is no reference distance; compare the pictures yourself."
     few = found.num_held_out * found.expected_share < 1
     copies, rest = round(found.share * found.num_samples), 1 - found.expected_share
     return (
         f"{copies:,} of {found.num_samples:,} pictures of the winner ({found.share:.1%}) are near copies:"
         f" nearer to a training picture than {rest:.0%} of {found.num_held_out:,} pictures that it never saw"
-        f" (distance {found.near_copy:.3g}). Of a model that has learnt nothing by heart"
-        f" it would be about {found.expected_share:.0%}."
-        + (" Of so few that distance is little more than the smallest." if few else "")
+        f" (distance {found.near_copy:.3g}). Without memorisation it would be about"
+        f" {found.expected_share:.0%}."
+        + (" With so few pictures, that distance is little more than the smallest one." if few else "")
     )
 
 

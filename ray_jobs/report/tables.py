@@ -49,7 +49,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
     """Rows of the table of scores: name, value, meaning."""
     chosen = "the lowest of all rungs"
     if won_by_tie(winner, results):
-        chosen = "within the error of the lowest of all rungs, and of fewer steps"
+        chosen = "within the error of the lowest of all rungs, with fewer steps"
     samples, share = winner.num_samples, closed_share(winner)
     again = winner.test_reads > 1
     when = "measured after the search" if again else "measured once, after the search"
@@ -83,7 +83,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
         (
             "Winner, validation",
             value("validation_fid"),
-            f"what the search chose by: {chosen}, so a little flattered",
+            f"the score that the search ranked by: {chosen}, so slightly optimistic",
         ),
     ]
     others = (
@@ -146,7 +146,7 @@ def costs_section(spent: Spent | None) -> str:
     """Section of each trial's cost, and the saving from stopping it; empty without data."""
     if spent is None or not spent.trials:
         return ""
-    head = ["trial", "steps computed", "up to a rung", "time", "device hours"]
+    head = ["trial", "steps computed", "up to a scored rung", "time", "device hours"]
     head += (["cost"] if spent.price is not None else []) + ["steps saved", "device hours saved"]
     rows = [
         _cost(
@@ -172,14 +172,12 @@ def costs_section(spent: Spent | None) -> str:
     rows.append(_cost("all", *sums, spent.price))
     steps, measured, saved = sums[0], sums[1], sums[4]
     other = spent.other_steps
-    without = (
-        f" {counted(other, 'more step')} computed by trainings without a measured rung." if other else ""
-    )
+    without = f" {counted(other, 'more step')} computed by trainings without a scored rung." if other else ""
     words = (
-        f"{counted(steps, 'step')} computed, {measured:,} up to the last measured rungs: a trial trains on"
-        f" while the rung that stops it is measured.{without} Stopping trials early saved {saved:,}, which is"
-        f" {saved / max(steps + saved, 1):.0%} of what the whole grid takes. Saved hours are at each trial's"
-        " own pace."
+        f"{counted(steps, 'step')} computed, {measured:,} up to the last scored rungs: a trial keeps"
+        f" training while the rung that stops it is scored.{without} Stopping trials early saved {saved:,},"
+        f" which is {saved / max(steps + saved, 1):.0%} of the whole grid. Saved hours assume each trial's"
+        " own speed."
     )
     return f'<h2>Costs</h2><p class="note">{escape(words)}</p>' + table(head, rows, "numbers sums")
 

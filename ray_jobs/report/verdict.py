@@ -29,9 +29,9 @@ def headline(winner: Winner) -> str:
         who += f", drawn with a guidance scale of {winner.guidance_scale:g},"
     share = closed_share(winner)
     if share is None:
-        return f"{who} won; the base model left no distance to real pictures that its error would show."
+        return f"{who} won; within its error, the base model is already as near to real pictures as they are."
     if share < 0:
-        return f"{who} won, yet on the test split it is further from real pictures than the base model."
+        return f"{who} won, but on the test split it is further from real pictures than the base model."
     return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."
 
 
@@ -55,8 +55,8 @@ def notes(winner: Winner, results: Rows, enough_samples: int) -> list[Note]:
     if (network := second_network(results)) is not None:
         found.append(_agreement(winner, results, network))
     if winner.test_reads > 1:
-        times = f"The test split of this run was read {winner.test_reads} times"
-        found.append(Note(f"{times}: whoever chose by it has flattered the scores on it."))
+        times = f"The test split of this run was used {winner.test_reads} times"
+        found.append(Note(f"{times}: if any choice was based on it, its scores are optimistic."))
     return [note for note in found if note]
 
 
@@ -81,9 +81,9 @@ def _too_few(winner: Winner, results: Rows, enough: int) -> Note | None:
     if samples >= enough:
         return None
     shown = any(finite(row, "kid") is not None for row in results)
-    kid = " KID, shown beside it, is not biased by that." if shown else ""
+    kid = " KID, shown beside it, does not have this bias." if shown else ""
     return Note(
-        f"{counted(samples, 'picture')} a score are fewer than {enough:,}: FID is biased at that count, and"
+        f"{counted(samples, 'picture')} per score is fewer than {enough:,}: FID is biased at that count, and"
         f" the ranking of close candidates may be noise.{kid}"
     )
 
@@ -104,7 +104,7 @@ def _ties(winner: Winner, results: Rows) -> Note | None:
     apart = number(chosen.behind, 1, chosen.behind_error)
     return Note(
         f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
-        " within the error of that difference, so the winner is the one of fewer steps.",
+        " which is within the error of the difference, so the rung with fewer steps won.",
         alert=False,
     )
 
@@ -117,10 +117,10 @@ def _agreement(winner: Winner, results: Rows, network: str) -> Note | None:
         return None
     mine, other = (name.split("@")[0] for name in (winner.feature_network, network))
     if first.place == second.place:
-        return Note(f"Both feature networks, {mine} and {other}, name the same winner.", alert=False)
+        return Note(f"Both feature networks, {mine} and {other}, choose the same winner.", alert=False)
     return Note(
-        f"The feature networks disagree about the winner: {mine} takes {_name(first)}, {other} takes"
-        f" {_name(second)}. Let the pictures decide."
+        f"The feature networks disagree about the winner: {mine} chooses {_name(first)}, {other}"
+        f" chooses {_name(second)}. Compare the pictures."
     )
 
 

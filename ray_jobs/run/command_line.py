@@ -27,11 +27,12 @@ def refusal(config: Config, error: object) -> ConfigError | None:
     for line in lines:
         if full := next((told for told in FULL if told in line), None):
             where = f"{config.storage}, or a node's temporary folder"
-            mend = "make room and start it again; it goes on where it stopped"
-            return ConfigError(f"storage: {where}: {full}: {mend}")
+            fix = "free some space and run the same command again; it resumes"
+            return ConfigError(f"storage: {where}: {full}: {fix}")
         if any(told in line for told in DENIED):
-            said, mend = " ".join(line.split())[:300], "let the user of the run read it and write to storage"
-            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {mend}")
+            said = " ".join(line.split())[:300]
+            fix = "give the user of the run permission to read it and to write to storage"
+            return ConfigError(f"storage ({config.storage}), data.source or model.base: {said}: {fix}")
     return None
 
 
@@ -40,7 +41,7 @@ def told_damage(error: object) -> str | None:
 
     An error from another process contains it only as text.
     """
-    found = re.search("an encoded part is damaged: .*: prepare encodes it anew", str(error))
+    found = re.search("an encoded file is damaged: .* command again to encode it anew", str(error))
     return found and found.group()
 
 
@@ -84,5 +85,5 @@ def run_stage(
         if refused := refusal(config, error):
             sys.exit(complain(refused))
         last = " ".join(str(error).strip().splitlines()[-1:])
-        show(f"error: {type(error).__name__}: {last[:500]} (the whole story: {log})")
+        show(f"error: {type(error).__name__}: {last[:500]} (full log: {log})")
         sys.exit(1)

@@ -28,16 +28,16 @@ export class ApiError extends Error {
 
 const OPENINGS = {
   0: "The server cannot be reached.",
-  401: "The server asks for an API key.",
+  401: "The server requires an API key.",
   403: "Your API key does not allow this.",
-  413: "That is too long for the server.",
-  429: "That was a little too fast.",
+  413: "The request is too large for the server.",
+  429: "Too many requests.",
   500: "The server could not draw this.",
   503: "The server is busy.",
   504: "This took too long.",
-  content_policy_violation: "The server does not show this picture.",
-  image_not_found: "The server has forgotten this picture.",
-  model_refused: "This model cannot be used now.",
+  content_policy_violation: "The server blocked this picture.",
+  image_not_found: "The server no longer knows this picture.",
+  model_refused: "This model is not available now.",
 };
 
 /** The answer to a request, if the server did not refuse it. */

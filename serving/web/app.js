@@ -44,7 +44,7 @@ function clearFieldErrors() {
 
 /** The first field that cannot be sent, told; the server judges everything else. */
 function findsMistake() {
-  if (!at("prompt").value.trim()) return showFieldError("prompt", "Say what to draw."), true;
+  if (!at("prompt").value.trim()) return showFieldError("prompt", "Describe what to draw."), true;
   for (const field of [at("n"), ...NUMBERS.map(at)])
     if (!field.checkValidity()) return showFieldError(field.id, field.validationMessage), true;
   return false;
@@ -96,7 +96,7 @@ async function drawEntry(view) {
   }
 }
 
-/** Say what went wrong where it can be mended. */
+/** Show an error where it can be fixed. */
 function told(error, view) {
   if (error.name === "AbortError") return say("Cancelled.");
   if (!(error instanceof ApiError)) throw error;
@@ -127,7 +127,7 @@ async function remember(view, entry) {
     for (const id of await keep(entry)) dropView(views.get(id));
     views.set(entry.id, view);
   } catch (error) {
-    say(`Done, but this browser does not keep it: ${error?.message ?? error}`);
+    say(`Done, but the picture could not be saved in this browser: ${error?.message ?? error}`);
   }
 }
 
@@ -148,7 +148,7 @@ async function showHistory() {
       at("entries").prepend(view.root);
     }
   } catch (error) {
-    say(`This browser keeps no pictures: ${error?.message ?? error}`);
+    say(`Pictures cannot be saved in this browser: ${error?.message ?? error}`);
   }
   showState();
 }
@@ -204,7 +204,7 @@ async function feedback(view, body, note) {
   }
   note();
   view.update();
-  say("Thank you. Your opinion is kept.");
+  say("Thank you. Your feedback was saved.");
   if (view.entry.id) await keep(view.entry);
 }
 

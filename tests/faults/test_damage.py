@@ -52,7 +52,7 @@ def test_a_damaged_part_ends_a_training_with_one_line_and_is_encoded_anew(
     lines = ended.stdout.splitlines()
     assert ended.returncode == 2, ended.stdout[-3000:]
     assert lines[-1].startswith(
-        f"error: storage: an encoded part is damaged: {dataset.cache.uri}/{part['file']}"
+        f"error: storage: an encoded file is damaged: {dataset.cache.uri}/{part['file']}"
     )
     assert not [line for line in lines if "starting again" in line], "it was tried again"
     assert dataset.cache.exists(part["file"] + ASIDE)

@@ -51,7 +51,7 @@ def test_encoded_parts_on_a_full_disk(
     ended = stage(tmp_path / "run.yaml", RAY_ADDRESS=ray_cluster.gcs_address)
     assert ended.returncode == 2
     last = ended.stdout.splitlines()[-1]
-    assert last.startswith(f"error: storage: {disk}") and f"{FULL[0]}: make room" in last
+    assert last.startswith(f"error: storage: {disk}") and f"{FULL[0]}: free some space" in last
     assert not list(disk.rglob("*.partial")), "what could not be written is taken away"
     filler.unlink()
     begun = time.time()

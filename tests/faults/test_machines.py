@@ -226,7 +226,7 @@ def test_a_folder_that_each_machine_has_for_itself_is_refused(nodes: Nodes, conf
     alone = config.model_copy(update={"name": "alone", "storage": str(nodes.machines.folder / "runs")})
     told = nodes.submit("python", "-m", "ray_jobs.prepare", "--config", written(alone, Path(config.storage)))
     assert told.returncode == 2, told.stdout + told.stderr
-    assert "does not see what" in told.stdout.splitlines()[-1]
+    assert "does not see the files of" in told.stdout.splitlines()[-1]
 
 
 SLEEPER = (
@@ -248,7 +248,7 @@ def test_a_machine_that_joins_later_and_does_not_see_the_storage_ends_the_run(
     nodes.machines.running["stranger"].kill()
     assert told.returncode == 2, told.stdout + told.stderr
     line = told.stdout.splitlines()[-1]
-    assert line.startswith(f"error: storage: {config.storage}: ") and "does not see what" in line
+    assert line.startswith(f"error: storage: {config.storage}: ") and "does not see the files of" in line
     wait_for(lambda: nodes.alive() == ["head", "a", "b"], "the stranger has gone")
 
 

@@ -58,7 +58,7 @@ def test_the_run_fits_the_cluster_at_its_largest(overlay: str) -> None:
 def test_a_cluster_of_fewer_gpus_would_be_found() -> None:
     types = node_types("gpu", "RayJob", "diffray-pipeline")
     types["gpu"]["max_workers"] = 3
-    with pytest.raises(ConfigError, match="needs 4 logical GPUs and the cluster has 3"):
+    with pytest.raises(ConfigError, match="needs 4 logical GPUs, but the cluster has 3"):
         check_resources(CONFIG["gpu"], largest(types))
 
 

@@ -66,8 +66,8 @@ def test_a_dry_run_says_what_would_be_drawn_and_draws_nothing(
 ) -> None:
     dry_run(config.model_copy(update={"storage": str(tmp_path)}))
     out = capsys.readouterr().out
-    assert f"'{CAT}': 3 class pictures are to be drawn" in out
-    assert f"'{DOG}': 2 class pictures are to be drawn" in out
+    assert f"'{CAT}': up to 3 class pictures will be drawn" in out
+    assert f"'{DOG}': up to 2 class pictures will be drawn" in out
     assert not (tmp_path / "class_pictures").exists()
 
 
@@ -81,12 +81,12 @@ def test_the_base_model_draws_exactly_the_class_pictures_that_are_lacking(
     assert len(set(contents)) == 5
 
     prepare(config)
-    assert "class pictures by the base model: 0 drawn, 5 found" in capsys.readouterr().out
+    assert "class pictures of the base model: 0 drawn, 5 already in storage" in capsys.readouterr().out
     lost = files[CAT]["000001.png"]
     before, others = lost.read_bytes(), {p: p.stat().st_mtime_ns for p in files[CAT].values() if p != lost}
     lost.unlink()
     prepare(config)
-    assert "class pictures by the base model: 1 drawn, 4 found" in capsys.readouterr().out
+    assert "class pictures of the base model: 1 drawn, 4 already in storage" in capsys.readouterr().out
     assert lost.read_bytes() == before
     assert {path: path.stat().st_mtime_ns for path in others} == others
 

@@ -236,6 +236,6 @@ def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
     again = publish(config, dataset, pool, first, forced=True)
     assert again.test_reads == 2 and again.test_fid == winner.test_fid
     assert [each.get("forced") for each in read_records(run)] == [False, None, True, None]
-    assert "read 2 times" in run.read_text("report.html")
+    assert "used 2 times" in run.read_text("report.html")
     assert winner.num_samples == 11 and again.registry_version == winner.registry_version
     assert len(PICTURES["test"]) == 11

@@ -94,7 +94,7 @@ def test_a_lost_connection_is_taken_up_again_and_each_line_comes_once(
     told = capfd.readouterr()
     assert told.out.splitlines() == [f"line {number}" for number in range(24)]
     lost, back = told.err.splitlines()
-    assert lost.startswith("connection lost") and back.startswith("connected again after")
+    assert lost.startswith("connection lost") and back.startswith("reconnected after")
 
 
 def test_a_cluster_that_does_not_come_back_ends_with_75_and_says_how_to_go_on(
@@ -105,4 +105,7 @@ def test_a_cluster_that_does_not_come_back_ends_with_75_and_says_how_to_go_on(
     assert run_job(proxy.address, command, runtime_environment()) == 75
     lost, error = capfd.readouterr().err.splitlines()
     assert lost.startswith("connection lost")
-    assert error.startswith(f"error: --address {proxy.address}: ") and "may be running: ray job logs" in error
+    assert (
+        error.startswith(f"error: --address {proxy.address}: ")
+        and "may still be running; to follow it: ray job logs" in error
+    )

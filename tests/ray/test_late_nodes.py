@@ -49,7 +49,7 @@ def test_a_run_for_gpus_where_the_autoscaler_has_none_exits_2_with_one_line(tmp_
     told = [line for line in result.stdout.splitlines() if "use_gpu" in line]
     assert len(told) == 2, result.stdout
     waiting, error = told
-    assert "waiting for its autoscaler" in waiting
+    assert "waiting for the autoscaler" in waiting
     assert error == result.stdout.splitlines()[-1]
     assert error.startswith("error: train.use_gpu, evaluate.use_gpu: the run needs 4 GPUs")
-    assert error.endswith("its autoscaler has no group of nodes that would do")
+    assert error.endswith("no node group of the autoscaler is large enough")

@@ -133,7 +133,7 @@ def test_each_bad_picture_is_set_aside_with_its_reason_and_the_good_ones_are_kep
     assert all(name.rpartition("/")[2] in page for name in bad)
 
     stricter = ["data.cleaning.min_sharpness=20", "data.cleaning.max_rejected=0.15"]
-    with pytest.raises(ConfigError, match="10 of 59 pictures are set aside .* data.cleaning.max_rejected"):
+    with pytest.raises(ConfigError, match="10 of 59 pictures are rejected .* data.cleaning.max_rejected"):
         prepare(configured(tiny_model, pictures, tmp_path, *stricter))
 
 

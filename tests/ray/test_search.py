@@ -126,7 +126,7 @@ def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
 ) -> None:
     config = configured(tmp_path, "learning_rates=[1.0e-4,1.0e-3,1.0e-2]", "max_concurrent_trials=2")
     begun = time.monotonic()
-    with pytest.raises(ConfigError, match="^storage: .*Disk quota exceeded: make room"):
+    with pytest.raises(ConfigError, match="^storage: .*Disk quota exceeded: free some space"):
         searched(config, out_of_room)
     assert time.monotonic() - begun < 300
 

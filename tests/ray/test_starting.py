@@ -78,7 +78,7 @@ def test_a_head_whose_agent_was_slow_is_started_again(folder: Path) -> None:
     done = run(STARTED_AGAIN, folder, "once")
     assert done.returncode == 0, done.stderr
     again, *more, niceness = done.stdout.splitlines()
-    assert again == "Ray did not come up (its agent was not up within 15 s); starting it again"
+    assert again == "Ray did not start (its agent did not start within 15 s); trying again"
     assert niceness == "niceness 3"
     assert len(more) <= 1, "a busy machine may need a third start, but no other line"
     assert left_of(folder) == []
@@ -88,6 +88,6 @@ def test_a_head_that_never_comes_up_is_one_line_and_leaves_no_process(folder: Pa
     done = run(ONE_START, folder, "always")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: local: Ray did not come up on this machine in 1 starts (its agent")
+    assert done.stderr.startswith("error: local: Ray did not start on this machine in 1 attempts (its agent")
     assert "make setup" in done.stderr
     assert left_of(folder) == []

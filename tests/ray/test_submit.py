@@ -199,7 +199,7 @@ def test_too_much_to_upload_is_refused_before_anything_starts(
     told = capsys.readouterr()
     [line] = told.err.splitlines()
     assert told.out == "" and line.startswith(f"error: {ROOT}/models: ")
-    assert "the limit is 1: move data to shared storage" in line
+    assert "the limit is 1; move data to shared storage" in line
 
 
 def test_a_configuration_of_the_users_own_goes_with_the_job(
@@ -240,7 +240,7 @@ def test_a_head_node_that_does_not_answer_exits_2_with_one_line(tmp_path: Path) 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(a_config(storage=str(tmp_path))))
     result = stage(tmp_path / "run.yaml", RAY_ADDRESS="127.0.0.1:9")
     assert result.returncode == 2
-    assert result.stdout.splitlines()[-1].startswith("error: RAY_ADDRESS: 127.0.0.1:9: nothing answers there")
+    assert result.stdout.splitlines()[-1].startswith("error: RAY_ADDRESS: 127.0.0.1:9: no answer")
 
 
 OVER_QUOTA = """
@@ -259,7 +259,9 @@ def test_a_quota_that_is_used_up_exits_2_with_one_line(ray_cluster: LocalCluster
     result = stage(tmp_path / "run.yaml", ("-c", OVER_QUOTA), RAY_ADDRESS=ray_cluster.gcs_address)
     assert result.returncode == 2
     [line] = [line for line in result.stdout.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: make room" in line
+    assert (
+        line.startswith(f"error: storage: {tmp_path}, or a node's") and f"{FULL[1]}: free some space" in line
+    )
 
 
 def test_a_wrong_token_exits_2_with_one_line(ray_cluster: LocalCluster, tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_a_cluster_of_another_ray_exits_2_with_one_line_before_anything_is_uploa
         server.shutdown()
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert f"--address {address}: the cluster runs Ray 2.50.0" in result.stderr
-    assert f"this machine has {ray.__version__}: install ray[default]==2.50.0" in result.stderr
+    assert f"this machine has {ray.__version__}; install ray[default]==2.50.0" in result.stderr
     assert set(OlderRay.sent) == {"/api/version"}
 
 
@@ -485,7 +487,7 @@ print('answered', _ask('raysubmit_1'))
     )
     os.close(inside)
     asked = b""
-    while b"ollow on?" not in asked:
+    while b"ollowing it?" not in asked:
         asked += os.read(terminal, 1000)
     os.write(terminal, typed.encode())
     assert process.communicate(timeout=60)[0] == f"answered {answer}\n"
@@ -494,7 +496,7 @@ print('answered', _ask('raysubmit_1'))
 
 def test_a_run_for_gpus_on_a_cluster_without_any_is_told_which_setting_asks_for_them() -> None:
     config = Config.model_validate(a_config(train={"use_gpu": True}, evaluate={"use_gpu": True}))
-    with pytest.raises(ConfigError, match="train.use_gpu, evaluate.use_gpu: .* has none: set use_gpu: false"):
+    with pytest.raises(ConfigError, match="train.use_gpu, evaluate.use_gpu: .* has none; set use_gpu: false"):
         check_resources(config, {"CPU": 64.0, "node:10.0.0.1": 1.0})
 
 
@@ -509,7 +511,7 @@ def test_the_embedded_ray_takes_from_the_machine_only_what_is_not_set() -> None:
 def test_too_few_gpus_are_told_with_the_number_of_missing_nodes() -> None:
     config = Config.model_validate(a_config(train={"num_workers": 4, "use_gpu": True}))
     resources = {"CPU": 64.0, "GPU": 2.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0}
-    with pytest.raises(ConfigError, match="needs 4 logical GPUs and the cluster has 2.*2 more nodes"):
+    with pytest.raises(ConfigError, match="needs 4 logical GPUs, but the cluster has 2.*2 more nodes"):
         check_resources(config, resources)
 
 

@@ -70,11 +70,14 @@ def test_drift_without_a_reference_is_told(config: Config, version: RegisteredMo
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"compile": True, "cache_features": True}, "compile does not go with cache_features"),
-        ({"drift_pictures": 1}, "drift_pictures: one picture has no spread"),
+        ({"compile": True, "cache_features": True}, "compile cannot be combined with cache_features"),
+        ({"drift_pictures": 1}, "drift_pictures: one image is too few"),
         ({"precision": "fp8"}, "precision"),
         ({"offload": "encoders"}, "offload needs use_gpu"),
-        ({"offload": "model", "use_gpu": True, "compile": True}, "offload: model does not go with compile"),
+        (
+            {"offload": "model", "use_gpu": True, "compile": True},
+            "offload: model cannot be combined with compile",
+        ),
         ({"attention": "cudnn"}, "attention: cudnn needs use_gpu"),
         ({"attention": "flash", "use_gpu": True}, "attention: flash on a GPU needs precision bf16 or fp16"),
     ],

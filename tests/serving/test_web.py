@@ -316,7 +316,7 @@ def test_a_wrong_size_is_told_at_its_field(page: Any) -> None:
 
 def test_an_empty_prompt_asks_for_one(page: Any) -> None:
     page.click("#draw")
-    assert page.inner_text("#prompt-error") == "Say what to draw."
+    assert page.inner_text("#prompt-error") == "Describe what to draw."
 
 
 def test_a_server_that_is_gone_is_told_in_plain_words(page: Any) -> None:

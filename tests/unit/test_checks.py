@@ -60,7 +60,7 @@ def test_what_every_stage_can_do_passes(tiny_model: Path, tiny_flux: Path) -> No
         ),
         ({"serve": {"default_steps": 1001, "max_steps": 2000}}, "serve.default_steps: DPM.* in 1001 steps"),
         ({"serve": {"compile": True}}, "serve.compile: .*turn on serve.fuse_champion"),
-        ({"resolution": 60}, "data.resolution: 60 is no multiple of 8"),
+        ({"resolution": 60}, "data.resolution: 60 is not a multiple of 8"),
         ({"train": {"lora": {"target_modules": ["to_x"]}}}, "train.lora: unet: .*to_x"),
         (
             {"search": {"learning_rates": [1e-3], "ladder": [2], "space": SPACE}},
@@ -91,7 +91,7 @@ def test_a_switch_that_the_base_cannot_have_is_refused(
 
 
 def test_a_size_that_cannot_be_packed_is_refused(tiny_flux: Path) -> None:
-    with pytest.raises(ConfigError, match="data.resolution: 72 is no multiple of 16"):
+    with pytest.raises(ConfigError, match="data.resolution: 72 is not a multiple of 16"):
         check_stages(config_of(tiny_flux, resolution=72))
 
 

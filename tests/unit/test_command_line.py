@@ -25,15 +25,15 @@ S3 = "When completing multiple part upload for key 'runs/demo' in bucket 'bucket
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device: make room"),
-        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded: make room"),
-        (OSError(S3.format("UNKNOWN (HTTP status 403): QuotaExceeded")), "QuotaExceeded: make room"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device: free some space"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded: free some space"),
+        (OSError(S3.format("UNKNOWN (HTTP status 403): QuotaExceeded")), "QuotaExceeded: free some space"),
         (OSError(S3.format("ACCESS_DENIED during PutObject operation")), "ACCESS_DENIED during PutObject"),
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs"),
-            "Permission denied: '/runs': let",
+            "Permission denied: '/runs': give",
         ),
-        (RuntimeError("a task died:\n  OSError: [Errno 28] No space left on device\nend"), "make room"),
+        (RuntimeError("a task died:\n  OSError: [Errno 28] No space left on device\nend"), "free some space"),
     ],
 )
 def test_a_refusal_is_told_with_what_to_mend(error: Any, said: str) -> None:

@@ -129,7 +129,7 @@ def test_the_section_counts_pictures_by_split_and_reason() -> None:
     for part in ("train 1,420", "validation 90", "test 91", "blurred 12", "too_dark 5"):
         assert part in text
     assert "1,599 different captions." in text
-    assert "Duplicates: 3 groups, of which the first picture is kept; 7 pictures set aside." in text
+    assert "Duplicates: 3 groups, the first picture of each is kept; 7 pictures rejected." in text
 
 
 def test_pictures_of_prior_preservation_are_counted_where_there_are_any() -> None:
@@ -138,15 +138,15 @@ def test_pictures_of_prior_preservation_are_counted_where_there_are_any() -> Non
 
 
 def test_a_clean_set_is_called_clean() -> None:
-    assert "No picture is unusable." in section(rejected={})
+    assert "No picture is rejected." in section(rejected={})
     clean = {**MANIFEST, "rejected": {}}
-    assert "No picture would be set aside." in Page(page_of(manifest=clean)).text
+    assert "No picture would be rejected." in Page(page_of(manifest=clean)).text
 
 
 @pytest.mark.parametrize(
     ("mode", "sentence"),
     [
-        ("keep", "each kept within one split; 7 pictures set aside"),
+        ("keep", "each kept within one split; 7 pictures rejected"),
         ("ignore", "data.cleaning.duplicates is ignore"),
     ],
 )
@@ -175,7 +175,7 @@ def test_folds_are_shown_with_their_sizes() -> None:
 
 
 def test_a_set_too_small_to_hold_pictures_out_is_told_what_its_scores_mean() -> None:
-    assert "scores compare with the pictures that the model was trained on" in section(held_out=False)
+    assert "scores compare with the training pictures" in section(held_out=False)
     assert "too few pictures" not in section()
 
 
@@ -186,15 +186,15 @@ def test_every_measure_of_the_data_stage_can_be_shown() -> None:
 
 def test_each_measure_shows_its_threshold_its_field_and_what_it_set_aside() -> None:
     text = section()
-    assert "12 pictures set aside below 10, which is data.cleaning.min_sharpness." in text
-    assert "5 pictures set aside above 0.75, which is data.cleaning.max_dark." in text
+    assert "12 pictures rejected: below data.cleaning.min_sharpness (10)." in text
+    assert "5 pictures rejected: above data.cleaning.max_dark (0.75)." in text
     assert len(re.findall('class="threshold"', section_html())) == 2
 
 
 def test_a_threshold_that_is_off_is_said_to_be_off() -> None:
     off = {**SHARPNESS, "threshold": None, "set_aside": 0}
     html = section_html(measures={"sharpness": off})
-    assert "Off: data.cleaning.min_sharpness is empty" in html
+    assert "Off, because data.cleaning.min_sharpness is empty" in html
     assert 'class="threshold"' not in html
     assert {kind for kind, _, _ in bars(html)} == {"kept"}
 
@@ -229,15 +229,15 @@ def test_a_single_picture_among_a_million_has_a_bar_and_none_has_not() -> None:
 
 def test_the_headline_says_how_many_would_be_kept_and_set_aside() -> None:
     text = Page(page_of()).text
-    assert "Of 1,625 pictures, 1,601 would be kept and 24 set aside." in text
+    assert "Of 1,625 pictures, 1,601 would be kept and 24 rejected." in text
     # 17 of 1625: duplicates are no fault of the set.
-    assert "Without duplicates, 1.0% of the pictures are set aside, within" in text
+    assert "Without duplicates, 1.0% of the pictures are rejected, within" in text
 
 
 def test_more_set_aside_than_the_limit_is_said_to_stop_the_job() -> None:
     text = Page(page_of(max_rejected=0.01)).text
     assert "The job would stop." in text
-    assert "1.0% of the pictures are set aside, more than data.cleaning.max_rejected, 1%" in text
+    assert "1.0% of the pictures are rejected, more than data.cleaning.max_rejected, 1%" in text
 
 
 def test_exactly_the_limit_set_aside_does_not_stop_the_job() -> None:
@@ -248,7 +248,7 @@ def test_every_reason_that_can_occur_has_a_sentence_on_the_page() -> None:
     text = Page(page_of(manifest={**MANIFEST, "rejected": dict.fromkeys(REASONS, 1)})).text
     for reason, sentence in REASONS.items():
         assert sentence.endswith(".")
-        assert ": " in sentence, "what it means: what to do"
+        assert ": " in sentence, "meaning: remedy"
         assert f"{reason}: 0 of 1" in text
         assert text.count(sentence) == 2  # in the table and over the group
 

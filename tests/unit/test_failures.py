@@ -42,7 +42,10 @@ def test_who_died_and_where_it_goes_on_is_told(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_damaged_data_end_the_training_since_another_start_would_meet_them_too(tmp_path: Path) -> None:
-    line = "an encoded part is damaged: /a.parquet, now a.damaged; start again: prepare encodes it anew"
+    line = (
+        "an encoded file is damaged: /a.parquet was renamed to a.damaged; run the same command again to "
+        "encode it anew"
+    )
     tell = TellFailures("lr-0.001", Storage.open(str(tmp_path)), 2, None)
     with pytest.raises(DamagedPart, match=line):
         tell.after_exception(None, {0: RuntimeError(f"RayTaskError:\nDamagedPart: {line}")})

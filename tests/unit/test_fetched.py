@@ -117,7 +117,7 @@ def test_what_an_interrupted_fetch_left_does_not_count(server: S3Server, tmp_pat
 
 @pytest.mark.parametrize("field", ["model.base", "evaluate.feature_network"])
 def test_what_is_not_there_is_named_without_its_keys(server: S3Server, field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field}: models/nowhere: nothing lies there") as caught:
+    with pytest.raises(ConfigError, match=rf"^{field}: models/nowhere: there are no files") as caught:
         local_path(server.address("nowhere"), field)
     assert "testing" not in str(caught.value)
 

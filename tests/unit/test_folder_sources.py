@@ -57,9 +57,9 @@ def test_a_csv_may_quote_commas_and_hold_any_line_separator(tmp_path: Path) -> N
     [
         ('{"file": "a.png", "text": "a"}', "line 1: field 'file_name' is missing (found: file, text)"),
         ('{"file_name": "a.png", "words": "a"}', "line 1: field 'text' is missing"),
-        ('{"file_name": "a.png", "text": 5}', "line 1: field 'text' must be text, not 5"),
-        ('{"file_name": "a.png", "text": 0}', "line 1: field 'text' must be text, not 0"),
-        ('\n{"file_name": null, "text": "a"}', "line 2: field 'file_name' must be text, not None"),
+        ('{"file_name": "a.png", "text": 5}', "line 1: field 'text' must be a text, not 5"),
+        ('{"file_name": "a.png", "text": 0}', "line 1: field 'text' must be a text, not 0"),
+        ('\n{"file_name": null, "text": "a"}', "line 2: field 'file_name' must be a text, not None"),
         ("file_name,text", "line 1: not JSON"),
         ("[1]", "line 1: not an object"),
         ("", "has no lines"),
@@ -214,9 +214,9 @@ def test_dreambooth_gives_instance_and_class_pictures_their_prompts(tmp_path: Pa
         ("{", "not JSON"),
         ("[]", "not an object"),
         ("{}", "'instance_prompt' is missing"),
-        ('{"instance_prompt": " "}', "'instance_prompt' must be a text that is not empty"),
+        ('{"instance_prompt": " "}', "'instance_prompt' must be a text and not empty"),
         ('{"instance_prompt": "a", "steps": 5}', "unknown key 'steps'"),
-        ('{"instance_prompt": "a"}', "'class_prompt' is missing; class_data_dir/ has pictures"),
+        ('{"instance_prompt": "a"}', "'class_prompt' is missing; the pictures in class_data_dir/"),
     ],
 )
 def test_a_wrong_dataset_info_names_the_key(tmp_path: Path, info: str, expected: str) -> None:
@@ -229,7 +229,7 @@ def test_a_wrong_dataset_info_names_the_key(tmp_path: Path, info: str, expected:
 def test_dreambooth_needs_pictures_of_the_subject(tmp_path: Path) -> None:
     for file in dreambooth(tmp_path).glob("*.png"):
         file.unlink()
-    with pytest.raises(ConfigError, match="no picture of the subject, outside of subfolders; add some"):
+    with pytest.raises(ConfigError, match="no picture of the subject; put some directly into the folder"):
         opened(tmp_path)
 
 
@@ -252,19 +252,19 @@ def test_a_class_prompt_of_the_configuration_completes_a_dataset_info(tmp_path: 
 
 @pytest.mark.parametrize("key", ["instance_prompt", "class_prompt"])
 def test_a_prompt_that_is_given_twice_is_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{key}' is given here and in data.sources; remove one"):
+    with pytest.raises(ConfigError, match=f"'{key}' is set here and in data.sources; remove one"):
         opened(dreambooth(tmp_path), **{key: "a photo of sks dog"})
 
 
 def test_a_class_prompt_without_an_instance_prompt_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": picture()})
-    with pytest.raises(ConfigError, match="has a class_prompt in data.sources, but no instance_prompt"):
+    with pytest.raises(ConfigError, match="has a class_prompt in data.sources but no instance_prompt"):
         opened(tmp_path, class_prompt="a cat")
 
 
 def test_class_pictures_without_a_class_prompt_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": picture(0), "class_data_dir/b.png": picture(1)})
-    with pytest.raises(ConfigError, match="'class_prompt' is missing; class_data_dir/ has pictures"):
+    with pytest.raises(ConfigError, match="'class_prompt' is missing; the pictures in class_data_dir/"):
         opened(tmp_path, instance_prompt="a sks cat")
 
 
@@ -272,5 +272,7 @@ def test_class_pictures_without_a_class_prompt_are_refused(tmp_path: Path) -> No
 def test_a_folder_with_captions_refuses_an_instance_prompt(
     tmp_path: Path, kind: Callable[[Path], Path]
 ) -> None:
-    with pytest.raises(ConfigError, match="has captions .*, and an instance_prompt in data.sources; remove"):
+    with pytest.raises(
+        ConfigError, match="has captions .* and also an instance_prompt in data.sources; remove"
+    ):
         opened(kind(tmp_path), instance_prompt="a sks cat")

@@ -56,7 +56,7 @@ def left_behind(run: Storage, owner: Owner) -> None:
 def test_a_second_driver_is_refused_and_told_who_holds_the_run(run: Storage) -> None:
     first = leased(run)
     first.take()
-    with pytest.raises(ConfigError, match=f"name: the run .* is held by process {os.getpid()} on "):
+    with pytest.raises(ConfigError, match=f"name: the run .* is in use by process {os.getpid()} on "):
         leased(run).take()
     first.release()
     where = "a local folder" if run.is_local else "an object store"
@@ -75,7 +75,7 @@ def test_a_released_run_is_free_at_once(run: Storage) -> None:
 def test_a_driver_elsewhere_that_gives_signs_of_life_is_not_taken_for_dead(run: Storage) -> None:
     first = leased(run, elsewhere())
     first.take()
-    with pytest.raises(ConfigError, match="held by process .* on other"):
+    with pytest.raises(ConfigError, match="in use by process .* on other"):
         leased(run).take()
     first.release()
 
@@ -103,7 +103,7 @@ time.sleep(100)
 """
     other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"held by process {other.pid}"):
+    with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
         leased(run).take()
     other.kill()
     other.wait()

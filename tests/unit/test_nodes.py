@@ -14,7 +14,7 @@ def test_nodes_that_see_each_other_agree() -> None:
 
 def test_nodes_with_folders_of_their_own_are_named_with_the_fix() -> None:
     said = disagreement({"head (10.0.0.1)": ["a"], "worker (10.0.0.2)": ["b"]}, NODES)
-    assert said.startswith("head (10.0.0.1) does not see what worker (10.0.0.2) writes there")
+    assert said.startswith("head (10.0.0.1) does not see the files of worker (10.0.0.2)")
     assert "mount a shared one at the same absolute path" in said
 
 

@@ -107,6 +107,6 @@ def test_weights_are_registered_there_and_found_again(
 @pytest.mark.parametrize("uri", ["az://container/runs", "abfs://container@account.dfs.core.windows.net/runs"])
 def test_azure_is_refused_by_name(uri: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"storage: {uri}: Azure's storage is not offered; .* s3:// or gs://"
+        ConfigError, match=f"storage: {uri}: Azure storage is not supported; use s3://, gs:// or"
     ):
         Storage.open(uri)

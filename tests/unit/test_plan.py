@@ -57,7 +57,7 @@ def test_actors_go_where_there_is_room_and_the_others_are_named() -> None:
     assert found.held == {"cpus": {"evaluator": 3}, "gpus": {"worker": 2}}
     [left] = found.left_over
     assert left.startswith(
-        "1 of 3 workers find no machine with 2 CPUs and 1 GPUs free; lower train.num_workers"
+        "1 of 3 workers fit on no machine: each needs 2 CPUs and 1 GPUs free; lower train.num_workers"
     )
 
 

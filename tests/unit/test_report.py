@@ -142,7 +142,7 @@ def test_a_worse_winner_is_called_worse() -> None:
 def test_without_a_distance_to_close_there_is_no_share(base: float) -> None:
     winner = won(base_test_fid=base, base_test_fid_error=4.0)
     assert closed_share(winner) is None
-    assert "no distance" in headline(winner)
+    assert "already as near to real pictures" in headline(winner)
     assert "nan%" not in report(winner=winner)
 
 
@@ -254,19 +254,19 @@ def test_a_rise_is_clear_where_the_rows_agree(last: list[float], clear: bool) ->
 def test_the_start_of_over_fitting_is_marked_and_told() -> None:
     html = measured()
     assert html.count("lowest validation loss") == 1
-    assert "Validation loss is lowest at 200 steps and higher at the last rung, perhaps by chance" in html
+    assert "Validation loss is lowest at 200 steps and higher at the last rung, possibly by chance" in html
 
 
 def test_the_page_says_when_the_feature_networks_disagree_about_the_winner() -> None:
     assert (
-        "The feature networks disagree about the winner: inception-2015-12-05 takes 0.0003 at 400 steps,"
-        " second takes 0.0003 at 200 steps." in Page(measured()).text
+        "The feature networks disagree about the winner: inception-2015-12-05 chooses 0.0003 at 400 steps,"
+        " second chooses 0.0003 at 200 steps." in Page(measured()).text
     )
     agreeing = [
         row | {"fid_2": other, "feature_network_2": "second@sha256:00"}
         for row, other in ((rung(0, 1e-4, 100, 180.0), 60.0), (rung(1, 3e-4, 400, 99.5), 40.0))
     ]
-    assert "inception-2015-12-05 and second, name the same winner" in Page(report(results=agreeing)).text
+    assert "inception-2015-12-05 and second, choose the same winner" in Page(report(results=agreeing)).text
 
 
 def test_second_scores_of_different_networks_are_never_compared() -> None:
@@ -276,7 +276,7 @@ def test_second_scores_of_different_networks_are_never_compared() -> None:
 
 
 def test_few_samples_are_called_out_and_enough_are_not() -> None:
-    assert "96 pictures a score are fewer than 2,049" in Page(report()).text
+    assert "96 pictures per score is fewer than 2,049" in Page(report()).text
     assert "may be noise" not in Page(report(enough_samples=96)).text
 
 
@@ -284,14 +284,14 @@ def test_a_winner_of_fewer_steps_than_the_lowest_score_is_explained() -> None:
     tied = rung(1, 3e-4, 400, 99.5) | {"behind": 0.61, "behind_error": 0.9}
     text = Page(report(results=[*RESULTS[:2], tied, rung(1, 3e-4, 800, 98.9)])).text
     assert "The lowest FID is that of 0.0003 at 800 steps. On the same noise it is 0.6 ± 0.9 below" in text
-    assert "chose by: within the error of the lowest of all rungs, and of fewer steps" in text
+    assert "ranked by: within the error of the lowest of all rungs, with fewer steps" in text
     assert "On the same noise it is" not in Page(report()).text
-    assert "chose by: the lowest of all rungs" in Page(report()).text
+    assert "ranked by: the lowest of all rungs" in Page(report()).text
 
 
 def test_a_test_split_that_was_read_twice_is_told() -> None:
     again = Page(report(winner={**WINNER, "test_reads": 2})).text
-    assert "was read 2 times" in again and "measured once" not in again
+    assert "was used 2 times" in again and "measured once" not in again
     assert "measured once" in Page(report(winner={**WINNER, "test_reads": 1})).text
 
 
@@ -304,8 +304,8 @@ def test_the_scores_have_their_errors_and_kid_beside_fid() -> None:
 def test_costs_add_up_and_tell_what_each_stopped_trial_saved() -> None:
     trials = [TrialCost("a", 100, 80, 60.0, 0.5, saved_steps=300), TrialCost("b", 400, 400, 3700.0, 2.0)]
     html = report(spent=Spent(trials, price=2.0, other_steps=7))
-    assert "500 steps computed, 480 up to the last measured rungs" in html
-    assert "7 more steps computed by trainings without a measured rung" in html
+    assert "500 steps computed, 480 up to the last scored rungs" in html
+    assert "7 more steps computed by trainings without a scored rung" in html
     assert "Stopping trials early saved 300, which is 38%" in html
     section = html[html.index("<h2>Costs</h2>") : html.index("<h2>Data</h2>")]
     cells = re.findall("<td>([^<]*)</td>", section)
@@ -349,7 +349,7 @@ def test_the_share_of_near_copies_comes_with_how_near_is_chosen_and_what_was_loo
     text = Page(report(memorisation=memorisation())).text
     assert "1 of 96 pictures of the winner (1.0%) are near copies" in text
     assert "than 99% of 120 pictures that it never saw" in text and "(distance 0.05)" in text
-    assert "Looked at: 1,000 of 1,420 training pictures" in text and WINNER["feature_network"] in text
+    assert "Compared: 1,000 of 1,420 training pictures" in text and WINNER["feature_network"] in text
     assert "little more than the smallest" not in text
     assert "little more than the smallest" in Page(report(memorisation=memorisation(num_held_out=90))).text
 
@@ -358,14 +358,14 @@ def test_the_share_of_near_copies_comes_with_how_near_is_chosen_and_what_was_loo
 def test_more_near_copies_than_chance_makes_are_an_alarm(share: float, alarms: bool) -> None:
     # Of 96 pictures 0.96 are expected, give or take 0.97.
     html = report(memorisation=memorisation(share=share))
-    section = html[html.index("<h2>Learnt by heart?") :]
-    assert section.startswith('<h2>Learnt by heart?</h2><p class="note alert">') is alarms
+    section = html[html.index("<h2>Memorisation") :]
+    assert section.startswith('<h2>Memorisation</h2><p class="note alert">') is alarms
 
 
 def test_without_held_out_pictures_there_is_no_share_of_near_copies() -> None:
     unknown = memorisation(share=None, near_copy=None, expected_share=None, num_held_out=0)
     text = Page(report(memorisation=unknown)).text
-    assert "nothing says how near is too near" in text
+    assert "there is no reference distance" in text
     assert "near copies" not in text and "a near copy" not in text
 
 
@@ -429,8 +429,8 @@ def test_a_subject_is_shown_with_its_likeness_and_the_drift_of_its_class() -> No
 
 
 def test_a_class_that_begins_to_look_like_the_subject_is_an_alarm() -> None:
-    assert "begins to look like the subject" not in report(subjects=[subject(0.01)])
-    assert "“a photo of a dog” begins to look like the subject: 0.030 ± 0.020." in report(
+    assert "is beginning to look like the subject" not in report(subjects=[subject(0.01)])
+    assert "“a photo of a dog” is beginning to look like the subject: 0.030 ± 0.020." in report(
         subjects=[subject(0.03)]
     )
 
@@ -440,7 +440,7 @@ def test_a_part_without_data_is_left_out() -> None:
     for part in (
         "KID",
         "Over-fitting",
-        "Learnt by heart",
+        "Memorisation",
         "Costs",
         "Subjects",
         "Precision",

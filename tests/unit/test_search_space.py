@@ -315,14 +315,14 @@ def test_values_of_the_space_are_recorded_as_their_settings_read_them() -> None:
             ["space={train.lora: [{rank: 4}, {rank: 8}], train.lora.alpha: [4, 8]}"],
             "space.train.lora.alpha is part of space.train.lora",
         ),
-        ([*DRAWN, "space={train.lora.rank: {low: 4.5, high: 8}}"], "low: 4.5: the setting is a whole number"),
+        ([*DRAWN, "space={train.lora.rank: {low: 4.5, high: 8}}"], "low: 4.5: must be a whole number"),
         (
             [*DRAWN, "space={train.lora.use_dora: {low: 0, high: 1, log: false}}"],
-            "space.train.lora.use_dora: a range is for a setting of train that is a number; give values",
+            "space.train.lora.use_dora: a range needs a setting of train that is a number; give values",
         ),
         (
             [*DRAWN, "space={train.deepspeed.gradient_clipping: {low: 0.1, high: 1}}"],
-            "space.train.deepspeed.gradient_clipping: a range is for a setting",
+            "space.train.deepspeed.gradient_clipping: a range needs a setting",
         ),
         (
             [*DRAWN, "space={train.lora.rank: {low: 0, high: 8, log: false}}"],
@@ -330,19 +330,19 @@ def test_values_of_the_space_are_recorded_as_their_settings_read_them() -> None:
         ),
         (
             ["space={train.batch_size: [1, 2]}"],
-            "search.space.train.batch_size: 1: .*leave some of 2 workers",
+            "search.space.train.batch_size: 1: .*is less than the number of workers",
         ),
         (
             ["space={train.schedule: [constant, cosine], train.warmup_steps: [0, 5]}"],
-            "train.schedule: 'constant' with train.warmup_steps: 5: .* schedule constant has none",
+            "train.schedule: 'constant' with train.warmup_steps: 5: .* schedule constant has no warm-up",
         ),
         (
             ["space={train.stages: [[{steps: 400}, {steps: 1}]]}"],
-            "search.space.train.stages: .*the last one begins after step 400",
+            "search.space.train.stages: .*the last stage begins after step 400",
         ),
         (
             ["algorithm=random", "num_trials=9", "learning_rates={low: 1.001e-3, high: 1.022e-3}"],
-            "search.num_trials: 9, but after many draws there are only 3 different trials",
+            "search.num_trials: 9, but the ranges give only 3 different trials",
         ),
         (["space={train.weight_decay: [.nan, 0.1]}"], "search.space.train.weight_decay: nan"),
     ],

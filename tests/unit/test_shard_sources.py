@@ -101,7 +101,7 @@ def test_a_wrong_column_is_named_with_those_there_are(
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     for file in parquet_files(tmp_path).rglob("b.parquet"):
         file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match="data/b.parquet: not a whole Parquet file"):
+    with pytest.raises(ConfigError, match="data/b.parquet: not a complete Parquet file"):
         opened(tmp_path)
 
 

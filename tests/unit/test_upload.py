@@ -46,5 +46,5 @@ def test_one_that_the_cluster_would_not_find_is_refused(checkout: Path, tmp_path
     (tmp_path / "elsewhere.yaml").write_text("name: demo")
     given = "../../elsewhere.yaml" if text == "name: mine" else "../own.yaml"
     (checkout / "own.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"--config .*elsewhere\.yaml does not lie in .*; put it there"):
+    with pytest.raises(ConfigError, match=r"--config .*elsewhere\.yaml is outside .*; move it there"):
         with_configuration(["--config", given], given)

@@ -53,7 +53,7 @@ def test_a_section_that_stands_twice_is_an_error_and_does_not_drop_the_first(tmp
     file.write_text(DEMO.read_text() + "\ntrain:\n  batch_size: 8\n")
     with pytest.raises(yaml.YAMLError):
         read_yaml(file.read_text())
-    with pytest.raises(ConfigError, match="not YAML: 'train' stands twice in one section") as caught:
+    with pytest.raises(ConfigError, match="not YAML: 'train' appears twice in one section") as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
 

@@ -58,8 +58,8 @@ def aside(cache: Storage, file: str) -> DamagedPart | None:
     if not cache.exists(file + ASIDE):
         return None
     return DamagedPart(
-        f"an encoded part is damaged: {cache.uri}/{file}, now {file[:8]}...{ASIDE}; start the run again, it "
-        "goes on: prepare encodes it anew"
+        f"an encoded file is damaged: {cache.uri}/{file} was renamed to {file[:8]}...{ASIDE}; run the same "
+        "command again to encode it anew"
     )
 
 

@@ -42,7 +42,7 @@ def lacking(config: Config, sources: Sequence[Source]) -> dict[str, int]:
         if not isinstance(source, Subject) or source.class_prompt is None:
             raise ConfigError(
                 f"train.prior_loss_weight: {source.name} has no class prompt; give it a class_prompt (and an "
-                "instance_prompt) in data.sources or in its dataset_info.json, or leave the weight at 0"
+                "instance_prompt) in data.sources or in its dataset_info.json, or set the weight to 0"
             )
         missing = config.data.num_class_images - source.num_class_pictures
         found[source.class_prompt] = max(found.get(source.class_prompt, 0), missing)
@@ -56,7 +56,10 @@ def announce_class_pictures(config: Config, sources: Sequence[Source]) -> None:
         ConfigError: as for `lacking`.
     """
     for prompt, count in lacking(config, sources).items():
-        say("prepare", f"{prompt!r}: {count:,} class pictures are to be drawn, less those in the storage")
+        say(
+            "prepare",
+            f"{prompt!r}: up to {count:,} class pictures will be drawn, less those already in storage",
+        )
 
 
 def generate_class_pictures(
@@ -86,7 +89,7 @@ def generate_class_pictures(
         for done, _ in enumerate(drawn.iter_rows(), 1):
             progress(done, len(items))
     found = sum(wanted.values()) - len(items)
-    say("prepare", f"class pictures by the base model: {len(items):,} drawn, {found:,} found")
+    say("prepare", f"class pictures of the base model: {len(items):,} drawn, {found:,} already in storage")
     rules = caption_rules(config)
     return [
         replace(_source(prompt, folders[prompt], count), captions=rules) for prompt, count in wanted.items()

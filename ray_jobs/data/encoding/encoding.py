@@ -70,7 +70,7 @@ class Gather:
         for entry, found in entries.items():
             for sample in self.readers[found.source].read(found.piece, wanted[entry]):
                 if sample.problem:
-                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read a moment ago)")
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it was readable during the scan)")
                 for index in waiting[entry, sample.row]:
                     collected[index][entry, sample.row] = sample
                     if len(collected[index]) == missing[index]:
@@ -109,7 +109,7 @@ class Decode:
                 digest, picture = content_digest(data), self.open(data, part.bucket)
             assert picture is not None
             if digest != part.digests[number]:
-                raise ChangedFile(f"{row['name'][index]}: changed while it was being prepared; run again")
+                raise ChangedFile(f"{row['name'][index]}: changed during prepare; run it again")
             fitted = self.fit(picture, part.split, part.bucket, digest, int(part.variants[number]))
             pixels[number] = fitted.pixels
             conditioning.append(fitted.sizes)

@@ -57,7 +57,7 @@ def bucket_shapes(resolution: int, *, multiple: int, max_aspect_ratio: float) ->
         fitting = f"{below} or {below + multiple}" if below else f"{multiple}"
         raise ConfigError(
             f"data.resolution: {resolution} is not divisible by {multiple}, as data.buckets needs for "
-            f"this model; give {fitting}"
+            f"this model; use {fitting}"
         )
     lying: list[Size] = []
     for short in range(resolution, 0, -multiple):

@@ -17,8 +17,8 @@ def picture_shapes(config: Config) -> list[Size]:
     multiple = size_multiple(base, revision=model.revision)
     if data.resolution % multiple:
         raise ConfigError(
-            f"data.resolution: {data.resolution} is no multiple of {multiple}, which {model.base} needs; "
-            f"take {max(1, round(data.resolution / multiple)) * multiple}"
+            f"data.resolution: {data.resolution} is not a multiple of {multiple}, as {model.base} needs; "
+            f"use {max(1, round(data.resolution / multiple)) * multiple}"
         )
     shapes = [(data.resolution, data.resolution)]
     if data.buckets:
@@ -28,7 +28,6 @@ def picture_shapes(config: Config) -> list[Size]:
     if limit is not None and side > limit:
         field = "data.resolution" if data.resolution > limit else "data.bucket_max_aspect_ratio"
         raise ConfigError(
-            f"{field}: pictures of up to {side} pixels a side are asked for, and {model.base} has positions "
-            f"for {limit}; lower it"
+            f"{field}: sides of up to {side} pixels, but {model.base} supports at most {limit}; lower it"
         )
     return shapes

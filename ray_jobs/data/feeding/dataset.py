@@ -65,7 +65,7 @@ class Dataset:
             ValueError: `data.folds` has no such fold.
         """
         if fold not in range(len(self.manifest.folds)):
-            raise ValueError(f"data.folds: there is no fold {fold} of {len(self.manifest.folds)}")
+            raise ValueError(f"data.folds: fold {fold} does not exist, of {len(self.manifest.folds)}")
         return replace(self, without_fold=fold)
 
     def together(self) -> "Dataset":

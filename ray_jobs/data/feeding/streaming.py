@@ -283,7 +283,7 @@ class GatherWindow:
             entry = self.live.entries[number]
             for sample in self.live.readers[entry.source].read(entry.piece, rows):
                 if sample.problem:
-                    raise ChangedFile(f"{sample.name}: {sample.problem} (it could be read before)")
+                    raise ChangedFile(f"{sample.name}: {sample.problem} (it was readable during the scan)")
                 samples[number, sample.row] = sample
         for step in steps:
             for rank in range(self.world_size):
@@ -318,7 +318,7 @@ class DecodeBatch(Decode):
         pixels, sizes = [], []
         for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):
             if content_digest(data) != digest:
-                raise ChangedFile(f"{name}: changed since it was prepared; run again")
+                raise ChangedFile(f"{name}: changed since prepare; run it again")
             picture = self.open(data, (width, height))
             fitted = self.fit(picture, "train", (width, height), digest, row["epoch"])
             pixels.append(fitted.pixels)

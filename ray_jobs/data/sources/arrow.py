@@ -74,7 +74,7 @@ def _schema(listing: Listing, name: str) -> pa.Schema:
             return _reader(file).schema
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(
-            f"{listing.name}: {name}: not a whole Arrow file ({error}); copy it again or remove it"
+            f"{listing.name}: {name}: not a complete Arrow file ({error}); copy it again or remove it"
         ) from None
 
 
@@ -115,7 +115,7 @@ def _listed(listing: Listing, name: str) -> list[str] | None:
         return None
     names = [each.get("filename") if isinstance(each, dict) else None for each in files]
     if not all(isinstance(each, str) for each in names):
-        raise ConfigError(f"{listing.name}: {name}: its _data_files name no files; save the data set again")
+        raise ConfigError(f"{listing.name}: {name}: its _data_files lists no files; save the data set again")
     return [str(each) for each in names]
 
 

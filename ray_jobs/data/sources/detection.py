@@ -79,8 +79,8 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         if kinds:
             where = "data.sources" if config.instance_prompt else dreambooth.DREAMBOOTH_FILE
             raise ConfigError(
-                f"{listing.name}: has captions ({kinds[0].example}), and an instance_prompt in {where}; "
-                "remove one of them"
+                f"{listing.name}: has captions ({kinds[0].example}) and also an instance_prompt in "
+                f"{where}; remove one of them"
             )
         return _Kind(
             dreambooth.DREAMBOOTH_FILE,
@@ -93,14 +93,14 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         )
     if config.class_prompt:
         raise ConfigError(
-            f"{listing.name}: has a class_prompt in data.sources, but no instance_prompt; give it one"
+            f"{listing.name}: has a class_prompt in data.sources but no instance_prompt; add one"
         )
     if kinds and _lies_here(kinds[0].files) and not any(_lies_here(other.files) for other in kinds[1:]):
         return kinds[0]
     if len(kinds) > 1:
         raise ConfigError(
-            f"{listing.name}: has {kinds[0].example} and {kinds[1].example}; remove one of them, or name a "
-            "subfolder as the source"
+            f"{listing.name}: could be two formats, because of {kinds[0].example} and {kinds[1].example}; "
+            "remove one of them, or use a subfolder as the source"
         )
     if kinds:
         return kinds[0]
@@ -108,10 +108,10 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         footers = parquet.read_footers(listing, tables)
         parquet.open_parquet(listing, footers, config, stratify)
     raise ConfigError(
-        f"{listing.name}: has no metadata.jsonl or metadata.csv, no dataset_info.json with prompts, no "
-        "*.parquet or *.arrow, no *.tar, and no picture with a .txt of the same name; write a metadata.jsonl "
-        'with one line a picture: {"file_name": "cat.png", "text": "a cat"}; or give data.sources an '
-        "instance_prompt, if all show the same thing"
+        f"{listing.name}: no metadata.jsonl or metadata.csv, no dataset_info.json with prompts, no "
+        "*.parquet, *.arrow or *.tar, and no picture with a .txt of the same name; write a metadata.jsonl "
+        'with one line per picture: {"file_name": "cat.png", "text": "a cat"}; or, if all pictures show the '
+        "same subject, give the source an instance_prompt in data.sources"
     )
 
 
@@ -207,12 +207,12 @@ def _chosen_splits(listing: Listing, config: SourceConfig) -> tuple[Listing, tup
         }
         left = sum(count for split, count in counts.items() if split not in config.splits)
         names = ", ".join(config.splits)
-        note = f"{listing.name}: of its splits, {names} is read; {left:,} files of others are not"
+        note = f"{listing.name}: reading only the splits {names}; {left:,} files of other splits are ignored"
         return replace(listing, files=kept), (note,)
     if len(counts) < 2:
         return listing, ()
     names = ", ".join(sorted(counts))
     return listing, (
         f"{listing.name}: its splits ({names}) are read as one set, which data.validation and data.test "
-        "split anew; name some of them in the source's splits to read no others",
+        "split again; to read only some of them, set the source's splits",
     )

@@ -50,11 +50,11 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
             continue
         if key not in prompts:
             where = f"{listing.name}/{DREAMBOOTH_FILE}" if has_prompts(listing) else listing.name
-            raise ConfigError(f"{where}: {key!r} is missing; {CLASS_FOLDER}/ has pictures that need it")
+            raise ConfigError(f"{where}: {key!r} is missing; the pictures in {CLASS_FOLDER}/ need it")
         rows.append(file_row(name, text=prompts[key], role=role))
     num_class = sum(row.role == "class" for row in rows)
     if num_class == len(rows):
-        raise ConfigError(f"{listing.name}: has no picture of the subject, outside of subfolders; add some")
+        raise ConfigError(f"{listing.name}: has no picture of the subject; put some directly into the folder")
     return Subject(
         **vars(folder_of_rows(listing, rows, "pictures")),
         instance_prompt=prompts["instance_prompt"],
@@ -97,9 +97,11 @@ def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
     where = f"{listing.name}/{DREAMBOOTH_FILE}"
     written = _written_prompts(where, _content(listing))
     for key in told.keys() & written.keys():
-        raise ConfigError(f"{where}: {key!r} is given here and in data.sources; remove one")
+        raise ConfigError(f"{where}: {key!r} is set here and in data.sources; remove one")
     if "instance_prompt" not in told | written:
-        raise ConfigError(f"{where}: 'instance_prompt' is missing; write what the pictures show")
+        raise ConfigError(
+            f"{where}: 'instance_prompt' is missing; describe the subject, for example a photo of sks dog"
+        )
     return told | written
 
 
@@ -111,5 +113,5 @@ def _written_prompts(where: str, prompts: Any) -> dict[str, str]:
         if key not in DREAMBOOTH_KEYS:
             raise ConfigError(f"{where}: unknown key {key!r}; it takes {' and '.join(DREAMBOOTH_KEYS)}")
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: {key!r} must be a text that is not empty, not {value!r}")
+            raise ConfigError(f"{where}: {key!r} must be a text and not empty, but is {value!r}")
     return {key: value.strip() for key, value in prompts.items()}

@@ -91,13 +91,13 @@ class Folder(Source):
 
     def _caption(self, row: Row) -> str:
         if not row.is_utf8:
-            raise Rejected("caption_not_utf8", "the bytes of the name or of the text are not UTF-8")
+            raise Rejected("caption_not_utf8", "the file name or the caption is not UTF-8")
         return decode_caption(self._bytes(row.text_file)) if row.text_file else check_caption(row.text)
 
     def _bytes(self, name: str) -> bytes:
         inside = path_inside(name)
         if inside is None:
-            raise Rejected("outside_folder", f"{name} leaves the folder")
+            raise Rejected("outside_folder", f"{name} points outside the folder")
         try:
             path = f"{self.folder}/{inside}"
             if isinstance(self.filesystem, fs.LocalFileSystem):
@@ -123,7 +123,7 @@ def _real_path(folder: str, inside: str) -> str:
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, inside))
     if os.path.commonpath((root, path)) != root:
-        raise Rejected("outside_folder", f"{inside} is a link that leaves the folder")
+        raise Rejected("outside_folder", f"{inside} is a link that points outside the folder")
     # Opening a named pipe would block until there is a writer.
     if os.path.exists(path) and not os.path.isfile(path):
         raise Rejected("unreadable", f"{inside} is not a file")
@@ -196,6 +196,6 @@ def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None)
     for setting, column in named.items():
         if column:
             raise ConfigError(
-                f"{setting}: {column}: {listing.name} has no columns, only files; remove it, "
-                "or describe the pictures in a metadata.jsonl"
+                f"{setting}: {column}: {listing.name} has only files, no columns; remove this "
+                "setting, or describe the pictures in a metadata.jsonl"
             )

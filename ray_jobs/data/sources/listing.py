@@ -155,8 +155,8 @@ def list_files(path: str, apart: Storage | None = None) -> Listing:
         return Listing(path, filesystem, folder, {name: (found.size, found.mtime_ns)})
     if found.type != fs.FileType.Directory:
         raise ConfigError(
-            f"data.source: {path}: no such folder; name one with pictures and metadata.jsonl, "
-            "or with .parquet, .arrow or .tar files, or one such file"
+            f"data.source: {path}: no such folder; give a folder of pictures with "
+            "metadata.jsonl, a folder of .parquet, .arrow or .tar files, or one such file"
         )
     if storage.is_local:
         files, links = _local_files(root)

@@ -68,7 +68,7 @@ def open_image_folder(
     rows = (row for file in files for row in _rows(listing, file, config, stratify))
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
     if not source.pieces:
-        raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one a picture")
+        raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one per picture")
     return source
 
 
@@ -107,7 +107,7 @@ def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[st
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"{where}: line {number}: not JSON ({error.msg}); write one object a line"
+                f"{where}: line {number}: not JSON ({error.msg}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise ConfigError(
@@ -124,11 +124,13 @@ def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
             if None in row:
                 raise ConfigError(
                     f"{where}: line {reader.line_num}: more values than the header has columns; "
-                    "put a text with commas in double quotes"
+                    "put texts with commas in double quotes"
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise ConfigError(f"{where}: line {reader.line_num}: not CSV ({error}); close every quote") from None
+        raise ConfigError(
+            f"{where}: line {reader.line_num}: not CSV ({error}); check that every quote is closed"
+        ) from None
 
 
 def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify: str | None) -> Row:
@@ -140,12 +142,14 @@ def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify:
             fix = "correct data.stratify"
             if field in fixes:
                 named = f"{FILE_COLUMN} and {CAPTION_COLUMNS[0]}"
-                fix = f"name the fields {named}, or name another in {fixes[field]}"
+                fix = f"name the fields {named}, or set {fixes[field]}"
             raise ConfigError(legible(f"{where}: field {field!r} is missing (found: {found}); {fix}"))
     file_name, text = (fields[field] for field in columns)
     for field, value in ((columns[0], file_name), (columns[1], "" if text is None else text)):
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: field {field!r} must be text, not {value!r}")
+            raise ConfigError(
+                f"{where}: field {field!r} must be a text, not {value!r}; put it in double quotes"
+            )
     stratum = fields[stratify] if stratify else None
     return Row(
         file_name=legible(file_name),

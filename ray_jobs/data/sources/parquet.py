@@ -87,7 +87,7 @@ def open_parquet(
         where = f"{listing.name}: {footer.file}"
         if footer.error:
             raise ConfigError(
-                f"{where}: not a whole Parquet file ({footer.error}); copy it again or remove it"
+                f"{where}: not a complete Parquet file ({footer.error}); copy it again or remove it"
             )
         found = find_columns(where, footer.schema, config, stratify)
         if columns and found != columns:

@@ -146,7 +146,7 @@ def legible(text: str) -> str:
 def check_caption(text: str | None) -> str:
     """Return `text` stripped, if it can be a caption; raise Rejected otherwise."""
     if text is None:
-        raise Rejected("missing_caption", "there is no text")
+        raise Rejected("missing_caption", "the caption is missing")
     if not text.strip():
         raise Rejected("empty_caption", "the text is empty")
     return text.strip()

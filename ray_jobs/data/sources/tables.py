@@ -81,8 +81,8 @@ class Table(Source):
             if not data and path:
                 raise Rejected(
                     "missing_file",
-                    "the row has the path of a picture, but not its bytes; save_to_disk of the datasets "
-                    "library writes them",
+                    "the row has only the path of a picture, not its bytes; save the data set with "
+                    "save_to_disk, which writes them",
                 )
             if not data:
                 raise Rejected("empty_file", "the row has no picture")
@@ -143,8 +143,8 @@ def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: 
     if image is None and IMAGE_COLUMN not in schema.names:
         if len(pictures) > 1:
             raise ConfigError(
-                f"{where}: has {len(pictures)} columns with bytes ({', '.join(pictures)}); say which one "
-                "holds the pictures in the source's image_column"
+                f"{where}: has {len(pictures)} columns with bytes ({', '.join(pictures)}); name the "
+                "one with the pictures in the source's image_column"
             )
         image = pictures[0] if pictures else None
     image = _require(where, schema, image or IMAGE_COLUMN, "the source's image_column")
@@ -165,7 +165,7 @@ def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: 
             pa.nulls(0, kind.value_type if pa.types.is_dictionary(kind) else kind).cast(pa.string())
         except pa.ArrowNotImplementedError:
             raise ConfigError(
-                f"{where}: column {stratify!r} is {kind}, which has no plain values; correct data.stratify"
+                f"{where}: column {stratify!r} is {kind}, which has no simple values; correct data.stratify"
             ) from None
     return Columns(image, caption, stratify)
 

@@ -138,9 +138,9 @@ class Tars(Source):
             raise Rejected("missing_caption", f"no .json with {named!r}, which caption_column names")
         text = fields.get(named or caption_column(fields))
         if text is not None and not isinstance(text, str):
-            raise Rejected("missing_caption", f"the caption is no text but {type(text).__name__}")
+            raise Rejected("missing_caption", f"the caption is {type(text).__name__}, not text")
         if text is not None and text != legible(text):
-            raise Rejected("caption_not_utf8", "the text has half a surrogate pair")
+            raise Rejected("caption_not_utf8", "the text contains an unpaired surrogate")
         return check_caption(text)
 
 
