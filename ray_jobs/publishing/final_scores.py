@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, EvaluateConfig
+from ray_jobs.config import Config, Effect, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import splits, standard_error, trained_on
@@ -38,7 +38,7 @@ class FinalScores:
 
 def settings_of(evaluate: EvaluateConfig) -> dict[str, Any]:
     """Settings that affect these scores but not the search; stored in winner.json."""
-    return evaluate.model_dump(mode="json", include=set(evaluate.AFTER_SEARCH))
+    return evaluate.affecting(Effect.PUBLISHING)
 
 
 def counted(shapes: Iterable[Shape]) -> dict[str, int]:

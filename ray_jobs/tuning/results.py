@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, EvaluateConfig
+from ray_jobs.config import Config, Effect
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
@@ -24,8 +24,6 @@ from ray_jobs.tuning.computed_steps import read_computed
 
 RESULTS = "results.jsonl"
 FINISHED = "finished.json"
-# A search whose values of these change keeps its results and continues.
-EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
 SCORES = ("fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error")
 ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # equal in scores that may be compared
 FIELDS = (
@@ -69,18 +67,16 @@ class SearchResult:
 
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Digest of everything that the results depend on: data, model, training, search and evaluation."""
-    settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
-        del settings["search"][field]
-    for field in (*EvaluateConfig.AFTER_SEARCH, "num_actors"):
-        del settings["evaluate"][field]
-    content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
+    settings = [depends_on(config, dataset), config.affecting(Effect.SCORES)]
+    content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def finished(config: Config, dataset: Dataset, best: dict[str, Any]) -> str:
+def finished(config: Config, dataset: Dataset, best: dict[str, Any], priced: bool = True) -> str:
     """Content of finished.json. It changes with the budget, trials or patience, so the search continues."""
-    extent = config.search.model_dump(mode="json", include=set(EXTENDING))
+    extent = config.search.affecting(Effect.EXTENT)
+    if not (priced and config.search.max_cost):
+        del extent["device_hour_price"]  # without max_cost it only shows in the report
     return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best})
 
 
@@ -96,9 +92,11 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
         return None
     told = storage.read_text(FINISHED)
     best = json.loads(told)["winner"]
-    return (
-        result(config, dataset, read_rows(storage), best) if told == finished(config, dataset, best) else None
-    )
+    # Earlier releases left the price out.
+    if told not in (finished(config, dataset, best, priced) for priced in (True, False)):
+        return None
+    found = result(config, dataset, read_rows(storage), best)
+    return replace(found, digest=hashlib.sha256(told.encode()).hexdigest())
 
 
 def result(
