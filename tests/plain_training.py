@@ -24,7 +24,14 @@ class PlainTraining:
         self.config, self.dataset = config, dataset
         pipeline, self.model = build_model(config)
         autoencoder, device = dict(pipeline.vae.config), torch.device("cpu")
-        self.inputs = InputMaker(config, autoencoder, self.model, dataset.empty_caption(), device)
+        self.inputs = InputMaker(
+            autoencoder,
+            self.model,
+            dataset.empty_caption(),
+            device,
+            seed=config.seed,
+            caption_dropout=config.train.caption_dropout,
+        )
         self.optimizer = build_optimizer(self.model, config.train)
         self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self.ema = EMA(self.model.trained(), config.train.ema_decay)

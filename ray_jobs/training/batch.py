@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ray_jobs.config import Config, TrainConfig
+from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
@@ -70,24 +70,28 @@ class Piece:
 
 
 class InputMaker:
-    """Builder of a piece's inputs. Random draws depend only on the run's seed, the step and the row's place.
+    """Builder of a piece's inputs. Random draws depend only on the seed, the step and the row's place.
 
     Args:
         autoencoder: the autoencoder's configuration.
         empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
+        caption_dropout: share of captions that the empty one replaces.
     """
 
     def __init__(
         self,
-        config: Config,
         autoencoder: Mapping[str, Any],
         model: FineTuning,
         empty_caption: Captions,
         device: torch.device,
+        *,
+        seed: int,
+        caption_dropout: float,
     ) -> None:
-        self.config, self.autoencoder, self.device = config, autoencoder, device
+        self.autoencoder, self.device = autoencoder, device
+        self.seed, self.caption_dropout = seed, caption_dropout
         self.settings, self.sizes = model.settings, model.family.sizes
-        trained = config.train.train_text_encoder
+        trained = bool(model.text_encoders)
         names = model.family.tokens if trained else model.family.embeds
         present = {name: empty_caption[name] for name in names if name in empty_caption}
         self.null = {name: tensor.long() if trained else tensor for name, tensor in present.items()}
@@ -101,15 +105,15 @@ class InputMaker:
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
         rows, shape = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
-        drawn = draw((self.config.seed,), step, piece.places, shape, self.settings)
+        drawn = draw((self.seed,), step, piece.places, shape, self.settings)
         mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
-        dropped = drawn.caption < self.config.train.caption_dropout
+        dropped = drawn.caption < self.caption_dropout
         inputs = {
             "latents": self._there(sample_posterior(mean, logvar, self.autoencoder, drawn.posterior)),
             "captions": {name: self._there(self._dropped(rows[name], name, dropped)) for name in self.null},
             "draws": self._draws(drawn.loss),
         }
-        if self.config.train.caption_dropout:
+        if self.caption_dropout:
             inputs["dropped"] = self._there(dropped)
         if self.sizes:
             inputs["sizes"] = self._there(rows[CONDITIONING])

@@ -143,8 +143,14 @@ class Training:
         if resumed:
             load_weights(resumed.shards, model.all_trained)
         export = exporter(config, pipeline, model, self.rank)
-        empty_caption = settings.dataset.empty_caption()
-        self.inputs = InputMaker(config, dict(pipeline.vae.config), model, empty_caption, device)
+        self.inputs = InputMaker(
+            dict(pipeline.vae.config),
+            model,
+            settings.dataset.empty_caption(),
+            device,
+            seed=config.seed,
+            caption_dropout=config.train.caption_dropout,
+        )
         startup.done("model")
         self.engine = build_engine(model, sharded_for(config.train, self.world_size), self.world_size)
         self.owned = owned_fragments(self.engine)
