@@ -4,10 +4,11 @@ python -m scripts.configuration_page
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.config import Config
+from ray_jobs.config import Config, Effect, Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -18,13 +19,22 @@ INTRODUCTION = """\
 `--set section.field=value` on the command line overrides a field. `extends: other.yaml` starts from another
 file and says only what differs: sections are merged, any other value is replaced. Unknown fields are errors.
 A field without a default is required.
+
+## What a field affects
+
+The column `affects` says what changes with a field. What follows from that changes too: other encodings are
+another data set, which gives other weights, which get other scores.
+
+| affects | |
+|---|---|
 """
 
 
 def page() -> str:
     """Return the page: one table per section, in the order of the file."""
     schema = Config.model_json_schema()
-    return "\n".join([INTRODUCTION, *_section("", schema, schema["$defs"])])
+    effects = [f"| {effect.word} | {effect.meaning} |" for effect in Effect]
+    return "\n".join([INTRODUCTION + "\n".join(effects), "", *_section("", schema, schema["$defs"])])
 
 
 def _section(name: str, schema: dict[str, Any], known: dict[str, Any]) -> list[str]:
@@ -38,7 +48,8 @@ def _section(name: str, schema: dict[str, Any], known: dict[str, Any]) -> list[s
     lines = [f"## {title}", ""]
     if name:
         lines += [" ".join(schema["description"].split()), ""]
-    lines += ["| field | value | default | |", "|---|---|---|---|"]
+    lines += ["| field | value | default | affects | |", "|---|---|---|---|---|"]
+    [section] = (each for each in _classes(Section) if each.__name__ == schema["title"])
     below: list[str] = []
     for field, of in schema["properties"].items():
         path = f"{name}.{field}" if name else field
@@ -48,8 +59,16 @@ def _section(name: str, schema: dict[str, Any], known: dict[str, Any]) -> list[s
             required = field in schema.get("required", [])
             default = "" if required else _default(of.get("default"))
             text = of.get("description", "").replace("|", "\\|")
-            lines.append(f"| `{field}` | {_values(of)} | {default} | {text} |")
+            effects = ", ".join(effect.word for effect in section.effects(field))
+            lines.append(f"| `{field}` | {_values(of)} | {default} | {effects} | {text} |")
     return [*lines, "", *below]
+
+
+def _classes(of: type[Section]) -> Iterator[type[Section]]:
+    """Yield all classes of sections."""
+    for each in of.__subclasses__():
+        yield each
+        yield from _classes(each)
 
 
 def _inner(of: dict[str, Any], known: dict[str, Any]) -> dict[str, Any] | None:

@@ -23,8 +23,15 @@ class PlainTraining:
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.dataset = config, dataset
         pipeline, self.model = build_model(config)
-        empty, device = dataset.empty_caption(), torch.device("cpu")
-        self.inputs = InputMaker(config, pipeline.vae, self.model, empty, device)
+        device = torch.device("cpu")
+        self.inputs = InputMaker(
+            pipeline.vae,
+            self.model,
+            dataset.empty_caption(),
+            device,
+            seed=config.seed,
+            caption_dropout=config.train.caption_dropout,
+        )
         self.optimizer = build_optimizer(self.model, config.train)
         self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self.ema = EMA(self.model.trained(), config.train.ema_decay)

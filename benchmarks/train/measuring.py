@@ -261,7 +261,14 @@ def inputs_of(config: Config, rows: dict[str, torch.Tensor], rank: int, world_si
     """What `FineTuning` takes of a rank's share of a batch, drawn as in step 1; and `timesteps`, int64, N."""
     pipeline, model = build_model(config)
     empty_caption = encode_prompts(load_pipeline(resolve_path(config.model.base)), [""])
-    maker = InputMaker(config, pipeline.vae, model, empty_caption, torch.device("cpu"))
+    maker = InputMaker(
+        pipeline.vae,
+        model,
+        empty_caption,
+        torch.device("cpu"),
+        seed=config.seed,
+        caption_dropout=config.train.caption_dropout,
+    )
     batch_size = config.train.batch_size
     mine = list(rows_of_rank(batch_size, world_size, rank))
     share = {name: values[mine] for name, values in rows.items()}

@@ -8,7 +8,7 @@ is found here, before anything starts.
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from ray_jobs.config.data import (
     DataConfig,
     SourceConfig,
 )
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import (
     ConfigError,
     LearningRate,
@@ -34,7 +35,6 @@ from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
     ENDLESS,
-    FREE_SETTINGS,
     OTHER_LAYERS,
     SCHEDULE_SETTINGS,
     LoraConfig,
@@ -48,7 +48,6 @@ from ray_jobs.config.yaml_text import write_yaml
 
 __all__ = [
     "ENDLESS",
-    "FREE_SETTINGS",
     "LEARNING_RATE",
     "OTHER_LAYERS",
     "AugmentationConfig",
@@ -56,6 +55,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Effect",
     "EvaluateConfig",
     "LocalConfig",
     "LoraConfig",
@@ -91,6 +91,8 @@ NO_RUNS = {
 class PretrainConfig(Section):
     """A new base model in Stable Diffusion's architecture, from scratch (`python -m ray_jobs.pretrain`)."""
 
+    affects: ClassVar = Effect.PRETRAINING
+
     output: str = Field(description="folder of the finished model")
     pictures: str = Field(description="folder with metadata.jsonl on which the autoencoder is trained")
     autoencoder_channels: list[Positive] = Field(
@@ -115,6 +117,8 @@ class PretrainConfig(Section):
 class LocalConfig(Section):
     """The embedded Ray, which is started if no address is given."""
 
+    affects: ClassVar = Effect.NOTHING
+
     num_cpus: Positive = Field(
         8, description="logical CPUs: more than there are cores, so that drivers and Ray Data tasks fit too"
     )
@@ -132,13 +136,17 @@ class LocalConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: str = Field(
+    name: Annotated[str, Effect.NOTHING] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
         description="name of the run; a run of the same name is resumed",
     )
-    storage: str = Field("runs", description="folder, s3:// or gs:// that every node can reach")
-    seed: int = Field(0, description="seed of training: data order, noise, initial adapters")
+    storage: Annotated[str, Effect.NOTHING] = Field(
+        "runs", description="folder, s3:// or gs:// that every node can reach"
+    )
+    seed: Annotated[int, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
+        0, description="seed of training: data order, noise, initial adapters"
+    )
     data: DataConfig
     model: ModelConfig
     train: TrainConfig = TrainConfig()
@@ -147,7 +155,9 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     local: LocalConfig = LocalConfig()
-    pretrain: PretrainConfig | None = Field(None, description="settings of `python -m ray_jobs.pretrain`")
+    pretrain: Annotated[PretrainConfig | None, Effect.PRETRAINING] = Field(
+        None, description="settings of `python -m ray_jobs.pretrain`"
+    )
 
     @field_validator("name")
     @classmethod
@@ -260,12 +270,13 @@ class Config(Section):
             ValidationError: a value is refused.
         """
         train = self.train.model_dump(exclude_unset=True)
+        free = {name for name in TrainConfig.model_fields if Effect.NOTHING in TrainConfig.effects(name)}
         for name, value in settings.items():
             section, *path = name.split(".")
             place: Any = train
             for each in path[:-1]:
                 place = place.setdefault(each, {}) if isinstance(place, dict) else None
-            if section != "train" or not path or path[0] in FREE_SETTINGS or not isinstance(place, dict):
+            if section != "train" or not path or path[0] in free or not isinstance(place, dict):
                 raise ValueError(
                     f"{name} cannot be searched: name a setting of train that changes the result"
                 )

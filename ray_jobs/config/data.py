@@ -1,17 +1,22 @@
 """Where the pictures are and how they are cleaned, augmented, split and encoded."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from PIL import ImageColor
 from pydantic import Field, model_validator
 
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_unset
 
 
 class SourceConfig(Section):
     """A source of captioned images. Its kind is detected from its files."""
 
-    path: str = Field(description="folder, Parquet, Arrow or tar files; local, s3:// or gs://")
+    affects: ClassVar = Effect.DATASET
+
+    path: Annotated[str, Effect.IMAGES] = Field(
+        description="folder, Parquet, Arrow or tar files; local, s3:// or gs://"
+    )
     weight: float | None = Field(None, gt=0, description="share of this source in the rows of an epoch")
     splits: list[str] = Field(
         [],
@@ -40,6 +45,8 @@ class SourceConfig(Section):
 
 class CleaningConfig(Section):
     """Readable images that are set aside. An empty (null) threshold is off."""
+
+    affects: ClassVar = Effect.DATASET
 
     max_rejected: float = Field(0.2, ge=0, le=1, description="stop the job if a larger share is set aside")
     max_pixels: Positive = Field(100_000_000, description="set larger images aside as decompression bombs")
@@ -85,7 +92,11 @@ class CleaningConfig(Section):
 class AugmentationConfig(Section):
     """Random changes to training images, from a generator seeded by image and epoch or variant."""
 
-    variants: Positive = Field(1, description="encodings per training image, each a row of its own")
+    affects: ClassVar = Effect.ENCODINGS
+
+    variants: Annotated[Positive, Effect.DATASET] = Field(
+        1, description="encodings per training image, each a row of its own"
+    )
     flip: Share = Field(0.0, description="probability of a horizontal flip")
     rotate: Share = Field(0.0, description="probability of a rotation")
     max_degrees: float = Field(
@@ -125,7 +136,9 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """The images and how they are prepared."""
 
-    source: str | None = Field(
+    affects: ClassVar = Effect.DATASET
+
+    source: Annotated[str | None, Effect.IMAGES] = Field(
         None, description="folder, Parquet, Arrow or tar files; use `sources` for several"
     )
     sources: list[SourceConfig] = Field([], description="several sources, mixed; instead of `source`")
@@ -136,7 +149,9 @@ class DataConfig(Section):
         False, description="keep aspect ratios: crop each image to the nearest of several shapes"
     )
     bucket_max_aspect_ratio: float = Field(2.0, gt=1, description="aspect ratio of the longest bucket")
-    background: str = Field("white", description="colour behind transparent pixels")
+    background: Annotated[str, Effect.ENCODINGS] = Field(
+        "white", description="colour behind transparent pixels"
+    )
     cleaning: CleaningConfig = CleaningConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     validation: Share = Field(0.15, description="share of the images on which the search is judged")
@@ -160,18 +175,18 @@ class DataConfig(Section):
         description="number of cross-validation folds of the training and validation images, for "
         "`search.folds`; 0: none",
     )
-    num_class_images: Positive = Field(
+    num_class_images: Annotated[Positive, Effect.EXTENT] = Field(
         100,
         description="class images per subject for prior preservation; the base model generates missing ones",
     )
     encode: Literal["cache", "stream"] = Field(
         "cache", description="cache: encode once, to Parquet; stream: encode while training and write nothing"
     )
-    encode_batch_size: Positive = Field(32, description="images encoded at once")
-    encode_workers: Positive = Field(
+    encode_batch_size: Annotated[Positive, Effect.NOTHING] = Field(32, description="images encoded at once")
+    encode_workers: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="actors that hold the encoders, or the model that generates class images"
     )
-    encode_dtype: Literal["bf16", "fp32"] = Field(
+    encode_dtype: Annotated[Literal["bf16", "fp32"], Effect.ENCODINGS] = Field(
         "bf16", description="dtype of stored latents and embeddings"
     )
     shuffle_mb: Positive = Field(256, description="size of the shuffle window, in MiB of rows")

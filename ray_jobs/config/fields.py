@@ -3,9 +3,11 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from ray_jobs.config.effects import Effect
 
 
 class ConfigError(ValueError):
@@ -37,6 +39,35 @@ class Section(BaseModel):
     """Unknown keys are errors, every number is finite, and values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    affects: ClassVar[Effect]
+    """Effect of the fields whose annotation names no other."""
+
+    @classmethod
+    def effects(cls, field: str) -> tuple[Effect, ...]:
+        """Return what a field affects; AttributeError if neither it nor its section says so."""
+        own = tuple(each for each in cls.model_fields[field].metadata if isinstance(each, Effect))
+        return own or (cls.affects,)
+
+    def affecting(self, *effects: Effect) -> dict[str, Any]:
+        """Return the fields that affect one of `effects`, as JSON has them.
+
+        In sections, and lists of them, their own fields decide; without any the section is left out.
+        """
+        found: dict[str, Any] = {}
+        for name, plain in self.model_dump(mode="json").items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                plain = value.affecting(*effects)
+                is_selected = bool(plain)
+            elif isinstance(value, list) and value and isinstance(value[0], Section):
+                plain = [each.affecting(*effects) for each in value]
+                is_selected = any(plain)
+            else:
+                is_selected = not set(effects).isdisjoint(self.effects(name))
+            if is_selected:
+                found[name] = plain
+        return found
 
 
 def require_unset(section: Section, where: str, *fields: str) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import LearningRate, Positive, Section, require_unset
 from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
@@ -30,6 +31,8 @@ Values = Annotated[
 class SearchConfig(Section):
     """The search over learning rate, steps and what `space` adds."""
 
+    affects: ClassVar = Effect.SCORES
+
     learning_rates: Rates = Field(description="values, or a range")
     space: dict[str, Values] = Field(
         {}, description="further settings to search, by name as in train.lora.rank: values, or a range"
@@ -39,7 +42,9 @@ class SearchConfig(Section):
         description="grid: every combination; random: random points; optuna: points proposed by a "
         "tree-structured Parzen estimator",
     )
-    num_trials: Positive | None = Field(None, description="number of trials, for random and optuna")
+    num_trials: Annotated[Positive | None, Effect.EXTENT] = Field(
+        None, description="number of trials, for random and optuna"
+    )
     scheduler: Literal["asha", "halving", "median", "population", "none"] = Field(
         "asha",
         description="asha: stop a trial that is not among the best that a rung has measured so far. "
@@ -47,7 +52,7 @@ class SearchConfig(Section):
         "best is worse than the median of the others' means. population: stop none; at each "
         "rung the worst continue from the best with changed settings. none: stop none",
     )
-    guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
+    guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],
         description="guidance scales to try on the best rung of each trial, besides "
         "evaluate.guidance_scale; not with folds",
@@ -60,30 +65,32 @@ class SearchConfig(Section):
     )
     ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
-    max_concurrent_trials: Positive = Field(1, description="trials that train at the same time")
-    wait_for_scores: bool = Field(
+    max_concurrent_trials: Annotated[Positive, Effect.NOTHING] = Field(
+        1, description="trials that train at the same time"
+    )
+    wait_for_scores: Annotated[bool, Effect.NOTHING] = Field(
         False,
         description="pause a training at each rung until its score is known; false: it trains on "
         "meanwhile, in vain if it is then stopped",
     )
-    patience: Positive | None = Field(
+    patience: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
         description="stop a trial after this many rungs without a FID that is lower by more than its "
         "error; empty: only the scheduler stops trials",
     )
-    max_steps: Positive | None = Field(
+    max_steps: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
         description="budget of optimizer steps over all trials; the search stops at the rung that exceeds it",
     )
-    max_hours: float | None = Field(
+    max_hours: Annotated[float | None, Effect.EXTENT] = Field(
         None,
         gt=0,
         description="budget of worker hours over all trials, without evaluators; stops like max_steps",
     )
-    max_cost: float | None = Field(
+    max_cost: Annotated[float | None, Effect.EXTENT] = Field(
         None, gt=0, description="budget in the currency of device_hour_price; stops like max_steps"
     )
-    device_hour_price: float | None = Field(
+    device_hour_price: Annotated[float | None, Effect.EXTENT, Effect.PUBLISHING] = Field(
         None,
         gt=0,
         description="price of one worker for one hour, for max_cost and the report; evaluators are not "
@@ -198,6 +205,8 @@ class SearchConfig(Section):
 class NetworkConfig(Section):
     """A feature network other than the FID Inception, since one alone can misrank (arXiv 2604.28190)."""
 
+    affects: ClassVar = Effect.SCORES
+
     kind: Literal["efficientnet-lite0", "transformers", "torchscript"] = Field(
         "efficientnet-lite0",
         description="transformers: a vision model such as DINOv2; torchscript: any file",
@@ -247,8 +256,7 @@ Network = Annotated[
 class EvaluateConfig(Section):
     """How a checkpoint is sampled and measured."""
 
-    # Fields of measures that only come after a search: its results do not depend on them.
-    AFTER_SEARCH: ClassVar = ("clip", "clip_revision", "memorisation_pictures", "subject_samples")
+    affects: ClassVar = Effect.SCORES
 
     num_samples: int = Field(
         96,
@@ -256,12 +264,18 @@ class EvaluateConfig(Section):
         description="images per score; at most two per caption of the split, and a smaller number is "
         "announced",
     )
-    inference_steps: Positive = Field(12, description="denoising steps per image")
-    guidance_scale: float = Field(3.0, ge=1, description="scale of classifier-free guidance; 1: off")
+    inference_steps: Annotated[Positive, Effect.DATASET, Effect.SCORES] = Field(
+        12, description="denoising steps per image, also of class images"
+    )
+    guidance_scale: Annotated[float, Effect.DATASET, Effect.SCORES] = Field(
+        3.0, ge=1, description="scale of classifier-free guidance, also of class images; 1: off"
+    )
     batch_size: Positive = Field(
         16, description="images sampled at once by an actor; actors are dealt whole batches"
     )
-    num_actors: Positive = Field(2, description="evaluators, which live for the whole run")
+    num_actors: Annotated[Positive, Effect.NOTHING] = Field(
+        2, description="evaluators, which live for the whole run"
+    )
     use_gpu: bool = Field(False, description="one GPU per evaluator")
     seed: int = Field(0, description="seed of the initial noise, which is the same for every checkpoint")
     feature_network: Network = Field(
@@ -279,19 +293,21 @@ class EvaluateConfig(Section):
         description="number of random halves of the images from which the errors of scores are estimated, "
         "at least 2; 0: no errors",
     )
-    clip: str | None = Field(
+    clip: Annotated[str | None, Effect.PUBLISHING] = Field(
         None,
         description="folder (also s3:// or gs://) or hub name of a CLIPModel, for the CLIP scores of "
         "publish; empty: none",
     )
-    clip_revision: str | None = Field(None, description="revision of clip on the hub")
-    memorisation_pictures: int = Field(
+    clip_revision: Annotated[str | None, Effect.PUBLISHING] = Field(
+        None, description="revision of clip on the hub"
+    )
+    memorisation_pictures: Annotated[int, Effect.PUBLISHING] = Field(
         1000,
         ge=0,
         description="maximum number of training images among which publish looks for each sample's "
         "nearest; 0: none",
     )
-    subject_samples: int = Field(
+    subject_samples: Annotated[int, Effect.PUBLISHING] = Field(
         16, ge=2, description="DreamBooth: images per prompt from which publish measures a subject"
     )
 

@@ -1,9 +1,10 @@
 """Where the winner goes: the registry and the endpoint."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import ModelName, Positive, Section, Share, require_unset
 
 Offload = Literal["none", "encoders", "model"]
@@ -14,6 +15,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 class PublishConfig(Section):
     """The registry and the report."""
+
+    affects: ClassVar = Effect.PUBLISHING
 
     model_name: ModelName = Field(
         "diffray", description="name in the MLflow registry: letters, digits, space . _ - +"
@@ -27,6 +30,8 @@ class PublishConfig(Section):
 
 class ServeConfig(Section):
     """The endpoint."""
+
+    affects: ClassVar = Effect.SERVING
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")

@@ -5,10 +5,11 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from itertools import combinations, product
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import Section, explain
 from ray_jobs.config.train import TrainConfig
 
@@ -20,6 +21,8 @@ Settings = dict[str, Any]
 
 class Range(Section):
     """A range to draw values from, for `search.algorithm` random or optuna."""
+
+    affects: ClassVar = Effect.SCORES
 
     low: float = Field(description="lowest value")
     high: float = Field(description="highest value")

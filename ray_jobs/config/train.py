@@ -1,21 +1,28 @@
 """What is trained and how."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_jobs.config.effects import Effect
 from ray_jobs.config.fields import LearningRate, Positive, Section, Share
 
 
 class ModelConfig(Section):
     """The model to fine-tune."""
 
-    base: str = Field(description="folder (also s3:// or gs://) or hub name of a model in diffusers' format")
-    revision: str | None = Field(None, description="revision on the hub")
+    base: Annotated[str, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
+        description="folder (also s3:// or gs://) or hub name of a model in diffusers' format"
+    )
+    revision: Annotated[str | None, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
+        None, description="revision on the hub"
+    )
 
 
 class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685), by peft."""
+
+    affects: ClassVar = Effect.WEIGHTS
 
     rank: Positive = Field(16, description="rank of the update")
     alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
@@ -31,6 +38,8 @@ class LoraConfig(Section):
 
 class LossConfig(Section):
     """The training objective; the defaults are the model's own."""
+
+    affects: ClassVar = Effect.WEIGHTS
 
     timestep_sampling: Literal["uniform", "logit_normal"] | None = Field(
         None, description="density of the timesteps; empty: uniform, or logit_normal for flow matching"
@@ -64,6 +73,8 @@ Schedule = Literal[
 class StageConfig(Section):
     """A part of a run with settings of its own; empty ones are taken from `train`."""
 
+    affects: ClassVar = Effect.WEIGHTS
+
     steps: Positive = Field(description="number of steps; the last stage continues to the end of the ladder")
     learning_rate: LearningRate | None = Field(None, description="peak learning rate")
     schedule: Schedule | None = Field(None, description="learning rate schedule over the steps of this stage")
@@ -81,21 +92,6 @@ class StageConfig(Section):
 
 
 OTHER_LAYERS = "other"
-# What changes how fast a training runs and where, but not what comes out, up to rounding.
-FREE_SETTINGS = {
-    "num_workers",
-    "micro_batch_size",
-    "use_gpu",
-    "cpus_per_worker",
-    "zero_stage",
-    "offload_optimizer",
-    "offload_parameters",
-    "gradient_checkpointing",
-    "channels_last",
-    "compile",
-    "checkpoint_minutes",
-    "max_failures",
-}
 WARMUP_STEPS = 10  # where none are given
 ENDLESS = {"constant", "constant_with_warmup"}  # schedules that do not depend on the last step
 SCHEDULE_SETTINGS = {  # which schedules they change
@@ -108,6 +104,8 @@ SCHEDULE_SETTINGS = {  # which schedules they change
 
 class TrainConfig(Section):
     """One training run."""
+
+    affects: ClassVar = Effect.WEIGHTS
 
     method: Literal["lora", "full"] = Field(
         "lora", description="lora: train adapters; full: train all weights"
@@ -140,23 +138,27 @@ class TrainConfig(Section):
         description="weight of DreamBooth's prior preservation loss (arXiv 2208.12242, eq. 2); above 0, "
         "half of the images of a step (batch_size // 2) are class images; 0: no class images",
     )
-    micro_batch_size: Positive | None = Field(
+    micro_batch_size: Annotated[Positive | None, Effect.NOTHING] = Field(
         None,
         description="images per forward pass of a worker, with gradients accumulated; empty: all its "
         "images of a step",
     )
-    num_workers: Positive | tuple[Positive, Positive] = Field(
+    num_workers: Annotated[Positive | tuple[Positive, Positive], Effect.NOTHING] = Field(
         2, description="Ray Train workers; [min, max]: as many as fit, adjusted while the run goes on"
     )
-    use_gpu: bool = Field(False, description="one GPU per worker")
-    cpus_per_worker: Positive = Field(1, description="logical CPUs, and PyTorch threads, per worker")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    use_gpu: Annotated[bool, Effect.NOTHING] = Field(False, description="one GPU per worker")
+    cpus_per_worker: Annotated[Positive, Effect.NOTHING] = Field(
+        1, description="logical CPUs, and PyTorch threads, per worker"
+    )
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Effect.NOTHING] = Field(
         2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker uses none"
     )
-    offload_optimizer: bool = Field(
+    offload_optimizer: Annotated[bool, Effect.NOTHING] = Field(
         False, description="keep the optimizer states in host memory (stages 1 to 3)"
     )
-    offload_parameters: bool = Field(False, description="keep the weights in host memory (stage 3)")
+    offload_parameters: Annotated[bool, Effect.NOTHING] = Field(
+        False, description="keep the weights in host memory (stage 3)"
+    )
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
@@ -164,11 +166,13 @@ class TrainConfig(Section):
         "of several micro-batches are accumulated in fp32. fp16 needs a GPU and has never "
         "been run",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
         False, description="recompute activations in the backward pass: less memory, slower"
     )
-    channels_last: bool = Field(False, description="channels-last memory layout of convolutions")
-    compile: bool = Field(
+    channels_last: Annotated[bool, Effect.NOTHING] = Field(
+        False, description="channels-last memory layout of convolutions"
+    )
+    compile: Annotated[bool, Effect.NOTHING] = Field(
         False, description="compile the denoiser with torch.compile: a slow start, then faster steps"
     )
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101) with fp32 states")
@@ -182,10 +186,12 @@ class TrainConfig(Section):
     ema_decay: Share = Field(
         0.99, description="decay of the averaged weights, which are evaluated and published; 0: off"
     )
-    checkpoint_minutes: float = Field(
+    checkpoint_minutes: Annotated[float, Effect.NOTHING] = Field(
         10, gt=0, description="minutes between checkpoints, in addition to those at the rungs"
     )
-    max_failures: int = Field(1, ge=0, description="how often the worker group restarts from its checkpoint")
+    max_failures: Annotated[int, Effect.NOTHING] = Field(
+        1, ge=0, description="how often the worker group restarts from its checkpoint"
+    )
 
     @property
     def class_rows(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, Effect
 from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
@@ -36,8 +36,6 @@ PREVIEW = "preview.html"
 INDEX = "index"
 SECONDS_BETWEEN_LINES = 10
 FORMAT = 3  # version of the manifest; a change prepares anew
-# Settings that affect only speed, or only the list of sources.
-NO_CHANGE = {"encode_batch_size", "encode_workers", "num_class_images"}
 
 
 def open_sources(config: Config) -> list[Source]:
@@ -101,7 +99,7 @@ def _open(config: Config) -> tuple[Dataset, str]:
 
 def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
     """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new."""
-    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE)
+    settings = config.data.affecting(Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET)
     return _identity(
         FORMAT,
         [source.digest for source in sources],
@@ -114,9 +112,7 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
 
 def _content(config: Config, parts: Sequence[PlannedPart], encoders: str) -> str:
     """Digest of the training input: the rows and their order, independent of the pictures' locations."""
-    settings = config.data.model_dump(mode="json", exclude=NO_CHANGE | {"source"})
-    for source in settings["sources"]:
-        del source["path"]
+    settings = config.data.affecting(Effect.ENCODINGS, Effect.DATASET)
     return _identity([part.record() for part in parts], settings, encoders, config.seed)
 
 

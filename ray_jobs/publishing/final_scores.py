@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import fmean
 
-from ray_jobs.config import Config, EvaluateConfig, Settings
+from ray_jobs.config import Config, Effect, EvaluateConfig, Settings
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import splits, standard_error, trained_on
@@ -42,7 +42,7 @@ class FinalScores:
 
 def settings_of(evaluate: EvaluateConfig) -> Settings:
     """Settings that affect these scores but not the search; stored in winner.json."""
-    return evaluate.model_dump(mode="json", include=set(evaluate.AFTER_SEARCH))
+    return evaluate.affecting(Effect.PUBLISHING)
 
 
 def counted(shapes: Iterable[Shape]) -> dict[str, int]:

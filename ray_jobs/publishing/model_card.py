@@ -10,15 +10,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.config import LEARNING_RATE, Config
+from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import FinalMeasures, Winner
 from ray_jobs.weights.schedulers import SCHEDULER
 
-# Sections needed to train the model again; the others configure storage locations and serving.
-REPRODUCED = {"name", "seed", "data", "model", "train", "search", "evaluate"}
+# Effects of the sections needed to train the model again; the others configure storage and serving.
+REPRODUCED = (Effect.ENCODINGS, Effect.DATASET, Effect.WEIGHTS, Effect.SCORES)
 
 
 def model_card(
@@ -257,7 +257,7 @@ def _settings(config: Config, winner: Winner) -> list[str]:
 
 
 def _reproduce(config: Config, winner: Winner) -> list[str]:
-    told = _told(config.model_dump(mode="json", include=REPRODUCED))
+    told = _told(config.model_dump(mode="json", include={"name", *config.affecting(*REPRODUCED)}))
     settings = _fenced(write_yaml(told), "yaml")
     command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
     commands = "\n".join(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ray_jobs.config import Config, TrainConfig
+from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
@@ -71,25 +71,29 @@ class Piece:
 
 
 class InputMaker:
-    """Builder of a piece's inputs. Random draws depend only on the run's seed, the step and the row's place.
+    """Builder of a piece's inputs. Random draws depend only on the seed, the step and the row's place.
 
     Args:
         autoencoder: the pipeline's autoencoder, which gives the scale of its latents.
         empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
+        caption_dropout: share of captions that the empty one replaces.
     """
 
     def __init__(
         self,
-        config: Config,
         autoencoder: Autoencoder,
         model: FineTuning,
         empty_caption: Captions,
         device: torch.device,
+        *,
+        seed: int,
+        caption_dropout: float,
     ) -> None:
-        self.config, self.device, self.settings = config, device, model.settings
+        self.device, self.settings = device, model.settings
+        self.seed, self.caption_dropout = seed, caption_dropout
         self.codec, self.scale = model.family.codec, model.family.codec.scale(autoencoder)
         self.picture_conditions = model.family.picture_conditions
-        trained = config.train.train_text_encoder
+        trained = bool(model.text_encoders)
         names = model.family.text.tokens if trained else model.family.text.embeds
         present = {name: empty_caption[name] for name in names if name in empty_caption}
         # Tokens are stored as int32, and text encoders take int64.
@@ -105,7 +109,7 @@ class InputMaker:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
         rows, stored = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
         drawn = draw(
-            (self.config.seed,),
+            (self.seed,),
             step,
             piece.places,
             self.codec.packed_shape(stored),
@@ -113,7 +117,7 @@ class InputMaker:
             posterior_shape=stored,
         )
         mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
-        dropped = drawn.caption < self.config.train.caption_dropout
+        dropped = drawn.caption < self.caption_dropout
         conditions = {name: self._dropped(rows[name], name, dropped) for name in self.null}
         conditions |= {name: rows[COLUMNS[name]] for name in self.picture_conditions}
         inputs = {
@@ -121,7 +125,7 @@ class InputMaker:
             "conditions": {name: self._there(tensor) for name, tensor in conditions.items()},
             "draws": self._draws(drawn.loss),
         }
-        if self.config.train.caption_dropout:
+        if self.caption_dropout:
             inputs["dropped"] = self._there(dropped)
         return inputs, torch.tensor(piece.weights, device=self.device)
 

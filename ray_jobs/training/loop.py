@@ -144,8 +144,14 @@ class Training:
         if resumed:
             load_weights(resumed.shards, model.all_trained)
         export = exporter(config, pipeline, model, self.rank)
-        empty_caption = settings.dataset.empty_caption()
-        self.inputs = InputMaker(config, pipeline.vae, model, empty_caption, device)
+        self.inputs = InputMaker(
+            pipeline.vae,
+            model,
+            settings.dataset.empty_caption(),
+            device,
+            seed=config.seed,
+            caption_dropout=config.train.caption_dropout,
+        )
         startup.done("model")
         self.engine = build_engine(model, sharded_for(config.train, self.world_size), self.world_size)
         self.owned = owned_fragments(self.engine)

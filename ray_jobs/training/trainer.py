@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import ENDLESS, FREE_SETTINGS, LEARNING_RATE, Config, ConfigError
+from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
@@ -17,12 +17,12 @@ DEPENDS_ON = "depends_on.json"
 
 def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
     """Return all settings and data that a training's weights depend on, up to rounding."""
-    train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
+    settings = config.affecting(Effect.WEIGHTS)
+    train = settings.pop("train")
     schedules = {config.train.schedule, *(stage.schedule for stage in config.train.stages if stage.schedule)}
     return {
         "dataset": dataset.manifest.content,
-        "model": config.model.model_dump(mode="json"),
-        "seed": config.seed,
+        **settings,
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
         **{f"train.{name}": value for name, value in train.items()},
     }

@@ -43,8 +43,7 @@ class ValidationLoss:
     def __init__(
         self, config: Config, dataset: Dataset, device: torch.device, rows: int = 64, timesteps: int = 4
     ) -> None:
-        train = config.train.model_copy(update={"caption_dropout": 0.0})
-        self.config = config.model_copy(update={"seed": config.evaluate.seed % 2**64, "train": train})
+        self.train, self.seed = config.train, config.evaluate.seed % 2**64
         self.device, self.empty_caption = device, dataset.empty_caption()
         self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
@@ -64,7 +63,7 @@ class ValidationLoss:
         Returns:
             float64, N, on the CPU, in the order of the rows' digests.
         """
-        train, family = self.config.train, family_of(pipeline)
+        train, family = self.train, family_of(pipeline)
         objective = family.schedule.objective(
             pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
         )
@@ -75,7 +74,9 @@ class ValidationLoss:
             PLAIN,
             text_encoders_trained=train.train_text_encoder,
         )
-        inputs = InputMaker(self.config, pipeline.vae, model, self.empty_caption, self.device)
+        inputs = InputMaker(
+            pipeline.vae, model, self.empty_caption, self.device, seed=self.seed, caption_dropout=0.0
+        )
         losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
         with evaluating(model), torch.inference_mode():
             for piece in self.pieces:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, EvaluateConfig
+from ray_jobs.config import Config, Effect
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
@@ -24,8 +24,6 @@ from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
-# A search whose values of these change keeps its results and continues.
-EXTENDING = ("patience", "max_steps", "max_hours", "max_cost", "num_trials", "guidance_scales")
 ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # equal in scores that may be compared
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
@@ -51,18 +49,16 @@ class SearchResult:
 
 def search_digest(config: Config, dataset: Dataset) -> str:
     """Digest of everything that the results depend on: data, model, training, search and evaluation."""
-    settings = config.model_dump(mode="json", include={"search", "evaluate"})
-    for field in (*EXTENDING, "device_hour_price", "max_concurrent_trials", "wait_for_scores"):
-        del settings["search"][field]
-    for field in (*EvaluateConfig.AFTER_SEARCH, "num_actors"):
-        del settings["evaluate"][field]
-    content = json.dumps([depends_on(config, dataset), settings], sort_keys=True)
+    settings = [depends_on(config, dataset), config.affecting(Effect.SCORES)]
+    content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def finished(config: Config, dataset: Dataset, best: RungRow) -> str:
+def finished(config: Config, dataset: Dataset, best: RungRow, priced: bool = True) -> str:
     """Content of finished.json. It changes with the budget, trials or patience, so the search continues."""
-    extent = config.search.model_dump(mode="json", include=set(EXTENDING))
+    extent = config.search.affecting(Effect.EXTENT)
+    if not (priced and config.search.max_cost):
+        del extent["device_hour_price"]  # without max_cost it only shows in the report
     return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best.fields()})
 
 
@@ -74,8 +70,9 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     content = storage.read_text(FINISHED)
     told = json.loads(content)
     best = RungRow.parse(told["winner"], f"{storage.uri}/{FINISHED}")
-    now = json.loads(finished(config, dataset, best))
-    if (told["digest"], told["extent"]) != (now["digest"], now["extent"]):
+    # Earlier releases left the price out.
+    now = [json.loads(finished(config, dataset, best, priced)) for priced in (True, False)]
+    if (told["digest"], told["extent"]) not in [(each["digest"], each["extent"]) for each in now]:
         return None
     return result(config, content, read_rows(storage), best)
 

@@ -260,7 +260,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     else:
         error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
         assert error in second.registry_decision
-    assert all(row.fid > 0 and row.validation_loss > 0 for row in found.rows)
+    assert all(row.fid > 0 and (row.validation_loss or 0) > 0 for row in found.rows)
     assert set(pool.shapes[VALIDATION]) | set(shapes) == {(48, 88), (64, 64), (88, 48)}
     run = tmp_path / "tiny"
     for number, (height, width) in enumerate(pool.shapes[VALIDATION][:8]):

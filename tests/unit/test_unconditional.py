@@ -97,7 +97,14 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
     rows |= {"conditioning": torch.tensor([[64, 64, 0, 0, 64, 64]] * ROWS)}
     pipeline, model = build_model(config)
     model.eval()
-    inputs = InputMaker(config, pipeline.vae, model, encoders.encode_captions([""]), CPU)
+    inputs = InputMaker(
+        pipeline.vae,
+        model,
+        encoders.encode_captions([""]),
+        CPU,
+        seed=config.seed,
+        caption_dropout=config.train.caption_dropout,
+    )
     made, _ = inputs.make(Piece(rows, list(range(ROWS)), [1 / ROWS] * ROWS), 1)
     seen: dict[str, torch.Tensor] = {}
 

@@ -113,7 +113,14 @@ def by_hand(config: Config, dataset: Dataset, pipeline: Any, place: int) -> floa
 def trained(config: Config, dataset: Dataset, steps: int) -> tuple[Any, Any]:
     """A pipeline and its fine-tuning, after plain steps on the rows of the validation loss."""
     pipeline, model = build_model(config)
-    inputs = InputMaker(config, pipeline.vae, model, dataset.empty_caption(), CPU)
+    inputs = InputMaker(
+        pipeline.vae,
+        model,
+        dataset.empty_caption(),
+        CPU,
+        seed=config.seed,
+        caption_dropout=config.train.caption_dropout,
+    )
     optimizer = torch.optim.AdamW([p for _, p in model.trained()], lr=3e-3)
     pieces = ValidationLoss(config, dataset, CPU).pieces
     for step in range(1, steps + 1):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, Effect
 from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.curation.scan import Entry, read_index
 from ray_jobs.data.curation.splits import Shares, is_floor_candidate
@@ -74,7 +74,7 @@ def plan_parts(
     buckets: Sequence[Size],
 ) -> Iterator[PlannedPart]:
     """Yield the parts of all kept rows, chunk by chunk in source order."""
-    data = config.data
+    data, keys = config.data, RowKeys(config)
     shares = Shares(data.split_seed, data.validation, data.test)
     columns = ["row", "text", "digest", "width", "height"]
     tables = read_index(index, [entry.file for entry in entries], columns)
@@ -90,10 +90,10 @@ def plan_parts(
                 group = groups.setdefault((split, int(decisions.folds[row]), bucket), [])
                 for variant in range(data.augmentation.variants if split == "train" else 1):
                     shown = scored and variant == 0
-                    key = row_key(config, digest, text, bucket, variant, split, shown)
+                    key = keys.key(digest, text, bucket, variant, split, shown)
                     group.append((number, name, variant, shown, digest, key))
                 if data.encode == "stream" and split == "train" and scored:
-                    key = row_key(config, digest, text, bucket, 0, "floor", True)
+                    key = keys.key(digest, text, bucket, 0, "floor", True)
                     floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket), [])
                     floor.append((number, name, 0, True, digest, key))
             row += 1
@@ -128,16 +128,21 @@ def _cut(
             )
 
 
-def row_key(
-    config: Config, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool
-) -> bytes:
-    """Return a 16-byte hash of everything that a row's encoding depends on, except the encoders.
+class RowKeys:
+    """Keys of rows: 16-byte hashes of everything that an encoding depends on, except the encoders.
 
     The encoders' digest names the cache's folder.
     """
-    data = config.data
-    depends: list[Any] = [VERSION, digest, text, bucket, data.background, data.encode_dtype, shown]
-    if split == "train" and data.augmentation.is_active:
-        augmentation = data.augmentation.model_dump(mode="json", exclude={"variants"})
-        depends += [config.seed, variant, augmentation]
-    return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]
+
+    def __init__(self, config: Config) -> None:
+        settings = config.data.affecting(Effect.ENCODINGS)
+        self.augmentation, self.seed = settings.pop("augmentation"), config.seed
+        self.is_augmented = config.data.augmentation.is_active
+        self.settings = list(settings.values())
+
+    def key(self, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool) -> bytes:
+        """Return the key of a row of a split."""
+        depends: list[Any] = [VERSION, digest, text, bucket, *self.settings, shown]
+        if split == "train" and self.is_augmented:
+            depends += [self.seed, variant, self.augmentation]
+        return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]
