@@ -61,10 +61,10 @@ def test_optuna_draws_from_ranges_and_goes_on_with_what_it_began(
     ray_cluster: LocalCluster, tmp_path: Path
 ) -> None:
     settings = ["learning_rates={low: 1.0e-6, high: 1.0e-1}", "algorithm=optuna", "max_concurrent_trials=3"]
-    first = searched(configured(tmp_path, *settings, "num_trials=3"))
-    assert len(first.settings) == 3
-    went_on = searched(configured(tmp_path, *settings, "num_trials=6"))
-    assert list(went_on.settings)[:3] == list(first.settings) and len(went_on.settings) == 6
+    first = searched(configured(tmp_path, *settings, "num_trials=2"))
+    assert len(first.settings) == 2
+    went_on = searched(configured(tmp_path, *settings, "num_trials=4"))
+    assert list(went_on.settings)[:2] == list(first.settings) and len(went_on.settings) == 4
     assert went_on.rows[: len(first.rows)] == first.rows
 
 
@@ -164,6 +164,8 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         "search.wait_for_scores=true",
         "evaluate.num_actors=1",
         "evaluate.inference_steps=2",
+        "evaluate.feature_network={kind: efficientnet-lite0}",
+        "evaluate.second_network=null",
     )
     before = [actor.actor_id for actor in alive(ray_cluster)]  # of other tests
     with evaluators(config, tiny_dataset) as pool:
