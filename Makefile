@@ -6,7 +6,8 @@ CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 INCEPTION := .cache/inception-2015-12-05.pt
 EFFICIENTNET := .cache/efficientnet-lite0.safetensors
-AT_ONCE := -n 2 --dist loadfile
+# Bytecode of the tests is kept even where PYTHONDONTWRITEBYTECODE is set: four processes collect them all.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
 OWN := benchmarks cluster examples ray_jobs scripts serving tests
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
@@ -46,14 +47,14 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 	$(BIN)/python -m cluster.submit --config $(CONFIG) -- python -m ray_jobs.pipeline --config $(CONFIG)
 	$(BIN)/python -m serving.command --config $(CONFIG) --ask 4
 
-check: lint ## check style and types, and run the tests that take seconds
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not ray and not faults and not slow"
+check: lint ## check style and types, and run the tests that need neither Ray nor a model (3 minutes)
+	$(PYTEST) -m "not ray and not slow" tests/unit tests/k8s
 
 # What needs Ray, in new processes: two, each with a Ray of its own, since one computes while the other's starts.
 test: setup ## run the tests
 	@begun=$$(date +%s); \
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not ray and not faults" && \
-	$(BIN)/python -m pytest $(AT_ONCE) --no-loadscope-reorder -m "ray and not faults and not journeys"; \
+	$(PYTEST) -m "not ray and not faults" && \
+	$(PYTEST) --no-loadscope-reorder -m "ray and not faults and not journeys"; \
 	code=$$?; echo "make test took $$(($$(date +%s) - begun)) seconds"; exit $$code
 
 journeys: setup ## walk the whole way with bases, pictures and methods of every kind (minutes)

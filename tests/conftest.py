@@ -25,7 +25,7 @@ LONGEST = ("test_search.py", "test_training.py", "test_pipeline.py")  # of the f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray, and what takes machines away, which takes long: `make faults`.
+    """Mark what needs Ray, what draws with a model, and what takes machines away, which takes long.
 
     The longest files come first, so that no core waits for one of them at the end.
     """
@@ -34,6 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("faults")
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        used = [*getattr(item, "fixturenames", ()), *map(str, parameters)]
+        if any(name.startswith("tiny_") for name in used):  # the models
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
