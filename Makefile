@@ -6,13 +6,15 @@ CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 INCEPTION := .cache/inception-2015-12-05.pt
 EFFICIENTNET := .cache/efficientnet-lite0.safetensors
+# Bytecode of the tests is kept even where PYTHONDONTWRITEBYTECODE is set: four processes collect them all.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
 OWN := benchmarks cluster examples ray_jobs scripts serving tests
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test journeys faults lint format serve bench-gpu base-model configuration-page lock clean
+.PHONY: help setup demo check test journeys faults lint format serve bench-gpu base-model configuration-page lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,10 +47,15 @@ demo: setup ## run the main job end to end, then ask the model it made for four 
 	$(BIN)/python -m cluster.submit --config $(CONFIG) -- python -m ray_jobs.pipeline --config $(CONFIG)
 	$(BIN)/python -m serving.command --config $(CONFIG) --ask 4
 
-# What needs no Ray runs on two cores at once; Ray's own tests use them all by themselves.
+check: lint ## check style and types, and run the tests that need neither Ray nor a model (3 minutes)
+	$(PYTEST) -m "not ray and not slow" tests/unit tests/k8s
+
+# What needs Ray, in new processes: two, each with a Ray of its own, since one computes while the other's starts.
 test: setup ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not faults"
-	$(BIN)/python -m pytest -m "ray and not faults and not journeys"
+	@begun=$$(date +%s); \
+	$(PYTEST) -m "not ray and not faults" && \
+	$(PYTEST) --no-loadscope-reorder -m "ray and not faults and not journeys"; \
+	code=$$?; echo "make test took $$(($$(date +%s) - begun)) seconds"; exit $$code
 
 journeys: setup ## walk the whole way with bases, pictures and methods of every kind (minutes)
 	$(BIN)/python -m pytest tests/journeys

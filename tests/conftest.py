@@ -21,18 +21,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 COLOURS = ["red", "green", "blue", "orange", "purple"]
 SHAPES = ["circle", "square", "triangle", "cross"]
 BROKEN = "broken.png"
+LONGEST = ("test_search.py", "test_training.py", "test_pipeline.py")  # of the files that need Ray
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray, which has to have the machine to itself; all else runs on two cores at once.
+    """Mark what needs Ray, what draws with a model, and what takes machines away, which takes long.
 
-    And what takes machines away, which takes long: `make faults`.
+    The longest files come first, so that no core waits for one of them at the end.
     """
     for item in items:
         if item.path.parent.name == "faults":
             item.add_marker("faults")
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        used = [*getattr(item, "fixturenames", ()), *map(str, parameters)]
+        if any(name.startswith("tiny_") for name in used):  # the models
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import BigInteger
 
 from cluster.sqlite import sqlite_url
@@ -39,6 +39,7 @@ from ray_jobs.run.folder import SharedFolder
 FILE = "feedback.db"  # in the storage folder
 SCHEMA = 2  # increased, with a migration, whenever the tables change
 BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
+LOCK = 0xD1FF_FEED  # PostgreSQL's advisory lock of whoever creates the tables
 ID = String(28)
 
 metadata = MetaData()
@@ -178,10 +179,13 @@ def _make_tables(engine: Engine, where: str) -> None:
                 f"knows version {SCHEMA}; update diffray, or use another database"
             )
     with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            # Its IF NOT EXISTS fails while another process creates the same table. Held until the commit.
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
         for table in metadata.sorted_tables:
             connection.execute(CreateTable(table, if_not_exists=True))
             for index in table.indexes:
-                index.create(connection, checkfirst=True)
+                connection.execute(CreateIndex(index, if_not_exists=True))
         statement = UPSERT[engine.dialect.name](schema).values(id=1, version=SCHEMA)
         connection.execute(statement.on_conflict_do_nothing())
         _migrate(connection)

@@ -35,7 +35,8 @@ STEP = 2
 SETTINGS = (
     "data.folds=2",
     "evaluate={num_samples: 11, inference_steps: 2, batch_size: 4, bootstrap: 3, num_actors: 2, "
-    "second_network: null, memorisation_pictures: 8, subject_samples: 4, guidance_scale: 2.0}",
+    "feature_network: {kind: efficientnet-lite0}, second_network: null, memorisation_pictures: 8, "
+    "subject_samples: 4, guidance_scale: 2.0}",
     "publish={sample_count: 2}",
 )
 

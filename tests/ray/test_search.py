@@ -18,6 +18,7 @@ from ray.util.state import list_actors
 from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publish import publish
@@ -61,10 +62,10 @@ def test_optuna_draws_from_ranges_and_goes_on_with_what_it_began(
     ray_cluster: LocalCluster, tmp_path: Path
 ) -> None:
     settings = ["learning_rates={low: 1.0e-6, high: 1.0e-1}", "algorithm=optuna", "max_concurrent_trials=3"]
-    first = searched(configured(tmp_path, *settings, "num_trials=3"))
-    assert len(first.settings) == 3
-    went_on = searched(configured(tmp_path, *settings, "num_trials=6"))
-    assert list(went_on.settings)[:3] == list(first.settings) and len(went_on.settings) == 6
+    first = searched(configured(tmp_path, *settings, "num_trials=2"))
+    assert len(first.settings) == 2
+    went_on = searched(configured(tmp_path, *settings, "num_trials=4"))
+    assert list(went_on.settings)[:2] == list(first.settings) and len(went_on.settings) == 4
     assert went_on.rows[: len(first.rows)] == first.rows
 
 
@@ -140,7 +141,11 @@ def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_pat
 
 
 def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it(
-    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    ray_cluster: LocalCluster,
+    tiny_dataset: Dataset,
+    tiny_model: Path,
+    picture_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """Each trial would train for an hour, and its driver and its worker take five of at most nine free CPUs:
     the second one can begin only if the first is stopped, at a rung that is no better than the one before
@@ -158,14 +163,15 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         "search.wait_for_scores=true",
         "evaluate.num_actors=1",
         "evaluate.inference_steps=2",
+        "evaluate.feature_network={kind: efficientnet-lite0}",
+        "evaluate.second_network=null",
     )
-    dataset = prepare(config)
     before = [actor.actor_id for actor in alive(ray_cluster)]  # of other tests
-    with evaluators(config, dataset) as pool:
+    with evaluators(config, tiny_dataset) as pool:
         pool.load(VALIDATION)
         [evaluator] = alive(ray_cluster, "Evaluator")
         base = pool.score(None, VALIDATION)
-        found = search(config, dataset, pool)
+        found = search(config, tiny_dataset, pool)
         assert [(row.learning_rate, row.step) for row in found.rows] == [
             (1e-9, 2),
             (1e-9, 3),
@@ -189,7 +195,7 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
 
 
 def test_a_training_that_waits_for_a_score_ends_where_the_measuring_fails(
-    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    tiny_dataset: Dataset, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     class Unmeasurable(UserCallback):
         def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
@@ -197,7 +203,7 @@ def test_a_training_that_waits_for_a_score_ends_where_the_measuring_fails(
 
     config = tiny_config(tiny_model, picture_folder, tmp_path, "train.num_workers=1", "search.ladder=[2,4]")
     trainer = build_trainer(
-        config, prepare(config), name="waits", callbacks=[Unmeasurable()], wait_for_scores=True
+        config, tiny_dataset, name="waits", callbacks=[Unmeasurable()], wait_for_scores=True
     )
     with pytest.raises(TrainingFailedError, match="no evaluator is left"):
         trainer.fit()

@@ -45,7 +45,7 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
 
 
 def train_variants(
-    variants: dict[str, Config], dataset: Dataset, folder: Path, workers: Workers, steps: int = 20
+    variants: dict[str, Config], dataset: Dataset, folder: Path, workers: Workers, steps: int
 ) -> dict[str, dict[str, list[float]]]:
     """So many steps of each variant, one after the other on the same workers; loss and norm of each step.
 
@@ -179,34 +179,64 @@ def train_and_die_once(settings: LoopSettings, told: Path) -> Any:
     return train_all
 
 
-def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_workers_promise(
-    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
+def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
+    two_workers: Workers, tiny_dataset: Dataset, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
+    from ray.train import WorkerGroupError
+
+    def config(ladder: str) -> Config:
+        settings = ["train.lora.dropout=0.2", "train.zero_stage=3", "train.precision=bf16"]
+        return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
+
+    train_variants({"unbroken": config("[8]")}, tiny_dataset, tmp_path, two_workers, steps=8)
+    run, told = tmp_path / "tiny" / "train", tmp_path / "rungs.json"
+    settings = LoopSettings(config("[2,4,8]"), tiny_dataset, "trial", [2, 4, 8])
+    dying = train_and_die_once(settings, told)
+    with pytest.raises(WorkerGroupError):
+        run_inside(dying, {}, num_workers=2, folder=run, name="trial")
+    run_inside(dying, {}, num_workers=2, folder=run, name="trial")  # a driver that is started again
+    whole = run / "trial" / folder_of(4) / "complete-0000-of-0002"
+    took = whole.stat().st_mtime - told.stat().st_mtime
+    steps = (tmp_path / "steps").read_text().split()
+    again = len(steps) - len(set(steps))
+    lost = f"{again} steps, taken again"
+    record_fault("kill -9 of a worker that writes a checkpoint", recovery_s=took, lost=lost)
+    assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
+    rungs = find_rungs(Storage.open(str(run)))["trial"]
+    assert [rung.step for rung in rungs] == [2, 4, 8]
+    expected = state_at(two_workers.checkpoints / folder_of(8))
+    found = state_at(run / "trial" / folder_of(8))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_workers_promise(
+    two_workers: Workers, tiny_dataset: Dataset, tiny_model: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Also where the ranks' rows are not equally many, as of three workers for four rows."""
     from safetensors.torch import load_file
 
     def config(**train: Any) -> Config:
         overrides = [f"train.{name}={value}" for name, value in train.items()]
-        plain = ["train.method=full", "train.learning_rate=1e-3", "search.ladder=[20]", *overrides]
+        plain = ["train.method=full", "train.learning_rate=1e-3", "search.ladder=[8]", *overrides]
         return tiny_config(tiny_model, picture_folder, tmp_path, *plain)
 
-    dataset = prepare(config())
     stages = {f"2 workers, stage {n}": config(zero_stage=n, micro_batch_size=1) for n in range(4)}
     wild = "{steps: 1, learning_rate: 0.9, schedule: constant}"
-    stages["diverges"] = config(stages=f"[{{steps: 17, learning_rate: 1e-5}}, {wild}]")
-    found = train_variants(stages, dataset, tmp_path, two_workers)
-    fours = {"4 workers": config(), "4 workers, 4 for 5": config(batch_size=5)}
-    four_workers = Workers(4, tmp_path)
-    found |= train_variants(fours, dataset, tmp_path, four_workers)
-    four_workers.stop()
+    stages["diverges"] = config(stages=f"[{{steps: 5, learning_rate: 1e-5}}, {wild}]")
+    found = train_variants(stages, tiny_dataset, tmp_path, two_workers, steps=8)
+    three_workers = Workers(3, tmp_path)
+    found |= train_variants({"3 workers": config()}, tiny_dataset, tmp_path, three_workers, steps=8)
+    three_workers.stop()
     assert "diverges" not in found
-    with pytest.raises(RuntimeError, match=r"the loss .* at step (19|2\d); none was saved.*learning rate"):
+    with pytest.raises(RuntimeError, match=r"the loss .* at step ([789]|1\d); none was saved.*learning rate"):
         check_diverged(Storage.open(f"{tmp_path}/tiny/train/trial"))
 
-    del found["4 workers, 4 for 5"]  # other batches, other losses: it only has to run
-    plain = PlainTraining(config(), dataset)
-    expected = plain.run(19)
+    plain = PlainTraining(config(), tiny_dataset)
+    expected = plain.run(7)
     averages = {name: values.clone() for name, values in plain.ema.averages.items()}
-    expected += plain.run(20, first=20)
+    expected += plain.run(8, first=8)
     assert max(expected) > min(expected) > 0
     for variant, steps in found.items():
         assert steps["loss"] == pytest.approx(expected, abs=1e-4), variant
@@ -227,7 +257,7 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
 
 
 def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
-    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
+    two_workers: Workers, tiny_dataset: Dataset, tiny_model: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     """And in bf16, losses and norms of many pieces are those of one. fp16 needs a GPU."""
 
@@ -236,17 +266,17 @@ def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
         overrides = [f"train.{name}={value}" for name, value in settings.items()]
         return tiny_config(tiny_model, picture_folder, tmp_path, "search.ladder=[4]", *overrides)
 
-    dataset = prepare(config())
     variants = {
-        "channels last": config(channels_last=True),
         "recomputed": config(gradient_checkpointing=True, zero_stage=3),
-        "optimizer offloaded": config(zero_stage=2, offload_optimizer=True, micro_batch_size=3),
+        "channels last, optimizer offloaded": config(
+            channels_last=True, zero_stage=2, offload_optimizer=True, micro_batch_size=3
+        ),
         "all offloaded": config(zero_stage=3, offload_optimizer=True, offload_parameters=True),
         "bf16, 1 at once": config(precision="bf16", zero_stage=2, micro_batch_size=1),
         "bf16, 8 at once": config(precision="bf16", zero_stage=3, micro_batch_size=8),
     }
-    found = train_variants(variants, dataset, tmp_path, two_workers, steps=4)
-    plain = PlainTraining(config(), dataset)
+    found = train_variants(variants, tiny_dataset, tmp_path, two_workers, steps=4)
+    plain = PlainTraining(config(), tiny_dataset)
     expected = {"loss": plain.run(4), "grad_norm": plain.norms}
     assert found.keys() == variants.keys()
     for variant, steps in found.items():
@@ -271,36 +301,3 @@ def test_a_compiled_denoiser_trains_as_it_does_without(
     assert graphs[0] == 0 < graphs[1]
     for kind, values in found["compiled"].items():
         assert values == pytest.approx(found["plain"][kind], rel=1e-3), kind
-
-
-def test_a_training_that_dies_while_it_writes_a_checkpoint_ends_with_the_very_same_state(
-    two_workers: Workers, tiny_model: Path, picture_folder: Path, tmp_path: Path
-) -> None:
-    from ray.train import WorkerGroupError
-
-    def config(ladder: str) -> Config:
-        settings = ["train.lora.dropout=0.2", "train.zero_stage=3", "train.precision=bf16"]
-        return tiny_config(tiny_model, picture_folder, tmp_path, f"search.ladder={ladder}", *settings)
-
-    dataset = prepare(config("[40]"))
-    train_variants({"unbroken": config("[40]")}, dataset, tmp_path, two_workers, steps=40)
-    run, told = tmp_path / "tiny" / "train", tmp_path / "rungs.json"
-    settings = LoopSettings(config("[2,4,40]"), dataset, "trial", [2, 4, 40])
-    dying = train_and_die_once(settings, told)
-    with pytest.raises(WorkerGroupError):
-        run_inside(dying, {}, num_workers=2, folder=run, name="trial")
-    run_inside(dying, {}, num_workers=2, folder=run, name="trial")  # a driver that is started again
-    whole = run / "trial" / folder_of(4) / "complete-0000-of-0002"
-    took = whole.stat().st_mtime - told.stat().st_mtime
-    steps = (tmp_path / "steps").read_text().split()
-    again = len(steps) - len(set(steps))
-    lost = f"{again} steps, taken again"
-    record_fault("kill -9 of a worker that writes a checkpoint", recovery_s=took, lost=lost)
-    assert json.loads(told.read_text()) == [2]  # the half checkpoint of step 4 is none
-    rungs = find_rungs(Storage.open(str(run)))["trial"]
-    assert [rung.step for rung in rungs] == [2, 4, 40]
-    expected = state_at(two_workers.checkpoints / folder_of(40))
-    found = state_at(run / "trial" / folder_of(40))
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        assert torch.equal(value, found[key]), key

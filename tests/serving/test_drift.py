@@ -17,7 +17,6 @@ from cluster.storage import Storage
 from ray_jobs.config import ConfigError
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments, frechet_distance
-from ray_jobs.metrics.inception import load_inception
 from ray_jobs.metrics.networks import NetworkSpec, load_network
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip, load_clip
@@ -102,9 +101,7 @@ def scored(monitor: DriftMonitor, pictures: Sequence[np.ndarray]) -> DriftScores
     return monitor.latest
 
 
-def test_drift_rises_when_the_pictures_change_and_near_copies_are_found() -> None:
-    inception = load_inception(ROOT / ".cache/inception-2015-12-05.pt")
-    monitor = DriftMonitor(inception, reference_of(inception), WINDOW)
+def test_drift_rises_when_the_pictures_change_and_near_copies_are_found(monitor: DriftMonitor) -> None:
     as_published = scored(monitor, emoji(DRAWN))
     assert as_published.num_pictures == WINDOW
     assert as_published.expected_fid == pytest.approx(as_published.fid, rel=1e-3)
@@ -113,7 +110,6 @@ def test_drift_rises_when_the_pictures_change_and_near_copies_are_found() -> Non
     assert others.fid > 1.2 * as_published.fid
     copies = scored(monitor, [recompressed(picture) for picture in emoji(TRAINING[:WINDOW])])
     assert copies.near_copies == 1 and copies.expected_near_copies == 0.01
-    monitor.stop()
 
 
 def test_nothing_is_told_before_the_window_is_full(monitor: DriftMonitor) -> None:

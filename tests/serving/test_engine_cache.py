@@ -112,7 +112,8 @@ def test_one_that_stops_waiting_does_not_end_the_loading_for_others(shelf: Shelf
         while "slow" not in shelf.loaded:
             await asyncio.sleep(0.001)
         first.cancel()
-        await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await first
         shelf.slow["slow"].set()
         return await second
 

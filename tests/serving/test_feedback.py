@@ -22,11 +22,11 @@ from serving.feedback.database import SCHEMA, feedback_url, generations, metadat
 from serving.feedback.schemas import FeedbackRequest, new_image_id
 from serving.feedback.store import FeedbackStore
 from serving.schemas import APIError
+from tests.postgresql import postgresql_server, programs
 from tests.serving.feedback_server import FEEDBACK_KEY, feedback_server
 from tests.serving.generations import generation, rated
 
 ROOT = Path(__file__).parents[2]
-POSTGRESQL = "DIFFRAY_TEST_POSTGRESQL"
 
 
 @pytest.fixture()
@@ -34,15 +34,30 @@ def database(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/feedback.db"
 
 
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL database of this module's own."""
+    if (found := programs()) is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with postgresql_server(found) as url:
+        yield url
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, database: str) -> Iterator[FeedbackStore]:
-    """An empty one of either kind; PostgreSQL's where an empty database is given for it."""
-    if request.param == "postgresql":
-        if POSTGRESQL not in os.environ:
-            pytest.skip(f"{POSTGRESQL} names no database that may be emptied")
-        database = os.environ[POSTGRESQL]
-        metadata.drop_all(sqlalchemy.create_engine(database))
-    store = FeedbackStore(open_database(database))
+def either(request: pytest.FixtureRequest, database: str) -> str:
+    """The URL of an empty database of either kind."""
+    if request.param == "sqlite":
+        return database
+    url: str = request.getfixturevalue("postgresql")
+    engine = sqlalchemy.create_engine(url)
+    metadata.drop_all(engine)
+    engine.dispose()
+    return url
+
+
+@pytest.fixture()
+def store(either: str) -> Iterator[FeedbackStore]:
+    store = FeedbackStore(open_database(either))
     yield store
     store.close()
 
@@ -176,9 +191,9 @@ for number in range(10**6):
 """
 
 
-def test_every_rating_that_was_answered_survives_a_kill(database: str) -> None:
+def test_every_rating_that_was_answered_survives_a_kill(either: str) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, database],
+        [sys.executable, "-c", CHILD, either],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -189,14 +204,14 @@ def test_every_rating_that_was_answered_survives_a_kill(database: str) -> None:
     child.send_signal(signal.SIGKILL)
     answered += [int(line) for line in child.stdout]
     assert child.wait() == -signal.SIGKILL
-    store = FeedbackStore(open_database(database))
+    store = FeedbackStore(open_database(either))
     kept = {each.image_id for each in store.ratings()}
     assert {f"img-{number:024x}" for number in answered} <= kept
     assert len(store.generations(sorted(kept))) == len(kept)
     store.close()
 
 
-def test_two_processes_may_share_a_new_database(database: str) -> None:
+def test_two_processes_may_share_a_new_database(either: str) -> None:
     script = (
         "import sys; from serving.feedback.store import FeedbackStore; "
         "from serving.feedback.database import open_database; "
@@ -205,10 +220,10 @@ def test_two_processes_may_share_a_new_database(database: str) -> None:
         "[store.record(generation(int(sys.argv[2]) + n)) for n in range(200)]; store.close()"
     )
     children = [
-        subprocess.Popen([sys.executable, "-c", script, database, str(1000 * n)], cwd=ROOT) for n in range(2)
+        subprocess.Popen([sys.executable, "-c", script, either, str(1000 * n)], cwd=ROOT) for n in range(2)
     ]
     assert [child.wait() for child in children] == [0, 0]
-    with open_database(database).connect() as connection:
+    with open_database(either).connect() as connection:
         count = sqlalchemy.func.count(generations.c.image_id)
         assert connection.scalar(sqlalchemy.select(count)) == 400
 
@@ -220,8 +235,8 @@ def test_sqlite_keeps_a_write_ahead_log_and_syncs_every_commit(database: str) ->
     assert told == ["wal", 2, 1]  # 2 is FULL
 
 
-def test_tables_of_an_older_program_are_brought_up_to_date_once(database: str) -> None:
-    engine = open_database(database)
+def test_tables_of_an_older_program_are_brought_up_to_date_once(either: str) -> None:
+    engine = open_database(either)
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE generations DROP COLUMN negative_prompt")
         connection.exec_driver_sql(
@@ -232,7 +247,7 @@ def test_tables_of_an_older_program_are_brought_up_to_date_once(database: str) -
             row = generation(number, negative_prompt=text).model_dump()
             connection.execute(generations.insert().values(row))
     with ThreadPoolExecutor(4) as pool:
-        engines = list(pool.map(open_database, [database] * 4))
+        engines = list(pool.map(open_database, [either] * 4))
     store = FeedbackStore(engines[0])
     store.record(generation(3, negative_prompt=""))
     store.flush()
@@ -242,14 +257,14 @@ def test_tables_of_an_older_program_are_brought_up_to_date_once(database: str) -
     store.close()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(database: str) -> None:
-    engine = open_database(database)
+def test_a_newer_schema_is_refused_and_left_alone(either: str) -> None:
+    engine = open_database(either)
     with engine.begin() as connection:
         connection.exec_driver_sql(f"UPDATE feedback_schema SET version = {SCHEMA + 1}")
         connection.exec_driver_sql("DROP TABLE ratings")
     expected = rf"serve\.feedback_url: .* tables have version {SCHEMA + 1}, .* knows version {SCHEMA}; update"
     with pytest.raises(ConfigError, match=expected):
-        open_database(database)
+        open_database(either)
     assert not sqlalchemy.inspect(engine).has_table("ratings")
 
 

@@ -86,6 +86,7 @@ def check_lease(run: Storage) -> None:
     assert run.child(LEASES).files() == []
 
 
+@pytest.mark.slow
 def test_what_is_written_to_a_store_that_refuses_every_tenth_write_is_there(
     server: S3Server, tmp_path: Path
 ) -> None:

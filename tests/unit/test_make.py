@@ -65,6 +65,29 @@ def test_the_python_of_the_environment_stays(tmp_path: Path) -> None:
     assert "python3.13" not in done.stdout
 
 
+@pytest.mark.parametrize(("failing", "parts"), [("", 2), ("not ray", 1), ("ray and", 2)])
+def test_both_parts_of_the_tests_run_unless_the_first_fails_and_the_time_is_told(
+    failing: str, parts: int, tmp_path: Path
+) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    scripts = ("scripts/fetch_inception.py", "scripts/fetch_efficientnet.py")
+    models = (".cache/inception-2015-12-05.pt", ".cache/efficientnet-lite0.safetensors")
+    for name in (*scripts, ".venv/complete", *models, ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in *"-m {failing or "nothing"}"*) exit 1; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "test"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    *lines, total = done.stdout.splitlines()
+    assert sum(line.startswith("-m pytest") for line in lines) == parts
+    assert re.fullmatch(r"make test took \d+ seconds", total)
+    assert done.returncode == (2 if failing else 0)
+
+
 def test_the_lock_is_for_every_python_that_the_project_takes() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=3.11,<3.14"

@@ -98,6 +98,7 @@ def test_the_error_is_near_that_of_fresh_pictures_where_they_are_hardly_more_tha
     assert 0.9 < sum(told) / len(told) / spread < 1.6
 
 
+@pytest.mark.slow
 def test_the_error_covers_the_truth_as_often_as_it_should() -> None:
     # Of 150 samples, 95 % intervals should hold the closed form in 95 %, with a spread of 1.8 %.
     scores = [frechet_score(generated(400, seed), exact_moments(), seed=seed) for seed in range(150)]
@@ -130,6 +131,7 @@ def test_a_score_with_an_error_is_the_plain_distance_and_names_its_network() -> 
         frechet_score(features[:3], real)
 
 
+@pytest.mark.slow
 def test_common_noise_lowers_the_variance_of_a_difference_by_the_ratio_that_is_told() -> None:
     def candidates(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A little noise of its own on the common noise, and a small difference of means."""

@@ -302,6 +302,13 @@ def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ray_jobs.training.tracking.LOOK_EVERY", 0.05)
+    looks, look = list[Mirror](), Mirror.look
+
+    def look_and_count(self: Mirror) -> None:
+        looks.append(self)
+        look(self)
+
+    monkeypatch.setattr(Mirror, "look", look_and_count)
     with opened_store(config):
         pass
     store, away, folder = (tmp_path / name for name in ("mlflow.db", "away.db", "folder"))
@@ -315,7 +322,9 @@ def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
         while "MLflow lacks" not in said and time.monotonic() < deadline:
             time.sleep(0.05)
             said += capsys.readouterr().out
-        time.sleep(0.5)  # further looks, which fail too
+        seen = len(looks)
+        while len(looks) < seen + 3 and time.monotonic() < deadline:  # these fail too
+            time.sleep(0.05)
         (tmp_path / "link").symlink_to(away)
         (tmp_path / "link").replace(store)  # at once: a look between would make an empty database
         checkpoint(config, 3, 4)
