@@ -34,7 +34,7 @@ def postgresql_server(programs: Path) -> Iterator[str]:
         made = f"--pgdata {data} --username diffray --auth trust --encoding UTF8 --no-sync".split()
         subprocess.run([*own, programs / "initdb", *made], check=True, capture_output=True, cwd=folder)
         settings = {"listen_addresses": "", "unix_socket_directories": folder, "fsync": "off"}
-        command = [*own, programs / "postgres", "-D", data]
+        command = [*own, str(programs / "postgres"), "-D", data]
         command += [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder) as server:
             assert server.stderr
