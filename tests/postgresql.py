@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,15 +37,12 @@ def postgresql_server(programs: Path) -> Iterator[str]:
         settings = {"listen_addresses": "", "unix_socket_directories": folder, "fsync": "off"}
         command = [*own, str(programs / "postgres"), "-D", data]
         command += [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder) as server:
-            assert server.stderr
-            for line in server.stderr:
-                if "ready to accept connections" in line:
-                    break
-            else:
-                raise RuntimeError(f"PostgreSQL ended with {server.wait()}")
+        log, state = Path(folder, "log"), Path(data, "postmaster.pid")
+        with log.open("wb") as file, subprocess.Popen(command, stderr=file, cwd=folder) as server:
             try:
+                while not (state.exists() and "ready" in state.read_text()):
+                    assert server.poll() is None, log.read_text()
+                    time.sleep(0.02)
                 yield f"postgresql+psycopg://diffray@/postgres?host={folder}"
             finally:
                 server.send_signal(signal.SIGINT)  # as `pg_ctl stop -m fast`
-                server.communicate()
