@@ -42,7 +42,7 @@ def measure(settings: Settings, parts: list[str], out: Path) -> dict[str, dict[s
     """The figures of the parts; each is in the file as soon as it is there."""
     figures: dict[str, dict[str, Any]] = {}
     bare = measure_bare(settings) if {"saturation", "alone"} & {*parts} else {}
-    told_settings = asdict(settings) | {"model": Path(settings.model).name}
+    shown_settings = asdict(settings) | {"model": Path(settings.model).name}
     for table, rival_batch_size in ((AGAINST_RIVALS, settings.rival_batch_size), (ALONE, None)):
         wanted = [each for each in table if each in parts]
         if not wanted:
@@ -61,7 +61,7 @@ def measure(settings: Settings, parts: list[str], out: Path) -> dict[str, dict[s
             for part in wanted:
                 say("bench", part)
                 figures[part] = table[part](run)
-                keep(out, part, {"machine": facts(), "settings": told_settings, **figures[part]})
+                keep(out, part, {"machine": facts(), "settings": shown_settings, **figures[part]})
     return figures
 
 

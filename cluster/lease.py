@@ -70,7 +70,7 @@ class Owner:
             uuid.uuid4().hex[:12], socket.gethostname(), _place(), process.pid, started, job, cluster
         )
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return f"process {self.process} on {self.host}" + (f", Ray job {self.job}" if self.job else "")
 
 
@@ -181,7 +181,7 @@ class Lease:
             return
         if fate:
             raise self._taken(first)
-        who = first.told() if first else "another driver"
+        who = first.describe() if first else "another driver"
         say("lease", f"{who} holds this run; waiting {self.expiry_s:.0f} s to see whether it is alive")
         deadline = time.monotonic() + self.expiry_s
         while time.monotonic() < deadline:
@@ -194,7 +194,7 @@ class Lease:
             first = now or first
 
     def _taken(self, owner: Owner | None) -> ConfigError:
-        who = owner.told() if owner else "another driver that has just started"
+        who = owner.describe() if owner else "another driver that has just started"
         return ConfigError(
             f"name: the run {self.run.uri} is in use by {who}; wait until it ends, stop it, or choose "
             "another name"

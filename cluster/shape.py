@@ -39,7 +39,7 @@ class Machine:
     def size(self) -> tuple[float, float, float | None, float | None]:
         return self.cpus, self.gpus, self.gpu_gib, self.memory_gib
 
-    def told(self) -> str:
+    def describe(self) -> str:
         parts = [f"{self.name} {self.cpus:g} logical CPUs"]
         if self.memory_gib:
             parts.append(f"{self.memory_gib:,.0f} GiB of memory")
@@ -173,5 +173,5 @@ def check_places(config: Config, machines: Sequence[Machine]) -> None:
         takes = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
         raise ConfigError(
             f"{named}: {each.count} {each.kind}s of {takes} each do not fit on the nodes, the largest of "
-            f"which is {largest.told()}; lower {' or '.join(fields)}, or add larger nodes"
+            f"which is {largest.describe()}; lower {' or '.join(fields)}, or add larger nodes"
         )

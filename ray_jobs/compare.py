@@ -24,7 +24,7 @@ from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
-from ray_jobs.evaluation.scores import FEWEST, Scores, told
+from ray_jobs.evaluation.scores import FEWEST, Scores, describe
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.aliases import command_line
 from ray_jobs.registry.models import registered, verify_weights
@@ -105,7 +105,7 @@ def compare(
             unsure = "it may have trained on some of these pictures"
             say("compare", f"{version.name} was trained on data other than this run's: {unsure}")
         scores.append(pool.score(version.weights, VALIDATION, side, version.guidance_scale))
-        say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {told(scores[-1])}")
+        say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {describe(scores[-1])}")
     if scores[0].fid.num_samples < FEWEST:
         raise ConfigError(f"evaluate.num_samples: a comparison needs {FEWEST} pictures; raise it")
     found = pool.difference(sides[0], sides[1], VALIDATION)

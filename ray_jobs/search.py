@@ -37,7 +37,7 @@ from ray_jobs.tuning.results import (
     with_error,
 )
 from ray_jobs.tuning.scheduling import choose_winner, run_trials
-from ray_jobs.tuning.trial import Surroundings
+from ray_jobs.tuning.trial import SearchContext
 from ray_jobs.weights.feature_networks import check_networks
 
 
@@ -65,7 +65,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
             pool.load(split)
     storage.delete("tune")
     with watched_board() as board, _mirrored(config, dataset) as mirror:
-        done = Trials(Surroundings(config, dataset, pool, board, read_rows(storage)), storage, mirror)
+        done = Trials(SearchContext(config, dataset, pool, board, read_rows(storage)), storage, mirror)
         phase("workers")
         run_trials(config, done)
         if not done.rows:

@@ -19,7 +19,7 @@ from ray_jobs.run.records import read_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.scheduling import run_trials
-from ray_jobs.tuning.trial import Make, Surroundings
+from ray_jobs.tuning.trial import Make, SearchContext
 
 SIZES = (1, 4, 16, 64)
 AT_ONCE = 2
@@ -29,7 +29,7 @@ def run(sizes: list[int]) -> dict[str, Any]:
     return {"at_once": AT_ONCE, "sizes": [in_fresh_process(measure, size) for size in sizes]}
 
 
-def climb(space: dict[str, Any], *, make: Make, around: Surroundings) -> None:
+def climb(space: dict[str, Any], *, make: Make, around: SearchContext) -> None:
     """Reports the rungs of a trial at once."""
     trial = make(space)
     for step in trial.ladder:
@@ -52,7 +52,7 @@ def measure(size: int) -> dict[str, float]:
         with local_cluster(LocalConfig(num_cpus=AT_ONCE + 2)) as cluster, joined(cluster.gcs_address):
             before = resident()
             dataset: Any = None
-            around = Surroundings(config, dataset, dataset, None, read_rows(storage))
+            around = SearchContext(config, dataset, dataset, None, read_rows(storage))
             done = Trials(around, storage, Mirror(config, {}, "digest", list), climb)
             start = time.perf_counter()
             run_trials(config, done)

@@ -123,7 +123,7 @@ class SearchConfig(Section):
         """Of all trials, where none is stopped."""
         return self.grid_size * max(1, self.folds) * self.ladder[-1]
 
-    def going_on(self, trials: int) -> int:
+    def num_promoted(self, trials: int) -> int:
         """How many halving lets go on, of so many that were measured at a rung."""
         return min(trials, max(1, trials // self.reduction_factor))
 
@@ -135,7 +135,7 @@ class SearchConfig(Section):
         trials, before, steps = self.grid_size, 0, 0
         for rung in self.ladder:
             steps += trials * (rung - before)
-            trials, before = self.going_on(trials), rung
+            trials, before = self.num_promoted(trials), rung
         return steps * max(1, self.folds)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.curation.cleaning import MEASURES
+from ray_jobs.data.curation.cleaning import QUALITY_CHECKS
 from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.encoding.plan import PlannedPart
 from ray_jobs.data.feeding.order import Order, Part
@@ -66,7 +66,7 @@ def describe(
                 field=f"data.cleaning.{measure.field}",
                 set_aside=set_aside[measure.reason],
             )
-            for name, measure in MEASURES.items()
+            for name, measure in QUALITY_CHECKS.items()
         },
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )

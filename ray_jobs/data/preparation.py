@@ -16,7 +16,11 @@ from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
-from ray_jobs.data.encoding.class_pictures import announce_class_pictures, generate_class_pictures, lacking
+from ray_jobs.data.encoding.class_pictures import (
+    announce_class_pictures,
+    class_image_counts,
+    generate_class_pictures,
+)
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes
@@ -60,7 +64,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     """
     sources = open_sources(config)
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
-    if check and lacking(config, sources):
+    if check and class_image_counts(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)

@@ -14,10 +14,10 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.scores import (
     Features,
-    Measures,
     Real,
     Scores,
-    further,
+    SetScores,
+    more_scores,
     near_copies,
     precision_and_recall,
     scores_of,
@@ -36,7 +36,7 @@ LOSS_ROWS = 32  # rows of the denoising loss: a twentieth of the cost of samplin
 
 
 @dataclass(frozen=True)
-class Kept:
+class SampleFiles:
     """Destination of the PNGs that an actor writes from its share while it measures the pictures.
 
     Attributes:
@@ -151,7 +151,7 @@ class Evaluator:
         weights: str | None,
         captions: list[str],
         seeds: list[int],
-        kept: Kept | None = None,
+        kept: SampleFiles | None = None,
         guidance_scale: float | None = None,
         by_all: bool = False,
         shapes: list[Shape] | None = None,
@@ -222,7 +222,7 @@ class Evaluator:
         shares: Sequence[Sequence[int]] | None,
         kept: Storage | None,
         *generated: Features,
-    ) -> Measures:
+    ) -> SetScores:
         """Compute all measures of a set of pictures, given in parts.
 
         Args:
@@ -238,11 +238,11 @@ class Evaluator:
         if kept:
             first = self.networks.first.identity
             kept.write_bytes(TEST_FEATURES, save({first: whole[first]}))
-        found, left_out = further(whole, real, self.networks, captions)
+        found, left_out = more_scores(whole, real, self.networks, captions)
         copies, first = None, self.networks.first.identity
         if training is not None:
             copies = near_copies(whole, training, held_out.features if held_out else None, first)
-        return Measures(
+        return SetScores(
             scores_of(whole, real, self.networks, self.config.evaluate.bootstrap), found, left_out, copies
         )
 
@@ -257,7 +257,7 @@ class Evaluator:
         return paired_difference(first, second, moments, num_resamples=resamples)
 
 
-def _keeping(batches: Iterator[Any], kept: Kept | None) -> Iterator[Any]:
+def _keeping(batches: Iterator[Any], kept: SampleFiles | None) -> Iterator[Any]:
     """Pass batches through unchanged, writing the pictures that have a file name."""
     from ray_jobs.pictures.reading import encode_png
 

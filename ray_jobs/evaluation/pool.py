@@ -13,10 +13,10 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.evaluation.actor import FEATURES, Evaluator, Kept, join
+from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import Features, Measures, Real, Scores
+from ray_jobs.evaluation.scores import Features, Real, Scores, SetScores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import Measurement
@@ -172,7 +172,7 @@ class EvaluatorPool:
         names = dict(enumerate(self.sample_names(split)))
         parts, tasks = [], self._tasks(split)
         for actor, numbers, captions, seeds, shapes in tasks:
-            kept = Kept(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
+            kept = SampleFiles(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
             work = weights, captions, seeds, kept, guidance_scale
             parts.append(actor.sample_features.remote(*work, shapes=shapes))
         shares = [task.numbers for task in tasks]
@@ -184,7 +184,7 @@ class EvaluatorPool:
         split: Split,
         guidance_scale: float | None = None,
         kept: Storage | None = None,
-    ) -> Measures:
+    ) -> SetScores:
         """Compute all measures of weights on a loaded split, from the pictures that `score` samples.
 
         Near copies are searched among the first `evaluate.memorisation_pictures` training pictures that

@@ -1,6 +1,6 @@
 """Measures of a set of pictures: features in, numbers out.
 
-`scores_of` ranks every rung; `further` and `near_copies` are computed once, for the published weights.
+`scores_of` ranks every rung; `more_scores` and `near_copies` are computed once, for the published weights.
 """
 
 from dataclasses import asdict, dataclass
@@ -122,7 +122,7 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Measures:
+class SetScores:
     """Complete measures of one set of pictures.
 
     Attributes:
@@ -142,7 +142,7 @@ class Measures:
         return [*self.further, *([self.copies.record()] if self.copies and known else [])]
 
 
-def further(
+def more_scores(
     generated: Features, real: Real, networks: Networks, captions: list[str]
 ) -> tuple[list[Measurement], list[str]]:
     """Compute the measures beyond the ranking scores; return them and the reasons for those left out.
@@ -235,7 +235,7 @@ def near_copies(generated: Features, training: Features, held_out: Features | No
     )
 
 
-def told(found: Scores) -> str:
+def describe(found: Scores) -> str:
     """Format scores for display."""
     named = {"FID": (found.fid, 1), "KID": (found.kid, 4)}
     if found.second:
@@ -247,7 +247,7 @@ def told(found: Scores) -> str:
     return ", ".join(lines)
 
 
-def told_record(record: Measurement) -> str:
+def describe_record(record: Measurement) -> str:
     """Format a measurement for display."""
     value = number(record.value, 4, record.standard_error)
     return f"{record.metric} {value} ({record.num_samples} pictures, {record.feature_network})"

@@ -56,7 +56,7 @@ def footprint(config: Config) -> Footprint:
 
 
 def _activations(config: Config, model: FineTuning) -> int:
-    dtype, kept = DTYPES[config.train.precision], Kept(model)
+    dtype, saved = DTYPES[config.train.precision], SavedTensors(model)
     model.train().to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -65,14 +65,14 @@ def _activations(config: Config, model: FineTuning) -> int:
         shape = latent_shape(base, resolution, resolution, revision=config.model.revision)
         if config.train.gradient_checkpointing:
             for part in model.model.values():
-                model.family.enable_gradient_checkpointing(part, kept.recomputed)
-        with kept.counting():
+                model.family.enable_gradient_checkpointing(part, saved.recomputed)
+        with saved.counting():
             if model.text_encoders:
                 conditions |= model.family.text.embed(model.text_encoders, conditions)
             conditions = {name: cast(each, dtype) for name, each in conditions.items()}
             latents = torch.empty((1, *shape), dtype=dtype)
             model.family.denoise(model.model, latents, torch.full((1,), 500.0), conditions)
-    return kept.num_bytes + kept.largest_block
+    return saved.num_bytes + saved.largest_block
 
 
 def _conditions(config: Config, model: FineTuning) -> Conditions:
@@ -91,7 +91,7 @@ def _conditions(config: Config, model: FineTuning) -> Conditions:
     return rows
 
 
-class Kept:
+class SavedTensors:
     """Bytes of the tensors that autograd saves, other than the module's weights, each storage once."""
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -118,7 +118,7 @@ class Kept:
 
     def recomputed(self, block: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run a block that is recomputed in the backward pass: it keeps its inputs only."""
-        inside = Kept(self.module)
+        inside = SavedTensors(self.module)
         with inside.counting():
             output = block(*args, **named)
         self.largest_block = max(self.largest_block, inside.num_bytes)

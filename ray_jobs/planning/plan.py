@@ -78,19 +78,20 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     for name, size in vars(found.device).items():
         away = getattr(found.offloaded, name)
         lines.append(
-            f"    {name.replace('_', ' '):<15}{told(size)}"
-            + (f"  + {told(away).strip()} on the host" * bool(away))
+            f"    {name.replace('_', ' '):<15}{human_size(size)}"
+            + (f"  + {human_size(away).strip()} on the host" * bool(away))
         )
-    lines.append(f"    {'in all':<15}{told(found.device.whole)}")
+    lines.append(f"    {'in all':<15}{human_size(found.device.whole)}")
     room = _room(config, machines)
     if room is None:
         return lines, []
-    lines.append(f"    {'room a rank':<15}{told(room)}")
+    lines.append(f"    {'room a rank':<15}{human_size(room)}")
     if needed_here(config, found) <= room:
         return lines, []
     what = "; ".join(fixes(config, model, room)) or "a smaller model, or devices with more memory"
     return lines, [
-        f"a rank needs {told(needed_here(config, found)).strip()} and has {told(room).strip()}: {what}"
+        f"a rank needs {human_size(needed_here(config, found)).strip()} and has {human_size(room).strip()}: "
+        f"{what}"
     ]
 
 
@@ -197,7 +198,7 @@ def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
     return lines
 
 
-def told(size: float) -> str:
+def human_size(size: float) -> str:
     """Format bytes as GiB, or MiB below one GiB."""
     return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"
 
@@ -213,7 +214,7 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
 
 def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
     """Compose the plan's text; also return True if everything fits."""
-    lines = [f"cluster: {machine.told()}" for machine in _grouped(machines)]
+    lines = [f"cluster: {machine.describe()}" for machine in _grouped(machines)]
     problems: list[str] = []
     stages = {"train and evaluate": search_actors(config), "serve": serving_actors(config)}
     if config.data.encode == "cache":

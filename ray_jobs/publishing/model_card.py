@@ -257,7 +257,7 @@ def _settings(config: Config, winner: Winner) -> list[str]:
 
 
 def _reproduce(config: Config, winner: Winner) -> list[str]:
-    told = _told(config.model_dump(mode="json", include={"name", *config.affecting(*REPRODUCED)}))
+    told = _portable(config.model_dump(mode="json", include={"name", *config.affecting(*REPRODUCED)}))
     settings = _fenced(write_yaml(told), "yaml")
     command = ".venv/bin/python -m cluster.submit --config run.yaml -- python -m ray_jobs"
     commands = "\n".join(
@@ -297,12 +297,12 @@ def _limits(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     ]
 
 
-def _told(value: Any) -> Any:
+def _portable(value: Any) -> Any:
     """Apply `portable` to all strings of a configuration."""
     if isinstance(value, dict):
-        return {key: _told(each) for key, each in value.items()}
+        return {key: _portable(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_told(each) for each in value]
+        return [_portable(each) for each in value]
     return portable(value) if isinstance(value, str) else value
 
 

@@ -6,7 +6,7 @@ from html import escape
 from statistics import stdev
 from typing import NamedTuple
 
-from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, framed, line_chart, told_settings
+from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart
 from ray_jobs.run.records import RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
@@ -42,7 +42,7 @@ def trials_of(results: Rows) -> list[tuple[str, str, list[RungRow]]]:
 
 
 def _label(trial: str, rungs: Rows) -> str:
-    labels = {told_settings(row) for row in rungs}
+    labels = {describe_settings(row) for row in rungs}
     return labels.pop() if len(labels) == 1 else trial
 
 

@@ -69,7 +69,7 @@ REASONS = {
 }
 
 # Title and unit of each measure, as in ray_jobs/data/curation/cleaning.py.
-MEASURES = {
+TITLES = {
     "sharpness": ("Sharpness", "variance of the Laplacian"),
     "contrast": ("Contrast", "standard deviation of the luma, of 0..255"),
     "dark": ("Dark", "share of pixels that are nearly black"),
@@ -147,7 +147,7 @@ def histogram(name: str, measure: Histogram) -> str:
     """Draw one measure's histogram as SVG, tinted beyond the threshold, which is a dashed line.
 
     Args:
-        name: a key of MEASURES.
+        name: a key of TITLES.
     """
     edges, counts, threshold, side = measure.edges, measure.counts, measure.threshold, measure.side
     step, highest = PLOT_WIDTH / len(counts), max([*counts, 1])
@@ -171,14 +171,14 @@ def histogram(name: str, measure: Histogram) -> str:
         f'<text x="{at * step:.2f}" y="{PLOT_HEIGHT + 12}" text-anchor="{anchor}">{_short(edges[at])}</text>'
         for at, anchor in ((0, "start"), (len(counts) // 2, "middle"), (len(counts), "end"))
     ]
-    label = f"Number of pictures over {MEASURES[name][0].lower()}"
+    label = f"Number of pictures over {TITLES[name][0].lower()}"
     box = f"0 0 {PLOT_WIDTH} {PLOT_HEIGHT + PLOT_FOOT}"
     return f'<svg role="img" aria-label="{label}" viewBox="{box}">{"".join(parts)}</svg>'
 
 
 def _measure(name: str, measure: Histogram) -> str:
     """Card with the histogram of one measure, and its threshold in words."""
-    title, unit = MEASURES[name]
+    title, unit = TITLES[name]
     field, threshold = measure.field, measure.threshold
     if threshold is None:
         words = f"Off, because {field} is empty."

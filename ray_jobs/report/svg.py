@@ -35,7 +35,7 @@ def number(value: float | None, digits: int, error: float | None = None) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def told_settings(row: RungRow | Winner) -> str:
+def describe_settings(row: RungRow | Winner) -> str:
     """Format a row's learning rate and other searched settings: `0.001, rank 8`."""
     others = (f"{name.rpartition('.')[2]} {value}" for name, value in row.settings.items())
     return ", ".join([f"{row.learning_rate:g}", *others])

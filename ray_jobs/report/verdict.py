@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
-from ray_jobs.report.svg import number, told_settings
+from ray_jobs.report.svg import describe_settings, number
 from ray_jobs.run.records import RungRow, Winner
 
 
@@ -24,7 +24,7 @@ def closed_share(winner: Winner) -> float | None:
 
 def headline(winner: Winner) -> str:
     """State the result in one sentence."""
-    who = f"A learning rate of {told_settings(winner)} for {counted(winner.step, 'step')}"
+    who = f"A learning rate of {describe_settings(winner)} for {counted(winner.step, 'step')}"
     if winner.guidance_scale is not None:
         who += f", drawn with a guidance scale of {winner.guidance_scale:g},"
     share = closed_share(winner)
@@ -134,4 +134,4 @@ def _lowest(rows: Rows, key: str) -> RungRow | None:
 
 
 def _name(row: RungRow) -> str:
-    return f"{told_settings(row)} at {counted(row.step, 'step')}"
+    return f"{describe_settings(row)} at {counted(row.step, 'step')}"

@@ -36,7 +36,7 @@ def refusal(config: Config, error: object) -> ConfigError | None:
     return None
 
 
-def told_damage(error: object) -> str | None:
+def damage_message(error: object) -> str | None:
     """Return the message of the DamagedPart that caused an error, or None.
 
     An error from another process contains it only as text.
@@ -79,7 +79,7 @@ def run_stage(
         show("stopped")
         sys.exit(130)
     except Exception as error:
-        if damage := told_damage(error):
+        if damage := damage_message(error):
             sys.exit(complain(ConfigError(f"storage: {damage}")))
         traceback.print_exc()
         if refused := refusal(config, error):

@@ -7,13 +7,13 @@ from ray.train import UserCallback
 
 from cluster.storage import Storage
 from ray_jobs.data.encoding.cache_files import DamagedPart
-from ray_jobs.run.command_line import told_damage
+from ray_jobs.run.command_line import damage_message
 from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
 
 LONGEST = 300  # characters of a reason
 
 
-class TellFailures(UserCallback):
+class FailureReporter(UserCallback):
     """Ray Train callback that reports who failed, why and where, and the step from which training resumes.
 
     Args:
@@ -28,7 +28,7 @@ class TellFailures(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise DamagedPart, which ends the training, if every restart would hit the same damaged data."""
         for error in worker_exceptions.values():
-            if damage := told_damage(error):
+            if damage := damage_message(error):
                 raise DamagedPart(damage)
         causes = {rank: cause(error) for rank, error in sorted(worker_exceptions.items())}
         if not any(preempted for _, preempted in causes.values()):

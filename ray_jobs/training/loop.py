@@ -41,7 +41,7 @@ from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, owned_fragments
 
 DIVERGED = "diverged.json"
-LOOK_EVERY = 0.5  # seconds between checks for a rung's score
+POLL_S = 0.5  # seconds between checks for a rung's score
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Training:
         if self.rank == 0:
             rung = self.settings.trial.child(folder_of(step))
             while not rung.exists(REPORTED):
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_S)
         broadcast_from_rank_zero(None)  # a barrier through Ray: torch's would time out
         self.meter.go_on()
 

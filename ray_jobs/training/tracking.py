@@ -31,7 +31,7 @@ from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps
 from ray_jobs.training.loop import DIVERGED
 from ray_jobs.training.monitor import Series
 
-LOOK_EVERY = 10.0  # seconds
+POLL_S = 10.0  # seconds
 PATIENCE = 60.0  # seconds that the end of a stage waits for a slow store
 LARGEST_BATCH = 1000  # metrics that MLflow accepts in one call
 STEP_METRICS = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
@@ -125,7 +125,7 @@ def _watch(mirror: "Mirror", done: threading.Event) -> None:
             mirror.end()
 
     while not last:
-        last = done.wait(LOOK_EVERY)
+        last = done.wait(POLL_S)
         for what, file, task in (("steps", SERIES, log), ("pictures", SAMPLES, mirror.show_samples)):
             try:
                 task()

@@ -56,7 +56,7 @@ def build_trainer(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from ray_jobs.training.failures import TellFailures
+    from ray_jobs.training.failures import FailureReporter
 
     train = config.train
     settings = LoopSettings(
@@ -79,7 +79,7 @@ def build_trainer(
             name=name,
             storage_path=RunFolder.of(config).trainings.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[TellFailures(name, settings.trial, train.max_failures, board), *callbacks],
+            callbacks=[FailureReporter(name, settings.trial, train.max_failures, board), *callbacks],
         ),
     )
 

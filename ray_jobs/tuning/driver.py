@@ -14,7 +14,7 @@ from cluster.storage import Storage
 from ray_jobs.config import SearchConfig, Settings
 from ray_jobs.console import say
 from ray_jobs.data.encoding.cache_files import DamagedPart
-from ray_jobs.run.command_line import refusal, told_damage
+from ray_jobs.run.command_line import damage_message, refusal
 from ray_jobs.run.records import RungRow, write_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
@@ -22,7 +22,7 @@ from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.results import with_error
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, stoppers
-from ray_jobs.tuning.trial import Make, Surroundings, Trial, run_trial
+from ray_jobs.tuning.trial import Make, SearchContext, Trial, run_trial
 
 BEGUN = "trials.jsonl"  # settings of every started trial
 MEMBER = "trial"  # the single Tune dimension when the trials are given as a list
@@ -45,7 +45,7 @@ class Trials:
     """
 
     def __init__(
-        self, around: Surroundings, storage: Storage, mirror: Mirror, climb: Climb = run_trial
+        self, around: SearchContext, storage: Storage, mirror: Mirror, climb: Climb = run_trial
     ) -> None:
         self.storage, self.mirror, self.climb = storage, mirror, climb
         self.around, self.rows = around, around.recorded
@@ -124,7 +124,7 @@ class Trials:
         if refused.error:
             raise refused.error
         for error in results.errors:
-            if damage := told_damage(error):  # every trial reads this part, so the search must end
+            if damage := damage_message(error):  # every trial reads this part, so the search must end
                 raise DamagedPart(damage)
         self.errors += [str(error).strip().splitlines()[-1] for error in results.errors]
         self.storage.delete("tune")

@@ -7,7 +7,7 @@ from ray_jobs.config import LEARNING_RATE, Config, Settings
 from ray_jobs.config.space import drawn, grid
 
 
-def further(settings: Mapping[str, Any]) -> Settings:
+def other_settings(settings: Mapping[str, Any]) -> Settings:
     """Settings without the learning rate, which is a field of its own in every row."""
     return {name: value for name, value in settings.items() if name != LEARNING_RATE}
 

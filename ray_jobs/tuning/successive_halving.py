@@ -34,4 +34,4 @@ def best_trials(config: Config, trials: list[Trial], rows: list[RungRow]) -> lis
     measured = [trial for trial in trials if trial.training in at]
     measured.sort(key=lambda trial: (at[trial.training], trial.training))
     upwards = config.search.ladder[: len(reached) + 1]
-    return [replace(trial, ladder=upwards) for trial in measured[: config.search.going_on(len(measured))]]
+    return [replace(trial, ladder=upwards) for trial in measured[: config.search.num_promoted(len(measured))]]

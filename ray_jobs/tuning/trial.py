@@ -20,7 +20,7 @@ from ray_jobs.run.split import VALIDATION, Split, refit_of, training_of
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.monitor import RUNG
 from ray_jobs.training.trainer import build_trainer, check_diverged
-from ray_jobs.tuning.space import further
+from ray_jobs.tuning.space import other_settings
 
 Labels = dict[str, Any]
 """Columns of results.jsonl that identify a trial."""
@@ -66,7 +66,7 @@ class Trial:
             "trial_id": self.trial_id,
             "training": self.training,  # Tune replaces trial_id with its own
             "learning_rate": rate,
-            "settings": further(self.settings),
+            "settings": other_settings(self.settings),
         }
         if self.fold is not None:
             found["fold"] = self.fold
@@ -80,7 +80,7 @@ Make = Callable[[Settings], Trial]
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class SearchContext:
     """Context shared by all trials of a search.
 
     Attributes:
@@ -95,7 +95,7 @@ class Surroundings:
     recorded: list[RungRow]
 
 
-def run_trial(space: dict[str, Any], *, make: Make, around: Surroundings) -> None:
+def run_trial(space: dict[str, Any], *, make: Make, around: SearchContext) -> None:
     """Train to the end of the trial's ladder, reporting each rung's row to Tune. This is Tune's trainable.
 
     Raises:
@@ -150,7 +150,7 @@ def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
     return [rung for rung in rungs if not Storage.open(rung.uri).exists(REPORTED)]
 
 
-def train_trial(trial: Trial, around: Surroundings, callbacks: list[Any]) -> None:
+def train_trial(trial: Trial, around: SearchContext, callbacks: list[Any]) -> None:
     """Train to the end of a trial's ladder.
 
     Raises:
@@ -224,7 +224,7 @@ class RungCallback(TuneReportCallback):
             Storage.open(rung.uri).write_text(REPORTED, "")
 
 
-def refitted(trial: Trial, step: int, around: Surroundings) -> Rung:
+def refitted(trial: Trial, step: int, around: SearchContext) -> Rung:
     """Train a trial's settings up to `step` on the training and validation splits together.
 
     Raises:

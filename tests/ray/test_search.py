@@ -32,7 +32,7 @@ from ray_jobs.training.tracking import Mirror
 from ray_jobs.training.trainer import build_trainer
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.scheduling import run_trials
-from ray_jobs.tuning.trial import Surroundings
+from ray_jobs.tuning.trial import SearchContext
 from tests.landscape import climb, out_of_room
 from tests.ray.test_prepare import noisy
 from tests.ray.test_training import tiny_config
@@ -51,7 +51,7 @@ def searched(config: Config, objective: Any = climb) -> Trials:
     """The trials of a search after it has run, or gone on."""
     storage = Storage.open(config.storage).child(config.name, "search")
     dataset: Any = None
-    around = Surroundings(config, dataset, dataset, None, read_rows(storage))
+    around = SearchContext(config, dataset, dataset, None, read_rows(storage))
     done = Trials(around, storage, Mirror(config, {}, "digest", list), objective)
     run_trials(config, done)
     assert not done.errors

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from ray_jobs.config import CleaningConfig
-from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, MEASURES, check, check_size, histogram, measure
+from ray_jobs.data.curation.cleaning import (
+    FIRST_LOOK_SIDE,
+    QUALITY_CHECKS,
+    check,
+    check_size,
+    histogram,
+    measure,
+)
 from ray_jobs.pictures.reading import Picture, Rejected, read_picture
 
 EMOJI = Path(__file__).parents[2] / "examples" / "fluent-emoji"
@@ -202,13 +209,13 @@ def test_a_good_picture_passes_and_an_empty_threshold_is_off() -> None:
     check(flat, CleaningConfig(min_contrast=None, max_bright=None))
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", QUALITY_CHECKS)
 def test_histograms_of_parts_add_up_and_leave_nothing_out(name: str) -> None:
-    edges = MEASURES[name].edges
+    edges = QUALITY_CHECKS[name].edges
     assert len(edges) == 25 and (np.diff(edges) > 0).all()
     values = np.concatenate([[0.0, 1e9], edges, np.random.default_rng(0).uniform(0, 2, 100)])
     counts = histogram(name, values)
     assert counts.dtype == np.int64 and counts.sum() == len(values) and counts[-1] >= 1
     assert (histogram(name, values[:40]) + histogram(name, values[40:]) == counts).all()
     assert histogram(name, edges[3:4]).tolist().index(1) == 3
-    assert MEASURES[name].field in CleaningConfig.model_fields
+    assert QUALITY_CHECKS[name].field in CleaningConfig.model_fields

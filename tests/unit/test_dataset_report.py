@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import CleaningConfig
-from ray_jobs.data.curation.cleaning import MEASURES as JUDGED
+from ray_jobs.data.curation.cleaning import QUALITY_CHECKS as JUDGED
 from ray_jobs.report.dataset_page import (
     REASONS,
     THUMBNAIL,

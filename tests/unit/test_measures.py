@@ -12,10 +12,10 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.sampling import batches_of
-from ray_jobs.evaluation.actor import Evaluator, Kept, join
+from ray_jobs.evaluation.actor import Evaluator, SampleFiles, join
 from ray_jobs.evaluation.dealing import dealt, in_order
 from ray_jobs.evaluation.pool import shape_of
-from ray_jobs.evaluation.scores import Features, Real, further, near_copies, scores_of
+from ray_jobs.evaluation.scores import Features, Real, more_scores, near_copies, scores_of
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
@@ -64,7 +64,7 @@ def test_scores_are_the_same_from_moments_that_were_made_before(networks: Networ
 
 def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> None:
     generated, real = features(networks, 24, seed=1), Real.of(features(networks, 3 * 4, seed=2))
-    found, _ = further(generated, real, networks, CAPTIONS * 4)
+    found, _ = more_scores(generated, real, networks, CAPTIONS * 4)
     assert networks.second and networks.clip
     of_network = {record.metric: record.feature_network for record in found}
     assert of_network == {
@@ -81,7 +81,7 @@ def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> 
 
 def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> None:
     generated, real = features(networks, 3, seed=1), Real.of(features(networks, 3, seed=2))
-    found, left_out = further(generated, real, Networks(networks.first, networks.second), CAPTIONS)
+    found, left_out = more_scores(generated, real, Networks(networks.first, networks.second), CAPTIONS)
     assert found == []
     assert [sentence.split(":")[0] for sentence in left_out] == [
         "Precision and recall need more than 3 pictures.",
@@ -90,17 +90,17 @@ def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> Non
         "No CLIP scores",
     ]
     assert "from 2,049 on it does" in left_out[1]
-    _, left_out = further(generated, real, Networks(networks.first), CAPTIONS)
+    _, left_out = more_scores(generated, real, Networks(networks.first), CAPTIONS)
     assert "No Inception Score: it needs evaluate.second_network of kind efficientnet-lite0." in left_out
 
 
 def test_fid_is_extrapolated_from_more_pictures_than_features_on(networks: Networks) -> None:
     few = Networks(replace(networks.first, num_features=20))
     generated, real = features(few, 21, seed=1), Real.of(features(few, 21, seed=2))
-    found, _ = further(generated, real, few, CAPTIONS * 7)
+    found, _ = more_scores(generated, real, few, CAPTIONS * 7)
     [record] = [record for record in found if record.metric == "fid_infinity"]
     assert record.standard_error and record.standard_error > 0 and record.num_samples == 21
-    found, _ = further(features(few, 20, seed=1), real, few, CAPTIONS * 7)
+    found, _ = more_scores(features(few, 20, seed=1), real, few, CAPTIONS * 7)
     assert "fid_infinity" not in [record.metric for record in found]
 
 
@@ -113,7 +113,7 @@ def test_a_picture_is_held_against_the_caption_and_the_real_picture_that_it_was_
     generated = features(networks, 6, seed=1)
     values = {}
     for name, order in (("own", [0, 1, 2, 0, 1, 2]), ("others", [1, 2, 0, 1, 2, 0])):
-        found, _ = further(generated | {clip: texts[order]}, Real.of(real), networks, CAPTIONS)
+        found, _ = more_scores(generated | {clip: texts[order]}, Real.of(real), networks, CAPTIONS)
         values[name] = {record.metric: record.value for record in found}
     assert values["own"]["CLIP score"] == pytest.approx(2.5)
     assert values["own"]["CLIP image similarity"] == pytest.approx(1)
@@ -293,7 +293,7 @@ def test_the_base_is_loaded_once_for_many_checkpoints(
 
 def test_kept_pictures_and_features_lie_beside_the_checkpoint(evaluator: Evaluator, tmp_path: Path) -> None:
     folder = Storage.open(str(tmp_path))
-    kept = Kept(folder.child("samples"), ["0-a.png", None, "1-b.png"])
+    kept = SampleFiles(folder.child("samples"), ["0-a.png", None, "1-b.png"])
     drawn = evaluator.sample_features(None, [*CAPTIONS, CAPTIONS[0]], [0, 1, 2, 3], kept)
     evaluator.score(Real.of(drawn), folder, None, drawn)
     assert folder.child("samples").files() == ["0-a.png", "1-b.png"]

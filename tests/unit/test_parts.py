@@ -8,7 +8,7 @@ import pytest
 
 from cluster.storage import Storage
 from ray_jobs.data.encoding.cache_files import ASIDE, DamagedPart, read_part, read_schema, write_part
-from ray_jobs.run.command_line import told_damage
+from ray_jobs.run.command_line import damage_message
 
 NAME = "part.parquet"
 
@@ -37,7 +37,7 @@ def test_a_damaged_file_is_named_and_moved_aside(cache: Storage, tmp_path: Path,
     for read in (read_part, read_part, read_schema):  # who comes later is told the same
         with pytest.raises(DamagedPart, match=f"damaged: {tmp_path}/{NAME}, ") as raised:
             read(cache, NAME)
-        assert told_damage(f"a traceback\nof Ray\nDamagedPart: {raised.value}\nmore") == str(raised.value)
+        assert damage_message(f"a traceback\nof Ray\nDamagedPart: {raised.value}\nmore") == str(raised.value)
     assert cache.files() == [NAME + ASIDE]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_jobs.config import Config, ConfigError, TrainConfig, load_config
-from ray_jobs.data.encoding.class_pictures import lacking
+from ray_jobs.data.encoding.class_pictures import class_image_counts
 from ray_jobs.data.preparation import _inputs, open_sources
 from ray_jobs.data.sources.samples import Source
 from ray_jobs.training.batch import Piece, loss_shares
@@ -69,13 +69,13 @@ def test_each_subject_lacks_what_its_own_class_pictures_leave_and_classes_are_sh
         cat(tmp_path / "other", class_prompt="a photo of a dog"),  # none of its own
     ]
     config = configured(sources)
-    assert lacking(config, open_sources(config)) == {"a photo of a dog": 3, "a cat": 3}
+    assert class_image_counts(config, open_sources(config)) == {"a photo of a dog": 3, "a cat": 3}
     config = configured(sources[:2])
-    assert lacking(config, open_sources(config)) == {"a photo of a dog": 1, "a cat": 3}
+    assert class_image_counts(config, open_sources(config)) == {"a photo of a dog": 1, "a cat": 3}
     config = configured(sources[:1], "data.num_class_images=2")
-    assert lacking(config, open_sources(config)) == {}
+    assert class_image_counts(config, open_sources(config)) == {}
     config = configured(sources, "train.prior_loss_weight=0")
-    assert lacking(config, open_sources(config)) == {}
+    assert class_image_counts(config, open_sources(config)) == {}
 
 
 def test_every_source_needs_a_class_prompt(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_every_source_needs_a_class_prompt(tmp_path: Path) -> None:
         config = configured([cat(tmp_path / "dog", class_prompt="a dog"), source])
         expected = f"prior_loss_weight: {source['path']} has no class prompt; give it a class_prompt"
         with pytest.raises(ConfigError, match=expected):
-            lacking(config, open_sources(config))
+            class_image_counts(config, open_sources(config))
 
 
 def test_what_the_data_set_depends_on_changes_its_digest_and_nothing_else_does(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ray_jobs.data.sources.listing import split_of
 from ray_jobs.data.sources.members import split_name
 from ray_jobs.data.sources.parquet import Parquet
 from ray_jobs.data.sources.samples import read_suffix_text
-from ray_jobs.data.sources.webdataset import Tars
+from ray_jobs.data.sources.webdataset import WebDataset
 from tests.unit.test_sources import (
     caption_files,
     dreambooth,
@@ -303,7 +303,7 @@ def test_img2datasets_shards_are_read_and_the_tables_of_them_are_not(tmp_path: P
     write_parquet(tmp_path / "00000.parquet", img2dataset_rows(3))
     write(tmp_path, {"00000_stats.json": "{}"})
     source = opened(tmp_path)
-    assert isinstance(source, Tars)
+    assert isinstance(source, WebDataset)
     assert [(s.text, s.data) for s in samples(source)] == [(f"a {n}", picture(n)) for n in range(3)]
     assert left_out(source) == {str(tmp_path): "1 .json, 1 .parquet"}
 

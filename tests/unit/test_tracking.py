@@ -265,7 +265,7 @@ def test_a_training_that_diverged_is_marked_as_failed(config: Config) -> None:
 def test_the_series_arrive_while_the_block_lasts_and_at_its_end(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray_jobs.training.tracking.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("ray_jobs.training.tracking.POLL_S", 0.05)
     with opened_store(config):
         pass
     with tracked(config, {TRIAL: config}, "d1", lambda: []):
@@ -301,7 +301,7 @@ def test_a_store_that_refuses_is_an_error_before_the_start(config: Config, tmp_p
 def test_a_store_that_fails_later_is_said_once_and_the_training_goes_on(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ray_jobs.training.tracking.LOOK_EVERY", 0.05)
+    monkeypatch.setattr("ray_jobs.training.tracking.POLL_S", 0.05)
     looks, look = list[Mirror](), Mirror.look
 
     def look_and_count(self: Mirror) -> None:

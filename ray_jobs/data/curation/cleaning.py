@@ -19,7 +19,7 @@ COLOUR_FIELDS = 4
 
 
 @dataclass(frozen=True)
-class Measures:
+class ImageStats:
     """Measures of a picture, kept after its pixels are released."""
 
     width: int  # pixels, upright
@@ -33,7 +33,7 @@ class Measures:
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class QualityCheck:
     """Threshold and histogram of one measure."""
 
     reason: str
@@ -42,15 +42,15 @@ class Measure:
     edges: np.ndarray  # edges of the histogram's bins; the outer two are open
 
 
-MEASURES = {
-    "contrast": Measure("near_constant", "min_contrast", True, np.linspace(0, 96, 25)),
-    "dark": Measure("too_dark", "max_dark", False, np.linspace(0, 1, 25)),
-    "bright": Measure("too_bright", "max_bright", False, np.linspace(0, 1, 25)),
-    "sharpness": Measure("blurred", "min_sharpness", True, np.geomspace(0.1, 1e5, 25)),
+QUALITY_CHECKS = {
+    "contrast": QualityCheck("near_constant", "min_contrast", True, np.linspace(0, 96, 25)),
+    "dark": QualityCheck("too_dark", "max_dark", False, np.linspace(0, 1, 25)),
+    "bright": QualityCheck("too_bright", "max_bright", False, np.linspace(0, 1, 25)),
+    "sharpness": QualityCheck("blurred", "min_sharpness", True, np.geomspace(0.1, 1e5, 25)),
 }
 
 
-def measure(picture: Picture) -> Measures:
+def measure(picture: Picture) -> ImageStats:
     """Measure a picture; decoding with `at_least=FIRST_LOOK_SIDE` gives nearly the same measures.
 
     Larger pictures are reduced, so that one sharpness threshold serves all sizes. Smaller ones are not
@@ -65,7 +65,7 @@ def measure(picture: Picture) -> Measures:
     grey = image.convert("L")  # ITU-R BT.601 luma
     luma = np.asarray(grey, dtype=np.float32)
     fields = image.resize((COLOUR_FIELDS, COLOUR_FIELDS), Image.Resampling.BOX)
-    return Measures(
+    return ImageStats(
         width=picture.width,
         height=picture.height,
         sharpness=_sharpness(luma),
@@ -105,7 +105,7 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi / HASH_SIDE * (columns + 0.5) * rows) * np.sqrt(2 / HASH_SIDE)
 
 
-def check_size(picture: Picture | Measures, config: CleaningConfig) -> None:
+def check_size(picture: Picture | ImageStats, config: CleaningConfig) -> None:
     """Check the size of the file's picture.
 
     Raises:
@@ -124,13 +124,13 @@ def check_size(picture: Picture | Measures, config: CleaningConfig) -> None:
         )
 
 
-def check(measures: Measures, config: CleaningConfig) -> None:
-    """Check the measures; of several faults the first in MEASURES counts, flat before blurred.
+def check(measures: ImageStats, config: CleaningConfig) -> None:
+    """Check the measures; of several faults the first in QUALITY_CHECKS counts, flat before blurred.
 
     Raises:
         Rejected: `near_constant`, `too_dark`, `too_bright` or `blurred`.
     """
-    for name, judged in MEASURES.items():
+    for name, judged in QUALITY_CHECKS.items():
         threshold = getattr(config, judged.field)
         value = getattr(measures, name)
         if threshold is None or (value >= threshold if judged.below else value <= threshold):
@@ -147,7 +147,7 @@ def histogram(name: str, values: np.ndarray) -> np.ndarray:
     The first and last bins include values beyond the edges.
 
     Returns:
-        int64, one count per bin: len(MEASURES[name].edges) - 1.
+        int64, one count per bin: len(QUALITY_CHECKS[name].edges) - 1.
     """
-    edges = MEASURES[name].edges
+    edges = QUALITY_CHECKS[name].edges
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].astype(np.int64)

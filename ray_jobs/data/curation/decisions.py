@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage import Storage
 from ray_jobs.config import CleaningConfig, Config
-from ray_jobs.data.curation.cleaning import MEASURES, Measures, check, check_size, histogram
+from ray_jobs.data.curation.cleaning import QUALITY_CHECKS, ImageStats, check, check_size, histogram
 from ray_jobs.data.curation.duplicates import Pairs, find_near_pairs
 from ray_jobs.data.curation.scan import Entry, HashPart, read_index
 from ray_jobs.data.curation.splits import Shares, fold_of, split_of, stratified_splits
@@ -46,7 +46,7 @@ class Decisions:
         no_pictures: counts by suffix of files there that are not pictures.
         num_own: number of rows of the user's own sources, which come first, including those left out.
         duplicates: counts of duplicates by reason.
-        histograms: counts in the bins of `cleaning.MEASURES`, by measure.
+        histograms: counts in the bins of `cleaning.QUALITY_CHECKS`, by measure.
         num_captions: number of different captions of kept rows.
         num_repaired: number of kept rows with repaired captions.
         num_of_lines: number of kept rows whose captions have several lines in their source.
@@ -228,14 +228,14 @@ def _read_columns(
     """
     names = ["digest", "reason", "role", "stratum", "text"]
     no_pictures = Counter[str]()
-    sizes = ["width", "height", *MEASURES]
+    sizes = ["width", "height", *QUALITY_CHECKS]
     counts: list[int] = []
     details: dict[int, str] = {}
     start = 0
     found: dict[str, list[np.ndarray]] = {
         name: [] for name in (*names[:-1], "text_hash", "repaired", "lines")
     }
-    histograms = {name: histogram(name, np.empty(0)) for name in MEASURES}
+    histograms = {name: histogram(name, np.empty(0)) for name in QUALITY_CHECKS}
     for table in read_index(index, files, [*names, *sizes, "detail", "repaired", "lines"]):
         reasons = table["reason"].to_pylist()
         for number in (number for number, reason in enumerate(reasons) if reason == "no_picture"):
@@ -251,7 +251,7 @@ def _read_columns(
         for name, values in (("reason", reasons), *((n, table[n].to_pylist()) for n in ("role", "stratum"))):
             found[name].append(np.array(list(map(sys.intern, values)), object))
         found["text_hash"].append(np.array([_short(text) for text in table["text"].to_pylist()], np.uint64))
-        for name in MEASURES:
+        for name in QUALITY_CHECKS:
             values = table[name].drop_null().to_numpy()
             histograms[name] = histograms[name] + histogram(name, values)
     columns = {name: np.concatenate(parts) for name, parts in found.items()}
@@ -260,7 +260,7 @@ def _read_columns(
 
 def _fault(measured: dict[str, float], cleaning: CleaningConfig) -> Rejected | None:
     """Return the first fault of a picture's size and measures against the thresholds, or None."""
-    measures = Measures(**measured, hash=0, colours=b"")  # type: ignore[arg-type]
+    measures = ImageStats(**measured, hash=0, colours=b"")  # type: ignore[arg-type]
     try:
         check_size(measures, cleaning)
         check(measures, cleaning)

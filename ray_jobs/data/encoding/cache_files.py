@@ -50,7 +50,7 @@ def read_schema(cache: Storage, file: str) -> pa.Schema:
 
 
 class DamagedPart(ValueError):
-    """Error for a damaged cache file; it names the file and the fix. `told_damage` recognises its text."""
+    """Error for a damaged cache file; it names the file and the fix. `damage_message` recognises its text."""
 
 
 def aside(cache: Storage, file: str) -> DamagedPart | None:

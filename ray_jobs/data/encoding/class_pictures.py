@@ -27,7 +27,7 @@ from ray_jobs.weights.model_files import model_digest
 SETTINGS = "settings.json"
 
 
-def lacking(config: Config, sources: Sequence[Source]) -> dict[str, int]:
+def class_image_counts(config: Config, sources: Sequence[Source]) -> dict[str, int]:
     """Total number of pictures to generate per class prompt, including any that already exist.
 
     Subjects of the same class share them, so the number is that of the subject lacking most.
@@ -53,9 +53,9 @@ def announce_class_pictures(config: Config, sources: Sequence[Source]) -> None:
     """Print the pictures that `generate_class_pictures` would generate.
 
     Raises:
-        ConfigError: as for `lacking`.
+        ConfigError: as for `class_image_counts`.
     """
-    for prompt, count in lacking(config, sources).items():
+    for prompt, count in class_image_counts(config, sources).items():
         say(
             "prepare",
             f"{prompt!r}: up to {count:,} class pictures will be drawn, less those already in storage",
@@ -72,7 +72,7 @@ def generate_class_pictures(
     """
     import ray.data
 
-    wanted = lacking(config, sources)
+    wanted = class_image_counts(config, sources)
     if not wanted:
         return []
     model = model_digest(local_path(config.model.base), revision=config.model.revision)

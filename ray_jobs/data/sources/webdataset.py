@@ -51,7 +51,7 @@ class _Header(tarfile.TarInfo):
 
 
 @dataclass(frozen=True)
-class Tars(Source):
+class WebDataset(Source):
     """WebDataset shards: tar files whose members are grouped into samples by `members`.
 
     The caption is the .txt, unless `caption_column` names a key of the .json; without a .txt it is the JSON's
@@ -156,7 +156,7 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
     return fields
 
 
-def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify: str | None) -> Tars:
+def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify: str | None) -> WebDataset:
     """List the shards; their content is known only after reading.
 
     Raises:
@@ -172,4 +172,4 @@ def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify
         Shard(number, name, fingerprint("tar", listing.folder, name, listing.files[name], columns), name)
         for number, name in enumerate(files)
     ]
-    return Tars(listing.name, None, pieces, listing.filesystem, listing.folder, *columns)
+    return WebDataset(listing.name, None, pieces, listing.filesystem, listing.folder, *columns)
