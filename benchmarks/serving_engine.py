@@ -33,7 +33,7 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import decode_latents, encode_prompts, initial_noise, sample_latents
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 
 MODEL = "models/emoji-base"
 FASTER = Path(__file__).parent / "results" / "serving_faster.json"

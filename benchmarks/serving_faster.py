@@ -32,7 +32,7 @@ from ray_jobs.weights.loading import load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
-from serving.engine.rows import Request
+from serving.request import Request
 
 ROOT = Path(__file__).parents[1]
 MODEL = "models/emoji-base"

@@ -8,7 +8,7 @@ import torch
 
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.journeys.bases import BASES
 from tests.serving import plain_diffusers
 

@@ -20,7 +20,7 @@ from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import variant_name
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.journeys.test_journeys import JOURNEYS
 from tests.journeys.walk import SIDE, Journey, configuration
 

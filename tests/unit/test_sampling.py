@@ -9,7 +9,7 @@ import torch
 
 from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_pictures
 from ray_jobs.weights.loading import load_pipeline
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.serving import plain_diffusers
 from tests.tiny_models import FAMILY_MODELS
 

@@ -16,7 +16,7 @@ from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER, load_scheduler, scheduler_class
 from serving.engine.engine import Engine
-from serving.engine.rows import Request
+from serving.request import Request
 from tests.serving import plain_diffusers
 from tests.serving.conftest import save_adapters
 
