@@ -134,7 +134,9 @@ def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: li
         for parameter in members[group].values():
             parameter.requires_grad_(False)
     if not any(True for _ in model.trained()):
-        raise ValueError(f"train.trainable: {chosen}: no layer that this method trains is in these groups")
+        raise ValueError(
+            f"train.trainable: {chosen}: these groups contain no layer that this method trains; choose others"
+        )
 
 
 def group_members(
@@ -160,7 +162,7 @@ def group_members(
         if complete and not members[group]:
             example = next(name for name, _ in model.trained())
             raise ValueError(
-                f"train.groups.{group}: {patterns} match none of the trained parameters, which have names "
+                f"train.groups.{group}: {patterns} match no trained parameter; their names look "
                 f"like {example}"
             )
     return members

@@ -76,13 +76,13 @@ class Objective(ABC):
         sampling = settings.timestep_sampling or self.default_sampling
         if sampling not in ("uniform", "logit_normal"):
             raise ValueError(
-                f"train.loss.timestep_sampling: {sampling!r} is not one of uniform, logit_normal; "
-                "empty: the model's own"
+                f"train.loss.timestep_sampling: {sampling!r} is not uniform or logit_normal; "
+                "leave it empty for the model's own"
             )
         if sampling == "uniform" and (settings.timestep_mean, settings.timestep_std) != (0.0, 1.0):
             raise ValueError(
-                "train.loss.timestep_mean, train.loss.timestep_std: uniform sampling has neither; "
-                "set train.loss.timestep_sampling: logit_normal or leave both out"
+                "train.loss.timestep_mean, train.loss.timestep_std: uniform sampling has no such "
+                "settings; set train.loss.timestep_sampling: logit_normal, or leave both out"
             )
 
 
@@ -127,8 +127,8 @@ class Diffusion(Objective):
         if zero_terminal_snr:
             if prediction_type == "epsilon":
                 raise ValueError(
-                    "train.loss.zero_terminal_snr: the last step is then pure noise, of which a model that "
-                    "predicts epsilon learns nothing; choose a v_prediction model or turn it off"
+                    "train.loss.zero_terminal_snr: the last step is then pure noise, from which a model "
+                    "that predicts epsilon learns nothing; choose a v_prediction model or turn it off"
                 )
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         return cls(alphas_cumprod, prediction_type)
@@ -227,8 +227,8 @@ class FlowMatching(Objective):
         super().check(settings)
         if settings.min_snr_gamma is not None:
             raise ValueError(
-                "train.loss.min_snr_gamma: there is no min-SNR weight for flow matching; leave it empty and "
-                "move the timesteps by train.loss.timestep_mean and train.loss.timestep_std instead"
+                "train.loss.min_snr_gamma: flow matching has no min-SNR weight; leave it empty, and "
+                "shift the timesteps with train.loss.timestep_mean and train.loss.timestep_std instead"
             )
 
 

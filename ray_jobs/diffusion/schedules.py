@@ -55,4 +55,4 @@ class LearningRateSchedule:
                 return (1 - progress) ** self.power
             case "warmup_stable_decay":
                 return min(1.0, (1 - progress) / self.decay_share)
-        raise ValueError(f"schedule: there is none of the name {self.name!r}")
+        raise ValueError(f"schedule: unknown name {self.name!r}")

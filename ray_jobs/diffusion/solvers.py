@@ -87,7 +87,9 @@ def scheduler_of(scheduler: Scheduler, solver: str) -> Scheduler:
     if solver == "model":
         return scheduler
     if "beta_schedule" not in scheduler.config or scheduler.config.get("use_flow_sigmas"):
-        raise ValueError(f"solver: {type(scheduler).__name__} has no other here than model; leave it out")
+        raise ValueError(
+            f"solver: {type(scheduler).__name__} supports only its own solver, model; leave this out"
+        )
     import diffusers
 
     name, options = BY_NAME[solver]
@@ -99,14 +101,14 @@ def check_scheduler(scheduler: Scheduler) -> None:
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SOLVERS:
         raise ValueError(
-            f"solver: {name} is not served, only {', '.join(SOLVERS)}; set serve.solver, for example to "
-            "dpm++, or save the model with one of these"
+            f"solver: {name} cannot be served, only {', '.join(SOLVERS)}; set serve.solver, for example to "
+            "dpm++, or save the model with one of these schedulers"
         )
     for option, allowed in SOLVERS[name].items():
         if config.get(option, allowed[0]) not in allowed:
             choice = " or ".join(map(repr, allowed))
             raise ValueError(
-                f"solver: {name} with {option}={config[option]!r} is not served; set {option}={choice}"
+                f"solver: {name} with {option}={config[option]!r} cannot be served; set {option}={choice}"
             )
 
 
@@ -151,7 +153,9 @@ def tabulate(
     scheduler = deepcopy(scheduler)
     first = 0 if strength is None else family.schedule.first_step(num_steps, strength)
     if first >= num_steps > 0:
-        raise ValueError(f"strength: {strength} of {num_steps} steps is not one; ask for more of either")
+        raise ValueError(
+            f"strength: {strength} of {num_steps} steps leaves no step to run; increase one of them"
+        )
     try:
         family.schedule.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
         calls = num_steps + (num_earlier(scheduler) > 0 and num_steps > 1)
@@ -167,7 +171,7 @@ def tabulate(
             raise ValueError("its coefficients are not finite, or there are none")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         name = type(scheduler).__name__
-        raise ValueError(f"{name} cannot draw in {num_steps} steps; ask for another number") from error
+        raise ValueError(f"{name} cannot sample in {num_steps} steps; choose another number") from error
     return Schedule(table, noise_scale, image_scale)
 
 

@@ -51,8 +51,8 @@ def _check_scores(
                 family.schedule.set_timesteps(deepcopy(scheduler), steps, shape, "cpu")
         except (ValueError, IndexError, ZeroDivisionError):
             raise ValueError(
-                f"evaluate.inference_steps: {name} of {config.model.base} cannot draw in {steps} steps; take "
-                "another number"
+                f"evaluate.inference_steps: {name} of {config.model.base} cannot sample in {steps} steps; "
+                "choose another number"
             ) from None
 
 
@@ -71,8 +71,8 @@ def _check_serving(
     serve = config.serve
     if serve.compile and config.train.method == "lora" and not serve.fuse_champion:
         raise ValueError(
-            "serve.compile: train.method lora makes LoRA versions, whose layers a compiled denoiser does "
-            "not take; turn on serve.fuse_champion, or turn it off"
+            "serve.compile: train.method lora makes LoRA versions, which a compiled denoiser cannot "
+            "load; turn on serve.fuse_champion, or turn it off"
         )
     field = "serve."
     try:

@@ -84,7 +84,7 @@ class LoopSettings:
             return found
         start = Storage.open(self.start)
         if wrong := damaged(start):
-            raise ValueError(f"{start.uri}: damaged: {', '.join(wrong)}; another training has left it")
+            raise ValueError(f"{start.uri}: damaged: {', '.join(wrong)}; it was written by another training")
         return start
 
     def _tell(self, line: str) -> None:

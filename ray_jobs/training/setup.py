@@ -148,7 +148,7 @@ def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
         return family.denoisers
     if not family.trainable_encoders:
         raise ValueError(
-            f"train.train_text_encoder: {family.pipeline_class} has no text encoder that fine-tuning trains; "
+            f"train.train_text_encoder: {family.pipeline_class} has no text encoder that can be trained; "
             "turn it off"
         )
     return tuple(family.trainable)

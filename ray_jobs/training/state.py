@@ -170,7 +170,7 @@ class Shards:
         files = [folder / shard_name(rank, world_size) for rank in range(world_size)]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise ValueError(f"{folder}: the training's state is not whole: {', '.join(missing)} is missing")
+            raise ValueError(f"{folder}: the training state is incomplete: {', '.join(missing)} is missing")
         self.files = [safe_open(path, "pt") for path in files]
         self.steps: dict[str, int] = {}
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
@@ -219,7 +219,7 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
         different = sorted(parameters.keys() ^ shards.names)
         raise ValueError(
             f"the checkpoint was made with other trained layers: {different[0]} and {len(different) - 1} "
-            "more are in one of both only; give the run another name"
+            "more are in only one of them; give the run another name"
         )
     for name, parameter in parameters.items():
         parameter.copy_(shards.read(WEIGHTS, name, 0, parameter.numel()).view_as(parameter))

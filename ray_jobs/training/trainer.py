@@ -97,7 +97,7 @@ def require_same(trial: Storage, now: dict[str, Any]) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{name}: {value} now, but the training in {trial.uri} began with {before.get(name)}; "
+                f"{name}: {value} now, but the training in {trial.uri} started with {before.get(name)}; "
                 "give the run another name, change it back, or delete that folder"
             )
 

@@ -111,8 +111,8 @@ def first_rows(dataset: Dataset, count: int, batch_size: int) -> list[Piece]:
     parts = dataset.parts("validation")
     if not parts:
         raise ValueError(
-            "data.validation: the validation split has no pictures to take the denoising loss of; raise the "
-            "share or add pictures"
+            "data.validation: the validation split has no pictures for the denoising loss; raise the share "
+            "or add pictures"
         )
     keys = dataset.table("validation", ["digest", "text"]).to_pylist()
     origins = [(number, row) for number, part in enumerate(parts) for row in range(part["rows"])]

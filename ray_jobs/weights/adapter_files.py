@@ -46,19 +46,19 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
         for mark, method in OTHER_METHODS.items():
             if any(part.startswith(mark) for part in parts):
                 raise ValueError(
-                    f"{file}: {name} is of {method}, and only LoRA, rsLoRA and DoRA are read; train one of "
-                    "these"
+                    f"{file}: {name} belongs to {method}, but only LoRA, rsLoRA and DoRA are supported; "
+                    "train one of these"
                 )
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
-        raise ValueError(f"{file}: its metadata (lora_adapter_metadata) is no JSON; save it again") from None
+        raise ValueError(f"{file}: its metadata (lora_adapter_metadata) is not JSON; save it again") from None
     for key, value in settings.items():
         if key.endswith(".init_lora_weights") and str(value).startswith(CHANGES_BASE):
             raise ValueError(
-                f"{file}: {key} is {value!r}, which changes the base's own weights, so it is no adapter of "
-                "the base; convert it (peft: save_pretrained, path_initial_model_for_weight_conversion) or "
-                "train with another start"
+                f"{file}: {key} is {value!r}, which changes the base's own weights, so it does not fit "
+                "the unchanged base; convert it (peft: save_pretrained, "
+                "path_initial_model_for_weight_conversion) or train with another initialisation"
             )
     return dict(settings)
 

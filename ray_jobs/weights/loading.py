@@ -45,7 +45,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if weights and not whole:
         if not (Path(weights) / LORA_WEIGHTS).exists():
-            raise ValueError(f"{weights}: holds neither {LORA_WEIGHTS} nor model_index.json")
+            raise ValueError(f"{weights}: contains neither {LORA_WEIGHTS} nor model_index.json")
         load_lora(pipeline, Path(weights))
         if has_scheduler(Path(weights)):
             pipeline.scheduler = load_scheduler(Path(weights))
@@ -165,6 +165,6 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
     if not placed == stored == parameters:
         pipeline.unload_lora_weights()
         raise ValueError(
-            f"{path}: {placed} of {stored} tensors fit the base model, where {parameters} have a place; it "
-            "was trained on another one, or names its layers in a way that diffusers does not read"
+            f"{path}: {placed} of {stored} tensors fit the base model, which has {parameters} places; it "
+            "was trained on another base, or diffusers does not read its names of layers"
         )

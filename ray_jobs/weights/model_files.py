@@ -29,7 +29,7 @@ def model_folder(base: str, *, revision: str | None = None, without: Sequence[st
     on_hub = not Path(base).is_dir()
     folder = _downloaded(base, revision, CONFIGURATIONS) if on_hub else Path(base)
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{base}: no model in diffusers' format: it has no {INDEX}")
+        raise ValueError(f"{base}: not a model in diffusers' format: it has no {INDEX}")
     if without is None:
         return folder
     listed = _files(base, revision)
@@ -68,7 +68,7 @@ def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Pat
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{base}: no model in diffusers' format: neither a folder nor a name of the hub ({reason})"
+            f"{base}: not a model in diffusers' format: neither a folder nor a hub name ({reason})"
         ) from None
 
 

@@ -31,5 +31,5 @@ def load_scheduler(folder: Path) -> Scheduler:
     name = scheduler_class(folder)
     kind: Any = getattr(diffusers, name, None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise ValueError(f"{folder / SCHEDULER / CONFIG}: {name} is no scheduler of diffusers")
+        raise ValueError(f"{folder / SCHEDULER / CONFIG}: {name} is not a scheduler of diffusers")
     return kind.from_pretrained(folder, subfolder=SCHEDULER)

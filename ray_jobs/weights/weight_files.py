@@ -59,7 +59,7 @@ def require_safetensors(component: str, names: Iterable[str]) -> None:
     other = next((name for name in names if name.endswith(OTHER_FORMATS)), None)
     if other:
         raise ValueError(
-            f"{component} has its weights only as {other}, and nothing but safetensors is read; save the "
-            "model with diffusers' save_pretrained(..., safe_serialization=True) and name that folder"
+            f"{component} has weights only as {other}, but only safetensors are read; save the "
+            "model with diffusers' save_pretrained(..., safe_serialization=True) and use that folder"
         )
-    raise ValueError(f"{component} has no weights (*.safetensors); fetch the model again")
+    raise ValueError(f"{component} has no weights (*.safetensors); download the model again")

@@ -62,16 +62,16 @@ def prepare(
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     if channels_last:
         check_channels_last(family, denoiser)
     if any(".lora_" in name for name, _ in denoiser.named_parameters()) and (int8_weights or compile or fuse):
         switch = "int8_weights" if int8_weights else "compile" if compile else "fuse"
         raise ValueError(
-            f"{switch}: the denoiser has an adapter of peft in it; load the base alone, and fuse the adapter"
+            f"{switch}: the denoiser contains a peft adapter; load the base alone and fuse the adapter"
         )
     if compile and offload == "model":
-        raise ValueError("offload: a compiled denoiser has its weights on the device; turn one off")
+        raise ValueError("offload: a compiled denoiser keeps its weights on the device; turn one off")
     pipeline.scheduler = scheduler_of(pipeline.scheduler, solver)
     if fuse is not None:
         merge(pipeline, fuse)
@@ -94,10 +94,12 @@ def check_switches(pipeline: Pipeline, *, with_adapters: bool, cache_features: b
     """Raise ValueError, naming the switch, if one of `prepare` is incompatible with one of the engine."""
     switches = getattr(pipeline, "switches", {})
     if with_adapters and switches.get("fuse"):
-        raise ValueError("fuse: a model with a fused adapter serves no others; make the engine without them")
+        raise ValueError(
+            "fuse: a model with a fused adapter cannot serve others; create the engine without adapters"
+        )
     if switches.get("compile") and (with_adapters or cache_features):
         other = "adapters" if with_adapters else "cache_features"
-        raise ValueError(f"compile: it does not go with {other}, which change what is called; turn one off")
+        raise ValueError(f"compile: incompatible with {other}, which changes what is called; turn one off")
     if cache_features:
         family = family_of(pipeline)
         check_cache_features(family, getattr(pipeline, family.denoiser))

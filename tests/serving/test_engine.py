@@ -266,7 +266,7 @@ def test_prompt_embeddings_are_kept_and_the_oldest_are_dropped(tiny_model: Path)
     ("model", "fields", "told"),
     [
         (SD, {"steps": 0}, "steps: 0"),
-        (SD, {"steps": 1001}, "cannot draw in 1001 steps"),
+        (SD, {"steps": 1001}, "cannot sample in 1001 steps"),
         (SD, {"guidance_scale": 0.5}, "guidance_scale: 0.5"),
         (SD, {"guidance_scale": float("nan")}, "guidance_scale: nan"),
         (SD, {"seed": 2**64}, "seed: "),
@@ -338,12 +338,12 @@ def test_the_resolution_is_the_models_own(tiny_model: Path) -> None:
 
 
 def test_a_scheduler_that_draws_noise_is_refused_with_those_that_are_served(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler is not served, only DDIM"):
+    with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler cannot be served, only DDIM"):
         engine_of(tiny_model, "EulerAncestralDiscreteScheduler")
 
 
 def test_a_step_count_that_the_scheduler_cannot_do_is_told_beforehand(tiny_model: Path) -> None:
     engine = engine_of(tiny_model, "DDIMScheduler")
     engine.check_steps(4)
-    with pytest.raises(ValueError, match="cannot draw in 1001 steps"):
+    with pytest.raises(ValueError, match="cannot sample in 1001 steps"):
         engine.check_steps(1001)

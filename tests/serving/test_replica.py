@@ -236,7 +236,7 @@ def test_a_watcher_that_leaves_frees_its_row(lora: RegisteredModel) -> None:
         ({"seed": -1}, "seed", "-1; must be from 0"),
         ({"prompt": "\ud800"}, "prompt", "contains an unpaired surrogate"),
         ({"image": encode_png(np.zeros((9, 9, 3), np.uint8), None), "strength": 0.2}, "strength", "0.2 of 4"),
-        ({"steps": 1001}, "steps", "DPMSolverMultistepScheduler cannot draw in 1001 steps"),
+        ({"steps": 1001}, "steps", "DPMSolverMultistepScheduler cannot sample in 1001 steps"),
     ],
 )
 def test_what_the_engine_refuses_names_the_requests_field(

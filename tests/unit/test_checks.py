@@ -56,7 +56,7 @@ def test_what_every_stage_can_do_passes(tiny_model: Path, tiny_flux: Path) -> No
     [
         (
             {"evaluate": {"inference_steps": 1001}},
-            "evaluate.inference_steps: DPM.* cannot draw in 1001 steps",
+            "evaluate.inference_steps: DPM.* cannot sample in 1001 steps",
         ),
         ({"serve": {"default_steps": 1001, "max_steps": 2000}}, "serve.default_steps: DPM.* in 1001 steps"),
         ({"serve": {"compile": True}}, "serve.compile: .*turn on serve.fuse_champion"),
@@ -78,9 +78,12 @@ def test_what_a_stage_cannot_do_names_its_field(
 @pytest.mark.parametrize(
     ("serve", "expected"),
     [
-        ({"solver": "dpm++"}, "serve.solver: FlowMatchEulerDiscreteScheduler has no other here than model"),
-        ({"channels_last": True}, "serve.channels_last: FluxTransformer2DModel has hardly a convolution"),
-        ({"cache_features": True}, "serve.cache_features: only a UNet of two levels"),
+        (
+            {"solver": "dpm++"},
+            "serve.solver: FlowMatchEulerDiscreteScheduler supports only its own",
+        ),
+        ({"channels_last": True}, "serve.channels_last: FluxTransformer2DModel has almost no convolutions"),
+        ({"cache_features": True}, "serve.cache_features: only a UNet with at least two levels"),
     ],
 )
 def test_a_switch_that_the_base_cannot_have_is_refused(
@@ -98,8 +101,8 @@ def test_a_size_that_cannot_be_packed_is_refused(tiny_flux: Path) -> None:
 @pytest.mark.parametrize(
     ("class_name", "fields", "expected"),
     [
-        ("LCMScheduler", {}, "serve.solver: LCMScheduler is not served, .*set serve.solver"),
-        ("PNDMScheduler", {}, "serve.solver: PNDMScheduler with skip_prk_steps=False is not served"),
+        ("LCMScheduler", {}, "serve.solver: LCMScheduler cannot be served, .*set serve.solver"),
+        ("PNDMScheduler", {}, "serve.solver: PNDMScheduler with skip_prk_steps=False cannot be served"),
         (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++"},

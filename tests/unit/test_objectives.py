@@ -312,7 +312,7 @@ def test_zero_terminal_snr_is_refused_for_a_model_that_predicts_epsilon() -> Non
         (
             Diffusion(SCHEDULE, "epsilon"),
             LossSettings(timestep_sampling="cosine"),
-            "train.loss.timestep_sampling: 'cosine' is not one of uniform, logit_normal",
+            "train.loss.timestep_sampling: 'cosine' is not uniform or logit_normal",
         ),
         (
             Diffusion(SCHEDULE, "epsilon"),
@@ -322,7 +322,7 @@ def test_zero_terminal_snr_is_refused_for_a_model_that_predicts_epsilon() -> Non
         (
             FlowMatching(),
             LossSettings(timestep_sampling="uniform", timestep_std=0.5),
-            "train.loss.timestep_std: uniform sampling has neither",
+            "train.loss.timestep_std: uniform sampling has no such",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_scheduler_file_of_another_class_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / SCHEDULER
     folder.mkdir()
     (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
-    with pytest.raises(ValueError, match="DiffusionPipeline is no scheduler of diffusers"):
+    with pytest.raises(ValueError, match="DiffusionPipeline is not a scheduler of diffusers"):
         load_scheduler(tmp_path)
 
 

@@ -32,7 +32,7 @@ def test_a_schedule_gives_the_rate_worked_out_by_hand(
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="schedule: there is none of the name 'sawtooth'"):
+    with pytest.raises(ValueError, match="schedule: unknown name 'sawtooth'"):
         LearningRateSchedule("sawtooth", 10).factor(1)
 
 

@@ -109,7 +109,7 @@ def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_
 
     resume()
     resume("train.num_workers=[1,4]", "train.zero_stage=3", "train.micro_batch_size=1", "search.ladder=[999]")
-    with pytest.raises(ConfigError, match=r"train\.batch_size: 8 now, but .* began with 16; give the run"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 8 now, but .* started with 16; give the run"):
         resume("train.batch_size=8")
     with pytest.raises(ConfigError, match=r"last_step"):
         resume("train.schedule=cosine")

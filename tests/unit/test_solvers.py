@@ -141,9 +141,9 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("DDPMScheduler", {}, "DDPMScheduler is not served, only DDIMScheduler"),
+        ("DDPMScheduler", {}, "DDPMScheduler cannot be served, only DDIMScheduler"),
         ("EulerAncestralDiscreteScheduler", {}, "DPMSolverMultistepScheduler"),
-        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler is not served"),
+        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler cannot be served"),
         ("PNDMScheduler", {}, "set skip_prk_steps=True"),
         (
             "DPMSolverMultistepScheduler",
@@ -229,17 +229,17 @@ def test_another_solver_is_not_random() -> None:
     ],
 )
 def test_flow_matching_has_no_other_solver(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^solver: {name} has no other here than model"):
+    with pytest.raises(ValueError, match=f"^solver: {name} supports only its own solver, model"):
         scheduler_of(build(name, options), "euler")
 
 
 def test_a_step_count_that_the_scheduler_cannot_do_is_refused() -> None:
     scheduler = build("DDIMScheduler", {})
     tabulate(scheduler, FAMILY, 1000, SHAPE)
-    with pytest.raises(ValueError, match="DDIMScheduler cannot draw in 1001 steps"):
+    with pytest.raises(ValueError, match="DDIMScheduler cannot sample in 1001 steps"):
         tabulate(scheduler, FAMILY, 1001, SHAPE)
     stretched = build("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1})
-    with pytest.raises(ValueError, match="cannot draw in 1 steps"), np.errstate(invalid="ignore"):
+    with pytest.raises(ValueError, match="cannot sample in 1 steps"), np.errstate(invalid="ignore"):
         tabulate(stretched, FLOW, 1, SHAPE)
 
 

@@ -99,9 +99,9 @@ def test_of_several_variants_the_averaged_one_is_taken(copy: Path) -> None:
     [
         (
             "diffusion_pytorch_model.bin",
-            r"unet has its weights only as diffusion_pytorch_model\.bin, .* safe_ser",
+            r"unet has weights only as diffusion_pytorch_model\.bin, .* safe_ser",
         ),
-        ("diffusion_flax_model.msgpack", r"unet has its weights only as diffusion_flax_model\.msgpack"),
+        ("diffusion_flax_model.msgpack", r"unet has weights only as diffusion_flax_model\.msgpack"),
         (None, r"unet has no weights \(\*\.safetensors\)"),
     ],
 )
@@ -247,7 +247,7 @@ def test_other_kinds_of_adapters_are_named(tiny_model: Path, key: str, method: s
         lambda: read_adapter("a", tmp_path, {"unet": torch.nn.Identity()}),
     ):
         with pytest.raises(
-            ValueError, match=rf"{key} is of {method}, and only LoRA, rsLoRA and DoRA are read"
+            ValueError, match=rf"{key} belongs to {method}, but only LoRA, rsLoRA and DoRA are"
         ):
             read()
 

@@ -123,5 +123,5 @@ def test_a_component_without_safetensors_is_named_before_any_weights_are_fetched
     (hub.folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (hub.folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     done = fetched(hub, tmp_path / "cache")
-    assert "org/model: unet has its weights only as diffusion_pytorch_model.bin" in done.stderr
+    assert "org/model: unet has weights only as diffusion_pytorch_model.bin" in done.stderr
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -34,6 +34,6 @@ def family_of(pipeline: Pipeline | str) -> Family:
     name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
     if name not in FAMILIES:
         raise ValueError(
-            f"model.base: {name} is none of {', '.join(FAMILIES)}; choose a model of one of these"
+            f"model.base: {name} is not supported, only {', '.join(FAMILIES)}; choose one of these"
         )
     return FAMILIES[name]

@@ -72,8 +72,8 @@ class RectifiedFlow(NoiseSchedule):
     def objective(self, scheduler_config: Any, *, zero_terminal_snr: bool = False) -> Objective:
         if zero_terminal_snr:
             raise ValueError(
-                "train.loss.zero_terminal_snr: the schedule of a flow-matching model ends in pure noise by "
-                "itself; turn it off"
+                "train.loss.zero_terminal_snr: the schedule of a flow-matching model already ends in "
+                "pure noise; turn it off"
             )
         return FlowMatching.from_scheduler(scheduler_config)
 
