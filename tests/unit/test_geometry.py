@@ -86,7 +86,7 @@ def test_of_two_buckets_equally_near_the_first_is_taken() -> None:
     assert nearest_bucket((10, 10), [(8, 16), (16, 8)]) == (8, 16)
 
 
-@pytest.mark.parametrize(("resolution", "fix"), [(100, "give 96 or 104"), (5, "give 8")])
+@pytest.mark.parametrize(("resolution", "fix"), [(100, "use 96 or 104"), (5, "use 8")])
 def test_a_resolution_that_no_bucket_can_have_is_named_with_its_neighbours(resolution: int, fix: str) -> None:
     with pytest.raises(ConfigError, match=rf"data.resolution: {resolution} .* {fix}$"):
         bucket_shapes(resolution, multiple=8, max_aspect_ratio=2)

@@ -35,7 +35,9 @@ def test_a_damaged_file_is_named_and_moved_aside(cache: Storage, tmp_path: Path,
     content[len(content) // 2] ^= 1
     (tmp_path / NAME).write_bytes(content[:-9] if cut else content)
     for read in (read_part, read_part, read_schema):  # who comes later is told the same
-        with pytest.raises(DamagedPart, match=f"damaged: {tmp_path}/{NAME}, ") as raised:
+        with pytest.raises(
+            DamagedPart, match=f"an encoded file is damaged: {tmp_path}/{NAME} was renamed"
+        ) as raised:
             read(cache, NAME)
         assert damage_message(f"a traceback\nof Ray\nDamagedPart: {raised.value}\nmore") == str(raised.value)
     assert cache.files() == [NAME + ASIDE]
