@@ -65,7 +65,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     rejected = json.loads((run / "dataset" / "rejected.jsonl").read_text())
     assert rejected["file_name"].endswith("broken.png")
 
-    fields = {"trial_id", "learning_rate", "settings", "training", "step", "checkpoint"}
+    fields = {"format", "trial_id", "learning_rate", "settings", "training", "step", "checkpoint"}
     fields |= {"train_loss", "images_per_second", "seconds"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
     scores |= {"validation_loss", "validation_losses", "feature_network", "num_samples"}

@@ -138,7 +138,7 @@ def test_a_bad_request_names_its_field(client: openai.OpenAI, fields: dict[str, 
 
 @pytest.mark.parametrize(
     ("size", "reason"),
-    [("129x64", "128 pixels a side"), ("64x60", "multiples of 8"), ("64", "width x height")],
+    [("129x64", "128 pixels per side"), ("64x60", "a multiple of 8"), ("64", "width x height")],
 )
 def test_a_size_that_cannot_be_drawn_is_told_why(client: openai.OpenAI, size: str, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=reason) as refused:

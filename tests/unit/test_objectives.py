@@ -307,7 +307,7 @@ def test_zero_terminal_snr_is_refused_for_a_model_that_predicts_epsilon() -> Non
         (
             FlowMatching(),
             LossSettings(min_snr_gamma=5.0),
-            "train.loss.min_snr_gamma: .* flow matching; leave it empty",
+            "train.loss.min_snr_gamma: flow matching has no .*; leave it empty",
         ),
         (
             Diffusion(SCHEDULE, "epsilon"),
