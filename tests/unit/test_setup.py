@@ -43,7 +43,7 @@ def test_settings_that_suit_the_model_pass_without_its_weights(
     ("settings", "message"),
     [
         (["train.lora.target_modules=[to_qq]"], r"train\.lora: unet: .*to_qq"),
-        (["train.method=full", "train.groups={up: ['*upp*']}"], r"train\.groups\.up: .*upp.* names look like"),
+        (["train.method=full", "train.groups={up: ['*upp*']}"], r"train\.groups\.up: .*upp.* look like"),
         (["train.loss.zero_terminal_snr=true"], r"train\.loss\.zero_terminal_snr"),
         (["train.deepspeed={bf16: {enabled: true}}"], r"train\.deepspeed: bf16: set train\.precision"),
         (["train.deepspeed={bfloat16: {enabled: true}}"], r"bfloat16: set train\.precision"),
