@@ -72,8 +72,8 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     lines = [
         f"model: {size.whole(train.method):,} parameters, {size.trained:,} trained "
         f"({train.method}, {train.precision})",
-        f"memory a rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
-        "(activations are estimated, the rest is arithmetic):",
+        f"memory per rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
+        "(activations from a forward pass without data, the rest is arithmetic):",
     ]
     for name, size in vars(found.device).items():
         away = getattr(found.offloaded, name)
@@ -85,7 +85,7 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     room = _room(config, machines)
     if room is None:
         return lines, []
-    lines.append(f"    {'room a rank':<15}{human_size(room)}")
+    lines.append(f"    {'room per rank':<15}{human_size(room)}")
     if needed_here(config, found) <= room:
         return lines, []
     what = "; ".join(fixes(config, model, room)) or "a smaller model, or devices with more memory"
