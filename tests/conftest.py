@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         used = [*getattr(item, "fixturenames", ()), *map(str, parameters)]
-        if any(name.startswith("tiny_") for name in used):  # the models
+        if any(name == "tiny" or name.startswith("tiny_") for name in used):  # the models
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in LONGEST)
 

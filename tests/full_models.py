@@ -1,9 +1,6 @@
-"""Base models in their published sizes, without their weights: real configurations beside safetensors files
-that have a header and a hole. That is all a plan reads of a model.
-"""
+"""Base models in their published sizes, without weights: real configurations, which are all a plan reads."""
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,7 +152,7 @@ def t5_xxl() -> Any:
 
 
 def save(folder: Path, pipeline: str, components: dict[str, Any], **settings: Any) -> Path:
-    """Write a pipeline's folder as it is published, each tensor of fp16 as a hole."""
+    """Write a pipeline's folder as it is published, without weights."""
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.30.0", **settings}
     for name, component in components.items():
         library = "transformers" if type(component).__module__.startswith("transformers") else "diffusers"
@@ -165,23 +162,8 @@ def save(folder: Path, pipeline: str, components: dict[str, Any], **settings: An
             component.save_pretrained(where)
         elif library == "diffusers":
             component.save_config(where)
-            write_holes(where / "diffusion_pytorch_model.safetensors", component)
         else:
             component.config.architectures = [type(component).__name__]
             component.config.save_pretrained(where)
-            write_holes(where / "model.safetensors", component)
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
-
-
-def write_holes(path: Path, model: torch.nn.Module) -> None:
-    """Write a safetensors file of the model's names and shapes that takes no room on the disk."""
-    header, end = {}, 0
-    for name, tensor in model.state_dict().items():
-        begin, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)

@@ -46,23 +46,10 @@ def run(size: str) -> dict[str, Any]:
 
 def write_tiny_model(folder: Path) -> None:
     """A StableDiffusionPipeline of 64 x 64 pixels with random weights: encoding costs next to nothing."""
-    import torch
+    from ray_jobs.diffusion.families import FAMILIES
 
-    from ray_jobs.diffusion.families import architecture
-
-    torch.manual_seed(0)
     captions = [f"picture {number} of noise" for number in range(100)]
-    tokenizer = architecture.build_tokenizer(captions, vocabulary=600, max_tokens=16)
-    architecture.build_pipeline(
-        architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64),
-        tokenizer,
-        text_width=32,
-        text_layers=2,
-        heads=2,
-        denoiser_channels=[32, 64],
-        denoiser_layers=1,
-        latent_size=8,
-    ).save_pretrained(folder)
+    FAMILIES["StableDiffusionPipeline"].tiny(captions).save_pretrained(folder)
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:

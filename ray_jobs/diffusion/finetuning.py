@@ -9,6 +9,7 @@ from torch import nn
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
+from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 OTHER = "other"  # the group of all parameters that no named group matches
@@ -114,11 +115,6 @@ class FineTuning(nn.Module):
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return the parameters that require gradients, with their names, in a fixed order."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-
-def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a condition in the denoiser's dtype; integers and masks stay as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:

@@ -38,6 +38,10 @@ BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class NoStepsLeft(ValueError):
+    """Image-to-image would run no step."""
+
+
 class Coefficients(NamedTuple):
     """Coefficients of one step for N rows: the factors of the terms of `advance`, each N x 1 x ..."""
 
@@ -148,14 +152,13 @@ def tabulate(
             input image noised to their level (SDEdit, arXiv 2108.01073). None to start from noise alone.
 
     Raises:
-        ValueError: the scheduler does not support this number of steps, or `strength` leaves no step to run.
+        NoStepsLeft: `strength` leaves no step to run.
+        ValueError: the scheduler does not support this number of steps.
     """
     scheduler = deepcopy(scheduler)
     first = 0 if strength is None else family.schedule.first_step(num_steps, strength)
     if first >= num_steps > 0:
-        raise ValueError(
-            f"strength: {strength} of {num_steps} steps leaves no step to run; increase one of them"
-        )
+        raise NoStepsLeft(f"{strength} of {num_steps} steps leaves no step to run; increase one of them")
     try:
         family.schedule.set_timesteps(scheduler, num_steps, latent_shape, "cpu")
         calls = num_steps + (num_earlier(scheduler) > 0 and num_steps > 1)

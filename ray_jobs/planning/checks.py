@@ -8,7 +8,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family
 from ray_jobs.diffusion.protocols import Denoiser, Scheduler
-from ray_jobs.weights.model_files import latent_shape
+from ray_jobs.weights.model_files import latent_shapes
 
 
 def check_stages(config: Config) -> None:
@@ -24,7 +24,7 @@ def check_stages(config: Config) -> None:
         family, model = check_settings(config)
         denoiser = getattr(model, family.denoiser)
         base, revision = local_path(config.model.base), config.model.revision
-        latents = [latent_shape(base, *shape, revision=revision) for shape in shapes]
+        latents = latent_shapes(base, shapes, revision=revision)
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
     except ConfigError:

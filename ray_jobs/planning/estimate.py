@@ -8,8 +8,8 @@ Memory held between the backward pass and the step follows the ZeRO paper (Rajbh
 from dataclasses import dataclass, fields
 
 from ray_jobs.config import TrainConfig
+from ray_jobs.diffusion.precision import PRECISIONS
 
-ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 REDUCED_AT_ONCE = 500_000_000  # maximum elements of ZeRO's gradient bucket
 LIVE_AT_ONCE = (
     1_000_000_000  # elements that ZeRO-3 may keep gathered (DeepSpeed's stage3_max_live_parameters)
@@ -84,7 +84,7 @@ def rank_memory(
         trained: number of trained parameters.
         activations: bytes of activations of a micro batch.
     """
-    stage, element = effective_stage(train, workers), ELEMENT[train.precision]
+    stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     zero = train.deepspeed.get("zero_optimization", {})
     share = -(-trained // workers)  # of a sharded state
     # Stage 1 shards gradients after the backward pass, but accumulates several micro batches unsharded.

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cluster.fetched import local_path
 from ray_jobs.config import Config
 from ray_jobs.diffusion.families import Conditions
-from ray_jobs.diffusion.finetuning import FineTuning, cast
+from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.precision import PRECISIONS, cast
+from ray_jobs.diffusion.sampling import whole_pictures
 from ray_jobs.training.setup import empty_finetuning
-from ray_jobs.weights.model_files import latent_shape
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ray_jobs.weights.model_files import latent_shapes
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ def footprint(config: Config) -> Footprint:
 
 
 def _activations(config: Config, model: FineTuning) -> int:
-    dtype, saved = DTYPES[config.train.precision], SavedTensors(model)
+    dtype, saved = PRECISIONS[config.train.precision], SavedTensors(model)
     model.train().to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         conditions = _conditions(config, model)
-        base, resolution = local_path(config.model.base), config.data.resolution
-        shape = latent_shape(base, resolution, resolution, revision=config.model.revision)
+        base, side = local_path(config.model.base), config.data.resolution
+        [shape] = latent_shapes(base, [(side, side)], revision=config.model.revision)
         if config.train.gradient_checkpointing:
             for part in model.model.values():
                 model.family.enable_gradient_checkpointing(part, saved.recomputed)
@@ -86,9 +86,8 @@ def _conditions(config: Config, model: FineTuning) -> Conditions:
         if encoder in model.text_encoders:
             count = family.text.num_tokens(name, model.text_encoders[encoder])
             rows[name] = torch.ones((1, count), dtype=torch.int64)
-    if "sizes" in family.picture_conditions:
-        rows["sizes"] = torch.full((1, 6), config.data.resolution)
-    return rows
+    side = config.data.resolution
+    return rows | whole_pictures(family, 1, side, side)
 
 
 class SavedTensors:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
-from ray_jobs.diffusion.finetuning import cast
+from ray_jobs.diffusion.precision import cast
 from ray_jobs.weights.loading import read_pipeline
 from ray_jobs.weights.model_files import not_encoders
 

@@ -175,10 +175,12 @@ def size_multiple(base: str, *, revision: str | None = None) -> int:
     return int(family.codec.size_multiple(*configs))
 
 
-def latent_shape(base: str, height: int, width: int, *, revision: str | None = None) -> tuple[int, ...]:
-    """Return the shape of an image's latents, C x ..., by the model's family."""
+def latent_shapes(
+    base: str, sizes: Sequence[tuple[int, int]], *, revision: str | None = None
+) -> list[tuple[int, ...]]:
+    """Return the shapes, C x ..., of the latents of images of these heights and widths, by the family."""
     family, autoencoder, _ = _of_sizes(base, revision)
-    return tuple(family.codec.shape(autoencoder, height, width))
+    return [tuple(family.codec.shape(autoencoder, *size)) for size in sizes]
 
 
 def max_side(base: str, *, revision: str | None = None) -> int | None:

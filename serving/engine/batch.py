@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
-from ray_jobs.diffusion.finetuning import cast
 from ray_jobs.diffusion.objectives import per_row
+from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Denoiser
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.engine.batched_lora import BatchedLoRA, Stacks

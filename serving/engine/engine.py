@@ -23,6 +23,7 @@ from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 from ray_jobs.diffusion.sampling import initial_noise
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.diffusion.solvers import (
+    NoStepsLeft,
     Schedule,
     advance,
     check_scheduler,
@@ -127,7 +128,7 @@ class Engine:
     @property
     def unfinished(self) -> bool:
         """True while any request is unanswered."""
-        return bool(self.scheduler.rows)
+        return self.scheduler.unfinished
 
     def load(self) -> EngineLoad:
         """Return the current load, for metrics; may be called from any thread."""
@@ -235,11 +236,10 @@ class Engine:
         scheduler = self.pipeline.scheduler
         if zero_terminal_snr:  # changes neither `clip` nor `num_earlier`
             scheduler = trained_scheduler(scheduler)
-        if strength is not None and self.family.schedule.first_step(num_steps, strength) >= num_steps:
-            reason = f"{strength} of {num_steps} steps leaves no step to run; increase one of them"
-            raise RequestError("strength", reason)
         try:
             return tabulate(scheduler, self.family, num_steps, self.latent_shape(height, width), strength)
+        except NoStepsLeft as error:
+            raise RequestError("strength", str(error)) from error
         except ValueError as error:
             raise RequestError("steps", str(error)) from error
 

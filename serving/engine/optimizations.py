@@ -14,12 +14,12 @@ from torch.nn.utils import parametrize
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.solvers import scheduler_of
 from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
 from serving.engine.batched_lora import Adapter
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

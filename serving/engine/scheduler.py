@@ -24,7 +24,7 @@ class Decoding(NamedTuple):
     """Latents waiting to be decoded."""
 
     row: Row
-    latents: torch.Tensor  # C x h x w
+    latents: torch.Tensor  # C x ...
     done: int  # steps done
     last: bool  # True for the finished image, False for a preview
 
@@ -54,6 +54,11 @@ class Scheduler:
     def rows(self) -> list[Row]:
         """Every unfinished row; twice, if a preview of it is waiting to be decoded."""
         return [*self.waiting.rows, *self.encoding, *self.running, *(each.row for each in self.decoding)]
+
+    @property
+    def unfinished(self) -> bool:
+        """True while there is any row."""
+        return bool(len(self.waiting) or self.encoding or self.running or self.decoding)
 
     @property
     def free(self) -> int:

@@ -250,7 +250,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     [
         ("data.source=nowhere", "data.source: nowhere: no such folder"),
         ("evaluate.feature_network=nowhere.pt", "evaluate.feature_network: nowhere.pt: no such file"),
-        ("model.base=./nowhere", "model.base: ./nowhere: no model"),
+        ("model.base=./nowhere", "model.base: ./nowhere: not a model"),
     ],
 )
 def test_what_the_stages_read_is_checked_first(override: str, field: str) -> None:

@@ -17,6 +17,8 @@ from ray_jobs.training import engine
 from ray_jobs.training.setup import build_model
 from tests.tiny_models import FAMILY_MODELS
 
+pytestmark = pytest.mark.slow  # every test builds a model
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models" / "emoji-base"
 SIDE = 64

@@ -14,6 +14,8 @@ from ray_jobs.config import load_config
 from ray_jobs.planning.plan import plan
 from tests import full_models
 
+pytestmark = pytest.mark.slow  # every test builds a model
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "sd15-lora": (full_models.stable_diffusion, 859_520_964),

@@ -14,6 +14,8 @@ from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.training.trainer import depends_on, require_same
 from tests.tiny_models import FAMILY_MODELS, write
 
+pytestmark = pytest.mark.slow  # every test builds a model
+
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 

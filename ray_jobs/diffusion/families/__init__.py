@@ -17,7 +17,7 @@ def _found() -> dict[str, Family]:
     while kinds:
         kind = kinds.pop()
         kinds += kind.__subclasses__()
-        if kind.__module__.startswith(f"{__name__}.") and hasattr(kind, "pipeline_class"):
+        if hasattr(kind, "pipeline_class"):
             families[kind.pipeline_class] = kind()  # type: ignore[abstract]
     return dict(sorted(families.items()))
 

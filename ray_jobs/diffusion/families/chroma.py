@@ -8,16 +8,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family, Recompute
-from ray_jobs.diffusion.families.flux import (
-    PATCH,
-    T5_TOKENS,
-    FluxCodec,
-    from_tokens,
-    positions,
-    to_tokens,
-)
-from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Recompute
+from ray_jobs.diffusion.families.flux import T5_TOKENS, FluxFamily, to_tokens
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
@@ -47,13 +39,12 @@ class ChromaText(Text):
         }
 
 
-class Chroma(Family):
+class Chroma(FluxFamily):
     """Chroma: a transformer with FLUX.1's tokens, whose modulation a small network computes."""
 
     pipeline_class = "ChromaPipeline"
     trainable = {"transformer": MMDIT_ATTENTION}
-    text, codec = ChromaText(), FluxCodec()
-    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    text = ChromaText()
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -62,20 +53,8 @@ class Chroma(Family):
         # A float mask, as in diffusers' pipeline: diffusers 0.42.1 adds its ones to the attention scores,
         # where a bool mask would exclude the padding. Training and sampling follow the pipeline.
         mask = torch.cat([conditions["prompt_mask"].to(tokens), tokens.new_ones(tokens.shape[:2])], dim=1)
-        predicted = model["transformer"](
-            tokens,
-            encoder_hidden_states=conditions["prompt_embeds"],
-            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
-            img_ids=positions(*grid, latents.device),
-            txt_ids=torch.zeros(conditions["prompt_embeds"].shape[1], 3, device=latents.device),
-            attention_mask=mask,
-            return_dict=False,
-        )[0]
-        return from_tokens(predicted, grid)
-
-    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        # The transformer's configuration has no size.
-        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
+        embeds = conditions["prompt_embeds"]
+        return self.denoise_tokens(model, tokens, grid, timesteps, embeds, attention_mask=mask)
 
     def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute | None = None) -> None:
         """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""

@@ -51,34 +51,67 @@ class FluxCodec(Codec):
         return PATCH
 
 
-class Flux(Family):
+class FluxFamily(Family):
+    """What FLUX.1 and its descendants share: patches as tokens with positions, T5, and the noise schedule."""
+
+    codec = FluxCodec()
+    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+
+    def denoise_tokens(
+        self,
+        model: Components,
+        tokens: torch.Tensor,
+        grid: tuple[int, int],
+        timesteps: torch.Tensor,
+        embeds: torch.Tensor,
+        **inputs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the transformer's prediction, in the shape of the latents.
+
+        Args:
+            tokens, grid: from `to_tokens`.
+            timesteps: N, as for `denoise`.
+            embeds: T5's embeddings, N x tokens x width.
+            inputs: further inputs of the transformer, by diffusers' names.
+        """
+        predicted = model["transformer"](
+            tokens,
+            encoder_hidden_states=embeds,
+            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
+            img_ids=positions(*grid, tokens.device),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=tokens.device),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return from_tokens(predicted, grid)
+
+    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
+        # The transformer's configuration has no size.
+        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
+
+
+class Flux(FluxFamily):
     """FLUX.1: FLUX.1-dev takes guidance as an input; FLUX.1-schnell has none."""
 
     pipeline_class = "FluxPipeline"
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
-    text, codec = FluxText(), FluxCodec()
-    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    text = FluxText()
     variants = ("", "schnell")
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        denoiser: Denoiser = model["transformer"]
         guidance = None
-        if self.guidance_embedded(denoiser):
+        if self.guidance_embedded(model["transformer"]):
             guidance = conditions.get("guidance", latents.new_ones(len(latents)))
-        tokens, grid = to_tokens(latents)
-        predicted = denoiser(
-            tokens,
-            encoder_hidden_states=conditions["prompt_embeds"],
+        return self.denoise_tokens(
+            model,
+            *to_tokens(latents),
+            timesteps,
+            conditions["prompt_embeds"],
             pooled_projections=conditions["pooled_prompt_embeds"],
-            timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
-            img_ids=positions(*grid, latents.device),
-            txt_ids=torch.zeros(conditions["prompt_embeds"].shape[1], 3, device=latents.device),
             guidance=guidance,
-            return_dict=False,
-        )[0]
-        return from_tokens(predicted, grid)
+        )
 
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
@@ -87,10 +120,6 @@ class Flux(Family):
         if self.guidance_embedded(denoiser):
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
-
-    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        # The transformer's configuration has no size.
-        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
