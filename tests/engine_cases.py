@@ -7,20 +7,23 @@ import torch
 from torch import nn
 
 from ray_jobs.config import TrainConfig
-from ray_jobs.training.engine import build_engine, enter_stage, set_hyperparameters
+from ray_jobs.training.engine import build_engine
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.state import (
     Shards,
     load_state,
     load_weights,
-    owned_fragments,
     snapshot,
     whole,
     write_shard,
 )
 
-STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+# Engine, precision and stage.
+VARIANTS = [("deepspeed", "fp32", stage) for stage in (0, 1, 2, 3)]
+VARIANTS += [("deepspeed", "bf16", stage) for stage in (1, 2, 3)]
+VARIANTS += [("flat", precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2)]
+ONE = torch.ones(1)
 
 
 class TwoLayers(nn.Module):
@@ -58,20 +61,26 @@ class Layers(nn.Module):
 
 
 PIECES = [256.0, *7 * [1.0]]  # gradients; in bf16 256 + 1 is 256
+SHARE = 1 / 16  # of a piece in the loss: two ranks have eight each
 
 
 def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
     """Norm and state of a step whose pieces have the gradients `PIECES`, for each weight."""
     found = {}
-    for precision, zero_stages in STAGES.items():
-        for zero_stage in zero_stages:
-            train = TrainConfig(precision=precision, zero_stage=zero_stage, micro_batch_size=1)
-            engine = build_engine(TwoLayers(), train, 2)  # type: ignore[arg-type]
-            for gradient in PIECES:
-                engine.backward(engine(torch.full((1, 4), gradient)))
-                engine.step()
-            norm = float(engine.get_global_grad_norm())
-            found[f"{precision} {zero_stage}"] = {"norm": norm, "state": state_bytes(engine)}
+    for engine_name, precision, zero_stage in VARIANTS:
+        train = TrainConfig(
+            method="full", engine=engine_name, precision=precision, zero_stage=zero_stage, micro_batch_size=1
+        )
+        engine = build_engine(TwoLayers(), train, 2)  # type: ignore[arg-type]
+        for number, gradient in enumerate(PIECES, start=1):
+            inputs = {"inputs": torch.full((1, 4), gradient)}
+            engine.accumulate(inputs, SHARE * ONE, last=number == len(PIECES))
+        told, norm = engine.update(torch.ones(2))
+        found[f"{engine_name} {precision} {zero_stage}"] = {
+            "norm": norm.item(),
+            "told": told.tolist(),
+            "state": state_bytes(engine),
+        }
     return found
 
 
@@ -88,11 +97,15 @@ STAGED = {
         {"steps": 2, "trainable": ["first", "other"], "weight_decay": 0.0},
     ],
 }
-ENGINES: dict[str, dict[str, Any]] = {str(stage): {"zero_stage": stage} for stage in range(4)}
+ENGINES: dict[str, dict[str, Any]] = {
+    str(stage): {"zero_stage": stage, "engine": "deepspeed"} for stage in range(4)
+}
+ENGINES |= {f"flat {stage}": {"zero_stage": stage, "engine": "flat"} for stage in range(3)}
 ENGINES |= {f"{stage} offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)}
 ENGINES["all offloaded"] = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
 # While `first` is frozen, before it is trained again, after its first step.
 RESTARTS = [("0", "3", 4), ("3", "2 offloaded", 5), ("all offloaded", "0", 5), ("1", "1", 6)]
+RESTARTS += [("flat 0", "3", 4), ("2", "flat 1", 5), ("flat 2", "flat 0", 6)]
 Weights = dict[str, list[Any]]  # of a step, by parameter
 
 
@@ -110,16 +123,16 @@ def climb(engine_settings: dict[str, Any], first: int, last: int, resumed: Path 
     engine = build_engine(model, train, 2)  # type: ignore[arg-type]
     if shards:
         load_state(shards, engine)
-    enter_stage(engine, stage_at(stages, first), None)
+    engine.enter_stage(stage_at(stages, first), None)
     seen: list[Weights] = []
     for step in range(first, last + 1):
         stage = stage_at(stages, step)
         if step == stage.first and step > 1:
-            enter_stage(engine, stage, stages[stages.index(stage) - 1])
-        set_hyperparameters(engine, stage, step)
-        engine.backward(engine(input_of(step)))
-        engine.step()
-        found = whole(engine, {piece.key: piece.weights for piece in owned_fragments(engine)})
+            engine.enter_stage(stage, stages[stages.index(stage) - 1])
+        engine.set_hyperparameters(stage, step)
+        engine.accumulate({"inputs": input_of(step)}, ONE / 2, last=True)
+        engine.update(torch.zeros(1))
+        found = whole(engine, engine.averaged)
         seen.append({name: values.tolist() for name, values in found.items()})
     return seen, engine
 

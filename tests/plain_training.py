@@ -1,7 +1,5 @@
 """A training in plain PyTorch, in this process: what Ray, DeepSpeed, restarts and workers must not change."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -11,7 +9,7 @@ from ray_jobs.data.encoding.tensors import as_torch, read_tensors
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
-from ray_jobs.training.engine import build_optimizer, set_hyperparameters
+from ray_jobs.training.engine import build_optimizer, parameter_groups, set_hyperparameters
 from ray_jobs.training.loop import LoopSettings
 from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.setup import build_model
@@ -32,7 +30,7 @@ class PlainTraining:
             seed=config.seed,
             caption_dropout=config.train.caption_dropout,
         )
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.optimizer = build_optimizer(parameter_groups(self.model), config.train)
         self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self.ema = EMA(self.model.trained(), config.train.ema_decay)
         records, of_class = dataset.parts("train"), dataset.parts("class")
@@ -69,7 +67,7 @@ class PlainTraining:
         stages, shares, losses = stages_of(train, last), torch.tensor(loss_shares(train)), []
         trained = [parameter for _, parameter in self.model.trained()]
         for step in range(first, last + 1):
-            set_hyperparameters(SimpleNamespace(optimizer=self.optimizer), stage_at(stages, step), step)
+            set_hyperparameters(self.optimizer, stage_at(stages, step), step)
             loss = (self.row_losses(step) * shares).sum()
             loss.backward()
             self.norms.append(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm).item())

@@ -18,7 +18,7 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import Diffusion, Draws, LossSettings
 from ray_jobs.diffusion.randomness import draw
-from ray_jobs.training.engine import build_engine, set_hyperparameters
+from ray_jobs.training.engine import build_engine
 from ray_jobs.training.phases import stages_of
 
 METHODS = ("lora", "full")
@@ -174,7 +174,7 @@ class Cached:
 
 
 class Ours:
-    """A step as a worker takes it: randomness by row, FineTuning in DeepSpeed's engine, the loss read."""
+    """A step as a worker takes it: randomness by row, FineTuning in the engine, the loss read."""
 
     def __init__(self, config: TrainConfig, size: str, device: str, batch: Cached) -> None:
         self.device, self.batch, self.steps = device, batch, 0
@@ -183,22 +183,23 @@ class Ours:
         model = FineTuning(pipeline, FAMILY, objective, LossSettings())
         model.remember_trained({})
         model.train()
-        self.engine = build_engine(model, config, world_size=1)
+        self.engine = build_engine(model, config, 1, torch.device(device))
         [self.stage] = stages_of(config, 1000)
 
     def step(self) -> float:
         self.steps += 1
-        set_hyperparameters(self.engine, self.stage, self.steps)
+        self.engine.set_hyperparameters(self.stage, self.steps)
         batch = self.batch
         places = range(len(batch.mean))
         drawn = draw((0,), self.steps, places, tuple(batch.mean.shape[1:]), LossSettings())
         latents = FAMILY.codec.sample(batch.mean, batch.logvar, SCALE, drawn.posterior)
         there = {name: part.to(self.device) for name, part in vars(drawn.loss).items() if part is not None}
         captions = {"prompt_embeds": batch.embeds.to(self.device)}
-        loss = self.engine(latents.to(self.device), captions, Draws(**there)).mean()
-        self.engine.backward(loss)
-        self.engine.step()
-        return float(loss.detach())
+        inputs = {"latents": latents.to(self.device), "conditions": captions, "draws": Draws(**there)}
+        weights = torch.full((len(latents),), 1 / len(latents), device=self.device)
+        loss = self.engine.accumulate(inputs, weights, last=True)
+        self.engine.update(loss[None])
+        return float(loss)
 
 
 class Plain(Optimizing):

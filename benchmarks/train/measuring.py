@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.data.preparation import prepare
 from ray_jobs.diffusion.objectives import density
 from ray_jobs.diffusion.sampling import encode_prompts
-from ray_jobs.training.batch import InputMaker, Piece, loss_shares
-from ray_jobs.training.loop import LoopSettings, Training
+from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
+from ray_jobs.training.loop import InputsAhead, LoopSettings, Training
 from ray_jobs.training.setup import build_model
 from ray_jobs.weights.loading import load_pipeline
 
@@ -93,22 +93,24 @@ class Alternating(Training):
         self.rival, self.steps = rival, steps
         self.found: dict[str, list[dict[str, float]]] = {"ours": [], "rival": []}
         self.own, self.others = Clock(), Clock()
-        self.own.watch(self.inputs, inputs="make")
-        self.own.watch(self.engine, forward="forward", backward="backward", optimizer="step")
+        self.own.watch(self.inputs, inputs="finish")
+        self.own.watch(self.engine, passes="accumulate", optimizer="update")
         self.own.watch(self.meter, meter="add")
         self.own.watch(self, average="_average")
         self.others.watch(rival, **{cause: cause for cause in rival.causes})
 
-    def _stream(self, first_step: int) -> Iterator[list[Piece]]:
-        stream = super()._stream(first_step)
-        waiting = self.own.timed("wait", lambda: next(stream))
-        for done in range(self.settings.ladder[-1]):
-            if done % self.steps == 0:
-                if done:
-                    self.found["ours"].append(self.own.take())
-                self._let_rival()
-                self.own.take()
-            yield waiting()
+    def _inputs(self, steps: range) -> Generator[list[Sent]]:
+        rows = self._stream(steps[0])
+        for begin in range(0, len(steps), self.steps):
+            if begin:
+                self.found["ours"].append(self.own.take())
+            self._let_rival()
+            self.own.take()
+            # Of this turn only: no inputs are made while the rival trains.
+            with InputsAhead(self.inputs, rows, steps[begin : begin + self.steps]) as ahead:
+                waiting = self.own.timed("wait", lambda: next(ahead, None))
+                while (pieces := waiting()) is not None:
+                    yield pieces
 
     def _let_rival(self) -> None:
         self.others.take()

@@ -11,9 +11,11 @@ from benchmarks.data.measuring import in_fresh_process
 from benchmarks.train.limit import METHODS, bare_loop
 from benchmarks.train.measuring import changed, first_inputs, prepared, run_on_workers, timed_turns
 from ray_jobs.config import Config
-from ray_jobs.training.engine import build_engine, set_hyperparameters
+from ray_jobs.training.engine import Engine, build_engine
+from ray_jobs.training.flat import Flat
 from ray_jobs.training.phases import stages_of
 from ray_jobs.training.setup import build_model
+from ray_jobs.training.zero import ZeRO
 
 TURNS = {"small": 2, "full": 9}  # after one that warms up
 STEPS = {"small": 1, "full": 3}  # of a turn
@@ -73,7 +75,10 @@ def train_all(loop: dict[str, Any]) -> None:
     for method, config in loop["configs"].items():
         inputs = first_inputs(config, loop["dataset"], rank, WORKERS)
         trained: dict[str, Trained] = {RIVAL: Rival(config, inputs)}
-        trained |= {f"stage {stage}": Engine(config, stage, inputs) for stage in range(4)}
+        trained |= {f"flat, stage {stage}": Ours(config, "flat", stage, inputs) for stage in range(3)}
+        trained |= {
+            f"DeepSpeed, stage {stage}": Ours(config, "deepspeed", stage, inputs) for stage in range(4)
+        }
         steps = {name: each.step for name, each in trained.items()}
         turns = timed_turns(steps, turns=TURNS[loop["size"]], steps=STEPS[loop["size"]])
         found = {
@@ -98,8 +103,8 @@ class Trained:
         self.update()
         return found
 
-    backward: Callable[[], None]
-    update: Callable[[], None]
+    backward: Callable[[], object]
+    update: Callable[[], object]
     state: Callable[[], dict[str, int]]
 
 
@@ -111,31 +116,37 @@ class Rival(Trained):
         self.state = lambda: by_kind(loop.unet.parameters(), _gradients(loop.trained), loop.optimizer)
 
 
-class Engine(Trained):
-    """Ours under a stage of ZeRO, without data, averages and meter."""
+class Ours(Trained):
+    """One of our engines under a stage of ZeRO, without data, averages and meter."""
 
-    def __init__(self, config: Config, stage: int, inputs: dict[str, Any]) -> None:
+    def __init__(self, config: Config, name: str, stage: int, inputs: dict[str, Any]) -> None:
         _, model = build_model(config)
-        engine = build_engine(model, changed(config, zero_stage=stage).train, WORKERS)
-        set_hyperparameters(
-            engine, stages_of(config.train, config.search.ladder[-1])[0], config.train.warmup_steps
+        engine = build_engine(model, changed(config, engine=name, zero_stage=stage).train, WORKERS)
+        engine.set_hyperparameters(
+            stages_of(config.train, config.search.ladder[-1])[0], config.train.warmup_steps
         )
         given = {name: inputs[name] for name in ("latents", "conditions", "draws")}
-        self.backward = lambda: engine.backward(engine(**given).mean())
-        self.update = engine.step
+        rows = len(inputs["latents"])
+        weights = torch.full((rows,), 1 / (rows * WORKERS))
+        self.backward = lambda: engine.accumulate(given, weights, last=True)
+        self.update = lambda: engine.update(torch.zeros(1))
         self.state = lambda: kept_bytes(engine)
 
 
-def kept_bytes(engine: Any) -> dict[str, int]:
+def kept_bytes(engine: Engine) -> dict[str, int]:
     """Bytes that a rank keeps of parameters (frozen ones too), gradients, and the optimizer's states with
-    ZeRO's fp32 weights; memory that several share counts once."""
+    fp32 weights; memory that several share counts once."""
     parameters = list(engine.module.parameters())
-    gradients = _gradients(parameters)
-    partitions = getattr(engine.optimizer, "averaged_gradients", {})
-    for partition in partitions.values():
-        gradients += [each for each in partition or [] if each is not None]
+    if isinstance(engine, Flat):
+        gradients = [chunk.kept for chunk in engine.chunks if chunk.kept is not None]
+        gradients += [chunk.message[1] for chunk in engine.chunks if chunk.message is not None]
+    else:
+        assert isinstance(engine, ZeRO)
+        gradients = _gradients(parameters)
+        for partition in getattr(engine.engine.optimizer, "averaged_gradients", {}).values():
+            gradients += [each for each in partition or [] if each is not None]
     kept = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
-    return by_kind(kept, gradients, engine.basic_optimizer)
+    return by_kind(kept, gradients, engine.optimizer)
 
 
 def _gradients(parameters: Iterable[Any]) -> list[torch.Tensor]:

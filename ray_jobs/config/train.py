@@ -151,7 +151,12 @@ class TrainConfig(Section):
         1, description="logical CPUs, and PyTorch threads, per worker"
     )
     zero_stage: Annotated[Literal[0, 1, 2, 3], Effect.NOTHING] = Field(
-        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054); full fp32 training on one worker uses none"
+        2, description="ZeRO stage (arXiv 1910.02054); a single worker shards nothing"
+    )
+    engine: Annotated[Literal["auto", "flat", "deepspeed"], Effect.NOTHING] = Field(
+        "auto",
+        description="what takes the steps. flat: ZeRO stages 0 to 2, with few kernels and messages; "
+        "deepspeed: all stages, offloading and fp16; auto: flat where it can do what is set",
     )
     offload_optimizer: Annotated[bool, Effect.NOTHING] = Field(
         False, description="keep the optimizer states in host memory (stages 1 to 3)"
@@ -236,15 +241,43 @@ class TrainConfig(Section):
             )
         return self
 
+    @property
+    def flat(self) -> bool:
+        """Whether the flat engine takes the steps, and not DeepSpeed."""
+        if self.engine != "auto":
+            return self.engine == "flat"
+        return not self._only_deepspeed
+
+    @property
+    def _only_deepspeed(self) -> str:
+        """A setting that the flat engine does not have; empty if there is none."""
+        found = {
+            "zero_stage: 3": self.zero_stage == 3,
+            "offload_optimizer": self.offload_optimizer,
+            "offload_parameters": self.offload_parameters,
+            "precision: fp16": self.precision == "fp16",
+            "deepspeed": bool(self.deepspeed),
+        }
+        return next((name for name, chosen in found.items() if chosen), "")
+
+    @model_validator(mode="after")
+    def _engine(self) -> "TrainConfig":
+        if self.engine == "flat" and self._only_deepspeed:
+            raise ValueError(
+                f"engine: flat does not have {self._only_deepspeed}; leave that out, or set engine: deepspeed"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sharding(self) -> "TrainConfig":
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage < 3:
             raise ValueError("offload_parameters needs zero_stage: 3")
-        if self.precision != "fp32" and not self.zero_stage:
+        if self.precision != "fp32" and not self.zero_stage and not self.flat:
             raise ValueError(
-                f"precision: {self.precision} needs zero_stage 1, 2 or 3, which keep fp32 weights"
+                f"precision: {self.precision} with DeepSpeed needs zero_stage 1, 2 or 3, which keep fp32 "
+                "weights"
             )
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision: fp16 needs use_gpu; on a CPU use bf16")

@@ -56,8 +56,13 @@ class Placement:
     offloaded: Memory
 
 
+FLAT_CHUNK = 1 << 24  # elements whose gradients the flat engine collects at once
+
+
 def effective_stage(train: TrainConfig, workers: int) -> int:
-    """ZeRO stage that the engine uses: a single worker in plain full fp32 training uses stage 0."""
+    """ZeRO stage that the engine uses: a single worker shards nothing, and DeepSpeed where it need not."""
+    if train.flat:
+        return train.zero_stage if workers > 1 else 0
     offloads = train.offload_optimizer or train.offload_parameters
     needed = train.method != "full" or train.precision != "fp32" or offloads or train.deepspeed
     return train.zero_stage if workers > 1 or needed else 0
@@ -84,6 +89,8 @@ def rank_memory(
         trained: number of trained parameters.
         activations: bytes of activations of a micro batch.
     """
+    if train.flat:
+        return Placement(_flat_memory(train, whole, trained, workers, activations), Memory(*[0] * 7))
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     zero = train.deepspeed.get("zero_optimization", {})
     share = -(-trained // workers)  # of a sharded state
@@ -108,4 +115,25 @@ def rank_memory(
     there = {name: size for name, size in state.items() if name in away}
     return Placement(
         Memory(**none | here | {"buckets": buckets, "activations": activations}), Memory(**none | there)
+    )
+
+
+def _flat_memory(train: TrainConfig, whole: int, trained: int, workers: int, activations: int) -> Memory:
+    """Return the memory of a rank under the flat engine (`ray_jobs/training/flat.py`)."""
+    stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
+    share = -(-trained // workers)
+    updated = share if stage else trained
+    summed = 4 if train.method == "lora" or pieces_a_step(train, workers) > 1 else element
+    chunk = min(trained, FLAT_CHUNK)
+    buckets = element * chunk  # autograd's own gradients, until they are packed
+    buckets += summed * {0: 0, 1: share, 2: chunk}[stage]  # what is on its way between ranks
+    buckets += 4 * updated if summed < 4 else 0  # the fp32 gradient that AdamW takes
+    return Memory(
+        parameters=element * whole,
+        gradients=summed * (share if stage == 2 else trained),
+        master_weights=4 * updated if element < 4 else 0,
+        moments=8 * updated,
+        averages=4 * share if train.ema_decay else 0,
+        buckets=buckets,
+        activations=activations,
     )

@@ -1,7 +1,8 @@
 """Turn a rank's rows of a step into the engine's inputs: latents, captions, random draws, loss weights."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,13 +92,17 @@ class InputMaker:
     ) -> None:
         self.device, self.settings = device, model.settings
         self.seed, self.caption_dropout = seed, caption_dropout
-        self.codec, self.scale = model.family.codec, model.family.codec.scale(autoencoder)
+        self.codec = model.family.codec
+        shift, factor = self.codec.scale(autoencoder)
+        self.scale = shift.to(device), factor.to(device)
         self.picture_conditions = model.family.picture_conditions
         trained = bool(model.text_encoders)
         names = model.family.text.tokens if trained else model.family.text.embeds
         present = {name: empty_caption[name] for name in names if name in empty_caption}
         # Tokens are stored as int32, and text encoders take int64.
-        self.null = {name: t.long() if t.dtype == torch.int32 else t for name, t in present.items()}
+        self.null = {
+            name: (t.long() if t.dtype == torch.int32 else t).to(device) for name, t in present.items()
+        }
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -107,7 +112,15 @@ class InputMaker:
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
-        rows, stored = piece.rows, tuple(piece.rows["latents_mean"].shape[1:])
+        return self.finish(self.begin(piece, step))
+
+    def begin(self, piece: Piece, step: int) -> "Sent":
+        """Draw a piece's random numbers on the CPU, and begin to send them with its rows to the device.
+
+        The draws are the same on every device, and rows are sent as they are stored. It is safe to call this
+        in another thread.
+        """
+        stored = tuple(piece.rows["latents_mean"].shape[1:])
         drawn = draw(
             (self.seed,),
             step,
@@ -116,27 +129,92 @@ class InputMaker:
             self.settings,
             posterior_shape=stored,
         )
-        mean, logvar = rows["latents_mean"].float(), rows["latents_logvar"].float()
-        dropped = drawn.caption < self.caption_dropout
-        conditions = {name: self._dropped(rows[name], name, dropped) for name in self.null}
-        conditions |= {name: rows[COLUMNS[name]] for name in self.picture_conditions}
+        loss = {f"draws.{name}": part for name, part in vars(drawn.loss).items() if part is not None}
+        return Sent.to(
+            self.device,
+            {
+                **{name: piece.rows[name] for name in self.columns},
+                **loss,
+                "posterior": drawn.posterior,
+                "dropped": drawn.caption < self.caption_dropout,
+                "weights": torch.tensor(piece.weights),
+            },
+        )
+
+    def finish(self, sent: "Sent") -> tuple[dict[str, Any], torch.Tensor]:
+        """Compute the inputs of a piece from what `begin` has sent."""
+        there = sent.arrived()
+        mean, logvar = there["latents_mean"].float(), there["latents_logvar"].float()
+        dropped = there["dropped"]
+        conditions = {name: self._dropped(there[name], name, dropped) for name in self.null}
+        conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions}
+        prefix = "draws."
         inputs = {
-            "latents": self._there(self.codec.sample(mean, logvar, self.scale, drawn.posterior)),
-            "conditions": {name: self._there(tensor) for name, tensor in conditions.items()},
-            "draws": self._draws(drawn.loss),
+            "latents": self.codec.sample(mean, logvar, self.scale, there["posterior"]),
+            "conditions": conditions,
+            "draws": Draws(
+                **{name.removeprefix(prefix): t for name, t in there.items() if name.startswith(prefix)}
+            ),
         }
         if self.caption_dropout:
-            inputs["dropped"] = self._there(dropped)
-        return inputs, torch.tensor(piece.weights, device=self.device)
-
-    def _draws(self, draws: Draws) -> Draws:
-        there = {name: self._there(part) for name, part in vars(draws).items() if part is not None}
-        return replace(draws, **there)
+            inputs["dropped"] = dropped
+        return inputs, there["weights"]
 
     def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:
         """Replace the dropped captions by the empty one."""
         null = self.null[name]
         return torch.where(per_row(dropped, values), null, values.to(null.dtype))
 
-    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+
+ALIGNED = 16  # bytes: each tensor begins at a multiple
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tensors on their way to a device, by name, in one copy from pinned memory.
+
+    Attributes:
+        tensors: on the device, but not to be read before `arrived` has returned.
+        event: CUDA event after the copy; None on a CPU, where nothing is copied.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    event: Any = None
+
+    @staticmethod
+    def to(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> "Sent":
+        """Begin to send tensors of the CPU."""
+        if device.type == "cpu":
+            return Sent(dict(tensors))
+        places, end = {}, 0
+        for name, tensor in tensors.items():
+            places[name] = end
+            end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        packed = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+        for name, tensor in tensors.items():
+            _view(packed, places[name], tensor).copy_(tensor)
+        stream = _copying(device)
+        with torch.cuda.stream(stream):
+            there = packed.to(device, non_blocking=True)
+            event = stream.record_event()
+        return Sent({name: _view(there, places[name], tensor) for name, tensor in tensors.items()}, event)
+
+    def arrived(self) -> dict[str, torch.Tensor]:
+        """Return the tensors. What a GPU computes from them waits for the copy; the caller does not."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.event)
+            for tensor in self.tensors.values():
+                tensor.record_stream(stream)
+        return self.tensors
+
+
+def _view(packed: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
+    """Return a view of bytes with another tensor's type and shape."""
+    return packed[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+
+@cache
+def _copying(device: torch.device) -> Any:
+    """Return the stream on which rows are sent to a GPU while it computes."""
+    return torch.cuda.Stream(device)

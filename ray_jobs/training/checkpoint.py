@@ -27,8 +27,9 @@ from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.run.folder import CONFIG
 from ray_jobs.run.records import Progress
+from ray_jobs.training.engine import Engine
 from ray_jobs.training.monitor import RUNG, Series
-from ray_jobs.training.state import Shards, load_state, owned_fragments, snapshot, whole, write_shard
+from ray_jobs.training.state import Shards, load_state, snapshot, whole, write_shard
 
 WEIGHTS = "weights"
 STATE = "state"
@@ -50,7 +51,7 @@ class CheckpointWriter:
         config: the run's configuration, as YAML.
     """
 
-    def __init__(self, engine: Any, ema: EMA | None, export: Export, config: str) -> None:
+    def __init__(self, engine: Engine, ema: EMA | None, export: Export, config: str) -> None:
         self.engine, self.ema, self.export, self.config = engine, ema, export, config
 
     def save(self, progress: Progress, series: Series) -> None:
@@ -61,7 +62,7 @@ class CheckpointWriter:
         """
         import ray.train
 
-        rank, world_size = self.engine.global_rank, self.engine.world_size
+        rank, world_size = self.engine.rank, self.engine.world_size
         tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
         weights = self._evaluated_weights() if progress.why == RUNG else {}
         storage = ray.train.get_context().get_storage()
@@ -97,9 +98,8 @@ class CheckpointWriter:
 
     def _evaluated_weights(self) -> dict[str, torch.Tensor]:
         """Return the full averages (without EMA the full weights) on rank 0."""
-        if self.ema:
-            return whole(self.engine, self.ema.averages)
-        return whole(self.engine, {piece.key: piece.weights for piece in owned_fragments(self.engine)})
+        values = self.ema.averages if self.ema else self.engine.averaged
+        return whole(self.engine, values)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -131,13 +131,13 @@ class Resumed:
         self.step = progress.step
         self.shards = Shards(folder / STATE, progress.world_size)
 
-    def restore(self, engine: Any, ema: EMA | None) -> None:
+    def restore(self, engine: Engine, ema: EMA | None) -> None:
         """Restore the optimizer's state and the averages; the model must already have its weights."""
         load_state(self.shards, engine)
         if ema:
-            for piece in owned_fragments(engine):
+            for piece in engine.owned:
                 stored = self.shards.read("ema", piece.name, piece.start, piece.numel)
-                ema.averages[piece.key].copy_(stored)
+                engine.average(ema.averages, piece).copy_(stored)
 
 
 @dataclass(frozen=True)

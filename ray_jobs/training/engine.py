@@ -1,7 +1,11 @@
-"""The DeepSpeed engine of a training worker: its configuration, construction and per-step settings."""
+"""A model in training on one rank, whatever shards it: forward and backward passes, steps, state.
 
-import sys
-from collections.abc import Mapping
+Two engines do this: `Flat` (flat.py) keeps the trained parameters, their gradients and the optimizer's state
+in few flat tensors; `ZeRO` (zero.py) is DeepSpeed's, for what only DeepSpeed offers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,90 +13,148 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.training.fragments import MOMENTS, Fragment
 from ray_jobs.training.phases import Stage
-from ray_jobs.training.state import restart_adam
 
-# DeepSpeed options that `train` has fields for. Set in both places, one of the two would be ignored.
-MODELLED = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.optimizer",
-    "scheduler": "train.schedule",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",  # an older name of bf16
-    "fp16": "train.precision",
-    "zero_optimization.stage": "train.zero_stage",
-    "zero_optimization.offload_optimizer": "train.offload_optimizer",
-    "zero_optimization.offload_param": "train.offload_parameters",
-    # Older names of the same options.
-    "zero_optimization.cpu_offload": "train.offload_optimizer",
-    "zero_optimization.cpu_offload_param": "train.offload_parameters",
-}
-
-REDUCED_AT_ONCE = 500_000_000  # gradient elements; DeepSpeed's own default
+CPU = torch.device("cpu")
 
 
-def sharded_for(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Return `config` with ZeRO turned off where it would only cost copies: for a single worker.
+class Engine(ABC):
+    """A model in training on one rank.
 
-    ZeRO stays on for adapters, whose many small tensors are clipped faster in its flat buffer; for bf16 and
-    fp16, whose fp32 master weights it keeps; and where the user asks for what only ZeRO offers.
+    Attributes:
+        module: the model; its parameters are on `device`, in the configured precision.
+        optimizer: AdamW over the fp32 tensors that this rank updates. Its groups are those of
+            `parameter_groups`, in that order.
+        skipped: steps that were left out because their gradient was not finite.
     """
-    offloads = config.offload_optimizer or config.offload_parameters
-    needed = config.method != "full" or config.precision != "fp32" or offloads or config.deepspeed
-    return config if world_size > 1 or needed else config.model_copy(update={"zero_stage": 0})
+
+    module: FineTuning
+    device: torch.device
+    rank: int
+    world_size: int
+    optimizer: torch.optim.Optimizer
+    skipped: int = 0
+
+    @abstractmethod
+    def accumulate(self, inputs: dict[str, Any], weights: torch.Tensor, *, last: bool) -> torch.Tensor:
+        """Run a piece forward and backward; return its part of the step's loss: float32, on the device.
+
+        Args:
+            inputs: arguments of `module`.
+            weights: float32, N: weight of each image in the step's loss.
+            last: whether this is the step's last piece.
+        """
+
+    @abstractmethod
+    def update(self, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip the summed gradient and take an optimizer step. All ranks must call this.
+
+        Args:
+            told: float32 vector of values to sum over all ranks.
+
+        Returns:
+            The sums, and the gradient's norm before clipping: float32 scalar. Both are on the device, so that
+            reading them may wait.
+        """
+
+    @property
+    @abstractmethod
+    def held(self) -> list[Fragment]:
+        """All that this rank's optimizer updates."""
+
+    @property
+    @abstractmethod
+    def owned(self) -> list[Fragment]:
+        """The fragments that this rank saves and averages; each element is owned by exactly one rank."""
+
+    @property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """Views of all weights that this rank owns, by a name: fp32 vectors."""
+        return {piece.key: piece.weights for piece in self.owned}
+
+    def average(self, averages: Mapping[str, torch.Tensor], piece: Fragment) -> torch.Tensor:
+        """Return an owned fragment's elements of vectors like those of `averaged`."""
+        return averages[piece.key]
+
+    @property
+    @abstractmethod
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that this rank keeps between backward pass and step."""
+
+    def adam(self, owner: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return Adam's state for a tensor that the optimizer updates; zeros before the first step."""
+        state: dict[str, torch.Tensor] = self.optimizer.state[owner]
+        if not state:
+            state["step"] = torch.zeros((), device=self._step_device(owner))
+            state.update({name: torch.zeros_like(owner) for name in MOMENTS})
+        return state
+
+    def _step_device(self, owner: torch.Tensor) -> torch.device:
+        """Return the device on which the optimizer counts its steps."""
+        return torch.device("cpu")
+
+    def restart(self, names: Iterable[str]) -> None:
+        """Set the moments and the step count of the named parameters to 0, as before Adam's first step.
+
+        While parameters are frozen, their moments decay and their steps are counted where the optimizer
+        updates them together with others.
+
+        Args:
+            names: parameter names. Of the parameters that the optimizer updates as one tensor, name all or
+                none.
+        """
+        wanted = set(names)
+        for piece in self.held:
+            if piece.name in wanted:
+                state = self.adam(piece.owner)
+                state["step"].zero_()
+                for kind in MOMENTS:
+                    piece.of(state[kind]).zero_()
+
+    def set_hyperparameters(self, stage: Stage, step: int) -> None:
+        """Set the optimizer's learning rates, weight decay, betas and epsilon for a step.
+
+        Frozen layers stay in the optimizer with a learning rate of 0, so that the division among ranks does
+        not change.
+        """
+        set_hyperparameters(self.optimizer, stage, step)
+
+    def enter_stage(self, stage: Stage, before: Stage | None) -> None:
+        """Enable gradients for the layers of a stage and disable them for all others.
+
+        Args:
+            before: the stage that has just ended, or None in the middle of a stage. Adam's state is reset for
+                layers that `before` did not train.
+        """
+        for layers, members in self.module.layer_groups.items():
+            if before and stage.trains(layers) and not before.trains(layers):
+                self.restart(members)
+            for parameter in members.values():
+                parameter.requires_grad_(stage.trains(layers))
+
+
+def build_engine(
+    model: FineTuning, config: TrainConfig, world_size: int, device: torch.device = CPU
+) -> Engine:
+    """Return an engine over the model's trained parameters; it uses Ray Train's process group."""
+    from ray_jobs.training.flat import Flat
+    from ray_jobs.training.zero import ZeRO
+
+    build: Callable[..., Engine] = Flat if config.flat else ZeRO
+    engine = build(model, config, world_size, device)
+    if config.channels_last:
+        # Only now: both engines flatten what is trained, and DeepSpeed broadcasts the rest.
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return engine
 
 
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:
     """Return the number of pieces (micro-batches) into which every rank splits its rows of a step."""
     most = len(rows_of_rank(config.batch_size, world_size, 0))
     return -(-most // (config.micro_batch_size or most))
-
-
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Return the configuration for `deepspeed.initialize`, with `train.deepspeed` merged in.
-
-    Raises:
-        ValueError: `train.deepspeed` sets an option that `train` has a field for.
-    """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    pieces = pieces_a_step(config, world_size)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": -(-len(rows_of_rank(config.batch_size, world_size, 0)) // pieces),
-        "gradient_accumulation_steps": pieces,
-        "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
-        "steps_per_print": 2**31,
-        # A plain torch optimizer, so that CPU and GPU run the same arithmetic.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's optimizer for offloading must be compiled first
-    }
-    if pieces > 1 and config.precision != "fp32":
-        # DeepSpeed 0.19.8 sums the gradients of several pieces in the model's precision: in bf16, 512 times
-        # 1/512 is then 0.5.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        if config.zero_stage == 1:
-            settings["communication_data_type"] = "fp32"  # for the sums; stages 2 and 3 send each piece
-    return _merged(settings, config.deepspeed, "")
-
-
-def _merged(settings: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(settings)
-    for key, value in raw.items():
-        name = f"{path}{key}"
-        if name in MODELLED:
-            raise ValueError(f"train.deepspeed: {name}: set {MODELLED[name]} instead")
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value, f"{name}.") if both else value
-    return merged
 
 
 def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
@@ -109,85 +171,23 @@ def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
     return found
 
 
-def build_optimizer(model: FineTuning, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the trained parameters."""
-    groups = parameter_groups(model)
+def build_optimizer(
+    groups: Iterable[dict[str, Any]], config: TrainConfig, *, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101) over groups as `parameter_groups` returns them.
+
+    Args:
+        fused: use one kernel for all tensors and all of Adam's arithmetic; None: as torch chooses.
+    """
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    # In host memory the fused form reads and writes each state once instead of about ten times.
-    return torch.optim.AdamW(groups, **settings, fused=config.offload_optimizer or None)
+    return torch.optim.AdamW(list(groups), **settings, fused=fused)
 
 
-def import_deepspeed() -> Any:
-    """Import DeepSpeed without two things that training does not need and that every worker would wait for.
-
-    Its autotuner imports MLflow if installed, which takes longer than all the rest of DeepSpeed. On a CPU it
-    first compiles an all-reduce for inference: that needs a compiler, and a worker that dies meanwhile
-    leaves behind a lock that all later workers would wait for forever.
-    """
-    hide = "mlflow" not in sys.modules
-    if hide:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes importing it an ImportError
-    try:
-        import deepspeed
-    finally:
-        if hide:
-            del sys.modules["mlflow"]
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def build_engine(model: FineTuning, config: TrainConfig, world_size: int) -> Any:
-    """Wrap `model` in a DeepSpeedEngine over the trained parameters, using Ray Train's process group."""
-    settings = deepspeed_config(config, world_size)
-    # ZeRO allocates a whole bucket for gradients at every step, however few there are.
-    num_trained = sum(parameter.numel() for _, parameter in model.all_trained)
-    settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
-    engine, *_ = import_deepspeed().initialize(
-        model=model,
-        optimizer=build_optimizer(model, config),
-        config=settings,
-        dist_init_required=False,
-    )
-    if engine.zero_optimization_stage() == 0:
-        _keep_gradient_norm(engine)
-    return engine
-
-
-def _keep_gradient_norm(engine: Any) -> None:
-    """Make `get_global_grad_norm` return the norm before clipping without ZeRO too.
-
-    There, DeepSpeed 0.19.8 does not keep the norm that it clips by, and returns None.
-    """
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip() -> None:
-        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-
-    engine.clip_fp32_gradients = clip
-
-
-def set_hyperparameters(engine: Any, stage: Stage, step: int) -> None:
-    """Set the optimizer's learning rates, weight decay, betas and epsilon for a step.
-
-    Frozen layers stay in the optimizer with a learning rate of 0, so that ZeRO's partitions do not change.
-    """
+def set_hyperparameters(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> None:
+    """Set an optimizer's learning rates, weight decay, betas and epsilon for a step of a stage."""
     rate = stage.rate(step)
-    for group in engine.optimizer.param_groups:
+    for group in optimizer.param_groups:
         active = stage.trains(group["layers"])
         group["lr"] = rate if active else 0.0
         group["weight_decay"] = stage.weight_decay if active and group["decays"] else 0.0
         group["betas"], group["eps"] = stage.betas, stage.epsilon
-
-
-def enter_stage(engine: Any, stage: Stage, before: Stage | None) -> None:
-    """Enable gradients for the layers of a stage and disable them for all others.
-
-    Args:
-        before: the stage that has just ended, or None in the middle of a stage. Adam's state is reset for
-            layers that `before` did not train.
-    """
-    for layers, members in engine.module.layer_groups.items():
-        if before and stage.trains(layers) and not before.trains(layers):
-            restart_adam(engine, members)
-        for parameter in members.values():
-            parameter.requires_grad_(stage.trains(layers))

@@ -3,8 +3,12 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.training.batch import InputMaker, Piece, loss_shares
+from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
 from ray_jobs.training.checkpoint import (
     REPORTED,
     CheckpointWriter,
@@ -26,21 +30,16 @@ from ray_jobs.training.checkpoint import (
     folder_of,
     last_intact,
 )
-from ray_jobs.training.engine import (
-    build_engine,
-    enter_stage,
-    import_deepspeed,
-    pieces_a_step,
-    set_hyperparameters,
-    sharded_for,
-)
+from ray_jobs.training.engine import build_engine, pieces_a_step
 from ray_jobs.training.monitor import RUNG, Diverged, Meter
 from ray_jobs.training.phases import Stage, stage_at, stages_of
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.training.startup import StartUp
-from ray_jobs.training.state import load_weights, owned_fragments
+from ray_jobs.training.state import load_weights
+from ray_jobs.training.zero import import_deepspeed
 
 DIVERGED = "diverged.json"
+AHEAD = 2  # steps whose inputs are made before they are needed
 POLL_S = 0.5  # seconds between checks for a rung's score
 
 
@@ -106,19 +105,55 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
-    import_deepspeed()
+    settings, device = loop["settings"], get_device()
+    if not settings.config.train.flat:
+        import_deepspeed(device)
     startup.done("imports")
-    settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
     # Rank 0 decides for all ranks: another one might already see a later checkpoint.
     found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
     last = broadcast_from_rank_zero(found)
     if last is None:
-        Training(settings, get_device(), None, startup).run()
+        Training(settings, device, None, startup).run()
         return
     with ray.train.Checkpoint(last.path, last.filesystem).as_directory() as folder:
-        training = Training(settings, get_device(), Resumed(Path(folder)), startup)
+        training = Training(settings, device, Resumed(Path(folder)), startup)
     training.run()
+
+
+class InputsAhead:
+    """The inputs of the coming steps, made in another thread while the device computes.
+
+    Args:
+        rows: the pieces of each of `steps`.
+    """
+
+    def __init__(self, maker: InputMaker, rows: Iterator[list[Piece]], steps: Iterable[int]) -> None:
+        self.maker, self.rows, self.steps = maker, rows, iter(steps)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: deque[Future[list[Sent]]] = deque()
+        for _ in range(AHEAD):
+            self._submit()
+
+    def __enter__(self) -> "InputsAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> "InputsAhead":
+        return self
+
+    def __next__(self) -> list[Sent]:
+        self._submit()
+        return self.ahead.popleft().result()
+
+    def _submit(self) -> None:
+        for step in islice(self.steps, 1):
+            self.ahead.append(self.pool.submit(self._make, step))
+
+    def _make(self, step: int) -> list[Sent]:
+        return [self.maker.begin(piece, step) for piece in next(self.rows)]
 
 
 class Training:
@@ -153,9 +188,10 @@ class Training:
             caption_dropout=config.train.caption_dropout,
         )
         startup.done("model")
-        self.engine = build_engine(model, sharded_for(config.train, self.world_size), self.world_size)
-        self.owned = owned_fragments(self.engine)
-        self.ema = self._averages()
+        self.engine = build_engine(model, config.train, self.world_size, device)
+        self.averaged = list(self.engine.averaged.items())
+        decay = config.train.ema_decay
+        self.ema = EMA(self.averaged, decay) if decay else None
         if resumed:
             resumed.restore(self.engine, self.ema)
         self.done = resumed.step if resumed else 0
@@ -165,32 +201,41 @@ class Training:
         )
         startup.done("engine")
 
-    def _averages(self) -> EMA | None:
-        """Return the EMA of the fragments that this rank owns, so that averaging needs no communication."""
-        decay = self.settings.config.train.ema_decay
-        return EMA([(piece.key, piece.weights) for piece in self.owned], decay) if decay else None
-
     def run(self) -> None:
         """Train through the remaining rungs of the ladder."""
         ladder, stages = self.settings.ladder, self.settings.stages
         if self.done >= ladder[-1]:
             return
         stage = stage_at(stages, self.done + 1)
-        enter_stage(self.engine, stage, None)
-        stream = self._stream(self.done + 1)
+        self.engine.enter_stage(stage, None)
         self.meter.start(self.engine)
+        with closing(self._inputs(range(self.done + 1, ladder[-1] + 1))) as inputs:
+            try:
+                self._run(stage, stages, inputs)
+            except Diverged as error:
+                self._give_up(error)
+
+    def _inputs(self, steps: range) -> Generator[list[Sent]]:
+        """Yield the inputs of each step; all ranks must call this."""
+        with InputsAhead(self.inputs, self._stream(steps[0]), steps) as ahead:
+            yield from ahead
+
+    def _run(self, stage: Stage, stages: list[Stage], inputs: Iterator[list[Sent]]) -> None:
+        """Train through the remaining rungs.
+
+        Raises:
+            Diverged: on all ranks at once.
+        """
+        ladder = self.settings.ladder
         for step in range(self.done + 1, ladder[-1] + 1):
             if step == stage.first and step > 1:
                 before = stages[stages.index(stage) - 1]
-                enter_stage(self.engine, stage, before)
-            set_hyperparameters(self.engine, stage, step)
+                self.engine.enter_stage(stage, before)
+            self.engine.set_hyperparameters(stage, step)
             with self.meter.waiting():
-                rows = next(stream)
-            try:
-                why = self.meter.add(step, stage.rate(step), self._step(rows, step))
-            except Diverged as error:
-                self._give_up(error)
-                return
+                pieces = next(inputs)
+            told = self.meter.told(self._accumulate(pieces, step))
+            why = self.meter.add(step, stage.rate(step), *self.engine.update(told))
             self._average(step)
             if step in ladder or why:
                 self.writer.save(*self.meter.metrics(RUNG if step in ladder else why))
@@ -199,17 +244,13 @@ class Training:
             if step == stage.last and step < ladder[-1]:
                 stage = stage_at(stages, step + 1)
 
-    def _step(self, rows: list[Piece], step: int) -> torch.Tensor:
-        """Take one optimizer step; return this rank's share of the step's mean loss."""
+    def _accumulate(self, pieces: list[Sent], step: int) -> torch.Tensor:
+        """Run the pieces of a step forward and backward; return this rank's share of the step's mean loss."""
         torch.manual_seed(_entropy(self.settings.config.seed, step, self.rank))  # for dropout
         share = torch.zeros((), device=self.engine.device)
-        for piece in rows:
-            inputs, weights = self.inputs.make(piece, step)
-            # DeepSpeed divides by the number of pieces and ranks, but the weights are of the whole batch.
-            loss = (self.engine(**inputs) * weights).sum()
-            self.engine.backward(loss * len(rows) * self.world_size)
-            self.engine.step()
-            share += loss.detach()
+        for number, piece in enumerate(pieces, start=1):
+            inputs, weights = self.inputs.finish(piece)
+            share += self.engine.accumulate(inputs, weights, last=number == len(pieces))
         return share
 
     def _wait_for_score(self, step: int) -> None:
@@ -230,10 +271,10 @@ class Training:
 
     def _average(self, step: int) -> None:
         if self.ema:
-            self.ema.update([(piece.key, piece.weights) for piece in self.owned], step)
+            self.ema.update(self.averaged, step)
 
     def _stream(self, first_step: int) -> Iterator[list[Piece]]:
-        """Yield this rank's pieces of each step from `first_step` on; all ranks must call this."""
+        """Return this rank's pieces of each step from `first_step` on; all ranks must call this."""
         import ray
         from ray.train.collective import broadcast_from_rank_zero
 
@@ -249,8 +290,7 @@ class Training:
         taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=first_step)
         pieces = pieces_a_step(settings.config.train, self.world_size)
         shares = loss_shares(settings.config.train)
-        for batch in taken:
-            yield Piece.cut(batch, shares, self.world_size, self.rank, pieces)
+        return (Piece.cut(batch, shares, self.world_size, self.rank, pieces) for batch in taken)
 
     def _give_up(self, error: Diverged) -> None:
         """Record the divergence for the driver; a restart from the last checkpoint would diverge again."""

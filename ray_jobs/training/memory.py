@@ -1,14 +1,14 @@
 """Memory of the training state on each rank, which ZeRO reduces (arXiv 1910.02054, section 5)."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
-from ray_jobs.training.state import MOMENTS, adam_state, held_fragments
+from ray_jobs.training.engine import Engine
+from ray_jobs.training.fragments import MOMENTS
 
 
-def state_bytes(engine: Any) -> dict[str, int]:
+def state_bytes(engine: Engine) -> dict[str, int]:
     """Return the bytes of state that this rank holds, on any device, by kind.
 
     parameters: the model's parameters, trained and frozen, without encoders and autoencoder.
@@ -17,22 +17,14 @@ def state_bytes(engine: Any) -> dict[str, int]:
     moments: Adam's two moments.
     """
     parameters = _storages(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
-    owners = {id(piece.owner): piece.owner for piece in held_fragments(engine)}.values()
+    owners = {id(piece.owner): piece.owner for piece in engine.held}.values()
     masters = _storages(owners)
     return {
         "parameters": sum(parameters.values()),
-        "gradients": _gradients(engine),
+        "gradients": engine.gradient_bytes,
         "master_weights": sum(size for place, size in masters.items() if place not in parameters),
-        "moments": sum(_storages(adam_state(engine, o)[m] for o in owners for m in MOMENTS).values()),
+        "moments": sum(_storages(engine.adam(o)[m] for o in owners for m in MOMENTS).values()),
     }
-
-
-def _gradients(engine: Any) -> int:
-    """Return the bytes of gradients: whole ones for ZeRO stages 0 and 1, this rank's part for 2 and 3."""
-    size: int = engine.get_data_types()[1].itemsize
-    if engine.zero_optimization_stage() < 2:
-        return sum(parameter.numel() for _, parameter in engine.module.all_trained) * size
-    return sum(piece.numel for piece in held_fragments(engine)) * size
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -12,17 +14,43 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.board import TrainingProgress
 from ray_jobs.run.records import Progress
+from ray_jobs.training.engine import Engine
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.startup import StartUp
 
 POST_EVERY = 2.0  # seconds between progress lines, and between checks for a preemption
 SMOOTHED = 20  # steps over which the displayed loss is averaged
 ENOUGH = 64  # images after which a mean loss is comparable, if that is fewer than SMOOTHED steps
+LATE = 4  # steps after which a step's loss and norm are read, so that no step waits for a GPU
 EXPLODED = 5.0  # multiple of the lowest smoothed loss at which the loss counts as diverged
 RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
 
 Series = list[dict[str, float]]
-"""One row per step: step, loss, grad_norm, learning_rate, time."""
+"""One row per step: step, loss, grad_norm (not of a skipped step), learning_rate, time."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step whose loss and gradient norm may still be on their way from the device.
+
+    Attributes:
+        time: seconds since 1970.
+        told: float32, 4: loss, flags to look and to save, gradient norm; on the CPU once `event` has come.
+        event: CUDA event; None on a CPU.
+    """
+
+    step: int
+    rate: float
+    time: float
+    told: torch.Tensor
+    event: Any
+
+    def read(self) -> tuple[float, bool, bool, float]:
+        """Wait for the numbers; return loss, flags to look and to save, and gradient norm."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, look, due, norm = self.told.tolist()
+        return loss, bool(look), bool(due), norm
 
 
 class Diverged(RuntimeError):
@@ -54,8 +82,10 @@ class Meter:
         self.lowest = math.inf
         self.recent: list[float] = []
         self.preempted = False
+        self.taken: deque[Taken] = deque()
+        self.skipped = 0
 
-    def start(self, engine: Any) -> None:
+    def start(self, engine: Engine) -> None:
         """Start measuring the steps of an engine, and report what it keeps in memory."""
         self.engine, self.state_bytes = engine, state_bytes(engine)
         if self.rank == 0 and self.board is not None:
@@ -66,6 +96,7 @@ class Meter:
 
     def _restart(self) -> None:
         self.series: Series = []
+        self.counted = 0  # steps since then, their numbers read or not
         self.seconds, self.waited, self.last = 0.0, 0.0, time.monotonic()
 
     def go_on(self) -> None:
@@ -81,11 +112,33 @@ class Meter:
         if self.startup:
             self.startup.done("first_row")
 
-    def add(self, step: int, rate: float, share: torch.Tensor) -> str:
+    def told(self, share: torch.Tensor) -> torch.Tensor:
+        """Return what the ranks sum at a step: a share of the loss, and flags that rank 0 sets by its clock.
+
+        Returns:
+            float32, 3, on the share's device: loss, whether to look, whether to save.
+        """
+        now = time.monotonic()
+        look = self.rank == 0 and now - self.posted_at > POST_EVERY
+        due = self.rank == 0 and now - self.saved_at > 60 * self.config.checkpoint_minutes
+        told = torch.zeros(3, device=share.device)
+        told[0] = share
+        if look:
+            self.posted_at = now
+            told[1].fill_(1)
+        if due:
+            self.saved_at = now
+            told[2].fill_(1)
+        return told
+
+    def add(self, step: int, rate: float, sums: torch.Tensor, norm: torch.Tensor) -> str:
         """Record a step; return why a checkpoint is due (INTERVAL, PREEMPTION) or "", the same on all ranks.
 
+        A step's numbers are read `LATE` steps later.
+
         Args:
-            share: this rank's share of the step's loss.
+            sums: `told`, summed over all ranks.
+            norm: float32, of the gradient before clipping.
 
         Raises:
             Diverged: on all ranks at once.
@@ -93,38 +146,43 @@ class Meter:
         now = time.monotonic()
         if self.startup:
             self.startup.done("first_step")
-        if not self.series and self.warming_up:
+        if self.warming_up and not self.counted:
             self.waited, self.saved_at = 0.0, now
         else:
             self.seconds += now - self.last
         self.last = now
-        look = self.rank == 0 and now - self.posted_at > POST_EVERY
-        due = self.rank == 0 and now - self.saved_at > 60 * self.config.checkpoint_minutes
-        loss, look, due = self._agreed(share, look, due)
+        self.counted += 1
         if self.rank == 0 and self.board is not None:
             self.board.count.remote(self.trial_id)
-        norm = float(self.engine.get_global_grad_norm())
-        self._watch(step, loss, norm)
-        self.series.append(
-            {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "time": time.time()}
-        )
-        preempted = False
-        if look:
-            self.posted_at = now
-            preempted = self._preempted()
-            if self.rank == 0 and self.board is not None and self.seconds:
-                self.board.post.remote(self.trial_id, self._progress().line())
-        if due or preempted:
-            self.saved_at = now
+        self.taken.append(Taken(step, rate, time.time(), *_to_host(torch.cat([sums, norm[None]]))))
+        return self._read(self.taken.popleft()) if len(self.taken) > LATE else ""
+
+    def read_all(self) -> None:
+        """Read the numbers of all steps so far.
+
+        Raises:
+            Diverged: on all ranks at once.
+        """
+        while self.taken:
+            self._read(self.taken.popleft())
+
+    def _read(self, taken: Taken) -> str:
+        loss, look, due, norm = taken.read()
+        self._watch(taken.step, loss, norm)
+        row = {"step": taken.step, "loss": loss, "learning_rate": taken.rate, "time": taken.time}
+        self.series.append(row | ({"grad_norm": norm} if math.isfinite(norm) else {}))
+        preempted = look and self._preempted()
+        if look and self.rank == 0 and self.board is not None and self.seconds:
+            self._post()
         return PREEMPTION if preempted else INTERVAL if due else ""
 
-    def _agreed(self, share: torch.Tensor, look: bool, due: bool) -> tuple[float, bool, bool]:
-        """Return the loss summed over all ranks, and the flags that rank 0 set by its clock."""
-        both = torch.stack([share.float(), *(share.new_tensor(float(flag)) for flag in (look, due))])
-        if self.engine.world_size > 1:
-            torch.distributed.all_reduce(both)
-        loss, look_too, due_too = both.tolist()
-        return loss, bool(look_too), bool(due_too)
+    def _post(self) -> None:
+        """Post the progress, and how many steps were skipped if that is new."""
+        self.board.post.remote(self.trial_id, self._progress().line())
+        if self.engine.skipped > self.skipped:
+            self.skipped = self.engine.skipped
+            line = f"{self.trial_id}  {self.skipped} steps skipped: their gradients were not finite"
+            self.board.post.remote(f"{self.trial_id}/skipped {self.skipped}", line)
 
     def _preempted(self) -> bool:
         """Return whether a preemption notice has arrived since the last check."""
@@ -159,7 +217,7 @@ class Meter:
 
     @property
     def seconds_per_step(self) -> float:
-        return self.seconds / max(1, len(self.series) - self.warming_up)
+        return self.seconds / max(1, self.counted - self.warming_up)
 
     @property
     def images_per_second(self) -> float:
@@ -174,7 +232,7 @@ class Meter:
             self.ladder[-1],
             min(rung for rung in self.ladder if rung >= step),
             loss=sum(self.recent) / len(self.recent),
-            grad_norm=last["grad_norm"],
+            grad_norm=last.get("grad_norm", math.inf),
             learning_rate=last["learning_rate"],
             images_per_second=self.images_per_second,
             waiting=self.waited / self.seconds,
@@ -187,23 +245,40 @@ class Meter:
 
         Args:
             why: RUNG, INTERVAL or PREEMPTION.
+
+        Raises:
+            Diverged: on all ranks at once.
         """
+        self.read_all()
         series, step = self.series, int(self.series[-1]["step"])
+        norms = [row["grad_norm"] for row in series if "grad_norm" in row]
         progress = Progress(
             step=step,
             train_loss=sum(row["loss"] for row in series) / len(series),
-            grad_norm=sum(row["grad_norm"] for row in series) / len(series),
             images_per_second=self.images_per_second,
             waiting_for_data=self.waited / self.seconds if self.seconds else 0.0,
             state_bytes=self.state_bytes,
             why=why,
             world_size=self.engine.world_size,
         )
+        if norms:
+            progress |= {"grad_norm": sum(norms) / len(norms)}
         if self.startup:
             progress, self.startup = progress | {"startup_seconds": self.startup.record}, None
         self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
         self._restart()
         return progress, series
+
+
+def _to_host(numbers: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Begin to copy numbers to the host; return them, and the CUDA event after which they may be read."""
+    if numbers.device.type == "cpu":
+        return numbers, None
+    there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    there.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event
 
 
 def memory_gib(device: torch.device) -> float:

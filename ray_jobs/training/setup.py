@@ -16,8 +16,8 @@ from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
-from ray_jobs.training.engine import deepspeed_config
 from ray_jobs.training.phases import ever_trainable, stages_of
+from ray_jobs.training.zero import deepspeed_config
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER

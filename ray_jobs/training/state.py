@@ -8,132 +8,40 @@ and it needs no pickle.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ray_jobs.training.engine import Engine
+from ray_jobs.training.fragments import MOMENTS, Fragment
+
 WEIGHTS, AVERAGES = "weights", "ema"
 REDUCED_AT_ONCE = 1 << 24  # elements
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """The part of a trained parameter whose state this rank keeps.
-
-    Attributes:
-        name: name of the parameter.
-        start: index of the fragment's first element in the flattened parameter.
-        owner: fp32 tensor that the optimizer updates; the fragment is its elements `offset` to
-            `offset + numel`.
-    """
-
-    name: str
-    start: int
-    owner: torch.Tensor
-    offset: int
-    numel: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.start}/{self.name}"
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a 1-D view of the fragment's elements in a tensor with the owner's layout."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-
-    @property
-    def weights(self) -> torch.Tensor:
-        return self.of(self.owner)
-
-
-def held_fragments(engine: Any) -> list[Fragment]:
-    """Return all that this rank's optimizer updates: whole parameters under stage 0, else its own parts."""
-    pieces = (_fragment(engine, name, parameter) for name, parameter in engine.module.all_trained)
-    return [piece for piece in pieces if piece is not None]
-
-
-def owned_fragments(engine: Any) -> list[Fragment]:
-    """Return the fragments that this rank saves and averages; each element is owned by exactly one rank."""
-    held = held_fragments(engine)
-    if engine.zero_optimization_stage() > 0:
-        return held
-    rank, world_size = engine.global_rank, engine.world_size
-    cuts = [
-        (piece, piece.numel * rank // world_size, piece.numel * (rank + 1) // world_size) for piece in held
-    ]
-    return [
-        Fragment(piece.name, begin, piece.owner, begin, end - begin)
-        for piece, begin, end in cuts
-        if end > begin
-    ]
-
-
-def _fragment(engine: Any, name: str, parameter: Any) -> Fragment | None:
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return Fragment(name, 0, parameter, 0, parameter.numel())
-    if stage == 3:
-        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = engine.global_rank * parameter.partition_numel()
-        numel = min(length, parameter.ds_numel - start)  # the last rank's part is padded
-        owner = optimizer.fp32_partitioned_groups_flat[group]
-        return Fragment(name, start, owner, offset, numel) if numel > 0 else None
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    [owner] = optimizer.param_groups[mapping.param_group_index]["params"]
-    address = mapping.get_hp_fragment_address()
-    return Fragment(name, mapping.lp_fragment_address.start, owner, address.start, address.numel)
-
-
-def adam_state(engine: Any, owner: torch.Tensor) -> dict[str, Any]:
-    """Return Adam's state for a tensor that the optimizer updates; zeros before the first step."""
-    state: dict[str, Any] = engine.basic_optimizer.state[owner]
-    if not state:
-        state["step"] = torch.tensor(0.0)
-        state.update({name: torch.zeros_like(owner) for name in MOMENTS})
-    return state
-
-
-def restart_adam(engine: Any, names: Iterable[str]) -> None:
-    """Set the moments and the step count of the named parameters to 0, as before Adam's first step.
-
-    While parameters are frozen, ZeRO lets their moments decay and counts steps; without ZeRO neither changes.
-
-    Args:
-        names: parameter names. Of the parameters that the optimizer updates as one tensor, name all or none.
-    """
-    wanted = set(names)
-    for piece in held_fragments(engine):
-        if piece.name in wanted:
-            state = adam_state(engine, piece.owner)
-            state["step"].zero_()
-            for kind in MOMENTS:
-                piece.of(state[kind]).zero_()
-
-
 def snapshot(
-    engine: Any, averages: dict[str, torch.Tensor]
+    engine: Engine, averages: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Copy the state that this rank owns to host memory.
 
     Args:
-        averages: EMA vectors by fragment key; empty without averaging.
+        averages: EMA vectors, named as in `engine.averaged`; empty without averaging.
 
     Returns:
         fp32 vectors by `<kind>/<start>/<name>`, and the number of Adam steps by parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     steps: dict[str, int] = {}
-    for piece in owned_fragments(engine):
-        state = adam_state(engine, piece.owner)
-        steps[piece.name] = int(state["step"])
+    counted: dict[int, int] = {}  # by owner: each look at a device waits for it
+    for piece in engine.owned:
+        state = engine.adam(piece.owner)
+        if id(piece.owner) not in counted:
+            counted[id(piece.owner)] = int(state["step"])
+        steps[piece.name] = counted[id(piece.owner)]
         kinds = {WEIGHTS: piece.weights} | {kind: piece.of(state[kind]) for kind in MOMENTS}
         if averages:
-            kinds[AVERAGES] = averages[piece.key]
+            kinds[AVERAGES] = engine.average(averages, piece)
         tensors |= {f"{kind}/{piece.key}": _on_host(value) for kind, value in kinds.items()}
     return tensors, steps
 
@@ -226,15 +134,15 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
 
 
 @torch.no_grad()
-def load_state(shards: Shards, engine: Any) -> None:
+def load_state(shards: Shards, engine: Engine) -> None:
     """Restore the weights that the optimizer updates, and Adam's state.
 
     The weights need it because an engine derives its fp32 weights from the model's after rounding those to
     bf16 or fp16.
     """
     counted: dict[int, int] = {}  # steps by owner; without ZeRO, unused parameters count none
-    for piece in held_fragments(engine):
-        state = adam_state(engine, piece.owner)
+    for piece in engine.held:
+        state = engine.adam(piece.owner)
         piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
         for kind in MOMENTS:
             piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
@@ -243,17 +151,17 @@ def load_state(shards: Shards, engine: Any) -> None:
         state["step"].fill_(stored)
 
 
-def whole(engine: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def whole(engine: Engine, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gather every parameter's values from all ranks' fragments into rank 0's host memory.
 
     All ranks must call this; ranks other than 0 get an empty dict.
 
     Args:
-        values: the values that this rank owns, by fragment key.
+        values: the values that this rank owns, named as in `engine.averaged`.
     """
     found: dict[str, torch.Tensor] = {}
     mine: dict[str, list[Fragment]] = {}
-    for piece in owned_fragments(engine):
+    for piece in engine.owned:
         mine.setdefault(piece.name, []).append(piece)
     for bucket in _buckets(engine.module.all_trained):
         sizes = {name: _numel(parameter) for name, parameter in bucket}
@@ -261,12 +169,13 @@ def whole(engine: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         begin = 0
         for name, numel in sizes.items():
             for piece in mine.get(name, []):
-                flat[begin + piece.start : begin + piece.start + piece.numel] = values[piece.key]
+                at = begin + piece.start
+                flat[at : at + piece.numel] = engine.average(values, piece)
             begin += numel
         if engine.world_size > 1:
             # Each element has one owner; the other ranks add 0 to it.
             torch.distributed.reduce(flat, dst=0)
-        if engine.global_rank == 0:
+        if engine.rank == 0:
             pieces = flat.cpu().split(list(sizes.values()))
             for (name, parameter), values_of_it in zip(bucket, pieces, strict=True):
                 found[name] = values_of_it.view(_shape(parameter)).clone()

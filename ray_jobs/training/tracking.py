@@ -241,6 +241,7 @@ class Mirror:
                 Metric(name, float(row[field]), _milliseconds(row), int(row["step"]))
                 for row in rows
                 for name, field in STEP_METRICS.items()
+                if field in row  # a step that was skipped has no gradient norm
             ]
             last = int(rows[-1]["step"])
             if last == progress.step:

@@ -1,4 +1,4 @@
-"""Ray Train workers with a real DeepSpeed engine: sharded, exact, resumable."""
+"""Ray Train workers with both engines, DeepSpeed's and the flat one: sharded, exact, resumable."""
 
 import json
 from itertools import count, product
@@ -59,26 +59,33 @@ def train_variants(
         from safetensors.torch import save_file
         from torch._dynamo.utils import counters
 
+        from ray_jobs.training.flat import Flat
         from ray_jobs.training.loop import LoopSettings, Training
         from ray_jobs.training.memory import state_bytes
         from ray_jobs.training.state import whole
 
         def gradients(engine: Any) -> int:
-            optimizer, tensors = engine.optimizer, [p.grad for _, p in engine.module.all_trained]
-            if engine.zero_optimization_stage() == 3:
+            if isinstance(engine, Flat):
+                tensors = [chunk.kept for chunk in engine.chunks]
+                tensors += [
+                    chunk.message[1] for chunk in engine.chunks if engine.stage == 2 and chunk.message
+                ]
+                return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            optimizer, tensors = engine.engine.optimizer, [p.grad for _, p in engine.module.all_trained]
+            if engine.stage == 3:
                 tensors = [optimizer.grad_partitions_flat_buffer]
             elif hasattr(optimizer, "fp32_groups_gradients_flat"):  # DeepSpeed's BF16_Optimizer
                 tensors += optimizer.fp32_groups_gradients_flat
-            elif engine.zero_optimization_stage():
+            elif engine.stage:
                 kept = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
                 tensors += [tensor for group in kept for tensor in group or ()]
             storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
             return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
         def watch(training: Any, variant: str, last: int) -> None:
-            engine, add, advance = training.engine, training.meter.add, training.engine.step
+            engine, add, advance = training.engine, training.meter.add, training.engine.update
 
-            def step_and_tell() -> None:
+            def step_and_tell(sums: torch.Tensor) -> Any:
                 told = json.dumps(
                     {
                         "state": state_bytes(engine),
@@ -87,8 +94,8 @@ def train_variants(
                     }
                 )
                 Path(loop["folder"], f"{variant}-{training.rank}.json").write_text(told)
-                engine.step = advance
-                advance()
+                engine.update = advance
+                return advance(sums)
 
             def add_and_keep(step: int, *rest: Any) -> str:
                 if step == last:
@@ -97,7 +104,7 @@ def train_variants(
                         save_file(averages, Path(loop["folder"], f"{variant}.safetensors"))
                 return str(add(step, *rest))
 
-            engine.step, training.meter.add = step_and_tell, add_and_keep
+            engine.update, training.meter.add = step_and_tell, add_and_keep
 
         torch.set_num_threads(1)
         for variant, config in loop["variants"].items():
@@ -222,7 +229,11 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
         plain = ["train.method=full", "train.learning_rate=1e-3", "search.ladder=[8]", *overrides]
         return tiny_config(tiny_model, picture_folder, tmp_path, *plain)
 
-    stages = {f"2 workers, stage {n}": config(zero_stage=n, micro_batch_size=1) for n in range(4)}
+    kinds = [("flat", stage) for stage in range(3)] + [("deepspeed", stage) for stage in range(4)]
+    stages = {
+        f"2 workers, {engine} {stage}": config(engine=engine, zero_stage=stage, micro_batch_size=1)
+        for engine, stage in kinds
+    }
     wild = "{steps: 1, learning_rate: 0.9, schedule: constant}"
     stages["diverges"] = config(stages=f"[{{steps: 5, learning_rate: 1e-5}}, {wild}]")
     found = train_variants(stages, tiny_dataset, tmp_path, two_workers, steps=8)
@@ -247,13 +258,17 @@ def test_losses_averages_and_memory_are_as_the_zero_stage_and_the_number_of_work
     whole = sum(values.nbytes for values in averages.values())
     largest = max(values.nbytes for values in averages.values())
     halved = {0: (), 1: ("moments",), 2: ("moments", "gradients"), 3: ("moments", "gradients", "parameters")}
-    for stage, rank in product(range(4), range(2)):
-        told = json.loads((tmp_path / f"2 workers, stage {stage}-{rank}.json").read_text())
+    for (engine, stage), rank in product(kinds, range(2)):
+        told = json.loads((tmp_path / f"2 workers, {engine} {stage}-{rank}.json").read_text())
         for kind, bytes_unsharded in (("parameters", whole), ("gradients", whole), ("moments", 2 * whole)):
             share = 0.5 if kind in halved[stage] else 1
-            assert told["state"][kind] == pytest.approx(share * bytes_unsharded, rel=0.01), (stage, kind)
+            assert told["state"][kind] == pytest.approx(share * bytes_unsharded, rel=0.01), (
+                engine,
+                stage,
+                kind,
+            )
         # A tensor that lies in both ranks' parts is kept whole.
-        assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, stage
+        assert 0 <= told["gradients"] - told["state"]["gradients"] <= largest, (engine, stage)
 
 
 def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(

@@ -15,6 +15,7 @@ from ray_jobs.planning.footprint import footprint
 from ray_jobs.planning.plan import Model
 from ray_jobs.training import engine
 from ray_jobs.training.setup import build_model
+from ray_jobs.training.zero import sharded_for
 from tests.tiny_models import FAMILY_MODELS
 
 pytestmark = pytest.mark.slow  # every test builds a model
@@ -73,7 +74,7 @@ MEASURED = {
 @pytest.mark.parametrize("stage", range(4))
 def test_a_ranks_bytes_are_the_measured_ones_to_two_percent(method: str, stage: int) -> None:
     lora = {"rank": 32, "alpha": 32, "target_modules": DEMO_TARGETS}
-    config = a_config(BASE, method=method, lora=lora, zero_stage=stage, num_workers=2)
+    config = a_config(BASE, method=method, lora=lora, zero_stage=stage, num_workers=2, engine="deepspeed")
     found = Model(config).memory(config.train).device
     assert found.kept / 2**20 == pytest.approx(MEASURED[method][stage], rel=0.02)
 
@@ -94,6 +95,7 @@ def test_zero_divides_what_its_paper_says() -> None:
         train = TrainConfig(
             method="full",
             precision="bf16",
+            engine="deepspeed",
             zero_stage=stage,
             batch_size=128,
             micro_batch_size=1,
@@ -104,7 +106,7 @@ def test_zero_divides_what_its_paper_says() -> None:
 
 
 def test_what_is_offloaded_leaves_the_device_and_nothing_is_lost() -> None:
-    plain = TrainConfig(zero_stage=3, precision="bf16", use_gpu=True)
+    plain = TrainConfig(zero_stage=3, precision="bf16", use_gpu=True, engine="deepspeed")
     offloading = plain.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
     sizes = {"whole": 1_000_000, "trained": 400_000, "workers": 4}
     here, found = rank_memory(plain, **sizes), rank_memory(offloading, **sizes)
@@ -120,7 +122,8 @@ def test_batches_and_sharding_are_the_engines(workers: int, micro: int | None, m
     train = TrainConfig(batch_size=10, micro_batch_size=micro, num_workers=workers, method=method)
     assert rows_a_worker(train, workers) == max(len(rows_of_rank(10, workers, r)) for r in range(workers))
     assert pieces_a_step(train, workers) == engine.pieces_a_step(train, workers)
-    assert effective_stage(train, workers) == engine.sharded_for(train, workers).zero_stage
+    deepspeed = train.model_copy(update={"engine": "deepspeed"})
+    assert effective_stage(deepspeed, workers) == sharded_for(train, workers).zero_stage
 
 
 LORA: dict[str, dict[str, Any] | None] = {

@@ -1,4 +1,4 @@
-"""What a DeepSpeed engine makes of a step, on two workers and with numbers that are known beforehand."""
+"""What both engines make of a step, on two workers and with numbers that are known beforehand."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine_cases import PIECES, STAGES, expected_in_stages, gradient_in_pieces, weights_in_stages
+from tests.engine_cases import PIECES, VARIANTS, expected_in_stages, gradient_in_pieces, weights_in_stages
 from tests.workers import Workers
 
 
@@ -31,10 +31,11 @@ def test_the_gradient_of_a_step_in_pieces_is_exact_at_every_stage_and_in_bf16(
 ) -> None:
     exact = sum(PIECES) / len(PIECES) * 8**0.5
     for found in on_ranks(gradient_in_pieces, tmp_path, two_workers):
-        assert len(found) == 7
+        assert len(found) == len(VARIANTS)
         for variant, step in found.items():
             assert step["norm"] == pytest.approx(exact, rel=1e-6), variant
-        of_bf16 = [found[f"bf16 {stage}"]["state"]["gradients"] for stage in STAGES["bf16"]]
+            assert step["told"] == [2, 2], variant
+        of_bf16 = [found[f"deepspeed bf16 {stage}"]["state"]["gradients"] for stage in (1, 2, 3)]
         assert of_bf16 == [8 * 4, 4 * 4, 4 * 4]  # in fp32 while they are summed
 
 
@@ -45,7 +46,7 @@ def test_layers_decay_and_come_back_as_with_torchs_adamw_at_every_stage_offloade
     expected = expected_in_stages()
     first_again = torch.tensor(expected[5]["first.weight"]) - torch.tensor(expected[4]["first.weight"])
     torch.testing.assert_close(first_again.abs(), torch.full((3, 4), 0.1))  # Adam's first step is the rate
-    assert len(found) == 12
+    assert len(found) == 18
     for variant, seen in found.items():
         for step, (mine, right) in enumerate(zip(seen, expected, strict=True), start=1):
             for name in right:
