@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ray_jobs.config import TrainConfig
-from ray_jobs.training.engine import build_engine
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.phases import stage_at, stages_of
+from ray_jobs.training.setup import build_engine
 from ray_jobs.training.state import (
     Shards,
     load_state,

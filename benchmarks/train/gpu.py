@@ -18,8 +18,8 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import Diffusion, Draws, LossSettings
 from ray_jobs.diffusion.randomness import draw
-from ray_jobs.training.engine import build_engine
 from ray_jobs.training.phases import stages_of
+from ray_jobs.training.setup import build_engine
 
 METHODS = ("lora", "full")
 TURNS = {"small": 2, "full": 9}  # after one that warms up

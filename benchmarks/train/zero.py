@@ -11,10 +11,10 @@ from benchmarks.data.measuring import in_fresh_process
 from benchmarks.train.limit import METHODS, bare_loop
 from benchmarks.train.measuring import changed, first_inputs, prepared, run_on_workers, timed_turns
 from ray_jobs.config import Config
-from ray_jobs.training.engine import Engine, build_engine
+from ray_jobs.training.engine import Engine
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.phases import stages_of
-from ray_jobs.training.setup import build_model
+from ray_jobs.training.setup import build_engine, build_model
 from ray_jobs.training.zero import ZeRO
 
 TURNS = {"small": 2, "full": 9}  # after one that warms up

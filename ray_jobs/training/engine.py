@@ -5,7 +5,7 @@ in few flat tensors; `ZeRO` (zero.py) is DeepSpeed's, for what only DeepSpeed of
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.training.fragments import MOMENTS, Fragment
 from ray_jobs.training.phases import Stage
-
-CPU = torch.device("cpu")
 
 
 class Engine(ABC):
@@ -132,23 +130,6 @@ class Engine(ABC):
                 self.restart(members)
             for parameter in members.values():
                 parameter.requires_grad_(stage.trains(layers))
-
-
-def build_engine(
-    model: FineTuning, config: TrainConfig, world_size: int, device: torch.device = CPU
-) -> Engine:
-    """Return an engine over the model's trained parameters; it uses Ray Train's process group."""
-    from ray_jobs.training.flat import Flat
-    from ray_jobs.training.zero import ZeRO
-
-    build: Callable[..., Engine] = Flat if config.flat else ZeRO
-    engine = build(model, config, world_size, device)
-    if config.channels_last:
-        # Only now: both engines flatten what is trained, and DeepSpeed broadcasts the rest.
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return engine
 
 
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:

@@ -30,10 +30,10 @@ from ray_jobs.training.checkpoint import (
     folder_of,
     last_intact,
 )
-from ray_jobs.training.engine import build_engine, pieces_a_step
+from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.monitor import RUNG, Diverged, Meter
 from ray_jobs.training.phases import Stage, stage_at, stages_of
-from ray_jobs.training.setup import build_model, exporter
+from ray_jobs.training.setup import build_engine, build_model, exporter
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights
 from ray_jobs.training.zero import import_deepspeed

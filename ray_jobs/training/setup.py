@@ -1,7 +1,7 @@
 """Build the model that a worker trains: the base, frozen and prepared as configured."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
+from ray_jobs.training.engine import Engine
+from ray_jobs.training.flat import Flat
 from ray_jobs.training.phases import ever_trainable, stages_of
-from ray_jobs.training.zero import deepspeed_config
+from ray_jobs.training.zero import ZeRO, deepspeed_config
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
+
+CPU = torch.device("cpu")
 
 
 def loss_settings(config: TrainConfig) -> LossSettings:
@@ -164,6 +168,20 @@ def _prepare(parts: Mapping[str, Any], family: Family, config: TrainConfig) -> N
             part.gradient_checkpointing_enable()
         if config.compile and denoises:
             part.compile()
+
+
+def build_engine(
+    model: FineTuning, config: TrainConfig, world_size: int, device: torch.device = CPU
+) -> Engine:
+    """Return an engine over the model's trained parameters; it uses Ray Train's process group."""
+    build: Callable[..., Engine] = Flat if config.flat else ZeRO
+    engine = build(model, config, world_size, device)
+    if config.channels_last:
+        # Only now: both engines flatten what is trained, and DeepSpeed broadcasts the rest.
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return engine
 
 
 def exporter(config: Config, pipeline: Pipeline, model: FineTuning, rank: int) -> Export:

@@ -136,7 +136,13 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.zero_stage=0", "train.precision=bf16"], "bf16 needs zero_stage 1, 2 or 3"),
+        (
+            ["train.engine=deepspeed", "train.zero_stage=0", "train.precision=bf16"],
+            "bf16 with DeepSpeed needs zero_stage 1, 2 or 3",
+        ),
+        (["train.engine=flat", "train.zero_stage=3"], "engine: flat does not have zero_stage: 3"),
+        (["train.engine=flat", "train.offload_optimizer=true"], "flat does not have offload_optimizer"),
+        (["train.engine=flat", "train.deepspeed={a: 1}"], "flat does not have deepspeed"),
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
         (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has no warm-up"),
         (

@@ -81,8 +81,7 @@ def train_under(base: Path, engine_settings: dict[str, Any]) -> Moves:
     import torch
 
     from ray_jobs.config import Config
-    from ray_jobs.training.engine import build_engine
-    from ray_jobs.training.setup import build_model
+    from ray_jobs.training.setup import build_engine, build_model
     from ray_jobs.weights.loading import load_pipeline
 
     settings = staged().model_copy(update={**engine_settings, "num_workers": 1})
