@@ -1,0 +1,8 @@
+"""`python -m tests.cuda training|serving FOLDER`: run one of the programs on the pretended device."""
+
+import importlib
+import sys
+from pathlib import Path
+
+importlib.import_module("tests.cuda.pretend")  # before torch
+importlib.import_module(f"tests.cuda.{sys.argv[1]}").main(Path(sys.argv[2]))

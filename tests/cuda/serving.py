@@ -1,0 +1,111 @@
+"""Sampling and the serving engine on a pretended GPU: what launches, waits and copies a step makes.
+
+`python -m tests.cuda serving FOLDER` prints a line of JSON for each case; FOLDER has the models of
+`tests.tiny_models`, which are written there if they are missing.
+"""
+
+import json
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families import FAMILIES
+from ray_jobs.diffusion.sampling import sample_pictures
+from ray_jobs.weights.loading import load_pipeline
+from serving.engine.engine import Engine
+from serving.engine.optimizations import prepare
+from serving.request import Request
+from tests.cuda.pretend import Pretend
+from tests.tiny_models import FAMILY_MODELS, write
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int8 weights": {"int8_weights": True},
+    "encoders offloaded": {"offload": "encoders"},
+    "model offloaded": {"offload": "model"},
+}
+OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True}, "cached features": {}}
+
+
+def requests() -> list[Request]:
+    image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    size = {"height": 64, "width": 64}
+    return [
+        Request("a red circle", 1, 6, 2.0, **size),
+        Request("a blue cross", 2, 3, 1.0, **size),
+        Request("", 3, 6, 3.0, image=image, strength=0.7, **size),
+        Request("a green square", 4, 6, 2.0, previews=1, **size),
+    ]
+
+
+def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> dict[str, Any]:
+    """Draw requests that join at once; return what each engine step counted."""
+    pipeline = load_pipeline(str(base))
+    prepare(pipeline, "cuda", precision="bf16", **settings)
+    engine = Engine(pipeline, device="cuda", max_rows=4, cache_features=case == "cached features")
+    futures = [
+        engine.submit(request, (lambda done, picture: None) if request.previews else None)
+        for request in requests()
+    ]
+    steps = []
+    while engine.unfinished:
+        device.reset()
+        engine.step()
+        steps.append(
+            {
+                "launches": device.launches,
+                "waits": dict(device.waits),
+                "to_device": dict(device.to_device),
+                "decoded": engine.decoder.pictures,
+            }
+        )
+    for future in futures:
+        assert future.result(0).pixels.device.type == "cpu"
+    engine.close()
+    return {"steps": steps}
+
+
+def sample(base: Path, device: Pretend) -> dict[str, Any]:
+    """Draw as the evaluator does."""
+    pipeline = load_pipeline(str(base)).to("cuda")
+    device.reset()
+    drawn = sample_pictures(
+        pipeline,
+        ["a", "b", "c"],
+        [1, 2, 3],
+        shapes=[(64, 64)] * 3,
+        num_steps=4,
+        guidance_scale=2.0,
+        batch_size=2,
+    )
+    assert sum(len(pictures) for pictures in drawn) == 3
+    return {"waits": dict(device.waits), "to_device": dict(device.to_device)}
+
+
+def tell(**found: Any) -> None:
+    print(json.dumps(found), flush=True)
+
+
+def main(folder: Path) -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc]  # its tensors know no wrappers
+    for name in FAMILY_MODELS:
+        base = folder / name
+        if not base.exists():
+            write(name, base)
+        cases = SWITCHES | (OF_UNETS if FAMILIES[name].is_unet else {})
+        for case, settings in cases.items():
+            try:
+                with Pretend() as device:
+                    tell(family=name, case=case, **draw(base, case, settings, device))
+            except Exception:  # told, so that the other cases are seen too
+                tell(family=name, case=case, error=traceback.format_exc())
+        try:
+            with Pretend() as device:
+                tell(family=name, case="sampling", **sample(base, device))
+        except Exception:
+            tell(family=name, case="sampling", error=traceback.format_exc())

@@ -1,0 +1,128 @@
+"""Training steps on a pretended GPU: what launches, waits and copies each of its parts makes.
+
+`python -m tests.cuda training FOLDER` prints a line of JSON for each case; FOLDER has the models of
+`tests.tiny_models`, which are written there if they are missing.
+"""
+
+import json
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.config import Config
+from ray_jobs.diffusion.ema import EMA
+from ray_jobs.training.batch import InputMaker, Piece, loss_shares
+from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.monitor import LATE, Meter
+from ray_jobs.training.phases import stages_of
+from ray_jobs.training.setup import build_engine, build_model
+from ray_jobs.training.startup import StartUp
+from ray_jobs.training.state import snapshot, whole
+from ray_jobs.weights.encoders import Encoders
+from tests.cuda.pretend import Pretend
+from tests.tiny_models import FAMILY_MODELS, write
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "dora in pieces, recomputed": {
+        "method": "lora",
+        "lora": {"use_dora": True, "rank": 4, "alpha": 4},
+        "micro_batch_size": 2,
+        "gradient_checkpointing": True,
+    },
+    "full, channels last, offset noise": {
+        "method": "full",
+        "channels_last": True,
+        "loss": {"offset_noise": 0.1, "input_perturbation": 0.1, "huber_delta": 0.1},
+    },
+}
+STEPS = 2  # the second is counted: Adam has its state then
+CAPTIONS = ["a red circle", "a blue cross", "", "a green square"]
+
+
+def config_of(base: Path, folder: Path, **train: Any) -> Config:
+    settings = {"batch_size": 4, "num_workers": 1, "use_gpu": True, "precision": "bf16", **train}
+    return Config.model_validate(
+        {
+            "name": "pretended",
+            "storage": str(folder),
+            "data": {"source": "unused", "resolution": 64},
+            "model": {"base": str(base)},
+            "train": settings,
+            "search": {"learning_rates": [1e-3], "ladder": [1000]},
+        }
+    )
+
+
+def train(config: Config, device: Pretend) -> dict[str, Any]:
+    """Take steps as the loop takes them; return the counts of the last one."""
+    cuda = torch.device("cuda:0")
+    encoders = Encoders(config.model.base, device="cuda")
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8).numpy()
+    mean, logvar = encoders.encode_pictures(pixels)
+    captions, empty = encoders.encode_captions(CAPTIONS), encoders.encode_captions([""])
+    pipeline, model = build_model(config, "cuda")
+    model.to(cuda)  # on a real GPU parameters stay the same objects; here they are new ones
+    model.remember_trained({})
+    maker = InputMaker(pipeline.vae, model, empty, cuda, seed=0, caption_dropout=config.train.caption_dropout)
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
+    rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
+    batch = {
+        name: rows[name].bfloat16() if rows[name].is_floating_point() else rows[name]
+        for name in maker.columns
+    }
+    engine = build_engine(model, config.train, 1, cuda)
+    averaged = list(engine.averaged.items())
+    average = EMA(averaged, 0.99)
+    meter = Meter("trial", [1000], config.train, None, 1, StartUp())  # rank 0 asks Ray
+    meter.start(engine)
+    [stage] = stages_of(config.train, 1000)
+    pieces = Piece.cut(batch, loss_shares(config.train), 1, 0, pieces_a_step(config.train, 1))
+    found: dict[str, Any] = {}
+
+    def count(part: str) -> None:
+        kinds = {"waits": device.waits, "to_device": device.to_device, "pageable": device.pageable}
+        found[part] = {"launches": device.launches} | {kind: dict(each) for kind, each in kinds.items()}
+        device.reset()
+
+    for step in range(1 - LATE, 1):  # so that a step's numbers are read as in the middle of a training
+        meter.add(step, 0.0, torch.tensor([1.0, 0.0, 0.0], device=cuda), torch.ones((), device=cuda))
+    for step in range(1, STEPS + 1):
+        device.reset()
+        sent = [maker.begin(piece, step) for piece in pieces]
+        count("send")
+        share = torch.zeros((), device=cuda)
+        engine.set_hyperparameters(stage, step)
+        for number, each in enumerate(sent, start=1):
+            inputs, weights = maker.finish(each)
+            share += engine.accumulate(inputs, weights, last=number == len(pieces))
+        count("passes")
+        sums, norm = engine.update(meter.told(share))
+        count("update")
+        average.update(averaged, step)
+        count("average")
+        meter.add(step, stage.rate(step), sums, norm)
+        count("meter")
+    tensors, _ = snapshot(engine, average.averages)
+    assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+    whole(engine, average.averages)
+    return {"pieces": len(pieces), "loss": meter.series[-1]["loss"], **found}
+
+
+def main(folder: Path) -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    for name in FAMILY_MODELS:
+        base = folder / name
+        if not base.exists():
+            write(name, base)
+        for case, settings in CASES.items():
+            try:
+                with Pretend() as device:
+                    found = train(config_of(base, folder, **settings), device)
+            except Exception:  # told, so that the other cases are seen too
+                found = {"error": traceback.format_exc()}
+            print(json.dumps({"family": name, "case": case, **found}), flush=True)
