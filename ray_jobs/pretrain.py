@@ -5,15 +5,15 @@
 1. Train an autoencoder. 2. Learn a tokenizer from the captions; the text encoder and the denoiser start with
 random weights. 3. Run `prepare` and `train` as for any model, with `method: full` and `train_text_encoder`.
 4. Save the averaged weights of the last rung in half precision. Each step stores its result under
-`<storage>/<run>/` and is skipped when repeated.
+`<storage>/<run>/` and is skipped when repeated; a run is refused if its settings have changed since it began.
 """
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_jobs.config import Config, ConfigError, PretrainConfig, SourceConfig, home
+from ray_jobs.config import Config, ConfigError, Effect, PretrainConfig, SourceConfig, home
 from ray_jobs.console import clock, say
 from ray_jobs.data.sources.captions import CaptionRules
 from ray_jobs.data.sources.detection import Sample, open_source
@@ -23,6 +23,7 @@ from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.train import train
 from ray_jobs.training.checkpoint import WEIGHTS
+from ray_jobs.training.trainer import require_same
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ def pretrain(config: Config) -> Path:
     run = RunFolder.of(config)
     if not run.root.is_local:
         raise ConfigError(f"storage: {config.storage}: pretrain needs a local folder")
+    require_same(run.root, depends_on(config))
     if not run.autoencoder.exists():
         _train_autoencoder(config, config.pretrain, Path(run.autoencoder.path))
     if not run.initial.exists():
@@ -45,6 +47,17 @@ def pretrain(config: Config) -> Path:
     _save_half(Path(result.checkpoint.path) / WEIGHTS, output)
     say("pretrain", f"wrote {output}")
     return output
+
+
+def depends_on(config: Config) -> dict[str, object]:
+    """Return the settings that the autoencoder and the initial model depend on; `train` checks its own."""
+    settings = config.affecting(Effect.PRETRAINING)["pretrain"]
+    data = config.data.affecting(Effect.ENCODINGS, Effect.DATASET)
+    return {
+        "seed": config.seed,
+        **{f"pretrain.{name}": value for name, value in settings.items()},
+        **{f"data.{name}": value for name, value in data.items()},
+    }
 
 
 def _load_pictures(config: Config, source: str) -> "torch.Tensor":
@@ -139,7 +152,7 @@ def _save_half(weights: Path, output: Path) -> None:
     from ray_jobs.weights.loading import load_pipeline
     from ray_jobs.weights.saving import save_whole
 
-    pipeline: Any = load_pipeline(str(weights))
+    pipeline = load_pipeline(str(weights))
     pipeline.to(dtype=torch.float16)
     # Otherwise each part's configuration would keep the path it was loaded from.
     for part in (pipeline, *family_of(pipeline).model(pipeline).values(), pipeline.vae):

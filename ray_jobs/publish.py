@@ -4,8 +4,8 @@
 
 Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`,
 `test_reads.jsonl`. Adds a version to the registry, which becomes the champion if it beats the current one.
-The search must have finished. A winner that is already published is skipped. A run uses its test split once;
-`--force` uses it again.
+The search must have finished. A winner that is already published is skipped, or registered again if
+`publish.model_name` or the registry has changed. A run uses its test split once; `--force` uses it again.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
-from ray_jobs.publishing.final_scores import measure_final, settings_of
+from ray_jobs.publishing.final_scores import measure_final
 from ray_jobs.publishing.pages import REPORT, write_card, write_page
+from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
-from ray_jobs.publishing.version import paired_with_champion, register_winner
+from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import MODEL, RunFolder
-from ray_jobs.run.records import WINNER, Winner
+from ray_jobs.run.records import Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
@@ -49,12 +50,8 @@ def publish(
     """
     folder = RunFolder.of(config)
     run = folder.root
-    if run.exists(WINNER) and not forced:
-        winner = Winner.read(run)
-        if winner.search_digest == found.digest and run.exists(REPORT):
-            say("publish", f"unchanged, skipped: version {winner.registry_version}")
-            _tell_other_measures(config, winner)
-            return winner
+    if not forced and (before := reuse(config, dataset.manifest.digest, found.digest)):
+        return before
     best = found.winner
     checkpoint = Storage.open(best.checkpoint)
     require_intact(checkpoint)
@@ -62,9 +59,7 @@ def publish(
     digest, data = weights_digest(weights), dataset.manifest.digest
     test_reads = open_test(run, digest, data, forced, lambda: digest_of_bytes(weights))
     final = measure_final(config, dataset, pool, best)
-    if best.guidance_scale is not None:
-        evaluate = config.evaluate.model_copy(update={"guidance_scale": best.guidance_scale})
-        config = config.model_copy(update={"evaluate": evaluate})
+    config = sampled_as(config, best)
     local = Storage.open(weights).local_copy()
     run.upload(local, MODEL)
     winner = final.winner | {"test_reads": test_reads}
@@ -76,7 +71,7 @@ def publish(
     paired = paired_with_champion(config, pool, winner, folder.model)
     registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
-    winner |= {"search_digest": found.digest}
+    winner |= {"search_digest": found.digest, "publish_settings": publish_settings(config)}
     write_page(config, dataset, pool, found, winner, final, folder)
     winner.write(run)
     close_test(run, digest, data)
@@ -97,15 +92,6 @@ def require_intact(checkpoint: Storage) -> None:
             f"{checkpoint.uri}: damaged: {', '.join(wrong)}; delete that folder and search/{FINISHED}, and "
             "start the run again; training resumes from the checkpoint before"
         )
-
-
-def _tell_other_measures(config: Config, winner: Winner) -> None:
-    """Print the evaluation settings that have changed since a published result was measured."""
-    settings = settings_of(config.evaluate)
-    changed = [name for name in settings if winner.measure_settings.get(name) != settings[name]]
-    if changed:
-        fields = ", ".join(f"evaluate.{name}" for name in changed)
-        say("publish", f"{fields} changed since the scores were computed; --force computes them again")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:

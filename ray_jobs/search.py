@@ -33,7 +33,7 @@ from ray_jobs.tuning.results import (
     finished,
     read_result,
     result,
-    search_digest,
+    search_digests,
     with_error,
 )
 from ray_jobs.tuning.scheduling import choose_winner, run_trials
@@ -48,12 +48,12 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         RuntimeError: no trial reached a rung.
     """
     run = RunFolder.of(config)
-    storage, digest = run.search, search_digest(config, dataset)
-    if storage.exists("digest") and storage.read_text("digest") != digest:
+    storage, digests = run.search, search_digests(config, dataset)
+    if storage.exists("digest") and storage.read_text("digest") not in digests:
         say("search", "settings or data have changed; starting over")
         storage.delete("")
         run.trainings.delete("")
-    storage.write_text("digest", digest)
+    storage.write_text("digest", digests[0])
     if before := read_result(config, dataset):
         say("search", "unchanged, skipped")
         return before

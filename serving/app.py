@@ -9,7 +9,6 @@ batch the orders of all requests, across LoRA versions.
 
 import time
 from functools import partial
-from typing import Any
 
 from ray import serve
 
@@ -93,7 +92,7 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
     return ingress.bind(config, registered, built, model)
 
 
-def _scaling(config: Config) -> dict[str, Any]:
+def _scaling(config: Config) -> dict[str, object]:
     """Return Serve's scaling options: a fixed number of replicas, or autoscaling to one full batch each."""
     settings = config.serve
     if isinstance(settings.replicas, int):
@@ -110,7 +109,7 @@ def _scaling(config: Config) -> dict[str, Any]:
     }
 
 
-def build(args: dict[str, Any]) -> serve.Application:
+def build(args: dict[str, str]) -> serve.Application:
     """Build the application for `serve run serving.app:build config=configs/demo.yaml`, or a RayService."""
     config = load_config(args["config"])
     return build_application(config, champion(config))

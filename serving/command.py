@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import cycle, islice
+from types import FrameType
 from typing import Any, NoReturn
 
 from ray import serve
@@ -182,7 +183,7 @@ def _announce(config: Config, registered: RegisteredModel, url: str) -> None:
     )
 
 
-def _stop(signum: int, _: Any) -> NoReturn:
+def _stop(signum: int, _: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(signum)
 
 

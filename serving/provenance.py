@@ -26,7 +26,7 @@ def facts_of(
     base: str,
     adapter_digest: str | None = None,
     with_prompt: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the provenance of a served image.
 
     It never identifies the requester, neither the user nor the key.

@@ -93,7 +93,7 @@ class PretrainConfig(Section):
 
     affects: ClassVar = Effect.PRETRAINING
 
-    output: str = Field(description="folder of the finished model")
+    output: Annotated[str, Effect.NOTHING] = Field(description="folder of the finished model")
     pictures: str = Field(description="folder with metadata.jsonl on which the autoencoder is trained")
     autoencoder_channels: list[Positive] = Field(
         [32, 48, 64, 96], description="channels per level of the autoencoder"
@@ -205,7 +205,7 @@ class Config(Section):
     def _is_used(self) -> "Config":
         """No setting that only some schedules or methods read is given where no trial has one of them."""
         train, space = self.train, self.search.space
-        schedules: set[Any] = {train.schedule, *(stage.schedule for stage in train.stages)}
+        schedules: set[Schedule | None] = {train.schedule, *(stage.schedule for stage in train.stages)}
         schedules |= set(ends(space.get("train.schedule", [])))
         searched_stages = "train.stages" in space
         for field, of in SCHEDULE_SETTINGS.items():

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from PIL import ImageColor
 from pydantic import Field, model_validator
 
-from ray_jobs.config.effects import Effect
+from ray_jobs.config.effects import Effect, Formerly
 from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_unset
 
 
@@ -48,7 +48,9 @@ class CleaningConfig(Section):
 
     affects: ClassVar = Effect.DATASET
 
-    max_rejected: float = Field(0.2, ge=0, le=1, description="stop the job if a larger share is set aside")
+    max_rejected: Annotated[float, Effect.NOTHING, Formerly(Effect.DATASET)] = Field(
+        0.2, ge=0, le=1, description="stop the job if a larger share is set aside"
+    )
     max_pixels: Positive = Field(100_000_000, description="set larger images aside as decompression bombs")
     min_side: Positive = Field(32, description="minimum length of the shorter side, in pixels")
     max_aspect_ratio: float = Field(

@@ -1,5 +1,6 @@
 """What the fields of a configuration affect: each field says it once, and digests are filters over that."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -19,3 +20,13 @@ class Effect(Enum):
 
     def __init__(self, word: str, meaning: str) -> None:
         self.word, self.meaning = word, meaning
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """What a field affected in earlier releases.
+
+    Digests keep its default in its place, so that they still recognise results on disk.
+    """
+
+    effect: Effect

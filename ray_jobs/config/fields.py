@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ray_jobs.config.effects import Effect
+from ray_jobs.config.effects import Effect, Formerly
 
 
 class ConfigError(ValueError):
@@ -49,20 +49,30 @@ class Section(BaseModel):
         own = tuple(each for each in cls.model_fields[field].metadata if isinstance(each, Effect))
         return own or (cls.affects,)
 
-    def affecting(self, *effects: Effect) -> dict[str, Any]:
+    @classmethod
+    def _formerly(cls, field: str) -> set[Effect]:
+        return {each.effect for each in cls.model_fields[field].metadata if isinstance(each, Formerly)}
+
+    def affecting(self, *effects: Effect, as_before: bool = False) -> dict[str, Any]:
         """Return the fields that affect one of `effects`, as JSON has them.
 
         In sections, and lists of them, their own fields decide; without any the section is left out.
+
+        Args:
+            as_before: with the values of fields that affected it in earlier releases, not their defaults.
         """
         found: dict[str, Any] = {}
         for name, plain in self.model_dump(mode="json").items():
             value = getattr(self, name)
             if isinstance(value, Section):
-                plain = value.affecting(*effects)
+                plain = value.affecting(*effects, as_before=as_before)
                 is_selected = bool(plain)
             elif isinstance(value, list) and value and isinstance(value[0], Section):
-                plain = [each.affecting(*effects) for each in value]
+                plain = [each.affecting(*effects, as_before=as_before) for each in value]
                 is_selected = any(plain)
+            elif self._formerly(name).intersection(effects):
+                is_selected = True
+                plain = plain if as_before else type(self).model_fields[name].default
             else:
                 is_selected = not set(effects).isdisjoint(self.effects(name))
             if is_selected:

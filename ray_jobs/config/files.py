@@ -9,17 +9,19 @@ import yaml
 from ray_jobs.config.fields import ConfigError
 from ray_jobs.config.yaml_text import read_yaml
 
+Tree = dict[str, Any]  # settings by field, and sections of them
+
 EXTENDS = "extends"
 """Key of the file whose settings a file starts from, relative to its own folder."""
 
 
-def read_settings(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+def read_settings(path: Path, overrides: Iterable[str]) -> Tree:
     """Return the settings of a file, and of all that it extends, with `section.field=value` laid over them.
 
     Raises:
         ConfigError: naming the file or the override, and the fix.
     """
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     for _, settings in reversed(_layers(path)):
         tree = _merged(tree, settings)
     for override in overrides:
@@ -32,7 +34,7 @@ def files_of(path: Path) -> list[Path]:
     return [file for file, _ in _layers(path)]
 
 
-def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, Tree]]:
     """Return a YAML file with its own settings, then the files that it extends with theirs.
 
     Args:
@@ -59,7 +61,7 @@ def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, 
     return [(path, tree), *_layers(path.parent / base, (*extended_by, path))]
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: Tree, over: Tree) -> Tree:
     """Return both mappings, section by section; any other value of `over` replaces that of `base`."""
     both = {
         name: _merged(base[name], value)
@@ -69,7 +71,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return base | over | both
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _set(tree: Tree, override: str) -> None:
     """Put `a.b=value` into `tree`; the value is read as YAML."""
     dotted, equals, value = override.partition("=")
     if not equals:

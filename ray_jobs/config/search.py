@@ -6,14 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ray_jobs.config.effects import Effect
+from ray_jobs.config.effects import Effect, Formerly
 from ray_jobs.config.fields import LearningRate, Positive, Section, require_unset
 from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
 
-def _kind(values: Any) -> str:
+def _kind(values: object) -> str:
     return "[section]" if isinstance(values, dict | Section) else "[values]"
 
 
@@ -270,13 +270,16 @@ class EvaluateConfig(Section):
     guidance_scale: Annotated[float, Effect.DATASET, Effect.SCORES] = Field(
         3.0, ge=1, description="scale of classifier-free guidance, also of class images; 1: off"
     )
-    batch_size: Positive = Field(
+    # A picture alone and in a batch differ by rounding only (tests/unit/test_sampling.py).
+    batch_size: Annotated[Positive, Effect.NOTHING, Formerly(Effect.SCORES)] = Field(
         16, description="images sampled at once by an actor; actors are dealt whole batches"
     )
     num_actors: Annotated[Positive, Effect.NOTHING] = Field(
         2, description="evaluators, which live for the whole run"
     )
-    use_gpu: bool = Field(False, description="one GPU per evaluator")
+    use_gpu: Annotated[bool, Effect.NOTHING, Formerly(Effect.SCORES)] = Field(
+        False, description="one GPU per evaluator"
+    )
     seed: int = Field(0, description="seed of the initial noise, which is the same for every checkpoint")
     feature_network: Network = Field(
         ".cache/inception-2015-12-05.pt",

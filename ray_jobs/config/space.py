@@ -44,7 +44,8 @@ class IntegerRange(Range):
     high: int
 
 
-Dimensions = dict[str, list[Any] | Range]
+Values = list[Any] | Range
+Dimensions = dict[str, Values]
 Trains = Callable[[Settings], TrainConfig]
 
 
@@ -91,12 +92,12 @@ def range_of(name: str, values: Range) -> Range:
     return IntegerRange(low=int(values.low), high=int(values.high), log=values.log)
 
 
-def ends(values: list[Any] | Range) -> list[Any]:
+def ends(values: Values) -> list[Any]:
     """The values, or the two ends of a range: the limits of a setting hold between them too."""
     return [values.low, values.high] if isinstance(values, Range) else values
 
 
-def read_values(space: Mapping[str, list[Any] | Range], trial: Trains) -> Dimensions:
+def read_values(space: Mapping[str, Values], trial: Trains) -> Dimensions:
     """The space with its values as their settings read them; one that is equal already stays (0 is 0.0).
 
     Args:
@@ -157,7 +158,7 @@ def nearest(values: Range, number: float) -> float:
     return within(values.low, values.high, number)
 
 
-def sample(values: list[Any] | Range, draw: random.Random) -> Any:
+def sample(values: Values, draw: random.Random) -> Any:
     """One value of a dimension of the space."""
     if not isinstance(values, Range):
         return draw.choice(values)

@@ -285,7 +285,7 @@ class TrainConfig(Section):
 
     @field_validator("optimizer", mode="before")
     @classmethod
-    def _eight_bit(cls, given: Any) -> Any:
+    def _eight_bit(cls, given: object) -> object:
         if given == "adamw_8bit":
             raise ValueError(
                 "adamw_8bit was removed because its states could not be resumed; use adamw, and to save "

@@ -70,6 +70,6 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: object) -> str:
     """The YAML document that `read_yaml` reads as `value`, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

@@ -4,9 +4,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ray_jobs.console import clock, say, tell_phases
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class ProgressBoard:
 
 
 @contextmanager
-def watched_board() -> Iterator[Any]:
+def watched_board() -> Iterator["ActorHandle"]:
     """Yield a ProgressBoard actor whose lines are printed every five seconds until the block ends."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -85,7 +88,7 @@ def watched_board() -> Iterator[Any]:
         ray.kill(board)
 
 
-def _watch(board: Any, done: threading.Event) -> None:
+def _watch(board: "ActorHandle", done: threading.Event) -> None:
     import ray
 
     while not done.wait(5):

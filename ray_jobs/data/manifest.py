@@ -68,6 +68,7 @@ def describe(
             )
             for name, measure in QUALITY_CHECKS.items()
         },
+        judged=decisions.num_judged,
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 
@@ -107,10 +108,10 @@ def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Buck
     }
 
 
-def require_enough(config: Config, manifest: Manifest, seen: int, storage: Storage) -> None:
-    """Raise ConfigError if too many of `seen` pictures were rejected, or a split is empty."""
+def require_enough(config: Config, manifest: Manifest, storage: Storage) -> None:
+    """Raise ConfigError if too many pictures were rejected, or a split is empty."""
     source = ", ".join(each.path for each in config.data.all_sources)
-    aside = sum(manifest.rejected.values())
+    aside, seen = sum(manifest.rejected.values()), manifest.judged
     if aside > config.data.cleaning.max_rejected * seen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(manifest.rejected).most_common())
         raise ConfigError(

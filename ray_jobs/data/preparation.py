@@ -5,7 +5,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -68,8 +67,10 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
-    inputs = _inputs(config, sources, encoders)
-    if config.data.encode == "cache" and (stored := _stored(dataset, inputs)):
+    inputs = [_inputs(config, sources, encoders, as_before) for as_before in (False, True)]
+    if config.data.encode == "cache" and (stored := _stored(dataset, *inputs)):
+        if stored.manifest.judged:
+            require_enough(config, stored.manifest, dataset.storage)
         say("prepare", "unchanged, skipped")
         if check:
             check()
@@ -77,7 +78,7 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     phase("cleaning")
     found, decisions = examine(config, sources, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
-    require_enough(config, manifest, decisions.num_judged, dataset.storage)
+    require_enough(config, manifest, dataset.storage)
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
@@ -88,7 +89,9 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} already in the cache")
     dataset.storage.write_text(PARTS, json.dumps([part.record() for part in kept]))
     content = _content(config, parts, encoders)
-    manifest |= {"inputs": inputs, "content": content, "encoders": encoders}
+    if _before(dataset).get("content") == (former := _content(config, parts, encoders, as_before=True)):
+        content = former  # trainings on disk are recognised by it
+    manifest |= {"inputs": inputs[0], "content": content, "encoders": encoders}
     manifest.write(dataset.storage)
     live = Live.share([source.reader() for source in sources], found, streamed) if streamed else None
     return Dataset(dataset.storage, dataset.cache, manifest, live)
@@ -101,9 +104,14 @@ def _open(config: Config) -> tuple[Dataset, str]:
     return Dataset(RunFolder.of(config).dataset, cache, Manifest()), encoders
 
 
-def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
-    """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new."""
-    settings = config.data.affecting(Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET)
+def _inputs(config: Config, sources: Sequence[Source], encoders: str, as_before: bool = False) -> str:
+    """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new.
+
+    Args:
+        as_before: as earlier releases computed it.
+    """
+    effects = Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET
+    settings = config.data.affecting(*effects, as_before=as_before)
     return _identity(
         FORMAT,
         [source.digest for source in sources],
@@ -114,22 +122,35 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str) -> str:
     )
 
 
-def _content(config: Config, parts: Sequence[PlannedPart], encoders: str) -> str:
-    """Digest of the training input: the rows and their order, independent of the pictures' locations."""
-    settings = config.data.affecting(Effect.ENCODINGS, Effect.DATASET)
+def _content(config: Config, parts: Sequence[PlannedPart], encoders: str, as_before: bool = False) -> str:
+    """Digest of the training input: the rows and their order, independent of the pictures' locations.
+
+    Args:
+        as_before: as earlier releases computed it.
+    """
+    settings = config.data.affecting(Effect.ENCODINGS, Effect.DATASET, as_before=as_before)
     return _identity([part.record() for part in parts], settings, encoders, config.seed)
 
 
-def _identity(*content: Any) -> str:
+def _identity(*content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _stored(dataset: Dataset, inputs: str) -> Dataset | None:
-    """Return the dataset with its manifest if that has these inputs and all its files exist, else None."""
-    if not dataset.storage.exists(MANIFEST):
-        return None
-    # Before it is validated: older releases wrote other manifests, whose inputs differ.
-    if json.loads(dataset.storage.read_text(MANIFEST))["inputs"] != inputs:
+def _before(dataset: Dataset) -> dict[str, object]:
+    """Read the manifest unvalidated, since earlier releases wrote other ones; empty if there is none."""
+    exists = dataset.storage.exists(MANIFEST)
+    return dict(json.loads(dataset.storage.read_text(MANIFEST))) if exists else {}
+
+
+def _stored(dataset: Dataset, inputs: str, inputs_before: str) -> Dataset | None:
+    """Return the dataset with its manifest if that has these inputs and all its files exist, else None.
+
+    Args:
+        inputs_before: inputs in the manifest of an earlier release, which does not say how many pictures were
+            judged, so that another limit of rejected ones cannot be checked.
+    """
+    before = _before(dataset)
+    if before.get("inputs") != (inputs if before.get("judged") else inputs_before):
         return None
     present = set(dataset.cache.files())
     needed = {EMPTY_CAPTION, *(part["file"] for part in dataset.all_parts)}

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import load_networks
 
 if TYPE_CHECKING:
+    import torch
+
+    from ray_jobs.metrics.feature_network import FeatureNetwork
     from ray_jobs.training.validation import ValidationLoss
 
 FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
@@ -110,7 +113,7 @@ class Evaluator:
         seeds: list[int],
         shapes: list[Shape] | None,
         guidance_scale: float | None,
-    ) -> Iterator[Any]:
+    ) -> "Iterator[torch.Tensor]":
         """Yield batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
@@ -139,7 +142,7 @@ class Evaluator:
         self._use(weights)
         return self._losses[split].of_rows(self.pipeline).tolist()
 
-    def _features(self, batches: Iterator[Any], networks: list[Any]) -> Features:
+    def _features(self, batches: "Iterator[torch.Tensor]", networks: "list[FeatureNetwork]") -> Features:
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
         for batch in batches:
             for network in networks:
@@ -257,7 +260,7 @@ class Evaluator:
         return paired_difference(first, second, moments, num_resamples=resamples)
 
 
-def _keeping(batches: Iterator[Any], kept: SampleFiles | None) -> Iterator[Any]:
+def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":
     """Pass batches through unchanged, writing the pictures that have a file name."""
     from ray_jobs.pictures.reading import encode_png
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,10 @@ from ray_jobs.run.records import Measurement
 from ray_jobs.run.samples import SAMPLES, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
 # pictures to compare with.
 CAPTION_USES = 2
@@ -33,7 +37,7 @@ RESTARTS = 10  # per evaluator; an actor that dies more often has another cause 
 class Task(NamedTuple):
     """M pictures for one actor to sample."""
 
-    actor: Any
+    actor: "ActorHandle"
     numbers: list[int]  # positions in the requested order
     captions: list[str]
     seeds: list[int]
@@ -66,7 +70,7 @@ class EvaluatorPool:
         self.captions: dict[Split, list[str]] = {}
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
-        self._real: dict[Split, Any] = {}
+        self._real: dict[Split, ObjectRef[Real]] = {}
         self._training: dict[int | None, Features] = {}  # by held-out fold
 
     def load(self, split: Split) -> None:
@@ -120,7 +124,7 @@ class EvaluatorPool:
         ]
         return join(ray.get(parts), [numbers for _, numbers in shares])
 
-    def _share(self, shapes: Sequence[Shape]) -> list[tuple[Any, list[int]]]:
+    def _share(self, shapes: Sequence[Shape]) -> list[tuple["ActorHandle", list[int]]]:
         """Pairs of (actor, picture numbers); see `dealt`."""
         shares = dealt(shapes, len(self.actors), self.config.evaluate.batch_size)
         return list(zip(self.actors, shares, strict=False))

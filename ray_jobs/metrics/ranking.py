@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def winner(candidates: Sequence[Candidate]) -> int:
     return min(tied, key=lambda i: (candidates[i].steps, candidates[i].behind))
 
 
-def require_comparable(rows: Sequence[Mapping[str, Any]], *fields: str) -> None:
+def require_comparable(rows: Sequence[Mapping[str, object]], *fields: str) -> None:
     """Raise ValueError if rows of scores differ in one of these fields.
 
     Rows without the field, from older versions of this program, are ignored.

@@ -9,11 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, require_digest
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 # Files that determine a model's features; others in a repository (other formats, pictures) are not fetched.
 FILES = ("*.json", "*.txt", "*.safetensors")
@@ -29,8 +32,8 @@ class VisionModel(FeatureNetwork):
     normalises. Its PIL implementation is always used, so that a score does not depend on installed packages.
     """
 
-    module: Any  # a PreTrainedModel
-    processor: Any  # image processor
+    module: "PreTrainedModel"
+    processor: "BaseImageProcessor"
 
     @property
     def resizing(self) -> str:
@@ -66,7 +69,7 @@ class VisionModel(FeatureNetwork):
 class Clip(VisionModel):
     """CLIP (Radford et al., arXiv 2103.00020): pictures and captions in one embedding space."""
 
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         return self.module.get_image_features(pixel_values=self._pixels(images)).pooler_output

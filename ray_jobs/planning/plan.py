@@ -1,11 +1,9 @@
 """Plan of a run on a cluster: placement, memory, batches, cost."""
 
-from typing import Any
-
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
 from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
-from ray_jobs.config import Config, ConfigError, TrainConfig
+from ray_jobs.config import Config, ConfigError, Settings, TrainConfig
 from ray_jobs.planning.estimate import (
     Placement,
     effective_stage,
@@ -115,7 +113,7 @@ def fixes(config: Config, model: Model, room: int) -> list[str]:
     """Single changes that make a rank fit, the cheapest first; else a combination, if one fits."""
     train, workers = config.train, config.train.min_workers
     rows = rows_a_worker(train, workers)
-    changes: list[dict[str, Any]] = []
+    changes: list[Settings] = []
     if train.precision == "fp32" and train.use_gpu and train.zero_stage:
         changes.append({"precision": "bf16"})
     changes += [{"micro_batch_size": size} for size in _halves(train.micro_batch_size or rows)]
@@ -134,7 +132,7 @@ def fixes(config: Config, model: Model, room: int) -> list[str]:
             found.append(f"train.{field}: {str(value).lower()}")
     if found:
         return ["one of " + ", ".join(found)]
-    together: dict[str, Any] = {}
+    together: Settings = {}
     for change in changes:
         if "method" in change:
             continue
@@ -152,7 +150,7 @@ def _halves(size: int) -> list[int]:
     return found
 
 
-def _fits(config: Config, model: Model, change: dict[str, Any], room: int) -> bool:
+def _fits(config: Config, model: Model, change: Settings, room: int) -> bool:
     train = config.train.model_copy(update=change)
     changed = config.model_copy(update={"train": train})
     return needed_here(changed, model.memory(train)) <= room
@@ -232,7 +230,7 @@ def plan(config: Config, machines: list[Machine], images_per_second: float | Non
 
 def _grouped(machines: list[Machine]) -> list[Machine]:
     """Group equal machines into one of each kind, named by its count."""
-    kinds: dict[tuple[Any, ...], list[Machine]] = {}
+    kinds: dict[tuple[float, float, float | None, float | None], list[Machine]] = {}
     for machine in machines:
         kinds.setdefault(machine.size, []).append(machine)
     return [Machine(f"{len(of_kind)} x", *size) for size, of_kind in kinds.items()]

@@ -7,8 +7,7 @@ Format: https://huggingface.co/docs/hub/model-cards
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
@@ -28,6 +27,7 @@ def model_card(
     winner: Winner,
     manifest: Manifest,
     prompt: str,
+    guidance: Mapping[str, object],
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
     variant: str | None = None,
@@ -39,10 +39,10 @@ def model_card(
         winner: content of winner.json.
         manifest: content of dataset/manifest.json.
         prompt: prompt of the usage example.
+        guidance: as in `usage`.
         pictures: (caption, path relative to the card) of pictures that the model generated.
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, if no default variant exists.
-
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
@@ -50,7 +50,7 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, prompt, scheduler, variant),
+        *_use(config, base_on_hub, usage(config, prompt, guidance, scheduler, variant=variant)),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -72,9 +72,11 @@ def portable(path: str) -> str:
     return plain
 
 
-def _front_matter(config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _front_matter(
+    config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]
+) -> dict[str, object]:
     lora = config.train.method == "lora"
-    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base_on_hub:  # the Hub accepts only names of its own models
         found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
     found["tags"] = ["text-to-image", "diffusers", *(["lora"] if lora else []), "diffray"]
@@ -100,8 +102,8 @@ def _pictures(pictures: Sequence[tuple[str, str]], manifest: Manifest) -> list[s
         "|" + " --- |" * len(pictures),
         "| " + " | ".join(_text(caption) for caption, _ in pictures) + " |",
     ]
-    seen = "did not see" if manifest.held_out else "saw"
-    return [f"Drawn by it, for captions that the fine-tuning {seen}:", "\n".join(table)]
+    captions = "held-out captions" if manifest.held_out else "captions of training images"
+    return [f"Samples for {captions}:", "\n".join(table)]
 
 
 # diffusers 0.42.1 and transformers 5.23 leave DoRA magnitudes in text encoders at their initial values.
@@ -117,7 +119,14 @@ MAGNITUDES = (
 )
 
 
-def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
+def usage(
+    config: Config,
+    prompt: str,
+    guidance: Mapping[str, object],
+    scheduler: str | None = None,
+    *,
+    variant: str | None = None,
+) -> str:
     """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
     Everything is float32: for a base in half precision, transformers 5.23 keeps the files' dtype, diffusers
@@ -125,6 +134,7 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
     active, so the program switches to evaluation mode.
 
     Args:
+        guidance: the pipeline's arguments for guidance (`Family.guidance_arguments`).
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, for example fp16, if no default variant exists.
     """
@@ -146,7 +156,7 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
     if scheduler is not None:
         names.add(scheduler)
         load.append(f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="{SCHEDULER}")')
-    side, evaluate = config.data.resolution, config.evaluate
+    side = config.data.resolution
     return "\n".join(
         [
             "import torch",
@@ -158,8 +168,8 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
             f"    {prompt!r},",
             f"    height={side},",
             f"    width={side},",
-            f"    num_inference_steps={evaluate.inference_steps},",
-            f"    guidance_scale={evaluate.guidance_scale!r},",
+            f"    num_inference_steps={config.evaluate.inference_steps},",
+            *(f"    {name}={value!r}," for name, value in guidance.items()),
             "    generator=torch.Generator().manual_seed(0),",
             ").images[0]",
             'picture.save("picture.png")',
@@ -167,15 +177,12 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
     )
 
 
-def _use(
-    config: Config, base_on_hub: bool, prompt: str, scheduler: str | None, variant: str | None
-) -> list[str]:
+def _use(config: Config, base_on_hub: bool, code: str) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
     if config.train.method == "lora" and not base_on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     packages = "`pip install torch diffusers transformers accelerate peft`"
-    text = usage(config, prompt, scheduler, variant=variant)
-    return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
+    return ["## Use", f"{packages}. {where}:", _fenced(code, "python")]
 
 
 def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
@@ -204,9 +211,9 @@ def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     return [
         "## Scores",
         table,
-        f"Feature network: {_text(winner.feature_network)}. The test split was looked at {reads},"
-        " after the search; the search chose by validation, so that score is a little flattered. FID"
-        " depends on the number of pictures and on the network: compare within this table only.",
+        f"Feature network: {_text(winner.feature_network)}. The test split was used {reads}, after the"
+        " search. The search selected the model by its validation FID, which is therefore slightly too low."
+        " FID depends on the number of images and on the network: compare only within this table.",
     ]
 
 
@@ -229,7 +236,7 @@ def _measures(winner: Winner) -> list[str]:
 def _data(config: Config, manifest: Manifest) -> list[str]:
     splits = ", ".join(f"{manifest.rows(split):,} {split}" for split in ("train", "validation", "test"))
     rows = [(portable(each.name), f"{each.rows:,}", f"{each.share:.0%}") for each in manifest.source]
-    held_out = "" if manifest.held_out else " The set is too small to hold any out: scores compare with it."
+    held_out = "" if manifest.held_out else " It is too small to hold out images; scores use training images."
     return [
         "## Training data",
         f"{manifest.captions.different:,} different captions; pictures: {splits};"
@@ -278,26 +285,26 @@ def _reproduce(config: Config, winner: Winner) -> list[str]:
 
 def _limits(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     copies = "".join(
-        f" Of its pictures for the test captions {each.value:.1%} are nearer to one of"
-        f" {each.num_training:,} training pictures than {1 - each.expected_share:.0%} of the pictures"
-        " are that it never saw."
+        f" Near copies, samples for the test captions that are closer to one of {each.num_training:,}"
+        f" training images than {1 - each.expected_share:.0%} of held-out images are: {each.value:.1%}."
+        f" Without memorisation about {each.expected_share:.0%} are expected."
         for each in (winner.measures or FinalMeasures()).winner
         if each.metric == "near copies" and each.expected_share is not None
     )
     learnt = manifest.train + (manifest.validation if config.search.folds else 0)
     return [
         "## Limits and licence",
-        f"The model has learnt from {learnt:,} pictures: what they lack it draws as the base model"
-        f" does, and what is rare among them it may have learnt by heart.{copies} It has the base model's"
-        f" biases, and no filter of its own. It was measured at {config.data.resolution} pixels with"
+        f"The model was fine-tuned on {learnt:,} images. What they do not show is drawn as by the base"
+        f" model, and rare training images may be memorised.{copies} The model has the base model's biases"
+        f" and no safety filter of its own. It was evaluated only at {config.data.resolution} pixels, with"
         f" {config.evaluate.inference_steps} denoising steps and a guidance scale of"
-        f" {config.evaluate.guidance_scale:g}, and in no other way.",
-        "No licence is claimed here. The licences of the base model and of the training data apply to the"
-        " model and to what it draws.",
+        f" {config.evaluate.guidance_scale:g}.",
+        "This card grants no licence. Those of the base model and of the training data apply to the model"
+        " and to the images that it generates.",
     ]
 
 
-def _portable(value: Any) -> Any:
+def _portable(value: object) -> object:
     """Apply `portable` to all strings of a configuration."""
     if isinstance(value, dict):
         return {key: _portable(each) for key, each in value.items()}

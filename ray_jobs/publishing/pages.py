@@ -11,6 +11,7 @@ from cluster.storage import Storage, slug
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.diffusion.families import family_of
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import enough_samples
@@ -23,6 +24,7 @@ from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
+from ray_jobs.weights.loading import empty_model, read_index
 from ray_jobs.weights.model_files import variant_name
 
 REPORT = "report.html"
@@ -54,10 +56,19 @@ def write_card(
         winner=winner,
         manifest=dataset.manifest,
         prompt=pool.captions[split][0],
+        guidance=guidance_arguments(config),
         pictures=[(caption, f"images/{name}") for caption, name in shown],
         scheduler=scheduler,
     )
     model.write_text(CARD, card)
+
+
+def guidance_arguments(config: Config) -> dict[str, object]:
+    """Return the arguments with which diffusers' pipeline of the base draws at the run's guidance scale."""
+    base, revision = local_path(config.model.base), config.model.revision
+    family = family_of(read_index(base, revision)["_class_name"])
+    model = empty_model(base, [family.denoiser], revision=revision)
+    return family.guidance_arguments(getattr(model, family.denoiser), config.evaluate.guidance_scale)
 
 
 def shown_split(config: Config) -> Split:

@@ -45,9 +45,9 @@ def open_test(
     )
     if last is not None and not repeats and not forced:
         raise ConfigError(
-            f"{run.uri}/{READS}: the test split of this run was read at {last['time']}; who chooses by it "
-            "has none left to trust. Give the new settings another name, or read it again, which is "
-            "recorded: python -m ray_jobs.publish --config ... --force"
+            f"{run.uri}/{READS}: the test split of this run was read at {last['time']}; a score that was "
+            "used to choose a model is biased. Give the new settings another name, or read the split again, "
+            "which is recorded: python -m ray_jobs.publish --config ... --force"
         )
     records.append({"event": READ, "time": _now(), **same, "forced": forced, "repeats_unfinished": repeats})
     run.write_lines(READS, records)

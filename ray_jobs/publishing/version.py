@@ -8,7 +8,7 @@ from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired
 from ray_jobs.registry.registration import Registered, register
 from ray_jobs.report import headline
-from ray_jobs.run.records import Winner
+from ray_jobs.run.records import RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
@@ -35,6 +35,14 @@ def paired_with_champion(
     return Paired(held.version, found.standard_error)
 
 
+def sampled_as(config: Config, best: RungRow | Winner) -> Config:
+    """Return the configuration with the guidance scale that the search chose."""
+    if best.guidance_scale is None:
+        return config
+    evaluate = config.evaluate.model_copy(update={"guidance_scale": best.guidance_scale})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
 def register_winner(
     config: Config, winner: Winner, data: str, source: str, paired: Paired | None
 ) -> Registered:
@@ -59,6 +67,7 @@ def register_winner(
             "guidance_scale": f"{config.evaluate.guidance_scale:g}",
             "method": config.train.method,
             "base": config.model.base,
+            **({"base_revision": config.model.revision} if config.model.revision else {}),
             "dataset": data,
             "folds": str(config.search.folds),
         },

@@ -1,7 +1,8 @@
 """Aliases of registry versions: the champion, the candidate, and the previous champion."""
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import columns
@@ -18,6 +19,10 @@ from ray_jobs.registry.models import (
 )
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.store import retried, versions_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 def promote(config: Config, version: int) -> None:
@@ -76,13 +81,13 @@ def status(config: Config) -> str:
     return "\n".join(columns([head, *rows]))
 
 
-def measured_of(client: Any, version: Any) -> Measured | None:
+def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | None:
     """Read a version's score from its tags and metrics; None if it is not recorded."""
     tags = version.tags
     if not {"feature_network", "num_samples", "data_digest"} <= set(tags):
         return None
     # Versions older than these tags keep the score in their MLflow run, which may have been deleted.
-    scores: dict[str, Any] = tags
+    scores: Mapping[str, float | str] = tags
     if "test_fid" not in tags:
         run = run_of(client, version)
         scores = run.data.metrics if run else {}
@@ -100,7 +105,7 @@ def measured_of(client: Any, version: Any) -> Measured | None:
     )
 
 
-def aliases_of(client: Any, config: Config) -> dict[str, int]:
+def aliases_of(client: "MlflowClient", config: Config) -> dict[str, int]:
     """Return the version number of each alias of `config.publish.model_name`.
 
     Raises:
@@ -122,7 +127,7 @@ def names_of(aliases: dict[str, int], version: int) -> tuple[str, ...]:
     return tuple(sorted(alias for alias, each in aliases.items() if each == version))
 
 
-def make_champion(client: Any, name: str, version: int, aliases: dict[str, int]) -> None:
+def make_champion(client: "MlflowClient", name: str, version: int, aliases: dict[str, int]) -> None:
     """Give a version the alias `champion`, and the former champion `previous`.
 
     `previous` is set first: after a crash in between there still is a champion, and a second call completes
@@ -139,7 +144,7 @@ def make_champion(client: Any, name: str, version: int, aliases: dict[str, int])
         retried(lambda: client.delete_registered_model_alias(name, CANDIDATE))
 
 
-def _check_weights(client: Any, config: Config, version: int) -> None:
+def _check_weights(client: "MlflowClient", config: Config, version: int) -> None:
     """Raise ConfigError unless the version exists and its weights are those that were registered."""
     from mlflow.exceptions import MlflowException
 

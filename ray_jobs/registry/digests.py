@@ -7,7 +7,6 @@ gives two different files (safetensors 0.8).
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 from pyarrow import NativeFile, fs
 
@@ -68,7 +67,7 @@ def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
         yield path.removeprefix(folder.path).strip("/"), folder.filesystem.open_input_stream(path)
 
 
-def _content(path: str, file: NativeFile) -> tuple[dict[str, Any], list[Any]]:
+def _content(path: str, file: NativeFile) -> tuple[dict[str, object], list[object]]:
     """Read a file's metadata and each tensor's (name, dtype, shape, sha256), sorted by name."""
     damaged = ConfigError(f"{path}: not a whole safetensors file; run the pipeline again to publish it")
     size = int.from_bytes(file.read(8), "little")
@@ -83,7 +82,7 @@ def _content(path: str, file: NativeFile) -> tuple[dict[str, Any], list[Any]]:
             if start != position:
                 raise damaged
             digests[name], position = _digest_of(file, end - start), end
-        tensors = [
+        tensors: list[object] = [
             [name, header[name]["dtype"], header[name]["shape"], digests[name]] for name in sorted(header)
         ]
     except (ValueError, TypeError, KeyError, AttributeError, EOFError):
@@ -91,7 +90,7 @@ def _content(path: str, file: NativeFile) -> tuple[dict[str, Any], list[Any]]:
     return metadata, tensors
 
 
-def _canonical(text: str) -> Any:
+def _canonical(text: str) -> object:
     """Parse a metadata value as JSON, whose keys may be in any order; other text is returned unchanged."""
     try:
         return json.loads(text)

@@ -9,13 +9,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.sqlite import sqlite_file, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
 from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
 from ray_jobs.run.folder import SharedFolder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
@@ -93,7 +98,7 @@ def verify_weights(registered: RegisteredModel, folder: str) -> None:
         )
 
 
-def open_client(config: Config) -> Any:
+def open_client(config: Config) -> "MlflowClient":
     """Open MLflow's client, without its start-up messages (a new SQLite file logs every migration)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -119,7 +124,7 @@ def store_errors(config: Config) -> Iterator[None]:
         raise ConfigError(f"publish.tracking_uri: {shown_uri(config)}: {reason}") from error
 
 
-def open_existing(config: Config) -> Any:
+def open_existing(config: Config) -> "MlflowClient":
     """Open MLflow's client of an existing store, so that reading does not create a SQLite file.
 
     Raises:
@@ -186,7 +191,7 @@ def registered(config: Config, which: str) -> RegisteredModel:
     return _of(found, dict(run.data.metrics), dict(run.data.params)) if run else _of(found, {}, {})
 
 
-def run_of(client: Any, version: Any) -> Any:
+def run_of(client: "MlflowClient", version: "ModelVersion") -> "Run | None":
     """Return a version's MLflow run, or None if it has none or it was deleted permanently (`mlflow gc`).
 
     The version remains valid without its run.
@@ -230,7 +235,7 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
     }
 
 
-def _of(found: Any, metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
+def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
     """Convert MLflow's version to a RegisteredModel."""
     return RegisteredModel(
         name=found.name,

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ray_jobs.config import home
 
@@ -41,7 +40,7 @@ def code_version() -> str:
         return "unknown: neither a checkout nor an installed package"
 
 
-def signature(resolution: int) -> dict[str, Any]:
+def signature(resolution: int) -> dict[str, object]:
     """Signature of a version: prompt, seed, steps, guidance scale -> pictures N x H x W x 3, uint8.
 
     The format is that of MLflow's `ModelSignature.from_dict`. MLflow itself keeps signatures in the MLmodel

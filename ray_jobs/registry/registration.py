@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
@@ -20,6 +20,10 @@ from ray_jobs.registry.promotion import Measured, Paired, objection, objection_t
 from ray_jobs.registry.provenance import code_version, signature
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
 from ray_jobs.run.folder import SharedFolder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 DECISION = "decision"  # tag; written last, so that an interrupted registration is detected and completed
 
@@ -83,7 +87,7 @@ def register(
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
 
 
-def _registered(versions: list[Any], source: str, digest: str) -> Any:
+def _registered(versions: list["ModelVersion"], source: str, digest: str) -> "ModelVersion | None":
     """Return the newest version of these weights, or None."""
     same = [each for each in versions if each.tags.get("digest") == digest]
     # Older releases computed the digest over the files' bytes, and did not yet store the score as a tag.
@@ -95,7 +99,7 @@ def _registered(versions: list[Any], source: str, digest: str) -> Any:
 
 
 def _decide(
-    client: Any, config: Config, version: int, measured: Measured, paired: Paired | None = None
+    client: "MlflowClient", config: Config, version: int, measured: Measured, paired: Paired | None = None
 ) -> Registered:
     """Give a new version its alias, then record the decision in its tag."""
     name, aliases = config.publish.model_name, aliases_of(client, config)
@@ -121,7 +125,7 @@ def _decide(
     return Registered(version, names_of(aliases_of(client, config), version), decision)
 
 
-def _settled(client: Any, config: Config, decided: Registered, before: set[int]) -> Registered:
+def _settled(client: "MlflowClient", config: Config, decided: Registered, before: set[int]) -> Registered:
     """Return the decision, corrected if another run made its version the champion at the same time.
 
     MLflow has no lock: each of two runs may have seen no champion, or replaced one that it never compared
@@ -156,7 +160,7 @@ def _settled(client: Any, config: Config, decided: Registered, before: set[int])
     return Registered(version, names_of(aliases_of(client, config), version), message)
 
 
-def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
+def _best(client: "MlflowClient", versions: list["ModelVersion"]) -> tuple[int, int | None]:
     """Return the champion among versions registered at the same time, and the version that it replaced."""
     best, former = versions[0], None
     for each in versions[1:]:
@@ -166,7 +170,7 @@ def _best(client: Any, versions: list[Any]) -> tuple[int, int | None]:
     return int(best.version), int(former.version) if former else None
 
 
-def _champions(versions: list[Any]) -> dict[int, Any]:
+def _champions(versions: list["ModelVersion"]) -> dict[int, "ModelVersion"]:
     """Versions that were made champion at their registration, by number."""
     return {int(each.version): each for each in versions if each.tags.get(DECISION, "").startswith(CHAMPION)}
 
@@ -209,7 +213,11 @@ def _keep(config: Config, source: str, digest: str) -> str:
 
 
 def _log_run(
-    client: Any, config: Config, measured: Measured, params: dict[str, str], metrics: dict[str, float]
+    client: "MlflowClient",
+    config: Config,
+    measured: Measured,
+    params: dict[str, str],
+    metrics: dict[str, float],
 ) -> str:
     """Log one finished MLflow run and return its id."""
     from mlflow.entities import Metric, Param
@@ -233,7 +241,7 @@ def _log_run(
     return str(run.info.run_id)
 
 
-def _ensure_model(client: Any, name: str) -> None:
+def _ensure_model(client: "MlflowClient", name: str) -> None:
     """Create the registered model unless it exists."""
     from mlflow.exceptions import MlflowException
 

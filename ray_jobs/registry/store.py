@@ -7,11 +7,15 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from cluster.sqlite import sqlite_file
 from ray_jobs.config import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 ANSWERS_WITHIN = 10  # seconds; timeout of the server check before a run starts
 ATTEMPTS = 10  # per write
@@ -59,7 +63,7 @@ def pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
             return
 
 
-def versions_of(client: Any, name: str) -> list[Any]:
+def versions_of(client: "MlflowClient", name: str) -> list["ModelVersion"]:
     """Return MLflow's versions of one registered model; its name may contain any characters."""
     # Filters have no escapes: quote the name with a mark that it does not contain, else compare it here.
     quote = next((each for each in "'\"" if each not in name), None)
@@ -77,7 +81,9 @@ def deleted_experiment(name: str, identity: str) -> ConfigError:
     )
 
 
-def experiment_id(client: Any, name: str, *, artifacts: str | None = None, restore: bool = False) -> str:
+def experiment_id(
+    client: "MlflowClient", name: str, *, artifacts: str | None = None, restore: bool = False
+) -> str:
     """Return the ID of the experiment that holds a run's entries, creating it on first use.
 
     Args:
@@ -97,7 +103,7 @@ def experiment_id(client: Any, name: str, *, artifacts: str | None = None, resto
     return str(found.experiment_id)
 
 
-def _created(client: Any, name: str, artifacts: str | None) -> str:
+def _created(client: "MlflowClient", name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     try:

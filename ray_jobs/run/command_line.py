@@ -5,7 +5,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 from cluster.connect import connect
 from cluster.lease import held
@@ -47,7 +46,7 @@ def damage_message(error: object) -> str | None:
 
 def run_stage(
     description: str | None,
-    stage: Callable[..., Any],
+    stage: Callable[..., object],
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
     """Parse the arguments, join or start Ray, run `stage`, exit.

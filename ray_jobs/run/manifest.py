@@ -79,6 +79,7 @@ class Manifest(Record):
         buckets: by shape, named width x height.
         folds: pictures of each cross-validation fold.
         measures: histograms by quality measure.
+        judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
         content: digest of the training input.
@@ -100,6 +101,7 @@ class Manifest(Record):
     folds: list[int] = []
     captions: Captions = Captions()
     measures: dict[str, Histogram] = {}
+    judged: int = 0
     digest: str = ""
     inputs: str = ""
     content: str = ""

@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from ray_jobs.config import LEARNING_RATE
 
@@ -20,7 +19,7 @@ NO_WORDS = ("inf", "nan", "none", "true", "false")  # equal other values' names 
 HEX = 10  # digits of the digest that distinguishes values whose text does not
 
 
-def trial_id(settings: Mapping[str, Any]) -> str:
+def trial_id(settings: Mapping[str, object]) -> str:
     """Return a trial's name, which is the same in every attempt; a resumed run finds its state by it.
 
     Example: {"train.learning_rate": 1e-3, "train.lora.rank": 8} gives `lr-0.001_rank-8`. Different values of
@@ -40,7 +39,7 @@ def trial_id(settings: Mapping[str, Any]) -> str:
     return f"{whole[: LONGEST - HEX - 1].rstrip('._-')}-{_digest(whole)}"
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Format a value for use in a name, one-to-one.
 
     Numbers are as short as possible without loss. True, False and None keep their names. Lower-case words

@@ -27,7 +27,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any], where: str) -> Self:
+    def parse(cls, content: Mapping[str, object], where: str) -> Self:
         """Validate the content of a file.
 
         Raises:
@@ -48,11 +48,11 @@ class Record(BaseModel):
         """Return the values that were given, without defaults."""
         return self.model_dump(exclude_unset=True, by_alias=True)
 
-    def versioned(self) -> dict[str, Any]:
+    def versioned(self) -> dict[str, object]:
         """Return the same with the format's number, as content of a file."""
         return {"format": FORMAT, **self.fields()}
 
-    def __or__(self, changes: Mapping[str, Any]) -> Self:
+    def __or__(self, changes: Mapping[str, object]) -> Self:
         return self.model_validate(self.fields() | dict(changes))
 
     def without(self, *names: str) -> Self:
@@ -216,6 +216,7 @@ class Winner(Record):
         test_digest: digest of the test pictures and their captions.
         registry_version: version in the registry; None until it is registered.
         search_digest: digest of the search's result.
+        publish_settings: settings of the registry and the report, by name; empty in earlier releases.
     """
 
     trial_id: str
@@ -255,6 +256,7 @@ class Winner(Record):
     registry_version: int | None = None
     registry_decision: str | None = None
     search_digest: str = ""
+    publish_settings: Settings = {}
 
     @classmethod
     def read(cls, run: Storage) -> Self:

@@ -308,7 +308,7 @@ def run_params(config: Config, digest: str) -> dict[str, str]:
     train = config.train
     return _flat("train", train, set() if train.method == "lora" else {"lora"}) | {
         "seed": str(config.seed),
-        "model.base": config.model.base,
+        **_flat("model", config.model, set()),
         "data.digest": digest,
         "data.resolution": str(config.data.resolution),
     }

@@ -7,10 +7,13 @@ measured, and a training that died repeats the steps after its last checkpoint.
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
 from ray_jobs.console import say
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 COMPUTED = "computed.json"
 WRITE_EVERY = 10.0  # seconds; a driver that dies loses at most the counts of this interval
@@ -29,7 +32,7 @@ class ComputedSteps:
         board: handle of the ProgressBoard on which trainings count their steps; None if nothing is trained.
     """
 
-    def __init__(self, storage: Storage, board: Any) -> None:
+    def __init__(self, storage: Storage, board: "ActorHandle | None") -> None:
         self.storage, self.board = storage, board
         self.steps = read_computed(storage)
         self.taken_at = time.monotonic()

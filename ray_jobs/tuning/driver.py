@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ray import tune
 from ray.tune import Callback
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
@@ -21,7 +21,7 @@ from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.results import with_error
 from ray_jobs.tuning.space import points
-from ray_jobs.tuning.stopping import Budget, Refusal, stoppers
+from ray_jobs.tuning.stopping import Budget, Refusal, Result, stoppers
 from ray_jobs.tuning.trial import Make, SearchContext, Trial, run_trial
 
 BEGUN = "trials.jsonl"  # settings of every started trial
@@ -96,7 +96,9 @@ class Trials:
         write_rows(self.storage, self.rows)
         return True
 
-    def _run(self, make: Make, space: dict[str, Any], count: int, algorithm: Any, num_samples: int) -> None:
+    def _run(
+        self, make: Make, space: Settings, count: int, algorithm: Proposals | None, num_samples: int
+    ) -> None:
         config, recorded, refused = self.around.config, list(self.rows), Refusal()
         trainable = tune.with_parameters(self.climb, make=make, around=self.around)
         tuner = tune.Tuner(
@@ -161,31 +163,33 @@ class Recorder(Callback):
             name = row.training_name
             self.spent_before[name] = max(self.spent_before.get(name, 0.0), row.seconds)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return an empty state: Tune saves callbacks with its own state, from which no search resumes."""
         return {}
 
-    def _trial(self, trial: Any) -> Trial:
+    def _trial(self, trial: TuneTrial) -> Trial:
         return self.make(trial.config)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: object) -> None:
         self.trials.computed.take_if_due()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
+    ) -> None:
         mine = self._trial(trial)
         self.started.add(mine.training)
         self.trials.begin(mine)
         say("search", f"trial {len(self.started)}/{self.count}: {mine.training}, starting its workers")
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Result, **info: object
     ) -> None:
         if "fid" not in result:
             return
         mine = self._trial(trial)
         seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
         # Tune has replaced the trial's ID with its own.
-        known = result | {"trial_id": mine.trial_id, "seconds": seconds}
+        known = {**result, "trial_id": mine.trial_id, "seconds": seconds}
         row = RungRow.model_validate({name: known[name] for name in RungRow.model_fields if name in known})
         if self.trials.add(row):
             say(
@@ -194,21 +198,27 @@ class Recorder(Callback):
                 f"loss {row.train_loss:.4f}, {row.images_per_second:.0f} images/s",
             )
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
+    ) -> None:
         mine, step = self._trial(trial), (trial.last_result or {}).get("step", 0)
         if step < mine.ladder[-1]:
             say("search", f"{mine.training} stopped at rung {step}")
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_recover(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
+    ) -> None:
         say("search", f"{self._trial(trial).training} failed and starts again: {_reason(trial)}")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
+    ) -> None:
         self.refused.error = self.refused.error or refusal(self.trials.around.config, _failures(trial))
         left_out = "ends the search" if self.refused.error else "is left out"
         say("search", f"{self._trial(trial).training} failed and {left_out}: {_reason(trial)}")
 
 
-def _failures(trial: Any) -> str:
+def _failures(trial: TuneTrial) -> str:
     """Read a trial's tracebacks from the driver's local file.
 
     The storage, which `get_error` reads, receives them only later.
@@ -217,7 +227,7 @@ def _failures(trial: Any) -> str:
     return Path(file).read_text() if file and Path(file).exists() else ""
 
 
-def _reason(trial: Any) -> str:
+def _reason(trial: TuneTrial) -> str:
     """Return the last line of the last traceback."""
     lines = (_failures(trial) or "its process died").strip().splitlines()
     return " ".join(lines[-1].split())[:300]

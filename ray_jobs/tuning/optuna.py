@@ -11,8 +11,9 @@ import optuna
 from ray.tune.search import Searcher
 
 from ray_jobs.config import Config, Range, Settings
-from ray_jobs.config.space import MOST_DRAWS, IntegerRange, nearest
+from ray_jobs.config.space import MOST_DRAWS, IntegerRange, Values, nearest
 from ray_jobs.run.names import trial_id
+from ray_jobs.tuning.stopping import Result
 
 RANDOM_TRIALS = 5  # random draws before the estimators have data
 
@@ -52,14 +53,14 @@ class Proposals(Searcher):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # ignored by the sampler
         return str(Searcher.FINISHED)
 
-    def on_trial_result(self, trial_id_of_tune: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id_of_tune: str, result: Result) -> None:
         """Record a rung's FID if it is the trial's lowest."""
         if "fid" in result:
             lowest = self.lowest.get(trial_id_of_tune, math.inf)
             self.lowest[trial_id_of_tune] = min(lowest, result["fid"])
 
     def on_trial_complete(
-        self, trial_id_of_tune: str, result: dict[str, Any] | None = None, error: bool = False
+        self, trial_id_of_tune: str, result: Result | None = None, error: bool = False
     ) -> None:
         """Report a trial's best rung to the study: every rung is a candidate, and the last may overfit."""
         self.on_trial_result(trial_id_of_tune, result or {})
@@ -84,7 +85,7 @@ class Proposals(Searcher):
         return value if isinstance(values, Range) else values.index(value)
 
 
-def _distribution(values: list[Any] | Range) -> optuna.distributions.BaseDistribution:
+def _distribution(values: Values) -> optuna.distributions.BaseDistribution:
     """Optuna's distribution of a dimension; a list is represented by its indices.
 
     Optuna's own categorical choices may not be lists.

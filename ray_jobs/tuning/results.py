@@ -47,9 +47,13 @@ class SearchResult:
     computed: dict[str, int]
 
 
-def search_digest(config: Config, dataset: Dataset) -> str:
-    """Digest of everything that the results depend on: data, model, training, search and evaluation."""
-    settings = [depends_on(config, dataset), config.affecting(Effect.SCORES)]
+def search_digest(config: Config, dataset: Dataset, as_before: bool = False) -> str:
+    """Digest of everything that the results depend on: data, model, training, search and evaluation.
+
+    Args:
+        as_before: as earlier releases computed it.
+    """
+    settings = [depends_on(config, dataset), config.affecting(Effect.SCORES, as_before=as_before)]
     content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -62,6 +66,11 @@ def finished(config: Config, dataset: Dataset, best: RungRow, priced: bool = Tru
     return json.dumps({"digest": search_digest(config, dataset), "extent": extent, "winner": best.fields()})
 
 
+def search_digests(config: Config, dataset: Dataset) -> list[str]:
+    """Return the search's digest, and the one by which earlier releases recognised the same search."""
+    return [search_digest(config, dataset, as_before) for as_before in (False, True)]
+
+
 def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     """Read the result of a finished search of this configuration; None if there is none."""
     storage = RunFolder.of(config).search
@@ -71,8 +80,8 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
     told = json.loads(content)
     best = RungRow.parse(told["winner"], f"{storage.uri}/{FINISHED}")
     # Earlier releases left the price out.
-    now = [json.loads(finished(config, dataset, best, priced)) for priced in (True, False)]
-    if (told["digest"], told["extent"]) not in [(each["digest"], each["extent"]) for each in now]:
+    extents = [json.loads(finished(config, dataset, best, priced))["extent"] for priced in (True, False)]
+    if told["digest"] not in search_digests(config, dataset) or told["extent"] not in extents:
         return None
     return result(config, content, read_rows(storage), best)
 

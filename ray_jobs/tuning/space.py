@@ -1,13 +1,12 @@
 """Points of a search space: the settings of its trials."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from ray_jobs.config import LEARNING_RATE, Config, Settings
 from ray_jobs.config.space import drawn, grid
 
 
-def other_settings(settings: Mapping[str, Any]) -> Settings:
+def other_settings(settings: Mapping[str, object]) -> Settings:
     """Settings without the learning rate, which is a field of its own in every row."""
     return {name: value for name, value in settings.items() if name != LEARNING_RATE}
 

@@ -9,6 +9,8 @@ from ray.tune import Stopper
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.records import RungRow
 
+Result = Mapping[str, Any]
+"""A row as a trial reports it, with the columns that Tune adds."""
 Computed = Callable[[], Mapping[str, int]]
 """Function that returns the steps computed so far, by training."""
 
@@ -34,7 +36,7 @@ class Patience(Stopper):
         self.best: dict[str, float] = {}
         self.waited: dict[str, int] = {}
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Result) -> bool:
         if "fid" not in result:
             return False
         best = self.best.get(trial_id, math.inf)
@@ -53,7 +55,7 @@ class Refusal(Stopper):
     def __init__(self) -> None:
         self.error: ConfigError | None = None
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Result) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -79,7 +81,7 @@ class Budget(Stopper):
         self.steps[name] = max(self.steps.get(name, 0), steps)
         self.seconds[name, start] = max(self.seconds.get((name, start), 0.0), seconds)
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Result) -> bool:
         if "fid" in result:
             for name, steps in self.computed().items():
                 self.steps[name] = max(self.steps.get(name, 0), steps)

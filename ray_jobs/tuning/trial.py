@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ray import tune
+from ray.actor import ActorHandle
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.storage import Storage
@@ -91,11 +92,11 @@ class SearchContext:
     config: Config
     dataset: Dataset
     pool: EvaluatorPool
-    board: Any
+    board: ActorHandle
     recorded: list[RungRow]
 
 
-def run_trial(space: dict[str, Any], *, make: Make, around: SearchContext) -> None:
+def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
     """Train to the end of the trial's ladder, reporting each rung's row to Tune. This is Tune's trainable.
 
     Raises:
@@ -125,7 +126,7 @@ def run_trial(space: dict[str, Any], *, make: Make, around: SearchContext) -> No
 Tell = Callable[[str], None]
 
 
-def _teller(trial: Trial, board: Any) -> Tell:
+def _teller(trial: Trial, board: ActorHandle) -> Tell:
     """Return a function that posts a line on the board, for the driver to print."""
     return lambda line: board.post.remote(f"{trial.training}/{line}", line)
 
@@ -150,7 +151,7 @@ def unreported(folder: Storage, until: float = math.inf) -> list[Rung]:
     return [rung for rung in rungs if not Storage.open(rung.uri).exists(REPORTED)]
 
 
-def train_trial(trial: Trial, around: SearchContext, callbacks: list[Any]) -> None:
+def train_trial(trial: Trial, around: SearchContext, callbacks: list["RungCallback"]) -> None:
     """Train to the end of a trial's ladder.
 
     Raises:
@@ -211,7 +212,7 @@ class RungCallback(TuneReportCallback):
         self.trial, self.labels, self.pool, self.folder = trial, labels, pool, folder
         self.tell, self.waits = tell, waits
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(self, run_context: object, metrics: list[Labels], checkpoint: object) -> None:
         if metrics[0]["why"] != RUNG:
             return  # a resume checkpoint between rungs
         for rung in unreported(self.folder, until=metrics[0]["step"]):

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+
+from ray_jobs.diffusion.protocols import Settings
 
 # Initialisations of peft 0.21.2 that subtract the adapter's initial values from the base's weights: added to
 # the plain base, such an adapter is off by those values.
@@ -31,7 +32,7 @@ _IN_MEMORY = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight
 _IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
 
 
-def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Settings:
     """Check an adapter file and return its peft settings by `<component>.<setting>`; empty if it has none.
 
     Args:

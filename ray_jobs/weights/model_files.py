@@ -4,9 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.weights.weight_files import is_weights, plain_name, require_safetensors, variant_of
+
+if TYPE_CHECKING:
+    from ray_jobs.diffusion.families import Family
+    from ray_jobs.diffusion.protocols import Settings
 
 SAFETY_CHECKER = "safety_checker"
 IMAGE_ENCODER = "image_encoder"  # for an IP-Adapter
@@ -190,7 +194,7 @@ def max_side(base: str, *, revision: str | None = None) -> int | None:
     return None if found is None else int(found)
 
 
-def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
+def _of_sizes(base: str, revision: str | None) -> "tuple[Family, Settings, Settings]":
     """Return a model's family, and the configurations of its autoencoder and its denoiser."""
     from ray_jobs.diffusion.families import family_of  # imports PyTorch
 
@@ -199,5 +203,5 @@ def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
     return family, _config(folder / "vae"), _config(folder / family.denoiser)
 
 
-def _config(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _config(folder: Path) -> "Settings":
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

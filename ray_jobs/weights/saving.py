@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
 from ray_jobs.weights.weight_files import is_weights, plain_name, variant_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def save_part(part: Component, folder: Path) -> None:
@@ -100,7 +103,7 @@ def save_lora(
 
     # Use peft's names: diffusers' own converter renames attention layers only, and its loader then drops
     # those of a file with both kinds of names, with a warning.
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for name, (prefix, part) in model.components.items():
         mine = {
             key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
@@ -113,7 +116,7 @@ def save_lora(
     assert (folder / LORA_WEIGHTS).exists()
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(config: "PeftConfig") -> dict[str, object]:
     """Return the part of an adapter's configuration to store in its file.
 
     That is, settings that differ from peft's defaults, because an older peft (0.17) rejects settings that it

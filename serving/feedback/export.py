@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError
@@ -66,7 +66,7 @@ class Pair(NamedTuple):
     source: str
     people: int
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return the exported row."""
         return {
             "prompt": self.chosen.prompt,
@@ -77,7 +77,7 @@ class Pair(NamedTuple):
         }
 
 
-def _parameters(generation: Generation) -> dict[str, Any]:
+def _parameters(generation: Generation) -> dict[str, object]:
     return {name: getattr(generation, name) for name in PARAMETERS}
 
 
@@ -201,7 +201,7 @@ def _draw(
         return dict(zip(wanted, pool.map(draw, wanted.values()), strict=True))
 
 
-def _write_rows(out: Storage, rows: list[dict[str, Any]], file_format: str) -> None:
+def _write_rows(out: Storage, rows: list[dict[str, object]], file_format: str) -> None:
     if file_format == "jsonl":
         out.write_lines(f"{PREFERENCES}.jsonl", rows)
         return

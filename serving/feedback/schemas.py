@@ -1,7 +1,7 @@
 """Record of a served image, and request and response of `POST /v1/feedback`."""
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -41,7 +41,7 @@ class Generation(BaseModel):
     role: Literal["champion", "candidate", "other"] = "champion"
 
 
-EXAMPLES: dict[str, dict[str, Any]] = {
+EXAMPLES: dict[str, dict[str, object]] = {
     "rating": {
         "summary": "Rate an image",
         "value": {"image_id": "img-0123456789abcdef01234567", "rating": 1, "comment": "the red is right"},

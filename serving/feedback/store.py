@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Engine, Executable, Table, case, func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
@@ -140,7 +140,7 @@ class FeedbackStore:
             raise _unavailable() from error
         return FeedbackResponse(created=int(now), **request.model_dump())
 
-    def _replace(self, table: Table, row: dict[str, Any], **key: str) -> Executable:
+    def _replace(self, table: Table, row: dict[str, object], **key: str) -> Executable:
         """Make a statement that inserts a row, or replaces the one with the same key."""
         return self._upsert(table).values(**key, **row).on_conflict_do_update(index_elements=[*key], set_=row)
 
@@ -259,7 +259,7 @@ class FeedbackStore:
                 return
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: object) -> object:
     """Replace characters that cannot be stored: null in PostgreSQL, lone surrogates in any database."""
     if not isinstance(value, str):
         return value

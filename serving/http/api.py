@@ -44,6 +44,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+Responses = dict[int | str, dict[str, Any]]  # by status, as FastAPI takes them
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 ERROR_DESCRIPTIONS = {
     400: "A field is invalid; `param` names it.",
@@ -110,7 +111,7 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         "required": ["event", "data"],
     }
     events = {"schema": event, "example": "event: image_generation.completed\ndata: {...}\n\n"}
-    responses: dict[int | str, dict[str, Any]] = {
+    responses: Responses = {
         200: {"model": ImageResponse, "content": {"text/event-stream": events}},
         **_errors(400, 404, 413, 429, 500, 503, 504),
     }
@@ -252,7 +253,7 @@ async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequ
         raise invalid_request(error.errors()[0]) from None
 
 
-def _form(model: type[EditRequest]) -> dict[str, Any]:
+def _form(model: type[EditRequest]) -> dict[str, object]:
     """Return the schema of a form with an image."""
     schema = model.model_json_schema()
     schema["properties"]["image"] = {
@@ -268,7 +269,7 @@ def _event(name: str, data: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
 
 
-def _json(content: Any) -> Response:
+def _json(content: object) -> Response:
     """Return a JSON response for a pydantic model or plain values."""
     if isinstance(content, BaseModel):
         return Response(content.model_dump_json(), media_type="application/json")
@@ -299,7 +300,7 @@ def _key_id(request: Request) -> str | None:
     return context_of(request.scope).key
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _errors(*statuses: int) -> Responses:
     """Return the error responses of a route, for the OpenAPI document."""
     return {
         status: {"model": ErrorResponse, "description": ERROR_DESCRIPTIONS[status]} for status in statuses

@@ -1,7 +1,5 @@
 """Postprocess each image of a replica: safety check, drift monitoring, provenance, PNG encoding."""
 
-from typing import Any
-
 import numpy as np
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
@@ -60,7 +58,7 @@ class Postprocessor:
             raise answer
         return answer
 
-    def _facts(self, routed: RoutedRequest, pixels: np.ndarray) -> dict[str, Any]:
+    def _facts(self, routed: RoutedRequest, pixels: np.ndarray) -> dict[str, object]:
         version = routed.version
         digest = version.digest if version and version.method == "lora" else None
         height, width = pixels.shape[:2]

@@ -4,7 +4,6 @@ import importlib
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,7 +82,7 @@ def checker_factory(name: str) -> CheckerFactory:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code may raise anything
         raise ConfigError(f"{where}: the module cannot be imported ({_summary(error)})") from error
-    factory: Any = getattr(module, function, None)
+    factory: object = getattr(module, function, None)
     if not callable(factory):
         raise ConfigError(f"{where}: {module_name} has no function {function}; correct the name")
     return factory
@@ -97,7 +96,7 @@ def load_checker(name: str) -> SafetyChecker:
     """
     where, factory = f"serve.safety_checker: {name}", checker_factory(name)
     try:
-        checker: Any = factory()
+        checker: object = factory()
     except Exception as error:
         raise ConfigError(f"{where}: it made no checker ({_summary(error)})") from error
     if not callable(checker):

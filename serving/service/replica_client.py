@@ -134,7 +134,7 @@ class ReplicaClient:
         asleep = may_sleep and model.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
         return running or asleep, f"{model.status.lower()} {model.message}".strip()
 
-    async def _ask_all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    async def _ask_all(self, method: str, *arguments: object, timeout_s: float) -> list[Any]:
         """Call a method on every replica, and return their answers or exceptions; empty without replicas."""
         try:
             broadcast = self._model.broadcast(method, *arguments)
@@ -143,7 +143,7 @@ class ReplicaClient:
             return []
 
 
-async def all_or_none(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_or_none(work: Sequence[Coroutine[object, None, T]]) -> list[T]:
     """Return the results in order; the first exception, or cancellation, cancels the rest."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import count
-from typing import Any
 
 from ray_jobs.config import Config
 from ray_jobs.registry.models import RegisteredModel
@@ -271,7 +270,7 @@ class Service:
         self.metrics.drawn("shadow", 200)
         return picture.png
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[object, None, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)  # the event loop itself holds only a weak reference
         task.add_done_callback(self._background.discard)

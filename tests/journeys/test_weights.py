@@ -16,6 +16,7 @@ from PIL import Image
 from ray_jobs.config import Config
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.publishing.model_card import usage
+from ray_jobs.publishing.pages import guidance_arguments
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import variant_name
@@ -45,7 +46,8 @@ def plain_picture(config: Config, folder: Path) -> Any:
     if lora:
         (folder / base.name).symlink_to(base)
     with contextlib.chdir(folder):
-        exec(usage(config, PROMPT, variant=variant_name(str(base)) if lora else None), {})
+        variant = variant_name(str(base)) if lora else None
+        exec(usage(config, PROMPT, guidance_arguments(config), variant=variant), {})
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 

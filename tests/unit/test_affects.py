@@ -21,7 +21,7 @@ from ray_jobs.publishing.final_scores import settings_of
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import RungRow
 from ray_jobs.training.trainer import depends_on
-from ray_jobs.tuning.results import FINISHED, finished, read_result, search_digest
+from ray_jobs.tuning.results import FINISHED, finished, read_result, search_digest, search_digests
 from tests.unit.test_sources import caption_files
 
 DATA = Dataset(Storage.open("unused"), Storage.open("unused"), Manifest(content="some rows"))
@@ -191,6 +191,9 @@ def test_a_field_without_an_effect_is_an_error() -> None:
         ("search.ladder", [Effect.SCORES]),
         ("search.patience", [Effect.EXTENT]),
         ("evaluate.num_actors", [Effect.NOTHING]),
+        ("evaluate.batch_size", [Effect.NOTHING]),
+        ("evaluate.use_gpu", [Effect.NOTHING]),
+        ("data.cleaning.max_rejected", [Effect.NOTHING]),
         ("evaluate.second_network.path", [Effect.SCORES]),
         ("evaluate.clip", [Effect.PUBLISHING]),
         ("serve.port", [Effect.SERVING]),
@@ -217,6 +220,20 @@ def test_the_digests_are_those_of_earlier_releases() -> None:
         "content": "3b098d7ecc260fb6",
         "search": "7cd6728587d15c11",
     }
+
+
+def test_fields_that_no_longer_affect_a_digest_stand_in_it_with_their_defaults() -> None:
+    """And so the results that an earlier release computed with other values are recognised too."""
+    config = configured(patience=2)
+    cleaning = config.data.cleaning.model_copy(update={"max_rejected": 0.5})
+    evaluate = config.evaluate.model_copy(update={"batch_size": 8, "use_gpu": True})
+    data = config.data.model_copy(update={"cleaning": cleaning})
+    other = config.model_copy(update={"data": data, "evaluate": evaluate})
+    for record in (inputs, content, search):
+        assert record(other) == record(config)
+    assert _inputs(other, [], "encoders", as_before=True)[:16] == "7dde8c88d96408df"
+    assert _content(other, [], "encoders", as_before=True)[:16] == "75aaa4d462929a12"
+    assert [digest[:16] for digest in search_digests(other, DATA)] == ["7cd6728587d15c11", "efa6086f2a85ed08"]
 
 
 def test_a_corrected_price_continues_a_search_only_if_it_has_a_budget_of_cost(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The model card: the Hub reads it, its program runs, and nothing a user wrote becomes markup."""
 
+import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,15 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 from ray_jobs.config import Config
 from ray_jobs.publishing.model_card import model_card, portable, usage
+from ray_jobs.publishing.pages import guidance_arguments
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import Winner
 from ray_jobs.weights.model_files import variant_name
-from tests.cards import draw, program
+from tests.cards import program
 from tests.unit.test_report import MANIFEST
 from tests.unit.test_report import WINNER as REPORTED
 
@@ -42,6 +46,7 @@ def card(config: Config | None = None, **changes: Any) -> str:
         "winner": WINNER,
         "manifest": MANIFEST,
         "prompt": "a red apple",
+        "guidance": {"guidance_scale": 3.0},
         "pictures": [("a red apple", "images/0-a-red-apple.png")],
     }
     values |= changes
@@ -86,8 +91,18 @@ def test_the_scores_stand_with_their_counts_the_base_the_floor_and_the_network()
 
 
 def test_a_test_split_that_was_read_again_is_told() -> None:
-    assert "looked at once" in card()
-    assert "looked at 2 times" in card(winner=WINNER | {"test_reads": 2})
+    assert "The test split was used once" in card()
+    assert "The test split was used 2 times" in card(winner=WINNER | {"test_reads": 2})
+
+
+def test_near_copies_are_given_with_the_share_expected_without_memorisation() -> None:
+    copies = {"metric": "near copies", "value": 0.031, "num_samples": 96, "feature_network": "inception"}
+    copies |= {"num_training": 1000, "expected_share": 0.01}
+    text = card(winner=WINNER | {"measures": {"base": [copies], "winner": [copies]}})
+    expected = (
+        "one of 1,000 training images than 99% of held-out images are: 3.1%. Without memorisation about 1%"
+    )
+    assert expected in text
 
 
 def test_no_more_real_pictures_are_told_than_were_compared_with() -> None:
@@ -96,7 +111,7 @@ def test_no_more_real_pictures_are_told_than_were_compared_with() -> None:
     none_held_out = MANIFEST | {"held_out": False, "train": 20, "validation": 0, "test": 0}
     text = card(manifest=none_held_out)
     assert "| pictures | 96 generated, 20 real | 90 generated, 20 real |" in text
-    assert "captions that the fine-tuning saw" in text and "too small to hold any out" in text
+    assert "Samples for captions of training images:" in text and "too small to hold out images" in text
 
 
 def test_data_and_settings_are_told() -> None:
@@ -216,17 +231,35 @@ def test_the_program_for_a_whole_model_draws_with_plain_diffusers(tiny_model: Pa
     assert picture.tobytes() == draw_here(pipeline).tobytes()
 
 
-def draw_here(pipeline: Any) -> Any:
+def draw(card: str, folder: Path) -> Image.Image:
+    """Run the card's program, unchanged, in `folder`; returns the picture that it saves.
+
+    In this process; `tests/ray/test_pipeline.py` starts one of its own.
+    """
+    with contextlib.chdir(folder):
+        exec(program(card), {})
+    return Image.open(folder / "picture.png")
+
+
+def draw_here(pipeline: Any, **guidance: Any) -> Any:
     """The picture of the card's program, in this process."""
-    seeded = torch.Generator().manual_seed(0)
-    size = {"height": 64, "width": 64}
-    return pipeline(
-        "a red apple", **size, num_inference_steps=2, guidance_scale=3.0, generator=seeded
-    ).images[0]
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.0, **guidance}
+    return pipeline("a red apple", **options, generator=torch.Generator().manual_seed(0)).images[0]
+
+
+def test_the_program_guides_a_model_as_its_pipeline_does(tiny: Callable[[str], Path]) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder = tiny("FluxPipeline-schnell")
+    config = config_of(str(folder), train={"method": "full"})
+    picture = draw(card(config, guidance=guidance_arguments(config)), folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    guided = draw_here(pipeline, true_cfg_scale=3.0, negative_prompt="")
+    assert picture.tobytes() == guided.tobytes() != draw_here(pipeline).tobytes()
 
 
 def test_the_revision_of_the_base_is_in_the_program() -> None:
     config = config_of(model={"base": "org/model", "revision": "v1"})
     assert "from_pretrained('org/model', revision='v1', torch_dtype=torch.float32)" in usage(
-        config, "a red apple"
+        config, "a red apple", {}
     )

@@ -248,6 +248,9 @@ def test_the_params_are_the_resolved_settings_flat_and_without_what_is_empty(con
     assert params["train.method"] == "lora" and params["train.betas"] == "[0.9, 0.999]"
     assert params["data.digest"] == "d1"
     assert "train.stages" not in params and "train.micro_batch_size" not in params
+    assert params["model.base"] == config.model.base and "model.revision" not in params
+    pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": "v1"})})
+    assert run_params(pinned, "d1")["model.revision"] == "v1"
     full = config.model_copy(update={"train": config.train.model_copy(update={"method": "full"})})
     assert not [name for name in run_params(full, "d1") if name.startswith("train.lora")]
 

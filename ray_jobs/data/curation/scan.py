@@ -24,6 +24,8 @@ from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
 from ray_jobs.pictures.reading import Rejected, read_picture
 
+RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any object
+
 VERSION = 4  # version of the measures; a change scans anew
 FILES_AT_ONCE = 16  # index files read in parallel
 SCHEMA = pa.schema(
@@ -95,7 +97,7 @@ def scan(
         return
     readers = [source.reader() for source in sources]
 
-    def scan_piece(row: dict[str, Any]) -> dict[str, Any]:
+    def scan_piece(row: RayRow) -> RayRow:
         entry = row["entry"]
         rows = [scan_sample(s, config) for s in readers[entry.source].read(entry.piece)]
         index.write_bytes(entry.file, _parquet(rows))
@@ -110,12 +112,12 @@ def scan(
         progress(done)
 
 
-def scan_sample(sample: Sample, config: DataConfig) -> dict[str, Any]:
+def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
     """Return a row of the index: the picture's measures, or the reason why it cannot be read.
 
     Thresholds are not applied here, so that they can be changed without another scan.
     """
-    row: dict[str, Any] = {name: None for name in SCHEMA.names}
+    row: dict[str, object] = {name: None for name in SCHEMA.names}
     row |= {
         name: getattr(sample, name)
         for name in ("row", "name", "text", "role", "stratum", "repaired", "lines")
@@ -137,7 +139,7 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, Any]:
     return row
 
 
-def _parquet(rows: Iterable[dict[str, Any]]) -> bytes:
+def _parquet(rows: Iterable[dict[str, object]]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer)
     return buffer.getvalue()

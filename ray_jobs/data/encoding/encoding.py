@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +20,18 @@ import pyarrow as pa
 from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry, RayRow
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.augmentation import augment, row_generator
 from ray_jobs.data.encoding.cache_files import read_part, write_part
 from ray_jobs.data.encoding.geometry import Fitted, Size, fit
 from ray_jobs.data.encoding.plan import PIXELS_A_PART, PlannedPart
 from ray_jobs.data.encoding.tensors import tensor_column
-from ray_jobs.data.sources.detection import Source
+from ray_jobs.data.sources.detection import Sample, Source
 from ray_jobs.pictures.reading import Picture, encode_png, read_picture
+
+if TYPE_CHECKING:
+    import torch
 
 # Resources of the steps. Ray Data would fuse steps with equal resources and run them in sequence for each
 # part, so the three differ: decoding needs memory for pixels. A whole CPU for reading keeps the number of its
@@ -54,7 +57,7 @@ class Gather:
 
     readers: list[Source]
 
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, row: RayRow) -> Iterator[RayRow]:
         entries: dict[int, Entry] = row["entries"]
         parts: list[PlannedPart] = row["parts"]
         wanted: dict[int, set[int]] = {number: set() for number in entries}
@@ -66,7 +69,7 @@ class Gather:
             for entry, number in needed:
                 wanted[entry].add(number)
                 waiting.setdefault((entry, number), []).append(index)
-        collected: list[dict[tuple[int, int], Any]] = [{} for _ in parts]
+        collected: list[dict[tuple[int, int], Sample]] = [{} for _ in parts]
         for entry, found in entries.items():
             for sample in self.readers[found.source].read(found.piece, wanted[entry]):
                 if sample.problem:
@@ -78,7 +81,7 @@ class Gather:
                         collected[index] = {}
 
 
-def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Any]) -> dict[str, Any]:
+def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Sample]) -> RayRow:
     """Combine a part with the bytes and captions of its rows; variants of a picture share its bytes."""
     places = list(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
     different = {place: number for number, place in enumerate(dict.fromkeys(places))}
@@ -97,7 +100,7 @@ class Decode:
 
     config: Config
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: RayRow) -> RayRow:
         part: PlannedPart = row["part"]
         width, height = part.bucket
         pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
@@ -161,7 +164,7 @@ class EncodeRows:
         self.batch_size = data.encode_batch_size
         self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
 
-    def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
+    def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, "torch.Tensor"]:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings."""
         import torch
 
@@ -196,7 +199,7 @@ class EncodePart(EncodeRows):
             forms = self.encoders.encode_captions([""])
             cache.write_bytes(EMPTY_CAPTION, save({name: t.contiguous() for name, t in forms.items()}))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: RayRow) -> RayRow:
         part: PlannedPart = row["part"]
         width, height = part.bucket
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
@@ -211,9 +214,7 @@ class EncodePart(EncodeRows):
         write_part(self.cache, part.file, table)
         return {"rows": len(part.keys), "encoded": len(new)}
 
-    def _table(
-        self, part: PlannedPart, row: dict[str, Any], pixels: np.ndarray, chosen: list[int]
-    ) -> pa.Table:
+    def _table(self, part: PlannedPart, row: RayRow, pixels: np.ndarray, chosen: list[int]) -> pa.Table:
         """Encode the chosen rows of a part."""
         import torch
 
@@ -243,7 +244,7 @@ class EncodePart(EncodeRows):
         return pa.concat_tables(tables) if tables else None
 
 
-def encoder_actors(config: Config) -> dict[str, Any]:
+def encoder_actors(config: Config) -> dict[str, object]:
     """Ray Data options for a step of `EncodeRows`: a pool of actors that keep the model loaded."""
     import ray.data
 
@@ -274,7 +275,7 @@ def encode_parts(
     if not missing:
         return 0
     reuse = known_rows(cache, present - {part.file for part in parts}, missing)
-    items: dict[int, dict[str, Any]] = {}
+    items: dict[int, RayRow] = {}
     for part in missing:
         item = items.setdefault(part.chunk, {"entries": {}, "parts": []})
         item["parts"].append(part)

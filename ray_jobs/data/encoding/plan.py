@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -24,6 +24,19 @@ ROWS_A_CHUNK = 2048
 MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
 VERSION = 3  # version of an encoding's dependencies; a change encodes anew
+
+_Row = tuple[int, int, int, bool, str, bytes]  # entry, row in it, variant, whether scored, digest, key
+
+
+class PartRecord(TypedDict):
+    """A part in the dataset's list of parts; `bucket` is width x height."""
+
+    split: str
+    fold: int
+    source: int
+    bucket: str
+    rows: int
+    file: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class PlannedPart:
     keys: list[bytes]
     file: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
         return {
             "split": self.split,
@@ -78,7 +91,7 @@ def plan_parts(
     shares = Shares(data.split_seed, data.validation, data.test)
     columns = ["row", "text", "digest", "width", "height"]
     tables = read_index(index, [entry.file for entry in entries], columns)
-    groups: dict[tuple[str, int, Size], list[tuple[Any, ...]]] = {}
+    groups: dict[tuple[str, int, Size], list[_Row]] = {}
     row, chunk, in_chunk = 0, 0, 0
     for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
         for name, text, digest, width, height in zip(*(table[c].to_pylist() for c in columns), strict=True):
@@ -104,9 +117,7 @@ def plan_parts(
             groups, in_chunk, chunk = {}, 0, chunk + 1
 
 
-def _cut(
-    groups: dict[tuple[str, int, Size], list[tuple[Any, ...]]], source: int, chunk: int
-) -> Iterator[PlannedPart]:
+def _cut(groups: dict[tuple[str, int, Size], list[_Row]], source: int, chunk: int) -> Iterator[PlannedPart]:
     for (split, fold, bucket), group in groups.items():
         limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * bucket[0] * bucket[1])))
         for start in range(0, len(group), limit):
@@ -142,7 +153,7 @@ class RowKeys:
 
     def key(self, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool) -> bytes:
         """Return the key of a row of a split."""
-        depends: list[Any] = [VERSION, digest, text, bucket, *self.settings, shown]
+        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown]
         if split == "train" and self.is_augmented:
             depends += [self.seed, variant, self.augmentation]
         return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -12,8 +12,13 @@ from cluster.storage import Storage
 from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
+from ray_jobs.data.encoding.plan import PartRecord
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.split import Split
+
+if TYPE_CHECKING:
+    import torch
+    from ray import ObjectRef
 
 PARTS = "parts.json"
 NO_FOLD = -1
@@ -33,15 +38,15 @@ class Dataset:
     storage: Storage
     cache: Storage
     manifest: Manifest
-    live: Any = None
+    live: "ObjectRef | None" = None
     without_fold: int | None = None
 
     @cached_property
-    def all_parts(self) -> list[dict[str, Any]]:
+    def all_parts(self) -> list[PartRecord]:
         """One record per part: split, fold, source, bucket, rows, file."""
         return list(json.loads(self.storage.read_text(PARTS)))
 
-    def parts(self, split: str) -> list[dict[str, Any]]:
+    def parts(self, split: str) -> list[PartRecord]:
         """Stored parts of a split. A dataset of too few pictures has one split, used for all."""
         if split in ("validation", "test") and not self.manifest.held_out:
             split = "train"
@@ -83,7 +88,7 @@ class Dataset:
             if part["file"] not in present and (damage := aside(self.cache, part["file"])):
                 raise damage
 
-    def empty_caption(self) -> dict[str, Any]:
+    def empty_caption(self) -> dict[str, "torch.Tensor"]:
         """Encoding of the empty caption: tokens (int32) and embeddings (float32), by name."""
         from safetensors.torch import load
 
@@ -92,7 +97,7 @@ class Dataset:
     def table(self, split: str, columns: list[str]) -> pa.Table:
         """Read columns of a split's rows."""
 
-        def read(part: dict[str, Any]) -> pa.Table:
+        def read(part: PartRecord) -> pa.Table:
             return read_part(self.cache, part["file"], columns)
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:

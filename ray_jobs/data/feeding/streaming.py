@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
-from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry
+from ray_jobs.data.curation.scan import FILES_AT_ONCE, Entry, RayRow
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.cache_files import read_part, read_schema
 from ray_jobs.data.encoding.encoding import (
@@ -29,14 +29,16 @@ from ray_jobs.data.encoding.encoding import (
     EncodeRows,
     encoder_actors,
 )
-from ray_jobs.data.encoding.plan import PlannedPart
+from ray_jobs.data.encoding.plan import PartRecord, PlannedPart
 from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
-from ray_jobs.data.sources.detection import Source
+from ray_jobs.data.sources.detection import Sample, Source
 
 if TYPE_CHECKING:
+    import ray.data
     import torch
+    from ray import ObjectRef
 
 # Steps are sent together up to this many bytes per rank: a block costs a millisecond or two, regardless of
 # its size.
@@ -54,7 +56,9 @@ class Live:
     parts: Sequence[PlannedPart]
 
     @staticmethod
-    def share(readers: list[Source], entries: Sequence[Entry], parts: Sequence[PlannedPart]) -> Any:
+    def share(
+        readers: list[Source], entries: Sequence[Entry], parts: Sequence[PlannedPart]
+    ) -> "ObjectRef[Live]":
         """Return an object reference that every node can resolve."""
         import ray
 
@@ -79,7 +83,7 @@ class StreamSettings:
     columns: tuple[str, ...]
     class_rows: int = 0
 
-    def order(self, records: Sequence[dict[str, Any]], row_bytes: int) -> Order:
+    def order(self, records: Sequence[PartRecord], row_bytes: int) -> Order:
         """Order of the training rows of the given parts."""
         data = self.config.data
         return Order(
@@ -91,7 +95,7 @@ class StreamSettings:
         )
 
     def joined_order(
-        self, records: Sequence[dict[str, Any]], of_class: Sequence[dict[str, Any]], row_bytes: int
+        self, records: Sequence[PartRecord], of_class: Sequence[PartRecord], row_bytes: int
     ) -> JoinedOrder:
         """Order of training rows followed, in each step, by class rows, which have an order of their own."""
         window_rows = self._window_rows(row_bytes)
@@ -103,11 +107,13 @@ class StreamSettings:
         return (self.config.data.shuffle_mb << 20) // row_bytes
 
 
-def _parts(records: Sequence[dict[str, Any]]) -> list[Part]:
+def _parts(records: Sequence[PartRecord]) -> list[Part]:
     return [Part(part["rows"], part["bucket"], part["source"]) for part in records]
 
 
-def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int) -> list[Any]:
+def split_stream(
+    dataset: Dataset, settings: StreamSettings, *, first_step: int, last_step: int
+) -> "list[ray.data.DataIterator]":
     """Start the stream of the steps `first_step` to `last_step`; return one Ray Data iterator per rank."""
     import ray
 
@@ -121,7 +127,9 @@ def split_stream(dataset: Dataset, settings: StreamSettings, *, first_step: int,
     return list(stream.streaming_split(settings.world_size, equal=True))
 
 
-def batches(iterator: Any, *, rank: int, first_step: int) -> Iterator[dict[str, "torch.Tensor"]]:
+def batches(
+    iterator: "ray.data.DataIterator", *, rank: int, first_step: int
+) -> Iterator[dict[str, "torch.Tensor"]]:
     """Yield this rank's rows of each step from `first_step`: tensors by column, N x ..."""
     step = first_step
     for block in iterator.iter_batches(
@@ -174,7 +182,7 @@ def unpack(block: pa.Table) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
             yield step, layout["rank"], arrays
 
 
-def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> Any:
+def _windows(order: Order | JoinedOrder, first_step: int, last_step: int) -> "ray.data.Dataset":
     """Ray dataset of the windows to produce, grouped in runs: a small dataset's window has few steps."""
     import ray
 
@@ -194,7 +202,9 @@ def _steps(order: Order | JoinedOrder, run: Sequence[Sequence[int]]) -> list[Ste
     return [step for window in run for step in order.steps(Window(*map(int, window)))]
 
 
-def _cached(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+def _cached(
+    dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int
+) -> "ray.data.Dataset":
     records = dataset.parts("train")
     schema = read_schema(dataset.cache, records[0]["file"])
     row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
@@ -244,7 +254,7 @@ class ReadWindow:
         }
 
 
-def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> Any:
+def _live(dataset: Dataset, settings: StreamSettings, first_step: int, last_step: int) -> "ray.data.Dataset":
     import ray
 
     live: Live = ray.get(dataset.live)
@@ -272,7 +282,7 @@ class GatherWindow:
     order: Order
     world_size: int
 
-    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, row: RayRow) -> Iterator[RayRow]:
         steps = _steps(self.order, row["windows"])
         wanted: dict[int, set[int]] = {}
         for number, index in np.unique(np.concatenate([step.rows for step in steps]), axis=0).tolist():
@@ -291,8 +301,8 @@ class GatherWindow:
                 yield self._dealt(step, rank, step.rows[mine], samples)
 
     def _dealt(
-        self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Any]
-    ) -> dict[str, Any]:
+        self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Sample]
+    ) -> RayRow:
         found, digests = [], []
         for number, index in rows.tolist():
             part = self.live.parts[number]
@@ -313,7 +323,7 @@ class GatherWindow:
 class DecodeBatch(Decode):
     """Add pixels to a gathered batch, augmented anew in each epoch."""
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: RayRow) -> RayRow:
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels, sizes = [], []
         for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):

@@ -8,7 +8,6 @@ import json
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
@@ -54,7 +53,7 @@ def _opened(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
-def _reader(file: pa.NativeFile) -> Any:
+def _reader(file: pa.NativeFile) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:
     """Return Arrow's reader for the stream or the file variant of its IPC format."""
     begins = file.read(len(FILE_FORMAT))
     file.seek(0)
@@ -119,7 +118,7 @@ def _listed(listing: Listing, name: str) -> list[str] | None:
     return [str(each) for each in names]
 
 
-def _json(listing: Listing, name: str) -> Any:
+def _json(listing: Listing, name: str) -> object:
     try:
         return json.loads(listing.read_bytes(name))
     except ValueError as error:

@@ -4,11 +4,11 @@ import json
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.sources.folders import Folder, file_row, folder_of_rows, refuse_columns
+from ray_jobs.data.sources.folders import Folder, Row, file_row, folder_of_rows, refuse_columns
 from ray_jobs.data.sources.listing import Listing
+from ray_jobs.data.sources.samples import Role
 
 DREAMBOOTH_KEYS = ("instance_prompt", "class_prompt")
 DREAMBOOTH_FILE = "dataset_info.json"
@@ -43,11 +43,16 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
     """
     refuse_columns(listing, config, stratify)
     prompts = _prompts(listing, config)
-    rows, folders = [], {"": ("instance", "instance_prompt"), CLASS_FOLDER: ("class", "class_prompt")}
+    rows: list[Row] = []
+    folders: dict[str, tuple[Role, str]] = {
+        "": ("instance", "instance_prompt"),
+        CLASS_FOLDER: ("class", "class_prompt"),
+    }
     for name in listing.pictures():
-        role, key = folders.get(posixpath.dirname(name), ("", ""))
-        if not role:
+        folder = posixpath.dirname(name)
+        if folder not in folders:
             continue
+        role, key = folders[folder]
         if key not in prompts:
             where = f"{listing.name}/{DREAMBOOTH_FILE}" if has_prompts(listing) else listing.name
             raise ConfigError(f"{where}: {key!r} is missing; the pictures in {CLASS_FOLDER}/ need it")
@@ -82,7 +87,7 @@ def has_prompts(listing: Listing) -> bool:
     return not (isinstance(content, dict) and content.keys() & LIBRARY_KEYS - set(DREAMBOOTH_KEYS))
 
 
-def _content(listing: Listing) -> Any:
+def _content(listing: Listing) -> object:
     try:
         return json.loads(listing.read_bytes(DREAMBOOTH_FILE))
     except ValueError as error:
@@ -105,7 +110,7 @@ def _prompts(listing: Listing, config: SourceConfig) -> dict[str, str]:
     return told | written
 
 
-def _written_prompts(where: str, prompts: Any) -> dict[str, str]:
+def _written_prompts(where: str, prompts: object) -> dict[str, str]:
     """Validate the content of dataset_info.json, and return its prompts."""
     if not isinstance(prompts, dict):
         raise ConfigError(f'{where}: not an object; write {{"instance_prompt": "a photo of sks dog"}}')

@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
@@ -181,9 +181,11 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
     return Folder(listing.name, count, pieces, listing.filesystem, listing.folder)
 
 
-def file_row(name: str, **values: Any) -> Row:
+def file_row(
+    name: str, *, text: str | None = None, text_file: str | None = None, role: Role = "instance"
+) -> Row:
     """Row of a listed file; a name that is not UTF-8 cannot be opened later."""
-    return Row(legible(name), is_utf8=name == legible(name), **values)
+    return Row(legible(name), text=text, text_file=text_file, role=role, is_utf8=name == legible(name))
 
 
 def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None) -> None:

@@ -83,7 +83,10 @@ def _rows(listing: Listing, file: str, config: SourceConfig, stratify: str | Non
         yield row._replace(file_name=f"{folder}/{row.file_name}") if folder else row
 
 
-def _lines(listing: Listing, file: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+Fields = dict[str, Any]  # of one line, by name
+
+
+def _lines(listing: Listing, file: str, where: str) -> Iterator[tuple[int, Fields]]:
     path = f"{listing.folder}/{file}"
     if file.endswith(".parquet"):
         with listing.filesystem.open_input_file(path) as opened:
@@ -99,7 +102,7 @@ def _lines(listing: Listing, file: str, where: str) -> Iterator[tuple[int, dict[
         yield from _csv_lines(where, lines) if is_csv else _json_lines(where, lines)
 
 
-def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, Fields]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -116,7 +119,7 @@ def _json_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[st
         yield number, row
 
 
-def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, Fields]]:
     # Strict, since otherwise an unclosed quote swallows the rest of the file.
     reader = csv.DictReader(lines, strict=True)
     try:
@@ -133,7 +136,7 @@ def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         ) from None
 
 
-def _row(where: str, fields: dict[str, Any], columns: tuple[str, str], stratify: str | None) -> Row:
+def _row(where: str, fields: Fields, columns: tuple[str, str], stratify: str | None) -> Row:
     """Build a row from a line's fields; `columns` names those of the file name and the caption."""
     fixes = dict(zip(columns, ("image_column", "caption_column"), strict=True))
     for field in (*columns, *([stratify] if stratify else [])):

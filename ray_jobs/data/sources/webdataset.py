@@ -5,7 +5,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pyarrow import fs
 
@@ -123,14 +122,14 @@ class WebDataset(Source):
             data, problem = b"", rejected.with_traceback(None)
         return Sample(row, legible(f"{piece.file}: {name}"), text, data, stratum, "instance", problem)
 
-    def _stratum(self, name: str, fields: dict[str, Any]) -> str:
+    def _stratum(self, name: str, fields: dict[str, object]) -> str:
         assert self.stratify
         if self.stratify not in fields:
             raise Rejected("missing_stratum", f"no .json with {self.stratify!r} beside {name}")
         value = fields[self.stratify]
         return "" if value is None else legible(str(value))
 
-    def _caption(self, parts: dict[str, tuple[str, bytes]], fields: dict[str, Any]) -> str:
+    def _caption(self, parts: dict[str, tuple[str, bytes]], fields: dict[str, object]) -> str:
         named = self.caption_column
         if "txt" in parts and named in (None, "txt"):
             return decode_caption(parts["txt"][1])
@@ -144,7 +143,7 @@ class WebDataset(Source):
         return check_caption(text)
 
 
-def _object(name: str, content: bytes) -> dict[str, Any]:
+def _object(name: str, content: bytes) -> dict[str, object]:
     try:
         fields = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
