@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from cluster.capacity import Actors, check_resources, encoders, search_actors
+from cluster.capacity import Actors, actors_of, check_resources, encoders
 from cluster.nodes import NoAnswer, Node, check_storage, living_nodes, totals
 from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError
@@ -35,8 +35,8 @@ which Ray Tune uses."""
 
 
 @contextmanager
-def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
-    """Watch the cluster that this process has joined while the block runs.
+def watched(config: Config, nodes: Sequence[Node], stage: str = "search") -> Iterator[None]:
+    """Watch the cluster that this process has joined while the block, a stage, runs.
 
     Args:
         nodes: the nodes that have already been checked.
@@ -47,7 +47,7 @@ def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
     """
     from ray.exceptions import RayError
 
-    watch = Watch(config, nodes)
+    watch = Watch(config, nodes, stage)
     # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)
     watch.start()
@@ -77,9 +77,9 @@ class Watch(threading.Thread):
         error: the reason for stopping.
     """
 
-    def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
+    def __init__(self, config: Config, nodes: Sequence[Node], stage: str) -> None:
         super().__init__(daemon=True)
-        self.config = config
+        self.config, self.stage = config, stage
         self.error: ConfigError | None = None
         self._seen = {node.identity for node in nodes}
         self._doubted: set[str] = set()
@@ -131,22 +131,23 @@ class Watch(threading.Thread):
 
     def _look_at_demands(self) -> None:
         nodes = living_nodes()
-        if not infeasible(autoscaling_state(), nodes, search_actors(self.config) + encoders(self.config)):
+        ours = actors_of(self.config, self.stage) + encoders(self.config)
+        if not infeasible(autoscaling_state(), nodes, ours):
             self._infeasible_since = None
             return
         self._infeasible_since = self._infeasible_since or time.monotonic()
         if time.monotonic() - self._infeasible_since < INFEASIBLE_S:
             return
         try:
-            check_fit(self.config, nodes)
+            check_fit(self.config, nodes, self.stage)
         except ConfigError as error:
             self.error = ConfigError(f"{error}; no node group of the autoscaler is large enough")
 
 
-def check_fit(config: Config, nodes: Sequence[Node]) -> None:
-    """Raise ConfigError unless these nodes hold one full search."""
-    check_resources(config, totals(nodes))
-    check_places(config, machines_of(nodes))
+def check_fit(config: Config, nodes: Sequence[Node], stage: str) -> None:
+    """Raise ConfigError unless these nodes hold all that a stage starts."""
+    check_resources(config, totals(nodes), stage)
+    check_places(config, machines_of(nodes), stage)
 
 
 def autoscaling_state() -> "AutoscalingState":

@@ -148,4 +148,4 @@ def _save_half(weights: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, pretrain)
+    run_stage(__doc__, pretrain, name="pretrain")

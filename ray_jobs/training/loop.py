@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.gpus import take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
@@ -110,6 +111,8 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     startup.done("imports")
     settings = loop["settings"]
     torch.set_num_threads(settings.config.train.cpus_per_worker)
+    if settings.config.train.use_gpu:
+        take_share(settings.config.train.gpu_share, get_device())
     # Rank 0 decides for all ranks: another one might already see a later checkpoint.
     found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
     last = broadcast_from_rank_zero(found)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.storage import Storage
-from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect
+from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect, TrainConfig
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
@@ -31,6 +31,19 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
 def training_name(config: Config) -> str:
     """Return the name of a single training: that of a trial in a search over learning rates."""
     return trial_id({LEARNING_RATE: config.train.learning_rate})
+
+
+def worker_group(train: TrainConfig) -> Any:
+    """Return the number of workers and what each reserves, as Ray Train's ScalingConfig."""
+    import ray.train
+
+    return ray.train.ScalingConfig(
+        num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
+        use_gpu=train.use_gpu,
+        # A worker group that grows restarts from its last checkpoint.
+        elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
+        resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpu_share if train.use_gpu else 0},
+    )
 
 
 def build_trainer(
@@ -68,13 +81,7 @@ def build_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
-            use_gpu=train.use_gpu,
-            # A worker group that grows restarts from its last checkpoint.
-            elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
-        ),
+        scaling_config=worker_group(train),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=RunFolder.of(config).trainings.uri,

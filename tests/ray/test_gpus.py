@@ -19,3 +19,38 @@ print(repr(ray.get(ray.remote(num_cpus=1, num_gpus=1)(see).remote())))
 
 def test_a_task_that_reserves_no_gpu_sees_none(tmp_path: Path) -> None:
     assert run_on_gpus(VISIBLE, 1, tmp_path) == ["1", "''", "'0'"]
+
+
+SHARED = """
+import ray.train
+from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray_jobs.config import EvaluateConfig, TrainConfig
+from ray_jobs.evaluation.pool import resources
+from ray_jobs.training.trainer import worker_group
+
+class Evaluator:
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+def work():
+    ray.train.report({"gpus": ray.get_gpu_ids()})
+
+actor = ray.remote(**resources(EvaluateConfig(use_gpu=True, gpu_share=0.3)))(Evaluator)
+evaluators = [actor.remote() for _ in range(NUM_EVALUATORS)]
+print(ray.get([each.gpus.remote() for each in evaluators]), flush=True)
+train = TrainConfig(use_gpu=True, gpu_share=0.7, num_workers=1)
+run = ray.train.RunConfig(name="shared", storage_path=FOLDER)
+print(DataParallelTrainer(work, scaling_config=worker_group(train), run_config=run).fit().metrics["gpus"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "evaluators", "seen"), [(1, 1, ["[[0]]", "[0]"]), (2, 2, ["[[0], [0]]", "[1]"])]
+)
+def test_a_worker_and_evaluators_share_gpus(
+    count: int, evaluators: int, seen: list[str], tmp_path: Path
+) -> None:
+    """Beside a worker of 0.7 is room for one evaluator of 0.3. Ray puts two evaluators on the first GPU, as
+    `cluster.shape.place` assumes."""
+    lines = SHARED.replace("NUM_EVALUATORS", str(evaluators)).replace("FOLDER", repr(str(tmp_path / "runs")))
+    assert run_on_gpus(lines, count, tmp_path)[-2:] == seen
