@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from cluster.local import QUIET, local_cluster
 from cluster.nodes import Node, check_storage, described, living_nodes
+from cluster.preflight import check_gpus
 from cluster.watch import autoscaler_runs, check_fit
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -42,7 +43,7 @@ def connect(config: Config, stage: str = "search") -> Iterator[Sequence[Node]]:
 
 
 def _look_around(config: Config, stage: str) -> Sequence[Node]:
-    """Print the cluster's resources; check its size and storage; return the nodes."""
+    """Print the cluster's resources; check its size, storage and GPUs; return the nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
     try:
@@ -53,6 +54,7 @@ def _look_around(config: Config, stage: str) -> Sequence[Node]:
             raise
         say("cluster", f"waiting for the autoscaler, because {error}")
     check_storage(config, nodes)
+    check_gpus(config, nodes, stage)
     return nodes
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cluster.capacity import Actors, actors_of, check_resources, encoders
 from cluster.nodes import NoAnswer, Node, check_storage, living_nodes, totals
+from cluster.preflight import check_gpus
 from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -42,8 +43,8 @@ def watched(config: Config, nodes: Sequence[Node], stage: str = "search") -> Ite
         nodes: the nodes that have already been checked.
 
     Raises:
-        ConfigError: a node that joined later does not see the run's storage, or the cluster's autoscaler
-            cannot provide the nodes that the configuration needs.
+        ConfigError: a node that joined later does not see the run's storage or cannot use its GPUs, or the
+            cluster's autoscaler cannot provide the nodes that the configuration needs.
     """
     from ray.exceptions import RayError
 
@@ -104,8 +105,9 @@ class Watch(threading.Thread):
         self.join()
 
     def look_at_nodes(self) -> None:
-        """Check the storage on newly joined nodes, together with this process's node. An error counts once it
-        has occurred in two checks: a machine that has just started may be rejected for some seconds.
+        """Check newly joined nodes: their storage, together with this process's node, and their GPUs. An
+        error counts once it has occurred in two checks: a machine that has just started may be rejected for
+        some seconds.
 
         Raises:
             RayError: a node has left meanwhile; the next check tries again.
@@ -119,6 +121,7 @@ class Watch(threading.Thread):
             return
         try:
             check_storage(self.config, [*(node for node in nodes if node.identity == here), *joined])
+            check_gpus(self.config, joined, self.stage)
         except NoAnswer as error:  # a busy node is no reason to stop a healthy run
             say("cluster", str(error))
         except ConfigError as error:

@@ -54,3 +54,24 @@ def test_a_worker_and_evaluators_share_gpus(
     `cluster.shape.place` assumes."""
     lines = SHARED.replace("NUM_EVALUATORS", str(evaluators)).replace("FOLDER", repr(str(tmp_path / "runs")))
     assert run_on_gpus(lines, count, tmp_path)[-2:] == seen
+
+
+PREFLIGHT = """
+from cluster.nodes import living_nodes
+from cluster.preflight import check_gpus
+from ray_jobs.config import ConfigError, load_config
+
+gpus, cpus = (["train.use_gpu=" + use] for use in ("true", "false"))
+check_gpus(load_config("configs/demo.yaml", cpus), living_nodes(), "train")
+try:
+    check_gpus(load_config("configs/demo.yaml", gpus), living_nodes(), "train")
+except ConfigError as error:
+    print(error)
+print(ray.get(ray.remote(num_gpus=1)(lambda: "free").remote()))
+"""
+
+
+def test_a_node_whose_gpus_pytorch_cannot_use_is_told_before_anything_reserves_them(tmp_path: Path) -> None:
+    *_, error, free = run_on_gpus(PREFLIGHT, 1, tmp_path)
+    assert error.startswith("use_gpu: ") and "127.0.0.1" in error and "PyTorch" in error
+    assert free == "free"
