@@ -36,7 +36,8 @@ READERS = {
     "TORCH_": ["torch/utils/cpp_extension.py"],
 }
 OF_OTHER_PROGRAMS = {"HOME", "PGPASSWORD", "PGDATA", "POSTGRES_DB", "POSTGRES_PASSWORD", "POSTGRES_USER"} | {
-    "REDIS_PASSWORD"  # of the script in redis.yaml
+    "REDIS_PASSWORD",  # of the script in redis.yaml
+    *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NVIDIA_VISIBLE_DEVICES"),  # of NVIDIA's library and runtime
 }
 
 
