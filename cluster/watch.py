@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cluster.capacity import Actors, actors_of, check_resources, encoders
 from cluster.nodes import NoAnswer, Node, check_storage, living_nodes, totals
 from cluster.preflight import check_gpus
+from cluster.reservation import RENEWED_S, beside_training, release, reserve
 from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -49,6 +50,7 @@ def watched(config: Config, nodes: Sequence[Node], stage: str = "search") -> Ite
     from ray.exceptions import RayError
 
     watch = Watch(config, nodes, stage)
+    watch.reserve()
     # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)
     watch.start()
@@ -69,6 +71,8 @@ def watched(config: Config, nodes: Sequence[Node], stage: str = "search") -> Ite
     finally:
         watch.finish()
         signal.signal(STOP, former)
+        with suppress(RayError):
+            watch.release()
 
 
 class Watch(threading.Thread):
@@ -85,12 +89,15 @@ class Watch(threading.Thread):
         self._seen = {node.identity for node in nodes}
         self._doubted: set[str] = set()
         self._infeasible_since: float | None = None
+        self._beside, self._reserved_at = beside_training(config, stage), 0.0
         self._done = threading.Event()
         self._stopping = threading.Lock()  # so that no signal is sent after `finish`
 
     def run(self) -> None:
         while not self._done.wait(AGAIN_S if self.error else LOOK_S):
             try:
+                if time.monotonic() - self._reserved_at > RENEWED_S:
+                    self.reserve()
                 self.look_at_nodes()
                 self._look_at_demands()
             except Exception as error:  # such as a head that is briefly unreachable: the stage continues
@@ -103,6 +110,20 @@ class Watch(threading.Thread):
         with self._stopping:
             self._done.set()
         self.join()
+
+    def reserve(self) -> None:
+        """Keep room for what runs beside an elastic training."""
+        if self._beside:
+            reserve(self._reservation, self._beside)
+            self._reserved_at = time.monotonic()
+
+    def release(self) -> None:
+        if self._beside:
+            release(self._reservation)
+
+    @property
+    def _reservation(self) -> str:
+        return f"diffray {self.config.storage} {self.config.name}"
 
     def look_at_nodes(self) -> None:
         """Check newly joined nodes: their storage, together with this process's node, and their GPUs. An

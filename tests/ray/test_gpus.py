@@ -75,3 +75,48 @@ def test_a_node_whose_gpus_pytorch_cannot_use_is_told_before_anything_reserves_t
     *_, error, free = run_on_gpus(PREFLIGHT, 1, tmp_path)
     assert error.startswith("use_gpu: ") and "127.0.0.1" in error and "PyTorch" in error
     assert free == "free"
+
+
+ELASTIC = """
+import ray.train
+from ray.train.data_parallel_trainer import DataParallelTrainer
+from cluster.nodes import living_nodes
+from cluster.watch import watched
+from ray_jobs.config import load_config
+from ray_jobs.evaluation.pool import resources
+from ray_jobs.training.trainer import worker_group
+
+settings = ["train.use_gpu=true", "train.num_workers=[1, 4]", "search.max_concurrent_trials=1"]
+settings += ["evaluate.use_gpu=true", "evaluate.num_actors=1", "data.encode=stream"]
+config = load_config("configs/demo.yaml", settings)
+
+class Evaluator:
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+class Encode:
+    def __call__(self, batch):
+        return batch
+
+def work():
+    context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        actors = {"compute": ray.data.ActorPoolStrategy(size=1), "num_cpus": 1, "num_gpus": 1}
+        rows = ray.data.range(3).map_batches(Encode, batch_size=1, **actors).take_all()
+        ray.train.report({"workers": context.get_world_size(), "rows": len(rows)})
+    else:
+        ray.train.report({})
+
+evaluator = ray.remote(**resources(config.evaluate))(Evaluator).remote()
+ray.get(evaluator.gpus.remote())
+group, run = worker_group(config.train), ray.train.RunConfig(name="elastic", storage_path=FOLDER)
+with watched(config, living_nodes(), "search"):
+    metrics = DataParallelTrainer(work, scaling_config=group, run_config=run).fit().metrics
+print(metrics["workers"], metrics["rows"])
+"""
+
+
+def test_an_elastic_training_leaves_gpus_to_evaluators_and_the_encoders_of_its_stream(tmp_path: Path) -> None:
+    """Otherwise it takes all four, and waits for rows that nobody encodes."""
+    lines = ELASTIC.replace("FOLDER", repr(str(tmp_path / "runs")))
+    assert run_on_gpus(lines, 4, tmp_path)[-1] == "2 3"

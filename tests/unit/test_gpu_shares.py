@@ -6,6 +6,7 @@ import pytest
 
 from cluster.capacity import check_resources
 from cluster.gpus import OUTSIDE_BYTES, memory_fraction
+from cluster.reservation import beside_training
 from cluster.shape import Machine, check_places
 from cluster.submit import stage_in
 from ray_jobs.config import Config, ConfigError
@@ -108,3 +109,16 @@ def test_the_memory_of_shares_leaves_room_for_what_pytorch_does_not_count() -> N
     assert sum(fractions) * total + 2 * OUTSIDE_BYTES == pytest.approx(total)
     with pytest.raises(ValueError, match="gpu_share: 0.02 of a GPU of 24 GiB is less than the 0.7 GiB"):
         memory_fraction(0.02, 24 * GIB)
+
+
+def test_an_elastic_training_leaves_room_for_all_that_runs_beside_it() -> None:
+    beside = beside_training(a_config(workers=[1, 8], actors=2), "search")
+    kinds = {each.kind: each.count for each in beside}
+    assert kinds == {"trial driver": 1, "evaluator": 2, "driver and Ray Data task": 2}
+    streamed = a_config(workers=[1, 8]).model_dump(mode="json") | {
+        "data": {"source": "pictures", "encode": "stream", "encode_workers": 3}
+    }
+    gpus = {each.kind: each.count * each.gpus for each in beside_training(Config(**streamed), "train")}
+    assert gpus["encoder"] == 3 and "evaluator" not in gpus
+    assert beside_training(a_config(workers=2), "search") == []
+    assert beside_training(a_config(workers=[1, 8]), "evaluate") == []
