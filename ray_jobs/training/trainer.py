@@ -1,9 +1,10 @@
 """The Ray Train trainer of a training, and the settings that its weights depend on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cluster.capacity import trials_at_once
 from cluster.storage import Storage
 from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect, TrainConfig
 from ray_jobs.data.feeding.dataset import Dataset
@@ -33,8 +34,38 @@ def training_name(config: Config) -> str:
     return trial_id({LEARNING_RATE: config.train.learning_rate})
 
 
-def worker_group(train: TrainConfig) -> Any:
-    """Return the number of workers and what each reserves, as Ray Train's ScalingConfig."""
+def placement(train: TrainConfig, trials: int, free: Iterable[Mapping[str, float]]) -> str:
+    """Return the strategy by which Ray places a training's workers.
+
+    Workers that use GPUs are kept together where one node holds them all, so that they talk over NVLink and
+    not over the network. By default Ray fills the node that it takes first, even if another one has room for
+    all. Workers that lose their node wait for one with room for all of them.
+
+    Args:
+        trials: trainings that may ask for such a place at the same time.
+        free: what is free on each node.
+    """
+    if train.is_elastic or train.min_workers == 1 or not train.use_gpu:
+        return "PACK"
+    reserved = {"CPU": train.min_workers * train.cpus_per_worker}
+    reserved |= {"GPU": train.min_workers}  # above half a GPU, each worker takes its own
+    places = sum(min(int(node.get(kind, 0) // each) for kind, each in reserved.items()) for node in free)
+    return "STRICT_PACK" if places >= trials else "PACK"
+
+
+def free_resources() -> list[dict[str, float]]:
+    """Return what is free on each node of the cluster."""
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
+
+
+def worker_group(train: TrainConfig, trials: int = 1, free: Iterable[Mapping[str, float]] = ()) -> Any:
+    """Return the number of workers, what each reserves and where, as Ray Train's ScalingConfig.
+
+    Args:
+        trials, free: see `placement`.
+    """
     import ray.train
 
     return ray.train.ScalingConfig(
@@ -43,6 +74,7 @@ def worker_group(train: TrainConfig) -> Any:
         # A worker group that grows restarts from its last checkpoint.
         elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
         resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpu_share if train.use_gpu else 0},
+        placement_strategy=placement(train, trials, free),
     )
 
 
@@ -81,7 +113,7 @@ def build_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
-        scaling_config=worker_group(train),
+        scaling_config=worker_group(train, trials_at_once(config), free_resources() if train.use_gpu else ()),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=RunFolder.of(config).trainings.uri,

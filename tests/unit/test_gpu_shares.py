@@ -10,6 +10,7 @@ from cluster.reservation import beside_training
 from cluster.shape import Machine, check_places
 from cluster.submit import stage_in
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.training.trainer import placement
 
 GIB = 2**30
 ONE_GPU = {"CPU": 16.0, "GPU": 1.0, "node:10.0.0.1": 1.0}
@@ -109,6 +110,29 @@ def test_the_memory_of_shares_leaves_room_for_what_pytorch_does_not_count() -> N
     assert sum(fractions) * total + 2 * OUTSIDE_BYTES == pytest.approx(total)
     with pytest.raises(ValueError, match="gpu_share: 0.02 of a GPU of 24 GiB is less than the 0.7 GiB"):
         memory_fraction(0.02, 24 * GIB)
+
+
+NODE = {"CPU": 96.0, "GPU": 8.0}
+WITH_EVALUATORS = {"CPU": 94.0, "GPU": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "trials", "free", "strategy"),
+    [
+        (8, 1, [WITH_EVALUATORS, NODE], "STRICT_PACK"),
+        (8, 1, [WITH_EVALUATORS, WITH_EVALUATORS], "PACK"),
+        (8, 2, [WITH_EVALUATORS, NODE], "PACK"),
+        (4, 2, [NODE], "STRICT_PACK"),
+        (8, 1, [{"CPU": 4.0, "GPU": 8.0}], "PACK"),
+        (1, 1, [NODE], "PACK"),
+        ([4, 8], 1, [NODE], "PACK"),
+    ],
+    ids=["one node", "no node", "for one of two", "both on one", "too few CPUs", "one worker", "elastic"],
+)
+def test_workers_are_kept_on_one_node_where_there_is_a_place_for_every_trial(
+    workers: Any, trials: int, free: list[dict[str, float]], strategy: str
+) -> None:
+    assert placement(a_config(workers=workers).train, trials, free) == strategy
 
 
 def test_an_elastic_training_leaves_room_for_all_that_runs_beside_it() -> None:
