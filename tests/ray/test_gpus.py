@@ -77,6 +77,24 @@ def test_a_node_whose_gpus_pytorch_cannot_use_is_told_before_anything_reserves_t
     assert free == "free"
 
 
+PRETRAIN = """
+from pathlib import Path
+from ray_jobs.config import ConfigError, load_config
+from ray_jobs.pretrain import _train_on_worker
+
+config = load_config("configs/pretrain_emoji.yaml", ["train.use_gpu=true", "pretrain.pictures=nowhere"])
+try:
+    _train_on_worker(config, config.pretrain, Path("unused"))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_an_autoencoder_is_trained_where_a_gpu_is_and_its_errors_are_one_line(tmp_path: Path) -> None:
+    [error] = run_on_gpus(PRETRAIN, 1, tmp_path)
+    assert "nowhere" in error and "Traceback" not in error
+
+
 ELASTIC = """
 import ray.train
 from ray.train.data_parallel_trainer import DataParallelTrainer
