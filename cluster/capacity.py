@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ray_jobs.config import Config, ConfigError, LocalConfig
 
@@ -21,7 +21,7 @@ class Actors:
     Attributes:
         kind: readable name of their task.
         field: the setting that determines `count`.
-        cpus, gpus: logical CPUs and GPUs that each process reserves.
+        cpus, gpus: logical CPUs and GPUs that each process reserves; below 1, a share of one GPU.
     """
 
     kind: str
@@ -31,64 +31,114 @@ class Actors:
     gpus: float
 
 
+TASKS = Actors("driver and Ray Data task", "fixed", RESERVED_CPUS, 1, 0)
+
+
 def trials_at_once(config: Config) -> int:
     return min(config.search.max_concurrent_trials, config.search.grid_size)
 
 
-def encoders(config: Config) -> list[Actors]:
+def encoders(config: Config, trials: int | None = None) -> list[Actors]:
     """Return the encoder actors and their picture decoders: those of `prepare`, or with data.encode=stream
-    those of all concurrent trials."""
+    those of `trials` concurrent trainings (None: all concurrent trials of a search)."""
     train, each = config.train, config.data.encode_workers
-    each *= trials_at_once(config) if config.data.encode == "stream" else 1
+    if config.data.encode == "stream":
+        each *= trials_at_once(config) if trials is None else trials
     return [
         Actors("encoder", "data.encode_workers", each, train.cpus_per_worker, float(train.use_gpu)),
         Actors("picture decoder", "data.encode_workers", each, 1, 0),
     ]
 
 
+def _training(config: Config, trials: int) -> list[Actors]:
+    """Return the minimum of training workers that the configuration allows, and what feeds them."""
+    train = config.train
+    share = train.gpu_share if train.use_gpu else 0.0
+    workers = Actors(
+        "training worker", "train.num_workers", train.min_workers * trials, train.cpus_per_worker, share
+    )
+    return [workers, TASKS, *(encoders(config, trials) if config.data.encode == "stream" else [])]
+
+
+def _evaluators(config: Config) -> Actors:
+    evaluate = config.evaluate
+    share = evaluate.gpu_share if evaluate.use_gpu else 0.0
+    return Actors("evaluator", "evaluate.num_actors", evaluate.num_actors, 1, share)
+
+
+def prepare_actors(config: Config) -> list[Actors]:
+    """Return the least that `prepare` needs: where more encoders do not fit, Ray Data continues with one."""
+    return [*(replace(each, count=1) for each in encoders(config)), TASKS]
+
+
+def training_actors(config: Config) -> list[Actors]:
+    """Return the actors alive while a single training runs."""
+    return _training(config, 1)
+
+
+def evaluation_actors(config: Config) -> list[Actors]:
+    """Return the actors alive while checkpoints are scored and nothing is trained."""
+    return [_evaluators(config), TASKS]
+
+
 def search_actors(config: Config) -> list[Actors]:
-    """Return the actors alive while the search trains, with the minimum of workers that the configuration
+    """Return the actors alive while a search trains, with the minimum of workers that the configuration
     allows."""
-    train, trials, evaluate = config.train, trials_at_once(config), config.evaluate
-    found = [
-        # A trial's driver reserves one CPU; the controller of its workers reserves none.
-        Actors("trial driver", "search.max_concurrent_trials", trials, 1, 0),
-        Actors(
-            "training worker",
-            "train.num_workers",
-            train.min_workers * trials,
-            train.cpus_per_worker,
-            float(train.use_gpu),
-        ),
-        Actors("evaluator", "evaluate.num_actors", evaluate.num_actors, 1, float(evaluate.use_gpu)),
-        Actors("driver and Ray Data task", "fixed", RESERVED_CPUS, 1, 0),
-    ]
-    return found + (encoders(config) if config.data.encode == "stream" else [])
+    trials = trials_at_once(config)
+    workers, *others = _training(config, trials)
+    # A trial's driver reserves one CPU; the controller of its workers reserves none.
+    drivers = Actors("trial driver", "search.max_concurrent_trials", trials, 1, 0)
+    return [drivers, workers, _evaluators(config), *others]
 
 
 def serving_actors(config: Config) -> list[Actors]:
     """Return the maximum of actors that the endpoint starts."""
-    serve = config.serve
-    share = serve.gpu_share if serve.use_gpu else 0.0
+    return _serving(config, config.serve.max_replicas)
+
+
+def endpoint_actors(config: Config) -> list[Actors]:
+    """Return the actors without which the endpoint does not start: the replicas that are always kept."""
+    return _serving(config, max(1, config.serve.min_replicas))
+
+
+def _serving(config: Config, replicas: int) -> list[Actors]:
+    share = config.serve.gpu_share if config.serve.use_gpu else 0.0
     return [
-        Actors("serving replica", "serve.replicas", serve.max_replicas, 1, share),
+        Actors("serving replica", "serve.replicas", replicas, 1, share),
         Actors("HTTP ingress", "fixed", 1, 0.1, 0),
     ]
 
 
-def check_resources(config: Config, resources: Mapping[str, float]) -> None:
-    """Raise ConfigError unless the cluster holds one full search: its trials, workers and evaluators.
+STARTS: Mapping[str, Callable[[Config], list[Actors]]] = {
+    "prepare": prepare_actors,
+    "train": training_actors,
+    "pretrain": training_actors,
+    "evaluate": evaluation_actors,
+    "compare": evaluation_actors,
+    "publish": evaluation_actors,
+    "serve": endpoint_actors,
+}
+"""What the commands start that start less than a search does, by name."""
+
+
+def actors_of(config: Config, stage: str) -> list[Actors]:
+    """Return the actors that a stage keeps alive at the same time."""
+    return STARTS.get(stage, search_actors)(config)
+
+
+def check_resources(config: Config, resources: Mapping[str, float], stage: str = "search") -> None:
+    """Raise ConfigError unless the cluster holds all that a stage starts, with one full search.
 
     A run that does not fit would wait forever instead of failing.
 
     Args:
         resources: logical totals, as in `ray.cluster_resources()`.
     """
-    wanted = search_actors(config)
+    wanted = actors_of(config, stage)
     nodes = max(1, sum(name.startswith("node:") and "__" not in name for name in resources))
     needs = {
         "CPU": sum(each.count * each.cpus for each in wanted),
-        "GPU": sum(each.count * each.gpus for each in wanted),
+        "GPU": round(sum(each.count * each.gpus for each in wanted), 4),
     }
     for kind, needed in needs.items():
         present = resources.get(kind, 0)
@@ -96,7 +146,7 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
             continue
         if kind == "GPU" and not present:
             raise ConfigError(
-                f"{_gpu_fields(config)}: the run needs {needed:g} GPUs, but the cluster has none; set "
+                f"{_gpu_fields(wanted)}: the run needs {needed:g} GPUs, but the cluster has none; set "
                 "use_gpu: false, or use a cluster with GPUs (--address)"
             )
         missing = math.ceil(needed - present)
@@ -105,26 +155,36 @@ def check_resources(config: Config, resources: Mapping[str, float]) -> None:
             add += f" ({math.ceil(missing / (present / nodes))} more nodes of the present size)"
         if kind == "CPU":
             add += "; on the embedded cluster raise local.num_cpus"
+        largest = max(wanted, key=lambda each: each.count * (each.gpus if kind == "GPU" else each.cpus))
         raise ConfigError(
-            f"train.num_workers: the run needs {needed:g} logical {kind}s, but the cluster has "
-            f"{present:g}; {_lower(config)}, {add}"
+            f"{largest.field}: the run needs {needed:g} logical {kind}s, but the cluster has "
+            f"{present:g}; {_lower(config, wanted, kind)}, {add}"
         )
 
 
-def _gpu_fields(config: Config) -> str:
-    fields = {"train.use_gpu": config.train.use_gpu, "evaluate.use_gpu": config.evaluate.use_gpu}
-    return ", ".join(name for name, used in fields.items() if used)
+def _gpu_fields(wanted: Sequence[Actors]) -> str:
+    sections = {"data": "train"}  # encoders use GPUs where training does
+    used = [each.field.partition(".")[0] for each in wanted if each.gpus]
+    return ", ".join(dict.fromkeys(f"{sections.get(each, each)}.use_gpu" for each in used))
 
 
-def _lower(config: Config) -> str:
+def _lower(config: Config, wanted: Sequence[Actors], kind: str) -> str:
     """Return advice that names the settings that make a run smaller."""
-    trials = trials_at_once(config)
-    lower = f"lower train.num_workers ({config.train.min_workers})"
-    if trials > 1:
-        lower += f", search.max_concurrent_trials ({trials})"
-    if config.data.encode == "stream":
-        lower += f", data.encode_workers ({config.data.encode_workers})"
-    return lower + f" or evaluate.num_actors ({config.evaluate.num_actors})"
+    values = {
+        "train.num_workers": config.train.min_workers,
+        "search.max_concurrent_trials": trials_at_once(config),
+        "data.encode_workers": config.data.encode_workers,
+        "evaluate.num_actors": config.evaluate.num_actors,
+        "serve.replicas": config.serve.min_replicas,
+    }
+    used = {each.field for each in wanted}
+    if trials_at_once(config) == 1:
+        used -= {"search.max_concurrent_trials"}
+    named = [f"{field} ({value})" for field, value in values.items() if field in used]
+    lower = "lower " + " or ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
+    if kind == "GPU" and {each.kind for each in wanted if each.gpus == 1} >= {"training worker", "evaluator"}:
+        lower += ", let them share GPUs (train.gpu_share: 0.7, evaluate.gpu_share: 0.3)"
+    return lower
 
 
 def sized(local: LocalConfig) -> LocalConfig:

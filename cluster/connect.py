@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from cluster.local import QUIET, local_cluster
 from cluster.nodes import Node, check_storage, described, living_nodes
+from cluster.preflight import check_gpus
 from cluster.watch import autoscaler_runs, check_fit
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -17,39 +18,43 @@ ANSWER_S = 10
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[Sequence[Node]]:
+def connect(config: Config, stage: str = "search") -> Iterator[Sequence[Node]]:
     """Join the cluster of this Ray job (RAY_ADDRESS), else start an embedded one; yield the cluster's nodes.
 
     A cluster that this process has already joined is used, and left running.
 
+    Args:
+        stage: the command for which the cluster must have room (`cluster.capacity.STARTS`).
+
     Raises:
-        ConfigError: the cluster rejects this process, is too small for `config`, or its nodes do not share
+        ConfigError: the cluster rejects this process, is too small for the stage, or its nodes do not share
             the storage; raised before any actor starts.
     """
     import ray
 
     if ray.is_initialized():
-        yield _look_around(config)
+        yield _look_around(config, stage)
     elif os.environ.get("RAY_ADDRESS"):
         with joined(os.environ["RAY_ADDRESS"]):
-            yield _look_around(config)
+            yield _look_around(config, stage)
     else:
         with local_cluster(config.local) as cluster, joined(cluster.gcs_address):
-            yield _look_around(config)
+            yield _look_around(config, stage)
 
 
-def _look_around(config: Config) -> Sequence[Node]:
-    """Print the cluster's resources, check that the run fits and storage is shared, and return the nodes."""
+def _look_around(config: Config, stage: str) -> Sequence[Node]:
+    """Print the cluster's resources; check its size, storage and GPUs; return the nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
     try:
-        check_fit(config, nodes)
+        check_fit(config, nodes, stage)
     except ConfigError as error:
         # An autoscaler v2, as on Kubernetes, may add the missing nodes.
         if not autoscaler_runs():
             raise
         say("cluster", f"waiting for the autoscaler, because {error}")
     check_storage(config, nodes)
+    check_gpus(config, nodes, stage)
     return nodes
 
 

@@ -47,6 +47,10 @@ ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """Environment of the embedded Ray's processes. Its only machine is never preempted, so each training saves
 the process that watches for that."""
 
+HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Environment of every Ray node. Otherwise tasks and actors that reserve no GPU see all of them, and a
+library that asks whether there is one, such as DeepSpeed, puts a CPU run's tensors on it."""
+
 PATIENCE = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_TIMEOUT_S),
     "RAY_gcs_server_port_wait_time_s": str(START_TIMEOUT_S),
@@ -94,7 +98,7 @@ def local_cluster(local: LocalConfig) -> Iterator[LocalCluster]:
         ConfigError: Ray does not start; the error names the fix and the log. No process is left.
     """
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(QUIET | KEEP_MEMORY | ONE_MACHINE)
+    os.environ.update(QUIET | KEEP_MEMORY | ONE_MACHINE | HIDE_GPUS)
     _require_token()
     _stay_on_loopback()
     for start in range(1, STARTS + 1):

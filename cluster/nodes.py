@@ -9,11 +9,11 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError
 
 ANSWER_S = 120
-"""Timeout of the storage check, in seconds: each node may have to start a process first."""
+"""Timeout of a check on every node, in seconds: each node may have to start a process first."""
 
 
 class NoAnswer(ConfigError):
-    """A node did not finish the storage check in time."""
+    """A node did not finish a check in time."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,30 @@ def disagreement(seen: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> st
     return ""
 
 
-def _on_each(
-    nodes: Sequence[Node], function: Callable[..., Any], config: Config, probe: str
+def on_each(
+    nodes: Sequence[Node],
+    function: Callable[..., Any],
+    arguments: Callable[[Node], tuple[Any, ...]],
+    unanswered: str,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Run a function on every node, and return its results by node name."""
+    """Run a function on every node, and return its results by node name. It reserves nothing.
+
+    Args:
+        unanswered: what is wrong with nodes that do not answer; `{}` stands for their names.
+        options: further options of the Ray task.
+
+    Raises:
+        NoAnswer: a node does not answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    task = ray.remote(num_cpus=0, max_retries=0, **options)(function)
     waiting = {
         node.name: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.identity, soft=False)
-        ).remote(config, probe, node.identity)
+        ).remote(*arguments(node))
         for node in nodes
     }
     ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=ANSWER_S)
@@ -122,10 +134,18 @@ def _on_each(
         return {name: ray.get(found, timeout=0) for name, found in waiting.items()}
     except ray.exceptions.GetTimeoutError:
         late = [name for name, found in waiting.items() if not ray.wait([found], timeout=0)[0]]
-        raise NoAnswer(
-            f"storage: {config.storage}: no answer within {ANSWER_S} s from {', '.join(late)}; check whether "
-            "its mount hangs there"
-        ) from None
+        raise NoAnswer(unanswered.format(", ".join(late))) from None
+
+
+def _on_each(
+    nodes: Sequence[Node], function: Callable[..., Any], config: Config, probe: str
+) -> dict[str, Any]:
+    """Run a step of the storage check on every node, and return its results by node name."""
+    unanswered = (
+        f"storage: {config.storage}: no answer within {ANSWER_S} s from {{}}; check whether its mount hangs "
+        "there"
+    )
+    return on_each(nodes, function, lambda node: (config, probe, node.identity), unanswered)
 
 
 def _folder(config: Config, probe: str) -> Storage:

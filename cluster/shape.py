@@ -1,14 +1,15 @@
 """Cluster shapes (from a description, this machine or a live cluster), and placement of actors on them."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from cluster.capacity import Actors, search_actors, sized
+from cluster.capacity import Actors, actors_of, sized
 from ray_jobs.config import Config, ConfigError, LocalConfig
 from ray_jobs.config.yaml_text import read_yaml
 
@@ -132,23 +133,53 @@ class Placed:
     left_over: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Free:
+    """What is left of a machine: CPUs, and the share of each GPU."""
+
+    cpus: float
+    gpus: list[float]
+
+    @staticmethod
+    def of(machine: Machine) -> "Free":
+        return Free(machine.cpus, [1.0] * int(machine.gpus))
+
+    def take(self, actor: Actors) -> bool:
+        """Give an actor what it reserves, if there is room, and return whether there is.
+
+        A share comes from one GPU: like Ray's, the fullest one that has room.
+        """
+        least = min(actor.gpus, 1.0)
+        fitting = [number for number, left in enumerate(self.gpus) if left >= least > 0]
+        fitting.sort(key=lambda number: self.gpus[number])
+        count = math.ceil(actor.gpus)
+        if self.cpus < actor.cpus or len(fitting) < count:
+            return False
+        self.cpus -= actor.cpus
+        for number in fitting[:count]:
+            self.gpus[number] = round(self.gpus[number] - least, 4)
+        return True
+
+
+def _start_order(actor: Actors) -> tuple[bool, float, float]:
+    return not (actor.kind == "evaluator" and 0 < actor.gpus < 1), -actor.gpus, -actor.cpus
+
+
 def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
-    """Place each actor on the first machine with room, largest actors first.
+    """Place each actor on the first machine with room: evaluators that share GPUs first, which start before
+    trainings, then the largest.
 
     Ray packs training workers likewise, but may choose other machines of the same kind.
     """
-    free = {machine.name: [machine.cpus, machine.gpus] for machine in machines}
+    free = {machine.name: Free.of(machine) for machine in machines}
     placed = Placed({machine.name: {} for machine in machines})
-    for each in sorted(actors, key=lambda actor: (-actor.gpus, -actor.cpus)):
+    for each in sorted(actors, key=_start_order):
         left = 0
         for _ in range(each.count):
-            fitting = (n for n, (cpus, gpus) in free.items() if cpus >= each.cpus and gpus >= each.gpus)
-            name = next(fitting, None)
+            name = next((name for name, room in free.items() if room.take(each)), None)
             if name is None:
                 left += 1
                 continue
-            free[name][0] -= each.cpus
-            free[name][1] -= each.gpus
             placed.held[name][each.kind] = placed.held[name].get(each.kind, 0) + 1
         if left:
             needs = f"{each.cpus:g} CPUs" + (f" and {each.gpus:g} GPUs" if each.gpus else "")
@@ -159,12 +190,16 @@ def place(actors: Sequence[Actors], machines: Sequence[Machine]) -> Placed:
     return placed
 
 
-def check_places(config: Config, machines: Sequence[Machine]) -> None:
-    """Raise ConfigError if a search's processes of one kind do not fit on the machines, even alone.
+def check_places(config: Config, machines: Sequence[Machine], stage: str = "search") -> None:
+    """Raise ConfigError if a stage's processes of one kind do not fit on the machines, even alone, or if
+    those that share GPUs do not fit together.
 
-    Totals do not show this: a large process may fit on no single node, or on too few.
+    Totals do not show this: a large process may fit on no single node, or on too few, and a share of a GPU
+    cannot be put together from the rest of several.
     """
-    for each in search_actors(config):
+    wanted = actors_of(config, stage)
+    _check_shares(wanted, machines)
+    for each in wanted:
         if not place([each], machines).left_over:
             continue
         largest = max(machines, key=lambda machine: (machine.gpus * bool(each.gpus), machine.cpus))
@@ -175,3 +210,15 @@ def check_places(config: Config, machines: Sequence[Machine]) -> None:
             f"{named}: {each.count} {each.kind}s of {takes} each do not fit on the nodes, the largest of "
             f"which is {largest.describe()}; lower {' or '.join(fields)}, or add larger nodes"
         )
+
+
+def _check_shares(wanted: Sequence[Actors], machines: Sequence[Machine]) -> None:
+    on_gpus = [replace(each, cpus=0) for each in wanted if each.gpus]
+    if all(each.gpus == 1 for each in on_gpus) or not place(on_gpus, machines).left_over:
+        return
+    shares = ", ".join(f"{each.count} {each.kind}s of {each.gpus:g}" for each in on_gpus)
+    raise ConfigError(
+        f"{on_gpus[0].field.partition('.')[0]}.gpu_share: {shares} do not fit on the GPUs of the nodes: Ray "
+        "starts evaluators first and fills one GPU before it takes the next; lower evaluate.num_actors, "
+        "evaluate.gpu_share or train.num_workers, or add GPUs"
+    )

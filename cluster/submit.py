@@ -96,6 +96,12 @@ def overrides_in(command: list[str]) -> list[str]:
     return list(parser.parse_known_args(command)[0].overrides)
 
 
+def stage_in(command: list[str]) -> str:
+    """Return the name of the stage that a command runs; empty if it runs none."""
+    modules = [each.rpartition(".") for each in command if each.startswith(("ray_jobs.", "serving."))]
+    return next(("serve" if package == "serving" else name for package, _, name in modules), "")
+
+
 def _run(options: argparse.Namespace, command: list[str]) -> int:
     config = load_config(options.config, overrides_in(command))
     if options.token_file:
@@ -106,7 +112,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             environment = runtime_environment(files=files) | ({"py_modules": modules} if modules else {})
             return run_job(options.address, command, environment, wait=not options.no_wait)
     local = sized(config.local)
-    check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()})
+    check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()}, stage_in(command))
     environment = runtime_environment(local_variables())
     print("starting Ray on this machine", flush=True)
     begun = time.monotonic()

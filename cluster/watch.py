@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from cluster.capacity import Actors, check_resources, encoders, search_actors
+from cluster.capacity import Actors, actors_of, check_resources, encoders
 from cluster.nodes import NoAnswer, Node, check_storage, living_nodes, totals
+from cluster.preflight import check_gpus
+from cluster.reservation import RENEWED_S, beside_training, release, reserve
 from cluster.shape import check_places, machines_of
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -35,19 +37,20 @@ which Ray Tune uses."""
 
 
 @contextmanager
-def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
-    """Watch the cluster that this process has joined while the block runs.
+def watched(config: Config, nodes: Sequence[Node], stage: str = "search") -> Iterator[None]:
+    """Watch the cluster that this process has joined while the block, a stage, runs.
 
     Args:
         nodes: the nodes that have already been checked.
 
     Raises:
-        ConfigError: a node that joined later does not see the run's storage, or the cluster's autoscaler
-            cannot provide the nodes that the configuration needs.
+        ConfigError: a node that joined later does not see the run's storage or cannot use its GPUs, or the
+            cluster's autoscaler cannot provide the nodes that the configuration needs.
     """
     from ray.exceptions import RayError
 
-    watch = Watch(config, nodes)
+    watch = Watch(config, nodes, stage)
+    watch.reserve()
     # A KeyboardInterrupt, because no other exception of a signal handler gets through Ray's waiting.
     former = signal.signal(STOP, signal.default_int_handler)
     watch.start()
@@ -68,6 +71,8 @@ def watched(config: Config, nodes: Sequence[Node]) -> Iterator[None]:
     finally:
         watch.finish()
         signal.signal(STOP, former)
+        with suppress(RayError):
+            watch.release()
 
 
 class Watch(threading.Thread):
@@ -77,19 +82,22 @@ class Watch(threading.Thread):
         error: the reason for stopping.
     """
 
-    def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
+    def __init__(self, config: Config, nodes: Sequence[Node], stage: str) -> None:
         super().__init__(daemon=True)
-        self.config = config
+        self.config, self.stage = config, stage
         self.error: ConfigError | None = None
         self._seen = {node.identity for node in nodes}
         self._doubted: set[str] = set()
         self._infeasible_since: float | None = None
+        self._beside, self._reserved_at = beside_training(config, stage), 0.0
         self._done = threading.Event()
         self._stopping = threading.Lock()  # so that no signal is sent after `finish`
 
     def run(self) -> None:
         while not self._done.wait(AGAIN_S if self.error else LOOK_S):
             try:
+                if time.monotonic() - self._reserved_at > RENEWED_S:
+                    self.reserve()
                 self.look_at_nodes()
                 self._look_at_demands()
             except Exception as error:  # such as a head that is briefly unreachable: the stage continues
@@ -103,9 +111,24 @@ class Watch(threading.Thread):
             self._done.set()
         self.join()
 
+    def reserve(self) -> None:
+        """Keep room for what runs beside an elastic training."""
+        if self._beside:
+            reserve(self._reservation, self._beside)
+            self._reserved_at = time.monotonic()
+
+    def release(self) -> None:
+        if self._beside:
+            release(self._reservation)
+
+    @property
+    def _reservation(self) -> str:
+        return f"diffray {self.config.storage} {self.config.name}"
+
     def look_at_nodes(self) -> None:
-        """Check the storage on newly joined nodes, together with this process's node. An error counts once it
-        has occurred in two checks: a machine that has just started may be rejected for some seconds.
+        """Check newly joined nodes: their storage, together with this process's node, and their GPUs. An
+        error counts once it has occurred in two checks: a machine that has just started may be rejected for
+        some seconds.
 
         Raises:
             RayError: a node has left meanwhile; the next check tries again.
@@ -119,6 +142,7 @@ class Watch(threading.Thread):
             return
         try:
             check_storage(self.config, [*(node for node in nodes if node.identity == here), *joined])
+            check_gpus(self.config, joined, self.stage)
         except NoAnswer as error:  # a busy node is no reason to stop a healthy run
             say("cluster", str(error))
         except ConfigError as error:
@@ -131,22 +155,23 @@ class Watch(threading.Thread):
 
     def _look_at_demands(self) -> None:
         nodes = living_nodes()
-        if not infeasible(autoscaling_state(), nodes, search_actors(self.config) + encoders(self.config)):
+        ours = actors_of(self.config, self.stage) + encoders(self.config)
+        if not infeasible(autoscaling_state(), nodes, ours):
             self._infeasible_since = None
             return
         self._infeasible_since = self._infeasible_since or time.monotonic()
         if time.monotonic() - self._infeasible_since < INFEASIBLE_S:
             return
         try:
-            check_fit(self.config, nodes)
+            check_fit(self.config, nodes, self.stage)
         except ConfigError as error:
             self.error = ConfigError(f"{error}; no node group of the autoscaler is large enough")
 
 
-def check_fit(config: Config, nodes: Sequence[Node]) -> None:
-    """Raise ConfigError unless these nodes hold one full search."""
-    check_resources(config, totals(nodes))
-    check_places(config, machines_of(nodes))
+def check_fit(config: Config, nodes: Sequence[Node], stage: str) -> None:
+    """Raise ConfigError unless these nodes hold all that a stage starts."""
+    check_resources(config, totals(nodes), stage)
+    check_places(config, machines_of(nodes), stage)
 
 
 def autoscaling_state() -> "AutoscalingState":

@@ -57,4 +57,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, evaluate, _arguments)
+    run_stage(__doc__, evaluate, _arguments, name="evaluate")

@@ -31,4 +31,4 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, _run, _arguments)
+    run_stage(__doc__, _run, _arguments, name="prepare")

@@ -9,12 +9,14 @@ random weights. 3. Run `prepare` and `train` as for any model, with `method: ful
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.config import Config, ConfigError, Effect, PretrainConfig, SourceConfig, home
 from ray_jobs.console import clock, say
+from ray_jobs.console.board import watched_board
 from ray_jobs.data.sources.captions import CaptionRules
 from ray_jobs.data.sources.detection import Sample, open_source
 from ray_jobs.data.sources.samples import LEFT_OUT
@@ -38,7 +40,12 @@ def pretrain(config: Config) -> Path:
         raise ConfigError(f"storage: {config.storage}: pretrain needs a local folder")
     require_same(run.root, depends_on(config))
     if not run.autoencoder.exists():
-        _train_autoencoder(config, config.pretrain, Path(run.autoencoder.path))
+        folder = Path(run.autoencoder.path)
+        if config.train.use_gpu:
+            _train_on_worker(config, config.pretrain, folder)
+        else:
+            threads = config.train.cpus_per_worker * config.train.min_workers
+            _train_autoencoder(config, config.pretrain, folder, threads, partial(say, "pretrain"))
     if not run.initial.exists():
         _build_initial(config, config.pretrain, run)
     started = config.model.model_copy(update={"base": run.initial.path})
@@ -89,14 +96,39 @@ def _samples(config: Config, path: str) -> Iterator[Sample]:
                 yield sample
 
 
-def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> None:
+def _train_on_worker(config: Config, sizes: PretrainConfig, folder: Path) -> None:
+    """Train the autoencoder where a GPU is reserved for it; this process may be on a node without one.
+
+    Raises:
+        ConfigError: a picture cannot be used.
+    """
+    import ray
+
+    reserved = {"num_cpus": config.train.cpus_per_worker, "num_gpus": 1}
+    with watched_board() as board:
+
+        def tell(line: str) -> None:
+            board.post.remote("autoencoder", line)
+
+        task = ray.remote(**reserved, max_retries=0)(_train_autoencoder)
+        try:
+            ray.get(task.remote(config, sizes, folder, config.train.cpus_per_worker, tell))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise ConfigError(str(error.cause)) from None
+            raise
+
+
+def _train_autoencoder(
+    config: Config, sizes: PretrainConfig, folder: Path, num_threads: int, tell: Callable[[str], None]
+) -> None:
     import torch
 
     from ray_jobs.diffusion.autoencoder import standardise_latents, train_autoencoder
     from ray_jobs.diffusion.families.architecture import build_autoencoder
 
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.train.cpus_per_worker * config.train.min_workers)
+    torch.set_num_threads(num_threads)
     pictures = _load_pictures(config, sizes.pictures)
     autoencoder = build_autoencoder(
         sizes.autoencoder_channels, sizes.latent_channels, config.data.resolution
@@ -114,7 +146,7 @@ def _train_autoencoder(config: Config, sizes: PretrainConfig, folder: Path) -> N
         quality = decibels if step == 1 else 0.98 * quality + 0.02 * decibels
         if step % 200 == 0:
             left = (time.monotonic() - started) / step * (sizes.autoencoder_steps - step)
-            say("pretrain", f"autoencoder step {step}: loss {loss:.4f}, {quality:.1f} dB, {clock(left)} left")
+            tell(f"autoencoder step {step}: loss {loss:.4f}, {quality:.1f} dB, {clock(left)} left")
     standardise_latents(autoencoder, pictures)
     autoencoder.save_pretrained(folder)
 
@@ -161,4 +193,4 @@ def _save_half(weights: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, pretrain)
+    run_stage(__doc__, pretrain, name="pretrain")

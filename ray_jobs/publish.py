@@ -113,4 +113,4 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, _run, _arguments)
+    run_stage(__doc__, _run, _arguments, name="publish")

@@ -44,4 +44,4 @@ def train(config: Config) -> Any:
 
 
 if __name__ == "__main__":
-    run_stage(__doc__, train)
+    run_stage(__doc__, train, name="train")

@@ -225,7 +225,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     show(f"serve: starting {registered.name} version {registered.version}")
-    with connect(config):
+    with connect(config, "serve"):
         # Ray sets its own handlers, which would skip the endpoint's orderly shutdown.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, _stop)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,17 @@ COLOURS = ["red", "green", "blue", "orange", "purple"]
 SHAPES = ["circle", "square", "triangle", "cross"]
 BROKEN = "broken.png"
 LONGEST = ("test_search.py", "test_training.py", "test_pipeline.py")  # of the files that need Ray
+
+
+def wants_gpus(markers: str) -> bool:
+    """Whether the expression of `pytest -m` asks for what is marked `gpu`."""
+    return re.search(r"(?<!not )\bgpu\b", markers) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all other tests, and from what they start: they are about CPUs on every machine."""
+    if not wants_gpus(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

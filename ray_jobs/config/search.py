@@ -280,6 +280,12 @@ class EvaluateConfig(Section):
     use_gpu: Annotated[bool, Effect.NOTHING, Formerly(Effect.SCORES)] = Field(
         False, description="one GPU per evaluator"
     )
+    gpu_share: Annotated[float, Effect.NOTHING] = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU per evaluator; below 1, evaluators and training share GPUs",
+    )
     seed: int = Field(0, description="seed of the initial noise, which is the same for every checkpoint")
     feature_network: Network = Field(
         ".cache/inception-2015-12-05.pt",
@@ -316,6 +322,8 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "EvaluateConfig":
+        if self.gpu_share < 1 and not self.use_gpu:
+            raise ValueError("gpu_share needs use_gpu")
         if self.bootstrap == 1:
             raise ValueError("bootstrap: an error needs at least 2 halves; give 0 (no errors) or at least 2")
         if self.feature_network == self.second_network:

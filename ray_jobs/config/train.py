@@ -147,6 +147,13 @@ class TrainConfig(Section):
         2, description="Ray Train workers; [min, max]: as many as fit, adjusted while the run goes on"
     )
     use_gpu: Annotated[bool, Effect.NOTHING] = Field(False, description="one GPU per worker")
+    gpu_share: Annotated[float, Effect.NOTHING] = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU per worker; the rest of it is for evaluators or other trials. Several "
+        "workers of a training need more than 0.5 each",
+    )
     cpus_per_worker: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="logical CPUs, and PyTorch threads, per worker"
     )
@@ -229,6 +236,21 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size: {self.batch_size} is less than the number of workers ({self.max_workers}); "
                 "raise batch_size or lower num_workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_gpus(self) -> "TrainConfig":
+        if self.gpu_share == 1:
+            return self
+        if not self.use_gpu:
+            raise ValueError("gpu_share needs use_gpu")
+        if self.is_elastic:  # Ray's policy adds up the rests of several GPUs
+            raise ValueError("gpu_share: below 1, num_workers must be one number, not [min, max]")
+        if self.min_workers > 1 and self.gpu_share <= 0.5:
+            raise ValueError(
+                f"gpu_share: {self.gpu_share:g} would put two workers of a training on one GPU, which NCCL "
+                "refuses; give more than 0.5, or set num_workers: 1"
             )
         return self
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.fetched import local_path
+from cluster.gpus import take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
@@ -64,6 +65,8 @@ class Evaluator:
         torch.set_num_threads(num_threads)
         self.config, self.dataset = config, dataset
         self.device = "cuda" if config.evaluate.use_gpu else "cpu"
+        if config.evaluate.use_gpu:
+            take_share(config.evaluate.gpu_share)
         self.networks = load_networks(config.evaluate, self.device)
         self.base = load_pipeline(local_path(config.model.base), revision=config.model.revision)
         self.base.to(self.device)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
@@ -44,6 +44,11 @@ class Task(NamedTuple):
     shapes: list[Shape]
 
 
+def resources(evaluate: EvaluateConfig) -> dict[str, float]:
+    """Return what an evaluator reserves, as options of a Ray actor."""
+    return {"num_cpus": 1, "num_gpus": evaluate.gpu_share if evaluate.use_gpu else 0}
+
+
 class EvaluatorPool:
     """Handles of the evaluators, with captions; cheap to send to a driver or trial.
 
@@ -57,12 +62,9 @@ class EvaluatorPool:
 
         self.config, self.dataset = config, dataset
         # An actor whose process or node dies restarts elsewhere and retries its pending calls.
-        remote = ray.remote(
-            num_cpus=1,
-            num_gpus=1 if config.evaluate.use_gpu else 0,
-            max_restarts=RESTARTS,
-            max_task_retries=-1,
-        )(Evaluator)
+        remote = ray.remote(**resources(config.evaluate), max_restarts=RESTARTS, max_task_retries=-1)(
+            Evaluator
+        )
         self.actors = [
             remote.remote(config, dataset, config.train.cpus_per_worker)
             for _ in range(config.evaluate.num_actors)

@@ -14,6 +14,7 @@ from ray_jobs.metrics.feature_network import (
     FeatureNetwork,
     Preprocessing,
     freeze,
+    full_precision,
     read_checked,
     require_pictures,
 )
@@ -119,6 +120,7 @@ class EfficientNet(FeatureNetwork):
         return self.classes(self._features(images.to(self.device)))
 
     @torch.inference_mode()
+    @full_precision()
     def classes(self, features: torch.Tensor) -> torch.Tensor:
         """Class probabilities as from `probabilities`, computed from `features` (float, N x 1280)."""
         return self.module.classifier(features.to(self.device)).softmax(dim=1).float().cpu()

@@ -2,12 +2,29 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.functional import interpolate
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Calculate in float32 throughout. GPUs since Ampere round the factors of convolutions to 10 bits (TF32),
+    so that a score would depend on the card."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +52,7 @@ class FeatureNetwork(ABC):
         return "not resized"
 
     @torch.inference_mode()
+    @full_precision()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a batch of pictures.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, require_digest
+from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, full_precision, require_digest
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +75,7 @@ class Clip(VisionModel):
         return self.module.get_image_features(pixel_values=self._pixels(images)).pooler_output
 
     @torch.inference_mode()
+    @full_precision()
     def text_features(self, captions: list[str]) -> torch.Tensor:
         """Features of captions, truncated to the model's limit: float32, N x num_features, on the CPU."""
         tokens = self.tokenizer(

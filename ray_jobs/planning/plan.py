@@ -102,7 +102,7 @@ def _room(config: Config, machines: list[Machine]) -> int | None:
     """Bytes available to a rank: a GPU's memory, or its share of the host's; None if unknown."""
     if config.train.use_gpu:
         sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
-        return int(HEADROOM * min(sizes) * GIB) if sizes else None
+        return int(HEADROOM * config.train.gpu_share * min(sizes) * GIB) if sizes else None
     workers = config.train.min_workers * trials_at_once(config)
     a_machine = -(-workers // len(machines))
     sizes = [machine.memory_gib for machine in machines if machine.memory_gib]

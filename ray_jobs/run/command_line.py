@@ -48,10 +48,13 @@ def run_stage(
     description: str | None,
     stage: Callable[..., object],
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    name: str = "search",
 ) -> None:
     """Parse the arguments, join or start Ray, run `stage`, exit.
 
     `stage` is called with the configuration, and also with the parsed arguments if it adds its own.
+
+    `name` tells which actors the stage starts, for which the cluster must have room.
 
     At most one driver works on a run at a time. The exit code is 2, with one line, for an error that the user
     must fix; 1, with one line and the log's name, for a failure; 130 for an interrupt.
@@ -70,7 +73,7 @@ def run_stage(
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     try:
-        with connect(config) as nodes, watched(config, nodes), held(RunFolder.of(config).root):
+        with connect(config, name) as nodes, watched(config, nodes, name), held(RunFolder.of(config).root):
             stage(config, arguments) if add_arguments else stage(config)
     except ConfigError as error:
         sys.exit(complain(error))

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.gpus import take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.training.bandwidth import slow_network
 from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
 from ray_jobs.training.checkpoint import (
     REPORTED,
@@ -78,7 +80,7 @@ class LoopSettings:
         Raises:
             ValueError: the checkpoint to start from is damaged.
         """
-        found = last_intact(self.trial, self._tell)
+        found = last_intact(self.trial, self.tell)
         if found or self.start is None:
             return found
         start = Storage.open(self.start)
@@ -86,7 +88,7 @@ class LoopSettings:
             raise ValueError(f"{start.uri}: damaged: {', '.join(wrong)}; it was written by another training")
         return start
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
         logging.getLogger(__name__).warning(line)
         if self.board is not None:
             self.board.post.remote(f"{self.trial_id}/{line}", line)
@@ -110,6 +112,10 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
         import_deepspeed(device)
     startup.done("imports")
     torch.set_num_threads(settings.config.train.cpus_per_worker)
+    if settings.config.train.use_gpu:
+        take_share(settings.config.train.gpu_share, device)
+        if slow := slow_network(device):
+            settings.tell(slow)
     # Rank 0 decides for all ranks: another one might already see a later checkpoint.
     found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
     last = broadcast_from_rank_zero(found)

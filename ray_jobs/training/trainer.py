@@ -1,11 +1,12 @@
 """The Ray Train trainer of a training, and the settings that its weights depend on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cluster.capacity import trials_at_once
 from cluster.storage import Storage
-from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect
+from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect, TrainConfig
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
@@ -31,6 +32,50 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
 def training_name(config: Config) -> str:
     """Return the name of a single training: that of a trial in a search over learning rates."""
     return trial_id({LEARNING_RATE: config.train.learning_rate})
+
+
+def placement(train: TrainConfig, trials: int, free: Iterable[Mapping[str, float]]) -> str:
+    """Return the strategy by which Ray places a training's workers.
+
+    Workers that use GPUs are kept together where one node holds them all, so that they talk over NVLink and
+    not over the network. By default Ray fills the node that it takes first, even if another one has room for
+    all. Workers that lose their node wait for one with room for all of them.
+
+    Args:
+        trials: trainings that may ask for such a place at the same time.
+        free: what is free on each node.
+    """
+    if train.is_elastic or train.min_workers == 1 or not train.use_gpu:
+        return "PACK"
+    reserved = {"CPU": train.min_workers * train.cpus_per_worker}
+    reserved |= {"GPU": train.min_workers}  # above half a GPU, each worker takes its own
+    places = sum(min(int(node.get(kind, 0) // each) for kind, each in reserved.items()) for node in free)
+    return "STRICT_PACK" if places >= trials else "PACK"
+
+
+def free_resources() -> list[dict[str, float]]:
+    """Return what is free on each node of the cluster."""
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
+
+
+def worker_group(train: TrainConfig, trials: int = 1, free: Iterable[Mapping[str, float]] = ()) -> Any:
+    """Return the number of workers, what each reserves and where, as Ray Train's ScalingConfig.
+
+    Args:
+        trials, free: see `placement`.
+    """
+    import ray.train
+
+    return ray.train.ScalingConfig(
+        num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
+        use_gpu=train.use_gpu,
+        # A worker group that grows restarts from its last checkpoint.
+        elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
+        resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpu_share if train.use_gpu else 0},
+        placement_strategy=placement(train, trials, free),
+    )
 
 
 def build_trainer(
@@ -68,13 +113,7 @@ def build_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.min_workers, train.max_workers) if train.is_elastic else train.min_workers,
-            use_gpu=train.use_gpu,
-            # A worker group that grows restarts from its last checkpoint.
-            elastic_resize_monitor_interval_s=60 * train.checkpoint_minutes,
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": 1 if train.use_gpu else 0},
-        ),
+        scaling_config=worker_group(train, trials_at_once(config), free_resources() if train.use_gpu else ()),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=RunFolder.of(config).trainings.uri,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ray import serve
 
 from cluster.fetched import local_path
+from cluster.gpus import take_share
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
@@ -75,11 +76,8 @@ class Model:
         self._name = uuid.uuid4().hex
         self._postprocess = Postprocessor(settings, evaluate, base)
         self.device = "cuda" if settings.use_gpu else "cpu"
-        if settings.use_gpu and settings.gpu_share < 1:
-            import torch
-
-            # Ray does not enforce GPU shares: a replica that exceeds its own must fail, not its neighbour.
-            torch.cuda.set_per_process_memory_fraction(settings.gpu_share)
+        if settings.use_gpu:
+            take_share(settings.gpu_share)
         self._versions: dict[str, RegisteredModel] = {}  # by name of their engine or adapter
         self._fetched = ExitStack()  # holds the weights of the adapter that was read last
         self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)

@@ -13,7 +13,12 @@ from tests.k8s.manifests import ROOT, cluster_of, find, pods
 
 CONFIG = {
     overlay: load_config(ROOT / "configs" / f"{name}.yaml")
-    for overlay, name in (("gpu", "kubernetes"), ("kueue", "kubernetes"), ("dev", "kubernetes_dev"))
+    for overlay, name in {
+        "gpu": "kubernetes",
+        "gpu8": "kubernetes",
+        "kueue": "kubernetes",
+        "dev": "kubernetes_dev",
+    }.items()
 }
 
 
@@ -62,6 +67,29 @@ def test_a_cluster_of_fewer_gpus_would_be_found() -> None:
         check_resources(CONFIG["gpu"], largest(types))
 
 
+@pytest.mark.parametrize("name", ["diffray-pipeline", "diffray-train"])
+def test_whole_nodes_hold_eight_workers_with_their_network_and_memory(name: str) -> None:
+    types = node_types("gpu8", "RayJob", name)
+    assert types["gpu8"]["resources"]["GPU"] == 8 and "gpu" not in types
+    (pod,) = [each for each in pods("gpu8") if each.name == f"RayJob {name}: gpu8"]
+    limits = pod.containers[0]["resources"]["limits"]
+    assert [key for key in limits if key.startswith("rdma/")]
+    # KubeRay sizes /dev/shm by the memory, unless a pod brings its own.
+    assert not any(mount["mountPath"] == "/dev/shm" for mount in pod.containers[0]["volumeMounts"])
+    settings = find("gpu8", "ConfigMap", "diffray-settings")["data"]
+    assert settings["NCCL_SOCKET_IFNAME"] == "eth0" and settings["NCCL_DEBUG"] == "WARN"
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "gpu8", "kueue"])
+def test_pods_without_gpus_see_none_of_their_node(overlay: str) -> None:
+    """The image asks for all GPUs, which the device plugin narrows down only where a pod reserves some."""
+    for pod in [each for each in pods(overlay) if each.role in ("head", "worker")]:
+        container = pod.containers[0]
+        hidden = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container.get("env", [])
+        reserves = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert hidden is not reserves, pod.name
+
+
 @pytest.mark.parametrize("overlay", CONFIG)
 def test_a_worker_and_a_replica_fit_a_node(overlay: str) -> None:
     config = CONFIG[overlay]
@@ -75,7 +103,7 @@ def test_a_worker_and_a_replica_fit_a_node(overlay: str) -> None:
         assert any(all(each["resources"].get(what, 0) >= n for what, n in need.items()) for each in types)
 
 
-@pytest.mark.parametrize("overlay", ["dev", "gpu", "kueue"])
+@pytest.mark.parametrize("overlay", CONFIG)
 def test_a_node_that_goes_away_has_the_time_to_write_a_checkpoint(overlay: str) -> None:
     """What the hook tells Ray is a command that Ray understands, and ends before Kubernetes kills the pod."""
     for pod in [pod for pod in pods(overlay) if pod.role == "worker"]:

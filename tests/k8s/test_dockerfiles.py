@@ -102,6 +102,19 @@ def test_what_is_copied_exists_and_nothing_else_is_sent() -> None:
     assert {line[1:] for line in allowed if line.startswith("!")} == copied
 
 
+@pytest.mark.parametrize("stage", ["train", "serve"])
+def test_an_image_has_the_compiler_that_triton_asks_for(stage: str) -> None:
+    runs = [rest for word, rest in instructions(stage) if word == "RUN"]
+    installed = {name for rest in runs for name in rest.split("&&")[1].split() if name in ("g++", "gcc")}
+    assert len(installed) == 1
+    assert any("cc --version" in rest for rest in runs), "the build tries it"
+
+
+def test_the_images_ask_nvidia_s_runtime_for_gpus() -> None:
+    given = " ".join(rest for word, rest in instructions("base") if word == "ENV").split()
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= set(given)
+
+
 AWS = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text(encoding="utf-8"))
 
 
@@ -122,6 +135,18 @@ def test_gpus_on_aws_are_spot_machines_from_zero() -> None:
     assert gpu["resources"]["GPU"] == 1
     assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert AWS["available_node_types"][AWS["head_node_type"]]["resources"] == {"CPU": 0}
+
+
+def test_gpu_nodes_on_aws_have_a_driver_and_containers_get_the_gpus() -> None:
+    """Without an ImageId, Ray takes a machine image of 2023, whose driver is too old for CUDA 13."""
+    assert all(
+        re.fullmatch(r"ami-[0-9a-f]{17}", each["node_config"]["ImageId"])
+        for each in AWS["available_node_types"].values()
+    )
+    options = AWS["available_node_types"]["gpu"]["docker"]["worker_run_options"]
+    assert {"--gpus all", "--ipc=host", "--ulimit memlock=-1"} == set(options)
+    others = [each for name, each in AWS["available_node_types"].items() if name != "gpu"]
+    assert not any("docker" in each for each in others)
 
 
 def test_every_node_on_aws_asks_for_the_token_and_the_image_is_named_by_digest() -> None:

@@ -27,6 +27,7 @@ MADE_BY_KUBERNETES = {"kube-root-ca.crt"}
 PACKAGES = Path(find_spec("ray").origin or "").parents[1]  # type: ignore[union-attr]
 # Where each prefix of a variable must be found: in the sources of what reads it.
 READERS = {
+    "RAY_ACCEL_": ["ray/_private/accelerators/accelerator.py"],
     "RAY_TRAIN_": ["ray/train/v2/_internal/constants.py"],
     "RAY_DATA_": ["ray/data/context.py"],
     "RAY_USAGE_": ["ray/_common/usage/usage_constants.py"],
@@ -35,7 +36,8 @@ READERS = {
     "TORCH_": ["torch/utils/cpp_extension.py"],
 }
 OF_OTHER_PROGRAMS = {"HOME", "PGPASSWORD", "PGDATA", "POSTGRES_DB", "POSTGRES_PASSWORD", "POSTGRES_USER"} | {
-    "REDIS_PASSWORD"  # of the script in redis.yaml
+    "REDIS_PASSWORD",  # of the script in redis.yaml
+    *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NVIDIA_VISIBLE_DEVICES"),  # of NVIDIA's library and runtime
 }
 
 

@@ -44,6 +44,23 @@ def efficientnet() -> EfficientNet:
     return network
 
 
+def test_features_are_calculated_without_tf32_whatever_else_is_allowed(
+    efficientnet: EfficientNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU since Ampere, convolutions would round to 10 bits, and a score would depend on the card."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for backend in backends:
+        monkeypatch.setattr(backend, "allow_tf32", True)
+    seen: list[bool] = []
+    look = efficientnet.module.register_forward_hook(
+        lambda *_: seen.extend(backend.allow_tf32 for backend in backends)
+    )
+    efficientnet.features(noise(1))
+    look.remove()
+    assert seen == [False, False]
+    assert all(backend.allow_tf32 for backend in backends) and torch.backends.cudnn.enabled
+
+
 PLAIN = Preprocessing(8, "bilinear", mean=(100, 50, 0), std=(10, 20, 50))
 
 

@@ -159,7 +159,7 @@ class EncodeRows:
 
         data, model = config.data, config.model
         torch.set_num_threads(config.train.cpus_per_worker)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if config.train.use_gpu else "cpu"  # as `encoder_actors` reserves it
         self.encoders = Encoders(local_path(model.base), revision=model.revision, device=device)
         self.batch_size = data.encode_batch_size
         self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
