@@ -1,6 +1,6 @@
 """The trained part of a text-to-image model: LoRA adapters or all weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -171,6 +171,7 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: list[str],
+    unused: Sequence[str] = (),
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> None:
@@ -179,11 +180,16 @@ def add_lora(
     The down projections are drawn from the global generator. The up projections start at 0, so the initial
     model equals the base.
 
+    Args:
+        unused: names of layers that get none, see `Family.unused_layers`.
+
     Raises:
         ValueError: no layer matches `target_modules`.
     """
     from peft import LoraConfig
 
+    endings = tuple(f".{target}" for target in target_modules)
+    left_out = [layer for layer in unused if f".{layer}".endswith(endings)]
     part.requires_grad_(False)
     part.add_adapter(
         LoraConfig(
@@ -192,7 +198,15 @@ def add_lora(
             lora_dropout=dropout,
             init_lora_weights="gaussian",
             target_modules=target_modules,
+            exclude_modules=left_out or None,
             use_dora=use_dora,
             use_rslora=use_rslora,
         )
     )
+
+
+def train_all(part: Component, unused: Sequence[str] = ()) -> None:
+    """Let all parameters of a component be trained but those of `unused` layers (`Family.unused_layers`)."""
+    part.requires_grad_(True)
+    for layer in unused:
+        part.get_submodule(layer).requires_grad_(False)

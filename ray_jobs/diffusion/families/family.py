@@ -46,6 +46,13 @@ class Family(ABC):
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 
+    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Return the names of layers that do not reach the prediction, and which are therefore never trained.
+
+        They get no gradient or a zero one: weight decay would move them, and ZeRO 3 would apply stale ones.
+        """
+        return ()
+
     @property
     def denoisers(self) -> tuple[str, ...]:
         """Names of the denoising components; most families have one."""
@@ -107,7 +114,8 @@ class Family(ABC):
 
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""
-        size = getattr(pipeline, self.denoiser).config.sample_size
+        # In latents; some denoisers' configurations have no size.
+        size = getattr(pipeline, self.denoiser).config.get("sample_size") or pipeline.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = self.codec.latent_pixels(pipeline.vae.config)
         return height * pixels, width * pixels

@@ -85,10 +85,6 @@ class FluxFamily(Family):
         )[0]
         return from_tokens(predicted, grid)
 
-    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        # The transformer's configuration has no size.
-        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
-
 
 class Flux(FluxFamily):
     """FLUX.1: FLUX.1-dev takes guidance as an input; FLUX.1-schnell has none."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ray_jobs.diffusion.protocols import Pipeline, Settings, TextEncoder, Tokenizer
 
@@ -53,6 +54,11 @@ class Text(ABC):
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
 
+    def masked_tokens_of(self, tokenizer: Tokenizer, texts: list[str]) -> Captions:
+        """Tokenize texts for an encoder with an attention mask: `input_ids`, and a bool `attention_mask`."""
+        found = self.tokens_of(tokenizer, "input_ids", texts)
+        return {"input_ids": found.input_ids.int(), "attention_mask": found.attention_mask.bool()}
+
     def num_tokens(self, name: str, encoder: TextEncoder) -> int:
         """Return the number of tokens in a column, given the text encoder that reads it."""
         return self.max_tokens.get(name) or int(encoder.config.max_position_embeddings)
@@ -86,3 +92,36 @@ class Text(ABC):
 
         Floats are float32 here, and captions have their greatest length.
         """
+
+
+def chat_prompts(tokenizer: Any, captions: list[str], **options: Any) -> list[str]:
+    """Return captions in a tokenizer's chat template, each as a user's only message.
+
+    Args:
+        options: variables of the template.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, **options
+        )
+        for caption in captions
+    ]
+
+
+def real_tokens(mask: torch.Tensor) -> list[int]:
+    """Return how many tokens each caption has, from its mask: bool, N x tokens, padded on the right.
+
+    Planning runs on tensors without data; there captions have their greatest length.
+    """
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return [mask.shape[1]] * len(mask)
+    counts: list[int] = mask.sum(dim=1).tolist()
+    return counts
+
+
+def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return embeddings, N x tokens x width, with zeros at padding, where encoders answer with numbers too.
+
+    For denoisers that do not attend to padding: zeros take little space in files.
+    """
+    return embeds.masked_fill(~mask[..., None], 0.0)
