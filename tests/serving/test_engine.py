@@ -25,7 +25,7 @@ TOLERANCE = 0.55
 SD = "StableDiffusionPipeline"
 UNETS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 OF_STABLE_DIFFUSION_1_5 = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
-SQUARE, WIDE = (64, 64), (48, 64)
+SQUARE, WIDE = (64, 64), (32, 64)
 # By when they join. Guidance and none, several step counts, one seed twice.
 MIXED = [
     (0, Request("a small red circle", 0, 5, 3.0, None, *SQUARE)),

@@ -61,7 +61,7 @@ def same(ours: Captions, theirs: Captions) -> bool:
 def test_sampling_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) -> None:
     pipeline = load_pipeline(str(base))
     assert same(null_captions(pipeline), negative(base, None))
-    assert same(encode_prompts(pipeline, [""]), negative(base, ""))
+    assert same(encode_prompts(pipeline, [""], negative=True), negative(base, ""))
     zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
     assert same(negative(base, None), negative(base, "")) is not zeros
 
@@ -100,7 +100,7 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
     inputs = InputMaker(
         pipeline.vae,
         model,
-        encoders.encode_captions([""]),
+        encoders.encode_captions([""], negative=True),
         CPU,
         seed=config.seed,
         caption_dropout=config.train.caption_dropout,

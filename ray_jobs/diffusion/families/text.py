@@ -34,8 +34,19 @@ class Text(ABC):
         parts = {name: getattr(pipeline, name) for name in self.encoders}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def as_prompt(self, caption: str) -> str:
+        """Return the text that is tokenized for a caption: with the family's template, if it has one."""
+        return caption
+
+    def as_negative(self, caption: str) -> str:
+        """Return the text that is tokenized for a caption that guidance leads away from.
+
+        Also for the empty one, from which `unconditional` is made. Some families use no template here.
+        """
+        return self.as_prompt(caption)
+
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        """Tokenize captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
+        """Tokenize texts of captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
 
         A column `input_ids_2` comes from the pipeline's `tokenizer_2`. Tokenizers that the pipeline does not
         have are skipped.
@@ -82,7 +93,7 @@ class Text(ABC):
 
         Args:
             settings: the pipeline's own configuration, as in `model_index.json`.
-            empty: embeddings of N empty captions, from `embed`.
+            empty: embeddings of N empty captions, from `as_negative` and `embed`.
         """
         return empty
 
