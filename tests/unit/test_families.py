@@ -1,5 +1,6 @@
 """Each family encodes, denoises and draws as its pipeline in diffusers does, and can be trained."""
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,10 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
     if kind == "ChromaPipeline":
         embeds, _, mask, *_ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "prompt_mask": mask.bool()}
+    if kind == "SanaPipeline":
+        instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+        embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=instruction)
+        return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":

@@ -8,6 +8,7 @@ from ray_jobs.diffusion.protocols import Tokenizer
 
 MAX_TOKENS = 16  # of the CLIP text encoders
 CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
+GEMMA_WIDTH = 32
 
 
 def shifted_autoencoder() -> Any:
@@ -59,4 +60,43 @@ def t5_encoder(captions: Sequence[str]) -> Any:
     size = len(t5_tokenizer(captions))
     return T5EncoderModel(
         T5Config(vocab_size=size, d_model=T5_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+
+
+def gemma_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a GemmaTokenizerFast that knows the words of the captions, and letters for all others."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GemmaTokenizerFast
+
+    pieces, merges = _pieces(captions, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n"])
+    tokenizer = GemmaTokenizerFast(vocab=pieces, merges=merges)
+    start = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", pieces["<bos>"])])
+    tokenizer.backend_tokenizer.post_processor = start
+    return tokenizer
+
+
+def _pieces(captions: Sequence[str], special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a vocabulary, numbered, and merges that join the letters of each known word, from its start."""
+    words = sorted({f"▁{word}" for caption in captions for word in caption.split()})
+    starts = {word[:end] for word in words for end in range(2, len(word) + 1)}
+    ordered = sorted(starts, key=lambda start: (len(start), start))
+    pieces = [*special, "▁", *map(chr, range(33, 127)), *ordered]
+    merges = [(start[:-1], start[-1]) for start in ordered]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def gemma_encoder(tokenizer: Tokenizer) -> Any:
+    """Return a Gemma2Model for `gemma_tokenizer`."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=GEMMA_WIDTH,
+            intermediate_size=2 * GEMMA_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
     )

@@ -1,0 +1,67 @@
+"""What is easy to get wrong about single families, where pictures of small models may not show it."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.families import FAMILIES, sana
+from ray_jobs.diffusion.sampling import encode_prompts, encode_texts
+from ray_jobs.diffusion.solvers import tabulate
+from ray_jobs.weights.loading import load_pipeline
+
+LONG = "a small red circle " * 200
+
+
+def test_instructions_before_captions_are_those_of_the_pipelines() -> None:
+    from diffusers import SanaPipeline
+
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    assert "\n".join(lines) == sana.INSTRUCTION
+
+
+@pytest.mark.parametrize("name", ["SanaPipeline"])
+def test_texts_of_prompts_and_of_negative_prompts_are_encoded_together_as_each_alone(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Sana's are of different lengths until the instruction's tokens are left out."""
+    pipeline, text = load_pipeline(str(tiny(name))), FAMILIES[name].text
+    for caption in ("A big Blue cross ", LONG):
+        together = encode_texts(pipeline, [text.as_prompt(caption), text.as_negative(caption)])
+        for row, negative in enumerate((False, True)):
+            alone = encode_prompts(pipeline, [caption], negative=negative)
+            for column in text.embeds:
+                assert torch.allclose(together[column][row].float(), alone[column][0].float(), atol=1e-5)
+        assert not torch.allclose(*together["prompt_embeds"], atol=1e-2)
+
+
+def test_sana_keeps_the_tokens_of_captions_and_none_of_the_instruction(tiny: Callable[[str], Path]) -> None:
+    pipeline, text = load_pipeline(str(tiny("SanaPipeline"))), FAMILIES["SanaPipeline"].text
+    tokens = text.tokenize(pipeline, [text.as_prompt("red circle"), text.as_prompt(LONG)])
+    kept = tokens["input_ids"].gather(1, tokens["kept"].long())
+    words = [pipeline.tokenizer.convert_ids_to_tokens(row) for row in kept.tolist()]
+    assert words[0][:4] == ["<bos>", "▁red", "▁circle", "<pad>"] and len(words[1]) == sana.MAX_TOKENS
+    assert words[1][:6] == ["<bos>", "▁a", "▁small", "▁red", "▁circle", "▁a"]
+    masks = tokens["attention_mask"].gather(1, tokens["kept"].long()).sum(dim=1)
+    assert masks.tolist() == [3, sana.MAX_TOKENS]
+
+
+def test_sana_is_trained_with_the_shift_that_it_samples_with(tiny: Callable[[str], Path]) -> None:
+    """diffusers' training script gets 1: the flow-matching scheduler does not know `flow_shift`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipeline = load_pipeline(str(tiny("SanaPipeline")))
+    config = pipeline.scheduler.config
+    assert FAMILIES["SanaPipeline"].schedule.objective(config).shift == config.flow_shift == 3.0
+    assert FlowMatchEulerDiscreteScheduler.from_config(config).config.shift == 1.0
+    table = tabulate(pipeline.scheduler, FAMILIES["SanaPipeline"], 3, (8, 2, 2)).table
+    assert table[:, 0].tolist() == [999, 856, 599]  # it is told integers, although sigmas are not
+
+
+def test_a_solver_that_is_not_for_flows_has_no_shift_to_train_with(tiny_model: Path) -> None:
+    scheduler = load_pipeline(str(tiny_model)).scheduler
+    assert scheduler.config.flow_shift == 1.0
+    with pytest.raises(ValueError, match="has no shift; choose a flow-matching model"):
+        FAMILIES["SanaPipeline"].schedule.objective(scheduler.config)
