@@ -58,6 +58,10 @@ def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
             "ChromaPipeline",
             {"input_ids": 512, "attention_mask": 512, "prompt_embeds": 512, "prompt_mask": 512},
         ),
+        (
+            "Lumina2Pipeline",
+            {"input_ids": 256, "attention_mask": 256, "prompt_embeds": 256, "prompt_mask": 256},
+        ),
     ],
 )
 def test_other_families_give_the_tokens_and_the_embeddings_of_all_their_encoders(
@@ -130,6 +134,7 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
         ("StableDiffusion3Pipeline", 16, 128),
         ("ChromaPipeline", 16, None),
         ("SanaPipeline", 32, None),
+        ("Lumina2Pipeline", 16, 64 * 16),
         (
             "FluxPipeline",
             16,

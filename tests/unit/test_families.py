@@ -47,6 +47,9 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=instruction)
         return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
+    if kind == "Lumina2Pipeline":
+        embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False)
+        return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":

@@ -7,22 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs.diffusion.families import FAMILIES, sana
+from ray_jobs.diffusion.families import FAMILIES, lumina2, sana
 from ray_jobs.diffusion.sampling import encode_prompts, encode_texts
 from ray_jobs.diffusion.solvers import tabulate
 from ray_jobs.weights.loading import load_pipeline
+from tests.serving import plain_diffusers
 
 LONG = "a small red circle " * 200
 
 
-def test_instructions_before_captions_are_those_of_the_pipelines() -> None:
+def test_instructions_before_captions_are_those_of_the_pipelines(tiny: Callable[[str], Path]) -> None:
     from diffusers import SanaPipeline
 
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     assert "\n".join(lines) == sana.INSTRUCTION
+    pipeline = plain_diffusers.load(tiny("Lumina2Pipeline"))
+    assert f"{pipeline.system_prompt} <Prompt Start> " == lumina2.SYSTEM_PROMPT
 
 
-@pytest.mark.parametrize("name", ["SanaPipeline"])
+@pytest.mark.parametrize("name", ["SanaPipeline", "Lumina2Pipeline"])
 def test_texts_of_prompts_and_of_negative_prompts_are_encoded_together_as_each_alone(
     tiny: Callable[[str], Path], name: str
 ) -> None:
@@ -65,3 +68,30 @@ def test_a_solver_that_is_not_for_flows_has_no_shift_to_train_with(tiny_model: P
     assert scheduler.config.flow_shift == 1.0
     with pytest.raises(ValueError, match="has no shift; choose a flow-matching model"):
         FAMILIES["SanaPipeline"].schedule.objective(scheduler.config)
+
+
+def test_lumina_guides_without_changing_the_norm_of_a_row_of_latents() -> None:
+    generator = torch.Generator().manual_seed(0)
+    without, with_caption = torch.randn(2, 1, 4, 3, 5, generator=generator)
+    guided = FAMILIES["Lumina2Pipeline"].guide(without, with_caption, torch.tensor(4.0))
+    plain = without + 4 * (with_caption - without)
+    assert torch.allclose(guided.norm(dim=-1), with_caption.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(
+        guided / guided.norm(dim=-1, keepdim=True), plain / plain.norm(dim=-1, keepdim=True)
+    )
+
+
+def test_lumina_draws_the_same_whatever_stands_in_padding(tiny: Callable[[str], Path]) -> None:
+    pipeline, family = load_pipeline(str(tiny("Lumina2Pipeline"))), FAMILIES["Lumina2Pipeline"]
+    conditions = encode_prompts(pipeline, ["a small red circle", LONG])
+    embeds, mask = conditions["prompt_embeds"], conditions["prompt_mask"]
+    latents, told = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([900, 300]),
+    )
+    with torch.no_grad():
+        expected = family.denoise(family.model(pipeline), latents, told, conditions)
+        filled = conditions | {"prompt_embeds": torch.where(mask[..., None], embeds, 5.0)}
+        assert torch.allclose(
+            family.denoise(family.model(pipeline), latents, told, filled), expected, atol=1e-5
+        )

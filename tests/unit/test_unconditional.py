@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 PROMPT, ROWS = "a small red circle", 8
 
 
-NEITHER = ["SanaPipeline"]  # without the instructions that stand before a caption
+NEITHER = ["SanaPipeline", "Lumina2Pipeline"]  # without the instructions that stand before a caption
 
 
 @pytest.fixture(params=["sd", "sd3", "xl", "xl that says nothing", "xl without zeros", *NEITHER])
