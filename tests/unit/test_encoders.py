@@ -62,6 +62,7 @@ def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
             "Lumina2Pipeline",
             {"input_ids": 256, "attention_mask": 256, "prompt_embeds": 256, "prompt_mask": 256},
         ),
+        ("AuraFlowPipeline", {"input_ids": 256, "attention_mask": 256, "prompt_embeds": 256}),
     ],
 )
 def test_other_families_give_the_tokens_and_the_embeddings_of_all_their_encoders(
@@ -135,6 +136,7 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
         ("ChromaPipeline", 16, None),
         ("SanaPipeline", 32, None),
         ("Lumina2Pipeline", 16, 64 * 16),
+        ("AuraFlowPipeline", 16, 8 * 16),
         (
             "FluxPipeline",
             16,

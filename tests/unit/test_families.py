@@ -50,6 +50,8 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
     if kind == "Lumina2Pipeline":
         embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False)
         return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
+    if kind == "AuraFlowPipeline":
+        return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
@@ -277,7 +279,7 @@ def test_flow_matching_has_no_terminal_snr_to_correct(name: str) -> None:
 @pytest.mark.parametrize("load", [family_of, None])
 def test_a_pipeline_of_no_known_family_is_named(load: Callable[[str], Any] | None, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    with pytest.raises(ValueError, match="model.base: DDPMPipeline is not supported, only Chroma"):
+    with pytest.raises(ValueError, match="model.base: DDPMPipeline is not supported, only AuraFlow"):
         load("DDPMPipeline") if load else load_pipeline(str(tmp_path))
 
 

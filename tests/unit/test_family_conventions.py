@@ -70,6 +70,26 @@ def test_a_solver_that_is_not_for_flows_has_no_shift_to_train_with(tiny_model: P
         FAMILIES["SanaPipeline"].schedule.objective(scheduler.config)
 
 
+def test_auraflow_shifts_its_lowest_sigma_twice_and_lumina_does_not(tiny: Callable[[str], Path]) -> None:
+    def shifted(shift: float, sigma: float) -> float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    for name, shift, lowest in (
+        ("AuraFlowPipeline", 1.73, shifted(1.73, 0.001)),
+        ("Lumina2Pipeline", 6, 0.25),
+    ):
+        scheduler = load_pipeline(str(tiny(name))).scheduler
+        FAMILIES[name].schedule.set_timesteps(scheduler, 4, (4, 8, 8), "cpu")
+        assert scheduler.sigmas[3].item() == pytest.approx(shifted(shift, lowest), rel=1e-3)
+
+
+def test_auraflow_gets_zeros_for_padding(tiny: Callable[[str], Path]) -> None:
+    embeds = encode_prompts(load_pipeline(str(tiny("AuraFlowPipeline"))), ["a small red circle"])[
+        "prompt_embeds"
+    ]
+    assert embeds[0, :5].abs().sum(dim=-1).min() > 0 and not embeds[0, 5:].any()
+
+
 def test_lumina_guides_without_changing_the_norm_of_a_row_of_latents() -> None:
     generator = torch.Generator().manual_seed(0)
     without, with_caption = torch.randn(2, 1, 4, 3, 5, generator=generator)

@@ -8,7 +8,7 @@ from ray_jobs.diffusion.protocols import Tokenizer
 
 MAX_TOKENS = 16  # of the CLIP text encoders
 CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
-GEMMA_WIDTH = 32
+GEMMA_WIDTH, UMT5_WIDTH = 32, 32
 
 
 def shifted_autoencoder() -> Any:
@@ -98,5 +98,35 @@ def gemma_encoder(tokenizer: Tokenizer) -> Any:
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=8,
+        )
+    )
+
+
+def llama_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a LlamaTokenizerFast as AuraFlow's, which ends texts with </s>; else as `gemma_tokenizer`."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaTokenizerFast
+
+    pieces, merges = _pieces(captions, ["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer = LlamaTokenizerFast(vocab=pieces, merges=merges, pad_token="<pad>", padding_side="right")
+    end = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", pieces["</s>"])])
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer
+
+
+def umt5_encoder(tokenizer: Tokenizer) -> Any:
+    """Return a UMT5EncoderModel for `tokenizer`."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=UMT5_WIDTH,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
         )
     )
