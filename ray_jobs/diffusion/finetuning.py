@@ -186,23 +186,25 @@ def add_lora(
     Raises:
         ValueError: no layer matches `target_modules`.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     endings = tuple(f".{target}" for target in target_modules)
     left_out = [layer for layer in unused if f".{layer}".endswith(endings)]
     part.requires_grad_(False)
-    part.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            exclude_modules=left_out or None,
-            use_dora=use_dora,
-            use_rslora=use_rslora,
-        )
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
+        exclude_modules=left_out or None,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
+    if hasattr(part, "add_adapter"):
+        part.add_adapter(settings)
+    else:  # see `Family.has_lora_loader`
+        inject_adapter_in_model(settings, part)
 
 
 def train_all(part: Component, unused: Sequence[str] = ()) -> None:

@@ -31,6 +31,7 @@ def model_card(
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
     variant: str | None = None,
+    injected: str | None = None,
 ) -> str:
     """Compose the text of README.md.
 
@@ -42,7 +43,7 @@ def model_card(
         pictures: (caption, path relative to the card) of pictures that the model generated.
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, if no default variant exists.
-
+        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
@@ -50,7 +51,7 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, prompt, scheduler, variant),
+        *_use(config, base_on_hub, prompt, scheduler, variant, injected),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -117,7 +118,14 @@ MAGNITUDES = (
 )
 
 
-def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant: str | None = None) -> str:
+def usage(
+    config: Config,
+    prompt: str,
+    scheduler: str | None = None,
+    *,
+    variant: str | None = None,
+    injected: str | None = None,
+) -> str:
     """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
     Everything is float32: for a base in half precision, transformers 5.23 keeps the files' dtype, diffusers
@@ -127,14 +135,20 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
     Args:
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, for example fp16, if no default variant exists.
+        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={variant!r}" if variant else ""
     base = f"{portable(config.model.base)!r}{revision}{variant}"
-    if config.train.method == "lora":
+    lora = config.train.method == "lora"
+    if lora:
         load = [
             f"pipeline = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.float32)",
-            'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',
+            *(
+                _injection(config, injected)
+                if injected
+                else ('pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',)
+            ),
             "for part in pipeline.components.values():",
             "    if isinstance(part, torch.nn.Module):",
             "        part.eval()",
@@ -151,6 +165,7 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
         [
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
+            *([f"from peft import {', '.join(INJECTING)}"] if injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
@@ -167,14 +182,37 @@ def usage(config: Config, prompt: str, scheduler: str | None = None, *, variant:
     )
 
 
+INJECTING = ("LoraConfig", "inject_adapter_in_model", "set_peft_model_state_dict")
+
+
+def _injection(config: Config, component: str) -> list[str]:
+    """Return the lines that load an adapter with peft alone."""
+    own = config.train.lora
+    names = {"r": own.rank, "lora_alpha": own.alpha, "use_dora": own.use_dora, "use_rslora": own.use_rslora}
+    settings = ", ".join(f"{name}={value!r}" for name, value in names.items())
+    return [
+        MAGNITUDES[0],
+        f'weights = {{name.removeprefix("{component}."): tensor for name, tensor in weights.items()}}',
+        'layers = sorted({name.partition(".lora_")[0] for name in weights})',
+        f"settings = LoraConfig({settings}, target_modules=layers)",
+        f"inject_adapter_in_model(settings, pipeline.{component})",
+        f"set_peft_model_state_dict(pipeline.{component}, weights)",
+    ]
+
+
 def _use(
-    config: Config, base_on_hub: bool, prompt: str, scheduler: str | None, variant: str | None
+    config: Config,
+    base_on_hub: bool,
+    prompt: str,
+    scheduler: str | None,
+    variant: str | None,
+    injected: str | None,
 ) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
     if config.train.method == "lora" and not base_on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     packages = "`pip install torch diffusers transformers accelerate peft`"
-    text = usage(config, prompt, scheduler, variant=variant)
+    text = usage(config, prompt, scheduler, variant=variant, injected=injected)
     return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
 
 

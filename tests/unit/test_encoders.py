@@ -137,6 +137,7 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
         ("SanaPipeline", 32, None),
         ("Lumina2Pipeline", 16, 64 * 16),
         ("AuraFlowPipeline", 16, 8 * 16),
+        ("PixArtSigmaPipeline", 16, None),
         (
             "FluxPipeline",
             16,

@@ -11,6 +11,7 @@ import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.finetuning import add_lora
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
 from ray_jobs.diffusion.sampling import (
     decode_latents,
@@ -20,6 +21,7 @@ from ray_jobs.diffusion.sampling import (
     whole_pictures,
 )
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.weights.saving import write_adapter
 from tests.serving import plain_diffusers
 from tests.tiny_models import MODELS
 
@@ -48,6 +50,9 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=instruction)
         return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     if kind == "Lumina2Pipeline":
+        embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False)
+        return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
+    if kind == "PixArtSigmaPipeline":
         embeds, mask, _, _ = pipeline.encode_prompt(PROMPTS, False)
         return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     if kind == "AuraFlowPipeline":
@@ -135,7 +140,9 @@ def test_every_row_has_its_own_guidance(folder: Path) -> None:
         )
 
     low, high, mixed = draw(1.0), draw(9.0), draw(torch.tensor([1.0, 9.0]))
-    assert torch.allclose(mixed, torch.stack([low[0], high[1]]), atol=1e-5)
+    # Relative to the largest: from pure noise, PixArt's schedule enlarges the prediction 150 times.
+    expected = torch.stack([low[0], high[1]])
+    assert torch.allclose(mixed, expected, rtol=0, atol=max(1e-5, 1e-6 * float(expected.abs().max())))
     assert not torch.allclose(low, high, atol=1e-3)
 
 
@@ -211,13 +218,11 @@ def test_adapters_of_layers_that_the_model_does_not_have_are_refused(folder: Pat
 
 def add_adapters(pipeline: Any) -> None:
     """LoRA with random weights on the denoiser and on the text encoders that can be trained."""
-    from peft import LoraConfig
-
     family = family_of(pipeline)
     torch.manual_seed(1)
     for name, layers in family.trainable.items():
         part = getattr(pipeline, name)
-        part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(layers)))
+        add_lora(part, rank=2, alpha=2, dropout=0.0, target_modules=list(layers))
         for key, parameter in part.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -227,10 +232,12 @@ def save_adapters(pipeline: Any, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     family = family_of(pipeline)
-    layers = {
-        f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipeline, name)) for name in family.trainable
-    }
-    type(pipeline).save_lora_weights(folder, **layers)
+    layers = {name: get_peft_model_state_dict(getattr(pipeline, name)) for name in family.trainable}
+    if family.has_lora_loader:
+        named = {f"{name}_lora_layers": state for name, state in layers.items()}
+        type(pipeline).save_lora_weights(folder, **named)
+    else:
+        write_adapter(folder, layers, {})
 
 
 def test_the_sizes_change_what_stable_diffusion_xl_predicts(tiny_xl: Path) -> None:

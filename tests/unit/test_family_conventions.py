@@ -1,16 +1,22 @@
 """What is easy to get wrong about single families, where pictures of small models may not show it."""
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ray_jobs.diffusion.families import FAMILIES, lumina2, sana
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
+from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.sampling import encode_prompts, encode_texts
 from ray_jobs.diffusion.solvers import tabulate
-from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
+from ray_jobs.weights.saving import save_lora
 from tests.serving import plain_diffusers
 
 LONG = "a small red circle " * 200
@@ -115,3 +121,54 @@ def test_lumina_draws_the_same_whatever_stands_in_padding(tiny: Callable[[str], 
         assert torch.allclose(
             family.denoise(family.model(pipeline), latents, told, filled), expected, atol=1e-5
         )
+
+
+def test_pixart_reads_captions_in_lower_case_and_as_they_are_otherwise(tiny: Callable[[str], Path]) -> None:
+    """Its pipeline cleans them further where bs4 and ftfy are installed, unless it is told not to."""
+    folder = tiny("PixArtSigmaPipeline")
+    ours = encode_prompts(load_pipeline(str(folder)), [" A small RED &amp; circle "])
+    pipeline = plain_diffusers.load(folder)
+    with torch.no_grad():
+        embeds, mask, *_ = pipeline.encode_prompt(" A small RED &amp; circle ", False, clean_caption=False)
+    assert torch.equal(ours["prompt_mask"], mask.bool())
+    assert torch.allclose(ours["prompt_embeds"], embeds * mask[..., None], atol=1e-5)
+    family = FAMILIES["PixArtSigmaPipeline"]
+    assert family.guidance_arguments(pipeline.transformer.config, 2.0)["clean_caption"] is False
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_a_pipeline_without_a_loader_have_diffusers_names_and_can_be_removed(
+    tiny: Callable[[str], Path], tmp_path: Path, dora: bool
+) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    folder, family = tiny("PixArtSigmaPipeline"), FAMILIES["PixArtSigmaPipeline"]
+    trained, base = load_pipeline(str(folder)), load_pipeline(str(folder))
+    assert not hasattr(trained, "load_lora_weights")
+    add_lora(trained.transformer, rank=2, alpha=6, dropout=0.1, target_modules=["to_q"], use_dora=dora)
+    for name, parameter in trained.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    objective = family.schedule.objective(trained.scheduler.config)
+    model = FineTuning(trained, family, objective, LossSettings())
+    save_lora(trained, model, dict(model.trained()), tmp_path)
+    with safe_open(tmp_path / LORA_WEIGHTS, "pt") as file:
+        names, told = set(file.keys()), json.loads(file.metadata()["lora_adapter_metadata"])
+    state = get_peft_model_state_dict(trained.transformer)
+    assert names == {f"transformer.{name}" for name in state}
+    assert told["transformer.lora_alpha"] == 6 and told["transformer.lora_dropout"] == 0.0
+
+    def predicted(pipeline: Any) -> torch.Tensor:
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        conditions = encode_prompts(pipeline, ["a small red circle"])
+        with torch.no_grad():
+            return family.denoise(family.model(pipeline), latents, torch.tensor([500]), conditions)
+
+    plain = predicted(base)
+    trained.transformer.eval()
+    load_lora(base, tmp_path)
+    assert torch.allclose(predicted(base), predicted(trained), atol=1e-5)
+    assert not torch.allclose(predicted(base), plain, atol=1e-3)
+    unload_lora(base)
+    assert torch.equal(predicted(base), plain)
+    assert not any("lora" in name for name, _ in base.transformer.named_parameters())

@@ -70,8 +70,6 @@ class AuraFlow(Family):
         )
 
         torch.manual_seed(0)
-        autoencoder = tiny.shifted_autoencoder()
-        autoencoder.register_to_config(scaling_factor=0.13025, shift_factor=None)
         tokenizer = tiny.llama_tokenizer(captions)
         transformer = AuraFlowTransformer2DModel(
             sample_size=8,
@@ -88,7 +86,7 @@ class AuraFlow(Family):
         return AuraFlowPipeline(
             tokenizer=tokenizer,
             text_encoder=tiny.umt5_encoder(tokenizer),
-            vae=autoencoder,
+            vae=tiny.shifted_autoencoder(scale=0.13025, shift=None),
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )

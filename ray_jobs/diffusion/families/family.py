@@ -43,6 +43,8 @@ class Family(ABC):
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
     is_unet: bool = False
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
+    has_lora_loader: bool = True
+    """Whether diffusers' pipeline reads and writes LoRA files, and its denoiser takes adapters."""
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 

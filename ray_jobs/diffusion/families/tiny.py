@@ -11,10 +11,10 @@ CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
 GEMMA_WIDTH, UMT5_WIDTH = 32, 32
 
 
-def shifted_autoencoder() -> Any:
+def shifted_autoencoder(scale: float = 1.5, shift: float | None = 0.25) -> Any:
     """Return an autoencoder whose latents are scaled and shifted, as those of flow-matching models are."""
     autoencoder = architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64)
-    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
     return autoencoder
 
 
