@@ -1,5 +1,6 @@
 """What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
     """The request's picture: float32, height x width x 3, from 0 to 255."""
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    options: dict[str, Any] = family.guidance_arguments(denoiser, request.guidance_scale)
+    options: dict[str, Any] = family.guidance_arguments(denoiser.config, request.guidance_scale)
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
     if request.image is None:
@@ -43,13 +44,23 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         pipeline = getattr(diffusers, name).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
-        request.prompt,
+        prompt=request.prompt,  # by name: FLUX.2's pipelines take an image first
         generator=torch.Generator().manual_seed(request.seed),
         num_inference_steps=request.steps,
         output_type="pt",
-        **options,
+        **known(pipeline, options),
     ).images[0]
     return 255 * picture.permute(1, 2, 0).float()
+
+
+def known(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a negative prompt in the form that the pipeline takes: some take its embeddings."""
+    if "negative_prompt" in options and "negative_prompt" not in signature(pipeline.__call__).parameters:
+        with torch.no_grad():
+            embeds, _ = pipeline.encode_prompt(options["negative_prompt"])
+        options = {**options, "negative_prompt_embeds": embeds}
+        del options["negative_prompt"]
+    return options
 
 
 def image_options(pipeline: Any, image: torch.Tensor, strength: float) -> dict[str, Any]:
