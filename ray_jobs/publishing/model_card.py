@@ -7,7 +7,7 @@ Format: https://huggingface.co/docs/hub/model-cards
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect
@@ -21,6 +21,14 @@ from ray_jobs.weights.schedulers import SCHEDULER
 REPRODUCED = (Effect.ENCODINGS, Effect.DATASET, Effect.WEIGHTS, Effect.SCORES)
 
 
+Guidance = Callable[[float], Mapping[str, Any]]
+
+
+def guidance_scale(scale: float) -> dict[str, Any]:
+    """Return the argument for guidance of most pipelines in diffusers."""
+    return {"guidance_scale": scale}
+
+
 def model_card(
     *,
     config: Config,
@@ -32,6 +40,7 @@ def model_card(
     scheduler: str | None = None,
     variant: str | None = None,
     injected: str | None = None,
+    guidance: Guidance = guidance_scale,
 ) -> str:
     """Compose the text of README.md.
 
@@ -44,6 +53,7 @@ def model_card(
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, if no default variant exists.
         injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
+        guidance: gives the pipeline's arguments for a guidance scale of ours.
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
@@ -51,7 +61,7 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, prompt, scheduler, variant, injected),
+        *_use(config, base_on_hub, prompt, scheduler, variant, injected, guidance),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -125,6 +135,7 @@ def usage(
     *,
     variant: str | None = None,
     injected: str | None = None,
+    guidance: Guidance = guidance_scale,
 ) -> str:
     """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
@@ -136,6 +147,7 @@ def usage(
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, for example fp16, if no default variant exists.
         injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
+        guidance: gives the pipeline's arguments for a guidance scale of ours.
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={variant!r}" if variant else ""
@@ -170,11 +182,11 @@ def usage(
             "",
             *load,
             "picture = pipeline(",
-            f"    {prompt!r},",
+            f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first
             f"    height={side},",
             f"    width={side},",
             f"    num_inference_steps={evaluate.inference_steps},",
-            f"    guidance_scale={evaluate.guidance_scale!r},",
+            *(f"    {name}={value!r}," for name, value in guidance(evaluate.guidance_scale).items()),
             "    generator=torch.Generator().manual_seed(0),",
             ").images[0]",
             'picture.save("picture.png")',
@@ -207,12 +219,13 @@ def _use(
     scheduler: str | None,
     variant: str | None,
     injected: str | None,
+    guidance: Guidance,
 ) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
     if config.train.method == "lora" and not base_on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     packages = "`pip install torch diffusers transformers accelerate peft`"
-    text = usage(config, prompt, scheduler, variant=variant, injected=injected)
+    text = usage(config, prompt, scheduler, variant=variant, injected=injected, guidance=guidance)
     return ["## Use", f"{packages}. {where}:", _fenced(text, "python")]
 
 

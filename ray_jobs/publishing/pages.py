@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,7 @@ from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
-from ray_jobs.weights.model_files import variant_name, without_lora_loader
+from ray_jobs.weights.model_files import guidance_arguments, variant_name, without_lora_loader
 
 REPORT = "report.html"
 CARD = "README.md"
@@ -57,6 +58,7 @@ def write_card(
         pictures=[(caption, f"images/{name}") for caption, name in shown],
         scheduler=scheduler,
         injected=without_lora_loader(base, revision=config.model.revision),
+        guidance=partial(guidance_arguments, base, revision=config.model.revision),
     )
     model.write_text(CARD, card)
 

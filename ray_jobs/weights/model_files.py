@@ -198,6 +198,12 @@ def without_lora_loader(base: str, *, revision: str | None = None) -> str | None
     return None if family.has_lora_loader else family.denoiser
 
 
+def guidance_arguments(base: str, scale: float, *, revision: str | None = None) -> dict[str, Any]:
+    """Return the arguments of diffusers' pipeline for a guidance scale of ours, by the family."""
+    family, _, denoiser = _of_sizes(base, revision)
+    return dict(family.guidance_arguments(denoiser, scale))
+
+
 def _of_sizes(base: str, revision: str | None) -> tuple[Any, Any, Any]:
     """Return a model's family, and the configurations of its autoencoder and its denoiser."""
     from ray_jobs.diffusion.families import family_of  # imports PyTorch

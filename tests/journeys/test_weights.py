@@ -5,6 +5,7 @@ diffusers, the endpoint's engine, and the loading of scores. Without Ray: traine
 import contextlib
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.publishing.model_card import usage
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.weights.loading import load_pipeline
-from ray_jobs.weights.model_files import variant_name
+from ray_jobs.weights.model_files import guidance_arguments, variant_name
 from serving.engine.engine import Engine
 from serving.request import Request
 from tests.journeys.test_journeys import JOURNEYS
@@ -44,8 +45,9 @@ def plain_picture(config: Config, folder: Path) -> Any:
     lora = config.train.method == "lora"
     if lora:
         (folder / base.name).symlink_to(base)
+    variant, guidance = variant_name(str(base)) if lora else None, partial(guidance_arguments, str(base))
     with contextlib.chdir(folder):
-        exec(usage(config, PROMPT, variant=variant_name(str(base)) if lora else None), {})
+        exec(usage(config, PROMPT, variant=variant, guidance=guidance), {})
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 

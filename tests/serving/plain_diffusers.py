@@ -1,6 +1,7 @@
 """What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
 
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
     """The request's picture: float32, height x width x 3, from 0 to 255."""
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    options: dict[str, Any] = family.guidance_arguments(denoiser, request.guidance_scale)
+    options: dict[str, Any] = family.guidance_arguments(denoiser.config, request.guidance_scale)
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
     if request.image is None:
@@ -47,11 +48,11 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         pipeline = getattr(diffusers, name).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
-        request.prompt,
+        prompt=request.prompt,  # by name: FLUX.2's pipelines take an image first
         generator=torch.Generator().manual_seed(request.seed),
         num_inference_steps=request.steps,
         output_type="pt",
-        **options,
+        **known(pipeline, options),
     ).images[0]
     return 255 * picture.permute(1, 2, 0).float()
 
@@ -89,6 +90,16 @@ def begin_with_image(pipeline: Any, request: Request) -> torch.Tensor:
     latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
     picture = pipeline.vae.decode(latents, return_dict=False)[0][0]
     return 255 * (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+
+
+def known(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a negative prompt in the form that the pipeline takes: some take its embeddings."""
+    if "negative_prompt" in options and "negative_prompt" not in signature(pipeline.__call__).parameters:
+        with torch.no_grad():
+            embeds, _ = pipeline.encode_prompt(options["negative_prompt"])
+        options = {**options, "negative_prompt_embeds": embeds}
+        del options["negative_prompt"]
+    return options
 
 
 def image_options(pipeline: Any, image: torch.Tensor, strength: float) -> dict[str, Any]:

@@ -142,15 +142,15 @@ def test_activations_are_what_autograd_saves(tiny: Callable[[str], Path], name: 
     train = {"method": "full"} if lora is None else {"lora": {"rank": 8, "alpha": 8} | lora}
     config = a_config(tiny(name), **train)
     _, model = build_model(config)
-    kept, [shape] = footprint(config).activations, latent_shapes(str(tiny(name)), [(SIDE, SIDE)])
-    assert kept == pytest.approx(saved_by_autograd(model, shape), rel=1e-6)
+    kept = footprint(config).activations
+    assert kept == pytest.approx(saved_by_autograd(model, tiny(name)), rel=1e-6)
     recomputing = a_config(tiny(name), gradient_checkpointing=True, **train)
     _, model = build_model(recomputing)
     # Autograd's hooks do not show the block that is recomputed, which the estimate includes.
-    assert saved_by_autograd(model, shape) / 1.5 < footprint(recomputing).activations < kept
+    assert saved_by_autograd(model, tiny(name)) / 1.5 < footprint(recomputing).activations < kept
 
 
-def saved_by_autograd(model: Any, shape: tuple[int, ...]) -> int:
+def saved_by_autograd(model: Any, base: Path) -> int:
     """Bytes that a real forward pass of one row keeps, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -162,13 +162,14 @@ def saved_by_autograd(model: Any, shape: tuple[int, ...]) -> int:
         return tensor
 
     family, config = model.family, model.denoiser.config
+    [latents] = latent_shapes(str(base), [(SIDE, SIDE)])
     conditions = {
         name: torch.ones((1, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(config).items()
     }
     conditions |= {name: torch.full((1, 6), SIDE) for name in family.picture_conditions}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = family.denoise(model.model, torch.randn(1, *shape), torch.full((1,), 500.0), conditions)
+        output = family.denoise(model.model, torch.randn(1, *latents), torch.full((1,), 500.0), conditions)
     del output
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families.codec import per_channel
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.finetuning import add_lora
 from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
@@ -57,6 +59,14 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     if kind == "AuraFlowPipeline":
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]}
+    if kind == "ZImagePipeline":
+        return _padded(pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)[0], 512)
+    if kind == "QwenImagePipeline":
+        embeds, mask = pipeline.encode_prompt(PROMPTS, max_sequence_length=512)
+        counts = [embeds.shape[1]] * 2 if mask is None else mask.sum(dim=1).tolist()
+        return _padded([row[:count] for row, count in zip(embeds, counts, strict=True)], 512)
+    if kind == "Flux2KleinPipeline":
+        return {"prompt_embeds": pipeline.encode_prompt(PROMPTS)[0]}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
@@ -64,6 +74,13 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
     else:
         embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _padded(states: list[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Captions of several lengths with zeros at their ends, and the mask of what they had."""
+    padded = [torch.nn.functional.pad(each, (0, 0, 0, length - len(each))) for each in states]
+    mask = [torch.arange(length) < len(each) for each in states]
+    return {"prompt_embeds": torch.stack(padded), "prompt_mask": torch.stack(mask)}
 
 
 def noise(pipeline: Any) -> torch.Tensor:
@@ -108,19 +125,36 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
         guidance_scale=guidance_scale,
     )
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
-    options |= {"latents": noise(pipeline)} | ({} if embedded else {"negative_prompt": ["", ""]})
-    options |= family.guidance_arguments(denoiser, guidance_scale)
+    options |= {"latents": _for_diffusers(theirs, noise(pipeline))}
+    options |= {} if embedded else {"negative_prompt": ["", ""]}
+    options |= family.guidance_arguments(denoiser.config, guidance_scale)
     if "negative_prompt" in options:
         options["negative_prompt"] = ["", ""]
-    packs = hasattr(theirs, "_pack_latents")
-    if packs:
-        options["latents"] = theirs._pack_latents(noise(pipeline), 2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
-    expected = theirs(PROMPTS, output_type="latent", **options).images
-    if packs:
-        expected = theirs._unpack_latents(expected, HEIGHT, WIDTH, FACTOR)
-    assert torch.allclose(latents, expected, atol=1e-4)
-    pixels = theirs(PROMPTS, output_type="pt", **options).images
+    options = plain_diffusers.known(theirs, options)
+    # Copies: Z-Image's pipeline writes its template into the lists of prompts.
+    expected = theirs(prompt=list(PROMPTS), output_type="latent", **deepcopy(options)).images
+    assert torch.allclose(latents, _from_diffusers(theirs, family, expected), atol=1e-4)
+    pixels = theirs(prompt=list(PROMPTS), output_type="pt", **deepcopy(options)).images
     assert (decode_latents(pipeline, latents) - 255 * pixels).abs().max() < 0.5 + 255e-4
+
+
+def _for_diffusers(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents as the pipeline takes them: those of some as tokens."""
+    if not hasattr(theirs, "_unpack_latents"):
+        return latents
+    tokens: torch.Tensor = theirs._pack_latents(latents, 2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+    return tokens
+
+
+def _from_diffusers(theirs: Any, family: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents that the pipeline returns, in the form that its denoiser works on."""
+    if hasattr(theirs, "_unpack_latents"):
+        unpacked: torch.Tensor = theirs._unpack_latents(latents, HEIGHT, WIDTH, FACTOR)
+        return unpacked.reshape(2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+    if type(theirs).__name__ == "Flux2KleinPipeline":  # as the autoencoder decodes them
+        shift, scale = (per_channel(part, latents) for part in family.codec.scale(theirs.vae))
+        return (family.codec.pack(latents) - shift) * scale
+    return latents
 
 
 def test_every_row_has_its_own_guidance(folder: Path) -> None:
@@ -317,7 +351,9 @@ def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> N
     linear = {
         name
         for name, layer in denoiser.named_modules()
-        if isinstance(layer, torch.nn.Linear) and ".attn" in name
+        if isinstance(layer, torch.nn.Linear) and re.search(r"\.(attn|attention)", name)
     }
+    if "add_q_proj" not in family.trainable[family.denoiser]:  # as diffusers' own training of this family
+        linear = {name for name in linear if not re.search(r"\.(add_[qkv]_proj|to_add_out)$", name)}
     targets = family.trainable[family.denoiser]
     assert linear and linear == {name for name, _ in denoiser.named_modules() if name.endswith(targets)}

@@ -9,7 +9,7 @@ import torch
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.text import Text
-from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
+from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
 
 Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
@@ -110,8 +110,12 @@ class Family(ABC):
         """
         return unconditional + scale * (conditional - unconditional)
 
-    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
-        """Return the arguments with which diffusers' pipeline draws at a guidance scale of ours."""
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
+        """Return the arguments with which diffusers' pipeline draws at a guidance scale of ours.
+
+        Args:
+            denoiser: the denoiser's configuration.
+        """
         return {"guidance_scale": scale}
 
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:

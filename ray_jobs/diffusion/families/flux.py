@@ -112,8 +112,8 @@ class Flux(FluxFamily):
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
 
-    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
-        if self.guidance_embedded(denoiser):
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
+        if denoiser["guidance_embeds"]:
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
 

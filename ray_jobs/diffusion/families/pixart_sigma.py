@@ -69,7 +69,7 @@ class PixArtSigma(Family):
         )[0]
         return predicted[:, : latents.shape[1]]  # the other channels are a variance that samplers do not use
 
-    def guidance_arguments(self, denoiser: Any, scale: float) -> dict[str, Any]:
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
         # Else the pipeline draws at a size of its own list and scales the image, and captions depend on which
         # packages are installed.
         return {"guidance_scale": scale, "use_resolution_binning": False, "clean_caption": False}

@@ -112,7 +112,7 @@ class Sana(Family):
             return_dict=False,
         )[0]
 
-    def guidance_arguments(self, denoiser: Any, scale: float) -> dict[str, Any]:
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
         # Else the pipeline draws at a size of its own list, and scales and crops the image.
         return {"guidance_scale": scale, "use_resolution_binning": False}
 

@@ -1,5 +1,6 @@
 """Parts of the small models that `Family.tiny` builds, with random weights."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,17 @@ from ray_jobs.diffusion.protocols import Tokenizer
 
 MAX_TOKENS = 16  # of the CLIP text encoders
 CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
-GEMMA_WIDTH, UMT5_WIDTH = 32, 32
+GEMMA_WIDTH, UMT5_WIDTH, QWEN_WIDTH = 32, 32, 16
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+CHAT_TOKENS = [
+    *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
 
 
 def shifted_autoencoder(scale: float = 1.5, shift: float | None = 0.25) -> Any:
@@ -130,3 +141,42 @@ def umt5_encoder(tokenizer: Tokenizer) -> Any:
             dropout_rate=0.0,
         )
     )
+
+
+def qwen_tokenizer(captions: Sequence[str], templates: Sequence[str] = ()) -> Any:
+    """Return a Qwen2Tokenizer with a chat template, in which each word of the captions is one token.
+
+    Args:
+        templates: further texts whose words are one token each.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator([*captions, *templates], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen3_options(tokenizer: Tokenizer, layers: int) -> dict[str, Any]:
+    """Return the options of a small Qwen3Config for `tokenizer`."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": QWEN_WIDTH,
+        "intermediate_size": 2 * QWEN_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+    }
