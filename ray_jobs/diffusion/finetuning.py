@@ -1,6 +1,6 @@
 """The trained part of a text-to-image model: LoRA adapters or all weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -171,6 +171,7 @@ def add_lora(
     alpha: int,
     dropout: float,
     target_modules: list[str],
+    unused: Sequence[str] = (),
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> None:
@@ -179,20 +180,35 @@ def add_lora(
     The down projections are drawn from the global generator. The up projections start at 0, so the initial
     model equals the base.
 
+    Args:
+        unused: names of layers that get none, see `Family.unused_layers`.
+
     Raises:
         ValueError: no layer matches `target_modules`.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
+    endings = tuple(f".{target}" for target in target_modules)
+    left_out = [layer for layer in unused if f".{layer}".endswith(endings)]
     part.requires_grad_(False)
-    part.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            use_dora=use_dora,
-            use_rslora=use_rslora,
-        )
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
+        exclude_modules=left_out or None,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
+    if hasattr(part, "add_adapter"):
+        part.add_adapter(settings)
+    else:  # see `Family.has_lora_loader`
+        inject_adapter_in_model(settings, part)
+
+
+def train_all(part: Component, unused: Sequence[str] = ()) -> None:
+    """Let all parameters of a component be trained but those of `unused` layers (`Family.unused_layers`)."""
+    part.requires_grad_(True)
+    for layer in unused:
+        part.get_submodule(layer).requires_grad_(False)

@@ -202,9 +202,12 @@ class FlowMatching(Objective):
         Raises:
             ValueError: the configuration is not for flow matching.
         """
-        if "shift" not in scheduler_config:
+        shift = scheduler_config.get("shift")
+        if shift is None and scheduler_config.get("use_flow_sigmas"):  # solvers that are not for flows only
+            shift = scheduler_config["flow_shift"]
+        if shift is None:
             raise ValueError("model.base: its scheduler has no shift; choose a flow-matching model")
-        shift = 1.0 if scheduler_config.get("use_dynamic_shifting") else scheduler_config["shift"]
+        shift = 1.0 if scheduler_config.get("use_dynamic_shifting") else shift
         return cls(scheduler_config["num_train_timesteps"], shift)
 
     def timesteps(self, position: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
 @torch.no_grad()
 def null_captions(pipeline: Pipeline) -> Captions:
     """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it."""
-    return family_of(pipeline).text.unconditional(pipeline.config, encode_prompts(pipeline, [""]))
+    empty = encode_prompts(pipeline, [""], negative=True)
+    return family_of(pipeline).text.unconditional(pipeline.config, empty)
 
 
 def whole_pictures(
@@ -164,16 +165,21 @@ def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice
     return found
 
 
+def encode_prompts(pipeline: Pipeline, prompts: list[str], *, negative: bool = False) -> Captions:
+    """Encode N prompts, or negative prompts, to the denoiser's inputs: N x ..., by name."""
+    text = family_of(pipeline).text
+    written = text.as_negative if negative else text.as_prompt
+    return encode_texts(pipeline, [written(prompt) for prompt in prompts])
+
+
 @torch.no_grad()
-def encode_prompts(
-    pipeline: Pipeline, prompts: list[str], device: str | torch.device | None = None
-) -> Captions:
-    """Encode N prompts to the denoiser's inputs: float, N x ..., by name.
+def encode_texts(pipeline: Pipeline, texts: list[str], device: str | torch.device | None = None) -> Captions:
+    """Encode N texts, from `Text.as_prompt` or `Text.as_negative`: N x ..., by name.
 
     Args:
         device: device of the text encoders; None for the pipeline's.
     """
     text = family_of(pipeline).text
-    tokens = text.tokenize(pipeline, prompts)
+    tokens = text.tokenize(pipeline, texts)
     placed = {name: ids.to(device or pipeline.device) for name, ids in tokens.items()}
     return text.embed(text.present(pipeline), placed)

@@ -89,13 +89,13 @@ class Evaluator:
 
     def _use(self, weights: str | None) -> None:
         """Load the base model (None) or the weights in a folder (path or URI) into the pipeline."""
-        from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
+        from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
         if weights == self.loaded:
             return
         if self.pipeline is self.base and self.loaded:
-            self.base.unload_lora_weights()
+            unload_lora(self.base)
         self.pipeline, self.loaded = self.base, None
         self.base.scheduler = self.base_scheduler
         if weights is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config
@@ -82,6 +82,11 @@ def _conditions(config: Config, model: FineTuning) -> Conditions:
         name: torch.empty((1, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
     }
+    for mask in rows.values():
+        if mask.dtype == torch.bool and isinstance(mask, FakeTensor):
+            # Captions have their greatest length: some denoisers count the tokens of each.
+            with unset_fake_temporarily():
+                mask.constant = torch.ones(mask.shape, dtype=torch.bool)
     for name, encoder in zip(family.text.tokens, family.text.encoders, strict=False):
         if encoder in model.text_encoders:
             count = family.text.num_tokens(name, model.text_encoders[encoder])

@@ -31,6 +31,7 @@ def model_card(
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
     variant: str | None = None,
+    injected: str | None = None,
 ) -> str:
     """Compose the text of README.md.
 
@@ -43,6 +44,7 @@ def model_card(
         pictures: (caption, path relative to the card) of pictures that the model generated.
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, if no default variant exists.
+        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
@@ -50,7 +52,11 @@ def model_card(
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(config, base_on_hub, usage(config, prompt, guidance, scheduler, variant=variant)),
+        *_use(
+            config,
+            base_on_hub,
+            usage(config, prompt, guidance, scheduler, variant=variant, injected=injected),
+        ),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -126,6 +132,7 @@ def usage(
     scheduler: str | None = None,
     *,
     variant: str | None = None,
+    injected: str | None = None,
 ) -> str:
     """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
@@ -137,14 +144,20 @@ def usage(
         guidance: the pipeline's arguments for guidance (`Family.guidance_arguments`).
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
         variant: variant of the base's weights, for example fp16, if no default variant exists.
+        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={variant!r}" if variant else ""
     base = f"{portable(config.model.base)!r}{revision}{variant}"
-    if config.train.method == "lora":
+    lora = config.train.method == "lora"
+    if lora:
         load = [
             f"pipeline = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.float32)",
-            'pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',
+            *(
+                _injection(config, injected)
+                if injected
+                else ('pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',)
+            ),
             "for part in pipeline.components.values():",
             "    if isinstance(part, torch.nn.Module):",
             "        part.eval()",
@@ -161,11 +174,12 @@ def usage(
         [
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
+            *([f"from peft import {', '.join(INJECTING)}"] if injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
             "picture = pipeline(",
-            f"    {prompt!r},",
+            f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first
             f"    height={side},",
             f"    width={side},",
             f"    num_inference_steps={config.evaluate.inference_steps},",
@@ -175,6 +189,24 @@ def usage(
             'picture.save("picture.png")',
         ]
     )
+
+
+INJECTING = ("LoraConfig", "inject_adapter_in_model", "set_peft_model_state_dict")
+
+
+def _injection(config: Config, component: str) -> list[str]:
+    """Return the lines that load an adapter with peft alone."""
+    own = config.train.lora
+    names = {"r": own.rank, "lora_alpha": own.alpha, "use_dora": own.use_dora, "use_rslora": own.use_rslora}
+    settings = ", ".join(f"{name}={value!r}" for name, value in names.items())
+    return [
+        MAGNITUDES[0],
+        f'weights = {{name.removeprefix("{component}."): tensor for name, tensor in weights.items()}}',
+        'layers = sorted({name.partition(".lora_")[0] for name in weights})',
+        f"settings = LoraConfig({settings}, target_modules=layers)",
+        f"inject_adapter_in_model(settings, pipeline.{component})",
+        f"set_peft_model_state_dict(pipeline.{component}, weights)",
+    ]
 
 
 def _use(config: Config, base_on_hub: bool, code: str) -> list[str]:

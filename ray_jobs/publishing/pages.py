@@ -25,7 +25,7 @@ from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
 from ray_jobs.weights.loading import empty_model, read_index
-from ray_jobs.weights.model_files import variant_name
+from ray_jobs.weights.model_files import variant_name, without_lora_loader
 
 REPORT = "report.html"
 CARD = "README.md"
@@ -59,6 +59,7 @@ def write_card(
         guidance=guidance_arguments(config),
         pictures=[(caption, f"images/{name}") for caption, name in shown],
         scheduler=scheduler,
+        injected=without_lora_loader(base, revision=config.model.revision),
     )
     model.write_text(CARD, card)
 

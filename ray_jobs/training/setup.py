@@ -11,7 +11,7 @@ from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.diffusion.families import Family, family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, train_all
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.schedulers import trained_scheduler
@@ -120,15 +120,17 @@ def _choose_trained(
     parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
     torch.manual_seed(config.seed)  # for the adapters' initial values
     for name, part in parts.items():
+        unused = family.unused_layers(part) if name in family.denoisers else ()
         if train.method == "lora":
             chosen = train.lora.target_modules if name in family.denoisers else None
             settings_of_lora = train.lora.model_dump(exclude={"target_modules"})
+            layers = list(chosen or family.trainable[name])
             try:
-                add_lora(part, target_modules=list(chosen or family.trainable[name]), **settings_of_lora)
+                add_lora(part, target_modules=layers, unused=unused, **settings_of_lora)
             except ValueError as error:
                 raise ValueError(f"train.lora: {name}: {error}") from None
         else:
-            part.requires_grad_(True)
+            train_all(part, unused)
     model = FineTuning(
         pipeline,
         family,

@@ -41,13 +41,17 @@ class Encoders:
         return mean.cpu(), logvar.cpu()
 
     @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> Captions:
+    def encode_captions(self, captions: list[str], *, negative: bool = False) -> Captions:
         """Return the family's columns of tokens (for training text encoders) and of embeddings.
 
         Both are by name, on the CPU; floats are float32.
+
+        Args:
+            negative: encode them as negative prompts.
         """
         text = self.family.text
-        tokens = text.tokenize(self.pipeline, captions)
+        written = text.as_negative if negative else text.as_prompt
+        tokens = text.tokenize(self.pipeline, [written(caption) for caption in captions])
         placed = {name: ids.to(self.device) for name, ids in tokens.items()}
         embeds = text.embed(text.present(self.pipeline), placed)
         return tokens | {name: cast(tensor, torch.float32).cpu() for name, tensor in embeds.items()}

@@ -1,14 +1,14 @@
 """Load a text-to-image model in diffusers' format, with or without fine-tuned weights."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.protocols import Pipeline
+from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.weights.adapter_files import check_adapter, place_tensors
 from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
 from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
@@ -154,17 +154,56 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
     path = folder / LORA_WEIGHTS
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        check_adapter(path, tensors, file.metadata() or {})
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+        settings = check_adapter(path, tensors, file.metadata() or {})
     parts = family_of(pipeline).adaptable(pipeline)
+    if family_of(pipeline).has_lora_loader:
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
+    else:
+        _inject(parts, tensors, settings)
     for part in parts.values():
         part.eval()  # peft creates adapters in training mode
     # An alpha is a scale, not a layer; diffusers' files keep it in their metadata.
     stored = sum(not name.endswith("alpha") for name in tensors)
     placed, parameters = place_tensors(parts, tensors)
     if not placed == stored == parameters:
-        pipeline.unload_lora_weights()
+        unload_lora(pipeline)
         raise ValueError(
             f"{path}: {placed} of {stored} tensors fit the base model, which has {parameters} places; it "
             "was trained on another base, or diffusers does not read its names of layers"
         )
+
+
+def unload_lora(pipeline: Pipeline) -> None:
+    """Remove the adapters that `load_lora` added."""
+    family = family_of(pipeline)
+    if family.has_lora_loader:
+        pipeline.unload_lora_weights()
+        return
+    from diffusers.utils import recurse_remove_peft_layers
+
+    for part in family.adaptable(pipeline).values():
+        if hasattr(part, "peft_config"):
+            recurse_remove_peft_layers(part)
+            del part.peft_config
+
+
+def _inject(
+    parts: Mapping[str, Component], tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Add adapters as diffusers' loader does: with a file's settings, or else at the scale 1.
+
+    Args:
+        parts: components by name.
+        tensors, settings: the file's, by `<component>.<layer>` and `<component>.<setting>`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for name, part in parts.items():
+        prefix = f"{name}."
+        stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        ranks = [tensor.shape[1] for key, tensor in stored.items() if key.endswith("lora_B.weight")]
+        if ranks:
+            own = own or {"r": ranks[0], "lora_alpha": ranks[0]}
+            layers = sorted({key.partition(".lora_")[0] for key in stored})
+            inject_adapter_in_model(LoraConfig(**own | {"target_modules": layers}), part)

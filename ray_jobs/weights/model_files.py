@@ -194,6 +194,14 @@ def max_side(base: str, *, revision: str | None = None) -> int | None:
     return None if found is None else int(found)
 
 
+def without_lora_loader(base: str, *, revision: str | None = None) -> str | None:
+    """Return the component that adapters change, if diffusers' pipeline has no LoRA loader; else None."""
+    from ray_jobs.diffusion.families import family_of  # imports PyTorch
+
+    family = family_of(model_index(model_folder(base, revision=revision))["_class_name"])
+    return None if family.has_lora_loader else family.denoiser
+
+
 def _of_sizes(base: str, revision: str | None) -> "tuple[Family, Settings, Settings]":
     """Return a model's family, and the configurations of its autoencoder and its denoiser."""
     from ray_jobs.diffusion.families import family_of  # imports PyTorch

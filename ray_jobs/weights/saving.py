@@ -103,17 +103,46 @@ def save_lora(
 
     # Use peft's names: diffusers' own converter renames attention layers only, and its loader then drops
     # those of a file with both kinds of names, with a warning.
-    arguments: dict[str, object] = {}
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    settings: dict[str, dict[str, object]] = {}
     for name, (prefix, part) in model.components.items():
         mine = {
             key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
         }
         if mine:
             state = get_peft_model_state_dict(part, state_dict=mine)
-            arguments[f"{name}_lora_layers"] = {file_name(part, key): value for key, value in state.items()}
-            arguments[f"{name}_lora_adapter_metadata"] = _settings(part.peft_config["default"])
-    pipeline.save_lora_weights(folder, safe_serialization=True, **arguments)
+            layers[name] = {file_name(part, key): value for key, value in state.items()}
+            settings[name] = _settings(part.peft_config["default"])
+    if model.family.has_lora_loader:
+        arguments: dict[str, object] = {f"{name}_lora_layers": state for name, state in layers.items()}
+        arguments |= {f"{name}_lora_adapter_metadata": own for name, own in settings.items()}
+        pipeline.save_lora_weights(folder, safe_serialization=True, **arguments)
+    else:
+        write_adapter(folder, layers, settings)
     assert (folder / LORA_WEIGHTS).exists()
+
+
+def write_adapter(
+    folder: Path,
+    layers: Mapping[str, Mapping[str, torch.Tensor]],
+    settings: Mapping[str, Mapping[str, object]],
+) -> None:
+    """Write adapters as diffusers' pipelines do, for one that does not.
+
+    Args:
+        layers: tensors by component and peft's name.
+        settings: peft's settings by component and name.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, state in layers.items()
+        for key, value in state.items()
+    }
+    told = {f"{name}.{key}": value for name, own in settings.items() for key, value in own.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(told, indent=2, sort_keys=True)} if told else {}
+    save_file(tensors, folder / LORA_WEIGHTS, {"format": "pt"} | metadata)
 
 
 def _settings(config: "PeftConfig") -> dict[str, object]:

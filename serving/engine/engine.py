@@ -260,8 +260,11 @@ class Engine:
     def _begin(self, rows: list[Row]) -> None:
         """Set the prompt embeddings and initial noise of newly admitted rows."""
         guided = [row for row in rows if row.request.guidance_scale > 1 and not self.guidance_embedded]
-        texts: list[Text] = [(row.request.prompt, row.adapter) for row in rows]
-        texts += [(row.request.negative_prompt, row.adapter) for row in guided]
+        text = self.family.text
+        texts: list[Text] = [(text.as_prompt(row.request.prompt), row.adapter) for row in rows]
+        for row in guided:
+            negative = row.request.negative_prompt
+            texts.append((None if negative is None else text.as_negative(negative), row.adapter))
         embeds = self.workers.together(partial(self.prompts.embed, texts))
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions

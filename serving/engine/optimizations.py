@@ -117,7 +117,8 @@ def compiled(pipeline: Pipeline) -> bool:
 
 def keep_away(pipeline: Pipeline, device: str, offload: Offload) -> None:
     """Leave the weights of the components that `offload` names in host memory. accelerate copies each layer
-    to the device while it runs; in between, the layer's weights are on the meta device."""
+    to the device while it runs; in between, the layer's weights are on the meta device. Buffers, which are
+    small, stay: FLUX.2's codec reads some of the autoencoder's."""
     from accelerate import cpu_offload
 
     own = family_of(pipeline).denoiser
@@ -125,7 +126,7 @@ def keep_away(pipeline: Pipeline, device: str, offload: Offload) -> None:
         if not isinstance(part, nn.Module):
             continue
         if offload == "model" or name != own:
-            cpu_offload(part, execution_device=torch.device(device), offload_buffers=True)
+            cpu_offload(part, execution_device=torch.device(device))
         else:
             part.to(device)
 
@@ -157,12 +158,16 @@ class Int8(nn.Module):
         self.dtype = dtype
 
     def forward(self, rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (rounded * scale).to(self.dtype)
+        return (rounded * scale.view(torch.float32)).to(self.dtype)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize a weight: int8, out x in, and its scales: float32, out x 1."""
+        """Quantize a weight: int8, out x in, and its scales: float32, out x 1, as the bits of integers.
+
+        As floats they would be the first of a component's weights where its layers have no biases, and
+        diffusers takes the component's dtype from those.
+        """
         scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        return (weight / scale).round().to(torch.int8), scale
+        return (weight / scale).round().to(torch.int8), scale.view(torch.int32)
 
 
 def quantise(module: nn.Module) -> None:

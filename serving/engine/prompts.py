@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.diffusion.sampling import encode_prompts
+from ray_jobs.diffusion.sampling import encode_texts
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Stacks
 
-Text = tuple[str | None, Adapter | None]  # prompt (None: no negative prompt) and adapter to encode it with
+# What is tokenized, from the family's `as_prompt` or `as_negative`, and the adapter to encode it with. None:
+# no negative prompt.
+Text = tuple[str | None, Adapter | None]
 
 
 class PromptEmbeddings:
@@ -32,7 +34,7 @@ class PromptEmbeddings:
         """Return the embeddings of N texts, each without the batch dimension. Missing ones are encoded in one
         batch.
 
-        The prompt None is not the empty prompt: its embedding is that of `Text.unconditional`.
+        None is not the empty negative prompt: its embedding is that of `Text.unconditional`.
         """
         wanted = {self._key(text): text for text in texts}
         missing = [key for key in wanted if key not in self._kept]
@@ -44,7 +46,7 @@ class PromptEmbeddings:
             for part in self.text.present(self.pipeline):
                 stacks = {**stacks, **self.low_rank.stack(adapters, part)}
             with self.low_rank.applied(stacks):
-                encoded = encode_prompts(self.pipeline, [prompt for prompt, _ in missing], self.device)
+                encoded = encode_texts(self.pipeline, [text for text, _ in missing], self.device)
             for row, key in enumerate(missing):
                 self._kept[key] = {name: encoded[name][row].clone() for name in self.text.embeds}
                 self._num_bytes += _bytes_of(self._kept[key])
@@ -61,10 +63,12 @@ class PromptEmbeddings:
         return self.text.unconditional(self.pipeline.config, embeds) if text[0] is None else embeds
 
     def _key(self, text: Text) -> tuple[str, str | None]:
-        """Return what the embedding depends on: the prompt, and the adapter if it changes text encoders."""
-        prompt, adapter = text
+        """Return what the embedding depends on: the text, and the adapter if it changes text encoders."""
+        written, adapter = text
         changed = adapter is not None and not adapter.parts.isdisjoint(self.text.encoders)
-        return prompt or "", adapter.name if adapter and changed else None
+        if written is None:
+            written = self.text.as_negative("")
+        return written, adapter.name if adapter and changed else None
 
 
 def _bytes_of(captions: Captions) -> int:

@@ -149,6 +149,38 @@ def chroma(folder: Path) -> Path:
     return folder
 
 
+def z_image(folder: Path) -> Path:
+    """Tongyi-MAI/Z-Image: bfloat16, transformer and Qwen3 in shards."""
+    pipeline = _loaded("ZImagePipeline", folder)
+    pipeline.to(dtype=torch.bfloat16)
+    save(pipeline, folder, sharded=["transformer", "text_encoder"])
+    return folder
+
+
+def flux_2_klein(folder: Path) -> Path:
+    """black-forest-labs/FLUX.2-klein-base-4B: bfloat16."""
+    pipeline = _loaded("Flux2KleinPipeline", folder)
+    pipeline.to(dtype=torch.bfloat16)
+    save(pipeline, folder)
+    return folder
+
+
+def qwen_image(folder: Path) -> Path:
+    """Qwen/Qwen-Image: bfloat16, transformer and Qwen2.5-VL in shards."""
+    pipeline = _loaded("QwenImagePipeline", folder)
+    pipeline.to(dtype=torch.bfloat16)
+    save(pipeline, folder, sharded=["transformer", "text_encoder"])
+    return folder
+
+
+def in_shards(name: str, folder: Path) -> Path:
+    """A family in half precision, with its transformer and text encoder in shards, as most are published."""
+    pipeline = _loaded(name, folder)
+    pipeline.to(dtype=torch.bfloat16)
+    save(pipeline, folder, sharded=["transformer", "text_encoder"])
+    return folder
+
+
 def _loaded(name: str, folder: Path) -> Any:
     """One of `tiny_models.MODELS`, as it is read from its folder."""
     from diffusers import DiffusionPipeline
@@ -196,4 +228,11 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Stable Diffusion 3": stable_diffusion_3,
     "FLUX.1-dev": flux,
     "Chroma": chroma,
+    "Z-Image": z_image,
+    "FLUX.2 klein": flux_2_klein,
+    "Qwen-Image": qwen_image,
+    "Sana": partial(in_shards, "SanaPipeline"),
+    "Lumina 2": partial(in_shards, "Lumina2Pipeline"),
+    "AuraFlow": partial(in_shards, "AuraFlowPipeline"),
+    "PixArt-Sigma": partial(in_shards, "PixArtSigmaPipeline"),
 }

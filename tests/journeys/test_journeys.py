@@ -10,6 +10,7 @@
 | dreambooth | a UNet that is told its guidance    | eight photos                 | prior preservation     |
 | masks      | Chroma                              | folder of shapes, buckets    | lora                   |
 | masks-full | Chroma                              | folder, `encode: stream`     | full, two workers      |
+| z-image    | Z-Image                             | folder of shapes, buckets    | lora                   |
 
 Two trials train at once, but with folds, where each fold has one, and with a stream, whose encoders take
 the place of the second.
@@ -87,6 +88,12 @@ JOURNEYS = [
             "train": {"method": "full", "num_workers": 2, "zero_stage": 2, "caption_dropout": 0.5},
             "search": {"max_concurrent_trials": 1, "learning_rates": [3e-3, 1e-3]},
         },
+    ),
+    Journey(
+        "z-image",
+        "Z-Image",
+        pictures.folder_of_shapes,
+        {"data": {"buckets": True}, "train": {"batch_size": 2, "gradient_checkpointing": True}},
     ),
 ]
 

@@ -1,5 +1,7 @@
 """What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
 
+from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import diffusers
 import torch
 
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.sampling import encode_prompts
 from serving.request import Request
 
 
@@ -31,7 +34,7 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
     """The request's picture: float32, height x width x 3, from 0 to 255."""
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    options: dict[str, Any] = family.guidance_arguments(denoiser, request.guidance_scale)
+    options: dict[str, Any] = family.guidance_arguments(denoiser.config, request.guidance_scale)
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
     if request.image is None:
@@ -40,16 +43,63 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         options |= image_options(pipeline, request.image, request.strength)
         # AutoPipelineForImage2Image of diffusers 0.42.1 does not know all of them, for example Chroma's.
         name = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")
+        if not hasattr(diffusers, name):
+            return begin_with_image(pipeline, request)
         pipeline = getattr(diffusers, name).from_pipe(pipeline)
         pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
-        request.prompt,
+        prompt=request.prompt,  # by name: FLUX.2's pipelines take an image first
         generator=torch.Generator().manual_seed(request.seed),
         num_inference_steps=request.steps,
         output_type="pt",
-        **options,
+        **known(pipeline, options),
     ).images[0]
     return 255 * picture.permute(1, 2, 0).float()
+
+
+@torch.no_grad()
+def begin_with_image(pipeline: Any, request: Request) -> torch.Tensor:
+    """The same for a family whose image to image pipeline diffusers does not have, from the parts it has."""
+    assert request.image is not None
+    family, scheduler = family_of(pipeline), deepcopy(pipeline.scheduler)
+    generator = torch.Generator().manual_seed(request.seed)
+    encoded = pipeline.vae.encode(request.image.permute(2, 0, 1)[None] / 127.5 - 1)
+    clean = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+    posterior, noise = (torch.randn(clean.shape, generator=generator) for _ in range(2))
+    if hasattr(encoded, "latent_dist"):
+        clean = clean + encoded.latent_dist.std * posterior
+    config = pipeline.vae.config
+    clean = (clean - (config.get("shift_factor") or 0)) * config.scaling_factor
+    family.schedule.set_timesteps(scheduler, request.steps, clean.shape, "cpu")
+    first = family.schedule.first_step(request.steps, request.strength)
+    scheduler.set_begin_index(first)
+    start = scheduler.timesteps[first, None]
+    if hasattr(scheduler, "scale_noise"):
+        latents = scheduler.scale_noise(clean, start, noise)
+    else:
+        latents = scheduler.add_noise(clean, noise, start)
+    captions = encode_prompts(pipeline, [request.prompt])
+    null = encode_prompts(pipeline, [request.negative_prompt or ""], negative=True)
+    for timestep in scheduler.timesteps[first:]:
+        output, unguided = (
+            family.denoise(family.model(pipeline), latents, timestep[None], each) for each in (captions, null)
+        )
+        if request.guidance_scale > 1:
+            output = family.guide(unguided, output, torch.tensor(request.guidance_scale))
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+    picture = pipeline.vae.decode(latents, return_dict=False)[0][0]
+    return 255 * (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+
+
+def known(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a negative prompt in the form that the pipeline takes: some take its embeddings."""
+    if "negative_prompt" in options and "negative_prompt" not in signature(pipeline.__call__).parameters:
+        with torch.no_grad():
+            embeds, _ = pipeline.encode_prompt(options["negative_prompt"])
+        options = {**options, "negative_prompt_embeds": embeds}
+        del options["negative_prompt"]
+    return options
 
 
 def image_options(pipeline: Any, image: torch.Tensor, strength: float) -> dict[str, Any]:

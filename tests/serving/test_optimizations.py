@@ -23,7 +23,7 @@ its autoencoder enlarge what changes."""
 REQUESTS = [
     Request("a small red circle", 0, 5, 3.0, height=64, width=64),
     Request("a big blue cross", 7, 4, 1.0, height=64, width=64),
-    Request("a big blue cross", 7, 3, 2.0, height=48, width=64),
+    Request("a big blue cross", 7, 3, 2.0, height=32, width=64),
 ]
 OTHERS = [name for name in FAMILY_MODELS if name != "StableDiffusionPipeline"]
 SWITCHES: dict[str, dict[str, Any]] = {

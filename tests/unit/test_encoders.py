@@ -58,6 +58,11 @@ def test_stable_diffusion_gives_tokens_and_embeddings(tiny_model: Path) -> None:
             "ChromaPipeline",
             {"input_ids": 512, "attention_mask": 512, "prompt_embeds": 512, "prompt_mask": 512},
         ),
+        (
+            "Lumina2Pipeline",
+            {"input_ids": 256, "attention_mask": 256, "prompt_embeds": 256, "prompt_mask": 256},
+        ),
+        ("AuraFlowPipeline", {"input_ids": 256, "attention_mask": 256, "prompt_embeds": 256}),
     ],
 )
 def test_other_families_give_the_tokens_and_the_embeddings_of_all_their_encoders(
@@ -83,6 +88,22 @@ def test_the_posterior_of_a_picture_is_that_of_the_autoencoder(tiny_model: Path)
         posterior = autoencoder.encode(pictures).latent_dist
     assert torch.allclose(mean, posterior.mean, atol=1e-4)
     assert torch.allclose(logvar, posterior.logvar, atol=1e-4)
+
+
+def test_an_encoder_without_a_posterior_gives_the_same_latents_whatever_is_drawn(
+    tiny: Callable[[str], Path],
+) -> None:
+    folder = tiny("SanaPipeline")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    encoders = Encoders(str(folder))
+    autoencoder, codec = encoders.pipeline.vae, encoders.family.codec
+    mean, logvar = encoders.encode_pictures(pixels)
+    with torch.no_grad():
+        expected = autoencoder.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent
+    for stored in (logvar, logvar.bfloat16().float()):
+        for noise in (torch.zeros(mean.shape), torch.full(mean.shape, 9.0)):
+            drawn = codec.sample(mean, stored, codec.scale(autoencoder), noise)
+            assert torch.allclose(drawn, 0.41407 * expected, atol=1e-5)
 
 
 def test_latents_are_drawn_from_the_posterior_and_scaled() -> None:
@@ -113,6 +134,10 @@ def test_the_digest_changes_with_the_encoders_and_not_with_the_denoiser(
         ("StableDiffusionXLPipeline", 8, None),
         ("StableDiffusion3Pipeline", 16, 128),
         ("ChromaPipeline", 16, None),
+        ("SanaPipeline", 32, None),
+        ("Lumina2Pipeline", 16, 64 * 16),
+        ("AuraFlowPipeline", 16, 8 * 16),
+        ("PixArtSigmaPipeline", 16, None),
         (
             "FluxPipeline",
             16,

@@ -16,6 +16,7 @@ from ray_jobs.planning.plan import Model
 from ray_jobs.training import engine
 from ray_jobs.training.setup import build_model
 from ray_jobs.training.zero import sharded_for
+from ray_jobs.weights.model_files import latent_shapes
 from tests.tiny_models import FAMILY_MODELS
 
 pytestmark = pytest.mark.slow  # every test builds a model
@@ -145,14 +146,14 @@ def test_activations_are_what_autograd_saves(tiny: Callable[[str], Path], name: 
     config = a_config(tiny(name), **train)
     _, model = build_model(config)
     kept = footprint(config).activations
-    assert kept == pytest.approx(saved_by_autograd(model), rel=1e-6)
+    assert kept == pytest.approx(saved_by_autograd(model, tiny(name)), rel=1e-6)
     recomputing = a_config(tiny(name), gradient_checkpointing=True, **train)
     _, model = build_model(recomputing)
     # Autograd's hooks do not show the block that is recomputed, which the estimate includes.
-    assert saved_by_autograd(model) / 1.5 < footprint(recomputing).activations < kept
+    assert saved_by_autograd(model, tiny(name)) / 1.5 < footprint(recomputing).activations < kept
 
 
-def saved_by_autograd(model: Any) -> int:
+def saved_by_autograd(model: Any, base: Path) -> int:
     """Bytes that a real forward pass of one row keeps, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -164,13 +165,14 @@ def saved_by_autograd(model: Any) -> int:
         return tensor
 
     family, config = model.family, model.denoiser.config
+    [latents] = latent_shapes(str(base), [(SIDE, SIDE)])
     conditions = {
         name: torch.ones((1, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(config).items()
     }
     conditions |= {name: torch.full((1, 6), SIDE) for name in family.picture_conditions}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = family.denoise(model.model, torch.randn(1, 4, 8, 8), torch.full((1,), 500.0), conditions)
+        output = family.denoise(model.model, torch.randn(1, *latents), torch.full((1,), 500.0), conditions)
     del output
     return sum(storage.nbytes() for storage in kept.values())
 

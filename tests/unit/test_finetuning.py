@@ -42,14 +42,16 @@ def finetuning(base: Path, method: str, *, text_encoders: bool = False) -> tuple
 def inputs(pipeline: Any, model: FineTuning) -> dict[str, Any]:
     """A fixed batch of four pictures."""
     torch.manual_seed(0)
-    family, channels = model.family, pipeline.vae.config.latent_channels
+    family = model.family
+    shape = family.codec.shape(pipeline.vae.config, 64, 64)
     captions = ["a red circle", "a blue cross", "", "a big green square"]
-    tokens = {name: ids.long() for name, ids in family.text.tokenize(pipeline, captions).items()}
+    tokens = family.text.tokenize(pipeline, captions)
+    tokens = {name: each if each.dtype == torch.bool else each.long() for name, each in tokens.items()}
     with torch.no_grad():
         embeds = family.text.embed(family.text.present(pipeline), tokens)
-    drawn = draw((0,), 1, range(4), (channels, 8, 8), model.settings)
+    drawn = draw((0,), 1, range(4), shape, model.settings)
     batch: dict[str, Any] = {
-        "latents": torch.randn(4, channels, 8, 8),
+        "latents": torch.randn(4, *shape),
         "conditions": tokens if model.text_encoders else embeds,
         "draws": drawn.loss,
     }

@@ -13,11 +13,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from ray_jobs.config import Config
+from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
+from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.publishing.model_card import model_card, portable, usage
 from ray_jobs.publishing.pages import guidance_arguments
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import Winner
-from ray_jobs.weights.model_files import variant_name
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.model_files import variant_name, without_lora_loader
+from ray_jobs.weights.saving import save_lora
 from tests.cards import program
 from tests.unit.test_report import MANIFEST
 from tests.unit.test_report import WINNER as REPORTED
@@ -220,6 +225,31 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
     picture = draw(text, tmp_path)
     assert picture.size == (64, 64)
     assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_program_for_lora_weights_needs_no_loader_of_diffusers(
+    tiny: Callable[[str], Path], tmp_path: Path, dora: bool
+) -> None:
+    pipeline, base = load_pipeline(str(tiny("PixArtSigmaPipeline"))), tmp_path / "base"
+    options = dict(pipeline.transformer.config) | {"sample_size": 32}  # for which its pipeline has sizes
+    pipeline.transformer = type(pipeline.transformer).from_config(options)
+    pipeline.save_pretrained(base)
+    unadapted = draw_here(load_pipeline(str(base)))
+    lora = {"rank": 4, "alpha": 6, "use_dora": dora, "use_rslora": True}
+    config = config_of("base", train={"lora": lora})
+    add_lora(pipeline.transformer, target_modules=["to_q", "to_v"], dropout=0.5, **lora)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    family = family_of(pipeline)
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    model = FineTuning(pipeline, family, objective, LossSettings())
+    save_lora(pipeline, model, dict(model.trained()), tmp_path)
+    assert without_lora_loader(str(base)) == "transformer"
+    picture = draw(card(config, base_on_hub=False, injected="transformer"), tmp_path)
+    expected = draw_here(load_pipeline(str(base), tmp_path))
+    assert picture.tobytes() == expected.tobytes() != unadapted.tobytes()
 
 
 def test_the_program_for_a_whole_model_draws_with_plain_diffusers(tiny_model: Path, tmp_path: Path) -> None:

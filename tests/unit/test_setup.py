@@ -37,7 +37,7 @@ def test_settings_that_suit_the_model_pass_without_its_weights(
     if FAMILIES[model].trainable_encoders:
         check_settings(encoders)
     else:
-        with pytest.raises(ValueError, match="train.train_text_encoder: ChromaPipeline has no .*turn it off"):
+        with pytest.raises(ValueError, match=f"train.train_text_encoder: {model} has no .*turn it off"):
             check_settings(encoders)
 
 

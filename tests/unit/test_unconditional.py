@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ CPU = torch.device("cpu")
 PROMPT, ROWS = "a small red circle", 8
 
 
-@pytest.fixture(params=["sd", "sd3", "xl", "xl that says nothing", "xl without zeros"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+NEITHER = ["SanaPipeline", "Lumina2Pipeline"]  # without the instructions that stand before a caption
+
+
+@pytest.fixture(params=["sd", "sd3", "xl", "xl that says nothing", "xl without zeros", *NEITHER])
+def base(request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """A model; those of Stable Diffusion XL differ in `force_zeros_for_empty_prompt`, by default true."""
+    if request.param in NEITHER:
+        return tiny(request.param)
     kind, _, which = request.param.partition(" ")
     folder = request.getfixturevalue({"sd": "tiny_model", "sd3": "tiny_sd3", "xl": "tiny_xl"}[kind])
     if not which:
@@ -46,6 +52,10 @@ def negative(base: Path, prompt: str | None) -> Captions:
     pipeline = plain_diffusers.load(base)
     if type(pipeline).__name__ == "StableDiffusionPipeline":
         return {"prompt_embeds": pipeline.encode_prompt(PROMPT, "cpu", 1, True, prompt)[1]}
+    if type(pipeline).__name__ in NEITHER:
+        asked = {} if prompt is None else {"negative_prompt": prompt}
+        _, _, embeds, mask = pipeline.encode_prompt(PROMPT, True, **asked)
+        return {"prompt_embeds": embeds * mask[..., None], "prompt_mask": mask.bool()}
     more = (None, None) if type(pipeline).__name__ == "StableDiffusion3Pipeline" else ()
     _, embeds, _, pooled = pipeline.encode_prompt(
         PROMPT, *more, do_classifier_free_guidance=True, negative_prompt=prompt
@@ -55,13 +65,13 @@ def negative(base: Path, prompt: str | None) -> Captions:
 
 def same(ours: Captions, theirs: Captions) -> bool:
     assert ours.keys() == theirs.keys()
-    return all(torch.allclose(ours[name].float(), theirs[name], atol=1e-5) for name in theirs)
+    return all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e-5) for name in theirs)
 
 
 def test_sampling_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) -> None:
     pipeline = load_pipeline(str(base))
     assert same(null_captions(pipeline), negative(base, None))
-    assert same(encode_prompts(pipeline, [""]), negative(base, ""))
+    assert same(encode_prompts(pipeline, [""], negative=True), negative(base, ""))
     zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
     assert same(negative(base, None), negative(base, "")) is not zeros
 
@@ -69,11 +79,13 @@ def test_sampling_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) 
 def test_serving_takes_none_and_the_empty_prompt_as_diffusers_does(base: Path) -> None:
     pipeline = load_pipeline(str(base))
     low_rank = BatchedLoRA(family_of(pipeline).adaptable(pipeline))
+    as_negative = family_of(pipeline).text.as_negative
     prompts = PromptEmbeddings(pipeline, low_rank, device="cpu", max_bytes=1 << 20)
     for _ in range(2):  # encoded, then kept
-        none, empty = prompts.embed([(None, None), ("", None)])
+        none, empty, shouted = prompts.embed([(None, None), ("", None), (as_negative("Blur "), None)])
         assert same({name: each[None] for name, each in none.items()}, negative(base, None))
         assert same({name: each[None] for name, each in empty.items()}, negative(base, ""))
+        assert same({name: each[None] for name, each in shouted.items()}, negative(base, "Blur "))
 
 
 @pytest.mark.parametrize("text_encoders", ["false", "true"])
@@ -92,15 +104,20 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
         ],
     )
     encoders = Encoders(str(base))
+    family, shape = encoders.family, encoders.family.codec.shape(encoders.pipeline.vae.config, 64, 64)
+    if text_encoders == "true" and not family.trainable_encoders:
+        with pytest.raises(ValueError, match="has no text encoder that can be trained; turn it off"):
+            build_model(config)
+        return
     rows = encoders.encode_captions([PROMPT] * ROWS)
-    rows |= {"latents_mean": torch.zeros(ROWS, 4, 8, 8), "latents_logvar": torch.zeros(ROWS, 4, 8, 8)}
+    rows |= {name: torch.zeros(ROWS, *shape) for name in ("latents_mean", "latents_logvar")}
     rows |= {"conditioning": torch.tensor([[64, 64, 0, 0, 64, 64]] * ROWS)}
     pipeline, model = build_model(config)
     model.eval()
     inputs = InputMaker(
         pipeline.vae,
         model,
-        encoders.encode_captions([""]),
+        encoders.encode_captions([""], negative=True),
         CPU,
         seed=config.seed,
         caption_dropout=config.train.caption_dropout,
@@ -113,10 +130,12 @@ def test_dropped_captions_reach_the_denoiser_as_diffusers_has_none(base: Path, t
         pooled = named.get("pooled_projections", (named.get("added_cond_kwargs") or {}).get("text_embeds"))
         if pooled is not None:
             seen["pooled_prompt_embeds"] = pooled
+        if "encoder_attention_mask" in named:
+            seen["prompt_mask"] = named["encoder_attention_mask"]
 
     model.denoiser.register_forward_pre_hook(look, with_kwargs=True)
     model(**made).sum().backward()
-    dropped = draw((config.seed,), 1, range(ROWS), (4, 8, 8), model.settings).caption < 0.5
+    dropped = draw((config.seed,), 1, range(ROWS), shape, model.settings).caption < 0.5
     assert 0 < dropped.sum() < ROWS
     none, prompt = negative(base, None), encode_prompts(load_pipeline(str(base)), [PROMPT])
     for row in range(ROWS):

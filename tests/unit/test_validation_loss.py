@@ -31,7 +31,7 @@ from tests.tiny_models import FAMILY_MODELS
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 CPU = torch.device("cpu")
-BUCKETS = ((64, 64), (48, 64), (64, 64))  # width and height of three parts
+BUCKETS = ((64, 64), (32, 64), (64, 64))  # width and height of three parts
 ROWS_A_PART = 3
 CHANGED_LOSS = [
     "train.loss.offset_noise=0.2",

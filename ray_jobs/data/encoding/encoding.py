@@ -196,8 +196,11 @@ class EncodePart(EncodeRows):
         super().__init__(config)
         self.cache, self.reuse = cache, reuse
         if not cache.exists(EMPTY_CAPTION):
-            forms = self.encoders.encode_captions([""])
-            cache.write_bytes(EMPTY_CAPTION, save({name: t.contiguous() for name, t in forms.items()}))
+            forms = self.encoders.encode_captions([""], negative=True)
+            # Copies: a mask may be a column of tokens and of embeddings alike, which safetensors refuses.
+            cache.write_bytes(
+                EMPTY_CAPTION, save({name: t.contiguous().clone() for name, t in forms.items()})
+            )
 
     def __call__(self, row: RayRow) -> RayRow:
         part: PlannedPart = row["part"]

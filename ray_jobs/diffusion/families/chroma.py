@@ -23,8 +23,7 @@ class ChromaText(Text):
     max_tokens = {"input_ids": T5_TOKENS}
 
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        found = self.tokens_of(pipeline.tokenizer, "input_ids", captions)
-        return {"input_ids": found.input_ids.int(), "attention_mask": found.attention_mask.bool()}
+        return self.masked_tokens_of(pipeline.tokenizer, captions)
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]

@@ -13,6 +13,10 @@ class Codec:
     autoencoder's configuration.
     """
 
+    def channels(self, config: Settings) -> int:
+        """Return the number of channels of the autoencoder's latents."""
+        return int(config["latent_channels"])
+
     def latent_pixels(self, config: Settings) -> int:
         """Return the side of a latent in pixels."""
         return int(2 ** (len(config["block_out_channels"]) - 1))
@@ -32,7 +36,7 @@ class Codec:
     def shape(self, config: Settings, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of an image's latents, C x ..., as the denoiser receives them."""
         side = self.latent_pixels(config)
-        return config["latent_channels"], height // side, width // side
+        return self.channels(config), height // side, width // side
 
     def posterior(self, autoencoder: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log-variance of the autoencoder's posterior: float32, N x C x ..., unscaled.
@@ -51,7 +55,8 @@ class Codec:
         """Return shift and scale of packed latents: the denoiser's are (packed - shift) * scale.
 
         The configuration has `scaling_factor` and optionally either `shift_factor`, or both `latents_mean`
-        and `latents_std` with one number per channel (some Stable Diffusion XL models).
+        and `latents_std` with one number per channel (some Stable Diffusion XL models; Qwen-Image has only
+        these two).
 
         Returns:
             float32, each C, or 1 if all channels share the value.
@@ -61,7 +66,7 @@ class Codec:
         if mean is None or std is None:  # diffusers takes both or neither
             mean, std = [config.get("shift_factor") or 0.0], [1.0]
         shift, spread = (torch.tensor(values).flatten() for values in (mean, std))
-        return shift, config["scaling_factor"] / spread
+        return shift, config.get("scaling_factor", 1.0) / spread
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Bring the autoencoder's latents into the shape that the denoiser works on."""

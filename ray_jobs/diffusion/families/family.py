@@ -9,7 +9,7 @@ import torch
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.text import Text
-from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
+from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
 
 Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
@@ -43,8 +43,17 @@ class Family(ABC):
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
     is_unet: bool = False
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
+    has_lora_loader: bool = True
+    """Whether diffusers' pipeline reads and writes LoRA files, and its denoiser takes adapters."""
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
+
+    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Return the names of layers that do not reach the prediction, and which are therefore never trained.
+
+        They get no gradient or a zero one: weight decay would move them, and ZeRO 3 would apply stale ones.
+        """
+        return ()
 
     @property
     def denoisers(self) -> tuple[str, ...]:
@@ -101,13 +110,18 @@ class Family(ABC):
         """
         return unconditional + scale * (conditional - unconditional)
 
-    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
-        """Return the arguments with which diffusers' pipeline draws at a guidance scale of ours."""
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
+        """Return the arguments with which diffusers' pipeline draws at a guidance scale of ours.
+
+        Args:
+            denoiser: the denoiser's configuration.
+        """
         return {"guidance_scale": scale}
 
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""
-        size = getattr(pipeline, self.denoiser).config.sample_size
+        # In latents; some denoisers' configurations have no size.
+        size = getattr(pipeline, self.denoiser).config.get("sample_size") or pipeline.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = self.codec.latent_pixels(pipeline.vae.config)
         return height * pixels, width * pixels

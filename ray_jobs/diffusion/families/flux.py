@@ -85,10 +85,6 @@ class FluxFamily(Family):
         )[0]
         return from_tokens(predicted, grid)
 
-    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        # The transformer's configuration has no size.
-        return (pipeline.default_sample_size * self.codec.latent_pixels(pipeline.vae.config),) * 2
-
 
 class Flux(FluxFamily):
     """FLUX.1: FLUX.1-dev takes guidance as an input; FLUX.1-schnell has none."""
@@ -116,8 +112,8 @@ class Flux(FluxFamily):
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
 
-    def guidance_arguments(self, denoiser: Denoiser, scale: float) -> dict[str, Any]:
-        if self.guidance_embedded(denoiser):
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
+        if denoiser["guidance_embeds"]:
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
 

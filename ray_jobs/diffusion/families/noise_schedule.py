@@ -77,7 +77,9 @@ class RectifiedFlow(NoiseSchedule):
             )
         return FlowMatching.from_scheduler(scheduler_config)
 
-    def dynamic_shift(self, config: Settings, latent_shape: Sequence[int]) -> dict[str, float]:
+    def dynamic_shift(
+        self, config: Settings, latent_shape: Sequence[int], num_steps: int
+    ) -> dict[str, float]:
         """Return `mu`, which gives larger images more of the noisy timesteps.
 
         It is linear in the number of patches, through two known points. Empty if the scheduler does not use
@@ -93,7 +95,7 @@ class RectifiedFlow(NoiseSchedule):
     def set_timesteps(
         self, scheduler: Scheduler, num_steps: int, latent_shape: Sequence[int], device: str | torch.device
     ) -> None:
-        shift = self.dynamic_shift(scheduler.config, latent_shape)
+        shift = self.dynamic_shift(scheduler.config, latent_shape, num_steps)
         # A scheduler with `use_flow_sigmas` spaces its sigmas itself.
         if self.even_sigmas and not scheduler.config.get("use_flow_sigmas"):
             sigmas = [1 - step / num_steps for step in range(num_steps)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ray_jobs.diffusion.protocols import Pipeline, Settings, TextEncoder, Tokenizer
 
@@ -33,8 +34,19 @@ class Text(ABC):
         parts = {name: getattr(pipeline, name) for name in self.encoders}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def as_prompt(self, caption: str) -> str:
+        """Return the text that is tokenized for a caption: with the family's template, if it has one."""
+        return caption
+
+    def as_negative(self, caption: str) -> str:
+        """Return the text that is tokenized for a caption that guidance leads away from.
+
+        Also for the empty one, from which `unconditional` is made. Some families use no template here.
+        """
+        return self.as_prompt(caption)
+
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        """Tokenize captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
+        """Tokenize texts of captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
 
         A column `input_ids_2` comes from the pipeline's `tokenizer_2`. Tokenizers that the pipeline does not
         have are skipped.
@@ -52,6 +64,11 @@ class Text(ABC):
         return tokenizer(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
+
+    def masked_tokens_of(self, tokenizer: Tokenizer, texts: list[str]) -> Captions:
+        """Tokenize texts for an encoder with an attention mask: `input_ids`, and a bool `attention_mask`."""
+        found = self.tokens_of(tokenizer, "input_ids", texts)
+        return {"input_ids": found.input_ids.int(), "attention_mask": found.attention_mask.bool()}
 
     def num_tokens(self, name: str, encoder: TextEncoder) -> int:
         """Return the number of tokens in a column, given the text encoder that reads it."""
@@ -76,7 +93,7 @@ class Text(ABC):
 
         Args:
             settings: the pipeline's own configuration, as in `model_index.json`.
-            empty: embeddings of N empty captions, from `embed`.
+            empty: embeddings of N empty captions, from `as_negative` and `embed`.
         """
         return empty
 
@@ -86,3 +103,36 @@ class Text(ABC):
 
         Floats are float32 here, and captions have their greatest length.
         """
+
+
+def chat_prompts(tokenizer: Any, captions: list[str], **options: Any) -> list[str]:
+    """Return captions in a tokenizer's chat template, each as a user's only message.
+
+    Args:
+        options: variables of the template.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, **options
+        )
+        for caption in captions
+    ]
+
+
+def real_tokens(mask: torch.Tensor) -> list[int]:
+    """Return how many tokens each caption has, from its mask: bool, N x tokens, padded on the right.
+
+    Planning runs on tensors without data; there captions have their greatest length.
+    """
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return [mask.shape[1]] * len(mask)
+    counts: list[int] = mask.sum(dim=1).tolist()
+    return counts
+
+
+def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return embeddings, N x tokens x width, with zeros at padding, where encoders answer with numbers too.
+
+    For denoisers that do not attend to padding: zeros take little space in files.
+    """
+    return embeds.masked_fill(~mask[..., None], 0.0)

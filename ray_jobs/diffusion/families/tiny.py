@@ -1,5 +1,6 @@
 """Parts of the small models that `Family.tiny` builds, with random weights."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,12 +9,23 @@ from ray_jobs.diffusion.protocols import Tokenizer
 
 MAX_TOKENS = 16  # of the CLIP text encoders
 CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
+GEMMA_WIDTH, UMT5_WIDTH, QWEN_WIDTH = 32, 32, 16
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+CHAT_TOKENS = [
+    *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
 
 
-def shifted_autoencoder() -> Any:
+def shifted_autoencoder(scale: float = 1.5, shift: float | None = 0.25) -> Any:
     """Return an autoencoder whose latents are scaled and shifted, as those of flow-matching models are."""
     autoencoder = architecture.build_autoencoder([8, 16, 16, 16], latent_channels=4, resolution=64)
-    autoencoder.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
     return autoencoder
 
 
@@ -60,3 +72,111 @@ def t5_encoder(captions: Sequence[str]) -> Any:
     return T5EncoderModel(
         T5Config(vocab_size=size, d_model=T5_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     )
+
+
+def gemma_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a GemmaTokenizerFast that knows the words of the captions, and letters for all others."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GemmaTokenizerFast
+
+    pieces, merges = _pieces(captions, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n"])
+    tokenizer = GemmaTokenizerFast(vocab=pieces, merges=merges)
+    start = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", pieces["<bos>"])])
+    tokenizer.backend_tokenizer.post_processor = start
+    return tokenizer
+
+
+def _pieces(captions: Sequence[str], special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a vocabulary, numbered, and merges that join the letters of each known word, from its start."""
+    words = sorted({f"▁{word}" for caption in captions for word in caption.split()})
+    starts = {word[:end] for word in words for end in range(2, len(word) + 1)}
+    ordered = sorted(starts, key=lambda start: (len(start), start))
+    pieces = [*special, "▁", *map(chr, range(33, 127)), *ordered]
+    merges = [(start[:-1], start[-1]) for start in ordered]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def gemma_encoder(tokenizer: Tokenizer) -> Any:
+    """Return a Gemma2Model for `gemma_tokenizer`."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=GEMMA_WIDTH,
+            intermediate_size=2 * GEMMA_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+
+
+def llama_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a LlamaTokenizerFast as AuraFlow's, which ends texts with </s>; else as `gemma_tokenizer`."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaTokenizerFast
+
+    pieces, merges = _pieces(captions, ["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer = LlamaTokenizerFast(vocab=pieces, merges=merges, pad_token="<pad>", padding_side="right")
+    end = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", pieces["</s>"])])
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer
+
+
+def umt5_encoder(tokenizer: Tokenizer) -> Any:
+    """Return a UMT5EncoderModel for `tokenizer`."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=UMT5_WIDTH,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+def qwen_tokenizer(captions: Sequence[str], templates: Sequence[str] = ()) -> Any:
+    """Return a Qwen2Tokenizer with a chat template, in which each word of the captions is one token.
+
+    Args:
+        templates: further texts whose words are one token each.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator([*captions, *templates], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen3_options(tokenizer: Tokenizer, layers: int) -> dict[str, Any]:
+    """Return the options of a small Qwen3Config for `tokenizer`."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": QWEN_WIDTH,
+        "intermediate_size": 2 * QWEN_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+    }

@@ -1,0 +1,180 @@
+"""Qwen-Image (Wu et al., arXiv 2508.02324), also its release 2512."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families import tiny
+from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.text import Captions, Encoders, Text, real_tokens, zero_padding
+from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings
+
+MAX_TOKENS = 512
+PREFIX = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+PREFIX_TOKENS = 34  # of the published tokenizer; they are encoded, but the denoiser does not receive them
+
+
+class QwenImageText(Text):
+    """The last layer of Qwen2.5-VL on a caption in a template of the family's own."""
+
+    tokens = ("input_ids", "attention_mask")
+    embeds = ("prompt_embeds", "prompt_mask")
+    encoders = ("text_encoder",)
+    max_tokens = {"input_ids": PREFIX_TOKENS + MAX_TOKENS}
+
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
+        texts = [PREFIX + caption + SUFFIX for caption in captions]
+        return self.masked_tokens_of(pipeline.tokenizer, texts)
+
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
+        found = encoders["text_encoder"](
+            tokens["input_ids"],
+            attention_mask=tokens["attention_mask"].long(),
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=1,  # none are needed
+        )
+        states, mask = (
+            each[:, PREFIX_TOKENS:] for each in (found.hidden_states[-1], tokens["attention_mask"])
+        )
+        return {"prompt_embeds": zero_padding(states, mask), "prompt_mask": mask}
+
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "prompt_embeds": ((MAX_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
+            "prompt_mask": ((MAX_TOKENS,), torch.bool),
+        }
+
+
+class QwenImageCodec(FluxCodec):
+    """Latents of an autoencoder for videos, to which an image is one frame."""
+
+    def channels(self, config: Settings) -> int:
+        return int(config["z_dim"])
+
+    def latent_pixels(self, config: Settings) -> int:
+        return int(2 ** len(config["temperal_downsample"]))  # diffusers' spelling
+
+    def posterior(self, autoencoder: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = super().posterior(autoencoder, pixels.unsqueeze(2))
+        return mean.squeeze(2), logvar.squeeze(2)
+
+    def decode(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode(autoencoder, latents.unsqueeze(2)).squeeze(2)
+
+
+class QwenImage(Family):
+    """Qwen-Image: a multimodal diffusion transformer with masked captions."""
+
+    pipeline_class = "QwenImagePipeline"
+    trainable = {"transformer": UNET_ATTENTION}  # of the image's tokens, as diffusers' own training does
+    text = QwenImageText()
+    codec = QwenImageCodec()
+    schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+
+    def denoise(
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        tokens, grid = to_tokens(latents)
+        embeds, mask = conditions["prompt_embeds"], conditions["prompt_mask"]
+        counts = real_tokens(mask)
+        longest = max(counts)
+        predicted = model["transformer"](
+            tokens,
+            encoder_hidden_states=embeds[:, :longest],
+            encoder_hidden_states_mask=mask[:, :longest] if min(counts) < longest else None,
+            timestep=timesteps.to(latents.dtype) / 1000,  # the transformer multiplies it by 1000 again
+            img_shapes=[[(1, *grid)]] * len(tokens),
+            return_dict=False,
+        )[0]
+        return from_tokens(predicted, grid)
+
+    def guide(
+        self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply guidance, and give each token the length of its conditional prediction."""
+        tokens, grid = to_tokens(super().guide(unconditional, conditional, scale))
+        length = to_tokens(conditional)[0].norm(dim=-1, keepdim=True)
+        return from_tokens(tokens * (length / tokens.norm(dim=-1, keepdim=True)), grid)
+
+    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": scale, "negative_prompt": ""}  # the pipeline's guidance needs both
+
+    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Return the last block's layers that only change the caption's tokens."""
+        block = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
+        names = (
+            "attn.add_q_proj",
+            "attn.norm_added_q",
+            "attn.to_add_out",
+            "txt_mlp.net.0.proj",
+            "txt_mlp.net.2",
+        )
+        return tuple(f"{block}.{name}" for name in names)
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
+        from diffusers import (
+            AutoencoderKLQwenImage,
+            FlowMatchEulerDiscreteScheduler,
+            QwenImagePipeline,
+            QwenImageTransformer2DModel,
+        )
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        torch.manual_seed(0)
+        tokenizer = tiny.qwen_tokenizer(captions, [PREFIX])
+        special = tokenizer.convert_tokens_to_ids
+        options = tiny.qwen3_options(tokenizer, layers=2)
+        options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+        config = Qwen2_5_VLConfig(
+            text_config=options,
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": tiny.QWEN_WIDTH,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=special("<|image_pad|>"),
+            video_token_id=special("<|video_pad|>"),
+            vision_start_token_id=special("<|vision_start|>"),
+            vision_end_token_id=special("<|vision_end|>"),
+        )
+        return QwenImagePipeline(
+            transformer=QwenImageTransformer2DModel(
+                in_channels=4 * PATCH**2,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=tiny.QWEN_WIDTH,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                base_image_seq_len=256,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+                time_shift_type="exponential",
+            ),
+            vae=AutoencoderKLQwenImage(
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 2, 4, 4],
+                num_res_blocks=1,
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 1.1, 2.0],
+            ),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+            tokenizer=tokenizer,
+        )
