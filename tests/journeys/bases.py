@@ -150,10 +150,10 @@ def chroma(folder: Path) -> Path:
 
 
 def z_image(folder: Path) -> Path:
-    """Tongyi-MAI/Z-Image: bfloat16, transformer and Qwen3 in shards."""
+    """Tongyi-MAI/Z-Image: bfloat16, transformer in shards."""
     pipeline = _loaded("ZImagePipeline", folder)
     pipeline.to(dtype=torch.bfloat16)
-    save(pipeline, folder, sharded=["transformer", "text_encoder"])
+    save(pipeline, folder, sharded=["transformer"])
     return folder
 
 

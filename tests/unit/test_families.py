@@ -351,7 +351,7 @@ def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> N
     linear = {
         name
         for name, layer in denoiser.named_modules()
-        if isinstance(layer, torch.nn.Linear) and re.search(r"\.(attn|attention)", name)
+        if isinstance(layer, torch.nn.Linear) and re.search(r"\.(attn|attention\.)", name)
     }
     if "add_q_proj" not in family.trainable[family.denoiser]:  # as diffusers' own training of this family
         linear = {name for name in linear if not re.search(r"\.(add_[qkv]_proj|to_add_out)$", name)}
