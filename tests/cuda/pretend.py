@@ -79,7 +79,7 @@ class Cuda(torch.Tensor):
     """A tensor that says it is on cuda:0; its values are in `values`, on the CPU."""
 
     values: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, requires_grad: bool = False, **_: Any) -> Any:
@@ -87,14 +87,14 @@ class Cuda(torch.Tensor):
             values = values.values
         if values.device.type == "meta":
             return torch.nn.Parameter(values, requires_grad)
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
             layout=values.layout,
-            device="cuda:0",
+            device=torch.device("cuda:0"),
             requires_grad=requires_grad,
         )
         made.values = values
@@ -129,7 +129,7 @@ class Cuda(torch.Tensor):
         raise TypeError("a tensor on a device has no numpy form")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return Pretend.current.__torch_dispatch__(func, types, args, kwargs)
@@ -137,7 +137,8 @@ class Cuda(torch.Tensor):
 
 def caller() -> str:
     """Return the line of ours, or else of a library of this field, that is running."""
-    frame, of_library = sys._getframe(1), "elsewhere"
+    frame: types.FrameType | None = sys._getframe(1)
+    of_library = "elsewhere"
     while frame is not None:
         name = frame.f_code.co_filename
         if "site-packages" in name:
@@ -145,7 +146,7 @@ def caller() -> str:
                 of_library = f"{name.split('site-packages/')[-1]}:{frame.f_lineno}"
         elif name.startswith(f"{ROOT}{os.sep}") and name != __file__:
             return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return of_library
 
 

@@ -32,7 +32,7 @@ OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True},
 
 def requests() -> list[Request]:
     image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
-    size = {"height": 64, "width": 64}
+    size: dict[str, Any] = {"height": 64, "width": 64}
     return [
         Request("a red circle", 1, 6, 2.0, **size),
         Request("a blue cross", 2, 3, 1.0, **size),

@@ -236,7 +236,7 @@ def test_the_program_for_lora_weights_needs_no_loader_of_diffusers(
     pipeline.transformer = type(pipeline.transformer).from_config(options)
     pipeline.save_pretrained(base)
     unadapted = draw_here(load_pipeline(str(base)))
-    lora = {"rank": 4, "alpha": 6, "use_dora": dora, "use_rslora": True}
+    lora: dict[str, Any] = {"rank": 4, "alpha": 6, "use_dora": dora, "use_rslora": True}
     config = config_of("base", train={"lora": lora})
     add_lora(pipeline.transformer, target_modules=["to_q", "to_v"], dropout=0.5, **lora)
     for name, parameter in pipeline.transformer.named_parameters():
