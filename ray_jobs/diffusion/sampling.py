@@ -6,10 +6,12 @@ diffusers.
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
+from ray_jobs.diffusion.memory import Chunks
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
 
@@ -130,7 +132,7 @@ def sample_pictures(
 ) -> Iterator[torch.Tensor]:
     """Yield the images of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
 
-    A batch has up to `batch_size` consecutive images of one shape.
+    A batch has up to `batch_size` consecutive images of one shape, fewer where memory is too small for them.
 
     Args:
         pipeline: pipeline from `load_pipeline`, on the device to sample on.
@@ -138,11 +140,14 @@ def sample_pictures(
     """
     family = family_of(pipeline)
     null = null_captions(pipeline)
-    for batch in batches_of(shapes, batch_size):
+    sampled, decoded = Chunks(), Chunks()
+
+    def sample(numbers: range) -> torch.Tensor:
+        batch = slice(numbers.start, numbers.stop)
         height, width = shapes[batch.start]
         noise = initial_noise(seeds[batch], family.codec.shape(pipeline.vae.config, height, width))
         sizes = whole_pictures(family, len(noise), height, width, pipeline.device)
-        latents = sample_latents(
+        return sample_latents(
             family,
             family.model(pipeline),
             pipeline.scheduler,
@@ -152,7 +157,10 @@ def sample_pictures(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
         )
-        yield decode_latents(pipeline, latents)
+
+    for batch in batches_of(shapes, batch_size):
+        for latents in sampled.run(range(batch.start, batch.stop), sample):
+            yield from decoded.run(latents, partial(decode_latents, pipeline))
 
 
 def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice]:

@@ -1,7 +1,10 @@
 """The actor that samples pictures from weights and scores them; started by the pool only."""
 
 import io
+import logging
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +52,23 @@ class SampleFiles:
 
     folder: Storage
     names: list[str | None]
+
+
+@contextmanager
+def replaced_if_broken() -> Iterator[None]:
+    """End the actor's process if its device breaks in the block, so that Ray starts another one.
+
+    Every later call would fail too: a CUDA context does not recover.
+    """
+    from ray_jobs.diffusion.memory import device_broken
+
+    try:
+        yield
+    except Exception as error:
+        if device_broken(error):
+            logging.getLogger(__name__).exception("the evaluator is replaced")
+            os._exit(1)
+        raise
 
 
 class Evaluator:
@@ -132,6 +152,7 @@ class Evaluator:
             batch_size=evaluate.batch_size,
         )
 
+    @replaced_if_broken()
     def validation_losses(self, weights: str | None, split: Split) -> list[float]:
         """Denoising loss of each row in a fixed subset of a split or fold, with fixed noise."""
         import torch
@@ -152,6 +173,7 @@ class Evaluator:
                 found[network.identity].append(network.features(batch).numpy())
         return {identity: np.concatenate(parts) for identity, parts in found.items()}
 
+    @replaced_if_broken()
     def sample_features(
         self,
         weights: str | None,
@@ -173,6 +195,7 @@ class Evaluator:
         batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
         return self._features(batches, self.networks.all if by_all else self.networks.ranking)
 
+    @replaced_if_broken()
     def sample_pictures(
         self,
         weights: str | None,
@@ -187,6 +210,7 @@ class Evaluator:
         batches = self._sample(weights, captions, seeds, shapes, guidance_scale)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
+    @replaced_if_broken()
     def picture_features(self, pictures: list[bytes]) -> Features:
         """Features of pictures (PNG bytes at their training shape) from all networks."""
         import torch

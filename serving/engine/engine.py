@@ -9,6 +9,7 @@ the engine computes what it decides.
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ import torch
 
 from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.memory import Chunks, device_broken
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 from ray_jobs.diffusion.sampling import initial_noise
 from ray_jobs.diffusion.schedulers import trained_scheduler
@@ -40,7 +42,7 @@ from serving.engine.deepcache import DeepCache
 from serving.engine.optimizations import attention_kernel, check_switches, compiled, offloaded
 from serving.engine.prompts import PromptEmbeddings, Text
 from serving.engine.rows import Drawing, Kind, OnPreview, Request, Row, check_request
-from serving.engine.scheduler import Scheduler
+from serving.engine.scheduler import Decoding, Scheduler
 from serving.engine.vae import Decoder, encode
 from serving.load import EngineLoad
 from serving.request import RequestError
@@ -118,7 +120,10 @@ class Engine:
             self.adapters, max_rows=max_rows, chunk_rows=decode_rows, max_waiting=max_waiting
         )
         self._batches: dict[Kind, Batch] = {}
-        self.failed_calls = 0  # denoiser calls that failed since the last success
+        self.failures = 0  # calls of any component that failed since an image was last decoded
+        self.broken = False  # the device can no longer be used in this process
+        self._joining, self._encoding, self._decoding = Chunks(), Chunks(), Chunks()
+        self._denoising: defaultdict[tuple[int, int], Chunks] = defaultdict(Chunks)  # by size
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -192,14 +197,14 @@ class Engine:
         with torch.inference_mode():
             self._drop_answered()
             if joined := self.scheduler.admit():
-                self._guarded(joined, lambda: self._begin(joined))
+                self._guarded(joined, lambda: self._joining.run(joined, self._begin))
             if images := self.scheduler.next_to_encode():
-                encoding = partial(encode, self.pipeline, images, self.device)
-                self._guarded(images, lambda: self.workers.together(encoding))
+                self._guarded(images, lambda: self._encoding.run(images, self._encode))
             if group := self.scheduler.next_to_denoise():
-                self._guarded(group, lambda: self._denoise(group))
+                chunks = self._denoising[group[0].size]
+                self._guarded(group, lambda: chunks.run(group, self._denoise))
             if chunk := self.scheduler.next_to_decode():
-                self._guarded([each.row for each in chunk], lambda: self.decoder.decode(chunk))
+                self._guarded([each.row for each in chunk], lambda: self._decoding.run(chunk, self._decode))
         return bool(joined or group or chunk)
 
     def drain(self) -> None:
@@ -249,10 +254,12 @@ class Engine:
         sizes = {row.size for row in self.scheduler.running}
         self._batches = {kind: batch for kind, batch in self._batches.items() if kind[0] in sizes}
 
-    def _guarded(self, rows: Sequence[Row], work: Callable[[], None]) -> None:
+    def _guarded(self, rows: Sequence[Row], work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:  # a model may raise anything; only these requests fail
+            self.failures += 1
+            self.broken = self.broken or device_broken(error)
             for row in rows:
                 row.fail(error)
             self._drop_answered()
@@ -276,6 +283,13 @@ class Engine:
                 row.earlier = row.latents.new_zeros((self.num_earlier, *row.latents.shape))
             row.captions = captions
 
+    def _encode(self, rows: list[Row]) -> None:
+        self.workers.together(partial(encode, self.pipeline, rows, self.device))
+
+    def _decode(self, chunk: list[Decoding]) -> None:
+        self.decoder.decode(chunk)
+        self.failures = 0
+
     def _denoise(self, rows: list[Row]) -> None:
         """Make one denoising step for rows of one kind."""
         kind = rows[0].kind
@@ -285,11 +299,9 @@ class Engine:
         latents = torch.stack([row.latents for row in rows])
         step = coefficients([(row.schedule, row.done) for row in rows], self.device, latents.dim() - 1)
         clean = torch.stack([row.clean for row in rows])
-        self.failed_calls += 1
         output = self._predict(
             batch, batch.twice(latents * step.input_scale), batch.twice(step.timestep.flatten())
         )
-        self.failed_calls = 0
         earlier = torch.stack([row.earlier for row in rows]) if self.num_earlier else None
         guided = batch.guide(output.float())
         latents, clean, earlier = advance(step, latents, guided, clean, self.clip, earlier)

@@ -133,10 +133,12 @@ class Model:
         return adapters is not None and adapters.holds(placement.adapter)
 
     def check_health(self) -> None:
-        """Raise RuntimeError if an engine fails every call; Serve then replaces the replica."""
+        """Raise RuntimeError if a GPU broke or an engine always fails; Serve then replaces the replica."""
         for name, thread in self.engine_cache.engines.items():
-            if (failed := thread.engine.failed_calls) >= TOO_MANY_FAILURES:
-                raise RuntimeError(f"{name}: {failed} calls of the denoiser in a row failed")
+            if thread.engine.broken:
+                raise RuntimeError(f"{name}: the GPU can no longer be used in this process")
+            if (failed := thread.engine.failures) >= TOO_MANY_FAILURES:
+                raise RuntimeError(f"{name}: {failed} calls in a row failed, and no image was drawn")
 
     async def draw(self, routed: RoutedRequest) -> Picture:
         """Generate one image as a PNG, batched with other requests. A client that disconnects cancels it.

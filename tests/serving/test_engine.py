@@ -232,6 +232,36 @@ def test_an_error_in_a_step_fails_its_requests_and_the_engine_goes_on(tiny_model
     assert drawn(engine, Request("a", 0, 1, 1.0))[0].shape == (64, 64, 3)
 
 
+def test_rows_for_which_memory_is_too_small_together_are_drawn_apart(tiny_model: Path) -> None:
+    """In every component; and the next step does not try all rows together again."""
+    requests = [Request("a", seed, 3, 1.0) for seed in range(4)]
+    expected = drawn(engine_of(tiny_model, max_rows=4), *requests)
+    engine = engine_of(tiny_model, max_rows=4, decode_rows=4)
+    seen: dict[str, list[int]] = {"denoiser": [], "decoder": [], "text encoder": []}
+
+    def small(name: str, most: int) -> Callable[..., None]:
+        def check(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = len(args[0] if args else kwargs["input_ids"])
+            seen[name].append(rows)
+            if rows > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return check
+
+    pipeline = engine.pipeline
+    for name, module, most in (
+        ("denoiser", engine.denoiser, 2),
+        ("decoder", pipeline.vae.decoder, 1),
+        ("text encoder", pipeline.text_encoder, 1),
+    ):
+        module.register_forward_pre_hook(small(name, most), with_kwargs=True)
+    for mine, right in zip(drawn(engine, *requests), expected, strict=True):
+        assert (mine.float() - right.float()).abs().max() <= 1
+    assert seen["denoiser"] == [4, *[2] * 6]
+    assert seen["decoder"] == [4, 2, 1, 1, 1, 1]
+    assert engine.failures == 0
+
+
 def test_an_error_in_a_callers_preview_is_the_callers_alone(tiny_model: Path) -> None:
     engine = engine_of(tiny_model)
 

@@ -203,7 +203,23 @@ def test_a_replica_whose_denoiser_fails_time_after_time_is_not_healthy(lora: Reg
             hook.remove()
             if failures < TOO_MANY_FAILURES:
                 await model.draw(routed(None))
-        with pytest.raises(RuntimeError, match="base: 5 calls of the denoiser in a row failed"):
+        with pytest.raises(RuntimeError, match="base: 5 calls in a row failed, and no image was drawn"):
+            model.check_health()
+
+    with_replica(lora, work)
+
+
+def test_a_replica_whose_device_breaks_in_any_component_is_not_healthy(lora: RegisteredModel) -> None:
+    async def work(model: Any) -> None:
+        def burn(*_: Any) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        engine = model.engine_cache.engines[BASE].engine
+        model.check_health()
+        engine.pipeline.text_encoder.register_forward_pre_hook(burn)  # no denoiser is reached
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            await model.draw(routed(None))
+        with pytest.raises(RuntimeError, match="base: the GPU can no longer be used in this process"):
             model.check_health()
 
     with_replica(lora, work)

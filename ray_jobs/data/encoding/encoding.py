@@ -155,6 +155,7 @@ class EncodeRows:
     def __init__(self, config: Config) -> None:
         import torch
 
+        from ray_jobs.diffusion.memory import Chunks
         from ray_jobs.weights.encoders import Encoders
 
         data, model = config.data, config.model
@@ -162,6 +163,7 @@ class EncodeRows:
         device = "cuda" if config.train.use_gpu else "cpu"  # as `encoder_actors` reserves it
         self.encoders = Encoders(local_path(model.base), revision=model.revision, device=device)
         self.batch_size = data.encode_batch_size
+        self.pictures, self.captions = Chunks(), Chunks()
         self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
 
     def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, "torch.Tensor"]:
@@ -170,11 +172,15 @@ class EncodeRows:
 
         size = self.batch_size
         posteriors = [
-            self.encoders.encode_pictures(pixels[i : i + size]) for i in range(0, len(pixels), size)
+            found
+            for i in range(0, len(pixels), size)
+            for found in self.pictures.run(pixels[i : i + size], self.encoders.encode_pictures)
         ]
         different = list(dict.fromkeys(captions))
         forms = [
-            self.encoders.encode_captions(different[i : i + size]) for i in range(0, len(different), size)
+            found
+            for i in range(0, len(different), size)
+            for found in self.captions.run(different[i : i + size], self.encoders.encode_captions)
         ]
         places = torch.tensor([different.index(caption) for caption in captions])
         tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}

@@ -1,0 +1,65 @@
+"""What is done where a device's memory is too small, and where it is broken."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ray_jobs.diffusion.memory import Chunks, device_broken
+
+
+def holds(most: int, seen: list[int]) -> object:
+    """Work that a device with memory for so many items does."""
+
+    def work(part: list[int]) -> list[int]:
+        seen.append(len(part))
+        if len(part) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [2 * each for each in part]
+
+    return work
+
+
+def test_where_memory_is_too_small_half_is_tried_and_what_fits_is_remembered() -> None:
+    chunks, seen = Chunks(), list[int]()
+    done = chunks.run(list(range(10)), holds(3, seen))  # type: ignore[arg-type]
+    assert sum(done, []) == [2 * each for each in range(10)]
+    assert seen == [10, 5, 2, 2, 2, 2, 2]
+    assert chunks.run([7, 8, 9], holds(3, seen)) == [[14, 16], [18]]  # type: ignore[arg-type]
+
+
+def test_one_item_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Chunks().run([1, 2], holds(0, []))  # type: ignore[arg-type]
+
+
+def test_only_errors_of_the_context_break_a_device() -> None:
+    assert device_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not device_broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not device_broken(ValueError("a prompt"))
+
+
+PROGRAM = """
+import sys
+from ray_jobs.evaluation.actor import replaced_if_broken
+
+@replaced_if_broken()
+def call():
+    raise RuntimeError(sys.argv[1])
+
+try:
+    call()
+except RuntimeError:
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("message", "code"), [("CUDA error: device-side assert triggered", 1), ("no", 3)])
+def test_an_evaluator_on_a_broken_device_ends_its_process(message: str, code: int) -> None:
+    """Ray then starts another one."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, message], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False
+    )
+    assert done.returncode == code
