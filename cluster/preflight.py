@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cluster.capacity import actors_of
 from cluster.gpus import memory_fraction
 from cluster.nodes import ANSWER_S, Node, on_each
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, EvaluateConfig, ServeConfig, TrainConfig
 from ray_jobs.console import say
 
 OLDEST_DRIVER = {12: 525, 13: 580}
@@ -158,7 +158,11 @@ def _unusable(node: Equipment) -> str:
 
 def _too_small(config: Config, stage: str, name: str, node: Equipment) -> Iterator[str]:
     """Yield what a node's GPUs do not offer and the stage's sections ask for."""
-    sections = {"train": config.train, "evaluate": config.evaluate, "serve": config.serve}
+    sections: dict[str, TrainConfig | EvaluateConfig | ServeConfig] = {
+        "train": config.train,
+        "evaluate": config.evaluate,
+        "serve": config.serve,
+    }
     used = {actor.field.partition(".")[0] for actor in actors_of(config, stage) if actor.gpus}
     for section in [each for each in sections if each in used]:
         settings = sections[section]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import interpolate
@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 def full_precision() -> Iterator[None]:
     """Calculate in float32 throughout. GPUs since Ampere round the factors of convolutions to 10 bits (TF32),
     so that a score would depend on the card."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

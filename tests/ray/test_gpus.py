@@ -22,8 +22,9 @@ def test_a_task_that_reserves_no_gpu_sees_none(tmp_path: Path) -> None:
 
 
 SHARED = """
+from pathlib import Path
 import ray.train
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray_jobs.config import EvaluateConfig, TrainConfig
 from ray_jobs.evaluation.pool import resources
 from ray_jobs.training.trainer import worker_group
@@ -33,26 +34,28 @@ class Evaluator:
         return ray.get_gpu_ids()
 
 def work():
-    ray.train.report({"gpus": ray.get_gpu_ids()})
+    Path(FOLDER, "seen").write_text(str(ray.get_gpu_ids()))
 
 actor = ray.remote(**resources(EvaluateConfig(use_gpu=True, gpu_share=0.3)))(Evaluator)
 evaluators = [actor.remote() for _ in range(NUM_EVALUATORS)]
 print(ray.get([each.gpus.remote() for each in evaluators]), flush=True)
 train = TrainConfig(use_gpu=True, gpu_share=0.7, num_workers=1)
 run = ray.train.RunConfig(name="shared", storage_path=FOLDER)
-print(DataParallelTrainer(work, scaling_config=worker_group(train), run_config=run).fit().metrics["gpus"])
+DataParallelTrainer(work, scaling_config=worker_group(train), run_config=run).fit()
+print(Path(FOLDER, "seen").read_text())
 """
 
 
 @pytest.mark.parametrize(
-    ("count", "evaluators", "seen"), [(1, 1, ["[[0]]", "[0]"]), (2, 2, ["[[0], [0]]", "[1]"])]
+    ("count", "evaluators", "seen"),
+    [(1, 1, ["[['0']]", "['0']"]), (2, 2, ["[['0'], ['0']]", "['1']"])],
 )
 def test_a_worker_and_evaluators_share_gpus(
     count: int, evaluators: int, seen: list[str], tmp_path: Path
 ) -> None:
     """Beside a worker of 0.7 is room for one evaluator of 0.3. Ray puts two evaluators on the first GPU, as
     `cluster.shape.place` assumes."""
-    lines = SHARED.replace("NUM_EVALUATORS", str(evaluators)).replace("FOLDER", repr(str(tmp_path / "runs")))
+    lines = SHARED.replace("NUM_EVALUATORS", str(evaluators)).replace("FOLDER", repr(str(tmp_path)))
     assert run_on_gpus(lines, count, tmp_path)[-2:] == seen
 
 
@@ -96,8 +99,9 @@ def test_an_autoencoder_is_trained_where_a_gpu_is_and_its_errors_are_one_line(tm
 
 
 ELASTIC = """
+from pathlib import Path
 import ray.train
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from cluster.nodes import living_nodes
 from cluster.watch import watched
 from ray_jobs.config import load_config
@@ -121,20 +125,18 @@ def work():
     if context.get_world_rank() == 0:
         actors = {"compute": ray.data.ActorPoolStrategy(size=1), "num_cpus": 1, "num_gpus": 1}
         rows = ray.data.range(3).map_batches(Encode, batch_size=1, **actors).take_all()
-        ray.train.report({"workers": context.get_world_size(), "rows": len(rows)})
-    else:
-        ray.train.report({})
+        Path(FOLDER, "seen").write_text(f"{context.get_world_size()} workers, {len(rows)} rows")
 
 evaluator = ray.remote(**resources(config.evaluate))(Evaluator).remote()
 ray.get(evaluator.gpus.remote())
 group, run = worker_group(config.train), ray.train.RunConfig(name="elastic", storage_path=FOLDER)
 with watched(config, living_nodes(), "search"):
-    metrics = DataParallelTrainer(work, scaling_config=group, run_config=run).fit().metrics
-print(metrics["workers"], metrics["rows"])
+    DataParallelTrainer(work, scaling_config=group, run_config=run).fit()
+print(Path(FOLDER, "seen").read_text())
 """
 
 
 def test_an_elastic_training_leaves_gpus_to_evaluators_and_the_encoders_of_its_stream(tmp_path: Path) -> None:
     """Otherwise it takes all four, and waits for rows that nobody encodes."""
-    lines = ELASTIC.replace("FOLDER", repr(str(tmp_path / "runs")))
-    assert run_on_gpus(lines, 4, tmp_path)[-1] == "2 3"
+    lines = ELASTIC.replace("FOLDER", repr(str(tmp_path)))
+    assert run_on_gpus(lines, 4, tmp_path)[-1] == "2 workers, 3 rows"
