@@ -78,7 +78,7 @@ NO_SCALARS = {
 class Cuda(torch.Tensor):
     """A tensor that says it is on cuda:0; its values are in `values`, on the CPU."""
 
-    values: torch.Tensor
+    values: torch.Tensor  # type: ignore[assignment]  # those of sparse tensors are a method
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod

@@ -67,9 +67,6 @@ def train_variants(
         def gradients(engine: Any) -> int:
             if isinstance(engine, Flat):
                 tensors = [chunk.kept for chunk in engine.chunks]
-                tensors += [
-                    chunk.message[1] for chunk in engine.chunks if engine.stage == 2 and chunk.message
-                ]
                 return sum(tensor.nbytes for tensor in tensors if tensor is not None)
             optimizer, tensors = engine.engine.optimizer, [p.grad for _, p in engine.module.all_trained]
             if engine.stage == 3:

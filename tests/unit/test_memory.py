@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from ray_jobs.diffusion.memory import Chunks, device_broken
 
 
-def holds(most: int, seen: list[int]) -> object:
+def holds(most: int, seen: list[int]) -> Callable[[list[int]], list[int]]:
     """Work that a device with memory for so many items does."""
 
     def work(part: list[int]) -> list[int]:
@@ -24,15 +25,15 @@ def holds(most: int, seen: list[int]) -> object:
 
 def test_where_memory_is_too_small_half_is_tried_and_what_fits_is_remembered() -> None:
     chunks, seen = Chunks(), list[int]()
-    done = chunks.run(list(range(10)), holds(3, seen))  # type: ignore[arg-type]
+    done = chunks.run(list(range(10)), holds(3, seen))
     assert sum(done, []) == [2 * each for each in range(10)]
     assert seen == [10, 5, 2, 2, 2, 2, 2]
-    assert chunks.run([7, 8, 9], holds(3, seen)) == [[14, 16], [18]]  # type: ignore[arg-type]
+    assert chunks.run([7, 8, 9], holds(3, seen)) == [[14, 16], [18]]
 
 
 def test_one_item_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Chunks().run([1, 2], holds(0, []))  # type: ignore[arg-type]
+        Chunks().run([1, 2], holds(0, []))
 
 
 def test_only_errors_of_the_context_break_a_device() -> None:
