@@ -69,7 +69,8 @@ def guidance_arguments(config: Config) -> dict[str, object]:
     base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
     model = empty_model(base, [family.denoiser], revision=revision)
-    return family.guidance_arguments(getattr(model, family.denoiser), config.evaluate.guidance_scale)
+    denoiser = getattr(model, family.denoiser).config
+    return family.guidance_arguments(denoiser, config.evaluate.guidance_scale)
 
 
 def shown_split(config: Config) -> Split:
