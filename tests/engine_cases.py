@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from ray_jobs.config import TrainConfig
+from ray_jobs.training import flat
+from ray_jobs.training.engine import Engine
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.setup import build_engine
@@ -22,8 +24,14 @@ from ray_jobs.training.state import (
 # Engine, precision and stage.
 VARIANTS = [("deepspeed", "fp32", stage) for stage in (0, 1, 2, 3)]
 VARIANTS += [("deepspeed", "bf16", stage) for stage in (1, 2, 3)]
-VARIANTS += [("flat", precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2)]
+VARIANTS += [
+    (engine, precision, stage)
+    for engine in ("flat", "flat chunks")
+    for precision in ("fp32", "bf16")
+    for stage in (0, 1, 2)
+]
 ONE = torch.ones(1)
+SMALL_CHUNK = 1  # elements: each parameter is then a chunk of its own
 
 
 class TwoLayers(nn.Module):
@@ -69,9 +77,13 @@ def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for engine_name, precision, zero_stage in VARIANTS:
         train = TrainConfig(
-            method="full", engine=engine_name, precision=precision, zero_stage=zero_stage, micro_batch_size=1
+            method="full",
+            engine=engine_name.split()[0],
+            precision=precision,
+            zero_stage=zero_stage,
+            micro_batch_size=1,
         )
-        engine = build_engine(TwoLayers(), train, 2)  # type: ignore[arg-type]
+        engine = built(TwoLayers(), train, in_chunks="chunks" in engine_name)
         for number, gradient in enumerate(PIECES, start=1):
             inputs = {"inputs": torch.full((1, 4), gradient)}
             engine.accumulate(inputs, SHARE * ONE, last=number == len(PIECES))
@@ -82,6 +94,16 @@ def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
             "state": state_bytes(engine),
         }
     return found
+
+
+def built(model: nn.Module, train: TrainConfig, *, in_chunks: bool) -> Engine:
+    """An engine, the flat one with one chunk or many."""
+    before = flat.CHUNK
+    flat.CHUNK = SMALL_CHUNK if in_chunks else before
+    try:
+        return build_engine(model, train, 2)  # type: ignore[arg-type]
+    finally:
+        flat.CHUNK = before
 
 
 LAST = 7
@@ -100,12 +122,16 @@ STAGED = {
 ENGINES: dict[str, dict[str, Any]] = {
     str(stage): {"zero_stage": stage, "engine": "deepspeed"} for stage in range(4)
 }
-ENGINES |= {f"flat {stage}": {"zero_stage": stage, "engine": "flat"} for stage in range(3)}
+ENGINES |= {
+    f"flat {stage}{chunks}": {"zero_stage": stage, "engine": "flat"}
+    for stage in range(3)
+    for chunks in ("", ", chunks")
+}
 ENGINES |= {f"{stage} offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)}
 ENGINES["all offloaded"] = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
 # While `first` is frozen, before it is trained again, after its first step.
 RESTARTS = [("0", "3", 4), ("3", "2 offloaded", 5), ("all offloaded", "0", 5), ("1", "1", 6)]
-RESTARTS += [("flat 0", "3", 4), ("2", "flat 1", 5), ("flat 2", "flat 0", 6)]
+RESTARTS += [("flat 0", "3", 4), ("2", "flat 1", 5), ("flat 2", "flat 0, chunks", 6)]
 Weights = dict[str, list[Any]]  # of a step, by parameter
 
 
@@ -113,14 +139,14 @@ def input_of(step: int) -> torch.Tensor:
     return step * torch.tensor([[1.0, -2.0, 3.0, 4.0]])
 
 
-def climb(engine_settings: dict[str, Any], first: int, last: int, resumed: Path | None) -> Any:
-    """Weights after each step from `first` to `last`, and the engine."""
-    train = TrainConfig.model_validate(STAGED | engine_settings)
+def climb(name: str, first: int, last: int, resumed: Path | None) -> Any:
+    """Weights after each step from `first` to `last` of one of `ENGINES`, and the engine."""
+    train = TrainConfig.model_validate(STAGED | ENGINES[name])
     stages, model = stages_of(train, LAST), Layers()
     shards = Shards(resumed, 2) if resumed else None
     if shards:
         load_weights(shards, model.all_trained)
-    engine = build_engine(model, train, 2)  # type: ignore[arg-type]
+    engine = built(model, train, in_chunks="chunks" in name)
     if shards:
         load_state(shards, engine)
     engine.enter_stage(stage_at(stages, first), None)
@@ -140,13 +166,13 @@ def climb(engine_settings: dict[str, Any], first: int, last: int, resumed: Path 
 def weights_in_stages(loop: dict[str, Any]) -> dict[str, list[Weights]]:
     """Of each engine, and of two of them with a restart between."""
     rank = torch.distributed.get_rank()
-    found = {name: climb(settings, 1, LAST, None)[0] for name, settings in ENGINES.items()}
+    found = {name: climb(name, 1, LAST, None)[0] for name in ENGINES}
     for before, after, pause in RESTARTS:
-        seen, engine = climb(ENGINES[before], 1, pause, None)
+        seen, engine = climb(before, 1, pause, None)
         there = Path(loop["folder"], f"{before}, {after}")
         write_shard(there, rank, 2, *snapshot(engine, {}))
         torch.distributed.barrier()
-        found[there.name] = seen + climb(ENGINES[after], pause + 1, LAST, there)[0]
+        found[there.name] = seen + climb(after, pause + 1, LAST, there)[0]
     return found
 
 

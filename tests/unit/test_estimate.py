@@ -14,7 +14,8 @@ from ray_jobs.planning.estimate import effective_stage, pieces_a_step, rank_memo
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.planning.plan import Model
 from ray_jobs.training import engine
-from ray_jobs.training.setup import build_model
+from ray_jobs.training.memory import state_bytes
+from ray_jobs.training.setup import build_engine, build_model
 from ray_jobs.training.zero import sharded_for
 from ray_jobs.weights.model_files import latent_shapes
 from tests.tiny_models import FAMILY_MODELS
@@ -78,6 +79,17 @@ def test_a_ranks_bytes_are_the_measured_ones_to_two_percent(method: str, stage: 
     config = a_config(BASE, method=method, lora=lora, zero_stage=stage, num_workers=2, engine="deepspeed")
     found = Model(config).memory(config.train).device
     assert found.kept / 2**20 == pytest.approx(MEASURED[method][stage], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bytes_of_the_flat_engine_are_those_that_it_keeps(method: str, precision: str) -> None:
+    lora = {"rank": 32, "alpha": 32, "target_modules": DEMO_TARGETS}
+    config = a_config(BASE, method=method, lora=lora, precision=precision, num_workers=1, engine="flat")
+    found = Model(config).memory(config.train).device
+    _, model = build_model(config)
+    for kind, size in state_bytes(build_engine(model, config.train, 1)).items():
+        assert getattr(found, kind) == pytest.approx(size, rel=0.02), kind
 
 
 DEMO_TARGETS = [
