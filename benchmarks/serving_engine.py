@@ -30,7 +30,7 @@ import torch
 from benchmarks import serving_faster
 from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.sampling import decode_latents, encode_prompts, initial_noise, sample_latents
+from ray_jobs.diffusion.sampling import decode_latents, encode_prompts, initial_noise, sample_latents, seeded
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.engine import Engine
 from serving.request import Request
@@ -67,7 +67,7 @@ def bare_rows_per_second(pipeline: Any, batch_size: int) -> float:
     """Denoised rows a second, with their unconditional halves, in calls of `batch_size` rows."""
     family, side = family_of(pipeline), pipeline.unet.config.sample_size
     channels = pipeline.unet.config.in_channels
-    latents = initial_noise(list(range(2 * batch_size)), (channels, side, side)).to(pipeline.device)
+    latents = initial_noise(seeded(range(2 * batch_size)), (channels, side, side)).to(pipeline.device)
     captions = encode_prompts(pipeline, ["a red apple", ""] * batch_size)
     timesteps = torch.full((2 * batch_size,), 500.0, device=pipeline.device)
     seconds = []
@@ -87,7 +87,7 @@ def with_engine(engine: Engine, requests: list[Request]) -> None:
 
 def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
     """The usual way: batches in the order of arrival, rows of equal step count drawn together."""
-    family, side = family_of(pipeline), pipeline.unet.config.sample_size
+    family, own = family_of(pipeline), pipeline.unet.config
     null = encode_prompts(pipeline, [""])
     for start in range(0, len(requests), max_rows):
         batch = requests[start : start + max_rows]
@@ -97,7 +97,9 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
                 family,
                 family.model(pipeline),
                 pipeline.scheduler,
-                initial_noise([row.seed for row in rows], (pipeline.unet.config.in_channels, side, side)),
+                initial_noise(
+                    seeded([row.seed for row in rows]), (own.in_channels, own.sample_size, own.sample_size)
+                ),
                 encode_prompts(pipeline, [row.prompt for row in rows]),
                 null,
                 num_steps=count,

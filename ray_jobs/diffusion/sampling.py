@@ -7,6 +7,7 @@ diffusers.
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 
 import torch
 
@@ -16,19 +17,22 @@ from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator per image, on the CPU, which gives the same numbers everywhere."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
     """Return standard normal noise from one generator per image: an image depends on its own seed only.
 
     Args:
-        seeds: N seeds.
+        generators: N, from `seeded`.
         shape: shape of an image's latents, C x ...
 
     Returns:
-        float32, N x C x ..., on the CPU (the CPU's generator gives the same numbers
-        everywhere).
+        float32, N x C x ..., on the CPU.
     """
-    rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.cat(rows)
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -59,6 +63,7 @@ def sample_latents(
     *,
     num_steps: int,
     guidance_scale: float | torch.Tensor,
+    generators: Sequence[torch.Generator] = (),
 ) -> torch.Tensor:
     """Denoise with classifier-free guidance or, if the denoiser takes the scale as input, distilled guidance.
 
@@ -73,6 +78,7 @@ def sample_latents(
             guidance scale is 1, which means no guidance.
         num_steps: number of denoising steps.
         guidance_scale: one scale, or a float tensor of N scales, one per image.
+        generators: N, from which a scheduler that adds noise in each step draws it; empty: from torch's own.
 
     Returns:
         Denoised latents, N x C x ..., still in the denoiser's scale.
@@ -89,6 +95,8 @@ def sample_latents(
         assert null_captions is not None
         null = {name: null_captions[name].expand_as(conditions[name]) for name in family.text.embeds}
         conditions = {name: torch.cat([null.get(name, each), each]) for name, each in conditions.items()}
+    draws = bool(generators) and "generator" in signature(scheduler.step).parameters
+    options = {"generator": list(generators)} if draws else {}
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
@@ -97,7 +105,7 @@ def sample_latents(
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = family.guide(unconditional, conditional, per_row(scale, latents))
-        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False, **options)[0]
     return latents
 
 
@@ -145,7 +153,8 @@ def sample_pictures(
     def sample(numbers: range) -> torch.Tensor:
         batch = slice(numbers.start, numbers.stop)
         height, width = shapes[batch.start]
-        noise = initial_noise(seeds[batch], family.codec.shape(pipeline.vae.config, height, width))
+        generators = seeded(seeds[batch])
+        noise = initial_noise(generators, family.codec.shape(pipeline.vae.config, height, width))
         sizes = whole_pictures(family, len(noise), height, width, pipeline.device)
         return sample_latents(
             family,
@@ -156,6 +165,7 @@ def sample_pictures(
             null,
             num_steps=num_steps,
             guidance_scale=guidance_scale,
+            generators=generators,
         )
 
     for batch in batches_of(shapes, batch_size):

@@ -22,7 +22,7 @@ from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.memory import Chunks, device_broken
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
-from ray_jobs.diffusion.sampling import initial_noise
+from ray_jobs.diffusion.sampling import initial_noise, seeded
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.diffusion.solvers import (
     NoStepsLeft,
@@ -276,7 +276,7 @@ class Engine:
         for row, captions in zip(guided, embeds[len(rows) :], strict=True):
             row.null_captions = captions
         for row, captions in zip(rows, embeds[: len(rows)], strict=True):
-            noise = initial_noise([row.request.seed], self.latent_shape(*row.size))[0]
+            noise = initial_noise(seeded([row.request.seed]), self.latent_shape(*row.size))[0]
             row.latents = (noise * row.schedule.noise_scale).to(self.device)
             row.clean = torch.zeros_like(row.latents)
             if self.num_earlier:

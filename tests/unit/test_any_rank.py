@@ -17,7 +17,7 @@ from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.randomness import draw
-from ray_jobs.diffusion.sampling import initial_noise, sample_latents
+from ray_jobs.diffusion.sampling import initial_noise, sample_latents, seeded
 from ray_jobs.diffusion.solvers import advance, coefficients, tabulate
 
 FRAMES, SIDE = 2, 4
@@ -161,7 +161,7 @@ def test_each_component_has_its_own_default_layers_for_lora(pipeline: Any) -> No
 
 
 def test_solver_tables_step_as_the_scheduler_does(pipeline: Any) -> None:
-    noise, conditions = initial_noise([1, 2], PACKED), conditions_of(pipeline)
+    noise, conditions = initial_noise(seeded([1, 2]), PACKED), conditions_of(pipeline)
     null = {name: each[:1] for name, each in conditions.items()}
     scale = torch.tensor([3.0, 1.0])
     expected = sample_latents(

@@ -20,6 +20,7 @@ from ray_jobs.diffusion.sampling import (
     encode_prompts,
     initial_noise,
     sample_latents,
+    seeded,
     whole_pictures,
 )
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
@@ -84,7 +85,7 @@ def _padded(states: list[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
 
 
 def noise(pipeline: Any) -> torch.Tensor:
-    return initial_noise([3, 4], family_of(pipeline).codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    return initial_noise(seeded([3, 4]), family_of(pipeline).codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
 
 
 def predict(pipeline: Any, **more: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,21 @@ def test_pictures_of_several_shapes_are_those_of_plain_diffusers(
         assert (pictures[number] - plain_diffusers.draw(plain, asked)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "DDPMScheduler"])
+def test_schedulers_that_add_noise_draw_it_from_each_pictures_seed(tiny_model: Path, scheduler: str) -> None:
+    """So a score can be repeated, whatever is drawn beside a picture."""
+    import diffusers
+
+    ours, theirs = load_pipeline(str(tiny_model)), plain_diffusers.load(tiny_model)
+    for pipeline in (ours, theirs):
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    prompts, options = ["a small red circle", "a big blue cross"], {"num_steps": 3, "guidance_scale": 2.0}
+    [pictures] = sample_pictures(ours, prompts, [5, 6], shapes=[(64, 64)] * 2, batch_size=2, **options)
+    for picture, prompt, seed in zip(pictures, prompts, (5, 6), strict=True):
+        expected = plain_diffusers.draw(theirs, Request(prompt, seed, 3, 2.0, None, 64, 64))
+        assert (picture.permute(1, 2, 0) - expected).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 1), (2.0, 2)])
 def test_guidance_of_one_takes_one_pass(
     tiny: Callable[[str], Path], guidance_scale: float, rows: int
