@@ -88,6 +88,7 @@ def with_engine(engine: Engine, requests: list[Request]) -> None:
 def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
     """The usual way: batches in the order of arrival, rows of equal step count drawn together."""
     family, own = family_of(pipeline), pipeline.unet.config
+    shape = (own.in_channels, own.sample_size, own.sample_size)
     null = encode_prompts(pipeline, [""])
     for start in range(0, len(requests), max_rows):
         batch = requests[start : start + max_rows]

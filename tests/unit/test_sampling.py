@@ -68,7 +68,8 @@ def test_schedulers_that_add_noise_draw_it_from_each_pictures_seed(tiny_model: P
     ours, theirs = load_pipeline(str(tiny_model)), plain_diffusers.load(tiny_model)
     for pipeline in (ours, theirs):
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
-    prompts, options = ["a small red circle", "a big blue cross"], {"num_steps": 3, "guidance_scale": 2.0}
+    prompts = ["a small red circle", "a big blue cross"]
+    options: dict[str, Any] = {"num_steps": 3, "guidance_scale": 2.0}
     [pictures] = sample_pictures(ours, prompts, [5, 6], shapes=[(64, 64)] * 2, batch_size=2, **options)
     for picture, prompt, seed in zip(pictures, prompts, (5, 6), strict=True):
         expected = plain_diffusers.draw(theirs, Request(prompt, seed, 3, 2.0, None, 64, 64))
