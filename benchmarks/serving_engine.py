@@ -98,9 +98,7 @@ def by_requests(pipeline: Any, requests: list[Request], max_rows: int) -> None:
                 family,
                 family.model(pipeline),
                 pipeline.scheduler,
-                initial_noise(
-                    seeded([row.seed for row in rows]), (own.in_channels, own.sample_size, own.sample_size)
-                ),
+                initial_noise(seeded([row.seed for row in rows]), shape),
                 encode_prompts(pipeline, [row.prompt for row in rows]),
                 null,
                 num_steps=count,
