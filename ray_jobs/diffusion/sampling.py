@@ -12,6 +12,7 @@ from inspect import signature
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
+from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
@@ -95,6 +96,8 @@ def sample_latents(
         assert null_captions is not None
         null = {name: null_captions[name].expand_as(conditions[name]) for name in family.text.embeds}
         conditions = {name: torch.cat([null.get(name, each), each]) for name, each in conditions.items()}
+    if MASK in conditions:
+        conditions = conditions | {LENGTHS: conditions[MASK].sum(dim=1).cpu()}  # once, not in each step
     draws = bool(generators) and "generator" in signature(scheduler.step).parameters
     options = {"generator": list(generators)} if draws else {}
     for timestep in scheduler.timesteps:

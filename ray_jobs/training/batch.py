@@ -10,6 +10,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
+from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.protocols import Autoencoder
@@ -103,6 +104,7 @@ class InputMaker:
         self.null = {
             name: (t.long() if t.dtype == torch.int32 else t).to(device) for name, t in present.items()
         }
+        self.null_length = int(self.null[MASK].sum()) if MASK in self.null else 0
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -129,6 +131,10 @@ class InputMaker:
             self.settings,
             posterior_shape=stored,
         )
+        dropped = drawn.caption < self.caption_dropout
+        lengths = None
+        if MASK in self.null:
+            lengths = piece.rows[MASK].sum(dim=1).where(~dropped, self.null_length)
         loss = {f"draws.{name}": part for name, part in vars(drawn.loss).items() if part is not None}
         return Sent.to(
             self.device,
@@ -136,9 +142,10 @@ class InputMaker:
                 **{name: piece.rows[name] for name in self.columns},
                 **loss,
                 "posterior": drawn.posterior,
-                "dropped": drawn.caption < self.caption_dropout,
+                "dropped": dropped,
                 "weights": torch.tensor(piece.weights),
             },
+            {} if lengths is None else {LENGTHS: lengths},
         )
 
     def finish(self, sent: "Sent") -> tuple[dict[str, Any], torch.Tensor]:
@@ -147,7 +154,7 @@ class InputMaker:
         mean, logvar = there["latents_mean"].float(), there["latents_logvar"].float()
         dropped = there["dropped"]
         conditions = {name: self._dropped(there[name], name, dropped) for name in self.null}
-        conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions}
+        conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions} | sent.kept
         prefix = "draws."
         inputs = {
             "latents": self.codec.sample(mean, logvar, self.scale, there["posterior"]),
@@ -175,17 +182,21 @@ class Sent:
 
     Attributes:
         tensors: on the device, but not to be read before `arrived` has returned.
+        kept: conditions that stay on the CPU, where sizes must be known.
         event: CUDA event after the copy; None on a CPU, where nothing is copied.
     """
 
     tensors: dict[str, torch.Tensor]
+    kept: dict[str, torch.Tensor]
     event: Any = None
 
     @staticmethod
-    def to(device: torch.device, tensors: Mapping[str, torch.Tensor]) -> "Sent":
+    def to(
+        device: torch.device, tensors: Mapping[str, torch.Tensor], kept: dict[str, torch.Tensor]
+    ) -> "Sent":
         """Begin to send tensors of the CPU."""
         if device.type == "cpu":
-            return Sent(dict(tensors))
+            return Sent(dict(tensors), kept)
         places, end = {}, 0
         for name, tensor in tensors.items():
             places[name] = end
@@ -197,7 +208,8 @@ class Sent:
         with torch.cuda.stream(stream):
             there = packed.to(device, non_blocking=True)
             event = stream.record_event()
-        return Sent({name: _view(there, places[name], tensor) for name, tensor in tensors.items()}, event)
+        views = {name: _view(there, places[name], tensor) for name, tensor in tensors.items()}
+        return Sent(views, kept, event)
 
     def arrived(self) -> dict[str, torch.Tensor]:
         """Return the tensors. What a GPU computes from them waits for the copy; the caller does not."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Denoiser
@@ -45,6 +46,8 @@ class Batch:
         conditions = {name: torch.stack([each[name] for each in captions]) for name in family.text.embeds}
         conditions = {name: cast(each, denoiser.dtype) for name, each in conditions.items()}
         conditions |= whole_pictures(family, len(captions), *rows[0].size, device)
+        if MASK in conditions:
+            conditions[LENGTHS] = conditions[MASK].sum(dim=1).cpu()
         scales = torch.tensor([row.request.guidance_scale for row in rows], device=device)
         adapters = [row.adapter for row in rows] + [rows[i].adapter for i in guided]
         index = torch.tensor(guided, dtype=torch.int64, device=device)

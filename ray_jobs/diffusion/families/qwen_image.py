@@ -84,7 +84,7 @@ class QwenImage(Family):
     ) -> torch.Tensor:
         tokens, grid = to_tokens(latents)
         embeds, mask = conditions["prompt_embeds"], conditions["prompt_mask"]
-        counts = real_tokens(mask)
+        counts = real_tokens(conditions)
         longest = max(counts)
         predicted = model["transformer"](
             tokens,

@@ -11,6 +11,8 @@ from ray_jobs.diffusion.protocols import Pipeline, Settings, TextEncoder, Tokeni
 
 Captions = dict[str, torch.Tensor]  # tokens or embeddings of N captions, by name, each N x ...
 Encoders = Mapping[str, TextEncoder]  # text encoders by their name in the pipeline
+MASK = "prompt_mask"  # condition: bool, N x tokens, False at padding, which is on the right
+LENGTHS = "prompt_lengths"  # condition on the CPU: int64, N, the number of each caption's tokens
 
 
 class Text(ABC):
@@ -119,14 +121,20 @@ def chat_prompts(tokenizer: Any, captions: list[str], **options: Any) -> list[st
     ]
 
 
-def real_tokens(mask: torch.Tensor) -> list[int]:
-    """Return how many tokens each caption has, from its mask: bool, N x tokens, padded on the right.
+def real_tokens(conditions: Mapping[str, torch.Tensor]) -> list[int]:
+    """Return how many tokens each of N captions has.
 
+    From `LENGTHS` where the caller knows them, else from `MASK`, for which the host waits for the device.
     Planning runs on tensors without data; there captions have their greatest length.
+
+    Args:
+        conditions: with `MASK`, and optionally `LENGTHS`.
     """
+    mask = conditions[MASK]
     if mask.is_meta or isinstance(mask, FakeTensor):
         return [mask.shape[1]] * len(mask)
-    counts: list[int] = mask.sum(dim=1).tolist()
+    lengths = conditions[LENGTHS] if LENGTHS in conditions else mask.sum(dim=1)
+    counts: list[int] = lengths.tolist()
     return counts
 
 

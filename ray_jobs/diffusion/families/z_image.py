@@ -69,7 +69,7 @@ class ZImage(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         # The transformer pads captions itself, with tokens that it attends to: padding of ours would count.
-        counts = real_tokens(conditions["prompt_mask"])
+        counts = real_tokens(conditions)
         captions = [row[:count] for row, count in zip(conditions["prompt_embeds"], counts, strict=True)]
         predicted = model["transformer"](
             list(latents.unsqueeze(2).unbind()),  # each with an axis of frames

@@ -1,0 +1,33 @@
+"""Drawing on a pretended GPU (`pretend`): devices and dtypes fit, and a step costs what it may."""
+
+import pytest
+
+from tests.cuda.budgets import COPIES_OF_DIFFUSERS, WAITS_OF_DIFFUSERS, Told, marks, of_family, run
+from tests.tiny_models import FAMILY_MODELS
+
+pytestmark = marks
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return run("serving", tmp_path_factory.mktemp("pretended"))
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: str, served: Told) -> None:
+    of_diffusers = COPIES_OF_DIFFUSERS.get(family, 0)
+    for case, found in of_family(served, family).items():
+        if case == "sampling" or "offloaded" in case:
+            continue  # what is offloaded is copied in each step
+        fewest_waits = min(sum(step["waits"].values()) for step in found["steps"])
+        assert fewest_waits == WAITS_OF_DIFFUSERS.get(family, 0), case
+        plain = [step for step in found["steps"] if sum(step["waits"].values()) == fewest_waits]
+        fewest = min(sum(step["to_device"].values()) for step in plain)
+        # Cached features divide the rows anew at each step.
+        assert fewest <= (4 if case == "cached features" else 1) + of_diffusers, case
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_an_evaluator_draws_on_the_device(family: str, served: Told) -> None:
+    waits = of_family(served, family)["sampling"]["waits"]
+    assert sum(waits.values()) <= 10 * 2, waits  # of two batches, before and after their steps

@@ -1,0 +1,49 @@
+"""Training on a pretended GPU (`pretend`): devices and dtypes fit, and a step costs what it may."""
+
+import pytest
+
+from tests.cuda.budgets import (
+    AVERAGES,
+    COPIES_OF_DIFFUSERS,
+    OPTIMIZER,
+    WAITS_OF_DIFFUSERS,
+    Told,
+    marks,
+    of_family,
+    run,
+)
+from tests.tiny_models import FAMILY_MODELS
+
+pytestmark = marks
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return run("training", tmp_path_factory.mktemp("pretended"))
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_a_training_step_never_waits_and_its_rows_come_in_one_copy(family: str, trained: Told) -> None:
+    of_diffusers = COPIES_OF_DIFFUSERS.get(family, 0)
+    for case, found in of_family(trained, family).items():
+        pieces = found["pieces"]
+        for part in ("send", "passes", "update", "average", "meter"):
+            waits = sum(found[part]["waits"].values())
+            assert waits == (WAITS_OF_DIFFUSERS.get(family, 0) * pieces if part == "passes" else 0), (
+                case,
+                part,
+            )
+        assert sum(found["send"]["to_device"].values()) == pieces, case
+        assert not found["send"]["pageable"], case
+        assert sum(found["passes"]["to_device"].values()) == of_diffusers * pieces, case
+        for part in ("update", "average", "meter"):
+            assert not found[part]["to_device"], (case, part)
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_an_optimizer_step_launches_few_kernels_whatever_the_number_of_layers(
+    family: str, trained: Told
+) -> None:
+    for case, found in of_family(trained, family).items():
+        assert found["update"]["launches"] <= OPTIMIZER, case
+        assert found["average"]["launches"] <= AVERAGES, case
