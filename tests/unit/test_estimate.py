@@ -47,7 +47,7 @@ def a_config(model: Path, **train: Any) -> Config:
         {"method": "lora"},
         {"method": "lora", "lora": {"rank": 4, "use_dora": True}, "train_text_encoder": True},
         {"method": "full", "train_text_encoder": True},
-        {"method": "full", "groups": {"attention": ["*attn*"]}, "trainable": ["attention"]},
+        {"method": "full", "groups": {"attention": ["*attn*", "*attention*"]}, "trainable": ["attention"]},
     ],
     ids=["full", "lora", "dora with text encoders", "full with text encoders", "a group"],
 )

@@ -2,7 +2,9 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,12 +47,13 @@ def efficientnet() -> EfficientNet:
 
 
 def test_features_are_calculated_without_tf32_whatever_else_is_allowed(
-    efficientnet: EfficientNet, monkeypatch: pytest.MonkeyPatch
+    efficientnet: EfficientNet, request: pytest.FixtureRequest
 ) -> None:
     """On a GPU since Ampere, convolutions would round to 10 bits, and a score would depend on the card."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    for backend in backends:
-        monkeypatch.setattr(backend, "allow_tf32", True)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for backend in backends:  # monkeypatch would delete one: torch answers for it without an attribute
+        request.addfinalizer(partial(setattr, backend, "allow_tf32", backend.allow_tf32))
+        backend.allow_tf32 = True
     seen: list[bool] = []
     look = efficientnet.module.register_forward_hook(
         lambda *_: seen.extend(backend.allow_tf32 for backend in backends)
