@@ -7,8 +7,9 @@ adapter (grouped products: Chen et al., arXiv 2310.18547; Sheng et al., arXiv 23
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LayerKey = tuple[str, str]  # names of a pipeline component and of a layer in it
+ALIGNED = 16  # elements: each update begins at a multiple, as tensor cores want it
 
 
 class Update(NamedTuple):
@@ -32,12 +34,75 @@ class Update(NamedTuple):
         return Update(self.down[part], self.up[part], None if self.gain is None else self.gain[part])
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where the update of a layer lies in a packed row: down, up and gain, one after the other.
+
+    Attributes:
+        begin: its first element.
+        down, up: shapes; `gain` tells whether there is one.
+    """
+
+    dtype: torch.dtype
+    begin: int
+    down: tuple[int, ...]
+    up: tuple[int, ...]
+    gain: bool
+
+    @property
+    def end(self) -> int:
+        return self.begin + prod(self.down) + prod(self.up) + self.gain * self.up[0]
+
+    def of(self, rows: torch.Tensor) -> Update:
+        """Return views of the update in N packed rows of its dtype."""
+        up = self.begin + prod(self.down)
+        gain = up + prod(self.up)
+        return Update(
+            _view(rows, self.begin, self.down),
+            _view(rows, up, self.up),
+            _view(rows, gain, self.up[:1]) if self.gain else None,
+        )
+
+
+Layout = dict[LayerKey, Slot]
+"""How updates of a component are packed into rows, one per dtype."""
+Packed = dict[torch.dtype, torch.Tensor]
+"""Rows by dtype, each N x elements."""
+
+
+def _view(rows: torch.Tensor, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return rows.as_strided((len(rows), *shape), (rows.stride(0), *strides), rows.storage_offset() + begin)
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA weights in memory, from `adapters.read_adapter`."""
+    """LoRA weights in memory, from `adapters.read_adapter`.
+
+    A batch with several adapters takes each one's updates as one packed row, so that a change of the batch
+    costs few kernels.
+    """
 
     name: str
     updates: Mapping[LayerKey, Update]
+    _packed: dict[str, tuple[Layout, Packed]] = field(default_factory=dict)  # by component, the last one
+
+    def __post_init__(self) -> None:
+        """Pack the updates, and keep views of the rows instead of them."""
+        views: dict[LayerKey, Update] = {}
+        for part in self.parts:
+            layout = _layout([self], part)
+            packed = self.packed(part, layout)
+            for place, slot in layout.items():
+                down, up, gain = slot.of(packed[slot.dtype])
+                views[place] = Update(down[0], up[0], None if gain is None else gain[0])
+        object.__setattr__(self, "updates", views)
+
+    def packed(self, part: str, layout: Layout) -> Packed:
+        """Return the updates of a component in a layout, one row per dtype, zero-padded to its ranks."""
+        if part not in self._packed or self._packed[part][0] != layout:
+            self._packed[part] = layout, _pack(self.updates, layout)
+        return self._packed[part][1]
 
     @cached_property
     def num_bytes(self) -> int:
@@ -47,6 +112,42 @@ class Adapter:
     def parts(self) -> frozenset[str]:
         """Names of the components that this adapter changes."""
         return frozenset(part for part, _ in self.updates)
+
+
+def _layout(adapters: Sequence[Adapter], part: str) -> Layout:
+    """Return a layout that holds any of the adapters' updates of a component."""
+    layout: Layout = {}
+    ends: dict[torch.dtype, int] = {}
+    for place in sorted({place for adapter in adapters for place in adapter.updates if place[0] == part}):
+        updates = [adapter.updates[place] for adapter in adapters if place in adapter.updates]
+        down, up = updates[0].down, updates[0].up
+        rank = max(len(update.down) for update in updates)
+        gain = any(update.gain is not None for update in updates)
+        slot = Slot(down.dtype, ends.get(down.dtype, 0), (rank, *down.shape[1:]), (len(up), rank), gain)
+        layout[place], ends[down.dtype] = slot, -(-slot.end // ALIGNED) * ALIGNED
+    return layout
+
+
+def _pack(updates: Mapping[LayerKey, Update], layout: Layout, device: torch.device | None = None) -> Packed:
+    """Return updates in a layout; layers without one get an update that changes nothing.
+
+    Args:
+        device: needed if there are no updates.
+    """
+    device = device or next(iter(updates.values())).down.device
+    ends: dict[torch.dtype, int] = {}
+    for slot in layout.values():
+        ends[slot.dtype] = max(slot.end, ends.get(slot.dtype, 0))
+    rows = {dtype: torch.zeros((1, end), dtype=dtype, device=device) for dtype, end in ends.items()}
+    for place, slot in layout.items():
+        down, up, gain = slot.of(rows[slot.dtype])
+        update = updates.get(place)
+        if update is not None:
+            down[0, : len(update.down)] = update.down
+            up[0, :, : len(update.down)] = update.up
+        if gain is not None:
+            gain[0] = 1.0 if update is None or update.gain is None else update.gain
+    return rows
 
 
 Stacks = Mapping[LayerKey, Update]  # updates of N rows, each tensor N x ..., or 1 x ... if shared by all
@@ -69,23 +170,41 @@ class BatchedLoRA:
         self._parts = parts
         self._hooked: set[LayerKey] = set()
         self._active = _Active()
+        self._nothing: dict[str, tuple[Layout, Packed]] = {}  # by component, the last layout
 
     def stack(self, rows: Sequence[Adapter | None], part: str) -> Stacks:
         """Stack the updates of N rows for a component, zero-padded to the largest rank. If all rows have the
         same adapter it is stored once."""
         unique = list(dict.fromkeys(rows))
-        index = [unique.index(row) for row in rows]
-        places = dict.fromkeys(place for adapter in unique if adapter for place in adapter.updates)
-        stacks = {}
-        for place in places:
-            if place[0] != part:
-                continue
+        present = [adapter for adapter in unique if adapter]
+        layout = _layout(present, part)
+        for place in layout:
             if place not in self._hooked:
                 self._parts[part].get_submodule(place[1]).register_forward_hook(partial(self._add, place))
                 self._hooked.add(place)
-            updates = [adapter.updates.get(place) if adapter else None for adapter in unique]
-            stacks[place] = _stacked(updates, index if len(unique) > 1 else [0])
-        return stacks
+        if not layout:
+            return {}
+        packed = [
+            each.packed(part, layout) if each else self._none(part, layout, present[0]) for each in unique
+        ]
+        stacked = packed[0]
+        if len(unique) > 1:
+            device = next(iter(stacked.values())).device
+            index = torch.tensor([unique.index(row) for row in rows], device=device)
+            stacked = {dtype: torch.cat([row[dtype] for row in packed])[index] for dtype in stacked}
+        found = {place: slot.of(stacked[slot.dtype]) for place, slot in layout.items()}
+        # Convolutions take all rows' kernels as one tensor.
+        return {
+            place: update._replace(down=update.down.contiguous()) if update.down.ndim > 3 else update
+            for place, update in found.items()
+        }
+
+    def _none(self, part: str, layout: Layout, like: Adapter) -> Packed:
+        """Return the packed row of no adapter, on the device of another one."""
+        if part not in self._nothing or self._nothing[part][0] != layout:
+            device = next(iter(like.updates.values())).down.device
+            self._nothing[part] = layout, _pack({}, layout, device)
+        return self._nothing[part][1]
 
     @contextmanager
     def applied(self, stacks: Stacks) -> Iterator[None]:
@@ -132,27 +251,3 @@ def _convolved(layer: nn.Conv2d, inputs: torch.Tensor, update: Update) -> torch.
     )
     hidden = hidden.reshape(len(inputs), rank, *hidden.shape[2:])
     return torch.matmul(update.up, hidden.flatten(2)).unflatten(2, hidden.shape[2:])
-
-
-def _stacked(updates: Sequence[Update | None], index: Sequence[int]) -> Update:
-    """Stack the updates of one layer; row i takes `updates[index[i]]`."""
-    present = [update for update in updates if update]
-    if len(updates) == 1:
-        (only,) = present
-        return Update(only.down[None], only.up[None], None if only.gain is None else only.gain[None])
-    rank = max(len(update.down) for update in present)
-    down, up = present[0].down, present[0].up
-    downs = down.new_zeros(len(updates), rank, *down.shape[1:])
-    ups = up.new_zeros(len(updates), len(up), rank)
-    gains = None
-    if any(update.gain is not None for update in present):
-        gains = up.new_ones(len(updates), len(up))
-    for place, update in enumerate(updates):
-        if update:
-            downs[place, : len(update.down)] = update.down
-            ups[place, :, : len(update.down)] = update.up
-            if update.gain is not None:
-                assert gains is not None
-                gains[place] = update.gain
-    rows = torch.tensor(index, device=down.device)
-    return Update(downs[rows], ups[rows], None if gains is None else gains[rows])

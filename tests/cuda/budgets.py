@@ -22,6 +22,7 @@ marks = [
 ROOT = Path(__file__).parents[2]
 OPTIMIZER = 40  # launches of an optimizer step, whatever the number of layers
 AVERAGES = 4  # of the moving average
+BATCH_CHANGE = 20  # of other rows with other adapters, in the serving engine
 # What diffusers 0.42.1 copies to the device in each call of a transformer: Chroma's constant for guidance,
 # Qwen-Image's and Lumina 2's tables of rotary positions.
 COPIES_OF_DIFFUSERS = {"ChromaPipeline": 1, "QwenImagePipeline": 1, "Lumina2Pipeline": 3}

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families import FAMILIES
+from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families.family import UNET_ATTENTION
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.weights.loading import load_pipeline
+from serving.engine.batched_lora import Adapter, BatchedLoRA, Update
 from serving.engine.engine import Engine
 from serving.engine.optimizations import prepare
 from serving.request import Request
@@ -71,6 +73,32 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
     return {"steps": steps}
 
 
+def change(base: Path, device: Pretend) -> dict[str, Any]:
+    """Change a batch of rows with four adapters, of two ranks, and one row without."""
+    pipeline = load_pipeline(str(base))
+    prepare(pipeline, "cuda", precision="bf16")
+    family = family_of(pipeline)
+    part = getattr(pipeline, family.denoiser)
+    low_rank, adapters = BatchedLoRA({family.denoiser: part}), []
+    for number, rank in enumerate((4, 4, 8, 8)):
+        updates = {
+            (family.denoiser, name): Update(
+                torch.randn(rank, layer.in_features, device="cuda", dtype=layer.weight.dtype),
+                torch.randn(layer.out_features, rank, device="cuda", dtype=layer.weight.dtype),
+                None,
+            )
+            for name, layer in part.named_modules()
+            if isinstance(layer, torch.nn.Linear) and name.endswith(UNET_ATTENTION)
+        }
+        adapters.append(Adapter(str(number), updates))
+    first, second, third, fourth = adapters
+    low_rank.stack([*adapters, None], family.denoiser)
+    device.reset()
+    stacks = low_rank.stack([second, None, first, fourth, third], family.denoiser)
+    assert len(stacks) == len(first.updates)
+    return {"launches": device.launches, "waits": dict(device.waits), "to_device": dict(device.to_device)}
+
+
 def sample(base: Path, device: Pretend) -> dict[str, Any]:
     """Draw as the evaluator does."""
     pipeline = load_pipeline(str(base)).to("cuda")
@@ -109,6 +137,9 @@ def main(folder: Path) -> None:
                     tell(family=name, case=case, **draw(base, case, settings, device))
             except Exception:  # told, so that the other cases are seen too
                 tell(family=name, case=case, error=traceback.format_exc())
+        if name in ALL_SWITCHES:
+            with Pretend() as device:
+                tell(family=name, case="adapters", **change(base, device))
         try:
             with Pretend() as device:
                 tell(family=name, case="sampling", **sample(base, device))

@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.cuda.budgets import COPIES_OF_DIFFUSERS, WAITS_OF_DIFFUSERS, Told, marks, of_family, run
+from tests.cuda.budgets import (
+    BATCH_CHANGE,
+    COPIES_OF_DIFFUSERS,
+    WAITS_OF_DIFFUSERS,
+    Told,
+    marks,
+    of_family,
+    run,
+)
 from tests.tiny_models import FAMILY_MODELS
 
 pytestmark = marks
@@ -17,7 +25,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Told:
 def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: str, served: Told) -> None:
     of_diffusers = COPIES_OF_DIFFUSERS.get(family, 0)
     for case, found in of_family(served, family).items():
-        if case == "sampling" or "offloaded" in case:
+        if case in ("sampling", "adapters") or "offloaded" in case:
             continue  # what is offloaded is copied in each step
         fewest_waits = min(sum(step["waits"].values()) for step in found["steps"])
         assert fewest_waits == WAITS_OF_DIFFUSERS.get(family, 0), case
@@ -31,3 +39,13 @@ def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: s
 def test_an_evaluator_draws_on_the_device(family: str, served: Told) -> None:
     waits = of_family(served, family)["sampling"]["waits"]
     assert sum(waits.values()) <= 10 * 2, waits  # of two batches, before and after their steps
+
+
+def test_a_change_of_a_batch_with_adapters_launches_few_kernels_whatever_the_number_of_layers(
+    served: Told,
+) -> None:
+    found = [each for (_, case), each in served.items() if case == "adapters"]
+    assert len(found) == 3
+    for each in found:
+        assert each["launches"] <= BATCH_CHANGE
+        assert not each["waits"] and sum(each["to_device"].values()) == 1

@@ -19,7 +19,7 @@ from ray_jobs.publishing.model_card import usage
 from ray_jobs.publishing.pages import guidance_arguments
 from ray_jobs.training.setup import build_model, exporter
 from ray_jobs.weights.loading import load_pipeline
-from ray_jobs.weights.model_files import variant_name
+from ray_jobs.weights.model_files import variant_name, without_lora_loader
 from serving.engine.engine import Engine
 from serving.request import Request
 from tests.journeys.test_journeys import JOURNEYS
@@ -47,7 +47,8 @@ def plain_picture(config: Config, folder: Path) -> Any:
         (folder / base.name).symlink_to(base)
     with contextlib.chdir(folder):
         variant = variant_name(str(base)) if lora else None
-        exec(usage(config, PROMPT, guidance_arguments(config), variant=variant), {})
+        injected = without_lora_loader(str(base)) if lora else None
+        exec(usage(config, PROMPT, guidance_arguments(config), variant=variant, injected=injected), {})
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 
