@@ -8,6 +8,7 @@ from torch import nn
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.training import flat
+from ray_jobs.training.bandwidth import bus_bandwidth, slow_network
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.phases import stage_at, stages_of
@@ -104,6 +105,12 @@ def built(model: nn.Module, train: TrainConfig, *, in_chunks: bool) -> Engine:
         return build_engine(model, train, 2)  # type: ignore[arg-type]
     finally:
         flat.CHUNK = before
+
+
+def told_of_bandwidth(loop: dict[str, Any]) -> list[Any]:
+    """Bus bandwidth of a message of 1 MiB, and what is said of one of 1 KiB."""
+    device = torch.device("cpu")
+    return [bus_bandwidth(device, 1 << 20), slow_network(device, num_bytes=1 << 10)]
 
 
 LAST = 7

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.training.bandwidth import bus_bandwidth, slow_network
-from tests.engine_cases import PIECES, VARIANTS, expected_in_stages, gradient_in_pieces, weights_in_stages
+from tests.engine_cases import (
+    PIECES,
+    VARIANTS,
+    expected_in_stages,
+    gradient_in_pieces,
+    told_of_bandwidth,
+    weights_in_stages,
+)
 from tests.workers import Workers
 
 
@@ -38,11 +44,6 @@ def test_the_gradient_of_a_step_in_pieces_is_exact_at_every_stage_and_in_bf16(
             assert step["told"] == [2, 2], variant
         of_bf16 = [found[f"deepspeed bf16 {stage}"]["state"]["gradients"] for stage in (1, 2, 3)]
         assert of_bf16 == [8 * 4, 4 * 4, 4 * 4]  # in fp32 while they are summed
-
-
-def told_of_bandwidth(loop: dict[str, Any]) -> list[Any]:
-    device = torch.device("cpu")
-    return [bus_bandwidth(device, 1 << 20), slow_network(device, num_bytes=1 << 10)]
 
 
 def test_the_bandwidth_between_ranks_is_measured_by_all_and_told_by_one(

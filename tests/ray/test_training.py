@@ -80,9 +80,12 @@ def train_variants(
             return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
         def watch(training: Any, variant: str, last: int) -> None:
-            engine, add, advance = training.engine, training.meter.add, training.engine.update
+            engine, add = training.engine, training.meter.add
+            # DeepSpeed takes gradients over when a piece ends, the flat engine when it updates.
+            steps, name = (engine, "update") if isinstance(engine, Flat) else (engine.engine, "step")
+            advance = getattr(steps, name)
 
-            def step_and_tell(sums: torch.Tensor) -> Any:
+            def step_and_tell(*sums: torch.Tensor) -> Any:
                 told = json.dumps(
                     {
                         "state": state_bytes(engine),
@@ -91,8 +94,8 @@ def train_variants(
                     }
                 )
                 Path(loop["folder"], f"{variant}-{training.rank}.json").write_text(told)
-                engine.update = advance
-                return advance(sums)
+                setattr(steps, name, advance)
+                return advance(*sums)
 
             def add_and_keep(step: int, *rest: Any) -> str:
                 if step == last:
@@ -101,7 +104,8 @@ def train_variants(
                         save_file(averages, Path(loop["folder"], f"{variant}.safetensors"))
                 return str(add(step, *rest))
 
-            engine.update, training.meter.add = step_and_tell, add_and_keep
+            setattr(steps, name, step_and_tell)
+            training.meter.add = add_and_keep
 
         torch.set_num_threads(1)
         for variant, config in loop["variants"].items():
