@@ -142,5 +142,5 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
 
 def prompt_of(card: str) -> str:
     """The prompt of the card's program."""
-    [line] = [each.strip() for each in program(card).splitlines() if each.startswith(("    '", '    "'))]
-    return str(eval(line.rstrip(",")))
+    [line] = [each.strip() for each in program(card).splitlines() if each.startswith("    prompt=")]
+    return str(eval(line.removeprefix("prompt=").rstrip(",")))
