@@ -97,8 +97,9 @@ JOURNEYS = [
     ),
 ]
 
-# By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline.
-WALKED_IN_PARTS = ("stream", "buckets", "dreambooth", "masks-full")
+# By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline; Z-Image by the tests of
+# families and of the engine.
+WALKED_IN_PARTS = ("stream", "buckets", "dreambooth", "masks-full", "z-image")
 
 
 @pytest.fixture(scope="module")
