@@ -10,32 +10,21 @@ from torch.utils.checkpoint import checkpoint
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Recompute
 from ray_jobs.diffusion.families.flux import T5_TOKENS, FluxFamily, to_tokens
-from ray_jobs.diffusion.families.text import Captions, Encoders, Text
-from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
+from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 
 
-class ChromaText(Text):
+class ChromaText(MaskedText):
     """T5 with its attention mask, and a mask for the transformer: a caption's tokens and one of padding."""
 
-    tokens = ("input_ids", "attention_mask")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = T5_TOKENS, "joint_attention_dim"
     max_tokens = {"input_ids": T5_TOKENS}
-
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        return self.masked_tokens_of(pipeline.tokenizer, captions)
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]
         embeds = encoders["text_encoder"](tokens["input_ids"], attention_mask=mask.int()).last_hidden_state
         places = torch.arange(mask.shape[1], device=mask.device)
-        return {"prompt_embeds": embeds, "prompt_mask": places <= mask.sum(dim=1, keepdim=True)}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((T5_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
-            "prompt_mask": ((T5_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": embeds, MASK: places <= mask.sum(dim=1, keepdim=True)}
 
 
 class Chroma(FluxFamily):
@@ -51,7 +40,7 @@ class Chroma(FluxFamily):
         tokens, grid = to_tokens(latents)
         # A float mask, as in diffusers' pipeline: diffusers 0.42.1 adds its ones to the attention scores,
         # where a bool mask would exclude the padding. Training and sampling follow the pipeline.
-        mask = torch.cat([conditions["prompt_mask"].to(tokens), tokens.new_ones(tokens.shape[:2])], dim=1)
+        mask = torch.cat([conditions[MASK].to(tokens), tokens.new_ones(tokens.shape[:2])], dim=1)
         embeds = conditions["prompt_embeds"]
         return self.denoise_tokens(model, tokens, grid, timesteps, embeds, attention_mask=mask)
 

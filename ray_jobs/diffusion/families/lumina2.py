@@ -8,7 +8,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import Captions, Encoders, Text, zero_padding
+from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, zero_padding
 from ray_jobs.diffusion.protocols import Pipeline, Settings
 
 MAX_TOKENS = 256
@@ -19,15 +19,15 @@ SYSTEM_PROMPT = (
 )
 
 
-class Lumina2Text(Text):
+class Lumina2Text(MaskedText):
     """Gemma 2's penultimate layer on a system prompt and the caption.
 
-    Captions that guidance leads away from have no system prompt.
+    Captions that guidance leads away from have no system prompt. The transformer takes as many of the first
+    tokens as the mask has, wherever it has them: texts are padded on the right, to which the pipeline sets
+    its tokenizer.
     """
 
-    tokens = ("input_ids", "attention_mask")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = MAX_TOKENS, "cap_feat_dim"
     max_tokens = {"input_ids": MAX_TOKENS}
 
     def as_prompt(self, caption: str) -> str:
@@ -36,23 +36,12 @@ class Lumina2Text(Text):
     def as_negative(self, caption: str) -> str:
         return caption
 
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        # The transformer takes as many of the first tokens as the mask has, wherever it has them. Texts are
-        # padded on the right, to which the pipeline sets its tokenizer.
-        return self.masked_tokens_of(pipeline.tokenizer, captions)
-
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]
         states = encoders["text_encoder"](
             tokens["input_ids"], attention_mask=mask.int(), output_hidden_states=True
         ).hidden_states
-        return {"prompt_embeds": zero_padding(states[-2], mask), "prompt_mask": mask}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((MAX_TOKENS, denoiser["cap_feat_dim"]), torch.float32),
-            "prompt_mask": ((MAX_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": zero_padding(states[-2], mask), MASK: mask}
 
 
 class Lumina2Codec(Codec):
@@ -80,7 +69,7 @@ class Lumina2(Family):
             latents,
             timestep=1 - timesteps / 1000,  # it counts time from noise to image
             encoder_hidden_states=conditions["prompt_embeds"],
-            encoder_attention_mask=conditions["prompt_mask"],
+            encoder_attention_mask=conditions[MASK],
             return_dict=False,
         )[0]
         return -predicted  # it predicts the image minus the noise

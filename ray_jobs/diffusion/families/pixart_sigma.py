@@ -9,36 +9,25 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
-from ray_jobs.diffusion.families.text import Captions, Encoders, Text, zero_padding
+from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, zero_padding
 from ray_jobs.diffusion.protocols import Pipeline, Settings
 
 MAX_TOKENS = 300
 
 
-class PixArtSigmaText(Text):
+class PixArtSigmaText(MaskedText):
     """T5 on captions in lower case, with its attention mask."""
 
-    tokens = ("input_ids", "attention_mask")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = MAX_TOKENS, "caption_channels"
     max_tokens = {"input_ids": MAX_TOKENS}
 
     def as_prompt(self, caption: str) -> str:
         return caption.lower().strip()
 
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        return self.masked_tokens_of(pipeline.tokenizer, captions)
-
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]
         states = encoders["text_encoder"](tokens["input_ids"], attention_mask=mask.int()).last_hidden_state
-        return {"prompt_embeds": zero_padding(states, mask), "prompt_mask": mask}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((MAX_TOKENS, denoiser["caption_channels"]), torch.float32),
-            "prompt_mask": ((MAX_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": zero_padding(states, mask), MASK: mask}
 
 
 class PixArtSigmaCodec(Codec):
@@ -62,7 +51,7 @@ class PixArtSigma(Family):
         predicted: torch.Tensor = model["transformer"](
             latents,
             encoder_hidden_states=conditions["prompt_embeds"],
-            encoder_attention_mask=conditions["prompt_mask"],
+            encoder_attention_mask=conditions[MASK],
             timestep=timesteps,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,

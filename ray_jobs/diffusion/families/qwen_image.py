@@ -9,7 +9,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import Captions, Encoders, Text, real_tokens, zero_padding
+from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, real_tokens, zero_padding
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings
 
 MAX_TOKENS = 512
@@ -21,12 +21,10 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_TOKENS = 34  # of the published tokenizer; they are encoded, but the denoiser does not receive them
 
 
-class QwenImageText(Text):
+class QwenImageText(MaskedText):
     """The last layer of Qwen2.5-VL on a caption in a template of the family's own."""
 
-    tokens = ("input_ids", "attention_mask")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = MAX_TOKENS, "joint_attention_dim"
     max_tokens = {"input_ids": PREFIX_TOKENS + MAX_TOKENS}
 
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
@@ -44,13 +42,7 @@ class QwenImageText(Text):
         states, mask = (
             each[:, PREFIX_TOKENS:] for each in (found.hidden_states[-1], tokens["attention_mask"])
         )
-        return {"prompt_embeds": zero_padding(states, mask), "prompt_mask": mask}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((MAX_TOKENS, denoiser["joint_attention_dim"]), torch.float32),
-            "prompt_mask": ((MAX_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": zero_padding(states, mask), MASK: mask}
 
 
 class QwenImageCodec(FluxCodec):
@@ -83,7 +75,7 @@ class QwenImage(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         tokens, grid = to_tokens(latents)
-        embeds, mask = conditions["prompt_embeds"], conditions["prompt_mask"]
+        embeds, mask = conditions["prompt_embeds"], conditions[MASK]
         counts = real_tokens(conditions)
         longest = max(counts)
         predicted = model["transformer"](

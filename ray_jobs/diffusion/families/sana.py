@@ -9,7 +9,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import Captions, Encoders, Text, zero_padding
+from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, zero_padding
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings
 
 MAX_TOKENS = 300
@@ -32,15 +32,14 @@ commentary or evaluations:
 User Prompt: """
 
 
-class SanaText(Text):
+class SanaText(MaskedText):
     """Gemma 2's last layer on an instruction and the caption, of which the caption's tokens are kept.
 
     Captions that guidance leads away from have no instruction.
     """
 
     tokens = ("input_ids", "attention_mask", "kept")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = MAX_TOKENS, "caption_channels"
 
     def as_prompt(self, caption: str) -> str:
         return INSTRUCTION + self.as_negative(caption)
@@ -72,13 +71,7 @@ class SanaText(Text):
         mask, kept = tokens["attention_mask"], tokens["kept"].long()
         states = encoders["text_encoder"](tokens["input_ids"], attention_mask=mask.int()).last_hidden_state
         found, mask = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1])), mask.gather(1, kept)
-        return {"prompt_embeds": zero_padding(found, mask), "prompt_mask": mask}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((MAX_TOKENS, denoiser["caption_channels"]), torch.float32),
-            "prompt_mask": ((MAX_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": zero_padding(found, mask), MASK: mask}
 
 
 class SanaCodec(Codec):
@@ -107,7 +100,7 @@ class Sana(Family):
         return denoiser(
             latents,
             encoder_hidden_states=conditions["prompt_embeds"],
-            encoder_attention_mask=conditions["prompt_mask"],
+            encoder_attention_mask=conditions[MASK],
             timestep=timesteps * denoiser.config.timestep_scale,
             return_dict=False,
         )[0]

@@ -107,6 +107,30 @@ class Text(ABC):
         """
 
 
+class MaskedText(Text):
+    """One text encoder with an attention mask, whose denoiser receives a mask of the captions too.
+
+    Attributes:
+        caption_tokens: tokens of a caption that the denoiser receives, at most.
+        width: name of their width in the denoiser's configuration.
+    """
+
+    tokens: tuple[str, ...] = ("input_ids", "attention_mask")
+    embeds = ("prompt_embeds", MASK)
+    encoders = ("text_encoder",)
+    caption_tokens: int
+    width: str
+
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
+        return self.masked_tokens_of(pipeline.tokenizer, captions)
+
+    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "prompt_embeds": ((self.caption_tokens, denoiser[self.width]), torch.float32),
+            MASK: ((self.caption_tokens,), torch.bool),
+        }
+
+
 def chat_prompts(tokenizer: Any, captions: list[str], **options: Any) -> list[str]:
     """Return captions in a tokenizer's chat template, each as a user's only message.
 

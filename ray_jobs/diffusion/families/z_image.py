@@ -13,9 +13,10 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Condi
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import (
+    MASK,
     Captions,
     Encoders,
-    Text,
+    MaskedText,
     chat_prompts,
     real_tokens,
     zero_padding,
@@ -25,12 +26,10 @@ from ray_jobs.diffusion.protocols import Pipeline, Settings
 MAX_TOKENS = 512
 
 
-class ZImageText(Text):
+class ZImageText(MaskedText):
     """Qwen3's penultimate layer on a caption in its chat template."""
 
-    tokens = ("input_ids", "attention_mask")
-    embeds = ("prompt_embeds", "prompt_mask")
-    encoders = ("text_encoder",)
+    caption_tokens, width = MAX_TOKENS, "cap_feat_dim"
     max_tokens = {"input_ids": MAX_TOKENS}
 
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
@@ -40,13 +39,7 @@ class ZImageText(Text):
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]
         found = encoders["text_encoder"](tokens["input_ids"], attention_mask=mask, output_hidden_states=True)
-        return {"prompt_embeds": zero_padding(found.hidden_states[-2], mask), "prompt_mask": mask}
-
-    def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "prompt_embeds": ((MAX_TOKENS, denoiser["cap_feat_dim"]), torch.float32),
-            "prompt_mask": ((MAX_TOKENS,), torch.bool),
-        }
+        return {"prompt_embeds": zero_padding(found.hidden_states[-2], mask), MASK: mask}
 
 
 class ZImageCodec(FluxCodec):
