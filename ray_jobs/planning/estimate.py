@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.precision import PRECISIONS
+from ray_jobs.training import flat
 
 REDUCED_AT_ONCE = 500_000_000  # maximum elements of ZeRO's gradient bucket
 LIVE_AT_ONCE = (
@@ -56,13 +57,10 @@ class Placement:
     offloaded: Memory
 
 
-FLAT_CHUNK = 1 << 24  # elements whose gradients the flat engine collects at once
-
-
 def effective_stage(train: TrainConfig, workers: int) -> int:
     """ZeRO stage that the engine uses: a single worker shards nothing, and DeepSpeed where it need not."""
     if train.flat:
-        return train.zero_stage if workers > 1 else 0
+        return flat.stage_of(train, workers)
     offloads = train.offload_optimizer or train.offload_parameters
     needed = train.method != "full" or train.precision != "fp32" or offloads or train.deepspeed
     return train.zero_stage if workers > 1 or needed else 0
@@ -123,8 +121,8 @@ def _flat_memory(train: TrainConfig, whole: int, trained: int, workers: int, act
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     share = -(-trained // workers)
     updated = share if stage else trained
-    summed = 4 if train.method == "lora" or pieces_a_step(train, workers) > 1 else element
-    chunk = min(trained, FLAT_CHUNK)
+    summed = flat.summed_in(train, workers).itemsize
+    chunk = min(trained, flat.CHUNK)
     buckets = element * chunk  # autograd's own gradients, until they are packed
     buckets += summed * {0: 0, 1: share, 2: chunk}[stage]  # what is on its way between ranks
     buckets += 4 * updated if summed < 4 else 0  # the fp32 gradient that AdamW takes

@@ -72,6 +72,20 @@ class Owner:
         return slice(self.begin, self.begin + self.weights.numel())
 
 
+def stage_of(config: TrainConfig, world_size: int) -> int:
+    """Return the stage that the flat engine uses: a single rank shards nothing."""
+    return config.zero_stage if world_size > 1 else 0
+
+
+def summed_in(config: TrainConfig, world_size: int) -> torch.dtype:
+    """Return the dtype in which the flat engine sums gradients.
+
+    Adapters are small, and many pieces would lose their sums to rounding.
+    """
+    exact = config.method == "lora" or pieces_a_step(config, world_size) > 1
+    return torch.float32 if exact else PRECISIONS[config.precision]
+
+
 class Flat(Engine):
     """The flat engine.
 
@@ -82,11 +96,8 @@ class Flat(Engine):
     def __init__(self, model: FineTuning, config: TrainConfig, world_size: int, device: torch.device) -> None:
         self.module, self.device, self.world_size = model, device, world_size
         self.rank = distributed.get_rank() if world_size > 1 else 0
-        self.stage = config.zero_stage if world_size > 1 else 0
+        self.stage, self.summed_in = stage_of(config, world_size), summed_in(config, world_size)
         self.max_norm, dtype = config.max_grad_norm, PRECISIONS[config.precision]
-        # Adapters are small, and many pieces would lose their sums to rounding.
-        exact = config.method == "lora" or pieces_a_step(config, world_size) > 1
-        self.summed_in = torch.float32 if exact else dtype
 
         groups = parameter_groups(model)
         self.chunks, bounds = _layout(groups, world_size)
