@@ -25,8 +25,8 @@ class FineTuning(nn.Module):
         family: the pipeline's family.
         objective: training objective, on the same device as the module will be.
         text_encoders_trained: take captions as tokens instead of embeddings.
-        channels_last: use this memory layout for the denoiser's inputs. The weights keep the default layout,
-            because ZeRO flattens and broadcasts them.
+        channels_last: use this memory layout for the denoiser's inputs. Trained weights keep the default
+            layout, because engines flatten them.
     """
 
     def __init__(

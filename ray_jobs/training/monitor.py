@@ -201,7 +201,7 @@ class Meter:
         elif smoothed > EXPLODED * self.lowest:
             what = f"rose to {smoothed:.3g}"
         elif not math.isfinite(norm) and self.config.precision != "fp16":
-            # ZeRO skips such steps; with fp16 that is normal until the loss scale fits.
+            # DeepSpeed skips such steps; with fp16 that is normal until the loss scale fits.
             what = "has a gradient that is not finite"
         else:
             return

@@ -1,6 +1,6 @@
 """Access to a rank's training state by parameter and position, under any ZeRO stage.
 
-DeepSpeed keeps the fp32 weights and Adam's moments in flat tensors of its own, split differently for each
+An engine keeps the fp32 weights and Adam's moments in flat tensors of its own, split differently for each
 stage and number of workers. This module presents them as fragments: elements `start` to `start + n` of a
 named parameter. A checkpoint stores fragments, so any number of workers can load it under any other stage,
 and it needs no pickle.
