@@ -75,8 +75,8 @@ format: setup ## rewrite the code in the project's style
 serve: setup ## serve the champion over HTTP until Ctrl-C
 	$(BIN)/python -m serving.command --config $(CONFIG)
 
-bench-gpu: setup ## training speed on a GPU, beside diffusers' plain loop
-	$(BIN)/python -m benchmarks.train gpu
+bench-gpu: setup ## what a GPU gives, in eight minutes: training, evaluation, serving, all at once
+	$(BIN)/python -m benchmarks.gpu
 
 base-model: setup ## train the demo's base model from nothing (an afternoon on two cores)
 	$(BIN)/python -m examples.emoji base

@@ -51,12 +51,12 @@ def configured(arguments: argparse.Namespace, kind: str, seed: int) -> Config:
 
 
 def searched(config: Config) -> dict[str, Any]:
-    """Search, then measure on the test split: the winner, and the rung of the lowest validation FID."""
+    """Search, then measure on the test split: the winner, and the rung of the lowest validation score."""
     dataset = prepare(config, check=checked(config))
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         pool.load(TEST)
-        lowest = min(found.rows, key=lambda row: row.fid)
+        lowest = min(found.rows, key=lambda row: row.score)
         cost = spent(config, found.measured, found.computed)
         return {
             "rungs": [row.model_dump(include=TOLD, exclude_unset=True) for row in found.rows],

@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import load_inception
 from ray_jobs.weights.loading import load_pipeline
@@ -55,19 +56,20 @@ class Switches(NamedTuple):
     steps: int = STEPS
     lora: Literal["none", "rows", "fused"] = "none"
     plain: str = BASELINE  # whose pictures these should be
+    precision: str = "fp32"
 
 
 SWITCHES = {
     BASELINE: Switches({}, {}),
     "channels_last": Switches({"channels_last": True}, {}),
-    "bf16": Switches({"precision": "bf16"}, {}),
-    "bf16, channels_last": Switches({"precision": "bf16", "channels_last": True}, {}),
+    "bf16": Switches({}, {}, precision="bf16"),
+    "bf16, channels_last": Switches({"channels_last": True}, {}, precision="bf16"),
     "int8_weights": Switches({"int8_weights": True}, {}),
-    "bf16, int8_weights": Switches({"precision": "bf16", "int8_weights": True}, {}),
+    "bf16, int8_weights": Switches({"int8_weights": True}, {}, precision="bf16"),
     "compile": Switches({"compile": True}, {}),
-    "bf16, compile": Switches({"precision": "bf16", "compile": True}, {}),
+    "bf16, compile": Switches({"compile": True}, {}, precision="bf16"),
     "cache_features": Switches({}, {"cache_features": True}),
-    "bf16, cache_features": Switches({"precision": "bf16"}, {"cache_features": True}),
+    "bf16, cache_features": Switches({}, {"cache_features": True}, precision="bf16"),
     "attention: flash": Switches({}, {"attention": "flash"}),
     "attention: math": Switches({}, {"attention": "math"}),
     "dpm++, 10 steps": Switches({}, {}, 10),
@@ -93,10 +95,13 @@ def read_example(count: int) -> tuple[torch.Tensor, list[str]]:
 
 def engine_of(switches: Switches, device: str, max_rows: int, adapter: Path) -> Engine:
     """A warm one: the number of rows shrinks as the last requests end, so that all is compiled."""
-    pipeline, options = load_pipeline(MODEL), dict(switches.engine)
+    pipeline = load_pipeline(MODEL, dtype=PRECISIONS[switches.precision])
+    options = dict(switches.engine)
     fuse = None
     if switches.lora == "fused":
-        fuse = read_adapter(adapter.name, adapter, family_of(pipeline).adaptable(pipeline))
+        fuse = read_adapter(
+            adapter.name, adapter, family_of(pipeline).adaptable(pipeline), dtype=torch.float32
+        )
     elif switches.lora == "rows":
         options["adapter_folder"] = lambda name: adapter.parent / name
     prepare(pipeline, device, **switches.prepare, fuse=fuse)

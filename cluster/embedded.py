@@ -5,8 +5,13 @@ closes. The kernel closes that input whenever the parent ends, even if killed, s
 """
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
 
 
 def num_gpus() -> int:
@@ -25,7 +30,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from ray.cluster_utils import Cluster
 
+    forks = sys.platform == "linux"  # elsewhere a copy of a process that has imported much may not run
+    if forks:
+        settings["setup_worker_path"] = str(HERE / "start_worker.py")
     cluster = Cluster(initialize_head=True, head_node_args=settings)
+    if forks:
+        command = [sys.executable, str(HERE / "forkserver.py"), os.environ["DIFFRAY_FORKSERVER"]]
+        subprocess.Popen(command, stdin=subprocess.PIPE)
     print(cluster.address, cluster.webui_url, cluster.head_node.get_logs_dir_path(), flush=True)
     sys.stdin.read()
     cluster.shutdown()

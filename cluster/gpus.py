@@ -1,5 +1,7 @@
 """A process's share of a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,3 +36,21 @@ def take_share(share: float, device: "torch.device | None" = None) -> None:
     if share < 1:
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total), device)
+
+
+@contextmanager
+def leaving_free(part: float, share: float, device: "torch.device") -> Iterator[None]:
+    """Lower the limit of this process's GPU memory in the block, by a part of it.
+
+    Args:
+        share: what `take_share` was called with.
+    """
+    import torch
+
+    _, total = torch.cuda.mem_get_info(device)
+    limit = memory_fraction(share, total)
+    torch.cuda.set_per_process_memory_fraction((1 - part) * limit, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(limit if share < 1 else 1.0, device)

@@ -137,6 +137,8 @@ class Head:
             "gcs_server_port": port,
             "node_ip_address": "127.0.0.1",
             "include_dashboard": True,
+            # It would send workers' output to drivers, which do not print it (`joined`).
+            "include_log_monitor": False,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": _free_port(),
             "dashboard_agent_listen_port": 0,
@@ -149,6 +151,8 @@ class Head:
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_TMPDIR": str(self.folder),
             "RAY_worker_niceness": str(local.niceness),
+            # The socket of `cluster/forkserver.py`.
+            "DIFFRAY_FORKSERVER": str(self.folder / "forkserver"),
             # Ray Train's workers run in their own folders; relative paths must start at this process's.
             "DIFFRAY_HOME": str(home()),
         }

@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         page, fits = plan(config, machines, options.images_per_second)
         from ray_jobs.planning.checks import check_stages  # imports Ray
 
-        check_stages(config)
+        warnings = check_stages(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(page)
+    print("\n".join([page, *warnings]))
     return 0 if fits else 1
 
 

@@ -163,18 +163,21 @@ def _too_small(config: Config, stage: str, name: str, node: Equipment) -> Iterat
         "evaluate": config.evaluate,
         "serve": config.serve,
     }
+    precisions = {f"{section}.precision": each.precision for section, each in sections.items()}
+    precisions["data.encode_precision"] = config.data.encode_precision
     used = {actor.field.partition(".")[0] for actor in actors_of(config, stage) if actor.gpus}
-    for section in [each for each in sections if each in used]:
-        settings = sections[section]
-        for gpu in node.gpus:
-            if getattr(settings, "precision", "") == "bf16" and gpu.capability < BF16:
+    for gpu in node.gpus:
+        for field, precision in precisions.items():
+            if field.partition(".")[0] in used and precision == "bf16" and gpu.capability < BF16:
                 capability = ".".join(map(str, gpu.capability))
+                other = "fp32" if field.startswith("data") else "fp16 or fp32"
                 yield (
-                    f"{section}.precision: bf16 needs GPUs of compute capability 8.0 or more (Ampere), but "
-                    f"{name} has {gpu.name} ({capability}); use fp16 or fp32, or newer GPUs"
+                    f"{field}: bf16 needs GPUs of compute capability 8.0 or more (Ampere), but {name} has "
+                    f"{gpu.name} ({capability}); use {other}, or newer GPUs"
                 )
+        for section in [each for each in sections if each in used]:
             try:
-                memory_fraction(settings.gpu_share, gpu.total)
+                memory_fraction(sections[section].gpu_share, gpu.total)
             except ValueError as error:
                 yield f"{section}.{error}"
 

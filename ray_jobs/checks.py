@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
-from ray_jobs.console import complain
+from ray_jobs.console import complain, show
 from ray_jobs.planning.checks import check_stages
 
 
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_config_arguments(parser)
     options = parser.parse_args(arguments)
     try:
-        check_stages(load_config(options.config, options.overrides))
+        for line in check_stages(load_config(options.config, options.overrides)):
+            show(line)
     except ConfigError as error:
         return complain(error)
     return 0

@@ -2,7 +2,7 @@
 
     python -m ray_jobs.publish --config configs/demo.yaml
 
-Writes `<storage>/<run>/`: `model/` with its card, `samples/`, `winner.json`, `report.html`,
+Writes `<storage>/<run>/`: `model/` with its card, `comfyui/`, `samples/`, `winner.json`, `report.html`,
 `test_reads.jsonl`. Adds a version to the registry, which becomes the champion if it beats the current one.
 The search must have finished. A winner that is already published is skipped, or registered again if
 `publish.model_name` or the registry has changed. A run uses its test split once; `--force` uses it again.
@@ -19,7 +19,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.publishing.final_scores import measure_final
-from ray_jobs.publishing.pages import REPORT, write_card, write_page
+from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_page
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
 from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
@@ -62,6 +62,8 @@ def publish(
     config = sampled_as(config, best)
     local = Storage.open(weights).local_copy()
     run.upload(local, MODEL)
+    if config.train.method == "lora":
+        say("publish", write_comfyui(config, local, folder))
     winner = final.winner | {"test_reads": test_reads}
     beside = config.train.method == "lora" and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
@@ -75,14 +77,28 @@ def publish(
     write_page(config, dataset, pool, found, winner, final, folder)
     winner.write(run)
     close_test(run, digest, data)
-    share, closed = closed_share(winner), ""
-    if share is not None:
-        way = f"{share:.0%} of the way to" if share >= 0 else "away from"
-        closed = f", {way} real pictures ({winner.test_floor_fid:.1f})"
-    say("publish", f"test FID {winner.base_test_fid:.1f} (base) -> {winner.test_fid:.1f}{closed}")
+    for line in _outcome(winner):
+        say("publish", line)
     say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
     say("publish", f"report: {run.uri}/{REPORT}")
     return winner
+
+
+def _outcome(winner: Winner) -> list[str]:
+    """Describe the scores on the test split, the one that tells the share closed first."""
+    share, closed = closed_share(winner), ""
+    if share is not None:
+        closed = f", {share:.0%} of the way to" if share >= 0 else ", away from"
+        closed += " real pictures"
+    fid = f"test FID {winner.base_test_fid:.1f} (base) -> {winner.test_fid:.1f}"
+    if winner.corrected_test is None:
+        return [fid + (f"{closed} ({winner.test_floor_fid:.1f})" if closed else "")]
+    before, after = winner.corrected_test
+    return [
+        f"test FID without the bias of few pictures {before:.1f} (base) -> {after:.1f}{closed}"
+        + (" (0)" if closed else ""),
+        f"{fid} (real pictures: {winner.test_floor_fid:.1f})",
+    ]
 
 
 def require_intact(checkpoint: Storage) -> None:

@@ -22,7 +22,7 @@ from ray_jobs.planning.checks import checked
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import read_rows, write_rows
+from ray_jobs.run.records import FID, read_rows, write_rows
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.results import (
@@ -64,8 +64,11 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         for split in splits(config):
             pool.load(split)
     storage.delete("tune")
+    recorded = read_rows(storage)
+    if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
+        pool.rank_by = FID
     with watched_board() as board, _mirrored(config, dataset) as mirror:
-        done = Trials(SearchContext(config, dataset, pool, board, read_rows(storage)), storage, mirror)
+        done = Trials(SearchContext(config, dataset, pool, board, recorded), storage, mirror)
         phase("workers")
         run_trials(config, done)
         if not done.rows:
@@ -87,11 +90,11 @@ def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror
 
 
 def _tell(config: Config, found: SearchResult) -> None:
-    best, lowest = found.winner, min(row.fid for row in found.rows)
-    tie = "" if best.fid <= lowest else f", within the error of the lowest ({lowest:.1f}), with fewer steps"
+    best, lowest = found.winner, min(row.score for row in found.rows)
+    tie = "" if best.score <= lowest else f", within the error of the lowest ({lowest:.1f}), with fewer steps"
     what = f"{best.trial_id} at step {best.step}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
-    say("search", f"winner: {what}, validation FID{over} {with_error(best)}{tie}")
+    say("search", f"winner: {what}, validation{over} {with_error(best)}{tie}")
     say("search", bill(config, found))
 
 

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from ray_jobs.config import Config, Effect, Section
+from ray_jobs.config.fields import by_device
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -57,7 +60,7 @@ def _section(name: str, schema: dict[str, Any], known: dict[str, Any]) -> list[s
             below += _section(path + "[]" * (of.get("type") == "array"), inner, known)
         if "$ref" not in of:  # a section has a table of its own
             required = field in schema.get("required", [])
-            default = "" if required else _default(of.get("default"))
+            default = "" if required else _default(section.model_fields[field], of.get("default"))
             text = of.get("description", "").replace("|", "\\|")
             effects = ", ".join(effect.word for effect in section.effects(field))
             lines.append(f"| `{field}` | {_values(of)} | {default} | {effects} | {text} |")
@@ -79,8 +82,10 @@ def _inner(of: dict[str, Any], known: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _default(value: Any) -> str:
-    """Return a default as it is written in a file; an empty one in a word."""
+def _default(field: FieldInfo, value: Any) -> str:
+    """Return a default as it is written in a file; an empty one, or one that depends on others, in words."""
+    if field.default_factory is by_device:
+        return "`bf16` with `use_gpu`, else `fp32`"
     if value in (None, [], {}):
         return "empty"
     if isinstance(value, dict):

@@ -78,7 +78,7 @@ def build_application(config: Config, registered: RegisteredModel) -> serve.Appl
     ).bind(
         settings,
         config.evaluate,
-        *base_of(registered),
+        base_of(registered),
         registered,
         partial(current, config, registered, built),
     )

@@ -85,6 +85,19 @@ class ReplicaLoad(NamedTuple):
     drift: dict[tuple[str, int], DriftScores]  # by model name and version
 
 
+class Base(NamedTuple):
+    """A model, and how it was stored when the versions were trained on it."""
+
+    model: str  # folder or hub name
+    revision: str | None = None
+    quantization: str | None = None  # of the denoiser
+    text_quantization: str | None = None  # of the text encoders
+
+    def __str__(self) -> str:
+        of_text = f", text encoders {self.text_quantization}" if self.text_quantization else ""
+        return f"{self.model} ({self.quantization or 'plain'}{of_text})"
+
+
 class Placement(NamedTuple):
     """Location of a version in a replica: the engine's name, and the adapter's name in it, if any."""
 
@@ -97,9 +110,10 @@ def label(version: RegisteredModel | None) -> str:
     return BASE if version is None else f"{version.name}@{version.version}"
 
 
-def base_of(version: RegisteredModel) -> tuple[str, str | None]:
-    """Return the base that a version was trained on (a folder or hub name) and its revision."""
-    return resolve_path(version.base), version.base_revision
+def base_of(version: RegisteredModel) -> Base:
+    """Return the base that a version was trained on."""
+    stored = version.quantization, version.text_quantization
+    return Base(resolve_path(version.base), version.base_revision, *stored)
 
 
 def adapter_name(version: RegisteredModel) -> str:

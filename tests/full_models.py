@@ -2,18 +2,35 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
+    Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImage21Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -167,3 +184,102 @@ def save(folder: Path, pipeline: str, components: dict[str, Any], **settings: An
             component.config.save_pretrained(where)
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+class Published(NamedTuple):
+    """A published model: its denoiser, with billions of parameters, and its LoRA layers by default."""
+
+    pipeline: str
+    denoiser: Callable[..., Any]
+    switches: dict[str, Any]
+    billions: float
+    lora_layers: int
+    vae: Callable[[], Any] = lambda: autoencoder(
+        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159
+    )
+
+
+def klein(**switches: Any) -> dict[str, Any]:
+    return {"guidance_embeds": False, **switches}
+
+
+PUBLISHED = {
+    "Z-Image": Published("ZImagePipeline", ZImageTransformer2DModel, {}, 6.16, 34 * 4),
+    "FLUX.2 klein 4B": Published(
+        "Flux2KleinPipeline",
+        Flux2Transformer2DModel,
+        klein(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680),
+        3.88,
+        5 * 8 + 20 * 2,
+        AutoencoderKLFlux2,
+    ),
+    "FLUX.2 klein 9B": Published(
+        "Flux2KleinPipeline",
+        Flux2Transformer2DModel,
+        klein(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288),
+        9.08,
+        8 * 8 + 24 * 2,
+        AutoencoderKLFlux2,
+    ),
+    "FLUX.2 dev": Published(
+        "Flux2Pipeline", Flux2Transformer2DModel, {}, 32.2, 8 * 8 + 48 * 2, AutoencoderKLFlux2
+    ),
+    "Qwen-Image": Published(
+        "QwenImagePipeline", QwenImageTransformer2DModel, {}, 20.4, 60 * 4, AutoencoderKLQwenImage
+    ),
+    "Qwen-Image 2.1": Published(
+        "QwenImage21Pipeline", QwenImage21Transformer2DModel, {}, 7.1, 32 * 4, AutoencoderKLQwenImage21
+    ),
+    "Krea 2": Published(
+        "Krea2Pipeline", Krea2Transformer2DModel, {}, 12.8, (28 + 4) * 5, AutoencoderKLQwenImage
+    ),
+    "Chroma": Published("ChromaPipeline", ChromaTransformer2DModel, {}, 8.90, 19 * 8 + 38 * 3),
+    "HiDream-I1": Published(
+        "HiDreamImagePipeline",
+        HiDreamImageTransformer2DModel,
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "caption_channels": [4096, 4096],
+            "axes_dims_rope": (64, 32, 32),
+            "llama_layers": [*range(32), *[31] * 16],
+        },
+        17.1,
+        16 * 8 + 32 * 4,
+    ),
+    "Sana 1.6B": Published("SanaPipeline", SanaTransformer2DModel, {}, 1.60, 20 * 8, AutoencoderDC),
+    "Lumina 2": Published(
+        "Lumina2Pipeline", Lumina2Transformer2DModel, {"cap_feat_dim": 2304}, 2.61, (26 + 4) * 4
+    ),
+    "AuraFlow": Published(
+        "AuraFlowPipeline",
+        AuraFlowTransformer2DModel,
+        {},
+        6.83,
+        4 * 8 + 32 * 4,
+        partial(autoencoder, latent_channels=4, scaling_factor=0.13025),
+    ),
+    "PixArt-Sigma": Published(
+        "PixArtSigmaPipeline",
+        PixArtTransformer2DModel,
+        {"caption_channels": 4096, "use_additional_conditions": False},
+        0.61,
+        28 * 8,
+        partial(autoencoder, latent_channels=4, scaling_factor=0.13025),
+    ),
+}
+
+
+def published(name: str, folder: Path) -> Path:
+    """Write one of `PUBLISHED`, without text encoders."""
+    found = PUBLISHED[name]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if found.pipeline == "SanaPipeline":
+        scheduler = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    if found.pipeline == "PixArtSigmaPipeline":
+        scheduler = DPMSolverMultistepScheduler()
+    with torch.device("meta"):
+        parts = {"transformer": found.denoiser(**found.switches), "vae": found.vae()}
+    return save(folder, found.pipeline, parts | {"scheduler": scheduler})

@@ -10,6 +10,8 @@ from typing import Any
 from ray import tune
 
 from ray_jobs.config import LEARNING_RATE
+from ray_jobs.run.records import RungRow
+from ray_jobs.tuning.trial import reported
 
 BEST_RATE = 3e-4
 
@@ -30,7 +32,7 @@ def climb(space: dict[str, Any], *, make: Any, around: Any) -> None:
             "images_per_second": 10.0,
             "checkpoint": f"{trial.training}/{step}",
         }
-        tune.report(row)
+        tune.report(reported(RungRow.model_validate(row)))
 
 
 def out_of_room(space: dict[str, Any], *, make: Any, around: Any) -> None:

@@ -15,11 +15,11 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
-from ray_jobs.run.records import read_rows
+from ray_jobs.run.records import RungRow, read_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.scheduling import run_trials
-from ray_jobs.tuning.trial import Make, SearchContext
+from ray_jobs.tuning.trial import Make, SearchContext, reported
 
 SIZES = (1, 4, 16, 64)
 AT_ONCE = 2
@@ -34,7 +34,7 @@ def climb(space: dict[str, Any], *, make: Make, around: SearchContext) -> None:
     trial = make(space)
     for step in trial.ladder:
         row = {"step": step, "fid": 100.0, "train_loss": 0.1, "images_per_second": 10.0, "checkpoint": ""}
-        tune.report(trial.labels(around.config) | row)
+        tune.report(reported(RungRow.model_validate(trial.labels(around.config) | row)))
 
 
 def measure(size: int) -> dict[str, float]:

@@ -65,10 +65,10 @@ def by_trial(rows: Rows) -> dict[str, Rows]:
 
 
 def scores_of(trials: dict[str, Rows], ladder: Sequence[int]) -> Scores:
-    """Of rungs that were not measured, because the trial was stopped, the FID of its last one."""
+    """Of rungs that were not measured, because the trial was stopped, the score of its last one."""
     found = []
     for rows in trials.values():
-        fids: dict[int, float] = {row.step: row.fid for row in rows}
+        fids: dict[int, float] = {row.step: row.score for row in rows}
         last = fids[rows[-1].step]
         found.append({step: fids.get(step, last) for step in ladder})
     return found

@@ -1,4 +1,4 @@
-"""python -m benchmarks.train [all|limit|recipe|zero|start|gpu] [--size small|full] [--device cuda|cpu]
+"""python -m benchmarks.train [all|limit|recipe|zero|start] [--size small|full]
 
 The claims, each against a rival measured in the same run:
 
@@ -10,9 +10,8 @@ recipe: three times the images a second of the usual example script: pictures de
 zero: seconds a step and bytes a rank of ZeRO stages 0 to 3 on two workers, and of DistributedDataParallel.
 start: where the time from submitting a job to its first step goes, and what a second job on the same Ray,
     whose data is prepared, saves of it.
-gpu: a UNet of Stable Diffusion 1.5's size at 512 x 512 pixels from cached latents in bf16, against diffusers'
-    plain loop, and what share of the GPU's peak that is. Skipped where there is no GPU, unless --device cpu
-    (with --size small) asks for a run that only shows that it works.
+
+On a GPU: python -m benchmarks.gpu
 
 Ours and the rival take turns within a process and medians are compared, so that what else the machine does
 meets both. What is printed last of a part is its ratio, then all its figures as one line of JSON.
@@ -24,9 +23,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-PARTS = ("limit", "recipe", "zero", "start", "gpu")
+PARTS = ("limit", "recipe", "zero", "start")
 
 
 def main() -> None:
@@ -37,13 +35,11 @@ def main() -> None:
     )
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all")
     parser.add_argument("--size", choices=("small", "full"), default="full", help="small: only that it runs")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of gpu")
     arguments = parser.parse_args()
     # Ninja, which DeepSpeed needs, lies beside the Python that runs this.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for part in PARTS if arguments.part == "all" else [arguments.part]:
-        options: dict[str, Any] = {"device": arguments.device} if part == "gpu" else {}
-        figures = importlib.import_module(f"benchmarks.train.{part}").run(arguments.size, **options)
+        figures = importlib.import_module(f"benchmarks.train.{part}").run(arguments.size)
         record = {"benchmark": f"train {part}", "size": arguments.size, "cores": os.cpu_count(), **figures}
         print(f"JSON {json.dumps(record)}", flush=True)
 

@@ -24,8 +24,9 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.diffusion.objectives import density
 from ray_jobs.diffusion.sampling import encode_prompts
 from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
-from ray_jobs.training.loop import InputsAhead, LoopSettings, Training
+from ray_jobs.training.loop import LoopSettings, Training
 from ray_jobs.training.setup import build_model
+from ray_jobs.training.steps import InputsAhead
 from ray_jobs.weights.loading import load_pipeline
 
 P = ParamSpec("P")

@@ -24,6 +24,7 @@ from ray_jobs.config.fields import (
     LearningRate,
     Positive,
     Section,
+    by_device,
     explain,
     home,
     require_unset,
@@ -159,6 +160,16 @@ class Config(Section):
         None, description="settings of `python -m ray_jobs.pretrain`"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _encodes_by_device(cls, given: Any) -> Any:
+        """Set `data.encode_precision` by the device, which `train` chooses."""
+        data, train = (given.get(name) if isinstance(given, dict) else None for name in ("data", "train"))
+        if isinstance(data, dict) and "encode_precision" not in data:
+            use_gpu = train.get("use_gpu") if isinstance(train, dict) else getattr(train, "use_gpu", False)
+            return given | {"data": data | {"encode_precision": by_device({"use_gpu": use_gpu})}}
+        return given
+
     @field_validator("name")
     @classmethod
     def _is_no_folder_of_all_runs(cls, name: str) -> str:
@@ -170,6 +181,8 @@ class Config(Section):
     def _train_fits(self) -> "Config":
         self._check_stages()
         self._check_prior_preservation()
+        self._check_quantization()
+        self._check_assistant()
         return self
 
     def _check_stages(self) -> None:
@@ -199,6 +212,35 @@ class Config(Section):
         if self.data.encode == "stream":
             raise ValueError(
                 "train.prior_loss_weight needs data.encode: cache, which costs little for a few class images"
+            )
+
+    def _check_quantization(self) -> None:
+        """A quantised base is frozen, whole on each worker, and never merged with what was trained on it."""
+        if self.model.quantize_text and self.train.train_text_encoder:
+            raise ValueError(
+                f"model.quantize_text: {self.model.quantize_text} freezes the text encoders; turn off "
+                "train.train_text_encoder, or leave it out"
+            )
+        chosen = f"model.quantize: {self.model.quantize}"
+        if not self.model.quantize:
+            return
+        if self.train.method == "full":
+            raise ValueError(f"{chosen} freezes the base; set train.method: lora, or leave it out")
+        if self.train.zero_stage == 3:
+            raise ValueError(f"{chosen} cannot be divided among workers; set train.zero_stage to 2 or less")
+        if self.serve.fuse_champion:
+            raise ValueError(
+                f"{chosen} would round away what serve.fuse_champion merges; turn that off: adapters are "
+                "served beside the base"
+            )
+        if self.serve.int8_weights:
+            raise ValueError(f"serve.int8_weights changes nothing with {chosen}; turn it off")
+
+    def _check_assistant(self) -> None:
+        if self.model.assistant and self.train.method == "full":
+            raise ValueError(
+                f"model.assistant: {self.model.assistant} is for adapters; set train.method: lora, or leave "
+                "it out"
             )
 
     @model_validator(mode="after")
@@ -257,6 +299,8 @@ class Config(Section):
         trial = self.with_settings(settings)
         trial._check_stages()
         trial._check_prior_preservation()
+        trial._check_quantization()
+        trial._check_assistant()
         return trial.train
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Config":

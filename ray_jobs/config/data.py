@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from PIL import ImageColor
 from pydantic import Field, model_validator
 
-from ray_jobs.config.effects import Effect, Formerly
+from ray_jobs.config.effects import Added, Effect, Formerly
 from ray_jobs.config.fields import Positive, Prompt, Section, Share, require_unset
 
 
@@ -190,6 +190,11 @@ class DataConfig(Section):
     )
     encode_dtype: Annotated[Literal["bf16", "fp32"], Effect.ENCODINGS] = Field(
         "bf16", description="dtype of stored latents and embeddings"
+    )
+    encode_precision: Annotated[Literal["fp32", "bf16"], Effect.ENCODINGS, Added("fp32")] = Field(
+        "fp32",
+        description="of the text encoders and of autoencoders that allow it, and of the model that draws "
+        "class images; bf16 unless given with `train.use_gpu`, whose devices encode",
     )
     shuffle_mb: Positive = Field(256, description="size of the shuffle window, in MiB of rows")
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Effect(Enum):
@@ -30,3 +31,13 @@ class Formerly:
     """
 
     effect: Effect
+
+
+@dataclass(frozen=True)
+class Added:
+    """What earlier releases did, which did not have a field.
+
+    Digests leave the field out where it has this value, so that they still recognise results on disk.
+    """
+
+    before: Any = None

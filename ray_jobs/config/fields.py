@@ -3,11 +3,11 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ray_jobs.config.effects import Effect, Formerly
+from ray_jobs.config.effects import Added, Effect, Formerly
 
 
 class ConfigError(ValueError):
@@ -53,6 +53,12 @@ class Section(BaseModel):
     def _formerly(cls, field: str) -> set[Effect]:
         return {each.effect for each in cls.model_fields[field].metadata if isinstance(each, Formerly)}
 
+    @classmethod
+    def _is_as_before(cls, field: str, value: object) -> bool:
+        """Return True if a field that came later has the value that stands for how it was before."""
+        added = [each for each in cls.model_fields[field].metadata if isinstance(each, Added)]
+        return any(each.before == value for each in added)
+
     def affecting(self, *effects: Effect, as_before: bool = False) -> dict[str, Any]:
         """Return the fields that affect one of `effects`, as JSON has them.
 
@@ -74,7 +80,8 @@ class Section(BaseModel):
                 is_selected = True
                 plain = plain if as_before else type(self).model_fields[name].default
             else:
-                is_selected = not set(effects).isdisjoint(self.effects(name))
+                affects = not set(effects).isdisjoint(self.effects(name))
+                is_selected = affects and not self._is_as_before(name, value)
             if is_selected:
                 found[name] = plain
         return found
@@ -115,6 +122,12 @@ def _model_name(name: str) -> str:
     return name
 
 
+def by_device(settings: dict[str, Any]) -> "Precision":
+    """Return the default precision of a section: bf16 with `use_gpu`, else fp32."""
+    return "bf16" if settings.get("use_gpu") else "fp32"
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 ModelName = Annotated[str, AfterValidator(_model_name)]

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ray_jobs.config.effects import Effect, Formerly
-from ray_jobs.config.fields import LearningRate, Positive, Section, require_unset
+from ray_jobs.config.effects import Added, Effect, Formerly
+from ray_jobs.config.fields import LearningRate, Positive, Precision, Section, by_device, require_unset
 from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
@@ -52,6 +52,13 @@ class SearchConfig(Section):
         "best is worse than the median of the others' means. population: stop none; at each "
         "rung the worst continue from the best with changed settings. none: stop none",
     )
+    # Earlier releases ranked by FID. What they found keeps its winner: its digest is that of the default.
+    rank_by: Annotated[Literal["corrected_fid", "fid"], Added("corrected_fid")] = Field(
+        "corrected_fid",
+        description="score that decides between checkpoints. corrected_fid: FID without the bias of the "
+        "number of images, by which few images reward a smaller variety; with fewer training images than a "
+        "score has, it is FID. fid: FID as in the literature",
+    )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],
         description="guidance scales to try on the best rung of each trial, besides "
@@ -75,7 +82,7 @@ class SearchConfig(Section):
     )
     patience: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
-        description="stop a trial after this many rungs without a FID that is lower by more than its "
+        description="stop a trial after this many rungs without a score that is lower by more than its "
         "error; empty: only the scheduler stops trials",
     )
     max_steps: Annotated[Positive | None, Effect.EXTENT] = Field(
@@ -286,6 +293,11 @@ class EvaluateConfig(Section):
         le=1,
         description="share of a GPU per evaluator; below 1, evaluators and training share GPUs",
     )
+    precision: Annotated[Precision, Added("fp32")] = Field(
+        default_factory=by_device,
+        description="of the denoiser; with bf16 also of text encoders and of autoencoders that allow it. "
+        "Feature networks are always fp32",
+    )
     seed: int = Field(0, description="seed of the initial noise, which is the same for every checkpoint")
     feature_network: Network = Field(
         ".cache/inception-2015-12-05.pt",
@@ -300,7 +312,7 @@ class EvaluateConfig(Section):
         100,
         ge=0,
         description="number of random halves of the images from which the errors of scores are estimated, "
-        "at least 2; 0: no errors",
+        "at least 2 (the corrected FID takes at most 32 samples without a quarter of them); 0: no errors",
     )
     clip: Annotated[str | None, Effect.PUBLISHING] = Field(
         None,

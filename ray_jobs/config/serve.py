@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ray_jobs.config.effects import Effect
-from ray_jobs.config.fields import ModelName, Positive, Section, Share, require_unset
+from ray_jobs.config.fields import ModelName, Positive, Precision, Section, Share, by_device, require_unset
 
 Offload = Literal["none", "encoders", "model"]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
@@ -44,7 +44,10 @@ class ServeConfig(Section):
         1.0, gt=0, le=1, description="share of a GPU per replica; below 1, several replicas share one"
     )
     max_batch_size: Positive = Field(8, description="maximum number of images denoised together")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the denoiser")
+    precision: Precision = Field(
+        default_factory=by_device,
+        description="of the denoiser; with bf16 also of text encoders and of autoencoders that allow it",
+    )
     channels_last: bool = Field(False, description="channels-last memory layout of a UNet's convolutions")
     compile: bool = Field(
         False,

@@ -4,8 +4,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_jobs.config.effects import Effect
-from ray_jobs.config.fields import LearningRate, Positive, Section, Share
+from ray_jobs.config.effects import Added, Effect
+from ray_jobs.config.fields import LearningRate, Positive, Precision, Section, Share, by_device, require_unset
+
+Quantization = Literal["nf4", "int8", "fp8"]
 
 
 class ModelConfig(Section):
@@ -17,6 +19,31 @@ class ModelConfig(Section):
     revision: Annotated[str | None, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
         None, description="revision on the hub"
     )
+    quantize: Annotated[Quantization | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="how the denoiser's linear layers are stored while adapters are trained, scored and "
+        "served: nf4 in 4.5 bits a weight, int8 and fp8 in 8; empty: as train.precision says",
+    )
+    quantize_text: Annotated[Quantization | None, Effect.ENCODINGS, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="how the text encoders' linear layers are stored wherever captions are encoded, as "
+        "`quantize`; empty: plain",
+    )
+    assistant: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="LoRA that is active while training and off after, as de-distillation adapters are for "
+        "models that were distilled for a few steps: a file or folder (also s3:// or gs://), or a hub name, "
+        "with or without the file's",
+    )
+    assistant_revision: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None, description="revision of model.assistant on the hub"
+    )
+
+    @model_validator(mode="after")
+    def _assistant(self) -> "ModelConfig":
+        if not self.assistant:
+            require_unset(self, "without assistant", "assistant_revision")
+        return self
 
 
 class LoraConfig(Section):
@@ -172,8 +199,8 @@ class TrainConfig(Section):
         False, description="keep the weights in host memory (stage 3)"
     )
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32",
+    precision: Precision = Field(
+        default_factory=by_device,
         description="of weights and arithmetic. ZeRO keeps fp32 copies of what it updates, and gradients "
         "of several micro-batches are accumulated in fp32. fp16 needs a GPU and has never "
         "been run",
@@ -181,11 +208,24 @@ class TrainConfig(Section):
     gradient_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
         False, description="recompute activations in the backward pass: less memory, slower"
     )
+    checkpoint_every: Annotated[Positive, Effect.NOTHING] = Field(
+        1,
+        description="with gradient_checkpointing, recompute one of so many blocks: the more, the faster, and "
+        "the more memory",
+    )
     channels_last: Annotated[bool, Effect.NOTHING] = Field(
         False, description="channels-last memory layout of convolutions"
     )
     compile: Annotated[bool, Effect.NOTHING] = Field(
-        False, description="compile the denoiser with torch.compile: a slow start, then faster steps"
+        False,
+        description="compile the denoiser with torch.compile: a slow start, then faster steps. A UNet is "
+        "compiled whole, other denoisers block by block",
+    )
+    on_oom: Annotated[Literal["halve", "stop"], Effect.NOTHING] = Field(
+        "halve",
+        description="where a GPU's memory is too small. halve: half of the images per forward pass, and so "
+        "on; the flat engine tries before the first step, later a restart takes it up (max_failures). stop: "
+        "the error ends the training",
     )
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101) with fp32 states")
     weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW; biases and norms are exempt")
@@ -237,6 +277,12 @@ class TrainConfig(Section):
                 f"batch_size: {self.batch_size} is less than the number of workers ({self.max_workers}); "
                 "raise batch_size or lower num_workers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes(self) -> "TrainConfig":
+        if not self.gradient_checkpointing:
+            require_unset(self, "without gradient_checkpointing", "checkpoint_every")
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from ray_jobs.data.encoding.class_pictures import (
     generate_class_pictures,
 )
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
+from ray_jobs.data.encoding.long_captions import long_captions
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
@@ -34,6 +36,9 @@ from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.run.split import SPLITS
 from ray_jobs.weights.model_files import encoders_digest
+
+if TYPE_CHECKING:
+    import ray
 
 PREVIEW = "preview.html"
 INDEX = "index"
@@ -83,10 +88,12 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
     kept = [part for part in parts if part.split != "train"] if streamed else parts
+    cut = long_captions(config, found, dataset.storage.child(INDEX), decisions)
     phase("encoding")
     encoded = encode_parts(config, sources, found, kept, dataset.cache, _progress("encoded"))
     rows = sum(len(part.rows) for part in kept)
     say("prepare", f"{encoded:,} rows encoded, {rows - encoded:,} already in the cache")
+    _say_cut(cut)
     dataset.storage.write_text(PARTS, json.dumps([part.record() for part in kept]))
     content = _content(config, parts, encoders)
     if _before(dataset).get("content") == (former := _content(config, parts, encoders, as_before=True)):
@@ -99,7 +106,10 @@ def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
 
 def _open(config: Config) -> tuple[Dataset, str]:
     """Open the dataset's folders; return the dataset and the digest of the encoders."""
-    encoders = encoders_digest(local_path(config.model.base), revision=config.model.revision)
+    model = config.model
+    encoders = encoders_digest(
+        local_path(model.base), revision=model.revision, text_quantization=model.quantize_text
+    )
     cache = SharedFolder.of(config).encoded(encoders)
     return Dataset(RunFolder.of(config).dataset, cache, Manifest()), encoders
 
@@ -234,6 +244,14 @@ def _said_of_sources(config: Config, sources: Sequence[Source], decisions: Decis
         yield f"files that are not pictures: {files:,} ({suffix_text(Counter(decisions.no_pictures))})"
 
 
+def _say_cut(counted: "ray.ObjectRef[str | None]") -> None:
+    """Print the line of `long_captions`, if there is one."""
+    import ray
+
+    if line := ray.get(counted):
+        say("prepare", line)
+
+
 def _progress(verb: str) -> Callable[..., None]:
     """Return a callback that prints the progress of a long step, at most every few seconds."""
     said_at = time.monotonic()
@@ -254,6 +272,7 @@ def dry_run(config: Config) -> str:
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)
+    _say_cut(long_captions(config, found, storage.child(INDEX), decisions))
     page = write_dataset_page(
         source=", ".join(source.name for source in sources),
         manifest=manifest,

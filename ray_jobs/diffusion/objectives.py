@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ray_jobs.diffusion.schedulers import flow_shift
+
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, timesteps) -> prediction of the latents' shape
 
 
@@ -202,12 +204,9 @@ class FlowMatching(Objective):
         Raises:
             ValueError: the configuration is not for flow matching.
         """
-        shift = scheduler_config.get("shift")
-        if shift is None and scheduler_config.get("use_flow_sigmas"):  # solvers that are not for flows only
-            shift = scheduler_config["flow_shift"]
-        if shift is None:
-            raise ValueError("model.base: its scheduler has no shift; choose a flow-matching model")
-        shift = 1.0 if scheduler_config.get("use_dynamic_shifting") else shift
+        shift = flow_shift(scheduler_config)
+        if scheduler_config.get("use_dynamic_shifting"):
+            shift = 1.0
         return cls(scheduler_config["num_train_timesteps"], shift)
 
     def timesteps(self, position: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from inspect import signature
+from operator import itemgetter
 
 import torch
 
@@ -15,7 +16,11 @@ from ray_jobs.diffusion.families import Captions, Components, Conditions, Family
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks
 from ray_jobs.diffusion.objectives import per_row
+from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
+
+PROMPT_BYTES = 1 << 30  # of embeddings that wait to be sampled
+UNGUIDED = "this model is distilled and samples without guidance"
 
 
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -37,9 +42,13 @@ def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...])
 
 
 @torch.no_grad()
-def null_captions(pipeline: Pipeline) -> Captions:
-    """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it."""
-    empty = encode_prompts(pipeline, [""], negative=True)
+def null_captions(pipeline: Pipeline, device: str | torch.device | None = None) -> Captions:
+    """Return the denoiser's unconditional input, 1 x ..., as `Text.unconditional` defines it.
+
+    Args:
+        device: see `encode_texts`.
+    """
+    empty = encode_prompts(pipeline, [""], negative=True, device=device)
     return family_of(pipeline).text.unconditional(pipeline.config, empty)
 
 
@@ -98,13 +107,16 @@ def sample_latents(
         conditions = {name: torch.cat([null.get(name, each), each]) for name, each in conditions.items()}
     if MASK in conditions:
         conditions = conditions | {LENGTHS: conditions[MASK].sum(dim=1).cpu()}  # once, not in each step
+    dtype = model[family.denoiser].dtype
+    conditions = {name: cast(each, dtype) for name, each in conditions.items()}
     draws = bool(generators) and "generator" in signature(scheduler.step).parameters
     options = {"generator": list(generators)} if draws else {}
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             inputs = scheduler.scale_model_input(inputs, timestep)
-        predicted = family.denoise(model, inputs, timestep.expand(len(inputs)), conditions)
+        predicted = family.denoise(model, inputs.to(dtype), timestep.expand(len(inputs)), conditions)
+        predicted = predicted.to(latents.dtype)
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = family.guide(unconditional, conditional, per_row(scale, latents))
@@ -127,8 +139,21 @@ def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tenso
         noise: float32, N x C x ..., standard normal, of the posterior's shape, on its device.
     """
     codec, autoencoder = family_of(pipeline).codec, pipeline.vae
-    pictures = pixels.to(noise.device, autoencoder.dtype) / 127.5 - 1
+    pictures = pixels.to(noise.device, torch.float32) / 127.5 - 1
     return codec.sample(*codec.posterior(autoencoder, pictures), codec.scale(autoencoder), noise)
+
+
+@torch.no_grad()
+def reconstructed(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
+    """Pass images through the autoencoder, by the mean of its posterior: the best that the model can draw.
+
+    Args:
+        pixels: uint8, N x 3 x height x width; so is the result, on the CPU.
+    """
+    codec, autoencoder = family_of(pipeline).codec, pipeline.vae
+    mean, logvar = codec.posterior(autoencoder, pixels.to(autoencoder.device, torch.float32) / 127.5 - 1)
+    latents = codec.sample(mean, logvar, codec.scale(autoencoder), torch.zeros_like(mean))
+    return codec.pixels(autoencoder, latents)
 
 
 def sample_pictures(
@@ -140,40 +165,120 @@ def sample_pictures(
     num_steps: int,
     guidance_scale: float,
     batch_size: int,
+    encoded: "Prompts | None" = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the images of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
 
     A batch has up to `batch_size` consecutive images of one shape, fewer where memory is too small for them.
 
     Args:
-        pipeline: pipeline from `load_pipeline`, on the device to sample on.
+        pipeline: pipeline from `load_pipeline`, with its autoencoder on the device to sample on.
         prompts, seeds, shapes: N of each, one per image; a shape is (height, width) in pixels.
+        encoded: the pipeline's prompts; None: encode them where its text encoders are.
+
+    Raises:
+        ValueError: guidance is on, and has no meaning for this model.
     """
     family = family_of(pipeline)
-    null = null_captions(pipeline)
-    sampled, decoded = Chunks(), Chunks()
+    if guidance_scale > 1 and not family.has_guidance(pipeline.config):
+        raise ValueError(f"evaluate.guidance_scale: {guidance_scale:g}; {UNGUIDED}; set it to 1")
+    encoded = encoded or Prompts(pipeline)
+    device, sampled, decoded = pipeline.vae.device, Chunks(), Chunks()
 
-    def sample(numbers: range) -> torch.Tensor:
-        batch = slice(numbers.start, numbers.stop)
+    def sample(first: int, captions: Captions, null: Captions, numbers: range) -> torch.Tensor:
+        batch, rows = slice(numbers.start, numbers.stop), slice(numbers.start - first, numbers.stop - first)
         height, width = shapes[batch.start]
         generators = seeded(seeds[batch])
         noise = initial_noise(generators, family.codec.shape(pipeline.vae.config, height, width))
-        sizes = whole_pictures(family, len(noise), height, width, pipeline.device)
+        sizes = whole_pictures(family, len(noise), height, width, device)
         return sample_latents(
             family,
             family.model(pipeline),
             pipeline.scheduler,
-            noise.to(pipeline.device),
-            encode_prompts(pipeline, list(prompts[batch])) | sizes,
-            null,
+            noise.to(device),
+            {name: each[rows].to(device) for name, each in captions.items()} | sizes,
+            {name: each.to(device) for name, each in null.items()},
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             generators=generators,
         )
 
-    for batch in batches_of(shapes, batch_size):
-        for latents in sampled.run(range(batch.start, batch.stop), sample):
+    batches = batches_of(shapes, batch_size)
+    texts = [tuple(prompts[batch]) for batch in batches]
+    for number, batch in enumerate(batches):
+        of_batch = partial(sample, batch.start, *encoded.of(texts[number:]))
+        for latents in sampled.run(range(batch.start, batch.stop), of_batch):
             yield from decoded.run(latents, partial(decode_latents, pipeline))
+
+
+class Prompts:
+    """Embeddings of a pipeline's prompts, in the batches in which they are sampled.
+
+    Args:
+        device: device on which text encoders and denoisers take turns, so that it never holds both: many
+            batches are encoded at a time, and wait on the host. None: nothing is moved.
+        most: bytes of embeddings that wait.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, device: str | torch.device | None = None, most: int = PROMPT_BYTES
+    ) -> None:
+        self.pipeline, self.device = pipeline, device
+        self._most = most if device is not None else 0
+        self._chunks, self._null = Chunks(), Captions()
+        self._kept: dict[tuple[str, ...], Captions] = {}
+
+    def of(self, batches: Sequence[tuple[str, ...]]) -> tuple[Captions, Captions]:
+        """Return the embeddings of the first batch, N x ..., and the unconditional input.
+
+        Args:
+            batches: prompts of this batch and of those after it. If it has to be encoded, so are as many of
+                these as there is room for.
+        """
+        first = batches[0]
+        if not self._null or first not in self._kept:
+            if self.device is not None:
+                place(self.pipeline, self.device, text_encoders=True)
+            self._null = self._null or self._moved(null_captions(self.pipeline, self.device))
+            if self._num_bytes >= self._most:
+                self._kept = {}
+            for batch in dict.fromkeys(batches):
+                if batch not in self._kept and (batch == first or self._num_bytes < self._most):
+                    self._kept[batch] = self._encoded(batch)
+        if self.device is not None:
+            place(self.pipeline, self.device, denoisers=True)
+        return self._kept[first], self._null
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(tensor.nbytes for captions in self._kept.values() for tensor in captions.values())
+
+    def _encoded(self, batch: tuple[str, ...]) -> Captions:
+        encode = partial(encode_prompts, self.pipeline, device=self.device)
+        parts = self._chunks.run(list(batch), encode)
+        return self._moved({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _moved(self, captions: Captions) -> Captions:
+        return captions if self.device is None else {name: each.cpu() for name, each in captions.items()}
+
+
+def place(
+    pipeline: Pipeline, device: str | torch.device, *, text_encoders: bool = False, denoisers: bool = False
+) -> None:
+    """Move a pipeline's text encoders and denoisers to a device, or away from it to the host.
+
+    What leaves goes first, so that the device never holds more than it is asked to.
+    """
+    family, device, moved = family_of(pipeline), torch.device(device), False
+    parts = [(text_encoders, part) for part in family.text.present(pipeline).values()]
+    parts += [(denoisers, part) for part in family.model(pipeline).values()]
+    for here, part in sorted(parts, key=itemgetter(0)):
+        target = device if here else torch.device("cpu")
+        if part.device.type != target.type:
+            part.to(target)
+            moved = True
+    if moved and device.type == "cuda":
+        torch.cuda.empty_cache()  # pieces of another size come next
 
 
 def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice]:
@@ -186,11 +291,21 @@ def batches_of(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[slice
     return found
 
 
-def encode_prompts(pipeline: Pipeline, prompts: list[str], *, negative: bool = False) -> Captions:
-    """Encode N prompts, or negative prompts, to the denoiser's inputs: N x ..., by name."""
+def encode_prompts(
+    pipeline: Pipeline,
+    prompts: list[str],
+    *,
+    negative: bool = False,
+    device: str | torch.device | None = None,
+) -> Captions:
+    """Encode N prompts, or negative prompts, to the denoiser's inputs: N x ..., by name.
+
+    Args:
+        device: see `encode_texts`.
+    """
     text = family_of(pipeline).text
     written = text.as_negative if negative else text.as_prompt
-    return encode_texts(pipeline, [written(prompt) for prompt in prompts])
+    return encode_texts(pipeline, [written(prompt) for prompt in prompts], device)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The sampling scheduler of a trained model, where it differs from the base model's. Pure PyTorch."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ray_jobs.diffusion.protocols import Scheduler
@@ -22,6 +23,20 @@ def trained_scheduler(scheduler: Scheduler) -> Scheduler:
     if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         kind = DDIMScheduler
     return rebuilt(scheduler, kind, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+def flow_shift(config: Mapping[str, Any]) -> float:
+    """Return the shift of the noise levels that a diffusers scheduler's configuration for flow matching has.
+
+    Raises:
+        ValueError: the configuration is not for flow matching.
+    """
+    shift: float | None = config.get("shift")
+    if shift is None and config.get("use_flow_sigmas"):  # solvers that are not for flows only
+        shift = config["flow_shift"]
+    if shift is None:
+        raise ValueError("model.base: its scheduler has no shift; choose a flow-matching model")
+    return shift
 
 
 def rebuilt(scheduler: Scheduler, kind: Any, **options: Any) -> Scheduler:

@@ -14,7 +14,9 @@ import torch
 
 from ray_jobs.diffusion.families import Family
 from ray_jobs.diffusion.protocols import Scheduler
-from ray_jobs.diffusion.schedulers import rebuilt
+from ray_jobs.diffusion.schedulers import flow_shift, rebuilt
+
+FLOW_SOLVER = "FlowMatchEulerDiscreteScheduler"
 
 # Per class, the option values with which the scheduler is deterministic and can be tabulated here.
 SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -26,7 +28,7 @@ SOLVERS: dict[str, dict[str, tuple[Any, ...]]] = {
         "thresholding": (False,),
     },
     "PNDMScheduler": {"skip_prk_steps": (True,)},
-    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
+    FLOW_SOLVER: {"stochastic_sampling": (False,), "invert_sigmas": (False,)},
 }
 
 PLMS_OUTPUTS = 3  # number of earlier denoiser outputs that a step of PNDM uses
@@ -86,27 +88,36 @@ def scheduler_of(scheduler: Scheduler, solver: str) -> Scheduler:
         solver: `model`, or a name in `BY_NAME`.
 
     Raises:
-        ValueError: the model's scheduler is for flow matching, which has only one solver here.
+        ValueError: the model's scheduler is for flow matching, which has only `euler` here.
     """
     if solver == "model":
         return scheduler
-    if "beta_schedule" not in scheduler.config or scheduler.config.get("use_flow_sigmas"):
-        raise ValueError(
-            f"solver: {type(scheduler).__name__} supports only its own solver, model; leave this out"
-        )
     import diffusers
 
+    if _is_flow(scheduler):
+        if solver != "euler":
+            raise ValueError(
+                f"solver: {type(scheduler).__name__} is for flow matching, which has no {solver} here; leave "
+                "this out, or set it to euler"
+            )
+        return rebuilt(scheduler, getattr(diffusers, FLOW_SOLVER), shift=flow_shift(scheduler.config))
     name, options = BY_NAME[solver]
     return rebuilt(scheduler, getattr(diffusers, name), **options)
+
+
+def _is_flow(scheduler: Scheduler) -> bool:
+    """Return whether a scheduler is for flow matching, which solvers for both have as an option."""
+    return "beta_schedule" not in scheduler.config or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raise ValueError for a scheduler that is not in `SOLVERS`, or has an option that is not supported."""
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SOLVERS:
+        other = " to euler" if _is_flow(scheduler) else ", for example to dpm++"
         raise ValueError(
-            f"solver: {name} cannot be served, only {', '.join(SOLVERS)}; set serve.solver, for example to "
-            "dpm++, or save the model with one of these schedulers"
+            f"solver: {name} cannot be served, only {', '.join(SOLVERS)}; set serve.solver{other}, or save "
+            "the model with one of these schedulers"
         )
     for option, allowed in SOLVERS[name].items():
         if config.get(option, allowed[0]) not in allowed:

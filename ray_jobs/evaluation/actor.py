@@ -3,10 +3,11 @@
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -26,9 +27,10 @@ from ray_jobs.evaluation.scores import (
     precision_and_recall,
     scores_of,
 )
+from ray_jobs.metrics.corrected import Correction, corrected_difference
 from ray_jobs.metrics.resampling import PairedDifference, paired_difference
 from ray_jobs.registry.models import TEST_FEATURES
-from ray_jobs.run.records import Measurement
+from ray_jobs.run.records import CORRECTED, FID, Measurement
 from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import load_networks
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from ray_jobs.metrics.feature_network import FeatureNetwork
     from ray_jobs.training.validation import ValidationLoss
+
+R = TypeVar("R")
 
 FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
 LOSS_ROWS = 32  # rows of the denoising loss: a twentieth of the cost of sampling as many pictures
@@ -80,6 +84,8 @@ class Evaluator:
     def __init__(self, config: Config, dataset: Dataset, num_threads: int) -> None:
         import torch
 
+        from ray_jobs.diffusion.precision import PRECISIONS
+        from ray_jobs.diffusion.sampling import Prompts
         from ray_jobs.weights.loading import load_pipeline
 
         torch.set_num_threads(num_threads)
@@ -88,8 +94,16 @@ class Evaluator:
         if config.evaluate.use_gpu:
             take_share(config.evaluate.gpu_share)
         self.networks = load_networks(config.evaluate, self.device)
-        self.base = load_pipeline(local_path(config.model.base), revision=config.model.revision)
-        self.base.to(self.device)
+        self.dtype, model = PRECISIONS[config.evaluate.precision], config.model
+        self.base = load_pipeline(
+            local_path(model.base),
+            revision=model.revision,
+            dtype=self.dtype,
+            quantization=model.quantize,
+            text_quantization=model.quantize_text,
+        )
+        self.base.vae.to(self.device)  # where text encoders and denoiser take turns
+        self.prompts = self.base_prompts = Prompts(self.base, self.device)
         self.base_scheduler = self.base.scheduler
         self.loaded: str | None = None
         self.pipeline = self.base
@@ -109,6 +123,8 @@ class Evaluator:
 
     def _use(self, weights: str | None) -> None:
         """Load the base model (None) or the weights in a folder (path or URI) into the pipeline."""
+        from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.sampling import Prompts, place
         from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
@@ -116,7 +132,7 @@ class Evaluator:
             return
         if self.pipeline is self.base and self.loaded:
             unload_lora(self.base)
-        self.pipeline, self.loaded = self.base, None
+        self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, None
         self.base.scheduler = self.base_scheduler
         if weights is None:
             return
@@ -125,8 +141,17 @@ class Evaluator:
             load_lora(self.base, folder)
             if has_scheduler(folder):  # the scheduler that the adapter was trained with
                 self.base.scheduler = load_scheduler(folder)
+            encoders = family_of(self.base).text.present(self.base).values()
+            names = (name for part in encoders for name, _ in part.named_parameters())
+            if any(".lora_" in name for name in names):
+                self.prompts = Prompts(self.base, self.device)
         else:
-            self.pipeline = load_pipeline(str(folder)).to(self.device)
+            place(self.base, self.device)  # away
+            self.pipeline = load_pipeline(
+                str(folder), dtype=self.dtype, text_quantization=self.config.model.quantize_text
+            )
+            self.pipeline.vae.to(self.device)
+            self.prompts = Prompts(self.pipeline, self.device)
         self.loaded = weights
 
     def _sample(
@@ -150,6 +175,7 @@ class Evaluator:
             num_steps=evaluate.inference_steps,
             guidance_scale=evaluate.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=evaluate.batch_size,
+            encoded=self.prompts,
         )
 
     @replaced_if_broken()
@@ -157,6 +183,7 @@ class Evaluator:
         """Denoising loss of each row in a fixed subset of a split or fold, with fixed noise."""
         import torch
 
+        from ray_jobs.diffusion.sampling import place
         from ray_jobs.training.validation import ValidationLoss
 
         if split not in self._losses:
@@ -164,6 +191,8 @@ class Evaluator:
             device = torch.device(self.device)
             self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
         self._use(weights)
+        trained = self.config.train.train_text_encoder  # they then encode the rows' tokens
+        place(self.pipeline, self.device, denoisers=True, text_encoders=trained)
         return self._losses[split].of_rows(self.pipeline).tolist()
 
     def _features(self, batches: "Iterator[torch.Tensor]", networks: "list[FeatureNetwork]") -> Features:
@@ -211,16 +240,24 @@ class Evaluator:
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
     @replaced_if_broken()
-    def picture_features(self, pictures: list[bytes]) -> Features:
-        """Features of pictures (PNG bytes at their training shape) from all networks."""
+    def picture_features(self, pictures: list[bytes], through_autoencoder: bool = False) -> Features:
+        """Features of pictures (PNG bytes at their training shape) from all networks.
+
+        Args:
+            through_autoencoder: of the pictures as the base's autoencoder restores them.
+        """
         import torch
         from PIL import Image
 
-        from ray_jobs.diffusion.sampling import batches_of
+        from ray_jobs.diffusion.memory import Chunks
+        from ray_jobs.diffusion.sampling import batches_of, reconstructed
 
         pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
         batches = batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size)
         stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
+        if through_autoencoder:
+            chunks, restore = Chunks(), partial(reconstructed, self.base)
+            stacked = (part for batch in stacked for part in chunks.run(batch, restore))
         return self._features(stacked, self.networks.all)
 
     def score(
@@ -237,7 +274,20 @@ class Evaluator:
         whole = join(generated, shares)
         if folder:
             folder.write_bytes(FEATURES, save(whole))
-        return scores_of(whole, real, self.networks, self.config.evaluate.bootstrap)
+        return self._scores(whole, real)
+
+    def correction(self, real: Features, others: Features, count: int) -> Correction | None:
+        """Measure the correction for scores of `count` pictures; None if there are too few `others`.
+
+        Args:
+            real: features of the pictures that scores are against.
+            others: features of further real pictures.
+        """
+        import torch
+
+        first = self.networks.first.identity
+        one, other = (torch.from_numpy(each[first]) for each in (real, others))
+        return self._computed(lambda device: Correction.of(one, other.to(device), count, first))
 
     def real_against_real(self, real: Real, other: Features) -> list[Measurement]:
         """Precision and recall of real pictures: the values that a perfect generator could reach."""
@@ -272,19 +322,46 @@ class Evaluator:
         copies, first = None, self.networks.first.identity
         if training is not None:
             copies = near_copies(whole, training, held_out.features if held_out else None, first)
-        return SetScores(
-            scores_of(whole, real, self.networks, self.config.evaluate.bootstrap), found, left_out, copies
+        return SetScores(self._scores(whole, real), found, left_out, copies)
+
+    def _scores(self, generated: Features, real: Real) -> Scores:
+        return self._computed(
+            lambda device: scores_of(generated, real, self.networks, self.config.evaluate.bootstrap, device)
         )
 
-    def difference(self, real: Real, one: Storage, other: Storage, file: str = FEATURES) -> PairedDifference:
-        """Return how much worse the set with features in folder `one` is than the set in `other`."""
+    def _computed(self, work: Callable[[str], R]) -> R:
+        """Return what `work` computes on the device, or on the CPU if the device's memory is too small."""
+        import torch
+
+        with replaced_if_broken():
+            try:
+                return work(self.device)
+            except torch.OutOfMemoryError:
+                pass  # outside of the handler: the error holds on to what was computed
+            torch.cuda.empty_cache()
+            return work("cpu")
+
+    def difference(
+        self, real: Real, one: Storage, other: Storage, file: str = FEATURES, measure: str = FID
+    ) -> PairedDifference:
+        """Return how much worse the set with features in folder `one` is than the set in `other`.
+
+        Args:
+            measure: one of `records.MEASURES`.
+        """
         import torch
         from safetensors.numpy import load
 
         network = self.networks.first.identity
-        first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
+        sets = [torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other)]
         moments, resamples = real.moments[network], self.config.evaluate.bootstrap
-        return paired_difference(first, second, moments, num_resamples=resamples)
+        compare = partial(paired_difference, real=moments, num_resamples=resamples)
+        if measure == CORRECTED:
+            assert real.correction is not None
+            compare = partial(
+                corrected_difference, real=moments, correction=real.correction, num_resamples=resamples
+            )
+        return self._computed(lambda device: compare(*(each.to(device) for each in sets)))
 
 
 def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":

@@ -15,7 +15,19 @@ from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.run.records import RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
-MEANS = ("fid", "kid", "fid_2", "train_loss", "validation_loss", "images_per_second")
+ORIGIN = ("ranked_by", "feature_network", "feature_network_2", "num_samples")
+"""Fields that are equal in scores that may be compared."""
+MEANS = (
+    "fid",
+    "corrected_fid",
+    "fid_means",
+    "spread",
+    "kid",
+    "fid_2",
+    "train_loss",
+    "validation_loss",
+    "images_per_second",
+)
 
 
 def splits(config: Config) -> list[Split]:
@@ -66,7 +78,7 @@ def complete(rows: list[RungRow], folds: int) -> list[list[RungRow]]:
 def averaged(rows: list[RungRow], folds: int) -> list[RungRow]:
     """Average each candidate's rows over the folds, with standard errors.
 
-    Each returned row's `folds` lists the FID per fold; `num_samples` counts the pictures of all folds.
+    Each returned row's `folds` lists the ranking score per fold; `num_samples` counts all folds' pictures.
 
     Raises:
         ValueError: the folds were measured with different networks.
@@ -74,7 +86,7 @@ def averaged(rows: list[RungRow], folds: int) -> list[RungRow]:
     found = []
     for of_fold in complete(rows, folds):
         each_given = [row.fields() for row in of_fold]
-        require_comparable(each_given, "feature_network", "feature_network_2")
+        require_comparable(each_given, "ranked_by", "feature_network", "feature_network_2")
         mean = dict(each_given[0])
         for name in MEANS:
             values = [given[name] for given in each_given if given.get(name) is not None]
@@ -86,7 +98,7 @@ def averaged(rows: list[RungRow], folds: int) -> list[RungRow]:
         if len(counts) == folds:
             mean["num_samples"] = sum(counts)
         mean["seconds"] = sum(row.seconds for row in of_fold)
-        mean["folds"] = [row.fid for row in of_fold]
+        mean["folds"] = [row.score for row in of_fold]
         found.append(RungRow.model_validate(mean).without("fold", "training"))
     return found
 
@@ -94,14 +106,14 @@ def averaged(rows: list[RungRow], folds: int) -> list[RungRow]:
 def choose_over_folds(rows: list[RungRow]) -> RungRow:
     """Return the winning row of `averaged`.
 
-    A candidate with fewer steps wins over the lowest FID if their difference over the folds is within its
+    A candidate with fewer steps wins over the lowest score if their difference over the folds is within its
     standard error; it then has `behind` and `behind_error`.
 
     Raises:
         ValueError: rows were measured with different networks or numbers of pictures.
     """
-    require_comparable([row.fields() for row in rows], "feature_network", "feature_network_2", "num_samples")
-    best = min(rows, key=lambda row: (row.fid, row.step))
+    require_comparable([row.fields() for row in rows], *ORIGIN)
+    best = min(rows, key=lambda row: (row.score, row.step))
     candidates, compared = [], []
     for row in rows:
         behind = [mine - lowest for mine, lowest in zip(row.folds, best.folds, strict=True)]

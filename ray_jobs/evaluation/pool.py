@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import Features, Real, Scores, SetScores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import Measurement
+from ray_jobs.run.records import CORRECTED, FID, Measurement
 from ray_jobs.run.samples import SAMPLES, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
 # pictures to compare with.
 CAPTION_USES = 2
+
+OTHERS = 2  # real training pictures per picture of a score, to measure the correction of FID on
 
 RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
 
@@ -55,6 +58,11 @@ class EvaluatorPool:
     Picture i of a split has the caption and shape of real picture i modulo their number. Its noise is seeded
     with `evaluate.seed` + i, and it is in the same batch whatever the weights and the number of actors.
     Checkpoints are thus compared on the same noise.
+
+    Attributes:
+        rank_by: `search.rank_by`, or what a search of an earlier release was ranked by.
+        captions, shapes, digests: of the pictures of each loaded split.
+        corrected: whether there is a correction of FID for the scores of each loaded split.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -69,11 +77,13 @@ class EvaluatorPool:
             remote.remote(config, dataset, config.train.cpus_per_worker)
             for _ in range(config.evaluate.num_actors)
         ]
+        self.rank_by: str = config.search.rank_by
         self.captions: dict[Split, list[str]] = {}
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
+        self.corrected: dict[Split, bool] = {}
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
-        self._training: dict[int | None, Features] = {}  # by held-out fold
+        self._training: dict[int | None, list[Features]] = {}  # by held-out fold, in parts
 
     def load(self, split: Split) -> None:
         """Read the captions of a split's pictures and compute the pictures' features, once per split."""
@@ -96,7 +106,11 @@ class EvaluatorPool:
                 f"{split}: {len(rows):,} captions, so {count:,} pictures a score and not the {wanted:,} of "
                 f"evaluate.num_samples: at most {CAPTION_USES} of a caption; hold out more pictures for more",
             )
-        self._real[split] = ray.put(Real.of(self._measure_real([row["image"] for row in rows])))
+        real = self._measure_real([row["image"] for row in rows])
+        others = self.training_features(split, OTHERS * count)
+        correction = ray.get(self.actors[0].correction.remote(real, others, count))
+        self._real[split] = ray.put(Real.of(real, correction))
+        self.corrected[split] = correction is not None
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
         """Features of real pictures, cached in the storage: they cost as much as a candidate's."""
@@ -115,13 +129,13 @@ class EvaluatorPool:
         folder.write_bytes(file, save(found))
         return found
 
-    def features(self, pictures: Sequence[bytes]) -> Features:
-        """Features of PNGs from all networks."""
+    def features(self, pictures: Sequence[bytes], through_autoencoder: bool = False) -> Features:
+        """Features of PNGs from all networks; see `Evaluator.picture_features`."""
         import ray
 
         shares = self._share([shape_of(picture) for picture in pictures])
         parts = [
-            actor.picture_features.remote([pictures[number] for number in numbers])
+            actor.picture_features.remote([pictures[number] for number in numbers], through_autoencoder)
             for actor, numbers in shares
         ]
         return join(ray.get(parts), [numbers for _, numbers in shares])
@@ -220,12 +234,15 @@ class EvaluatorPool:
 
         The order is that of `Dataset.pictures`. Features are computed once.
         """
-        dataset = trained_on(self.config, self.dataset, split)
-        if dataset.without_fold not in self._training:
-            evaluate = self.config.evaluate
-            rows = dataset.pictures("train", max(evaluate.memorisation_pictures, evaluate.num_samples))
-            self._training[dataset.without_fold] = self._measure_real([row["image"] for row in rows])
-        return {name: each[:count] for name, each in self._training[dataset.without_fold].items()}
+        dataset, evaluate = trained_on(self.config, self.dataset, split), self.config.evaluate
+        found = self._training.setdefault(dataset.without_fold, [])
+        # First those for the correction of scores, before any training; those for near copies at the end.
+        first = OTHERS * evaluate.num_samples
+        bounds = [0, first, max(first, evaluate.memorisation_pictures)]
+        for start, end in pairwise(bounds[len(found) :]):
+            if start < count and (rows := dataset.pictures("train", end)[start:]):
+                found.append(self._measure_real([row["image"] for row in rows]))
+        return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
 
     def reference(self, checkpoint: Storage) -> Features:
         """Features for drift detection of a served checkpoint: float32, N x D, by `<network>/<kind>`.
@@ -254,12 +271,26 @@ class EvaluatorPool:
         return ray.get(self.actors[-1].validation_losses.remote(weights, split))
 
     def difference(
-        self, one: Storage, other: Storage, split: Split, file: str = FEATURES
+        self, one: Storage, other: Storage, split: Split, file: str = FEATURES, measure: str = FID
     ) -> PairedDifference:
-        """FID of the features in `one` minus that of the features in `other`, from the same captions."""
+        """Score of the features in `one` minus that of the features in `other`, from the same captions.
+
+        Args:
+            measure: one of `records.MEASURES`.
+        """
         import ray
 
-        return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file))
+        return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file, measure))
+
+    def ranked_by(self, split: Split) -> str:
+        """Return the score that ranks on a loaded split: `rank_by`, or FID where it has no correction.
+
+        Folds are ranked by one score: where one of them has no correction, all are ranked by FID.
+        """
+        alike = (
+            [each for each in self.corrected if each.fold is not None] if split.fold is not None else [split]
+        )
+        return self.rank_by if self.rank_by != CORRECTED or all(map(self.corrected.get, alike)) else FID
 
     def resizing(self) -> dict[str, str]:
         """Return how each feature network's input pictures are resized, by network identity."""
@@ -283,6 +314,15 @@ class EvaluatorPool:
         import ray
 
         found = self.training_features(split, self._num_samples(split))
+        return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+
+    def reachable_floor(self, split: Split) -> Scores:
+        """Score the same training pictures as the base's autoencoder restores them: the best to hope for."""
+        import ray
+
+        dataset = trained_on(self.config, self.dataset, split)
+        rows = dataset.pictures("train", self._num_samples(split))
+        found = self.features([row["image"] for row in rows], through_autoencoder=True)
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
     def real_against_real(self, split: Split) -> list[Measurement]:

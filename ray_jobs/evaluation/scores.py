@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from ray_jobs.metrics.corrected import Correction, corrected_score
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.frechet import Moments
@@ -20,7 +21,7 @@ from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.similarity import clip_score, paired_similarity
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
-from ray_jobs.run.records import Measurement
+from ray_jobs.run.records import CORRECTED, Measurement
 from ray_jobs.weights.feature_networks import Networks
 
 FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
@@ -38,15 +39,22 @@ def measurement(score: Score, **further: float) -> Measurement:
 
 @dataclass(frozen=True, eq=False)
 class Real:
-    """Real pictures, prepared for scoring: features, and their moments per network, computed once."""
+    """Real pictures, prepared for scoring: features, and what is computed from them once.
+
+    Attributes:
+        moments: by network.
+        correction: for the scores of so many pictures by the ranking network; None if there are too few
+            training pictures.
+    """
 
     features: Features
     moments: dict[str, Moments]
+    correction: Correction | None = None
 
     @classmethod
-    def of(cls, features: Features) -> "Real":
+    def of(cls, features: Features, correction: Correction | None = None) -> "Real":
         found = {name: Moments.of(torch.from_numpy(each), name) for name, each in features.items()}
-        return cls(features, found)
+        return cls(features, found, correction)
 
 
 @dataclass(frozen=True)
@@ -57,16 +65,23 @@ class Scores:
         fid: Fréchet distance in features of `evaluate.feature_network`, with its error.
         kid: kernel distance in the same features; None for too few pictures.
         second: Fréchet distance in features of `evaluate.second_network`; None without one.
+        corrected: FID without the bias of the number of pictures (`metrics.corrected`); None without a
+            correction for this number.
+        means: the means' part of FID.
+        spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
     """
 
     fid: Score
     kid: Score | None
     second: Score | None
+    corrected: Score | None
+    means: float
+    spread: float
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
         """Values with their errors: `fid`, `fid_error`, `kid`, ..., each name after a prefix."""
-        named = {"fid": self.fid, "kid": self.kid, "fid_2": self.second}
-        found: dict[str, float | None] = {}
+        named = {"fid": self.fid, CORRECTED: self.corrected, "kid": self.kid, "fid_2": self.second}
+        found: dict[str, float | None] = {f"{prefix}fid_means": self.means, f"{prefix}spread": self.spread}
         for name, score in named.items():
             if score:
                 found |= {f"{prefix}{name}": score.value, f"{prefix}{name}_error": score.standard_error}
@@ -79,11 +94,17 @@ class Scores:
         return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **second}
 
 
-def scores_of(generated: Features, real: Real, networks: Networks, resamples: int) -> Scores:
-    """Compute the scores that rank a set of pictures."""
+def scores_of(
+    generated: Features, real: Real, networks: Networks, resamples: int, device: str = "cpu"
+) -> Scores:
+    """Compute the scores that rank a set of pictures.
+
+    Args:
+        device: device that computes Fréchet distances, whose errors take many eigenvalues.
+    """
 
     def frechet(network: str) -> Score:
-        features, moments = torch.from_numpy(generated[network]), real.moments[network]
+        features, moments = torch.from_numpy(generated[network]).to(device), real.moments[network]
         if not resamples or len(features) < FEWEST:
             return Score.of(Moments.of(features, network), moments)
         return frechet_score(features, moments, num_resamples=resamples)
@@ -91,7 +112,13 @@ def scores_of(generated: Features, real: Real, networks: Networks, resamples: in
     first = networks.first.identity
     sets = torch.from_numpy(generated[first]), torch.from_numpy(real.features[first])
     kid = kernel_distance(*sets, first) if min(map(len, sets)) >= FEWEST else None
-    return Scores(frechet(first), kid, frechet(networks.second.identity) if networks.second else None)
+    second = frechet(networks.second.identity) if networks.second else None
+    moments, correction, corrected = real.moments[first], real.correction, None
+    if correction and correction.count == len(sets[0]):
+        corrected = corrected_score(sets[0].to(device), moments, correction, num_resamples=resamples)
+    drawn = Moments.of(sets[0], first)
+    means = float((drawn.mean - moments.mean).square().sum())
+    return Scores(frechet(first), kid, second, corrected, means, drawn.trace / moments.trace)
 
 
 @dataclass(frozen=True)
@@ -237,7 +264,7 @@ def near_copies(generated: Features, training: Features, held_out: Features | No
 
 def describe(found: Scores) -> str:
     """Format scores for display."""
-    named = {"FID": (found.fid, 1), "KID": (found.kid, 4)}
+    named = {"FID": (found.fid, 1), "corrected FID": (found.corrected, 1), "KID": (found.kid, 4)}
     if found.second:
         named[f"Fréchet distance by {found.second.feature_network.split('@')[0]}"] = (found.second, 2)
     lines = []

@@ -44,6 +44,11 @@ class Moments:
         return Moments(count, self.mean + apart * (other.count / count), factor, self.feature_network)
 
     @property
+    def trace(self) -> float:
+        """Sum of the features' unbiased variances."""
+        return float(self.factor.square().sum() / (self.count - 1))
+
+    @property
     def covariance(self) -> torch.Tensor:
         """Unbiased covariance matrix: float64, D x D."""
         return self.factor.T @ self.factor / (self.count - 1)

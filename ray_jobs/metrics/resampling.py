@@ -8,7 +8,9 @@ Statistics 17, 1989); it is at most one and a half times too large if there are 
 features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,6 +19,21 @@ from ray_jobs.metrics.score import Score
 
 NUM_RESAMPLES = 100  # halves; the relative error of the error is then 7 %
 FEWEST = 4  # pictures; half of them still have a covariance
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a Fréchet distance, besides the trace of the real covariance.
+
+    Attributes:
+        means: squared distance of the means.
+        trace: of the generated covariance.
+        fidelity: trace of the root of the covariances' product; it is subtracted twice.
+    """
+
+    means: float
+    trace: float
+    fidelity: float
 
 
 class ReweightedFrechet:
@@ -30,11 +47,12 @@ class ReweightedFrechet:
     """
 
     def __init__(self, features: torch.Tensor, real: Moments) -> None:
-        """Precompute products for generated `features`: float, N x D."""
+        """Precompute products for generated `features`: float, N x D, on the device that is to compute."""
+        device = features.device
         # Relative to the real mean, so that the distance of the means loses no digits.
-        self.features = features.detach().cpu().double() - real.mean
+        self.features = features.detach().double() - real.mean.to(device)
         self.norms = self.features.square().sum(dim=1)
-        factor = real.factor / (real.count - 1) ** 0.5
+        factor = real.factor.to(device) / (real.count - 1) ** 0.5
         self.real_trace = factor.square().sum()
         if len(factor) > factor.shape[1]:
             factor = torch.linalg.qr(factor, mode="r").R
@@ -44,22 +62,31 @@ class ReweightedFrechet:
 
     def __call__(self, weights: torch.Tensor) -> float:
         """Compute the distance for `weights`: int64, N, not negative, summing to at least 2."""
-        taken = weights.nonzero()[:, 0]
-        w = weights[taken].double()
+        parts = self.parts(weights)
+        return max(0.0, parts.means + parts.trace + float(self.real_trace) - 2 * parts.fidelity)
+
+    def parts(self, weights: torch.Tensor) -> Parts:
+        """Compute what the distance is made of, for such weights."""
+        counted = weights.nonzero()[:, 0]
+        w = weights[counted].to(self.features)
+        taken = counted.to(self.features.device)
         total = float(w.sum())
         mean = w @ self.features[taken] / total
         trace = (w @ self.norms[taken] - total * mean.square().sum()) / (total - 1)
         gram = self._gram(taken, w, total)
         root = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum() / (total - 1) ** 0.5
-        return max(0.0, float(mean.square().sum() + trace + self.real_trace - 2 * root))
+        return Parts(float(mean.square().sum()), float(trace), float(root))
 
     def _gram(self, taken: torch.Tensor, w: torch.Tensor, total: float) -> torch.Tensor:
         """Gram matrix of W^(1/2) X B^T along its shorter side."""
-        if self.products is None:
-            rows = self.projected[taken]
+        rows = self.projected[taken]
+        if self.products is not None:
+            inner = self.products[taken][:, taken]
+        elif len(rows) < rows.shape[1]:
+            inner = rows @ rows.T
+        else:
             mean = w @ rows / total
             return rows.T @ (w[:, None] * rows) - total * torch.outer(mean, mean)
-        inner = self.products[taken][:, taken]
         toward_mean = inner @ w / total
         centred = inner - toward_mean - toward_mean[:, None] + w @ toward_mean / total
         return w.sqrt() * centred * w.sqrt()[:, None]
@@ -139,14 +166,34 @@ def paired_difference(
     Raises:
         ValueError: the shapes differ.
     """
+    require_pairs(one, other)
+    first, second = (_replicates(features, real, num_resamples, seed) for features in (one, other))
+    values = [frechet_distance(Moments.of(each, real.feature_network), real) for each in (one, other)]
+    error_of = partial(_of_all, count=len(one))
+    return difference_of(values[0] - values[1], first, second, error_of, len(one), real.feature_network)
+
+
+def require_pairs(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise ValueError if two sets have different numbers of pictures or features."""
     if one.shape != other.shape:
         raise ValueError(f"num_samples: pairs need as many pictures; got {len(one)} and {len(other)}")
-    first, second = (_replicates(features, real, num_resamples, seed) for features in (one, other))
-    network = real.feature_network
-    value = frechet_distance(Moments.of(one, network), real) - frechet_distance(
-        Moments.of(other, network), real
-    )
+
+
+def difference_of(
+    value: float,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    error_of: Callable[[float], float],
+    count: int,
+    network: str,
+) -> PairedDifference:
+    """Return a difference with its error.
+
+    Args:
+        first, second: both candidates' distances of the same parts of their `count` pictures: float64, M.
+        error_of: from the standard deviation of such distances to the standard error of all pictures.
+    """
     variance = float((first - second).var())
     apart = float(first.var() + second.var())
     ratio = apart / variance if variance > 0 else float("inf")
-    return PairedDifference(value, _of_all(variance**0.5, len(one)), ratio, len(one), network)
+    return PairedDifference(value, error_of(variance**0.5), ratio, count, network)

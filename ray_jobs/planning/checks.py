@@ -5,14 +5,29 @@ from copy import deepcopy
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import say
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family
-from ray_jobs.diffusion.protocols import Denoiser, Scheduler
+from ray_jobs.diffusion.protocols import Denoiser, Scheduler, Settings
+from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.weights.model_files import latent_shapes
 
+DISTILLED = (
+    "looks distilled for a few steps. Training undoes that: its images then need many steps and guidance, "
+    "and are blurred in a few. Train the model that it was distilled from instead, or give model.assistant, "
+    "an adapter that undoes the distillation while it trains"
+)
+ASSISTED = (
+    "is on while training and off after: samples, scores, validation loss and the published version are the "
+    "base's with what was trained"
+)
 
-def check_stages(config: Config) -> None:
+
+def check_stages(config: Config) -> list[str]:
     """Check that every stage can carry out the configuration with the base model.
+
+    Returns:
+        Warnings about what the stages can do but hardly anyone wants.
 
     Raises:
         ConfigError: a setting does not fit; the message names the field and the fix.
@@ -25,12 +40,28 @@ def check_stages(config: Config) -> None:
         denoiser = getattr(model, family.denoiser)
         base, revision = local_path(config.model.base), config.model.revision
         latents = latent_shapes(base, shapes, revision=revision)
+        _check_guidance(config, family, model.config)
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.model.assistant:
+        return [f"model.assistant: {config.model.assistant} {ASSISTED}"]
+    return [f"warning: model.base: {config.model.base} {DISTILLED}"] if family.is_distilled(model) else []
+
+
+def _check_guidance(config: Config, family: Family, settings: Settings) -> None:
+    """Raise ValueError if guidance is configured for a model that samples without it."""
+    scales = {
+        "evaluate.guidance_scale": config.evaluate.guidance_scale,
+        "search.guidance_scales": max(config.search.guidance_scales, default=1),
+        "serve.default_guidance_scale": config.serve.default_guidance_scale or 1,
+    }
+    for field, scale in scales.items():
+        if scale > 1 and not family.has_guidance(settings):
+            raise ValueError(f"{field}: {scale:g}; {UNGUIDED}; set it to 1")
 
 
 def _check_scores(
@@ -92,7 +123,7 @@ def _check_serving(
 
 
 def checked(config: Config) -> Callable[[], None]:
-    """Start `check_stages` as a Ray task on a CPU, and return a function that waits for its result.
+    """Start `check_stages` as a Ray task on a CPU, and return a function that waits for it and warns.
 
     Raises:
         ConfigError: raised by the returned function; the message names the setting.
@@ -103,7 +134,8 @@ def checked(config: Config) -> Callable[[], None]:
 
     def wait() -> None:
         try:
-            ray.get(found)
+            for line in ray.get(found):
+                say("checks", line)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ValueError):
                 raise ConfigError(str(error.cause)) from None

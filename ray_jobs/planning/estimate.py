@@ -5,11 +5,12 @@ Memory held between the backward pass and the step follows the ZeRO paper (Rajbh
 `ray_jobs/planning/footprint.py`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training import flat
+from ray_jobs.training.engine import pieces_a_step
 
 REDUCED_AT_ONCE = 500_000_000  # maximum elements of ZeRO's gradient bucket
 LIVE_AT_ONCE = (
@@ -66,19 +67,15 @@ def effective_stage(train: TrainConfig, workers: int) -> int:
     return train.zero_stage if workers > 1 or needed else 0
 
 
-def rows_a_worker(train: TrainConfig, workers: int) -> int:
-    """Maximum number of rows per rank and step."""
-    return -(-train.batch_size // workers)
-
-
-def pieces_a_step(train: TrainConfig, workers: int) -> int:
-    """Number of micro batches per rank and step, for gradient accumulation."""
-    most = rows_a_worker(train, workers)
-    return -(-most // (train.micro_batch_size or most))
-
-
 def rank_memory(
-    train: TrainConfig, *, whole: int, trained: int, workers: int, activations: int = 0
+    train: TrainConfig,
+    *,
+    whole: int,
+    trained: int,
+    workers: int,
+    activations: int = 0,
+    quantized: int = 0,
+    quantized_bytes: int = 0,
 ) -> Placement:
     """Estimate the memory of one rank.
 
@@ -86,7 +83,15 @@ def rank_memory(
         whole: number of parameters of the model that the engine wraps, including adapters.
         trained: number of trained parameters.
         activations: bytes of activations of a micro batch.
+        quantized, quantized_bytes: how many of `whole` are stored quantized, and in how many bytes.
     """
+    if quantized:
+        placement = rank_memory(
+            train, whole=whole - quantized, trained=trained, workers=workers, activations=activations
+        )
+        device = placement.device
+        parameters = device.parameters + quantized_bytes
+        return replace(placement, device=replace(device, parameters=parameters))
     if train.flat:
         return Placement(_flat_memory(train, whole, trained, workers, activations), Memory(*[0] * 7))
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
@@ -114,6 +119,30 @@ def rank_memory(
     return Placement(
         Memory(**none | here | {"buckets": buckets, "activations": activations}), Memory(**none | there)
     )
+
+
+def host_memory(
+    train: TrainConfig,
+    *,
+    base: int,
+    trained: int,
+    workers: int,
+    quantized: int = 0,
+    quantized_bytes: int = 0,
+) -> int:
+    """Estimate the host memory of the first rank, which exports, without its device's and what is offloaded.
+
+    The base is read, and copied if it is trained; a checkpoint then holds weights, moments and averages.
+
+    Args:
+        base: parameters of the base model, without adapters.
+        quantized, quantized_bytes: how many of these are rounded while they are read, and to how many bytes.
+            Their files are mapped, and no longer once they are read.
+    """
+    element = 4 if train.method == "full" else PRECISIONS[train.precision].itemsize
+    copied = 4 * base if train.method == "full" else 0
+    checkpoint = (16 if train.ema_decay else 12) * -(-trained // workers)
+    return copied + max(element * (base - quantized) + quantized_bytes, checkpoint)
 
 
 def _flat_memory(train: TrainConfig, whole: int, trained: int, workers: int, activations: int) -> Memory:

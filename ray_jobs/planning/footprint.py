@@ -5,7 +5,7 @@ keeps what fused kernels keep. With gradient checkpointing each block keeps its 
 time everything.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from cluster.fetched import local_path
 from ray_jobs.config import Config
-from ray_jobs.diffusion.families import Conditions
+from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.diffusion.families import Conditions, Family
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.precision import PRECISIONS, cast
+from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
+from ray_jobs.diffusion.protocols import Denoiser, TextEncoder
+from ray_jobs.diffusion.quantization import QuantizedLinear
+from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import whole_pictures
 from ray_jobs.training.setup import empty_finetuning
-from ray_jobs.weights.model_files import latent_shapes
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Footprint:
     """What a training's module holds.
 
     Attributes:
-        base: parameters of the base model in it, without adapters.
+        base: weights of the base model in it, without adapters.
+        quantized: those of them in quantized layers; `quantized_bytes`: what these take.
         trained: parameters that the optimizer updates, adapters included.
         activations: bytes that autograd keeps for one row between the forward and the backward pass.
     """
@@ -36,6 +39,8 @@ class Footprint:
     base: int
     trained: int
     activations: int
+    quantized: int = 0
+    quantized_bytes: int = 0
 
     def whole(self, method: str) -> int:
         """Return the number of parameters in the module, adapters included."""
@@ -50,49 +55,57 @@ def footprint(config: Config) -> Footprint:
     """
     model = empty_finetuning(config)
     trained = sum(parameter.numel() for _, parameter in model.all_trained)
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    stored = [parameter for layer in layers for parameter in (layer.stored, layer.scales)]
+    quantized = sum(layer.out_features * layer.in_features for layer in layers)
     whole = sum(parameter.numel() for parameter in model.parameters())
+    whole += quantized - sum(parameter.numel() for parameter in stored)
     base = whole - (trained if config.train.method == "lora" else 0)
-    return Footprint(base, trained, _activations(config, model))
+    num_bytes = sum(parameter.nbytes for parameter in stored)
+    return Footprint(base, trained, _activations(config, model), quantized, num_bytes)
 
 
 def _activations(config: Config, model: FineTuning) -> int:
     dtype, saved = PRECISIONS[config.train.precision], SavedTensors(model)
-    model.train().to(dtype)
+    to_precision(model.train(), dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        conditions = _conditions(config, model)
-        base, side = local_path(config.model.base), config.data.resolution
-        [shape] = latent_shapes(base, [(side, side)], revision=config.model.revision)
+        conditions = blank_conditions(config, model.family, model.denoiser, model.text_encoders)
         if config.train.gradient_checkpointing:
             for part in model.model.values():
-                model.family.enable_gradient_checkpointing(part, saved.recomputed)
+                every = EveryNth(config.train.checkpoint_every, saved.recomputed)
+                model.family.enable_gradient_checkpointing(part, every)
         with saved.counting():
             if model.text_encoders:
                 conditions |= model.family.text.embed(model.text_encoders, conditions)
             conditions = {name: cast(each, dtype) for name, each in conditions.items()}
-            latents = torch.empty((1, *shape), dtype=dtype)
+            latents = torch.empty((1, *square_latents(config)), dtype=dtype)
             model.family.denoise(model.model, latents, torch.full((1,), 500.0), conditions)
     return saved.num_bytes + saved.largest_block
 
 
-def _conditions(config: Config, model: FineTuning) -> Conditions:
-    """Return conditions for one row, and tokens where text encoders are trained."""
-    family, denoiser = model.family, model.denoiser
-    rows = {
+def blank_conditions(
+    config: Config,
+    family: Family,
+    denoiser: Denoiser,
+    text_encoders: Mapping[str, TextEncoder] | None = None,
+) -> Conditions:
+    """Return conditions of one row without data, and tokens where `text_encoders` are trained."""
+    found = {
         name: torch.empty((1, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
     }
-    for mask in rows.values():
+    for mask in found.values():
         if mask.dtype == torch.bool and isinstance(mask, FakeTensor):
             # Captions have their greatest length: some denoisers count the tokens of each.
             with unset_fake_temporarily():
                 mask.constant = torch.ones(mask.shape, dtype=torch.bool)
     for name, encoder in zip(family.text.tokens, family.text.encoders, strict=False):
-        if encoder in model.text_encoders:
-            count = family.text.num_tokens(name, model.text_encoders[encoder])
-            rows[name] = torch.ones((1, count), dtype=torch.int64)
+        if text_encoders and encoder in text_encoders:
+            count = family.text.num_tokens(name, text_encoders[encoder])
+            found[name] = torch.ones((1, count), dtype=torch.int64)
     side = config.data.resolution
-    return rows | whole_pictures(family, 1, side, side)
+    return found | whole_pictures(family, 1, side, side)
 
 
 class SavedTensors:

@@ -7,13 +7,14 @@ from ray_jobs.config import Config, ConfigError, Settings, TrainConfig
 from ray_jobs.planning.estimate import (
     Placement,
     effective_stage,
-    pieces_a_step,
+    host_memory,
     rank_memory,
-    rows_a_worker,
 )
 from ray_jobs.planning.footprint import Footprint, footprint
+from ray_jobs.planning.inference import needs
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
+from ray_jobs.training.engine import pieces_a_step, rows_a_worker
 from ray_jobs.weights.model_files import model_folder
 
 GIB = 2**30
@@ -33,7 +34,7 @@ class Model:
         except ValueError as error:
             raise ConfigError(f"model.base: {error}") from None
         self.config = config
-        self._footprints: dict[tuple[str, str, bool], Footprint] = {}
+        self._footprints: dict[tuple[str, str, bool, int], Footprint] = {}
 
     def footprint(self, train: TrainConfig) -> Footprint:
         """Return the sizes with other settings of `train`.
@@ -41,7 +42,7 @@ class Model:
         Raises:
             ConfigError: a setting does not suit the base model.
         """
-        key = train.method, train.precision, train.gradient_checkpointing
+        key = train.method, train.precision, train.gradient_checkpointing, train.checkpoint_every
         if key not in self._footprints:
             try:
                 self._footprints[key] = footprint(self.config.model_copy(update={"train": train}))
@@ -59,16 +60,18 @@ class Model:
             trained=found.trained,
             workers=workers,
             activations=rows * found.activations,
+            quantized=found.quantized,
+            quantized_bytes=found.quantized_bytes,
         )
 
 
 def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple[list[str], list[str]]:
     """Describe a rank's memory; also return the problems, with fixes, if it does not fit."""
     train, workers = config.train, config.train.min_workers
-    size, found = model.footprint(train), model.memory(train)
+    parts, found = model.footprint(train), model.memory(train)
     stage = effective_stage(train, workers)
     lines = [
-        f"model: {size.whole(train.method):,} parameters, {size.trained:,} trained "
+        f"model: {parts.whole(train.method):,} parameters, {parts.trained:,} trained "
         f"({train.method}, {train.precision})",
         f"memory per rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
         "(activations from a forward pass without data, the rest is arithmetic):",
@@ -80,6 +83,17 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
             + (f"  + {human_size(away).strip()} on the host" * bool(away))
         )
     lines.append(f"    {'in all':<15}{human_size(found.device.whole)}")
+    host = host_memory(
+        train,
+        base=parts.base,
+        trained=parts.trained,
+        workers=workers,
+        quantized=parts.quantized,
+        quantized_bytes=parts.quantized_bytes,
+    )
+    lines.append(
+        f"    {'on the host':<15}{human_size(host)}, while the base is read and checkpoints are written"
+    )
     room = _room(config, machines)
     if room is None:
         return lines, []
@@ -91,6 +105,40 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
         f"a rank needs {human_size(needed_here(config, found)).strip()} and has {human_size(room).strip()}: "
         f"{what}"
     ]
+
+
+def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], list[str]]:
+    """Describe the memory of encoders, evaluators and replicas; also return what does not fit, with fixes."""
+    train, evaluate, serve, data = config.train, config.evaluate, config.serve, config.data
+    kinds = {
+        "an encoder": ("data.encode_precision", data.encode_precision, train.use_gpu, 1.0),
+        "an evaluator": ("evaluate.precision", evaluate.precision, evaluate.use_gpu, evaluate.gpu_share),
+        "a replica": ("serve.precision", serve.precision, serve.use_gpu, serve.gpu_share),
+    }
+    batches = (data.encode_batch_size, evaluate.batch_size, serve.max_batch_size)
+    lines, problems = [], []
+    for (kind, (field, precision, use_gpu, share)), need, most in zip(
+        kinds.items(), needs(config), batches, strict=True
+    ):
+        picture = ", ".join(f"{human_size(size).strip()} {doing}" for doing, size in need.picture.items())
+        host = f" and {human_size(need.host).strip()} on the host" * bool(need.host)
+        line = f"memory of {kind} ({precision}): weights {human_size(need.weights).strip()}{host}; "
+        line += f"a picture {picture}"
+        sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
+        if use_gpu and sizes:
+            room = int(HEADROOM * share * min(sizes) * GIB)
+            fitting = need.at_once(room)
+            held = ", ".join(f"{min(most, count)} {doing}" for doing, count in fitting.items())
+            line += f"; of {most} at once there is room for {held}"
+            if not min(fitting.values()):
+                way = f"{field}: bf16" if precision == "fp32" else "devices with more memory"
+                way = "serve.offload: encoders or model" if kind == "a replica" and not need.host else way
+                problems.append(
+                    f"{kind} needs {human_size(need.least).strip()} with one picture and has "
+                    f"{human_size(room).strip()}: {way}"
+                )
+        lines.append(line)
+    return lines, problems
 
 
 def needed_here(config: Config, found: Placement) -> int:
@@ -206,7 +254,7 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
     lines = [f"{title}:"]
     for name, held in placed.held.items():
         inside = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in held.items())
-        lines.append(f"    {name:<12}{inside or 'nothing'}")
+        lines.append(f"    {name:<13}{inside or 'nothing'}")
     return lines
 
 
@@ -221,9 +269,10 @@ def plan(config: Config, machines: list[Machine], images_per_second: float | Non
         placed = place(actors, machines)
         lines += placement_lines(title, placed)
         problems += [f"{title}: {each}" for each in placed.left_over]
-    found, too_much = memory_lines(config, Model(config), machines)
-    lines += [*found, *batch_lines(config), *cost_lines(config, images_per_second)]
-    problems += too_much
+    for found, too_much in (memory_lines(config, Model(config), machines), drawing_lines(config, machines)):
+        lines += found
+        problems += too_much
+    lines += [*batch_lines(config), *cost_lines(config, images_per_second)]
     lines += [f"does not fit: {problem}" for problem in problems] or ["all fits"]
     return "\n".join(lines), not problems
 

@@ -21,7 +21,8 @@ from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import weights_of
 
 # Fields that winner.json copies from the search.
-WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds")
+WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds", "ranked_by")
+JUDGED = ("fid", "fid_error", "corrected_fid", "corrected_fid_error")
 SHOWN_OF_SUBJECT = 4  # pictures per kind and subject in the report
 
 
@@ -63,19 +64,24 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
         pool.load(split)
     run = RunFolder.of(config).root
     base, test = pool.measure(None, TEST), pool.measure(weights, TEST, guidance_scale, run)
-    floor = pool.floor(TEST)
+    floor, reachable = pool.floor(TEST), pool.reachable_floor(TEST)
     fid, lowest = test.scores.fid, floor.fid
     if lowest.num_samples < fid.num_samples:
         say("publish", f"the floor comes out high: it has {lowest.num_samples} real training pictures only")
-    judged = [pool.score(None, split).fid for split in splits(config)]
+    judged_whole = [pool.score(None, split) for split in splits(config)]
+    judged = [each.fid for each in judged_whole]
     values = [each.value for each in judged]
+    corrected = [each.corrected.value for each in judged_whole if each.corrected]
+    of_base = {"base_validation_corrected_fid": fmean(corrected)} if len(corrected) == len(judged) else {}
     subjects = measure_subjects(config, dataset, pool, weights)
     winner = Winner.model_validate(
         {name: value for name, value in best.fields().items() if name in WINNING}
-        | {"validation_fid": best.fid, "validation_fid_error": best.fid_error}
+        | {f"validation_{name}": value for name in JUDGED if (value := getattr(best, name)) is not None}
         | test.scores.row("test_")
         | base.scores.row("base_test_")
+        | reachable.row("reachable_test_")
         | test.scores.origin
+        | of_base
         | {
             "base_validation_fid": fmean(values),
             "base_validation_fid_error": standard_error(values)

@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/hub/model-cards
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
@@ -16,6 +17,26 @@ from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import FinalMeasures, Winner
 from ray_jobs.weights.schedulers import SCHEDULER
 
+
+@dataclass(frozen=True)
+class PublishedBase:
+    """What the card's program must know of the base model beside its name.
+
+    Attributes:
+        on_hub: True if `model.base` is a Hub name, not a folder.
+        variant: variant of its weights, for example fp16, if no default variant exists.
+        injected: component that an adapter changes, where diffusers' pipeline has no LoRA loader.
+        own_area: see `Family.own_area`.
+        torchvision: True if plain diffusers needs it to load the base.
+    """
+
+    on_hub: bool = True
+    variant: str | None = None
+    injected: str | None = None
+    own_area: bool = False
+    torchvision: bool = False
+
+
 # Effects of the sections needed to train the model again; the others configure storage and serving.
 REPRODUCED = (Effect.ENCODINGS, Effect.DATASET, Effect.WEIGHTS, Effect.SCORES)
 
@@ -23,40 +44,31 @@ REPRODUCED = (Effect.ENCODINGS, Effect.DATASET, Effect.WEIGHTS, Effect.SCORES)
 def model_card(
     *,
     config: Config,
-    base_on_hub: bool,
+    base: PublishedBase,
     winner: Winner,
     manifest: Manifest,
     prompt: str,
     guidance: Mapping[str, object],
     pictures: Sequence[tuple[str, str]] = (),
     scheduler: str | None = None,
-    variant: str | None = None,
-    injected: str | None = None,
 ) -> str:
     """Compose the text of README.md.
 
     Args:
-        base_on_hub: True if `model.base` is a Hub name, not a folder.
         winner: content of winner.json.
         manifest: content of dataset/manifest.json.
         prompt: prompt of the usage example.
         guidance: as in `usage`.
         pictures: (caption, path relative to the card) of pictures that the model generated.
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
-        variant: variant of the base's weights, if no default variant exists.
-        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     config = config.with_settings({LEARNING_RATE: winner.learning_rate, **winner.settings})
     parts = [
-        f"---\n{write_yaml(_front_matter(config, base_on_hub, pictures))}---",
+        f"---\n{write_yaml(_front_matter(config, base.on_hub, pictures))}---",
         f"# {_text(config.name)}",
         _introduction(config, winner),
         *(_pictures(pictures, manifest) if pictures else ()),
-        *_use(
-            config,
-            base_on_hub,
-            usage(config, prompt, guidance, scheduler, variant=variant, injected=injected),
-        ),
+        *_use(config, base, usage(config, base, prompt, guidance, scheduler)),
         *_scores(config, winner, manifest),
         *_measures(winner),
         *_data(config, manifest),
@@ -127,12 +139,10 @@ MAGNITUDES = (
 
 def usage(
     config: Config,
+    base: PublishedBase,
     prompt: str,
     guidance: Mapping[str, object],
     scheduler: str | None = None,
-    *,
-    variant: str | None = None,
-    injected: str | None = None,
 ) -> str:
     """Python program that samples `prompt` with plain diffusers; it runs in the model's folder.
 
@@ -143,19 +153,17 @@ def usage(
     Args:
         guidance: the pipeline's arguments for guidance (`Family.guidance_arguments`).
         scheduler: class of the scheduler stored with LoRA weights; None: the base's scheduler is used.
-        variant: variant of the base's weights, for example fp16, if no default variant exists.
-        injected: component that the adapter changes, where diffusers' pipeline has no LoRA loader.
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
-    variant = f", variant={variant!r}" if variant else ""
-    base = f"{portable(config.model.base)!r}{revision}{variant}"
+    variant = f", variant={base.variant!r}" if base.variant else ""
+    loaded = f"{portable(config.model.base)!r}{revision}{variant}"
     lora = config.train.method == "lora"
     if lora:
         load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.float32)",
+            f"pipeline = DiffusionPipeline.from_pretrained({loaded}, torch_dtype=torch.float32)",
             *(
-                _injection(config, injected)
-                if injected
+                _injection(config, base.injected)
+                if base.injected
                 else ('pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")',)
             ),
             "for part in pipeline.components.values():",
@@ -170,11 +178,15 @@ def usage(
         names.add(scheduler)
         load.append(f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="{SCHEDULER}")')
     side = config.data.resolution
+    if base.own_area:
+        load.append(
+            f"pipeline.default_sample_size = {side} / pipeline.vae_scale_factor  # else it scales sizes"
+        )
     return "\n".join(
         [
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
-            *([f"from peft import {', '.join(INJECTING)}"] if injected and lora else []),
+            *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
@@ -209,12 +221,19 @@ def _injection(config: Config, component: str) -> list[str]:
     ]
 
 
-def _use(config: Config, base_on_hub: bool, code: str) -> list[str]:
+def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
     where = "In this folder (on the Hub, put the repository's name in place of the dot)"
-    if config.train.method == "lora" and not base_on_hub:
+    if config.train.method == "lora" and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
-    packages = "`pip install torch diffusers transformers accelerate peft`"
-    return ["## Use", f"{packages}. {where}:", _fenced(code, "python")]
+    model = config.model
+    kinds = {"a base": model.quantize, "text encoders": model.quantize_text}
+    if stored := [f"{kind} stored as {name}" for kind, name in kinds.items() if name]:
+        where += (
+            f". The scores are those of {' and '.join(stored)}; this loads the plain model, whose pictures "
+            "differ a little"
+        )
+    packages = "torch diffusers transformers accelerate peft" + (" torchvision" if base.torchvision else "")
+    return ["## Use", f"`pip install {packages}`. {where}:", _fenced(code, "python")]
 
 
 def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cluster.fetched import local_path
 from cluster.storage import Storage, slug
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ModelConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
@@ -16,7 +16,7 @@ from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.publishing.final_scores import FinalScores
-from ray_jobs.publishing.model_card import model_card
+from ray_jobs.publishing.model_card import PublishedBase, model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, RunFolder
 from ray_jobs.run.records import Winner
@@ -24,7 +24,8 @@ from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
-from ray_jobs.weights.loading import empty_model, read_index
+from ray_jobs.weights.comfyui import NotForComfyUI, comfyui_file
+from ray_jobs.weights.loading import empty_model, has_processor, read_index
 from ray_jobs.weights.model_files import variant_name, without_lora_loader
 
 REPORT = "report.html"
@@ -42,7 +43,6 @@ def write_card(
     scheduler: str | None,
 ) -> None:
     """Write the model card and its pictures next to the weights."""
-    base = local_path(config.model.base)
     split = shown_split(config)
     names = pool.sample_names(split)[:CARD_PICTURES]
     shown = [(caption, name) for caption, name in zip(pool.captions[split], names, strict=False)]
@@ -51,17 +51,38 @@ def write_card(
         model.write_bytes(f"images/{name}", samples.read_bytes(name))
     card = model_card(
         config=config,
-        base_on_hub=not Path(base).is_dir(),
-        variant=variant_name(base, revision=config.model.revision),
+        base=published_base(config.model),
         winner=winner,
         manifest=dataset.manifest,
         prompt=pool.captions[split][0],
         guidance=guidance_arguments(config),
         pictures=[(caption, f"images/{name}") for caption, name in shown],
         scheduler=scheduler,
-        injected=without_lora_loader(base, revision=config.model.revision),
     )
     model.write_text(CARD, card)
+
+
+def published_base(model: ModelConfig) -> PublishedBase:
+    """Return what the card's program must know of the base model; read from its files."""
+    base, revision = local_path(model.base), model.revision
+    return PublishedBase(
+        on_hub=not Path(base).is_dir(),
+        variant=variant_name(base, revision=revision),
+        injected=without_lora_loader(base, revision=revision),
+        own_area=family_of(read_index(base, revision)["_class_name"]).own_area,
+        torchvision=has_processor(base, revision=revision),
+    )
+
+
+def write_comfyui(config: Config, weights: Path, folder: RunFolder) -> str:
+    """Write an adapter for ComfyUI; return where it is, or why there is none."""
+    try:
+        content = comfyui_file(local_path(config.model.base), weights, config.model.revision)
+    except NotForComfyUI as error:
+        return f"no LoRA file for ComfyUI: {error}"
+    name = f"{config.name}.safetensors"
+    folder.comfyui.write_bytes(name, content)
+    return f"for ComfyUI: {folder.comfyui.uri}/{name}"
 
 
 def guidance_arguments(config: Config) -> dict[str, object]:

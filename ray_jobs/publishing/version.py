@@ -6,7 +6,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.publishing.pages import CARD
 from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired
-from ray_jobs.registry.registration import Registered, register
+from ray_jobs.registry.registration import Registered, quantization_tags, register
 from ray_jobs.report import headline
 from ray_jobs.run.records import RungRow, Winner
 from ray_jobs.run.split import TEST
@@ -68,6 +68,7 @@ def register_winner(
             "method": config.train.method,
             "base": config.model.base,
             **({"base_revision": config.model.revision} if config.model.revision else {}),
+            **quantization_tags(config.model),
             "dataset": data,
             "folds": str(config.search.folds),
         },
@@ -78,6 +79,7 @@ def register_winner(
 
 def _metrics(winner: Winner) -> dict[str, float]:
     """Metrics of the winner for MLflow: its FIDs, and every other measure on the test split."""
-    fids = {name: value for name, value in winner.fields().items() if name.endswith("_fid")}
+    told = winner.fields().items()
+    fids = {name: value for name, value in told if name.endswith("_fid") and value is not None}
     others = {slug(each.metric): each.value for each in winner.measures.winner} if winner.measures else {}
     return fids | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}

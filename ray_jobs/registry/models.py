@@ -48,6 +48,8 @@ class RegisteredModel:
     guidance_scale: float | None = None  # guidance scale of its score; None: not recorded
     test_digest: str | None = None  # digest of the pictures and captions that it was scored on
     zero_terminal_snr: bool = False  # trained and sampled with a last timestep of pure noise
+    quantization: str | None = None  # `model.quantize` of the base that it was trained and scored on
+    text_quantization: str | None = None  # its `model.quantize_text`
 
 
 @dataclass(frozen=True)
@@ -250,4 +252,6 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
         guidance_scale=float(found.tags["guidance_scale"]) if found.tags.get("guidance_scale") else None,
         test_digest=found.tags.get("test_digest"),
         zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
+        quantization=found.tags.get("base_quantization"),
+        text_quantization=found.tags.get("base_text_quantization"),
     )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ModelConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client, store_errors
@@ -175,10 +175,17 @@ def _champions(versions: list["ModelVersion"]) -> dict[int, "ModelVersion"]:
     return {int(each.version): each for each in versions if each.tags.get(DECISION, "").startswith(CHAMPION)}
 
 
+def quantization_tags(model: ModelConfig) -> dict[str, str]:
+    """Return tags that say how the base was stored; a version of a plain one has none."""
+    tags = {"base_quantization": model.quantize, "base_text_quantization": model.quantize_text}
+    return {name: stored for name, stored in tags.items() if stored}
+
+
 def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
     return {
         "base": config.model.base,
         "base_revision": config.model.revision or "",
+        **quantization_tags(config.model),
         "method": config.train.method,
         "digest": digest,
         "data_digest": measured.data,

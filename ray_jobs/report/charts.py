@@ -7,13 +7,14 @@ from statistics import stdev
 from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart
-from ray_jobs.run.records import RungRow, Winner
+from ray_jobs.run.records import CORRECTED, RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
 CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 # Opacity of the best and worst cell; text stays readable on both, in light and dark mode.
 STRONGEST, FAINTEST = 0.55, 0.05
+LOWEST = 1e-3  # values of the heat map are at least this, to have a logarithm
 SURE = 2  # standard errors; larger differences are not attributed to chance
 
 Rows = Sequence[RungRow]
@@ -73,6 +74,22 @@ def fid_chart(winner: Winner, results: Rows) -> str:
     return line_chart(chart, score_curves(winner, results, "fid"))
 
 
+def corrected_chart(winner: Winner, results: Rows) -> str:
+    """Validation's corrected FID over steps; empty if no row has one."""
+    if not any(finite(row, CORRECTED) is not None for row in results):
+        return ""
+    base = winner.base_validation_corrected_fid
+    chart = Chart(
+        name="corrected-fid",
+        title="Validation FID without the bias of few pictures",
+        description=f"Corrected FID, 0 for pictures as real ones; lower is better. {NUMBERS}",
+        unit="corrected FID (lower is better)",
+        digits=1,
+        level=None if base is None else ("base model", base),
+    )
+    return line_chart(chart, score_curves(winner, results, CORRECTED))
+
+
 def kid_chart(winner: Winner, results: Rows) -> str:
     """Validation KID over steps; empty if no row has one."""
     if not any(finite(row, "kid") is not None for row in results):
@@ -100,14 +117,14 @@ def second_chart(winner: Winner, results: Rows, network: str) -> str:
 
 
 def heat_map(winner: Winner, results: Rows) -> str:
-    """Validation FID by learning rate (rows) and steps (columns); lower values have a stronger colour.
+    """Ranking score by learning rate (rows) and steps (columns); lower values have a stronger colour.
 
     A cell shows the best of several trials with its learning rate. Empty with fewer than two filled cells.
     """
     cells: dict[tuple[float, int], float] = {}
     for _, _, rungs in trials_of(results):
         for row in rungs:
-            if (value := finite(row, "fid")) is not None:
+            if (value := finite(row, "score")) is not None:
                 place = row.learning_rate, row.step
                 cells[place] = min(value, cells.get(place, math.inf))
     if len(cells) < 2:
@@ -133,13 +150,14 @@ def heat_map(winner: Winner, results: Rows) -> str:
     ]
     middle = (MAP_LEFT + WIDTH) / 2
     parts.append(f'<text x="{middle:g}" y="{foot + 36}" text-anchor="middle">training steps</text>')
-    note = (
-        '<p class="note">Learning rate by steps; the stronger the colour, the lower the FID; –: no value.</p>'
-    )
+    measure = results[-1].measure
+    lower = f"the stronger the colour, the lower the {measure}; –: no value."
+    note = f'<p class="note">Learning rate by steps; {lower}</p>'
     words = (
-        "One cell per learning rate and step count, with its validation FID; the winner is framed. " + NUMBERS
+        f"One cell per learning rate and step count, with its validation {measure}; the winner is framed. "
     )
-    title = "Validation FID by learning rate and steps"
+    words += NUMBERS
+    title = f"Validation {measure} by learning rate and steps"
     return framed("heat-map", title, words, "".join(parts), note, foot + MAP_FOOT)
 
 
@@ -159,9 +177,10 @@ def _cell(
     middle = f'x="{x + width / 2:.1f}" y="{y + 21}" text-anchor="middle"'
     if value is None:
         return f'<rect class="empty" {box} rx="4"/><text {middle}>–</text>'
-    # Logarithmic, so that one diverged trial does not make all others look alike.
-    spread = math.log(high) - math.log(low) if low > 0 else 0.0
-    nearness = (math.log(high) - math.log(value)) / spread if spread else 1.0
+    # Logarithmic, so that one diverged trial does not make all others look alike. A corrected FID may be a
+    # little below 0.
+    low, high, value_there = (math.log(max(each, LOWEST)) for each in (low, high, value))
+    nearness = (high - value_there) / (high - low) if high > low else 1.0
     opacity = FAINTEST + (STRONGEST - FAINTEST) * nearness
     says = f"<title>{place[0]:g}, {place[1]:,} steps: {value:.1f}</title>"
     shown = f"{value:.1f}" if width >= 46 else f"{value:.0f}" if width >= 30 else ""

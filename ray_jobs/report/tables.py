@@ -8,7 +8,7 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
-from ray_jobs.run.records import Winner
+from ray_jobs.run.records import CORRECTED, Winner
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,48 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             f"the floor: {samples} real training pictures against the same test pictures; at this count"
             " no model can be expected to reach 0",
         ),
+        *(
+            [
+                (
+                    "Real pictures through the autoencoder, test",
+                    value("reachable_test_fid"),
+                    "the floor that this model can reach: the same training pictures, encoded and decoded",
+                )
+            ]
+            if winner.reachable_test_fid is not None
+            else []
+        ),
         (
             "Share closed",
             "–" if share is None else f"{share:.0%}",
-            "(base − winner) / (base − real pictures), on the test split",
+            "(base − winner) / (base − real pictures), on the test split"
+            + (
+                ""
+                if winner.corrected_test is None
+                else ", by the corrected FID, of which real pictures have 0"
+            ),
         ),
         ("Base model, validation", value("base_validation_fid"), "the dashed line of the chart"),
-        (
-            "Winner, validation",
-            value("validation_fid"),
-            f"the score that the search ranked by: {chosen}, so slightly optimistic",
-        ),
     ]
+    ranked = f"the score that the search ranked by: {chosen}, so slightly optimistic"
+    if winner.ranked_by == CORRECTED:
+        rows.append(("Winner, validation", value("validation_fid"), "of the same pictures as the next score"))
+        rows.append(("Corrected FID, validation: winner", value("validation_corrected_fid"), ranked))
+    else:
+        rows.append(("Winner, validation", value("validation_fid"), ranked))
     others = (
+        (
+            "test_corrected_fid",
+            1,
+            "Corrected FID, test",
+            "FID without the bias of the number of pictures; 0: as real pictures",
+        ),
+        (
+            "test_spread",
+            2,
+            "Spread, test",
+            "variance of the features over that of real ones; a smaller one lowers FID of few pictures",
+        ),
         ("test_kid", 4, "KID, test", "kernel distance on the same pictures, not biased by their number"),
         ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
     )
@@ -99,7 +128,8 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
 
 def rungs_table(results: Rows) -> str:
     """Table of every rung with all its measures; columns without a value are omitted."""
-    columns = [("FID", "fid", 1), ("KID", "kid", 4), ("second network", "fid_2", 2)]
+    columns = [("corrected FID", CORRECTED, 1), ("FID", "fid", 1), ("spread", "spread", 2)]
+    columns += [("KID", "kid", 4), ("second network", "fid_2", 2)]
     columns += [("training loss", "train_loss", 4), ("validation loss", "validation_loss", 4)]
     columns += [("images/s", "images_per_second", 1)]
     always = {"fid", "train_loss", "images_per_second"}

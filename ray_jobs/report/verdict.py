@@ -6,17 +6,25 @@ from typing import NamedTuple
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import describe_settings, number
-from ray_jobs.run.records import RungRow, Winner
+from ray_jobs.run.records import CORRECTED, RungRow, Winner
+
+LESS_VARIED = 0.95  # spread over the base's, below which pictures became more alike
+UNBIASED = (CORRECTED, "kid")  # scores without the bias of few pictures
 
 
 def closed_share(winner: Winner) -> float | None:
     """Share of the distance from the base to real pictures that the winner closed, on the test split.
+
+    By the corrected FID, of which real pictures have 0, if there is one, else by FID.
 
     1: as near as other real pictures; 0: no better than the base; negative: worse. None if the base is
     already as near as real pictures, within its standard error, or a score is not finite.
     """
     base, tuned, floor = winner.base_test_fid, winner.test_fid, winner.test_floor_fid
     error = winner.base_test_fid_error or 0.0
+    if winner.corrected_test:
+        (base, tuned), floor = winner.corrected_test, 0.0
+        error = winner.base_test_corrected_fid_error or 0.0
     if not all(map(math.isfinite, (base, tuned, floor))) or base - floor <= error:
         return None
     return (base - tuned) / (base - floor)
@@ -51,7 +59,8 @@ def notes(winner: Winner, results: Rows, enough_samples: int) -> list[Note]:
     Raises:
         ValueError: the rungs' second scores are from different networks.
     """
-    found: list[Note | None] = [_too_few(winner, results, enough_samples), _ties(winner, results)]
+    found: list[Note | None] = [_too_few(winner, results, enough_samples), _variety(winner)]
+    found.append(_ties(winner, results))
     if (network := second_network(results)) is not None:
         found.append(_agreement(winner, results, network))
     if winner.test_reads > 1:
@@ -80,11 +89,33 @@ def _too_few(winner: Winner, results: Rows, enough: int) -> Note | None:
     samples = winner.num_samples
     if samples >= enough:
         return None
+    if winner.ranked_by == CORRECTED:
+        return Note(
+            f"{counted(samples, 'picture')} per score is fewer than {enough:,}: FID is biased at that count"
+            " and rewards a smaller variety. The corrected FID, which ranks here, does not have this bias.",
+            alert=False,
+        )
     shown = any(finite(row, "kid") is not None for row in results)
     kid = " KID, shown beside it, does not have this bias." if shown else ""
     return Note(
         f"{counted(samples, 'picture')} per score is fewer than {enough:,}: FID is biased at that count, and"
         f" the ranking of close candidates may be noise.{kid}"
+    )
+
+
+def _variety(winner: Winner) -> Note | None:
+    """Warn if FID fell while pictures became more alike and no unbiased score says that they are better."""
+    spreads = finite(winner, "base_test_spread"), finite(winner, "test_spread")
+    if None in spreads or winner.test_fid >= winner.base_test_fid:
+        return None
+    base, now = (each or 0.0 for each in spreads)
+    unbiased = [(finite(winner, f"base_test_{name}"), finite(winner, f"test_{name}")) for name in UNBIASED]
+    if now > LESS_VARIED * base or any(b is not None and w is not None and w < b for b, w in unbiased):
+        return None
+    return Note(
+        f"FID is lower than the base's, but the pictures vary less ({now:.2f} of real pictures' variance, the"
+        f" base {base:.2f}), and no score without the bias of few pictures is lower: variety was lost, and"
+        " perhaps nothing gained. Compare the pictures."
     )
 
 
@@ -97,22 +128,22 @@ def won_by_tie(winner: Winner, results: Rows) -> bool:
 def _ties(winner: Winner, results: Rows) -> Note | None:
     """Explain why the winner is not the rung with the lowest score, if so."""
     chosen = _row_of(winner, results)
-    lowest = _lowest([row for row in results if finite(row, "fid") is not None], "fid")
+    lowest = _lowest([row for row in results if finite(row, "score") is not None], "score")
     if chosen is None or lowest is None or not won_by_tie(winner, results):
         return None
     assert chosen.behind is not None
     apart = number(chosen.behind, 1, chosen.behind_error)
     return Note(
-        f"The lowest FID is that of {_name(lowest)}. On the same noise it is {apart} below the winner's,"
-        " which is within the error of the difference, so the rung with fewer steps won.",
+        f"The lowest {chosen.measure} is that of {_name(lowest)}. On the same noise it is {apart} below the"
+        " winner's, which is within the error of the difference, so the rung with fewer steps won.",
         alert=False,
     )
 
 
 def _agreement(winner: Winner, results: Rows, network: str) -> Note | None:
     """State whether the second network would have chosen the same rung."""
-    scored = [row for row in results if None not in (finite(row, "fid"), finite(row, "fid_2"))]
-    first, second = (_lowest(scored, key) for key in ("fid", "fid_2"))
+    scored = [row for row in results if None not in (finite(row, "score"), finite(row, "fid_2"))]
+    first, second = (_lowest(scored, key) for key in ("score", "fid_2"))
     if first is None or second is None:
         return None
     mine, other = (name.split("@")[0] for name in (winner.feature_network, network))

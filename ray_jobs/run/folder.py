@@ -52,6 +52,11 @@ class RunFolder:
         return self.root.child(MODEL)
 
     @property
+    def comfyui(self) -> Storage:
+        """The published adapter as a LoRA file for ComfyUI."""
+        return self.root.child("comfyui")
+
+    @property
     def samples(self) -> Storage:
         """Pictures of the published model as files."""
         return self.root.child("samples")

@@ -19,6 +19,8 @@ from ray_jobs.config.fields import explain
 FORMAT = 1  # a change that this program could misread gets the next number
 RESULTS = "results.jsonl"
 WINNER = "winner.json"
+FID, CORRECTED = "fid", "corrected_fid"  # what candidates can be ranked by, as fields
+MEASURES = {FID: "FID", CORRECTED: "corrected FID"}
 
 
 class Record(BaseModel):
@@ -87,15 +89,17 @@ class RungRow(Record):
     Attributes:
         settings: searched settings other than the learning rate.
         fold: cross-validation fold that was evaluated; None: the validation split.
+        ranked_by: which score ranks, one of `MEASURES`.
+        fid_means, spread: as in `evaluation.scores.Scores`.
         training: folder of the checkpoints, if it is not named after the trial.
         parent: checkpoint of another trial that the training began with, at step `begins_at`.
         validation_losses: loss of each held-out row.
         seconds: time of the trial up to this rung, including evaluation.
         checkpoint: URI of the checkpoint.
-        folds: a candidate's FID in each fold; the other scores are means over the folds.
+        folds: a candidate's ranking score in each fold; the other scores are means over the folds.
         guidance_scale: of a candidate that is not measured at `evaluate.guidance_scale` alone.
         features: URI of the folder of its pictures' features, if that is not the checkpoint.
-        behind: FID above the lowest on common noise, with its error and the `variance_ratio` of
+        behind: ranking score above the lowest on common noise, with its error and the `variance_ratio` of
             `PairedDifference` (None: infinite); only given for rows that were compared.
     """
 
@@ -107,8 +111,13 @@ class RungRow(Record):
     parent: str | None = None
     begins_at: int = 0
     step: int
+    ranked_by: str = FID
     fid: float
     fid_error: float | None = None
+    corrected_fid: float | None = None
+    corrected_fid_error: float | None = None
+    fid_means: float | None = None
+    spread: float | None = None
     kid: float | None = None
     kid_error: float | None = None
     fid_2: float | None = None
@@ -133,6 +142,22 @@ class RungRow(Record):
     def training_name(self) -> str:
         """Name of the checkpoints' folder."""
         return self.training or self.trial_id
+
+    @property
+    def score(self) -> float:
+        """What ranks; lower is better."""
+        return float(getattr(self, self.ranked_by))
+
+    @property
+    def score_error(self) -> float | None:
+        """Standard error of `score`."""
+        error: float | None = getattr(self, f"{self.ranked_by}_error")
+        return error
+
+    @property
+    def measure(self) -> str:
+        """Name of `score`."""
+        return MEASURES[self.ranked_by]
 
     @property
     def place(self) -> tuple[str, int]:
@@ -207,9 +232,11 @@ class Winner(Record):
     Attributes:
         settings: searched settings other than the learning rate.
         guidance_scale: scale that the search chose; None if it tried one only.
-        folds: validation FID in each fold.
+        folds: ranking score in each fold.
+        ranked_by: which validation score ranked, one of `MEASURES`.
         test_reads: how often the test split of this run was read.
         test_floor_fid: FID of real training pictures.
+        reachable_test_fid: FID of these as the base's autoencoder restores them.
         measure_settings: settings of `evaluate` that affect these scores but not the search.
         test_shapes: generated pictures by shape, named width x height.
         resizing: how pictures were resized for each feature network.
@@ -225,17 +252,26 @@ class Winner(Record):
     step: int
     guidance_scale: float | None = None
     folds: list[float] = []
+    ranked_by: str = FID
     validation_fid: float
     validation_fid_error: float | None = None
+    validation_corrected_fid: float | None = None
+    validation_corrected_fid_error: float | None = None
     test_reads: int = 1
     test_fid: float
     test_fid_error: float | None = None
+    test_corrected_fid: float | None = None
+    test_corrected_fid_error: float | None = None
+    test_spread: float | None = None
     test_kid: float | None = None
     test_kid_error: float | None = None
     test_fid_2: float | None = None
     test_fid_2_error: float | None = None
     base_test_fid: float
     base_test_fid_error: float | None = None
+    base_test_corrected_fid: float | None = None
+    base_test_corrected_fid_error: float | None = None
+    base_test_spread: float | None = None
     base_test_kid: float | None = None
     base_test_kid_error: float | None = None
     base_test_fid_2: float | None = None
@@ -245,8 +281,10 @@ class Winner(Record):
     feature_network_2: str | None = None
     base_validation_fid: float
     base_validation_fid_error: float | None = None
+    base_validation_corrected_fid: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float
+    reachable_test_fid: float | None = None
     measures: FinalMeasures | None = None
     measure_settings: Settings = {}
     test_shapes: dict[str, int] = {}
@@ -257,6 +295,12 @@ class Winner(Record):
     registry_decision: str | None = None
     search_digest: str = ""
     publish_settings: Settings = {}
+
+    @property
+    def corrected_test(self) -> tuple[float, float] | None:
+        """Corrected FID of base and winner on the test split; None if one of them has none."""
+        base, own = self.base_test_corrected_fid, self.test_corrected_fid
+        return None if base is None or own is None else (base, own)
 
     @classmethod
     def read(cls, run: Storage) -> Self:

@@ -46,7 +46,13 @@ class Piece:
 
     @staticmethod
     def cut(
-        batch: dict[str, torch.Tensor], shares: Sequence[float], world_size: int, rank: int, pieces: int
+        batch: dict[str, torch.Tensor],
+        shares: Sequence[float],
+        world_size: int,
+        rank: int,
+        pieces: int,
+        *,
+        equal: bool = False,
     ) -> list["Piece"]:
         """Split a rank's rows of a step into `pieces` pieces whose sizes differ by at most one row.
 
@@ -56,17 +62,20 @@ class Piece:
         Args:
             batch: the rank's rows.
             shares: the loss weight of each row of the whole step, see `loss_shares`.
+            equal: fill up the pieces of all ranks to one size in the same way.
         """
         mine = rows_of_rank(len(shares), world_size, rank)
+        most = len(rows_of_rank(len(shares), world_size, 0))
+        size = -(-most // pieces) if equal else 1
         found = []
         for numbers in torch.arange(len(mine)).tensor_split(pieces):
-            taken = numbers if len(numbers) else torch.tensor([0])
-            places = [mine[number] for number in taken.tolist()]
+            repeated = torch.zeros(max(0, size - len(numbers)), dtype=torch.long)
+            taken = torch.cat([numbers, repeated])
             found.append(
                 Piece(
                     {name: tensor[taken] for name, tensor in batch.items()},
-                    places,
-                    [shares[place] if len(numbers) else 0.0 for place in places],
+                    [mine[number] for number in taken.tolist()],
+                    [shares[mine[number]] for number in numbers.tolist()] + [0.0] * len(repeated),
                 )
             )
         return found

@@ -132,9 +132,14 @@ class Engine(ABC):
                 parameter.requires_grad_(stage.trains(layers))
 
 
+def rows_a_worker(config: TrainConfig, world_size: int) -> int:
+    """Return the most rows that a rank has in a step."""
+    return len(rows_of_rank(config.batch_size, world_size, 0))
+
+
 def pieces_a_step(config: TrainConfig, world_size: int) -> int:
     """Return the number of pieces (micro-batches) into which every rank splits its rows of a step."""
-    most = len(rows_of_rank(config.batch_size, world_size, 0))
+    most = rows_a_worker(config, world_size)
     return -(-most // (config.micro_batch_size or most))
 
 

@@ -19,7 +19,7 @@ from torch import distributed
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.precision import PRECISIONS
+from ray_jobs.diffusion.precision import PRECISIONS, to_precision
 from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
 
@@ -108,7 +108,7 @@ class Flat(Engine):
                 view.copy_(parameter.detach())
         if world_size > 1:
             distributed.broadcast(masters, src=0)
-        model.to(dtype)
+        to_precision(model, dtype)
         self.weights = masters if dtype == torch.float32 else masters.to(dtype)
         for chunk in self.chunks:
             for view, parameter in chunk.pairs(self._of(chunk, self.weights)):
@@ -122,7 +122,7 @@ class Flat(Engine):
             self.owners += owners
         self.optimizer = build_optimizer(updated, config, fused=True)
         self._held, self._owned = self._fragments()
-        self.first, self.last, self.next = True, True, 0
+        self.first, self.last, self.next, self.sends = True, True, 0, world_size > 1
         if self.stage == 2 or len(self.chunks) > 1:
             for chunk in self.chunks:
                 for parameter in chunk.parameters.values():
@@ -167,6 +167,26 @@ class Flat(Engine):
         self.first = last  # of the next step
         return loss.detach()
 
+    def rehearse(self, inputs: dict[str, Any], weights: torch.Tensor) -> None:
+        """Take the memory of a piece, of its gradients and of Adam's state, as a step's pieces will.
+
+        Nothing is sent to other ranks, and what is computed is dropped.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little.
+        """
+        for owner in self.owners:
+            self.adam(owner.weights)
+        self.sends = False
+        try:
+            self.accumulate(inputs, weights, last=False)
+        finally:
+            self.first, self.sends = True, self.world_size > 1
+            for chunk in self.chunks:
+                chunk.kept = None
+                for parameter in chunk.parameters.values():
+                    parameter.grad = None
+
     def _arrived(self, chunk: Chunk, parameter: torch.Tensor) -> None:
         chunk.missing -= 1
         # All ranks must send in the same order.
@@ -207,7 +227,7 @@ class Flat(Engine):
 
     def _send(self, chunk: Chunk, gradients: torch.Tensor) -> None:
         """Begin to sum a chunk's gradients over the ranks."""
-        if self.world_size == 1:
+        if not self.sends:
             return
         if not self.stage:
             chunk.message = distributed.all_reduce(gradients, async_op=True), gradients

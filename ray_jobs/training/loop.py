@@ -3,24 +3,20 @@
 import json
 import logging
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cluster.gpus import take_share
+from cluster.gpus import leaving_free, take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config
+from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
-from ray_jobs.diffusion.ema import EMA
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.bandwidth import slow_network
 from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
@@ -33,15 +29,24 @@ from ray_jobs.training.checkpoint import (
     last_intact,
 )
 from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.flat import Flat, summed_in
 from ray_jobs.training.monitor import RUNG, Diverged, Meter
 from ray_jobs.training.phases import Stage, stage_at, stages_of
+from ray_jobs.training.rehearsal import (
+    RESERVE,
+    halved_when_it_does_not_fit,
+    held_rows,
+    rows_at_once,
+    rows_that_fit,
+    smaller,
+)
 from ray_jobs.training.setup import build_engine, build_model, exporter
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights
+from ray_jobs.training.steps import InputsAhead, Steps
 from ray_jobs.training.zero import import_deepspeed
 
 DIVERGED = "diverged.json"
-AHEAD = 2  # steps whose inputs are made before they are needed
 POLL_S = 0.5  # seconds between checks for a rung's score
 
 
@@ -88,6 +93,14 @@ class LoopSettings:
             raise ValueError(f"{start.uri}: damaged: {', '.join(wrong)}; it was written by another training")
         return start
 
+    def with_rows(self, rows: int | None) -> "LoopSettings":
+        """Return the settings with `micro_batch_size` at most this; None for no limit."""
+        if rows is None:
+            return self
+        fewest = min(rows, self.config.train.micro_batch_size or rows)
+        train = self.config.train.model_copy(update={"micro_batch_size": fewest})
+        return replace(self, config=self.config.model_copy(update={"train": train}))
+
     def tell(self, line: str) -> None:
         logging.getLogger(__name__).warning(line)
         if self.board is not None:
@@ -117,52 +130,21 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
         if slow := slow_network(device):
             settings.tell(slow)
     # Rank 0 decides for all ranks: another one might already see a later checkpoint.
-    found = settings.resume_from() if ray.train.get_context().get_world_rank() == 0 else None
-    last = broadcast_from_rank_zero(found)
-    if last is None:
-        Training(settings, device, None, startup).run()
-        return
-    with ray.train.Checkpoint(last.path, last.filesystem).as_directory() as folder:
-        training = Training(settings, device, Resumed(Path(folder)), startup)
-    training.run()
+    context, trial = ray.train.get_context(), settings.trial
+    is_first = context.get_world_rank() == 0
+    last, rows = broadcast_from_rank_zero((settings.resume_from(), held_rows(trial)) if is_first else None)
+    settings = settings.with_rows(rows)
+    train, world_size = settings.config.train, context.get_world_size()
+    with halved_when_it_does_not_fit(train, trial, settings.trial_id, world_size, settings.tell):
+        if last is None:
+            training = Training(settings, device, None, startup)
+        else:
+            with ray.train.Checkpoint(last.path, last.filesystem).as_directory() as folder:
+                training = Training(settings, device, Resumed(Path(folder)), startup)
+        training.run()
 
 
-class InputsAhead:
-    """The inputs of the coming steps, made in another thread while the device computes.
-
-    Args:
-        rows: the pieces of each of `steps`.
-    """
-
-    def __init__(self, maker: InputMaker, rows: Iterator[list[Piece]], steps: Iterable[int]) -> None:
-        self.maker, self.rows, self.steps = maker, rows, iter(steps)
-        self.pool = ThreadPoolExecutor(1)
-        self.ahead: deque[Future[list[Sent]]] = deque()
-        for _ in range(AHEAD):
-            self._submit()
-
-    def __enter__(self) -> "InputsAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def __iter__(self) -> "InputsAhead":
-        return self
-
-    def __next__(self) -> list[Sent]:
-        self._submit()
-        return self.ahead.popleft().result()
-
-    def _submit(self) -> None:
-        for step in islice(self.steps, 1):
-            self.ahead.append(self.pool.submit(self._make, step))
-
-    def _make(self, step: int) -> list[Sent]:
-        return [self.maker.begin(piece, step) for piece in next(self.rows)]
-
-
-class Training:
+class Training(Steps):
     """One worker's part of a training, from the beginning or from a checkpoint."""
 
     def __init__(
@@ -176,16 +158,14 @@ class Training:
 
         startup = startup or StartUp()
         context, config = ray.train.get_context(), settings.config
-        self.settings, self.rank, self.world_size = (
-            settings,
-            context.get_world_rank(),
-            context.get_world_size(),
-        )
+        self.settings, self.world_size = settings, context.get_world_size()
+        rank = context.get_world_rank()
         pipeline, model = build_model(config, str(device))
         if resumed:
             load_weights(resumed.shards, model.all_trained)
-        export = exporter(config, pipeline, model, self.rank)
-        self.inputs = InputMaker(
+        export = exporter(config, pipeline, model, rank)
+        self.train = config.train
+        inputs = InputMaker(
             pipeline.vae,
             model,
             settings.dataset.empty_caption(),
@@ -194,18 +174,30 @@ class Training:
             caption_dropout=config.train.caption_dropout,
         )
         startup.done("model")
-        self.engine = build_engine(model, config.train, self.world_size, device)
-        self.averaged = list(self.engine.averaged.items())
-        decay = config.train.ema_decay
-        self.ema = EMA(self.averaged, decay) if decay else None
+        engine = build_engine(model, config.train, self.world_size, device)
+        meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, rank, startup)
+        super().__init__(inputs, engine, meter, decay=config.train.ema_decay, rank=rank)
         if resumed:
             resumed.restore(self.engine, self.ema)
+        if isinstance(self.engine, Flat) and device.type == "cuda" and self.train.on_oom == "halve":
+            with leaving_free(RESERVE, self.train.gpu_share, device):
+                self._rehearse(self.engine)
         self.done = resumed.step if resumed else 0
         self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml())
-        self.meter = Meter(
-            settings.trial_id, settings.ladder, config.train, settings.board, self.rank, startup
-        )
         startup.done("engine")
+
+    def _rehearse(self, engine: Flat) -> None:
+        """Lower `micro_batch_size` to what the memory of every rank holds; all ranks must call this."""
+        most = rows_at_once(self.train, self.world_size)
+        shape = square_latents(self.settings.config)
+        held = torch.tensor(rows_that_fit(engine, self.inputs, shape, most), device=engine.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN)
+        if (rows := int(held)) < most:
+            self.train = self.train.model_copy(update={"micro_batch_size": rows})
+            engine.summed_in = summed_in(self.train, self.world_size)
+            if self.rank == 0:
+                self.settings.tell(smaller(self.settings.trial_id, rows, most))
 
     def run(self) -> None:
         """Train through the remaining rungs of the ladder."""
@@ -237,27 +229,13 @@ class Training:
             if step == stage.first and step > 1:
                 before = stages[stages.index(stage) - 1]
                 self.engine.enter_stage(stage, before)
-            self.engine.set_hyperparameters(stage, step)
-            with self.meter.waiting():
-                pieces = next(inputs)
-            told = self.meter.told(self._accumulate(pieces, step))
-            why = self.meter.add(step, stage.rate(step), *self.engine.update(told))
-            self._average(step)
+            why = self.take(step, stage, inputs)
             if step in ladder or why:
                 self.writer.save(*self.meter.metrics(RUNG if step in ladder else why))
             if self.settings.wait_for_scores and step in ladder[:-1]:
                 self._wait_for_score(step)
             if step == stage.last and step < ladder[-1]:
                 stage = stage_at(stages, step + 1)
-
-    def _accumulate(self, pieces: list[Sent], step: int) -> torch.Tensor:
-        """Run the pieces of a step forward and backward; return this rank's share of the step's mean loss."""
-        torch.manual_seed(_entropy(self.settings.config.seed, step, self.rank))  # for dropout
-        share = torch.zeros((), device=self.engine.device)
-        for number, piece in enumerate(pieces, start=1):
-            inputs, weights = self.inputs.finish(piece)
-            share += self.engine.accumulate(inputs, weights, last=number == len(pieces))
-        return share
 
     def _wait_for_score(self, step: int) -> None:
         """Wait until the rung that was just saved has its score reported; all ranks must call this.
@@ -275,10 +253,6 @@ class Training:
         broadcast_from_rank_zero(None)  # a barrier through Ray: torch's would time out
         self.meter.go_on()
 
-    def _average(self, step: int) -> None:
-        if self.ema:
-            self.ema.update(self.averaged, step)
-
     def _stream(self, first_step: int) -> Iterator[list[Piece]]:
         """Return this rank's pieces of each step from `first_step` on; all ranks must call this."""
         import ray
@@ -294,15 +268,11 @@ class Training:
             ends = [ray.put(split)]  # by reference: a broadcast value must be small
         [reference] = broadcast_from_rank_zero(ends)
         taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=first_step)
-        pieces = pieces_a_step(settings.config.train, self.world_size)
-        shares = loss_shares(settings.config.train)
-        return (Piece.cut(batch, shares, self.world_size, self.rank, pieces) for batch in taken)
+        pieces = pieces_a_step(self.train, self.world_size)
+        shares, equal = loss_shares(self.train), self.train.compile
+        return (Piece.cut(batch, shares, self.world_size, self.rank, pieces, equal=equal) for batch in taken)
 
     def _give_up(self, error: Diverged) -> None:
         """Record the divergence for the driver; a restart from the last checkpoint would diverge again."""
         if self.rank == 0:
             self.settings.trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))
-
-
-def _entropy(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])

@@ -6,25 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
+from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, train_all
 from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
+from ray_jobs.diffusion.quantization import quantize
+from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.phases import ever_trainable, stages_of
 from ray_jobs.training.zero import ZeRO, deepspeed_config
+from ray_jobs.weights.assistant import add_assistant
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
 
 CPU = torch.device("cpu")
+SPARE_COMPILATIONS = 4  # of a block's code beside one a shape: blocks may differ in what is trained of them
 
 
 def loss_settings(config: TrainConfig) -> LossSettings:
@@ -44,13 +51,26 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Pipeline, FineTuni
     family = family_of(read_index(base, revision)["_class_name"])
     # Captions are already encoded; a T5 would take ten gigabytes on each worker for nothing.
     without = () if config.train.train_text_encoder else family.text.encoders
-    pipeline = load_pipeline(base, revision=revision, without=without)
+    # What is trained begins in fp32, as the engine updates it; a frozen base is read as it is used.
+    dtype = PRECISIONS["fp32" if config.train.method == "full" else config.train.precision]
+    pipeline = load_pipeline(
+        base, revision=revision, without=without, dtype=dtype, quantization=config.model.quantize
+    )
+    return pipeline, finetuning(config, pipeline, family, device)
+
+
+def finetuning(config: Config, pipeline: Pipeline, family: Family, device: str = "cpu") -> FineTuning:
+    """Return the module to train over a pipeline's components, ready for an engine.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
     model, parts = _choose_trained(config, pipeline, family, device)
-    _prepare(parts, family, config.train)
+    _prepare(parts, family, config)
     model.train()
     for part in model.text_encoders.values():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    return pipeline, model
+    return model
 
 
 # Settings whose values decide whether a model can be trained at all.
@@ -102,6 +122,9 @@ def _empty(config: Config) -> tuple[Family, Any, FineTuning]:
     base, revision = local_path(config.model.base), config.model.revision
     family = family_of(read_index(base, revision)["_class_name"])
     pipeline = empty_model(base, (*family.denoisers, *family.text.encoders), revision=revision)
+    if config.model.quantize:
+        for name in family.denoisers:
+            quantize(getattr(pipeline, name), config.model.quantize)
     with init_empty_weights():
         model, _ = _choose_trained(config, pipeline, family, "cpu")
     return family, pipeline, model
@@ -131,6 +154,8 @@ def _choose_trained(
                 raise ValueError(f"train.lora: {name}: {error}") from None
         else:
             train_all(part, unused)
+    if config.model.assistant:  # last: it draws from the generator
+        add_assistant({name: parts[name] for name in family.denoisers}, family, config.model)
     model = FineTuning(
         pipeline,
         family,
@@ -160,16 +185,33 @@ def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
     return tuple(family.trainable)
 
 
-def _prepare(parts: Mapping[str, Any], family: Family, config: TrainConfig) -> None:
+def _prepare(parts: Mapping[str, Any], family: Family, config: Config) -> None:
     """Turn on the configured options that affect only speed and memory."""
+    train = config.train
     for name, part in parts.items():
         denoises = name in family.denoisers
-        if config.gradient_checkpointing and denoises:
-            family.enable_gradient_checkpointing(part)
-        elif config.gradient_checkpointing:
+        if train.gradient_checkpointing and denoises:
+            family.enable_gradient_checkpointing(part, EveryNth(train.checkpoint_every))
+        elif train.gradient_checkpointing:
             part.gradient_checkpointing_enable()
-        if config.compile and denoises:
-            part.compile()
+        if train.compile and denoises:
+            _compile(part, family, len(picture_shapes(config)) if config.data.buckets else 1)
+
+
+def _compile(denoiser: nn.Module, family: Family, num_shapes: int) -> None:
+    """Compile a denoiser for each shape of pictures; but a whole UNet, which takes minutes, once for many."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, num_shapes + SPARE_COMPILATIONS)
+    if family.is_unet:
+        denoiser.compile(dynamic=None if num_shapes > 1 else False)
+        return
+    for block in blocks_of(denoiser):
+        block.compile(dynamic=False)
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a denoiser that is no UNet: those that are alike are compiled once."""
+    return [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def build_engine(

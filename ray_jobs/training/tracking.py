@@ -42,6 +42,9 @@ CHECKPOINT_METRICS = {
 RUNG_METRICS = {
     "validation/fid": "fid",
     "validation/fid_error": "fid_error",
+    "validation/corrected_fid": "corrected_fid",
+    "validation/corrected_fid_error": "corrected_fid_error",
+    "validation/spread": "spread",
     "validation/kid": "kid",
     "validation/kid_error": "kid_error",
     "validation/fid_2": "fid_2",
@@ -288,16 +291,21 @@ class Mirror:
         run = MlflowRun(run_id, max(steps, default=0), rungs)
         if run.step > self.began_after[trial]:
             return None  # belongs to a deleted training of the same name
+        if not found[0].data.params:  # it was interrupted before it had any
+            self._log_params(run_id, trial)
         self.client.update_run(run_id, status="RUNNING")
         return run
 
     def _new(self, experiment: str, trial: str, tags: dict[str, str], started: int) -> MlflowRun:
+        run = retried(lambda: self.client.create_run(experiment, started, tags, run_name=trial))
+        self._log_params(run.info.run_id, trial)
+        return MlflowRun(run.info.run_id, 0, set())
+
+    def _log_params(self, run_id: str, trial: str) -> None:
         from mlflow.entities import Param
 
-        run = retried(lambda: self.client.create_run(experiment, started, tags, run_name=trial))
         params = run_params(self.trials[trial], self.digest)
-        self.client.log_batch(run.info.run_id, params=[Param(*each) for each in params.items()])
-        return MlflowRun(run.info.run_id, 0, set())
+        self.client.log_batch(run_id, params=[Param(*each) for each in params.items()])
 
 
 def run_params(config: Config, digest: str) -> dict[str, str]:

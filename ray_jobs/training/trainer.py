@@ -12,6 +12,7 @@ from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
 from ray_jobs.training.checkpoint import rungs_of
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
+from ray_jobs.weights.assistant import assistant_digest
 
 DEPENDS_ON = "depends_on.json"
 
@@ -27,6 +28,16 @@ def depends_on(config: Config, dataset: Dataset) -> dict[str, Any]:
         "last_step": None if schedules <= ENDLESS else config.search.ladder[-1],
         **{f"train.{name}": value for name, value in train.items()},
     }
+
+
+def began_with(config: Config, dataset: Dataset, start: str | None) -> dict[str, Any]:
+    """Return what a training must have begun with to be resumed.
+
+    Args:
+        start: URI of another training's checkpoint that it starts from.
+    """
+    others = {"start": start, "assistant": assistant_digest(config.model)}
+    return depends_on(config, dataset) | {name: value for name, value in others.items() if value}
 
 
 def training_name(config: Config) -> str:
@@ -109,7 +120,7 @@ def build_trainer(
     )
     rungs_of(settings.trial)  # a checkpoint of a newer format is refused here, not by the workers
     settings.trial.delete(DIVERGED)
-    require_same(settings.trial, depends_on(config, dataset) | ({"start": start} if start else {}))
+    require_same(settings.trial, began_with(config, dataset, start))
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},

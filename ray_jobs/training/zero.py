@@ -10,6 +10,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.precision import kept_in_float32
 from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
 
@@ -135,10 +136,14 @@ class ZeRO(Engine):
         zero["reduce_bucket_size"] = zero.get("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
         # In host memory the fused form reads and writes each state once instead of about ten times.
         optimizer = build_optimizer(parameter_groups(model), config, fused=config.offload_optimizer or None)
+        float32 = kept_in_float32(model)  # DeepSpeed casts each parameter
         self.engine, *_ = import_deepspeed(device).initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.stage: int = self.engine.zero_optimization_stage()
+        if self.stage < 3:  # which divides the weights, all in one precision
+            for parameter, values in float32.items():
+                parameter.data = values.to(parameter.device)
         if self.stage == 0:
             _keep_gradient_norm(self.engine)
         self.module, self.device = self.engine.module, self.engine.device

@@ -105,7 +105,7 @@ class Trials:
             tune.with_resources(trainable, {"CPU": 1}),
             param_space=space,
             tune_config=tune.TuneConfig(
-                metric="fid",
+                metric="score",
                 mode="min",
                 search_alg=algorithm,
                 num_samples=num_samples,
@@ -184,7 +184,7 @@ class Recorder(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Result, **info: object
     ) -> None:
-        if "fid" not in result:
+        if "score" not in result:
             return
         mine = self._trial(trial)
         seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
@@ -194,7 +194,7 @@ class Recorder(Callback):
         if self.trials.add(row):
             say(
                 "search",
-                f"{mine.training}  rung {row.step}/{mine.ladder[-1]}: validation FID {with_error(row)}, "
+                f"{mine.training}  rung {row.step}/{mine.ladder[-1]}: validation {with_error(row)}, "
                 f"loss {row.train_loss:.4f}, {row.images_per_second:.0f} images/s",
             )
 

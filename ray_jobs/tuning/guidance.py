@@ -34,7 +34,7 @@ def choose_guidance(config: Config, rows: list[RungRow], best: RungRow, pool: Ev
     if not scales:
         return best
     lowest: dict[str, RungRow] = {}
-    for row in sorted(rows, key=lambda row: (row.fid, row.step)):
+    for row in sorted(rows, key=lambda row: (row.score, row.step)):
         lowest.setdefault(row.trial_id, row)
     finalists = [best, *(row for name, row in lowest.items() if name != best.trial_id)]
     storage = RunFolder.of(config).search
@@ -88,6 +88,7 @@ def _measure(row: RungRow, scale: float, pool: EvaluatorPool) -> RungRow:
             "trial_id": row.trial_id,
             "step": row.step,
             "guidance_scale": scale,
+            "ranked_by": row.ranked_by,
             "features": folder.uri,
             **scores.row(),
             **scores.origin,

@@ -19,7 +19,7 @@ RANDOM_TRIALS = 5  # random draws before the estimators have data
 
 
 class Proposals(Searcher):
-    """Search algorithm that proposes settings likely to lower the FID.
+    """Search algorithm that proposes settings likely to lower the score.
 
     Args:
         before: settings of the trials that an earlier start of this search began. They are proposed first;
@@ -27,7 +27,7 @@ class Proposals(Searcher):
     """
 
     def __init__(self, config: Config, before: list[Settings]) -> None:
-        super().__init__(metric="fid", mode="min")
+        super().__init__(metric="score", mode="min")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.dimensions = config.search.dimensions
         self.distributions = {name: _distribution(values) for name, values in self.dimensions.items()}
@@ -38,7 +38,7 @@ class Proposals(Searcher):
         for settings in before:
             self.study.enqueue_trial({name: self._place(name, value) for name, value in settings.items()})
         self.asked: dict[str, optuna.Trial] = {}
-        self.lowest: dict[str, float] = {}  # FID of a trial's rungs, by its name in Tune
+        self.lowest: dict[str, float] = {}  # score of a trial's rungs, by its name in Tune
         self.proposed: set[str] = set()
 
     def suggest(self, trial_id_of_tune: str) -> Settings | str:
@@ -54,10 +54,10 @@ class Proposals(Searcher):
         return str(Searcher.FINISHED)
 
     def on_trial_result(self, trial_id_of_tune: str, result: Result) -> None:
-        """Record a rung's FID if it is the trial's lowest."""
-        if "fid" in result:
+        """Record a rung's score if it is the trial's lowest."""
+        if "score" in result:
             lowest = self.lowest.get(trial_id_of_tune, math.inf)
-            self.lowest[trial_id_of_tune] = min(lowest, result["fid"])
+            self.lowest[trial_id_of_tune] = min(lowest, result["score"])
 
     def on_trial_complete(
         self, trial_id_of_tune: str, result: Result | None = None, error: bool = False

@@ -47,7 +47,9 @@ def next_generation(config: Config, members: list[Trial], rows: list[RungRow]) -
     """
     ladder, reached = config.search.ladder, members[0].ladder
     at = {row.trial_id: row for row in rows if row.step == reached[-1]}
-    ranked = sorted((each for each in members if each.trial_id in at), key=lambda each: at[each.trial_id].fid)
+    ranked = sorted(
+        (each for each in members if each.trial_id in at), key=lambda each: at[each.trial_id].score
+    )
     quantile = min(math.ceil(len(ranked) * REPLACED), len(ranked) // 2)
     worst = {each.trial_id for each in ranked[len(ranked) - quantile :]}
     upwards = ladder[: len(reached) + 1]

@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from cluster.storage import Storage
 from ray_jobs.config import Config, Effect
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.evaluation.cross_validation import averaged
+from ray_jobs.evaluation.cross_validation import ORIGIN, averaged
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import RungRow, read_rows
+from ray_jobs.run.records import FID, RungRow, read_rows
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import depends_on
 from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
-ORIGIN = ("feature_network", "feature_network_2", "num_samples")  # equal in scores that may be compared
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
 
@@ -102,32 +101,35 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
     """Return the winning row, and all rows with what they were compared by.
 
     Ties are decided on pairs of pictures with equal noise (`paired_difference`). Rows compared with the
-    lowest FID get `behind`, `behind_error` and `variance_ratio`.
+    lowest score get `behind`, `behind_error` and `variance_ratio`.
 
     Raises:
         ValueError: rows were measured with different networks or numbers of pictures.
     """
     require_comparable([row.fields() for row in rows], *ORIGIN)
     rows = [row.without(*COMPARISON) for row in rows]  # of an earlier start, which had another best rung
-    best = min(rows, key=lambda row: (row.fid, row.step))
+    best = min(rows, key=lambda row: (row.score, row.step))
     for place, row in enumerate(rows):
         # A row with more steps cannot win a tie, and without errors only equal scores tie.
-        if row.step < best.step and row.fid_error is not None:
+        if row.step < best.step and row.score_error is not None:
             rung, lowest = (Storage.open(each.features or each.checkpoint) for each in (row, best))
-            found = pool.difference(rung, lowest, VALIDATION)
+            found = pool.difference(rung, lowest, VALIDATION, measure=row.ranked_by)
             ratio = found.variance_ratio if math.isfinite(found.variance_ratio) else None
             compared = dict(zip(COMPARISON, (found.value, found.standard_error, ratio), strict=True))
             rows[place] = row | compared
     ranked = [
-        Candidate(row.fid - best.fid if row.behind is None else row.behind, row.behind_error or 0.0, row.step)
+        Candidate(
+            row.score - best.score if row.behind is None else row.behind, row.behind_error or 0.0, row.step
+        )
         for row in rows
     ]
     return rows[winner(ranked)], rows
 
 
 def with_error(row: RungRow) -> str:
-    """Format a row's FID with its error for display."""
-    return number(row.fid, 1, row.fid_error)
+    """Format a row's ranking score with its error for display."""
+    told = f"{row.measure} {number(row.score, 1, row.score_error)}"
+    return told if row.ranked_by == FID else f"{told} (FID {row.fid:.1f})"
 
 
 def spent(config: Config, rows: list[RungRow], computed: Mapping[str, int]) -> Spent:

@@ -28,7 +28,7 @@ def stoppers(config: Config, recorded: list[RungRow], computed: Computed) -> lis
 class Patience(Stopper):
     """Stop a trial that has not improved at `rungs` consecutive rungs.
 
-    An FID is an improvement if it is lower than the best by more than its own standard error.
+    A score is an improvement if it is lower than the best by more than its own standard error.
     """
 
     def __init__(self, rungs: int) -> None:
@@ -37,12 +37,12 @@ class Patience(Stopper):
         self.waited: dict[str, int] = {}
 
     def __call__(self, trial_id: str, result: Result) -> bool:
-        if "fid" not in result:
+        if "score" not in result:
             return False
         best = self.best.get(trial_id, math.inf)
-        improved = result["fid"] < best - (result.get("fid_error") or 0.0)
+        improved = result["score"] < best - (result.get("score_error") or 0.0)
         self.waited[trial_id] = 0 if improved else self.waited.get(trial_id, 0) + 1
-        self.best[trial_id] = min(result["fid"], best)
+        self.best[trial_id] = min(result["score"], best)
         return self.waited[trial_id] >= self.rungs
 
     def stop_all(self) -> bool:
@@ -82,7 +82,7 @@ class Budget(Stopper):
         self.seconds[name, start] = max(self.seconds.get((name, start), 0.0), seconds)
 
     def __call__(self, trial_id: str, result: Result) -> bool:
-        if "fid" in result:
+        if "score" in result:
             for name, steps in self.computed().items():
                 self.steps[name] = max(self.steps.get(name, 0), steps)
             self._add(RungRow.model_validate(result), "now", result["time_total_s"])

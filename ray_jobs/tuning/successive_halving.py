@@ -23,14 +23,14 @@ def best_trials(config: Config, trials: list[Trial], rows: list[RungRow]) -> lis
     """Return the trials that continue, up to the next rung.
 
     At a rung all trials have trained the same steps, so the tie rule, which prefers fewer steps, does not
-    apply: the lowest FIDs continue. Equal FIDs are ordered by name, independently of the trials' order.
+    apply: the lowest scores continue. Equal ones are ordered by name, independently of the trials' order.
 
     Args:
         trials: trials of this rung; one without a row (it failed) is dropped.
         rows: rows of all rungs.
     """
     reached = trials[0].ladder
-    at = {row.training_name: row.fid for row in rows if row.step == reached[-1]}
+    at = {row.training_name: row.score for row in rows if row.step == reached[-1]}
     measured = [trial for trial in trials if trial.training in at]
     measured.sort(key=lambda trial: (at[trial.training], trial.training))
     upwards = config.search.ladder[: len(reached) + 1]

@@ -110,7 +110,7 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
     rungs = [rung for rung in rungs_of(folder) if rung.step in known or intact(rung, tell)]
     for rung in rungs:
         row = known.get(rung.step) or measure(rung, labels, trial.split, pool)
-        tune.report(row.fields())
+        tune.report(reported(row))
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # a diverged training would diverge again
     if not rungs or rungs[-1].step < trial.ladder[-1]:
@@ -118,7 +118,7 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
         for rung in unreported(folder):
             if intact(rung, tell):
-                tune.report(measure(rung, labels, trial.split, pool).fields())
+                tune.report(reported(measure(rung, labels, trial.split, pool)))
             elif rung.step == trial.ladder[-1]:
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
@@ -182,6 +182,7 @@ def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> Ru
         {
             **labels,
             "step": rung.step,
+            "ranked_by": pool.ranked_by(split),
             **scores.row(),
             **scores.origin,
             "train_loss": rung.progress.train_loss,
@@ -191,6 +192,11 @@ def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> Ru
             "checkpoint": rung.uri,
         }
     )
+
+
+def reported(row: RungRow) -> Labels:
+    """Return what Tune gets to know of a rung: its row, and what ranks it."""
+    return row.fields() | {"score": row.score, "score_error": row.score_error}
 
 
 class RungCallback(TuneReportCallback):
@@ -221,7 +227,7 @@ class RungCallback(TuneReportCallback):
                     raise RuntimeError(f"{rung.uri} is damaged, and search.wait_for_scores waits for it")
                 continue
             row = measure(rung, self.labels, self.trial.split, self.pool)
-            super().after_report(run_context, [row.fields()], None)
+            super().after_report(run_context, [reported(row)], None)
             Storage.open(rung.uri).write_text(REPORTED, "")
 
 

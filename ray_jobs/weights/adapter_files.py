@@ -6,7 +6,9 @@ Names are those of peft in diffusers' format: `<component>.<layer>.lora_A.weight
 import json
 import re
 from collections.abc import Iterable, Mapping
+from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +29,34 @@ OTHER_METHODS = {
     "lora_E": "AdaLoRA",
     "vera_": "VeRA",
 }
+# Fields of peft's configuration that switch on variants with different arithmetic.
+OTHER_VARIANTS = (
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 CLIP_PREFIX = "text_model."
 _IN_MEMORY = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")
-_IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
+IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$")
+
+
+def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], Settings]:
+    """Return an adapter file's tensors by name, and its peft settings as `check_adapter` does.
+
+    Raises:
+        SafetensorError: the file is damaged or has another format.
+        ValueError: see `check_adapter`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, check_adapter(file, tensors, opened.metadata() or {})
 
 
 def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Settings:
@@ -62,6 +89,35 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
                 "path_initial_model_for_weight_conversion) or train with another initialisation"
             )
     return dict(settings)
+
+
+def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str], *, rank: int) -> float:
+    """Return alpha / rank of a layer as peft computes it (alpha / sqrt(rank) for rsLoRA).
+
+    1, as in diffusers, if the file has no configuration.
+
+    Args:
+        where: beginning of errors.
+        settings: the file's (`check_adapter`).
+        place: component and layer.
+
+    Raises:
+        ValueError: the adapter is a variant that is computed otherwise.
+    """
+    from peft.utils.other import get_pattern_key
+
+    part, layer = place
+    own = {
+        key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")
+    }
+    if not own:
+        return 1.0
+    for option in OTHER_VARIANTS:
+        if own.get(option):
+            raise ValueError(f"{where}: {option}={own[option]!r} is not supported; train it without")
+    alphas = own.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
+    return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
 
 
 def layer_in_memory(part: nn.Module, name: str) -> str:
@@ -103,7 +159,7 @@ def place_tensors(parts: Mapping[str, nn.Module], tensors: Mapping[str, torch.Te
             if _IN_MEMORY.search(name):
                 there[component + "." + _IN_MEMORY.sub(r".\1", name)] = parameter
     stored = {name: tensor for name, tensor in tensors.items() if not name.endswith("alpha")}
-    if not all(_IN_FILE.search(name) and name.partition(".")[0] in parts for name in stored):
+    if not all(IN_FILE.search(name) and name.partition(".")[0] in parts for name in stored):
         return len(there), len(there)
     placed = 0
     for name, tensor in stored.items():

@@ -14,14 +14,30 @@ class Encoders:
 
     Args:
         base: folder or hub name of a model in diffusers' format.
-        device: device to run on, in float32.
+        device: device to run on.
+        dtype, text_quantization: see `read_pipeline`.
 
     Raises:
         ValueError: the pipeline belongs to no known family.
     """
 
-    def __init__(self, base: str, *, revision: str | None = None, device: str = "cpu") -> None:
-        self.pipeline = read_pipeline(base, revision=revision, without=not_encoders()).to(device)
+    def __init__(
+        self,
+        base: str,
+        *,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        text_quantization: str | None = None,
+    ) -> None:
+        pipeline = read_pipeline(
+            base,
+            revision=revision,
+            without=not_encoders(),
+            dtype=dtype,
+            text_quantization=text_quantization,
+        )
+        self.pipeline = pipeline.to(device)
         self.family = family_of(self.pipeline)
         self.device = device
         self.pipeline.vae.requires_grad_(False).eval()

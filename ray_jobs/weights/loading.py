@@ -2,18 +2,24 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families.text_processor import text_processor
+from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
-from ray_jobs.weights.adapter_files import check_adapter, place_tensors
+from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
+from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file
 from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
 from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
+from ray_jobs.weights.weight_files import plain_name
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+PROCESSOR = "processor"  # component of texts and images, in pipelines without a tokenizer
 
 
 def load_pipeline(
@@ -22,8 +28,11 @@ def load_pipeline(
     *,
     revision: str | None = None,
     without: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    text_quantization: str | None = None,
 ) -> Pipeline:
-    """Load a pipeline in float32 on the CPU, frozen and in evaluation mode.
+    """Load a pipeline on the CPU, frozen and in evaluation mode.
 
     Args:
         base: folder or hub name of the base model.
@@ -32,15 +41,21 @@ def load_pipeline(
             (`model_index.json`), which replaces the base.
         revision: revision of the base on the hub.
         without: components that are not loaded.
+        dtype: see `read_pipeline`.
+        quantization: see `read_pipeline`; of the base's denoiser only.
+        text_quantization: see `read_pipeline`.
 
     Raises:
         ValueError: `weights` is neither, or the model belongs to no known family.
     """
     whole = bool(weights and (Path(weights) / INDEX).exists())
-    pipeline = (
-        read_pipeline(str(weights), without=without)
-        if whole
-        else read_pipeline(base, revision=revision, without=without)
+    pipeline = read_pipeline(
+        str(weights) if whole else base,
+        revision=None if whole else revision,
+        without=without,
+        dtype=dtype,
+        quantization=None if whole else quantization,
+        text_quantization=text_quantization,
     )
     pipeline.set_progress_bar_config(disable=True)
     if weights and not whole:
@@ -55,8 +70,16 @@ def load_pipeline(
     return pipeline
 
 
-def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[str] = ()) -> Pipeline:
-    """Load a model's pipeline in float32 as diffusers builds it.
+def read_pipeline(
+    base: str,
+    *,
+    revision: str | None = None,
+    without: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    text_quantization: str | None = None,
+) -> Pipeline:
+    """Load a model's pipeline as diffusers builds it.
 
     Each component is loaded from its plain weights if present, else from a variant such as fp16.
 
@@ -64,6 +87,12 @@ def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[s
         base: folder or hub name.
         without: components that are not loaded, in addition to those of `NEVER_LOADED` (the safety checker
             and the IP-Adapter's image encoder).
+        dtype: of the denoiser, whose files are read straight into it. In bf16 the text encoders have it too,
+            and the autoencoder unless its configuration has `force_upcast`; all these are float32 with
+            fp16, in which several overflow.
+        quantization: one of `quantization.FORMATS`, in which the denoiser is stored; None: plain. It is
+            rounded from the files' own dtype, so that it is the same whatever `dtype` is.
+        text_quantization: the same for the text encoders.
 
     Raises:
         ValueError: the model belongs to no known family, or a component's weights are in no supported format.
@@ -71,21 +100,75 @@ def read_pipeline(base: str, *, revision: str | None = None, without: Sequence[s
     from diffusers import DiffusionPipeline
 
     without = [*NEVER_LOADED, *without]
-    family_of(read_index(base, revision)["_class_name"])
+    family = family_of(read_index(base, revision)["_class_name"])
     folder = model_folder(base, revision=revision, without=[*UNUSED, *without])
     index = read_index(str(folder))
     options = left_out(index, without)
-    for name, variant in variants(folder).items():
-        if variant and isinstance(index.get(name), list) and name not in options:
+    dtypes, chosen = dtypes_of(folder, index, dtype), variants(folder)
+    formats = dict.fromkeys(family.denoisers, quantization)
+    formats |= dict.fromkeys(family.text.encoders, text_quantization)
+    loaded = chosen.keys() - options.keys()
+    rounded = {name: each for name, each in formats.items() if each and name in loaded}
+    computed_in = {name: dtypes.get(name, dtypes["default"]) for name in loaded}
+    for name, variant in chosen.items():
+        if (variant or name in rounded) and isinstance(index.get(name), list) and name in loaded:
             kind = _class_of(index[name])
-            options[name] = kind.from_pretrained(
-                str(folder), subfolder=name, variant=variant, dtype=torch.float32, use_safetensors=True
+            part = options[name] = kind.from_pretrained(
+                str(folder),
+                subfolder=name,
+                variant=variant,
+                dtype=_stored_dtype(folder / name, variant) if name in rounded else computed_in[name],
+                use_safetensors=True,
             )
+            if name in rounded:
+                copy_unrounded(part)
+                quantize(part, rounded[name])
+    processors = [name for name, entry in index.items() if "tokenizer" in name and _is_processor(entry)]
+    options |= dict.fromkeys(processors)  # diffusers would import them
+    if _is_processor(index.get(PROCESSOR)):
+        options[PROCESSOR] = _tokenizer(index[PROCESSOR], str(folder), PROCESSOR)
     if SAFETY_CHECKER in index:
         options["requires_safety_checker"] = False
-    return DiffusionPipeline.from_pretrained(
-        str(folder), dtype=torch.float32, use_safetensors=True, **options
-    )
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, use_safetensors=True, **options)
+    pipeline.register_modules(**{name: _tokenizer(index[name], str(folder), name) for name in processors})
+    family.loaded(pipeline)
+    for name in rounded:
+        cast = to_precision if name in family.denoisers else cast_weights
+        cast(getattr(pipeline, name), computed_in[name])
+    return pipeline
+
+
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
+    """Return the dtype of a component's files: that of the first matrix."""
+    from safetensors import safe_open
+
+    path = next(path for path in sorted(folder.glob("*.safetensors")) if plain_name(path.name, variant))
+    with safe_open(path, "pt") as file:
+        slices = (file.get_slice(key) for key in file.keys())  # noqa: SIM118
+        name = next((each.get_dtype() for each in slices if len(each.get_shape()) > 1), "F32")
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(name, torch.float32)
+
+
+def dtypes_of(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtypes in which a model's components are loaded by name, and `default` for all others.
+
+    Args:
+        folder, index: the model's.
+        dtype: as for `read_pipeline`.
+    """
+    others = dtype if dtype == torch.bfloat16 else torch.float32
+    found = {"default": others, "vae": torch.float32 if _upcast(folder, index) else others}
+    return found | dict.fromkeys(family_of(index["_class_name"]).denoisers, dtype)
+
+
+def _upcast(folder: Path, index: Mapping[str, Any]) -> bool:
+    """Return True if the autoencoder's configuration, or its class by default, has `force_upcast`."""
+    if index.get("vae", [None])[0] is None:
+        return False
+    kind = _class_of(index["vae"])
+    default = signature(kind.__init__).parameters.get("force_upcast")
+    settings = kind.load_config(str(folder), subfolder="vae")
+    return bool(settings.get("force_upcast", default is not None and default.default))
 
 
 def _class_of(entry: Sequence[str]) -> Any:
@@ -108,7 +191,7 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
     from diffusers import ModelMixin
 
     index = read_index(base, revision)
-    found = SimpleNamespace(config=index)
+    found: Any = SimpleNamespace(config=index)
     for name in ("scheduler", *parts):
         entry = index.get(name, (None, None))
         if entry[0] is None:
@@ -127,7 +210,47 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
         if not issubclass(kind, ModelMixin):
             part.tie_weights()  # without memory, shared parameters are created separately
         setattr(found, name, part.requires_grad_(False).eval())
+    if index["_class_name"] in FAMILIES:
+        FAMILIES[index["_class_name"]].loaded(found)
     return found
+
+
+def has_processor(base: str, *, revision: str | None = None) -> bool:
+    """Return whether plain diffusers loads a processor of images with a model, which needs torchvision."""
+    index = read_index(base, revision)
+    return any(_is_processor(entry) for name, entry in index.items() if _reads_texts(name))
+
+
+def _reads_texts(name: str) -> bool:
+    return "tokenizer" in name or name == PROCESSOR
+
+
+def _is_processor(entry: Any) -> bool:
+    return isinstance(entry, list) and str(entry[1]).endswith("Processor")
+
+
+def _tokenizer(entry: Sequence[str], base: str, name: str, revision: str | None = None) -> Any:
+    """Load a tokenizer; of a processor only what reads texts, as its images would need torchvision."""
+    from transformers import AutoTokenizer
+
+    kind = AutoTokenizer if _is_processor(entry) else _class_of(entry)
+    tokenizer = kind.from_pretrained(base, subfolder=name, revision=revision)
+    return text_processor(_class_of(entry), tokenizer) if name == PROCESSOR else tokenizer
+
+
+def load_tokenizers(base: str, *, revision: str | None = None) -> Any:
+    """Return an object with a model's tokenizers as attributes; nothing else is loaded."""
+    from types import SimpleNamespace
+
+    index = read_index(base, revision)
+    entries = {name: entry for name, entry in index.items() if _reads_texts(name)}
+    return SimpleNamespace(
+        **{
+            name: _tokenizer(entry, base, name, revision)
+            for name, entry in entries.items()
+            if entry != [None, None]
+        }
+    )
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -149,14 +272,10 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
         ValueError: the file is not an adapter of a base, or its layers do not all fit the pipeline; diffusers
             would skip those that do not.
     """
-    from safetensors import safe_open
-
     path = folder / LORA_WEIGHTS
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        settings = check_adapter(path, tensors, file.metadata() or {})
+    tensors, settings = read_adapter_file(path)
     parts = family_of(pipeline).adaptable(pipeline)
-    if family_of(pipeline).has_lora_loader:
+    if _has_lora_loader(pipeline):
         pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS)
     else:
         _inject(parts, tensors, settings)
@@ -175,16 +294,21 @@ def load_lora(pipeline: Pipeline, folder: Path) -> None:
 
 def unload_lora(pipeline: Pipeline) -> None:
     """Remove the adapters that `load_lora` added."""
-    family = family_of(pipeline)
-    if family.has_lora_loader:
+    if _has_lora_loader(pipeline):
         pipeline.unload_lora_weights()
         return
     from diffusers.utils import recurse_remove_peft_layers
 
-    for part in family.adaptable(pipeline).values():
+    for part in family_of(pipeline).adaptable(pipeline).values():
         if hasattr(part, "peft_config"):
             recurse_remove_peft_layers(part)
             del part.peft_config
+
+
+def _has_lora_loader(pipeline: Pipeline) -> bool:
+    """Return whether diffusers loads adapters onto this pipeline: FLUX's loader reads the base's weights."""
+    family = family_of(pipeline)
+    return family.has_lora_loader and not is_quantized(getattr(pipeline, family.denoiser))
 
 
 def _inject(

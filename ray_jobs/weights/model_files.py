@@ -58,6 +58,14 @@ def check_weights(base: str, *, revision: str | None = None) -> None:
     No weights are fetched.
     """
     folder = model_folder(base, revision=revision)
+    for path in sorted(folder.glob("*/config.json")):
+        stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        if stored and path.parent.name not in UNUSED:
+            kind = stored.get("quant_method", "an unknown method")
+            raise ValueError(
+                f"{base}: {path.parent.name} is stored in few bits ({kind}); give the model with plain "
+                "weights, and model.quantize to keep its denoiser in 4 or 8 bits"
+            )
     listed = _files(base, revision)
     if listed is not None:
         _require_weights(base, folder, listed, ())
@@ -99,8 +107,11 @@ def _require_weights(
     base: str, folder: Path, files: Mapping[str, Sequence[str]], without: Sequence[str]
 ) -> None:
     for name, entry in model_index(folder).items():
+        # Settings may be lists too, as Krea 2's layers of the text encoder.
         is_component = (
-            isinstance(entry, list) and entry[0] and not name.startswith(("scheduler", "tokenizer"))
+            isinstance(entry, list)
+            and isinstance(entry[0], str)
+            and not name.startswith(("scheduler", "tokenizer", "processor"))
         )
         if is_component and name not in (*UNUSED, *without):
             require_safetensors(f"{base}: {name}", files.get(name, ()))
@@ -137,12 +148,16 @@ def _folders(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def encoders_digest(base: str, *, revision: str | None = None) -> str:
+def encoders_digest(base: str, *, revision: str | None = None, text_quantization: str | None = None) -> str:
     """Return the sha256 of everything that encodings depend on.
 
-    That is, the weights and configurations of the autoencoder, the tokenizers and the text encoders.
+    That is, the weights and configurations of the autoencoder, the tokenizers and the text encoders, and the
+    format in which these are stored.
     """
-    return _digest(base, revision, not_encoders())
+    digest = _digest(base, revision, not_encoders())
+    if text_quantization is None:
+        return digest
+    return hashlib.sha256(f"{digest} {text_quantization}".encode()).hexdigest()
 
 
 def model_digest(base: str, *, revision: str | None = None) -> str:
@@ -192,6 +207,13 @@ def max_side(base: str, *, revision: str | None = None) -> int | None:
     family, *configs = _of_sizes(base, revision)
     found = family.codec.max_side(*configs)
     return None if found is None else int(found)
+
+
+def max_area(base: str, *, revision: str | None = None) -> int | None:
+    """Return the most pixels of an image that is not square, by a model's family; None for no limit."""
+    family, autoencoder, denoiser = _of_sizes(base, revision)
+    patches = family.codec.max_patches(denoiser)
+    return None if patches is None else int(patches * family.codec.size_multiple(autoencoder, denoiser) ** 2)
 
 
 def without_lora_loader(base: str, *, revision: str | None = None) -> str | None:

@@ -8,42 +8,36 @@ encoders. A file with anything else is refused.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
+# Imported here, because `adapter_scale` would: it takes seconds, during which running rows would stall.
+import peft  # noqa: F401
 import torch
-
-# Imported here, not in the function: the import takes seconds, during which running rows would stall.
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from ray_jobs.weights.adapter_files import check_adapter, layer_in_memory
+from ray_jobs.weights.adapter_files import adapter_scale, layer_in_memory, read_adapter_file
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from serving.engine.batched_lora import Adapter, LayerKey, Update
 
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-# Fields of peft's configuration that switch on variants with different arithmetic.
-OTHER_VARIANTS = (
-    "arrow_config",
-    "alora_invocation_tokens",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
 
 
-def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device: str = "cpu") -> Adapter:
-    """Read an adapter from its folder, in the dtype of the layers that it changes.
+def read_adapter(
+    name: str,
+    folder: Path,
+    parts: Mapping[str, nn.Module],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Read an adapter from its folder.
 
     Args:
         name: name of the adapter; its weights never change while the process lives.
         parts: the components of the pipeline that adapters may change, by name.
         device: device that computes; the layers are on it, unless they are offloaded.
+        dtype: dtype of the adapter; None for that of the layers that it changes.
 
     Raises:
         ValueError: the file has unsupported content, or belongs to another base.
@@ -51,12 +45,9 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
     """
     file = folder / LORA_WEIGHTS
     try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors, settings = read_adapter_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
-    settings = check_adapter(file, tensors, metadata)
     by_place: dict[LayerKey, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind = next((kind for kind in (DOWN, UP, MAGNITUDE) if key.endswith(kind)), None)
@@ -70,7 +61,7 @@ def read_adapter(name: str, folder: Path, parts: Mapping[str, nn.Module], device
         by_place.setdefault((part, layer), {})[kind] = tensor
     updates = {
         place: _update(
-            f"{file}: {'.'.join(place)}", _layer(parts, place, file), stored, settings, place, device
+            f"{file}: {'.'.join(place)}", _layer(parts, place, file), stored, settings, place, device, dtype
         )
         for place, stored in by_place.items()
     }
@@ -102,18 +93,20 @@ def _update(
     settings: Mapping[str, Any],
     place: LayerKey,
     device: str,
+    dtype: torch.dtype | None,
 ) -> Update:
     """Make the update of one layer from its stored tensors."""
     weight = layer.weight
     if DOWN not in tensors or UP not in tensors:
         raise ValueError(f"{where}: {DOWN[1:]} and {UP[1:]} belong together, and one is missing")
     # Copies, because safetensors returns views of the file.
-    stored = {kind: tensor.to(device, weight.dtype, copy=True) for kind, tensor in tensors.items()}
+    dtype = dtype or weight.dtype
+    stored = {kind: tensor.to(device, dtype, copy=True) for kind, tensor in tensors.items()}
     down, up = stored[DOWN], stored[UP].flatten(1)
     expected = (len(down), *weight.shape[1:])
     if down.shape != expected or up.shape != (len(weight), len(down)) or stored[UP].ndim != weight.ndim:
         raise ValueError(f"{where}: its shape does not fit the base's layer; it was trained on another base")
-    up = up * _scale(where, settings, place, rank=len(down))
+    up = up * adapter_scale(where, settings, place, rank=len(down))
     gain = None
     if MAGNITUDE in stored:
         if weight.is_meta:
@@ -121,27 +114,10 @@ def _update(
                 f"offload: {where} is DoRA, which needs the layer's own weights; fuse the version "
                 "(serve.fuse_champion), or serve it without offload"
             )
-        merged = weight.flatten(1) + up @ down.flatten(1)
+        merged = weight.flatten(1).to(dtype) + up @ down.flatten(1)
         gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(merged, dim=1)
         up = up * gain[:, None]
     return Update(down, up, gain)
-
-
-def _scale(where: str, settings: Mapping[str, Any], place: LayerKey, *, rank: int) -> float:
-    """Return alpha / rank of a layer as peft computes it (alpha / sqrt(rank) for rsLoRA); 1, as in diffusers,
-    if the file has no configuration."""
-    part, layer = place
-    own = {
-        key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")
-    }
-    if not own:
-        return 1.0
-    for option in OTHER_VARIANTS:
-        if own.get(option):
-            raise ValueError(f"{where}: {option}={own[option]!r} is not served; train it without")
-    alphas = own.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
-    return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
 
 
 class AdapterCache:

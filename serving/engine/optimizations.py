@@ -1,8 +1,7 @@
 """Switches that make a model faster or smaller, applied before an engine is built on it. Pure PyTorch.
 
-All but `offload`, `solver` and `fuse` change the denoiser only. Text encoders and autoencoder stay in
-float32, because they run once per image, and half precision overflows in some autoencoders.
-`Engine` has two more switches, `cache_features` and `attention`.
+All but `offload`, `solver` and `fuse` change the denoiser only. The precision is chosen when the pipeline is
+loaded. `Engine` has two more switches, `cache_features` and `attention`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
+from ray_jobs.diffusion.quantization import QuantizedLinear, is_quantized, quantize
 from ray_jobs.diffusion.solvers import scheduler_of
 from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
 from serving.engine.batched_lora import Adapter
@@ -32,7 +30,6 @@ def prepare(
     pipeline: Pipeline,
     device: str,
     *,
-    precision: str = "fp32",
     channels_last: bool = False,
     compile: bool = False,
     int8_weights: bool = False,
@@ -43,14 +40,13 @@ def prepare(
     """Optimize a pipeline in place, and move it to a device.
 
     Args:
-        pipeline: a pipeline from `load_pipeline`, in float32 and without peft adapters.
-        precision: precision of the denoiser's weights and arithmetic, one of `PRECISIONS`. Latents, prompt
-            embeddings and the solver's steps stay in float32.
+        pipeline: a pipeline from `load_pipeline`, without peft adapters. Latents and the solver's steps are
+            in float32 whatever its dtype.
         channels_last: use the channels-last memory format in the denoiser.
         compile: compile the denoiser with `torch.compile`, for any batch and image size; the first calls with
             one row and with several take minutes. Such an engine serves no adapters.
         int8_weights: store the denoiser's linear weights as int8 with one scale per output channel, and
-            dequantize them in every call: a quarter of the memory, no speed-up.
+            restore them in every call: a quarter of the memory, no speed-up.
         offload: components kept in host memory and copied to the device one layer at a time while they run:
             the text encoders and the autoencoder, or the denoiser too, for models larger than the device.
         solver: replacement of the model's own scheduler, see `solvers.scheduler_of`.
@@ -61,8 +57,6 @@ def prepare(
     """
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     if channels_last:
         check_channels_last(family, denoiser)
     if any(".lora_" in name for name, _ in denoiser.named_parameters()) and (int8_weights or compile or fuse):
@@ -70,16 +64,17 @@ def prepare(
         raise ValueError(
             f"{switch}: the denoiser contains a peft adapter; load the base alone and fuse the adapter"
         )
+    if int8_weights and is_quantized(denoiser):
+        raise ValueError("int8_weights: the denoiser is quantized already; turn it off")
     if compile and offload == "model":
         raise ValueError("offload: a compiled denoiser keeps its weights on the device; turn one off")
     pipeline.scheduler = scheduler_of(pipeline.scheduler, solver)
     if fuse is not None:
         merge(pipeline, fuse)
-    denoiser.to(PRECISIONS[precision])
     if offload == "none":
         pipeline.to(device)
     if int8_weights:
-        quantise(denoiser)
+        quantize(denoiser, "int8")
     if channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if compile:
@@ -142,35 +137,20 @@ def attention_kernel(attention: Attention) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def merge(pipeline: Pipeline, adapter: Adapter) -> None:
-    """Merge an adapter into the weights of its base: W becomes gain * W + up down."""
+    """Merge an adapter into the weights of its base: W becomes gain * W + up down, summed in float32.
+
+    Raises:
+        ValueError: a layer is quantized, and rounds to more than an update.
+    """
     for (part, name), update in adapter.updates.items():
-        weight = getattr(pipeline, part).get_submodule(name).weight
+        layer = getattr(pipeline, part).get_submodule(name)
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(
+                f"fuse: {part}.{name} is stored as {layer.format_name}, which would round the update away; "
+                "serve it as an adapter"
+            )
+        weight = layer.weight
+        merged = weight.float()
         if update.gain is not None:
-            weight *= update.gain.reshape(-1, *(1,) * (weight.ndim - 1))
-        weight += (update.up @ update.down.flatten(1)).reshape(weight.shape)
-
-
-class Int8(nn.Module):
-    """Symmetric int8 weights with one scale per output channel; a channel's largest magnitude becomes 127."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, rounded: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (rounded * scale.view(torch.float32)).to(self.dtype)
-
-    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize a weight: int8, out x in, and its scales: float32, out x 1, as the bits of integers.
-
-        As floats they would be the first of a component's weights where its layers have no biases, and
-        diffusers takes the component's dtype from those.
-        """
-        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        return (weight / scale).round().to(torch.int8), scale.view(torch.int32)
-
-
-def quantise(module: nn.Module) -> None:
-    """Store the weights of all linear layers as int8. Reading them still gives their original dtype."""
-    for layer in [each for each in module.modules() if isinstance(each, nn.Linear)]:
-        parametrize.register_parametrization(layer, "weight", Int8(layer.weight.dtype))
+            merged = merged * update.gain.float().reshape(-1, *(1,) * (weight.ndim - 1))
+        weight.copy_(merged + (update.up.float() @ update.down.flatten(1).float()).reshape(weight.shape))

@@ -11,6 +11,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, family_of
 from ray_jobs.diffusion.protocols import Pipeline
+from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.diffusion.solvers import Schedule
 from serving.engine.batched_lora import Adapter
 from serving.request import Request, RequestError
@@ -46,6 +47,10 @@ def check_request(
             raise RequestError(field_name, f"{pixels}; must be a multiple of {least} pixels{limit}")
         if pixels > max_side:
             raise RequestError(field_name, f"{pixels}; must be at most {max_side} pixels")
+    patches = family.codec.max_patches(denoiser.config)
+    if patches and size[0] != size[1] and size[0] * size[1] > patches * least**2:
+        limit = f"at most {patches * least**2:,} pixels unless they are square"
+        raise RequestError("height", f"{size[0]} x {size[1]}; this model's images have {limit}")
     _check_image(request, size)
     if request.steps < 1:
         raise RequestError("steps", f"{request.steps}; must be at least 1")
@@ -55,6 +60,8 @@ def check_request(
         raise RequestError(
             "guidance_scale", f"{request.guidance_scale}; must be at least 1, which turns guidance off"
         )
+    if request.guidance_scale > 1 and not family.has_guidance(pipeline.config):
+        raise RequestError("guidance_scale", f"{request.guidance_scale}; {UNGUIDED}, which is 1")
     if request.negative_prompt is not None and family.guidance_embedded(denoiser):
         raise RequestError(
             "negative_prompt", "not supported: this model takes the guidance scale as an input"

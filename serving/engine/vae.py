@@ -30,8 +30,13 @@ class Decoder:
 
     def decode(self, chunk: list[Decoding]) -> None:
         """Decode rows of one size, and deliver the images."""
-        latents = torch.stack([each.latents for each in chunk]).to(self.pipeline.vae.dtype)
-        decoded = self.workers.apart(lambda part: decode_latents(self.pipeline, latents[part]), len(chunk))
+        latents = torch.stack([each.latents for each in chunk])
+        if family_of(self.pipeline).codec.keeps_state:
+            decoded = self.workers.together(lambda: decode_latents(self.pipeline, latents))
+        else:
+            decoded = self.workers.apart(
+                lambda part: decode_latents(self.pipeline, latents[part]), len(chunk)
+            )
         pictures = decoded.permute(0, 2, 3, 1).contiguous()
         for each, pixels in zip(chunk, pictures.unbind(), strict=True):
             if each.last:

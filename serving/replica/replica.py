@@ -20,6 +20,7 @@ from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
+    Base,
     ImageSize,
     Picture,
     Placement,
@@ -55,7 +56,7 @@ class Model:
 
     Args:
         evaluate: configuration of the networks that measure drift.
-        base: folder or hub name of the model that the LoRA versions were trained on.
+        base: the model that the LoRA versions were trained on, stored here as it was then.
         first: version to warm up; a fully trained one needs no base.
         newest: function that returns the version to warm up when a replica starts later; None: `first`.
     """
@@ -64,17 +65,16 @@ class Model:
         self,
         settings: ServeConfig,
         evaluate: EvaluateConfig,
-        base: str,
-        base_revision: str | None,
+        base: Base,
         first: RegisteredModel,
         newest: Callable[[], RegisteredModel] | None = None,
     ) -> None:
-        self.settings, self.base, self.base_revision = settings, base, base_revision
+        self.settings, self.base = settings, base
         if newest is not None:
             current = await asyncio.to_thread(newest)
-            first = current if base_of(current) == (base, base_revision) else first
+            first = current if base_of(current) == base else first
         self._name = uuid.uuid4().hex
-        self._postprocess = Postprocessor(settings, evaluate, base)
+        self._postprocess = Postprocessor(settings, evaluate, base.model)
         self.device = "cuda" if settings.use_gpu else "cpu"
         if settings.use_gpu:
             take_share(settings.gpu_share)
@@ -217,7 +217,10 @@ class Model:
 
     def _load(self, name: str) -> "EngineThread":
         """Load and start the engine of this name; blocks its thread for seconds to minutes."""
+        import torch
+
         from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.precision import PRECISIONS
         from ray_jobs.weights.loading import load_pipeline
         from serving.engine.adapters import read_adapter
         from serving.engine.engine import Engine
@@ -231,15 +234,20 @@ class Model:
         ):  # the weights are verified before the base is loaded
             whole = None if version is None or version.method == "lora" else folder
             pipeline = load_pipeline(
-                self.base if whole else local_path(self.base), whole, revision=self.base_revision
+                self.base.model if whole else local_path(self.base.model),
+                whole,
+                revision=self.base.revision,
+                dtype=PRECISIONS[settings.precision],
+                quantization=self.base.quantization,
+                text_quantization=self.base.text_quantization,
             )
             if folder and not whole:
-                fuse = read_adapter(name, folder, family_of(pipeline).adaptable(pipeline))
+                parts = family_of(pipeline).adaptable(pipeline)
+                fuse = read_adapter(name, folder, parts, dtype=torch.float32)
         try:
             prepare(
                 pipeline,
                 self.device,
-                precision=settings.precision,
                 channels_last=settings.channels_last,
                 compile=settings.compile,
                 int8_weights=settings.int8_weights,

@@ -7,7 +7,7 @@ import time
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
 from ray_jobs.registry.models import champion as look_up
-from serving.messages import label, placement_of
+from serving.messages import base_of, label, placement_of
 from serving.schemas import APIError
 from serving.service.canary import Canary
 from serving.service.replica_client import ReplicaClient
@@ -41,7 +41,8 @@ def replaced_by(config: Config, champion: RegisteredModel) -> RegisteredModel | 
         previous = registered(config, PREVIOUS)
     except ConfigError:
         return None
-    return previous if previous.version != champion.version and previous.base == champion.base else None
+    same_base = base_of(previous) == base_of(champion)
+    return previous if previous.version != champion.version and same_base else None
 
 
 async def warmed_up(config: Config, champion: RegisteredModel, replicas: ReplicaClient) -> RegisteredModel:
@@ -147,8 +148,8 @@ class RegistryWatcher:
         """Have the replicas load a version, unless they have it already; return the reason if they cannot."""
         if not self.catalogue.fits(version):
             return (
-                f"{label(version)} cannot be served: it was trained on {version.base}, and the replicas hold "
-                f"{self.catalogue.base[0]}; start the endpoint again"
+                f"{label(version)} cannot be served: it was trained on {base_of(version)}, and the replicas "
+                f"hold {self.catalogue.base}; start the endpoint again"
             )
         try:
             await self.replicas.warm_up(version, fused=fused)

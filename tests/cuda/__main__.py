@@ -1,4 +1,4 @@
-"""`python -m tests.cuda training|serving FOLDER`: run one of the programs on the pretended device."""
+"""`python -m tests.cuda training|serving|benchmarking FOLDER`: run a program on the pretended device."""
 
 import importlib
 import sys

@@ -24,10 +24,17 @@ OPTIMIZER = 40  # launches of an optimizer step, whatever the number of layers
 AVERAGES = 4  # of the moving average
 BATCH_CHANGE = 20  # of other rows with other adapters, in the serving engine
 # What diffusers 0.42.1 copies to the device in each call of a transformer: Chroma's constant for guidance,
-# Qwen-Image's and Lumina 2's tables of rotary positions.
-COPIES_OF_DIFFUSERS = {"ChromaPipeline": 1, "QwenImagePipeline": 1, "Lumina2Pipeline": 3}
-# Lumina 2 in diffusers asks the mask for the captions' lengths.
-WAITS_OF_DIFFUSERS = {"Lumina2Pipeline": 1}
+# Qwen-Image's and Lumina 2's tables of rotary positions, HiDream's number of patches.
+COPIES_OF_DIFFUSERS = {
+    "ChromaPipeline": 1,
+    "HiDreamImagePipeline": 1,
+    "QwenImagePipeline": 1,
+    "Lumina2Pipeline": 3,
+}
+# Lumina 2 in diffusers asks the mask for the captions' lengths. Each of HiDream's four blocks counts the
+# tokens of its experts, also when it is recomputed.
+WAITS_OF_DIFFUSERS = {"Lumina2Pipeline": 1, "HiDreamImagePipeline": 4}
+RECOMPUTED_WAITS = {"HiDreamImagePipeline": 4}
 
 Told = dict[tuple[str, str], dict[str, Any]]
 """What a program tells, by family and case."""

@@ -14,7 +14,8 @@ import torch
 
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.family import UNET_ATTENTION
-from ray_jobs.diffusion.sampling import sample_pictures
+from ray_jobs.diffusion.quantization import FORMATS
+from ray_jobs.diffusion.sampling import Prompts, sample_pictures
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.batched_lora import Adapter, BatchedLoRA, Update
 from serving.engine.engine import Engine
@@ -27,6 +28,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "int8 weights": {"int8_weights": True},
     "encoders offloaded": {"offload": "encoders"},
     "model offloaded": {"offload": "model"},
+    **{f"on {name}": {"quantization": name} for name in FORMATS},
+    "text on nf4": {"text_quantization": "nf4"},
+    "text on nf4, offloaded": {"text_quantization": "nf4", "offload": "encoders"},
 }
 OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True}, "cached features": {}}
 
@@ -48,8 +52,10 @@ def requests() -> list[Request]:
 
 def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> dict[str, Any]:
     """Draw requests that join at once; return what each engine step counted."""
-    pipeline = load_pipeline(str(base))
-    prepare(pipeline, "cuda", precision="bf16", **settings)
+    switches = dict(settings)
+    stored = {name: switches.pop(name, None) for name in ("quantization", "text_quantization")}
+    pipeline = load_pipeline(str(base), dtype=torch.bfloat16, **stored)
+    prepare(pipeline, "cuda", **switches)
     engine = Engine(pipeline, device="cuda", max_rows=4, cache_features=case == "cached features")
     futures = [
         engine.submit(request, (lambda done, picture: None) if request.previews else None)
@@ -75,8 +81,8 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
 
 def change(base: Path, device: Pretend) -> dict[str, Any]:
     """Change a batch of rows with four adapters, of two ranks, and one row without."""
-    pipeline = load_pipeline(str(base))
-    prepare(pipeline, "cuda", precision="bf16")
+    pipeline = load_pipeline(str(base), dtype=torch.bfloat16)
+    prepare(pipeline, "cuda")
     family = family_of(pipeline)
     part = getattr(pipeline, family.denoiser)
     low_rank, adapters = BatchedLoRA({family.denoiser: part}), []
@@ -116,6 +122,39 @@ def sample(base: Path, device: Pretend) -> dict[str, Any]:
     return {"waits": dict(device.waits), "to_device": dict(device.to_device)}
 
 
+def take_turns(base: Path) -> dict[str, Any]:
+    """Draw as the evaluator does; return where denoisers and text encoders are while each of them runs."""
+    pipeline, family = load_pipeline(str(base), dtype=torch.bfloat16), FAMILIES[base.name]
+    pipeline.vae.to("cuda")
+    denoisers, encoders = family.model(pipeline), family.text.present(pipeline)
+    seen: dict[str, set[str]] = {"denoising": set(), "encoding": set()}
+
+    def devices(parts: dict[str, Any]) -> str:
+        return ",".join(sorted({each.device.type for part in parts.values() for each in part.parameters()}))
+
+    def saw(work: str) -> Any:
+        return lambda *_: seen[work].add(f"{devices(denoisers)} {devices(encoders)}")
+
+    for part in denoisers.values():
+        part.register_forward_pre_hook(saw("denoising"))
+    for part in encoders.values():
+        for module in part.modules():
+            if isinstance(module, torch.nn.Embedding):  # some families call parts of an encoder only
+                module.register_forward_pre_hook(saw("encoding"))
+    drawn = sample_pictures(
+        pipeline,
+        ["a", "b", "c"],
+        [1, 2, 3],
+        shapes=[(64, 64)] * 3,
+        num_steps=2,
+        guidance_scale=2.0 if family.has_guidance(pipeline.config) else 1.0,
+        batch_size=2,
+        encoded=Prompts(pipeline, "cuda"),
+    )
+    assert sum(len(pictures) for pictures in drawn) == 3
+    return {work: sorted(found) for work, found in seen.items()}
+
+
 def tell(**found: Any) -> None:
     print(json.dumps(found), flush=True)
 
@@ -145,3 +184,8 @@ def main(folder: Path) -> None:
                 tell(family=name, case="sampling", **sample(base, device))
         except Exception:
             tell(family=name, case="sampling", error=traceback.format_exc())
+        try:
+            with Pretend():
+                tell(family=name, case="turns", **take_turns(base))
+        except Exception:
+            tell(family=name, case="turns", error=traceback.format_exc())

@@ -25,7 +25,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Told:
 def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: str, served: Told) -> None:
     of_diffusers = COPIES_OF_DIFFUSERS.get(family, 0)
     for case, found in of_family(served, family).items():
-        if case in ("sampling", "adapters") or "offloaded" in case:
+        if case in ("sampling", "turns", "adapters") or "offloaded" in case:
             continue  # what is offloaded is copied in each step
         fewest_waits = min(sum(step["waits"].values()) for step in found["steps"])
         assert fewest_waits == WAITS_OF_DIFFUSERS.get(family, 0), case
@@ -38,7 +38,16 @@ def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: s
 @pytest.mark.parametrize("family", FAMILY_MODELS)
 def test_an_evaluator_draws_on_the_device(family: str, served: Told) -> None:
     waits = of_family(served, family)["sampling"]["waits"]
-    assert sum(waits.values()) <= 10 * 2, waits  # of two batches, before and after their steps
+    # Of two batches, before and after their four steps, and in these.
+    assert sum(waits.values()) <= 2 * (10 + 4 * WAITS_OF_DIFFUSERS.get(family, 0)), waits
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_denoiser_and_text_encoders_of_an_evaluator_are_never_on_the_device_together(
+    family: str, served: Told
+) -> None:
+    found = of_family(served, family)["turns"]
+    assert found["denoising"] == ["cuda cpu"] and found["encoding"] == ["cpu cuda"]
 
 
 def test_a_change_of_a_batch_with_adapters_launches_few_kernels_whatever_the_number_of_layers(

@@ -14,6 +14,7 @@ import torch
 
 from ray_jobs.config import Config
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.diffusion.quantization import FORMATS
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.monitor import LATE, Meter
@@ -38,19 +39,22 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"offset_noise": 0.1, "input_perturbation": 0.1, "huber_delta": 0.1},
     },
 }
-PLAIN = {"StableDiffusionPipeline", "FluxPipeline"}  # families that also take a step of plain LoRA
+PLAIN = {"StableDiffusionPipeline", "FluxPipeline"}  # families that also take a step of the following
+CASES_OF_PLAIN: dict[str, dict[str, Any]] = {"lora": {"method": "lora"}} | {
+    f"lora on {format_name}": {"quantize": format_name} for format_name in FORMATS
+}
 STEPS = 2  # the second is counted: Adam has its state then
 CAPTIONS = ["a red circle", "a blue cross", "", "a green square"]
 
 
-def config_of(base: Path, folder: Path, **train: Any) -> Config:
+def config_of(base: Path, folder: Path, quantize: str | None = None, **train: Any) -> Config:
     settings = {"batch_size": 4, "num_workers": 1, "use_gpu": True, "precision": "bf16", **train}
     return Config.model_validate(
         {
             "name": "pretended",
             "storage": str(folder),
             "data": {"source": "unused", "resolution": 64},
-            "model": {"base": str(base)},
+            "model": {"base": str(base), "quantize": quantize},
             "train": settings,
             "search": {"learning_rates": [1e-3], "ladder": [1000]},
         }
@@ -119,7 +123,7 @@ def main(folder: Path) -> None:
         base = folder / name
         if not base.exists():
             write(name, base)
-        for case, settings in (CASES | ({"lora": {"method": "lora"}} if name in PLAIN else {})).items():
+        for case, settings in (CASES | (CASES_OF_PLAIN if name in PLAIN else {})).items():
             try:
                 with Pretend() as device:
                     found = train(config_of(base, folder, **settings), device)

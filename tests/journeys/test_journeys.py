@@ -11,6 +11,9 @@
 | masks      | Chroma                              | folder of shapes, buckets    | lora                   |
 | masks-full | Chroma                              | folder, `encode: stream`     | full, two workers      |
 | z-image    | Z-Image                             | folder of shapes, buckets    | lora                   |
+| krea-2     | Krea 2, whose captions are ragged   | folder of shapes             | lora                   |
+| hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
+| quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
 Two trials train at once, but with folds, where each fold has one, and with a stream, whose encoders take
 the place of the second.
@@ -95,11 +98,34 @@ JOURNEYS = [
         pictures.folder_of_shapes,
         {"data": {"buckets": True}, "train": {"batch_size": 2, "gradient_checkpointing": True}},
     ),
+    Journey("krea-2", "Krea 2", pictures.folder_of_shapes, {"train": {"batch_size": 2}}),
+    Journey(
+        "hidream",
+        "HiDream-I1",
+        pictures.folder_of_shapes,
+        {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    ),
+    Journey(
+        "quantized",
+        "FLUX.1-dev",
+        pictures.folder_of_shapes,
+        {"model": {"quantize": "int8"}, "train": {"num_workers": 2, "precision": "bf16"}},
+        tolerance=24,
+    ),
 ]
 
 # By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline; Z-Image by the tests of
 # families and of the engine.
-WALKED_IN_PARTS = ("stream", "buckets", "dreambooth", "masks-full", "z-image")
+WALKED_IN_PARTS = (
+    "stream",
+    "buckets",
+    "dreambooth",
+    "masks-full",
+    "z-image",
+    "krea-2",
+    "hidream",
+    "quantized",
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from ray_jobs.config import Config
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.publishing.model_card import usage
-from ray_jobs.publishing.pages import guidance_arguments
+from ray_jobs.publishing.pages import guidance_arguments, published_base
 from ray_jobs.training.setup import build_model, exporter
-from ray_jobs.weights.loading import load_pipeline
-from ray_jobs.weights.model_files import variant_name, without_lora_loader
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from serving.engine.engine import Engine
 from serving.request import Request
 from tests.journeys.test_journeys import JOURNEYS
 from tests.journeys.walk import SIDE, Journey, configuration
+from tests.unit.test_assistant import assistant_of
 
 PROMPT = "a small red circle"
 
@@ -33,7 +35,7 @@ def write_weights(config: Config, folder: Path) -> None:
     pipeline, model = build_model(config)
     export = exporter(config, pipeline, model, 0)
     torch.manual_seed(1)
-    spread = 0.05 if config.train.method == "lora" else 0.02
+    spread = 0.1 if config.train.method == "lora" else 0.02
     moved = {name: each.detach() + spread * torch.randn_like(each) for name, each in model.trained()}
     folder.mkdir()
     export(moved, folder)
@@ -42,14 +44,18 @@ def write_weights(config: Config, folder: Path) -> None:
 def plain_picture(config: Config, folder: Path) -> Any:
     """What the card's program draws, unchanged."""
     base = Path(config.model.base)
-    lora = config.train.method == "lora"
-    if lora:
+    if config.train.method == "lora":
         (folder / base.name).symlink_to(base)
     with contextlib.chdir(folder):
-        variant = variant_name(str(base)) if lora else None
-        injected = without_lora_loader(str(base)) if lora else None
-        exec(usage(config, PROMPT, guidance_arguments(config), variant=variant, injected=injected), {})
+        exec(usage(config, published_base(config.model), PROMPT, guidance_arguments(config)), {})
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
+
+
+def stored(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Metadata and tensors of a safetensors file."""
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    return metadata, {name: tensor.tobytes() for name, tensor in load_file(file).items()}
 
 
 def engine_picture(engine: Engine, request: Request) -> Any:
@@ -87,3 +93,19 @@ def test_trained_weights_are_one_model_in_every_program(journey: Journey, tmp_pa
         whole = engine_picture(Engine(load_pipeline(config.model.base, folder)), request)
         assert np.abs(whole - plain).max() <= 2
     assert np.abs(scored_picture(config, folder) - plain).max() <= 2
+
+
+def test_an_assistant_of_the_training_is_in_no_program(tmp_path: Path) -> None:
+    [journey] = [each for each in JOURNEYS if each.name == "z-image"]
+    config = configuration(journey, tmp_path, tmp_path)
+    assistant = assistant_of(Path(config.model.base), tmp_path / "assistant")
+    model = config.model.model_copy(update={"assistant": str(assistant)})
+    assisted = config.model_copy(update={"model": model})
+    folder, other = tmp_path / "model", tmp_path / "other"
+    write_weights(config, folder)
+    write_weights(assisted, other)
+    # The same random weights: all that evaluators and endpoints load beside the base.
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+    # Not byte by byte: safetensors writes the entries of the metadata in any order.
+    assert stored(folder / LORA_WEIGHTS) == stored(other / LORA_WEIGHTS)
+    assert np.array_equal(plain_picture(config, folder), plain_picture(assisted, other))

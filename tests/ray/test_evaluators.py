@@ -66,6 +66,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
     pool.captions, pool.shapes, pool.digests, pool._real, pool._training = {}, {}, {}, {}, {}
+    pool.corrected = {}
     return pool
 
 
@@ -82,7 +83,9 @@ def rows(config: Config, started: EvaluatorPool, tiny_model: Path) -> list[RungR
         scores = pool.score(weights_of(folder.uri), VALIDATION, folder)
         row = {"trial_id": trial, "learning_rate": float(trial[3:]), "step": STEP, "checkpoint": folder.uri}
         row |= {"seconds": 1.0, "train_loss": 0.1, "images_per_second": 1.0, "settings": {}}
+        row |= {"ranked_by": pool.ranked_by(VALIDATION)}
         found.append(RungRow.model_validate(row | scores.row() | scores.origin))
+    assert all(row.score == row.corrected_fid != row.fid for row in found)
     return found
 
 
@@ -164,12 +167,12 @@ def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
     measured = {(line["trial_id"], line["guidance_scale"]): line for line in lines}
     assert set(measured) == {(row.trial_id, scale) for row in rows for scale in (1.0, 6.0)}
     assert all(line["num_samples"] == 11 and "@sha256:" in line["feature_network"] for line in lines)
-    fids = {key: line["fid"] for key, line in measured.items()}
-    fids |= {(row.trial_id, 2.0): row.fid for row in rows}
-    assert (found.trial_id, found.guidance_scale) == min(fids, key=lambda key: fids[key])
-    assert found.fid == min(fids.values()) and len(set(fids.values())) == 6
+    scores_there = {key: line["corrected_fid"] for key, line in measured.items()}
+    scores_there |= {(row.trial_id, 2.0): row.score for row in rows}
+    assert (found.trial_id, found.guidance_scale) == min(scores_there, key=lambda key: scores_there[key])
+    assert found.score == min(scores_there.values()) and len(set(scores_there.values())) == 6
     again = choose_guidance(config, rows, best, pool)
-    assert again.fid == found.fid and storage.read_lines(MEASURED) == lines
+    assert again.score == found.score and storage.read_lines(MEASURED) == lines
     assert choose_guidance(started.config, rows, best, pool) is best, "nothing to choose from"
 
 

@@ -69,13 +69,16 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     fields |= {"train_loss", "images_per_second", "seconds"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
     scores |= {"validation_loss", "validation_losses", "feature_network", "num_samples"}
+    scores |= {"ranked_by", "corrected_fid", "corrected_fid_error", "fid_means", "spread"}
     compared = {"behind", "behind_error", "variance_ratio"}
     assert all(set(row) - compared == fields | scores for row in rows)
     winner = json.loads((run / "winner.json").read_text())
     [best] = [row for row in rows if all(row[key] == winner[key] for key in ("trial_id", "step"))]
     assert winner["validation_fid"] == best["fid"]
-    # One of a lower FID took more steps, and on the same noise cannot be told from it.
-    assert all(row["fid"] >= best["fid"] or row["step"] > best["step"] for row in rows)
+    ranked = "corrected_fid"
+    assert winner["ranked_by"] == ranked and winner[f"validation_{ranked}"] == best[ranked]
+    # One of a lower score took more steps, and on the same noise cannot be told from it.
+    assert all(row[ranked] >= best[ranked] or row["step"] > best["step"] for row in rows)
     assert best.get("behind", 0) <= best.get("behind_error", 0)
     assert winner["test_fid_error"] > 0 and winner["test_fid_2"] > 0 and "test_kid" in winner
     reads = [json.loads(line)["event"] for line in (run / "test_reads.jsonl").read_text().splitlines()]
@@ -84,6 +87,9 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     assert winner["num_samples"] == 2 * manifest["test"]  # each caption twice
     assert (run / "config.yaml").exists() and (run / "report.html").read_text().startswith("<!")
     assert (run / "model" / "pytorch_lora_weights.safetensors").exists()
+    with safe_open(run / "comfyui" / f"{run.name}.safetensors", "pt") as kohya:
+        names = set(kohya.keys())
+    assert names and all(name.startswith("lora_unet_") for name in names)
     with safe_open(run / "model" / "reference.features", "numpy") as reference:
         kinds = {"validation", "training", "published"}
         assert {f"{winner['feature_network']}/{kind}" for kind in kinds} <= set(reference.keys())

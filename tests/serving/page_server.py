@@ -15,6 +15,7 @@ from serving.feedback.store import FeedbackStore
 from serving.http.access import Access
 from serving.http.api import create_api
 from serving.http.api_keys import KeyRing
+from serving.messages import base_of
 from serving.replica.replica import Model
 from serving.service.replica_client import ReplicaClient
 from serving.service.service import Service
@@ -73,7 +74,7 @@ class PicturesHere:
 
 async def _model(config: Config, first: RegisteredModel) -> Any:
     model = object.__new__(Model.func_or_class)  # type: ignore[attr-defined]
-    await model.__init__(config.serve, config.evaluate, first.base, first.base_revision, first)
+    await model.__init__(config.serve, config.evaluate, base_of(first), first)
     return model
 
 

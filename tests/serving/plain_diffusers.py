@@ -9,6 +9,7 @@ import diffusers
 import torch
 
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.families.text_processor import text_processor
 from ray_jobs.diffusion.sampling import encode_prompts
 from serving.request import Request
 
@@ -23,11 +24,24 @@ def load(folder: Path, variant: str | None = None) -> Any:
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if "safety_checker" in index:
         absent |= {"safety_checker": None, "requires_safety_checker": False}
+    if "processor" in index:  # it would need torchvision
+        import transformers
+
+        kind = getattr(transformers, index["processor"][1])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, subfolder="processor")
+        absent["processor"] = text_processor(kind, tokenizer)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, variant=variant, dtype=torch.float32, **absent
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def keep_size(pipeline: Any, height: int, width: int) -> None:
+    """Let HiDream's pipeline draw at this size, which it would scale to the pixels of its own."""
+    if type(pipeline).__name__ == "HiDreamImagePipeline":
+        # A little more, as it rounds the sides down.
+        pipeline.default_sample_size = (height * width) ** 0.5 / pipeline.vae_scale_factor * (1 + 1e-9)
 
 
 def draw(pipeline: Any, request: Request) -> torch.Tensor:
@@ -39,6 +53,8 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         options["negative_prompt"] = request.negative_prompt
     if request.image is None:
         options |= {"height": request.height, "width": request.width}
+        if request.height and request.width:
+            keep_size(pipeline, request.height, request.width)
     else:
         options |= image_options(pipeline, request.image, request.strength)
         # AutoPipelineForImage2Image of diffusers 0.42.1 does not know all of them, for example Chroma's.
@@ -54,7 +70,15 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
         output_type="pt",
         **known(pipeline, options),
     ).images[0]
-    return 255 * picture.permute(1, 2, 0).float()
+    return 255 * on_white(picture).permute(1, 2, 0).float()
+
+
+def on_white(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures from 0 to 1, ... x channels x height x width, without their alpha channel if they have one."""
+    if pictures.shape[-3] == 3:
+        return pictures
+    colours, alpha = pictures.split([3, 1], dim=-3)
+    return alpha * colours + 1 - alpha
 
 
 @torch.no_grad()
@@ -63,13 +87,22 @@ def begin_with_image(pipeline: Any, request: Request) -> torch.Tensor:
     assert request.image is not None
     family, scheduler = family_of(pipeline), deepcopy(pipeline.scheduler)
     generator = torch.Generator().manual_seed(request.seed)
-    encoded = pipeline.vae.encode(request.image.permute(2, 0, 1)[None] / 127.5 - 1)
+    config, image = pipeline.vae.config, request.image.permute(2, 0, 1)[None] / 127.5 - 1
+    if config.get("in_channels") == 4:  # with an alpha channel
+        image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
+    video = hasattr(config, "z_dim")  # an autoencoder for videos, to which an image is one frame
+    encoded = pipeline.vae.encode(image.unsqueeze(2) if video else image)
     clean = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
     posterior, noise = (torch.randn(clean.shape, generator=generator) for _ in range(2))
+    noise = noise.squeeze(2) if video else noise
     if hasattr(encoded, "latent_dist"):
         clean = clean + encoded.latent_dist.std * posterior
-    config = pipeline.vae.config
-    clean = (clean - (config.get("shift_factor") or 0)) * config.scaling_factor
+    if video:
+        clean = clean.squeeze(2)
+        shift, scale = torch.tensor([config.latents_mean, config.latents_std])[..., None, None]
+    else:
+        shift, scale = config.get("shift_factor") or 0, 1 / config.scaling_factor
+    clean = (clean - shift) / scale
     family.schedule.set_timesteps(scheduler, request.steps, clean.shape, "cpu")
     first = family.schedule.first_step(request.steps, request.strength)
     scheduler.set_begin_index(first)
@@ -87,9 +120,10 @@ def begin_with_image(pipeline: Any, request: Request) -> torch.Tensor:
         if request.guidance_scale > 1:
             output = family.guide(unguided, output, torch.tensor(request.guidance_scale))
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
-    latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-    picture = pipeline.vae.decode(latents, return_dict=False)[0][0]
-    return 255 * (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    latents = latents * scale + shift
+    picture = pipeline.vae.decode(latents.unsqueeze(2) if video else latents, return_dict=False)[0][0]
+    picture = picture.squeeze(1) if video else picture
+    return 255 * on_white((picture / 2 + 0.5).clamp(0, 1)).permute(1, 2, 0)
 
 
 def known(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,10 @@ def test_drift_without_a_reference_is_told(config: Config, version: RegisteredMo
             "offload: model cannot be combined with compile",
         ),
         ({"attention": "cudnn"}, "attention: cudnn needs use_gpu"),
-        ({"attention": "flash", "use_gpu": True}, "attention: flash on a GPU needs precision bf16 or fp16"),
+        (
+            {"attention": "flash", "use_gpu": True, "precision": "fp32"},
+            "attention: flash on a GPU needs precision bf16 or fp16",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], expected: str) -> None:

@@ -33,7 +33,7 @@ def picture(height: int, width: int, number: int = 0) -> torch.Tensor:
 
 
 # Above with its schedulers; diffusers has no such pipeline for FLUX.2.
-NOT_COMPARED = ("StableDiffusionPipeline", "Flux2KleinPipeline")
+NOT_COMPARED = ("StableDiffusionPipeline", "Flux2KleinPipeline", "Flux2Pipeline")
 SQUARE, WIDE = (64, 64), (32, 64)
 MIXED = [
     Request("a small red circle", 0, 5, 3.0, None, *SQUARE, image=picture(*SQUARE), strength=0.5),

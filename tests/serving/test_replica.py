@@ -16,7 +16,7 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, ImageSize, Picture, RoutedRequest, placement_of
+from serving.messages import BASE, ImageSize, Picture, RoutedRequest, base_of, placement_of
 from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
 from serving.request import Request
@@ -54,7 +54,7 @@ async def replica(
     model = object.__new__(Model.func_or_class)  # type: ignore[attr-defined]
     # So many replicas leave each one thread of the machine's.
     serve = ServeConfig(**{"max_batch_size": 4, "replicas": 64} | settings)
-    await model.__init__(serve, EvaluateConfig(), first.base, None, first, newest)
+    await model.__init__(serve, EvaluateConfig(), base_of(first), first, newest)
     try:
         yield model
     finally:

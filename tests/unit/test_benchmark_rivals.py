@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks.train.__main__ import PARTS
-from benchmarks.train.gpu import peak_of
 from benchmarks.train.limit import bare_loop
 from benchmarks.train.measuring import changed, inputs_of, summary
 from benchmarks.train.recipe import usual_recipe
@@ -70,19 +69,6 @@ def test_memory_that_several_tensors_share_counts_once() -> None:
     assert weight.grad is not None
     found = by_kind([weight, weight.detach()[1:]], [weight.grad], optimizer)
     assert found == {"parameters": 128, "gradients": 128, "optimizer": 2 * 128 + 4}  # and Adam's step
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("Tesla T4", None),
-    ],
-)
-def test_a_device_has_the_peak_of_its_longest_known_name(name: str, peak: float | None) -> None:
-    assert peak_of(name) == peak
 
 
 def test_a_turn_of_ours_is_compared_with_the_rivals_turns_around_it() -> None:

@@ -28,16 +28,17 @@ def config_of(base: Path, *, resolution: int = 64, **sections: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def rescheduled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The tiny model with another scheduler file."""
+    """A tiny model with another scheduler file."""
 
-    def write(class_name: str, **fields: Any) -> Path:
+    def write(class_name: str, model: Path = tiny_model, **fields: Any) -> Path:
         folder = tmp_path_factory.mktemp("base") / "model"
-        shutil.copytree(tiny_model, folder)
+        shutil.copytree(model, folder)
         index = json.loads((folder / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", class_name]
         (folder / "model_index.json").write_text(json.dumps(index))
         file = folder / "scheduler" / "scheduler_config.json"
-        written = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        written = {} if "shift" in fields else betas
         file.write_text(json.dumps({"_class_name": class_name, **written, **fields}))
         return folder
 
@@ -80,7 +81,7 @@ def test_what_a_stage_cannot_do_names_its_field(
     [
         (
             {"solver": "dpm++"},
-            "serve.solver: FlowMatchEulerDiscreteScheduler supports only its own",
+            "serve.solver: FlowMatchEulerDiscreteScheduler is for flow matching, which has no dpm",
         ),
         ({"channels_last": True}, "serve.channels_last: FluxTransformer2DModel has almost no convolutions"),
         ({"cache_features": True}, "serve.cache_features: only a UNet with at least two levels"),
@@ -117,6 +118,18 @@ def test_a_scheduler_that_serving_cannot_step_is_refused_unless_another_one_is_n
     with pytest.raises(ConfigError, match=expected):
         check_stages(config_of(base))
     check_stages(config_of(base, serve={"solver": "dpm++"}))
+
+
+def test_schedulers_that_hidream_is_published_with_are_served_by_eulers(
+    rescheduled: Callable[..., Path], tiny: Callable[[str], Path]
+) -> None:
+    full = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    for class_name, fields in (("UniPCMultistepScheduler", full), ("FlowMatchLCMScheduler", {"shift": 6.0})):
+        base = rescheduled(class_name, tiny("HiDreamImagePipeline"), **fields)
+        with pytest.raises(ConfigError, match=f"{class_name} cannot be served, .*set serve.solver to euler"):
+            check_stages(config_of(base))
+        warnings = check_stages(config_of(base, serve={"solver": "euler"}))
+        assert bool(warnings) is (class_name == "FlowMatchLCMScheduler")  # Dev and Fast are distilled
 
 
 def written(config: Config, folder: Path) -> str:

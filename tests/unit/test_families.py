@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.codec import per_channel
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.finetuning import add_lora
-from ray_jobs.diffusion.objectives import Diffusion, FlowMatching
+from ray_jobs.diffusion.finetuning import FineTuning, add_lora
+from ray_jobs.diffusion.objectives import Diffusion, Draws, FlowMatching, LossSettings
+from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import (
     decode_latents,
     encode_prompts,
@@ -26,11 +28,11 @@ from ray_jobs.diffusion.sampling import (
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.saving import write_adapter
 from tests.serving import plain_diffusers
-from tests.tiny_models import MODELS
+from tests.tiny_models import BY_NAME, MODELS
 
 PIPELINE = re.compile(r'pipeline_class = "(\w+)"')
 PROMPTS = ["a small red circle", "a big blue cross"]
-HEIGHT, WIDTH, FACTOR = 64, 96, 8  # pixels, pixels, and pixels a latent of the autoencoder
+HEIGHT, WIDTH = 64, 96  # pixels
 
 
 @pytest.fixture(params=MODELS)
@@ -62,11 +64,21 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]}
     if kind == "ZImagePipeline":
         return _padded(pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)[0], 512)
+    if kind == "Krea2Pipeline":  # it pads before the template's end
+        embeds, mask = pipeline.encode_prompt(PROMPTS)
+        return _padded([row[real] for row, real in zip(embeds, mask, strict=True)], 512)
     if kind == "QwenImagePipeline":
         embeds, mask = pipeline.encode_prompt(PROMPTS, max_sequence_length=512)
         counts = [embeds.shape[1]] * 2 if mask is None else mask.sum(dim=1).tolist()
         return _padded([row[:count] for row, count in zip(embeds, counts, strict=True)], 512)
-    if kind == "Flux2KleinPipeline":
+    if kind == "QwenImage21Pipeline":
+        embeds, mask, _ = pipeline.encode_prompt(PROMPTS)
+        counts = [embeds.shape[1]] * 2 if mask is None else mask.sum(dim=1).tolist()
+        return _padded([row[:count] for row, count in zip(embeds, counts, strict=True)], 1024)
+    if kind == "HiDreamImagePipeline":
+        t5, _, llama, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        return {"prompt_embeds": t5, "pooled_prompt_embeds": pooled, "llama_embeds": llama.transpose(0, 1)}
+    if kind in ("Flux2KleinPipeline", "Flux2Pipeline"):
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS)[0]}
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
@@ -79,7 +91,9 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
 
 def _padded(states: list[torch.Tensor], length: int) -> dict[str, torch.Tensor]:
     """Captions of several lengths with zeros at their ends, and the mask of what they had."""
-    padded = [torch.nn.functional.pad(each, (0, 0, 0, length - len(each))) for each in states]
+    padded = [each.new_zeros(length, *each.shape[1:]) for each in states]
+    for row, each in zip(padded, states, strict=True):
+        row[: len(each)] = each
     mask = [torch.arange(length) < len(each) for each in states]
     return {"prompt_embeds": torch.stack(padded), "prompt_mask": torch.stack(mask)}
 
@@ -125,6 +139,7 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
         num_steps=4,
         guidance_scale=guidance_scale,
     )
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
     options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
     options |= {"latents": _for_diffusers(theirs, noise(pipeline))}
     options |= {} if embedded else {"negative_prompt": ["", ""]}
@@ -136,26 +151,86 @@ def test_a_picture_is_that_of_the_plain_pipeline(folder: Path, guidance_scale: f
     expected = theirs(prompt=list(PROMPTS), output_type="latent", **deepcopy(options)).images
     assert torch.allclose(latents, _from_diffusers(theirs, family, expected), atol=1e-4)
     pixels = theirs(prompt=list(PROMPTS), output_type="pt", **deepcopy(options)).images
-    assert (decode_latents(pipeline, latents) - 255 * pixels).abs().max() < 0.5 + 255e-4
+    expected = 255 * plain_diffusers.on_white(pixels)
+    assert (decode_latents(pipeline, latents) - expected).abs().max() < 0.5 + 255e-4
 
 
 def _for_diffusers(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
     """The latents as the pipeline takes them: those of some as tokens."""
     if not hasattr(theirs, "_unpack_latents"):
         return latents
-    tokens: torch.Tensor = theirs._pack_latents(latents, 2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+    tokens: torch.Tensor = theirs._pack_latents(latents, 2, 4, *latents.shape[-2:])
     return tokens
 
 
 def _from_diffusers(theirs: Any, family: Any, latents: torch.Tensor) -> torch.Tensor:
     """The latents that the pipeline returns, in the form that its denoiser works on."""
     if hasattr(theirs, "_unpack_latents"):
-        unpacked: torch.Tensor = theirs._unpack_latents(latents, HEIGHT, WIDTH, FACTOR)
-        return unpacked.reshape(2, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+        side = theirs.vae_scale_factor
+        factor = (side,) if "vae_scale_factor" in signature(theirs._unpack_latents).parameters else ()
+        unpacked: torch.Tensor = theirs._unpack_latents(latents, HEIGHT, WIDTH, *factor)
+        return unpacked.reshape(2, 4, HEIGHT // side, WIDTH // side)
     if type(theirs).__name__ == "Flux2KleinPipeline":  # as the autoencoder decodes them
         shift, scale = (per_channel(part, latents) for part in family.codec.scale(theirs.vae))
         return (family.codec.pack(latents) - shift) * scale
+    if type(theirs).__name__ == "Flux2Pipeline":
+        return latents.transpose(1, 2).unflatten(2, (HEIGHT // 16, WIDTH // 16))
     return latents
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if isinstance(BY_NAME[name][0].schedule, RectifiedFlow)]
+)
+def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path], name: str) -> None:
+    """Of a step of the pipeline: what its scheduler receives is the target's."""
+    pipeline, theirs = load_pipeline(str(tiny(name))), plain_diffusers.load(tiny(name))
+    family, steps, step = family_of(pipeline), list[tuple[Any, ...]](), theirs.scheduler.step
+
+    def recorded(output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
+        steps.append((output, timestep, sample))
+        return step(output, timestep, sample, **options)
+
+    theirs.scheduler.step = recorded
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": HEIGHT, "width": WIDTH}
+    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 1.0)
+    options |= {"latents": _for_diffusers(theirs, noise(pipeline)), "output_type": "latent"}
+    if "negative_prompt" in options:
+        options["negative_prompt"] = ["", ""]
+    theirs(prompt=list(PROMPTS), **plain_diffusers.known(theirs, options))
+    output, timestep, sample = steps[2]
+    sigma, drawn = timestep / 1000, noise(pipeline).flip(-1)
+    straight = _in_steps(theirs, drawn)
+    clean = (sample - sigma * straight) / (1 - sigma)
+    expected = (output - (straight - clean)).square().flatten(1).mean(dim=1)
+
+    objective = family.schedule.objective(pipeline.scheduler.config)
+    assert isinstance(objective, FlowMatching)
+    model = FineTuning(pipeline, family, objective, LossSettings(timestep_sampling="uniform"))
+    position = sigma / (objective.shift - (objective.shift - 1) * sigma)
+    draws = Draws(position.float().expand(2), drawn)
+    conditions = encode_prompts(pipeline, PROMPTS) | whole_pictures(family, 2, HEIGHT, WIDTH)
+    with torch.no_grad():
+        loss = model(_of_steps(theirs, clean, drawn.shape), conditions, draws)
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    assert not torch.allclose(loss[0], loss[1], rtol=1e-2)
+
+
+def _in_steps(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents as the pipeline's scheduler receives them."""
+    if type(theirs).__name__.startswith("Flux2"):
+        return latents.flatten(2).transpose(1, 2)
+    return _for_diffusers(theirs, latents)
+
+
+def _of_steps(theirs: Any, latents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Inverse of `_in_steps`."""
+    if latents.shape == shape:
+        return latents
+    if latents.shape[1] == shape[-2] * shape[-1]:
+        return latents.transpose(1, 2).unflatten(2, shape[-2:])
+    patches = latents.transpose(1, 2).unflatten(2, [side // 2 for side in shape[-2:]])
+    return torch.nn.functional.pixel_shuffle(patches, 2)
 
 
 def test_every_row_has_its_own_guidance(folder: Path) -> None:
@@ -197,7 +272,8 @@ def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Pa
         assert any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
-def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: Path) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: Path, every: int) -> None:
     found = []
     for recompute in (False, True):
         pipeline = load_pipeline(str(folder))
@@ -205,7 +281,7 @@ def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: 
         for denoiser in family.model(pipeline).values():
             denoiser.requires_grad_(True).train()
             if recompute:
-                family.enable_gradient_checkpointing(denoiser)
+                family.enable_gradient_checkpointing(denoiser, EveryNth(every))
         predicted = predict(pipeline)
         predicted.square().mean().backward()
         parameters = [p for part in family.model(pipeline).values() for p in part.parameters()]
@@ -358,3 +434,20 @@ def test_the_layers_for_lora_are_all_of_a_denoisers_attention(folder: Path) -> N
         linear = {name for name in linear if not re.search(r"\.(add_[qkv]_proj|to_add_out)$", name)}
     targets = family.trainable[family.denoiser]
     assert linear and linear == {name for name, _ in denoiser.named_modules() if name.endswith(targets)}
+
+
+def test_an_autoencoder_that_keeps_state_between_calls_is_known(folder: Path) -> None:
+    """Two threads that decode with one at a time would take each other's features."""
+    pipeline = load_pipeline(str(folder))
+
+    def state() -> list[tuple[str, str, object]]:
+        return [
+            (name, key, value if isinstance(value, int | float | str | bool | None) else id(value))
+            for name, module in pipeline.vae.named_modules()
+            for key, value in vars(module).items()
+        ]
+
+    before = state()
+    latents = torch.zeros(1, *family_of(pipeline).codec.shape(pipeline.vae.config, 64, 64))
+    decode_latents(pipeline, latents)
+    assert (state() != before) == family_of(pipeline).codec.keeps_state

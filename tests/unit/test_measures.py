@@ -162,6 +162,21 @@ def evaluator(tiny_model: Path, clip_folder: Path, tmp_path_factory: pytest.Temp
     return evaluator
 
 
+def test_scores_are_computed_on_the_cpu_where_the_devices_memory_is_too_small(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "device", "cuda")
+    asked = []
+
+    def work(device: str) -> int:
+        asked.append(device)
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 7
+
+    assert evaluator._computed(work) == 7 and asked == ["cuda", "cpu"]
+
+
 def test_a_rung_pays_for_the_networks_that_rank_only(evaluator: Evaluator) -> None:
     ranking = evaluator.sample_features(None, CAPTIONS, [0, 1, 2])
     assert list(ranking) == [COLOURS]

@@ -16,7 +16,7 @@ from ray_jobs.config import Config
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora
 from ray_jobs.diffusion.objectives import LossSettings
-from ray_jobs.publishing.model_card import model_card, portable, usage
+from ray_jobs.publishing.model_card import PublishedBase, model_card, portable, usage
 from ray_jobs.publishing.pages import guidance_arguments
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import Winner
@@ -47,7 +47,7 @@ def config_of(base: str = "org/model", **changes: Any) -> Config:
 def card(config: Config | None = None, **changes: Any) -> str:
     values: dict[str, Any] = {
         "config": config or config_of(),
-        "base_on_hub": True,
+        "base": PublishedBase(),
         "winner": WINNER,
         "manifest": MANIFEST,
         "prompt": "a red apple",
@@ -75,7 +75,7 @@ def test_the_hub_reads_the_front_matter() -> None:
 
 
 def test_a_base_in_a_folder_is_no_base_of_the_hub() -> None:
-    read = ModelCard(card(config_of("/home/someone/base"), base_on_hub=False))
+    read = ModelCard(card(config_of("/home/someone/base"), base=PublishedBase(on_hub=False)))
     assert "base_model" not in read.data.to_dict()
     assert "the text-to-image model base" in read.text
 
@@ -145,7 +145,7 @@ def test_local_paths_addresses_and_secrets_stay_at_home() -> None:
     manifest = MANIFEST | {
         "source": [{"name": "s3://key:secret@private/set?region=x", "rows": 1, "share": 1.0}]
     }
-    text = card(config, base_on_hub=False, manifest=manifest)
+    text = card(config, base=PublishedBase(on_hub=False), manifest=manifest)
     for part in ("/home", "someone", "secret", "private", "mlflow"):
         assert part not in text
     assert portable("s3://bucket/a/set/?x=1/2") == "set"
@@ -221,7 +221,7 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
     layers = get_peft_model_state_dict(pipeline.unet)
     told = settings.to_dict() | {"target_modules": sorted(settings.target_modules)}
     type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=told)
-    text = card(config_of("base"), base_on_hub=False, variant=variant_name(str(base)))
+    text = card(config_of("base"), base=PublishedBase(on_hub=False, variant=variant_name(str(base))))
     picture = draw(text, tmp_path)
     assert picture.size == (64, 64)
     assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
@@ -247,7 +247,7 @@ def test_the_program_for_lora_weights_needs_no_loader_of_diffusers(
     model = FineTuning(pipeline, family, objective, LossSettings())
     save_lora(pipeline, model, dict(model.trained()), tmp_path)
     assert without_lora_loader(str(base)) == "transformer"
-    picture = draw(card(config, base_on_hub=False, injected="transformer"), tmp_path)
+    picture = draw(card(config, base=PublishedBase(on_hub=False, injected="transformer")), tmp_path)
     expected = draw_here(load_pipeline(str(base), tmp_path))
     assert picture.tobytes() == expected.tobytes() != unadapted.tobytes()
 
@@ -291,5 +291,5 @@ def test_the_program_guides_a_model_as_its_pipeline_does(tiny: Callable[[str], P
 def test_the_revision_of_the_base_is_in_the_program() -> None:
     config = config_of(model={"base": "org/model", "revision": "v1"})
     assert "from_pretrained('org/model', revision='v1', torch_dtype=torch.float32)" in usage(
-        config, "a red apple", {}
+        config, PublishedBase(), "a red apple", {}
     )

@@ -127,7 +127,7 @@ def test_more_large_workers_than_the_nodes_have_places_for_are_refused() -> None
 
 
 def test_what_only_several_changes_together_make_fit_is_named_together() -> None:
-    config = a_config(train={"method": "full", "use_gpu": True, "zero_stage": 1})
+    config = a_config(train={"method": "full", "use_gpu": True, "precision": "fp32", "zero_stage": 1})
     machines = [Machine("tiny", 64, 4, gpu_gib=80 / 1024)]
     page, fits = plan(config, machines, None)
     named = changes_named(page, "together")

@@ -72,8 +72,10 @@ def test_bf16_needs_ampere_only_where_it_is_used() -> None:
     assert line.startswith("train.precision: bf16 needs GPUs of compute capability 8.0")
     assert "node-1 has Tesla T4 (7.5)" in line
     assert told(old, gpus=1, config=a_config({"precision": "fp32"})) == []
-    on_gpu = a_config(evaluate={"use_gpu": True})
+    on_gpu = a_config(evaluate={"use_gpu": True, "precision": "fp16"})
     assert told(old, gpus=1, stage="evaluate", config=on_gpu) == []
+    [line] = told(old, gpus=1, stage="prepare")
+    assert line.startswith("data.encode_precision: bf16 needs GPUs") and "use fp32, or newer GPUs" in line
 
 
 def test_a_share_that_is_too_small_for_a_process_is_told() -> None:

@@ -129,6 +129,40 @@ def test_the_headline_names_the_winner_and_the_share_closed() -> None:
     assert sentence in Page(report()).text
 
 
+CORRECTED_SCORES = {
+    "ranked_by": "corrected_fid",
+    "validation_corrected_fid": 12.0,
+    "base_test_corrected_fid": 40.0,
+    "test_corrected_fid": 10.0,
+    "base_test_spread": 0.9,
+    "test_spread": 0.7,
+}
+
+
+def test_the_share_closed_is_of_the_corrected_fid_where_there_is_one() -> None:
+    winner = won(**CORRECTED_SCORES)
+    assert closed_share(winner) == pytest.approx(30 / 40)
+    text = Page(report(winner=winner)).text
+    assert "by the corrected FID, of which real pictures have 0" in text
+    assert "Corrected FID, test: base" in text and "Spread, test: winner" in text
+    assert "The corrected FID, which ranks here, does not have this bias" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, False),  # the corrected FID fell
+        ({"test_corrected_fid": 41.0}, True),
+        ({"test_corrected_fid": 41.0, "test_spread": 0.89}, False),
+        ({"test_corrected_fid": 41.0, "base_test_kid": 0.02, "test_kid": 0.01}, False),
+        ({"test_corrected_fid": 41.0, "test_fid": 250.0}, False),
+    ],
+)
+def test_less_variety_without_a_gain_that_is_sure_is_an_alarm(changes: Any, warned: bool) -> None:
+    found = Page(report(winner=won(**CORRECTED_SCORES | changes))).text
+    assert ("variety was lost, and perhaps nothing gained" in found) is warned
+
+
 def test_the_grid_says_whose_captions_it_shows() -> None:
     assert "Captions of the validation split" in Page(report()).text
     assert "Captions of the test split" in Page(report(split="test")).text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, sample_pictures
+from ray_jobs.diffusion.sampling import Prompts, decode_latents, encode_pictures, sample_pictures
 from ray_jobs.weights.loading import load_pipeline
 from serving.request import Request
 from tests.serving import plain_diffusers
@@ -113,3 +113,28 @@ def test_encoded_latents_are_in_the_scale_that_is_decoded(
         expected = autoencoder.decode(unscaled).sample
     assert (decode_latents(pipeline, latents) - 127.5 * (expected.clamp(-1, 1) + 1)).abs().max() <= TOLERANCE
     assert statistics == {} or not torch.allclose(latents, unscaled)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 0])
+def test_prompts_encoded_ahead_give_the_same_pictures(tiny_flux: Path, most: int) -> None:
+    pipeline, calls = load_pipeline(str(tiny_flux)), []
+    pipeline.text_encoder_2.register_forward_pre_hook(lambda *_: calls.append("encoding"))
+    pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append("denoising"))
+
+    def drawn(encoded: Prompts | None) -> list[torch.Tensor]:
+        prompts = ["a red circle", "a blue cross", "a green square", "a red circle", "a blue cross"]
+        options: dict[str, Any] = {"num_steps": 1, "guidance_scale": 2.0, "batch_size": 2}
+        return list(
+            sample_pictures(pipeline, prompts, range(5), shapes=[(64, 64)] * 5, encoded=encoded, **options)
+        )
+
+    expected, prompts = drawn(None), Prompts(pipeline, "cpu", most)
+    calls.clear()
+    for ours, theirs in zip(drawn(prompts), expected, strict=True):
+        assert ours.equal(theirs)
+    turn = ["encoding", "denoising"]
+    assert calls == ["encoding", *(turn * 3 if most == 0 else ["encoding"] * 3 + ["denoising"] * 3)]
+    calls.clear()
+    for ours, theirs in zip(drawn(prompts), expected, strict=True):
+        assert ours.equal(theirs)
+    assert calls == (turn * 3 if most == 0 else ["denoising"] * 3)

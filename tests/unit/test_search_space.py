@@ -66,7 +66,7 @@ def test_optuna_proposes_no_settings_twice_and_says_when_there_are_no_more() -> 
     found: list[Any] = []
     for number in range(4):
         found.append(proposals.suggest(f"tune-{number}"))
-        proposals.on_trial_complete(f"tune-{number}", {"fid": float(number)})
+        proposals.on_trial_complete(f"tune-{number}", {"score": float(number)})
     assert found[0] == {RATE: 2e-4, RANK: 8}
     assert len({trial_id(settings) for settings in found}) == 4
     assert proposals.suggest("tune-4") == Searcher.FINISHED
@@ -78,7 +78,7 @@ def test_optuna_learns_where_the_fid_is_low() -> None:
     for number in range(30):
         settings: Any = proposals.suggest(f"tune-{number}")
         away.append(abs(math.log10(settings[RATE] / 3e-4)))
-        proposals.on_trial_complete(f"tune-{number}", {"fid": 100 + 30 * away[-1] ** 2})
+        proposals.on_trial_complete(f"tune-{number}", {"score": 100 + 30 * away[-1] ** 2})
     # Of five decades; what is drawn at random lies 1.25 away in the mean.
     assert min(away) < 0.1 and sum(away[10:]) / 20 < 0.85
 
@@ -88,8 +88,8 @@ def test_optuna_learns_from_the_best_rung_of_a_trial() -> None:
     for tune_name, rungs in {"tune-0": [140.0, 130.0, 150.0], "tune-1": []}.items():
         proposals.suggest(tune_name)
         for fid in rungs:
-            proposals.on_trial_result(tune_name, {"fid": fid})
-        proposals.on_trial_complete(tune_name, {"fid": rungs[-1]} if rungs else None)
+            proposals.on_trial_result(tune_name, {"score": fid})
+        proposals.on_trial_complete(tune_name, {"score": rungs[-1]} if rungs else None)
     assert [trial.value for trial in proposals.study.trials] == [130.0, None]
 
 
@@ -192,7 +192,7 @@ def test_only_numbers_that_may_change_in_a_training_are_changed_and_stay_in_thei
 class Differences:
     """Tells of any two rungs that their pictures are 0.5 ± 1 apart."""
 
-    def difference(self, *pair: Any) -> PairedDifference:
+    def difference(self, *pair: Any, measure: str = "fid") -> PairedDifference:
         return PairedDifference(0.5, 1.0, variance_ratio=4.0, num_samples=128, feature_network="inception")
 
 
@@ -207,7 +207,7 @@ def test_a_rung_that_was_compared_keeps_by_how_much_the_common_noise_made_that_s
     assert (best.behind, best.behind_error, best.variance_ratio) == (0.5, 1.0, 4.0)
     assert not any("variance_ratio" in row.fields() for row in rows[1:])
     others = [row | {"fid": row.fid + 1} for row in rows if row.step != 320] + [rows[2] | {"fid": 1.0}]
-    pool.difference = lambda *pair: PairedDifference(9.0, 1.0, math.inf, 128, "inception")
+    pool.difference = lambda *pair, measure: PairedDifference(9.0, 1.0, math.inf, 128, "inception")
     _, rows = choose(others, pool)
     assert [row.behind for row in rows] == [9.0, 9.0, None], "a later start compares with its own best rung"
 

@@ -144,6 +144,9 @@ def test_the_clean_latents_of_the_last_step_are_the_picture(name: str) -> None:
         ("DDPMScheduler", {}, "DDPMScheduler cannot be served, only DDIMScheduler"),
         ("EulerAncestralDiscreteScheduler", {}, "DPMSolverMultistepScheduler"),
         ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler cannot be served"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "set serve.solver to euler"),
+        ("FlowMatchLCMScheduler", {}, "set serve.solver to euler"),
+        ("LCMScheduler", {}, "set serve.solver, for example to dpm"),
         ("PNDMScheduler", {}, "set skip_prk_steps=True"),
         (
             "DPMSolverMultistepScheduler",
@@ -218,19 +221,28 @@ def test_another_solver_is_not_random() -> None:
     check_scheduler(scheduler_of(sde, "dpm++"))
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", {}),
-        (
-            "DPMSolverMultistepScheduler",
-            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
-        ),
-    ],
-)
+FLOWS = [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchLCMScheduler", {"shift": 3.0}),  # of HiDream-I1 Dev
+    *(
+        (name, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0})
+        for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # Sana's, HiDream-I1 Full's
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FLOWS)
+def test_flow_matching_has_eulers_solver_with_the_models_shift(name: str, options: dict[str, Any]) -> None:
+    found = scheduler_of(build(name, options), "euler")
+    check_scheduler(found)
+    euler = build("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+    assert torch.equal(tabulate(found, FLOW, 4, SHAPE).table, tabulate(euler, FLOW, 4, SHAPE).table)
+
+
+@pytest.mark.parametrize(("name", "options"), FLOWS)
 def test_flow_matching_has_no_other_solver(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^solver: {name} supports only its own solver, model"):
-        scheduler_of(build(name, options), "euler")
+    with pytest.raises(ValueError, match=f"^solver: {name} is for flow matching, which has no dpm.* here"):
+        scheduler_of(build(name, options), "dpm++")
 
 
 def test_a_step_count_that_the_scheduler_cannot_do_is_refused() -> None:

@@ -17,7 +17,14 @@ def configured(*overrides: str) -> Config:
 
 
 def rung(step: int, rate: float = 1e-3, seconds: float = 0.0, **scores: Any) -> dict[str, Any]:
-    return {"trial_id": f"lr-{rate:g}", "step": step, "time_total_s": seconds, "fid": 100.0, **scores}
+    return {
+        "trial_id": f"lr-{rate:g}",
+        "step": step,
+        "time_total_s": seconds,
+        "fid": 100.0,
+        "score": 100.0,
+        **scores,
+    }
 
 
 def recorded_rung(step: int, seconds: float) -> RungRow:
@@ -27,9 +34,9 @@ def recorded_rung(step: int, seconds: float) -> RungRow:
 def test_patience_ends_with_so_many_rungs_without_an_improvement_beyond_the_error() -> None:
     patience = Patience(2)
     fids = [140.0, 130.0, 129.0, 120.0, 119.0, 118.5]
-    stopped = [patience("a", rung(n, fid=fid, fid_error=3.0)) for n, fid in enumerate(fids)]
+    stopped = [patience("a", rung(n, score=fid, score_error=3.0)) for n, fid in enumerate(fids)]
     assert stopped == [False, False, False, False, False, True]
-    assert not patience("b", rung(1, fid=200.0, fid_error=3.0))  # another trial
+    assert not patience("b", rung(1, score=200.0, score_error=3.0))  # another trial
     assert not patience.stop_all()
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ray_jobs.data.encoding.tensors import as_torch, read_tensors, tensor_column
+from ray_jobs.data.encoding.tensors import as_torch, read_tensors, row_bytes, tensor_column
 
 
 def stored(**tensors: torch.Tensor) -> pa.Table:
@@ -27,6 +27,23 @@ def test_a_tensor_comes_back_bit_by_bit(dtype: torch.dtype) -> None:
     tensor = values.to(dtype)
     back = as_torch(read_tensors(stored(latents=tensor), ["latents"])["latents"].copy())
     assert back.dtype == dtype and torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_several_lengths_come_back_with_zeros_at_their_ends(dtype: torch.dtype) -> None:
+    values = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    lengths = [6, 2, 0, 5]
+    for row, length in zip(values, lengths, strict=True):
+        row[length:] = 0
+    field, column = tensor_column("embeds", values, lengths)
+    table = pa.table([column], schema=pa.schema([field]))
+    size = 3 * values.element_size()
+    assert [len(row.as_py()) for row in table["embeds"]] == [length * size for length in lengths]
+    assert row_bytes(field) == row_bytes(tensor_column("embeds", values)[0]) == 6 * size
+    for order in ([0, 1, 2, 3], [3, 1]):
+        taken = pa.concat_tables([table.take(order[:1]), table.take(order[1:])])
+        back = as_torch(read_tensors(taken, ["embeds"])["embeds"].copy())
+        assert back.dtype == dtype and torch.equal(back, values[order])
 
 
 def test_bfloat16_keeps_values_that_half_precision_cannot() -> None:

@@ -145,6 +145,22 @@ def test_a_resumed_training_goes_on_with_its_mlflow_run_and_repeats_no_step(conf
     assert run.info.status == "FINISHED"
 
 
+def test_a_run_that_was_killed_before_it_had_params_gets_them(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Mirror, run_id: str, trial: str) -> None:
+        raise KeyboardInterrupt
+
+    checkpoint(config, 1, 3)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Mirror, "_log_params", killed)
+        mirror(config).look()
+    assert not runs(config)[0].data.params
+    mirror(config).look()
+    [run] = runs(config)
+    assert run.data.params == run_params(config, "d1")
+
+
 def test_a_training_that_was_deleted_and_begun_anew_is_another_mlflow_run(config: Config) -> None:
     trial = checkpoint(config, 1, 3)
     mirror(config).look()

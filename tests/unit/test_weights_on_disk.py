@@ -218,6 +218,14 @@ def adapter(folder: Path, settings: dict[str, Any], key: str = "unet.conv_in.lor
     return folder
 
 
+def test_a_base_that_is_stored_in_few_bits_is_refused(copy: Path) -> None:
+    config = copy / "unet" / "config.json"
+    stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | stored))
+    with pytest.raises(ValueError, match=r"unet is stored in few bits \(bitsandbytes\); .* model\.quantize"):
+        check_weights(str(copy))
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_an_adapter_that_changed_its_base_is_refused(tiny_model: Path, start: str, tmp_path: Path) -> None:
     adapter(tmp_path, {"unet.init_lora_weights": start})

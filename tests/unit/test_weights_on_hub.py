@@ -25,6 +25,12 @@ print(variant_name("org/model"))
 print(*sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()), sep="\\n")
 """
 
+ASSISTANT = """
+from ray_jobs.config import ModelConfig
+from ray_jobs.weights.assistant import assistant_file
+print(assistant_file(ModelConfig(base="org/model", assistant="org/model{}")))
+"""
+
 
 class Hub(ThreadingHTTPServer):
     """Serves the files of a folder as the repository org/model."""
@@ -92,7 +98,7 @@ def hub(tiny_model: Path, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def fetched(hub: Hub, cache: Path) -> subprocess.CompletedProcess[str]:
+def fetched(hub: Hub, cache: Path, program: str = FETCH) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HOME": str(cache),
@@ -101,7 +107,7 @@ def fetched(hub: Hub, cache: Path) -> subprocess.CompletedProcess[str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     return subprocess.run(
-        [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -125,3 +131,17 @@ def test_a_component_without_safetensors_is_named_before_any_weights_are_fetched
     done = fetched(hub, tmp_path / "cache")
     assert "org/model: unet has weights only as diffusion_pytorch_model.bin" in done.stderr
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_of_an_assistants_repository_one_file_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    adapters = hub.folder / "adapters"
+    adapters.mkdir()
+    (adapters / "v2.safetensors").write_bytes(b"second")
+    done = fetched(hub, tmp_path / "cache", ASSISTANT.format("/adapters/v2.safetensors"))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).read_bytes() == b"second"
+    assert [path.name for path in (tmp_path / "cache").rglob("*.safetensors")] == ["v2.safetensors"]
+    several = fetched(hub, tmp_path / "cache", ASSISTANT.format(""))
+    assert "model.assistant: org/model: has adapters/v2.safetensors, " in several.stderr
+    missing = fetched(hub, tmp_path / "cache", ASSISTANT.format("/v3.safetensors"))
+    assert "model.assistant: org/model/v3.safetensors: neither a file" in missing.stderr

@@ -134,12 +134,20 @@ class DrawClassPictures:
     def __init__(self, config: Config, folders: dict[str, Storage]) -> None:
         import torch
 
+        from ray_jobs.diffusion.precision import PRECISIONS
+        from ray_jobs.diffusion.sampling import Prompts
         from ray_jobs.weights.loading import load_pipeline
 
         torch.set_num_threads(config.train.cpus_per_worker)
         self.config, self.folders = config, folders
-        pipeline = load_pipeline(local_path(config.model.base), revision=config.model.revision)
-        self.pipeline = pipeline.to("cuda" if config.train.use_gpu else "cpu")
+        self.pipeline = load_pipeline(
+            local_path(config.model.base),
+            revision=config.model.revision,
+            dtype=PRECISIONS[config.data.encode_precision],
+        )
+        device = "cuda" if config.train.use_gpu else "cpu"
+        self.pipeline.vae.to(device)
+        self.prompts = Prompts(self.pipeline, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for prompt, number in zip(batch["prompt"].tolist(), batch["number"].tolist(), strict=True):
@@ -163,5 +171,6 @@ class DrawClassPictures:
             num_steps=self.config.evaluate.inference_steps,
             guidance_scale=self.config.evaluate.guidance_scale,
             batch_size=1,
+            encoded=self.prompts,
         )
         return encode_png(pictures[0].permute(1, 2, 0).numpy())

@@ -156,15 +156,22 @@ class EncodeRows:
         import torch
 
         from ray_jobs.diffusion.memory import Chunks
+        from ray_jobs.diffusion.precision import PRECISIONS
         from ray_jobs.weights.encoders import Encoders
 
         data, model = config.data, config.model
         torch.set_num_threads(config.train.cpus_per_worker)
         device = "cuda" if config.train.use_gpu else "cpu"  # as `encoder_actors` reserves it
-        self.encoders = Encoders(local_path(model.base), revision=model.revision, device=device)
+        self.encoders = Encoders(
+            local_path(model.base),
+            revision=model.revision,
+            device=device,
+            dtype=PRECISIONS[data.encode_precision],
+            text_quantization=model.quantize_text,
+        )
         self.batch_size = data.encode_batch_size
         self.pictures, self.captions = Chunks(), Chunks()
-        self.dtype = torch.bfloat16 if data.encode_dtype == "bf16" else torch.float32
+        self.dtype = PRECISIONS[data.encode_dtype]
 
     def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, "torch.Tensor"]:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings."""
@@ -227,6 +234,8 @@ class EncodePart(EncodeRows):
         """Encode the chosen rows of a part."""
         import torch
 
+        from ray_jobs.diffusion.families.text import MASK
+
         texts = [str(row["text"][n]) for n in chosen]
         columns = [
             (pa.field("key", pa.binary(16)), pa.array([part.keys[n] for n in chosen], pa.binary(16))),
@@ -239,7 +248,10 @@ class EncodePart(EncodeRows):
         columns.append(
             (field.with_metadata(field.metadata | {b"names": json.dumps(CONDITIONING).encode()}), values)
         )
-        columns += [tensor_column(name, t) for name, t in self.encode(pixels[chosen], texts).items()]
+        tensors, text = self.encode(pixels[chosen], texts), self.encoders.family.text
+        for name, tensor in tensors.items():
+            lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
+            columns.append(tensor_column(name, tensor, lengths))
         return pa.Table.from_arrays([c for _, c in columns], schema=pa.schema([f for f, _ in columns]))
 
     def _copied(self, part: PlannedPart) -> pa.Table | None:

@@ -3,7 +3,7 @@
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.encoding.geometry import Size, bucket_shapes
-from ray_jobs.weights.model_files import max_side, size_multiple
+from ray_jobs.weights.model_files import latent_shapes, max_area, max_side, size_multiple
 
 
 def picture_shapes(config: Config) -> list[Size]:
@@ -30,4 +30,17 @@ def picture_shapes(config: Config) -> list[Size]:
         raise ConfigError(
             f"{field}: sides of up to {side} pixels, but {model.base} supports at most {limit}; lower it"
         )
+    area = max_area(base, revision=model.revision)
+    if area and any(width != height and width * height > area for width, height in shapes):
+        raise ConfigError(
+            f"data.resolution: {model.base} supports at most {area:,} pixels in images that are not square; "
+            "lower it, or turn off data.buckets"
+        )
     return shapes
+
+
+def square_latents(config: Config) -> tuple[int, ...]:
+    """Return the shape of a square picture's latents as the denoiser receives them, C x ..."""
+    side, model = config.data.resolution, config.model
+    [shape] = latent_shapes(local_path(model.base), [(side, side)], revision=model.revision)
+    return shape

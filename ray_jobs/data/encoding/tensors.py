@@ -1,10 +1,13 @@
-"""Tensors as Parquet columns: fixed-size binary, with shape and dtype in the field's metadata.
+"""Tensors as Parquet columns: binary of a fixed size, with shape and dtype in the field's metadata.
+
+Rows that end in zeros, as captions that are padded, may be stored without these: binary of any size.
 
 Any Parquet reader can decode them, and bfloat16, which Arrow does not support, is preserved bit by bit.
 """
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +19,24 @@ if TYPE_CHECKING:
 STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32, "bool": np.bool_}
 
 
-def tensor_column(name: str, tensor: "torch.Tensor") -> tuple[pa.Field, pa.Array]:
-    """Convert a tensor (N x ...) of a dtype in STORED_AS to a column, one row per element of dimension 0."""
+def tensor_column(
+    name: str, tensor: "torch.Tensor", lengths: Sequence[int] | None = None
+) -> tuple[pa.Field, pa.Array]:
+    """Convert a tensor (N x ...) of a dtype in STORED_AS to a column, one row per element of dimension 0.
+
+    Args:
+        lengths: N, of each row along dimension 1; what follows is zero, and is not stored. None stores all.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     assert dtype in STORED_AS, dtype
     shape = list(tensor.shape[1:])
     width = int(np.prod(shape)) * np.dtype(STORED_AS[dtype]).itemsize
-    field = pa.field(name, pa.binary(width), False, {"shape": json.dumps(shape), "dtype": dtype})
+    metadata = {"shape": json.dumps(shape), "dtype": dtype}
+    if lengths is not None:
+        field = pa.field(name, pa.large_binary(), False, metadata)
+        rows = [as_numpy(row[:length]).tobytes() for row, length in zip(tensor, lengths, strict=True)]
+        return field, pa.array(rows, field.type)
+    field = pa.field(name, pa.binary(width), False, metadata)
     return field, pa.FixedSizeBinaryArray.from_buffers(
         field.type, len(tensor), [None, pa.py_buffer(as_numpy(tensor).tobytes())]
     )
@@ -33,9 +47,26 @@ def read_tensors(table: pa.Table, names: list[str]) -> dict[str, np.ndarray]:
     return {name: _read(table, name) for name in names}
 
 
+def row_bytes(field: pa.Field) -> int:
+    """Return the bytes of a row of a tensor column in memory."""
+    shape, dtype = _layout(field)
+    return int(np.prod(shape)) * np.dtype(dtype).itemsize
+
+
+def _layout(field: pa.Field) -> tuple[list[int], Any]:
+    """Return the shape of a tensor column's rows, and the NumPy type that holds them."""
+    return json.loads(field.metadata[b"shape"]), STORED_AS[field.metadata[b"dtype"].decode()]
+
+
 def _read(table: pa.Table, name: str) -> np.ndarray:
-    metadata = table.schema.field(name).metadata
-    shape, dtype = json.loads(metadata[b"shape"]), STORED_AS[metadata[b"dtype"].decode()]
+    field = table.schema.field(name)
+    shape, dtype = _layout(field)
+    if field.type == pa.large_binary():
+        padded = np.zeros((len(table), *shape), dtype)
+        for row, stored in zip(padded, table[name], strict=True):
+            values = np.frombuffer(stored.as_buffer(), dtype).reshape(-1, *shape[1:])
+            row[: len(values)] = values
+        return padded
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8)[
             chunk.offset * chunk.type.byte_width : (chunk.offset + len(chunk)) * chunk.type.byte_width

@@ -30,7 +30,7 @@ from ray_jobs.data.encoding.encoding import (
     encoder_actors,
 )
 from ray_jobs.data.encoding.plan import PartRecord, PlannedPart
-from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors
+from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors, row_bytes
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
 from ray_jobs.data.sources.detection import Sample, Source
@@ -207,14 +207,14 @@ def _cached(
 ) -> "ray.data.Dataset":
     records = dataset.parts("train")
     schema = read_schema(dataset.cache, records[0]["file"])
-    row_bytes = sum(schema.field(name).type.byte_width for name in settings.columns)
-    order: Order | JoinedOrder = settings.order(records, row_bytes)
+    needed = sum(row_bytes(schema.field(name)) for name in settings.columns)
+    order: Order | JoinedOrder = settings.order(records, needed)
     files = [part["file"] for part in records]
     if settings.class_rows:
         of_class = dataset.parts("class")
-        order = settings.joined_order(records, of_class, row_bytes)
+        order = settings.joined_order(records, of_class, needed)
         files += [part["file"] for part in of_class]
-    read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, row_bytes)
+    read = ReadWindow(dataset.cache, files, order, settings.columns, settings.world_size, needed)
     return _windows(order, first_step, last_step).map_batches(read, batch_size=1)
 
 

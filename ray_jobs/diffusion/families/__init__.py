@@ -2,10 +2,13 @@
 
 import importlib
 import pkgutil
+from os.path import commonprefix
 
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.text import Captions
 from ray_jobs.diffusion.protocols import Pipeline
+
+LETTERS = 4  # that pipelines of related families begin with, at least
 
 __all__ = ["FAMILIES", "Captions", "Components", "Conditions", "Family", "family_of"]
 
@@ -33,7 +36,11 @@ def family_of(pipeline: Pipeline | str) -> Family:
     """
     name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
     if name not in FAMILIES:
+        shared = {known: len(commonprefix((name, known))) for known in FAMILIES}
+        nearest = max(shared, key=lambda known: (shared[known], -len(known)))
+        near = f" (the nearest is {nearest})" if shared[nearest] >= LETTERS else ""
         raise ValueError(
-            f"model.base: {name} is not supported, only {', '.join(FAMILIES)}; choose one of these"
+            f"model.base: {name} is not supported, only {', '.join(FAMILIES)}{near}; choose one of these, or "
+            "add the family: docs/add-a-family.md"
         )
     return FAMILIES[name]

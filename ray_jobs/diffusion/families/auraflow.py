@@ -49,6 +49,7 @@ class AuraFlow(Family):
     """AuraFlow: a multimodal diffusion transformer that predicts a rectified flow."""
 
     pipeline_class = "AuraFlowPipeline"
+    in_comfyui = True
     trainable = {"transformer": MMDIT_ATTENTION}
     text, codec, schedule = AuraFlowText(), AuraFlowCodec(), RectifiedFlow(max_shift=1.15)
 

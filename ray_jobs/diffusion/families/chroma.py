@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Recompute
+from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions
 from ray_jobs.diffusion.families.flux import T5_TOKENS, FluxFamily, to_tokens
 from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
+from ray_jobs.diffusion.recomputation import Recompute, recomputed
 
 
 class ChromaText(MaskedText):
@@ -31,6 +31,7 @@ class Chroma(FluxFamily):
     """Chroma: a transformer with FLUX.1's tokens, whose modulation a small network computes."""
 
     pipeline_class = "ChromaPipeline"
+    in_comfyui = True
     trainable = {"transformer": MMDIT_ATTENTION}
     text = ChromaText()
 
@@ -44,9 +45,8 @@ class Chroma(FluxFamily):
         embeds = conditions["prompt_embeds"]
         return self.denoise_tokens(model, tokens, grid, timesteps, embeds, attention_mask=mask)
 
-    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute | None = None) -> None:
+    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute = recomputed) -> None:
         """Wrap the blocks: diffusers 0.42.1 recomputes the single blocks without their attention mask."""
-        recompute = recompute or partial(checkpoint, use_reentrant=False)
         for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
             block.forward = partial(_in_training, block.forward, recompute)
 

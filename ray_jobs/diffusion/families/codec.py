@@ -13,6 +13,9 @@ class Codec:
     autoencoder's configuration.
     """
 
+    keeps_state: bool = False
+    """Whether the autoencoder's modules change in a call, so that two threads would mix up their pictures."""
+
     def channels(self, config: Settings) -> int:
         """Return the number of channels of the autoencoder's latents."""
         return int(config["latent_channels"])
@@ -33,6 +36,10 @@ class Codec:
         """Return the longest side, in pixels, that the denoiser has positions for; None for no limit."""
         return None
 
+    def max_patches(self, denoiser: Settings) -> int | None:
+        """Return the most patches of an image that is not square; None for no limit."""
+        return None
+
     def shape(self, config: Settings, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of an image's latents, C x ..., as the denoiser receives them."""
         side = self.latent_pixels(config)
@@ -42,9 +49,9 @@ class Codec:
         """Return mean and log-variance of the autoencoder's posterior: float32, N x C x ..., unscaled.
 
         Args:
-            pixels: float, N x 3 x height x width, in [-1, 1], in the autoencoder's dtype.
+            pixels: float, N x 3 x height x width, in [-1, 1].
         """
-        posterior = autoencoder.encode(pixels).latent_dist
+        posterior = autoencoder.encode(pixels.to(autoencoder.dtype)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     def decode(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
@@ -108,7 +115,8 @@ class Codec:
     def pixels(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU."""
         shift, factor = (per_channel(part.to(latents), latents) for part in self.scale(autoencoder))
-        pixels = self.decode(autoencoder, self.unpack(latents / factor + shift))
+        unscaled = self.unpack(latents / factor + shift).to(autoencoder.dtype)
+        pixels = self.decode(autoencoder, unscaled).float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

@@ -1,7 +1,7 @@
 """A model family: everything in which families differ, as facets. Each family is one file in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.text import Text
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
+from ray_jobs.diffusion.recomputation import Recompute, recomputed
 
 Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
@@ -17,7 +18,6 @@ Conditions = dict[str, torch.Tensor]
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
 denoisers that take the guidance scale as an input.
 """
-Recompute = Callable[..., Any]
 Components = Mapping[str, Component]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -45,6 +45,14 @@ class Family(ABC):
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
     has_lora_loader: bool = True
     """Whether diffusers' pipeline reads and writes LoRA files, and its denoiser takes adapters."""
+    adds_guidance: bool = False
+    """Whether diffusers' pipeline adds guidance to the conditional prediction: its scale is less by 1."""
+    own_area: bool = False
+    """Whether diffusers' pipeline scales every size to the area of its native one, `default_sample_size`."""
+    native: tuple[int, int] | None = None
+    """Height and width of native images in pixels, where no configuration of a model has them."""
+    in_comfyui: bool = False
+    """Whether ComfyUI reads LoRA files with diffusers' names of the layers."""
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 
@@ -54,6 +62,17 @@ class Family(ABC):
         They get no gradient or a zero one: weight decay would move them, and ZeRO 3 would apply stale ones.
         """
         return ()
+
+    def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int] | None:
+        """Return where ComfyUI's LoRA files have a layer: a name, and which part of how many it is there.
+
+        None: ComfyUI is not known to read LoRA of the model.
+
+        Args:
+            component: a denoiser or text encoder, by name.
+            layer: the layer's name in it, in files (`adapter_files.file_name`).
+        """
+        return (f"{component}.{layer}", 0, 1) if self.in_comfyui else None
 
     @property
     def denoisers(self) -> tuple[str, ...]:
@@ -69,6 +88,14 @@ class Family(ABC):
     def trainable_encoders(self) -> tuple[str, ...]:
         """Names of the text encoders that fine-tuning may train: CLIP, not T5."""
         return tuple(name for name in self.trainable if name in self.text.encoders)
+
+    def loaded(self, pipeline: Pipeline) -> None:
+        """Adapt a pipeline that was just read, or its configuration, scheduler and parts (`empty_model`).
+
+        Raises:
+            ValueError: a setting of the pipeline is not supported.
+        """
+        return
 
     def model(self, pipeline: Pipeline) -> dict[str, Component]:
         """Return a pipeline's denoising components, by name."""
@@ -99,6 +126,22 @@ class Family(ABC):
         """
         return False
 
+    def has_guidance(self, settings: Settings) -> bool:
+        """Return whether guidance scales above 1 have a meaning for a model.
+
+        Args:
+            settings: the pipeline's own configuration, as in `model_index.json`.
+        """
+        return True
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        """Return whether a model was distilled for a few steps, as far as its configurations tell.
+
+        Args:
+            pipeline: a pipeline, or its configuration, scheduler and denoiser (`empty_model`).
+        """
+        return bool(pipeline.config.get("is_distilled"))
+
     def guide(
         self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
@@ -116,22 +159,20 @@ class Family(ABC):
         Args:
             denoiser: the denoiser's configuration.
         """
-        return {"guidance_scale": scale}
+        return {"guidance_scale": scale - 1 if self.adds_guidance else scale}
 
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""
+        if self.native is not None:
+            return self.native
         # In latents; some denoisers' configurations have no size.
         size = getattr(pipeline, self.denoiser).config.get("sample_size") or pipeline.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = self.codec.latent_pixels(pipeline.vae.config)
         return height * pixels, width * pixels
 
-    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute | None = None) -> None:
-        """Recompute the activations of each block in the backward pass.
-
-        Args:
-            recompute: function that calls a block with its arguments, in place of PyTorch's checkpoint.
-        """
+    def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute = recomputed) -> None:
+        """Recompute the activations of blocks in the backward pass."""
         denoiser.enable_gradient_checkpointing(recompute)
 
     @abstractmethod

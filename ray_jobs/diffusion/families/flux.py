@@ -90,6 +90,7 @@ class Flux(FluxFamily):
     """FLUX.1: FLUX.1-dev takes guidance as an input; FLUX.1-schnell has none."""
 
     pipeline_class = "FluxPipeline"
+    in_comfyui = True
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = FluxText()
     variants = ("", "schnell")
@@ -111,6 +112,10 @@ class Flux(FluxFamily):
 
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        shifted = pipeline.scheduler.config.use_dynamic_shifting  # schnell's timesteps are not
+        return not (shifted or self.guidance_embedded(pipeline.transformer))
 
     def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
         if denoiser["guidance_embeds"]:

@@ -4,6 +4,7 @@ The distilled checkpoints sample in 4 steps without guidance; train the base one
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -13,25 +14,27 @@ from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text, chat_prompts
-from ray_jobs.diffusion.protocols import Autoencoder, Pipeline, Settings
+from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
 PATCH = 2  # side of a latent of the denoiser, in latents of the autoencoder
 MAX_TOKENS = 512
-LAYERS = (9, 18, 27)  # of the text encoder
 SINGLE_BLOCKS = 48  # the most that a published model has
 
 
-class Flux2KleinText(Text):
-    """Three layers of Qwen3 on a caption in its chat template. The transformer attends to the padding too."""
+class Flux2Text(Text):
+    """Three layers of a language model on a caption in its chat template.
 
+    The transformer attends to the padding too.
+    """
+
+    layers: tuple[int, ...]
     tokens = ("input_ids", "attention_mask")
     embeds = ("prompt_embeds",)
     encoders = ("text_encoder",)
     max_tokens = {"input_ids": MAX_TOKENS}
 
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        texts = chat_prompts(pipeline.tokenizer, captions, enable_thinking=False)
-        return self.masked_tokens_of(pipeline.tokenizer, texts)
+        return self.masked_tokens_of(pipeline.tokenizer, captions)
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         found = encoders["text_encoder"](
@@ -41,10 +44,19 @@ class Flux2KleinText(Text):
             use_cache=False,
             logits_to_keep=1,  # none are needed
         )
-        return {"prompt_embeds": torch.cat([found.hidden_states[layer] for layer in LAYERS], dim=-1)}
+        return {"prompt_embeds": torch.cat([found.hidden_states[layer] for layer in self.layers], dim=-1)}
 
     def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"prompt_embeds": ((MAX_TOKENS, denoiser["joint_attention_dim"]), torch.float32)}
+
+
+class Flux2KleinText(Flux2Text):
+    """Three layers of Qwen3."""
+
+    layers = (9, 18, 27)
+
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        return chat_prompts(tokenizer, texts, enable_thinking=False)
 
 
 class Flux2Codec(Codec):
@@ -87,10 +99,9 @@ class Flux2Schedule(RectifiedFlow):
         return {"mu": slope * num_steps + at_200 - 200 * slope}
 
 
-class Flux2Klein(Family):
-    """FLUX.2 klein, 4B and 9B: a transformer that receives an image's patches and a padded caption."""
+class Flux2Family(Family):
+    """FLUX.2: a transformer that receives an image's patches and a padded caption."""
 
-    pipeline_class = "Flux2KleinPipeline"
     # The single blocks' output layer is named in full: the double blocks have a list of that name.
     trainable = {
         "transformer": (
@@ -99,7 +110,6 @@ class Flux2Klein(Family):
             *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(SINGLE_BLOCKS)),
         )
     }
-    text = Flux2KleinText()
     codec = Flux2Codec()
     schedule = Flux2Schedule(max_shift=1.15, even_sigmas=True)
 
@@ -107,51 +117,74 @@ class Flux2Klein(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         embeds, grid = conditions["prompt_embeds"], latents.shape[-2:]
+        guidance = None
+        if self.guidance_embedded(model["transformer"]):
+            guidance = conditions.get("guidance", latents.new_ones(len(latents)))
         predicted = model["transformer"](
             latents.flatten(2).transpose(1, 2),
             encoder_hidden_states=embeds,
             timestep=timesteps.to(latents.dtype) / 1000,  # the transformer multiplies it by 1000 again
             img_ids=positions(0, *grid, 0, device=latents.device),
             txt_ids=positions(0, 0, 0, embeds.shape[1], device=latents.device),
-            guidance=None,
+            guidance=guidance,
             return_dict=False,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, grid)
 
-    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
+    def guidance_embedded(self, denoiser: Denoiser) -> bool:
+        return bool(denoiser.config.guidance_embeds)
+
+    def tiny_parts(self, **options: Any) -> dict[str, Any]:
+        """Return the parts of a small pipeline without text: transformer, scheduler and autoencoder.
+
+        Args:
+            options: further options of the transformer.
+        """
         from diffusers import (
             AutoencoderKLFlux2,
             FlowMatchEulerDiscreteScheduler,
-            Flux2KleinPipeline,
             Flux2Transformer2DModel,
         )
-        from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        torch.manual_seed(0)
-        tokenizer = tiny.qwen_tokenizer(captions)
-        text_encoder = Qwen3Config(**tiny.qwen3_options(tokenizer, layers=LAYERS[-1] + 1))
         autoencoder = AutoencoderKLFlux2(
             block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
         )
         autoencoder.bn.running_mean.normal_()
         autoencoder.bn.running_var.uniform_(0.2, 3.2)
-        return Flux2KleinPipeline(
-            transformer=Flux2Transformer2DModel(
-                in_channels=4 * PATCH**2,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=len(LAYERS) * tiny.QWEN_WIDTH,
-                timestep_guidance_channels=32,
-                axes_dims_rope=(4, 4, 4, 4),
-                guidance_embeds=False,
-            ),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=autoencoder,
-            text_encoder=Qwen3ForCausalLM(text_encoder),
-            tokenizer=tokenizer,
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * PATCH**2,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * tiny.QWEN_WIDTH,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            **options,
         )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        return {"transformer": transformer, "scheduler": scheduler, "vae": autoencoder}
+
+
+class Flux2Klein(Flux2Family):
+    """FLUX.2 klein, 4B and 9B."""
+
+    pipeline_class = "Flux2KleinPipeline"
+    in_comfyui = True
+    text = Flux2KleinText()
+
+    def has_guidance(self, settings: Settings) -> bool:
+        return not settings.get("is_distilled")  # then the pipeline ignores the scale
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
+        from diffusers import Flux2KleinPipeline
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        tokenizer = tiny.qwen_tokenizer(captions)
+        text_encoder = Qwen3Config(**tiny.qwen3_options(tokenizer, layers=self.text.layers[-1] + 1))
+        parts = self.tiny_parts(guidance_embeds=False)
+        return Flux2KleinPipeline(text_encoder=Qwen3ForCausalLM(text_encoder), tokenizer=tokenizer, **parts)
 
 
 def positions(*sizes: int, device: torch.device) -> torch.Tensor:

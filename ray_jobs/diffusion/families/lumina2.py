@@ -18,6 +18,13 @@ SYSTEM_PROMPT = (
     "alignment based on textual prompts or user prompts. <Prompt Start> "
 )
 
+QKV = ("to_q", "to_k", "to_v")
+FIRST_NAMES = {
+    ".attn.to_out.0": ".attention.out",
+    ".feed_forward.linear_": ".feed_forward.w",
+    ".norm1.linear": ".adaLN_modulation.1",
+}
+
 
 class Lumina2Text(MaskedText):
     """Gemma 2's penultimate layer on a system prompt and the caption.
@@ -83,6 +90,15 @@ class Lumina2(Family):
         """
         guided = super().guide(unconditional, conditional, scale)
         return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
+        """Return the first publication's names; it has queries, keys and values in one layer."""
+        block, _, kind = layer.rpartition(".attn.")
+        if kind in QKV:
+            return f"diffusion_model.{block}.attention.qkv", QKV.index(kind), len(QKV)
+        for ours, theirs in FIRST_NAMES.items():
+            layer = layer.replace(ours, theirs)
+        return f"diffusion_model.{layer}", 0, 1
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel

@@ -41,6 +41,7 @@ class PixArtSigma(Family):
     """PixArt-Sigma: a diffusion transformer with cross-attention that predicts the noise."""
 
     pipeline_class = "PixArtSigmaPipeline"
+    in_comfyui = True
     trainable = {"transformer": UNET_ATTENTION}
     text, codec, schedule = PixArtSigmaText(), PixArtSigmaCodec(), VariancePreserving()
     has_lora_loader = False

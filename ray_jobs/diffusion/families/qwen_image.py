@@ -10,7 +10,7 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Condi
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, real_tokens, zero_padding
-from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings
+from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
 MAX_TOKENS = 512
 PREFIX = (
@@ -27,9 +27,8 @@ class QwenImageText(MaskedText):
     caption_tokens, width = MAX_TOKENS, "joint_attention_dim"
     max_tokens = {"input_ids": PREFIX_TOKENS + MAX_TOKENS}
 
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        texts = [PREFIX + caption + SUFFIX for caption in captions]
-        return self.masked_tokens_of(pipeline.tokenizer, texts)
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        return [PREFIX + text + SUFFIX for text in texts]
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         found = encoders["text_encoder"](
@@ -47,6 +46,8 @@ class QwenImageText(MaskedText):
 
 class QwenImageCodec(FluxCodec):
     """Latents of an autoencoder for videos, to which an image is one frame."""
+
+    keeps_state = True  # features of earlier frames (diffusers 0.42.1)
 
     def channels(self, config: Settings) -> int:
         return int(config["z_dim"])
@@ -66,6 +67,7 @@ class QwenImage(Family):
     """Qwen-Image: a multimodal diffusion transformer with masked captions."""
 
     pipeline_class = "QwenImagePipeline"
+    in_comfyui = True
     trainable = {"transformer": UNET_ATTENTION}  # of the image's tokens, as diffusers' own training does
     text = QwenImageText()
     codec = QwenImageCodec()
@@ -113,8 +115,6 @@ class QwenImage(Family):
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import (
-            AutoencoderKLQwenImage,
-            FlowMatchEulerDiscreteScheduler,
             QwenImagePipeline,
             QwenImageTransformer2DModel,
         )
@@ -122,24 +122,8 @@ class QwenImage(Family):
 
         torch.manual_seed(0)
         tokenizer = tiny.qwen_tokenizer(captions, [PREFIX])
-        special = tokenizer.convert_tokens_to_ids
-        options = tiny.qwen3_options(tokenizer, layers=2)
-        options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
-        config = Qwen2_5_VLConfig(
-            text_config=options,
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": tiny.QWEN_WIDTH,
-                "fullatt_block_indexes": [0],
-            },
-            image_token_id=special("<|image_pad|>"),
-            video_token_id=special("<|video_pad|>"),
-            vision_start_token_id=special("<|vision_start|>"),
-            vision_end_token_id=special("<|vision_end|>"),
-        )
+        options = tiny.qwen_vl_options(tokenizer, 2, 1e6, fullatt_block_indexes=[0])
+        config = Qwen2_5_VLConfig(**options)
         return QwenImagePipeline(
             transformer=QwenImageTransformer2DModel(
                 in_channels=4 * PATCH**2,
@@ -150,23 +134,8 @@ class QwenImage(Family):
                 joint_attention_dim=tiny.QWEN_WIDTH,
                 axes_dims_rope=(4, 6, 6),
             ),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                base_shift=0.5,
-                max_shift=0.9,
-                base_image_seq_len=256,
-                max_image_seq_len=8192,
-                shift_terminal=0.02,
-                time_shift_type="exponential",
-            ),
-            vae=AutoencoderKLQwenImage(
-                base_dim=8,
-                z_dim=4,
-                dim_mult=[1, 2, 4, 4],
-                num_res_blocks=1,
-                latents_mean=[0.1, -0.2, 0.3, 0.0],
-                latents_std=[1.5, 0.8, 1.1, 2.0],
-            ),
+            scheduler=tiny.qwen_scheduler(),
+            vae=tiny.qwen_autoencoder(),
             text_encoder=Qwen2_5_VLForConditionalGeneration(config),
             tokenizer=tokenizer,
         )

@@ -10,7 +10,7 @@ from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, zero_padding
-from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings
+from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
 MAX_TOKENS = 300
 # The pipeline's `complex_human_instruction` (section 2.3 of the paper), which stands before each prompt.
@@ -47,14 +47,17 @@ class SanaText(MaskedText):
     def as_negative(self, caption: str) -> str:
         return caption.lower().strip()
 
+    def longest(self, tokenizer: Tokenizer, name: str) -> int:
+        return MAX_TOKENS + len(tokenizer.encode(INSTRUCTION)) - 2
+
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
         """Tokenize texts, and find the tokens of each that the denoiser gets: int32, N x `MAX_TOKENS`.
 
         These are the first one, which starts the text, and the caption's, padded on the right.
         """
         tokenizer = pipeline.tokenizer
-        instruction = len(tokenizer.encode(INSTRUCTION)) - 2
-        lengths = [MAX_TOKENS + (instruction if text.startswith(INSTRUCTION) else 0) for text in captions]
+        longest = self.longest(tokenizer, "input_ids")
+        lengths = [longest if text.startswith(INSTRUCTION) else MAX_TOKENS for text in captions]
         found = [
             tokenizer(text, padding="max_length", max_length=length, truncation=True, padding_side="right")
             for text, length in zip(captions, lengths, strict=True)
@@ -81,7 +84,7 @@ class SanaCodec(Codec):
         return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
 
     def posterior(self, autoencoder: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = autoencoder.encode(pixels).latent.float()
+        latents = autoencoder.encode(pixels.to(autoencoder.dtype)).latent.float()
         return latents, torch.full_like(latents, -torch.inf)  # a Gaussian of no width
 
 

@@ -70,6 +70,7 @@ class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5: a multimodal diffusion transformer that predicts a rectified flow."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    in_comfyui = True
     trainable = {
         "transformer": MMDIT_ATTENTION,
         "text_encoder": CLIP_ATTENTION,

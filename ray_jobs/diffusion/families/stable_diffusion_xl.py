@@ -11,6 +11,8 @@ from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.families.unet import UNetFamily
 from ray_jobs.diffusion.protocols import Pipeline, Settings
 
+TURBO_SCHEDULER = "EulerAncestralDiscreteScheduler"  # with trailing timesteps; the base has neither
+
 
 class StableDiffusionXLText(Text):
     """Two CLIP text encoders, the second also pooled."""
@@ -52,6 +54,12 @@ class StableDiffusionXL(UNetFamily):
 
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor]:
         return {"text_embeds": conditions["pooled_prompt_embeds"], "time_ids": conditions["sizes"]}
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        scheduler = pipeline.scheduler
+        turbo = type(scheduler).__name__ == TURBO_SCHEDULER
+        turbo = turbo and scheduler.config.timestep_spacing == "trailing"
+        return turbo or super().is_distilled(pipeline)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel

@@ -23,18 +23,31 @@ class Text(ABC):
         embeds: names of the columns that `embed` returns: float columns, which are cast to the denoiser's
             dtype, and others such as masks, which are not.
         encoders: text encoders in the pipeline; some models leave one out.
+        ragged: columns of `embeds` of which only the tokens of `MASK` are stored.
         max_tokens: numbers of tokens, by column, where diffusers does not use the tokenizer's own maximum.
     """
 
     tokens: tuple[str, ...]
     embeds: tuple[str, ...]
     encoders: tuple[str, ...]
+    ragged: tuple[str, ...] = ()
     max_tokens: Mapping[str, int] = {}
 
     def present(self, pipeline: Pipeline) -> dict[str, TextEncoder]:
         """Return the text encoders that a pipeline has, by name."""
         parts = {name: getattr(pipeline, name) for name in self.encoders}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def tokenizer_of(self, pipeline: Any, name: str) -> Any:
+        """Return the tokenizer of the column `name`: that of `input_ids_2` is the pipeline's `tokenizer_2`.
+
+        Args:
+            pipeline: a pipeline, or its tokenizers (`load_tokenizers`).
+
+        Returns:
+            None if there is none.
+        """
+        return getattr(pipeline, name.replace("input_ids", "tokenizer"), None)
 
     def as_prompt(self, caption: str) -> str:
         """Return the text that is tokenized for a caption: with the family's template, if it has one."""
@@ -47,24 +60,54 @@ class Text(ABC):
         """
         return self.as_prompt(caption)
 
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        """Return what is tokenized for texts: in the template that all of them have, if there is one."""
+        return texts
+
+    def longest(self, tokenizer: Tokenizer, name: str) -> int:
+        """Return the most tokens of a prompt in the column `name`."""
+        return self.max_tokens.get(name, tokenizer.model_max_length)
+
+    def cut(self, pipeline: Any, captions: list[str]) -> list[bool]:
+        """Return which of N captions have tokens that no text encoder reads, since they are too long.
+
+        Args:
+            pipeline: a pipeline, or its tokenizers (`load_tokenizers`).
+        """
+        texts, found = [self.as_prompt(caption) for caption in captions], [True] * len(captions)
+        for name in self.tokens:
+            tokenizer = self.tokenizer_of(pipeline, name)
+            if tokenizer is not None:
+                rows = tokenizer(self.written(tokenizer, texts), verbose=False).input_ids
+                limit = self.longest(tokenizer, name)
+                found = [cut and len(row) > limit for cut, row in zip(found, rows, strict=True)]
+        return found
+
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
         """Tokenize texts of captions, truncated or padded to each tokenizer's length: int32, N x tokens each.
 
-        A column `input_ids_2` comes from the pipeline's `tokenizer_2`. Tokenizers that the pipeline does not
-        have are skipped.
+        Tokenizers that the pipeline does not have are skipped.
         """
         found = {}
         for name in self.tokens:
-            tokenizer = getattr(pipeline, name.replace("input_ids", "tokenizer"))
+            tokenizer = self.tokenizer_of(pipeline, name)
             if tokenizer is not None:
                 found[name] = self.tokens_of(tokenizer, name, captions).input_ids.int()
         return found
 
-    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str]) -> Any:
-        """Return a tokenizer's output for the column `name`: PyTorch tensors, N x tokens."""
-        length = self.max_tokens.get(name, tokenizer.model_max_length)
+    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
+        """Return a tokenizer's output for the column `name`: PyTorch tensors, N x tokens.
+
+        Args:
+            options: further ones of the tokenizer.
+        """
         return tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            self.written(tokenizer, captions),
+            padding="max_length",
+            max_length=self.longest(tokenizer, name),
+            truncation=True,
+            return_tensors="pt",
+            **options,
         )
 
     def masked_tokens_of(self, tokenizer: Tokenizer, texts: list[str]) -> Captions:
@@ -122,7 +165,7 @@ class MaskedText(Text):
     width: str
 
     def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        return self.masked_tokens_of(pipeline.tokenizer, captions)
+        return self.masked_tokens_of(self.tokenizer_of(pipeline, "input_ids"), captions)
 
     def shapes(self, denoiser: Settings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
@@ -163,8 +206,8 @@ def real_tokens(conditions: Mapping[str, torch.Tensor]) -> list[int]:
 
 
 def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return embeddings, N x tokens x width, with zeros at padding, where encoders answer with numbers too.
+    """Return embeddings, N x tokens x ..., with zeros at padding, where encoders answer with numbers too.
 
     For denoisers that do not attend to padding: zeros take little space in files.
     """
-    return embeds.masked_fill(~mask[..., None], 0.0)
+    return embeds.masked_fill(~mask.reshape(*mask.shape, *[1] * (embeds.dim() - 2)), 0.0)

@@ -12,14 +12,20 @@ CLIP_WIDTH, CLIP_2_WIDTH, POOLED, POOLED_2, T5_WIDTH = 32, 48, 16, 24, 96
 GEMMA_WIDTH, UMT5_WIDTH, QWEN_WIDTH = 32, 32, 16
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if message.content is string else message.content[0].text }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 CHAT_TOKENS = [
     *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
 ]
+
+MISTRAL_TOKENS = "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [INST] [/INST] [IMG]"
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% set name = 'INST' if message.role == 'user' else "
+    "'SYSTEM_PROMPT' %}[{{ name }}]{{ message.content[0].text }}[/{{ name }}]{% endfor %}"
+)
 
 
 def shifted_autoencoder(scale: float = 1.5, shift: float | None = 0.25) -> Any:
@@ -29,9 +35,9 @@ def shifted_autoencoder(scale: float = 1.5, shift: float | None = 0.25) -> Any:
     return autoencoder
 
 
-def clip_tokenizer(captions: Sequence[str]) -> Any:
-    """Return a CLIPTokenizer of `MAX_TOKENS` tokens."""
-    return architecture.build_tokenizer(captions, vocabulary=600, max_tokens=MAX_TOKENS)
+def clip_tokenizer(captions: Sequence[str], max_tokens: int = MAX_TOKENS) -> Any:
+    """Return a CLIPTokenizer of `max_tokens` tokens."""
+    return architecture.build_tokenizer(captions, vocabulary=600, max_tokens=max_tokens)
 
 
 def clip(tokenizer: Tokenizer, width: int, projection: int | None = None) -> Any:
@@ -45,7 +51,7 @@ def clip(tokenizer: Tokenizer, width: int, projection: int | None = None) -> Any
         num_hidden_layers=3,
         num_attention_heads=2,
         projection_dim=projection or width,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -166,6 +172,73 @@ def qwen_tokenizer(captions: Sequence[str], templates: Sequence[str] = ()) -> An
     tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def mistral_tokenizer(captions: Sequence[str]) -> Any:
+    """Return a LlamaTokenizerFast with Mistral's chat template, padded on the left as generators are."""
+    tokenizer = llama_tokenizer([*captions, MISTRAL_TOKENS])
+    tokenizer.add_special_tokens({"additional_special_tokens": MISTRAL_TOKENS.split()})
+    tokenizer.chat_template, tokenizer.padding_side = MISTRAL_TEMPLATE, "left"
+    return tokenizer
+
+
+def qwen_autoencoder() -> Any:
+    """Return an AutoencoderKLQwenImage with 4 channels."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+
+
+def qwen_scheduler() -> Any:
+    """Return the scheduler of Qwen-Image's releases."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+
+
+def qwen_vl_options(tokenizer: Any, layers: int, rope_theta: float, **vision: Any) -> dict[str, Any]:
+    """Return the options of a small configuration of Qwen's models for text and pictures.
+
+    Args:
+        vision: further options of the vision part.
+    """
+    special = tokenizer.convert_tokens_to_ids
+    text = qwen3_options(tokenizer, layers)
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": rope_theta,
+        "mrope_section": [2, 1, 1],
+    }
+    return {
+        "text_config": text,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": QWEN_WIDTH,
+            **vision,
+        },
+        "image_token_id": special("<|image_pad|>"),
+        "video_token_id": special("<|video_pad|>"),
+        "vision_start_token_id": special("<|vision_start|>"),
+        "vision_end_token_id": special("<|vision_end|>"),
+    }
 
 
 def qwen3_options(tokenizer: Tokenizer, layers: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
-from ray_jobs.diffusion.protocols import Denoiser
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 
 
 class UNetFamily(Family):
@@ -27,12 +27,21 @@ class UNetFamily(Family):
             return_dict=False,
         )[0]
 
+    def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
+        encoders = self.trainable_encoders
+        number = encoders.index(component) + 1 if component in encoders and len(encoders) > 1 else ""
+        prefix = f"lora_te{number}" if component in encoders else "lora_unet"
+        return f"{prefix}_{layer.replace('.', '_')}", 0, 1
+
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor] | None:
         """Return further conditions, by diffusers' names."""
         return None
 
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return denoiser.config.get("time_cond_proj_dim") is not None
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return self.guidance_embedded(getattr(pipeline, self.denoiser))  # latent consistency models
 
     def guidance_embedding(
         self, denoiser: Denoiser, latents: torch.Tensor, conditions: Conditions

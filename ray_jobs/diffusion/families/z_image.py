@@ -4,7 +4,6 @@ Turbo is distilled for 8 steps without guidance. Plain training undoes that; tra
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -21,9 +20,10 @@ from ray_jobs.diffusion.families.text import (
     real_tokens,
     zero_padding,
 )
-from ray_jobs.diffusion.protocols import Pipeline, Settings
+from ray_jobs.diffusion.protocols import Pipeline, Settings, Tokenizer
 
 MAX_TOKENS = 512
+TURBO_SHIFT = 3.0  # of its scheduler; Base has 6
 
 
 class ZImageText(MaskedText):
@@ -32,9 +32,8 @@ class ZImageText(MaskedText):
     caption_tokens, width = MAX_TOKENS, "cap_feat_dim"
     max_tokens = {"input_ids": MAX_TOKENS}
 
-    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
-        texts = chat_prompts(pipeline.tokenizer, captions, enable_thinking=True)
-        return self.masked_tokens_of(pipeline.tokenizer, texts)
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        return chat_prompts(tokenizer, texts, enable_thinking=True)
 
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
         mask = tokens["attention_mask"]
@@ -53,10 +52,13 @@ class ZImage(Family):
     """Z-Image: one stream of caption and image tokens, which predicts the opposite of a rectified flow."""
 
     pipeline_class = "ZImagePipeline"
+    in_comfyui = True
+    adds_guidance = True
     trainable = {"transformer": UNET_ATTENTION}
     text = ZImageText()
     codec = ZImageCodec()
     schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    native = (1024, 1024)
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -72,11 +74,8 @@ class ZImage(Family):
         )[0]
         return -torch.stack(predicted).squeeze(2)  # it predicts the image minus the noise
 
-    def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": scale - 1}  # the pipeline adds guidance to the conditional prediction
-
-    def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        return 1024, 1024  # neither in the transformer's configuration nor in the pipeline
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return bool(pipeline.scheduler.config.get("shift") == TURBO_SHIFT)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel

@@ -1,0 +1,97 @@
+"""Training steps, whatever brings the rows and keeps the results: no Ray, no storage."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+
+from ray_jobs.diffusion.ema import EMA
+from ray_jobs.training.batch import InputMaker, Piece, Sent
+from ray_jobs.training.engine import Engine
+from ray_jobs.training.monitor import Meter
+from ray_jobs.training.phases import Stage
+
+AHEAD = 2  # steps whose inputs are made before they are needed
+
+
+class InputsAhead:
+    """The inputs of the coming steps, made in another thread while the device computes.
+
+    Args:
+        rows: the pieces of each of `steps`.
+    """
+
+    def __init__(self, maker: InputMaker, rows: Iterator[list[Piece]], steps: Iterable[int]) -> None:
+        self.maker, self.rows, self.steps = maker, rows, iter(steps)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: deque[Future[list[Sent]]] = deque()
+        for _ in range(AHEAD):
+            self._submit()
+
+    def __enter__(self) -> "InputsAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> "InputsAhead":
+        return self
+
+    def __next__(self) -> list[Sent]:
+        self._submit()
+        return self.ahead.popleft().result()
+
+    def _submit(self) -> None:
+        for step in islice(self.steps, 1):
+            self.ahead.append(self.pool.submit(self._make, step))
+
+    def _make(self, step: int) -> list[Sent]:
+        return [self.maker.begin(piece, step) for piece in next(self.rows)]
+
+
+class Steps:
+    """One worker's steps.
+
+    Args:
+        inputs: maker of the inputs that `take` gets.
+        decay: of the averaged weights; 0: none are kept.
+    """
+
+    def __init__(self, inputs: InputMaker, engine: Engine, meter: Meter, *, decay: float, rank: int) -> None:
+        self.inputs, self.engine, self.meter, self.rank = inputs, engine, meter, rank
+        self.averaged = list(engine.averaged.items())
+        self.ema = EMA(self.averaged, decay) if decay else None
+
+    def take(self, step: int, stage: Stage, inputs: Iterator[list[Sent]]) -> str:
+        """Take a step with the next of `inputs`; return why a checkpoint is due, see `Meter.add`.
+
+        Raises:
+            Diverged: on all ranks at once.
+        """
+        self.engine.set_hyperparameters(stage, step)
+        with self.meter.waiting():
+            pieces = next(inputs)
+        told = self.meter.told(self._accumulate(pieces, step))
+        why = self.meter.add(step, stage.rate(step), *self.engine.update(told))
+        self._average(step)
+        return why
+
+    def _accumulate(self, pieces: list[Sent], step: int) -> torch.Tensor:
+        """Run the pieces of a step forward and backward; return this rank's share of the step's mean loss."""
+        torch.manual_seed(_entropy(self.inputs.seed, step, self.rank))  # for dropout
+        share = torch.zeros((), device=self.engine.device)
+        for number, piece in enumerate(pieces, start=1):
+            inputs, weights = self.inputs.finish(piece)
+            share += self.engine.accumulate(inputs, weights, last=number == len(pieces))
+        return share
+
+    def _average(self, step: int) -> None:
+        if self.ema:
+            self.ema.update(self.averaged, step)
+
+
+def _entropy(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])

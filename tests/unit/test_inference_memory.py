@@ -1,0 +1,162 @@
+"""The memory that planning tells of encoders, evaluators and replicas is that of the real modules."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.shape import Machine
+from ray_jobs.config import Config
+from ray_jobs.diffusion.precision import cast
+from ray_jobs.diffusion.sampling import decode_latents, whole_pictures
+from ray_jobs.planning.estimate import host_memory
+from ray_jobs.planning.inference import LiveBytes, Need, needs
+from ray_jobs.planning.plan import GIB, drawing_lines, plan
+from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.model_files import latent_shapes
+from tests.tiny_models import FAMILY_MODELS
+
+SIDE = 64
+BF16 = torch.bfloat16
+
+
+def a_config(base: Path, **sections: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            "name": "planned",
+            "data": {"source": "pictures", "resolution": SIDE},
+            "model": {"base": str(base)},
+            "search": {"learning_rates": [1e-3], "ladder": [2]},
+            **sections,
+        }
+    )
+
+
+def test_tensors_are_counted_while_they_live_and_once_a_storage() -> None:
+    layer = torch.nn.Linear(256, 256, bias=False)
+    with torch.no_grad(), LiveBytes([layer]) as live:
+        first = torch.ones(10, 256)  # 10 KiB
+        second = first.t().contiguous()  # as much again; the view is none
+        del second
+        assert live.now == 10 << 10
+        layer(first)  # and another 10 KiB
+    assert (live.most, live.now) == (20 << 10, 10 << 10)
+
+
+@pytest.mark.parametrize("model", FAMILY_MODELS)
+def test_the_peak_without_data_is_that_of_the_real_modules(tiny: Callable[[str], Path], model: str) -> None:
+    base = tiny(model)
+    _, evaluator, replica = needs(a_config(base, serve={"precision": "bf16"}))
+    for need, dtype in ((evaluator, torch.float32), (replica, BF16)):
+        pipeline = load_pipeline(str(base), dtype=dtype)
+        modules = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
+        weights = sum(weight.nbytes for part in modules for weight in part.parameters())
+        assert need.weights == pytest.approx(weights, rel=0.01)  # norms that stay in fp32 are not counted
+        [shape] = latent_shapes(str(base), [(SIDE, SIDE)])
+        with LiveBytes(modules) as live:
+            decode_latents(pipeline, torch.zeros(1, *shape))
+        assert need.picture["decoding"] == pytest.approx(live.most, rel=0.02)
+
+
+@pytest.mark.parametrize("model", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline"])
+def test_drawing_takes_what_the_denoiser_takes(tiny: Callable[[str], Path], model: str) -> None:
+    from ray_jobs.diffusion.families import family_of
+
+    base = tiny(model)
+    pipeline = load_pipeline(str(base))
+    family, [shape] = family_of(pipeline), latent_shapes(str(base), [(SIDE, SIDE)])
+    denoiser = getattr(pipeline, family.denoiser)
+    rows = 1 if family.guidance_embedded(denoiser) else 2
+    conditions = {
+        name: torch.ones((1, *size), dtype=dtype)
+        for name, (size, dtype) in family.text.shapes(denoiser.config).items()
+    }
+    conditions |= whole_pictures(family, 1, SIDE, SIDE)
+    conditions = {name: cast(each, torch.float32) for name, each in conditions.items()}
+    with torch.no_grad(), LiveBytes([denoiser]) as live:
+        family.denoise(family.model(pipeline), torch.zeros(1, *shape), torch.full((1,), 500.0), conditions)
+    _, evaluator, _ = needs(a_config(base))
+    # What the conditions take is counted by the plan only.
+    assert evaluator.picture["drawing"] == pytest.approx(rows * live.most, rel=0.2)
+
+
+def test_bf16_takes_about_half(tiny_flux: Path) -> None:
+    single, half = (needs(a_config(tiny_flux, evaluate={"precision": name}))[1] for name in ("fp32", "bf16"))
+    assert 0.5 <= half.weights / single.weights < 0.75  # the autoencoder stays as it is
+    assert 0.5 <= half.picture["drawing"] / single.picture["drawing"] < 0.65
+
+
+def test_what_is_offloaded_is_on_the_host(tiny_flux: Path) -> None:
+    def replica(offload: str) -> Need:
+        serve = {"use_gpu": True, "offload": offload}
+        return needs(a_config(tiny_flux, serve=serve))[2]
+
+    none, encoders, model = map(replica, ("none", "encoders", "model"))
+    assert none.host == model.weights == 0 < encoders.host
+    assert none.weights == encoders.weights + encoders.host == model.host
+
+
+def test_denoiser_and_text_encoders_of_an_evaluator_take_turns_on_a_gpu(tiny_flux: Path) -> None:
+    here, on_gpu = (
+        needs(a_config(tiny_flux, evaluate={"precision": "fp32", "use_gpu": use_gpu}))[1]
+        for use_gpu in (False, True)
+    )
+    pipeline = load_pipeline(str(tiny_flux))
+    bytes_of = {
+        name: sum(weight.nbytes for weight in part.parameters())
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    text = bytes_of["text_encoder"] + bytes_of["text_encoder_2"]
+    assert on_gpu.weights == bytes_of["transformer"] + bytes_of["vae"] == here.weights - text
+    assert on_gpu.captions == text + bytes_of["vae"] and on_gpu.host == max(text, bytes_of["transformer"])
+    assert on_gpu.least == max(on_gpu.captions, on_gpu.weights + max(on_gpu.picture.values())) < here.least
+    assert not any(on_gpu.at_once(on_gpu.captions - 1).values())
+
+
+def test_the_plan_tells_how_many_pictures_fit_at_once_and_what_to_do_where_none_does(tiny_flux: Path) -> None:
+    config = a_config(tiny_flux, evaluate={"use_gpu": True, "precision": "fp32"}, serve={"use_gpu": True})
+    _, evaluator, _ = needs(config)
+
+    def told(pictures: float) -> tuple[list[str], list[str]]:
+        room = evaluator.weights + pictures * max(evaluator.picture.values())
+        return drawing_lines(config, [Machine("one", 8, 1, gpu_gib=room / GIB / 0.9)])
+
+    lines, problems = told(3.01)
+    assert not problems and "of 16 at once there is room for 3 drawing" in lines[1]
+    lines, problems = told(0.5)
+    assert problems[0].startswith("an evaluator needs ") and problems[0].endswith(
+        ": evaluate.precision: bf16"
+    )
+    assert not plan(config, [Machine("one", 8, 1, gpu_gib=evaluator.weights / GIB)], None)[1]
+
+
+def test_a_training_on_a_gpu_needs_host_memory_for_the_base_and_for_checkpoints(tiny_flux: Path) -> None:
+    def bytes_of(**train: Any) -> int:
+        config = a_config(tiny_flux, train={"use_gpu": True, **train})
+        return host_memory(config.train, base=1000, trained=100, workers=2)
+
+    assert bytes_of() == 2 * 1000
+    assert bytes_of(precision="fp32") == 4 * 1000
+    assert host_memory(a_config(tiny_flux).train, base=10, trained=100, workers=2) == 16 * 50
+    assert bytes_of(method="full") == 4 * 1000 + 4 * 1000
+    # Rounded while it is read: 900 weights to 450 bytes.
+    train, sizes = a_config(tiny_flux, train={"use_gpu": True}).train, {"trained": 1, "workers": 1}
+    assert host_memory(train, base=1000, quantized=900, quantized_bytes=450, **sizes) == 2 * 100 + 450
+
+
+@pytest.mark.parametrize("settings", [{"model": {"quantize": "nf4"}}, {"serve": {"int8_weights": True}}])
+def test_a_quantized_denoiser_is_counted_as_it_is_stored(tiny_flux: Path, settings: dict[str, Any]) -> None:
+    config = a_config(tiny_flux)
+    model = config.model.model_copy(update=settings.get("model", {}))
+    serve = config.serve.model_copy(update=settings.get("serve", {}))
+    plain, found = needs(config), needs(config.model_copy(update={"model": model, "serve": serve}))
+    format_name = model.quantize or "int8"
+    pipeline = load_pipeline(str(tiny_flux), quantization=format_name)
+    modules = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
+    stored = sum(weight.nbytes for part in modules for weight in part.parameters())
+    assert found[2].weights == stored < plain[2].weights
+    assert found[1].weights == (stored if model.quantize else plain[1].weights)
+    assert found[0].weights == plain[0].weights
