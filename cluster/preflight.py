@@ -43,6 +43,7 @@ class Equipment:
     Attributes:
         driver: version of NVIDIA's driver, as 580.65.06; empty if none answers.
         cuda: version of CUDA that PyTorch is built for; empty for a build without.
+        cudnn: number of the version of cuDNN that is loaded, as 92000; 0 for none.
         nccl: version of NCCL; empty without CUDA.
         gpus: the GPUs that PyTorch can use.
         error: why it can use none; empty if it can.
@@ -54,6 +55,7 @@ class Equipment:
     driver: str = ""
     gpus: tuple[GPU, ...] = ()
     error: str = ""
+    cudnn: int = 0
 
 
 def probe() -> Equipment:
@@ -64,11 +66,13 @@ def probe() -> Equipment:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else ""
     try:
         torch.cuda.init()
+        # PyTorch refuses a cuDNN older than its own, as LD_LIBRARY_PATH may bring it, only when it is asked.
+        cudnn = torch.backends.cudnn.version() or 0
         gpus = tuple(map(_gpu, range(torch.cuda.device_count())))
     except (AssertionError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:300]
+        told = " ".join(str(error).split())[:500]
         return Equipment(torch.__version__, cuda, nccl, driver, error=told or type(error).__name__)
-    return Equipment(torch.__version__, cuda, nccl, driver, gpus)
+    return Equipment(torch.__version__, cuda, nccl, driver, gpus, cudnn=cudnn)
 
 
 def _gpu(number: int) -> GPU:
@@ -137,9 +141,9 @@ def faults(
                 "start Ray there with --num-gpus, or repair the missing ones (nvidia-smi)"
             )
         yield from _too_small(config, stage, name, node)
-    if len({(node.torch, node.cuda, node.nccl) for node in found.values()}) > 1:
+    if len({(node.torch, node.cuda, node.cudnn, node.nccl) for node in found.values()}) > 1:
         versions = "; ".join(
-            f"{name}: PyTorch {node.torch}, CUDA {node.cuda}, NCCL {node.nccl}"
+            f"{name}: PyTorch {node.torch}, CUDA {node.cuda}, cuDNN {node.cudnn}, NCCL {node.nccl}"
             for name, node in found.items()
         )
         yield f"use_gpu: the nodes have different packages ({versions}); use one image or lock on all nodes"

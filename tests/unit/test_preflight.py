@@ -12,7 +12,7 @@ from ray_jobs.training.bandwidth import warning
 GIB = 2**30
 H100 = GPU("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
 T4 = GPU("Tesla T4", (7, 5), 15 * GIB, 15 * GIB)
-GOOD = Equipment("2.13.0", "13.0", "2.29.7", "580.65.06", (H100, H100))
+GOOD = Equipment("2.13.0", "13.0", "2.29.7", "580.65.06", (H100, H100), cudnn=92000)
 
 
 def a_config(train: dict[str, Any] | None = None, **sections: Any) -> Config:
@@ -86,9 +86,14 @@ def test_a_share_that_is_too_small_for_a_process_is_told() -> None:
 def test_nodes_with_different_packages_are_refused() -> None:
     [line] = told(GOOD, replace(GOOD, nccl="2.27.3"))
     assert (
-        "node-1: PyTorch 2.13.0, CUDA 13.0, NCCL 2.29.7; node-2: PyTorch 2.13.0, CUDA 13.0, NCCL 2.27.3"
-        in line
-    )
+        "node-1: PyTorch 2.13.0, CUDA 13.0, cuDNN 92000, NCCL 2.29.7; "
+        "node-2: PyTorch 2.13.0, CUDA 13.0, cuDNN 92000, NCCL 2.27.3"
+    ) in line
+
+
+def test_another_cudnn_on_a_node_is_refused() -> None:
+    [line] = told(GOOD, replace(GOOD, cudnn=92100))
+    assert "node-1: PyTorch 2.13.0, CUDA 13.0, cuDNN 92000" in line and "cuDNN 92100" in line
 
 
 def test_occupied_memory_and_different_gpus_are_remarked() -> None:
