@@ -45,6 +45,12 @@ class TwoLayers(nn.Module):
             nn.init.ones_(layer.weight)
         self.all_trained = list(self.named_parameters())
         self.layer_groups = {"other": dict(self.all_trained)}
+        self.moved = 0  # how often all of it was sent to a device
+
+    def _apply(self, *arguments: Any, **options: Any) -> "TwoLayers":
+        self.moved += 1
+        super()._apply(*arguments, **options)
+        return self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         inputs = inputs.to(self.first.weight.dtype)
@@ -84,7 +90,8 @@ def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
             zero_stage=zero_stage,
             micro_batch_size=1,
         )
-        engine = built(TwoLayers(), train, in_chunks="chunks" in engine_name)
+        model = TwoLayers()
+        engine = built(model, train, in_chunks="chunks" in engine_name)
         if isinstance(engine, flat.Flat):
             engine.rehearse({"inputs": torch.full((1, 4), 7.0)}, ONE)  # must leave nothing behind
         for number, gradient in enumerate(PIECES, start=1):
@@ -95,6 +102,7 @@ def gradient_in_pieces(loop: dict[str, Any]) -> dict[str, Any]:
             "norm": norm.item(),
             "told": told.tolist(),
             "state": state_bytes(engine),
+            "moved": model.moved,
         }
     return found
 

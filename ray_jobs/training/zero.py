@@ -10,7 +10,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.precision import kept_in_float32
+from ray_jobs.diffusion.precision import PRECISIONS, kept_in_float32
 from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
 
@@ -137,7 +137,10 @@ class ZeRO(Engine):
         # In host memory the fused form reads and writes each state once instead of about ten times.
         optimizer = build_optimizer(parameter_groups(model), config, fused=config.offload_optimizer or None)
         float32 = kept_in_float32(model)  # DeepSpeed casts each parameter
-        self.engine, *_ = import_deepspeed(device).initialize(
+        deepspeed = import_deepspeed(device)
+        if zero["stage"] == 3:
+            divide_weights(deepspeed, model, settings, PRECISIONS[config.precision], device)
+        self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.stage: int = self.engine.zero_optimization_stage()
@@ -203,6 +206,20 @@ class ZeRO(Engine):
         if self.stage < 2:
             return sum(parameter.numel() for _, parameter in self.module.all_trained) * size
         return sum(piece.numel for piece in self.held) * size
+
+
+def divide_weights(
+    deepspeed: Any, model: torch.nn.Module, settings: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Divide a model's weights over the ranks, one parameter at a time.
+
+    No device ever holds them all: `deepspeed.initialize` would move the whole model there first.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _keep_gradient_norm(engine: Any) -> None:

@@ -44,6 +44,8 @@ def test_the_gradient_of_a_step_in_pieces_is_exact_at_every_stage_and_in_bf16(
             assert step["told"] == [2, 2], variant
         of_bf16 = [found[f"deepspeed bf16 {stage}"]["state"]["gradients"] for stage in (1, 2, 3)]
         assert of_bf16 == [8 * 4, 4 * 4, 4 * 4]  # in fp32 while they are summed
+        moved = [found[f"deepspeed {precision}"]["moved"] for precision in ("fp32 2", "fp32 3", "bf16 3")]
+        assert moved == [1, 0, 0]  # stage 3 divides the weights before any device has them all
 
 
 def test_the_bandwidth_between_ranks_is_measured_by_all_and_told_by_one(
