@@ -6,8 +6,9 @@ A worker that imports torch, transformers and diffusers by itself takes 5 to 15 
 search starts dozens of workers. This process imports them once. For each worker, `cluster/start_worker.py`
 asks it for a copy of itself (fork), which then runs Ray's worker program. Copies share their memory.
 
-It answers between two imports too; a worker of the first seconds imports by itself what is still missing. The
-kernel ends it with the process that started it.
+It begins to import with the first request, when Ray is up, whose agent has but 15 s to start. It answers
+between two imports too; a worker of the first seconds imports by itself what is still missing. The kernel
+ends it with the process that started it.
 """
 
 import ctypes
@@ -61,6 +62,7 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)
+        select.select([listener], [], [])
         for name in MODULES:
             while select.select([listener], [], [], 0)[0]:
                 answer(listener, start)
