@@ -93,6 +93,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
         for name in maker.columns
     }
     engine = build_engine(model, config.train, 1, cuda)
+    assert isinstance(engine, Flat)
     averaged = list(engine.averaged.items())
     average = EMA(averaged, 0.99)
     meter = Meter("trial", [1000], config.train, None, 1, StartUp())  # rank 0 asks Ray
@@ -100,6 +101,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     [stage] = stages_of(config.train, 1000)
     pieces = Piece.cut(batch, loss_shares(config.train), 1, 0, pieces_a_step(config.train, 1))
     found: dict[str, Any] = {}
+    losses: list[torch.Tensor] = []
 
     def count(part: str) -> None:
         kinds = {"waits": device.waits, "to_device": device.to_device, "pageable": device.pageable}
@@ -118,8 +120,8 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
             inputs, weights = maker.finish(each)
             share += engine.accumulate(inputs, weights, last=number == len(pieces))
         count("passes")
-        assert isinstance(engine, Flat)
         gradients = [chunk.kept.clone() for chunk in engine.chunks if chunk.kept is not None]
+        losses.append(share)
         device.reset()
         sums, norm = engine.update(meter.told(share))
         count("update")
@@ -140,8 +142,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
         )
     }
     states = digest([*gradients, engine.weights])
-    losses = [each["loss"] for each in meter.series]
-    told = {"pieces": len(pieces), "blocks": len(model.blocks()), "losses": losses}
+    told = {"pieces": len(pieces), "blocks": len(model.blocks()), "losses": [each.item() for each in losses]}
     return told | {"states": states, "places": places, **found}
 
 
