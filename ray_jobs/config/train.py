@@ -198,6 +198,11 @@ class TrainConfig(Section):
     offload_parameters: Annotated[bool, Effect.NOTHING] = Field(
         False, description="keep the weights in host memory (stage 3)"
     )
+    offload_base: Annotated[bool, Effect.NOTHING] = Field(
+        False,
+        description="with method lora and gradient_checkpointing, keep the frozen weights of the denoiser's "
+        "blocks in host memory; a block's are on the GPU while it runs and while the next one does",
+    )
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's configuration")
     precision: Precision = Field(
         default_factory=by_device,
@@ -283,6 +288,30 @@ class TrainConfig(Section):
     def _recomputes(self) -> "TrainConfig":
         if not self.gradient_checkpointing:
             require_unset(self, "without gradient_checkpointing", "checkpoint_every")
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_base(self) -> "TrainConfig":
+        if not self.offload_base:
+            return self
+        if not self.use_gpu:
+            raise ValueError("offload_base needs use_gpu; on a CPU the weights are in host memory anyway")
+        if self.method != "lora":
+            raise ValueError(
+                "offload_base: method full trains the base; set method: lora, or offload_parameters"
+            )
+        if not self.flat:
+            raise ValueError(
+                f"offload_base: {self._only_deepspeed or 'engine: deepspeed'} is DeepSpeed's, which moves "
+                "the whole model to the GPU; leave one of them out"
+            )
+        if not self.gradient_checkpointing or self.checkpoint_every > 1:
+            raise ValueError(
+                "offload_base needs gradient_checkpointing: true and checkpoint_every: 1; autograd would "
+                "keep the weights of other blocks on the GPU until the backward pass"
+            )
+        if self.compile:
+            raise ValueError("offload_base: compiled blocks keep their weights on the GPU; turn off compile")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
@@ -27,6 +28,9 @@ class FineTuning(nn.Module):
         text_encoders_trained: take captions as tokens instead of embeddings.
         channels_last: use this memory layout for the denoiser's inputs. Trained weights keep the default
             layout, because engines flatten them.
+
+    Attributes:
+        host_weights: keeper of the frozen weights of the denoiser's blocks; None if they are on the device.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class FineTuning(nn.Module):
         self.text_encoders: Any = nn.ModuleDict(
             family.text.present(pipeline) if text_encoders_trained else {}
         )
+        self.host_weights: HostWeights | None = None
         self.all_trained: list[tuple[str, nn.Parameter]] = []
         self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
 
@@ -92,6 +97,18 @@ class FineTuning(nn.Module):
         found = {self.family.denoiser: ("denoiser", self.denoiser)}
         found |= {name: (f"further_denoisers.{name}", part) for name, part in self.further_denoisers.items()}
         return found | {name: (f"text_encoders.{name}", part) for name, part in self.text_encoders.items()}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of all denoising components that gradient checkpointing recomputes."""
+        return [block for part in self.model.values() for block in self.family.recomputed_blocks(part)]
+
+    def move(self, device: torch.device) -> None:
+        """Move to a device in place, without what is kept in host memory."""
+        if self.host_weights is None:
+            self.to(device)
+            return
+        with self.host_weights.left_out(parameter for _, parameter in self.all_trained):
+            self.to(device)
 
     def _without(self, conditions: Conditions, dropped: torch.Tensor) -> Conditions:
         """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""

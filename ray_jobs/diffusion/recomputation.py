@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Callable[..., Any]
@@ -28,3 +29,8 @@ class EveryNth:
         if number % self.every:
             return block(*args, **named)
         return self.recompute(block, *args, **named)
+
+
+def stacked_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a denoiser that is no UNet: those in lists, most of which are alike."""
+    return [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]

@@ -76,6 +76,8 @@ def rank_memory(
     activations: int = 0,
     quantized: int = 0,
     quantized_bytes: int = 0,
+    blocks: int = 0,
+    two_blocks: int = 0,
 ) -> Placement:
     """Estimate the memory of one rank.
 
@@ -84,7 +86,21 @@ def rank_memory(
         trained: number of trained parameters.
         activations: bytes of activations of a micro batch.
         quantized, quantized_bytes: how many of `whole` are stored quantized, and in how many bytes.
+        blocks, two_blocks: bytes of the frozen weights of all blocks and of the two largest.
     """
+    if train.offload_base:
+        placement = rank_memory(
+            train.model_copy(update={"offload_base": False}),
+            whole=whole,
+            trained=trained,
+            workers=workers,
+            activations=activations,
+            quantized=quantized,
+            quantized_bytes=quantized_bytes,
+        )
+        parameters = placement.device.parameters - blocks + two_blocks
+        device = replace(placement.device, parameters=parameters)
+        return Placement(device, replace(placement.offloaded, parameters=blocks))
     if quantized:
         placement = rank_memory(
             train, whole=whole - quantized, trained=trained, workers=workers, activations=activations
@@ -129,6 +145,7 @@ def host_memory(
     workers: int,
     quantized: int = 0,
     quantized_bytes: int = 0,
+    blocks: int = 0,
 ) -> int:
     """Estimate the host memory of the first rank, which exports, without its device's and what is offloaded.
 
@@ -138,11 +155,13 @@ def host_memory(
         base: parameters of the base model, without adapters.
         quantized, quantized_bytes: how many of these are rounded while they are read, and to how many bytes.
             Their files are mapped, and no longer once they are read.
+        blocks: bytes of the frozen weights of all blocks, which stay where they are read with `offload_base`.
     """
     element = 4 if train.method == "full" else PRECISIONS[train.precision].itemsize
     copied = 4 * base if train.method == "full" else 0
     checkpoint = (16 if train.ema_decay else 12) * -(-trained // workers)
-    return copied + max(element * (base - quantized) + quantized_bytes, checkpoint)
+    read = element * (base - quantized) + quantized_bytes - (blocks if train.offload_base else 0)
+    return copied + max(read, checkpoint)
 
 
 def _flat_memory(train: TrainConfig, whole: int, trained: int, workers: int, activations: int) -> Memory:

@@ -34,6 +34,7 @@ class Footprint:
         quantized: those of them in quantized layers; `quantized_bytes`: what these take.
         trained: parameters that the optimizer updates, adapters included.
         activations: bytes that autograd keeps for one row between the forward and the backward pass.
+        blocks: bytes of the frozen weights of the denoiser's blocks; `two_blocks`: of the two largest.
     """
 
     base: int
@@ -41,6 +42,8 @@ class Footprint:
     activations: int
     quantized: int = 0
     quantized_bytes: int = 0
+    blocks: int = 0
+    two_blocks: int = 0
 
     def whole(self, method: str) -> int:
         """Return the number of parameters in the module, adapters included."""
@@ -62,7 +65,12 @@ def footprint(config: Config) -> Footprint:
     whole += quantized - sum(parameter.numel() for parameter in stored)
     base = whole - (trained if config.train.method == "lora" else 0)
     num_bytes = sum(parameter.nbytes for parameter in stored)
-    return Footprint(base, trained, _activations(config, model), quantized, num_bytes)
+    activations = _activations(config, model)  # casts the model
+    blocks = [
+        sum(each.nbytes for each in block.parameters() if not each.requires_grad) for block in model.blocks()
+    ]
+    two = sum(sorted(blocks)[-2:])
+    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two)
 
 
 def _activations(config: Config, model: FineTuning) -> int:

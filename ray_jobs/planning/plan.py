@@ -62,6 +62,8 @@ class Model:
             activations=rows * found.activations,
             quantized=found.quantized,
             quantized_bytes=found.quantized_bytes,
+            blocks=found.blocks,
+            two_blocks=found.two_blocks,
         )
 
 
@@ -90,6 +92,7 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
         workers=workers,
         quantized=parts.quantized,
         quantized_bytes=parts.quantized_bytes,
+        blocks=parts.blocks,
     )
     lines.append(
         f"    {'on the host':<15}{human_size(host)}, while the base is read and checkpoints are written"
@@ -167,6 +170,8 @@ def fixes(config: Config, model: Model, room: int) -> list[str]:
     changes += [{"micro_batch_size": size} for size in _halves(train.micro_batch_size or rows)]
     if not train.gradient_checkpointing:
         changes.append({"gradient_checkpointing": True})
+    if not train.offload_base:
+        changes.append({"offload_base": True})
     changes += [{"zero_stage": stage} for stage in range(train.zero_stage + 1, 4) if workers > 1]
     if train.zero_stage and train.use_gpu and not train.offload_optimizer:
         changes.append({"offload_optimizer": True})
@@ -175,14 +180,14 @@ def fixes(config: Config, model: Model, room: int) -> list[str]:
     found, kinds = [], set()
     for change in changes:
         [(field, value)] = change.items()
-        if field not in kinds and _fits(config, model, change, room):
+        if field not in kinds and _allowed(train, change) and _fits(config, model, change, room):
             kinds.add(field)
             found.append(f"train.{field}: {str(value).lower()}")
     if found:
         return ["one of " + ", ".join(found)]
     together: Settings = {}
     for change in changes:
-        if "method" in change:
+        if "method" in change or not _allowed(train, together | change):
             continue
         together |= change
         if _fits(config, model, together, room):
@@ -196,6 +201,15 @@ def _halves(size: int) -> list[int]:
         size = -(-size // 2)
         found.append(size)
     return found
+
+
+def _allowed(train: TrainConfig, change: Settings) -> bool:
+    """Return whether settings go together: some changes need another one first."""
+    try:
+        TrainConfig.model_validate(train.model_dump() | change)
+    except ValueError:
+        return False
+    return True
 
 
 def _fits(config: Config, model: Model, change: Settings, room: int) -> bool:

@@ -101,7 +101,7 @@ class Flat(Engine):
 
         groups = parameter_groups(model)
         self.chunks, bounds = _layout(groups, world_size)
-        model.to(device)
+        model.move(device)
         masters = torch.zeros(sum(chunk.numel for chunk in self.chunks), device=device)
         for chunk in self.chunks:
             for view, parameter in chunk.pairs(self._of(chunk, masters)):

@@ -14,11 +14,12 @@ from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, train_all
+from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import LossSettings
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.quantization import quantize
-from ray_jobs.diffusion.recomputation import EveryNth
+from ray_jobs.diffusion.recomputation import EveryNth, stacked_blocks
 from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import Engine
@@ -66,6 +67,8 @@ def finetuning(config: Config, pipeline: Pipeline, family: Family, device: str =
         ValueError: a setting does not suit the base model; the message names it.
     """
     model, parts = _choose_trained(config, pipeline, family, device)
+    if config.train.offload_base:
+        model.host_weights = HostWeights(model.blocks())  # before recomputation: some families wrap blocks
     _prepare(parts, family, config)
     model.train()
     for part in model.text_encoders.values():
@@ -205,13 +208,8 @@ def _compile(denoiser: nn.Module, family: Family, num_shapes: int) -> None:
     if family.is_unet:
         denoiser.compile(dynamic=None if num_shapes > 1 else False)
         return
-    for block in blocks_of(denoiser):
+    for block in stacked_blocks(denoiser):
         block.compile(dynamic=False)
-
-
-def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a denoiser that is no UNet: those that are alike are compiled once."""
-    return [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def build_engine(
@@ -225,6 +223,8 @@ def build_engine(
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if model.host_weights is not None:
+        model.host_weights.hold((parameter for _, parameter in model.all_trained), device)
     return engine
 
 

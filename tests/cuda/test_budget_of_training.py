@@ -5,6 +5,7 @@ import pytest
 from tests.cuda.budgets import (
     AVERAGES,
     COPIES_OF_DIFFUSERS,
+    ON_HOST,
     OPTIMIZER,
     RECOMPUTED_WAITS,
     WAITS_OF_DIFFUSERS,
@@ -35,7 +36,8 @@ def test_a_training_step_never_waits_and_its_rows_come_in_one_copy(family: str, 
             assert waits == (needed * pieces if part == "passes" else 0), (case, part)
         assert sum(found["send"]["to_device"].values()) == pieces, case
         assert not found["send"]["pageable"], case
-        assert sum(found["passes"]["to_device"].values()) == of_diffusers * pieces, case
+        if ON_HOST not in case:
+            assert sum(found["passes"]["to_device"].values()) == of_diffusers * pieces, case
         for part in ("update", "average", "meter"):
             assert not found[part]["to_device"], (case, part)
 
@@ -47,3 +49,19 @@ def test_an_optimizer_step_launches_few_kernels_whatever_the_number_of_layers(
     for case, found in of_family(trained, family).items():
         assert found["update"]["launches"] <= OPTIMIZER, case
         assert found["average"]["launches"] <= AVERAGES, case
+
+
+def test_a_step_with_the_base_on_the_host_is_the_same_and_copies_it_from_pinned_memory(trained: Told) -> None:
+    held = {key: found for key, found in trained.items() if key[1].startswith(ON_HOST)}
+    assert len(held) == 6
+    for (family, case), found in held.items():
+        plain = trained[family, case.removeprefix(ON_HOST)]
+        for each in (plain, found):
+            assert "error" not in each, f"{family}, {case}: {each['error']}"
+        assert (found["losses"], found["states"]) == (plain["losses"], plain["states"]), case
+        assert found["places"] == {"blocks": ["cpu"], "trained": ["cuda"]}
+        assert plain["places"] == {"blocks": ["cuda"], "trained": ["cuda"]}
+        assert not found["passes"]["pageable"], case
+        # All blocks but the last in each forward pass, all but the first in each backward pass.
+        [copies] = [n for line, n in found["passes"]["to_device"].items() if "host_weights" in line]
+        assert copies == found["pieces"] * 2 * (found["blocks"] - 1), case

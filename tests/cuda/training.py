@@ -4,6 +4,7 @@
 `tests.tiny_models`, which are written there if they are missing.
 """
 
+import hashlib
 import json
 import logging
 import traceback
@@ -17,12 +18,14 @@ from ray_jobs.diffusion.ema import EMA
 from ray_jobs.diffusion.quantization import FORMATS
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.flat import Flat
 from ray_jobs.training.monitor import LATE, Meter
 from ray_jobs.training.phases import stages_of
 from ray_jobs.training.setup import build_engine, build_model
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import snapshot, whole
 from ray_jobs.weights.encoders import Encoders
+from tests.cuda.budgets import ON_HOST
 from tests.cuda.pretend import Pretend
 from tests.tiny_models import FAMILY_MODELS, write
 
@@ -40,9 +43,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 PLAIN = {"StableDiffusionPipeline", "FluxPipeline"}  # families that also take a step of the following
-CASES_OF_PLAIN: dict[str, dict[str, Any]] = {"lora": {"method": "lora"}} | {
-    f"lora on {format_name}": {"quantize": format_name} for format_name in FORMATS
+RECOMPUTED = {"gradient_checkpointing": True, "micro_batch_size": 2}
+# Each is also run with the base's blocks on the host.
+CASES_OF_BASES: dict[str, dict[str, Any]] = {
+    "lora, recomputed": RECOMPUTED,
+    "dora, recomputed": RECOMPUTED | {"lora": {"use_dora": True}, "channels_last": True},
+    "lora on nf4, recomputed": RECOMPUTED | {"quantize": "nf4"},
 }
+CASES_OF_PLAIN: dict[str, dict[str, Any]] = (
+    {"lora": {"method": "lora"}}
+    | {f"lora on {format_name}": {"quantize": format_name} for format_name in FORMATS}
+    | CASES_OF_BASES
+    | {f"{ON_HOST}{case}": each | {"offload_base": True} for case, each in CASES_OF_BASES.items()}
+)
 STEPS = 2  # the second is counted: Adam has its state then
 CAPTIONS = ["a red circle", "a blue cross", "", "a green square"]
 
@@ -63,13 +76,14 @@ def config_of(base: Path, folder: Path, quantize: str | None = None, **train: An
 
 def train(config: Config, device: Pretend) -> dict[str, Any]:
     """Take steps as the loop takes them; return the counts of the last one."""
+    torch.manual_seed(0)
     cuda = torch.device("cuda:0")
     encoders = Encoders(config.model.base, device="cuda")
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8).numpy()
     mean, logvar = encoders.encode_pictures(pixels)
     captions, empty = encoders.encode_captions(CAPTIONS), encoders.encode_captions([""])
     pipeline, model = build_model(config, "cuda")
-    model.to(cuda)  # on a real GPU parameters stay the same objects; here they are new ones
+    model.move(cuda)  # on a real GPU parameters stay the same objects; here they are new ones
     model.remember_trained({})
     maker = InputMaker(pipeline.vae, model, empty, cuda, seed=0, caption_dropout=config.train.caption_dropout)
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
@@ -79,6 +93,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
         for name in maker.columns
     }
     engine = build_engine(model, config.train, 1, cuda)
+    assert isinstance(engine, Flat)
     averaged = list(engine.averaged.items())
     average = EMA(averaged, 0.99)
     meter = Meter("trial", [1000], config.train, None, 1, StartUp())  # rank 0 asks Ray
@@ -86,6 +101,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     [stage] = stages_of(config.train, 1000)
     pieces = Piece.cut(batch, loss_shares(config.train), 1, 0, pieces_a_step(config.train, 1))
     found: dict[str, Any] = {}
+    losses: list[torch.Tensor] = []
 
     def count(part: str) -> None:
         kinds = {"waits": device.waits, "to_device": device.to_device, "pageable": device.pageable}
@@ -104,6 +120,9 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
             inputs, weights = maker.finish(each)
             share += engine.accumulate(inputs, weights, last=number == len(pieces))
         count("passes")
+        gradients = [chunk.kept.clone() for chunk in engine.chunks if chunk.kept is not None]
+        losses.append(share)
+        device.reset()
         sums, norm = engine.update(meter.told(share))
         count("update")
         average.update(averaged, step)
@@ -113,7 +132,25 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     tensors, _ = snapshot(engine, average.averages)
     assert all(tensor.device.type == "cpu" for tensor in tensors.values())
     whole(engine, average.averages)
-    return {"pieces": len(pieces), "loss": meter.series[-1]["loss"], **found}
+    frozen = {id(each): each for block in model.blocks() for each in block.parameters()}
+    trained = {id(each): each for _, each in model.all_trained}
+    places = {
+        name: sorted({each.device.type for each in parameters})
+        for name, parameters in (
+            ("blocks", [each for key, each in frozen.items() if key not in trained]),
+            ("trained", list(trained.values())),
+        )
+    }
+    states = digest([*gradients, engine.weights])
+    told = {"pieces": len(pieces), "blocks": len(model.blocks()), "losses": [each.item() for each in losses]}
+    return told | {"states": states, "places": places, **found}
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Return a digest of tensors' values, to the bit."""
+    return hashlib.sha256(
+        b"".join(each.detach().cpu().float().numpy().tobytes() for each in tensors)
+    ).hexdigest()
 
 
 def main(folder: Path) -> None:

@@ -13,6 +13,7 @@ from ray_jobs.config import (
 )
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.offload_base=true"]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,17 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         (["train.engine=flat", "train.offload_optimizer=true"], "flat does not have offload_optimizer"),
         (["train.engine=flat", "train.deepspeed={a: 1}"], "flat does not have deepspeed"),
         (["train.zero_stage=0", "train.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
+        (["train.offload_base=true"], "offload_base needs use_gpu; on a CPU"),
+        ([*OFFLOADS, "train.method=full"], "offload_base: method full trains the base; set method: lora"),
+        ([*OFFLOADS, "train.zero_stage=3"], "offload_base: zero_stage: 3 is DeepSpeed's"),
+        ([*OFFLOADS, "train.offload_optimizer=true"], "offload_base: offload_optimizer is DeepSpeed's"),
+        ([*OFFLOADS, "train.engine=deepspeed"], "offload_base: engine: deepspeed is DeepSpeed's"),
+        ([*OFFLOADS, "train.checkpoint_every=2"], "gradient_checkpointing: true and checkpoint_every: 1"),
+        (
+            [*OFFLOADS, "train.gradient_checkpointing=false"],
+            "offload_base needs gradient_checkpointing: true",
+        ),
+        ([*OFFLOADS, "train.compile=true"], "offload_base: compiled blocks keep their weights on the GPU"),
         (["train.schedule=constant", "train.warmup_steps=5"], "schedule constant has no warm-up"),
         (
             ["train.stages=[{steps: 5, schedule: constant, warmup_steps: 2}, {steps: 1}]"],

@@ -11,7 +11,7 @@ import torch
 from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import FAMILIES
-from ray_jobs.planning.estimate import effective_stage, rank_memory
+from ray_jobs.planning.estimate import effective_stage, host_memory, rank_memory
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.planning.plan import Model
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
@@ -127,6 +127,21 @@ def test_what_is_offloaded_leaves_the_device_and_nothing_is_lost() -> None:
     assert found.device.kept == 0
     assert found.offloaded.kept == here.device.kept
     assert found.device.whole + found.offloaded.whole == here.device.whole
+
+
+def test_a_base_on_the_host_leaves_two_blocks_on_the_device_and_nothing_is_lost() -> None:
+    plain = TrainConfig(precision="bf16", use_gpu=True, gradient_checkpointing=True)
+    offloading = plain.model_copy(update={"offload_base": True})
+    sizes = {"whole": 1_000_000, "trained": 4_000, "workers": 2, "quantized": 8_000, "quantized_bytes": 4_500}
+    blocks = {"blocks": 1_800_000, "two_blocks": 90_000}
+    here, found = (rank_memory(train, **sizes, **blocks) for train in (plain, offloading))
+    assert here.offloaded.whole == 0 and found.offloaded.whole == found.offloaded.parameters == 1_800_000
+    assert found.device.whole == here.device.whole - 1_800_000 + 90_000
+    hosts = [
+        host_memory(train, base=996_000, trained=4_000, workers=2, blocks=1_800_000)
+        for train in (plain, offloading)
+    ]
+    assert hosts == [2 * 996_000, 2 * 996_000 - 1_800_000]
 
 
 @pytest.mark.parametrize("workers", [1, 3, 4])

@@ -274,14 +274,15 @@ def test_gradients_reach_the_denoiser_and_the_trainable_text_encoders(folder: Pa
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: Path, every: int) -> None:
-    found = []
+    found, functions = [], list[EveryNth]()
     for recompute in (False, True):
         pipeline = load_pipeline(str(folder))
         family = family_of(pipeline)
         for denoiser in family.model(pipeline).values():
             denoiser.requires_grad_(True).train()
             if recompute:
-                family.enable_gradient_checkpointing(denoiser, EveryNth(every))
+                functions.append(EveryNth(every))
+                family.enable_gradient_checkpointing(denoiser, functions[-1])
         predicted = predict(pipeline)
         predicted.square().mean().backward()
         parameters = [p for part in family.model(pipeline).values() for p in part.parameters()]
@@ -289,6 +290,9 @@ def test_recomputed_activations_change_neither_prediction_nor_gradients(folder: 
     assert len(found[0]) > 10
     for plain, recomputed in zip(*found, strict=True):
         assert torch.allclose(plain, recomputed, atol=1e-6)
+    for denoiser, function in zip(family.model(pipeline).values(), functions, strict=True):
+        blocks = {getattr(block, "__self__", block) for block in function.numbers}  # or its `forward`
+        assert blocks == set(family.recomputed_blocks(denoiser))
 
 
 def test_all_that_is_loaded_is_frozen(folder: Path) -> None:

@@ -135,6 +135,17 @@ def test_what_only_several_changes_together_make_fit_is_named_together() -> None
     assert plan(changed(config, *named), machines, None)[1]
 
 
+def test_a_frozen_base_on_the_host_is_proposed_together_with_recomputation() -> None:
+    config = a_config(train={"use_gpu": True, "precision": "bf16", "micro_batch_size": 1, "num_workers": 1})
+    model = Model(config)
+    found = model.footprint(config.train)
+    least = model.memory(config.train.model_copy(update={"gradient_checkpointing": True})).device.whole
+    machines = [Machine("tiny", 64, 1, gpu_gib=(least - found.blocks / 2) / 0.9 / GIB)]
+    named = changes_named(plan(config, machines, None)[0], "together")
+    assert {"train": {"offload_base": True}} in named
+    assert not memory_lines(changed(config, *named), model, machines)[1]
+
+
 def test_an_epoch_is_known_once_the_data_set_is_prepared(tmp_path: Path) -> None:
     config = a_config(storage=str(tmp_path), train={"batch_size": 8, "num_workers": 2})
     machines = [Machine("one", 64)]

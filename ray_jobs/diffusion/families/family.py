@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
 from ray_jobs.diffusion.families.text import Text
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
-from ray_jobs.diffusion.recomputation import Recompute, recomputed
+from ray_jobs.diffusion.recomputation import Recompute, recomputed, stacked_blocks
 
 Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
@@ -174,6 +175,10 @@ class Family(ABC):
     def enable_gradient_checkpointing(self, denoiser: Denoiser, recompute: Recompute = recomputed) -> None:
         """Recompute the activations of blocks in the backward pass."""
         denoiser.enable_gradient_checkpointing(recompute)
+
+    def recomputed_blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Return the blocks that `enable_gradient_checkpointing` recomputes."""
+        return stacked_blocks(denoiser)
 
     @abstractmethod
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ray_jobs.diffusion.families import tiny
@@ -130,6 +131,9 @@ class HiDream(Family):
             )
             predicted = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return -predicted  # it predicts the image minus the noise
+
+    def recomputed_blocks(self, denoiser: Any) -> list[nn.Module]:
+        return [*denoiser.double_stream_blocks, *denoiser.single_stream_blocks]
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return type(pipeline.scheduler).__name__ == DISTILLED_SCHEDULER

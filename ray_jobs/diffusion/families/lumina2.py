@@ -1,8 +1,10 @@
 """Lumina-Image 2.0 (Qin et al., arXiv 2503.21758)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
@@ -80,6 +82,9 @@ class Lumina2(Family):
             return_dict=False,
         )[0]
         return -predicted  # it predicts the image minus the noise
+
+    def recomputed_blocks(self, denoiser: Any) -> list[nn.Module]:
+        return list(denoiser.layers)  # diffusers 0.42.1 leaves out those before, which refine the inputs
 
     def guide(
         self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor

@@ -1,6 +1,7 @@
 """What the families with a UNet share."""
 
 import torch
+from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
@@ -26,6 +27,15 @@ class UNetFamily(Family):
             added_cond_kwargs=self.added_conditions(conditions),
             return_dict=False,
         )[0]
+
+    def recomputed_blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return [
+            block
+            for name, block in denoiser.named_modules()
+            # diffusers 0.42.1 leaves out the first one of the middle.
+            if name.split(".")[-2:-1] in (["resnets"], ["transformer_blocks"])
+            and name != "mid_block.resnets.0"
+        ]
 
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
         encoders = self.trainable_encoders
