@@ -56,7 +56,8 @@ class Engine:
             is offloaded.
         device: PyTorch device.
         max_rows: maximum rows running at a time; with guidance a denoiser call has up to twice as many.
-        decode_rows: maximum images per VAE call; bounds how long a VAE call delays denoising.
+        decode_rows: maximum images per VAE call, fewer of large ones; bounds how long a VAE call delays
+            denoising.
         max_waiting: maximum requests waiting for a slot; None: no limit.
         max_side: maximum length of an image's longer side in pixels; None: twice the model's own.
         prompt_bytes: size of the prompt embedding cache (least recently used dropped first).

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ray_jobs.diffusion.memory import pictures_at_once
 from serving.engine.adapters import AdapterCache
 from serving.engine.rows import Kind, Row
 
@@ -35,7 +36,7 @@ class Scheduler:
     Args:
         adapters: cache that must hold a row's adapter before the row is admitted; None: no adapters.
         max_rows: maximum rows being encoded or running at a time.
-        chunk_rows: maximum images encoded or decoded at a time.
+        chunk_rows: maximum images encoded or decoded at a time; fewer of large ones (`pictures_at_once`).
         max_waiting: maximum rows waiting for a slot; None: no limit.
     """
 
@@ -84,7 +85,8 @@ class Scheduler:
     def next_to_encode(self) -> list[Row]:
         """Return the rows whose images are encoded together: the longest waiting one, and others of its size.
         They run from now on."""
-        chunk = [row for row in self.encoding if row.size == self.encoding[0].size][: self.chunk_rows]
+        same = [row for row in self.encoding if row.size == self.encoding[0].size]
+        chunk = same[: self._chunk_of(same[0])] if same else []
         self.encoding = [row for row in self.encoding if row not in chunk]
         self.running += chunk
         for row in chunk:
@@ -127,10 +129,15 @@ class Scheduler:
         chunk: list[Decoding] = []
         others: deque[Decoding] = deque()
         for each in self.decoding:
-            fits = len(chunk) < self.chunk_rows and each.row.size == self.decoding[0].row.size
+            first = self.decoding[0].row
+            fits = each.row.size == first.size and len(chunk) < self._chunk_of(first)
             (chunk if fits else others).append(each)
         self.decoding = others
         return chunk
+
+    def _chunk_of(self, row: Row) -> int:
+        """Return how many images of a row's size are encoded or decoded at a time."""
+        return min(self.chunk_rows, pictures_at_once(*row.size))
 
     def drop_answered(self) -> None:
         """Drop the rows that were cancelled or have failed."""
