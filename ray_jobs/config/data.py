@@ -184,7 +184,9 @@ class DataConfig(Section):
     encode: Literal["cache", "stream"] = Field(
         "cache", description="cache: encode once, to Parquet; stream: encode while training and write nothing"
     )
-    encode_batch_size: Annotated[Positive, Effect.NOTHING] = Field(32, description="images encoded at once")
+    encode_batch_size: Annotated[Positive, Effect.NOTHING] = Field(
+        32, description="maximum number of images encoded at once; of large images fewer"
+    )
     encode_workers: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="actors that hold the encoders, or the model that generates class images"
     )

@@ -43,7 +43,9 @@ class ServeConfig(Section):
     gpu_share: float = Field(
         1.0, gt=0, le=1, description="share of a GPU per replica; below 1, several replicas share one"
     )
-    max_batch_size: Positive = Field(8, description="maximum number of images denoised together")
+    max_batch_size: Positive = Field(
+        8, description="maximum number of images denoised together; of larger ones than the model's own fewer"
+    )
     precision: Precision = Field(
         default_factory=by_device,
         description="of the denoiser; with bf16 also of text encoders and of autoencoders that allow it",

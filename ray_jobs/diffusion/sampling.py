@@ -14,7 +14,7 @@ import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
-from ray_jobs.diffusion.memory import Chunks
+from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
@@ -126,7 +126,10 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Decode the denoiser's latents to images: uint8, N x 3 x height x width, on the CPU."""
+    """Decode the denoiser's latents to images: uint8, N x 3 x height x width, on the CPU.
+
+    Large images are decoded in tiles, see `Codec.in_tiles`.
+    """
     return family_of(pipeline).codec.pixels(pipeline.vae, latents)
 
 
@@ -134,11 +137,14 @@ def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> torch.Tensor:
 def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Encode images to the denoiser's latents, drawn from the autoencoder's posterior.
 
+    Large images are encoded in tiles, see `Codec.in_tiles`.
+
     Args:
         pixels: uint8, N x 3 x height x width.
         noise: float32, N x C x ..., standard normal, of the posterior's shape, on its device.
     """
-    codec, autoencoder = family_of(pipeline).codec, pipeline.vae
+    codec = family_of(pipeline).codec
+    autoencoder = codec.in_tiles(pipeline.vae, *pixels.shape[-2:])
     pictures = pixels.to(noise.device, torch.float32) / 127.5 - 1
     return codec.sample(*codec.posterior(autoencoder, pictures), codec.scale(autoencoder), noise)
 
@@ -146,6 +152,8 @@ def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tenso
 @torch.no_grad()
 def reconstructed(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Pass images through the autoencoder, by the mean of its posterior: the best that the model can draw.
+
+    They are encoded whole, as training pictures are, and decoded as drawn ones are.
 
     Args:
         pixels: uint8, N x 3 x height x width; so is the result, on the CPU.
@@ -169,7 +177,8 @@ def sample_pictures(
 ) -> Iterator[torch.Tensor]:
     """Yield the images of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
 
-    A batch has up to `batch_size` consecutive images of one shape, fewer where memory is too small for them.
+    A batch has up to `batch_size` consecutive images of one shape, fewer where memory is too small for them
+    or they are more than are decoded at once.
 
     Args:
         pipeline: pipeline from `load_pipeline`, with its autoencoder on the device to sample on.
@@ -208,7 +217,8 @@ def sample_pictures(
     for number, batch in enumerate(batches):
         of_batch = partial(sample, batch.start, *encoded.of(texts[number:]))
         for latents in sampled.run(range(batch.start, batch.stop), of_batch):
-            yield from decoded.run(latents, partial(decode_latents, pipeline))
+            limit = pictures_at_once(*shapes[batch.start])
+            yield from decoded.run(latents, partial(decode_latents, pipeline), limit)
 
 
 class Prompts:

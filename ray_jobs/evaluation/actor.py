@@ -249,7 +249,7 @@ class Evaluator:
         import torch
         from PIL import Image
 
-        from ray_jobs.diffusion.memory import Chunks
+        from ray_jobs.diffusion.memory import Chunks, pictures_at_once
         from ray_jobs.diffusion.sampling import batches_of, reconstructed
 
         pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
@@ -257,7 +257,11 @@ class Evaluator:
         stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
         if through_autoencoder:
             chunks, restore = Chunks(), partial(reconstructed, self.base)
-            stacked = (part for batch in stacked for part in chunks.run(batch, restore))
+            stacked = (
+                part
+                for batch in stacked
+                for part in chunks.run(batch, restore, pictures_at_once(*batch.shape[-2:]))
+            )
         return self._features(stacked, self.networks.all)
 
     def score(

@@ -4,6 +4,7 @@ from cluster.capacity import encoders, search_actors, serving_actors, trials_at_
 from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
 from ray_jobs.config import Config, ConfigError, Settings, TrainConfig
+from ray_jobs.diffusion.memory import pictures_at_once
 from ray_jobs.planning.estimate import (
     Placement,
     effective_stage,
@@ -131,8 +132,12 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
         if use_gpu and sizes:
             room = int(HEADROOM * share * min(sizes) * GIB)
             fitting = need.at_once(room)
-            held = ", ".join(f"{min(most, count)} {doing}" for doing, count in fitting.items())
-            line += f"; of {most} at once there is room for {held}"
+            chunk = min(most, pictures_at_once(data.resolution, data.resolution))
+            limits = {doing: most if doing == "drawing" else chunk for doing in fitting}
+            held = ", ".join(
+                f"{min(limits[doing], count)} of {limits[doing]} {doing}" for doing, count in fitting.items()
+            )
+            line += f"; there is room for {held} at once"
             if not min(fitting.values()):
                 way = f"{field}: bf16" if precision == "fp32" else "devices with more memory"
                 way = "serve.offload: encoders or model" if kind == "a replica" and not need.host else way

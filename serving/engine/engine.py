@@ -3,9 +3,10 @@
 A request becomes a row. Rows join and leave between denoiser calls, each with its own prompt, seed, step
 count, guidance, size, adapter and initial image. Each yields the image that plain diffusers generates for its
 request alone.
-Rows are admitted first come, first served, at most `max_rows` at a time. Running rows of the same size share
-a denoiser call, and the size whose row has waited longest for its step goes next. `scheduler` decides this;
-the engine computes what it decides.
+Rows are admitted first come, first served, at most `max_rows` at a time, and together at most as many pixels
+as as many images of the model's own size have. Running rows of the same size share a denoiser call, and the
+size whose row has waited longest for its step goes next. `scheduler` decides this; the engine computes what
+it decides.
 """
 
 import threading
@@ -55,8 +56,11 @@ class Engine:
         pipeline: the pipeline from `load_pipeline` or `optimizations.prepare`; moved to `device`, unless it
             is offloaded.
         device: PyTorch device.
-        max_rows: maximum rows running at a time; with guidance a denoiser call has up to twice as many.
-        decode_rows: maximum images per VAE call; bounds how long a VAE call delays denoising.
+        max_rows: maximum rows running at a time, of the model's own size; of larger ones there are as many
+            as have the same number of pixels, at least one. With guidance a denoiser call has up to twice as
+            many rows; without it, rows of twice the pixels count as one.
+        decode_rows: maximum images per VAE call, fewer of large ones; bounds how long a VAE call delays
+            denoising.
         max_waiting: maximum requests waiting for a slot; None: no limit.
         max_side: maximum length of an image's longer side in pixels; None: twice the model's own.
         prompt_bytes: size of the prompt embedding cache (least recently used dropped first).
@@ -116,8 +120,14 @@ class Engine:
         self.max_side = 2 * max(self.own_size) if max_side is None else max_side
         self._schedule = lru_cache(1024)(self._tabulate)
         self._arrivals = count()
+        height, width = self.own_size
+        takes_guidance = self.family.has_guidance(pipeline.config) and not self.guidance_embedded
         self.scheduler = Scheduler(
-            self.adapters, max_rows=max_rows, chunk_rows=decode_rows, max_waiting=max_waiting
+            self.adapters,
+            max_rows=max_rows,
+            max_pixels=max_rows * height * width * (2 if takes_guidance else 1),
+            chunk_rows=decode_rows,
+            max_waiting=max_waiting,
         )
         self._batches: dict[Kind, Batch] = {}
         self.failures = 0  # calls of any component that failed since an image was last decoded
@@ -184,7 +194,8 @@ class Engine:
             )
         strength = None if request.image is None else request.strength
         schedule = self._schedule(request.steps, *size, strength, request.zero_terminal_snr)
-        row = Row(request, schedule, size, next(self._arrivals), on_preview)
+        guided = request.guidance_scale > 1 and not self.guidance_embedded
+        row = Row(request, schedule, size, next(self._arrivals), on_preview, guided)
         self.scheduler.add(row)
         self.work.set()
         return row.future
@@ -266,7 +277,7 @@ class Engine:
 
     def _begin(self, rows: list[Row]) -> None:
         """Set the prompt embeddings and initial noise of newly admitted rows."""
-        guided = [row for row in rows if row.request.guidance_scale > 1 and not self.guidance_embedded]
+        guided = [row for row in rows if row.guided]
         text = self.family.text
         texts: list[Text] = [(text.as_prompt(row.request.prompt), row.adapter) for row in rows]
         for row in guided:

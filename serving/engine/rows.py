@@ -96,12 +96,13 @@ class Row:
     size: tuple[int, int]  # height and width in pixels
     arrival: int  # sequence number of the request
     on_preview: OnPreview | None
+    guided: bool = False  # True with classifier-free guidance: a denoiser call has the row twice
     future: Future[Drawing] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
     adapter: Adapter | None = None  # set once it is in memory
     captions: Captions = field(default_factory=dict)
-    null_captions: Captions | None = None  # set for rows with classifier-free guidance
+    null_captions: Captions | None = None  # set for guided rows
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
     earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # past outputs, for some solvers
@@ -112,6 +113,12 @@ class Row:
     @property
     def kind(self) -> "Kind":
         return self.size, self.deep is not None
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a denoiser call that the row takes."""
+        height, width = self.size
+        return height * width * (2 if self.guided else 1)
 
     @property
     def finished(self) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ray_jobs.diffusion.memory import pictures_at_once
 from serving.engine.adapters import AdapterCache
 from serving.engine.rows import Kind, Row
 
@@ -29,20 +30,43 @@ class Decoding(NamedTuple):
     last: bool  # True for the finished image, False for a preview
 
 
+class Room(NamedTuple):
+    """Free part of what rows that are being encoded or running may take together."""
+
+    rows: int
+    pixels: int  # of denoiser calls
+    whole: int  # pixels while there is no row
+
+    def fits(self, row: Row) -> bool:
+        """Return True if there is room for a row: beside no other one, for a row of any size."""
+        return self.rows > 0 and (row.pixels <= self.pixels or self.pixels == self.whole)
+
+    def without(self, row: Row) -> "Room":
+        """Return the room that is left beside a row."""
+        return Room(self.rows - 1, self.pixels - row.pixels, self.whole)
+
+
 class Scheduler:
     """Rows by stage. Call `add` from any thread, the rest from the stepping thread.
 
     Args:
         adapters: cache that must hold a row's adapter before the row is admitted; None: no adapters.
         max_rows: maximum rows being encoded or running at a time.
-        chunk_rows: maximum images encoded or decoded at a time.
+        max_pixels: maximum pixels of these rows in denoiser calls; a row of more runs alone.
+        chunk_rows: maximum images encoded or decoded at a time; fewer of large ones (`pictures_at_once`).
         max_waiting: maximum rows waiting for a slot; None: no limit.
     """
 
     def __init__(
-        self, adapters: AdapterCache | None, *, max_rows: int, chunk_rows: int, max_waiting: int | None
+        self,
+        adapters: AdapterCache | None,
+        *,
+        max_rows: int,
+        max_pixels: int,
+        chunk_rows: int,
+        max_waiting: int | None,
     ) -> None:
-        self.max_rows, self.chunk_rows = max_rows, chunk_rows
+        self.max_rows, self.max_pixels, self.chunk_rows = max_rows, max_pixels, chunk_rows
         self.waiting = RequestQueue(adapters, read_ahead=max_rows, max_waiting=max_waiting)
         self.encoding: list[Row] = []
         self.running: list[Row] = []
@@ -61,9 +85,11 @@ class Scheduler:
         return bool(len(self.waiting) or self.encoding or self.running or self.decoding)
 
     @property
-    def free(self) -> int:
-        """Number of free slots."""
-        return self.max_rows - len(self.encoding) - len(self.running)
+    def free(self) -> Room:
+        """Room for rows that wait."""
+        rows = [*self.encoding, *self.running]
+        pixels = sum(row.pixels for row in rows)
+        return Room(self.max_rows - len(rows), self.max_pixels - pixels, self.max_pixels)
 
     def add(self, row: Row) -> None:
         """Queue a row.
@@ -74,7 +100,7 @@ class Scheduler:
         self.waiting.add(row, free=self.free)
 
     def admit(self) -> list[Row]:
-        """Move the next rows of the queue into the free slots, and return them."""
+        """Move the next rows of the queue into the free room, and return them."""
         joined = self.waiting.take(self.free)
         for row in joined:
             row.last_call = self.calls
@@ -84,7 +110,8 @@ class Scheduler:
     def next_to_encode(self) -> list[Row]:
         """Return the rows whose images are encoded together: the longest waiting one, and others of its size.
         They run from now on."""
-        chunk = [row for row in self.encoding if row.size == self.encoding[0].size][: self.chunk_rows]
+        same = [row for row in self.encoding if row.size == self.encoding[0].size]
+        chunk = same[: self._chunk_of(same[0])] if same else []
         self.encoding = [row for row in self.encoding if row not in chunk]
         self.running += chunk
         for row in chunk:
@@ -127,10 +154,15 @@ class Scheduler:
         chunk: list[Decoding] = []
         others: deque[Decoding] = deque()
         for each in self.decoding:
-            fits = len(chunk) < self.chunk_rows and each.row.size == self.decoding[0].row.size
+            first = self.decoding[0].row
+            fits = each.row.size == first.size and len(chunk) < self._chunk_of(first)
             (chunk if fits else others).append(each)
         self.decoding = others
         return chunk
+
+    def _chunk_of(self, row: Row) -> int:
+        """Return how many images of a row's size are encoded or decoded at a time."""
+        return min(self.chunk_rows, pictures_at_once(*row.size))
 
     def drop_answered(self) -> None:
         """Drop the rows that were cancelled or have failed."""
@@ -164,34 +196,46 @@ class RequestQueue:
     def rows(self) -> Sequence[Row]:
         return tuple(self._rows)
 
-    def add(self, row: Row, *, free: int) -> None:
+    def add(self, row: Row, *, free: Room) -> None:
         """Queue a row.
 
         Args:
-            free: free slots in the engine; that many more rows may be queued than `max_waiting`.
+            free: room in the engine; the rows that it takes next do not count as waiting ones.
 
         Raises:
             QueueFull: the queue is full.
         """
         with self._lock:
-            if self._max_waiting is not None and len(self._rows) >= self._max_waiting + free:
+            if self._is_full(row, free):
                 self._rows = [each for each in self._rows if not each.future.done()]
-                if len(self._rows) >= self._max_waiting + free:
+                if self._is_full(row, free):
                     self.rejected += 1
                     raise QueueFull(f"{len(self._rows)} requests are waiting; try again later")
             self._rows.append(row)
         row.future.add_done_callback(self._note_answered)
 
-    def take(self, places: int) -> list[Row]:
-        """Remove and return the earliest rows whose adapters are in memory, at most `places` of them.
+    def _is_full(self, row: Row, free: Room) -> bool:
+        """Return True if more rows than may would wait with this one."""
+        if self._max_waiting is None:
+            return False
+        waiting = [*self._rows, row]
+        for number, each in enumerate(waiting):
+            if not free.fits(each):
+                return len(waiting) - number > self._max_waiting
+            free = free.without(each)
+        return False
 
-        Adapters are read ahead. A row whose adapter is still being read lets others pass, and takes the first
-        slot that becomes free afterwards.
+    def take(self, free: Room) -> list[Row]:
+        """Remove and return the earliest rows whose adapters are in memory, as many as there is room for.
+
+        No row is passed by a later one that needs less room: large rows would wait for ever. Adapters are
+        read ahead. A row whose adapter is still being read lets others pass, and takes the first room that
+        becomes free afterwards.
         """
         taken: list[Row] = []
-        ahead = 0
+        ahead, full = 0, free.rows <= 0
         for row in self.rows:
-            if len(taken) >= places and (self._adapters is None or ahead >= self._read_ahead):
+            if full and (self._adapters is None or ahead >= self._read_ahead):
                 break
             name, there = row.request.adapter, True
             if name is not None and ahead < self._read_ahead:
@@ -199,9 +243,13 @@ class RequestQueue:
                 there = self._has_adapter(row)
             elif name is not None:
                 assert self._adapters is not None
-                there = len(taken) < places and self._adapters.holds(name) and self._has_adapter(row)
-            if there and len(taken) < places:
+                there = not full and self._adapters.holds(name) and self._has_adapter(row)
+            if there and not full and free.fits(row):
                 taken.append(row)
+                free = free.without(row)
+                full = free.rows <= 0
+            elif there:
+                full = True
         if taken or self._answered:  # a row may just have failed
             self._forget(set(taken))
         return taken

@@ -125,7 +125,7 @@ def test_the_plan_tells_how_many_pictures_fit_at_once_and_what_to_do_where_none_
         return drawing_lines(config, [Machine("one", 8, 1, gpu_gib=room / GIB / 0.9)])
 
     lines, problems = told(3.01)
-    assert not problems and "of 16 at once there is room for 3 drawing" in lines[1]
+    assert not problems and "there is room for 3 of 16 drawing" in lines[1]
     lines, problems = told(0.5)
     assert problems[0].startswith("an evaluator needs ") and problems[0].endswith(
         ": evaluate.precision: bf16"

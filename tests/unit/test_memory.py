@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ray_jobs.diffusion.memory import Chunks, device_broken
+from ray_jobs.diffusion.memory import Chunks, device_broken, pictures_at_once
 
 
 def holds(most: int, seen: list[int]) -> Callable[[list[int]], list[int]]:
@@ -29,6 +29,21 @@ def test_where_memory_is_too_small_half_is_tried_and_what_fits_is_remembered() -
     assert sum(done, []) == [2 * each for each in range(10)]
     assert seen == [10, 5, 2, 2, 2, 2, 2]
     assert chunks.run([7, 8, 9], holds(3, seen)) == [[14, 16], [18]]
+
+
+def test_no_more_items_are_taken_at_a_time_than_the_limit() -> None:
+    chunks, seen = Chunks(), list[int]()
+    assert chunks.run([1, 2, 3, 4, 5], holds(9, seen), limit=2) == [[2, 4], [6, 8], [10]]
+    chunks.run(list(range(4)), holds(1, seen), limit=2)  # and fewer where memory is too small for it
+    assert seen == [2, 2, 1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "number"),
+    [((512, 512), 16), ((1024, 1024), 4), ((1344, 768), 4), ((2048, 2048), 1), ((4096, 4096), 1)],
+)
+def test_pictures_at_once_go_by_their_pixels(size: tuple[int, int], number: int) -> None:
+    assert pictures_at_once(*size) == number
 
 
 def test_one_item_that_does_not_fit_is_an_error() -> None:

@@ -98,6 +98,8 @@ def generate_class_pictures(
 
 def _folder(config: Config, model: str, prompt: str) -> Storage:
     """Folder for the pictures of a class prompt, named after all their dependencies."""
+    from ray_jobs.diffusion.families.codec import TILE, WHOLE
+
     settings = {
         "model": model,
         "prompt": prompt,
@@ -106,6 +108,8 @@ def _folder(config: Config, model: str, prompt: str) -> Storage:
         "guidance_scale": config.evaluate.guidance_scale,
         "seed": config.seed,
     }
+    if config.data.resolution**2 > WHOLE:
+        settings["tile"] = TILE
     text = json.dumps(settings, indent=2) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     folder = SharedFolder.of(config).class_pictures(digest)

@@ -177,18 +177,12 @@ class EncodeRows:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings."""
         import torch
 
-        size = self.batch_size
-        posteriors = [
-            found
-            for i in range(0, len(pixels), size)
-            for found in self.pictures.run(pixels[i : i + size], self.encoders.encode_pictures)
-        ]
+        from ray_jobs.diffusion.memory import pictures_at_once
+
+        limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))
+        posteriors = self.pictures.run(pixels, self.encoders.encode_pictures, limit)
         different = list(dict.fromkeys(captions))
-        forms = [
-            found
-            for i in range(0, len(different), size)
-            for found in self.captions.run(different[i : i + size], self.encoders.encode_captions)
-        ]
+        forms = self.captions.run(different, self.encoders.encode_captions, self.batch_size)
         places = torch.tensor([different.index(caption) for caption in captions])
         tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
         tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])

@@ -1,8 +1,18 @@
 """Facet of a family: from pixels to latents and back."""
 
+from copy import copy
+
 import torch
 
 from ray_jobs.diffusion.protocols import Autoencoder, Settings
+
+WHOLE = 2 << 20
+"""Pixels of the largest image that is decoded whole.
+
+Buckets of 1024 x 1024 reach a little above 1 << 20, and Qwen-Image's own images are of 1328 x 1328.
+"""
+TILE = 1024  # pixels of a tile's side: an image takes no more memory than one of 1024 x 1024
+OVERLAP = 256  # pixels that neighbouring tiles share, and in which one fades into the other
 
 
 class Codec:
@@ -45,8 +55,29 @@ class Codec:
         side = self.latent_pixels(config)
         return self.channels(config), height // side, width // side
 
+    def in_tiles(self, autoencoder: Autoencoder, height: int, width: int) -> Autoencoder:
+        """Return the autoencoder; for images of more than `WHOLE` pixels, one that works tile by tile.
+
+        Each tile is normalised by itself and attends to itself only, so that the result differs slightly. The
+        autoencoder in tiles is a copy with the same layers: diffusers' switch is an attribute of the module,
+        which other threads use for images of other sizes, and it goes by the longer side, not by the area.
+        """
+        if height * width <= WHOLE:
+            return autoencoder
+        tiled = copy(autoencoder)
+        if hasattr(tiled, "tile_overlap_factor"):  # AutoencoderKL and FLUX.2's
+            tiled.enable_tiling()
+            tiled.tile_sample_min_size = TILE
+            tiled.tile_latent_min_size = TILE // self.latent_pixels(tiled.config)
+            tiled.tile_overlap_factor = OVERLAP / TILE
+        else:
+            tiled.enable_tiling(TILE, TILE, TILE - OVERLAP, TILE - OVERLAP)
+        return tiled
+
     def posterior(self, autoencoder: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log-variance of the autoencoder's posterior: float32, N x C x ..., unscaled.
+
+        The image is encoded whole, unless the autoencoder is one of `in_tiles`.
 
         Args:
             pixels: float, N x 3 x height x width, in [-1, 1].
@@ -113,9 +144,14 @@ class Codec:
         return (drawn - shift) * factor
 
     def pixels(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU."""
+        """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU.
+
+        Large images are decoded in tiles, see `in_tiles`.
+        """
         shift, factor = (per_channel(part.to(latents), latents) for part in self.scale(autoencoder))
         unscaled = self.unpack(latents / factor + shift).to(autoencoder.dtype)
+        side = self.latent_pixels(autoencoder.config)
+        autoencoder = self.in_tiles(autoencoder, unscaled.shape[-2] * side, unscaled.shape[-1] * side)
         pixels = self.decode(autoencoder, unscaled).float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
