@@ -73,7 +73,8 @@ class _OfLists:
         **options: Any,
     ) -> Any:
         guider = diffusers.ClassifierFreeGuidance(guidance_scale=guidance_scale)
-        self.update_components(guider=guider)  # type: ignore[attr-defined]
+        pipeline: Any = self
+        pipeline.update_components(guider=guider)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         wanted = "latents" if output_type == "latent" else "images"
@@ -81,8 +82,8 @@ class _OfLists:
         for row, texts in enumerate(zip(prompts, negatives, strict=True)):
             own = {} if latents is None else {"latents": latents[row, None]}
             inputs = dict(zip(("prompt", "negative_prompt"), texts, strict=True)) | own | options
-            call: Any = super().__call__
-            found.append(call(output=wanted, output_type="pt", **inputs))
+            call = diffusers.ModularPipeline.__call__
+            found.append(call(pipeline, output=wanted, output_type="pt", **inputs))
         return SimpleNamespace(images=torch.cat(found))
 
 

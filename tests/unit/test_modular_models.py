@@ -168,7 +168,8 @@ def test_the_cards_program_draws_with_diffusers_modular_pipeline(
     here = {"base": base} if method == "lora" else {}  # the card has its name only
     for name, path in here.items():
         (folder / name).symlink_to(path)
-    exec(code, found := {})
+    found: dict[str, Any] = {}
+    exec(code, found)
     theirs = found["picture"]
     assert theirs.size == (config.data.resolution, config.data.resolution)
     expected = drawn(ours, config)

@@ -101,7 +101,7 @@ class Flux3Klein(Family):
         return tuple(
             name
             for name, layer in denoiser.named_modules()
-            if REFERENCES in name.split(".") and any(layer.parameters(recurse=False))
+            if REFERENCES in name.split(".") and list(layer.parameters(recurse=False))
         )
 
     def denoise(
