@@ -163,7 +163,7 @@ def usage(
     lora = config.train.method == "lora"
     names = {"DiffusionPipeline"}
     if base.blocks:
-        load = _modular(base.blocks, name if lora else ".", f"{revision}{variant}" if lora else None)
+        load = _modular(base.blocks, name if lora else None, f"{revision}{variant}")
         names = {base.blocks}
         if "guidance_scale" in guidance:
             names.add(GUIDER)
@@ -194,6 +194,7 @@ def usage(
         )
     return "\n".join(
         [
+            *(["import os", ""] if f"model = {HERE}" in load else []),
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
             *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
@@ -220,22 +221,35 @@ def _arguments(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def _modular(blocks: str, name: str, options: str | None) -> list[str]:
+HERE = "os.getcwd()"
+
+
+def _modular(blocks: str, base: str | None, options: str) -> list[str]:
     """Return the lines that load a modular pipeline without the block that rewrites prompts.
+
+    A folder is absolute: for "." and a subfolder, transformers 5.23 looks for some files beside it.
 
     Args:
         blocks: class of its blocks.
-        name: folder or Hub name.
-        options: further arguments with which components are loaded from where the index says; None to load
-            them from `name`, whatever the index says.
+        base: folder or Hub name of a base; None for the model in this folder, whose index cannot know where
+            it will be.
+        options: further arguments with which a base's components are loaded.
     """
-    place = f"pretrained_model_name_or_path={name!r}" if options is None else options.removeprefix(", ")
-    arguments = ", ".join(filter(None, (place, "torch_dtype=torch.float32")))
-    return [
+    lines = [
         f"blocks = {blocks}()",
         f'blocks.sub_blocks.pop("{UPSAMPLER}", None)  # a language model that would rewrite the prompt',
-        f"pipeline = blocks.init_pipeline({name!r})",
-        f"pipeline.load_components({arguments})",
+    ]
+    if base is None:
+        return [
+            *lines,
+            f"model = {HERE}",
+            "pipeline = blocks.init_pipeline(model)",
+            "pipeline.load_components(pretrained_model_name_or_path=model, torch_dtype=torch.float32)",
+        ]
+    return [
+        *lines,
+        f"pipeline = blocks.init_pipeline({base!r})",
+        f"pipeline.load_components(torch_dtype=torch.float32{options})",
     ]
 
 
@@ -258,7 +272,8 @@ def _injection(config: Config, component: str) -> list[str]:
 
 
 def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
-    where = "In this folder (on the Hub, put the repository's name in place of the dot)"
+    dot = HERE if f"model = {HERE}" in code else "the dot"
+    where = f"In this folder (on the Hub, put the repository's name in place of {dot})"
     if config.train.method == "lora" and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     model = config.model

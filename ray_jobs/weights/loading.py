@@ -109,7 +109,8 @@ def read_pipeline(
     """
     without = [*NEVER_LOADED, *without]
     family = family_of(read_index(base, revision)["_class_name"])
-    folder = model_folder(base, revision=revision, without=[*UNUSED, *without])
+    # Absolute: with "." and a subfolder, transformers 5.23 looks for some files beside the subfolder.
+    folder = model_folder(base, revision=revision, without=[*UNUSED, *without]).absolute()
     index = read_index(str(folder))
     options = left_out(index, without)
     dtypes, chosen = dtypes_of(folder, index, dtype), variants(folder)
