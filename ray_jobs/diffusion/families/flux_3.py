@@ -53,22 +53,31 @@ class Flux3Text(MaskedText):
     def num_tokens(self, name: str, encoder: Any) -> int:
         return MAX_TOKENS
 
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
+        """Tokenize texts, padded to the longest of their windows: on the host, where its length is known."""
+        found = super().tokenize(pipeline, captions)
+        longest = -(int(found["attention_mask"].sum(dim=1).max()) // -WINDOW) * WINDOW
+        return {name: column[:, :longest] for name, column in found.items()}
+
     def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
-        real, places = tokens["attention_mask"], torch.arange(MAX_TOKENS, device=tokens["input_ids"].device)
+        real = tokens["attention_mask"]
+        places = torch.arange(real.shape[1], device=real.device)
         windows = places < -(real.sum(dim=1, keepdim=True) // -WINDOW) * WINDOW
-        longest = max(real_tokens({MASK: windows}))
         found = encoders["text_encoder"](
-            tokens["input_ids"][:, :longest],
-            attention_mask=real[:, :longest].long(),
+            tokens["input_ids"],
+            attention_mask=real.long(),
             # The position of padding is 1, as it was when the model was trained; transformers 5 would say 0.
-            position_ids=places.expand_as(real).masked_fill(~real, 1)[:, :longest],
+            position_ids=places.expand_as(real).masked_fill(~real, 1),
             output_hidden_states=True,
             use_cache=False,
             logits_to_keep=1,  # none are needed
         ).hidden_states
         states = torch.cat([found[layer] for layer in LAYERS], dim=-1)
-        padded = torch.nn.functional.pad(states, (0, 0, 0, MAX_TOKENS - longest))
-        return {"prompt_embeds": zero_padding(padded, windows), MASK: windows}
+        rest = MAX_TOKENS - real.shape[1]
+        return {
+            "prompt_embeds": torch.nn.functional.pad(zero_padding(states, windows), (0, 0, 0, rest)),
+            MASK: torch.nn.functional.pad(windows, (0, rest)),
+        }
 
 
 class Flux3Klein(Family):
