@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
@@ -19,6 +20,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     Krea2Transformer2DModel,
@@ -171,9 +173,15 @@ def t5_xxl() -> Any:
 def save(folder: Path, pipeline: str, components: dict[str, Any], **settings: Any) -> Path:
     """Write a pipeline's folder as it is published, without weights."""
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.30.0", **settings}
+    modular = pipeline.endswith("ModularPipeline")
+    if modular:
+        index["_blocks_class_name"] = getattr(diffusers, pipeline).default_blocks_name
     for name, component in components.items():
         library = "transformers" if type(component).__module__.startswith("transformers") else "diffusers"
-        index[name] = [library, type(component).__name__]
+        index[name] = kind = [library, type(component).__name__]
+        if modular:
+            place = {"pretrained_model_name_or_path": "org/model", "subfolder": name}
+            index[name] = [*kind, {"type_hint": kind, **place}]
         where = folder / name
         if isinstance(component, CLIPTokenizer | T5TokenizerFast) or name == "scheduler":
             component.save_pretrained(where)
@@ -182,7 +190,7 @@ def save(folder: Path, pipeline: str, components: dict[str, Any], **settings: An
         else:
             component.config.architectures = [type(component).__name__]
             component.config.save_pretrained(where)
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / ("modular_model_index.json" if modular else "model_index.json")).write_text(json.dumps(index))
     return folder
 
 
@@ -223,6 +231,9 @@ PUBLISHED = {
     ),
     "FLUX.2 dev": Published(
         "Flux2Pipeline", Flux2Transformer2DModel, {}, 32.2, 8 * 8 + 48 * 2, AutoencoderKLFlux2
+    ),
+    "FLUX.3 klein": Published(
+        "Flux3ModularPipeline", Flux3Transformer2DModel, {}, 5.54, (5 + 5 + 28) * 4, AutoencoderKLFlux2
     ),
     "Qwen-Image": Published(
         "QwenImagePipeline", QwenImageTransformer2DModel, {}, 20.4, 60 * 4, AutoencoderKLQwenImage
@@ -282,4 +293,6 @@ def published(name: str, folder: Path) -> Path:
         scheduler = DPMSolverMultistepScheduler()
     with torch.device("meta"):
         parts = {"transformer": found.denoiser(**found.switches), "vae": found.vae()}
-    return save(folder, found.pipeline, parts | {"scheduler": scheduler})
+    if not found.pipeline.endswith("ModularPipeline"):  # those are published without a scheduler
+        parts["scheduler"] = scheduler
+    return save(folder, found.pipeline, parts)

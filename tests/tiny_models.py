@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from ray_jobs.diffusion.families import FAMILIES, tiny
@@ -20,7 +21,9 @@ FAMILY_MODELS = tuple(FAMILIES)  # the first of each family
 def write(name: str, folder: Path) -> Path:
     """Write one of `MODELS` into `folder`, in diffusers' format; return `folder`."""
     family, variant = BY_NAME[name]
-    family.tiny(captions(), variant).save_pretrained(folder)
+    pipeline = family.tiny(captions(), variant)
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, diffusers.ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), **modular)
     return folder
 
 

@@ -14,7 +14,8 @@ import torch
 from ray_jobs.config import Config
 from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.protocols import Component, Pipeline
-from ray_jobs.weights.model_files import INDEX, latent_shapes
+from ray_jobs.weights.model_files import latent_shapes
+from ray_jobs.weights.model_index import INDEX
 
 CAPTIONS = ("a red circle", "a blue cross", "a green square", "a yellow star")
 SMALL_SIDE = 64  # pixels of a small model's images

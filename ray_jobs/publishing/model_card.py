@@ -15,6 +15,7 @@ from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import FinalMeasures, Winner
+from ray_jobs.weights.model_index import UPSAMPLER
 from ray_jobs.weights.schedulers import SCHEDULER
 
 
@@ -28,6 +29,7 @@ class PublishedBase:
         injected: component that an adapter changes, where diffusers' pipeline has no LoRA loader.
         own_area: see `Family.own_area`.
         torchvision: True if plain diffusers needs it to load the base.
+        blocks: class of the base's blocks, if diffusers has only a modular pipeline for it.
     """
 
     on_hub: bool = True
@@ -35,6 +37,7 @@ class PublishedBase:
     injected: str | None = None
     own_area: bool = False
     torchvision: bool = False
+    blocks: str | None = None
 
 
 # Effects of the sections needed to train the model again; the others configure storage and serving.
@@ -156,11 +159,21 @@ def usage(
     """
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={base.variant!r}" if base.variant else ""
-    loaded = f"{portable(config.model.base)!r}{revision}{variant}"
+    name = portable(config.model.base)
     lora = config.train.method == "lora"
+    names = {"DiffusionPipeline"}
+    if base.blocks:
+        load = _modular(base.blocks, name if lora else None, f"{revision}{variant}")
+        names = {base.blocks}
+        if "guidance_scale" in guidance:
+            names.add(GUIDER)
+            load.append(f"pipeline.update_components(guider={GUIDER}({_arguments(guidance)}))")
+            guidance = {}
+    else:
+        told = f"{name!r}{revision}{variant}" if lora else '"."'
+        load = [f"pipeline = DiffusionPipeline.from_pretrained({told}, torch_dtype=torch.float32)"]
     if lora:
-        load = [
-            f"pipeline = DiffusionPipeline.from_pretrained({loaded}, torch_dtype=torch.float32)",
+        load += [
             *(
                 _injection(config, base.injected)
                 if base.injected
@@ -171,9 +184,6 @@ def usage(
             "        part.eval()",
             *(MAGNITUDES if config.train.lora.use_dora and config.train.train_text_encoder else ()),
         ]
-    else:
-        load = ['pipeline = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)']
-    names = {"DiffusionPipeline"}
     if scheduler is not None:
         names.add(scheduler)
         load.append(f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="{SCHEDULER}")')
@@ -184,6 +194,7 @@ def usage(
         )
     return "\n".join(
         [
+            *(["import os", ""] if f"model = {HERE}" in load else []),
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
             *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
@@ -201,6 +212,45 @@ def usage(
             'picture.save("picture.png")',
         ]
     )
+
+
+GUIDER = "ClassifierFreeGuidance"
+
+
+def _arguments(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+HERE = "os.getcwd()"
+
+
+def _modular(blocks: str, base: str | None, options: str) -> list[str]:
+    """Return the lines that load a modular pipeline without the block that rewrites prompts.
+
+    A folder is absolute: for "." and a subfolder, transformers 5.23 looks for some files beside it.
+
+    Args:
+        blocks: class of its blocks.
+        base: folder or Hub name of a base; None for the model in this folder, whose index cannot know where
+            it will be.
+        options: further arguments with which a base's components are loaded.
+    """
+    lines = [
+        f"blocks = {blocks}()",
+        f'blocks.sub_blocks.pop("{UPSAMPLER}", None)  # a language model that would rewrite the prompt',
+    ]
+    if base is None:
+        return [
+            *lines,
+            f"model = {HERE}",
+            "pipeline = blocks.init_pipeline(model)",
+            "pipeline.load_components(pretrained_model_name_or_path=model, torch_dtype=torch.float32)",
+        ]
+    return [
+        *lines,
+        f"pipeline = blocks.init_pipeline({base!r})",
+        f"pipeline.load_components(torch_dtype=torch.float32{options})",
+    ]
 
 
 INJECTING = ("LoraConfig", "inject_adapter_in_model", "set_peft_model_state_dict")
@@ -222,7 +272,8 @@ def _injection(config: Config, component: str) -> list[str]:
 
 
 def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
-    where = "In this folder (on the Hub, put the repository's name in place of the dot)"
+    dot = HERE if f"model = {HERE}" in code else "the dot"
+    where = f"In this folder (on the Hub, put the repository's name in place of {dot})"
     if config.train.method == "lora" and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     model = config.model

@@ -27,6 +27,8 @@ from ray_jobs.tuning.results import SearchResult, spent
 from ray_jobs.weights.comfyui import NotForComfyUI, comfyui_file
 from ray_jobs.weights.loading import empty_model, has_processor, read_index
 from ray_jobs.weights.model_files import variant_name, without_lora_loader
+from ray_jobs.weights.model_index import is_modular
+from ray_jobs.weights.modular import blocks_name
 
 REPORT = "report.html"
 CARD = "README.md"
@@ -65,12 +67,14 @@ def write_card(
 def published_base(model: ModelConfig) -> PublishedBase:
     """Return what the card's program must know of the base model; read from its files."""
     base, revision = local_path(model.base), model.revision
+    index = read_index(base, revision)
     return PublishedBase(
         on_hub=not Path(base).is_dir(),
         variant=variant_name(base, revision=revision),
         injected=without_lora_loader(base, revision=revision),
-        own_area=family_of(read_index(base, revision)["_class_name"]).own_area,
+        own_area=family_of(index["_class_name"]).own_area,
         torchvision=has_processor(base, revision=revision),
+        blocks=blocks_name(index) if is_modular(index) else None,
     )
 
 

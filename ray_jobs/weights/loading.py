@@ -14,7 +14,17 @@ from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
 from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file
-from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, UNUSED, model_folder, variants
+from ray_jobs.weights.model_files import UNUSED, model_folder, variants
+from ray_jobs.weights.model_index import (
+    INDEX,
+    MODULAR_INDEX,
+    NEVER_LOADED,
+    SAFETY_CHECKER,
+    index_path,
+    is_modular,
+    model_index,
+)
+from ray_jobs.weights.modular import assembled, default_scheduler
 from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 from ray_jobs.weights.weight_files import plain_name
 
@@ -38,7 +48,7 @@ def load_pipeline(
         base: folder or hub name of the base model.
         weights: folder with either LoRA weights (`pytorch_lora_weights.safetensors`), which are loaded onto
             the base, together with a scheduler in the same folder if there is one; or a whole pipeline
-            (`model_index.json`), which replaces the base.
+            (with an index, see `model_index`), which replaces the base.
         revision: revision of the base on the hub.
         without: components that are not loaded.
         dtype: see `read_pipeline`.
@@ -48,7 +58,7 @@ def load_pipeline(
     Raises:
         ValueError: `weights` is neither, or the model belongs to no known family.
     """
-    whole = bool(weights and (Path(weights) / INDEX).exists())
+    whole = bool(weights and index_path(Path(weights)))
     pipeline = read_pipeline(
         str(weights) if whole else base,
         revision=None if whole else revision,
@@ -60,7 +70,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if weights and not whole:
         if not (Path(weights) / LORA_WEIGHTS).exists():
-            raise ValueError(f"{weights}: contains neither {LORA_WEIGHTS} nor model_index.json")
+            raise ValueError(f"{weights}: contains neither {LORA_WEIGHTS} nor {INDEX} nor {MODULAR_INDEX}")
         load_lora(pipeline, Path(weights))
         if has_scheduler(Path(weights)):
             pipeline.scheduler = load_scheduler(Path(weights))
@@ -79,7 +89,7 @@ def read_pipeline(
     quantization: str | None = None,
     text_quantization: str | None = None,
 ) -> Pipeline:
-    """Load a model's pipeline as diffusers builds it.
+    """Load a model's pipeline as diffusers builds it; a modular one without the block that rewrites prompts.
 
     Each component is loaded from its plain weights if present, else from a variant such as fp16.
 
@@ -97,21 +107,27 @@ def read_pipeline(
     Raises:
         ValueError: the model belongs to no known family, or a component's weights are in no supported format.
     """
-    from diffusers import DiffusionPipeline
-
     without = [*NEVER_LOADED, *without]
     family = family_of(read_index(base, revision)["_class_name"])
-    folder = model_folder(base, revision=revision, without=[*UNUSED, *without])
+    # Absolute: with "." and a subfolder, transformers 5.23 looks for some files beside the subfolder.
+    folder = model_folder(base, revision=revision, without=[*UNUSED, *without]).absolute()
     index = read_index(str(folder))
     options = left_out(index, without)
     dtypes, chosen = dtypes_of(folder, index, dtype), variants(folder)
     formats = dict.fromkeys(family.denoisers, quantization)
     formats |= dict.fromkeys(family.text.encoders, text_quantization)
-    loaded = chosen.keys() - options.keys()
+    loaded = (chosen.keys() & index.keys()) - options.keys()
+    modular = is_modular(index)
     rounded = {name: each for name, each in formats.items() if each and name in loaded}
     computed_in = {name: dtypes.get(name, dtypes["default"]) for name in loaded}
     for name, variant in chosen.items():
-        if (variant or name in rounded) and isinstance(index.get(name), list) and name in loaded:
+        if name not in loaded or not isinstance(index[name], list):
+            continue
+        if modular and _reads_texts(name):
+            options[name] = _tokenizer(index[name], str(folder), name)
+        elif modular and not issubclass(kind := _class_of(index[name]), torch.nn.Module):
+            options[name] = kind.from_pretrained(str(folder), subfolder=name)
+        elif modular or variant or name in rounded:
             kind = _class_of(index[name])
             part = options[name] = kind.from_pretrained(
                 str(folder),
@@ -123,6 +139,25 @@ def read_pipeline(
             if name in rounded:
                 copy_unrounded(part)
                 quantize(part, rounded[name])
+    pipeline = assembled(folder, index, options) if modular else _classic(folder, index, options, dtypes)
+    family.loaded(pipeline)
+    for name in rounded:
+        cast = to_precision if name in family.denoisers else cast_weights
+        cast(getattr(pipeline, name), computed_in[name])
+    return pipeline
+
+
+def _classic(
+    folder: Path, index: Mapping[str, Any], options: dict[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> Any:
+    """Load a pipeline that is not modular.
+
+    Args:
+        options: components that are loaded already, and those that are not loaded, as None.
+        dtypes: from `dtypes_of`.
+    """
+    from diffusers import DiffusionPipeline
+
     processors = [name for name, entry in index.items() if "tokenizer" in name and _is_processor(entry)]
     options |= dict.fromkeys(processors)  # diffusers would import them
     if _is_processor(index.get(PROCESSOR)):
@@ -131,10 +166,6 @@ def read_pipeline(
         options["requires_safety_checker"] = False
     pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtypes, use_safetensors=True, **options)
     pipeline.register_modules(**{name: _tokenizer(index[name], str(folder), name) for name in processors})
-    family.loaded(pipeline)
-    for name in rounded:
-        cast = to_precision if name in family.denoisers else cast_weights
-        cast(getattr(pipeline, name), computed_in[name])
     return pipeline
 
 
@@ -172,7 +203,7 @@ def _upcast(folder: Path, index: Mapping[str, Any]) -> bool:
 
 
 def _class_of(entry: Sequence[str]) -> Any:
-    """Return a component's class, given its library and name in `model_index.json`."""
+    """Return a component's class, given its library and name in the model's index."""
     library, class_name = entry
     return getattr(importlib.import_module(library), class_name)
 
@@ -192,21 +223,24 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
 
     index = read_index(base, revision)
     found: Any = SimpleNamespace(config=index)
+    folder = str(model_folder(base, revision=revision))
     for name in ("scheduler", *parts):
         entry = index.get(name, (None, None))
+        if name == "scheduler" and name not in index and is_modular(index):
+            found.scheduler = default_scheduler(index)
+            continue
         if entry[0] is None:
             setattr(found, name, None)
             continue
         kind = _class_of(entry)
-        options = {"subfolder": name, "revision": revision}
         if name == "scheduler":
-            found.scheduler = kind.from_pretrained(base, **options)
+            found.scheduler = kind.from_pretrained(folder, subfolder=name)
             continue
         with init_empty_weights():
             if issubclass(kind, ModelMixin):
-                part = kind.from_config(kind.load_config(base, **options))
+                part = kind.from_config(kind.load_config(folder, subfolder=name))
             else:
-                part = kind(kind.config_class.from_pretrained(base, **options))
+                part = kind(kind.config_class.from_pretrained(folder, subfolder=name))
         if not issubclass(kind, ModelMixin):
             part.tie_weights()  # without memory, shared parameters are created separately
         setattr(found, name, part.requires_grad_(False).eval())
@@ -254,10 +288,8 @@ def load_tokenizers(base: str, *, revision: str | None = None) -> Any:
 
 
 def read_index(base: str, revision: str | None = None) -> dict[str, Any]:
-    """Read the `model_index.json` of a folder or hub name: the pipeline's class and its components."""
-    from diffusers import DiffusionPipeline
-
-    return dict(DiffusionPipeline.load_config(base, revision=revision))
+    """Read the index of a folder or hub name: the pipeline's class and its components (`model_index`)."""
+    return model_index(model_folder(base, revision=revision))
 
 
 def left_out(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -4,19 +4,24 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ray_jobs.weights.model_index import (
+    INDEX,
+    MODULAR_INDEX,
+    NEVER_LOADED,
+    elsewhere,
+    index_path,
+    is_modular,
+    model_index,
+)
 from ray_jobs.weights.weight_files import is_weights, plain_name, require_safetensors, variant_of
 
 if TYPE_CHECKING:
     from ray_jobs.diffusion.families import Family
     from ray_jobs.diffusion.protocols import Settings
 
-SAFETY_CHECKER = "safety_checker"
-IMAGE_ENCODER = "image_encoder"  # for an IP-Adapter
-NEVER_LOADED = (SAFETY_CHECKER, IMAGE_ENCODER)  # never written either
 UNUSED = (*NEVER_LOADED, "feature_extractor")  # folders of a model that are not needed to sample
-INDEX = "model_index.json"
 CONFIGURATIONS = ("*.json", "*.txt", "*.model")
 
 
@@ -27,13 +32,19 @@ def model_folder(base: str, *, revision: str | None = None, without: Sequence[st
         without: folders whose weights are not fetched from the hub; None to fetch only configurations.
 
     Raises:
-        ValueError: `base` is neither a folder with a `model_index.json` nor a model on the hub, or the
-            weights of a requested component are in no supported format.
+        ValueError: `base` is neither a folder with an index (`model_index`) nor a model on the hub, a
+            component lies in another repository, or the weights of a requested one are in no supported
+            format.
     """
     on_hub = not Path(base).is_dir()
     folder = _downloaded(base, revision, CONFIGURATIONS) if on_hub else Path(base)
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{base}: not a model in diffusers' format: it has no {INDEX}")
+    if index_path(folder) is None:
+        raise ValueError(f"{base}: not a model in diffusers' format: it has no {INDEX}, nor {MODULAR_INDEX}")
+    for name, place in elsewhere(folder).items():
+        raise ValueError(
+            f"{base}: {name} is not in its folder {name}, but in {place or 'no place'}; put a copy there, "
+            "and give the model as a folder"
+        )
     if without is None:
         return folder
     listed = _files(base, revision)
@@ -111,15 +122,10 @@ def _require_weights(
         is_component = (
             isinstance(entry, list)
             and isinstance(entry[0], str)
-            and not name.startswith(("scheduler", "tokenizer", "processor"))
+            and not name.startswith(("scheduler", "tokenizer", "processor", "guider", "image_processor"))
         )
         if is_component and name not in (*UNUSED, *without):
             require_safetensors(f"{base}: {name}", files.get(name, ()))
-
-
-def model_index(folder: Path) -> dict[str, Any]:
-    """Read the `model_index.json` in a model's folder: its class, and each component's library and class."""
-    return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
 
 
 def variants(folder: Path) -> dict[str, str | None]:
@@ -165,7 +171,9 @@ def model_digest(base: str, *, revision: str | None = None) -> str:
 
     That is, its encoders, denoiser and scheduler, and their classes.
     """
-    components = (model_folder(base, revision=revision) / INDEX).read_bytes()
+    folder = model_folder(base, revision=revision)
+    index = model_index(folder)  # without the places of a modular one's components
+    components = json.dumps(index).encode() if is_modular(index) else (folder / INDEX).read_bytes()
     return hashlib.sha256(components + _digest(base, revision, UNUSED).encode()).hexdigest()
 
 

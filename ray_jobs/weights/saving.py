@@ -13,7 +13,7 @@ from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.protocols import Component, Pipeline, Scheduler
 from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
 from ray_jobs.weights.loading import LORA_WEIGHTS
-from ray_jobs.weights.model_files import INDEX, NEVER_LOADED, SAFETY_CHECKER, model_index
+from ray_jobs.weights.model_index import NEVER_LOADED, model_index, write_index
 from ray_jobs.weights.weight_files import is_weights, plain_name, variant_of
 
 if TYPE_CHECKING:
@@ -192,8 +192,4 @@ def save_pipeline(
             copy_part(path, folder / path.name, class_name)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index |= {name: [None, None] for name in NEVER_LOADED if name in index}
-    if SAFETY_CHECKER in index:
-        index["requires_safety_checker"] = False
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_index(base, folder, None if scheduler is None else type(scheduler).__name__)

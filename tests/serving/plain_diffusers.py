@@ -3,6 +3,7 @@
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,6 +21,8 @@ def load(folder: Path, variant: str | None = None) -> Any:
     Args:
         variant: of the weights' files, fp16 for example.
     """
+    if (folder / "modular_model_index.json").exists():
+        return _modular(folder, variant)
     index = diffusers.DiffusionPipeline.load_config(folder)
     absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     if "safety_checker" in index:
@@ -35,6 +38,53 @@ def load(folder: Path, variant: str | None = None) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _modular(folder: Path, variant: str | None) -> Any:
+    """A modular pipeline, called as others are."""
+    import transformers
+
+    index = diffusers.ModularPipeline.load_config(folder)
+    blocks = getattr(diffusers, index["_blocks_class_name"])()
+    blocks.sub_blocks.pop("prompt_upsampler", None)  # a language model that would rewrite every prompt
+    pipeline = blocks.init_pipeline(str(folder))
+    names = [name for name in pipeline.pretrained_component_names if name != "tokenizer"]
+    pipeline.load_components(names, variant=variant, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    kind = getattr(transformers, index["tokenizer"][1])
+    pipeline.update_components(tokenizer=text_processor(kind, tokenizer))  # else it would need torchvision
+    assert all(part is not None for part in pipeline.components.values())
+    pipeline.set_progress_bar_config(disable=True)
+    kind = type(pipeline)
+    pipeline.__class__ = type(kind.__name__, (_OfLists, kind), {})
+    return pipeline
+
+
+class _OfLists:
+    """Call of a modular pipeline with lists of prompts; it takes one, and the scale from its guider."""
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        latents: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pt",
+        **options: Any,
+    ) -> Any:
+        guider = diffusers.ClassifierFreeGuidance(guidance_scale=guidance_scale)
+        pipeline: Any = self
+        pipeline.update_components(guider=guider)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        wanted = "latents" if output_type == "latent" else "images"
+        found = []
+        for row, texts in enumerate(zip(prompts, negatives, strict=True)):
+            own = {} if latents is None else {"latents": latents[row, None]}
+            inputs = dict(zip(("prompt", "negative_prompt"), texts, strict=True)) | own | options
+            call = diffusers.ModularPipeline.__call__
+            found.append(call(pipeline, output=wanted, output_type="pt", **inputs))
+        return SimpleNamespace(images=torch.cat(found))
 
 
 def keep_size(pipeline: Any, height: int, width: int) -> None:

@@ -32,8 +32,8 @@ def picture(height: int, width: int, number: int = 0) -> torch.Tensor:
     return torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
 
 
-# Above with its schedulers; diffusers has no such pipeline for FLUX.2.
-NOT_COMPARED = ("StableDiffusionPipeline", "Flux2KleinPipeline", "Flux2Pipeline")
+# Above with its schedulers; diffusers has no such pipeline for FLUX.2 and 3.
+NOT_COMPARED = ("StableDiffusionPipeline", "Flux2KleinPipeline", "Flux2Pipeline", "Flux3ModularPipeline")
 SQUARE, WIDE = (64, 64), (32, 64)
 MIXED = [
     Request("a small red circle", 0, 5, 3.0, None, *SQUARE, image=picture(*SQUARE), strength=0.5),

@@ -26,7 +26,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
 from ray_jobs.weights.saving import save_lora
 
 PROMPT = "a small red circle"
-WITHOUT = ("SanaPipeline", "QwenImage21Pipeline")
+WITHOUT = ("SanaPipeline", "QwenImage21Pipeline", "Flux3ModularPipeline")
 
 
 def adapter(base: Path, folder: Path, components: tuple[str, ...] = (), **settings: Any) -> Family:

@@ -80,6 +80,10 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": t5, "pooled_prompt_embeds": pooled, "llama_embeds": llama.transpose(0, 1)}
     if kind in ("Flux2KleinPipeline", "Flux2Pipeline"):
         return {"prompt_embeds": pipeline.encode_prompt(PROMPTS)[0]}
+    if kind == "Flux3ModularPipeline":
+        block = pipeline.blocks.sub_blocks["text_encoder"].init_pipeline()
+        block.update_components(text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
+        return _padded([block(prompt=prompt, output="prompt_embeds")[0] for prompt in PROMPTS], 640)
     if kind == "FluxPipeline":
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
@@ -198,7 +202,9 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
     if "negative_prompt" in options:
         options["negative_prompt"] = ["", ""]
     theirs(prompt=list(PROMPTS), **plain_diffusers.known(theirs, options))
-    output, timestep, sample = steps[2]
+    # A pipeline of one prompt a call took the first prompt's four steps first.
+    output, timestep, sample = (torch.stack(each) for each in zip(*steps[2::4], strict=True))
+    output, timestep, sample = output.flatten(0, 1), timestep[0], sample.flatten(0, 1)
     sigma, drawn = timestep / 1000, noise(pipeline).flip(-1)
     straight = _in_steps(theirs, drawn)
     clean = (sample - sigma * straight) / (1 - sigma)
@@ -218,7 +224,7 @@ def test_the_loss_is_that_of_the_pipelines_own_pieces(tiny: Callable[[str], Path
 
 def _in_steps(theirs: Any, latents: torch.Tensor) -> torch.Tensor:
     """The latents as the pipeline's scheduler receives them."""
-    if type(theirs).__name__.startswith("Flux2"):
+    if type(theirs).__name__.startswith(("Flux2", "Flux3")):
         return latents.flatten(2).transpose(1, 2)
     return _for_diffusers(theirs, latents)
 

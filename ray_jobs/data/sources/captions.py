@@ -8,7 +8,8 @@ from typing import Literal
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.weights.model_files import model_folder, model_index
+from ray_jobs.weights.model_files import model_folder
+from ray_jobs.weights.model_index import model_index
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # no others: a caption may hold U+2028
 

@@ -30,7 +30,7 @@ class Family(ABC):
     """A family of models in diffusers' format; stateless."""
 
     pipeline_class: str
-    """The pipeline's class, as in `model_index.json`."""
+    """The pipeline's class, as in the model's index."""
     trainable: Mapping[str, tuple[str, ...]]
     """Components that fine-tuning may train, with their default LoRA layers by the end of the layers' names.
 

@@ -140,17 +140,9 @@ class Flux2Family(Family):
         Args:
             options: further options of the transformer.
         """
-        from diffusers import (
-            AutoencoderKLFlux2,
-            FlowMatchEulerDiscreteScheduler,
-            Flux2Transformer2DModel,
-        )
+        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
-        autoencoder = AutoencoderKLFlux2(
-            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
-        )
-        autoencoder.bn.running_mean.normal_()
-        autoencoder.bn.running_var.uniform_(0.2, 3.2)
+        autoencoder = tiny_autoencoder()
         transformer = Flux2Transformer2DModel(
             in_channels=4 * PATCH**2,
             num_layers=1,
@@ -185,6 +177,18 @@ class Flux2Klein(Flux2Family):
         text_encoder = Qwen3Config(**tiny.qwen3_options(tokenizer, layers=self.text.layers[-1] + 1))
         parts = self.tiny_parts(guidance_embeds=False)
         return Flux2KleinPipeline(text_encoder=Qwen3ForCausalLM(text_encoder), tokenizer=tokenizer, **parts)
+
+
+def tiny_autoencoder() -> Autoencoder:
+    """Return a small autoencoder with 4 channels and statistics of its own."""
+    from diffusers import AutoencoderKLFlux2
+
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4
+    )
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.2, 3.2)
+    return autoencoder
 
 
 def positions(*sizes: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,250 @@
+"""FLUX.3 Image Klein of Black Forest Labs (https://huggingface.co/black-forest-labs), from text to image.
+
+diffusers has only a modular pipeline for it. Its distilled checkpoints are flow maps, which are told where
+each step ends; they are not supported.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.families import tiny
+from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.flux_2 import Flux2Codec, positions, tiny_autoencoder
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.text import (
+    MASK,
+    Captions,
+    Encoders,
+    MaskedText,
+    chat_prompts,
+    real_tokens,
+    zero_padding,
+)
+from ray_jobs.diffusion.families.text_processor import text_processor
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Tokenizer
+
+WINDOW = 80  # tokens: captions are padded to a multiple of it, and their padding is attended to
+MAX_TOKENS = 8 * WINDOW  # the pipeline cuts at 8,192; columns of captions need a limit
+LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of the text encoder
+IMAGE_SCALE = 0.5  # of the positions of an image's tokens
+REFERENCES = "image_cond"  # name of the layers that only reference images pass
+
+
+class Flux3Text(MaskedText):
+    """Eight layers of Qwen3-VL on a caption in its chat template.
+
+    The transformer attends to a caption's window: its tokens and the padding up to a multiple of `WINDOW`.
+    The mask is that of windows.
+    """
+
+    caption_tokens, width = MAX_TOKENS, "joint_attention_dim"
+    ragged = ("prompt_embeds",)
+    max_tokens = {"input_ids": MAX_TOKENS}
+
+    def written(self, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        return chat_prompts(tokenizer, texts)
+
+    def tokens_of(self, tokenizer: Tokenizer, name: str, captions: list[str], **options: Any) -> Any:
+        return super().tokens_of(tokenizer, name, captions, padding_side="right", **options)
+
+    def num_tokens(self, name: str, encoder: Any) -> int:
+        return MAX_TOKENS
+
+    def tokenize(self, pipeline: Pipeline, captions: list[str]) -> Captions:
+        """Tokenize texts, padded to the longest of their windows: on the host, where its length is known."""
+        found = super().tokenize(pipeline, captions)
+        longest = -(int(found["attention_mask"].sum(dim=1).max()) // -WINDOW) * WINDOW
+        return {name: column[:, :longest] for name, column in found.items()}
+
+    def embed(self, encoders: Encoders, tokens: Captions) -> Captions:
+        real = tokens["attention_mask"]
+        places = torch.arange(real.shape[1], device=real.device)
+        windows = places < -(real.sum(dim=1, keepdim=True) // -WINDOW) * WINDOW
+        found = encoders["text_encoder"](
+            tokens["input_ids"],
+            attention_mask=real.long(),
+            # The position of padding is 1, as it was when the model was trained; transformers 5 would say 0.
+            position_ids=places.expand_as(real).masked_fill(~real, 1),
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=1,  # none are needed
+        ).hidden_states
+        states = torch.cat([found[layer] for layer in LAYERS], dim=-1)
+        rest = MAX_TOKENS - real.shape[1]
+        return {
+            "prompt_embeds": torch.nn.functional.pad(zero_padding(states, windows), (0, 0, 0, rest)),
+            MASK: torch.nn.functional.pad(windows, (0, rest)),
+        }
+
+
+class Flux3Klein(Family):
+    """FLUX.3 Image Klein: image and caption pass blocks of their own, and then joint ones."""
+
+    pipeline_class = "Flux3ModularPipeline"
+    trainable = {"transformer": UNET_ATTENTION}
+    text = Flux3Text()
+    codec = Flux2Codec()
+    schedule = RectifiedFlow(max_shift=1.15, patch=1, even_sigmas=True)
+    native = (1024, 1024)
+
+    def loaded(self, pipeline: Pipeline) -> None:
+        """Let captions of several windows share a call."""
+        transformer = pipeline.transformer
+        if transformer is None:
+            return
+        if transformer.config.flow_map:
+            raise ValueError(
+                "model.base: its transformer is a flow map (flow_map), as that of FLUX.3's distilled "
+                "checkpoints, which is told where each step ends; that is not supported. Give the base model"
+            )
+        transformer.forward = partial(_forward, transformer)
+        for block in _blocks(transformer):
+            if not isinstance(block.attn.processor, MaskedAttention):
+                block.attn.set_processor(MaskedAttention(block.attn.processor))
+
+    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Return the layers of reference images."""
+        return tuple(
+            name
+            for name, layer in denoiser.named_modules()
+            if REFERENCES in name.split(".") and list(layer.parameters(recurse=False))
+        )
+
+    def denoise(
+        self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        grid, counts = latents.shape[-2:], real_tokens(conditions)
+        longest = max(counts)
+        places = positions(0, *grid, 0, device=latents.device).float()
+        predicted = model["transformer"](
+            latents.flatten(2).transpose(1, 2),
+            encoder_hidden_states=conditions["prompt_embeds"][:, :longest],
+            encoder_hidden_states_mask=conditions[MASK][:, :longest] if min(counts) < longest else None,
+            timestep=(timesteps / 1000).to(latents.dtype),  # in this order, as its pipeline rounds it
+            img_ids=places * IMAGE_SCALE,  # zeros on the other axes
+            txt_ids=positions(0, 0, 0, longest, device=latents.device).float(),
+        )[0]
+        return predicted.transpose(1, 2).unflatten(2, grid)
+
+    def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
+        from diffusers import Flux3AutoBlocks, Flux3Transformer2DModel
+        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+        torch.manual_seed(0)
+        tokenizer = tiny.qwen_tokenizer(captions)
+        options = tiny.qwen_vl_options(
+            tokenizer, LAYERS[-1] + 1, 5e6, num_position_embeddings=16, deepstack_visual_indexes=[0]
+        )
+        transformer = Flux3Transformer2DModel(
+            in_channels=16,
+            cond_in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=len(LAYERS) * tiny.QWEN_WIDTH,
+            timestep_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        blocks = Flux3AutoBlocks()
+        blocks.sub_blocks.pop("prompt_upsampler")
+        pipeline = blocks.init_pipeline()
+        pipeline.update_components(
+            transformer=transformer,
+            vae=tiny_autoencoder(),
+            text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(**options)),
+            tokenizer=text_processor(Qwen3VLProcessor, tokenizer),
+        )
+        kind = ("transformers", "Qwen3VLProcessor")  # as it is published
+        place = {**pipeline.config.tokenizer[2], "type_hint": kind}
+        pipeline.register_to_config(tokenizer=(*kind, place))
+        return pipeline
+
+
+class MaskedAttention:
+    """Attention of diffusers' processor with a mask, which comes with the rotary embedding.
+
+    Blocks pass that on to their attention as it is, also when they are recomputed.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Return the attention's output, N x tokens x width.
+
+        Args:
+            attn: diffusers' layer.
+            hidden_states: N x tokens x width.
+            image_rotary_emb: cosines and sines, tokens x width of a head, and a mask, bool, broadcast to
+                N x heads x tokens x tokens; None if there is none.
+        """
+        *rotary, mask = image_rotary_emb
+        found: torch.Tensor = self.plain(attn, hidden_states, mask, tuple(rotary))
+        return found
+
+
+def _blocks(transformer: Denoiser) -> list[Any]:
+    """Return the blocks that captions and images pass."""
+    return [
+        *transformer.txt_mode_blocks,
+        *transformer.mode_blocks["image"],
+        *transformer.single_transformer_blocks,
+    ]
+
+
+def _forward(
+    transformer: Denoiser,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    img_ids: torch.Tensor,
+    txt_ids: torch.Tensor,
+    encoder_hidden_states_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:
+    """Predict as `Flux3Transformer2DModel` does without reference images, with a mask of captions' tokens.
+
+    The positions of images do not depend on captions, so that each row is as if alone.
+    """
+    image, text, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
+    (rows, words), dtype = text.shape[:2], image.dtype
+
+    def embedded(told: torch.Tensor) -> torch.Tensor:
+        vector: torch.Tensor = transformer.timestep_embedder(transformer.time_proj(told).to(dtype))
+        return vector.unsqueeze(1)
+
+    def run(block: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and transformer.gradient_checkpointing:
+            return transformer._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
+
+    of_image = embedded(timestep.to(dtype) * 1000).expand(-1, image.shape[1], -1)
+    of_text = embedded(timestep.new_zeros(rows, dtype=dtype)).expand(-1, words, -1)  # captions have no noise
+    active = {"image": torch.nn.functional.silu(of_image), "txt": torch.nn.functional.silu(of_text)}
+    early, joint = (
+        {name: each[name](vector) for name, vector in active.items()}
+        for each in (transformer.early_stream_modulations, transformer.single_stream_modulations)
+    )
+    text_mask = all_mask = None
+    if mask is not None:
+        text_mask = mask[:, None, None]
+        all_mask = torch.nn.functional.pad(text_mask, (0, image.shape[1]), value=True)
+    text_rope, image_rope = transformer.pos_embed(txt_ids), transformer.pos_embed(img_ids)
+    text, image = transformer.context_embedder(text), transformer.x_embedders["image"](image)
+    for block in transformer.txt_mode_blocks:
+        text = run(block, text, early["txt"], (*text_rope, text_mask))
+    for block in transformer.mode_blocks["image"]:
+        image = run(block, image, early["image"], (*image_rope, None))
+    rope = (*(torch.cat(pair) for pair in zip(text_rope, image_rope, strict=True)), all_mask)
+    for block in transformer.single_transformer_blocks:
+        text, image = run(block, image, text, joint["image"], joint["txt"], rope)
+    return (transformer.proj_out(transformer.norm_out(image, of_image)),)
