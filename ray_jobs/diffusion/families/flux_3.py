@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
@@ -104,6 +105,9 @@ class Flux3Klein(Family):
         for block in _blocks(transformer):
             if not isinstance(block.attn.processor, MaskedAttention):
                 block.attn.set_processor(MaskedAttention(block.attn.processor))
+
+    def recomputed_blocks(self, denoiser: Any) -> list[nn.Module]:
+        return _blocks(denoiser)
 
     def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
         """Return the layers of reference images."""
