@@ -1,4 +1,4 @@
-"""python -m benchmarks.score_precision [--pictures 256] [--output FILE]
+"""python -m benchmarks.score_precision [--size small|full] [--output FILE]
 
 How far precision moves a score, beside the score's error: `models/emoji-base` draws the same captions from
 the same noise in float32, in bf16 (`evaluate.precision`), and with its linear layers stored in 8 and 4 bits
@@ -27,7 +27,9 @@ from ray_jobs.metrics.resampling import frechet_score, paired_difference
 from ray_jobs.metrics.score import Score
 from ray_jobs.weights.loading import load_pipeline
 
-REAL = 305  # pictures that scores are against; the others of the 673 tell what is missing of few pictures
+SIZES = {"small": (48, 24, 16), "full": (673, 305, 256)}
+"""Real pictures, those of them that scores are against, and drawn ones; the other real pictures tell what is
+missing of few pictures."""
 BATCH = 32
 PLAIN = "float32"
 FEATURES = "bf16 features"
@@ -107,11 +109,11 @@ class Judge:
     correction: Correction
 
     @classmethod
-    def of(cls, features: torch.Tensor, count: int) -> "Judge":
-        real, others = features[:REAL], features[REAL:]
+    def of(cls, features: torch.Tensor, size: str) -> "Judge":
+        _, compared, count = SIZES[size]
+        real, others = features[:compared], features[compared:]
         correction = Correction.of(real, others, count)
-        if correction is None:
-            raise ValueError(f"--pictures: at most {len(others)}")
+        assert correction is not None
         return cls(real, Moments.of(real), correction)
 
     def scores(self, features: torch.Tensor) -> dict[str, Score]:
@@ -138,19 +140,20 @@ def movements(
     }
 
 
-def measure(count: int) -> dict[str, dict[str, Movement]]:
+def measure(size: str) -> dict[str, dict[str, Movement]]:
     """Return the movement of each measure by way of drawing, and by features in bf16."""
-    real, captions = read_example(673)
+    total, _, count = SIZES[size]
+    real, captions = read_example(total)
     captions = captions[:count]
     network, half = load_inception(NETWORK), HalfInception.load()
-    judge = Judge.of(features_of(network, real), count)
+    judge = Judge.of(features_of(network, real), size)
     pictures = {name: draw(drawing, captions) for name, drawing in DRAWINGS.items()}
     features = {name: features_of(network, drawn) for name, drawn in pictures.items()}
     plain, found = judge.scores(features[PLAIN]), {}
     for name in list(DRAWINGS)[1:]:
         errors = judge.paired_errors(features[name], features[PLAIN])
         found[name] = movements(judge.scores(features[name]), plain, errors)
-    half_judge = Judge.of(features_of(half, real), count)
+    half_judge = Judge.of(features_of(half, real), size)
     half_scores = half_judge.scores(features_of(half, pictures[PLAIN]))
     found[FEATURES] = movements(half_scores, plain, {})
     return found
@@ -173,10 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
     arguments = parser.parse_args()
-    found = measure(arguments.pictures)
+    found = measure(arguments.size)
     print(table(found))
     if arguments.output:
         figures = {name: {key: vars(each) for key, each in of.items()} for name, of in found.items()}

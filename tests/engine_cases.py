@@ -35,7 +35,16 @@ ONE = torch.ones(1)
 SMALL_CHUNK = 1  # elements: each parameter is then a chunk of its own
 
 
-class TwoLayers(nn.Module):
+class SmallModel(nn.Module):
+    """What an engine asks of a model beside its parameters, as of `FineTuning`."""
+
+    host_weights = None
+
+    def move(self, device: torch.device) -> None:
+        self.to(device)
+
+
+class TwoLayers(SmallModel):
     """Two layers without biases, four weights of 1 each; the gradient of each weight is its input."""
 
     def __init__(self) -> None:
@@ -57,7 +66,7 @@ class TwoLayers(nn.Module):
         return (self.first(inputs) + self.second(inputs)).float().sum()
 
 
-class Layers(nn.Module):
+class Layers(SmallModel):
     """A layer in the group `first`, and one with a bias and a norm in `other`."""
 
     def __init__(self) -> None:
