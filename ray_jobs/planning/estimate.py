@@ -88,26 +88,17 @@ def rank_memory(
         quantized, quantized_bytes: how many of `whole` are stored quantized, and in how many bytes.
         blocks, two_blocks: bytes of the frozen weights of all blocks and of the two largest.
     """
+    found = _unrounded_memory(train, whole - quantized, trained, workers, activations)
+    here, there = found.device.parameters + quantized_bytes, found.offloaded.parameters
     if train.offload_base:
-        placement = rank_memory(
-            train.model_copy(update={"offload_base": False}),
-            whole=whole,
-            trained=trained,
-            workers=workers,
-            activations=activations,
-            quantized=quantized,
-            quantized_bytes=quantized_bytes,
-        )
-        parameters = placement.device.parameters - blocks + two_blocks
-        device = replace(placement.device, parameters=parameters)
-        return Placement(device, replace(placement.offloaded, parameters=blocks))
-    if quantized:
-        placement = rank_memory(
-            train, whole=whole - quantized, trained=trained, workers=workers, activations=activations
-        )
-        device = placement.device
-        parameters = device.parameters + quantized_bytes
-        return replace(placement, device=replace(device, parameters=parameters))
+        here, there = here - blocks + two_blocks, blocks
+    return Placement(replace(found.device, parameters=here), replace(found.offloaded, parameters=there))
+
+
+def _unrounded_memory(
+    train: TrainConfig, whole: int, trained: int, workers: int, activations: int
+) -> Placement:
+    """Return the memory of a rank whose weights are all in `train.precision` and placed by its engine."""
     if train.flat:
         return Placement(_flat_memory(train, whole, trained, workers, activations), Memory(*[0] * 7))
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize

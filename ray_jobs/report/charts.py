@@ -74,10 +74,15 @@ def fid_chart(winner: Winner, results: Rows) -> str:
     return line_chart(chart, score_curves(winner, results, "fid"))
 
 
+def _chart_if_any(chart: Chart, winner: Winner, results: Rows, key: str) -> str:
+    """Return a chart of a score over steps; empty if no row has it."""
+    if all(finite(row, key) is None for row in results):
+        return ""
+    return line_chart(chart, score_curves(winner, results, key))
+
+
 def corrected_chart(winner: Winner, results: Rows) -> str:
     """Validation's corrected FID over steps; empty if no row has one."""
-    if not any(finite(row, CORRECTED) is not None for row in results):
-        return ""
     base = winner.base_validation_corrected_fid
     chart = Chart(
         name="corrected-fid",
@@ -87,13 +92,11 @@ def corrected_chart(winner: Winner, results: Rows) -> str:
         digits=1,
         level=None if base is None else ("base model", base),
     )
-    return line_chart(chart, score_curves(winner, results, CORRECTED))
+    return _chart_if_any(chart, winner, results, CORRECTED)
 
 
 def kid_chart(winner: Winner, results: Rows) -> str:
     """Validation KID over steps; empty if no row has one."""
-    if not any(finite(row, "kid") is not None for row in results):
-        return ""
     chart = Chart(
         name="kid",
         title="Validation KID over training steps",
@@ -101,7 +104,7 @@ def kid_chart(winner: Winner, results: Rows) -> str:
         unit="KID (lower is better)",
         digits=4,
     )
-    return line_chart(chart, score_curves(winner, results, "kid"))
+    return _chart_if_any(chart, winner, results, "kid")
 
 
 def second_chart(winner: Winner, results: Rows, network: str) -> str:

@@ -98,7 +98,7 @@ def generate_class_pictures(
 
 def _folder(config: Config, model: str, prompt: str) -> Storage:
     """Folder for the pictures of a class prompt, named after all their dependencies."""
-    from ray_jobs.diffusion.families.codec import TILE, WHOLE
+    from ray_jobs.diffusion.families.codec import TILE, is_tiled
 
     settings = {
         "model": model,
@@ -108,7 +108,7 @@ def _folder(config: Config, model: str, prompt: str) -> Storage:
         "guidance_scale": config.evaluate.guidance_scale,
         "seed": config.seed,
     }
-    if config.data.resolution**2 > WHOLE:
+    if is_tiled(config.data.resolution, config.data.resolution):
         settings["tile"] = TILE
     text = json.dumps(settings, indent=2) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]

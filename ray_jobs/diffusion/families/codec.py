@@ -15,6 +15,11 @@ TILE = 1024  # pixels of a tile's side: an image takes no more memory than one o
 OVERLAP = 256  # pixels that neighbouring tiles share, and in which one fades into the other
 
 
+def is_tiled(height: int, width: int) -> bool:
+    """Return whether an image of a size, in pixels, is decoded in tiles."""
+    return height * width > WHOLE
+
+
 class Codec:
     """An autoencoder with a Gaussian posterior, and the form of its latents that the denoiser works on.
 
@@ -62,7 +67,7 @@ class Codec:
         autoencoder in tiles is a copy with the same layers: diffusers' switch is an attribute of the module,
         which other threads use for images of other sizes, and it goes by the longer side, not by the area.
         """
-        if height * width <= WHOLE:
+        if not is_tiled(height, width):
             return autoencoder
         tiled = copy(autoencoder)
         if hasattr(tiled, "tile_overlap_factor"):  # AutoencoderKL and FLUX.2's

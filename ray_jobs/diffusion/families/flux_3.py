@@ -21,7 +21,7 @@ from ray_jobs.diffusion.families.text import (
     Encoders,
     MaskedText,
     chat_prompts,
-    real_tokens,
+    without_padding,
     zero_padding,
 )
 from ray_jobs.diffusion.families.text_processor import text_processor
@@ -120,16 +120,15 @@ class Flux3Klein(Family):
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        grid, counts = latents.shape[-2:], real_tokens(conditions)
-        longest = max(counts)
+        grid, (embeds, mask) = latents.shape[-2:], without_padding(conditions)
         places = positions(0, *grid, 0, device=latents.device).float()
         predicted = model["transformer"](
             latents.flatten(2).transpose(1, 2),
-            encoder_hidden_states=conditions["prompt_embeds"][:, :longest],
-            encoder_hidden_states_mask=conditions[MASK][:, :longest] if min(counts) < longest else None,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
             timestep=(timesteps / 1000).to(latents.dtype),  # in this order, as its pipeline rounds it
             img_ids=places * IMAGE_SCALE,  # zeros on the other axes
-            txt_ids=positions(0, 0, 0, longest, device=latents.device).float(),
+            txt_ids=positions(0, 0, 0, embeds.shape[1], device=latents.device).float(),
         )[0]
         return predicted.transpose(1, 2).unflatten(2, grid)
 

@@ -10,7 +10,14 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Condi
 from ray_jobs.diffusion.families.flux import PATCH, from_tokens, positions, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.qwen_image import PREFIX, PREFIX_TOKENS, SUFFIX, QwenImageCodec
-from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, real_tokens, zero_padding
+from ray_jobs.diffusion.families.text import (
+    MASK,
+    Captions,
+    Encoders,
+    MaskedText,
+    without_padding,
+    zero_padding,
+)
 from ray_jobs.diffusion.precision import kept_in_float32
 from ray_jobs.diffusion.protocols import Pipeline, Settings, Tokenizer
 
@@ -101,18 +108,14 @@ class Krea2(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         tokens, grid = to_tokens(latents)
-        embeds, mask = conditions["prompt_embeds"], conditions[MASK]
-        counts = real_tokens(conditions)
-        longest = max(counts)
+        embeds, mask = without_padding(conditions)
         places = positions(*grid, device=tokens.device)
-        predicted = model[
-            "transformer"
-        ](
+        predicted = model["transformer"](
             tokens.contiguous(),  # else half precision rounds in another order than the pipeline's
-            encoder_hidden_states=embeds[:, :longest],
-            encoder_attention_mask=mask[:, :longest] if min(counts) < longest else None,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask,
             timestep=(timesteps / 1000).to(latents.dtype),  # in this order, as its pipeline rounds it
-            position_ids=torch.cat([places.new_zeros(longest, 3), places]),
+            position_ids=torch.cat([places.new_zeros(embeds.shape[1], 3), places]),
             return_dict=False,
         )[0]
         return from_tokens(predicted, grid)

@@ -9,7 +9,14 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
-from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, real_tokens, zero_padding
+from ray_jobs.diffusion.families.text import (
+    MASK,
+    Captions,
+    Encoders,
+    MaskedText,
+    without_padding,
+    zero_padding,
+)
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
 MAX_TOKENS = 512
@@ -77,13 +84,11 @@ class QwenImage(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         tokens, grid = to_tokens(latents)
-        embeds, mask = conditions["prompt_embeds"], conditions[MASK]
-        counts = real_tokens(conditions)
-        longest = max(counts)
+        embeds, mask = without_padding(conditions)
         predicted = model["transformer"](
             tokens,
-            encoder_hidden_states=embeds[:, :longest],
-            encoder_hidden_states_mask=mask[:, :longest] if min(counts) < longest else None,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
             timestep=timesteps.to(latents.dtype) / 1000,  # the transformer multiplies it by 1000 again
             img_shapes=[[(1, *grid)]] * len(tokens),
             return_dict=False,

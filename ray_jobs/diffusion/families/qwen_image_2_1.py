@@ -12,7 +12,14 @@ from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Condi
 from ray_jobs.diffusion.families.flux import PATCH
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.qwen_image import SUFFIX, QwenImageCodec
-from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, real_tokens, zero_padding
+from ray_jobs.diffusion.families.text import (
+    MASK,
+    Captions,
+    Encoders,
+    MaskedText,
+    without_padding,
+    zero_padding,
+)
 from ray_jobs.diffusion.families.text_processor import text_processor
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Scheduler, Settings, Tokenizer
 
@@ -119,14 +126,14 @@ class QwenImage21(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         grid, tokens = latents.shape[-2:], latents.flatten(2).transpose(1, 2).contiguous()
-        counts = real_tokens(conditions)
-        longest = max(counts)
+        embeds, mask = without_padding(conditions)
+        words = embeds.shape[1]
         # Of the encoder's places for images, each stands for 2 x 2 latents; `_forward` does not need them.
-        places = torch.arange(longest + tokens.shape[1] // PATCH**2, device=tokens.device) >= longest
+        places = torch.arange(words + tokens.shape[1] // PATCH**2, device=tokens.device) >= words
         predicted = model["transformer"](
             tokens,
-            encoder_hidden_states=conditions["prompt_embeds"][:, :longest],
-            encoder_hidden_states_mask=conditions[MASK][:, :longest] if min(counts) < longest else None,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
             timestep=timesteps.to(latents.dtype) / 1000,
             img_shapes=[[(1, *grid)]] * len(tokens),
             img_mask=places.expand(len(tokens), -1),

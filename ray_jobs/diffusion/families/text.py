@@ -205,6 +205,18 @@ def real_tokens(conditions: Mapping[str, torch.Tensor]) -> list[int]:
     return counts
 
 
+def without_padding(conditions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return N captions' embeddings, cut to the longest one's tokens, and their mask; None if all are alike.
+
+    Args:
+        conditions: as for `real_tokens`, with `prompt_embeds`.
+    """
+    counts = real_tokens(conditions)
+    longest = max(counts)
+    mask = conditions[MASK][:, :longest] if min(counts) < longest else None
+    return conditions["prompt_embeds"][:, :longest], mask
+
+
 def zero_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return embeddings, N x tokens x ..., with zeros at padding, where encoders answer with numbers too.
 
