@@ -51,8 +51,11 @@ class FeatureNetwork(ABC):
         """Description of how the network's input is resized, for display."""
         return "not resized"
 
-    @torch.inference_mode()
-    @full_precision()
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules with its weights."""
+        return [each for each in vars(self).values() if isinstance(each, torch.nn.Module)]
+
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features of a batch of pictures.
 
@@ -65,8 +68,14 @@ class FeatureNetwork(ABC):
         Raises:
             ValueError: `images` are not uint8 with three channels.
         """
+        return self.on_device(images).float().cpu()
+
+    @torch.inference_mode()
+    @full_precision()
+    def on_device(self, images: torch.Tensor) -> torch.Tensor:
+        """Return `features` where they are computed, which may be on the meta device: float."""
         require_pictures(images)
-        return self._features(images.to(self.device)).float().cpu()
+        return self._features(images.to(self.device))
 
     @abstractmethod
     def _features(self, images: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,10 @@ def check_network(spec: NetworkSpec) -> None:
 def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> FeatureNetwork:
     """Load the network that `spec` describes, frozen.
 
+    Args:
+        device: on the meta device it tells what memory it takes; a model of transformers is then built from
+            its configuration, and its weights are not read.
+
     Raises:
         ValueError: the file is missing, or does not match the digest.
     """
@@ -80,6 +84,8 @@ def load_network(spec: NetworkSpec, device: str | torch.device = "cpu") -> Featu
             network = load_vision_model(spec.path, device, revision=spec.revision, field=spec.field)
         case "torchscript":
             return _load_torchscript(spec, torch.device(device))
+    if torch.device(device).type == "meta":
+        return network  # its weights may be elsewhere
     require_digest(spec.path, network.digest, spec.sha256, spec.field)
     return network
 
@@ -120,4 +126,4 @@ def _load_torchscript(spec: NetworkSpec, device: torch.device) -> TorchScript:
     whole = hashlib.sha256(f"{digest} {spec.preprocessing!r}".encode()).hexdigest()
     black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     network = TorchScript(spec.name, whole, device, 0, module, spec.preprocessing, spec.field)
-    return replace(network, num_features=network.features(black).shape[1])
+    return replace(network, num_features=network.on_device(black).shape[1])

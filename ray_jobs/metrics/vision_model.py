@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, full_precision, require_digest
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 # Files that determine a model's features; others in a repository (other formats, pictures) are not fetched.
-FILES = ("*.json", "*.txt", "*.safetensors")
+CONFIGURATIONS = ("*.json", "*.txt")
+FILES = (*CONFIGURATIONS, "*.safetensors")
 # Settings that name a model.
 FIELD, CLIP_FIELD = "evaluate.second_network.path", "evaluate.clip"
 
@@ -60,8 +62,10 @@ class VisionModel(FeatureNetwork):
         return getattr(found, "pooler_output", None) is not None
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
-        pictures = [picture.numpy() for picture in images.cpu()]
-        inputs = self.processor(images=pictures, input_data_format="channels_first", return_tensors="pt")
+        pictures = np.zeros(images.shape, np.uint8) if images.is_meta else images.cpu().numpy()
+        inputs = self.processor(
+            images=list(pictures), input_data_format="channels_first", return_tensors="pt"
+        )
         return inputs["pixel_values"].to(self.device)
 
 
@@ -120,6 +124,7 @@ def load_vision_model(
 
     Args:
         path: folder or hub name.
+        device: see `networks.load_network`.
         revision: revision of a hub name; a commit pins the network of a score.
         field: setting that names the model.
 
@@ -129,20 +134,29 @@ def load_vision_model(
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, FILES)
-    _require_safetensors(folder, field)
-    is_clip = AutoConfig.from_pretrained(folder).model_type == "clip"
+    device = torch.device(device)
+    without_weights = device.type == "meta"
+    files = CONFIGURATIONS if without_weights else FILES
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, files)
+    if not without_weights:
+        _require_safetensors(folder, field)
+    config = AutoConfig.from_pretrained(folder)
+    is_clip = config.model_type == "clip"
     kind = CLIPModel if is_clip else AutoModel
-    module, loading = kind.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ValueError(f"{field}: {path}: its weights lack {missing}")
-    freeze(module, torch.device(device))
+    if without_weights:
+        with device:
+            module = AutoModel.from_config(config, dtype=torch.float32)
+    else:
+        module, loading = kind.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        if loading["missing_keys"]:
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"{field}: {path}: its weights lack {missing}")
+    freeze(module, device)
     name = folder.name if folder == Path(path) else path
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    common = (name, model_digest(folder), torch.device(device))
+    common = (name, model_digest(folder), device)
     if is_clip:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         return Clip(*common, module.config.projection_dim, module, processor, tokenizer)

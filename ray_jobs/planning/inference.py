@@ -1,4 +1,4 @@
-"""Memory of what draws and encodes pictures: encoders, evaluators, replicas.
+"""Memory of what draws, encodes and measures pictures: encoders, evaluators, replicas.
 
 As in `footprint.py`, the modules are built without memory, and run on tensors without data.
 """
@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,12 +17,16 @@ from torch.utils._pytree import tree_leaves
 from cluster.fetched import local_path
 from ray_jobs.config import Config
 from ray_jobs.data.encoding.shapes import square_latents
-from ray_jobs.diffusion.families import Family, family_of
+from ray_jobs.diffusion.families import Captions, Family, family_of
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.quantization import quantize
 from ray_jobs.planning.footprint import blank_conditions
-from ray_jobs.weights.loading import dtypes_of, empty_model, read_index
+from ray_jobs.weights.feature_networks import load_networks
+from ray_jobs.weights.loading import dtypes_of, empty_model, load_tokenizers, read_index
 from ray_jobs.weights.model_files import model_folder
+
+EMBEDDING = "embedding"
+MANY_WORDS = 4096  # more than the tokens of which any text encoder takes
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,37 @@ class Need:
     Attributes:
         weights: on the device while the actor draws or encodes.
         host: weights that are in host memory meanwhile.
-        captions: weights on the device while captions are encoded, if others than `weights` are.
-        picture: activations of a picture by what is done with it: `drawing`, `decoding`, `encoding`.
+        captions: weights on the device while captions are embedded, if others than `weights` are.
+        networks: weights of feature networks, which are on the device all the time.
+        picture: activations of a picture by what is done with it: `drawing`, `decoding`, `encoding`,
+            `embedding` its caption, `measuring` its features.
     """
 
     weights: int
     picture: Mapping[str, int]
     host: int = 0
     captions: int = 0
+    networks: int = 0
 
     @property
     def least(self) -> int:
         """Bytes with one picture at a time."""
-        return max(self.captions, self.weights + max(self.picture.values()))
+        return max(self._held(doing) + size for doing, size in self.picture.items())
 
     def at_once(self, room: int) -> dict[str, int]:
         """Return how many pictures fit at once into `room` bytes, by what is done with them."""
-        left = room - self.weights if room >= self.captions else 0
-        return {name: max(0, left) // size for name, size in self.picture.items()}
+        return {doing: max(0, room - self._held(doing)) // size for doing, size in self.picture.items()}
+
+    def _held(self, doing: str) -> int:
+        """Return the bytes of the weights on the device meanwhile."""
+        return self.networks + (self.captions if doing == EMBEDDING and self.captions else self.weights)
 
 
 def needs(config: Config) -> tuple[Need, Need, Need]:
     """Return what an encoder, an evaluator and a replica take, with pictures of the run's size.
 
     Raises:
-        ValueError: the base belongs to no known family.
+        ValueError: the base belongs to no known family, or a feature network is missing.
     """
     data, evaluate, serve, model = config.data, config.evaluate, config.serve, config.model
     kinds = (
@@ -65,29 +74,57 @@ def needs(config: Config) -> tuple[Need, Need, Need]:
         (evaluate.precision, model.quantize),
         (serve.precision, model.quantize or ("int8" if serve.int8_weights else None)),
     )
-    parts = {kind: _Parts(config, *kind) for kind in set(kinds)}
+    tokens = _longest_caption(config)
+    parts = {kind: _Parts(config, tokens, *kind) for kind in set(kinds)}
     encoding, drawing, serving = (parts[kind] for kind in kinds)
     away = {"none": [], "encoders": serving.not_denoising, "model": serving.names}[serve.offload]
     here = [name for name in serving.names if name not in away]
     return (
-        Need(encoding.bytes_of(encoding.not_denoising), {"encoding": encoding.peak(encoding.encode)}),
-        _evaluator(drawing, evaluate.use_gpu),
-        Need(serving.bytes_of(here), serving.of_a_picture, serving.bytes_of(away)),
+        Need(encoding.bytes_of(encoding.not_denoising), encoding.of_encoding),
+        _evaluator(drawing, config),
+        Need(serving.bytes_of(here), serving.of_drawing, serving.bytes_of(away)),
     )
 
 
-def _evaluator(parts: "_Parts", use_gpu: bool) -> Need:
+def _longest_caption(config: Config) -> Captions:
+    """Return the tokens of a caption that fills all of its places; none if the model has no text encoders."""
+    base, revision = local_path(config.model.base), config.model.revision
+    index = read_index(base, revision)
+    text = family_of(index["_class_name"]).text
+    if not any(index.get(name, [None])[0] for name in text.encoders):
+        return {}
+    return text.tokenize(load_tokenizers(base, revision=revision), [text.as_prompt("a " * MANY_WORDS)])
+
+
+def _measuring(config: Config) -> tuple[int, int]:
+    """Return the bytes of the feature networks' weights, and of a picture's activations in one of them.
+
+    On the meta device attention is not fused, so that of a vision transformer is counted rather too large.
+    """
+    side, weights, most = config.data.resolution, 0, 0
+    for network in load_networks(config.evaluate, "meta").all:
+        weights += sum(each.nbytes for part in network.modules for each in part.state_dict().values())
+        with LiveBytes(network.modules) as live:
+            network.on_device(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
+        most = max(most, live.most)
+    return weights, most
+
+
+def _evaluator(parts: "_Parts", config: Config) -> Need:
     """Return what an evaluator takes; on a GPU, denoiser and text encoders take turns."""
-    if not use_gpu:
-        return Need(parts.bytes_of(parts.names), parts.of_a_picture)
+    networks, measuring = _measuring(config)
+    picture = parts.of_drawing | {"measuring": measuring}
+    if not config.evaluate.use_gpu:
+        return Need(parts.bytes_of(parts.names), picture, networks=networks)
     autoencoder = parts.bytes["vae"]
     encoders = parts.bytes_of(parts.not_denoising) - autoencoder
     denoisers = parts.bytes_of(parts.names) - parts.bytes_of(parts.not_denoising)
     return Need(
         denoisers + autoencoder,
-        parts.of_a_picture,
+        picture,
         host=max(denoisers, encoders),
         captions=encoders + autoencoder,
+        networks=networks,
     )
 
 
@@ -95,16 +132,19 @@ class _Parts:
     """A model's parts without data, in a precision, its denoiser quantized if `stored` names a format.
 
     So are the text encoders if the configuration says so.
+
+    Args:
+        tokens: from `_longest_caption`.
     """
 
-    def __init__(self, config: Config, precision: str, stored: str | None) -> None:
-        self.config = config
+    def __init__(self, config: Config, tokens: Captions, precision: str, stored: str | None) -> None:
+        self.config, self.tokens = config, tokens
         base, revision = local_path(config.model.base), config.model.revision
         index = read_index(base, revision)
         self.family: Family = family_of(index["_class_name"])
         wanted = (*self.family.denoisers, "vae", *self.family.text.encoders)
         self.dtypes = dtypes_of(model_folder(base, revision=revision), index, PRECISIONS[precision])
-        self.pipeline: SimpleNamespace = empty_model(base, wanted, revision=revision)
+        self.pipeline: Any = empty_model(base, wanted, revision=revision)
         self.names = [name for name in wanted if getattr(self.pipeline, name) is not None]
         if stored:
             for name in self.family.denoisers:
@@ -138,10 +178,20 @@ class _Parts:
         return sum(self.bytes[name] for name in names)
 
     @cached_property
-    def of_a_picture(self) -> dict[str, int]:
+    def of_encoding(self) -> dict[str, int]:
+        """Bytes that a picture with a caption takes while it is encoded."""
+        return {"encoding": self.peak(self.encode)} | self._of_caption
+
+    @cached_property
+    def of_drawing(self) -> dict[str, int]:
         """Bytes that a picture takes: both rows of guidance, unless the denoiser takes it as an input."""
         rows = 1 if self.family.guidance_embedded(getattr(self.pipeline, self.family.denoiser)) else 2
-        return {"drawing": rows * self.peak(self.denoise), "decoding": self.peak(self.decode)}
+        found = {"drawing": rows * self.peak(self.denoise), "decoding": self.peak(self.decode)}
+        return found | self._of_caption
+
+    @cached_property
+    def _of_caption(self) -> dict[str, int]:
+        return {EMBEDDING: self.peak(self.embed)} if self.tokens else {}
 
     def peak(self, work: Callable[[], None]) -> int:
         """Return the greatest number of bytes that live at once while `work` is done, without the weights."""
@@ -149,8 +199,12 @@ class _Parts:
             work()
         return live.most
 
+    def embed(self) -> None:
+        """Embed the longest caption. It takes a mask of all pairs of tokens, as one with padding does."""
+        tokens: Captions = {name: self.without_data.from_tensor(each) for name, each in self.tokens.items()}
+        self.family.text.embed(self.family.text.present(self.pipeline), tokens)
+
     def encode(self) -> None:
-        """Encode a picture; its caption takes less."""
         side = self.config.data.resolution
         self.family.codec.posterior(self.pipeline.vae, torch.empty(1, 3, side, side))
 

@@ -19,6 +19,7 @@ from ray_jobs.training.engine import pieces_a_step, rows_a_worker
 from ray_jobs.weights.model_files import model_folder
 
 GIB = 2**30
+WHOLE_BATCHES = ("drawing", "embedding")  # others are of as many pictures as are decoded at once
 HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, workspaces and fragmentation
 
 
@@ -120,12 +121,17 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
         "a replica": ("serve.precision", serve.precision, serve.use_gpu, serve.gpu_share),
     }
     batches = (data.encode_batch_size, evaluate.batch_size, serve.max_batch_size)
+    try:
+        found = needs(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     lines, problems = [], []
     for (kind, (field, precision, use_gpu, share)), need, most in zip(
-        kinds.items(), needs(config), batches, strict=True
+        kinds.items(), found, batches, strict=True
     ):
         picture = ", ".join(f"{human_size(size).strip()} {doing}" for doing, size in need.picture.items())
         host = f" and {human_size(need.host).strip()} on the host" * bool(need.host)
+        host += f" and {human_size(need.networks).strip()} of feature networks" * bool(need.networks)
         line = f"memory of {kind} ({precision}): weights {human_size(need.weights).strip()}{host}; "
         line += f"a picture {picture}"
         sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
@@ -133,7 +139,7 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
             room = int(HEADROOM * share * min(sizes) * GIB)
             fitting = need.at_once(room)
             chunk = min(most, pictures_at_once(data.resolution, data.resolution))
-            limits = {doing: most if doing == "drawing" else chunk for doing in fitting}
+            limits = {doing: most if doing in WHOLE_BATCHES else chunk for doing in fitting}
             held = ", ".join(
                 f"{min(limits[doing], count)} of {limits[doing]} {doing}" for doing, count in fitting.items()
             )

@@ -1,5 +1,6 @@
 """The memory that planning tells of encoders, evaluators and replicas is that of the real modules."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ import pytest
 import torch
 
 from cluster.shape import Machine
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.sampling import decode_latents, whole_pictures
+from ray_jobs.metrics.feature_network import FeatureNetwork
+from ray_jobs.metrics.vision_model import load_vision_model
 from ray_jobs.planning.estimate import host_memory
-from ray_jobs.planning.inference import LiveBytes, Need, needs
+from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, needs
 from ray_jobs.planning.plan import GIB, drawing_lines, plan
+from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import latent_shapes
 from tests.tiny_models import FAMILY_MODELS
@@ -48,7 +53,8 @@ def test_tensors_are_counted_while_they_live_and_once_a_storage() -> None:
 @pytest.mark.parametrize("model", FAMILY_MODELS)
 def test_the_peak_without_data_is_that_of_the_real_modules(tiny: Callable[[str], Path], model: str) -> None:
     base = tiny(model)
-    _, evaluator, replica = needs(a_config(base, serve={"precision": "bf16"}))
+    encoder, evaluator, replica = needs(a_config(base, serve={"precision": "bf16"}))
+    assert encoder.picture["embedding"] == evaluator.picture["embedding"]
     for need, dtype in ((evaluator, torch.float32), (replica, BF16)):
         pipeline = load_pipeline(str(base), dtype=dtype)
         modules = [each for each in pipeline.components.values() if isinstance(each, torch.nn.Module)]
@@ -58,12 +64,51 @@ def test_the_peak_without_data_is_that_of_the_real_modules(tiny: Callable[[str],
         with LiveBytes(modules) as live:
             decode_latents(pipeline, torch.zeros(1, *shape))
         assert need.picture["decoding"] == pytest.approx(live.most, rel=0.02)
+        text = family_of(pipeline).text
+        tokens = text.tokenize(pipeline, [text.as_prompt("a " * MANY_WORDS)])
+        for mask in (each for each in tokens.values() if each.dtype == torch.bool):
+            mask[:, -1] = False  # a place of padding
+        with torch.no_grad(), LiveBytes(modules) as live:
+            text.embed(text.present(pipeline), tokens)
+        assert need.picture["embedding"] == pytest.approx(live.most, rel=0.15)
+
+
+def test_feature_networks_of_an_evaluator_are_counted_as_they_are_on_the_cpu(
+    tiny_model: Path, dino_folder: Path, tmp_path: Path
+) -> None:
+    picture = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+
+    def live_in(network: FeatureNetwork) -> int:
+        with LiveBytes(network.modules) as live:
+            network.features(picture)
+        return live.most
+
+    plain = a_config(tiny_model)
+    encoder, evaluator, replica = needs(plain)
+    inception, efficientnet = networks = load_networks(plain.evaluate, "cpu").all
+    weights = sum(
+        each.nbytes for network in networks for part in network.modules for each in part.state_dict().values()
+    )
+    assert evaluator.networks == weights > 0 == encoder.networks == replica.networks
+    most = max(live_in(inception), live_in(efficientnet))
+    assert evaluator.picture["measuring"] == pytest.approx(most, rel=0.02)
+
+    # From its configuration alone; the meta device fuses no attention.
+    bare = shutil.copytree(dino_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    first = {"kind": "transformers", "path": str(bare), "sha256": "00"}  # neither is read
+    dino = a_config(tiny_model, evaluate={"feature_network": first, "second_network": None})
+    most = live_in(load_vision_model(str(dino_folder)))
+    assert most <= needs(dino)[1].picture["measuring"] < 2 * most
+
+
+def test_a_feature_network_that_is_missing_is_told_with_its_field(tiny_model: Path) -> None:
+    config = a_config(tiny_model, evaluate={"feature_network": "nowhere.pt"})
+    with pytest.raises(ConfigError, match=r"^evaluate\.feature_network: nowhere\.pt: no such file; `make"):
+        drawing_lines(config, [Machine("one", 8)])
 
 
 @pytest.mark.parametrize("model", ["StableDiffusionXLPipeline", "FluxPipeline", "QwenImagePipeline"])
 def test_drawing_takes_what_the_denoiser_takes(tiny: Callable[[str], Path], model: str) -> None:
-    from ray_jobs.diffusion.families import family_of
-
     base = tiny(model)
     pipeline = load_pipeline(str(base))
     family, [shape] = family_of(pipeline), latent_shapes(str(base), [(SIDE, SIDE)])
@@ -112,8 +157,11 @@ def test_denoiser_and_text_encoders_of_an_evaluator_take_turns_on_a_gpu(tiny_flu
     text = bytes_of["text_encoder"] + bytes_of["text_encoder_2"]
     assert on_gpu.weights == bytes_of["transformer"] + bytes_of["vae"] == here.weights - text
     assert on_gpu.captions == text + bytes_of["vae"] and on_gpu.host == max(text, bytes_of["transformer"])
-    assert on_gpu.least == max(on_gpu.captions, on_gpu.weights + max(on_gpu.picture.values())) < here.least
-    assert not any(on_gpu.at_once(on_gpu.captions - 1).values())
+    sizes = dict(on_gpu.picture)
+    embedding = on_gpu.captions + sizes.pop("embedding")
+    most = on_gpu.networks + max(embedding, on_gpu.weights + max(sizes.values()))
+    assert on_gpu.least == most < here.least
+    assert on_gpu.at_once(most)["embedding"] > 0 == on_gpu.at_once(embedding)["embedding"]
 
 
 def test_the_plan_tells_how_many_pictures_fit_at_once_and_what_to_do_where_none_does(tiny_flux: Path) -> None:
@@ -121,11 +169,11 @@ def test_the_plan_tells_how_many_pictures_fit_at_once_and_what_to_do_where_none_
     _, evaluator, _ = needs(config)
 
     def told(pictures: float) -> tuple[list[str], list[str]]:
-        room = evaluator.weights + pictures * max(evaluator.picture.values())
+        room = evaluator.networks + evaluator.weights + pictures * evaluator.picture["measuring"]
         return drawing_lines(config, [Machine("one", 8, 1, gpu_gib=room / GIB / 0.9)])
 
     lines, problems = told(3.01)
-    assert not problems and "there is room for 3 of 16 drawing" in lines[1]
+    assert not problems and " 3 of 16 measuring at once" in lines[1]
     lines, problems = told(0.5)
     assert problems[0].startswith("an evaluator needs ") and problems[0].endswith(
         ": evaluate.precision: bf16"
