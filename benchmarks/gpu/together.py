@@ -91,15 +91,16 @@ def images_per_second(loop: "Loop", seconds: float) -> float:
 def evaluate(size: str, share: float) -> Figures:
     from benchmarks.gpu.evaluate import BATCH, draw
     from benchmarks.gpu.shapes import SHAPES
+    from ray_jobs.diffusion.sampling import Prompts
 
     pipeline = SHAPES[size][MODEL].pipeline(device_name(), WORKING_DTYPE)
-    seeds = range(BATCH[size])
-    draw(pipeline, size, seeds)
+    prompts, seeds = Prompts(pipeline, device_name()), range(BATCH[size])
+    draw(prompts, size, seeds)
     _barrier.wait()
     _barrier.wait()
     begin, pictures = time.perf_counter(), 0
     while (taken := time.perf_counter() - begin) < SECONDS[size]:
-        pictures += len(draw(pipeline, size, seeds))
+        pictures += len(draw(prompts, size, seeds))
     return {"pictures_per_second": pictures / taken}
 
 

@@ -70,8 +70,8 @@ class ServeConfig(Section):
     )
     offload: Offload = Field(
         "none",
-        description="keep the text encoders and the autoencoder, or the whole model, in host memory "
-        "except for the layer that runs",
+        description="keep the text encoders and the autoencoder, or the whole model, in pinned host memory "
+        "except for the layer that runs and, where there is room, the next one",
     )
     solver: Solver = Field(
         "model", description="diffusion solver; model: the scheduler that the model was evaluated with"

@@ -1,4 +1,4 @@
-"""Frozen weights of a denoiser's blocks in host memory, on a device only while a block runs.
+"""Frozen weights of blocks or layers in host memory, on a device only while one of these runs.
 
 diffusers' group offload (0.42.1) is made for drawing. It moves all of a block, also what is trained. It sets
 `parameter.data`, which changes what autograd has saved. `torch.utils.checkpoint` leaves a recomputed block
@@ -55,6 +55,10 @@ class Block:
     weights: list[Weight]
     segments: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(segment) for segment in self.segments)
+
 
 @dataclass
 class Fetched:
@@ -70,10 +74,14 @@ class Fetched:
         return self.segments
 
 
-def frozen_weights(module: nn.Module, trained: Iterable[nn.Parameter]) -> list[Weight]:
-    """Return the weights of a module that are not among the trained ones."""
-    kept, found = {id(parameter) for parameter in trained}, dict[int, Weight]()
-    for part in module.modules():
+def frozen_weights(module: nn.Module, resident: Iterable[nn.Parameter], *, own: bool = False) -> list[Weight]:
+    """Return the weights of a module that are not among the resident ones, which move with the model.
+
+    Args:
+        own: without those of the modules in it.
+    """
+    kept, found = {id(parameter) for parameter in resident}, dict[int, Weight]()
+    for part in [module] if own else module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and id(parameter) not in kept:
                 weight = found.setdefault(id(parameter), Weight(parameter, []))
@@ -90,10 +98,13 @@ class HostWeights:
     Args:
         blocks: they run one after the other, none within another. Until `hold` is called they run as they
             are. Whatever recomputes their `forward` must be set after this.
+        layers: the blocks are single layers, which may be within another: each with its own weights only. A
+            layer is then copied ahead only where both have room in the bytes of the largest one.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        self.modules = list(blocks)
+    def __init__(self, blocks: Iterable[nn.Module], *, layers: bool = False) -> None:
+        self.modules, self.layers = list(blocks), layers
+        self.room: int | None = None
         self.blocks: dict[nn.Module, Block] = {}
         self.device: torch.device | None = None
         self._ahead: dict[nn.Module, Fetched] = {}  # at most one
@@ -103,10 +114,12 @@ class HostWeights:
             module.forward = partial(self._run, module, module.forward)
 
     @contextmanager
-    def left_out(self, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    def left_out(self, resident: Iterable[nn.Parameter]) -> Iterator[None]:
         """Take the frozen weights out of the blocks, so that a move of the model leaves them in place."""
-        trained = list(trained)
-        weights = [weight for module in self.modules for weight in frozen_weights(module, trained)]
+        resident = list(resident)
+        weights = [
+            weight for module in self.modules for weight in frozen_weights(module, resident, own=self.layers)
+        ]
         for weight in weights:
             weight.put(None)
         try:
@@ -116,14 +129,21 @@ class HostWeights:
                 weight.put(weight.host)
 
     @torch.no_grad()
-    def hold(self, trained: Iterable[nn.Parameter], device: torch.device) -> None:
+    def hold(self, resident: Iterable[nn.Parameter], device: torch.device) -> None:
         """Move the frozen weights together in host memory, pinned for a GPU, and fetch them from there."""
-        trained = list(trained)
-        self.blocks = {module: Block(frozen_weights(module, trained)) for module in self.modules}
-        everything = [weight for block in self.blocks.values() for weight in block.weights]
+        resident = list(resident)
+        shared: dict[tuple[int, ...], Block] = {}
+        for module in self.modules:
+            weights = frozen_weights(module, resident, own=self.layers)
+            key = tuple(id(weight.host) for weight in weights)
+            if key in shared:  # tied layers
+                for here, there in zip(shared[key].weights, weights, strict=True):
+                    here.places += there.places
+            self.blocks[module] = shared.setdefault(key, Block(weights))
+        everything = [weight for block in shared.values() for weight in block.weights]
         left = sum(_padded(weight.host.nbytes) for weight in everything)
         arena, used = torch.empty(0, dtype=torch.uint8), 0
-        for block in self.blocks.values():
+        for block in shared.values():
             start = used
             for weight in block.weights:
                 size = _padded(weight.host.nbytes)
@@ -142,6 +162,8 @@ class HostWeights:
                 weight.host.data = view.copy_(weight.host)
             if used > start:
                 block.segments.append(arena[start:used])
+        if self.layers:
+            self.room = max((block.num_bytes for block in shared.values()), default=0)
         self.device = device
         # Of a pretended GPU in tests, all streams are one.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -161,7 +183,9 @@ class HostWeights:
         if following is module:  # its recomputation, after the last block
             self._ahead[module] = fetched
         elif following is not None:
-            self._ahead[following] = self._fetch(self.blocks[following])
+            both = block.num_bytes + self.blocks[following].num_bytes
+            if self.room is None or both <= self.room:
+                self._ahead[following] = self._fetch(self.blocks[following])
         for weight in block.weights:
             weight.put(nn.Parameter(weight.view(segments), requires_grad=False))
         try:

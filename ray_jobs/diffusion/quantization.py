@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 BLOCK = 64  # weights that share a scale in nf4
 CHUNK = 1 << 16  # weights that are rounded to nf4 at a time: they fit a core's cache
@@ -134,14 +135,17 @@ class QuantizedLinear(nn.Linear):
     Args:
         layer: the layer to replace; the bias stays.
         device: device that rounds; what is stored goes back to the layer's.
+        asked: the module around it asks for the weight's dtype in each call, see `_Unrestored`.
     """
 
     like: torch.Tensor  # empty; follows casts of the module, as a weight would
 
-    def __init__(self, layer: nn.Linear, format_name: str, device: str | None = None) -> None:
+    def __init__(
+        self, layer: nn.Linear, format_name: str, device: str | None = None, *, asked: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.format_name, self.bias = format_name, layer.bias
+        self.format_name, self.bias, self.asked = format_name, layer.bias, asked
         weight = layer.weight.detach()
         stored, scales = (each.to(weight.device) for each in FORMATS[format_name].store(weight.to(device)))
         self.stored = nn.Parameter(stored, requires_grad=False)
@@ -152,6 +156,9 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The restored weight, made at each access; changes of it are lost."""
+        return _Unrestored(self) if self.asked else self.restored()
+
+    def restored(self) -> torch.Tensor:
         return _restored(self.stored, self.scales, self.format_name, self._shape, self.like.dtype)
 
     @property
@@ -165,6 +172,31 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.format_name}"
+
+
+class _Unrestored(torch.Tensor):
+    """A quantized layer's weight, which is restored by whatever computes with it.
+
+    T5 asks for the weight of its layer `wo` three times in each call, and only for its dtype.
+    """
+
+    layer: QuantizedLinear
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLinear) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, layer._shape, dtype=layer.like.dtype, device=layer.stored.device
+        )
+        made.layer = layer
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, lambda weight: weight.layer.restored(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _Product(torch.autograd.Function):
@@ -231,12 +263,15 @@ def quantize(part: nn.Module, format_name: str) -> None:
         raise ValueError(f"model.quantize: {type(part).__name__} has no linear layers; leave it out")
     # A thread rounds some 30 million weights a second to nf4: minutes for a large model.
     device = "cuda" if torch.cuda.is_available() else None
+    asked = getattr(part, "_keep_in_fp32_modules", None) or ()
     rounded = 0
     for name in names:  # not the layers, each of which goes when it is replaced
         owner, _, own = name.rpartition(".")
         layer = part.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        setattr(part.get_submodule(owner), own, QuantizedLinear(layer, format_name, device))
+        setattr(
+            part.get_submodule(owner), own, QuantizedLinear(layer, format_name, device, asked=own in asked)
+        )
         rounded += layer.in_features * layer.out_features
         if rounded >= GIVEN_BACK:
             _give_back()

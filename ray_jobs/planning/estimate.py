@@ -11,8 +11,8 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training import flat
 from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.zero import gradient_buckets, sharded_for
 
-REDUCED_AT_ONCE = 500_000_000  # maximum elements of ZeRO's gradient bucket
 LIVE_AT_ONCE = (
     1_000_000_000  # elements that ZeRO-3 may keep gathered (DeepSpeed's stage3_max_live_parameters)
 )
@@ -28,7 +28,7 @@ class Memory:
         master_weights: fp32 weights that the optimizer updates; 0 if it updates the parameters themselves.
         moments: Adam's two moments.
         averages: exponential moving average, fp32.
-        buckets: ZeRO's gradient buckets, and at stage 3 the parameters gathered at once.
+        buckets: the engine's gradient buckets, and at stage 3 the parameters gathered at once.
         activations: estimated activations of one micro batch.
     """
 
@@ -59,12 +59,8 @@ class Placement:
 
 
 def effective_stage(train: TrainConfig, workers: int) -> int:
-    """ZeRO stage that the engine uses: a single worker shards nothing, and DeepSpeed where it need not."""
-    if train.flat:
-        return flat.stage_of(train, workers)
-    offloads = train.offload_optimizer or train.offload_parameters
-    needed = train.method != "full" or train.precision != "fp32" or offloads or train.deepspeed
-    return train.zero_stage if workers > 1 or needed else 0
+    """Return the ZeRO stage that the engine uses."""
+    return flat.stage_of(train, workers) if train.flat else sharded_for(train, workers).zero_stage
 
 
 def rank_memory(
@@ -109,10 +105,11 @@ def _unrounded_memory(
     parameters = element * (whole if stage < 3 else -(-whole // workers))
     # Gradients of several micro batches are accumulated in fp32.
     of_gradient = element if pieces_a_step(train, workers) == 1 else 4
+    num_buckets, bucket = gradient_buckets(train, workers, trained)
     gradients = of_gradient * (share if sharded_gradients else trained)
     masters = 4 * share if stage else 0
     moments = 8 * (share if stage else trained)
-    buckets = element * min(int(zero.get("reduce_bucket_size", REDUCED_AT_ONCE)), trained) if stage else 0
+    buckets = (of_gradient if stage == 1 else element) * num_buckets * bucket if stage else 0
     if stage == 3:
         buckets += element * min(int(zero.get("stage3_max_live_parameters", LIVE_AT_ONCE)), whole)
     state = {"parameters": parameters, "gradients": gradients, "master_weights": masters}

@@ -82,7 +82,11 @@ def needs(config: Config) -> tuple[Need, Need, Need]:
     return (
         Need(encoding.bytes_of(encoding.not_denoising), encoding.of_encoding),
         _evaluator(drawing, config),
-        Need(serving.bytes_of(here), serving.of_drawing, serving.bytes_of(away)),
+        Need(
+            serving.bytes_of(here) + serving.largest_layer(away),
+            serving.of_drawing,
+            serving.bytes_of(away),
+        ),
     )
 
 
@@ -176,6 +180,13 @@ class _Parts:
     def bytes_of(self, names: Sequence[str]) -> int:
         """Return the bytes of parts' weights."""
         return sum(self.bytes[name] for name in names)
+
+    def largest_layer(self, names: Sequence[str]) -> int:
+        """Return the bytes of the weights of the largest layer of parts, 0 without parts."""
+        layers = (layer for name in names for layer in getattr(self.pipeline, name).modules())
+        return max(
+            (sum(each.nbytes for each in layer.parameters(recurse=False)) for layer in layers), default=0
+        )
 
     @cached_property
     def of_encoding(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     if config.use_gpu and world_size > 1:
-        zero |= {"overlap_comm": True, "reduce_bucket_size": OVERLAPPED_AT_ONCE}
+        zero["overlap_comm"] = True
     pieces = pieces_a_step(config, world_size)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": -(-len(rows_of_rank(config.batch_size, world_size, 0)) // pieces),
@@ -119,6 +119,19 @@ def sharded_for(config: TrainConfig, world_size: int) -> TrainConfig:
     return config if world_size > 1 or needed else config.model_copy(update={"zero_stage": 0})
 
 
+def gradient_buckets(config: TrainConfig, world_size: int, num_trained: int) -> tuple[int, int]:
+    """Return how many buckets of gradients a rank has, and the elements of each.
+
+    ZeRO allocates whole ones at every step, however few gradients there are; two where it sends one of them
+    while the other is filled (at stage 3 it has one all the same).
+    """
+    zero = deepspeed_config(config, world_size)["zero_optimization"]
+    overlaps = bool(zero.get("overlap_comm"))
+    most = OVERLAPPED_AT_ONCE if overlaps else REDUCED_AT_ONCE
+    count = 2 if overlaps and config.zero_stage < 3 else 1
+    return count, int(zero.get("reduce_bucket_size", min(most, num_trained)))
+
+
 class ZeRO(Engine):
     """DeepSpeed's engine, over Ray Train's process group.
 
@@ -130,10 +143,10 @@ class ZeRO(Engine):
     def __init__(self, model: FineTuning, config: TrainConfig, world_size: int, device: torch.device) -> None:
         config = sharded_for(config, world_size)
         settings = deepspeed_config(config, world_size)
-        # ZeRO allocates a whole bucket for gradients at every step, however few there are.
         num_trained = sum(parameter.numel() for _, parameter in model.all_trained)
+        _, bucket = gradient_buckets(config, world_size, num_trained)
         zero = settings["zero_optimization"]
-        zero["reduce_bucket_size"] = zero.get("reduce_bucket_size", min(REDUCED_AT_ONCE, num_trained))
+        zero["reduce_bucket_size"] = bucket
         # In host memory the fused form reads and writes each state once instead of about ten times.
         optimizer = build_optimizer(parameter_groups(model), config, fused=config.offload_optimizer or None)
         float32 = kept_in_float32(model)  # DeepSpeed casts each parameter

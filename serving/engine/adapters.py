@@ -109,12 +109,7 @@ def _update(
     up = up * adapter_scale(where, settings, place, rank=len(down))
     gain = None
     if MAGNITUDE in stored:
-        if weight.is_meta:
-            raise ValueError(
-                f"offload: {where} is DoRA, which needs the layer's own weights; fuse the version "
-                "(serve.fuse_champion), or serve it without offload"
-            )
-        merged = weight.flatten(1).to(dtype) + up @ down.flatten(1)
+        merged = weight.flatten(1).to(device, dtype) + up @ down.flatten(1)
         gain = stored[MAGNITUDE].flatten() / torch.linalg.norm(merged, dim=1)
         up = up * gain[:, None]
     return Update(down, up, gain)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_jobs.config.serve import Attention, Offload, Solver
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.quantization import QuantizedLinear, is_quantized, quantize
 from ray_jobs.diffusion.solvers import scheduler_of
@@ -47,8 +48,8 @@ def prepare(
             one row and with several take minutes. Such an engine serves no adapters.
         int8_weights: store the denoiser's linear weights as int8 with one scale per output channel, and
             restore them in every call: a quarter of the memory, no speed-up.
-        offload: components kept in host memory and copied to the device one layer at a time while they run:
-            the text encoders and the autoencoder, or the denoiser too, for models larger than the device.
+        offload: components whose weights stay in host memory, see `keep_away`: the text encoders and the
+            autoencoder, or the denoiser too, for models larger than the device.
         solver: replacement of the model's own scheduler, see `solvers.scheduler_of`.
         fuse: adapter to merge into the base's weights; the engine then serves this one and no others.
 
@@ -111,19 +112,32 @@ def compiled(pipeline: Pipeline) -> bool:
 
 
 def keep_away(pipeline: Pipeline, device: str, offload: Offload) -> None:
-    """Leave the weights of the components that `offload` names in host memory. accelerate copies each layer
-    to the device while it runs; in between, the layer's weights are on the meta device. Buffers, which are
-    small, stay: FLUX.2's codec reads some of the autoencoder's."""
-    from accelerate import cpu_offload
+    """Leave the weights of the components that `offload` names in pinned host memory.
 
-    own = family_of(pipeline).denoiser
-    for name, part in pipeline.components.items():
-        if not isinstance(part, nn.Module):
-            continue
-        if offload == "model" or name != own:
-            cpu_offload(part, execution_device=torch.device(device))
-        else:
+    A layer's are copied to the device while it runs, and meanwhile the next one's where there is room for
+    both in the bytes of the largest layer. What is small is on the device: buffers, some of which FLUX.2's
+    codec reads, and vectors, such as the biases that adapters of DoRA need.
+    """
+    denoisers = family_of(pipeline).denoisers
+    parts = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    away = [part for name, part in parts.items() if offload == "model" or name not in denoisers]
+    small = [weight for part in away for weight in part.parameters() if _is_vector(weight)]
+    layers = [
+        layer
+        for part in away
+        for layer in part.modules()
+        if not all(map(_is_vector, layer.parameters(recurse=False)))
+    ]
+    kept = HostWeights(layers, layers=True)
+    with kept.left_out(small):
+        for part in parts.values():
             part.to(device)
+    kept.hold(small, torch.device(device))
+
+
+def _is_vector(weight: nn.Parameter) -> bool:
+    """Return whether a weight is a bias or a norm's; a quantized layer's scales are integers."""
+    return weight.ndim < 2 and weight.is_floating_point()
 
 
 def attention_kernel(attention: Attention) -> AbstractContextManager[None]:

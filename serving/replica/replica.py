@@ -321,3 +321,4 @@ def _stop(thread: "EngineThread") -> None:
     gc.collect()  # an engine has reference cycles, and the next one needs its memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()  # pinned for `offload`

@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu import evaluate, serve, train
 from benchmarks.gpu.plain import Plain
 from benchmarks.gpu.shapes import SHAPES, Shape
+from ray_jobs.diffusion.sampling import Prompts
 from ray_jobs.training.batch import InputMaker, Piece, Sent
 from ray_jobs.training.monitor import LATE
 from tests.cuda.pretend import Pretend
@@ -59,7 +60,12 @@ def training(shape: Shape, method: str, folder: Path, device: Pretend) -> dict[s
 
 def drawing(shape: Shape, folder: Path, _: Pretend) -> dict[str, Any]:
     """Draw as the evaluator and as the engine, and call the bare denoiser; return the pictures of both."""
-    drawn = evaluate.draw(shape.pipeline("cuda", torch.bfloat16), "small", range(2))
+    pipeline = shape.pipeline("cuda", torch.bfloat16)
+    drawn = evaluate.draw(Prompts(pipeline, "cuda"), "small", range(2))
+    # As while the last batch was drawn.
+    encoders, denoisers = shape.family.text.present(pipeline), shape.family.model(pipeline)
+    assert {each.device.type for each in encoders.values()} == {"cpu"}
+    assert {each.device.type for each in (pipeline.vae, *denoisers.values())} == {"cuda"}
     folder.mkdir()
     engine = serve.engine_of(shape, folder, max_rows=4)[0]
     served = serve.drawn(engine, serve.requests_of("small")[:3])

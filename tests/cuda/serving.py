@@ -29,8 +29,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "encoders offloaded": {"offload": "encoders"},
     "model offloaded": {"offload": "model"},
     **{f"on {name}": {"quantization": name} for name in FORMATS},
+    "on nf4, offloaded": {"quantization": "nf4", "offload": "model"},
     "text on nf4": {"text_quantization": "nf4"},
-    "text on nf4, offloaded": {"text_quantization": "nf4", "offload": "encoders"},
+    "text on nf4, encoders offloaded": {"text_quantization": "nf4", "offload": "encoders"},
 }
 OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True}, "cached features": {}}
 
@@ -70,13 +71,21 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
                 "launches": device.launches,
                 "waits": dict(device.waits),
                 "to_device": dict(device.to_device),
+                "pageable": sum(device.pageable.values()),
                 "decoded": engine.decoder.pictures,
             }
         )
     for future in futures:
         assert future.result(0).pixels.device.type == "cpu"
     engine.close()
-    return {"steps": steps}
+    matrices = {
+        id(layer)
+        for part in engine.model.values()
+        for layer in part.modules()
+        for weight in layer.parameters(recurse=False)
+        if weight.ndim > 1 or not weight.is_floating_point()
+    }
+    return {"steps": steps, "layers": len(matrices)}
 
 
 def change(base: Path, device: Pretend) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def main(folder: Path) -> None:
         base = folder / name
         if not base.exists():
             write(name, base)
-        cases: dict[str, dict[str, Any]] = {"bf16": {}}
+        cases: dict[str, dict[str, Any]] = {"bf16": {}, "model offloaded": SWITCHES["model offloaded"]}
         if name in ALL_SWITCHES:
             cases |= SWITCHES | (OF_UNETS if FAMILIES[name].is_unet else {})
         for case, settings in cases.items():

@@ -14,6 +14,7 @@ from tests.cuda.budgets import (
 from tests.tiny_models import FAMILY_MODELS
 
 pytestmark = marks
+DENOISER_OFFLOADED = {"model offloaded", "on nf4, offloaded"}
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Told:
 def test_a_denoising_step_never_waits_and_copies_its_coefficients_once(family: str, served: Told) -> None:
     of_diffusers = COPIES_OF_DIFFUSERS.get(family, 0)
     for case, found in of_family(served, family).items():
-        if case in ("sampling", "turns", "adapters") or "offloaded" in case:
-            continue  # what is offloaded is copied in each step
+        if case in ("sampling", "turns", "adapters", *DENOISER_OFFLOADED):
+            continue
         fewest_waits = min(sum(step["waits"].values()) for step in found["steps"])
         assert fewest_waits == WAITS_OF_DIFFUSERS.get(family, 0), case
         plain = [step for step in found["steps"] if sum(step["waits"].values()) == fewest_waits]
         fewest = min(sum(step["to_device"].values()) for step in plain)
         # Cached features divide the rows anew at each step.
         assert fewest <= (4 if case == "cached features" else 1) + of_diffusers, case
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_a_step_of_an_offloaded_denoiser_copies_each_layer_once_from_pinned_memory_and_never_waits(
+    family: str, served: Told
+) -> None:
+    of_diffusers, found = COPIES_OF_DIFFUSERS.get(family, 0), of_family(served, family)
+    for case in found.keys() & DENOISER_OFFLOADED:
+        plain, steps = found["bf16"]["steps"], found[case]["steps"]
+        fewest_waits = min(sum(step["waits"].values()) for step in steps)
+        assert fewest_waits == WAITS_OF_DIFFUSERS.get(family, 0), case
+        step = min(steps, key=lambda each: sum(each["to_device"].values()))
+        # The coefficients, and what is copied ahead where another part may come next.
+        assert sum(step["to_device"].values()) <= found[case]["layers"] + 2 + of_diffusers, case
+        # Of the whole drawing, with its captions and its pictures.
+        assert sum(each["pageable"] for each in steps) <= sum(each["pageable"] for each in plain), case
 
 
 @pytest.mark.parametrize("family", FAMILY_MODELS)

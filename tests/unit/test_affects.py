@@ -12,11 +12,12 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, Effect, Section, SourceConfig
 from ray_jobs.data.curation.decisions import _split_settings
 from ray_jobs.data.curation.scan import entries
-from ray_jobs.data.encoding.class_pictures import _folder
+from ray_jobs.data.encoding.class_pictures import SETTINGS, _folder
 from ray_jobs.data.encoding.plan import RowKeys
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import _content, _inputs
 from ray_jobs.data.sources.detection import open_source
+from ray_jobs.diffusion.families.codec import TILE
 from ray_jobs.publishing.final_scores import settings_of
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import RungRow
@@ -148,6 +149,26 @@ def test_what_a_step_of_prepare_is_repeated_for_affects_the_data_set(step: str, 
         if path != "storage" and keys[step](other) != before
     }
     assert len(found) >= 3 and all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("encode_precision", "bf16"), ("resolution", 2048), ("resolution", 65)]
+)
+def test_class_pictures_that_would_be_others_have_a_folder_of_their_own(
+    setting: str, value: Any, tmp_path: Path
+) -> None:
+    def settings(**data: Any) -> dict[str, Any]:
+        config = configured().model_copy(update={"storage": str(tmp_path)})
+        config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        found: dict[str, Any] = json.loads(_folder(config, "model", "a dog").read_text(SETTINGS))
+        return found
+
+    found, before = settings(**{setting: value}), settings()
+    tile = {"tile": TILE} if value == 2048 else {}
+    assert found == before | {setting: value} | tile and before.keys().isdisjoint(
+        {"tile", "encode_precision"}
+    )
+    assert len(list(tmp_path.glob("class_pictures/*"))) == 2
 
 
 def sections(annotation: Any) -> Iterator[type[Section]]:

@@ -11,13 +11,13 @@ import torch
 from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import FAMILIES
-from ray_jobs.planning.estimate import effective_stage, host_memory, rank_memory
+from ray_jobs.planning.estimate import host_memory, rank_memory
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.planning.plan import Model
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
 from ray_jobs.training.memory import state_bytes
 from ray_jobs.training.setup import build_engine, build_model
-from ray_jobs.training.zero import sharded_for
+from ray_jobs.training.zero import OVERLAPPED_AT_ONCE, gradient_buckets
 from ray_jobs.weights.model_files import latent_shapes
 from tests.tiny_models import FAMILY_MODELS
 
@@ -152,8 +152,26 @@ def test_batches_and_sharding_are_the_engines(workers: int, micro: int | None, m
     most = max(len(rows_of_rank(10, workers, r)) for r in range(workers))
     assert rows_a_worker(train, workers) == most
     assert pieces_a_step(train, workers) == math.ceil(most / (micro or most))
-    deepspeed = train.model_copy(update={"engine": "deepspeed"})
-    assert effective_stage(deepspeed, workers) == sharded_for(train, workers).zero_stage
+
+
+def test_several_gpus_have_two_buckets_of_the_size_that_the_engine_sets() -> None:
+    sizes, of_model = {"num_workers": 2, "batch_size": 4, "engine": "deepspeed"}, 200_000_000
+
+    def buckets(**settings: Any) -> int:
+        train = TrainConfig(method="full", precision="bf16", **sizes | settings)
+        return rank_memory(train, whole=of_model, trained=of_model, workers=2).device.buckets
+
+    assert buckets() == 2 * of_model
+    assert buckets(use_gpu=True) == 2 * 2 * OVERLAPPED_AT_ONCE
+    assert (
+        buckets(use_gpu=True, zero_stage=1, micro_batch_size=1) == 4 * 2 * OVERLAPPED_AT_ONCE
+    )  # sums in fp32
+    gathered = 2 * of_model
+    assert buckets(use_gpu=True, zero_stage=3) == 2 * OVERLAPPED_AT_ONCE + gathered
+    chosen = {"zero_optimization": {"reduce_bucket_size": 3e8}}
+    assert buckets(use_gpu=True, deepspeed=chosen) == 2 * 2 * 300_000_000
+    train = TrainConfig(use_gpu=True, **sizes)
+    assert gradient_buckets(train, 2, 1000) == (2, 1000)  # adapters: no more than they have
 
 
 LORA: dict[str, dict[str, Any] | None] = {

@@ -147,3 +147,21 @@ def test_weights_keep_their_memory_layout() -> None:
     Counted(stack)
     assert stack.layers[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert stack.layers[0].same.weight is stack.layers[0].linear.weight
+
+
+def test_layers_share_the_room_of_the_largest_and_tied_ones_their_host_memory() -> None:
+    sizes = [(8, 8), (8, 16), (16, 64), (64, 8), (8, 8)]
+    stack = nn.Sequential(*(nn.Linear(*size, bias=False) for size in sizes)).requires_grad_(False)
+    stack[4].weight = stack[0].weight
+    expected = stack(values := torch.ones(2, 8))
+    held = HostWeights(stack, layers=True)
+    held.hold([], CPU)
+    assert held.blocks[stack[0]] is held.blocks[stack[4]] and held.room == 4 * 16 * 64
+    assert stack[4].weight is stack[0].weight
+    ahead = []
+    numbers = {layer: number for number, layer in enumerate(stack)}
+    for layer in stack:
+        layer.register_forward_hook(lambda *_: ahead.append([numbers[each] for each in held._ahead]))
+    for _ in range(3):
+        assert stack(values).equal(expected)
+    assert ahead[2 * len(stack) :] == [[1], [], [], [4], [0]]  # beside the largest one there is no room

@@ -191,7 +191,7 @@ def restore(module: nn.Module) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, QuantizedLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            plain.weight, plain.bias = nn.Parameter(layer.weight), layer.bias
+            plain.weight, plain.bias = nn.Parameter(layer.restored()), layer.bias
             owner, _, own = name.rpartition(".")
             setattr(module.get_submodule(owner), own, plain.requires_grad_(False))
 

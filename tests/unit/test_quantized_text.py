@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.quantization import FORMATS, QuantizedLinear, is_quantized, quantize
+from ray_jobs.diffusion.quantization import FORMATS, NF4, QuantizedLinear, is_quantized, quantize
 from ray_jobs.diffusion.sampling import encode_prompts
 from ray_jobs.planning.inference import needs
 from ray_jobs.registry.models import RegisteredModel
@@ -60,6 +61,27 @@ def test_captions_are_those_of_the_same_encoders_with_restored_weights(
             assert own not in restored or restored[own].dtype == tensor.dtype
     for name, tensor in encoded(plain).items():
         assert found[name].dtype == tensor.dtype and found[name].equal(tensor), name
+
+
+@dtypes
+def test_each_layer_of_a_t5_is_restored_once_a_call(
+    tiny_flux: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(str(tiny_flux), dtype=dtype, text_quantization="nf4")
+    count, restore_nf4 = 0, NF4.restore
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return restore_nf4(*args)
+
+    monkeypatch.setattr(NF4, "restore", counted)
+    layers = [each for each in pipeline.text_encoder_2.modules() if isinstance(each, QuantizedLinear)]
+    pipeline.text_encoder_2(torch.zeros((1, 8), dtype=torch.long))
+    assert count == len(layers)
+    [*_, last] = (each for each in layers if each.asked)
+    assert last.weight.shape == last.restored().shape and last.weight.dtype == dtype
+    assert (last.weight * 2).equal(last.restored() * 2)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -97,6 +97,8 @@ def test_an_autoencoder_that_is_kept_away_from_the_device_works_in_tiles(
 ) -> None:
     here, away = (load_pipeline(str(tiny_model)) for _ in range(2))
     prepare(away, "cpu", offload="model")
+    for weight in here.vae.parameters():  # how a CPU rounds depends on where weights begin
+        weight.data = weight.data.clone()
     latents = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0))
     assert torch.equal(decode_latents(here, latents), decode_latents(away, latents))
 

@@ -108,6 +108,8 @@ def _folder(config: Config, model: str, prompt: str) -> Storage:
         "guidance_scale": config.evaluate.guidance_scale,
         "seed": config.seed,
     }
+    if config.data.encode_precision != "fp32":
+        settings["encode_precision"] = config.data.encode_precision
     if is_tiled(config.data.resolution, config.data.resolution):
         settings["tile"] = TILE
     text = json.dumps(settings, indent=2) + "\n"
