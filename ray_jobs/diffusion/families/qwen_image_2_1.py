@@ -108,6 +108,7 @@ class QwenImage21(Family):
     codec = QwenImage21Codec()
     schedule = QwenImage21Schedule(max_shift=1.15, patch=1, even_sigmas=True)
     native = (1024, 1024)
+    in_comfyui = True
 
     def loaded(self, pipeline: Pipeline) -> None:
         """Let captions of several lengths share a call, and tell the scheduler a distilled model's steps."""
