@@ -66,7 +66,7 @@ def train(size: str, share: float) -> Figures:
 
     with TemporaryDirectory() as folder:
         contest = Contest.of(CASES[0], size, Path(folder), share=share)
-        with Loop(contest.shape, contest.config(), contest.folder) as loop:
+        with Loop.of(contest.shape, contest.config(), contest.folder) as loop:
             loop.run(AT_ONCE)
             _barrier.wait()
             alone = images_per_second(loop, ALONE_SECONDS[size])

@@ -37,7 +37,10 @@ from benchmarks.gpu.measuring import (
 from benchmarks.gpu.plain import Plain
 from benchmarks.gpu.shapes import SHAPES, Shape
 from ray_jobs.config import Config
+from ray_jobs.diffusion.families import Captions
+from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.precision import PRECISIONS
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.planning.plan import Model
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
@@ -160,7 +163,7 @@ class Contest:
         torch.compiler.reset()
         free()
         warm, steps = WARM[self.size], COUNTED[self.size]
-        with Loop(self.shape, self.config(**train), self.folder) as loop:
+        with Loop.of(self.shape, self.config(**train), self.folder) as loop:
             loop.run(warm)
             before = loop.meter.waited
             found = self._figures(median(loop.run(steps)))
@@ -195,13 +198,24 @@ def counts(step: Callable[[], object]) -> Figures:
 
 
 class Loop:
-    """Training's steps on one device, over a batch that comes again and again."""
+    """Training's steps on one device, over a batch that comes again and again.
 
-    def __init__(self, shape: Shape, config: Config, folder: Path) -> None:
-        device, train = torch.device(device_name()), config.train
-        pipeline = shape.trainable(device.type, PRECISIONS[train.precision])
-        model = finetuning(config, pipeline, shape.family, device.type)
-        empty = {name: each.float() for name, each in shape.rows(folder, 1).items()}
+    Args:
+        model: over the denoiser of `pipeline`.
+        empty: the encoded empty caption, by column.
+        rows: a batch as `prepare` stores it, by column; columns that a step does not read are left out.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pipeline: Pipeline,
+        model: FineTuning,
+        empty: Captions,
+        rows: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        train = config.train
         self.maker = InputMaker(
             pipeline.vae, model, empty, device, seed=config.seed, caption_dropout=train.caption_dropout
         )
@@ -211,9 +225,18 @@ class Loop:
         [self.stage] = stages_of(train, STEPS)
         engine.enter_stage(self.stage, None)
         self.meter.start(engine)
-        self.rows, self.train = shape.rows(folder, train.batch_size, self.maker.columns), train
+        self.rows, self.train = {name: rows[name] for name in self.maker.columns}, train
         self.done = 0
         self.ahead = InputsAhead(self.maker, self._pieces(), count(1))
+
+    @classmethod
+    def of(cls, shape: Shape, config: Config, folder: Path) -> "Loop":
+        """Return the loop of a shape with random weights and rows."""
+        device, train = torch.device(device_name()), config.train
+        pipeline = shape.trainable(device.type, PRECISIONS[train.precision])
+        model = finetuning(config, pipeline, shape.family, device.type)
+        empty = {name: each.float() for name, each in shape.rows(folder, 1).items()}
+        return cls(config, pipeline, model, empty, shape.rows(folder, train.batch_size), device)
 
     def __enter__(self) -> "Loop":
         return self

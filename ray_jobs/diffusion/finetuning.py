@@ -10,7 +10,7 @@ from torch import nn
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
-from ray_jobs.diffusion.precision import cast
+from ray_jobs.diffusion.precision import cast, dtype_of
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 OTHER = "other"  # the group of all parameters that no named group matches
@@ -77,7 +77,7 @@ class FineTuning(nn.Module):
             conditions = conditions | self.family.text.embed(self.text_encoders, conditions)
         if dropped is not None:
             conditions = self._without(conditions, dropped)
-        dtype, model = self.denoiser.dtype, self.model
+        dtype, model = dtype_of(self.denoiser), self.model
         conditions = {name: cast(each, dtype) for name, each in conditions.items()}
 
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

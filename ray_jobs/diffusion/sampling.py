@@ -16,7 +16,7 @@ from ray_jobs.diffusion.families import Captions, Components, Conditions, Family
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
-from ray_jobs.diffusion.precision import cast
+from ray_jobs.diffusion.precision import cast, dtype_of
 from ray_jobs.diffusion.protocols import Pipeline, Scheduler
 
 PROMPT_BYTES = 1 << 30  # of embeddings that wait to be sampled
@@ -107,7 +107,7 @@ def sample_latents(
         conditions = {name: torch.cat([null.get(name, each), each]) for name, each in conditions.items()}
     if MASK in conditions:
         conditions = conditions | {LENGTHS: conditions[MASK].sum(dim=1).cpu()}  # once, not in each step
-    dtype = model[family.denoiser].dtype
+    dtype = dtype_of(model[family.denoiser])
     conditions = {name: cast(each, dtype) for name, each in conditions.items()}
     draws = bool(generators) and "generator" in signature(scheduler.step).parameters
     options = {"generator": list(generators)} if draws else {}

@@ -81,7 +81,7 @@ class Steps:
 
     def _accumulate(self, pieces: list[Sent], step: int) -> torch.Tensor:
         """Run the pieces of a step forward and backward; return this rank's share of the step's mean loss."""
-        torch.manual_seed(_entropy(self.inputs.seed, step, self.rank))  # for dropout
+        _seed_dropout(_entropy(self.inputs.seed, step, self.rank), self.engine.device)
         share = torch.zeros((), device=self.engine.device)
         for number, piece in enumerate(pieces, start=1):
             inputs, weights = self.inputs.finish(piece)
@@ -91,6 +91,17 @@ class Steps:
     def _average(self, step: int) -> None:
         if self.ema:
             self.ema.update(self.averaged, step)
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of the device.
+
+    `torch.manual_seed` also seeds kinds of devices that are not in use, and keeps for each of them the stack
+    as text: milliseconds of each step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 def _entropy(*numbers: int) -> int:

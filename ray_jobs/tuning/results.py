@@ -20,7 +20,7 @@ from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import FID, RungRow, read_rows
 from ray_jobs.run.split import VALIDATION
-from ray_jobs.training.trainer import depends_on
+from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
@@ -51,8 +51,11 @@ def search_digest(config: Config, dataset: Dataset, as_before: bool = False) -> 
 
     Args:
         as_before: as earlier releases computed it.
+
+    Raises:
+        ValueError: the file of `model.assistant` is missing; its content is part of the digest.
     """
-    settings = [depends_on(config, dataset), config.affecting(Effect.SCORES, as_before=as_before)]
+    settings = [began_with(config, dataset, None), config.affecting(Effect.SCORES, as_before=as_before)]
     content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

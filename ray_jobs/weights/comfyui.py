@@ -1,8 +1,8 @@
 """LoRA files for ComfyUI, from those in diffusers' format.
 
-ComfyUI (July 2026) looks for each layer under the names that it knows for a model, and leaves out the others
-with a line in its log. Of files in diffusers' format it knows neither the layers of UNets nor the scale,
-which is in the metadata: it takes alpha / rank as 1. So layers get the family's names
+ComfyUI (autumn 2026) looks for each layer under the names that it knows for a model, and leaves out the
+others with a line in its log. Of files in diffusers' format it knows neither the layers of UNets nor the
+scale, which is in the metadata: it takes alpha / rank as 1. So layers get the family's names
 (`Family.comfyui_layer`), and each its `alpha`. For UNets these are kohya's names, which most other programs
 read too.
 

@@ -9,7 +9,7 @@ import torch
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import per_row
-from ray_jobs.diffusion.precision import cast
+from ray_jobs.diffusion.precision import cast, dtype_of
 from ray_jobs.diffusion.protocols import Denoiser
 from ray_jobs.diffusion.sampling import whole_pictures
 from serving.engine.batched_lora import BatchedLoRA, Stacks
@@ -44,7 +44,7 @@ class Batch:
         captions = [row.captions for row in rows]
         captions += [row.null_captions for row in rows if row.null_captions is not None]
         conditions = {name: torch.stack([each[name] for each in captions]) for name in family.text.embeds}
-        conditions = {name: cast(each, denoiser.dtype) for name, each in conditions.items()}
+        conditions = {name: cast(each, dtype_of(denoiser)) for name, each in conditions.items()}
         conditions |= whole_pictures(family, len(captions), *rows[0].size, device)
         if MASK in conditions:
             conditions[LENGTHS] = conditions[MASK].sum(dim=1).cpu()

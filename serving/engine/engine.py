@@ -22,6 +22,7 @@ import torch
 from ray_jobs.config.serve import Attention
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.memory import Chunks, device_broken
+from ray_jobs.diffusion.precision import dtype_of
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 from ray_jobs.diffusion.sampling import initial_noise, seeded
 from ray_jobs.diffusion.schedulers import trained_scheduler
@@ -324,7 +325,7 @@ class Engine:
 
     def _predict(self, batch: Batch, inputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's output for N + G rows of one kind; keep deep features for the next step."""
-        inputs = inputs.to(self.denoiser.dtype)
+        inputs = inputs.to(dtype_of(self.denoiser))
         work = partial(self.workers.apart, partial(self._pass, batch, inputs, timesteps), len(inputs))
         with attention_kernel(self.attention):  # applies to all threads
             if self.deep is None:

@@ -44,7 +44,7 @@ def training(shape: Shape, method: str, folder: Path, device: Pretend) -> dict[s
     device.reset()
     plain.step()
     rival = device.launches
-    loop = train.Loop(shape, config, folder)
+    loop = train.Loop.of(shape, config, folder)
     for _ in range(LATE + 1):
         loop.step()
     device.reset()

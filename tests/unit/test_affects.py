@@ -118,7 +118,11 @@ def another(annotation: Any, value: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("record", RECORDS)
-def test_a_record_changes_with_the_fields_that_affect_it_and_no_others(record: Record) -> None:
+def test_a_record_changes_with_the_fields_that_affect_it_and_no_others(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"the other value of model.assistant, whose content is read")
+    monkeypatch.chdir(tmp_path)
     config = configured(max_cost=9.0, device_hour_price=2.0)
     sections, effects = RECORDS[record]
     before, found, expected = record(config), set(), set()

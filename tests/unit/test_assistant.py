@@ -21,11 +21,13 @@ from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.footprint import footprint
+from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.setup import build_engine, build_model
 from ray_jobs.training.state import whole
 from ray_jobs.training.trainer import began_with, require_same
+from ray_jobs.tuning.results import FINISHED, finished, read_result, search_digests
 from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
-from tests.unit.test_affects import DATA
+from tests.unit.test_affects import BEST, DATA
 from tests.unit.test_quantization import DEMO, PROMPT, Training
 
 SHORT = ["train.num_workers=1", "train.batch_size=4", "train.lora.rank=4", "data.resolution=64"]
@@ -217,6 +219,18 @@ def test_its_content_decides_which_training_is_resumed(tiny: Callable[[str], Pat
     save_file({name: 2 * each for name, each in load_file(assistant).items()}, assistant)
     with pytest.raises(ConfigError, match=r"^assistant: \w{64} now, but the training in .* started with"):
         require_same(trial, began_with(settings, DATA, None))
+
+
+def test_its_content_decides_which_search_is_resumed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    assistant = assistant_of(tiny(Z_IMAGE), tmp_path / "assistant")
+    settings = config(tiny(Z_IMAGE), f"model.assistant={assistant}", f"storage={tmp_path / 'runs'}")
+    search = RunFolder.of(settings).search
+    search.write_text(FINISHED, finished(settings, DATA, BEST))
+    digests = search_digests(settings, DATA)
+    assert read_result(settings, DATA)
+    save_file({name: 2 * each for name, each in load_file(assistant).items()}, assistant)
+    assert read_result(settings, DATA) is None
+    assert not set(digests).intersection(search_digests(settings, DATA))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 6.0])

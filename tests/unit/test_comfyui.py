@@ -1,6 +1,6 @@
 """LoRA files for ComfyUI: by its rules they are the adapter that was trained.
 
-Its rules, of July 2026 (comfy/lora.py, comfy/utils.py, comfy/weight_adapter), in our own words: a tensor's
+Its rules, of autumn 2026 (comfy/lora.py, comfy/utils.py, comfy/weight_adapter), in our own words: a tensor's
 name is a layer's, and `lora_up.weight` or `lora_B.weight`; alpha / rank is 1 without `alpha`; the update is
 added to the layer's weight. Layers of transformers are known as diffusers names them, after `transformer.`,
 layers of UNets as kohya does, after `lora_unet_`, and all by the names of the first publication, after
@@ -26,7 +26,7 @@ from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline
 from ray_jobs.weights.saving import save_lora
 
 PROMPT = "a small red circle"
-WITHOUT = ("SanaPipeline", "QwenImage21Pipeline", "Flux3ModularPipeline")
+WITHOUT = ("SanaPipeline", "Flux3ModularPipeline")
 
 
 def adapter(base: Path, folder: Path, components: tuple[str, ...] = (), **settings: Any) -> Family:

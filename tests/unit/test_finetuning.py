@@ -118,14 +118,12 @@ def test_the_same_adapters_are_the_same_file_in_every_process(tiny_model: Path, 
     assert len(targets) > 1 and targets == sorted(targets), "sets have another order in each process"
 
 
-def test_dora_is_saved_and_loaded_with_its_magnitudes(tiny_model: Path, tmp_path: Path) -> None:
-    pipeline, model = finetuning(tiny_model, "dora")
+def test_dora_is_saved_and_loaded_with_its_magnitudes(base: Path, tmp_path: Path) -> None:
+    pipeline, model = finetuning(base, "dora")
     batch = inputs(pipeline, model)
     steps(model, batch, 3)
     save_lora(pipeline, model, dict(model.trained()), tmp_path)
-    again = FineTuning(
-        load_pipeline(str(tiny_model), tmp_path), model.family, model.objective, model.settings
-    )
+    again = FineTuning(load_pipeline(str(base), tmp_path), model.family, model.objective, model.settings)
     with torch.no_grad():
         assert torch.allclose(again(**batch), model(**batch), atol=1e-5)
 

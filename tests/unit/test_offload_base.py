@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.training.setup import build_model
 from ray_jobs.training.state import snapshot
+from tests.tiny_models import FAMILY_MODELS
 from tests.unit.test_quantization import CPU, TRANSFORMER, UNET, Training, config
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,19 @@ def test_a_training_equals_one_without_and_resumes_to_the_bit(
     exported = [each.weights(tmp_path / folder) for each, folder in ((plain, "plain"), (resumed, "held"))]
     one, other = (load_file(each / "pytorch_lora_weights.safetensors") for each in exported)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_every_family_is_trained_alike_with_its_base_on_the_host(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    losses = []
+    for more in ([], ["train.offload_base=true"]):
+        training = Training(config(tiny(name), *HELD, "train.lora.rank=4", *more))
+        training.start()
+        losses.append(training.run(1, 2))
+    assert training.model.host_weights is not None
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", [UNET, TRANSFORMER])

@@ -1,6 +1,7 @@
 """Precisions: their defaults, what is loaded in them, and how little pictures and encodings change."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ray_jobs.config import Config, Effect
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.diffusion.precision import to_precision
+from ray_jobs.diffusion.precision import dtype_of, to_precision
 from ray_jobs.diffusion.sampling import sample_pictures
 from ray_jobs.training.setup import build_model
 from ray_jobs.weights.encoders import Encoders
@@ -71,6 +72,22 @@ def test_a_pipeline_is_loaded_in_its_precision(tiny: Callable[[str], Path], mode
         assert {BF16} <= dtypes(part) <= ({BF16, FP32} if keeps else {BF16})
     kept = pipeline.vae.config.get("force_upcast")
     assert dtypes(pipeline.vae) == {FP32 if kept else BF16}
+
+
+@pytest.mark.parametrize("model", FAMILY_MODELS)
+def test_the_dtype_of_a_denoiser_is_told_without_a_walk_through_its_modules(
+    tiny: Callable[[str], Path], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(str(tiny(model)))
+    for part in family_of(pipeline).model(pipeline).values():
+        assert dtype_of(part) == part.dtype == FP32
+        to_precision(part, BF16)
+        assert part.dtype == BF16
+        with monkeypatch.context() as patched:
+            patched.setattr(type(part), "named_parameters", None)
+            patched.setattr(type(part), "named_modules", None)
+            assert dtype_of(part) == BF16
+        assert dtype_of(deepcopy(part).to(FP32)) == FP32 and dtype_of(part) == BF16
 
 
 def test_only_the_denoiser_is_fp16(tiny_model: Path) -> None:

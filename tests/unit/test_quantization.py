@@ -28,6 +28,7 @@ from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine as ServingEngine
 from serving.engine.optimizations import prepare
 from serving.request import Request
+from tests.tiny_models import FAMILY_MODELS
 from tests.unit.test_affects import DATA
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -240,6 +241,20 @@ def test_a_training_equals_one_on_the_restored_weights_and_resumes_to_the_bit(
     assert resumed.run(3, 4) == training.run(3, 4) == expected[2:]
     ours, theirs = (snapshot(each.engine, each.ema.averages)[0] for each in (resumed, plain))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_every_family_is_trained_on_a_rounded_base_as_on_its_restored_weights(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    losses = []
+    for restored in (True, False):
+        settings = ["model.quantize=nf4", "train.lora.rank=4"]
+        training = Training(config(tiny(name), *settings), restored=restored)
+        training.start()
+        losses.append(training.run(1, 2))
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

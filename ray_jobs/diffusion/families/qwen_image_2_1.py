@@ -108,6 +108,7 @@ class QwenImage21(Family):
     codec = QwenImage21Codec()
     schedule = QwenImage21Schedule(max_shift=1.15, patch=1, even_sigmas=True)
     native = (1024, 1024)
+    in_comfyui = True
 
     def loaded(self, pipeline: Pipeline) -> None:
         """Let captions of several lengths share a call, and tell the scheduler a distilled model's steps."""
@@ -214,7 +215,7 @@ class RaggedAttention:
         Args:
             attn: diffusers' layer.
             hidden_states: N x tokens x width.
-            rotary_emb: angles, N x tokens x half of a head's width.
+            rotary_emb: see `rotated`.
             segments: diffusers' parts of the tokens before the image: here the caption alone.
             key_valid: bool, N x tokens, False at padding; None if there is none.
         """
@@ -238,15 +239,15 @@ class RaggedAttention:
         return attn.to_out[1](attn.to_out[0](joined))
 
 
-def rotated(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotated(states: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Rotate pairs of channels (Su et al., arXiv 2104.09864, eq. 34).
 
     Args:
         states: N x tokens x heads x width.
-        angles: float32, N x tokens x width / 2.
+        turns: cosines and sines of the angles, float32, 2 x N x tokens x 1 x width / 2.
     """
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+    cos, sin = turns.unbind()
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return turned.flatten(3).type_as(states)
 
@@ -301,14 +302,15 @@ def _forward(
             for place, axis in zip(places.split(1, dim=2), axes, strict=True)
         ],
         dim=2,
-    )
+    ).unsqueeze(2)
+    turns = torch.stack([angles.cos(), angles.sin()])  # once for the queries and keys of all layers
     is_image = torch.arange(words + image_tokens, device=joint.device) >= words
     target = is_image if transformer.config.causal_condition else None
     valid = None if mask is None else torch.cat([mask, mask.new_ones(rows, image_tokens)], dim=1)
     segments = [(0, words, True)]
     for block in transformer.transformer_blocks:
         # In diffusers' order: neither a mask of blocks nor a cache of keys.
-        arguments = (joint, modulation, angles, None, target, None, None, None, segments, valid)
+        arguments = (joint, modulation, turns, None, target, None, None, None, segments, valid)
         if torch.is_grad_enabled() and transformer.gradient_checkpointing:
             joint = transformer._gradient_checkpointing_func(block, *arguments)
         else:

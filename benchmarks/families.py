@@ -1,0 +1,279 @@
+"""python -m benchmarks.families [--size small|full] [--family NAME ...]
+
+For each family of models, at the size of the tests' small models, on one thread in fp32, each claim against a
+rival measured in the same run, in turns:
+
+lora, full: training takes 0.95 or more of the images a second of a plain loop over the same diffusers class
+    (forward, loss, backward, clip, AdamW). The plain loop's batch lies in memory as the family's own pipeline
+    gives it to the denoiser. Ours decodes no picture either, but makes its inputs from stored rows, draws the
+    posterior, and keeps averaged weights.
+served: eight requests that differ in prompt, seed, steps and guidance, drawn by one engine, take at most 1 /
+    1.5 of the time of the family's own pipeline called eight times. The pictures are equal.
+
+What a model of true size gains is another question: small ones show what is not the model. Last comes the
+number of lines of the family's file, then all figures as one line of JSON.
+"""
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.nn.functional import mse_loss, pixel_unshuffle
+
+from benchmarks.gpu.train import Loop
+from benchmarks.train.measuring import timed_turns
+from benchmarks.train.rivals import Optimizing, ddpm_scheduler
+from ray_jobs.config import Config, TrainConfig
+from ray_jobs.diffusion.families import FAMILIES, Family
+from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.finetuning import add_lora
+from ray_jobs.training.setup import build_model
+from ray_jobs.weights.encoders import Encoders
+from ray_jobs.weights.loading import load_pipeline
+from serving.engine.engine import Engine
+from serving.request import Request
+from tests import tiny_models
+from tests.serving import plain_diffusers
+
+RESULTS = Path(__file__).parent / "results" / "families.json"
+METHODS = ("lora", "full")
+GATES = {"lora": 0.95, "full": 0.95, "served": 1.5}
+TURNS, STEPS = {"small": 1, "full": 5}, {"small": 1, "full": 6}
+DRAWING_TURNS = {"small": 1, "full": 3}
+SIDE = 64  # pixels
+# As many words each: FLUX.3's pipeline encodes one prompt a call, in windows of its length.
+PROMPTS = ("a small red circle", "a big blue cross", "a small green square", "a big orange triangle")
+GUIDANCE_SCALE = 4.0
+REQUESTS = [
+    Request(PROMPTS[seed % 4], seed, steps, GUIDANCE_SCALE if seed % 2 else 1.0, None, SIDE, SIDE)
+    for seed, steps in enumerate((4, 6, 8, 10, 10, 8, 6, 4))
+]
+
+Call = tuple[list[Any], dict[str, Any]]
+
+
+class PlainLoop(Optimizing):
+    """Trains the denoiser of diffusers' own pipeline on one batch, for ever.
+
+    It is there for its speed: time and target have the signs of most families, also for the others.
+
+    Args:
+        pipeline: as a user of diffusers loads it.
+    """
+
+    def __init__(self, pipeline: Any, family: Family, train: TrainConfig) -> None:
+        self.call = denoiser_call(pipeline, family)
+        denoiser = getattr(pipeline, family.denoiser).requires_grad_(False)
+        if train.method == "lora":
+            targets = list(family.trainable[family.denoiser])
+            add_lora(
+                denoiser, rank=train.lora.rank, alpha=train.lora.alpha, dropout=0.0, target_modules=targets
+            )
+        else:
+            denoiser.requires_grad_(True)
+        super().__init__(denoiser.train(), train)
+        flow = isinstance(family.schedule, RectifiedFlow)
+        self.scheduler = None if flow else ddpm_scheduler(pipeline)
+
+    def forward(self) -> torch.Tensor:
+        """Return the loss of the batch, with new noise at new times."""
+        clean, time = _found(self.call, "hidden_states", 0), _found(self.call, "timestep", 1)
+        clean = torch.stack(clean) if isinstance(clean, list) else clean
+        noise, position = torch.randn_like(clean), torch.rand(len(clean))
+        if self.scheduler:
+            steps = (1000 * position).long()
+            noisy, target, told = self.scheduler.add_noise(clean, noise, steps), noise, steps
+        else:
+            part = position.reshape(-1, *[1] * (clean.dim() - 1))
+            noisy, target = (1 - part) * clean + part * noise, noise - clean
+            told = (position * time.max().clamp(max=1000.0)).to(time.dtype)
+        arguments, options = _replaced(self.call, noisy, told)
+        output = self.unet(*arguments, **options)[0]
+        output = torch.stack(output) if isinstance(output, list) else output
+        if output.dim() == 3:  # tokens: Qwen-Image 2.1 returns the captions' too
+            output = output[:, -target.shape[1] :]
+        elif output.shape[2:] != target.shape[2:]:  # HiDream returns patches of 2 x 2 while it trains
+            target = pixel_unshuffle(target, 2).unflatten(1, (-1, 4)).flatten(3).transpose(2, 3)
+        return mse_loss(output[:, : target.shape[1]], target)  # PixArt returns variances too
+
+    def step(self) -> None:
+        self.backward(self.forward())
+        self.update()
+
+
+def denoiser_call(pipeline: Any, family: Family) -> Call:
+    """Return the arguments of the denoiser's first call by its own pipeline, for all of `PROMPTS` at once."""
+    calls: list[Call] = []
+    denoiser = getattr(pipeline, family.denoiser)
+
+    def record(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kept = {name: value for name, value in options.items() if not name.startswith("kv_cache")}
+        calls.append((list(arguments), kept))
+
+    hook = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    steps = 2  # one step would be the first and the last, 0 / 0 in some schedules
+    given: dict[str, Any] = {"num_inference_steps": steps, "height": SIDE, "width": SIDE}
+    given |= {"output_type": "latent"} | family.guidance_arguments(denoiser.config, 1.0)
+    plain_diffusers.keep_size(pipeline, SIDE, SIDE)
+    with torch.no_grad():
+        pipeline(prompt=list(PROMPTS), **plain_diffusers.known(pipeline, given))
+    hook.remove()
+    first = calls[:: len(calls) // (len(calls) // steps)] if len(calls) > steps else calls[:1]
+    names = list(first[0][1])
+    arguments = [_joined([call[0][place] for call in first]) for place in range(len(first[0][0]))]
+    return arguments, {name: _joined([call[1][name] for call in first]) for name in names}
+
+
+def _joined(values: list[Any]) -> Any:
+    """Return one value for all rows of several calls of one row each; what is alike for all has no rows."""
+    if len(values) > 1 and isinstance(values[0], torch.Tensor) and len(values[0]) == 1:
+        return torch.cat(values)
+    return values[0]
+
+
+def _found(call: Call, name: str, place: int) -> Any:
+    arguments, options = call
+    if place < len(arguments):
+        return arguments[place]
+    return options[name] if name in options else options[f"{name}s"]
+
+
+def _replaced(call: Call, latents: torch.Tensor, time: torch.Tensor) -> Call:
+    """Return the call with other latents and times."""
+    arguments, options = list(call[0]), dict(call[1])
+    for name, place, value in (("hidden_states", 0, latents), ("timestep", 1, time)):
+        old = _found(call, name, place)
+        new = list(value) if isinstance(old, list) else value
+        if place < len(arguments):
+            arguments[place] = new
+        else:
+            options[name if name in options else f"{name}s"] = new
+    return arguments, options
+
+
+def config_of(folder: Path, method: str) -> Config:
+    return Config.model_validate(
+        {
+            "name": "families",
+            "storage": str(folder),
+            "data": {"source": "unused", "resolution": SIDE},
+            "model": {"base": str(folder)},
+            "train": {
+                "method": method,
+                "batch_size": len(PROMPTS),
+                "num_workers": 1,
+                "precision": "fp32",
+                "lora": {"rank": 16, "alpha": 16},
+            },
+            "search": {"learning_rates": [1e-4], "ladder": [1000]},
+        }
+    )
+
+
+def our_loop(config: Config) -> Loop:
+    """Return training's steps on the rows that `prepare` would store of noise and of `PROMPTS`."""
+    encoders = Encoders(config.model.base)
+    shape = (len(PROMPTS), SIDE, SIDE, 3)
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    mean, logvar = encoders.encode_pictures(pixels.numpy())
+    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(PROMPTS), dtype=torch.int32)
+    rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes}
+    rows |= encoders.encode_captions(list(PROMPTS))
+    pipeline, model = build_model(config)
+    return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))
+
+
+def training(folder: Path, family: Family, size: str) -> dict[str, dict[str, Any]]:
+    """Return images a second of both loops, by method, and the ratio of ours to the plain one's."""
+    found = {}
+    for method in METHODS:
+        config = config_of(folder, method)
+        with our_loop(config) as ours:
+            plain = PlainLoop(plain_diffusers.load(folder), family, config.train)
+            seconds = timed_turns(
+                {"ours": ours.step, "plain": plain.step}, turns=TURNS[size], steps=STEPS[size]
+            )
+        speeds = {name: len(PROMPTS) / median(turns) for name, turns in seconds.items()}
+        found[method] = {"images_per_second": speeds, "ratio": _ratio(seconds)}
+    return found
+
+
+def serving(folder: Path, size: str) -> dict[str, Any]:
+    """Return pictures a second of an engine and of the pipeline called by itself, and their ratio."""
+    plain = plain_diffusers.load(folder)
+    with ExitStack() as stack:
+        engine = Engine(load_pipeline(str(folder)), max_rows=len(REQUESTS))
+        stack.callback(engine.close)
+
+        def ours() -> list[torch.Tensor]:
+            futures = [engine.submit(request) for request in REQUESTS]
+            engine.drain()
+            return [future.result(0).pixels for future in futures]
+
+        def rival() -> list[torch.Tensor]:
+            return [plain_diffusers.draw(plain, request) for request in REQUESTS]
+
+        levels = max(float((mine - other).abs().max()) for mine, other in zip(ours(), rival(), strict=True))
+        loops: Mapping[str, Callable[[], object]] = {"ours": ours, "plain": rival}
+        seconds = timed_turns(loops, turns=DRAWING_TURNS[size], steps=1)
+    speeds = {name: len(REQUESTS) / median(turns) for name, turns in seconds.items()}
+    return {"pictures_per_second": speeds, "ratio": _ratio(seconds), "largest_difference": levels}
+
+
+def _ratio(seconds: Mapping[str, list[float]]) -> float:
+    """Return the median over the turns of the plain one's seconds by ours."""
+    return median(plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
+
+
+def lines_of(family: Family) -> int:
+    return len(Path(inspect.getfile(type(family))).read_text(encoding="utf-8").splitlines())
+
+
+def measure(name: str, size: str) -> dict[str, Any]:
+    """Return all figures of a family."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as root:
+        folder = tiny_models.write(name, Path(root) / name)
+        figures = training(folder, FAMILIES[name], size) | {"served": serving(folder, size)}
+    return figures | {"lines": lines_of(FAMILIES[name])}
+
+
+def tell(name: str, figures: Mapping[str, Any]) -> str:
+    said = []
+    for part, gate in GATES.items():
+        ratio = figures[part]["ratio"]
+        said.append(f"{part} {ratio:.2f}" + ("" if ratio >= gate else f" (below {gate})"))
+    return f"{name:<26} {', '.join(said)}; {figures['lines']} lines"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=("small", "full"), default="full", help="small: only that it runs")
+    parser.add_argument(
+        "--family", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES), help="else all"
+    )
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    record = {"benchmark": "families", "size": arguments.size, "threads": 1, "families": figures}
+    for name in arguments.family:
+        figures[name] = measure(name, arguments.size)
+        print(tell(name, figures[name]), flush=True)
+        if arguments.size == "full":
+            stored = json.loads(RESULTS.read_text())["families"] if RESULTS.exists() else {}
+            RESULTS.write_text(json.dumps(record | {"families": stored | figures}, indent=1) + "\n")
+    print(f"JSON {json.dumps(record)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
