@@ -31,10 +31,16 @@ class Actors:
     gpus: float
 
 
+PACKED_CPUS = 0.01
+"""Logical CPUs that a trial's driver reserves where trials are trained together: it only waits."""
+
 TASKS = Actors("driver and Ray Data task", "fixed", RESERVED_CPUS, 1, 0)
 
 
 def trials_at_once(config: Config) -> int:
+    """Return the number of worker groups that a search has at a time."""
+    if config.trials_together > 1:
+        return 1
     return min(config.search.max_concurrent_trials, config.search.grid_size)
 
 
@@ -88,6 +94,8 @@ def search_actors(config: Config) -> list[Actors]:
     workers, *others = _training(config, trials)
     # A trial's driver reserves one CPU; the controller of its workers reserves none.
     drivers = Actors("trial driver", "search.max_concurrent_trials", trials, 1, 0)
+    if config.trials_together > 1:
+        drivers = Actors("trial driver", "search.pack", config.trials_together, PACKED_CPUS, 0)
     return [drivers, workers, _evaluators(config), *others]
 
 

@@ -25,6 +25,7 @@ from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import FID, read_rows, write_rows
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
+from ray_jobs.tuning.packing import packing
 from ray_jobs.tuning.results import (
     FINISHED,
     SearchResult,
@@ -59,6 +60,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         return before
     for line in at_most(config):
         say("search", line)
+    if config.search.pack == "auto" and config.why_not_together:
+        say("search", f"search.pack: each trial has its own workers: {config.why_not_together}")
     phase("evaluators and the base's scores")
     with opened_store(config):
         for split in splits(config):
@@ -68,9 +71,10 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
         pool.rank_by = FID
     with watched_board() as board, _mirrored(config, dataset) as mirror:
-        done = Trials(SearchContext(config, dataset, pool, board, recorded), storage, mirror)
-        phase("workers")
-        run_trials(config, done)
+        with packing(config, board) as queue:
+            done = Trials(SearchContext(config, dataset, pool, board, recorded, queue), storage, mirror)
+            phase("workers")
+            run_trials(config, done)
         if not done.rows:
             raise RuntimeError(f"no trial reached its first rung: {done.errors}")
         best = choose_winner(config, done)

@@ -8,6 +8,7 @@ PLAIN, OURS, COMPILED = "diffusers", "diffray", "diffray compiled"
 RATIO, RATIO_UNCOMPILED = 1.3, 1.0  # images a second over the plain loop's
 MFU = {"SD1.5": 0.35, "SDXL": 0.42, "FLUX": 0.50}
 ROWS, SHARE_OF_BARE = 16, 0.8
+TOGETHER, PACKED = "SD1.5, 4 trials of 2", 1.5  # trial steps a second over those of one trial
 PLAN = 0.15  # by which the planned memory may be off
 
 Record = dict[str, Any]
@@ -48,6 +49,7 @@ def gates_of(record: Record, phases: Sequence[str]) -> list[Gate]:
         "train": _training,
         "evaluate": _evaluation,
         "serve": _serving,
+        "packed": _packed,
     }
     return [gate for phase in phases if phase in parts for gate in parts[phase](record[phase])]
 
@@ -99,3 +101,8 @@ def _serving(found: Record) -> list[Gate]:
         )
         for model in ("SD1.5", "SDXL")
     ]
+
+
+def _packed(found: Record) -> list[Gate]:
+    name = f"{TOGETHER}: trial steps a second over one trial's"
+    return [Gate(name, found.get(TOGETHER, {}).get("times_one_trial"), PACKED)]

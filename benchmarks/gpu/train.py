@@ -227,7 +227,7 @@ class Loop:
         self.meter.start(engine)
         self.rows, self.train = {name: rows[name] for name in self.maker.columns}, train
         self.done = 0
-        self.ahead = InputsAhead(self.maker, self._pieces(), count(1))
+        self.ahead = InputsAhead(self.maker.begin, self._pieces(), count(1))
 
     @classmethod
     def of(cls, shape: Shape, config: Config, folder: Path) -> "Loop":

@@ -101,14 +101,14 @@ class Alternating(Training):
         self.others.watch(rival, **{cause: cause for cause in rival.causes})
 
     def _inputs(self, steps: range) -> Generator[list[Sent]]:
-        rows = self._stream(steps[0])
+        rows = self.stream(steps)
         for begin in range(0, len(steps), self.steps):
             if begin:
                 self.found["ours"].append(self.own.take())
             self._let_rival()
             self.own.take()
             # Of this turn only: no inputs are made while the rival trains.
-            with InputsAhead(self.inputs, rows, steps[begin : begin + self.steps]) as ahead:
+            with InputsAhead(self.inputs.begin, rows, steps[begin : begin + self.steps]) as ahead:
                 waiting = self.own.timed("wait", lambda: next(ahead, None))
                 while (pieces := waiting()) is not None:
                     yield pieces

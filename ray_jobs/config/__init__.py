@@ -31,6 +31,7 @@ from ray_jobs.config.fields import (
     resolve_path,
 )
 from ray_jobs.config.files import read_settings
+from ray_jobs.config.packs import pack_size, unpackable
 from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
@@ -283,6 +284,25 @@ class Config(Section):
                 "provides class images"
             )
         return self
+
+    @model_validator(mode="after")
+    def _packs(self) -> "Config":
+        if isinstance(self.search.pack, int) and (reason := self.why_not_together):
+            raise ValueError(
+                f"search.pack: {self.search.pack} trials cannot be trained together: {reason}; set "
+                "search.pack: auto, or leave it out"
+            )
+        return self
+
+    @property
+    def why_not_together(self) -> str:
+        """Why no trials of the search can be trained together; empty if they can."""
+        return unpackable(self.model, self.train, self.search)
+
+    @property
+    def trials_together(self) -> int:
+        """The most trials of the search that one worker group trains; 1: each has its own."""
+        return pack_size(self.model, self.train, self.search)
 
     @model_validator(mode="after")
     def _space(self) -> "Config":

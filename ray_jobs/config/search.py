@@ -4,7 +4,7 @@ import re
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ray_jobs.config.effects import Added, Effect, Formerly
 from ray_jobs.config.fields import LearningRate, Positive, Precision, Section, by_device, require_unset
@@ -15,6 +15,14 @@ LEARNING_RATE = "train.learning_rate"
 
 def _kind(values: object) -> str:
     return "[section]" if isinstance(values, dict | Section) else "[values]"
+
+
+def _word(value: object) -> str:
+    return "[word]" if isinstance(value, str) and not value.isdigit() else "[number]"
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads the bare word so
 
 
 # By its kind, so that an error is told of that one only.
@@ -74,6 +82,17 @@ class SearchConfig(Section):
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
     max_concurrent_trials: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="trials that train at the same time"
+    )
+    pack: Annotated[
+        Annotated[Literal["auto", "off"], Tag("[word]")] | Annotated[int, Field(ge=2), Tag("[number]")],
+        Discriminator(_word),
+        BeforeValidator(_off),
+        Effect.NOTHING,
+    ] = Field(
+        "off",
+        description="train this many trials in one worker group, as adapters of one base, with one pass per "
+        "step: they end as each would alone, for less time and memory. auto: up to 8, where their settings "
+        "allow it; off: each trial has workers of its own (max_concurrent_trials)",
     )
     wait_for_scores: Annotated[bool, Effect.NOTHING] = Field(
         False,

@@ -2,18 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.host_weights import HostWeights
-from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
-from ray_jobs.diffusion.precision import cast, dtype_of
+from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, add_noise, per_row
+from ray_jobs.diffusion.precision import cast, dtype_of, to_precision
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 OTHER = "other"  # the group of all parameters that no named group matches
+ADAPTER = "default"  # the name of a single adapter in peft, and of any adapter in the names of checkpoints
+
+
+class Adapted(Protocol):
+    """A model in training, or one adapter of a pack of them (pack.py)."""
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class FineTuning(nn.Module):
@@ -30,6 +37,7 @@ class FineTuning(nn.Module):
             layout, because engines flatten them.
 
     Attributes:
+        adapter: name of its adapter in peft, with method lora.
         host_weights: keeper of the frozen weights of the denoiser's blocks; None if they are on the device.
     """
 
@@ -53,6 +61,7 @@ class FineTuning(nn.Module):
         self.text_encoders: Any = nn.ModuleDict(
             family.text.present(pipeline) if text_encoders_trained else {}
         )
+        self.adapter = ADAPTER
         self.host_weights: HostWeights | None = None
         self.all_trained: list[tuple[str, nn.Parameter]] = []
         self.layer_groups: dict[str, dict[str, nn.Parameter]] = {}
@@ -73,18 +82,30 @@ class FineTuning(nn.Module):
             dropped: bool, N: the images to train without a caption; their captions must be the empty one.
                 None if there are none.
         """
+        posed = add_noise(self.objective, latents, draws, self.settings)
+        return posed.losses(self.predict(posed.noisy, posed.timesteps, conditions, dropped))
+
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: Conditions,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the denoiser's prediction: float32, of the latents' shape.
+
+        Args:
+            noisy: float32, N x C x ....
+            conditions, dropped: as `forward` takes them.
+        """
         if self.text_encoders:
             conditions = conditions | self.family.text.embed(self.text_encoders, conditions)
         if dropped is not None:
             conditions = self._without(conditions, dropped)
-        dtype, model = dtype_of(self.denoiser), self.model
+        dtype = dtype_of(self.denoiser)
         conditions = {name: cast(each, dtype) for name, each in conditions.items()}
-
-        def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            noisy = noisy.to(dtype, memory_format=self.layout)
-            return self.family.denoise(model, noisy, timesteps, conditions).float()
-
-        return denoising_loss(denoise, self.objective, latents, draws, self.settings)
+        noisy = noisy.to(dtype, memory_format=self.layout)
+        return self.family.denoise(self.model, noisy, timesteps, conditions).float()
 
     @property
     def model(self) -> Components:
@@ -110,6 +131,10 @@ class FineTuning(nn.Module):
         with self.host_weights.left_out(parameter for _, parameter in self.all_trained):
             self.to(device)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast to a precision in place, see `to_precision`."""
+        to_precision(self, dtype)
+
     def _without(self, conditions: Conditions, dropped: torch.Tensor) -> Conditions:
         """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""
         captions = {name: conditions[name] for name in self.family.text.embeds}
@@ -134,7 +159,7 @@ class FineTuning(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
-def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:
+def choose_layers(model: Adapted, groups: Mapping[str, list[str]], chosen: list[str] | None) -> None:
     """Freeze the trained parameters that are in none of the `chosen` groups; None freezes nothing.
 
     Raises:
@@ -153,7 +178,7 @@ def choose_layers(model: FineTuning, groups: Mapping[str, list[str]], chosen: li
 
 
 def group_members(
-    model: FineTuning, groups: Mapping[str, list[str]], *, complete: bool = True
+    model: Adapted, groups: Mapping[str, list[str]], *, complete: bool = True
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Return the trained parameters of each group by name.
 
@@ -191,6 +216,7 @@ def add_lora(
     unused: Sequence[str] = (),
     use_dora: bool = False,
     use_rslora: bool = False,
+    adapter: str = ADAPTER,
 ) -> None:
     """Freeze a denoiser or text encoder and add LoRA adapters (Hu et al., arXiv 2106.09685) to named layers.
 
@@ -199,6 +225,7 @@ def add_lora(
 
     Args:
         unused: names of layers that get none, see `Family.unused_layers`.
+        adapter: the adapter's name in peft.
 
     Raises:
         ValueError: no layer matches `target_modules`.
@@ -219,9 +246,9 @@ def add_lora(
         use_rslora=use_rslora,
     )
     if hasattr(part, "add_adapter"):
-        part.add_adapter(settings)
+        part.add_adapter(settings, adapter)
     else:  # see `Family.has_lora_loader`
-        inject_adapter_in_model(settings, part)
+        inject_adapter_in_model(settings, part, adapter)
 
 
 def train_all(part: Component, unused: Sequence[str] = ()) -> None:

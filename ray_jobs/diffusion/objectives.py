@@ -280,25 +280,37 @@ def pointwise_error(prediction: Tensor, target: Tensor, huber_delta: float | Non
     return 2 * squared / ((1 + squared / huber_delta**2).sqrt() + 1)
 
 
-def denoising_loss(
-    denoise: Denoise,
-    objective: Objective,
-    latents: Tensor,
-    draws: Draws,
-    settings: LossSettings = LossSettings(),
-) -> Tensor:
-    """Add noise to latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
+@dataclass(frozen=True)
+class NoisyLatents:
+    """Noisy latents of N images, and what a prediction from them is compared with.
+
+    Attributes:
+        noisy, target: float32, N x C x ....
+        timesteps: float32, N.
+        weights: of the images' losses: float32, N, or a number for all.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weights: Tensor | float
+    huber_delta: float | None
+
+    def losses(self, prediction: Tensor) -> Tensor:
+        """Return each image's loss, the weighted mean over its elements: float32, N."""
+        error = pointwise_error(prediction.float(), self.target, self.huber_delta)
+        return error.mean(dim=tuple(range(1, self.target.dim()))) * self.weights
+
+
+def add_noise(objective: Objective, latents: Tensor, draws: Draws, settings: LossSettings) -> NoisyLatents:
+    """Add noise to latents.
 
     Offset noise is one additional normal draw per channel (Guttenberg, "Diffusion with offset noise", 2023);
     it is part of the target too. Input perturbation is in the added noise but not in the target (Ning et al.,
     arXiv 2301.11706).
 
     Args:
-        denoise: function from (noisy latents, timesteps) to a prediction of the latents' shape.
         latents: float32, N x C x ....
-
-    Returns:
-        float32, N: each image's loss, the weighted mean over its elements.
 
     Raises:
         ValueError: the objective does not support the settings.
@@ -313,7 +325,33 @@ def denoising_loss(
     if settings.input_perturbation:
         assert draws.perturbation is not None
         added = noise + settings.input_perturbation * draws.perturbation
-    prediction = denoise(objective.add_noise(latents, added, timesteps), timesteps).float()
-    target = objective.target(latents, noise, timesteps)
-    error = pointwise_error(prediction, target, settings.huber_delta).mean(dim=tuple(range(1, latents.dim())))
-    return error * objective.weight(timesteps, settings)
+    return NoisyLatents(
+        objective.add_noise(latents, added, timesteps),
+        timesteps,
+        objective.target(latents, noise, timesteps),
+        objective.weight(timesteps, settings),
+        settings.huber_delta,
+    )
+
+
+def denoising_loss(
+    denoise: Denoise,
+    objective: Objective,
+    latents: Tensor,
+    draws: Draws,
+    settings: LossSettings = LossSettings(),
+) -> Tensor:
+    """Add noise to latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
+
+    Args:
+        denoise: function from (noisy latents, timesteps) to a prediction of the latents' shape.
+        latents: float32, N x C x ....
+
+    Returns:
+        float32, N: each image's loss, the weighted mean over its elements.
+
+    Raises:
+        ValueError: the objective does not support the settings.
+    """
+    posed = add_noise(objective, latents, draws, settings)
+    return posed.losses(denoise(posed.noisy, posed.timesteps))

@@ -52,16 +52,20 @@ class Model:
                 raise ConfigError(str(error)) from None
         return self._footprints[key]
 
+    def together(self, train: TrainConfig) -> int:
+        """Return the number of trials of the search that one worker group trains."""
+        return self.config.model_copy(update={"train": train}).trials_together
+
     def memory(self, train: TrainConfig) -> Placement:
         """Estimate the memory per rank."""
-        found, workers = self.footprint(train), train.min_workers
+        found, workers, together = self.footprint(train), train.min_workers, self.together(train)
         rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
         return rank_memory(
             train,
-            whole=found.whole(train.method),
-            trained=found.trained,
+            whole=found.whole(train.method) + (together - 1) * found.trained,
+            trained=together * found.trained,
             workers=workers,
-            activations=rows * found.activations,
+            activations=together * rows * found.activations,
             quantized=found.quantized,
             quantized_bytes=found.quantized_bytes,
             blocks=found.blocks,
@@ -77,8 +81,9 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     lines = [
         f"model: {parts.whole(train.method):,} parameters, {parts.trained:,} trained "
         f"({train.method}, {train.precision})",
-        f"memory per rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)} "
-        "(activations from a forward pass without data, the rest is arithmetic):",
+        f"memory per rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)}"
+        + (f", {model.together(train)} trials together " if model.together(train) > 1 else " ")
+        + "(activations from a forward pass without data, the rest is arithmetic):",
     ]
     for name, size in vars(found.device).items():
         away = getattr(found.offloaded, name)
@@ -90,7 +95,7 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     host = host_memory(
         train,
         base=parts.base,
-        trained=parts.trained,
+        trained=model.together(train) * parts.trained,
         workers=workers,
         quantized=parts.quantized,
         quantized_bytes=parts.quantized_bytes,
@@ -245,6 +250,8 @@ def batch_lines(config: Config) -> list[str]:
         lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
     else:
         lines.append("an epoch: not known before the data set is prepared")
+    if config.search.pack == "auto" and config.why_not_together:
+        lines.append(f"search.pack: each trial has its own workers: {config.why_not_together}")
     steps, planned = config.search.most_steps, config.search.planned_steps
     budget = config.search.max_steps
     least = f", or {planned:,} by successive halving" if planned < steps else ""

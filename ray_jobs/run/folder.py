@@ -10,6 +10,7 @@ from ray_jobs.config import Config
 
 CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in every checkpoint
 MODEL = "model"
+TRAININGS = "train"
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
 
 
@@ -35,7 +36,7 @@ class RunFolder:
     @property
     def trainings(self) -> Storage:
         """One folder per training; the storage path of Ray Train."""
-        return self.root.child("train")
+        return self.root.child(TRAININGS)
 
     def training(self, name: str) -> Storage:
         """Checkpoints of one training."""

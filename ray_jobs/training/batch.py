@@ -11,8 +11,8 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
-from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.objectives import Draws, per_row
+from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.protocols import Autoencoder
 from ray_jobs.diffusion.randomness import draw
 
@@ -93,7 +93,7 @@ class InputMaker:
     def __init__(
         self,
         autoencoder: Autoencoder,
-        model: FineTuning,
+        model: Trainable,
         empty_caption: Captions,
         device: torch.device,
         *,

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -49,10 +49,14 @@ class CheckpointWriter:
         export: function that writes a rung's weights, by name, in diffusers' format. Called on rank 0, in
             another thread.
         config: the run's configuration, as YAML.
+        training: name of the training's folder below Ray Train's; empty: that is the training's.
     """
 
-    def __init__(self, engine: Engine, ema: EMA | None, export: Export, config: str) -> None:
+    def __init__(
+        self, engine: Engine, ema: EMA | None, export: Export, config: str, training: str = ""
+    ) -> None:
         self.engine, self.ema, self.export, self.config = engine, ema, export, config
+        self.training = training
 
     def save(self, progress: Progress, series: Series) -> None:
         """Report a checkpoint of the current state to Ray Train; every rank must call this.
@@ -84,14 +88,14 @@ class CheckpointWriter:
             with there.filesystem.open_output_stream(mark) as stream:
                 stream.write(json.dumps(written).encode())
             if rank == 0:
-                trial = storage.experiment_fs_path
+                trial = storage.build_checkpoint_path_from_name(self.training)
                 drop_old_states(Storage(trial, storage.storage_filesystem, trial))
             return there
 
         ray.train.report(
-            progress.fields(),
+            progress.fields() | {"training": self.training},
             checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="diffray-checkpoint-")),
-            checkpoint_dir_name=folder_of(progress.step),
+            checkpoint_dir_name=str(PurePosixPath(self.training, folder_of(progress.step))),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
         )
@@ -164,6 +168,11 @@ def weights_of(checkpoint: str) -> str:
 def folder_of(step: int) -> str:
     """Return the name of a step's checkpoint folder in the trial's folder."""
     return f"{FOLDER}{step:08d}"
+
+
+def step_of(checkpoint: Storage) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(checkpoint.uri.rstrip("/").rpartition(FOLDER)[2])
 
 
 def steps_of(trial: Storage) -> list[int]:

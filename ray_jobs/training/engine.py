@@ -12,7 +12,7 @@ import torch
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
-from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.training.fragments import MOMENTS, Fragment
 from ray_jobs.training.phases import Stage
 
@@ -27,7 +27,7 @@ class Engine(ABC):
         skipped: steps that were left out because their gradient was not finite.
     """
 
-    module: FineTuning
+    module: Trainable
     device: torch.device
     rank: int
     world_size: int
@@ -143,7 +143,7 @@ def pieces_a_step(config: TrainConfig, world_size: int) -> int:
     return -(-most // (config.micro_batch_size or most))
 
 
-def parameter_groups(model: FineTuning) -> list[dict[str, Any]]:
+def parameter_groups(model: Trainable) -> list[dict[str, Any]]:
     """Return the optimizer's groups: per group of layers, parameters with weight decay and those without.
 
     Biases and norms are not decayed.

@@ -1,6 +1,7 @@
 """Report workers that die or fail; runs in Ray Train's controller."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ray.train import UserCallback
@@ -17,13 +18,13 @@ class FailureReporter(UserCallback):
     """Ray Train callback that reports who failed, why and where, and the step from which training resumes.
 
     Args:
-        trial: folder of the trial's checkpoints.
+        trials: returns the folders of the checkpoints of what is trained.
         max_failures: number of restarts left; a preempted node costs none.
         board: handle of a ProgressBoard, or None.
     """
 
-    def __init__(self, name: str, trial: Storage, max_failures: int, board: Any) -> None:
-        self.name, self.trial, self.left, self.board = name, trial, max_failures, board
+    def __init__(self, name: str, trials: Callable[[], list[Storage]], max_failures: int, board: Any) -> None:
+        self.name, self.trials, self.left, self.board = name, trials, max_failures, board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise DamagedPart, which ends the training, if every restart would hit the same damaged data."""
@@ -42,12 +43,20 @@ class FailureReporter(UserCallback):
 
     def _last_step(self) -> str:
         try:
-            for step in reversed(steps_of(self.trial)):
-                if read_progress(self.trial.child(folder_of(step))):
-                    return f"going on from step {step} at the latest"  # a damaged checkpoint is skipped
+            steps = [_last_step(trial) for trial in self.trials()]
+            if not steps:
+                return "going on: nothing was in training"
+            if any(steps):  # a damaged checkpoint is skipped
+                return f"going on from step {', '.join(map(str, sorted(set(steps))))} at the latest"
         except Exception as error:  # a storage error here must not end the training
             return f"going on; its checkpoints cannot be read just now: {error}"
         return "starting again: there is no whole checkpoint yet"
+
+
+def _last_step(trial: Storage) -> int:
+    """Return the step of a training's last whole checkpoint; 0 if it has none."""
+    whole = (step for step in reversed(steps_of(trial)) if read_progress(trial.child(folder_of(step))))
+    return next(whole, 0)
 
 
 def cause(error: Exception) -> tuple[str, bool]:

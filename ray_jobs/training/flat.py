@@ -18,8 +18,8 @@ import torch
 from torch import distributed
 
 from ray_jobs.config import TrainConfig
-from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.precision import PRECISIONS, to_precision
+from ray_jobs.diffusion.pack import Trainable
+from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
 
@@ -89,11 +89,23 @@ def summed_in(config: TrainConfig, world_size: int) -> torch.dtype:
 class Flat(Engine):
     """The flat engine.
 
+    Args:
+        overlaps: send gradients during the backward pass, which must reach them in the same order on all
+            ranks.
+
     Attributes:
         stage: ZeRO stage, 0 to 2; 0 for a single rank.
     """
 
-    def __init__(self, model: FineTuning, config: TrainConfig, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Trainable,
+        config: TrainConfig,
+        world_size: int,
+        device: torch.device,
+        *,
+        overlaps: bool = True,
+    ) -> None:
         self.module, self.device, self.world_size = model, device, world_size
         self.rank = distributed.get_rank() if world_size > 1 else 0
         self.stage, self.summed_in = stage_of(config, world_size), summed_in(config, world_size)
@@ -108,7 +120,7 @@ class Flat(Engine):
                 view.copy_(parameter.detach())
         if world_size > 1:
             distributed.broadcast(masters, src=0)
-        to_precision(model, dtype)
+        model.cast(dtype)
         self.weights = masters if dtype == torch.float32 else masters.to(dtype)
         for chunk in self.chunks:
             for view, parameter in chunk.pairs(self._of(chunk, self.weights)):
@@ -123,7 +135,7 @@ class Flat(Engine):
         self.optimizer = build_optimizer(updated, config, fused=True)
         self._held, self._owned = self._fragments()
         self.first, self.last, self.next, self.sends = True, True, 0, world_size > 1
-        if self.stage == 2 or len(self.chunks) > 1:
+        if overlaps and (self.stage == 2 or len(self.chunks) > 1):
             for chunk in self.chunks:
                 for parameter in chunk.parameters.values():
                     parameter.register_post_accumulate_grad_hook(partial(self._arrived, chunk))
@@ -157,15 +169,27 @@ class Flat(Engine):
         return slice(chunk.begin + mine.start, chunk.begin + mine.stop)
 
     def accumulate(self, inputs: dict[str, Any], weights: torch.Tensor, *, last: bool) -> torch.Tensor:
+        self.begin_piece(last=last)
+        loss = (self.module(**inputs) * weights).sum()
+        loss.backward()
+        self.end_piece()
+        return loss.detach()
+
+    def begin_piece(self, *, last: bool) -> None:
+        """Expect the gradients of a piece, before its backward pass.
+
+        Args:
+            last: whether this is the step's last piece.
+        """
         self.last, self.next = last, 0
         for chunk in self.chunks:
             chunk.missing = sum(parameter.requires_grad for parameter in chunk.parameters.values())
-        loss = (self.module(**inputs) * weights).sum()
-        loss.backward()
+
+    def end_piece(self) -> None:
+        """Take the gradients that a backward pass has left."""
         while self.next < len(self.chunks):  # without hooks, or with parameters that the loss does not reach
             self._complete()
-        self.first = last  # of the next step
-        return loss.detach()
+        self.first = self.last  # of the next step
 
     def rehearse(self, inputs: dict[str, Any], weights: torch.Tensor) -> None:
         """Take the memory of a piece, of its gradients and of Adam's state, as a step's pieces will.

@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ import torch
 
 from cluster.gpus import leaving_free, take_share
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, TrainConfig
 from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
+from ray_jobs.diffusion.pack import Trainable
+from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.bandwidth import slow_network
 from ray_jobs.training.batch import InputMaker, Piece, Sent, loss_shares
 from ray_jobs.training.checkpoint import (
     REPORTED,
     CheckpointWriter,
+    Export,
     Resumed,
     damaged,
     folder_of,
     last_intact,
 )
-from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.engine import Engine, pieces_a_step
 from ray_jobs.training.flat import Flat, summed_in
 from ray_jobs.training.monitor import RUNG, Diverged, Meter
 from ray_jobs.training.phases import Stage, stage_at, stages_of
@@ -112,23 +115,31 @@ class LoopSettings:
         return StreamSettings(self.config, train.batch_size, world_size, columns, train.class_rows)
 
 
-def train_worker(loop: dict[str, LoopSettings]) -> None:
-    """Run a training; Ray Train calls this on every worker."""
+def set_up_worker(train: TrainConfig, tell: Callable[[str], None]) -> tuple[torch.device, StartUp]:
+    """Prepare a worker's process; return its device and the stopwatch of its start."""
     startup = StartUp()
-    import ray.train
     from diffusers import DiffusionPipeline  # noqa: F401  here, to time imports and building apart
-    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
-    settings, device = loop["settings"], get_device()
-    if not settings.config.train.flat:
+    device = get_device()
+    if not train.flat:
         import_deepspeed(device)
     startup.done("imports")
-    torch.set_num_threads(settings.config.train.cpus_per_worker)
-    if settings.config.train.use_gpu:
-        take_share(settings.config.train.gpu_share, device)
+    torch.set_num_threads(train.cpus_per_worker)
+    if train.use_gpu:
+        take_share(train.gpu_share, device)
         if slow := slow_network(device):
-            settings.tell(slow)
+            tell(slow)
+    return device, startup
+
+
+def train_worker(loop: dict[str, LoopSettings]) -> None:
+    """Run a training; Ray Train calls this on every worker."""
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    settings = loop["settings"]
+    device, startup = set_up_worker(settings.config.train, settings.tell)
     # Rank 0 decides for all ranks: another one might already see a later checkpoint.
     context, trial = ray.train.get_context(), settings.trial
     is_first = context.get_world_rank() == 0
@@ -136,16 +147,123 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     settings = settings.with_rows(rows)
     train, world_size = settings.config.train, context.get_world_size()
     with halved_when_it_does_not_fit(train, trial, settings.trial_id, world_size, settings.tell):
-        if last is None:
-            training = Training(settings, device, None, startup)
-        else:
-            with ray.train.Checkpoint(last.path, last.filesystem).as_directory() as folder:
-                training = Training(settings, device, Resumed(Path(folder)), startup)
+        with resumed_from(last) as resumed:
+            training = Training(settings, device, resumed, startup)
         training.run()
 
 
-class Training(Steps):
-    """One worker's part of a training, from the beginning or from a checkpoint."""
+@contextmanager
+def resumed_from(checkpoint: Storage | None) -> Iterator[Resumed | None]:
+    """Make a checkpoint's files local for a block that reads them."""
+    import ray.train
+
+    if checkpoint is None:
+        yield None
+        return
+    with ray.train.Checkpoint(checkpoint.path, checkpoint.filesystem).as_directory() as folder:
+        yield Resumed(Path(folder))
+
+
+def input_maker(
+    settings: LoopSettings, pipeline: Pipeline, model: Trainable, device: torch.device
+) -> InputMaker:
+    """Return the maker of a training's inputs."""
+    return InputMaker(
+        pipeline.vae,
+        model,
+        settings.dataset.empty_caption(),
+        device,
+        seed=settings.config.seed,
+        caption_dropout=settings.config.train.caption_dropout,
+    )
+
+
+class TrainingRun(Steps):
+    """One worker's part of a training, from the beginning or from a checkpoint, whoever builds its model.
+
+    Args:
+        export: from `exporter`, made before the engine.
+        folder: see `CheckpointWriter`'s `training`.
+
+    Attributes:
+        done: the last step that was taken.
+        stage: the stage of the current step.
+    """
+
+    stage: Stage
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        inputs: InputMaker,
+        engine: Engine,
+        export: Export,
+        resumed: Resumed | None,
+        startup: StartUp,
+        folder: str = "",
+    ) -> None:
+        config, rank = settings.config, engine.rank
+        self.settings, self.train, self.world_size = settings, config.train, engine.world_size
+        meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, rank, startup)
+        super().__init__(inputs, engine, meter, decay=config.train.ema_decay, rank=rank)
+        if resumed:
+            resumed.restore(self.engine, self.ema)
+        self.done = resumed.step if resumed else 0
+        self.stages = settings.stages
+        self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml(), folder)
+
+    def start(self) -> None:
+        """Prepare for the first step after `done`."""
+        self.stage = stage_at(self.stages, self.done + 1)
+        self.engine.enter_stage(self.stage, None)
+        self.meter.start(self.engine)
+
+    def enter(self, step: int) -> None:
+        """Begin a step."""
+        if step > self.stage.last:
+            self.stage = stage_at(self.stages, step)
+        if step == self.stage.first and step > 1:
+            before = self.stages[self.stages.index(self.stage) - 1]
+            self.engine.enter_stage(self.stage, before)
+
+    def leave(self, step: int, why: str) -> None:
+        """End a step, with a checkpoint if one is due.
+
+        Args:
+            why: the result of `take` or `finish`.
+
+        Raises:
+            Diverged: on all ranks at once.
+        """
+        self.done, at_rung = step, step in self.settings.ladder
+        if at_rung or why:
+            self.writer.save(*self.meter.metrics(RUNG if at_rung else why))
+
+    def stream(self, steps: range) -> Iterator[list[Piece]]:
+        """Return this rank's pieces of each step; all ranks must call this."""
+        import ray
+        from ray.train.collective import broadcast_from_rank_zero
+
+        settings = self.settings
+        stream = settings.stream(self.world_size, self.inputs.columns)
+        ends = None
+        if self.rank == 0:
+            split = split_stream(settings.dataset, stream, first_step=steps[0], last_step=steps[-1])
+            ends = [ray.put(split)]  # by reference: a broadcast value must be small
+        [reference] = broadcast_from_rank_zero(ends)
+        taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=steps[0])
+        pieces = pieces_a_step(self.train, self.world_size)
+        shares, equal = loss_shares(self.train), self.train.compile
+        return (Piece.cut(batch, shares, self.world_size, self.rank, pieces, equal=equal) for batch in taken)
+
+    def give_up(self, error: Diverged) -> None:
+        """Record the divergence for the driver; a restart from the last checkpoint would diverge again."""
+        if self.rank == 0:
+            self.settings.trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))
+
+
+class Training(TrainingRun):
+    """One worker's part of a training that has its worker group to itself."""
 
     def __init__(
         self,
@@ -158,33 +276,23 @@ class Training(Steps):
 
         startup = startup or StartUp()
         context, config = ray.train.get_context(), settings.config
-        self.settings, self.world_size = settings, context.get_world_size()
-        rank = context.get_world_rank()
         pipeline, model = build_model(config, str(device))
         if resumed:
             load_weights(resumed.shards, model.all_trained)
-        export = exporter(config, pipeline, model, rank)
-        self.train = config.train
-        inputs = InputMaker(
-            pipeline.vae,
-            model,
-            settings.dataset.empty_caption(),
-            device,
-            seed=config.seed,
-            caption_dropout=config.train.caption_dropout,
-        )
+        export = exporter(config, pipeline, model, context.get_world_rank())
+        inputs = input_maker(settings, pipeline, model, device)
         startup.done("model")
-        engine = build_engine(model, config.train, self.world_size, device)
-        meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, rank, startup)
-        super().__init__(inputs, engine, meter, decay=config.train.ema_decay, rank=rank)
-        if resumed:
-            resumed.restore(self.engine, self.ema)
+        engine = build_engine(model, config.train, context.get_world_size(), device)
+        super().__init__(settings, inputs, engine, export, resumed, startup)
         if isinstance(self.engine, Flat) and device.type == "cuda" and self.train.on_oom == "halve":
             with leaving_free(RESERVE, self.train.gpu_share, device):
                 self._rehearse(self.engine)
-        self.done = resumed.step if resumed else 0
-        self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml())
         startup.done("engine")
+
+    def _inputs(self, steps: range) -> Generator[list[Sent]]:
+        """Yield the inputs of each step; all ranks must call this."""
+        with InputsAhead(self.inputs.begin, self.stream(steps), steps) as ahead:
+            yield from ahead
 
     def _rehearse(self, engine: Flat) -> None:
         """Lower `micro_batch_size` to what the memory of every rank holds; all ranks must call this."""
@@ -201,41 +309,20 @@ class Training(Steps):
 
     def run(self) -> None:
         """Train through the remaining rungs of the ladder."""
-        ladder, stages = self.settings.ladder, self.settings.stages
+        ladder = self.settings.ladder
         if self.done >= ladder[-1]:
             return
-        stage = stage_at(stages, self.done + 1)
-        self.engine.enter_stage(stage, None)
-        self.meter.start(self.engine)
-        with closing(self._inputs(range(self.done + 1, ladder[-1] + 1))) as inputs:
+        self.start()
+        steps = range(self.done + 1, ladder[-1] + 1)
+        with closing(self._inputs(steps)) as inputs:
             try:
-                self._run(stage, stages, inputs)
+                for step in steps:
+                    self.enter(step)
+                    self.leave(step, self.take(step, self.stage, inputs))
+                    if self.settings.wait_for_scores and step in ladder[:-1]:
+                        self._wait_for_score(step)
             except Diverged as error:
-                self._give_up(error)
-
-    def _inputs(self, steps: range) -> Generator[list[Sent]]:
-        """Yield the inputs of each step; all ranks must call this."""
-        with InputsAhead(self.inputs, self._stream(steps[0]), steps) as ahead:
-            yield from ahead
-
-    def _run(self, stage: Stage, stages: list[Stage], inputs: Iterator[list[Sent]]) -> None:
-        """Train through the remaining rungs.
-
-        Raises:
-            Diverged: on all ranks at once.
-        """
-        ladder = self.settings.ladder
-        for step in range(self.done + 1, ladder[-1] + 1):
-            if step == stage.first and step > 1:
-                before = stages[stages.index(stage) - 1]
-                self.engine.enter_stage(stage, before)
-            why = self.take(step, stage, inputs)
-            if step in ladder or why:
-                self.writer.save(*self.meter.metrics(RUNG if step in ladder else why))
-            if self.settings.wait_for_scores and step in ladder[:-1]:
-                self._wait_for_score(step)
-            if step == stage.last and step < ladder[-1]:
-                stage = stage_at(stages, step + 1)
+                self.give_up(error)
 
     def _wait_for_score(self, step: int) -> None:
         """Wait until the rung that was just saved has its score reported; all ranks must call this.
@@ -252,27 +339,3 @@ class Training(Steps):
                 time.sleep(POLL_S)
         broadcast_from_rank_zero(None)  # a barrier through Ray: torch's would time out
         self.meter.go_on()
-
-    def _stream(self, first_step: int) -> Iterator[list[Piece]]:
-        """Return this rank's pieces of each step from `first_step` on; all ranks must call this."""
-        import ray
-        from ray.train.collective import broadcast_from_rank_zero
-
-        settings = self.settings
-        stream = settings.stream(self.world_size, self.inputs.columns)
-        ends = None
-        if self.rank == 0:
-            split = split_stream(
-                settings.dataset, stream, first_step=first_step, last_step=settings.ladder[-1]
-            )
-            ends = [ray.put(split)]  # by reference: a broadcast value must be small
-        [reference] = broadcast_from_rank_zero(ends)
-        taken = batches(ray.get(reference)[self.rank], rank=self.rank, first_step=first_step)
-        pieces = pieces_a_step(self.train, self.world_size)
-        shares, equal = loss_shares(self.train), self.train.compile
-        return (Piece.cut(batch, shares, self.world_size, self.rank, pieces, equal=equal) for batch in taken)
-
-    def _give_up(self, error: Diverged) -> None:
-        """Record the divergence for the driver; a restart from the last checkpoint would diverge again."""
-        if self.rank == 0:
-            self.settings.trial.write_text(DIVERGED, json.dumps({"reason": str(error)}))

@@ -84,6 +84,7 @@ class Meter:
         self.preempted = False
         self.taken: deque[Taken] = deque()
         self.skipped = 0
+        self.looked = False  # whether a step that was read since it was last reset had the flag to look
 
     def start(self, engine: Engine) -> None:
         """Start measuring the steps of an engine, and report what it keeps in memory."""
@@ -171,6 +172,7 @@ class Meter:
         self._watch(taken.step, loss, norm)
         row = {"step": taken.step, "loss": loss, "learning_rate": taken.rate, "time": taken.time}
         self.series.append(row | ({"grad_norm": norm} if math.isfinite(norm) else {}))
+        self.looked |= look
         preempted = look and self._preempted()
         if look and self.rank == 0 and self.board is not None and self.seconds:
             self._post()

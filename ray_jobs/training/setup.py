@@ -1,7 +1,7 @@
 """Build the model that a worker trains: the base, frozen and prepared as configured."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family, family_of
-from ray_jobs.diffusion.finetuning import FineTuning, add_lora, choose_layers, train_all
+from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, train_all
 from ray_jobs.diffusion.host_weights import HostWeights
-from ray_jobs.diffusion.objectives import LossSettings
+from ray_jobs.diffusion.objectives import LossSettings, Objective
+from ray_jobs.diffusion.pack import Pack, Trainable
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.quantization import quantize
@@ -46,6 +47,12 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Pipeline, FineTuni
     Raises:
         ValueError: a setting does not suit the base model; the message names it.
     """
+    pipeline, family = _load_base(config)
+    return pipeline, finetuning(config, pipeline, family, device)
+
+
+def _load_base(config: Config) -> tuple[Pipeline, Family]:
+    """Return the base pipeline, without what a training does not need, and its family."""
     from ray_jobs.weights.loading import load_pipeline, read_index
 
     base, revision = local_path(config.model.base), config.model.revision
@@ -57,7 +64,7 @@ def build_model(config: Config, device: str = "cpu") -> tuple[Pipeline, FineTuni
     pipeline = load_pipeline(
         base, revision=revision, without=without, dtype=dtype, quantization=config.model.quantize
     )
-    return pipeline, finetuning(config, pipeline, family, device)
+    return pipeline, family
 
 
 def finetuning(config: Config, pipeline: Pipeline, family: Family, device: str = "cpu") -> FineTuning:
@@ -67,13 +74,18 @@ def finetuning(config: Config, pipeline: Pipeline, family: Family, device: str =
         ValueError: a setting does not suit the base model; the message names it.
     """
     model, parts = _choose_trained(config, pipeline, family, device)
+    _finish(model, parts, config)
+    return model
+
+
+def _finish(model: FineTuning, parts: Mapping[str, Any], config: Config) -> None:
+    """Apply what is left to a model whose trained parameters are chosen."""
     if config.train.offload_base:
         model.host_weights = HostWeights(model.blocks())  # before recomputation: some families wrap blocks
-    _prepare(parts, family, config)
+    _prepare(parts, model.family, config)
     model.train()
     for part in model.text_encoders.values():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    return model
 
 
 # Settings whose values decide whether a model can be trained at all.
@@ -138,25 +150,13 @@ def _choose_trained(
 ) -> tuple[FineTuning, dict[str, Any]]:
     """Return the module to train and the pipeline's components that it trains, by name."""
     train = config.train
-    settings = loss_settings(train)
-    objective = family.schedule.objective(
-        pipeline.scheduler.config, zero_terminal_snr=train.loss.zero_terminal_snr
-    )
-    objective.check(settings)
+    objective, settings = _objective(config, pipeline, family)
     parts = {name: getattr(pipeline, name) for name in trained_names(family, train)}
-    torch.manual_seed(config.seed)  # for the adapters' initial values
-    for name, part in parts.items():
-        unused = family.unused_layers(part) if name in family.denoisers else ()
-        if train.method == "lora":
-            chosen = train.lora.target_modules if name in family.denoisers else None
-            settings_of_lora = train.lora.model_dump(exclude={"target_modules"})
-            layers = list(chosen or family.trainable[name])
-            try:
-                add_lora(part, target_modules=layers, unused=unused, **settings_of_lora)
-            except ValueError as error:
-                raise ValueError(f"train.lora: {name}: {error}") from None
-        else:
-            train_all(part, unused)
+    if train.method == "lora":
+        _add_adapters(config, parts, family, ADAPTER)
+    else:
+        for name, part in parts.items():
+            train_all(part, family.unused_layers(part) if name in family.denoisers else ())
     if config.model.assistant:  # last: it draws from the generator
         add_assistant({name: parts[name] for name in family.denoisers}, family, config.model)
     model = FineTuning(
@@ -167,9 +167,88 @@ def _choose_trained(
         text_encoders_trained=train.train_text_encoder,
         channels_last=train.channels_last,
     )
-    choose_layers(model, train.groups, ever_trainable(stages_of(train, config.search.ladder[-1])))
-    model.remember_trained(train.groups)
+    _remember_trained(model, config)
     return model, parts
+
+
+def _objective(config: Config, pipeline: Pipeline, family: Family) -> tuple[Objective, LossSettings]:
+    """Return the training objective and its settings.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    settings = loss_settings(config.train)
+    objective = family.schedule.objective(
+        pipeline.scheduler.config, zero_terminal_snr=config.train.loss.zero_terminal_snr
+    )
+    objective.check(settings)
+    return objective, settings
+
+
+def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adapter: str) -> None:
+    """Add an adapter to each trained component, and freeze all else."""
+    settings = config.train.lora.model_dump(exclude={"target_modules"})
+    torch.manual_seed(config.seed)  # for the adapters' initial values
+    for name, part in parts.items():
+        denoises = name in family.denoisers
+        chosen = config.train.lora.target_modules if denoises else None
+        unused = family.unused_layers(part) if denoises else ()
+        layers = list(chosen or family.trainable[name])
+        try:
+            add_lora(part, target_modules=layers, unused=unused, adapter=adapter, **settings)
+        except ValueError as error:
+            raise ValueError(f"train.lora: {name}: {error}") from None
+
+
+def _remember_trained(model: Trainable, config: Config) -> None:
+    """Freeze what no stage of the run trains, and record the rest."""
+    chosen = ever_trainable(stages_of(config.train, config.search.ladder[-1]))
+    choose_layers(model, config.train.groups, chosen)
+    model.remember_trained(config.train.groups)
+
+
+def build_pack(configs: Sequence[Config], device: str = "cpu") -> tuple[Pipeline, Pack]:
+    """Return the base pipeline and a pack with one member for each configuration, in that order.
+
+    Args:
+        configs: differ in nothing but what `PACKABLE` names.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    pipeline, family = _load_base(configs[0])
+    return pipeline, packed_finetuning(configs, pipeline, family, device)
+
+
+def packed_finetuning(
+    configs: Sequence[Config], pipeline: Pipeline, family: Family, device: str = "cpu"
+) -> Pack:
+    """Return a pack over a pipeline's components, ready for engines, see `build_pack`.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    first = configs[0]
+    parts = {name: getattr(pipeline, name) for name in trained_names(family, first.train)}
+    names = [f"member_{number}" for number in range(len(configs))]
+    for name, config in zip(names, configs, strict=True):
+        _add_adapters(config, parts, family, name)
+    model = FineTuning(
+        pipeline,
+        family,
+        *_objective(first, pipeline, family),
+        text_encoders_trained=first.train.train_text_encoder,
+        channels_last=first.train.channels_last,
+    )
+    pack = Pack(model)
+    for name, config in zip(names, configs, strict=True):
+        objective, settings = _objective(config, pipeline, family)
+        member = pack.add(name, objective.to(device), settings)
+        for parameter in member.parameters():  # peft lets only the last adapter require gradients
+            parameter.requires_grad_(True)
+        _remember_trained(member, config)
+    _finish(model, parts, first)
+    return pack
 
 
 def trained_names(family: Family, train: TrainConfig) -> tuple[str, ...]:
@@ -218,17 +297,41 @@ def build_engine(
     """Return an engine over the model's trained parameters; it uses Ray Train's process group."""
     build: Callable[..., Engine] = Flat if config.flat else ZeRO
     engine = build(model, config, world_size, device)
-    if config.channels_last:
-        # Only now: both engines flatten what is trained, and DeepSpeed broadcasts the rest.
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    _lay_out(model, config)
     if model.host_weights is not None:
         model.host_weights.hold((parameter for _, parameter in model.all_trained), device)
     return engine
 
 
-def exporter(config: Config, pipeline: Pipeline, model: FineTuning, rank: int) -> Export:
+def _lay_out(model: FineTuning, config: TrainConfig) -> None:
+    """Give frozen convolutions the configured layout; only after an engine, which flattens and broadcasts."""
+    if config.channels_last:
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def build_engines(
+    pack: Pack, configs: Sequence[Config], world_size: int, device: torch.device = CPU
+) -> list[Flat]:
+    """Return an engine over the trained parameters of each member of a pack, in the order of `configs`."""
+    members, model, train = list(pack.members.values()), pack.model, configs[0].train
+    engines = [
+        # The backward pass reaches the members in no certain order.
+        Flat(member, config.train, world_size, device, overlaps=False)
+        for member, config in zip(members, configs, strict=True)
+    ]
+    # Only now: the engines' fp32 weights must not have been rounded.
+    model.all_trained = [pair for member in members for pair in member.all_trained]
+    model.move(device)
+    model.cast(PRECISIONS[train.precision])
+    _lay_out(model, train)
+    if model.host_weights is not None:
+        model.host_weights.hold((parameter for _, parameter in model.all_trained), device)
+    return engines
+
+
+def exporter(config: Config, pipeline: Pipeline, model: Trainable, rank: int) -> Export:
     """Return a function that writes trained weights in diffusers' format on rank 0 while training continues.
 
     Call this before the engine is built, which may shard the pipeline's weights.

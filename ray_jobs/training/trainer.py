@@ -8,10 +8,11 @@ from cluster.capacity import trials_at_once
 from cluster.storage import Storage
 from ray_jobs.config import ENDLESS, LEARNING_RATE, Config, ConfigError, Effect, TrainConfig
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.folder import TRAININGS, RunFolder
 from ray_jobs.run.names import trial_id
 from ray_jobs.training.checkpoint import rungs_of
 from ray_jobs.training.loop import DIVERGED, LoopSettings, train_worker
+from ray_jobs.training.packed import PACK, PackSettings, train_packs
 from ray_jobs.weights.assistant import assistant_digest
 
 DEPENDS_ON = "depends_on.json"
@@ -118,9 +119,7 @@ def build_trainer(
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
     )
-    rungs_of(settings.trial)  # a checkpoint of a newer format is refused here, not by the workers
-    settings.trial.delete(DIVERGED)
-    require_same(settings.trial, began_with(config, dataset, start))
+    begin_training(settings)
     return TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
@@ -129,7 +128,53 @@ def build_trainer(
             name=name,
             storage_path=RunFolder.of(config).trainings.uri,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[FailureReporter(name, settings.trial, train.max_failures, board), *callbacks],
+            callbacks=[
+                FailureReporter(name, lambda: [settings.trial], train.max_failures, board),
+                *callbacks,
+            ],
+        ),
+    )
+
+
+def begin_training(settings: LoopSettings) -> None:
+    """Check that a training can be begun or resumed with its settings, and record them.
+
+    Raises:
+        ConfigError: it began with other settings or data, or a checkpoint has a newer format.
+    """
+    rungs_of(settings.trial)  # a newer format is refused here, not by the workers
+    settings.trial.delete(DIVERGED)
+    require_same(settings.trial, began_with(settings.config, settings.dataset, settings.start))
+
+
+def build_pack_trainer(settings: PackSettings) -> Any:
+    """Return a Ray Train trainer for what the queue of `settings` has, until that is closed."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    from ray_jobs.training.failures import FailureReporter
+    from ray_jobs.training.pack_callback import PackCallback
+
+    train, folder = settings.config.train, settings.folder
+    folder.delete(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)  # the trainings know their checkpoints themselves
+
+    def folders() -> list[Storage]:
+        return [folder.child(name) for name in ray.get(settings.queue.names.remote())]
+
+    return TorchTrainer(
+        train_packs,
+        train_loop_config={"settings": settings},
+        scaling_config=worker_group(train, 1, free_resources() if train.use_gpu else ()),
+        run_config=ray.train.RunConfig(
+            name=TRAININGS,
+            storage_path=RunFolder.of(settings.config).root.uri,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            callbacks=[
+                FailureReporter(PACK, folders, train.max_failures, settings.board),
+                PackCallback(settings.queue),
+            ],
         ),
     )
 

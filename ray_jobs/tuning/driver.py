@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import ray
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
+from cluster.capacity import PACKED_CPUS
 from cluster.storage import Storage
 from ray_jobs.config import SearchConfig, Settings
 from ray_jobs.console import say
@@ -21,7 +23,7 @@ from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.results import with_error
 from ray_jobs.tuning.space import points
-from ray_jobs.tuning.stopping import Budget, Refusal, Result, stoppers
+from ray_jobs.tuning.stopping import Budget, Refusal, Result, spent, stoppers
 from ray_jobs.tuning.trial import Make, SearchContext, Trial, run_trial
 
 BEGUN = "trials.jsonl"  # settings of every started trial
@@ -101,15 +103,18 @@ class Trials:
     ) -> None:
         config, recorded, refused = self.around.config, list(self.rows), Refusal()
         trainable = tune.with_parameters(self.climb, make=make, around=self.around)
+        if self.around.queue is not None:
+            ray.get(self.around.queue.begin.remote(count))
+        together = config.trials_together
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": 1}),
+            tune.with_resources(trainable, {"CPU": 1 if together == 1 else PACKED_CPUS}),
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="min",
                 search_alg=algorithm,
                 num_samples=num_samples,
-                max_concurrent_trials=config.search.max_concurrent_trials,
+                max_concurrent_trials=config.search.max_concurrent_trials if together == 1 else together,
                 scheduler=scheduler(config.search),
             ),
             run_config=tune.RunConfig(
@@ -179,7 +184,8 @@ class Recorder(Callback):
         mine = self._trial(trial)
         self.started.add(mine.training)
         self.trials.begin(mine)
-        say("search", f"trial {len(self.started)}/{self.count}: {mine.training}, starting its workers")
+        doing = "starting its workers" if self.trials.around.queue is None else "joining the others"
+        say("search", f"trial {len(self.started)}/{self.count}: {mine.training}, {doing}")
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Result, **info: object
@@ -187,7 +193,7 @@ class Recorder(Callback):
         if "score" not in result:
             return
         mine = self._trial(trial)
-        seconds = self.spent_before.get(mine.training, 0.0) + result["time_total_s"]
+        seconds = self.spent_before.get(mine.training, 0.0) + spent(result)
         # Tune has replaced the trial's ID with its own.
         known = {**result, "trial_id": mine.trial_id, "seconds": seconds}
         row = RungRow.model_validate({name: known[name] for name in RungRow.model_fields if name in known})
@@ -202,8 +208,14 @@ class Recorder(Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
     ) -> None:
         mine, step = self._trial(trial), (trial.last_result or {}).get("step", 0)
+        self._leave(mine)
         if step < mine.ladder[-1]:
             say("search", f"{mine.training} stopped at rung {step}")
+
+    def _leave(self, trial: Trial) -> None:
+        """Let a trial that has ended leave the pack, if there is one."""
+        if (queue := self.trials.around.queue) is not None:
+            queue.leave.remote(trial.training)
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
@@ -214,6 +226,7 @@ class Recorder(Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
     ) -> None:
         self.refused.error = self.refused.error or refusal(self.trials.around.config, _failures(trial))
+        self._leave(self._trial(trial))
         left_out = "ends the search" if self.refused.error else "is left out"
         say("search", f"{self._trial(trial).training} failed and {left_out}: {_reason(trial)}")
 

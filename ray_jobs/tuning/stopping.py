@@ -11,8 +11,15 @@ from ray_jobs.run.records import RungRow
 
 Result = Mapping[str, Any]
 """A row as a trial reports it, with the columns that Tune adds."""
+WORKER_SECONDS = "worker_seconds"  # in a result: of a trial that shares its workers with others, its share
 Computed = Callable[[], Mapping[str, int]]
 """Function that returns the steps computed so far, by training."""
+
+
+def spent(result: Result) -> float:
+    """Return the seconds that a trial's workers have spent on it since this start of the search."""
+    seconds: float = result.get(WORKER_SECONDS, result["time_total_s"])
+    return seconds
 
 
 def stoppers(config: Config, recorded: list[RungRow], computed: Computed) -> list[Stopper]:
@@ -85,7 +92,7 @@ class Budget(Stopper):
         if "score" in result:
             for name, steps in self.computed().items():
                 self.steps[name] = max(self.steps.get(name, 0), steps)
-            self._add(RungRow.model_validate(result), "now", result["time_total_s"])
+            self._add(RungRow.model_validate(result), "now", spent(result))
         return False
 
     def stop_all(self) -> bool:

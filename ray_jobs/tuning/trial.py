@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import ray
 from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -19,10 +20,13 @@ from ray_jobs.run.names import trial_id
 from ray_jobs.run.records import RungRow
 from ray_jobs.run.split import VALIDATION, Split, refit_of, training_of
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
+from ray_jobs.training.loop import LoopSettings
 from ray_jobs.training.monitor import RUNG
-from ray_jobs.training.trainer import build_trainer, check_diverged
+from ray_jobs.training.trainer import begin_training, build_trainer, check_diverged
 from ray_jobs.tuning.space import other_settings
+from ray_jobs.tuning.stopping import WORKER_SECONDS
 
+Tell = Callable[[str], None]
 Labels = dict[str, Any]
 """Columns of results.jsonl that identify a trial."""
 
@@ -87,6 +91,7 @@ class SearchContext:
     Attributes:
         board: handle of a ProgressBoard.
         recorded: rows of rungs that are already measured.
+        queue: handle of a PackQueue; None if each trial has its own workers.
     """
 
     config: Config
@@ -94,6 +99,7 @@ class SearchContext:
     pool: EvaluatorPool
     board: ActorHandle
     recorded: list[RungRow]
+    queue: ActorHandle | None = None
 
 
 def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
@@ -113,7 +119,11 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
         tune.report(reported(row))
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # a diverged training would diverge again
-    if not rungs or rungs[-1].step < trial.ladder[-1]:
+    if rungs and rungs[-1].step >= trial.ladder[-1]:
+        return
+    if around.queue is not None:
+        train_packed(trial, around, tell)
+    else:
         waits = config.search.wait_for_scores
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
         for rung in unreported(folder):
@@ -123,7 +133,49 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
 
-Tell = Callable[[str], None]
+def train_packed(trial: Trial, around: SearchContext, tell: Tell) -> None:
+    """Train to the end of a trial's ladder together with other trials, reporting each rung's row to Tune.
+
+    Raises:
+        RuntimeError: the loss diverged, the last rung is damaged, or the worker group has failed.
+    """
+    assert around.queue is not None
+    settings = loop_settings(trial, around)
+    begin_training(settings)
+    folder, labels, queue = settings.trial, trial.labels(around.config), around.queue
+    ray.get(queue.join.remote(trial.training, settings))
+    step = max((rung.step for rung in rungs_of(folder)), default=0)
+    while step < trial.ladder[-1]:
+        found: int = ray.get(queue.news.remote(trial.training, step))
+        check_diverged(folder)
+        step = max(step, found)
+        for rung in unreported(folder):
+            if intact(rung, tell):
+                row = measure(rung, labels, trial.split, around.pool)
+                spent: float = ray.get(queue.seconds.remote(trial.training))
+                tune.report(reported(row) | {WORKER_SECONDS: spent})
+                Storage.open(rung.uri).write_text(REPORTED, "")
+            elif rung.step == trial.ladder[-1] or settings.wait_for_scores:
+                raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
+
+
+def loop_settings(trial: Trial, around: SearchContext) -> LoopSettings:
+    """Return what a trial's workers are told.
+
+    Raises:
+        DamagedPart: a file of the dataset has been moved aside as damaged.
+    """
+    dataset, config = around.dataset, around.config
+    dataset.require_parts()
+    return LoopSettings(
+        config.with_settings(trial.settings),
+        dataset if trial.fold is None else dataset.leave_out(trial.fold),
+        trial.training,
+        trial.ladder,
+        around.board,
+        trial.start,
+        config.search.wait_for_scores,
+    )
 
 
 def _teller(trial: Trial, board: ActorHandle) -> Tell:

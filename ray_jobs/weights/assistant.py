@@ -18,11 +18,12 @@ from torch import nn
 from cluster.fetched import local_path
 from ray_jobs.config import ModelConfig
 from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.finetuning import ADAPTER
 from ray_jobs.diffusion.protocols import Component, Settings
 from ray_jobs.weights.adapter_files import read_adapter_file
 from ray_jobs.weights.loading import LORA_WEIGHTS
 
-TRAINED, ASSISTANT = "default", "assistant"  # names of adapters in peft
+ASSISTANT = "assistant"  # name of the adapter in peft
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 DORA = ("lora_magnitude_vector", "dora_scale")
 NAMED = 3  # tensors without a place that an error names
@@ -180,7 +181,7 @@ def _inject(part: Component, tensors: Mapping[str, torch.Tensor], settings: Sett
         inject_adapter_in_model(LoraConfig(**settings, target_modules=sorted(ranks)), part, ASSISTANT)
     for layer in part.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter([TRAINED, ASSISTANT])
+            layer.set_adapter([ADAPTER, ASSISTANT])
     places = dict(part.named_parameters())
     for key, tensor in tensors.items():
         place = places[f"{key.removesuffix('.weight')}.{ASSISTANT}.weight"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.finetuning import ADAPTER
+from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.protocols import Component, Pipeline, Scheduler
 from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
 from ray_jobs.weights.loading import LORA_WEIGHTS
@@ -92,7 +93,7 @@ def use_old_names(folder: Path, class_name: str | None) -> None:
 
 
 def save_lora(
-    pipeline: Pipeline, model: FineTuning, weights: Mapping[str, torch.Tensor], folder: Path
+    pipeline: Pipeline, model: Trainable, weights: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
 
@@ -107,12 +108,14 @@ def save_lora(
     settings: dict[str, dict[str, object]] = {}
     for name, (prefix, part) in model.components.items():
         mine = {
-            key.removeprefix(f"{prefix}."): w for key, w in weights.items() if key.startswith(f"{prefix}.")
+            key.removeprefix(f"{prefix}.").replace(f".{ADAPTER}.", f".{model.adapter}."): w
+            for key, w in weights.items()
+            if key.startswith(f"{prefix}.")
         }
         if mine:
-            state = get_peft_model_state_dict(part, state_dict=mine)
+            state = get_peft_model_state_dict(part, state_dict=mine, adapter_name=model.adapter)
             layers[name] = {file_name(part, key): value for key, value in state.items()}
-            settings[name] = _settings(part.peft_config["default"])
+            settings[name] = _settings(part.peft_config[model.adapter])
     if model.family.has_lora_loader:
         arguments: dict[str, object] = {f"{name}_lora_layers": state for name, state in layers.items()}
         arguments |= {f"{name}_lora_adapter_metadata": own for name, own in settings.items()}

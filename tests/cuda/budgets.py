@@ -24,6 +24,10 @@ OPTIMIZER = 40  # launches of an optimizer step, whatever the number of layers
 AVERAGES = 4  # of the moving average
 BATCH_CHANGE = 20  # of other rows with other adapters, in the serving engine
 ON_HOST = "base on the host, "  # how the names of cases begin that are those without it, with `offload_base`
+PLAIN = {
+    "StableDiffusionPipeline",
+    "FluxPipeline",
+}  # families that also take steps of further cases, packs too
 # What diffusers 0.42.1 copies to the device in each call of a transformer: Chroma's constant for guidance,
 # Qwen-Image's and Lumina 2's tables of rotary positions, HiDream's number of patches.
 COPIES_OF_DIFFUSERS = {

@@ -7,6 +7,7 @@ from tests.cuda.budgets import (
     COPIES_OF_DIFFUSERS,
     ON_HOST,
     OPTIMIZER,
+    PLAIN,
     RECOMPUTED_WAITS,
     WAITS_OF_DIFFUSERS,
     Told,
@@ -49,6 +50,19 @@ def test_an_optimizer_step_launches_few_kernels_whatever_the_number_of_layers(
     for case, found in of_family(trained, family).items():
         assert found["update"]["launches"] <= OPTIMIZER, case
         assert found["average"]["launches"] <= AVERAGES, case
+
+
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_a_step_of_a_pack_never_waits_and_rows_that_are_alike_are_sent_once(
+    family: str, trained: Told
+) -> None:
+    found = of_family(trained, "pack")[family]
+    for part in ("send", "passes", "update"):
+        assert not found[part]["waits"], part
+    # Two of the three draw alike.
+    assert sum(found["send"]["to_device"].values()) == 2 and not found["send"]["pageable"]
+    assert not found["passes"]["to_device"] and not found["update"]["to_device"]
+    assert found["update"]["launches"] <= 3 * OPTIMIZER
 
 
 def test_a_step_with_the_base_on_the_host_is_the_same_and_copies_it_from_pinned_memory(trained: Told) -> None:

@@ -20,12 +20,13 @@ from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.monitor import LATE, Meter
+from ray_jobs.training.packed_steps import PackedInputs, accumulate
 from ray_jobs.training.phases import stages_of
-from ray_jobs.training.setup import build_engine, build_model
+from ray_jobs.training.setup import build_engine, build_engines, build_model, build_pack
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import snapshot, whole
 from ray_jobs.weights.encoders import Encoders
-from tests.cuda.budgets import ON_HOST
+from tests.cuda.budgets import ON_HOST, PLAIN
 from tests.cuda.pretend import Pretend
 from tests.tiny_models import FAMILY_MODELS, write
 
@@ -42,7 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"offset_noise": 0.1, "input_perturbation": 0.1, "huber_delta": 0.1},
     },
 }
-PLAIN = {"StableDiffusionPipeline", "FluxPipeline"}  # families that also take a step of the following
 RECOMPUTED = {"gradient_checkpointing": True, "micro_batch_size": 2}
 # Each is also run with the base's blocks on the host.
 CASES_OF_BASES: dict[str, dict[str, Any]] = {
@@ -74,24 +74,28 @@ def config_of(base: Path, folder: Path, quantize: str | None = None, **train: An
     )
 
 
-def train(config: Config, device: Pretend) -> dict[str, Any]:
-    """Take steps as the loop takes them; return the counts of the last one."""
-    torch.manual_seed(0)
-    cuda = torch.device("cuda:0")
+def encoded_rows(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the columns of four rows, as they are stored, and the encoded empty caption."""
     encoders = Encoders(config.model.base, device="cuda")
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8).numpy()
     mean, logvar = encoders.encode_pictures(pixels)
     captions, empty = encoders.encode_captions(CAPTIONS), encoders.encode_captions([""])
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
+    rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
+    stored = {name: each.bfloat16() if each.is_floating_point() else each for name, each in rows.items()}
+    return stored, empty
+
+
+def train(config: Config, device: Pretend) -> dict[str, Any]:
+    """Take steps as the loop takes them; return the counts of the last one."""
+    torch.manual_seed(0)
+    cuda = torch.device("cuda:0")
+    rows, empty = encoded_rows(config)
     pipeline, model = build_model(config, "cuda")
     model.move(cuda)  # on a real GPU parameters stay the same objects; here they are new ones
     model.remember_trained({})
     maker = InputMaker(pipeline.vae, model, empty, cuda, seed=0, caption_dropout=config.train.caption_dropout)
-    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 4, dtype=torch.int32)
-    rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes, **captions}
-    batch = {
-        name: rows[name].bfloat16() if rows[name].is_floating_point() else rows[name]
-        for name in maker.columns
-    }
+    batch = {name: rows[name] for name in maker.columns}
     engine = build_engine(model, config.train, 1, cuda)
     assert isinstance(engine, Flat)
     averaged = list(engine.averaged.items())
@@ -146,6 +150,52 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     return told | {"states": states, "places": places, **found}
 
 
+PACKED: list[dict[str, Any]] = [
+    {"learning_rate": 1e-3},
+    {"learning_rate": 2e-3, "lora": {"rank": 2}},
+    {"loss": {"offset_noise": 0.1}, "caption_dropout": 0.0},
+]
+
+
+def train_pack(configs: list[Config], device: Pretend) -> dict[str, Any]:
+    """Take steps of a pack; return the counts of the last one."""
+    torch.manual_seed(0)
+    cuda = torch.device("cuda:0")
+    pipeline, pack = build_pack(configs, "cuda")
+    pack.model.move(cuda)  # as in `train`
+    members = list(pack.members.values())
+    for member, config in zip(members, configs, strict=True):
+        member.remember_trained(config.train.groups)
+    rows, empty = encoded_rows(configs[0])
+    makers = [
+        InputMaker(pipeline.vae, member, empty, cuda, seed=0, caption_dropout=config.train.caption_dropout)
+        for member, config in zip(members, configs, strict=True)
+    ]
+    engines, inputs = build_engines(pack, configs, 1, cuda), PackedInputs(makers)
+    batch = {name: rows[name] for name in makers[0].columns}
+    pieces = Piece.cut(batch, loss_shares(configs[0].train), 1, 0, 1)
+    stages = [stages_of(config.train, 1000)[0] for config in configs]
+    found: dict[str, Any] = {}
+
+    def counted(part: str) -> None:
+        kinds = {"waits": device.waits, "to_device": device.to_device, "pageable": device.pageable}
+        found[part] = {"launches": device.launches} | {kind: dict(each) for kind, each in kinds.items()}
+        device.reset()
+
+    for step in range(1, STEPS + 1):
+        for engine, stage in zip(engines, stages, strict=True):
+            engine.set_hyperparameters(stage, step)
+        device.reset()
+        begun = [inputs.begin(piece, step) for piece in pieces]
+        counted("send")
+        shares = accumulate(pack, engines, inputs, begun, range(len(configs)), step=step, rank=0)
+        counted("passes")
+        for engine, share in zip(engines, shares, strict=True):
+            engine.update(share[None])
+        counted("update")
+    return found | {"losses": [share.item() for share in shares]}
+
+
 def digest(tensors: list[torch.Tensor]) -> str:
     """Return a digest of tensors' values, to the bit."""
     return hashlib.sha256(
@@ -167,3 +217,11 @@ def main(folder: Path) -> None:
             except Exception:  # told, so that the other cases are seen too
                 found = {"error": traceback.format_exc()}
             print(json.dumps({"family": name, "case": case, **found}), flush=True)
+    for name in sorted(PLAIN):
+        try:
+            with Pretend() as device:
+                configs = [config_of(folder / name, folder, **settings) for settings in PACKED]
+                found = train_pack(configs, device)
+        except Exception:  # as above
+            found = {"error": traceback.format_exc()}
+        print(json.dumps({"family": "pack", "case": name, **found}), flush=True)

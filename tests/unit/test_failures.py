@@ -24,7 +24,7 @@ def died(reason: str) -> WorkerHealthCheckFailedError:
 
 
 def test_who_died_and_where_it_goes_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tell = FailureReporter("lr-0.001", Storage.open(str(tmp_path)), 2, None)
+    tell = FailureReporter("lr-0.001", lambda: [Storage.open(str(tmp_path))], 2, None)
     tell.after_exception(None, {0: died(PROCESS), 1: RuntimeError("gloo:\nConnection closed by peer")})
     write(tmp_path, 2)
     write(tmp_path, 4)
@@ -46,6 +46,6 @@ def test_damaged_data_end_the_training_since_another_start_would_meet_them_too(t
         "an encoded file is damaged: /a.parquet was renamed to a.damaged; run the same command again to "
         "encode it anew"
     )
-    tell = FailureReporter("lr-0.001", Storage.open(str(tmp_path)), 2, None)
+    tell = FailureReporter("lr-0.001", lambda: [Storage.open(str(tmp_path))], 2, None)
     with pytest.raises(DamagedPart, match=line):
         tell.after_exception(None, {0: RuntimeError(f"RayTaskError:\nDamagedPart: {line}")})

@@ -10,6 +10,7 @@ import torch
 from cluster.storage import Storage
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.loop import LoopSettings
@@ -55,6 +56,7 @@ def allow(engine: Flat, rows: int) -> list[int]:
         if tried[-1] > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
+    assert isinstance(engine.module, FineTuning)
     engine.module.denoiser.register_forward_pre_hook(limited, with_kwargs=True)
     return tried
 

@@ -101,7 +101,7 @@ class Krea2(Family):
         layers = pipeline.config.get("text_encoder_select_layers")
         if layers is not None and tuple(layers) != LAYERS:
             raise ValueError(f"model.base: text_encoder_select_layers {layers}; only {LAYERS} are supported")
-        if pipeline.config.get("is_distilled"):
+        if pipeline.scheduler is not None and pipeline.config.get("is_distilled"):
             pipeline.scheduler.register_to_config(base_shift=TURBO_SHIFT, max_shift=TURBO_SHIFT)
 
     def denoise(

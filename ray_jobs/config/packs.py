@@ -1,0 +1,45 @@
+"""Which trials of a search can be trained together, as adapters of one base."""
+
+from ray_jobs.config.search import LEARNING_RATE, SearchConfig
+from ray_jobs.config.train import ModelConfig, TrainConfig
+
+PACKABLE = (
+    *(LEARNING_RATE, "train.schedule", "train.warmup_steps", "train.schedule_cycles"),
+    *("train.schedule_power", "train.schedule_end", "train.decay_share", "train.stages", "train.trainable"),
+    *("train.weight_decay", "train.betas", "train.epsilon", "train.max_grad_norm"),
+    *("train.caption_dropout", "train.ema_decay", "train.loss", "train.lora"),
+)
+"""Settings, and sections, in which trials of a pack may differ: their rows and their base stay the same."""
+
+MOST = 8  # trials that `search.pack: auto` trains together
+NOT_SHARED = ("train.lora.target_modules", "train.lora")  # decide which layers draw numbers for dropout
+
+
+def is_packable(setting: str) -> bool:
+    """Return whether trials of a pack may differ in a setting of the space."""
+    return any(setting == name or setting.startswith(f"{name}.") for name in PACKABLE)
+
+
+def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> str:
+    """Return why no trials can be trained together; empty if they can."""
+    differing = [name for name in search.dimensions if not is_packable(name)]
+    draws = train.lora.dropout or any(name.startswith("train.lora.dropout") for name in search.space)
+    reasons = {
+        "train.method: full trains the base itself": train.method != "lora",
+        f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
+        "trials whose adapters are in different layers draw other numbers for train.lora.dropout": draws
+        and any(name in NOT_SHARED for name in search.space),
+        "train.engine: DeepSpeed takes the steps": not train.flat,
+        "train.compile would compile each number of trials anew": train.compile,
+        "model.assistant is added to one adapter": bool(model.assistant),
+        "search.scheduler: population continues trials from each other": search.scheduler == "population",
+        "the search has one trial": search.grid_size < 2,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def pack_size(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> int:
+    """Return the most trials of a search that are trained together; 1: each by itself."""
+    if search.pack == "off" or unpackable(model, train, search):
+        return 1
+    return min(MOST if search.pack == "auto" else search.pack, search.grid_size)

@@ -1,0 +1,79 @@
+"""Steps of several trainings at once, whose adapters are members of a pack: no Ray, no storage."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ray_jobs.diffusion.pack import Pack
+from ray_jobs.training.batch import InputMaker, Piece, Sent
+from ray_jobs.training.flat import Flat
+from ray_jobs.training.steps import seed_dropout
+
+Begun = Mapping[int, Sent]
+"""What is sent of a piece, by the number of the first training whose inputs these are."""
+
+
+class PackedInputs:
+    """Maker of the inputs of several trainings; what is alike for some of them is drawn and sent once.
+
+    Args:
+        makers: one per training.
+    """
+
+    def __init__(self, makers: Sequence[InputMaker]) -> None:
+        self.makers = list(makers)
+        alike = [(maker.settings, maker.caption_dropout) for maker in makers]
+        self.first = [alike.index(each) for each in alike]
+
+    def begin(self, piece: Piece, step: int) -> Begun:
+        """Begin to send a piece, see `InputMaker.begin`."""
+        return {number: self.makers[number].begin(piece, step) for number in sorted(set(self.first))}
+
+    def finish(self, begun: Begun, active: Sequence[int]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Return the arguments of `FineTuning` and the rows' loss weights for each active training."""
+        wanted = {self.first[number] for number in active}
+        made = {
+            number: self.makers[number].finish(sent) for number, sent in begun.items() if number in wanted
+        }
+        return [made[self.first[number]] for number in active]
+
+
+def accumulate(
+    pack: Pack,
+    engines: Sequence[Flat],
+    inputs: PackedInputs,
+    pieces: Sequence[Begun],
+    active: Sequence[int],
+    *,
+    step: int,
+    rank: int,
+) -> list[torch.Tensor]:
+    """Run the pieces of a step forward and backward for the active trainings.
+
+    Args:
+        engines: one per training, over the members of the pack.
+        active: numbers of trainings.
+
+    Returns:
+        This rank's share of the step's mean loss, for each active training: float32, on the device.
+    """
+    seed_dropout(engines[0].device, inputs.makers[0].seed, step, rank)
+    members = [engines[number].module for number in active]
+    taking = [engines[number] for number in active]
+    shares = [torch.zeros((), device=engine.device) for engine in taking]
+    for count, begun in enumerate(pieces, start=1):
+        for engine in taking:
+            engine.begin_piece(last=count == len(pieces))
+        made = inputs.finish(begun, active)
+        given = {member.adapter: each for member, (each, _) in zip(members, made, strict=True)}
+        losses = pack(given)
+        weighted = [
+            (losses[member.adapter] * weights).sum()
+            for member, (_, weights) in zip(members, made, strict=True)
+        ]
+        torch.stack(weighted).sum().backward()
+        for engine, share, loss in zip(taking, shares, weighted, strict=True):
+            engine.end_piece()
+            share += loss.detach()
+    return shares
