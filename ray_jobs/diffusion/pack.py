@@ -103,7 +103,10 @@ class Pack(nn.Module):
         self.model, self.groups = model, _Groups()
         self.members: dict[str, Member] = {}
         for _, part in model.components.values():
-            _apply_by_group(part, self.groups)
+            for name, layer in adapted_layers(part):
+                if is_routed(name, model.family):
+                    raise ValueError(other_rows(name, "what a gate gives it"))
+                layer.forward = partial(_forward, layer, name, self.groups)
 
     def add(self, adapter: str, objective: Objective, settings: LossSettings) -> Member:
         """Add an adapter of the model as a member."""
@@ -147,13 +150,24 @@ class _Groups:
         self.rows = 0
 
 
-def _apply_by_group(part: nn.Module, groups: _Groups) -> None:
-    """Let peft's layers apply each adapter to its own group of rows."""
+def adapted_layers(part: nn.Module) -> list[tuple[str, Any]]:
+    """Return a component's layers that have adapters, with their names."""
     from peft.tuners.lora.layer import LoraLayer
 
-    for name, layer in part.named_modules():
-        if isinstance(layer, LoraLayer):
-            layer.forward = partial(_forward, layer, name, groups)
+    return [(name, layer) for name, layer in part.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def is_routed(layer: str, family: Family) -> bool:
+    """Return whether a layer sees only some tokens of the rows, which a gate chooses."""
+    return bool(family.routed_layers) and family.routed_layers in layer
+
+
+def other_rows(layer: str, sees: str) -> str:
+    """Say that adapters of a layer cannot be members of a pack."""
+    return (
+        f"train.lora.target_modules: {layer} does not see the rows of the batch one after the other, but "
+        f"{sees}, so its adapters cannot be trained together; set search.pack: off, or choose others"
+    )
 
 
 def _forward(layer: Any, name: str, groups: _Groups, x: torch.Tensor, *args: Any, **named: Any) -> Any:
@@ -163,10 +177,7 @@ def _forward(layer: Any, name: str, groups: _Groups, x: torch.Tensor, *args: Any
     if not present:
         return result
     if len(x) % groups.rows:  # a family may see the tokens of a row as rows
-        raise ValueError(
-            f"search.pack: {name} sees {len(x)} rows of a batch of {groups.rows}, so its adapters cannot be "
-            "trained together; set search.pack: off, or choose other train.lora.target_modules"
-        )
+        raise ValueError(other_rows(name, f"{len(x)} rows of a batch of {groups.rows}"))
     plain = len(present) == len(adapters) and isinstance(layer.get_base_layer(), nn.Linear)
     if plain and not any(_is_special(layer, adapter) for adapter in adapters):
         return result + _products(layer, adapters, x).to(result.dtype)

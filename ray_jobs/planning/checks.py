@@ -8,6 +8,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.pack import other_rows
 from ray_jobs.diffusion.protocols import Denoiser, Scheduler, Settings
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.weights.model_files import latent_shapes
@@ -43,6 +44,7 @@ def check_stages(config: Config) -> list[str]:
         _check_guidance(config, family, model.config)
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
+        _check_pack(config)
     except ConfigError:
         raise
     except ValueError as error:
@@ -62,6 +64,23 @@ def _check_guidance(config: Config, family: Family, settings: Settings) -> None:
     for field, scale in scales.items():
         if scale > 1 and not family.has_guidance(settings):
             raise ValueError(f"{field}: {scale:g}; {UNGUIDED}; set it to 1")
+
+
+def _check_pack(config: Config) -> None:
+    """Raise ValueError if trials cannot train together because of the layers that have adapters.
+
+    Those that a family has by default are tested.
+    """
+    from ray_jobs.planning.footprint import layers_of_other_rows
+
+    if config.trials_together == 1:
+        return
+    names = ("train.lora.target_modules", "train.lora")
+    searched = [{name: value} for name in names for value in config.search.space.get(name, [])]
+    for settings in searched or [{}]:
+        trial = config.with_settings(settings)
+        if trial.train.lora.target_modules and (others := layers_of_other_rows(trial)):
+            raise ValueError(other_rows(others[0], "others"))
 
 
 def _check_scores(

@@ -6,8 +6,9 @@ time everything.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from ray_jobs.config import Config
 from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.diffusion.families import Conditions, Family
 from ray_jobs.diffusion.finetuning import FineTuning
+from ray_jobs.diffusion.pack import adapted_layers, is_routed
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.protocols import Denoiser, TextEncoder
 from ray_jobs.diffusion.quantization import QuantizedLinear
 from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import whole_pictures
 from ray_jobs.training.setup import empty_finetuning
+
+ROWS = 13  # of a pass that looks for layers with other rows: few numbers of tokens are multiples
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,53 @@ def footprint(config: Config) -> Footprint:
 
 
 def _activations(config: Config, model: FineTuning) -> int:
-    dtype, saved = PRECISIONS[config.train.precision], SavedTensors(model)
+    saved = SavedTensors(model)
+    if config.train.gradient_checkpointing:
+        for part in model.model.values():
+            every = EveryNth(config.train.checkpoint_every, saved.recomputed)
+            model.family.enable_gradient_checkpointing(part, every)
+    _pass(config, model, saved.counting)
+    return saved.num_bytes + saved.largest_block
+
+
+def _pass(
+    config: Config, model: FineTuning, watched: Callable[[], AbstractContextManager[None]], rows: int = 1
+) -> None:
+    """Run a forward pass of a model on the meta device without data; it is cast to its precision.
+
+    Args:
+        watched: context of the pass.
+    """
+    dtype = PRECISIONS[config.train.precision]
     to_precision(model.train(), dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        conditions = blank_conditions(config, model.family, model.denoiser, model.text_encoders)
-        if config.train.gradient_checkpointing:
-            for part in model.model.values():
-                every = EveryNth(config.train.checkpoint_every, saved.recomputed)
-                model.family.enable_gradient_checkpointing(part, every)
-        with saved.counting():
+        conditions = blank_conditions(config, model.family, model.denoiser, model.text_encoders, rows)
+        with watched():
             if model.text_encoders:
                 conditions |= model.family.text.embed(model.text_encoders, conditions)
             conditions = {name: cast(each, dtype) for name, each in conditions.items()}
-            latents = torch.empty((1, *square_latents(config)), dtype=dtype)
-            model.family.denoise(model.model, latents, torch.full((1,), 500.0), conditions)
-    return saved.num_bytes + saved.largest_block
+            latents = torch.empty((rows, *square_latents(config)), dtype=dtype)
+            model.family.denoise(model.model, latents, torch.full((rows,), 500.0), conditions)
+
+
+def layers_of_other_rows(config: Config) -> list[str]:
+    """Return the layers with adapters that do not see the rows of the batch, one after the other.
+
+    Raises:
+        ValueError: a setting does not suit the base model; the message names it.
+    """
+    model, found = empty_finetuning(config), dict[str, None]()
+
+    def look(name: str, layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if is_routed(name, model.family) or len(inputs[0]) % ROWS:
+            found[name] = None
+
+    for _, part in model.components.values():
+        for name, layer in adapted_layers(part):
+            layer.register_forward_pre_hook(partial(look, name))
+    _pass(config, model, nullcontext, ROWS)
+    return list(found)
 
 
 def blank_conditions(
@@ -97,10 +132,11 @@ def blank_conditions(
     family: Family,
     denoiser: Denoiser,
     text_encoders: Mapping[str, TextEncoder] | None = None,
+    rows: int = 1,
 ) -> Conditions:
-    """Return conditions of one row without data, and tokens where `text_encoders` are trained."""
+    """Return conditions without data, and tokens where `text_encoders` are trained."""
     found = {
-        name: torch.empty((1, *shape), dtype=dtype)
+        name: torch.empty((rows, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(denoiser.config).items()
     }
     for mask in found.values():
@@ -111,9 +147,9 @@ def blank_conditions(
     for name, encoder in zip(family.text.tokens, family.text.encoders, strict=False):
         if text_encoders and encoder in text_encoders:
             count = family.text.num_tokens(name, text_encoders[encoder])
-            found[name] = torch.ones((1, count), dtype=torch.int64)
+            found[name] = torch.ones((rows, count), dtype=torch.int64)
     side = config.data.resolution
-    return found | whole_pictures(family, 1, side, side)
+    return found | whole_pictures(family, rows, side, side)
 
 
 class SavedTensors:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.ema import EMA
+from ray_jobs.planning.checks import check_stages
+from ray_jobs.planning.footprint import layers_of_other_rows
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.flat import Flat
@@ -202,8 +204,28 @@ def test_a_layer_that_does_not_see_the_rows_of_the_batch_is_refused(
     base = tiny(family)
     targets = {"lora": {"target_modules": ["to_q", target]}}
     configs = [configured(base, tmp_path, learning_rate=rate, **targets) for rate in (1e-3, 2e-3)]
-    with pytest.raises(ValueError, match=r"^search\.pack: \S*" + re.escape(layer)):
+    refused = r"^train\.lora\.target_modules: \S*" + re.escape(layer) + r".* set search\.pack: off"
+    with pytest.raises(ValueError, match=refused):
         together(configs, Rows(base), tmp_path, [1, 1])
+    searched = searching(configs[0])
+    assert all(layer in name for name in layers_of_other_rows(searched))
+    with pytest.raises(ConfigError, match=refused):
+        check_stages(searched)
+
+
+def searching(config: Config) -> Config:
+    """A search of two such trials together, whose pictures are drawn without guidance."""
+    search = config.search.model_copy(update={"learning_rates": [1e-3, 2e-3], "pack": "auto"})
+    evaluate = config.evaluate.model_copy(update={"guidance_scale": 1.0})
+    return config.model_copy(update={"search": search, "evaluate": evaluate})
+
+
+@pytest.mark.parametrize("family", ["StableDiffusionXLPipeline", "Krea2Pipeline", "ZImagePipeline"])
+def test_layers_that_see_the_rows_of_the_batch_pass_the_check(
+    family: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = configured(tiny(family), tmp_path, lora={"target_modules": ["to_q", "to_k", "to_out.0"]})
+    assert layers_of_other_rows(searching(config)) == []
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -54,6 +54,8 @@ class Family(ABC):
     """Height and width of native images in pixels, where no configuration of a model has them."""
     in_comfyui: bool = False
     """Whether ComfyUI reads LoRA files with diffusers' names of the layers."""
+    routed_layers: str = ""
+    """Part of the names of layers that see only the tokens that a gate gives them; empty: there are none."""
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 

@@ -94,6 +94,7 @@ class HiDream(Family):
 
     pipeline_class = "HiDreamImagePipeline"
     in_comfyui = True
+    routed_layers = ".experts."
     trainable = {"transformer": (*ATTENTION, *(f"{name}_t" for name in ATTENTION))}
     own_area = True
     text, codec, schedule = HiDreamText(), HiDreamCodec(), RectifiedFlow(max_shift=1.15)
