@@ -70,6 +70,7 @@ TESTS = {
     "`train.offload_base`": (
         f"{UNIT}offload_base.py::test_every_family_is_trained_alike_with_its_base_on_the_host"
     ),
+    "trials that train together": f"{UNIT}pack.py::test_members_of_a_pack_end_as_they_do_alone",
     "recomputed activations": (
         f"{UNIT}families.py::test_recomputed_activations_change_neither_prediction_nor_gradients"
     ),
