@@ -1,6 +1,9 @@
 """Which trials of a search can be trained together, as adapters of one base."""
 
+from typing import Any
+
 from ray_jobs.config.search import LEARNING_RATE, SearchConfig
+from ray_jobs.config.space import ends
 from ray_jobs.config.train import ModelConfig, TrainConfig
 
 PACKABLE = (
@@ -23,7 +26,8 @@ def is_packable(setting: str) -> bool:
 def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> str:
     """Return why no trials can be trained together; empty if they can."""
     differing = [name for name in search.dimensions if not is_packable(name)]
-    draws = train.lora.dropout or any(name.startswith("train.lora.dropout") for name in search.space)
+    sections = [each for each in ends(search.space.get("train.lora", [])) if isinstance(each, dict)]
+    draws = train.lora.dropout or "train.lora.dropout" in search.space or any(map(_draws, sections))
     reasons = {
         "train.method: full trains the base itself": train.method != "lora",
         f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
@@ -36,6 +40,10 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> 
         "the search has one trial": search.grid_size < 2,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _draws(section: dict[str, Any]) -> bool:
+    return bool(section.get("dropout"))
 
 
 def pack_size(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> int:

@@ -106,6 +106,8 @@ class Pack(nn.Module):
             for name, layer in adapted_layers(part):
                 if is_routed(name, model.family):
                     raise ValueError(other_rows(name, "what a gate gives it"))
+                if layer.lora_embedding_A:
+                    raise ValueError(other_rows(name, "an embedding's indices"))
                 layer.forward = partial(_forward, layer, name, self.groups)
 
     def add(self, adapter: str, objective: Objective, settings: LossSettings) -> Member:

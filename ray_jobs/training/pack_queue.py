@@ -30,14 +30,19 @@ class PackQueue:
         self.changed = asyncio.Condition()
 
     def _count(self) -> None:
-        """Count the time since the last call for what is in training, in equal shares."""
+        """Count the time since the last call for what is in training, in equal shares.
+
+        Time in which nothing was in training, but workers were held, counts for what comes next.
+        """
+        if not self.training:
+            return
         now = time.monotonic()
         for name in self.training:
             self.spent[name] = self.spent.get(name, 0.0) + (now - self.counted_at) / len(self.training)
         self.counted_at = now
 
     def seconds(self, name: str) -> float:
-        """Return a training's share of the time that the workers have trained: seconds."""
+        """Return a training's share of the workers' time in this round: seconds."""
         self._count()
         return self.spent.get(name, 0.0)
 
@@ -49,9 +54,15 @@ class PackQueue:
         """Begin a round of so many trials; what is left of an earlier one leaves."""
         self.to_come = trials
         self._count()
+        self.spent.clear()
         self.gone.clear()
         self.waiting.clear()
         self.training.clear()
+        await self._tell()
+
+    async def expect(self, trials: int) -> None:
+        """Expect no more than so many trials in this round."""
+        self.to_come = trials
         await self._tell()
 
     async def join(self, name: str, settings: Any) -> None:
@@ -93,7 +104,7 @@ class PackQueue:
     async def wanted(self) -> bool:
         """Wait until a worker group is needed; return False once the queue is closed."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.closed or bool(self.waiting))
+            await self.changed.wait_for(lambda: self.closed or bool(self.waiting or self.training))
         return not self.closed
 
     async def take(self, group: str) -> list[Any] | None:
@@ -135,8 +146,9 @@ class PackQueue:
 
     async def diverged(self, name: str) -> None:
         """Record that a training has ended without its last rung."""
-        self.ended.add(name)
-        self._end(name)
+        if name in self.training:
+            self.ended.add(name)
+            self._end(name)
         await self._tell()
 
     def _end(self, name: str) -> None:
@@ -145,12 +157,12 @@ class PackQueue:
         self.gone.add(name)
 
     async def fail(self, reason: str) -> None:
-        """Record that the worker group failed; its trainings, and those that wait, get the reason."""
+        """Record that the worker group failed; its trainings, or else those that wait, get the reason."""
         self._count()
-        for name in (*self.training, *self.waiting):
-            self.failures[name] = reason
-        self.training.clear()
-        self.waiting.clear()
+        concerned = self.training or self.waiting
+        self.failures |= dict.fromkeys(concerned, reason)
+        concerned.clear()
+        self.group = ""
         await self._tell()
 
     async def close(self) -> None:

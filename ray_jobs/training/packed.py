@@ -1,5 +1,6 @@
 """The loop of a worker group that trains several trials of a search together."""
 
+import gc
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -69,6 +70,7 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
     rows = broadcast_from_rank_zero(held_rows(settings.folder) if is_first else None)
     group = uuid4().hex
     pack: PackedTraining | None = None
+    started: StartUp | None = startup  # None from the second pack on: it waits for trials before
     while True:
         taken: tuple[Any, bool] | None = None
         if is_first:
@@ -84,10 +86,18 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
             plan[0][0].config.train, settings.folder, PACK, world_size, settings.tell
         ):
             if pack is None or not pack.holds(plan):
-                pack = None  # frees its memory
-                pack = PackedTraining(settings, plan, device, startup)
+                pack = None
+                _free(device)
+                pack = PackedTraining(settings, plan, device, started or StartUp())
+                started = None
             pack.run([each for each, _ in plan])
-        startup = StartUp()
+
+
+def _free(device: torch.device) -> None:
+    """Free the memory of a pack that is no longer used: its layers refer to themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class PackedTraining:
@@ -166,8 +176,9 @@ class PackedTraining:
         rows = self.trainings[active[0]].stream(steps)
         with InputsAhead(self.inputs.begin, rows, steps) as inputs:
             for step in steps:
-                first = self.trainings[active[0]]
-                with first.meter.waiting():
+                with ExitStack() as stack:
+                    for number in active:
+                        stack.enter_context(self.trainings[number].meter.waiting())
                     pieces = next(inputs)
                 # Those that have resumed from a later step wait for it.
                 if taking := [number for number in active if self.trainings[number].done == step - 1]:

@@ -72,7 +72,7 @@ class Trials:
         """
         config = self.around.config
         if config.search.algorithm == "optuna":
-            proposals = Proposals(config, list(self.settings.values()))
+            proposals = Proposals(config, list(self.settings.values()), self._expect)
             self._run(make, {}, config.search.grid_size, proposals, config.search.grid_size)
         else:
             self.run_all([make(settings) for settings in points(config)])
@@ -97,6 +97,11 @@ class Trials:
         self.rows.append(row)
         write_rows(self.storage, self.rows)
         return True
+
+    def _expect(self, trials: int) -> None:
+        """Tell the pack, if there is one, that no more than so many trials come."""
+        if self.around.queue is not None:
+            self.around.queue.expect.remote(trials)
 
     def _run(
         self, make: Make, space: Settings, count: int, algorithm: Proposals | None, num_samples: int

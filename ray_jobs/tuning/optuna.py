@@ -5,6 +5,7 @@ training in the same folder.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -24,9 +25,12 @@ class Proposals(Searcher):
     Args:
         before: settings of the trials that an earlier start of this search began. They are proposed first;
             their measured rungs cost nothing again.
+        at_end: called with the number of trials if these are all that the space has.
     """
 
-    def __init__(self, config: Config, before: list[Settings]) -> None:
+    def __init__(
+        self, config: Config, before: list[Settings], at_end: Callable[[int], object] = lambda _: None
+    ) -> None:
         super().__init__(metric="score", mode="min")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.dimensions = config.search.dimensions
@@ -40,6 +44,7 @@ class Proposals(Searcher):
         self.asked: dict[str, optuna.Trial] = {}
         self.lowest: dict[str, float] = {}  # score of a trial's rungs, by its name in Tune
         self.proposed: set[str] = set()
+        self.at_end = at_end
 
     def suggest(self, trial_id_of_tune: str) -> Settings | str:
         """Propose the next trial's settings, or return FINISHED if no new ones are found."""
@@ -51,6 +56,7 @@ class Proposals(Searcher):
                 self.asked[trial_id_of_tune] = trial
                 return settings
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # ignored by the sampler
+        self.at_end(len(self.proposed))
         return str(Searcher.FINISHED)
 
     def on_trial_result(self, trial_id_of_tune: str, result: Result) -> None:

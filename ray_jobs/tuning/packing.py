@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_jobs.config import Config
 from ray_jobs.training.pack_queue import PackQueue
@@ -28,9 +29,12 @@ def packing(config: Config, board: ActorHandle) -> Iterator[ActorHandle | None]:
     if config.trials_together == 1:
         yield None
         return
-    queue: Any = ray.remote(num_cpus=0)(PackQueue).remote(config.trials_together)
+    # On the driver's node: another one could be lost, and the search with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, scheduling_strategy=here)
+    queue: Any = remote(PackQueue).remote(config.trials_together)
     settings = PackSettings(config, queue, board)
-    keeper = ray.remote(num_cpus=0)(_keep_training).remote(settings)
+    keeper = remote(_keep_training).options(max_retries=-1).remote(settings)
     try:
         yield queue
     finally:

@@ -122,7 +122,7 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
     if rungs and rungs[-1].step >= trial.ladder[-1]:
         return
     if around.queue is not None:
-        train_packed(trial, around, tell)
+        train_packed(trial, around, tell, rungs[-1].step if rungs else 0)
     else:
         waits = config.search.wait_for_scores
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
@@ -133,8 +133,11 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
 
-def train_packed(trial: Trial, around: SearchContext, tell: Tell) -> None:
+def train_packed(trial: Trial, around: SearchContext, tell: Tell, step: int) -> None:
     """Train to the end of a trial's ladder together with other trials, reporting each rung's row to Tune.
+
+    Args:
+        step: of the last rung that is measured; 0 without one.
 
     Raises:
         RuntimeError: the loss diverged, the last rung is damaged, or the worker group has failed.
@@ -143,20 +146,22 @@ def train_packed(trial: Trial, around: SearchContext, tell: Tell) -> None:
     settings = loop_settings(trial, around)
     begin_training(settings)
     folder, labels, queue = settings.trial, trial.labels(around.config), around.queue
+    if any(damaged(Storage.open(rung.uri), WEIGHTS) for rung in unreported(folder)):
+        ray.get(queue.leave.remote(trial.training))  # to train again what an earlier start found damaged
     ray.get(queue.join.remote(trial.training, settings))
-    step = max((rung.step for rung in rungs_of(folder)), default=0)
     while step < trial.ladder[-1]:
         found: int = ray.get(queue.news.remote(trial.training, step))
-        check_diverged(folder)
-        step = max(step, found)
-        for rung in unreported(folder):
+        for rung in unreported(folder, until=found):
             if intact(rung, tell):
                 row = measure(rung, labels, trial.split, around.pool)
                 spent: float = ray.get(queue.seconds.remote(trial.training))
                 tune.report(reported(row) | {WORKER_SECONDS: spent})
                 Storage.open(rung.uri).write_text(REPORTED, "")
-            elif rung.step == trial.ladder[-1] or settings.wait_for_scores:
+            elif rung.step == trial.ladder[-1] or (settings.wait_for_scores and rung.step > step):
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
+        if not found:
+            check_diverged(folder)
+        step = max(step, found)
 
 
 def loop_settings(trial: Trial, around: SearchContext) -> LoopSettings:

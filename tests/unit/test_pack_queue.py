@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ray_jobs.training import pack_queue
 from ray_jobs.training.pack_queue import PackQueue
 
 
@@ -108,6 +109,71 @@ def test_news_come_of_a_rung_of_a_divergence_and_of_a_failure() -> None:
             await queue.news("a", 2)
         await joined(queue, "a")  # Tune starts it again
         assert await queue.wanted()
+
+    run(walk())
+
+
+def test_trials_that_wait_do_not_fail_with_those_in_training() -> None:
+    async def walk() -> None:
+        queue = PackQueue(1)
+        await queue.begin(2)
+        await joined(queue, "a", "b")
+        await queue.take("first")
+        await queue.fail("no GPU is left")
+        with pytest.raises(RuntimeError, match="no GPU is left"):
+            await queue.news("a", 0)
+        await queue.leave("a")
+        assert await queue.wanted() and names(await queue.take("second")) == ["b"]
+
+    run(walk())
+
+
+def test_fewer_trials_than_announced_are_taken_once_that_is_known() -> None:
+    async def walk() -> None:
+        queue = PackQueue(4)
+        await queue.begin(4)
+        await joined(queue, "a", "b")
+        taking = await begun(queue.take("group"))
+        await queue.expect(2)
+        assert names(await taking) == ["a", "b"]
+
+    run(walk())
+
+
+def test_workers_are_wanted_for_what_dead_ones_had_taken() -> None:
+    async def walk() -> None:
+        queue = PackQueue(1)
+        await queue.begin(1)
+        await joined(queue, "a")
+        await queue.take("first")
+        assert await queue.wanted() and names(await queue.take("second")) == ["a"]
+
+    run(walk())
+
+
+def test_time_is_shared_by_those_in_training_and_begins_anew_with_each_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(pack_queue.time, "monotonic", lambda: now[0])
+
+    async def walk() -> None:
+        queue = PackQueue(2)
+        await queue.begin(2)
+        await joined(queue, "a", "b")
+        now[0] += 10  # workers start
+        await queue.take("group")
+        now[0] += 20
+        await queue.rung_saved("a", 4)
+        now[0] += 5
+        assert (queue.seconds("a"), queue.seconds("b")) == (15, 20)
+        await queue.rung_saved("b", 4)
+        await queue.begin(1)
+        await queue.join("b", Settings("b", [2, 4, 6]))
+        now[0] += 3  # while scores are measured, workers are held
+        await queue.take("group")
+        now[0] += 1
+        assert queue.seconds("b") == 4
 
     run(walk())
 

@@ -19,6 +19,9 @@ REFUSED = {
     "search.space={train.lora.dropout: [0.0, 0.1], train.lora.target_modules: [[to_q], [to_k]]}": (
         "trials whose adapters are in different layers draw other numbers for train.lora.dropout"
     ),
+    "search.space={train.lora: [{dropout: 0.1, target_modules: [to_q]}, {target_modules: [to_k]}]}": (
+        "trials whose adapters are in different layers draw other numbers for train.lora.dropout"
+    ),
 }
 
 
