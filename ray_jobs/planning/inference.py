@@ -103,7 +103,7 @@ def _longest_caption(config: Config) -> Captions:
 def _measuring(config: Config) -> tuple[int, int]:
     """Return the bytes of the feature networks' weights, and of a picture's activations in one of them.
 
-    On the meta device attention is not fused, so that of a vision transformer is counted rather too large.
+    On the meta device attention is not fused, so that of a ViT is counted rather too large.
     """
     side, weights, most = config.data.resolution, 0, 0
     for network in load_networks(config.evaluate, "meta").all:

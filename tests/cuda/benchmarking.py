@@ -18,7 +18,7 @@ from benchmarks.gpu import evaluate, serve, train
 from benchmarks.gpu.plain import Plain
 from benchmarks.gpu.shapes import SHAPES, Shape
 from ray_jobs.diffusion.sampling import Prompts
-from ray_jobs.training.batch import InputMaker, Piece, Sent
+from ray_jobs.training.batch import Piece, Sent
 from ray_jobs.training.monitor import LATE
 from tests.cuda.pretend import Pretend
 
@@ -26,12 +26,14 @@ from tests.cuda.pretend import Pretend
 class InLine:
     """`InputsAhead` without its thread, which would not see the pretended device."""
 
-    def __init__(self, maker: InputMaker, rows: Iterator[list[Piece]], steps: Iterable[int]) -> None:
-        self.maker, self.rows, self.steps = maker, rows, iter(steps)
+    def __init__(
+        self, begin: Callable[[Piece, int], Sent], rows: Iterator[list[Piece]], steps: Iterable[int]
+    ) -> None:
+        self.begin, self.rows, self.steps = begin, rows, iter(steps)
 
     def __next__(self) -> list[Sent]:
         step = next(self.steps)
-        return [self.maker.begin(piece, step) for piece in next(self.rows)]
+        return [self.begin(piece, step) for piece in next(self.rows)]
 
 
 def training(shape: Shape, method: str, folder: Path, device: Pretend) -> dict[str, Any]:
