@@ -67,7 +67,10 @@ def register(
     with store_errors(config):
         client = open_client(config)
         _ensure_model(client, name)
-        found = _registered(versions_of(client, name), source, digest)
+        present = versions_of(client, name)
+        # Before all that takes time: what becomes champion meanwhile is a rival, see `_settled`.
+        before = set(_champions(present))
+        found = _registered(present, source, digest)
         if found is not None and DECISION in found.tags:
             aliases = names_of(aliases_of(client, config), int(found.version))
             now = f"its aliases now: {', '.join(aliases) or 'none'}"
@@ -83,7 +86,6 @@ def register(
                     name, source=kept, run_id=run, tags=tags, description=description
                 )
             )
-        before = set(_champions(versions_of(client, name)))
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
 
 
@@ -133,7 +135,7 @@ def _settled(client: "MlflowClient", config: Config, decided: Registered, before
     sees both. Every run reaches the same result: the earlier version stays unless the later one beats it.
 
     Args:
-        before: versions that had already been made champion when the decision began.
+        before: versions that had already been made champion when the registration began.
     """
     name, version = config.publish.model_name, decided.version
     best = version
