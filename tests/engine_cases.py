@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ray_jobs.config import TrainConfig
+from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.training import flat
 from ray_jobs.training.bandwidth import bus_bandwidth, slow_network
 from ray_jobs.training.engine import Engine
@@ -42,6 +43,9 @@ class SmallModel(nn.Module):
 
     def move(self, device: torch.device) -> None:
         self.to(device)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        to_precision(self, dtype)
 
 
 class TwoLayers(SmallModel):
