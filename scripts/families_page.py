@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -143,6 +144,7 @@ the longest.
 """
 
 
+@cache
 def families_of_tests() -> dict[str, list[str]]:
     """Return the families that each of `TESTS` runs on, by test; none where it is marked to be skipped.
 
