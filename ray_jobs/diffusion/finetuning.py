@@ -9,7 +9,7 @@ from torch import nn
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.host_weights import HostWeights
-from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, add_noise, per_row
+from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
 from ray_jobs.diffusion.precision import cast, dtype_of, to_precision
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
@@ -82,8 +82,11 @@ class FineTuning(nn.Module):
             dropped: bool, N: the images to train without a caption; their captions must be the empty one.
                 None if there are none.
         """
-        posed = add_noise(self.objective, latents, draws, self.settings)
-        return posed.losses(self.predict(posed.noisy, posed.timesteps, conditions, dropped))
+
+        def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.predict(noisy, timesteps, conditions, dropped)
+
+        return denoising_loss(denoise, self.objective, latents, draws, self.settings)
 
     def predict(
         self,

@@ -287,13 +287,13 @@ class NoisyLatents:
     Attributes:
         noisy, target: float32, N x C x ....
         timesteps: float32, N.
-        weights: of the images' losses: float32, N, or a number for all.
+        weights: of the images' losses: float32, N.
     """
 
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
-    weights: Tensor | float
+    weights: Tensor
     huber_delta: float | None
 
     def losses(self, prediction: Tensor) -> Tensor:
