@@ -15,7 +15,7 @@ PACKABLE = (
 """Settings, and sections, in which trials of a pack may differ: their rows and their base stay the same."""
 
 MOST = 8  # trials that `search.pack: auto` trains together
-NOT_SHARED = ("train.lora.target_modules", "train.lora")  # decide which layers draw numbers for dropout
+LAYERS = ("train.lora.target_modules", "train.lora")  # settings that decide which layers have adapters
 
 
 def is_packable(setting: str) -> bool:
@@ -32,7 +32,7 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> 
         "train.method: full trains the base itself": train.method != "lora",
         f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
         "trials whose adapters are in different layers draw other numbers for train.lora.dropout": draws
-        and any(name in NOT_SHARED for name in search.space),
+        and any(name in LAYERS for name in search.space),
         "train.engine: DeepSpeed takes the steps": not train.flat,
         "train.compile would compile each number of trials anew": train.compile,
         "model.assistant is added to one adapter": bool(model.assistant),

@@ -96,6 +96,10 @@ class Pack(nn.Module):
 
     Args:
         model: model whose components have the members' adapters.
+
+    Raises:
+        ValueError: a layer with adapters does not see the rows of the batch one after the other; a pass
+            raises it too, for layers of which only a pass shows it.
     """
 
     def __init__(self, model: FineTuning) -> None:
@@ -103,17 +107,21 @@ class Pack(nn.Module):
         self.model, self.groups = model, _Groups()
         self.members: dict[str, Member] = {}
         for _, part in model.components.values():
-            for name, layer in adapted_layers(part):
-                if is_routed(name, model.family):
-                    raise ValueError(other_rows(name, "what a gate gives it"))
+            for name, layer in _adapted_layers(part):
+                if model.family.routed_layers and model.family.routed_layers in name:
+                    raise ValueError(_other_rows(name, "what a gate gives it"))
                 if layer.lora_embedding_A:
-                    raise ValueError(other_rows(name, "an embedding's indices"))
+                    raise ValueError(_other_rows(name, "an embedding's indices"))
                 layer.forward = partial(_forward, layer, name, self.groups)
 
     def add(self, adapter: str, objective: Objective, settings: LossSettings) -> Member:
         """Add an adapter of the model as a member."""
         self.members[adapter] = Member(self, adapter, objective, settings)
         return self.members[adapter]
+
+    def divide(self, adapters: list[str], rows: int) -> None:
+        """Let the next pass divide so many rows among adapters."""
+        self.groups.adapters, self.groups.rows = adapters, rows
 
     def forward(self, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the losses of each member's N images, by adapter: float32, N.
@@ -129,7 +137,7 @@ class Pack(nn.Module):
         }
         noisy = torch.cat([each.noisy for each in posed.values()])
         timesteps = torch.cat([each.timesteps for each in posed.values()])
-        self.groups.adapters, self.groups.rows = list(inputs), len(noisy)
+        self.divide(list(inputs), len(noisy))
         prediction = self.model.predict(noisy, timesteps, conditions, _dropped(all_inputs))
         groups = prediction.chunk(len(posed))
         return {name: each.losses(group) for (name, each), group in zip(posed.items(), groups, strict=True)}
@@ -152,19 +160,14 @@ class _Groups:
         self.rows = 0
 
 
-def adapted_layers(part: nn.Module) -> list[tuple[str, Any]]:
+def _adapted_layers(part: nn.Module) -> list[tuple[str, Any]]:
     """Return a component's layers that have adapters, with their names."""
     from peft.tuners.lora.layer import LoraLayer
 
     return [(name, layer) for name, layer in part.named_modules() if isinstance(layer, LoraLayer)]
 
 
-def is_routed(layer: str, family: Family) -> bool:
-    """Return whether a layer sees only some tokens of the rows, which a gate chooses."""
-    return bool(family.routed_layers) and family.routed_layers in layer
-
-
-def other_rows(layer: str, sees: str) -> str:
+def _other_rows(layer: str, sees: str) -> str:
     """Say that adapters of a layer cannot be members of a pack."""
     return (
         f"train.lora.target_modules: {layer} does not see the rows of the batch one after the other, but "
@@ -179,7 +182,7 @@ def _forward(layer: Any, name: str, groups: _Groups, x: torch.Tensor, *args: Any
     if not present:
         return result
     if len(x) % groups.rows:  # a family may see the tokens of a row as rows
-        raise ValueError(other_rows(name, f"{len(x)} rows of a batch of {groups.rows}"))
+        raise ValueError(_other_rows(name, f"{len(x)} rows of a batch of {groups.rows}"))
     plain = len(present) == len(adapters) and isinstance(layer.get_base_layer(), nn.Linear)
     if plain and not any(_is_special(layer, adapter) for adapter in adapters):
         return result + _products(layer, adapters, x).to(result.dtype)

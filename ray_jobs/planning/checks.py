@@ -5,10 +5,10 @@ from copy import deepcopy
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.config.packs import LAYERS
 from ray_jobs.console import say
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family
-from ray_jobs.diffusion.pack import other_rows
 from ray_jobs.diffusion.protocols import Denoiser, Scheduler, Settings
 from ray_jobs.diffusion.sampling import UNGUIDED
 from ray_jobs.weights.model_files import latent_shapes
@@ -71,16 +71,15 @@ def _check_pack(config: Config) -> None:
 
     Those that a family has by default are tested.
     """
-    from ray_jobs.planning.footprint import layers_of_other_rows
+    from ray_jobs.planning.footprint import check_rows
 
     if config.trials_together == 1:
         return
-    names = ("train.lora.target_modules", "train.lora")
-    searched = [{name: value} for name in names for value in config.search.space.get(name, [])]
+    searched = [{name: value} for name in LAYERS for value in config.search.space.get(name, [])]
     for settings in searched or [{}]:
         trial = config.with_settings(settings)
-        if trial.train.lora.target_modules and (others := layers_of_other_rows(trial)):
-            raise ValueError(other_rows(others[0], "others"))
+        if trial.train.lora.target_modules:
+            check_rows(trial)
 
 
 def _check_scores(

@@ -8,7 +8,6 @@ time everything.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ray_jobs.config import Config
 from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.diffusion.families import Conditions, Family
-from ray_jobs.diffusion.finetuning import FineTuning
-from ray_jobs.diffusion.pack import adapted_layers, is_routed
+from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
+from ray_jobs.diffusion.pack import Pack
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
 from ray_jobs.diffusion.protocols import Denoiser, TextEncoder
 from ray_jobs.diffusion.quantization import QuantizedLinear
@@ -108,23 +107,15 @@ def _pass(
             model.family.denoise(model.model, latents, torch.full((rows,), 500.0), conditions)
 
 
-def layers_of_other_rows(config: Config) -> list[str]:
-    """Return the layers with adapters that do not see the rows of the batch, one after the other.
+def check_rows(config: Config) -> None:
+    """Check that all layers with adapters see the rows of the batch one after the other, as a pack needs.
 
     Raises:
-        ValueError: a setting does not suit the base model; the message names it.
+        ValueError: one does not, or a setting does not suit the base model; the message names it.
     """
-    model, found = empty_finetuning(config), dict[str, None]()
-
-    def look(name: str, layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if is_routed(name, model.family) or len(inputs[0]) % ROWS:
-            found[name] = None
-
-    for _, part in model.components.values():
-        for name, layer in adapted_layers(part):
-            layer.register_forward_pre_hook(partial(look, name))
+    model = empty_finetuning(config)
+    Pack(model).divide([ADAPTER], ROWS)
     _pass(config, model, nullcontext, ROWS)
-    return list(found)
 
 
 def blank_conditions(

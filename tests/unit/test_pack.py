@@ -13,7 +13,7 @@ from torch import nn
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.planning.checks import check_stages
-from ray_jobs.planning.footprint import layers_of_other_rows
+from ray_jobs.planning.footprint import check_rows
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.flat import Flat
@@ -208,7 +208,8 @@ def test_a_layer_that_does_not_see_the_rows_of_the_batch_is_refused(
     with pytest.raises(ValueError, match=refused):
         together(configs, Rows(base), tmp_path, [1, 1])
     searched = searching(configs[0])
-    assert all(layer in name for name in layers_of_other_rows(searched))
+    with pytest.raises(ValueError, match=refused):
+        check_rows(searched)
     with pytest.raises(ConfigError, match=refused):
         check_stages(searched)
 
@@ -225,7 +226,10 @@ def test_layers_that_see_the_rows_of_the_batch_pass_the_check(
     family: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = configured(tiny(family), tmp_path, lora={"target_modules": ["to_q", "to_k", "to_out.0"]})
-    assert layers_of_other_rows(searching(config)) == []
+    check_rows(searching(config))
+    special = {"dropout": 0.1, "use_dora": True}
+    lora = config.train.lora.model_copy(update=special)
+    check_rows(config.model_copy(update={"train": config.train.model_copy(update={"lora": lora})}))
 
 
 @pytest.mark.parametrize("model", MODELS)
