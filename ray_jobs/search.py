@@ -60,8 +60,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         return before
     for line in at_most(config):
         say("search", line)
-    if config.search.pack == "auto" and config.why_not_together:
-        say("search", f"search.pack: each trial has its own workers: {config.why_not_together}")
+    if config.not_together:
+        say("search", config.not_together)
     phase("evaluators and the base's scores")
     with opened_store(config):
         for split in splits(config):

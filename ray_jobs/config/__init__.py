@@ -300,6 +300,13 @@ class Config(Section):
         return unpackable(self.model, self.train, self.search)
 
     @property
+    def not_together(self) -> str:
+        """The line that says why `search.pack: auto` trains no trials together; empty otherwise."""
+        if self.search.pack != "auto" or not self.why_not_together:
+            return ""
+        return f"search.pack: each trial has its own workers: {self.why_not_together}"
+
+    @property
     def trials_together(self) -> int:
         """The most trials of the search that one worker group trains; 1: each has its own."""
         return pack_size(self.model, self.train, self.search)

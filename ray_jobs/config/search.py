@@ -81,7 +81,7 @@ class SearchConfig(Section):
     ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
     max_concurrent_trials: Annotated[Positive, Effect.NOTHING] = Field(
-        1, description="trials that train at the same time"
+        1, description="trials that train at the same time, where each has its own workers (see pack)"
     )
     pack: Annotated[
         Annotated[Literal["auto", "off"], Tag("[word]")] | Annotated[int, Field(ge=2), Tag("[number]")],

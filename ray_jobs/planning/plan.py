@@ -250,8 +250,8 @@ def batch_lines(config: Config) -> list[str]:
         lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
     else:
         lines.append("an epoch: not known before the data set is prepared")
-    if config.search.pack == "auto" and config.why_not_together:
-        lines.append(f"search.pack: each trial has its own workers: {config.why_not_together}")
+    if config.not_together:
+        lines.append(config.not_together)
     steps, planned = config.search.most_steps, config.search.planned_steps
     budget = config.search.max_steps
     least = f", or {planned:,} by successive halving" if planned < steps else ""

@@ -94,7 +94,8 @@ class RungRow(Record):
         training: folder of the checkpoints, if it is not named after the trial.
         parent: checkpoint of another trial that the training began with, at step `begins_at`.
         validation_losses: loss of each held-out row.
-        seconds: time of the trial up to this rung, including evaluation.
+        seconds: time of the trial up to this rung, including evaluation; where trials share their workers,
+            its share of the time for which these were held.
         checkpoint: URI of the checkpoint.
         folds: a candidate's ranking score in each fold; the other scores are means over the folds.
         guidance_scale: of a candidate that is not measured at `evaluate.guidance_scale` alone.

@@ -1,7 +1,7 @@
 """The Ray Train trainer of a training, and the settings that its weights depend on."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.capacity import trials_at_once
@@ -109,30 +109,15 @@ def build_trainer(
         start: URI of another training's checkpoint to start from.
         wait_for_scores: pause at each rung until a callback has marked its score as reported (`REPORTED`).
     """
-    import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
     from ray_jobs.training.failures import FailureReporter
 
-    train = config.train
     settings = LoopSettings(
         config, dataset, name, ladder or config.search.ladder, board, start, wait_for_scores
     )
     begin_training(settings)
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"settings": settings},
-        scaling_config=worker_group(train, trials_at_once(config), free_resources() if train.use_gpu else ()),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=RunFolder.of(config).trainings.uri,
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[
-                FailureReporter(name, lambda: [settings.trial], train.max_failures, board),
-                *callbacks,
-            ],
-        ),
+    reporter = FailureReporter(name, lambda: [settings.trial], config.train.max_failures, board)
+    return _trainer(
+        train_worker, settings, name, RunFolder.of(config).trainings.uri, callbacks=[reporter, *callbacks]
     )
 
 
@@ -150,31 +135,51 @@ def begin_training(settings: LoopSettings) -> None:
 def build_pack_trainer(settings: PackSettings) -> Any:
     """Return a Ray Train trainer for what the queue of `settings` has, until that is closed."""
     import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
     from ray_jobs.training.failures import FailureReporter
     from ray_jobs.training.pack_callback import PackCallback
 
-    train, folder = settings.config.train, settings.folder
+    config, folder = settings.config, settings.folder
     folder.delete(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)  # the trainings know their checkpoints themselves
 
     def folders() -> list[Storage]:
         return [folder.child(name) for name in ray.get(settings.queue.names.remote())]
 
+    callbacks = [
+        FailureReporter(PACK, folders, config.train.max_failures, settings.board),
+        PackCallback(settings.queue),
+    ]
+    return _trainer(train_packs, settings, TRAININGS, RunFolder.of(config).root.uri, callbacks=callbacks)
+
+
+def _trainer(
+    function: Callable[[dict[str, Any]], None],
+    settings: LoopSettings | PackSettings,
+    name: str,
+    storage: str,
+    *,
+    callbacks: Sequence[Any],
+) -> Any:
+    """Return a Ray Train trainer that calls a function on each worker of `train`.
+
+    Args:
+        name: name of its folder below `storage`, a URI.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    config = settings.config
+    free = free_resources() if config.train.use_gpu else ()
     return TorchTrainer(
-        train_packs,
+        function,
         train_loop_config={"settings": settings},
-        scaling_config=worker_group(train, 1, free_resources() if train.use_gpu else ()),
+        scaling_config=worker_group(config.train, trials_at_once(config), free),
         run_config=ray.train.RunConfig(
-            name=TRAININGS,
-            storage_path=RunFolder.of(settings.config).root.uri,
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[
-                FailureReporter(PACK, folders, train.max_failures, settings.board),
-                PackCallback(settings.queue),
-            ],
+            name=name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=list(callbacks),
         ),
     )
 

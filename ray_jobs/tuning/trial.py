@@ -215,20 +215,19 @@ def train_trial(trial: Trial, around: SearchContext, callbacks: list["RungCallba
         RuntimeError: the loss diverged.
         DamagedPart: a file of the dataset has been moved aside as damaged.
     """
-    dataset, config = around.dataset, around.config
-    dataset.require_parts()
+    settings = loop_settings(trial, around)
     build_trainer(
-        config.with_settings(trial.settings),
-        dataset if trial.fold is None else dataset.leave_out(trial.fold),
-        name=trial.training,
-        ladder=trial.ladder,
-        start=trial.start,
+        settings.config,
+        settings.dataset,
+        name=settings.trial_id,
+        ladder=settings.ladder,
+        start=settings.start,
         callbacks=callbacks,
-        board=around.board,
+        board=settings.board,
         # Without callbacks no rung is scored, so the workers would wait forever.
-        wait_for_scores=config.search.wait_for_scores and bool(callbacks),
+        wait_for_scores=settings.wait_for_scores and bool(callbacks),
     ).fit()
-    check_diverged(RunFolder.of(config).training(trial.training))
+    check_diverged(settings.trial)
 
 
 def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> RungRow:
