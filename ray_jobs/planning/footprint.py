@@ -148,6 +148,7 @@ class SavedTensors:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module, self.largest_block = module, 0
+        self._weights: set[int] = set()
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     @property
@@ -157,21 +158,24 @@ class SavedTensors:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is saved within the block."""
-        weights = {parameter.untyped_storage()._cdata for parameter in self.module.parameters()}
+        self._weights = {parameter.untyped_storage()._cdata for parameter in self.module.parameters()}
+        with self._keeping():
+            yield
 
+    def _keeping(self) -> AbstractContextManager[Any]:
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in self._weights:
                 self._storages[storage._cdata] = storage
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
     def recomputed(self, block: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run a block that is recomputed in the backward pass: it keeps its inputs only."""
         inside = SavedTensors(self.module)
-        with inside.counting():
+        inside._weights = self._weights
+        with inside._keeping():
             output = block(*args, **named)
         self.largest_block = max(self.largest_block, inside.num_bytes)
         for each in (*args, *named.values()):
