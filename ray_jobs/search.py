@@ -9,7 +9,7 @@ interrupted search resumes: no rung is scored twice, and each training continues
 """
 
 import argparse
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from ray_jobs.config import Config, add_budget_arguments
 from ray_jobs.console import phase, say
@@ -62,23 +62,26 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         say("search", line)
     if config.not_together:
         say("search", config.not_together)
-    phase("evaluators and the base's scores")
-    with opened_store(config):
-        for split in splits(config):
-            pool.load(split)
     storage.delete("tune")
     recorded = read_rows(storage)
-    if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
-        pool.rank_by = FID
-    with watched_board() as board, _mirrored(config, dataset) as mirror:
-        with packing(config, board) as queue:
+    with watched_board() as board, ExitStack() as workers:
+        # Those of a pack start meanwhile, unless all rungs may be measured already.
+        queue = workers.enter_context(packing(config, board, at_once=not recorded))
+        phase("evaluators and the base's scores")
+        with opened_store(config):
+            for split in splits(config):
+                pool.load(split)
+        if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
+            pool.rank_by = FID
+        with _mirrored(config, dataset) as mirror:
             done = Trials(SearchContext(config, dataset, pool, board, recorded, queue), storage, mirror)
             phase("workers")
             run_trials(config, done)
-        if not done.rows:
-            raise RuntimeError(f"no trial reached its first rung: {done.errors}")
-        best = choose_winner(config, done)
-        done.computed.take()
+            workers.close()
+            if not done.rows:
+                raise RuntimeError(f"no trial reached its first rung: {done.errors}")
+            best = choose_winner(config, done)
+            done.computed.take()
     write_rows(storage, done.rows)
     content = finished(config, dataset, best)
     if not done.errors:

@@ -14,10 +14,11 @@ class PackQueue:
 
     Args:
         size: the most trials that are trained together.
+        at_once: a worker group is wanted before the first trial waits for it.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size, self.to_come, self.closed = size, 0, False
+    def __init__(self, size: int, at_once: bool = False) -> None:
+        self.size, self.at_once, self.to_come, self.closed = size, at_once, 0, False
         self.group = ""  # the worker group that asked last
         self.waiting: dict[str, Any] = {}
         self.training: dict[str, Any] = {}
@@ -104,7 +105,10 @@ class PackQueue:
     async def wanted(self) -> bool:
         """Wait until a worker group is needed; return False once the queue is closed."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.closed or bool(self.waiting or self.training))
+            await self.changed.wait_for(
+                lambda: self.closed or self.at_once or bool(self.waiting or self.training)
+            )
+        self.at_once = False
         return not self.closed
 
     async def take(self, group: str) -> list[Any] | None:

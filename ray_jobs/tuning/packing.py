@@ -18,13 +18,14 @@ END_S = 120.0  # seconds for the workers to end; what holds them longer is kille
 
 
 @contextmanager
-def packing(config: Config, board: ActorHandle) -> Iterator[ActorHandle | None]:
+def packing(config: Config, board: ActorHandle, at_once: bool) -> Iterator[ActorHandle | None]:
     """Keep a queue for the trials of a search, and workers that train what it has; None without packs.
 
-    The workers start with the first trials, and live until the block ends.
+    The workers live until the block ends.
 
     Args:
         board: handle of a ProgressBoard.
+        at_once: start the workers now, and not with the first trials.
     """
     if config.trials_together == 1:
         yield None
@@ -32,7 +33,7 @@ def packing(config: Config, board: ActorHandle) -> Iterator[ActorHandle | None]:
     # On the driver's node: another one could be lost, and the search with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, scheduling_strategy=here)
-    queue: Any = remote(PackQueue).remote(config.trials_together)
+    queue: Any = remote(PackQueue).remote(config.trials_together, at_once)
     settings = PackSettings(config, queue, board)
     keeper = remote(_keep_training).options(max_retries=-1).remote(settings)
     try:

@@ -31,7 +31,10 @@ from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 from tests.record import record_fault
 
-OVERRIDES = ["search.learning_rates=[1.0e-3,1.0e-4]", "evaluate.inference_steps=2", "evaluate.num_actors=1"]
+OVERRIDES = [
+    *("search.learning_rates=[1.0e-3,1.0e-4]", "search.pack=auto"),
+    *("evaluate.inference_steps=2", "evaluate.num_actors=1"),
+]
 
 
 def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_done(

@@ -151,6 +151,19 @@ def test_workers_are_wanted_for_what_dead_ones_had_taken() -> None:
     run(walk())
 
 
+def test_workers_that_are_to_start_at_once_are_wanted_before_the_first_trial_and_once() -> None:
+    async def walk() -> None:
+        queue = PackQueue(2, at_once=True)
+        assert await queue.wanted()
+        await queue.fail("no GPU is left")  # nothing waits that could be told
+        again = await begun(queue.wanted())
+        await queue.begin(1)
+        await joined(queue, "a")
+        assert await again
+
+    run(walk())
+
+
 def test_time_is_shared_by_those_in_training_and_begins_anew_with_each_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
