@@ -65,10 +65,11 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     storage.delete("tune")
     recorded = read_rows(storage)
     with watched_board() as board, ExitStack() as workers:
-        # Those of a pack start meanwhile, unless all rungs may be measured already.
-        queue = workers.enter_context(packing(config, board, at_once=not recorded))
         phase("evaluators and the base's scores")
         with opened_store(config):
+            pool.wait_until_loaded()  # before workers that are elastic take their places
+            # Those of a pack start meanwhile, unless all rungs may be measured already.
+            queue = workers.enter_context(packing(config, board, at_once=not recorded))
             for split in splits(config):
                 pool.load(split)
         if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them

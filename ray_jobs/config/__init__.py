@@ -290,7 +290,7 @@ class Config(Section):
         if isinstance(self.search.pack, int) and (reason := self.why_not_together):
             raise ValueError(
                 f"search.pack: {self.search.pack} trials cannot be trained together: {reason}; set "
-                "search.pack: auto, or leave it out"
+                "search.pack: auto or off"
             )
         return self
 

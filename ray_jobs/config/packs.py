@@ -15,6 +15,7 @@ PACKABLE = (
 """Settings, and sections, in which trials of a pack may differ: their rows and their base stay the same."""
 
 MOST = 8  # trials that `search.pack: auto` trains together
+MOST_PROPOSED = 4  # with Optuna, which learns from the trials that have ended before it proposes others
 LAYERS = ("train.lora.target_modules", "train.lora")  # settings that decide which layers have adapters
 
 
@@ -38,6 +39,8 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> 
         "model.assistant is added to one adapter": bool(model.assistant),
         "search.scheduler: population continues trials from each other": search.scheduler == "population",
         "the search has one trial": search.grid_size < 2,
+        f"search.max_concurrent_trials: {search.max_concurrent_trials} asks for workers of each trial's "
+        "own": search.max_concurrent_trials > 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -50,4 +53,5 @@ def pack_size(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> i
     """Return the most trials of a search that are trained together; 1: each by itself."""
     if search.pack == "off" or unpackable(model, train, search):
         return 1
-    return min(MOST if search.pack == "auto" else search.pack, search.grid_size)
+    most = MOST_PROPOSED if search.algorithm == "optuna" else MOST
+    return min(most if search.pack == "auto" else search.pack, search.grid_size)

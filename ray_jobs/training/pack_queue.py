@@ -22,6 +22,7 @@ class PackQueue:
         self.group = ""  # the worker group that asked last
         self.waiting: dict[str, Any] = {}
         self.training: dict[str, Any] = {}
+        self.trained: set[str] = set()  # those whose last rung is in storage, and being measured
         self.gone: set[str] = set()  # of this round: those that are trained, have left, or never came
         self.saved: dict[str, int] = {}  # step of the last rung that is in storage, by training
         self.ended: set[str] = set()  # trainings that ended before their last rung
@@ -33,13 +34,14 @@ class PackQueue:
     def _count(self) -> None:
         """Count the time since the last call for what is in training, in equal shares.
 
-        Time in which nothing was in training, but workers were held, counts for what comes next.
+        Without that it counts for those whose last rung is being measured, or else for what comes next.
         """
-        if not self.training:
+        names = self.training or self.trained
+        if not names:
             return
         now = time.monotonic()
-        for name in self.training:
-            self.spent[name] = self.spent.get(name, 0.0) + (now - self.counted_at) / len(self.training)
+        for name in names:
+            self.spent[name] = self.spent.get(name, 0.0) + (now - self.counted_at) / len(names)
         self.counted_at = now
 
     def seconds(self, name: str) -> float:
@@ -57,6 +59,7 @@ class PackQueue:
         self._count()
         self.spent.clear()
         self.gone.clear()
+        self.trained.clear()
         self.waiting.clear()
         self.training.clear()
         await self._tell()
@@ -80,6 +83,7 @@ class PackQueue:
         """Take a training out, wherever it is: it was stopped, is finished, or has failed."""
         self.waiting.pop(name, None)
         self._end(name)
+        self.trained.discard(name)
         await self._tell()
 
     async def news(self, name: str, step: int) -> int:
@@ -146,6 +150,7 @@ class PackQueue:
         self.saved[name] = max(step, self.saved.get(name, 0))
         if name in self.training and step >= self.training[name].ladder[-1]:
             self._end(name)
+            self.trained.add(name)
         await self._tell()
 
     async def diverged(self, name: str) -> None:

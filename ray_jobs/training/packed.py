@@ -82,6 +82,8 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
         if closed:
             return
         plan: list[tuple[LoopSettings, Storage | None]] = ray.get(reference)
+        if started:
+            started.done("trials")
         with halved_when_it_does_not_fit(
             plan[0][0].config.train, settings.folder, PACK, world_size, settings.tell
         ):
@@ -161,9 +163,9 @@ class PackedTraining:
             if own is None:
                 continue
             training.settings, training.meter.ladder = own, own.ladder
-            if training.done >= own.ladder[-1]:  # the report of its last rung was lost with its workers
-                if self.rank == 0:
-                    self.settings.queue.rung_saved.remote(own.trial_id, training.done)
+            if self.rank == 0 and training.done in own.ladder:  # in case the report was lost with its workers
+                self.settings.queue.rung_saved.remote(own.trial_id, training.done)
+            if training.done >= own.ladder[-1]:
                 continue
             training.start()
             active.append(number)
@@ -183,7 +185,7 @@ class PackedTraining:
                 # Those that have resumed from a later step wait for it.
                 if taking := [number for number in active if self.trainings[number].done == step - 1]:
                     active = self._step(step, pieces, taking, active)
-                    active = self._without_stopped(step, active)
+                    active = self._without_stopped(step, taking, active)
                 if not active:
                     return
 
@@ -209,35 +211,43 @@ class PackedTraining:
                 ended.add(number)
         return [number for number in active if number not in ended]
 
-    def _without_stopped(self, step: int, active: list[int]) -> list[int]:
+    def _without_stopped(self, step: int, taken: list[int], active: list[int]) -> list[int]:
         """Return the trainings that go on after a step; all ranks must call this.
 
         Where `search.wait_for_scores` is set, that of a rung is waited for.
+
+        Args:
+            taken: those of which it was a step.
         """
         import ray
         from ray.train.collective import broadcast_from_rank_zero
 
         trainings = [self.trainings[number] for number in active]
         paused = [
-            each for each in trainings if each.settings.wait_for_scores and step in each.settings.ladder[:-1]
+            self.trainings[number]
+            for number in taken
+            if number in active
+            and self.trainings[number].settings.wait_for_scores
+            and step in self.trainings[number].settings.ladder[:-1]
         ]
         looked = any([self._looked(each) for each in trainings])
         if not (paused or looked):
             return active
-        stay: list[str] | None = None
+        stay: list[int] | None = None
         if self.rank == 0:
-            stay = ray.get(self.settings.queue.names.remote())
+            names = ray.get(self.settings.queue.names.remote())
             while any(
-                each.settings.trial_id in stay
+                each.settings.trial_id in names
                 and not each.settings.trial.child(folder_of(step)).exists(REPORTED)
                 for each in paused
             ):
                 time.sleep(POLL_S)
-                stay = ray.get(self.settings.queue.names.remote())
-        names = set(broadcast_from_rank_zero(stay))
+                names = ray.get(self.settings.queue.names.remote())
+            stay = [number for number in active if self.trainings[number].settings.trial_id in names]
         for each in paused:
             each.meter.go_on()
-        return [number for number in active if self.trainings[number].settings.trial_id in names]
+        found: list[int] = broadcast_from_rank_zero(stay)
+        return found
 
     def _looked(self, training: TrainingRun) -> bool:
         looked, training.meter.looked = training.meter.looked, False

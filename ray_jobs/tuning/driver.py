@@ -1,5 +1,6 @@
 """Run trials under Ray Tune, recording every rung as soon as it is measured."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,8 @@ class Trials:
                 stop=CombinedStopper(refused, *stoppers(config, recorded, self.computed.take)),
             ),
         )
+        # Tune would take the first Ctrl-C for the end of its trials, and a winner would be chosen of those.
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         results = tuner.fit()
         if refused.error:
             raise refused.error

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -39,7 +39,8 @@ def packing(config: Config, board: ActorHandle, at_once: bool) -> Iterator[Actor
     try:
         yield queue
     finally:
-        ray.get(queue.close.remote())
+        with suppress(ray.exceptions.RayActorError):  # one that has died: its trials say so
+            ray.get(queue.close.remote())
         ended, _ = ray.wait([keeper], timeout=END_S)
         if not ended:
             ray.cancel(keeper, force=True)

@@ -42,10 +42,12 @@ class Patience(Stopper):
         self.rungs = rungs
         self.best: dict[str, float] = {}
         self.waited: dict[str, int] = {}
+        self.at: dict[str, int] = {}  # the last rung; a trial that starts again reports its rungs again
 
     def __call__(self, trial_id: str, result: Result) -> bool:
-        if "score" not in result:
+        if "score" not in result or result["step"] <= self.at.get(trial_id, -1):
             return False
+        self.at[trial_id] = result["step"]
         best = self.best.get(trial_id, math.inf)
         improved = result["score"] < best - (result.get("score_error") or 0.0)
         self.waited[trial_id] = 0 if improved else self.waited.get(trial_id, 0) + 1

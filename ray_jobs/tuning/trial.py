@@ -17,7 +17,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.names import trial_id
-from ray_jobs.run.records import RungRow
+from ray_jobs.run.records import RungRow, read_rows
 from ray_jobs.run.split import VALIDATION, Split, refit_of, training_of
 from ray_jobs.training.checkpoint import REPORTED, WEIGHTS, Rung, damaged, rungs_of
 from ray_jobs.training.loop import LoopSettings
@@ -110,13 +110,15 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
     """
     trial, config, pool = make(space), around.config, around.pool
     labels = trial.labels(config)
-    known = {row.step: row for row in around.recorded if row.training_name == trial.training}
+    # Read here: a driver that starts again finds the rungs that were measured meanwhile.
+    rows = read_rows(RunFolder.of(config).search)
+    known = {row.step: row for row in rows if row.training_name == trial.training}
     folder = RunFolder.of(config).training(trial.training)
     tell = _teller(trial, around.board)
     rungs = [rung for rung in rungs_of(folder) if rung.step in known or intact(rung, tell)]
     for rung in rungs:
         row = known.get(rung.step) or measure(rung, labels, trial.split, pool)
-        tune.report(reported(row))
+        tune.report(reported(row) | _share(trial, around))
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # a diverged training would diverge again
     if rungs and rungs[-1].step >= trial.ladder[-1]:
@@ -146,7 +148,10 @@ def train_packed(trial: Trial, around: SearchContext, tell: Tell, step: int) -> 
     settings = loop_settings(trial, around)
     begin_training(settings)
     folder, labels, queue = settings.trial, trial.labels(around.config), around.queue
-    if any(damaged(Storage.open(rung.uri), WEIGHTS) for rung in unreported(folder)):
+    to_repeat = unreported(folder)
+    if not settings.wait_for_scores:  # others are passed over, but for the last checkpoint
+        to_repeat = [rung for rung in to_repeat if rung.step == rungs_of(folder)[-1].step]
+    if any(damaged(Storage.open(rung.uri), WEIGHTS) for rung in to_repeat):
         ray.get(queue.leave.remote(trial.training))  # to train again what an earlier start found damaged
     ray.get(queue.join.remote(trial.training, settings))
     while step < trial.ladder[-1]:
@@ -154,14 +159,21 @@ def train_packed(trial: Trial, around: SearchContext, tell: Tell, step: int) -> 
         for rung in unreported(folder, until=found):
             if intact(rung, tell):
                 row = measure(rung, labels, trial.split, around.pool)
-                spent: float = ray.get(queue.seconds.remote(trial.training))
-                tune.report(reported(row) | {WORKER_SECONDS: spent})
+                tune.report(reported(row) | _share(trial, around))
                 Storage.open(rung.uri).write_text(REPORTED, "")
             elif rung.step == trial.ladder[-1] or (settings.wait_for_scores and rung.step > step):
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
         if not found:
             check_diverged(folder)
         step = max(step, found)
+
+
+def _share(trial: Trial, around: SearchContext) -> Labels:
+    """Return what Tune gets to know of the workers' time if the trial shares them with others."""
+    if around.queue is None:
+        return {}
+    seconds: float = ray.get(around.queue.seconds.remote(trial.training))
+    return {WORKER_SECONDS: seconds}
 
 
 def loop_settings(trial: Trial, around: SearchContext) -> LoopSettings:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ DECAY = "train.weight_decay"
 
 
 def configured(folder: Path, *overrides: str) -> Config:
-    search = [f"search.{override}" for override in overrides]
+    search = [f"search.{override}" for override in ("pack=off", *overrides)]
     return load_config(DEMO, [f"storage={folder}", *search])
 
 
@@ -85,6 +86,7 @@ def test_folds_train_what_is_left_of_the_fold_before(
         [
             f"storage={tmp_path}",
             f"search.scheduler={scheduler}",
+            "search.pack=off",
             "data.folds=2",
             "search.folds=2",
             "search.learning_rates=[3.0e-4,1.0e-1]",
@@ -130,6 +132,23 @@ def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
     with pytest.raises(ConfigError, match="^storage: .*Disk quota exceeded: free some space"):
         searched(config, out_of_room)
     assert time.monotonic() - begun < 300
+
+
+def test_ctrl_c_ends_the_search_and_not_only_its_trials(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Tune of Ray 2.56 would return the trials so far, of which a winner would be chosen."""
+    config = configured(tmp_path, "learning_rates=[1.0e-5,1.0e-4,1.0e-3,1.0e-2]", "scheduler=none")
+    results = tmp_path / config.name / "search" / "results.jsonl"
+
+    def interrupt() -> None:
+        while not results.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    with ThreadPoolExecutor(1) as beside, pytest.raises(KeyboardInterrupt):
+        beside.submit(interrupt)
+        searched(config)
+    signal.signal(signal.SIGINT, former)
 
 
 def test_the_budget_ends_the_search_at_a_rung(ray_cluster: LocalCluster, tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_time_is_shared_by_those_in_training_and_begins_anew_with_each_round(
         now[0] += 5
         assert (queue.seconds("a"), queue.seconds("b")) == (15, 20)
         await queue.rung_saved("b", 4)
+        now[0] += 6  # while its last rung is measured, and that of the other, workers are held
+        assert (queue.seconds("a"), queue.seconds("b")) == (18, 23)
+        await queue.leave("a")
+        now[0] += 1
+        assert (queue.seconds("a"), queue.seconds("b")) == (18, 24)
         await queue.begin(1)
         await queue.join("b", Settings("b", [2, 4, 6]))
         now[0] += 3  # while scores are measured, workers are held

@@ -10,6 +10,7 @@ from ray_jobs.config import Config, ConfigError, load_config
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 REFUSED = {
+    "search.max_concurrent_trials=2": "search.max_concurrent_trials: 2 asks for workers of each trial's own",
     "train.method=full": "train.method: full trains the base itself",
     "search.space={train.batch_size: [4, 8]}": "trials differ in train.batch_size, which is not of their",
     "train.zero_stage=3": "train.engine: DeepSpeed takes the steps",
@@ -43,10 +44,17 @@ def test_what_cannot_be_trained_together_is_refused_by_number_and_not_by_auto(
 def test_a_pack_has_at_most_as_many_trials_as_the_search() -> None:
     assert config("search.pack=auto").trials_together == 2
     assert config("search.pack=3").trials_together == 2
-    assert config("search.pack=off").trials_together == config().trials_together == 1
+    assert config("search.pack=off").trials_together == 1
     assert (
         config("search.pack=auto", "search.space={train.lora.rank: [2, 4, 8, 16, 32]}").trials_together == 8
     )
+
+
+def test_optuna_learns_from_some_trials_before_it_proposes_others() -> None:
+    rates = "search.learning_rates={low: 1.0e-4, high: 1.0e-2}"
+    optuna = [rates, "search.algorithm=optuna", "search.num_trials=12"]
+    assert config("search.pack=auto", *optuna).trials_together == 4
+    assert config("search.pack=6", *optuna).trials_together == 6
 
 
 def test_a_pack_has_one_worker_group_and_drivers_that_only_wait() -> None:

@@ -36,6 +36,8 @@ def test_patience_ends_with_so_many_rungs_without_an_improvement_beyond_the_erro
     fids = [140.0, 130.0, 129.0, 120.0, 119.0, 118.5]
     stopped = [patience("a", rung(n, score=fid, score_error=3.0)) for n, fid in enumerate(fids)]
     assert stopped == [False, False, False, False, False, True]
+    again = [patience("a", rung(n, score=fid, score_error=3.0)) for n, fid in enumerate(fids)]
+    assert not any(again), "a trial that starts again reports its rungs again"
     assert not patience("b", rung(1, score=200.0, score_error=3.0))  # another trial
     assert not patience.stop_all()
 
