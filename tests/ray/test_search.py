@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_search_and_is_no_trial_that_is_left_out(
 
 
 def test_ctrl_c_ends_the_search_and_not_only_its_trials(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Tune of Ray 2.56 would return the trials so far, of which a winner would be chosen."""
+    """Tune of Ray 2.60.0 would return the trials so far, of which a winner would be chosen."""
     config = configured(tmp_path, "learning_rates=[1.0e-5,1.0e-4,1.0e-3,1.0e-2]", "scheduler=none")
     results = tmp_path / config.name / "search" / "results.jsonl"
 
