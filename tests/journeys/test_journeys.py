@@ -15,8 +15,8 @@
 | hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
-Two trials train at once, but with folds, where each fold has one, and with a stream, whose encoders take
-the place of the second.
+Two trials train at once, with DoRA in one worker group; but with folds each fold has one, and with a stream
+its encoders take the place of the second.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,10 @@ JOURNEYS = [
         "dora",
         "Stable Diffusion XL, only fp16 files",
         pictures.webdataset,
-        {"train": {"train_text_encoder": True, "caption_dropout": 0.5, "lora": {"use_dora": True}}},
+        {
+            "train": {"train_text_encoder": True, "caption_dropout": 0.5, "lora": {"use_dora": True}},
+            "search": {"max_concurrent_trials": 1, "pack": "auto"},
+        },
     ),
     Journey(
         "stream",
