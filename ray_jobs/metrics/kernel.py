@@ -101,7 +101,7 @@ def kernel_difference(
 def _of_subsets(
     generated: torch.Tensor, real: torch.Tensor, num_subsets: int, subset_size: int | None, seed: int
 ) -> tuple[torch.Tensor, Callable[[float], float]]:
-    """Return `squared_mmd` of random subsets (float64, num_subsets), and how its deviation gives the error."""
+    """Return `squared_mmd` of random subsets (float64, num_subsets), and the error from its deviation."""
     count = min(len(generated), len(real))
     size = min(SUBSET_SIZE, count // 2) if subset_size is None else subset_size
     if not 2 <= size < count or num_subsets < 2:

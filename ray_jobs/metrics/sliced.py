@@ -75,9 +75,7 @@ def _influences(one: torch.Tensor, order: torch.Tensor, other: torch.Tensor) -> 
     levels = torch.arange(1, count, device=one.device) * count_other
     target = (other[:, (levels - 1) // count] + other[:, levels // count]) / 2
     steps = one.diff(dim=1) * (one[:, 1:] + one[:, :-1] - 2 * target)
-    potential = torch.zeros_like(one).scatter_(
-        1, order, torch.nn.functional.pad(steps.cumsum(dim=1), (1, 0))
-    )
+    potential = torch.zeros_like(one).scatter_(1, order, torch.nn.functional.pad(steps.cumsum(dim=1), (1, 0)))
     return potential.mean(dim=0)
 
 

@@ -216,7 +216,10 @@ def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_i
     for side, version in (("version 1", one), ("base", other)):
         assert written[side]["guidance_scale"] == version.guidance_scale
         assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
-    assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
+    measure = written["difference"]["measure"]
+    assert measure == "corrected_fid"
+    scores = [written[side][measure] for side in ("version 1", "base")]
+    assert scores[0] - scores[1] == pytest.approx(found.value, abs=1e-3)
     pool = fresh(started)
     pool.load(VALIDATION)
     drawn = pool.score(weights, VALIDATION, guidance_scale=1.0).fid.value

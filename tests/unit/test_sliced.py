@@ -7,7 +7,7 @@ from ray_jobs.metrics.sliced import NUM_DIRECTIONS, SCALE, mind_difference, mind
 from tests.unit.test_corrected import COUNT, REAL, SIZE, VARIANCES, drawn, generators
 
 REAL_COVARIANCE = torch.diag(VARIANCES)
-# Relative error of a mean of (u . a)^2 over so many directions, three times: its variance is 2 / their number.
+# Three relative errors of a mean of (u . a)^2 over so many directions.
 OF_DIRECTIONS = 3 * (2 / NUM_DIRECTIONS) ** 0.5
 
 
