@@ -20,7 +20,7 @@ from ray_jobs.publish import publish
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import RungRow
+from ray_jobs.run.records import MEASURES, RungRow
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
@@ -152,6 +152,20 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
     assert found.copies is not None
     assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions[Split.of_fold(0)]))
     assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == {0}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_two_rungs_are_compared_by_whatever_ranks(
+    started: EvaluatorPool, rows: list[RungRow], measure: str
+) -> None:
+    pool = fresh(started)
+    pool.rank_by = measure
+    pool.load(VALIDATION)
+    assert pool.ranked_by(VALIDATION) == measure
+    one, other = (row | {"ranked_by": measure} for row in rows)
+    first, second = (Storage.open(row.checkpoint) for row in (one, other))
+    found = pool.difference(first, second, VALIDATION, measure=measure)
+    assert found.value == pytest.approx(one.score - other.score, rel=1e-3) and found.standard_error > 0
 
 
 def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
