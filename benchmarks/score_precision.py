@@ -6,8 +6,8 @@ the same noise in float32, in bf16 (`evaluate.precision`), and with its linear l
 also through an emulation of bf16: CPUs without its instructions take minutes for what takes seconds.
 
 A precision is right for scores if it moves none by more than a tenth of its error. `paired` is the error of
-the movement itself, which the same captions and noise make small; there is none for KID, nor where the real
-pictures' features change too.
+the movement itself, which the same captions and noise make small; there is none where the real pictures'
+features change too.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from ray_jobs.metrics.corrected import Correction, corrected_difference, correct
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception import load_inception
-from ray_jobs.metrics.kernel import kernel_distance
+from ray_jobs.metrics.kernel import kernel_difference, kernel_distance
 from ray_jobs.metrics.resampling import frechet_score, paired_difference
 from ray_jobs.metrics.score import Score
+from ray_jobs.metrics.sliced import mind_difference, mind_score
 from ray_jobs.weights.loading import load_pipeline
 
 STEPS, GUIDANCE_SCALE = 10, 2.0  # of configs/demo.yaml
@@ -133,13 +134,18 @@ class Judge:
             "FID": frechet_score(features, self.moments),
             "corrected FID": corrected_score(features, self.moments, self.correction),
             "KID": kernel_distance(features, self.real, ""),
+            "MIND": mind_score(features, self.real, ""),
         }
 
     def paired_errors(self, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
         """Return the errors of the differences between two sets' scores."""
-        corrected = corrected_difference(one, other, self.moments, self.correction)
-        fid = paired_difference(one, other, self.moments)
-        return {"FID": fid.standard_error, "corrected FID": corrected.standard_error}
+        found = {
+            "FID": paired_difference(one, other, self.moments),
+            "corrected FID": corrected_difference(one, other, self.moments, self.correction),
+            "KID": kernel_difference(one, other, self.real, ""),
+            "MIND": mind_difference(one, other, self.real, ""),
+        }
+        return {name: each.standard_error for name, each in found.items()}
 
 
 def movements(

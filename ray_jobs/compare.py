@@ -4,8 +4,9 @@
     python -m ray_jobs.compare --config configs/demo.yaml 3 base
 
 A version is given by number or alias; `base` is the base model. Both are scored on the validation split in
-pairs of pictures, each at the guidance scale that it was published with (the base at
-`evaluate.guidance_scale`). A version that was trained on these pictures (`search.folds`) is refused.
+pairs of pictures, by the score that ranks a search (`search.rank_by`), each at the guidance scale that it was
+published with (the base at `evaluate.guidance_scale`). A version that was trained on these pictures
+(`search.folds`) is refused.
 
 Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and those
 of both versions side by side.
@@ -24,13 +25,14 @@ from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
-from ray_jobs.evaluation.scores import FEWEST, Scores, describe
+from ray_jobs.evaluation.scores import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.aliases import command_line
 from ray_jobs.registry.models import registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import MEASURES
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.weights.feature_networks import check_networks
@@ -87,7 +89,7 @@ def look_up(config: Config, which: str) -> Version:
 def compare(
     config: Config, dataset: Dataset, pool: EvaluatorPool, one: Version, other: Version
 ) -> PairedDifference:
-    """Run the stage; return the FID of `one` minus that of `other`.
+    """Run the stage; return how much worse `one` is than `other` by the score that ranks a search.
 
     Raises:
         ConfigError: there are too few pictures, or no resamples, to estimate an error.
@@ -105,14 +107,16 @@ def compare(
             unsure = "it may have trained on some of these pictures"
             say("compare", f"{version.name} was trained on data other than this run's: {unsure}")
         scores.append(pool.score(version.weights, VALIDATION, side, version.guidance_scale))
-        say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {describe(scores[-1])}")
+        say("compare", f"{version.name}, guidance {version.guidance_scale:g}: {scores[-1].described()}")
     if scores[0].fid.num_samples < FEWEST:
         raise ConfigError(f"evaluate.num_samples: a comparison needs {FEWEST} pictures; raise it")
-    found = pool.difference(sides[0], sides[1], VALIDATION)
+    measure = pool.ranked_by(VALIDATION)
+    name, digits = MEASURES[measure]
+    found = pool.difference(sides[0], sides[1], VALIDATION, measure=measure)
     told_apart = abs(found.value) > found.standard_error
     say(
         "compare",
-        f"{names[0]} minus {names[1]}: {found.value:+.1f} ± {found.standard_error:.1f}"
+        f"{names[0]} minus {names[1]}: {name} {found.value:+.{digits}f} ± {found.standard_error:.{digits}f}"
         + ("" if told_apart else ", within the error")
         + f"; sharing captions and noise makes the variance {found.variance_ratio:.1f} times smaller",
     )
@@ -120,7 +124,8 @@ def compare(
         version.name: score.row() | score.origin | {"guidance_scale": version.guidance_scale}
         for version, score in zip((one, other), scores, strict=True)
     }
-    folder.write_text("comparison.json", json.dumps(numbers | {"difference": asdict(found)}, indent=2))
+    difference = asdict(found) | {"measure": measure}
+    folder.write_text("comparison.json", json.dumps(numbers | {"difference": difference}, indent=2))
     folder.write_bytes("grid.png", _grid(dataset, pool, names, sides))
     say("compare", f"pictures: {folder.uri}/grid.png")
     return found

@@ -15,7 +15,7 @@ from ray_jobs.console import say
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import evaluators
-from ray_jobs.evaluation.scores import describe, describe_record
+from ray_jobs.evaluation.scores import describe_record
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.split import Split, unseen_by
@@ -36,7 +36,7 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
             measured = pool.measure(weights, split) if arguments.all else None
             found = measured.scores if measured else pool.score(weights, split)
             of = f" ({found.fid.num_samples} pictures, {found.fid.feature_network})" if not weights else ""
-            say("evaluate", f"{name}: {describe(found)}{of}")
+            say("evaluate", f"{name}: {found.described()}{of}")
             for record in measured.records() if measured else ():
                 say("evaluate", f"{name}: {describe_record(record)}")
             for sentence in measured.left_out if measured and not weights else ():

@@ -25,10 +25,10 @@ from ray_jobs.publishing.test_split_ledger import close_test, open_test
 from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
-from ray_jobs.report import closed_share
+from ray_jobs.report import closed_share, number
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import MODEL, RunFolder
-from ray_jobs.run.records import Winner
+from ray_jobs.run.records import KID, MIND, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
@@ -85,20 +85,27 @@ def publish(
 
 
 def _outcome(winner: Winner) -> list[str]:
-    """Describe the scores on the test split, the one that tells the share closed first."""
+    """Describe the scores on the test split: the one that ranked, if no other line has it, comes last."""
     share, closed = closed_share(winner), ""
     if share is not None:
         closed = f", {share:.0%} of the way to" if share >= 0 else ", away from"
         closed += " real pictures"
     fid = f"test FID {winner.base_test_fid:.1f} (base) -> {winner.test_fid:.1f}"
-    if winner.corrected_test is None:
-        return [fid + (f"{closed} ({winner.test_floor_fid:.1f})" if closed else "")]
-    before, after = winner.corrected_test
-    return [
-        f"test FID without the bias of few pictures {before:.1f} (base) -> {after:.1f}{closed}"
-        + (" (0)" if closed else ""),
-        f"{fid} (real pictures: {winner.test_floor_fid:.1f})",
-    ]
+    lines = [fid + (f"{closed} ({winner.test_floor_fid:.1f})" if closed else "")]
+    if winner.corrected_test is not None:
+        before, after = winner.corrected_test
+        lines = [
+            f"test FID without the bias of few pictures {before:.1f} (base) -> {after:.1f}{closed}"
+            + (" (0)" if closed else ""),
+            f"{fid} (real pictures: {winner.test_floor_fid:.1f})",
+        ]
+    if winner.ranked_by in (KID, MIND):
+        name, digits = winner.measure
+        base, own = (
+            number(winner.score(f"{whose}test_{winner.ranked_by}")[0], digits) for whose in ("base_", "")
+        )
+        lines.append(f"test {name}, which ranked, {base} (base) -> {own}")
+    return lines
 
 
 def require_intact(checkpoint: Storage) -> None:

@@ -3,9 +3,10 @@
     python -m ray_jobs.search --config configs/demo.yaml [--max-steps N] [--max-hours N] [--max-cost N]
 
 Writes `<storage>/<run>/search/results.jsonl`, one line per rung. `search.scheduler` stops bad trials: the
-default, ASHA (Li et al., arXiv 1810.05934), stops a trial whose validation FID at a rung is not among the
-best. The winner is the rung with the lowest FID, or an earlier one within the error of the difference. An
-interrupted search resumes: no rung is scored twice, and each training continues from its last checkpoint.
+default, ASHA (Li et al., arXiv 1810.05934), stops a trial whose validation score (`search.rank_by`) at a rung
+is not among the best. The winner is the rung with the lowest score, or an earlier one within the error of the
+difference. An interrupted search resumes: no rung is scored twice, and each training continues from its last
+checkpoint.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from ray_jobs.planning.checks import checked
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, read_rows, write_rows
+from ray_jobs.run.records import FID, MEASURES, read_rows, write_rows
 from ray_jobs.training.tracking import Mirror, opened_store, tracked
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.packing import packing
@@ -74,6 +75,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
                 pool.load(split)
         if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
             pool.rank_by = FID
+        if (ranking := pool.ranked_by(splits(config)[0])) != pool.rank_by:
+            say("search", f"ranks by {MEASURES[ranking].name}: too few pictures for rank_by: {pool.rank_by}")
         with _mirrored(config, dataset) as mirror:
             done = Trials(SearchContext(config, dataset, pool, board, recorded, queue), storage, mirror)
             phase("workers")
@@ -99,7 +102,8 @@ def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror
 
 def _tell(config: Config, found: SearchResult) -> None:
     best, lowest = found.winner, min(row.score for row in found.rows)
-    tie = "" if best.score <= lowest else f", within the error of the lowest ({lowest:.1f}), with fewer steps"
+    of_lowest = f"the lowest ({lowest:.{best.measure.digits}f})"
+    tie = "" if best.score <= lowest else f", within the error of {of_lowest}, with fewer steps"
     what = f"{best.trial_id} at step {best.step}"
     over = f" over {config.search.folds} folds" if config.search.folds else ""
     say("search", f"winner: {what}, validation{over} {with_error(best)}{tie}")

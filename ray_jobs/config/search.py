@@ -61,11 +61,12 @@ class SearchConfig(Section):
         "rung the worst continue from the best with changed settings. none: stop none",
     )
     # Earlier releases ranked by FID. What they found keeps its winner: its digest is that of the default.
-    rank_by: Annotated[Literal["corrected_fid", "fid"], Added("corrected_fid")] = Field(
+    rank_by: Annotated[Literal["corrected_fid", "fid", "kid", "mind"], Added("corrected_fid")] = Field(
         "corrected_fid",
         description="score that decides between checkpoints. corrected_fid: FID without the bias of the "
         "number of images, by which few images reward a smaller variety; with fewer training images than a "
-        "score has, it is FID. fid: FID as in the literature",
+        "score has, it is FID. fid: FID as in the literature. kid: kernel distance, which has no such bias; "
+        "with fewer than 4 images it is FID. mind: sliced Wasserstein distance, which has hardly any",
     )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],
@@ -331,7 +332,8 @@ class EvaluateConfig(Section):
         100,
         ge=0,
         description="number of random halves of the images from which the errors of scores are estimated, "
-        "at least 2 (the corrected FID takes at most 32 samples without a quarter of them); 0: no errors",
+        "at least 2 (the corrected FID takes at most 32 samples without a quarter of them; MIND needs none, "
+        "and KID, which always has an error, takes its own); 0: no errors",
     )
     clip: Annotated[str | None, Effect.PUBLISHING] = Field(
         None,

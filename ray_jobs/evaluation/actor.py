@@ -22,15 +22,16 @@ from ray_jobs.evaluation.scores import (
     Real,
     Scores,
     SetScores,
+    difference_by,
     more_scores,
     near_copies,
     precision_and_recall,
     scores_of,
 )
-from ray_jobs.metrics.corrected import Correction, corrected_difference
-from ray_jobs.metrics.resampling import PairedDifference, paired_difference
+from ray_jobs.metrics.corrected import Correction
+from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
-from ray_jobs.run.records import CORRECTED, FID, Measurement
+from ray_jobs.run.records import FID, Measurement
 from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import load_networks
 
@@ -356,16 +357,13 @@ class Evaluator:
         import torch
         from safetensors.numpy import load
 
-        network = self.networks.first.identity
-        sets = [torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other)]
-        moments, resamples = real.moments[network], self.config.evaluate.bootstrap
-        compare = partial(paired_difference, real=moments, num_resamples=resamples)
-        if measure == CORRECTED:
-            assert real.correction is not None
-            compare = partial(
-                corrected_difference, real=moments, correction=real.correction, num_resamples=resamples
+        network, resamples = self.networks.first.identity, self.config.evaluate.bootstrap
+        first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
+        return self._computed(
+            lambda device: difference_by(
+                measure, first.to(device), second.to(device), real, network, resamples=resamples
             )
-        return self._computed(lambda device: compare(*(each.to(device) for each in sets)))
+        )
 
 
 def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":

@@ -23,6 +23,7 @@ MEANS = (
     "fid_means",
     "spread",
     "kid",
+    "mind",
     "fid_2",
     "train_loss",
     "validation_loss",

@@ -17,10 +17,10 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import Features, Real, Scores, SetScores
+from ray_jobs.evaluation.scores import FEWEST, Features, Real, Scores, SetScores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CORRECTED, FID, Measurement
+from ray_jobs.run.records import CORRECTED, FID, KID, Measurement
 from ray_jobs.run.samples import SAMPLES, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
@@ -289,14 +289,20 @@ class EvaluatorPool:
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file, measure))
 
     def ranked_by(self, split: Split) -> str:
-        """Return the score that ranks on a loaded split: `rank_by`, or FID where it has no correction.
+        """Return the score that ranks on a loaded split: `rank_by`, or FID where the split does not have it.
 
-        Folds are ranked by one score: where one of them has no correction, all are ranked by FID.
+        Folds are ranked by one score: where one of them does not have it, all are ranked by FID.
         """
         alike = (
             [each for each in self.corrected if each.fold is not None] if split.fold is not None else [split]
         )
-        return self.rank_by if self.rank_by != CORRECTED or all(map(self.corrected.get, alike)) else FID
+        return self.rank_by if all(map(self._has_ranking, alike)) else FID
+
+    def _has_ranking(self, split: Split) -> bool:
+        """Return whether the scores of a loaded split contain `rank_by`."""
+        if self.rank_by == KID:
+            return min(len(self.captions[split]), self._num_samples(split)) >= FEWEST
+        return self.rank_by != CORRECTED or self.corrected[split]
 
     def resizing(self) -> dict[str, str]:
         """Return how each feature network's input pictures are resized, by network identity."""

@@ -8,20 +8,21 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from ray_jobs.metrics.corrected import Correction, corrected_score
+from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception_score import inception_score
-from ray_jobs.metrics.kernel import kernel_distance
+from ray_jobs.metrics.kernel import kernel_difference, kernel_distance
 from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
 from ray_jobs.metrics.ranking import enough_samples
-from ray_jobs.metrics.resampling import frechet_score
+from ray_jobs.metrics.resampling import PairedDifference, frechet_score, paired_difference
 from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.similarity import clip_score, paired_similarity
+from ray_jobs.metrics.sliced import mind_difference, mind_score
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
-from ray_jobs.run.records import CORRECTED, Measurement
+from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, Measurement
 from ray_jobs.weights.feature_networks import Networks
 
 FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
@@ -64,6 +65,7 @@ class Scores:
     Attributes:
         fid: Fréchet distance in features of `evaluate.feature_network`, with its error.
         kid: kernel distance in the same features; None for too few pictures.
+        mind: sliced Wasserstein distance in the same features, with an error as `fid`.
         second: Fréchet distance in features of `evaluate.second_network`; None without one.
         corrected: FID without the bias of the number of pictures (`metrics.corrected`); None without a
             correction for this number.
@@ -73,6 +75,7 @@ class Scores:
 
     fid: Score
     kid: Score | None
+    mind: Score
     second: Score | None
     corrected: Score | None
     means: float
@@ -80,12 +83,29 @@ class Scores:
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
         """Values with their errors: `fid`, `fid_error`, `kid`, ..., each name after a prefix."""
-        named = {"fid": self.fid, CORRECTED: self.corrected, "kid": self.kid, "fid_2": self.second}
+        named = {**self._ranking, "fid_2": self.second}
         found: dict[str, float | None] = {f"{prefix}fid_means": self.means, f"{prefix}spread": self.spread}
         for name, score in named.items():
             if score:
                 found |= {f"{prefix}{name}": score.value, f"{prefix}{name}_error": score.standard_error}
         return found
+
+    @property
+    def _ranking(self) -> dict[str, Score | None]:
+        """Scores that can rank, as `MEASURES` names them."""
+        return {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
+
+    def described(self) -> str:
+        """Format the scores for display."""
+        shown = [(*MEASURES[key], score) for key, score in self._ranking.items()]
+        if self.second:
+            network = self.second.feature_network.split("@")[0]
+            shown.append((f"Fréchet distance by {network}", 2, self.second))
+        return ", ".join(
+            f"{name} {number(score.value, digits, score.standard_error)}"
+            for name, digits, score in shown
+            if score
+        )
 
     @property
     def origin(self) -> dict[str, str | int]:
@@ -100,7 +120,7 @@ def scores_of(
     """Compute the scores that rank a set of pictures.
 
     Args:
-        device: device that computes Fréchet distances, whose errors take many eigenvalues.
+        device: device that computes Fréchet distances, whose errors take many eigenvalues, and MIND.
     """
 
     def frechet(network: str) -> Score:
@@ -113,12 +133,36 @@ def scores_of(
     sets = torch.from_numpy(generated[first]), torch.from_numpy(real.features[first])
     kid = kernel_distance(*sets, first) if min(map(len, sets)) >= FEWEST else None
     second = frechet(networks.second.identity) if networks.second else None
+    has_error = bool(resamples) and len(sets[0]) >= FEWEST
+    mind = mind_score(sets[0].to(device), sets[1], first, has_error=has_error)
     moments, correction, corrected = real.moments[first], real.correction, None
     if correction and correction.count == len(sets[0]):
         corrected = corrected_score(sets[0].to(device), moments, correction, num_resamples=resamples)
     drawn = Moments.of(sets[0], first)
     means = float((drawn.mean - moments.mean).square().sum())
-    return Scores(frechet(first), kid, second, corrected, means, drawn.trace / moments.trace)
+    return Scores(frechet(first), kid, mind, second, corrected, means, drawn.trace / moments.trace)
+
+
+def difference_by(
+    measure: str, one: torch.Tensor, other: torch.Tensor, real: Real, network: str, *, resamples: int
+) -> PairedDifference:
+    """Compare two candidates on common captions and noise by a score that can rank.
+
+    Args:
+        measure: one of `records.MEASURES`.
+        one, other: features from the ranking network, whose identity is `network`: float, N x D each.
+        resamples: as `evaluate.bootstrap`.
+    """
+    moments, references = real.moments[network], torch.from_numpy(real.features[network]).to(one.device)
+    if measure == KID:
+        return kernel_difference(one, other, references, network)
+    if measure == MIND:
+        return mind_difference(one, other, references, network)
+    if measure == CORRECTED:
+        assert real.correction is not None
+        return corrected_difference(one, other, moments, real.correction, num_resamples=resamples)
+    assert measure == FID
+    return paired_difference(one, other, moments, num_resamples=resamples)
 
 
 @dataclass(frozen=True)
@@ -260,18 +304,6 @@ def near_copies(generated: Features, training: Features, held_out: Features | No
         num_held_out=len(unseen),
         feature_network=network,
     )
-
-
-def describe(found: Scores) -> str:
-    """Format scores for display."""
-    named = {"FID": (found.fid, 1), "corrected FID": (found.corrected, 1), "KID": (found.kid, 4)}
-    if found.second:
-        named[f"Fréchet distance by {found.second.feature_network.split('@')[0]}"] = (found.second, 2)
-    lines = []
-    for name, (score, digits) in named.items():
-        if score:
-            lines.append(f"{name} {number(score.value, digits, score.standard_error)}")
-    return ", ".join(lines)
 
 
 def describe_record(record: Measurement) -> str:

@@ -1,9 +1,13 @@
 """Kernel distance between two sets of feature vectors. Pure PyTorch, in float64."""
 
+from collections.abc import Callable
+
 import torch
 
+from ray_jobs.metrics.resampling import PairedDifference, difference_of, require_pairs
 from ray_jobs.metrics.score import Score
 
+METRIC = "KID"
 NUM_SUBSETS = 100
 SUBSET_SIZE = 1000
 
@@ -60,6 +64,44 @@ def kernel_distance(
     Raises:
         ValueError: there are too few pictures for the subsets.
     """
+    found, error_of = _of_subsets(generated, real, num_subsets, subset_size, seed)
+    error = error_of(float(found.std()))
+    return Score(float(found.mean()), len(generated), feature_network, error, METRIC)
+
+
+def kernel_difference(
+    one: torch.Tensor,
+    other: torch.Tensor,
+    real: torch.Tensor,
+    feature_network: str,
+    *,
+    num_subsets: int = NUM_SUBSETS,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compare two candidates whose picture i was sampled from the same caption and noise, by KID.
+
+    Each subset takes the same pictures of both, and the same real ones, so that what they have in common
+    cancels; see `resampling.paired_difference`.
+
+    Args:
+        one, other: features from `feature_network`; float, N x D each.
+        real: float, M x D.
+
+    Raises:
+        ValueError: the shapes differ, or there are too few pictures for the subsets.
+    """
+    require_pairs(one, other)
+    (first, error_of), (second, _) = (
+        _of_subsets(each, real, num_subsets, None, seed) for each in (one, other)
+    )
+    value = float(first.mean() - second.mean())
+    return difference_of(value, first, second, error_of, len(one), feature_network)
+
+
+def _of_subsets(
+    generated: torch.Tensor, real: torch.Tensor, num_subsets: int, subset_size: int | None, seed: int
+) -> tuple[torch.Tensor, Callable[[float], float]]:
+    """Return `squared_mmd` of random subsets (float64, num_subsets), and the error from its deviation."""
     count = min(len(generated), len(real))
     size = min(SUBSET_SIZE, count // 2) if subset_size is None else subset_size
     if not 2 <= size < count or num_subsets < 2:
@@ -73,6 +115,5 @@ def kernel_distance(
         part = real[torch.randperm(len(real), generator=generator)[:size]]
         other = generated[torch.randperm(len(generated), generator=generator)[:size]]
         distances.append(squared_mmd(part, other))
-    found = torch.tensor(distances, dtype=torch.float64)
-    error = float(found.std()) * (size / (count - size)) ** 0.5
-    return Score(float(found.mean()), len(generated), feature_network, error, "KID")
+    scale = (size / (count - size)) ** 0.5
+    return torch.tensor(distances, dtype=torch.float64), lambda spread: spread * scale

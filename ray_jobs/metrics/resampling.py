@@ -133,10 +133,10 @@ def _of_all(spread: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Difference of two candidates' Fréchet distances on the same captions and noise.
+    """Difference of two candidates' scores on the same captions and noise.
 
     Attributes:
-        value: first distance minus the second.
+        value: first score minus the second.
         variance_ratio: sum of the two variances divided by the variance of the difference, the factor by
             which common captions and noise reduce the variance; 1 means no reduction.
     """
@@ -190,8 +190,9 @@ def difference_of(
     """Return a difference with its error.
 
     Args:
-        first, second: both candidates' distances of the same parts of their `count` pictures: float64, M.
-        error_of: from the standard deviation of such distances to the standard error of all pictures.
+        first, second: both candidates' scores of the same parts of their `count` pictures, or these pictures'
+            influences on them: float64, M.
+        error_of: from the standard deviation of such values to the standard error of all pictures.
     """
     variance = float((first - second).var())
     apart = float(first.var() + second.var())

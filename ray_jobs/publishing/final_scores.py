@@ -12,17 +12,17 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import splits, standard_error, trained_on
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool
-from ray_jobs.evaluation.scores import Copies
+from ray_jobs.evaluation.scores import Copies, Scores
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FinalMeasures, RungRow, Winner
+from ray_jobs.run.records import FID, MEASURES, FinalMeasures, RungRow, Winner
 from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import weights_of
 
 # Fields that winner.json copies from the search.
 WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds", "ranked_by")
-JUDGED = ("fid", "fid_error", "corrected_fid", "corrected_fid_error")
+JUDGED = tuple(f"{name}{suffix}" for name in MEASURES for suffix in ("", "_error"))
 SHOWN_OF_SUBJECT = 4  # pictures per kind and subject in the report
 
 
@@ -71,8 +71,6 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
     judged_whole = [pool.score(None, split) for split in splits(config)]
     judged = [each.fid for each in judged_whole]
     values = [each.value for each in judged]
-    corrected = [each.corrected.value for each in judged_whole if each.corrected]
-    of_base = {"base_validation_corrected_fid": fmean(corrected)} if len(corrected) == len(judged) else {}
     subjects = measure_subjects(config, dataset, pool, weights)
     winner = Winner.model_validate(
         {name: value for name, value in best.fields().items() if name in WINNING}
@@ -81,7 +79,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
         | base.scores.row("base_test_")
         | reachable.row("reachable_test_")
         | test.scores.origin
-        | of_base
+        | _of_base(judged_whole)
         | {
             "base_validation_fid": fmean(values),
             "base_validation_fid_error": standard_error(values)
@@ -104,6 +102,16 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
     )
     memorisation = _memorisation(config, pool, weights, test.copies, guidance_scale) if test.copies else None
     return FinalScores(winner, memorisation, [_pictures(each) for each in subjects])
+
+
+def _of_base(judged: list[Scores]) -> dict[str, float]:
+    """Return the base's mean over the validation splits of every score beside FID that all of them have."""
+    found = {}
+    for name in (each for each in MEASURES if each != FID):
+        values = [value for each in judged if (value := each.row().get(name)) is not None]
+        if len(values) == len(judged):
+            found[f"base_validation_{name}"] = fmean(values)
+    return found
 
 
 def _memorisation(

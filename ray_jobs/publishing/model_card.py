@@ -14,7 +14,7 @@ from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import FinalMeasures, Winner
+from ray_jobs.run.records import FID, MEASURES, FinalMeasures, Winner
 from ray_jobs.weights.model_index import UPSAMPLER
 from ray_jobs.weights.schedulers import SCHEDULER
 
@@ -310,21 +310,30 @@ def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     )
     times = winner.test_reads
     reads = "once" if times == 1 else f"{times} times"
+    ranked, digits = winner.measure
+    if winner.ranked_by != FID:
+        value, error = winner.score(f"validation_{winner.ranked_by}")
+        ranked += f" ({number(value, digits, error)})"
     return [
         "## Scores",
         table,
         f"Feature network: {_text(winner.feature_network)}. The test split was used {reads}, after the"
-        " search. The search selected the model by its validation FID, which is therefore slightly too low."
-        " FID depends on the number of images and on the network: compare only within this table.",
+        f" search. The search selected the model by its validation {ranked}, which is therefore slightly too"
+        " low. FID depends on the number of images and on the network: compare only within this table.",
     ]
 
 
 def _measures(winner: Winner) -> list[str]:
-    """Table of base's and winner's records on the test split; empty if there are none."""
+    """Table of base's and winner's further scores on the test split; empty if there are none."""
     found = winner.measures or FinalMeasures()
     base = {each.metric: each for each in found.base}
     floor = {each.metric: number(each.value, 3, each.standard_error) for each in found.floor}
     rows = []
+    for key, (name, digits) in MEASURES.items():
+        scores = [winner.score(f"{whose}test_{key}") for whose in ("", "base_")]
+        if key != FID and any(value is not None for value, _ in scores):
+            pair = (number(value, digits, error) for value, error in scores)
+            rows.append((name, *pair, "–", f"{winner.num_samples:,}", winner.feature_network))
     for each in found.winner:
         pair = (number(record.value, 3, record.standard_error) for record in (each, base[each.metric]))
         real = floor.get(each.metric, "–")

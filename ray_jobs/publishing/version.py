@@ -8,7 +8,7 @@ from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired
 from ray_jobs.registry.registration import Registered, quantization_tags, register
 from ray_jobs.report import headline
-from ray_jobs.run.records import RungRow, Winner
+from ray_jobs.run.records import MEASURES, RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
@@ -78,8 +78,9 @@ def register_winner(
 
 
 def _metrics(winner: Winner) -> dict[str, float]:
-    """Metrics of the winner for MLflow: its FIDs, and every other measure on the test split."""
+    """Metrics of the winner for MLflow: the scores that can rank, and all others on the test split."""
     told = winner.fields().items()
-    fids = {name: value for name, value in told if name.endswith("_fid") and value is not None}
+    suffixes = tuple(f"_{name}" for name in MEASURES)
+    scores = {name: value for name, value in told if name.endswith(suffixes) and value is not None}
     others = {slug(each.metric): each.value for each in winner.measures.winner} if winner.measures else {}
-    return fids | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}
+    return scores | {f"test_{name.replace('-', '_')}": value for name, value in others.items()}

@@ -6,15 +6,15 @@ from html import escape
 from statistics import stdev
 from typing import NamedTuple
 
-from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart
-from ray_jobs.run.records import CORRECTED, RungRow, Winner
+from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart, number
+from ray_jobs.run.records import CORRECTED, KID, MIND, Measure, RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
 CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 # Opacity of the best and worst cell; text stays readable on both, in light and dark mode.
 STRONGEST, FAINTEST = 0.55, 0.05
-LOWEST = 1e-3  # values of the heat map are at least this, to have a logarithm
+LOWEST = 1e-3  # values of the heat map are at least this share of the highest, to have a logarithm
 SURE = 2  # standard errors; larger differences are not attributed to chance
 
 Rows = Sequence[RungRow]
@@ -51,13 +51,13 @@ def score_curves(winner: Winner, results: Rows, key: str) -> list[Curve]:
     """One curve per trial of `key` with `<key>_error`; trials that ended before the last rung are stopped."""
     last_rung = max((row.step for row in results), default=0)
     curves = []
-    for number, (label, trial, rungs) in enumerate(trials_of(results)):
+    for color, (label, trial, rungs) in enumerate(trials_of(results)):
         found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
         points = [Point(step, value, error) for step, value, error in found if value is not None]
         diverged = any(finite(row, "fid") is None for row in rungs)
         stopped = rungs[-1].step < last_rung or diverged
         star = winner.step if trial == winner.trial_id else None
-        curves.append(Curve(label, points, number, stopped, star))
+        curves.append(Curve(label, points, color, stopped, star))
     return curves
 
 
@@ -83,14 +83,13 @@ def _chart_if_any(chart: Chart, winner: Winner, results: Rows, key: str) -> str:
 
 def corrected_chart(winner: Winner, results: Rows) -> str:
     """Validation's corrected FID over steps; empty if no row has one."""
-    base = winner.base_validation_corrected_fid
     chart = Chart(
         name="corrected-fid",
         title="Validation FID without the bias of few pictures",
         description=f"Corrected FID, 0 for pictures as real ones; lower is better. {NUMBERS}",
         unit="corrected FID (lower is better)",
         digits=1,
-        level=None if base is None else ("base model", base),
+        level=_base(winner.base_validation_corrected_fid),
     )
     return _chart_if_any(chart, winner, results, CORRECTED)
 
@@ -103,8 +102,27 @@ def kid_chart(winner: Winner, results: Rows) -> str:
         description=f"Kernel distance, unbiased for any number of pictures; lower is better. {NUMBERS}",
         unit="KID (lower is better)",
         digits=4,
+        level=_base(winner.base_validation_kid),
     )
-    return _chart_if_any(chart, winner, results, "kid")
+    return _chart_if_any(chart, winner, results, KID)
+
+
+def mind_chart(winner: Winner, results: Rows) -> str:
+    """Validation MIND over steps; empty if no row has one."""
+    chart = Chart(
+        name="mind",
+        title="Validation MIND over training steps",
+        description=f"Sliced Wasserstein distance of the same features; lower is better. {NUMBERS}",
+        unit="MIND (lower is better)",
+        digits=1,
+        level=_base(winner.base_validation_mind),
+    )
+    return _chart_if_any(chart, winner, results, MIND)
+
+
+def _base(value: float | None) -> tuple[str, float] | None:
+    """Return the dashed line of a chart, at the base's score."""
+    return None if value is None else ("base model", value)
 
 
 def second_chart(winner: Winner, results: Rows, network: str) -> str:
@@ -135,14 +153,14 @@ def heat_map(winner: Winner, results: Rows) -> str:
     rates = sorted({row.learning_rate for row in results}, reverse=True)
     steps = sorted({row.step for row in results})
     width = (WIDTH - MAP_LEFT - 4) / len(steps)
-    best = winner.learning_rate, winner.step
+    best, measure = (winner.learning_rate, winner.step), results[-1].measure
     parts = []
     for line, rate in enumerate(rates):
         y = MAP_TOP + line * CELL_HEIGHT
         parts.append(f'<text x="{MAP_LEFT - 8}" y="{y + 21}" text-anchor="end">{rate:g}</text>')
         for column, step in enumerate(steps):
             x = MAP_LEFT + column * width
-            parts.append(_cell(x, y, width, cells, (rate, step), (rate, step) == best))
+            parts.append(_cell(x, y, width, cells, (rate, step), (rate, step) == best, measure))
     foot = MAP_TOP + len(rates) * CELL_HEIGHT
     every = math.ceil(44 / width)  # label only columns with enough space
     parts += [
@@ -153,14 +171,11 @@ def heat_map(winner: Winner, results: Rows) -> str:
     ]
     middle = (MAP_LEFT + WIDTH) / 2
     parts.append(f'<text x="{middle:g}" y="{foot + 36}" text-anchor="middle">training steps</text>')
-    measure = results[-1].measure
-    lower = f"the stronger the colour, the lower the {measure}; –: no value."
+    lower = f"the stronger the colour, the lower the {measure.name}; –: no value."
     note = f'<p class="note">Learning rate by steps; {lower}</p>'
-    words = (
-        f"One cell per learning rate and step count, with its validation {measure}; the winner is framed. "
-    )
-    words += NUMBERS
-    title = f"Validation {measure} by learning rate and steps"
+    words = f"One cell per learning rate and step count, with its validation {measure.name}; "
+    words += f"the winner is framed. {NUMBERS}"
+    title = f"Validation {measure.name} by learning rate and steps"
     return framed("heat-map", title, words, "".join(parts), note, foot + MAP_FOOT)
 
 
@@ -171,6 +186,7 @@ def _cell(
     cells: dict[tuple[float, int], float],
     place: tuple[float, int],
     wins: bool,
+    measure: Measure,
 ) -> str:
     value, low, high = cells.get(place), min(cells.values()), max(cells.values())
     gap = 1.5
@@ -180,13 +196,16 @@ def _cell(
     middle = f'x="{x + width / 2:.1f}" y="{y + 21}" text-anchor="middle"'
     if value is None:
         return f'<rect class="empty" {box} rx="4"/><text {middle}>–</text>'
-    # Logarithmic, so that one diverged trial does not make all others look alike. A corrected FID may be a
-    # little below 0.
-    low, high, value_there = (math.log(max(each, LOWEST)) for each in (low, high, value))
+    # Logarithmic, so that one diverged trial does not make all others look alike. A corrected FID or a KID
+    # may be a little below 0.
+    least = LOWEST * high if high > 0 else 1.0
+    low, high, value_there = (math.log(max(each, least)) for each in (low, high, value))
     nearness = (high - value_there) / (high - low) if high > low else 1.0
     opacity = FAINTEST + (STRONGEST - FAINTEST) * nearness
-    says = f"<title>{place[0]:g}, {place[1]:,} steps: {value:.1f}</title>"
-    shown = f"{value:.1f}" if width >= 46 else f"{value:.0f}" if width >= 30 else ""
+    written = number(value, measure.digits)
+    says = f"<title>{place[0]:g}, {place[1]:,} steps: {written}</title>"
+    # A narrow cell has space for whole numbers only.
+    shown = written if width >= 46 else f"{value:.0f}" if width >= 30 and measure.digits == 1 else ""
     frame = f'<rect class="frame" {box} rx="4"/>' if wins else ""
     return (
         f'<rect class="cell" fill-opacity="{opacity:.2f}" {box} rx="4">{says}</rect>{frame}'
@@ -252,7 +271,7 @@ def loss_section(winner: Winner, results: Rows) -> str:
     if not trials:
         return ""
     trials.sort(key=lambda each: each[1] != winner.trial_id)
-    charts = [_loss_chart(number, label, rungs) for number, (label, _, rungs) in enumerate(trials)]
+    charts = [_loss_chart(place, label, rungs) for place, (label, _, rungs) in enumerate(trials)]
     note = (
         "Training loss is measured on training pictures, validation loss on held-out pictures with the same"
         " noise and timesteps at every rung. If it rises by more than twice its standard error, the model is"
@@ -267,7 +286,7 @@ def loss_section(winner: Winner, results: Rows) -> str:
     )
 
 
-def _loss_chart(number: int, label: str, rungs: Rows) -> str:
+def _loss_chart(place: int, label: str, rungs: Rows) -> str:
     curves = []
     for color, (name, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
         found = [(row.step, finite(row, key)) for row in rungs]
@@ -277,7 +296,7 @@ def _loss_chart(number: int, label: str, rungs: Rows) -> str:
     text = "Validation loss is lowest at the last rung." if rise is None else str(rise)
     mark = "validation loss rises" if rise and rise.is_clear else "lowest validation loss"
     chart = Chart(
-        name=f"loss-{number}",
+        name=f"loss-{place}",
         title=f"Loss at a learning rate of {label}",
         description=f"{text} {NUMBERS}",
         unit="loss",

@@ -5,7 +5,15 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from ray_jobs.report.charts import corrected_chart, fid_chart, heat_map, kid_chart, loss_section, second_chart
+from ray_jobs.report.charts import (
+    corrected_chart,
+    fid_chart,
+    heat_map,
+    kid_chart,
+    loss_section,
+    mind_chart,
+    second_chart,
+)
 from ray_jobs.report.dataset_page import STYLE, dataset_section, table
 from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
 from ray_jobs.report.pictures import (
@@ -68,6 +76,7 @@ def write_report(
         fid_chart(winner, results),
         heat_map(winner, results),
         kid_chart(winner, results),
+        mind_chart(winner, results),
     ]
     charts += [second_chart(winner, results, network)] if network else []
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(

@@ -8,7 +8,7 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
-from ray_jobs.run.records import CORRECTED, Winner
+from ray_jobs.run.records import CORRECTED, FID, KID, MIND, Winner
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
     when = "measured after the search" if again else "measured once, after the search"
 
     def value(key: str, digits: int = 1) -> str:
-        return number(getattr(winner, key), digits, getattr(winner, f"{key}_error", None))
+        found, error = winner.score(key)
+        return number(found, digits, error)
 
     rows = [
         (
@@ -98,9 +99,11 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
         ("Base model, validation", value("base_validation_fid"), "the dashed line of the chart"),
     ]
     ranked = f"the score that the search ranked by: {chosen}, so slightly optimistic"
-    if winner.ranked_by == CORRECTED:
+    if winner.ranked_by != FID:
+        name, digits = winner.measure
+        title = f"{name[0].upper()}{name[1:]}, validation: winner"
         rows.append(("Winner, validation", value("validation_fid"), "of the same pictures as the next score"))
-        rows.append(("Corrected FID, validation: winner", value("validation_corrected_fid"), ranked))
+        rows.append((title, value(f"validation_{winner.ranked_by}", digits), ranked))
     else:
         rows.append(("Winner, validation", value("validation_fid"), ranked))
     others = (
@@ -117,6 +120,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "variance of the features over that of real ones; a smaller one lowers FID of few pictures",
         ),
         ("test_kid", 4, "KID, test", "kernel distance on the same pictures, not biased by their number"),
+        ("test_mind", 1, "MIND, test", "sliced Wasserstein distance on the same pictures, hardly biased"),
         ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
     )
     for key, digits, name, meaning in others:
@@ -126,18 +130,30 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
     return rows
 
 
+# Heading, field and decimal places.
+Columns = list[tuple[str, str, int]]
+SCORES: Columns = [
+    ("corrected FID", CORRECTED, 1),
+    ("FID", FID, 1),
+    ("spread", "spread", 2),
+    ("KID", KID, 4),
+    ("MIND", MIND, 1),
+    ("second network", "fid_2", 2),
+]
+
+
+def _with_values(columns: Columns, rows: Rows, always: frozenset[str]) -> Columns:
+    """Return the columns that some row has a value in, and those that are always shown."""
+    return [
+        each for each in columns if each[1] in always or any(finite(row, each[1]) is not None for row in rows)
+    ]
+
+
 def rungs_table(results: Rows) -> str:
     """Table of every rung with all its measures; columns without a value are omitted."""
-    columns = [("corrected FID", CORRECTED, 1), ("FID", "fid", 1), ("spread", "spread", 2)]
-    columns += [("KID", "kid", 4), ("second network", "fid_2", 2)]
-    columns += [("training loss", "train_loss", 4), ("validation loss", "validation_loss", 4)]
+    columns = [*SCORES, ("training loss", "train_loss", 4), ("validation loss", "validation_loss", 4)]
     columns += [("images/s", "images_per_second", 1)]
-    always = {"fid", "train_loss", "images_per_second"}
-    shown = [
-        (head, key, digits)
-        for head, key, digits in columns
-        if key in always or any(finite(row, key) is not None for row in results)
-    ]
+    shown = _with_values(columns, results, frozenset({FID, "train_loss", "images_per_second"}))
     rows = [
         (
             f"{row.learning_rate:g}",
@@ -155,20 +171,18 @@ def guidance_table(tried: Rows, winner: Winner) -> str:
     if not tried:
         return ""
     chosen = winner.trial_id, winner.step, winner.guidance_scale
+    shown = _with_values(SCORES, tried, frozenset({FID}))
     rows = [
         (
             row.trial_id,
             f"{row.step:,}",
             f"{row.guidance_scale:g}"
             + (" ★" if (row.trial_id, row.step, row.guidance_scale) == chosen else ""),
-            *(
-                number(finite(row, key), digits, finite(row, f"{key}_error"))
-                for key, digits in (("fid", 1), ("kid", 4), ("fid_2", 2))
-            ),
+            *(number(finite(row, key), digits, finite(row, f"{key}_error")) for _, key, digits in shown),
         )
         for row in tried
     ]
-    head = ("trial", "step", "guidance scale", "FID", "KID", "second network")
+    head = ("trial", "step", "guidance scale", *(each[0] for each in shown))
     return "<h3>Guidance scales</h3>" + table(head, rows, "numbers")
 
 

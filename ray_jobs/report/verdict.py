@@ -6,10 +6,16 @@ from typing import NamedTuple
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import describe_settings, number
-from ray_jobs.run.records import CORRECTED, RungRow, Winner
+from ray_jobs.run.records import CORRECTED, FID, KID, MIND, RungRow, Winner
 
 LESS_VARIED = 0.95  # spread over the base's, below which pictures became more alike
-UNBIASED = (CORRECTED, "kid")  # scores without the bias of few pictures
+UNBIASED = (CORRECTED, KID)  # scores without the bias of few pictures
+# What the score that ranks has of this bias.
+BIAS = {
+    CORRECTED: "The corrected FID, which ranks here, does not have this bias.",
+    KID: "KID, which ranks here, does not have this bias.",
+    MIND: "MIND, which ranks here, hardly rewards that; its values, too, fall with the number of pictures.",
+}
 
 
 def closed_share(winner: Winner) -> float | None:
@@ -89,10 +95,10 @@ def _too_few(winner: Winner, results: Rows, enough: int) -> Note | None:
     samples = winner.num_samples
     if samples >= enough:
         return None
-    if winner.ranked_by == CORRECTED:
+    if winner.ranked_by != FID:
         return Note(
             f"{counted(samples, 'picture')} per score is fewer than {enough:,}: FID is biased at that count"
-            " and rewards a smaller variety. The corrected FID, which ranks here, does not have this bias.",
+            f" and rewards a smaller variety. {BIAS[winner.ranked_by]}",
             alert=False,
         )
     shown = any(finite(row, "kid") is not None for row in results)
@@ -132,9 +138,10 @@ def _ties(winner: Winner, results: Rows) -> Note | None:
     if chosen is None or lowest is None or not won_by_tie(winner, results):
         return None
     assert chosen.behind is not None
-    apart = number(chosen.behind, 1, chosen.behind_error)
+    name, digits = chosen.measure
+    apart = number(chosen.behind, digits, chosen.behind_error)
     return Note(
-        f"The lowest {chosen.measure} is that of {_name(lowest)}. On the same noise it is {apart} below the"
+        f"The lowest {name} is that of {_name(lowest)}. On the same noise it is {apart} below the"
         " winner's, which is within the error of the difference, so the rung with fewer steps won.",
         alert=False,
     )

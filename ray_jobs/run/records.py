@@ -8,7 +8,7 @@ their format; one without a number has format 1.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,8 +19,22 @@ from ray_jobs.config.fields import explain
 FORMAT = 1  # a change that this program could misread gets the next number
 RESULTS = "results.jsonl"
 WINNER = "winner.json"
-FID, CORRECTED = "fid", "corrected_fid"  # what candidates can be ranked by, as fields
-MEASURES = {FID: "FID", CORRECTED: "corrected FID"}
+FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"  # fields that candidates are ranked by
+
+
+class Measure(NamedTuple):
+    """A score that can rank: its name, and the decimal places that it is shown with."""
+
+    name: str
+    digits: int
+
+
+MEASURES = {
+    FID: Measure("FID", 1),
+    CORRECTED: Measure("corrected FID", 1),
+    KID: Measure("KID", 4),
+    MIND: Measure("MIND", 1),
+}
 
 
 class Record(BaseModel):
@@ -121,6 +135,8 @@ class RungRow(Record):
     spread: float | None = None
     kid: float | None = None
     kid_error: float | None = None
+    mind: float | None = None
+    mind_error: float | None = None
     fid_2: float | None = None
     fid_2_error: float | None = None
     feature_network: str | None = None
@@ -156,8 +172,8 @@ class RungRow(Record):
         return error
 
     @property
-    def measure(self) -> str:
-        """Name of `score`."""
+    def measure(self) -> Measure:
+        """Name and form of `score`."""
         return MEASURES[self.ranked_by]
 
     @property
@@ -258,6 +274,10 @@ class Winner(Record):
     validation_fid_error: float | None = None
     validation_corrected_fid: float | None = None
     validation_corrected_fid_error: float | None = None
+    validation_kid: float | None = None
+    validation_kid_error: float | None = None
+    validation_mind: float | None = None
+    validation_mind_error: float | None = None
     test_reads: int = 1
     test_fid: float
     test_fid_error: float | None = None
@@ -266,6 +286,8 @@ class Winner(Record):
     test_spread: float | None = None
     test_kid: float | None = None
     test_kid_error: float | None = None
+    test_mind: float | None = None
+    test_mind_error: float | None = None
     test_fid_2: float | None = None
     test_fid_2_error: float | None = None
     base_test_fid: float
@@ -275,6 +297,8 @@ class Winner(Record):
     base_test_spread: float | None = None
     base_test_kid: float | None = None
     base_test_kid_error: float | None = None
+    base_test_mind: float | None = None
+    base_test_mind_error: float | None = None
     base_test_fid_2: float | None = None
     base_test_fid_2_error: float | None = None
     feature_network: str
@@ -283,6 +307,8 @@ class Winner(Record):
     base_validation_fid: float
     base_validation_fid_error: float | None = None
     base_validation_corrected_fid: float | None = None
+    base_validation_kid: float | None = None
+    base_validation_mind: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float
     reachable_test_fid: float | None = None
@@ -296,6 +322,15 @@ class Winner(Record):
     registry_decision: str | None = None
     search_digest: str = ""
     publish_settings: Settings = {}
+
+    @property
+    def measure(self) -> Measure:
+        """Name and form of the score that ranked."""
+        return MEASURES[self.ranked_by]
+
+    def score(self, key: str) -> tuple[float | None, float | None]:
+        """Return a score by its field, with its standard error; None where it was not measured."""
+        return getattr(self, key), getattr(self, f"{key}_error", None)
 
     @property
     def corrected_test(self) -> tuple[float, float] | None:

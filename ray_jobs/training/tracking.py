@@ -47,6 +47,8 @@ RUNG_METRICS = {
     "validation/spread": "spread",
     "validation/kid": "kid",
     "validation/kid_error": "kid_error",
+    "validation/mind": "mind",
+    "validation/mind_error": "mind_error",
     "validation/fid_2": "fid_2",
     "validation/fid_2_error": "fid_2_error",
     "validation/loss": "validation_loss",

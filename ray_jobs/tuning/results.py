@@ -131,7 +131,8 @@ def choose(rows: list[RungRow], pool: EvaluatorPool) -> tuple[RungRow, list[Rung
 
 def with_error(row: RungRow) -> str:
     """Format a row's ranking score with its error for display."""
-    told = f"{row.measure} {number(row.score, 1, row.score_error)}"
+    name, digits = row.measure
+    told = f"{name} {number(row.score, digits, row.score_error)}"
     return told if row.ranked_by == FID else f"{told} (FID {row.fid:.1f})"
 
 

@@ -20,7 +20,7 @@ from ray_jobs.publish import publish
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import RungRow
+from ray_jobs.run.records import MEASURES, RungRow
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
@@ -154,6 +154,20 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
     assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == {0}
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_two_rungs_are_compared_by_whatever_ranks(
+    started: EvaluatorPool, rows: list[RungRow], measure: str
+) -> None:
+    pool = fresh(started)
+    pool.rank_by = measure
+    pool.load(VALIDATION)
+    assert pool.ranked_by(VALIDATION) == measure
+    one, other = (row | {"ranked_by": measure} for row in rows)
+    first, second = (Storage.open(row.checkpoint) for row in (one, other))
+    found = pool.difference(first, second, VALIDATION, measure=measure)
+    assert found.value == pytest.approx(one.score - other.score, rel=1e-3) and found.standard_error > 0
+
+
 def test_the_guidance_scale_that_suits_a_trial_wins_and_is_measured_once(
     config: Config, started: EvaluatorPool, rows: list[RungRow]
 ) -> None:
@@ -216,7 +230,10 @@ def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_i
     for side, version in (("version 1", one), ("base", other)):
         assert written[side]["guidance_scale"] == version.guidance_scale
         assert written[side]["num_samples"] == 11 and "@sha256:" in written[side]["feature_network"]
-    assert written["version 1"]["fid"] - written["base"]["fid"] == pytest.approx(found.value, abs=1e-3)
+    measure = written["difference"]["measure"]
+    assert measure == "corrected_fid"
+    scores = [written[side][measure] for side in ("version 1", "base")]
+    assert scores[0] - scores[1] == pytest.approx(found.value, abs=1e-3)
     pool = fresh(started)
     pool.load(VALIDATION)
     drawn = pool.score(weights, VALIDATION, guidance_scale=1.0).fid.value

@@ -71,6 +71,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     fields = {"format", "trial_id", "learning_rate", "settings", "training", "step", "checkpoint"}
     fields |= {"train_loss", "images_per_second", "seconds"}
     scores = {"fid", "fid_error", "kid", "kid_error", "fid_2", "fid_2_error", "feature_network_2"}
+    scores |= {"mind", "mind_error"}
     scores |= {"validation_loss", "validation_losses", "feature_network", "num_samples"}
     scores |= {"ranked_by", "corrected_fid", "corrected_fid_error", "fid_means", "spread"}
     compared = {"behind", "behind_error", "variance_ratio"}
@@ -200,7 +201,8 @@ def check_comparison(config: Config, winner: dict[str, Any]) -> None:
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         found = compare(config, dataset, pool, look_up(config, "1"), look_up(config, "base"))
-    assert found.value == pytest.approx(winner["validation_fid"] - winner["base_validation_fid"], abs=1e-3)
+    scores = [winner[f"{whose}validation_{winner['ranked_by']}"] for whose in ("", "base_")]
+    assert found.value == pytest.approx(scores[0] - scores[1], abs=1e-3)
     assert found.standard_error > 0 and found.variance_ratio > 1
     folder = Path(config.storage) / config.name / "comparisons" / "1-base"
     assert set(json.loads((folder / "comparison.json").read_text())) == {"version 1", "base", "difference"}

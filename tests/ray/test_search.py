@@ -248,7 +248,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With buckets every score, kept picture and page is of pictures in the shapes of the real ones. And a
-    version of the same test split is held against the champion by the error of their difference."""
+    version of the same test split is held against the champion by the error of their difference. By MIND."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder, rows = tmp_path / "pictures", []
     folder.mkdir()
@@ -264,6 +264,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         tmp_path,
         "data.buckets=true",
         "search.ladder=[1,2]",
+        "search.rank_by=mind",
         f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4}}",
     )
     dataset = prepare(config)
@@ -277,6 +278,11 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
         paired = pool.difference(new, held, TEST, TEST_FEATURES)
         shapes = pool.shapes[TEST]
+    assert winner.ranked_by == "mind" and winner.base_validation_mind and winner.base_test_mind
+    assert all(row.score == row.mind and row.score_error == row.mind_error for row in found.rows)
+    lowest = min(row.score for row in found.rows)
+    assert winner.validation_mind == found.winner.mind
+    assert found.winner.score - lowest == pytest.approx(found.winner.behind or 0.0, abs=1e-9)
     # Both drew the same captions: far less than either's own error may part them.
     assert second.test_fid_error and second.registry_decision
     assert paired.standard_error < second.test_fid_error / 4

@@ -20,7 +20,9 @@ NEW = OLD | {"feature_network": "inception@sha256:0", "feature_network_2": "lite
 
 
 def test_scores_tell_their_networks_and_their_count() -> None:
-    scores = Scores(Score(9.0, 8, "inception@sha256:0"), None, Score(3.0, 8, "lite@sha256:1"), None, 1.0, 1.0)
+    first, second = "inception@sha256:0", Score(3.0, 8, "lite@sha256:1")
+    mind = Score(20.0, 8, first, metric="MIND")
+    scores = Scores(Score(9.0, 8, first), None, mind, second, None, 1.0, 1.0)
     assert scores.origin == {
         "feature_network": "inception@sha256:0",
         "feature_network_2": "lite@sha256:1",

@@ -14,7 +14,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception_score import inception_score
-from ray_jobs.metrics.kernel import kernel_distance, squared_mmd
+from ray_jobs.metrics.kernel import kernel_difference, kernel_distance, squared_mmd
 from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
 from ray_jobs.metrics.similarity import class_drift, clip_score, image_similarity
 from tests.unit.test_metrics import GivenFeatures
@@ -89,6 +89,24 @@ def test_the_error_of_kid_is_the_spread_of_other_pictures() -> None:
     ]
     spread = float(torch.tensor([score.value for score in scores]).std())
     assert sum(score.standard_error or 0 for score in scores) / 60 == pytest.approx(spread, rel=0.3)
+
+
+def test_kid_of_pairs_on_common_noise_differs_by_less_than_of_others() -> None:
+    found = []
+    for seed in range(40):
+        real, noise = normal(80, 8, seed=seed + 99), normal(60, 8, seed=seed) + 0.3
+        pair = noise, 1.1 * noise
+        found.append(kernel_difference(*pair, real, "n", num_subsets=40))
+        values = [kernel_distance(each, real, "n", num_subsets=40).value for each in pair]
+        assert found[-1].value == pytest.approx(values[0] - values[1])
+        assert (found[-1].num_samples, found[-1].feature_network) == (60, "n")
+    spread = float(torch.tensor([each.value for each in found]).std())
+    assert 0.7 < sum(each.standard_error for each in found) / 40 / spread < 1.5
+    assert all(each.variance_ratio > 4 for each in found)
+    same = kernel_difference(noise, noise, real, "n")
+    assert (same.value, same.standard_error) == (0, 0)
+    with pytest.raises(ValueError, match="pairs need as many pictures"):
+        kernel_difference(noise, noise[:50], real, "n")
 
 
 @pytest.mark.parametrize("subset_size", [1, 10])

@@ -33,10 +33,10 @@ def test_each_precision_moves_each_measure_by_some_share_of_its_error(
     real = torch.randint(0, 256, (24, 3, 64, 64), dtype=torch.uint8, generator=generator)
     captions = [f"shape {number}" for number in range(8)]
     found = list(measure(str(tiny_model), load_network(spec), real, captions, num_steps=2))
-    assert {each.drawing for each in found} == {*DRAWINGS, FEATURES} - {PLAIN} and len(found) == 15
-    assert {each.measure for each in found} == {"FID", "corrected FID", "KID"}
+    assert {each.drawing for each in found} == {*DRAWINGS, FEATURES} - {PLAIN} and len(found) == 20
+    assert {each.measure for each in found} == {"FID", "corrected FID", "KID", "MIND"}
     assert all(math.isfinite(each.value) and each.error > 0 and str(each) for each in found)
-    assert all((each.paired is None) == (each.measure == "KID" or each.drawing == FEATURES) for each in found)
+    assert all((each.paired is None) == (each.drawing == FEATURES) for each in found)
     assert all(each.value for each in found if each.drawing == "nf4")
 
 
