@@ -44,17 +44,25 @@ class TrainingProgress:
 
 @dataclass
 class ProgressBoard:
-    """Actor that keeps the latest line of every training and counts steps; the driver reads it."""
+    """Actor that keeps the latest progress of every training, messages and steps; the driver reads it."""
 
     lines: dict[str, str] = field(default_factory=dict)
+    progress: dict[str, str] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
 
-    def post(self, trial_id: str, line: str) -> None:
-        self.lines[trial_id] = line
+    def post(self, key: str, line: str) -> None:
+        """Keep a message until it is taken; one of the same key replaces it."""
+        self.lines[key] = line
+
+    def show(self, trial_id: str, line: str) -> None:
+        """Keep the progress of a training."""
+        self.progress[trial_id] = line
 
     def take(self) -> list[str]:
-        """Return the lines posted since the last call."""
+        """Return the messages since the last call, and the progress of one training: of several in turn."""
         lines, self.lines = list(self.lines.values()), {}
+        if self.progress:
+            lines.append(self.progress.pop(next(iter(self.progress))))
         return lines
 
     def count(self, trial_id: str) -> None:
@@ -69,7 +77,7 @@ class ProgressBoard:
 
 @contextmanager
 def watched_board() -> Iterator["ActorHandle"]:
-    """Yield a ProgressBoard actor whose lines are printed every five seconds until the block ends."""
+    """Yield a ProgressBoard actor, from which lines are printed every five seconds until the block ends."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

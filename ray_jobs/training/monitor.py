@@ -180,7 +180,7 @@ class Meter:
 
     def _post(self) -> None:
         """Post the progress, and how many steps were skipped if that is new."""
-        self.board.post.remote(self.trial_id, self._progress().line())
+        self.board.show.remote(self.trial_id, self._progress().line())
         if self.engine.skipped > self.skipped:
             self.skipped = self.engine.skipped
             line = f"{self.trial_id}  {self.skipped} steps skipped: their gradients were not finite"
