@@ -68,7 +68,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         for split in splits(config):
             pool.load(split)
     if (ranking := pool.ranked_by(splits(config)[0])) != pool.rank_by:
-        say("search", f"ranks by {MEASURES[ranking].name}: too few pictures for rank_by: {pool.rank_by}")
+        why = f"there are too few pictures for search.rank_by: {pool.rank_by}"
+        say("search", f"ranks by {MEASURES[ranking].name}: {why}")
     storage.delete("tune")
     recorded = read_rows(storage)
     if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
