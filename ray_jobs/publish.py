@@ -85,7 +85,7 @@ def publish(
 
 
 def _outcome(winner: Winner) -> list[str]:
-    """Describe the scores on the test split: the one that ranked, if no other line has it, comes last."""
+    """Describe the scores on the test split: of the share closed first, KID or MIND last if it ranked."""
     share, closed = closed_share(winner), ""
     if share is not None:
         closed = f", {share:.0%} of the way to" if share >= 0 else ", away from"
@@ -102,7 +102,7 @@ def _outcome(winner: Winner) -> list[str]:
     if winner.ranked_by in (KID, MIND):
         name, digits = winner.measure
         base, own = (
-            number(winner.score(f"{whose}test_{winner.ranked_by}")[0], digits) for whose in ("base_", "")
+            number(winner.value_of(f"{whose}test_{winner.ranked_by}")[0], digits) for whose in ("base_", "")
         )
         lines.append(f"test {name}, which ranked, {base} (base) -> {own}")
     return lines

@@ -76,7 +76,8 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
             pool.rank_by = FID
         if (ranking := pool.ranked_by(splits(config)[0])) != pool.rank_by:
-            say("search", f"ranks by {MEASURES[ranking].name}: too few pictures for rank_by: {pool.rank_by}")
+            why = f"there are too few pictures for search.rank_by: {pool.rank_by}"
+            say("search", f"ranks by {MEASURES[ranking].name}: {why}")
         with _mirrored(config, dataset) as mirror:
             done = Trials(SearchContext(config, dataset, pool, board, recorded, queue), storage, mirror)
             phase("workers")

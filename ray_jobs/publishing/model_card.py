@@ -312,7 +312,7 @@ def _scores(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     reads = "once" if times == 1 else f"{times} times"
     ranked, digits = winner.measure
     if winner.ranked_by != FID:
-        value, error = winner.score(f"validation_{winner.ranked_by}")
+        value, error = winner.value_of(f"validation_{winner.ranked_by}")
         ranked += f" ({number(value, digits, error)})"
     return [
         "## Scores",
@@ -330,7 +330,7 @@ def _measures(winner: Winner) -> list[str]:
     floor = {each.metric: number(each.value, 3, each.standard_error) for each in found.floor}
     rows = []
     for key, (name, digits) in MEASURES.items():
-        scores = [winner.score(f"{whose}test_{key}") for whose in ("", "base_")]
+        scores = [winner.value_of(f"{whose}test_{key}") for whose in ("", "base_")]
         if key != FID and any(value is not None for value, _ in scores):
             pair = (number(value, digits, error) for value, error in scores)
             rows.append((name, *pair, "–", f"{winner.num_samples:,}", winner.feature_network))

@@ -55,7 +55,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
     when = "measured after the search" if again else "measured once, after the search"
 
     def value(key: str, digits: int = 1) -> str:
-        found, error = winner.score(key)
+        found, error = winner.value_of(key)
         return number(found, digits, error)
 
     rows = [

@@ -328,7 +328,7 @@ class Winner(Record):
         """Name and form of the score that ranked."""
         return MEASURES[self.ranked_by]
 
-    def score(self, key: str) -> tuple[float | None, float | None]:
+    def value_of(self, key: str) -> tuple[float | None, float | None]:
         """Return a score by its field, with its standard error; None where it was not measured."""
         return getattr(self, key), getattr(self, f"{key}_error", None)
 
