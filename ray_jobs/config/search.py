@@ -92,7 +92,7 @@ class SearchConfig(Section):
         "off",
         description="train this many trials in one worker group, as adapters of one base, with one pass per "
         "step: they end as each would alone, for less time and memory. auto: up to 8, where their settings "
-        "allow it; off: each trial has workers of its own (max_concurrent_trials)",
+        "and the GPUs' memory allow it; off: each trial has workers of its own (max_concurrent_trials)",
     )
     wait_for_scores: Annotated[bool, Effect.NOTHING] = Field(
         False,

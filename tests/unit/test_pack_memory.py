@@ -10,6 +10,7 @@ from cluster.nodes import Node
 from cluster.preflight import GPU, Equipment
 from cluster.shape import Machine, machines_of
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.planning import checks
 from ray_jobs.planning.memory import GIB, HEADROOM, Model
 from ray_jobs.planning.packs import checked_pack, largest_trial, with_pack
 from ray_jobs.planning.plan import plan
@@ -146,12 +147,27 @@ def test_the_plan_shows_how_many_and_their_memory_and_what_makes_a_number_fit(mo
     assert not fits and "does not fit: a rank needs" in page and ": one of search.pack: 3, " in page
 
 
-def test_the_memory_of_a_nodes_smallest_gpu_is_known_once_it_was_looked_at() -> None:
-    def of(*gib: int) -> Equipment:
-        found = [GPU("one", (9, 0), each * GIB, each * GIB) for each in gib]
-        return Equipment("2.13.0", "13.0", "2.29.7", gpus=tuple(found))
+NODES = [Node(name, name, {"CPU": 8, "GPU": 2}) for name in "abc"]
 
-    nodes = [Node(name, name, {"CPU": 8, "GPU": 2}) for name in "abc"]
-    found = machines_of(nodes, {"a": of(80, 24), "b": of()})
+
+def of_gpus(*gib: float) -> Equipment:
+    found = [GPU("one", (9, 0), int(each * GIB), int(each * GIB)) for each in gib]
+    return Equipment("2.13.0", "13.0", "2.29.7", gpus=tuple(found))
+
+
+def test_a_run_decides_by_the_gpus_that_its_cluster_has(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config()
+    gib = (needed(model, config, 3) + 1000) / HEADROOM / GIB
+    monkeypatch.setattr(checks, "living_nodes", lambda: NODES)
+    monkeypatch.setattr(checks, "equipment", lambda nodes: {node.name: of_gpus(80, gib) for node in nodes})
+    decided, lines = checks._checked(config, "search")
+    assert decided.search.pack == 3 and lines[-1].startswith("search.pack: 3 of 5 trials together: ")
+    assert checks._checked(config, "train") == (config, [])
+
+
+def test_the_memory_of_a_nodes_smallest_gpu_is_known_once_it_was_looked_at() -> None:
+    found = machines_of(NODES, {"a": of_gpus(80, 24), "b": of_gpus()})
     assert [machine.gpu_gib for machine in found] == [24, None, None]
-    assert [machine.gpu_gib for machine in machines_of(nodes)] == [None] * 3
+    assert [machine.gpu_gib for machine in machines_of(NODES)] == [None] * 3
