@@ -187,8 +187,8 @@ def test_a_failure_halves_the_rows_of_the_next_start(tmp_path: Path) -> None:
 def test_a_failure_that_shall_stop_leaves_the_rows_as_they_are(tmp_path: Path) -> None:
     trial = Storage.open(str(tmp_path))
     with (
-        pytest.raises(torch.OutOfMemoryError),
-        halved_when_it_does_not_fit(TrainConfig(on_oom="stop"), trial, "trial-0", 2, print),
+        pytest.raises(torch.OutOfMemoryError, match="than there is: lower search.pack, set train.grad"),
+        halved_when_it_does_not_fit(TrainConfig(on_oom="stop"), trial, "pack", 2, print, lower="search.pack"),
     ):
         raise torch.OutOfMemoryError
     assert held_rows(trial) is None
