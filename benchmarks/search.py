@@ -54,7 +54,9 @@ def configured(arguments: argparse.Namespace, kind: str, seed: int) -> Config:
 
 def searched(config: Config) -> dict[str, Any]:
     """Search, then measure on the test split: the winner, and the rung of the lowest validation score."""
-    dataset = prepare(config, check=checked(config))
+    check = checked(config)
+    dataset = prepare(config, check=check)
+    config = check()
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         pool.load(TEST)

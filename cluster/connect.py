@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from cluster.local import QUIET, local_cluster
 from cluster.nodes import Node, check_storage, described, living_nodes
 from cluster.preflight import check_gpus
-from cluster.watch import autoscaler_runs, check_fit
+from cluster.watch import require_room
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 
@@ -46,13 +46,7 @@ def _look_around(config: Config, stage: str) -> Sequence[Node]:
     """Print the cluster's resources; check its size, storage and GPUs; return the nodes."""
     nodes = living_nodes()
     say("cluster", described(nodes))
-    try:
-        check_fit(config, nodes, stage)
-    except ConfigError as error:
-        # An autoscaler v2, as on Kubernetes, may add the missing nodes.
-        if not autoscaler_runs():
-            raise
-        say("cluster", f"waiting for the autoscaler, because {error}")
+    require_room(config, nodes, stage)
     check_storage(config, nodes)
     check_gpus(config, nodes, stage)
     return nodes

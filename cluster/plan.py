@@ -15,17 +15,20 @@ import argparse
 import sys
 
 from cluster.shape import Machine, embedded, machines_of, parse_nodes
-from ray_jobs.config import ConfigError, add_config_arguments, load_config
+from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.planning.plan import plan
 
 
-def live(address: str) -> list[Machine]:
-    """Return the nodes of a running cluster."""
+def live(address: str, config: Config) -> list[Machine]:
+    """Return the nodes of a running cluster, and the memory of their GPUs if the configuration uses any."""
     from cluster.connect import joined
     from cluster.nodes import living_nodes
+    from cluster.preflight import equipment
 
     with joined(address):
-        return machines_of(living_nodes())
+        nodes = living_nodes()
+        on_gpus = any(each.use_gpu for each in (config.train, config.evaluate, config.serve))
+        return machines_of(nodes, equipment(nodes) if on_gpus else None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.address:
-            machines = live(options.address)
+            machines = live(options.address, config)
         else:
             machines = parse_nodes(options.nodes) if options.nodes else embedded(config.local)
         page, fits = plan(config, machines, options.images_per_second)

@@ -57,6 +57,11 @@ class Equipment:
     error: str = ""
     cudnn: int = 0
 
+    @property
+    def gpu_gib(self) -> float | None:
+        """Memory of the smallest GPU, in GiB; None if PyTorch can use none."""
+        return min((gpu.total for gpu in self.gpus), default=0) / 2**30 or None
+
 
 def probe() -> Equipment:
     """Return what this node has. It takes GPU memory until the process ends."""
@@ -94,17 +99,16 @@ def _driver() -> str:
     return version.decode() if isinstance(version, bytes) else str(version)
 
 
-def check_gpus(config: Config, nodes: Sequence[Node], stage: str) -> None:
-    """Look at every GPU node, if the stage uses GPUs, and print what will make it slow.
+def equipment(nodes: Sequence[Node]) -> dict[str, Equipment]:
+    """Return what each of the nodes that have GPUs has, by name.
 
     Raises:
         NoAnswer: a node does not answer.
-        ConfigError: a node cannot run the stage; the message names it, its driver or GPU, and the fix.
     """
     on_gpus = [node for node in nodes if node.resources.get("GPU", 0)]
-    if not on_gpus or not any(actor.gpus for actor in actors_of(config, stage)):
-        return
-    found = on_each(
+    if not on_gpus:
+        return {}
+    return on_each(
         on_gpus,
         probe,
         lambda _: (),
@@ -112,7 +116,19 @@ def check_gpus(config: Config, nodes: Sequence[Node], stage: str) -> None:
         max_calls=1,  # its process, and with it CUDA's memory, goes at once
         runtime_env={"env_vars": SEES_ALL},
     )
-    expected = {node.name: int(node.resources["GPU"]) for node in on_gpus}
+
+
+def check_gpus(config: Config, nodes: Sequence[Node], stage: str) -> None:
+    """Look at every GPU node, if the stage uses GPUs, and print what will make it slow.
+
+    Raises:
+        NoAnswer: a node does not answer.
+        ConfigError: a node cannot run the stage; the message names it, its driver or GPU, and the fix.
+    """
+    if not any(actor.gpus for actor in actors_of(config, stage)):
+        return
+    found = equipment(nodes)
+    expected = {node.name: int(node.resources["GPU"]) for node in nodes if node.name in found}
     if problems := list(faults(config, stage, found, expected)):
         raise ConfigError(problems[0])
     for line in remarks(found):

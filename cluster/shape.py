@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from ray_jobs.config.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from cluster.nodes import Node
+    from cluster.preflight import Equipment
 
 CPUS_A_GPU = 12
 """CPUs per GPU of a machine described by its GPUs alone: the least that clouds provide."""
@@ -102,18 +103,26 @@ def embedded(local: LocalConfig) -> list[Machine]:
     from ray._common.utils import get_system_memory
 
     from cluster.embedded import num_gpus
+    from cluster.preflight import probe
 
-    return [Machine("this machine", sized(local).num_cpus, num_gpus(), None, get_system_memory() / 2**30)]
+    gpus = num_gpus()
+    gpu_gib = probe().gpu_gib if gpus else None
+    return [Machine("this machine", sized(local).num_cpus, gpus, gpu_gib, get_system_memory() / 2**30)]
 
 
-def machines_of(nodes: Iterable["Node"]) -> list[Machine]:
-    """Return the nodes of a running cluster as machines, busy or not; their GPU memory is unknown."""
+def machines_of(nodes: Iterable["Node"], found: Mapping[str, "Equipment"] | None = None) -> list[Machine]:
+    """Return the nodes of a running cluster as machines, busy or not.
+
+    Args:
+        found: what is known of their GPUs, by name (`cluster.preflight.equipment`).
+    """
+    found = found or {}
     return [
         Machine(
             node.name,
             node.resources.get("CPU", 0),
             node.resources.get("GPU", 0),
-            None,
+            found[node.name].gpu_gib if node.name in found else None,
             node.resources.get("memory", 0) / 2**30,
         )
         for node in nodes

@@ -174,6 +174,16 @@ def check_fit(config: Config, nodes: Sequence[Node], stage: str) -> None:
     check_places(config, machines_of(nodes), stage)
 
 
+def require_room(config: Config, nodes: Sequence[Node], stage: str) -> None:
+    """Raise ConfigError unless these nodes hold all that a stage starts, or an autoscaler may add others."""
+    try:
+        check_fit(config, nodes, stage)
+    except ConfigError as error:
+        if not autoscaler_runs():  # v2, as on Kubernetes
+            raise
+        say("cluster", f"waiting for the autoscaler, because {error}")
+
+
 def autoscaling_state() -> "AutoscalingState":
     """Return the state reported by an autoscaler v2, as on Kubernetes; its version is 0 if there is none."""
     import ray

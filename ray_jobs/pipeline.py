@@ -34,7 +34,9 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
             run.delete(name)
     run.write_text(CONFIG, config.to_yaml())
     say("pipeline", f"run {config.name}; results in {run.uri}")
-    dataset = prepare(config, check=checked(config))
+    check = checked(config)
+    dataset = prepare(config, check=check)
+    config = check()
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         publish(config, dataset, pool, found)

@@ -114,7 +114,9 @@ def _tell(config: Config, found: SearchResult) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     check_store(config)
     check_networks(config.evaluate)
-    dataset = prepare(config, check=checked(config))
+    check = checked(config)
+    dataset = prepare(config, check=check)
+    config = check()
     with evaluators(config, dataset) as pool:
         return search(config, dataset, pool)
 

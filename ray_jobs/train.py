@@ -22,7 +22,7 @@ from ray_jobs.training.trainer import build_trainer, check_diverged, training_na
 def train(config: Config) -> Any:
     """Run the stage: prepare if needed, then train; return Ray Train's result."""
     with opened_store(config):
-        dataset = prepare(config, check=checked(config))
+        dataset = prepare(config, check=checked(config, "train"))
     few, many = config.train.min_workers, config.train.max_workers
     workers = f"{few} to {many}" if config.train.is_elastic else str(few)
     name, digest = training_name(config), dataset.manifest.digest

@@ -41,7 +41,7 @@ from ray_jobs.diffusion.families import Captions
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.planning.plan import Model
+from ray_jobs.planning.memory import Model
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.monitor import Meter

@@ -93,7 +93,8 @@ class SearchConfig(Section):
         "off",
         description="train this many trials in one worker group, as adapters of one base, with one pass per "
         "step: they end as each would alone, for less time and memory. auto: up to 8 (with optuna 4), where "
-        "their settings allow it and max_concurrent_trials is 1; off: each trial has workers of its own",
+        "their settings and the GPUs' memory allow it and max_concurrent_trials is 1; off: each trial has "
+        "workers of its own",
     )
     wait_for_scores: Annotated[bool, Effect.NOTHING] = Field(
         False,

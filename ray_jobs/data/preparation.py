@@ -56,7 +56,7 @@ def open_sources(config: Config) -> list[Source]:
     return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
 
 
-def prepare(config: Config, check: Callable[[], None] | None = None) -> Dataset:
+def prepare(config: Config, check: Callable[[], object] | None = None) -> Dataset:
     """Run the stage, or reuse its result. Ray must be initialised.
 
     Args:

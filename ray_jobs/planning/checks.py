@@ -2,8 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cache
 
 from cluster.fetched import local_path
+from cluster.nodes import living_nodes
+from cluster.preflight import equipment
+from cluster.shape import machines_of
+from cluster.watch import require_room
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.config.packs import LAYERS
 from ray_jobs.console import say
@@ -140,23 +145,43 @@ def _check_serving(
         raise ValueError(f"{field}{error}") from None
 
 
-def checked(config: Config) -> Callable[[], None]:
-    """Start `check_stages` as a Ray task on a CPU, and return a function that waits for it and warns.
+def checked(config: Config, stage: str = "search") -> Callable[[], Config]:
+    """Start the checks as a Ray task on a CPU, and return a function that waits for them and warns.
+
+    The function returns the configuration with what only the cluster's GPUs decide (`with_pack`), if a search
+    is to be run.
 
     Raises:
         ConfigError: raised by the returned function; the message names the setting.
     """
     import ray
 
-    found = ray.remote(num_cpus=1)(check_stages).remote(config)
+    found = ray.remote(num_cpus=1)(_checked).remote(config, stage)
 
-    def wait() -> None:
+    @cache
+    def wait() -> Config:
         try:
-            for line in ray.get(found):
-                say("checks", line)
+            decided, lines = ray.get(found)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ValueError):
                 raise ConfigError(str(error.cause)) from None
             raise
+        for line in lines:
+            say("checks", line)
+        if decided.trials_together < config.trials_together:
+            require_room(decided, living_nodes(), stage)
+        return decided
 
     return wait
+
+
+def _checked(config: Config, stage: str) -> tuple[Config, list[str]]:
+    """Return the configuration as the cluster decides it, and lines about it and from `check_stages`."""
+    from ray_jobs.planning.packs import checked_pack
+
+    lines = check_stages(config)
+    if stage != "search" or not config.train.use_gpu or config.trials_together == 1:
+        return config, lines
+    nodes = living_nodes()
+    decided, line = checked_pack(config, machines_of(nodes, equipment(nodes)))
+    return decided, [*lines, line] if line else lines

@@ -70,6 +70,7 @@ def rank_memory(
     trained: int,
     workers: int,
     activations: int = 0,
+    together: int = 1,
     quantized: int = 0,
     quantized_bytes: int = 0,
     blocks: int = 0,
@@ -81,10 +82,11 @@ def rank_memory(
         whole: number of parameters of the model that the engine wraps, including adapters.
         trained: number of trained parameters.
         activations: bytes of activations of a micro batch.
+        together: trainings that these sizes are of: in one pass, whose end all gradients wait for.
         quantized, quantized_bytes: how many of `whole` are stored quantized, and in how many bytes.
         blocks, two_blocks: bytes of the frozen weights of all blocks and of the two largest.
     """
-    found = _unrounded_memory(train, whole - quantized, trained, workers, activations)
+    found = _unrounded_memory(train, whole - quantized, trained, workers, activations, together)
     here, there = found.device.parameters + quantized_bytes, found.offloaded.parameters
     if train.offload_base:
         here, there = here - blocks + two_blocks, blocks
@@ -92,11 +94,12 @@ def rank_memory(
 
 
 def _unrounded_memory(
-    train: TrainConfig, whole: int, trained: int, workers: int, activations: int
+    train: TrainConfig, whole: int, trained: int, workers: int, activations: int, together: int
 ) -> Placement:
     """Return the memory of a rank whose weights are all in `train.precision` and placed by its engine."""
     if train.flat:
-        return Placement(_flat_memory(train, whole, trained, workers, activations), Memory(*[0] * 7))
+        flat_memory = _flat_memory(train, whole, trained, workers, activations, together)
+        return Placement(flat_memory, Memory(*[0] * 7))
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     zero = train.deepspeed.get("zero_optimization", {})
     share = -(-trained // workers)  # of a sharded state
@@ -152,14 +155,17 @@ def host_memory(
     return copied + max(read, checkpoint)
 
 
-def _flat_memory(train: TrainConfig, whole: int, trained: int, workers: int, activations: int) -> Memory:
+def _flat_memory(
+    train: TrainConfig, whole: int, trained: int, workers: int, activations: int, together: int
+) -> Memory:
     """Return the memory of a rank under the flat engine (`ray_jobs/training/flat.py`)."""
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     share = -(-trained // workers)
     updated = share if stage else trained
     summed = flat.summed_in(train, workers).itemsize
     chunk = min(trained, flat.CHUNK)
-    buckets = element * chunk  # autograd's own gradients, until they are packed
+    waiting = trained if together > 1 else chunk  # autograd's own gradients, until they are packed
+    buckets = element * waiting
     buckets += summed * {0: 0, 1: share, 2: chunk}[stage]  # what is on its way between ranks
     buckets += 4 * updated if summed < 4 else 0  # the fp32 gradient that AdamW takes
     return Memory(

@@ -1,88 +1,30 @@
 """Plan of a run on a cluster: placement, memory, batches, cost."""
 
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
-from cluster.fetched import local_path
 from cluster.shape import Machine, Placed, place
-from ray_jobs.config import Config, ConfigError, Settings, TrainConfig
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.memory import pictures_at_once
-from ray_jobs.planning.estimate import (
-    Placement,
-    effective_stage,
-    host_memory,
-    rank_memory,
-)
-from ray_jobs.planning.footprint import Footprint, footprint
+from ray_jobs.planning.estimate import effective_stage, host_memory
 from ray_jobs.planning.inference import needs
+from ray_jobs.planning.memory import GIB, HEADROOM, Model, human_size, misfit, room_of_a_rank
+from ray_jobs.planning.packs import largest_trial, with_pack
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
-from ray_jobs.weights.model_files import model_folder
 
-GIB = 2**30
 WHOLE_BATCHES = ("drawing", "embedding")  # others are of as many pictures as are decoded at once
-HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, workspaces and fragmentation
-
-
-class Model:
-    """Sizes of the training that a configuration describes, and of variations on it.
-
-    Raises:
-        ConfigError: the base model is missing.
-    """
-
-    def __init__(self, config: Config) -> None:
-        try:
-            model_folder(local_path(config.model.base), revision=config.model.revision)
-        except ValueError as error:
-            raise ConfigError(f"model.base: {error}") from None
-        self.config = config
-        self._footprints: dict[tuple[str, str, bool, int], Footprint] = {}
-
-    def footprint(self, train: TrainConfig) -> Footprint:
-        """Return the sizes with other settings of `train`.
-
-        Raises:
-            ConfigError: a setting does not suit the base model.
-        """
-        key = train.method, train.precision, train.gradient_checkpointing, train.checkpoint_every
-        if key not in self._footprints:
-            try:
-                self._footprints[key] = footprint(self.config.model_copy(update={"train": train}))
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-        return self._footprints[key]
-
-    def together(self, train: TrainConfig) -> int:
-        """Return the number of trials of the search that one worker group trains."""
-        return self.config.model_copy(update={"train": train}).trials_together
-
-    def memory(self, train: TrainConfig) -> Placement:
-        """Estimate the memory per rank."""
-        found, workers, together = self.footprint(train), train.min_workers, self.together(train)
-        rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
-        return rank_memory(
-            train,
-            whole=found.whole(train.method) + (together - 1) * found.trained,
-            trained=together * found.trained,
-            workers=workers,
-            activations=together * rows * found.activations,
-            quantized=found.quantized,
-            quantized_bytes=found.quantized_bytes,
-            blocks=found.blocks,
-            two_blocks=found.two_blocks,
-        )
 
 
 def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple[list[str], list[str]]:
     """Describe a rank's memory; also return the problems, with fixes, if it does not fit."""
-    train, workers = config.train, config.train.min_workers
-    parts, found = model.footprint(train), model.memory(train)
+    train, workers, together = config.train, config.train.min_workers, config.trials_together
+    parts, found = model.footprint(train), model.memory(train, together)
     stage = effective_stage(train, workers)
     lines = [
         f"model: {parts.whole(train.method):,} parameters, {parts.trained:,} trained "
         f"({train.method}, {train.precision})",
         f"memory per rank, ZeRO stage {stage} on {workers} worker{'s' * (workers > 1)}"
-        + (f", {model.together(train)} trials together " if model.together(train) > 1 else " ")
+        + (f", {together} trials together " if together > 1 else " ")
         + "(activations from a forward pass without data, the rest is arithmetic):",
     ]
     for name, size in vars(found.device).items():
@@ -95,7 +37,7 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     host = host_memory(
         train,
         base=parts.base,
-        trained=model.together(train) * parts.trained,
+        trained=together * parts.trained,
         workers=workers,
         quantized=parts.quantized,
         quantized_bytes=parts.quantized_bytes,
@@ -104,17 +46,12 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
     lines.append(
         f"    {'on the host':<15}{human_size(host)}, while the base is read and checkpoints are written"
     )
-    room = _room(config, machines)
+    room = room_of_a_rank(config, machines)
     if room is None:
         return lines, []
     lines.append(f"    {'room per rank':<15}{human_size(room)}")
-    if needed_here(config, found) <= room:
-        return lines, []
-    what = "; ".join(fixes(config, model, room)) or "a smaller model, or devices with more memory"
-    return lines, [
-        f"a rank needs {human_size(needed_here(config, found)).strip()} and has {human_size(room).strip()}: "
-        f"{what}"
-    ]
+    problem = misfit(config, model, room)
+    return lines, [problem] if problem else []
 
 
 def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], list[str]]:
@@ -160,80 +97,6 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
     return lines, problems
 
 
-def needed_here(config: Config, found: Placement) -> int:
-    """Bytes needed of the memory that `_room` returns: the device's, or on CPUs the host's with offloads."""
-    return found.device.whole + (0 if config.train.use_gpu else found.offloaded.whole)
-
-
-def _room(config: Config, machines: list[Machine]) -> int | None:
-    """Bytes available to a rank: a GPU's memory, or its share of the host's; None if unknown."""
-    if config.train.use_gpu:
-        sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
-        return int(HEADROOM * config.train.gpu_share * min(sizes) * GIB) if sizes else None
-    workers = config.train.min_workers * trials_at_once(config)
-    a_machine = -(-workers // len(machines))
-    sizes = [machine.memory_gib for machine in machines if machine.memory_gib]
-    return int(HEADROOM * min(sizes) * GIB / a_machine) if sizes else None
-
-
-def fixes(config: Config, model: Model, room: int) -> list[str]:
-    """Single changes that make a rank fit, the cheapest first; else a combination, if one fits."""
-    train, workers = config.train, config.train.min_workers
-    rows = rows_a_worker(train, workers)
-    changes: list[Settings] = []
-    if train.precision == "fp32" and train.use_gpu and train.zero_stage:
-        changes.append({"precision": "bf16"})
-    changes += [{"micro_batch_size": size} for size in _halves(train.micro_batch_size or rows)]
-    if not train.gradient_checkpointing:
-        changes.append({"gradient_checkpointing": True})
-    if not train.offload_base:
-        changes.append({"offload_base": True})
-    changes += [{"zero_stage": stage} for stage in range(train.zero_stage + 1, 4) if workers > 1]
-    if train.zero_stage and train.use_gpu and not train.offload_optimizer:
-        changes.append({"offload_optimizer": True})
-    if train.method == "full":
-        changes.append({"method": "lora"})
-    found, kinds = [], set()
-    for change in changes:
-        [(field, value)] = change.items()
-        if field not in kinds and _allowed(train, change) and _fits(config, model, change, room):
-            kinds.add(field)
-            found.append(f"train.{field}: {str(value).lower()}")
-    if found:
-        return ["one of " + ", ".join(found)]
-    together: Settings = {}
-    for change in changes:
-        if "method" in change or not _allowed(train, together | change):
-            continue
-        together |= change
-        if _fits(config, model, together, room):
-            return ["together " + ", ".join(f"train.{f}: {str(v).lower()}" for f, v in together.items())]
-    return []
-
-
-def _halves(size: int) -> list[int]:
-    found = []
-    while size > 1:
-        size = -(-size // 2)
-        found.append(size)
-    return found
-
-
-def _allowed(train: TrainConfig, change: Settings) -> bool:
-    """Return whether settings go together: some changes need another one first."""
-    try:
-        TrainConfig.model_validate(train.model_dump() | change)
-    except ValueError:
-        return False
-    return True
-
-
-def _fits(config: Config, model: Model, change: Settings, room: int) -> bool:
-    train = config.train.model_copy(update=change)
-    changed = config.model_copy(update={"train": train})
-    return needed_here(changed, model.memory(train)) <= room
-
-
 def batch_lines(config: Config) -> list[str]:
     """Describe the sizes of a step, of an epoch (if the dataset is prepared), and of the search."""
     train, workers = config.train, config.train.min_workers
@@ -276,11 +139,6 @@ def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
     return lines
 
 
-def human_size(size: float) -> str:
-    """Format bytes as GiB, or MiB below one GiB."""
-    return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"
-
-
 def placement_lines(title: str, placed: Placed) -> list[str]:
     """Describe the number of actors of each kind per machine."""
     lines = [f"{title}:"]
@@ -292,6 +150,8 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
 
 def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
     """Compose the plan's text; also return True if everything fits."""
+    model = Model(config)
+    config, of_pack = with_pack(config, model, machines)
     lines = [f"cluster: {machine.describe()}" for machine in _grouped(machines)]
     problems: list[str] = []
     stages = {"train and evaluate": search_actors(config), "serve": serving_actors(config)}
@@ -301,9 +161,11 @@ def plan(config: Config, machines: list[Machine], images_per_second: float | Non
         placed = place(actors, machines)
         lines += placement_lines(title, placed)
         problems += [f"{title}: {each}" for each in placed.left_over]
-    for found, too_much in (memory_lines(config, Model(config), machines), drawing_lines(config, machines)):
+    memory = memory_lines(largest_trial(config, model), model, machines)
+    for found, too_much in (memory, drawing_lines(config, machines)):
         lines += found
         problems += too_much
+    lines += [of_pack] if of_pack else []
     lines += [*batch_lines(config), *cost_lines(config, images_per_second)]
     lines += [f"does not fit: {problem}" for problem in problems] or ["all fits"]
     return "\n".join(lines), not problems

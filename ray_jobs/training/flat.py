@@ -9,7 +9,8 @@ With stage 0 every rank updates all weights. With stages 1 and 2 of ZeRO (Rajbha
 2 it also keeps only its slices of the gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -194,16 +195,20 @@ class Flat(Engine):
     def rehearse(self, inputs: dict[str, Any], weights: torch.Tensor) -> None:
         """Take the memory of a piece, of its gradients and of Adam's state, as a step's pieces will.
 
-        Nothing is sent to other ranks, and what is computed is dropped.
-
         Raises:
             torch.OutOfMemoryError: there is too little.
         """
+        with self.rehearsing():
+            self.accumulate(inputs, weights, last=False)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Take the memory of Adam's state; gradients of the block are sent to no rank, and dropped."""
         for owner in self.owners:
             self.adam(owner.weights)
         self.sends = False
         try:
-            self.accumulate(inputs, weights, last=False)
+            yield
         finally:
             self.first, self.sends = True, self.world_size > 1
             for chunk in self.chunks:

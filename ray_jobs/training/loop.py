@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cluster.gpus import leaving_free, take_share
+from cluster.gpus import take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.data.encoding.shapes import square_latents
@@ -36,11 +36,11 @@ from ray_jobs.training.flat import Flat, summed_in
 from ray_jobs.training.monitor import RUNG, Diverged, Meter
 from ray_jobs.training.phases import Stage, stage_at, stages_of
 from ray_jobs.training.rehearsal import (
-    RESERVE,
+    blank,
     halved_when_it_does_not_fit,
     held_rows,
+    rehearsed,
     rows_at_once,
-    rows_that_fit,
     smaller,
 )
 from ray_jobs.training.setup import build_engine, build_model, exporter
@@ -285,8 +285,7 @@ class Training(TrainingRun):
         engine = build_engine(model, config.train, context.get_world_size(), device)
         super().__init__(settings, inputs, engine, export, resumed, startup)
         if isinstance(self.engine, Flat) and device.type == "cuda" and self.train.on_oom == "halve":
-            with leaving_free(RESERVE, self.train.gpu_share, device):
-                self._rehearse(self.engine)
+            self._rehearse(self.engine)
         startup.done("engine")
 
     def _inputs(self, steps: range) -> Generator[list[Sent]]:
@@ -296,13 +295,14 @@ class Training(TrainingRun):
 
     def _rehearse(self, engine: Flat) -> None:
         """Lower `micro_batch_size` to what the memory of every rank holds; all ranks must call this."""
-        most = rows_at_once(self.train, self.world_size)
         shape = square_latents(self.settings.config)
-        held = torch.tensor(rows_that_fit(engine, self.inputs, shape, most), device=engine.device)
-        if self.world_size > 1:
-            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN)
-        if (rows := int(held)) < most:
-            self.train = self.train.model_copy(update={"micro_batch_size": rows})
+
+        def rehearse(rows: int) -> None:
+            engine.rehearse(*self.inputs.make(blank(self.inputs, shape, rows), 0))
+
+        most = rows_at_once(self.train, self.world_size)
+        self.train = rehearsed(self.train, rehearse, self.world_size, engine.device)
+        if (rows := rows_at_once(self.train, self.world_size)) < most:
             engine.summed_in = summed_in(self.train, self.world_size)
             if self.rank == 0:
                 self.settings.tell(smaller(self.settings.trial_id, rows, most))

@@ -12,6 +12,7 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
+from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.checkpoint import REPORTED, folder_of, step_of
 from ray_jobs.training.loop import (
@@ -23,8 +24,15 @@ from ray_jobs.training.loop import (
     set_up_worker,
 )
 from ray_jobs.training.monitor import Diverged
-from ray_jobs.training.packed_steps import PackedInputs, accumulate
-from ray_jobs.training.rehearsal import halved_when_it_does_not_fit, held_rows
+from ray_jobs.training.packed_steps import PackedInputs, accumulate, rehearse
+from ray_jobs.training.rehearsal import (
+    blank,
+    halved_when_it_does_not_fit,
+    held_rows,
+    rehearsed,
+    rows_at_once,
+    smaller,
+)
 from ray_jobs.training.setup import build_engines, build_pack, exporter
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights
@@ -85,7 +93,12 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
         if started:
             started.done("trials")
         with halved_when_it_does_not_fit(
-            plan[0][0].config.train, settings.folder, PACK, world_size, settings.tell
+            plan[0][0].config.train,
+            settings.folder,
+            _each_of(plan),
+            world_size,
+            settings.tell,
+            lower="search.pack or train.micro_batch_size",
         ):
             if pack is None or not pack.holds(plan):
                 pack = None
@@ -93,6 +106,10 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
                 pack = PackedTraining(settings, plan, device, started or StartUp())
                 started = None
             pack.run([each for each, _ in plan])
+
+
+def _each_of(trainings: Sequence[object]) -> str:
+    return f"{PACK}, each of {len(trainings)} trials"
 
 
 def _free(device: torch.device) -> None:
@@ -145,7 +162,28 @@ class PackedTraining:
                     plan, makers, self.engines, exports, resumed, strict=True
                 )
             ]
+        if device.type == "cuda" and configs[0].train.on_oom == "halve":
+            self._rehearse(device)
         startup.done("engine")
+
+    def _rehearse(self, device: torch.device) -> None:
+        """Lower `micro_batch_size` to what every rank's memory holds of all trainings at once.
+
+        All ranks must call this.
+        """
+        first = self.trainings[0]
+        shape, maker = square_latents(first.settings.config), self.inputs.makers[0]
+
+        def try_rows(rows: int) -> None:
+            rehearse(self.pack, self.engines, self.inputs, blank(maker, shape, rows))
+
+        most = rows_at_once(first.train, first.world_size)
+        found = rehearsed(first.train, try_rows, first.world_size, device)
+        if (rows := rows_at_once(found, first.world_size)) < most:
+            for training in self.trainings:
+                training.train = training.train.model_copy(update={"micro_batch_size": rows})
+            if self.rank == 0:
+                self.settings.tell(smaller(_each_of(self.trainings), rows, most))
 
     def holds(self, plan: Sequence[tuple[LoopSettings, Storage | None]]) -> bool:
         """Return whether what is in memory is what these trainings would resume from."""

@@ -1,6 +1,7 @@
 """Steps of several trainings at once, whose adapters are members of a pack: no Ray, no storage."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -77,3 +78,15 @@ def accumulate(
             engine.end_piece()
             share += loss.detach()
     return shares
+
+
+def rehearse(pack: Pack, engines: Sequence[Flat], inputs: PackedInputs, piece: Piece) -> None:
+    """Take the memory of a piece of all trainings of a pack, as a step's pieces will; see `Flat.rehearse`.
+
+    Raises:
+        torch.OutOfMemoryError: there is too little.
+    """
+    with ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(engine.rehearsing())
+        accumulate(pack, engines, inputs, [inputs.begin(piece, 0)], range(len(engines)), step=0, rank=0)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch
 
+from cluster.gpus import leaving_free
 from cluster.storage import Storage
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.families.text import MASK
 from ray_jobs.training.batch import COLUMNS, InputMaker, Piece
 from ray_jobs.training.engine import rows_a_worker
-from ray_jobs.training.flat import Flat
 
 RESERVE = 0.05  # of a process's GPU memory, for other shapes of pictures and for gaps between tensors
 HELD = "memory.json"  # in a trial's folder: how many rows its next start computes at once
@@ -23,11 +23,33 @@ def rows_at_once(config: TrainConfig, world_size: int) -> int:
     return min(most, config.micro_batch_size or most)
 
 
-def rows_that_fit(engine: Flat, maker: InputMaker, shape: tuple[int, ...], most: int) -> int:
+def rehearsed(
+    config: TrainConfig, rehearse: Callable[[int], None], world_size: int, device: torch.device
+) -> TrainConfig:
+    """Return the settings with a `micro_batch_size` that the memory of every rank holds.
+
+    All ranks must call this.
+
+    Args:
+        rehearse: see `rows_that_fit`.
+
+    Raises:
+        torch.OutOfMemoryError: memory is too small for a single row.
+    """
+    most = rows_at_once(config, world_size)
+    with leaving_free(RESERVE, config.gpu_share, device):
+        held = torch.tensor(rows_that_fit(rehearse, most), device=device)
+    if world_size > 1:
+        torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN)
+    rows = int(held)
+    return config if rows == most else config.model_copy(update={"micro_batch_size": rows})
+
+
+def rows_that_fit(rehearse: Callable[[int], None], most: int) -> int:
     """Return the number of rows, at most `most` and else halved, with which a rehearsal has enough memory.
 
     Args:
-        shape: from `square_latents`.
+        rehearse: computes with so many rows, and leaves nothing behind.
 
     Raises:
         torch.OutOfMemoryError: memory is too small for a single row.
@@ -35,7 +57,7 @@ def rows_that_fit(engine: Flat, maker: InputMaker, shape: tuple[int, ...], most:
     rows = most
     while True:
         try:
-            engine.rehearse(*maker.make(blank(maker, shape, rows), 0))
+            rehearse(rows)
             return rows
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -46,7 +68,11 @@ def rows_that_fit(engine: Flat, maker: InputMaker, shape: tuple[int, ...], most:
 
 
 def blank(maker: InputMaker, shape: tuple[int, ...], count: int) -> Piece:
-    """Return rows like those of a data set, with captions of their greatest length."""
+    """Return rows like those of a data set, with captions of their greatest length.
+
+    Args:
+        shape: from `square_latents`.
+    """
     stored = maker.codec.unpacked_shape(shape)
     rows = {name: torch.zeros((count, *stored)) for name in ("latents_mean", "latents_logvar")}
     for name, empty in maker.null.items():
@@ -72,13 +98,19 @@ def held_rows(trial: Storage) -> int | None:
 
 @contextmanager
 def halved_when_it_does_not_fit(
-    config: TrainConfig, trial: Storage, name: str, world_size: int, tell: Callable[[str], None]
+    config: TrainConfig,
+    trial: Storage,
+    name: str,
+    world_size: int,
+    tell: Callable[[str], None],
+    lower: str = "train.micro_batch_size",
 ) -> Iterator[None]:
     """Where the block runs out of GPU memory, let the trial's next start compute half of the rows at once.
 
     Args:
         config: the settings of the block, with the rows that it computes at once.
         name: the trial's name.
+        lower: settings that ask for less memory where they are lower.
 
     Raises:
         torch.OutOfMemoryError: in any case; it says which settings to change.
@@ -91,8 +123,8 @@ def halved_when_it_does_not_fit(
             trial.write_text(HELD, json.dumps({"rows": -(-rows // 2)}))
             tell(smaller(name, -(-rows // 2), rows))
         raise torch.OutOfMemoryError(
-            f"{name}: {rows} images at once need more GPU memory than there is: lower "
-            "train.micro_batch_size, set train.gradient_checkpointing: true or train.precision: bf16, or use "
+            f"{name}: {rows} images at once need more GPU memory than there is: lower {lower}, "
+            "set train.gradient_checkpointing: true or train.precision: bf16, or use "
             "more workers with train.zero_stage 1 to 3; python -m cluster.plan tells what fits "
             f"({error})"
         ) from error

@@ -57,6 +57,7 @@ def test_a_step_of_a_pack_never_waits_and_rows_that_are_alike_are_sent_once(
     family: str, trained: Told
 ) -> None:
     found = of_family(trained, "pack")[family]
+    assert found["held"] == 2
     for part in ("send", "passes", "update"):
         assert not found[part]["waits"], part
     # Two of the three draw alike.

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from ray_jobs.config import Config
+from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.diffusion.quantization import FORMATS
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.monitor import LATE, Meter
-from ray_jobs.training.packed_steps import PackedInputs, accumulate
+from ray_jobs.training.packed_steps import PackedInputs, accumulate, rehearse
 from ray_jobs.training.phases import stages_of
+from ray_jobs.training.rehearsal import blank, rehearsed
 from ray_jobs.training.setup import build_engine, build_engines, build_model, build_pack
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import snapshot, whole
@@ -150,6 +152,7 @@ def train(config: Config, device: Pretend) -> dict[str, Any]:
     return told | {"states": states, "places": places, **found}
 
 
+HELD = 7  # rows of all trials that the pretended memory holds at once
 PACKED: list[dict[str, Any]] = [
     {"learning_rate": 1e-3},
     {"learning_rate": 2e-3, "lora": {"rank": 2}},
@@ -158,7 +161,7 @@ PACKED: list[dict[str, Any]] = [
 
 
 def train_pack(configs: list[Config], device: Pretend) -> dict[str, Any]:
-    """Take steps of a pack; return the counts of the last one."""
+    """Rehearse a pack and take its steps; return the rows that fit, and the counts of the last step."""
     torch.manual_seed(0)
     cuda = torch.device("cuda:0")
     pipeline, pack = build_pack(configs, "cuda")
@@ -175,7 +178,13 @@ def train_pack(configs: list[Config], device: Pretend) -> dict[str, Any]:
     batch = {name: rows[name] for name in makers[0].columns}
     pieces = Piece.cut(batch, loss_shares(configs[0].train), 1, 0, 1)
     stages = [stages_of(config.train, 1000)[0] for config in configs]
-    found: dict[str, Any] = {}
+
+    def try_rows(rows: int) -> None:
+        rehearse(pack, engines, inputs, blank(makers[0], square_latents(configs[0]), rows))
+        if len(configs) * rows > HELD:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found: dict[str, Any] = {"held": rehearsed(configs[0].train, try_rows, 1, cuda).micro_batch_size}
 
     def counted(part: str) -> None:
         kinds = {"waits": device.waits, "to_device": device.to_device, "pageable": device.pageable}

@@ -140,3 +140,19 @@ def test_an_elastic_training_leaves_gpus_to_evaluators_and_the_encoders_of_its_s
     """Otherwise it takes all four, and waits for rows that nobody encodes."""
     lines = ELASTIC.replace("FOLDER", repr(str(tmp_path)))
     assert run_on_gpus(lines, 4, tmp_path)[-1] == "2 workers, 3 rows"
+
+
+CHECKED = """
+from ray_jobs.config import load_config
+from ray_jobs.planning.checks import checked
+
+settings = ["train.use_gpu=true", "search.pack=auto", "search.learning_rates=[1.0e-3,2.0e-3]"]
+print(checked(load_config("configs/demo.yaml", settings))().trials_together)
+"""
+
+
+def test_trials_are_packed_though_the_memory_of_the_gpus_cannot_be_read_and_a_line_says_so(
+    tmp_path: Path,
+) -> None:
+    *_, line, together = run_on_gpus(CHECKED, 2, tmp_path)
+    assert "search.pack: 2 trials together, whatever the memory of the GPUs" in line and together == "2"

@@ -13,10 +13,10 @@ from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.planning.estimate import host_memory, rank_memory
 from ray_jobs.planning.footprint import footprint
-from ray_jobs.planning.plan import Model
+from ray_jobs.planning.memory import Model
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
 from ray_jobs.training.memory import state_bytes
-from ray_jobs.training.setup import build_engine, build_model
+from ray_jobs.training.setup import build_engine, build_engines, build_model, build_pack
 from ray_jobs.training.zero import OVERLAPPED_AT_ONCE, gradient_buckets
 from ray_jobs.weights.model_files import latent_shapes
 from tests.tiny_models import FAMILY_MODELS
@@ -217,8 +217,8 @@ def test_activations_are_what_autograd_saves(tiny: Callable[[str], Path], name: 
     assert all_blocks < footprint(some).activations
 
 
-def saved_by_autograd(model: Any, base: Path) -> int:
-    """Bytes that a real forward pass of one row keeps, weights left out."""
+def saved_by_autograd(model: Any, base: Path, rows: int = 1) -> int:
+    """Bytes that a real forward pass keeps, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -231,14 +231,36 @@ def saved_by_autograd(model: Any, base: Path) -> int:
     family, config = model.family, model.denoiser.config
     [latents] = latent_shapes(str(base), [(SIDE, SIDE)])
     conditions = {
-        name: torch.ones((1, *shape), dtype=dtype)
+        name: torch.ones((rows, *shape), dtype=dtype)
         for name, (shape, dtype) in family.text.shapes(config).items()
     }
-    conditions |= {name: torch.full((1, 6), SIDE) for name in family.picture_conditions}
+    conditions |= {name: torch.full((rows, 6), SIDE) for name in family.picture_conditions}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = family.denoise(model.model, torch.randn(1, *latents), torch.full((1,), 500.0), conditions)
+        noisy, timesteps = torch.randn(rows, *latents), torch.full((rows,), 500.0)
+        output = family.denoise(model.model, noisy, timesteps, conditions)
     del output
     return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("layers", ["attention", "the demo's layers", "dora"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_a_packs_memory_is_what_it_keeps(tiny: Callable[[str], Path], name: str, layers: str) -> None:
+    lora = LORA[layers] or {}
+    if not FAMILIES[name].is_unet:
+        lora = lora | {"target_modules": None}
+    config = a_config(tiny(name), lora={"rank": 8, "alpha": 8} | lora, num_workers=1, batch_size=2)
+    model, trials = Model(config), 3
+    estimate = model.memory(config.train, trials).device
+    _, pack = build_pack([config] * trials)
+    pack.divide(list(pack.members), 2 * trials)
+    kept = saved_by_autograd(pack.model, tiny(name), 2 * trials)
+    # What DoRA keeps of weights is counted once for each row.
+    assert 0.95 * kept < estimate.activations < (1.4 if layers == "dora" else 1.1) * kept
+    states = [state_bytes(engine) for engine in build_engines(pack, [config] * trials, 1)]
+    for kind in ("gradients", "master_weights", "moments"):
+        assert getattr(estimate, kind) == pytest.approx(sum(each[kind] for each in states), rel=0.02), kind
+    whole = sum(parameter.nbytes for parameter in pack.parameters())
+    assert estimate.parameters == pytest.approx(whole, rel=0.02)
 
 
 def test_half_precision_keeps_about_half(tiny_flux: Path) -> None:

@@ -17,7 +17,8 @@ from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.vision_model import load_vision_model
 from ray_jobs.planning.estimate import host_memory
 from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, needs
-from ray_jobs.planning.plan import GIB, drawing_lines, plan
+from ray_jobs.planning.memory import GIB
+from ray_jobs.planning.plan import drawing_lines, plan
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import latent_shapes
