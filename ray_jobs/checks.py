@@ -13,6 +13,7 @@ import sys
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.planning.checks import check_stages
+from ray_jobs.planning.packs import checked_pack
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     add_config_arguments(parser)
     options = parser.parse_args(arguments)
     try:
-        for line in check_stages(load_config(options.config, options.overrides)):
-            show(line)
+        config = load_config(options.config, options.overrides)
+        for line in (*check_stages(config), checked_pack(config, [])[1]):
+            if line:
+                show(line)
     except ConfigError as error:
         return complain(error)
     return 0

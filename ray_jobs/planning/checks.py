@@ -10,7 +10,6 @@ from cluster.preflight import equipment
 from cluster.shape import machines_of
 from cluster.watch import require_room
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.config.packs import LAYERS
 from ray_jobs.console import say
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family
@@ -49,7 +48,6 @@ def check_stages(config: Config) -> list[str]:
         _check_guidance(config, family, model.config)
         _check_scores(config, family, model.scheduler, latents)
         _check_serving(config, family, denoiser, model.scheduler, latents)
-        _check_pack(config)
     except ConfigError:
         raise
     except ValueError as error:
@@ -69,22 +67,6 @@ def _check_guidance(config: Config, family: Family, settings: Settings) -> None:
     for field, scale in scales.items():
         if scale > 1 and not family.has_guidance(settings):
             raise ValueError(f"{field}: {scale:g}; {UNGUIDED}; set it to 1")
-
-
-def _check_pack(config: Config) -> None:
-    """Raise ValueError if trials cannot train together because of the layers that have adapters.
-
-    Those that a family has by default are tested.
-    """
-    from ray_jobs.planning.footprint import check_rows
-
-    if config.trials_together == 1:
-        return
-    searched = [{name: value} for name in LAYERS for value in config.search.space.get(name, [])]
-    for settings in searched or [{}]:
-        trial = config.with_settings(settings)
-        if trial.train.lora.target_modules:
-            check_rows(trial)
 
 
 def _check_scores(
@@ -148,8 +130,8 @@ def _check_serving(
 def checked(config: Config, stage: str = "search") -> Callable[[], Config]:
     """Start the checks as a Ray task on a CPU, and return a function that waits for them and warns.
 
-    The function returns the configuration with what only the cluster's GPUs decide (`with_pack`), if a search
-    is to be run.
+    The function returns the configuration with what only the base and the cluster's GPUs decide
+    (`with_pack`), if a search is to be run.
 
     Raises:
         ConfigError: raised by the returned function; the message names the setting.
@@ -180,8 +162,8 @@ def _checked(config: Config, stage: str) -> tuple[Config, list[str]]:
     from ray_jobs.planning.packs import checked_pack
 
     lines = check_stages(config)
-    if stage != "search" or not config.train.use_gpu or config.trials_together == 1:
+    if stage != "search" or config.trials_together == 1:
         return config, lines
-    nodes = living_nodes()
+    nodes = living_nodes() if config.train.use_gpu else []
     decided, line = checked_pack(config, machines_of(nodes, equipment(nodes)))
     return decided, [*lines, line] if line else lines

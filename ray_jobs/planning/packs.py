@@ -1,10 +1,12 @@
-"""How many trials of a search are trained together on GPUs: as many as the memory of one holds."""
+"""How many trials of a search are trained together: as the layers with adapters and GPUs' memory allow."""
 
 from collections.abc import Sequence
 
 from cluster.shape import Machine
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.config.packs import LAYERS
 from ray_jobs.config.space import ends
+from ray_jobs.planning.footprint import check_rows
 from ray_jobs.planning.memory import (
     Model,
     human_size,
@@ -32,13 +34,24 @@ def largest_trial(config: Config, model: Model) -> Config:
 
 
 def with_pack(config: Config, model: Model, machines: Sequence[Machine]) -> tuple[Config, str]:
-    """Return a configuration whose `search.pack`, if `auto`, is decided by GPUs' memory, and a line about it.
+    """Return a configuration whose `search.pack`, if `auto`, is decided, and a line about it.
 
-    It becomes the largest number of trials that fit a rank on the smallest GPU, each with the rows that it
-    would compute at once by itself, or `off`. The line is empty if all that the settings allow fit.
+    It becomes `off` if a layer with adapters does not see the rows of the batch. On GPUs it becomes the
+    largest number of trials that fit a rank on the smallest one, each with the rows that it would compute at
+    once by itself, or `off`. The line is empty if all that the settings allow are trained together.
+
+    Raises:
+        ConfigError: `search.pack` is a number, and a layer does not see the rows of the batch.
     """
     most = config.trials_together
-    if most == 1 or not config.train.use_gpu:
+    if most == 1:
+        return config, ""
+    if reason := _of_other_rows(config):
+        if config.search.pack != "auto":
+            raise ConfigError(reason)
+        cause, _, _ = reason.partition("; ")  # without the fix
+        return _packed(config, 1), f"search.pack: each trial has its own workers: {cause}"
+    if not config.train.use_gpu:
         return config, ""
     room = room_of_a_rank(config, machines)
     if room is None:
@@ -50,8 +63,7 @@ def with_pack(config: Config, model: Model, machines: Sequence[Machine]) -> tupl
         return config, ""
     train = largest_trial(config, model).train
     fitting = max(1, trials_that_fit(config, model, train, room))
-    search = config.search.model_copy(update={"pack": fitting if fitting > 1 else "off"})
-    decided = config.model_copy(update={"search": search})
+    decided = _packed(config, fitting)
     if fitting == most:
         return decided, ""
     needed = needed_here(config, model.memory(train, fitting + 1))
@@ -61,11 +73,32 @@ def with_pack(config: Config, model: Model, machines: Sequence[Machine]) -> tupl
     return decided, f"search.pack: {fitting} of {most} trials together: {short}"
 
 
+def _packed(config: Config, together: int) -> Config:
+    search = config.search.model_copy(update={"pack": together if together > 1 else "off"})
+    return config.model_copy(update={"search": search})
+
+
+def _of_other_rows(config: Config) -> str:
+    """Say which layer with adapters does not see the rows of the batch; empty if all do.
+
+    Layers that a family has by default are tested.
+    """
+    searched = [{name: value} for name in LAYERS for value in config.search.space.get(name, [])]
+    for settings in searched or [{}]:
+        trial = config.with_settings(settings)
+        if trial.train.lora.target_modules:
+            try:
+                check_rows(trial)
+            except ValueError as error:
+                return str(error)
+    return ""
+
+
 def checked_pack(config: Config, machines: Sequence[Machine]) -> tuple[Config, str]:
     """Return what `with_pack` does.
 
     Raises:
-        ConfigError: `search.pack` is a number, and so many trials do not fit.
+        ConfigError: as `with_pack`; or `search.pack` is a number, and so many trials do not fit.
     """
     model = Model(config)
     decided, line = with_pack(config, model, machines)

@@ -126,7 +126,9 @@ def batch_lines(config: Config) -> list[str]:
 def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
     """Describe hours and cost of the trainings, at a speed measured in a run (`images/s` in its lines)."""
     if not images_per_second:
-        return ["hours: give --images-per-second, of one trial, as a run's lines tell it"]
+        by_itself = ", without search.pack: with it they tell each trial's share"
+        told = "as a run's lines tell it" + (by_itself if config.trials_together > 1 else "")
+        return [f"hours: give --images-per-second, of one trial, {told}"]
     steps = min(config.search.planned_steps, config.search.max_steps or config.search.planned_steps)
     seconds = steps * config.train.batch_size / images_per_second
     hours = seconds / 3600 * config.train.min_workers

@@ -12,8 +12,9 @@ from torch import nn
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.footprint import check_rows
+from ray_jobs.planning.memory import Model
+from ray_jobs.planning.packs import with_pack
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
 from ray_jobs.training.engine import pieces_a_step
 from ray_jobs.training.flat import Flat
@@ -210,15 +211,18 @@ def test_a_layer_that_does_not_see_the_rows_of_the_batch_is_refused(
     searched = searching(configs[0])
     with pytest.raises(ValueError, match=refused):
         check_rows(searched)
+    decided, line = with_pack(searched, Model(searched), [])
+    assert decided.trials_together == 1
+    assert re.match(r"search\.pack: each trial has its own workers: train\.lora\.target_modules: \S*", line)
+    by_number = searched.model_copy(update={"search": searched.search.model_copy(update={"pack": 2})})
     with pytest.raises(ConfigError, match=refused):
-        check_stages(searched)
+        with_pack(by_number, Model(by_number), [])
 
 
 def searching(config: Config) -> Config:
-    """A search of two such trials together, whose pictures are drawn without guidance."""
+    """A search of two such trials together."""
     search = config.search.model_copy(update={"learning_rates": [1e-3, 2e-3], "pack": "auto"})
-    evaluate = config.evaluate.model_copy(update={"guidance_scale": 1.0})
-    return config.model_copy(update={"search": search, "evaluate": evaluate})
+    return config.model_copy(update={"search": search})
 
 
 @pytest.mark.parametrize("family", ["StableDiffusionXLPipeline", "Krea2Pipeline", "ZImagePipeline"])
