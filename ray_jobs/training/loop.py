@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,16 @@ def train_worker(loop: dict[str, LoopSettings]) -> None:
     last, rows = broadcast_from_rank_zero((settings.resume_from(), held_rows(trial)) if is_first else None)
     settings = settings.with_rows(rows)
     train, world_size = settings.config.train, context.get_world_size()
-    with halved_when_it_does_not_fit(train, trial, settings.trial_id, world_size, settings.tell):
-        with resumed_from(last) as resumed:
-            training = Training(settings, device, resumed, startup)
+    fits = partial(
+        halved_when_it_does_not_fit,
+        trial=trial,
+        name=settings.trial_id,
+        world_size=world_size,
+        tell=settings.tell,
+    )
+    with fits(train), resumed_from(last) as resumed:
+        training = Training(settings, device, resumed, startup)
+    with fits(training.train):  # what a rehearsal has made of it
         training.run()
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -92,19 +93,21 @@ def train_packs(loop: dict[str, PackSettings]) -> None:
         plan: list[tuple[LoopSettings, Storage | None]] = ray.get(reference)
         if started:
             started.done("trials")
-        with halved_when_it_does_not_fit(
-            plan[0][0].config.train,
-            settings.folder,
-            _each_of(plan),
-            world_size,
-            settings.tell,
+        fits = partial(
+            halved_when_it_does_not_fit,
+            trial=settings.folder,
+            name=_each_of(plan),
+            world_size=world_size,
+            tell=settings.tell,
             lower="search.pack or train.micro_batch_size",
-        ):
-            if pack is None or not pack.holds(plan):
-                pack = None
-                _free(device)
+        )
+        if pack is None or not pack.holds(plan):
+            pack = None
+            _free(device)
+            with fits(plan[0][0].config.train):
                 pack = PackedTraining(settings, plan, device, started or StartUp())
-                started = None
+            started = None
+        with fits(pack.trainings[0].train):  # what a rehearsal has made of it
             pack.run([each for each, _ in plan])
 
 
