@@ -4,10 +4,10 @@
     python -m ray_jobs.versions promote --config configs/demo.yaml --version 3
     python -m ray_jobs.versions rollback --config configs/demo.yaml
 
-A new version is the `candidate`. It becomes the `champion`, which is served, if its test FID is lower than
-the champion's by more than the error of the difference, on the same test split. The first version of a name
-must beat the base model instead. The former champion becomes `previous`. Each command can be repeated after
-an interruption.
+A new version is the `candidate`. It becomes the `champion`, which is served, if its test score (the one that
+ranked its search, or FID if the champion lacks that) is lower than the champion's by more than the error of
+the difference, on the same test split. The first version of a name must beat the base model instead. The
+former champion becomes `previous`. Each command can be repeated after an interruption.
 """
 
 import argparse

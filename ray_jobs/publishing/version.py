@@ -5,10 +5,10 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.publishing.pages import CARD
 from ray_jobs.registry.models import TEST_FEATURES, champion
-from ray_jobs.registry.promotion import Measured, Paired
+from ray_jobs.registry.promotion import Measured, Paired, Result
 from ray_jobs.registry.registration import Registered, quantization_tags, register
 from ray_jobs.report import headline
-from ray_jobs.run.records import MEASURES, RungRow, Winner
+from ray_jobs.run.records import FID, MEASURES, RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
@@ -29,10 +29,13 @@ def paired_with_champion(
     if held.test_digest != winner.test_digest or not folder.exists(TEST_FEATURES):
         return None
     try:
-        found = pool.difference(model, folder, TEST, TEST_FEATURES)
+        errors = {
+            measure: pool.difference(model, folder, TEST, TEST_FEATURES, measure).standard_error
+            for measure in {FID, pool.ranked_by(TEST)}
+        }
     except (KeyError, ValueError):  # another network or number of pictures
         return None
-    return Paired(held.version, found.standard_error)
+    return Paired(held.version, errors)
 
 
 def sampled_as(config: Config, best: RungRow | Winner) -> Config:
@@ -58,6 +61,8 @@ def register_winner(
             data=data,
             test=winner.test_digest,
             base_fid=winner.base_test_fid,
+            ranked_by=winner.ranked_by,
+            others=_others(winner),
         ),
         paired=paired,
         params={
@@ -75,6 +80,16 @@ def register_winner(
         metrics=_metrics(winner),
         description=f"{headline(winner)} Card: {CARD} beside the weights.",
     )
+
+
+def _others(winner: Winner) -> dict[str, Result]:
+    """Return the winner's scores on the test split, beside FID, that can rank."""
+    found = {name: winner.value_of(f"test_{name}") for name in MEASURES if name != FID}
+    return {
+        name: Result(value, error, winner.value_of(f"base_test_{name}")[0])
+        for name, (value, error) in found.items()
+        if value is not None
+    }
 
 
 def _metrics(winner: Winner) -> dict[str, float]:

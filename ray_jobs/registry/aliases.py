@@ -17,8 +17,9 @@ from ray_jobs.registry.models import (
     run_of,
     store_errors,
 )
-from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.promotion import Measured, Result
 from ray_jobs.registry.store import retried, versions_of
+from ray_jobs.run.records import FID, MEASURES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +64,7 @@ def rollback(config: Config) -> int:
 
 def status(config: Config) -> str:
     """Format a table of the versions, newest first: scores, how they were measured, and storage location."""
-    head = ("version", "aliases", "test FID", "samples", "network", "created (UTC)", "source")
+    head = ("version", "aliases", "test FID", "ranked by", "samples", "network", "created (UTC)", "source")
     rows = []
     with store_errors(config):
         client = open_existing(config)
@@ -72,9 +73,12 @@ def status(config: Config) -> str:
             versions_of(client, config.publish.model_name), key=lambda each: -int(each.version)
         ):
             measured = measured_of(client, each)
-            scores = ("–", "–", "–")
+            scores = ("–", "–", "–", "–")
             if measured:
-                scores = (str(measured), str(measured.num_samples), measured.feature_network)
+                ranked = "FID"
+                if (by := measured.ranked_by) != FID and measured.result(by):
+                    ranked = f"{MEASURES[by].name} {measured.told(by)}"
+                scores = (measured.told(FID), ranked, str(measured.num_samples), measured.feature_network)
             created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.creation_timestamp / 1000))
             names = ", ".join(names_of(aliases, int(each.version)))
             rows.append((str(each.version), names, *scores, created, each.source))
@@ -93,15 +97,25 @@ def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | N
         scores = run.data.metrics if run else {}
     if "test_fid" not in scores:
         return None
-    error = scores.get("test_fid_error")
+
+    def number(key: str) -> float | None:
+        return float(scores[key]) if key in scores else None
+
+    others = {
+        name: Result(float(tags[f"test_{name}"]), number(f"test_{name}_error"), number(f"base_test_{name}"))
+        for name in MEASURES
+        if name != FID and f"test_{name}" in tags
+    }
     return Measured(
         fid=float(scores["test_fid"]),
-        error=None if error is None else float(error),
+        error=number("test_fid_error"),
         num_samples=int(tags["num_samples"]),
         feature_network=tags["feature_network"],
         data=tags["data_digest"],
         test=tags.get("test_digest"),
         base_fid=float(tags["base_test_fid"]) if "base_test_fid" in tags else None,
+        ranked_by=tags.get("ranked_by", FID),
+        others=others,
     )
 
 

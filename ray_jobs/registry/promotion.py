@@ -1,19 +1,37 @@
 """Promotion: decide if a new version may replace the champion. Pure: two measurements in, a sentence out."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ray_jobs.run.records import CORRECTED, FID, MEASURES
+
+
+class Result(NamedTuple):
+    """A score on the test split.
+
+    Attributes:
+        error: standard error; None if it was not estimated, which counts as 0.
+        base: score of the base model on the same pictures; None if it was not recorded.
+    """
+
+    value: float
+    error: float | None = None
+    base: float | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A test FID, and the conditions that must be equal to compare it with another.
+    """Scores on the test split, and the conditions that must be equal to compare them with others.
 
     Attributes:
-        error: standard error; None if it was not estimated, which counts as 0.
+        error, base_fid: of the FID, as in `Result`.
         data: digest of the prepared data, including the training pictures.
         test: digest of the pictures and captions of the test split; None for a version registered without
             it, for which `data` is compared instead.
-        base_fid: FID of the base model on the same pictures; None if it was not recorded.
+        ranked_by: which score the search went by, one of `MEASURES`.
+        others: the scores beside FID that can rank, by their names in `MEASURES`.
     """
 
     fid: float
@@ -23,9 +41,19 @@ class Measured:
     data: str
     test: str | None = None
     base_fid: float | None = None
+    ranked_by: str = FID
+    others: Mapping[str, Result] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return f"{self.fid:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+    def result(self, measure: str) -> Result | None:
+        """Return a score; None if it was not recorded."""
+        return Result(self.fid, self.error, self.base_fid) if measure == FID else self.others.get(measure)
+
+    def told(self, measure: str) -> str:
+        """Format a score that was recorded, with its error."""
+        found = self.result(measure)
+        assert found is not None
+        error = "" if found.error is None else f" ± {_number(measure, found.error)}"
+        return _number(measure, found.value) + error
 
 
 @dataclass(frozen=True)
@@ -34,11 +62,27 @@ class Paired:
 
     Attributes:
         champion: version number of that champion.
-        error: standard error of the difference of their test FIDs.
+        errors: standard errors of the differences of their test scores, by names in `MEASURES`.
     """
 
     champion: int
-    error: float
+    errors: Mapping[str, float]
+
+
+def _number(measure: str, value: float) -> str:
+    return f"{value:.{MEASURES[measure].digits + 1}f}"
+
+
+def compared_by(new: Measured, champion: Measured) -> str:
+    """Return the score that decides between two versions: the new one's `ranked_by` if both have it, or FID.
+
+    The corrected FID depends on training pictures, by which it is corrected, and is compared only where they
+    are the same.
+    """
+    measure = new.ranked_by
+    if measure == CORRECTED and new.data != champion.data:
+        return FID
+    return measure if new.result(measure) and champion.result(measure) else FID
 
 
 def objection(new: Measured, champion: Measured | None, paired: Paired | None = None) -> str | None:
@@ -67,20 +111,33 @@ def objection(new: Measured, champion: Measured | None, paired: Paired | None = 
     ]
     if differ:
         return f"it cannot be compared with the champion: {'; '.join(differ)}"
-    if math.isnan(new.fid):
-        return "its test FID is not a number"
-    error = paired.error if paired else math.hypot(new.error or 0.0, champion.error or 0.0)
-    if math.isnan(champion.fid) or champion.fid - new.fid > error:
+    measure = compared_by(new, champion)
+    mine, theirs = new.result(measure), champion.result(measure)
+    assert mine is not None and theirs is not None
+    name = MEASURES[measure].name
+    if math.isnan(mine.value):
+        return f"its test {name} is not a number"
+    error = math.hypot(mine.error or 0.0, theirs.error or 0.0)
+    in_pairs = ""
+    if paired and measure in paired.errors:
+        error, in_pairs = paired.errors[measure], " of the difference in pairs"
+    if math.isnan(theirs.value) or theirs.value - mine.value > error:
         return None
-    in_pairs = " of the difference in pairs" if paired else ""
-    margin = f" by more than the error {error:.2f}{in_pairs}" if error else ""
-    return f"its test FID {new} does not beat the champion's {champion}{margin}"
+    margin = f" by more than the error {_number(measure, error)}{in_pairs}" if error else ""
+    return (
+        f"its test {name} {new.told(measure)} does not beat the champion's {champion.told(measure)}{margin}"
+    )
 
 
 def objection_to_first(new: Measured) -> str | None:
     """Return the reason why a name's first version must not be served (no better than the base), or None."""
-    if math.isnan(new.fid):
-        return "its test FID is not a number"
-    if new.base_fid is None or math.isnan(new.base_fid) or new.fid < new.base_fid:
+    measure = new.ranked_by if (found := new.result(new.ranked_by)) and found.base is not None else FID
+    found, name = new.result(measure), MEASURES[measure].name
+    assert found is not None
+    if math.isnan(found.value):
+        return f"its test {name} is not a number"
+    if found.base is None or math.isnan(found.base) or found.value < found.base:
         return None
-    return f"its test FID {new} does not beat the base model's {new.base_fid:.2f}"
+    return (
+        f"its test {name} {new.told(measure)} does not beat the base model's {_number(measure, found.base)}"
+    )

@@ -16,10 +16,11 @@ from ray_jobs.config import Config, ModelConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client, store_errors
-from ray_jobs.registry.promotion import Measured, Paired, objection, objection_to_first
+from ray_jobs.registry.promotion import Measured, Paired, compared_by, objection, objection_to_first
 from ray_jobs.registry.provenance import code_version, signature
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
 from ray_jobs.run.folder import SharedFolder
+from ray_jobs.run.records import FID, MEASURES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -115,7 +116,9 @@ def _decide(
     else:
         held = measured_of(client, client.get_model_version(name, str(champion)))
         against = objection(measured, held, paired if paired and paired.champion == champion else None)
-        decision = f"champion: its test FID {measured} beats that of version {champion}, now {PREVIOUS}"
+        measure = compared_by(measured, held) if held else FID
+        score = f"its test {MEASURES[measure].name} {measured.told(measure)}"
+        decision = f"champion: {score} beats that of version {champion}, now {PREVIOUS}"
     if against:
         decision = (
             f"stays candidate: {against}; to promote it all the same: {command_line('promote', version)}"
@@ -199,10 +202,26 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "num_samples": str(measured.num_samples),
         "test_fid": repr(measured.fid),
         **({} if measured.error is None else {"test_fid_error": repr(measured.error)}),
+        "ranked_by": measured.ranked_by,
+        **_other_scores(measured),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
         "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
+
+
+def _other_scores(measured: Measured) -> dict[str, str]:
+    """Return tags of the scores beside FID that can rank, which `aliases.measured_of` reads."""
+    named = {
+        key: value
+        for name, found in measured.others.items()
+        for key, value in (
+            (f"test_{name}", found.value),
+            (f"test_{name}_error", found.error),
+            (f"base_test_{name}", found.base),
+        )
+    }
+    return {key: repr(value) for key, value in named.items() if value is not None}
 
 
 def _keep(config: Config, source: str, digest: str) -> str:

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry.aliases import aliases_of, promote, rollback, status
+from ray_jobs.registry.aliases import aliases_of, measured_of, promote, rollback, status
 from ray_jobs.registry.models import champion, entries, open_client
-from ray_jobs.registry.promotion import Measured
+from ray_jobs.registry.promotion import Measured, Result
 from ray_jobs.registry.registration import DECISION, Registered, register
 from ray_jobs.versions import main
 from tests.serving.test_registry import named, weights
@@ -71,6 +71,25 @@ def test_a_first_version_that_does_not_beat_the_base_stays_candidate_until_it_is
     assert add(2, 18.0, base_fid=19.0).aliases == ("champion",)
     promote(config, 1)
     assert aliases(config)["champion"] == 1
+
+
+def test_the_score_that_ranked_is_kept_with_a_version_and_decides_between_two(
+    config: Config, add: Any
+) -> None:
+    ranked: dict[str, Any] = {"ranked_by": "corrected_fid", "base_fid": 30.0}
+    assert add(1, 20.0, others={"corrected_fid": Result(14.0, 0.5, 25.0)}, **ranked).aliases == ("champion",)
+    kept = measured_of(
+        client := open_client(config), client.get_model_version(config.publish.model_name, "1")
+    )
+    assert kept == replace(
+        MEASURED, fid=20.0, others={"corrected_fid": Result(14.0, 0.5, 25.0)}, test=None, **ranked
+    )
+    message = add(2, 10.0, others={"corrected_fid": Result(15.0, 0.5)}, **ranked).message
+    assert "its test corrected FID 15.00 ± 0.50 does not beat the champion's 14.00 ± 0.50" in message
+    message = add(3, 21.0, others={"corrected_fid": Result(12.0, 0.5)}, **ranked).message
+    assert message == "champion: its test corrected FID 12.00 ± 0.50 beats that of version 1, now previous"
+    head, first, *_ = status(config).splitlines()
+    assert "ranked by" in head and "corrected FID 12.00 ± 0.50" in first
 
 
 def test_versions_of_one_test_split_are_compared_whatever_they_were_trained_on(
@@ -202,7 +221,7 @@ def test_the_table_has_each_version_with_its_score_and_aliases(config: Config, a
     head, *rows = (line.split() for line in status(config).splitlines())
     assert head[:4] == ["version", "aliases", "test", "FID"]
     assert [row[:2] for row in rows] == [["3", "candidate"], ["2", "champion"], ["1", "previous"]]
-    assert rows[0][2:5] == ["19.00", "96", "inception@sha256:7ff4"]
+    assert rows[0][2:6] == ["19.00", "FID", "96", "inception@sha256:7ff4"]
     assert rows[1][2:5] == ["18.00", "±", "0.50"]
     assert rows[1][-1] == champion(config).source
 

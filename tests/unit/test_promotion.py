@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_jobs.registry.promotion import Measured, Paired, objection, objection_to_first
+from ray_jobs.registry.promotion import Measured, Paired, Result, objection, objection_to_first
 
 CHAMPION = Measured(20.0, 0.3, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
@@ -52,10 +52,46 @@ def test_another_training_picture_does_not_keep_versions_apart_but_another_test_
 def test_where_both_drew_the_same_captions_the_error_is_that_of_the_paired_difference() -> None:
     new = replace(CHAMPION, fid=19.7)
     assert objection(new, CHAMPION) is not None
-    assert objection(new, CHAMPION, Paired(1, 0.1)) is None
+    assert objection(new, CHAMPION, Paired(1, {"fid": 0.1})) is None
     assert "by more than the error 0.31 of the difference in pairs" in (
-        objection(new, CHAMPION, Paired(1, 0.31)) or ""
+        objection(new, CHAMPION, Paired(1, {"fid": 0.31})) or ""
     )
+
+
+RANKED = replace(
+    CHAMPION,
+    ranked_by="corrected_fid",
+    others={"corrected_fid": Result(14.0, 0.3, 30.0), "kid": Result(0.02, 0.001, 0.03)},
+)
+
+
+def test_the_score_that_ranked_the_search_decides() -> None:
+    """FID of few pictures rewards a smaller variety, so a lower one may be a worse model's."""
+    worse = replace(RANKED, fid=10.0, others={"corrected_fid": Result(15.0, 0.4)})
+    assert objection(worse, RANKED) == (
+        "its test corrected FID 15.00 ± 0.40 does not beat the champion's 14.00 ± 0.30 by more than the "
+        "error 0.50"
+    )
+    better = replace(RANKED, fid=30.0, others={"corrected_fid": Result(13.6, 0.4)})
+    assert objection(better, RANKED) is not None
+    assert objection(better, RANKED, Paired(1, {"fid": 9.0, "corrected_fid": 0.1})) is None
+    kid = replace(RANKED, ranked_by="kid", others={"kid": Result(0.0195, 0.001)})
+    assert "KID 0.01950 ± 0.00100 does not beat the champion's 0.02000" in (objection(kid, RANKED) or "")
+
+
+def test_a_score_that_one_of_them_lacks_does_not_decide() -> None:
+    new = replace(RANKED, fid=10.0, others={"corrected_fid": Result(15.0)})
+    assert objection(new, CHAMPION) is None, "by FID, as in earlier releases"
+    assert objection(replace(RANKED, ranked_by="mind", fid=10.0), RANKED) is None
+    # Its correction comes from training pictures.
+    same_test = replace(RANKED, test="aa" * 32)
+    assert objection(replace(new, test="aa" * 32, data="00" * 32), same_test) is None
+
+
+def test_the_first_version_must_beat_the_base_by_the_score_that_ranked() -> None:
+    assert objection_to_first(replace(RANKED, base_fid=1.0)) is None
+    worse = replace(RANKED, base_fid=99.0, others={"corrected_fid": Result(31.0, None, 30.0)})
+    assert objection_to_first(worse) == "its test corrected FID 31.00 does not beat the base model's 30.00"
 
 
 def test_the_first_version_must_beat_the_base() -> None:
