@@ -102,7 +102,7 @@ def walk(journey: Journey, config: Config, port: int) -> None:
     run = Path(config.storage) / config.name
     manifest = json.loads((run / "dataset" / "manifest.json").read_text())
     assert sum(manifest[split] for split in ("train", "validation", "test")) == journey.pictures
-    assert len(list((run / "train").iterdir())) == journey.trainings
+    assert sum(each.is_dir() for each in (run / "train").iterdir()) == journey.trainings
     version = registered(config, "1")
     card = (run / "model" / "README.md").read_text(encoding="utf-8")
     plain = plain_picture(card, config, version)

@@ -177,6 +177,7 @@ def test_a_stopped_trial_frees_its_workers_at_once_and_the_evaluators_outlive_it
         "train.cpus_per_worker=4",
         "search.learning_rates=[1.0e-9,2.0e-9]",
         "search.ladder=[2,3,100000]",
+        "search.pack=off",
         "search.scheduler=none",
         "search.patience=1",
         "search.wait_for_scores=true",
