@@ -36,9 +36,9 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     say("pipeline", f"run {config.name}; results in {run.uri}")
     check = checked(config)
     dataset = prepare(config, check=check)
-    config = check()
     with evaluators(config, dataset) as pool:
-        found = search(config, dataset, pool)
+        # Only the search goes by what the cluster decides: a version has the digest of what is written above.
+        found = search(check(), dataset, pool)
         publish(config, dataset, pool, found)
 
 

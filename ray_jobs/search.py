@@ -79,7 +79,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
             why = f"there are too few pictures for search.rank_by: {pool.rank_by}"
             say("search", f"ranks by {MEASURES[ranking].name}: {why}")
         with _mirrored(config, dataset) as mirror:
-            done = Trials(SearchContext(config, dataset, pool, board, recorded, queue), storage, mirror)
+            done = Trials(SearchContext(config, dataset, pool, board, queue), storage, mirror)
             phase("workers")
             run_trials(config, done)
             workers.close()

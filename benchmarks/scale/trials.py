@@ -15,7 +15,7 @@ from cluster.connect import joined
 from cluster.local import local_cluster
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
-from ray_jobs.run.records import RungRow, read_rows
+from ray_jobs.run.records import RungRow
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.scheduling import run_trials
@@ -52,7 +52,7 @@ def measure(size: int) -> dict[str, float]:
         with local_cluster(LocalConfig(num_cpus=AT_ONCE + 2)) as cluster, joined(cluster.gcs_address):
             before = resident()
             dataset: Any = None
-            around = SearchContext(config, dataset, dataset, None, read_rows(storage))
+            around = SearchContext(config, dataset, dataset, None)
             done = Trials(around, storage, Mirror(config, {}, "digest", list), climb)
             start = time.perf_counter()
             run_trials(config, done)

@@ -7,7 +7,7 @@ from statistics import stdev
 from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart, number
-from ray_jobs.run.records import CORRECTED, KID, MIND, Measure, RungRow, Winner
+from ray_jobs.run.records import CORRECTED, KID, MEASURES, MIND, Measure, RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
@@ -74,55 +74,39 @@ def fid_chart(winner: Winner, results: Rows) -> str:
     return line_chart(chart, score_curves(winner, results, "fid"))
 
 
-def _chart_if_any(chart: Chart, winner: Winner, results: Rows, key: str) -> str:
-    """Return a chart of a score over steps; empty if no row has it."""
-    if all(finite(row, key) is None for row in results):
-        return ""
-    return line_chart(chart, score_curves(winner, results, key))
-
-
 def corrected_chart(winner: Winner, results: Rows) -> str:
     """Validation's corrected FID over steps; empty if no row has one."""
-    chart = Chart(
-        name="corrected-fid",
-        title="Validation FID without the bias of few pictures",
-        description=f"Corrected FID, 0 for pictures as real ones; lower is better. {NUMBERS}",
-        unit="corrected FID (lower is better)",
-        digits=1,
-        level=_base(winner.base_validation_corrected_fid),
-    )
-    return _chart_if_any(chart, winner, results, CORRECTED)
+    title = "Validation FID without the bias of few pictures"
+    return _ranking_chart(winner, results, CORRECTED, title, "Corrected FID, 0 for pictures as real ones")
 
 
 def kid_chart(winner: Winner, results: Rows) -> str:
     """Validation KID over steps; empty if no row has one."""
-    chart = Chart(
-        name="kid",
-        title="Validation KID over training steps",
-        description=f"Kernel distance, unbiased for any number of pictures; lower is better. {NUMBERS}",
-        unit="KID (lower is better)",
-        digits=4,
-        level=_base(winner.base_validation_kid),
-    )
-    return _chart_if_any(chart, winner, results, KID)
+    title = "Validation KID over training steps"
+    return _ranking_chart(winner, results, KID, title, "Kernel distance, unbiased for any number of pictures")
 
 
 def mind_chart(winner: Winner, results: Rows) -> str:
     """Validation MIND over steps; empty if no row has one."""
+    title = "Validation MIND over training steps"
+    return _ranking_chart(winner, results, MIND, title, "Sliced Wasserstein distance of the same features")
+
+
+def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what: str) -> str:
+    """Return a chart of a score that can rank, with the base's as a dashed line; empty if no row has it."""
+    if all(finite(row, measure) is None for row in results):
+        return ""
+    name, digits = MEASURES[measure]
+    base, _ = winner.value_of(f"base_validation_{measure}")
     chart = Chart(
-        name="mind",
-        title="Validation MIND over training steps",
-        description=f"Sliced Wasserstein distance of the same features; lower is better. {NUMBERS}",
-        unit="MIND (lower is better)",
-        digits=1,
-        level=_base(winner.base_validation_mind),
+        name=measure.replace("_", "-"),
+        title=title,
+        description=f"{what}; lower is better. {NUMBERS}",
+        unit=f"{name} (lower is better)",
+        digits=digits,
+        level=None if base is None else ("base model", base),
     )
-    return _chart_if_any(chart, winner, results, MIND)
-
-
-def _base(value: float | None) -> tuple[str, float] | None:
-    """Return the dashed line of a chart, at the base's score."""
-    return None if value is None else ("base model", value)
+    return line_chart(chart, score_curves(winner, results, measure))
 
 
 def second_chart(winner: Winner, results: Rows, network: str) -> str:

@@ -8,7 +8,7 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
-from ray_jobs.run.records import CORRECTED, FID, KID, MIND, Winner
+from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, Winner
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,9 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
 
 # Heading, field and decimal places.
 Columns = list[tuple[str, str, int]]
+RANKING = {key: (name, key, digits) for key, (name, digits) in MEASURES.items()}
 SCORES: Columns = [
-    ("corrected FID", CORRECTED, 1),
-    ("FID", FID, 1),
-    ("spread", "spread", 2),
-    ("KID", KID, 4),
-    ("MIND", MIND, 1),
+    *(RANKING[CORRECTED], RANKING[FID], ("spread", "spread", 2), RANKING[KID], RANKING[MIND]),
     ("second network", "fid_2", 2),
 ]
 

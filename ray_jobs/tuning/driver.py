@@ -18,7 +18,7 @@ from ray_jobs.config import SearchConfig, Settings
 from ray_jobs.console import say
 from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.run.command_line import damage_message, refusal
-from ray_jobs.run.records import RungRow, write_rows
+from ray_jobs.run.records import RungRow, read_rows, write_rows
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
@@ -37,7 +37,8 @@ class Trials:
     """Trials of a search, including those of earlier starts.
 
     Args:
-        around: shared context; new rows are appended to its `recorded`.
+        around: shared context.
+        storage: folder of the search, whose recorded rows it goes on after.
         climb: Tune's trainable, called with the point of the space, `make` and `around`; it reports rows.
 
     Attributes:
@@ -51,7 +52,7 @@ class Trials:
         self, around: SearchContext, storage: Storage, mirror: Mirror, climb: Climb = run_trial
     ) -> None:
         self.storage, self.mirror, self.climb = storage, mirror, climb
-        self.around, self.rows = around, around.recorded
+        self.around, self.rows = around, read_rows(storage)
         self.settings: dict[str, Settings] = {
             line["trial_id"]: line["settings"] for line in storage.read_lines(BEGUN)
         }

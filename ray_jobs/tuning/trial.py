@@ -90,7 +90,6 @@ class SearchContext:
 
     Attributes:
         board: handle of a ProgressBoard.
-        recorded: rows of rungs that are already measured.
         queue: handle of a PackQueue; None if each trial has its own workers.
     """
 
@@ -98,7 +97,6 @@ class SearchContext:
     dataset: Dataset
     pool: EvaluatorPool
     board: ActorHandle
-    recorded: list[RungRow]
     queue: ActorHandle | None = None
 
 
@@ -149,8 +147,9 @@ def train_packed(trial: Trial, around: SearchContext, tell: Tell, step: int) -> 
     begin_training(settings)
     folder, labels, queue = settings.trial, trial.labels(around.config), around.queue
     to_repeat = unreported(folder)
-    if not settings.wait_for_scores:  # others are passed over, but for the last checkpoint
-        to_repeat = [rung for rung in to_repeat if rung.step == rungs_of(folder)[-1].step]
+    if to_repeat and not settings.wait_for_scores:  # others are passed over, but for the last checkpoint
+        last = rungs_of(folder)[-1].step
+        to_repeat = [rung for rung in to_repeat if rung.step == last]
     if any(damaged(Storage.open(rung.uri), WEIGHTS) for rung in to_repeat):
         ray.get(queue.leave.remote(trial.training))  # to train again what an earlier start found damaged
     ray.get(queue.join.remote(trial.training, settings))

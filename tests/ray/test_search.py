@@ -25,7 +25,6 @@ from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publish import publish
 from ray_jobs.registry.aliases import promote
 from ray_jobs.registry.models import TEST_FEATURES
-from ray_jobs.run.records import read_rows
 from ray_jobs.run.split import TEST, VALIDATION
 from ray_jobs.search import search
 from ray_jobs.training.checkpoint import REPORTED, SERIES, steps_of
@@ -52,7 +51,7 @@ def searched(config: Config, objective: Any = climb) -> Trials:
     """The trials of a search after it has run, or gone on."""
     storage = Storage.open(config.storage).child(config.name, "search")
     dataset: Any = None
-    around = SearchContext(config, dataset, dataset, None, read_rows(storage))
+    around = SearchContext(config, dataset, dataset, None)
     done = Trials(around, storage, Mirror(config, {}, "digest", list), objective)
     run_trials(config, done)
     assert not done.errors
