@@ -191,6 +191,7 @@ def test_several_gpus_have_two_buckets_of_the_size_that_the_engine_sets() -> Non
 LORA: dict[str, dict[str, Any] | None] = {
     "full": None,
     "attention": {},
+    "the demo's layers": {"target_modules": DEMO_TARGETS},
     "dropout": {"dropout": 0.1},
     "dora": {"use_dora": True, "target_modules": DEMO_TARGETS},
 }
