@@ -42,7 +42,7 @@ CONNECTION_LOST = 75
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit code of the job; 2 for a configuration error, 75 if the connection was lost."""
-    options, command = _parse(sys.argv[1:] if arguments is None else arguments)
+    options, command = parsed(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(options, command)
@@ -59,7 +59,8 @@ def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this command, and the command that the job runs."""
     parser = argparse.ArgumentParser(
         prog="python -m cluster.submit",
         description=__doc__,
@@ -80,15 +81,27 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
     if options.no_wait and not options.address:
         parser.error("--no-wait needs --address: the embedded Ray ends with this command")
+    if is_ours(command):  # --config=FILE is written as two words, which a path on the cluster can replace
+        command = [word for each in command for word in _words(each)]
     if options.config is None:
         after = command.index("--config") + 1 if "--config" in command else len(command)
         options.config = command[after] if after < len(command) else "configs/demo.yaml"
     return options, command
 
 
+def _words(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name == "--config" else [argument]
+
+
+def is_ours(command: list[str]) -> bool:
+    """Return whether a command runs a stage of diffray."""
+    return any(each.startswith(("ray_jobs.", "serving.")) for each in command)
+
+
 def overrides_in(command: list[str]) -> list[str]:
     """Return the configuration overrides in a diffray command, so that they are checked before Ray starts."""
-    if not any(each.startswith(("ray_jobs.", "serving.")) for each in command):
+    if not is_ours(command):
         return []
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--set", action="append", dest="overrides", default=[])

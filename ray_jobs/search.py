@@ -11,7 +11,9 @@ checkpoint.
 
 import argparse
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
+from cluster.promise import promised
 from ray_jobs.config import Config, add_budget_arguments
 from ray_jobs.console import phase, say
 from ray_jobs.console.board import watched_board
@@ -65,23 +67,20 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         say("search", config.not_together)
     storage.delete("tune")
     recorded = read_rows(storage)
+    if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
+        pool.rank_by = FID
     with watched_board() as board, ExitStack() as workers:
-        phase("evaluators and the base's scores")
+        phase("workers")
+        pool.wait_until_placed()  # before workers that are elastic take their places
+        # Trials start while real pictures are measured, and wait for it with their first rungs.
+        ready = workers.enter_context(promised(partial(_ready, config, pool)))
         with opened_store(config):
-            pool.wait_until_loaded()  # before workers that are elastic take their places
-            # Those of a pack start meanwhile, unless all rungs may be measured already.
+            # Workers of a pack start before their trials, unless all rungs may be measured already.
             queue = workers.enter_context(packing(config, board, at_once=not recorded))
-            for split in splits(config):
-                pool.load(split)
-        if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
-            pool.rank_by = FID
-        if (ranking := pool.ranked_by(splits(config)[0])) != pool.rank_by:
-            why = f"there are too few pictures for search.rank_by: {pool.rank_by}"
-            say("search", f"ranks by {MEASURES[ranking].name}: {why}")
         with _mirrored(config, dataset) as mirror:
-            done = Trials(SearchContext(config, dataset, pool, board, queue), storage, mirror)
-            phase("workers")
+            done = Trials(SearchContext(config, dataset, ready, board, queue), storage, mirror)
             run_trials(config, done)
+            ready.wait()
             workers.close()
             if not done.rows:
                 raise RuntimeError(f"no trial reached its first rung: {done.errors}")
@@ -94,6 +93,17 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
     found = result(config, content, done.rows, best)
     _tell(config, found)
     return found
+
+
+def _ready(config: Config, pool: EvaluatorPool) -> EvaluatorPool:
+    """Measure the real pictures that rungs are compared with, and return the pool."""
+    pool.load_models()
+    for split in splits(config):
+        pool.load(split)
+    if (ranking := pool.ranked_by(splits(config)[0])) != pool.rank_by:
+        why = f"there are too few pictures for search.rank_by: {pool.rank_by}"
+        say("search", f"ranks by {MEASURES[ranking].name}: {why}")
+    return pool
 
 
 def _mirrored(config: Config, dataset: Dataset) -> AbstractContextManager[Mirror]:

@@ -2,8 +2,9 @@
 
 import tempfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ray import tune
@@ -13,6 +14,7 @@ from benchmarks.data.pictures import ROOT, configured
 from benchmarks.scale.memory import largest, resident
 from cluster.connect import joined
 from cluster.local import local_cluster
+from cluster.promise import Promise
 from cluster.storage import Storage
 from ray_jobs.config import LocalConfig
 from ray_jobs.run.records import RungRow
@@ -51,8 +53,8 @@ def measure(size: int) -> dict[str, float]:
         storage = Storage.open(config.storage).child(config.name, "search")
         with local_cluster(LocalConfig(num_cpus=AT_ONCE + 2)) as cluster, joined(cluster.gcs_address):
             before = resident()
-            dataset: Any = None
-            around = SearchContext(config, dataset, dataset, None)
+            dataset = none = cast(Any, None)
+            around = SearchContext(config, dataset, Promise(none, Future()), none)
             done = Trials(around, storage, Mirror(config, {}, "digest", list), climb)
             start = time.perf_counter()
             run_trials(config, done)

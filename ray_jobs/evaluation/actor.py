@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -33,11 +33,12 @@ from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.records import FID, Measurement
 from ray_jobs.run.split import Split
-from ray_jobs.weights.feature_networks import load_networks
+from ray_jobs.weights.feature_networks import Networks, load_networks
 
 if TYPE_CHECKING:
     import torch
 
+    from ray_jobs.diffusion.protocols import Pipeline
     from ray_jobs.metrics.feature_network import FeatureNetwork
     from ray_jobs.training.validation import ValidationLoss
 
@@ -79,36 +80,54 @@ def replaced_if_broken() -> Iterator[None]:
 class Evaluator:
     """Actor that keeps the base model and the feature networks loaded.
 
-    Only the fine-tuned weights change between calls.
+    Only the fine-tuned weights change between calls. They are loaded by `load`, or by the first call that
+    needs them: what comes after the evaluators waits for their places only.
     """
 
     def __init__(self, config: Config, dataset: Dataset, num_threads: int) -> None:
         import torch
 
         from ray_jobs.diffusion.precision import PRECISIONS
-        from ray_jobs.diffusion.sampling import Prompts
-        from ray_jobs.weights.loading import load_pipeline
 
         torch.set_num_threads(num_threads)
         self.config, self.dataset = config, dataset
         self.device = "cuda" if config.evaluate.use_gpu else "cpu"
         if config.evaluate.use_gpu:
             take_share(config.evaluate.gpu_share)
-        self.networks = load_networks(config.evaluate, self.device)
-        self.dtype, model = PRECISIONS[config.evaluate.precision], config.model
-        self.base = load_pipeline(
+        self.dtype = PRECISIONS[config.evaluate.precision]
+        self.pipeline: Pipeline | None = None
+        self.loaded: str | None = None
+        self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
+
+    @cached_property
+    def networks(self) -> Networks:
+        """The feature networks."""
+        return load_networks(self.config.evaluate, self.device)
+
+    @cached_property
+    def base(self) -> "Pipeline":
+        """The base model; its denoiser and text encoders take turns on the device."""
+        from ray_jobs.weights.loading import load_pipeline
+
+        model = self.config.model
+        base = load_pipeline(
             local_path(model.base),
             revision=model.revision,
             dtype=self.dtype,
             quantization=model.quantize,
             text_quantization=model.quantize_text,
         )
-        self.base.vae.to(self.device)  # where text encoders and denoiser take turns
-        self.prompts = self.base_prompts = Prompts(self.base, self.device)
-        self.base_scheduler = self.base.scheduler
-        self.loaded: str | None = None
-        self.pipeline = self.base
-        self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
+        base.vae.to(self.device)
+        return base
+
+    def is_placed(self) -> bool:
+        """Return True: the actor has its place."""
+        return True
+
+    def load(self) -> None:
+        """Load the feature networks and the base model."""
+        self.identities()
+        self._use(None)
 
     def identities(self) -> list[str]:
         """Return the identity of every feature network, the ranking network first."""
@@ -122,21 +141,23 @@ class Evaluator:
         """Return the number of features of the ranking network."""
         return self.networks.first.num_features
 
-    def _use(self, weights: str | None) -> None:
-        """Load the base model (None) or the weights in a folder (path or URI) into the pipeline."""
+    def _use(self, weights: str | None) -> "Pipeline":
+        """Return a pipeline with the base model (None) or the weights in a folder (path or URI)."""
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.sampling import Prompts, place
         from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
-        if weights == self.loaded:
-            return
-        if self.pipeline is self.base and self.loaded:
+        if self.pipeline is None:
+            self.base_prompts, self.base_scheduler = Prompts(self.base, self.device), self.base.scheduler
+        elif weights == self.loaded:
+            return self.pipeline
+        elif self.pipeline is self.base and self.loaded:
             unload_lora(self.base)
         self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, None
         self.base.scheduler = self.base_scheduler
         if weights is None:
-            return
+            return self.pipeline
         folder = Storage.open(weights).local_copy()
         if (folder / LORA_WEIGHTS).exists():
             load_lora(self.base, folder)
@@ -154,6 +175,7 @@ class Evaluator:
             self.pipeline.vae.to(self.device)
             self.prompts = Prompts(self.pipeline, self.device)
         self.loaded = weights
+        return self.pipeline
 
     def _sample(
         self,
@@ -166,10 +188,10 @@ class Evaluator:
         """Yield batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
-        self._use(weights)
+        pipeline = self._use(weights)
         evaluate, side = self.config.evaluate, self.config.data.resolution
         return sample_pictures(
-            self.pipeline,
+            pipeline,
             captions,
             seeds,
             shapes=shapes or [(side, side)] * len(captions),
@@ -191,10 +213,10 @@ class Evaluator:
             dataset = self.dataset.judged_by(split)
             device = torch.device(self.device)
             self._losses[split] = ValidationLoss(self.config, dataset, device, rows=LOSS_ROWS)
-        self._use(weights)
+        pipeline = self._use(weights)
         trained = self.config.train.train_text_encoder  # they then encode the rows' tokens
-        place(self.pipeline, self.device, denoisers=True, text_encoders=trained)
-        return self._losses[split].of_rows(self.pipeline).tolist()
+        place(pipeline, self.device, denoisers=True, text_encoders=trained)
+        return self._losses[split].of_rows(pipeline).tolist()
 
     def _features(self, batches: "Iterator[torch.Tensor]", networks: "list[FeatureNetwork]") -> Features:
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}

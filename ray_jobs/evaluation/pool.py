@@ -85,11 +85,17 @@ class EvaluatorPool:
         self._real: dict[Split, ObjectRef[Real]] = {}
         self._training: dict[int | None, list[Features]] = {}  # by held-out fold, in parts
 
-    def wait_until_loaded(self) -> None:
-        """Wait until every evaluator has its place and its models."""
+    def wait_until_placed(self) -> None:
+        """Wait until every evaluator has its place."""
         import ray
 
-        ray.get([actor.identities.remote() for actor in self.actors])
+        ray.get([actor.is_placed.remote() for actor in self.actors])
+
+    def load_models(self) -> None:
+        """Wait until every evaluator has loaded its models."""
+        import ray
+
+        ray.get([actor.load.remote() for actor in self.actors])
 
     def load(self, split: Split) -> None:
         """Read the captions of a split's pictures and compute the pictures' features, once per split."""

@@ -108,7 +108,8 @@ class Trials:
     def _run(
         self, make: Make, space: Settings, count: int, algorithm: Proposals | None, num_samples: int
     ) -> None:
-        config, recorded, refused = self.around.config, list(self.rows), Refusal()
+        config, recorded = self.around.config, list(self.rows)
+        refused = Refusal(self.around.pool)
         trainable = tune.with_parameters(self.climb, make=make, around=self.around)
         if self.around.queue is not None:
             ray.get(self.around.queue.begin.remote(count))
@@ -139,6 +140,8 @@ class Trials:
         results = tuner.fit()
         if refused.error:
             raise refused.error
+        if self.around.pool.has_failed:
+            self.around.pool.wait()  # raises why
         for error in results.errors:
             if damage := damage_message(error):  # every trial reads this part, so the search must end
                 raise DamagedPart(damage)

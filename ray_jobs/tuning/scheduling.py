@@ -50,8 +50,9 @@ def run_generations(config: Config, done: "Trials", trials: list[Trial], followi
 def choose_winner(config: Config, done: "Trials") -> RungRow:
     """Return the winning candidate's row; the rows of `done` get what they were compared by."""
     if not config.search.folds:
-        best, done.rows[:] = choose(done.rows, done.around.pool)
-        return choose_guidance(config, done.rows, best, done.around.pool)
+        pool = done.around.pool.wait()
+        best, done.rows[:] = choose(done.rows, pool)
+        return choose_guidance(config, done.rows, best, pool)
     rows = candidates(config, done.rows)
     if not rows:
         raise RuntimeError("search.folds: no rung was measured in all folds; see search/results.jsonl")

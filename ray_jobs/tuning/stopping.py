@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
+from cluster.promise import Promise
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.records import RungRow
 
@@ -59,16 +60,23 @@ class Patience(Stopper):
 
 
 class Refusal(Stopper):
-    """Stop the search once a trial fails for a cause that the user must fix: all trials would fail."""
+    """Stop the search once all its trials would fail.
 
-    def __init__(self) -> None:
+    A trial has failed for a cause that the user must fix, or what would measure the rungs has failed.
+
+    Args:
+        measuring: promise of what measures the rungs.
+    """
+
+    def __init__(self, measuring: Promise[Any]) -> None:
+        self.measuring = measuring
         self.error: ConfigError | None = None
 
     def __call__(self, trial_id: str, result: Result) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.error is not None
+        return self.error is not None or self.measuring.has_failed
 
 
 class Budget(Stopper):

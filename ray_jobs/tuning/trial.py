@@ -11,6 +11,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from cluster.promise import Promise
 from cluster.storage import Storage
 from ray_jobs.config import Config, Settings
 from ray_jobs.data.feeding.dataset import Dataset
@@ -89,13 +90,14 @@ class SearchContext:
     """Context shared by all trials of a search.
 
     Attributes:
+        pool: what measures the rungs; promised, since trials start while it measures real pictures.
         board: handle of a ProgressBoard.
         queue: handle of a PackQueue; None if each trial has its own workers.
     """
 
     config: Config
     dataset: Dataset
-    pool: EvaluatorPool
+    pool: Promise[EvaluatorPool]
     board: ActorHandle
     queue: ActorHandle | None = None
 
@@ -115,7 +117,7 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
     tell = _teller(trial, around.board)
     rungs = [rung for rung in rungs_of(folder) if rung.step in known or intact(rung, tell)]
     for rung in rungs:
-        row = known.get(rung.step) or measure(rung, labels, trial.split, pool)
+        row = known.get(rung.step) or measure(rung, labels, trial.split, pool.wait())
         tune.report(reported(row) | _share(trial, around))
         Storage.open(rung.uri).write_text(REPORTED, "")
     check_diverged(folder)  # a diverged training would diverge again
@@ -128,7 +130,7 @@ def run_trial(space: Settings, *, make: Make, around: SearchContext) -> None:
         train_trial(trial, around, [RungCallback(trial, labels, pool, folder, tell, waits)])
         for rung in unreported(folder):
             if intact(rung, tell):
-                tune.report(reported(measure(rung, labels, trial.split, pool)))
+                tune.report(reported(measure(rung, labels, trial.split, pool.wait())))
             elif rung.step == trial.ladder[-1]:
                 raise RuntimeError(f"{rung.uri} is damaged, and is trained again")
 
@@ -157,7 +159,7 @@ def train_packed(trial: Trial, around: SearchContext, tell: Tell, step: int) -> 
         found: int = ray.get(queue.news.remote(trial.training, step))
         for rung in unreported(folder, until=found):
             if intact(rung, tell):
-                row = measure(rung, labels, trial.split, around.pool)
+                row = measure(rung, labels, trial.split, around.pool.wait())
                 tune.report(reported(row) | _share(trial, around))
                 Storage.open(rung.uri).write_text(REPORTED, "")
             elif rung.step == trial.ladder[-1] or (settings.wait_for_scores and rung.step > step):
@@ -276,7 +278,7 @@ class RungCallback(TuneReportCallback):
         self,
         trial: Trial,
         labels: Labels,
-        pool: EvaluatorPool,
+        pool: Promise[EvaluatorPool],
         folder: Storage,
         tell: Tell,
         waits: bool,
@@ -293,7 +295,7 @@ class RungCallback(TuneReportCallback):
                 if self.waits:  # the score would never come; restart the training before this rung
                     raise RuntimeError(f"{rung.uri} is damaged, and search.wait_for_scores waits for it")
                 continue
-            row = measure(rung, self.labels, self.trial.split, self.pool)
+            row = measure(rung, self.labels, self.trial.split, self.pool.wait())
             super().after_report(run_context, [reported(row)], None)
             Storage.open(rung.uri).write_text(REPORTED, "")
 

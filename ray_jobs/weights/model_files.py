@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray_jobs.diffusion.protocols import Settings
 
 UNUSED = (*NEVER_LOADED, "feature_extractor")  # folders of a model that are not needed to sample
-CONFIGURATIONS = ("*.json", "*.txt", "*.model")
+CONFIGURATIONS = ("*.json", "*.txt", "*.model", "*.jinja")  # the last one: chat templates
 
 
 def model_folder(base: str, *, revision: str | None = None, without: Sequence[str] | None = None) -> Path:
@@ -80,6 +80,27 @@ def check_weights(base: str, *, revision: str | None = None) -> None:
     listed = _files(base, revision)
     if listed is not None:
         _require_weights(base, folder, listed, ())
+    require_no_adapter(base, folder)
+
+
+def require_no_adapter(base: str, folder: Path) -> None:
+    """Raise ValueError if a component was saved with an adapter on its layers.
+
+    Libraries find no weights for such layers, and start them at random with a warning.
+
+    Args:
+        base: the model's name for the message.
+        folder: its folder; only files that are there are read.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with safe_open(path, "np") as file:
+            if any(".base_layer." in name for name in file.keys()):  # noqa: SIM118
+                raise ValueError(
+                    f"{base}: {path.parent.name} was saved with an adapter on its layers; load it "
+                    "with diffusers as it was, call fuse_lora() and unload_lora_weights(), and save it again"
+                )
 
 
 def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Path:

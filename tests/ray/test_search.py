@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -17,6 +17,7 @@ from ray.train import TrainingFailedError, UserCallback
 from ray.util.state import list_actors
 
 from cluster.local import LocalCluster
+from cluster.promise import Promise
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.feeding.dataset import Dataset
@@ -50,8 +51,8 @@ def configured(folder: Path, *overrides: str) -> Config:
 def searched(config: Config, objective: Any = climb) -> Trials:
     """The trials of a search after it has run, or gone on."""
     storage = Storage.open(config.storage).child(config.name, "search")
-    dataset: Any = None
-    around = SearchContext(config, dataset, dataset, None)
+    dataset = none = cast(Any, None)
+    around = SearchContext(config, dataset, Promise(none, Future()), none)
     done = Trials(around, storage, Mirror(config, {}, "digest", list), objective)
     run_trials(config, done)
     assert not done.errors
@@ -276,7 +277,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         again = config.model_copy(update={"name": "again"})
         second = publish(again, dataset, pool, replace(found, winner=other))
         new, held = (Storage.open(config.storage).child(name, "model") for name in ("again", "tiny"))
-        paired = pool.difference(new, held, TEST, TEST_FEATURES)
+        paired = pool.difference(new, held, TEST, TEST_FEATURES, winner.ranked_by)
         shapes = pool.shapes[TEST]
     assert winner.ranked_by == "mind" and winner.base_validation_mind and winner.base_test_mind
     assert all(row.score == row.mind and row.score_error == row.mind_error for row in found.rows)
@@ -284,9 +285,9 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     assert winner.validation_mind == found.winner.mind
     assert found.winner.score - lowest == pytest.approx(found.winner.behind or 0.0, abs=1e-9)
     # Both drew the same captions: far less than either's own error may part them.
-    assert second.test_fid_error and second.registry_decision
-    assert paired.standard_error < second.test_fid_error / 4
-    if winner.test_fid - second.test_fid > paired.standard_error:
+    assert second.test_mind_error and second.registry_decision
+    assert paired.standard_error < second.test_mind_error / 4
+    if paired.value < -paired.standard_error:
         assert second.registry_decision.startswith("champion: ")
     else:
         error = f"by more than the error {paired.standard_error:.2f} of the difference in pairs"
@@ -303,3 +304,22 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     page = (run / "report.html").read_text()
     assert "Each caption is drawn in the shape of its real picture: " in page
     assert "for inception-2015-12-05 resized whole to 299 x 299 pixels, whatever its proportions" in page
+
+
+def test_a_search_ends_at_once_where_nothing_can_measure_its_rungs(
+    ray_cluster: LocalCluster, tiny_model: Path, picture_folder: Path, tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        tiny_model,
+        picture_folder,
+        tmp_path,
+        "train.num_workers=1",
+        "search.ladder=[100000]",
+        "search.pack=off",
+        "evaluate.num_actors=1",
+        f"evaluate.feature_network={tmp_path}/absent.pt",
+        "evaluate.second_network=null",
+    )
+    with evaluators(config, tiny_dataset) as pool, pytest.raises(ValueError, match="absent.pt"):
+        search(config, tiny_dataset, pool)
+    assert not steps_of(Storage.open(f"{tmp_path}/tiny/trainings/lr-0.001"))

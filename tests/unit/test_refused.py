@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.submit import overrides_in
+from cluster.submit import overrides_in, parsed
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.pipeline import check_inputs
 
@@ -115,3 +115,11 @@ def test_overrides_are_those_of_our_own_commands() -> None:
     ]
     assert overrides_in(job) == ["a.b=1", "search.max_steps=9", "c=2"]
     assert overrides_in(["python", "other.py", "--set", "x"]) == []
+
+
+def test_the_configuration_of_a_job_may_be_given_with_an_equals_sign() -> None:
+    options, command = parsed(["--", "python", "-m", "ray_jobs.search", "--config=mine.yaml", "--set=a=1"])
+    assert options.config == "mine.yaml"
+    assert command[3:] == ["--config", "mine.yaml", "--set=a=1"]
+    options, command = parsed(["--", "python", "other.py", "--config=its.own"])
+    assert options.config == "configs/demo.yaml" and command[-1] == "--config=its.own"

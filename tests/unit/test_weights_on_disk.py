@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -224,6 +225,15 @@ def test_a_base_that_is_stored_in_few_bits_is_refused(copy: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | stored))
     with pytest.raises(ValueError, match=r"unet is stored in few bits \(bitsandbytes\); .* model\.quantize"):
         check_weights(str(copy))
+
+
+def test_a_component_that_was_saved_with_its_adapter_is_refused(copy: Path) -> None:
+    pipeline = load_pipeline(str(copy))
+    pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+    pipeline.unet.save_pretrained(copy / "unet")
+    for read in (check_weights, load_pipeline):
+        with pytest.raises(ValueError, match=r"unet was saved with an adapter.*fuse_lora\(\)"):
+            read(str(copy))
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])

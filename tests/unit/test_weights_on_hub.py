@@ -90,6 +90,7 @@ def hub(tiny_model: Path, tmp_path: Path) -> Iterator[Hub]:
     (unet / "diffusion_pytorch_model.bin").write_bytes(b"x")
     (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.fp16.safetensors")
     (folder / "model.ckpt").write_bytes(b"x")
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -117,6 +118,7 @@ def test_the_weights_that_are_loaded_are_fetched_and_no_others(hub: Hub, tmp_pat
     variant, *files = done.stdout.split()
     assert variant == "fp16"
     assert [name for name in files if not name.endswith((".json", ".txt"))] == [
+        "tokenizer/chat_template.jinja",
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
