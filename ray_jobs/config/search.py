@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ray_jobs.config.effects import Added, Effect, Formerly
-from ray_jobs.config.fields import LearningRate, Positive, Precision, Section, by_device, require_unset
+from ray_jobs.config.fields import (
+    LearningRate,
+    Positive,
+    Precision,
+    Prompt,
+    Section,
+    by_device,
+    require_unset,
+)
 from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
@@ -349,6 +357,12 @@ class EvaluateConfig(Section):
         ge=0,
         description="maximum number of training images among which publish looks for each sample's "
         "nearest; 0: none",
+    )
+    prompts: Annotated[list[Prompt], Effect.PUBLISHING, Added([])] = Field(
+        [],
+        max_length=64,
+        description="your own prompts, each drawn from the same noise at every rung; the report shows them "
+        "over the steps, beside the base model's pictures",
     )
     subject_samples: Annotated[int, Effect.PUBLISHING] = Field(
         16, ge=2, description="DreamBooth: images per prompt from which publish measures a subject"

@@ -25,6 +25,7 @@ from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.long_captions import long_captions
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes
+from ray_jobs.data.encoding.subject_words import check_subjects
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import Live
 from ray_jobs.data.manifest import describe, require_enough
@@ -64,10 +65,12 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
             raises to stop the job.
 
     Raises:
-        ConfigError: a source has wrong captions, too many pictures are rejected, or a split is empty.
+        ConfigError: a source has wrong captions, a subject has too few photos, too many pictures are
+            rejected, or a split is empty.
     """
     sources = open_sources(config)
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
+    check_subjects(config, sources)
     if check and class_image_counts(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
@@ -268,6 +271,7 @@ def _progress(verb: str) -> Callable[..., None]:
 def dry_run(config: Config) -> str:
     """Scan and decide without encoding; write the preview and return its URI."""
     sources = open_sources(config)
+    check_subjects(config, sources)
     announce_class_pictures(config, sources)
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cluster.storage import Storage
+from cluster.storage import Storage, slug
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
@@ -21,7 +21,7 @@ from ray_jobs.evaluation.scores import FEWEST, Features, Real, Scores, SetScores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import CORRECTED, FID, KID, Measurement
-from ray_jobs.run.samples import SAMPLES, sample_name
+from ray_jobs.run.samples import PROMPTS, SAMPLES, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
 if TYPE_CHECKING:
@@ -379,6 +379,36 @@ class EvaluatorPool:
         return self._draw(
             weights, self._dealt_tasks([prompt] * count, range(seed, seed + count), of_each), None
         )
+
+    def draw_prompts(self, weights: str | None, numbers: Sequence[int] | None = None) -> list[bytes]:
+        """Sample PNGs of `evaluate.prompts`: squares of `data.resolution`.
+
+        The noise of prompt i is seeded with `evaluate.seed` + i, whatever the weights.
+
+        Args:
+            numbers: positions of the prompts; None: all.
+        """
+        prompts, side, seed = (
+            self.config.evaluate.prompts,
+            self.config.data.resolution,
+            self.config.evaluate.seed,
+        )
+        numbers = range(len(prompts)) if numbers is None else numbers
+        wanted = [prompts[i] for i in numbers], [seed + i for i in numbers], [(side, side) for _ in numbers]
+        return self._draw(weights, self._dealt_tasks(*wanted), None)
+
+    def prompts_of(self, weights: str, checkpoint: Storage) -> list[bytes]:
+        """Return PNGs of `evaluate.prompts` by a rung's weights; they are kept in its checkpoint's folder."""
+        prompts, kept = self.config.evaluate.prompts, checkpoint.child(PROMPTS)
+        # With a digest: what is shortened to the same name may differ.
+        names = [
+            f"{i}-{slug(prompt)}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}.png"
+            for i, prompt in enumerate(prompts)
+        ]
+        missing = [i for i, name in enumerate(names) if not kept.exists(name)]
+        for i, drawn in zip(missing, self.draw_prompts(weights, missing), strict=True):
+            kept.write_bytes(names[i], drawn)
+        return [kept.read_bytes(name) for name in names]
 
     def _draw(self, weights: str | None, tasks: Sequence[Task], guidance_scale: float | None) -> list[bytes]:
         import ray

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -19,9 +20,10 @@ from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import PublishedBase, model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, RunFolder
-from ray_jobs.run.records import Winner
+from ray_jobs.run.records import RungRow, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
+from ray_jobs.training.checkpoint import weights_of
 from ray_jobs.tuning.guidance import measured_scales
 from ray_jobs.tuning.results import SearchResult, spent
 from ray_jobs.weights.comfyui import NotForComfyUI, comfyui_file
@@ -108,22 +110,43 @@ def _strip(pool: EvaluatorPool, found: SearchResult, winner: Winner, base: list[
     split = splits(pool.config)[0]
     names = pool.sample_names(split)
     columns: list[tuple[str, list[Image.Image]]] = []
-    for row in sorted(found.rows, key=lambda row: row.step):
-        if row.trial_id != winner.trial_id:
-            continue
+    for row in _climbed(found, winner):
         samples = Storage.open(row.checkpoint).child(SAMPLES)
         if not all(samples.exists(name) for name in names):
             say("publish", f"{samples.uri}: some are missing, so the report leaves step {row.step} out")
             continue
-        pictures: list[Image.Image]
-        pictures = [Image.open(io.BytesIO(samples.read_bytes(name))) for name in names]
-        columns.append((f"{row.step:,}", pictures))
+        columns.append((f"{row.step:,}", _opened(samples.read_bytes(name) for name in names)))
     if not columns:
         return None
     if split != shown_split(pool.config):
-        base = [Image.open(io.BytesIO(each)) for each in pool.pictures(None, split, len(names))]
+        base = _opened(pool.pictures(None, split, len(names)))
     captions = pool.captions[split][: len(names)]
     return Strip(captions, [("base", base), *columns], f"{winner.step:,}")
+
+
+def _climbed(found: SearchResult, winner: Winner) -> list[RungRow]:
+    """Return the winning trial's rungs in the order of steps."""
+    own = (row for row in found.rows if row.trial_id == winner.trial_id)
+    return sorted(own, key=lambda row: row.step)
+
+
+def _opened(pngs: Iterable[bytes]) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(png)) for png in pngs]
+
+
+def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip | None:
+    """Return the user's own prompts as the base and the winning trial's rungs draw them; None without any.
+
+    What a rung lacks, since prompts were added after the search, is drawn now.
+    """
+    prompts = pool.config.evaluate.prompts
+    if not prompts:
+        return None
+    columns = [("base", _opened(pool.draw_prompts(None)))]
+    for row in _climbed(found, winner):
+        drawn = pool.prompts_of(weights_of(row.checkpoint), Storage.open(row.checkpoint))
+        columns.append((f"{row.step:,}", _opened(drawn)))
+    return Strip(prompts, columns, f"{winner.step:,}")
 
 
 def write_page(
@@ -151,8 +174,7 @@ def write_page(
     for kind, pictures in columns.items():
         for number, (caption, data) in enumerate(zip(captions, pictures, strict=True)):
             run.samples.write_bytes(f"{number}-{slug(caption)}-{kind}.png", data)
-    opened: dict[str, list[Image.Image]]
-    opened = {kind: [Image.open(io.BytesIO(data)) for data in column] for kind, column in columns.items()}
+    opened = {kind: _opened(column) for kind, column in columns.items()}
     rows = [
         PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
     ]
@@ -169,6 +191,7 @@ def write_page(
         run_name=config.name,
         split=split.name,
         strip=_strip(pool, found, winner, opened["base"]),
+        prompts=_prompts(pool, found, winner),
         memorisation=final.memorisation,
         subjects=final.subjects,
         enough_samples=enough_samples(pool.num_features()),

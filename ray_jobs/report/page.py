@@ -22,6 +22,7 @@ from ray_jobs.report.pictures import (
     Strip,
     card,
     memorisation_section,
+    prompts_section,
     strip_section,
 )
 from ray_jobs.report.svg import number
@@ -44,6 +45,7 @@ def write_report(
     enough_samples: int,
     split: str = "validation",
     strip: Strip | None = None,
+    prompts: Strip | None = None,
     memorisation: Memorisation | None = None,
     subjects: Sequence[SubjectPictures] = (),
     spent: Spent | None = None,
@@ -59,6 +61,7 @@ def write_report(
         enough_samples: with fewer pictures per score the page warns that the ranking may be noise.
         split: split of the captions in the grid.
         strip: the winning trial at each rung; None if no rung has samples.
+        prompts: the same for the user's own prompts; None if there are none.
         memorisation: samples and their nearest training pictures.
         subjects: subjects of a DreamBooth run.
         spent: cost of the search.
@@ -87,6 +90,7 @@ def write_report(
         summary=escape(_summary(winner)),
         cards="".join(map(card, rows)),
         strip=strip_section(strip),
+        prompts=prompts_section(prompts),
         charts="".join(charts),
         notes="".join(
             f'<p class="note{" alert" if each.alert else ""}">{escape(each.text)}</p>'

@@ -36,10 +36,10 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Strip:
-    """Samples of the winning trial at each rung, from the same captions and noise.
+    """Pictures of the winning trial at each rung, from the same captions, or own prompts, and noise.
 
     Attributes:
-        captions: captions of the rows.
+        captions: captions or prompts of the rows.
         columns: heading (`base`, or the rung's step) and one picture per caption, in step order.
         winner: heading of the winner's column.
     """
@@ -87,9 +87,25 @@ def card(row: PictureRow) -> str:
 
 
 def strip_section(strip: Strip | None) -> str:
-    """Section with the strip; empty if no rung has samples."""
-    if strip is None:
-        return ""
+    """Section with captions of a split; empty if no rung has samples."""
+    note = (
+        "The winning trial at each rung (training steps), from the same noise as the base model; ★ the"
+        " winner. Pictures that become stiff, noisy or alike towards the right are a sign of over-fitting."
+    )
+    return _over_steps("How it learned", note, strip) if strip else ""
+
+
+def prompts_section(strip: Strip | None) -> str:
+    """Section with the user's own prompts; empty if there are none."""
+    note = (
+        "Prompts of evaluate.prompts, drawn by the winning trial at each rung from the same noise as by"
+        " the base model; ★ the winner. Where a prompt loses its place or action towards the right, or one"
+        " of something else looks like the training pictures, the model has learned these too well."
+    )
+    return _over_steps("Your prompts", note, strip) if strip else ""
+
+
+def _over_steps(title: str, note: str, strip: Strip) -> str:
 
     def cell(tag: str, heading: str, content: str) -> str:
         mark = ' class="winner"' if heading == strip.winner else ""
@@ -111,12 +127,8 @@ def strip_section(strip: Strip | None) -> str:
             for heading, pictures in strip.columns
         )
         rows.append(f'<tr><th scope="row"><span>{escape(caption)}</span></th>{cells}</tr>')
-    note = (
-        "The winning trial at each rung (training steps), from the same noise as the base model; ★ the"
-        " winner. Pictures that become stiff, noisy or alike towards the right are a sign of over-fitting."
-    )
     return (
-        f'<h2>How it learned</h2><p class="note">{note}</p><div class="wide"><table class="strip">'
+        f'<h2>{title}</h2><p class="note">{note}</p><div class="wide"><table class="strip">'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

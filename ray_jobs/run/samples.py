@@ -9,6 +9,7 @@ from PIL import Image
 from cluster.storage import Storage, slug
 
 SAMPLES = "samples"  # subfolder of the checkpoint
+PROMPTS = "prompts"  # the same, with pictures of the user's own prompts
 SHEET_PICTURE = 128  # maximum side of a picture on a sheet, in pixels
 SHEET_PICTURES = 64  # maximum pictures per sheet
 
@@ -18,9 +19,8 @@ def sample_name(number: int, caption: str) -> str:
     return f"{number}-{slug(caption)}.png"
 
 
-def sheet(checkpoint: Storage) -> Image.Image | None:
-    """Tile a rung's first saved pictures into one, row by row in caption order; None if there are none."""
-    folder = checkpoint.child(SAMPLES)
+def sheet(folder: Storage) -> Image.Image | None:
+    """Tile a folder's first pictures into one, row by row in caption order; None if there are none."""
     numbered = sorted(folder.files(), key=lambda name: int(name.partition("-")[0]))[:SHEET_PICTURES]
     return _tiled([_opened(folder.read_bytes(name)) for name in numbered]) if numbered else None
 

@@ -26,7 +26,7 @@ from ray_jobs.registry.models import check_store, open_client, store_errors, tra
 from ray_jobs.registry.store import experiment_id, retried
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.records import Progress, RungRow
-from ray_jobs.run.samples import SAMPLES, sheet
+from ray_jobs.run.samples import PROMPTS, SAMPLES, sheet
 from ray_jobs.training.checkpoint import SERIES, folder_of, read_progress, steps_of
 from ray_jobs.training.loop import DIVERGED
 from ray_jobs.training.monitor import Series
@@ -208,8 +208,9 @@ class Mirror:
             run = self.runs.get(row.training_name)
             if run is None or row.step in run.shown or not row.checkpoint:
                 continue
-            if pictures := sheet(Storage.open(row.checkpoint)):
-                self.client.log_image(run.id, pictures, artifact_file=f"samples/{folder_of(row.step)}.png")
+            for name in (SAMPLES, PROMPTS):
+                if pictures := sheet(Storage.open(row.checkpoint).child(name)):
+                    self.client.log_image(run.id, pictures, artifact_file=f"{name}/{folder_of(row.step)}.png")
             run.shown.add(row.step)
 
     def end(self) -> None:

@@ -244,8 +244,10 @@ def train_trial(trial: Trial, around: SearchContext, callbacks: list["RungCallba
 
 
 def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> RungRow:
-    """Score a rung's weights, saving samples; return its row of training metrics and scores."""
-    scores = pool.score(rung.weights, split, Storage.open(rung.uri))
+    """Score a rung's weights, saving pictures; return its row of training metrics and scores."""
+    folder = Storage.open(rung.uri)
+    scores = pool.score(rung.weights, split, folder)
+    pool.prompts_of(rung.weights, folder)
     losses = pool.validation_losses(rung.weights, split)
     return RungRow.model_validate(
         {

@@ -259,6 +259,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         rows.append({"file_name": f"{number}.png", "text": f"picture {number}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation = "num_samples: 12, inference_steps: 1, batch_size: 4, bootstrap: 3, num_actors: 1"
+    prompts = ["it on a beach", "another thing"]
     config = tiny_config(
         tiny_model,
         folder,
@@ -266,7 +267,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         "data.buckets=true",
         "search.ladder=[1,2]",
         "search.rank_by=mind",
-        f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4}}",
+        f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4, prompts: {prompts}}}",
     )
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
@@ -302,6 +303,11 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
     assert sum(winner.test_shapes.values()) == winner.num_samples == 2 * len(shapes)
     assert set(winner.test_shapes) == {f"{width}x{height}" for height, width in shapes}
     page = (run / "report.html").read_text()
+    for row in found.rows:  # from the same noise, by other weights
+        kept = {path.name[:4]: path for path in (Path(row.checkpoint) / "prompts").iterdir()}
+        assert [*sorted(kept)] == ["0-it", "1-an"]
+        assert {Image.open(path).size for path in kept.values()} == {(64, 64)}
+    assert page.count('alt="it on a beach: ') == page.count('alt="another thing: ') == 1 + len(found.rows)
     assert "Each caption is drawn in the shape of its real picture: " in page
     assert "for inception-2015-12-05 resized whole to 299 x 299 pixels, whatever its proportions" in page
 

@@ -554,6 +554,15 @@ def test_without_samples_of_the_rungs_there_is_no_strip() -> None:
     assert "How it learned" not in report()
 
 
+def test_own_prompts_are_shown_over_the_steps_too() -> None:
+    page = Page(report(prompts=strip("80", winner="80", captions=("it on a beach", "another class"))))
+    shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
+    assert {"it on a beach: base", "it on a beach: ★ 80", "another class: base", "another class: ★ 80"} <= {
+        *shown
+    }
+    assert "Your prompts" in page.text and "Your prompts" not in report()
+
+
 def test_captions_of_the_strip_are_text_never_markup() -> None:
     evil = '"><script>alert(1)</script>'
     page = Page(report(strip=strip("80", winner="80", captions=(evil,))))

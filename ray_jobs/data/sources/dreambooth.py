@@ -24,11 +24,13 @@ class Subject(Folder):
     Attributes:
         instance_prompt: caption of all its pictures.
         class_prompt: prompt of its class; None if not given.
+        num_photos: number of pictures of the subject.
         num_class_pictures: number of class pictures in the folder.
     """
 
     instance_prompt: str
     class_prompt: str | None
+    num_photos: int
     num_class_pictures: int
 
 
@@ -64,6 +66,7 @@ def open_dreambooth(listing: Listing, config: SourceConfig, stratify: str | None
         **vars(folder_of_rows(listing, rows, "pictures")),
         instance_prompt=prompts["instance_prompt"],
         class_prompt=prompts.get("class_prompt"),
+        num_photos=len(rows) - num_class,
         num_class_pictures=num_class,
     )
 
