@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.sqlite import sqlite_file, sqlite_url
+from cluster.sqlite import from_home, sqlite_file, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
 from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
@@ -68,7 +68,7 @@ def tracking_uri(config: Config) -> str:
     """
     uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return uri
+        return from_home(uri)
     if config.storage.startswith(("s3://", "gs://")):
         raise ConfigError(
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
