@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
+WEIGHTS = "weights"  # tag: folder of the weights, if MLflow's own field `source` does not name it
 # Features for drift detection, stored with a version's weights. The file has safetensors format but not its
 # suffix, because the digest of the weights covers all *.safetensors files.
 REFERENCE = "reference.features"
@@ -89,6 +90,11 @@ def check_store(config: Config) -> None:
         ConfigError: there is no URI, nothing answers at it, or the run's experiment was deleted.
     """
     check_experiment(tracking_uri(config), config.name)
+
+
+def source_of(version: "ModelVersion") -> str:
+    """Folder or URI of a version's weights."""
+    return str(version.tags.get(WEIGHTS) or version.source)
 
 
 def verify_weights(registered: RegisteredModel, folder: str) -> None:
@@ -242,7 +248,7 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
     return RegisteredModel(
         name=found.name,
         version=int(found.version),
-        source=found.source,
+        source=source_of(found),
         digest=found.tags["digest"],
         base=found.tags["base"],
         base_revision=found.tags["base_revision"] or None,

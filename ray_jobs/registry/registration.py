@@ -15,10 +15,18 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, ModelConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
-from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client, store_errors
+from ray_jobs.registry.models import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    WEIGHTS,
+    open_client,
+    store_errors,
+    tracking_uri,
+)
 from ray_jobs.registry.promotion import Measured, Paired, compared_by, objection, objection_to_first
 from ray_jobs.registry.provenance import code_version, signature
-from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
+from ray_jobs.registry.store import ATTEMPTS, experiment_id, is_server, retried, versions_of
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import FID, MEASURES
 
@@ -81,10 +89,13 @@ def register(
         if found is None:
             kept = _keep(config, source, digest)
             run = _log_run(client, config, measured, params, metrics or {})
-            tags = _tags(config, measured, digest)
+            place, tags = kept, _tags(config, measured, digest)
+            if is_server(tracking_uri(config)) and Storage.open(kept).is_local:
+                # A server refuses a local folder as a version's source, unless it belongs to the run.
+                place, tags = f"runs:/{run}/model", tags | {WEIGHTS: kept}
             found = retried(
                 lambda: client.create_model_version(
-                    name, source=kept, run_id=run, tags=tags, description=description
+                    name, source=place, run_id=run, tags=tags, description=description
                 )
             )
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
