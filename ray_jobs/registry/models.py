@@ -51,6 +51,8 @@ class RegisteredModel:
     zero_terminal_snr: bool = False  # trained and sampled with a last timestep of pure noise
     quantization: str | None = None  # `model.quantize` of the base that it was trained and scored on
     text_quantization: str | None = None  # its `model.quantize_text`
+    data: str | None = None  # digest of the prepared data of its training
+    folds: int | None = None  # `search.folds` of its search; above 0, it was trained on validation pictures
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,11 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
 
 
 def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
-    """Convert MLflow's version to a RegisteredModel."""
+    """Convert MLflow's version to a RegisteredModel.
+
+    Older releases recorded some settings only in the run's parameters, which may have been deleted.
+    """
+    folds = found.tags.get("folds") or params.get("folds")
     return RegisteredModel(
         name=found.name,
         version=int(found.version),
@@ -260,4 +266,6 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
         zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
         quantization=found.tags.get("base_quantization"),
         text_quantization=found.tags.get("base_text_quantization"),
+        data=found.tags.get("data_digest") or params.get("dataset"),
+        folds=int(folds) if folds else None,
     )

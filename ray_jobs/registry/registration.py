@@ -219,6 +219,7 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "ranked_by": measured.ranked_by,
         **_other_scores(measured),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
+        "folds": str(config.search.folds),
         "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
