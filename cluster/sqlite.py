@@ -1,9 +1,11 @@
-"""Convert between SQLite files and their URLs, escaping `?` and `%` in paths."""
+"""Convert between SQLite files and their URLs: `?` and `%` in paths, and paths relative to `home()`."""
 
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+
+from ray_jobs.config import home
 
 
 def sqlite_url(file: str | Path) -> str:
@@ -24,3 +26,17 @@ def sqlite_file(url: str) -> Path | None:
     if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
         return None
     return Path(parsed.database)
+
+
+def from_home(url: str) -> str:
+    """Return a database's URL; a SQLite file with a relative path lies under `home()`.
+
+    SQLAlchemy takes the current folder instead, which in a job on the embedded Ray is a copy of the checkout
+    that is deleted after the job. SQLite's own `file:` URIs stay as they are.
+    """
+    file = sqlite_file(url)
+    if file is None or file.is_absolute() or str(file).startswith("file:"):
+        return url
+    address, mark, query = url.partition("?")
+    driver, place = address.partition(":")[0], sqlite_url(home() / file.expanduser())
+    return f"{driver}{place.removeprefix('sqlite')}{mark}{query}"

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from PIL import Image
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, ModelConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
@@ -28,7 +28,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.evaluation.scores import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.aliases import command_line
-from ray_jobs.registry.models import registered, verify_weights
+from ray_jobs.registry.models import RegisteredModel, registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
@@ -63,27 +63,47 @@ def look_up(config: Config, which: str) -> Version:
     """Find a version by number or alias, or `base`, and verify its weights.
 
     Raises:
-        ConfigError: the version is not in the registry, belongs to another base model, was trained on the
-            validation split, or its weights have changed.
+        ConfigError: the version is not in the registry, was trained on another base model than this
+            configuration loads, was trained on the validation split, or its weights have changed.
     """
     usual = config.evaluate.guidance_scale
     if which == BASE:
         return Version(which, BASE, None, usual)
     found = registered(config, which)
-    if found.base != config.model.base:
-        raise ConfigError(
-            f"{which}: version {found.version} belongs to {found.base}, not to model.base ("
-            f"{config.model.base}); compare versions of one base model"
-        )
-    if int(found.params.get("folds", config.search.folds)):
+    _check_base(config.model, found)
+    told = found.params.get("guidance_scale")  # by older releases
+    scale = found.guidance_scale if found.guidance_scale is not None else float(told) if told else None
+    recorded = {"evaluate.guidance_scale": scale, "search.folds": found.folds}
+    if unknown := " and ".join(name for name, value in recorded.items() if value is None):
+        say("compare", f"version {found.version} does not record its {unknown}: yours is taken")
+    if config.search.folds if found.folds is None else found.folds:
         raise ConfigError(
             f"search.folds: version {found.version} was trained on the validation pictures too, which "
             "would bias the comparison; compare the test FIDs of publish instead: "
             f"{command_line('status')}"
         )
     verify_weights(found, found.source)
-    scale = float(found.params.get("guidance_scale", usual))
-    return Version(which, f"version {found.version}", found.source, scale, found.params.get("dataset"))
+    scale = usual if scale is None else scale
+    return Version(which, f"version {found.version}", found.source, scale, found.data)
+
+
+def _check_base(model: ModelConfig, found: RegisteredModel) -> None:
+    """Raise ConfigError unless a version was trained on the base model that a configuration loads."""
+    for name, its, ours in (
+        ("base", found.base, model.base),
+        ("revision", found.base_revision, model.revision),
+        ("quantize", found.quantization, model.quantize),
+        ("quantize_text", found.text_quantization, model.quantize_text),
+    ):
+        if its != ours:
+            raise ConfigError(
+                f"model.{name}: version {found.version} was trained with {_value(its)}, not with "
+                f"{_value(ours)}; compare versions of one base model, with the configuration of one of them"
+            )
+
+
+def _value(setting: str | None) -> str:
+    return "null" if setting is None else setting
 
 
 def compare(

@@ -6,8 +6,8 @@ from ray_jobs.publishing.final_scores import settings_of
 from ray_jobs.publishing.pages import REPORT
 from ray_jobs.publishing.test_split_ledger import PUBLISHED, read_records
 from ray_jobs.publishing.version import register_winner, sampled_as
-from ray_jobs.registry.digests import are_weights
-from ray_jobs.registry.models import shown_uri
+from ray_jobs.registry.digests import is_copy
+from ray_jobs.registry.models import registered, shown_uri
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import WINNER, Winner
 
@@ -25,14 +25,14 @@ def publish_settings(config: Config) -> Settings:
 def reuse(config: Config, data: str, search_digest: str) -> Winner | None:
     """Return the published winner of a search, if there is one.
 
-    It is registered again if the configuration names another model or registry. Other changes need new
-    measurements or pictures, and are only announced.
+    It is registered again if the configuration names another model or registry, or the registry has lost the
+    version or its weights. Other changes need new measurements or pictures, and are only announced.
 
     Args:
         data: digest of the prepared data.
 
     Raises:
-        ConfigError: the registry refuses, or the folder of the model holds other weights.
+        ConfigError: the registry refuses, or the folder of the model no longer holds its weights.
     """
     run = RunFolder.of(config)
     if not (run.root.exists(WINNER) and run.root.exists(REPORT)):
@@ -41,7 +41,8 @@ def reuse(config: Config, data: str, search_digest: str) -> Winner | None:
     if winner.search_digest != search_digest:
         return None
     before, now = winner.publish_settings, publish_settings(config)
-    if any(before.get(name) != now[name] for name in REGISTRY):  # earlier releases did not record them
+    moved = any(before.get(name) != now[name] for name in REGISTRY)  # earlier releases did not record them
+    if moved or not _is_registered(config, run, winner):
         winner = _register_again(config, run, winner, data)
     if not (changed := _changed(config, winner)):
         say("publish", f"unchanged, skipped: version {winner.registry_version}")
@@ -64,19 +65,35 @@ def _changed(config: Config, winner: Winner) -> list[str]:
     return changed + [name for name, value in shown.items() if before.get(name, value) != value]
 
 
+def _published(run: RunFolder) -> str | None:
+    """Return the digest of the weights that the run published last; None if it records none."""
+    published = [str(each["weights"]) for each in read_records(run.root) if each["event"] == PUBLISHED]
+    return published[-1] if published else None
+
+
+def _is_registered(config: Config, run: RunFolder, winner: Winner) -> bool:
+    """Return whether the registry has the published version, with all its files."""
+    try:
+        held = registered(config, str(winner.registry_version))
+    except ConfigError:
+        return False  # if the registry refuses, registering again says so
+    digests = {held.digest, _published(run) or held.digest}
+    return all(is_copy(held.source, run.model.uri, digest) for digest in digests)
+
+
 def _register_again(config: Config, run: RunFolder, winner: Winner, data: str) -> Winner:
     """Register the published weights as the configuration says now; the report keeps the first version."""
-    published = [each["weights"] for each in read_records(run.root) if each["event"] == PUBLISHED]
-    if not published or not are_weights(run.model.uri, published[-1]):
+    published = _published(run)
+    if published is None or not is_copy(run.model.uri, run.model.uri, published):
         raise ConfigError(
-            f"{run.model.uri}: holds other weights than {WINNER} describes; publish again with --force, "
-            "which reads the test split again"
+            f"{run.model.uri}: does not hold the weights that {WINNER} describes; publish again with "
+            "--force, which reads the test split again"
         )
     # Without a comparison in pairs of pictures, which would load the test split.
-    registered = register_winner(sampled_as(config, winner), winner, data, run.model.uri, None)
-    winner |= {"registry_version": registered.version, "registry_decision": registered.message}
+    added = register_winner(sampled_as(config, winner), winner, data, run.model.uri, None)
+    winner |= {"registry_version": added.version, "registry_decision": added.message}
     changed = {name: value for name, value in publish_settings(config).items() if name in REGISTRY}
     winner |= {"publish_settings": publish_settings(config) | winner.publish_settings | changed}
     winner.write(run.root)
-    say("publish", f"{config.publish.model_name} version {registered.version}, {registered.message}")
+    say("publish", f"{config.publish.model_name} version {added.version}, {added.message}")
     return winner

@@ -15,6 +15,7 @@ from ray_jobs.registry.models import (
     nothing_published,
     open_existing,
     run_of,
+    source_of,
     store_errors,
 )
 from ray_jobs.registry.promotion import Measured, Result
@@ -81,7 +82,7 @@ def status(config: Config) -> str:
                 scores = (measured.told(FID), ranked, str(measured.num_samples), measured.feature_network)
             created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(each.creation_timestamp / 1000))
             names = ", ".join(names_of(aliases, int(each.version)))
-            rows.append((str(each.version), names, *scores, created, each.source))
+            rows.append((str(each.version), names, *scores, created, source_of(each)))
     return "\n".join(columns([head, *rows]))
 
 
@@ -173,9 +174,9 @@ def _check_weights(client: "MlflowClient", config: Config, version: int) -> None
         ) from None
     if "digest" not in found.tags:
         raise not_ours(config, version)
-    if not are_weights(found.source, found.tags["digest"]):
+    if not are_weights(source := source_of(found), found.tags["digest"]):
         raise ConfigError(
-            f"{found.source}: no longer the weights of version {version} of {name!r}, so it cannot be "
+            f"{source}: no longer the weights of version {version} of {name!r}, so it cannot be "
             f"served; take another version of {command_line('status')}"
         )
 

@@ -41,6 +41,19 @@ def are_weights(source: str, digest: str) -> bool:
     return digest == weights_digest(source) or digest == digest_of_bytes(source)
 
 
+def is_copy(place: str, source: str, digest: str) -> bool:
+    """Return whether a folder holds the weights of a digest, and every file that `source` has.
+
+    An interrupted upload leaves some of them, a damaged disk others than they were.
+    """
+    if set(_names(source)) - set(_names(place)):
+        return False
+    try:
+        return are_weights(place, digest)
+    except ConfigError:  # no weights, or damaged ones
+        return False
+
+
 def digest_of_bytes(source: str) -> str:
     """SHA-256 over the files' names and bytes, as older releases registered it.
 
@@ -57,14 +70,21 @@ def digest_of_bytes(source: str) -> str:
 
 def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
     """Yield the name and an open stream of each safetensors file below a folder."""
+    names = [name for name in _names(source) if name.endswith(".safetensors")]
+    if not names:
+        raise ConfigError(f"{source}: holds no safetensors file; run the pipeline again to publish one")
+    folder = Storage.open(source)
+    for name in names:
+        yield name, folder.filesystem.open_input_stream(f"{folder.path.rstrip('/')}/{name}")
+
+
+def _names(source: str) -> list[str]:
+    """Return the sorted names of all files below a folder; empty if it does not exist."""
     folder = Storage.open(source)
     below = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     found = folder.filesystem.get_file_info(below)
-    paths = sorted(info.path for info in found if info.path.endswith(".safetensors"))
-    if not paths:
-        raise ConfigError(f"{source}: holds no safetensors file; run the pipeline again to publish one")
-    for path in paths:
-        yield path.removeprefix(folder.path).strip("/"), folder.filesystem.open_input_stream(path)
+    files = (info.path for info in found if info.type == fs.FileType.File)
+    return sorted(path.removeprefix(folder.path).strip("/") for path in files)
 
 
 def _content(path: str, file: NativeFile) -> tuple[dict[str, object], list[object]]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.sqlite import sqlite_file, sqlite_url
+from cluster.sqlite import from_home, sqlite_file, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
 from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"  # the version that is served
 CANDIDATE = "candidate"  # the newest version that was not promoted
 PREVIOUS = "previous"  # the version that the champion replaced
+WEIGHTS = "weights"  # tag: folder of the weights, if MLflow's own field `source` does not name it
 # Features for drift detection, stored with a version's weights. The file has safetensors format but not its
 # suffix, because the digest of the weights covers all *.safetensors files.
 REFERENCE = "reference.features"
@@ -50,6 +51,8 @@ class RegisteredModel:
     zero_terminal_snr: bool = False  # trained and sampled with a last timestep of pure noise
     quantization: str | None = None  # `model.quantize` of the base that it was trained and scored on
     text_quantization: str | None = None  # its `model.quantize_text`
+    data: str | None = None  # digest of the prepared data of its training
+    folds: int | None = None  # `search.folds` of its search; above 0, it was trained on validation pictures
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def tracking_uri(config: Config) -> str:
     """
     uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return uri
+        return from_home(uri)
     if config.storage.startswith(("s3://", "gs://")):
         raise ConfigError(
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
@@ -89,6 +92,11 @@ def check_store(config: Config) -> None:
         ConfigError: there is no URI, nothing answers at it, or the run's experiment was deleted.
     """
     check_experiment(tracking_uri(config), config.name)
+
+
+def source_of(version: "ModelVersion") -> str:
+    """Folder or URI of a version's weights."""
+    return str(version.tags.get(WEIGHTS) or version.source)
 
 
 def verify_weights(registered: RegisteredModel, folder: str) -> None:
@@ -238,11 +246,15 @@ def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
 
 
 def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, str]) -> RegisteredModel:
-    """Convert MLflow's version to a RegisteredModel."""
+    """Convert MLflow's version to a RegisteredModel.
+
+    Older releases recorded some settings only in the run's parameters, which may have been deleted.
+    """
+    folds = found.tags.get("folds") or params.get("folds")
     return RegisteredModel(
         name=found.name,
         version=int(found.version),
-        source=found.source,
+        source=source_of(found),
         digest=found.tags["digest"],
         base=found.tags["base"],
         base_revision=found.tags["base_revision"] or None,
@@ -254,4 +266,6 @@ def _of(found: "ModelVersion", metrics: dict[str, float], params: Mapping[str, s
         zero_terminal_snr=found.tags.get("zero_terminal_snr") == "true",
         quantization=found.tags.get("base_quantization"),
         text_quantization=found.tags.get("base_text_quantization"),
+        data=found.tags.get("data_digest") or params.get("dataset"),
+        folds=int(folds) if folds else None,
     )

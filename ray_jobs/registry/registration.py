@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING
 from cluster.storage import Storage
 from ray_jobs.config import Config, ModelConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
-from ray_jobs.registry.digests import digest_of_bytes, weights_digest
-from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, open_client, store_errors
+from ray_jobs.registry.digests import digest_of_bytes, is_copy, weights_digest
+from ray_jobs.registry.models import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    WEIGHTS,
+    open_client,
+    source_of,
+    store_errors,
+    tracking_uri,
+)
 from ray_jobs.registry.promotion import Measured, Paired, compared_by, objection, objection_to_first
 from ray_jobs.registry.provenance import code_version, signature
-from ray_jobs.registry.store import ATTEMPTS, experiment_id, retried, versions_of
+from ray_jobs.registry.store import ATTEMPTS, experiment_id, is_server, retried, versions_of
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import FID, MEASURES
 
@@ -51,7 +60,8 @@ def register(
     """Register `source` as a version of `config.publish.model_name`, and as champion if its score allows it.
 
     The weights are copied to `<storage>/registry/`, so that a champion survives its run's next result.
-    Weights that are already registered keep their version, aliases and metrics.
+    Weights that are already registered keep their version, aliases and metrics; their copy is written again
+    if it is missing or damaged.
 
     Args:
         source: folder (local path or URI) in diffusers format, with safetensors weights.
@@ -71,20 +81,24 @@ def register(
         present = versions_of(client, name)
         # Before all that takes time: what becomes champion meanwhile is a rival, see `_settled`.
         before = set(_champions(present))
-        found = _registered(present, source, digest)
+        found, restored = _registered(present, source, digest), ""
+        if found is not None and not is_copy(source_of(found), source, found.tags["digest"]):
+            restored = _restore(client, config, found, source, digest)
         if found is not None and DECISION in found.tags:
             aliases = names_of(aliases_of(client, config), int(found.version))
             now = f"its aliases now: {', '.join(aliases) or 'none'}"
-            return Registered(
-                int(found.version), aliases, f"registered before, {found.tags[DECISION]}; {now}"
-            )
+            message = f"registered before, {found.tags[DECISION]}; {restored}{now}"
+            return Registered(int(found.version), aliases, message)
         if found is None:
             kept = _keep(config, source, digest)
             run = _log_run(client, config, measured, params, metrics or {})
-            tags = _tags(config, measured, digest)
+            place, tags = kept, _tags(config, measured, digest)
+            if is_server(tracking_uri(config)) and Storage.open(kept).is_local:
+                # A server refuses a local folder as a version's source, unless it belongs to the run.
+                place, tags = f"runs:/{run}/model", tags | {WEIGHTS: kept}
             found = retried(
                 lambda: client.create_model_version(
-                    name, source=kept, run_id=run, tags=tags, description=description
+                    name, source=place, run_id=run, tags=tags, description=description
                 )
             )
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
@@ -205,6 +219,7 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         "ranked_by": measured.ranked_by,
         **_other_scores(measured),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
+        "folds": str(config.search.folds),
         "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
@@ -224,13 +239,23 @@ def _other_scores(measured: Measured) -> dict[str, str]:
     return {key: repr(value) for key, value in named.items() if value is not None}
 
 
+def _restore(
+    client: "MlflowClient", config: Config, version: "ModelVersion", source: str, digest: str
+) -> str:
+    """Copy a version's weights to the registry again, since its folder lacks them; say so, for display."""
+    kept = _keep(config, source, digest)
+    if kept != source_of(version):  # registered from another storage, or by an older release
+        retried(lambda: client.set_model_version_tag(version.name, version.version, WEIGHTS, kept))
+    return f"its files, which were not whole, are in {kept} again; "
+
+
 def _keep(config: Config, source: str, digest: str) -> str:
-    """Copy the weights to a folder named after their digest, unless it exists; return its URI."""
+    """Copy the weights to a folder named after their digest, unless it holds them; return its URI."""
     # A URI has no spaces; the digest keeps folders distinct.
     folder = re.sub("[^A-Za-z0-9._-]", "-", config.publish.model_name)
     models, kept = SharedFolder.of(config).registered(folder), digest[:16]
     place = models.child(kept).uri
-    if models.exists(kept) and weights_digest(place) == digest:
+    if is_copy(place, source, digest):
         return place
     origin = Storage.open(source)
     local = origin.local_copy()

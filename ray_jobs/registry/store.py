@@ -114,6 +114,11 @@ def _created(client: "MlflowClient", name: str, artifacts: str | None) -> str:
     return str(client.get_experiment_by_name(name).experiment_id)  # created meanwhile by another run
 
 
+def is_server(uri: str) -> bool:
+    """Return whether a store is an MLflow server, and not a database that MLflow's client opens itself."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
 def check_experiment(uri: str, name: str) -> None:
     """Check that a store is reachable and accepts a run's entries.
 
@@ -122,10 +127,9 @@ def check_experiment(uri: str, name: str) -> None:
     Raises:
         ConfigError: no server or database answers, or the experiment was deleted.
     """
-    scheme = urlsplit(uri).scheme
-    if scheme in ("http", "https"):
+    if is_server(uri):
         _ask_server(uri, name)
-    elif scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+    elif urlsplit(uri).scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         _ask_database(uri, name)
 
 

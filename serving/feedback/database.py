@@ -32,7 +32,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import BigInteger
 
-from cluster.sqlite import sqlite_url
+from cluster.sqlite import from_home, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
@@ -114,7 +114,7 @@ def feedback_url(config: Config) -> str:
         ConfigError: no URL is given, and the storage is remote, where a SQLite file cannot be stored.
     """
     if config.serve.feedback_url:
-        return config.serve.feedback_url
+        return from_home(config.serve.feedback_url)
     if config.storage.startswith(("s3://", "gs://")):
         raise ConfigError(
             f"serve.feedback_url: missing, and a SQLite database cannot lie in {config.storage}; give the "

@@ -301,6 +301,18 @@ def test_by_default_it_lies_in_the_storage_folder(tmp_path: Path) -> None:
     assert (tmp_path / "new folder?%20" / "feedback.db").is_file()
 
 
+def test_a_relative_url_is_no_file_in_the_copy_that_a_job_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in (home, copy):
+        folder.mkdir()
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DIFFRAY_HOME", str(home))
+    FeedbackStore.open(configured("runs", "sqlite:///feedback.db")).close()
+    assert (home / "feedback.db").is_file() and not list(copy.iterdir())
+
+
 def test_remote_storage_needs_a_url() -> None:
     with pytest.raises(ConfigError, match=r"serve\.feedback_url: missing.* cannot lie in s3://bucket/runs"):
         feedback_url(configured("s3://bucket/runs"))

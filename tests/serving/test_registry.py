@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry.digests import weights_digest
-from ray_jobs.registry.models import champion, entries, tracking_uri, verify_weights
+from ray_jobs.registry.digests import digest_of_bytes, weights_digest
+from ray_jobs.registry.models import champion, entries, open_client, tracking_uri, verify_weights
 from ray_jobs.registry.promotion import Measured
-from ray_jobs.registry.registration import register
+from ray_jobs.registry.registration import DECISION, register
 
 MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
 
@@ -59,6 +59,52 @@ def test_the_champion_outlives_the_folder_that_it_was_registered_from(config: Co
     found = champion(config)
     verify_weights(found, found.source)
     assert Path(found.source).is_relative_to(config.storage)
+
+
+@pytest.mark.parametrize("lost", ["all", "the weights' end", "the card"])
+def test_weights_that_the_registry_lost_come_back_with_the_next_registration(
+    config: Config, tmp_path: Path, lost: str
+) -> None:
+    config = named(config, f"lost {lost}")
+    source = weights(tmp_path / "model", 1.0)
+    (tmp_path / "model" / "README.md").touch()
+    first = register(config, source=source, measured=MEASURED, params={})
+    kept = Path(champion(config).source)
+    if lost == "all":
+        shutil.rmtree(kept)
+    elif lost == "the card":
+        (kept / "README.md").unlink()
+    else:
+        file = kept / "pytorch_lora_weights.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    again = register(config, source=source, measured=MEASURED, params={})
+    assert (again.version, again.aliases) == (first.version, first.aliases)
+    assert f"its files, which were not whole, are in {kept} again" in again.message
+    found = champion(config)
+    verify_weights(found, str(kept))
+    assert found.source == str(kept) and (kept / "README.md").exists()
+    assert "again" not in register(config, source=source, measured=MEASURED, params={}).message
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_version_whose_weights_were_kept_elsewhere_finds_them_again(
+    config: Config, tmp_path: Path, older: bool
+) -> None:
+    """In another storage, or by a release whose digest was one of bytes and so named another folder."""
+    source = weights(tmp_path / "model", 1.0)
+    publish = config.publish.model_copy(
+        update={"model_name": f"elsewhere {older}", "tracking_uri": tracking_uri(config)}
+    )
+    config = config.model_copy(update={"publish": publish})
+    client = open_client(config)
+    client.create_registered_model(publish.model_name)
+    tags = {"base": "b", "base_revision": "", "method": "lora", DECISION: "champion"}
+    tags |= {"digest": digest_of_bytes(source)} if older else {"digest": weights_digest(source)}
+    client.create_model_version(publish.model_name, source=str(tmp_path / "gone"), tags=tags)
+    registered = register(config, source=source, measured=MEASURED, params={})
+    found = entries(config, [publish.model_name])[publish.model_name].versions[1]
+    assert registered.version == 1 and Path(found.source).is_relative_to(config.storage)
+    verify_weights(found, found.source)
 
 
 def test_a_storage_of_any_name_holds_its_registry(config: Config, tmp_path: Path) -> None:

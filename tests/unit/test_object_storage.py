@@ -26,6 +26,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[GcsServer | S3Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def tracking_uri(server: GcsServer | S3Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One registry for all tests, because a new SQLite file takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+
+
 @pytest.fixture
 def storage(server: GcsServer | S3Server, request: pytest.FixtureRequest) -> Storage:
     """A folder of this test, that nothing has been written to."""
@@ -89,12 +95,10 @@ def test_a_folder_goes_up_and_comes_back_whole(storage: Storage, model: Path) ->
 
 
 def test_weights_are_registered_there_and_found_again(
-    server: GcsServer | S3Server, storage: Storage, model: Path, tmp_path: Path
+    server: GcsServer | S3Server, storage: Storage, model: Path, tracking_uri: str
 ) -> None:
     """As the endpoint finds them: the champion's source, its digest, a copy of it on this machine."""
-    config = load_config(
-        DEMO, [f"storage={storage.uri}", f"publish.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
-    )
+    config = load_config(DEMO, [f"storage={storage.uri}", f"publish.tracking_uri={tracking_uri}"])
     storage.upload(model, "demo/model")
     register(config, source=storage.child("demo", "model").uri, measured=MEASURED, params={"a": "1"})
     found = champion(config)
@@ -102,6 +106,23 @@ def test_weights_are_registered_there_and_found_again(
     assert found.digest == weights_digest(str(model))
     verify_weights(found, found.source)
     assert contents(Storage.open(found.source).local_copy()) == contents(model)
+
+
+@pytest.mark.parametrize("written", [[], ["unet/model.safetensors"], ["unet/model.safetensors", "empty"]])
+def test_an_upload_that_was_killed_is_done_again(
+    storage: Storage, model: Path, tracking_uri: str, written: list[str]
+) -> None:
+    """Killed after its folders, after the weights, or among the files that come last."""
+    publish = [f"publish.tracking_uri={tracking_uri}", f"publish.model_name=written-{len(written)}"]
+    config = load_config(DEMO, [f"storage={storage.uri}", *publish])
+    kept = storage.child("registry", config.publish.model_name, weights_digest(str(model))[:16])
+    kept.filesystem.create_dir(kept.path)
+    kept.filesystem.create_dir(f"{kept.path}/unet")
+    for name in written:
+        kept.write_bytes(name, (model / name).read_bytes())
+    register(config, source=str(model), measured=MEASURED, params={"a": "1"})
+    found = champion(config)
+    assert found.source == kept.uri and contents(kept.local_copy()) == contents(model)
 
 
 @pytest.mark.parametrize("uri", ["az://container/runs", "abfs://container@account.dfs.core.windows.net/runs"])

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import fs
 from sqlalchemy import create_engine, text
 
-from cluster.sqlite import sqlite_file, sqlite_url
+from cluster.sqlite import from_home, sqlite_file, sqlite_url
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, resolve_path
 
@@ -203,3 +203,31 @@ def test_the_url_of_a_sqlite_file_names_that_file(tmp_path: Path) -> None:
 )
 def test_the_file_of_a_url(url: str, file: Path | None) -> None:
     assert sqlite_file(url) == file
+
+
+@pytest.mark.parametrize(
+    ("url", "of_home"),
+    [
+        ("sqlite:///runs/a b.db", "sqlite:///{home}/runs/a b.db"),
+        ("sqlite+pysqlite:///a.db?timeout=5", "sqlite+pysqlite:///{home}/a.db?timeout=5"),
+        ("sqlite:///~/a.db", "sqlite:///{user}/a.db"),
+        ("sqlite:///50%2525%3F.db", "sqlite:///{home}/50%2525%3F.db"),
+        ("sqlite:////runs/a.db?timeout=5", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite:///file:a.db?uri=true", None),
+        ("postgresql+psycopg://user:a%20b@host/a", None),
+        ("http://mlflow:5000", None),
+        ("nonsense", None),
+    ],
+)
+def test_the_relative_path_of_a_database_starts_from_diffray_home(
+    url: str, of_home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / ODD
+    monkeypatch.setenv("DIFFRAY_HOME", str(home))
+    found = from_home(url)
+    escaped = sqlite_url(home).removeprefix("sqlite:///")
+    assert found == (of_home.format(home=escaped, user=Path.home()) if of_home else url)
+    if of_home and "~" not in url:
+        file = sqlite_file(url)
+        assert file is not None and sqlite_file(found) == home / file

@@ -11,7 +11,14 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry.models import check_store, not_ours, nothing_published, open_client, tracking_uri
+from ray_jobs.registry.models import (
+    check_store,
+    not_ours,
+    nothing_published,
+    open_client,
+    open_existing,
+    tracking_uri,
+)
 from ray_jobs.registry.store import ATTEMPTS, experiment_id, pages, retried, versions_of
 from ray_jobs.training.tracking import opened_store
 
@@ -37,6 +44,21 @@ def configured(storage: Path, name: str, **publish: Any) -> Config:
 @pytest.fixture(scope="module")
 def client(storage: Path) -> Any:
     return open_client(configured(storage, "any"))
+
+
+def test_the_relative_url_of_a_store_is_no_file_in_the_copy_that_a_job_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, copy, url = tmp_path / "home", tmp_path / "copy", "sqlite:///runs/mlflow.db"
+    copy.mkdir()
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DIFFRAY_HOME", str(home))
+    config = configured(home / "runs", "a-run", tracking_uri=url)
+    open_client(config).create_registered_model("kept")
+    assert (home / "runs" / "mlflow.db").exists() and not list(copy.iterdir())
+    assert [each.name for each in open_existing(config).search_registered_models()] == ["kept"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    assert tracking_uri(configured(home, "a-run")) == tracking_uri(config)
 
 
 def test_every_page_is_read(client: Any) -> None:
