@@ -6,7 +6,7 @@ from ray_jobs.publishing.final_scores import settings_of
 from ray_jobs.publishing.pages import REPORT
 from ray_jobs.publishing.test_split_ledger import PUBLISHED, read_records
 from ray_jobs.publishing.version import register_winner, sampled_as
-from ray_jobs.registry.digests import is_copy
+from ray_jobs.registry.digests import has_files_of, is_copy
 from ray_jobs.registry.models import registered, shown_uri
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import WINNER, Winner
@@ -72,13 +72,19 @@ def _published(run: RunFolder) -> str | None:
 
 
 def _is_registered(config: Config, run: RunFolder, winner: Winner) -> bool:
-    """Return whether the registry has the published version, with all its files."""
+    """Return whether the registry has the published version, with all its files.
+
+    Their content, which may be gigabytes in a bucket, is only read if an older release registered it, under
+    another digest.
+    """
     try:
         held = registered(config, str(winner.registry_version))
     except ConfigError:
         return False  # if the registry refuses, registering again says so
-    digests = {held.digest, _published(run) or held.digest}
-    return all(is_copy(held.source, run.model.uri, digest) for digest in digests)
+    if not has_files_of(held.source, run.model.uri):
+        return False
+    published = _published(run)
+    return published in (None, held.digest) or is_copy(held.source, run.model.uri, published)
 
 
 def _register_again(config: Config, run: RunFolder, winner: Winner, data: str) -> Winner:

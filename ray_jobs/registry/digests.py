@@ -6,7 +6,7 @@ gives two different files (safetensors 0.8).
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pyarrow import NativeFile, fs
 
@@ -46,12 +46,18 @@ def is_copy(place: str, source: str, digest: str) -> bool:
 
     An interrupted upload leaves some of them, a damaged disk others than they were.
     """
-    if set(_names(source)) - set(_names(place)):
+    if _sizes(source).keys() - _sizes(place).keys():
         return False
     try:
         return are_weights(place, digest)
     except ConfigError:  # no weights, or damaged ones
         return False
+
+
+def has_files_of(place: str, source: str) -> bool:
+    """Return whether a folder has weights, and every file of `source` in its size; no content is read."""
+    held = _sizes(place)
+    return bool(_weights_in(held)) and _sizes(source).items() <= held.items()
 
 
 def digest_of_bytes(source: str) -> str:
@@ -70,7 +76,7 @@ def digest_of_bytes(source: str) -> str:
 
 def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
     """Yield the name and an open stream of each safetensors file below a folder."""
-    names = [name for name in _names(source) if name.endswith(".safetensors")]
+    names = _weights_in(_sizes(source))
     if not names:
         raise ConfigError(f"{source}: holds no safetensors file; run the pipeline again to publish one")
     folder = Storage.open(source)
@@ -78,13 +84,17 @@ def _files(source: str) -> Iterator[tuple[str, NativeFile]]:
         yield name, folder.filesystem.open_input_stream(f"{folder.path.rstrip('/')}/{name}")
 
 
-def _names(source: str) -> list[str]:
-    """Return the sorted names of all files below a folder; empty if it does not exist."""
+def _weights_in(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(".safetensors"))
+
+
+def _sizes(source: str) -> dict[str, int]:
+    """Return the bytes of all files below a folder by name; empty if it does not exist."""
     folder = Storage.open(source)
     below = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     found = folder.filesystem.get_file_info(below)
-    files = (info.path for info in found if info.type == fs.FileType.File)
-    return sorted(path.removeprefix(folder.path).strip("/") for path in files)
+    files = (info for info in found if info.type == fs.FileType.File)
+    return {info.path.removeprefix(folder.path).strip("/"): info.size for info in files}
 
 
 def _content(path: str, file: NativeFile) -> tuple[dict[str, object], list[object]]:
