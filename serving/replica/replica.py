@@ -29,6 +29,7 @@ from serving.messages import (
     base_of,
     label,
     placement_of,
+    refusal,
 )
 from serving.replica.engine_cache import EngineCache
 from serving.replica.image_input import read_picture
@@ -157,7 +158,7 @@ class Model:
             try:
                 return await asyncio.wrap_future(future)
             except ValueError as error:
-                raise _cannot_serve(routed.version, error) from error
+                raise self._cannot_serve(routed.version, error) from error
 
     async def watch(self, routed: RoutedRequest) -> AsyncGenerator[Picture]:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
@@ -178,7 +179,7 @@ class Model:
                 try:
                     finished = drawing.result()
                 except ValueError as error:
-                    raise _cannot_serve(routed.version, error) from error
+                    raise self._cannot_serve(routed.version, error) from error
                 png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
                 yield Picture(png, finished.waited_s)
             finally:
@@ -213,7 +214,12 @@ class Model:
             async with self.engine_cache.use(placement.engine) as thread:
                 yield thread, placement.adapter
         except (ValueError, OSError) as error:
-            raise _cannot_serve(version, error) from error
+            raise self._cannot_serve(version, error) from error
+
+    def _cannot_serve(self, version: RegisteredModel | None, error: Exception) -> APIError:
+        """Return the error (503) for a version that cannot be loaded; log it with the places of its files."""
+        logger.warning("%s cannot be served: %s", label(version), error)
+        return APIError(503, refusal(version, self.base, error), "model", "model_refused")
 
     def _load(self, name: str) -> "EngineThread":
         """Load and start the engine of this name; blocks its thread for seconds to minutes."""
@@ -306,11 +312,6 @@ def _accepts(thread: "EngineThread", num_steps: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _cannot_serve(version: RegisteredModel | None, error: Exception) -> APIError:
-    """Return the error (503) for a version that cannot be loaded."""
-    return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
 
 
 def _stop(thread: "EngineThread") -> None:

@@ -94,7 +94,7 @@ class RegistryWatcher:
             try:
                 await self.poll()
             except Exception as error:  # no failure may end the polling
-                self._set_notice(f"the registry's aliases were not followed: {error!r}")
+                self._set_notice("the registry's aliases were not followed", repr(error))
 
     async def poll(self) -> None:
         """Read the registry once, and follow its aliases."""
@@ -102,7 +102,7 @@ class RegistryWatcher:
             try:
                 read = await asyncio.to_thread(entries, self.config, self.catalogue.models)
             except Exception as error:  # no answer of the registry may stop the endpoint
-                self._set_notice(f"the registry does not answer, so its last known state is used: {error}")
+                self._set_notice("the registry does not answer, so its last known state is used", str(error))
                 return
             self.catalogue.entries, self.polled = read, True
             notices = [await self._follow_champion(), await self._follow_candidate(), self._missing_models()]
@@ -149,7 +149,7 @@ class RegistryWatcher:
         if not self.catalogue.fits(version):
             return (
                 f"{label(version)} cannot be served: it was trained on {base_of(version)}, and the replicas "
-                f"hold {self.catalogue.base}; start the endpoint again"
+                f"hold another base, {self.catalogue.base}; start the endpoint again"
             )
         try:
             await self.replicas.warm_up(version, fused=fused)
@@ -157,8 +157,8 @@ class RegistryWatcher:
             return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
         return None
 
-    def _set_notice(self, notice: str | None) -> None:
-        """Set the notice, and log it if it is new."""
+    def _set_notice(self, notice: str | None, reason: str = "") -> None:
+        """Set the notice, and log it if it is new, with what may name the registry's place."""
         if notice and notice != self.notice:
-            logger.warning("%s", notice)
+            logger.warning("%s%s", notice, f": {reason}" if reason else "")
         self.notice = notice

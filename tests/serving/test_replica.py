@@ -16,7 +16,16 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, ImageSize, Picture, RoutedRequest, base_of, placement_of
+from serving.messages import (
+    BASE,
+    Base,
+    ImageSize,
+    Picture,
+    RoutedRequest,
+    base_of,
+    placement_of,
+    public_name,
+)
 from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
 from serving.request import Request
@@ -145,6 +154,7 @@ def test_weights_that_are_not_those_registered_are_refused(
             ) as refused:
                 await model.warm_up(changed)
             assert (refused.value.status, refused.value.code) == (503, "model_refused")
+            assert str(Path(changed.source).parent) not in refused.value.message, "clients see it"
         return await model.draw(routed(lora))
 
     assert with_replica(lora, work)
@@ -312,6 +322,25 @@ def test_a_picture_says_which_adapter_drew_it_unless_it_is_to_say_nothing(
     facts = read_provenance(drawn.png)
     assert (facts or {}).get("adapter") == (f"m@1#{lora.digest[:12]}" if provenance else None)
     assert (facts is None) != provenance
+
+
+def test_a_picture_names_its_base_and_not_the_servers_folders(lora: RegisteredModel) -> None:
+    png = with_replica(lora, lambda model: model.draw(routed(lora))).png
+    assert (read_provenance(png) or {})["base"] == Path(lora.base).name
+    assert str(Path(lora.base).parent).encode() not in png
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/srv/models/emoji-base", "emoji-base"),
+        ("s3://key:secret@bucket/models/emoji-base/?region=eu", "emoji-base"),
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+    ],
+)
+def test_clients_see_a_models_name_and_of_the_hub_its_owner(model: str, name: str) -> None:
+    assert public_name(model) == name
+    assert str(Base(model)) == f"{name} (plain)"
 
 
 def test_the_denoiser_computes_attention_by_the_kernel_that_was_asked_for(lora: RegisteredModel) -> None:
