@@ -235,6 +235,78 @@ def test_a_replica_whose_device_breaks_in_any_component_is_not_healthy(lora: Reg
     with_replica(lora, work)
 
 
+def too_small_for(engines: int, model: Any) -> Callable[..., None]:
+    """A hook that behaves as a GPU whose memory does not hold so many engines."""
+
+    def hook(*_: Any) -> None:
+        if len(model.engine_cache.engines) >= engines:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return hook
+
+
+def test_a_request_for_which_memory_is_too_small_is_drawn_without_the_idle_engines(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> tuple[list[Picture], list[Picture], list[Picture]]:
+        plain = await model.draw(routed(lora))
+        engine = model.engine_cache.engines[BASE].engine
+        engine.denoiser.register_forward_pre_hook(too_small_for(2, model))
+        await model.warm_up(full)
+        both = await asyncio.gather(*(model.draw(routed(lora)) for _ in range(2)))  # fail in one batch
+        assert set(model.engine_cache.engines) == {BASE}
+        await model.warm_up(full)
+        watched = [each async for each in model.watch(routed(lora, previews=2))]
+        assert set(model.engine_cache.engines) == {BASE}
+        model.check_health()
+        return [plain], both, watched
+
+    (plain,), both, watched = with_replica(lora, work)
+    assert all(np.abs(pixels(each) - pixels(plain)).max() <= 1 for each in (*both, watched[-1]))
+    assert len(watched) == 3
+
+
+def test_a_version_for_which_memory_is_too_small_is_refused_and_the_others_are_served(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    loads = []
+
+    async def work(model: Any) -> None:
+        loaded, full_gpu = model._loaded, too_small_for(1, model)
+
+        def load(name: str, make_room: Callable[[], None]) -> Any:
+            loads.append(name)
+            full_gpu()
+            return loaded(name, make_room)
+
+        model._loaded = load
+        async with model._engine(None, False):  # in use
+            with pytest.raises(APIError, match="m@2 cannot be served: .*device's memory") as refused:
+                await model.warm_up(full)
+            assert (refused.value.status, refused.value.code) == (503, "model_refused")
+            await model.draw(routed(lora))
+        await model.warm_up(full)
+        assert set(model.engine_cache.engines) == {placement_of(full).engine}
+
+    with_replica(lora, work)
+    assert loads == [placement_of(full).engine] * 3, "refused; without room; in the place of the idle base"
+
+
+def test_a_version_that_was_loaded_and_could_not_draw_is_not_warm(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> None:
+        async with model._engine(full, False) as (thread, _):
+            hook = thread.engine.denoiser.register_forward_pre_hook(too_small_for(0, model))
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                await model.warm_up(full)
+        hook.remove()
+        await model.warm_up(full)
+
+    with_replica(lora, work)
+
+
 def test_watching_ends_with_what_drawing_gives(lora: RegisteredModel) -> None:
     async def work(model: Any) -> tuple[list[Picture], Picture]:
         return [each async for each in model.watch(routed(lora, previews=2))], await model.draw(routed(lora))
