@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
@@ -31,7 +31,14 @@ from ray_jobs.config import Config, ConfigError, add_config_arguments, load_conf
 from ray_jobs.console import complain, quiet_logs, show
 from ray_jobs.registry.models import RegisteredModel, champion, verify_weights
 from ray_jobs.run.folder import CAPTIONS, RunFolder
-from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
+from serving.app import (
+    APPLICATION,
+    build_application,
+    check_access,
+    check_base,
+    check_model,
+    check_parts,
+)
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 from serving.service.registry_watcher import replaced_by
 
@@ -102,13 +109,15 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
 
     Raises:
         ConfigError: the cluster's Serve cannot take the application, see `serving_port`, or a setting is
-            unusable, see `build_application`; raised before a replica starts.
+            unusable, see `build_application` and `check_base`; raised before a replica starts.
         EndpointError: the application does not start, or nothing answers on the port.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     url = browsable(config.serve.host, port)
     was_serving = serving_port(config, port) is not None
     application = build_application(config, registered)
+    # In a worker, which may be nearer to the base and is gone afterwards: this process imports no PyTorch.
+    checked = ray.remote(num_cpus=0)(check_base).remote(config, registered)
     try:
         # If the proxy needs more than a minute, `wait_until_ready` below keeps waiting.
         with suppress(TimeoutError, RayActorError):
@@ -117,6 +126,7 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
                 http_options={"host": config.serve.host, "port": port},
                 controller_options={"runtime_env": {"env_vars": PATIENCE}},
             )
+        _require(checked)
         try:
             serve.run(application, name=APPLICATION)
         except (RuntimeError, RayError) as error:
@@ -128,6 +138,16 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
             serve.delete(APPLICATION)
         else:
             serve.shutdown()
+
+
+def _require(checked: "ray.ObjectRef[None]") -> None:
+    """Wait for a check; raise the ConfigError that it found."""
+    try:
+        ray.get(checked)
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise ConfigError(str(error.cause)) from None
+        raise
 
 
 def _others_are_served() -> bool:

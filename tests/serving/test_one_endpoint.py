@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -75,7 +77,7 @@ def test_a_second_endpoint_is_refused_and_the_first_goes_on_beside_what_joined_i
 
 
 def test_a_serve_that_runs_already_is_used_at_its_address_only(
-    config: Config, registered: RegisteredModel
+    config: Config, registered: RegisteredModel, tiny_flux: Path
 ) -> None:
     port = free_port("127.0.0.1", 0)
     url = f"http://127.0.0.1:{port}"
@@ -91,6 +93,10 @@ def test_a_serve_that_runs_already_is_used_at_its_address_only(
     # What does not fit leaves everything as it is.
     keyless = config.model_copy(update={"serve": config.serve.model_copy(update={"keys": None})})
     with pytest.raises(ConfigError, match="serve.keys"), endpoint(keyless, registered, port):
+        pass
+    switched = config.model_copy(update={"serve": config.serve.model_copy(update={"channels_last": True})})
+    flux = replace(registered, base=str(tiny_flux))
+    with pytest.raises(ConfigError, match=r"^serve\.channels_last: "), endpoint(switched, flux, port):
         pass
     assert applications() == {"other"}
 
