@@ -42,10 +42,21 @@ def check_parts(config: Config) -> None:
 
 def check_model(config: Config, registered: RegisteredModel) -> None:
     """Raise ConfigError if a switch of `serve` is incompatible with the champion."""
+    named = f"{registered.name} version {registered.version}"
     if config.serve.compile and registered.method == "lora" and not config.serve.fuse_champion:
         raise ConfigError(
-            f"serve.compile: {registered.name} version {registered.version} is a LoRA version, whose layers "
+            f"serve.compile: {named} is a LoRA version, whose layers "
             "a compiled denoiser does not take; turn on serve.fuse_champion, or turn it off"
+        )
+    stored = registered.quantization
+    if stored and config.serve.fuse_champion:
+        raise ConfigError(
+            f"serve.fuse_champion: {named} was trained on a base stored as {stored}, which would round away "
+            "what is merged; turn it off: adapters are served beside the base"
+        )
+    if stored and config.serve.int8_weights:
+        raise ConfigError(
+            f"serve.int8_weights: {named} is served on a base stored as {stored} already; turn it off"
         )
     if config.serve.fuse_champion and registered.method != "lora":
         say("serve", f"serve.fuse_champion: {registered.name} is fully trained, so there is nothing to fuse")
@@ -54,6 +65,37 @@ def check_model(config: Config, registered: RegisteredModel) -> None:
             f"serve.drift_pictures: {registered.source}/{REFERENCE}: is missing; publish the model again, or "
             "set it to 0"
         )
+
+
+def check_base(config: Config, registered: RegisteredModel) -> None:
+    """Raise ConfigError if a switch of `serve` does not suit the champion's model.
+
+    Reads only its configurations; imports PyTorch and diffusers. A model that is not on this machine passes:
+    a replica, which has it, refuses then.
+    """
+    from ray_jobs.diffusion.families import family_of
+    from ray_jobs.diffusion.switches import check_serving
+    from ray_jobs.weights.loading import empty_model, read_index
+
+    settings, base, weights = config.serve, base_of(registered), Storage.open(registered.source)
+    whole = registered.method != "lora" and weights.is_local
+    model, revision = (weights.path, None) if whole else (base.model, base.revision)
+    try:
+        family = family_of(read_index(model, revision)["_class_name"])
+    except ValueError:
+        return
+    empty = empty_model(model, [family.denoiser], revision=revision)
+    try:
+        check_serving(
+            family,
+            getattr(empty, family.denoiser),
+            empty.scheduler,
+            solver=settings.solver,
+            channels_last=settings.channels_last,
+            cache_features=settings.cache_features,
+        )
+    except ValueError as error:
+        raise ConfigError(f"serve.{error}") from None
 
 
 def build_application(config: Config, registered: RegisteredModel) -> serve.Application:
@@ -112,4 +154,6 @@ def _scaling(config: Config) -> dict[str, object]:
 def build(args: dict[str, str]) -> serve.Application:
     """Build the application for `serve run serving.app:build config=configs/demo.yaml`, or a RayService."""
     config = load_config(args["config"])
-    return build_application(config, champion(config))
+    registered = champion(config)
+    check_base(config, registered)
+    return build_application(config, registered)

@@ -19,9 +19,11 @@ from itertools import cycle, islice
 from types import FrameType
 from typing import Any, NoReturn
 
+import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import ProxyLocation
+from ray.serve.context import _get_global_client
 
 from cluster.connect import connect
 from cluster.storage import Storage, slug
@@ -29,7 +31,14 @@ from ray_jobs.config import Config, ConfigError, add_config_arguments, load_conf
 from ray_jobs.console import complain, quiet_logs, show
 from ray_jobs.registry.models import RegisteredModel, champion, verify_weights
 from ray_jobs.run.folder import CAPTIONS, RunFolder
-from serving.app import APPLICATION, build_application, check_access, check_model, check_parts
+from serving.app import (
+    APPLICATION,
+    build_application,
+    check_access,
+    check_base,
+    check_model,
+    check_parts,
+)
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 from serving.service.registry_watcher import replaced_by
 
@@ -66,16 +75,49 @@ def free_port(host: str, port: int, *, else_any: bool = False) -> int:
         raise ConfigError(f"serve.host, serve.port: {host}:{port}: {error.strerror}") from None
 
 
+def serving_port(config: Config, port: int) -> int | None:
+    """Return the port of the Serve that runs on the joined cluster; None if none runs.
+
+    Args:
+        port: the wanted port; 0: any.
+
+    Raises:
+        ConfigError: that Serve has the application already, which another one would replace, or it listens
+            elsewhere, which cannot be changed.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    host, there = client.http_config.host, client.http_config.port
+    if APPLICATION in serve.status().applications:
+        raise ConfigError(
+            f"RAY_ADDRESS: this cluster has an endpoint already, at {browsable(str(host), there)}, and can "
+            "have one only; send requests there, or stop it: Ctrl-C in its command or, if that is gone, "
+            f"python -c \"from ray import serve; serve.delete('{APPLICATION}')\""
+        )
+    if host != config.serve.host or port not in (0, there):
+        raise ConfigError(
+            "serve.host, serve.port: Ray Serve runs on this cluster already, and has one address for all "
+            f"that it serves; --set serve.host={host} --set serve.port={there}"
+        )
+    return there
+
+
 @contextmanager
 def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator[str]:
     """Serve `registered` on the joined Ray cluster, yield its URL once it answers, and stop it at the end.
 
     Raises:
+        ConfigError: the cluster's Serve cannot take the application, see `serving_port`, or a setting is
+            unusable, see `build_application` and `check_base`; raised before a replica starts.
         EndpointError: the application does not start, or nothing answers on the port.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     url = browsable(config.serve.host, port)
-    was_serving = bool(serve.status().proxies)
+    was_serving = serving_port(config, port) is not None
+    application = build_application(config, registered)
+    # In a worker, which may be nearer to the base and is gone afterwards: this process imports no PyTorch.
+    checked = ray.remote(num_cpus=0)(check_base).remote(config, registered)
     try:
         # If the proxy needs more than a minute, `wait_until_ready` below keeps waiting.
         with suppress(TimeoutError, RayActorError):
@@ -84,18 +126,36 @@ def endpoint(config: Config, registered: RegisteredModel, port: int) -> Iterator
                 http_options={"host": config.serve.host, "port": port},
                 controller_options={"runtime_env": {"env_vars": PATIENCE}},
             )
+        _require(checked)
         try:
-            serve.run(build_application(config, registered), name=APPLICATION)
+            serve.run(application, name=APPLICATION)
         except (RuntimeError, RayError) as error:
             raise EndpointError(_why_not_started(error)) from error
         wait_until_ready(url)
         yield url
     finally:
-        # A Serve that was already running keeps its other applications.
-        if was_serving:
+        if was_serving or _others_are_served():
             serve.delete(APPLICATION)
         else:
             serve.shutdown()
+
+
+def _require(checked: "ray.ObjectRef[None]") -> None:
+    """Wait for a check; raise the ConfigError that it found."""
+    try:
+        ray.get(checked)
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise ConfigError(str(error.cause)) from None
+        raise
+
+
+def _others_are_served() -> bool:
+    """Return True if the cluster's Serve has other applications: some may have joined one started here."""
+    try:
+        return bool(serve.status().applications.keys() - {APPLICATION})
+    except RayError:  # Serve died, and they with it
+        return False
 
 
 def wait_until_ready(url: str, timeout_s: float = 120) -> None:
@@ -205,6 +265,17 @@ def intact(config: Config, registered: RegisteredModel) -> RegisteredModel:
     return registered
 
 
+def _port(config: Config, asking: bool) -> int:
+    """Return the port of the joined cluster's Serve, else a free one on which a new Serve is to listen."""
+    running = serving_port(config, 0 if asking else config.serve.port) if ray.is_initialized() else None
+    if running:
+        return running
+    port = free_port(config.serve.host, config.serve.port, else_any=asking)
+    if asking and port != config.serve.port and config.serve.port:
+        show(f"serve: port {config.serve.port} is in use, taking {port}")
+    return port
+
+
 def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> None:
     """Start the endpoint; generate `num_pictures` images and stop, or run until a signal arrives."""
     check_access(config)
@@ -219,9 +290,9 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
     check_model(config, registered)
     check_parts(config)
     asking = num_pictures is not None
-    port = free_port(config.serve.host, config.serve.port, else_any=asking)
-    if asking and port != config.serve.port and config.serve.port:
-        show(f"serve: port {config.serve.port} is in use, taking {port}")
+    joins_later = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
+    # No Serve runs on an embedded cluster, and an error is better reported before Ray starts.
+    port = None if joins_later else _port(config, asking)
     log = quiet_logs()
     show(f"framework logs: {log} and Ray's session folder")
     show(f"serve: starting {registered.name} version {registered.version}")
@@ -229,6 +300,8 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
         # Ray sets its own handlers, which would skip the endpoint's orderly shutdown.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, _stop)
+        if port is None:
+            port = _port(config, asking)
         with endpoint(config, registered, port) as url:
             if num_pictures is not None:
                 ask(config, url, num_pictures, prompts)

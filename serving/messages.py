@@ -1,5 +1,6 @@
 """Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from ray_jobs.config import resolve_path
@@ -95,7 +96,7 @@ class Base(NamedTuple):
 
     def __str__(self) -> str:
         of_text = f", text encoders {self.text_quantization}" if self.text_quantization else ""
-        return f"{self.model} ({self.quantization or 'plain'}{of_text})"
+        return f"{public_name(self.model)} ({self.quantization or 'plain'}{of_text})"
 
 
 class Placement(NamedTuple):
@@ -114,6 +115,24 @@ def base_of(version: RegisteredModel) -> Base:
     """Return the base that a version was trained on."""
     stored = version.quantization, version.text_quantization
     return Base(resolve_path(version.base), version.base_revision, *stored)
+
+
+def public_name(model: str) -> str:
+    """Return the name of a model or folder that clients may see.
+
+    Of an address, which may contain keys, and of an absolute path it is the last part. Hub names stay.
+    """
+    if "://" in model:
+        return model.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def refusal(version: RegisteredModel | None, base: Base, error: Exception) -> str:
+    """Return why a version cannot be served, for clients: with the names of its folders, not their places."""
+    reason = str(error)
+    for place in (version.source if version else base.model, base.model):
+        reason = reason.replace(place, public_name(place))
+    return f"{label(version)} cannot be served: {reason}"
 
 
 def adapter_name(version: RegisteredModel) -> str:

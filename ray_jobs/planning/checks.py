@@ -101,8 +101,8 @@ def _check_serving(
 ) -> None:
     """Raise ValueError if the winner could not be served as configured."""
     from ray_jobs.diffusion.schedulers import trained_scheduler
-    from ray_jobs.diffusion.solvers import check_scheduler, scheduler_of, tabulate
-    from ray_jobs.diffusion.switches import check_cache_features, check_channels_last
+    from ray_jobs.diffusion.solvers import tabulate
+    from ray_jobs.diffusion.switches import check_serving
 
     serve = config.serve
     if serve.compile and config.train.method == "lora" and not serve.fuse_champion:
@@ -112,12 +112,14 @@ def _check_serving(
         )
     field = "serve."
     try:
-        solver = scheduler_of(scheduler, serve.solver)
-        check_scheduler(solver)
-        if serve.channels_last:
-            check_channels_last(family, denoiser)
-        if serve.cache_features:
-            check_cache_features(family, denoiser)
+        solver = check_serving(
+            family,
+            denoiser,
+            scheduler,
+            solver=serve.solver,
+            channels_last=serve.channels_last,
+            cache_features=serve.cache_features,
+        )
         if config.train.loss.zero_terminal_snr:
             solver = trained_scheduler(solver)
         field = "serve.default_steps: "

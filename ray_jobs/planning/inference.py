@@ -38,6 +38,7 @@ class Need:
         host: weights that are in host memory meanwhile.
         captions: weights on the device while captions are embedded, if others than `weights` are.
         networks: weights of feature networks, which are on the device all the time.
+        engines: models that a replica holds at once; the other fields are those of all.
         picture: activations of a picture by what is done with it: `drawing`, `decoding`, `encoding`,
             `embedding` its caption, `measuring` its features.
     """
@@ -47,6 +48,7 @@ class Need:
     host: int = 0
     captions: int = 0
     networks: int = 0
+    engines: int = 1
 
     @property
     def least(self) -> int:
@@ -79,15 +81,28 @@ def needs(config: Config) -> tuple[Need, Need, Need]:
     encoding, drawing, serving = (parts[kind] for kind in kinds)
     away = {"none": [], "encoders": serving.not_denoising, "model": serving.names}[serve.offload]
     here = [name for name in serving.names if name not in away]
+    engines = engines_of(config)
     return (
         Need(encoding.bytes_of(encoding.not_denoising), encoding.of_encoding),
         _evaluator(drawing, config),
         Need(
-            serving.bytes_of(here) + serving.largest_layer(away),
+            engines * (serving.bytes_of(here) + serving.largest_layer(away)),
             serving.of_drawing,
-            serving.bytes_of(away),
+            engines * serving.bytes_of(away),
+            engines=engines,
         ),
     )
+
+
+def engines_of(config: Config) -> int:
+    """Return how many models a replica holds while a new champion is loaded beside the one that answers.
+
+    LoRA versions are adapters of one model, unless fused. A candidate's pictures are drawn by a third one.
+    """
+    serve = config.serve
+    if config.train.method == "lora" and not serve.fuse_champion:
+        return 1
+    return 3 if serve.candidate_share or serve.shadow_share else 2
 
 
 def _longest_caption(config: Config) -> Captions:

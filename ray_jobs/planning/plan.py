@@ -74,7 +74,8 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
         picture = ", ".join(f"{human_size(size).strip()} {doing}" for doing, size in need.picture.items())
         host = f" and {human_size(need.host).strip()} on the host" * bool(need.host)
         host += f" and {human_size(need.networks).strip()} of feature networks" * bool(need.networks)
-        line = f"memory of {kind} ({precision}): weights {human_size(need.weights).strip()}{host}; "
+        models = f" of {need.engines} models, while a new champion is loaded" * (need.engines > 1)
+        line = f"memory of {kind} ({precision}): weights {human_size(need.weights).strip()}{host}{models}; "
         line += f"a picture {picture}"
         sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
         if use_gpu and sizes:
@@ -89,6 +90,7 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
             if not min(fitting.values()):
                 way = f"{field}: bf16" if precision == "fp32" else "devices with more memory"
                 way = "serve.offload: encoders or model" if kind == "a replica" and not need.host else way
+                way += ", or serve.fuse_champion: false" * (need.engines > 1 and serve.fuse_champion)
                 problems.append(
                     f"{kind} needs {human_size(need.least).strip()} with one picture and has "
                     f"{human_size(room).strip()}: {way}"

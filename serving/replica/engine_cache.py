@@ -15,28 +15,55 @@ Engine = TypeVar("Engine")
 LOADING = threading.Lock()
 
 
+class NoRoom(RuntimeError):
+    """The device's memory is too small for another engine."""
+
+
 class EngineCache(Generic[Engine]):
     """Least-recently-used cache of engines by name. Call all methods from the same event loop.
 
+    Idle engines make room before another one is loaded, so that there are more than `max_kept` only while
+    these are in use: such engines are never closed.
+
     Args:
         load: function that loads an engine, one at a time; runs in a thread, so that others keep running.
+            Before it takes memory, it calls its second argument, which closes idle engines. Where it raises
+            NoRoom, all idle engines are closed and it is called once more.
         close: function that stops an unused engine; runs in a thread too.
-        max_kept: maximum engines in memory; exceeded while more are in use, as those are never closed.
+        max_kept: maximum engines in memory.
+
+    Attributes:
+        num_closed: engines closed since the start.
     """
 
     def __init__(
-        self, load: Callable[[str], Engine], close: Callable[[Engine], None], *, max_kept: int
+        self,
+        load: Callable[[str, Callable[[], None]], Engine],
+        close: Callable[[Engine], None],
+        *,
+        max_kept: int,
     ) -> None:
         self._load, self._close, self.max_kept = load, close, max_kept
         self._kept: OrderedDict[str, Engine] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._users: Counter[str] = Counter()
         self._turn = asyncio.Lock()  # waits in the event loop, without blocking a pool thread
+        self._closing = asyncio.Lock()
+        self.num_closed = 0
 
     @property
     def engines(self) -> dict[str, Engine]:
         """The engines in memory, least recently used first."""
         return dict(self._kept)
+
+    @property
+    def idle(self) -> list[str]:
+        """Names of the engines in memory that nobody uses, least recently used first."""
+        return [name for name in self._kept if not self._users[name]]
+
+    def touch(self, name: str) -> None:
+        """Count an engine in memory as used now."""
+        self._kept.move_to_end(name)
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
@@ -55,7 +82,19 @@ class EngineCache(Generic[Engine]):
         finally:
             self._users[name] -= 1
             self._users += Counter()  # removes zero counts
-            await self._trim()
+            await self.close_idle(self.max_kept)
+
+    async def close_idle(self, most: int = 0) -> None:
+        """Close idle engines, the least recently used first, until at most `most` engines are in memory.
+
+        Return only when those are closed that another caller has begun to close.
+        """
+        if len(self._kept) <= most:
+            return
+        async with self._closing:
+            while len(self._kept) > most and self.idle:
+                self.num_closed += 1
+                await asyncio.shield(asyncio.to_thread(self._close, self._kept.pop(self.idle[0])))
 
     async def _loaded(self, name: str) -> Engine:
         """Load an engine once for all its callers; a cancelled caller does not cancel it for the others."""
@@ -68,20 +107,25 @@ class EngineCache(Generic[Engine]):
             async with self._turn:
                 if not self._users[name]:  # all callers left while another engine was loading
                     raise asyncio.CancelledError
-                engine = self._kept[name] = await asyncio.to_thread(self._load_alone, name)
+                engine = self._kept[name] = await self._load_with_room(name)
         finally:
             del self._loading[name]
         if not self._users[name]:
-            await self._trim()
+            await self.close_idle(self.max_kept)
         return engine
 
-    def _load_alone(self, name: str) -> Engine:
-        with LOADING:
-            return self._load(name)
+    async def _load_with_room(self, name: str) -> Engine:
+        try:
+            return await asyncio.to_thread(self._load_alone, name, asyncio.get_running_loop())
+        except NoRoom:
+            if not self.idle:
+                raise
+        await self.close_idle()
+        return await asyncio.to_thread(self._load_alone, name, asyncio.get_running_loop())
 
-    async def _trim(self) -> None:
-        while len(self._kept) > self.max_kept:
-            idle = next((name for name in self._kept if not self._users[name]), None)
-            if idle is None:
-                return
-            await asyncio.shield(asyncio.to_thread(self._close, self._kept.pop(idle)))
+    def _load_alone(self, name: str, loop: asyncio.AbstractEventLoop) -> Engine:
+        def make_room() -> None:
+            asyncio.run_coroutine_threadsafe(self.close_idle(self.max_kept - 1), loop).result()
+
+        with LOADING:
+            return self._load(name, make_room)

@@ -4,7 +4,7 @@ import numpy as np
 
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from serving.load import DriftScores
-from serving.messages import RoutedRequest
+from serving.messages import RoutedRequest, public_name
 from serving.provenance import encode_png, facts_of
 from serving.replica.drift_watch import DriftWatch
 from serving.replica.safety import load_checker
@@ -15,15 +15,14 @@ class Postprocessor:
     """The postprocessing that `serve` configures. Methods may be called from any thread.
 
     Args:
-        base: name of the model that was fine-tuned.
+        base: folder, address or hub name of the model that was fine-tuned.
 
     Raises:
         ConfigError: the safety checker cannot be made; names serve.safety_checker.
     """
 
     def __init__(self, settings: ServeConfig, evaluate: EvaluateConfig, base: str) -> None:
-        # Only the last part of a URL, which may contain keys.
-        self._base = base.partition("?")[0].rpartition("/")[2] if "://" in base else base
+        self._base = public_name(base)
         self._provenance = settings.provenance
         self._checker = load_checker(settings.safety_checker) if settings.safety_checker else None
         self._drift = DriftWatch(evaluate, settings.drift_pictures) if settings.drift_pictures else None

@@ -29,8 +29,9 @@ from serving.messages import (
     base_of,
     label,
     placement_of,
+    refusal,
 )
-from serving.replica.engine_cache import EngineCache
+from serving.replica.engine_cache import EngineCache, NoRoom
 from serving.replica.image_input import read_picture
 from serving.replica.postprocess import Postprocessor
 from serving.replica.weights import local_weights
@@ -109,12 +110,13 @@ class Model:
         return ReplicaLoad(self._name, os.getpid(), loads, self._postprocess.drift())
 
     async def warm_up(self, version: RegisteredModel | None, fused: bool = False) -> None:
-        """Load a version and generate one image in few steps, unless it is already loaded.
+        """Load a version and generate one image in few steps, unless that was done and it is still loaded.
 
         Raises:
             APIError: the weights differ from the registered ones, or cannot be loaded.
         """
-        if self._is_warm(placement_of(version, fused=fused)):
+        if self._is_warm(placement := placement_of(version, fused=fused)):
+            self.engine_cache.touch(placement.engine)  # so that others make room for a successor
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
@@ -125,10 +127,12 @@ class Model:
                 )
 
     def _is_warm(self, placement: Placement) -> bool:
-        """Return True if this engine, and its adapter if any, are in memory."""
+        """Return True if this engine has drawn, and it and its adapter, if any, are in memory."""
         thread = self.engine_cache.engines.get(placement.engine)
-        if thread is None or placement.adapter is None:
-            return thread is not None
+        if thread is None or not thread.engine.decoder.pictures:
+            return False
+        if placement.adapter is None:
+            return True
         adapters = thread.engine.adapters
         return adapters is not None and adapters.holds(placement.adapter)
 
@@ -153,11 +157,23 @@ class Model:
 
     async def _drawing(self, routed: RoutedRequest) -> "Drawing":
         async with self._engine(routed.version, routed.fused) as (thread, adapter):
-            future = _submit(thread, await self._completed(routed, thread, adapter))
-            try:
-                return await asyncio.wrap_future(future)
-            except ValueError as error:
-                raise _cannot_serve(routed.version, error) from error
+            return await self._finished(thread, await self._completed(routed, thread, adapter))
+
+    async def _finished(
+        self, thread: "EngineThread", request: Request, on_preview: "OnPreview | None" = None
+    ) -> "Drawing":
+        """Draw a completed request; where memory is too small, once more without the idle engines."""
+        import torch
+
+        closed = self.engine_cache.num_closed
+        try:
+            return await asyncio.wrap_future(_submit(thread, request, on_preview))
+        except torch.OutOfMemoryError:
+            # Another request of the same batch may have closed them.
+            if not self.engine_cache.idle and self.engine_cache.num_closed == closed:
+                raise
+        await self.engine_cache.close_idle()
+        return await asyncio.wrap_future(_submit(thread, request, on_preview))
 
     async def watch(self, routed: RoutedRequest) -> AsyncGenerator[Picture]:
         """Yield previews and then the finished image, see `draw`. Previews that the safety checker blocks are
@@ -166,19 +182,22 @@ class Model:
         seen: asyncio.Queue[torch.Tensor | None] = asyncio.Queue()  # pixels of previews; None at the end
         async with self._engine(routed.version, routed.fused) as (thread, adapter):
             request = await self._completed(routed, thread, adapter)
-            show = lambda _, pixels: loop.call_soon_threadsafe(seen.put_nowait, pixels)  # noqa: E731
-            future = _submit(thread, request, show if request.previews else None)
-            drawing = asyncio.wrap_future(future)
+            shown: set[int] = set()  # a request that is drawn once more shows each preview once
+
+            def show(num_steps: int, pixels: "torch.Tensor") -> None:
+                if num_steps not in shown:
+                    shown.add(num_steps)
+                    loop.call_soon_threadsafe(seen.put_nowait, pixels)
+
+            work = self._finished(thread, request, show if request.previews else None)
+            drawing = asyncio.ensure_future(work)
             drawing.add_done_callback(lambda _: seen.put_nowait(None))
             try:
                 while (pixels := await seen.get()) is not None:
                     preview = await asyncio.to_thread(self._postprocess.preview, pixels.numpy())
                     if preview is not None:
                         yield Picture(preview)
-                try:
-                    finished = drawing.result()
-                except ValueError as error:
-                    raise _cannot_serve(routed.version, error) from error
+                finished = drawing.result()
                 png = await asyncio.to_thread(self._postprocess.picture, finished.pixels.numpy(), routed)
                 yield Picture(png, finished.waited_s)
             finally:
@@ -212,11 +231,34 @@ class Model:
         try:
             async with self.engine_cache.use(placement.engine) as thread:
                 yield thread, placement.adapter
-        except (ValueError, OSError) as error:
-            raise _cannot_serve(version, error) from error
+        except (ValueError, OSError, NoRoom) as error:
+            raise self._cannot_serve(version, error) from error
 
-    def _load(self, name: str) -> "EngineThread":
-        """Load and start the engine of this name; blocks its thread for seconds to minutes."""
+    def _cannot_serve(self, version: RegisteredModel | None, error: Exception) -> APIError:
+        """Return the error (503) for a version that cannot be loaded; log it with the places of its files."""
+        logger.warning("%s cannot be served: %s", label(version), error)
+        return APIError(503, refusal(version, self.base, error), "model", "model_refused")
+
+    def _load(self, name: str, make_room: Callable[[], None]) -> "EngineThread":
+        """Load and start the engine of this name; blocks its thread for seconds to minutes.
+
+        Args:
+            make_room: closes idle engines; called once the weights are known to be those registered.
+
+        Raises:
+            NoRoom: the device's memory is too small; what was loaded is freed.
+        """
+        import torch
+
+        try:
+            return self._loaded(name, make_room)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        # Outside of the handler: the error holds on to the weights.
+        _free_memory()
+        raise NoRoom(f"its weights do not fit the device's memory beside what is in use: {reason}")
+
+    def _loaded(self, name: str, make_room: Callable[[], None]) -> "EngineThread":
         import torch
 
         from ray_jobs.diffusion.families import family_of
@@ -232,6 +274,7 @@ class Model:
         with (
             local_weights(version) if version else nullcontext() as folder
         ):  # the weights are verified before the base is loaded
+            make_room()
             whole = None if version is None or version.method == "lora" else folder
             pipeline = load_pipeline(
                 self.base.model if whole else local_path(self.base.model),
@@ -308,16 +351,15 @@ def _accepts(thread: "EngineThread", num_steps: int) -> bool:
     return True
 
 
-def _cannot_serve(version: RegisteredModel | None, error: Exception) -> APIError:
-    """Return the error (503) for a version that cannot be loaded."""
-    return APIError(503, f"{label(version)} cannot be served: {error}", "model", "model_refused")
-
-
 def _stop(thread: "EngineThread") -> None:
-    import torch
-
     thread.stop()
     del thread
+    _free_memory()
+
+
+def _free_memory() -> None:
+    import torch
+
     gc.collect()  # an engine has reference cycles, and the next one needs its memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -3,17 +3,19 @@
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.models import CANDIDATE, CHAMPION, PREVIOUS, RegisteredModel, entries, registered
 from ray_jobs.registry.models import champion as look_up
-from serving.messages import base_of, label, placement_of
+from serving.messages import Placement, base_of, label, placement_of
 from serving.schemas import APIError
 from serving.service.canary import Canary
 from serving.service.replica_client import ReplicaClient
 from serving.service.routing import Catalogue
 
 FRESH_S = 120  # seconds after which the champion that the application was built with is looked up again
+LONGEST_PAUSE_S = 600  # after which a version that was refused time after time is tried again
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,6 +67,21 @@ async def warmed_up(config: Config, champion: RegisteredModel, replicas: Replica
     return former
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A version that the replicas could not load, which takes them minutes to try.
+
+    Attributes:
+        pause_s: seconds from this refusal to the next attempt.
+        until: time of the next attempt, on the event loop's clock.
+    """
+
+    placement: Placement
+    reason: str
+    pause_s: float
+    until: float
+
+
 class RegistryWatcher:
     """Poll the registry's aliases and update the catalogue.
 
@@ -80,6 +97,7 @@ class RegistryWatcher:
         self.notice: str | None = None
         self.polled = False
         self._lock = asyncio.Lock()
+        self._refusals: dict[str, Refusal] = {}  # by alias
 
     async def run(self, *, now: bool) -> None:
         """Poll the registry until cancelled.
@@ -94,7 +112,7 @@ class RegistryWatcher:
             try:
                 await self.poll()
             except Exception as error:  # no failure may end the polling
-                self._set_notice(f"the registry's aliases were not followed: {error!r}")
+                self._set_notice("the registry's aliases were not followed", repr(error))
 
     async def poll(self) -> None:
         """Read the registry once, and follow its aliases."""
@@ -102,7 +120,7 @@ class RegistryWatcher:
             try:
                 read = await asyncio.to_thread(entries, self.config, self.catalogue.models)
             except Exception as error:  # no answer of the registry may stop the endpoint
-                self._set_notice(f"the registry does not answer, so its last known state is used: {error}")
+                self._set_notice("the registry does not answer, so its last known state is used", str(error))
                 return
             self.catalogue.entries, self.polled = read, True
             notices = [await self._follow_champion(), await self._follow_candidate(), self._missing_models()]
@@ -119,7 +137,7 @@ class RegistryWatcher:
         if champion is None:
             return f"the registry has no champion of {self.catalogue.name!r}; the last one stays"
         former = self.catalogue.champion
-        refusal = await self._warm_up(champion, fused=self.config.serve.fuse_champion)
+        refusal = await self._warm_up(CHAMPION, champion, fused=self.config.serve.fuse_champion)
         if placement_of(champion) == placement_of(former):
             return refusal
         if refusal:
@@ -140,25 +158,39 @@ class RegistryWatcher:
         ):
             self.catalogue.candidate = None
             return None
-        refusal = await self._warm_up(candidate)
+        refusal = await self._warm_up(CANDIDATE, candidate)
         self.catalogue.candidate = None if refusal else candidate
         return refusal
 
-    async def _warm_up(self, version: RegisteredModel, *, fused: bool = False) -> str | None:
-        """Have the replicas load a version, unless they have it already; return the reason if they cannot."""
+    async def _warm_up(self, alias: str, version: RegisteredModel, *, fused: bool = False) -> str | None:
+        """Have the replicas load a version, unless they have it already; return the reason if they cannot.
+
+        After a refusal they try again only after a pause, each time twice as long.
+        """
         if not self.catalogue.fits(version):
             return (
                 f"{label(version)} cannot be served: it was trained on {base_of(version)}, and the replicas "
-                f"hold {self.catalogue.base}; start the endpoint again"
+                f"hold another base, {self.catalogue.base}; start the endpoint again"
             )
-        try:
-            await self.replicas.warm_up(version, fused=fused)
-        except (APIError, TimeoutError) as error:
-            return error.message if isinstance(error, APIError) else f"{label(version)} is not loaded in time"
-        return None
+        placement = placement_of(version, fused=fused)
+        refused = self._refusals.pop(alias, None)
+        if refused and refused.placement != placement:
+            refused = None
+        if refused is None or asyncio.get_running_loop().time() >= refused.until:
+            try:
+                await self.replicas.warm_up(version, fused=fused)
+                return None
+            except APIError as error:
+                reason = error.message
+            except TimeoutError:
+                reason = f"{label(version)} is not loaded in time"
+            pause_s = min(2 * refused.pause_s, LONGEST_PAUSE_S) if refused else self.config.serve.follow_s
+            refused = Refusal(placement, reason, pause_s, asyncio.get_running_loop().time() + pause_s)
+        self._refusals[alias] = refused
+        return refused.reason
 
-    def _set_notice(self, notice: str | None) -> None:
-        """Set the notice, and log it if it is new."""
+    def _set_notice(self, notice: str | None, reason: str = "") -> None:
+        """Set the notice, and log it if it is new, with what may name the registry's place."""
         if notice and notice != self.notice:
-            logger.warning("%s", notice)
+            logger.warning("%s%s", notice, f": {reason}" if reason else "")
         self.notice = notice

@@ -14,7 +14,15 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_jobs.config import ConfigError
 from ray_jobs.registry.models import RegisteredModel, verify_weights
-from serving.messages import ImageSize, Picture, ReplicaLoad, RoutedRequest, adapter_name, label
+from serving.messages import (
+    ImageSize,
+    Picture,
+    ReplicaLoad,
+    RoutedRequest,
+    adapter_name,
+    base_of,
+    refusal,
+)
 from serving.schemas import APIError
 
 ATTEMPTS = 3  # maximum per image: an image that keeps losing its replica may be what kills them
@@ -100,7 +108,7 @@ class ReplicaClient:
                 await asyncio.to_thread(verify_weights, version, version.source)
                 self._verified.add(adapter_name(version))
             except ConfigError as error:
-                message = f"{label(version)} cannot be served: {error}"
+                message = refusal(version, base_of(version), error)
                 raise APIError(503, message, "model", "model_refused") from error
 
     async def loads(self) -> list[ReplicaLoad]:
@@ -125,14 +133,17 @@ class ReplicaClient:
             raise APIError(503, f"no replica is running: {reason}", code="model_not_loaded")
 
     async def _status(self, may_sleep: bool) -> tuple[bool, str]:
-        """Return True if replicas run or may be started, and Serve's status message."""
+        """Return True if replicas run or may be started, and Serve's status for clients.
+
+        Its message, which the controller logs, holds a replica's traceback.
+        """
         application = serve.get_replica_context().app_name
         # Queries the controller, not the model, which would answer late under load.
         status = await asyncio.to_thread(serve.status)
         model = status.applications[application].deployments["Model"]
         running = any(state == "RUNNING" and count for state, count in model.replica_states.items())
         asleep = may_sleep and model.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
-        return running or asleep, f"{model.status.lower()} {model.message}".strip()
+        return running or asleep, f"{model.status.lower()}, see the log of Ray Serve's controller"
 
     async def _ask_all(self, method: str, *arguments: object, timeout_s: float) -> list[Any]:
         """Call a method on every replica, and return their answers or exceptions; empty without replicas."""

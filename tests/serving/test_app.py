@@ -1,5 +1,7 @@
 """What is told before an endpoint starts: who may ask, and which switches do not go together."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from ray.serve import Application
 
 from ray_jobs.config import Config, ConfigError, ServeConfig
 from ray_jobs.registry.models import REFERENCE, RegisteredModel
-from serving.app import build_application
+from serving.app import build_application, check_base
 from serving.client import KEY_VARIABLE
 from serving.command import main
 
@@ -38,6 +40,61 @@ def test_a_mistake_names_its_field_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         build_application(changed(config, **fields), version)
+
+
+@pytest.mark.parametrize("switch", ["fuse_champion", "int8_weights"])
+def test_a_version_of_a_quantized_base_is_neither_fused_nor_quantized_again(
+    config: Config, version: RegisteredModel, switch: str
+) -> None:
+    stored = replace(version, quantization="nf4")
+    with pytest.raises(ConfigError, match=f"serve.{switch}: m version 1 .* stored as nf4.*turn it off"):
+        build_application(changed(config, **{switch: True}), stored)
+    build_application(changed(config, **{switch: True}), version)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"channels_last": True}, "serve.channels_last: FluxTransformer2DModel has almost no convolutions"),
+        ({"cache_features": True}, "serve.cache_features: only a UNet"),
+        ({"solver": "dpm++"}, "serve.solver: FlowMatchEulerDiscreteScheduler is for flow matching"),
+    ],
+)
+def test_a_switch_that_the_model_cannot_have_is_refused_before_it_is_loaded(
+    config: Config,
+    version: RegisteredModel,
+    tiny_model: Path,
+    tiny_flux: Path,
+    fields: dict[str, Any],
+    expected: str,
+) -> None:
+    wrong = changed(config, **fields)
+    adapter = replace(version, base=str(tiny_flux))
+    whole = replace(version, base="gone/base", source=str(tiny_flux), method="full")
+    for each in (adapter, whole):
+        with pytest.raises(ConfigError, match=expected):
+            check_base(wrong, each)
+        check_base(config, each)
+    check_base(wrong, replace(version, base=str(tiny_model)))
+
+
+def test_a_scheduler_that_cannot_be_served_is_told_before_the_model_is_loaded(
+    config: Config, version: RegisteredModel, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="serve.solver: LCMScheduler cannot be served"):
+        check_base(config, replace(version, base=str(base)))
+    check_base(changed(config, solver="dpm++"), replace(version, base=str(base)))
+
+
+def test_a_model_that_is_not_on_this_machine_is_left_to_the_replicas(
+    config: Config, version: RegisteredModel
+) -> None:
+    check_base(config, replace(version, base="s3://bucket/base"))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,46 @@ def test_without_a_version_before_it_the_endpoint_does_not_start(damaged: Config
     with_replica(broken, start)
 
 
+def test_a_refused_version_is_tried_again_after_pauses_that_double_and_at_once_after_another(
+    damaged: Config,
+) -> None:
+    settings = damaged.serve.model_copy(update={"follow_s": 0.5})
+    damaged = damaged.model_copy(update={"serve": settings})
+    former = registered(damaged, "1")
+    attempts: list[int] = []
+
+    async def follow(model: Any) -> None:
+        warm_up = model.warm_up
+
+        async def counted(version: Any, fused: bool = False) -> None:
+            attempts.append(version.version)
+            await warm_up(version, fused)
+
+        model.warm_up = counted
+        catalogue = Catalogue(former.name, former, [], 0.0)
+        watcher = RegistryWatcher(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
+
+        async def polled(seconds: float) -> list[int]:
+            attempts.clear()
+            end = asyncio.get_running_loop().time() + seconds
+            while asyncio.get_running_loop().time() < end:
+                await watcher.poll()
+                assert watcher.notice is not None and "cold@2 cannot be served" in watcher.notice
+                assert catalogue.champion == former
+                await asyncio.sleep(0.05)
+            return list(attempts)
+
+        assert await polled(3) in ([2, 2], [2, 2, 2]), "at 0, 0.5 and 1.5 s"
+        client = open_client(damaged)
+        client.set_registered_model_alias("cold", "champion", "1")
+        await watcher.poll()
+        assert watcher.notice is None and attempts[-1] == 1
+        client.set_registered_model_alias("cold", "champion", "2")
+        assert await polled(0.3) == [2]
+
+    with_replica(former, follow)
+
+
 class Asleep:
     """Serve's handle of a deployment without a replica."""
 

@@ -2,27 +2,41 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from serving.replica.engine_cache import EngineCache
+from serving.replica.engine_cache import EngineCache, NoRoom
 
 
 class Shelf:
-    """Counts what is loaded and closed; loading a name in `slow` waits until it is let go."""
+    """Counts what is loaded and closed; loading a name in `slow` waits until it is let go.
 
-    def __init__(self) -> None:
+    There is room for so many engines.
+    """
+
+    def __init__(self, room: int = 100) -> None:
         self.loaded: list[str] = []
         self.closed: list[str] = []
         self.slow: dict[str, threading.Event] = {}
+        self.held, self.most_held, self.room = 0, 0, room
 
-    def load(self, name: str) -> str:
+    def load(self, name: str, make_room: Callable[[], None]) -> str:
         self.loaded.append(name)
         if name == "broken":
             raise ValueError("broken weights")
+        make_room()
+        if self.held == self.room:
+            raise NoRoom("no room")
+        self.held += 1
+        self.most_held = max(self.held, self.most_held)
         if name in self.slow:
             assert self.slow[name].wait(10)
         return name.upper()
+
+    def close(self, engine: str) -> None:
+        self.held -= 1
+        self.closed.append(engine)
 
 
 @pytest.fixture
@@ -31,7 +45,7 @@ def shelf() -> Shelf:
 
 
 def engine_cache(shelf: Shelf, max_kept: int = 2) -> EngineCache[str]:
-    return EngineCache(shelf.load, shelf.closed.append, max_kept=max_kept)
+    return EngineCache(shelf.load, shelf.close, max_kept=max_kept)
 
 
 async def use(engine_cache: EngineCache[str], name: str) -> str:
@@ -72,6 +86,94 @@ def test_the_least_recently_used_goes(shelf: Shelf) -> None:
 
     assert asyncio.run(ask()) == ["a", "c"]
     assert shelf.closed == ["B"]
+
+
+def test_an_idle_engine_goes_before_another_is_loaded(shelf: Shelf) -> None:
+    async def ask() -> None:
+        kept = engine_cache(shelf)
+        for name in ("a", "b", "c", "a"):
+            await use(kept, name)
+
+    asyncio.run(ask())
+    assert shelf.closed == ["A", "B"] and shelf.most_held == 2
+
+
+def test_one_whose_weights_are_refused_costs_no_other_its_place(shelf: Shelf) -> None:
+    async def ask() -> list[str]:
+        kept = engine_cache(shelf)
+        for name in ("a", "b"):
+            await use(kept, name)
+        with pytest.raises(ValueError, match="broken weights"):
+            await use(kept, "broken")
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["a", "b"] and not shelf.closed
+
+
+def test_one_that_is_kept_warm_is_not_the_least_recently_used(shelf: Shelf) -> None:
+    async def ask() -> list[str]:
+        kept = engine_cache(shelf)
+        for name in ("a", "b"):
+            await use(kept, name)
+        kept.touch("a")
+        await use(kept, "c")
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["a", "c"]
+
+
+def test_where_memory_is_too_small_all_idle_engines_go_and_it_is_tried_once_more() -> None:
+    shelf = Shelf(room=2)
+
+    async def ask() -> list[str]:
+        kept = engine_cache(shelf, max_kept=3)
+        await use(kept, "a")
+        async with kept.use("b"):
+            await use(kept, "c")
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["b", "c"]
+    assert shelf.loaded == ["a", "b", "c", "c"] and shelf.closed == ["A"]
+
+
+def test_where_memory_is_too_small_beside_engines_in_use_these_stay() -> None:
+    shelf = Shelf(room=1)
+
+    async def ask() -> list[str]:
+        kept = engine_cache(shelf, max_kept=3)
+        async with kept.use("a"):
+            with pytest.raises(NoRoom):
+                await use(kept, "b")
+        return list(kept.engines)
+
+    assert asyncio.run(ask()) == ["a"]
+    assert shelf.loaded == ["a", "b"] and not shelf.closed
+
+
+def test_whoever_asks_for_room_waits_until_it_is_there(shelf: Shelf) -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    def close(engine: str) -> None:
+        closing.set()
+        assert go_on.wait(10)
+        shelf.close(engine)
+
+    async def ask() -> bool:
+        kept: EngineCache[str] = EngineCache(shelf.load, close, max_kept=3)
+        await use(kept, "a")
+        async with kept.use("b"):
+            first = asyncio.create_task(kept.close_idle())
+            while not closing.is_set():
+                await asyncio.sleep(0.001)
+            second = asyncio.create_task(kept.close_idle())
+            await asyncio.sleep(0.01)
+            early = second.done()
+            go_on.set()
+            await asyncio.gather(first, second)
+        return early
+
+    assert not asyncio.run(ask())
+    assert shelf.closed == ["A"]
 
 
 def test_one_in_use_never_goes(shelf: Shelf) -> None:

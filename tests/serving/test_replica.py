@@ -16,7 +16,16 @@ from PIL import Image
 from ray_jobs.config import EvaluateConfig, ServeConfig
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
-from serving.messages import BASE, ImageSize, Picture, RoutedRequest, base_of, placement_of
+from serving.messages import (
+    BASE,
+    Base,
+    ImageSize,
+    Picture,
+    RoutedRequest,
+    base_of,
+    placement_of,
+    public_name,
+)
 from serving.provenance import encode_png, read_provenance
 from serving.replica.replica import TOO_MANY_FAILURES, Model
 from serving.request import Request
@@ -145,6 +154,7 @@ def test_weights_that_are_not_those_registered_are_refused(
             ) as refused:
                 await model.warm_up(changed)
             assert (refused.value.status, refused.value.code) == (503, "model_refused")
+            assert str(Path(changed.source).parent) not in refused.value.message, "clients see it"
         return await model.draw(routed(lora))
 
     assert with_replica(lora, work)
@@ -221,6 +231,78 @@ def test_a_replica_whose_device_breaks_in_any_component_is_not_healthy(lora: Reg
             await model.draw(routed(None))
         with pytest.raises(RuntimeError, match="base: the GPU can no longer be used in this process"):
             model.check_health()
+
+    with_replica(lora, work)
+
+
+def too_small_for(engines: int, model: Any) -> Callable[..., None]:
+    """A hook that behaves as a GPU whose memory does not hold so many engines."""
+
+    def hook(*_: Any) -> None:
+        if len(model.engine_cache.engines) >= engines:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return hook
+
+
+def test_a_request_for_which_memory_is_too_small_is_drawn_without_the_idle_engines(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> tuple[list[Picture], list[Picture], list[Picture]]:
+        plain = await model.draw(routed(lora))
+        engine = model.engine_cache.engines[BASE].engine
+        engine.denoiser.register_forward_pre_hook(too_small_for(2, model))
+        await model.warm_up(full)
+        both = await asyncio.gather(*(model.draw(routed(lora)) for _ in range(2)))  # fail in one batch
+        assert set(model.engine_cache.engines) == {BASE}
+        await model.warm_up(full)
+        watched = [each async for each in model.watch(routed(lora, previews=2))]
+        assert set(model.engine_cache.engines) == {BASE}
+        model.check_health()
+        return [plain], both, watched
+
+    (plain,), both, watched = with_replica(lora, work)
+    assert all(np.abs(pixels(each) - pixels(plain)).max() <= 1 for each in (*both, watched[-1]))
+    assert len(watched) == 3
+
+
+def test_a_version_for_which_memory_is_too_small_is_refused_and_the_others_are_served(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    loads = []
+
+    async def work(model: Any) -> None:
+        loaded, full_gpu = model._loaded, too_small_for(1, model)
+
+        def load(name: str, make_room: Callable[[], None]) -> Any:
+            loads.append(name)
+            full_gpu()
+            return loaded(name, make_room)
+
+        model._loaded = load
+        async with model._engine(None, False):  # in use
+            with pytest.raises(APIError, match="m@2 cannot be served: .*device's memory") as refused:
+                await model.warm_up(full)
+            assert (refused.value.status, refused.value.code) == (503, "model_refused")
+            await model.draw(routed(lora))
+        await model.warm_up(full)
+        assert set(model.engine_cache.engines) == {placement_of(full).engine}
+
+    with_replica(lora, work)
+    assert loads == [placement_of(full).engine] * 3, "refused; without room; in the place of the idle base"
+
+
+def test_a_version_that_was_loaded_and_could_not_draw_is_not_warm(
+    lora: RegisteredModel, full: RegisteredModel
+) -> None:
+    async def work(model: Any) -> None:
+        async with model._engine(full, False) as (thread, _):
+            hook = thread.engine.denoiser.register_forward_pre_hook(too_small_for(0, model))
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                await model.warm_up(full)
+        hook.remove()
+        await model.warm_up(full)
 
     with_replica(lora, work)
 
@@ -312,6 +394,25 @@ def test_a_picture_says_which_adapter_drew_it_unless_it_is_to_say_nothing(
     facts = read_provenance(drawn.png)
     assert (facts or {}).get("adapter") == (f"m@1#{lora.digest[:12]}" if provenance else None)
     assert (facts is None) != provenance
+
+
+def test_a_picture_names_its_base_and_not_the_servers_folders(lora: RegisteredModel) -> None:
+    png = with_replica(lora, lambda model: model.draw(routed(lora))).png
+    assert (read_provenance(png) or {})["base"] == Path(lora.base).name
+    assert str(Path(lora.base).parent).encode() not in png
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/srv/models/emoji-base", "emoji-base"),
+        ("s3://key:secret@bucket/models/emoji-base/?region=eu", "emoji-base"),
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+    ],
+)
+def test_clients_see_a_models_name_and_of_the_hub_its_owner(model: str, name: str) -> None:
+    assert public_name(model) == name
+    assert str(Base(model)) == f"{name} (plain)"
 
 
 def test_the_denoiser_computes_attention_by_the_kernel_that_was_asked_for(lora: RegisteredModel) -> None:

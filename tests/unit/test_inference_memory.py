@@ -16,7 +16,7 @@ from ray_jobs.diffusion.sampling import decode_latents, whole_pictures
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.vision_model import load_vision_model
 from ray_jobs.planning.estimate import host_memory
-from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, needs
+from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, engines_of, needs
 from ray_jobs.planning.memory import GIB
 from ray_jobs.planning.plan import drawing_lines, plan
 from ray_jobs.weights.feature_networks import load_networks
@@ -217,3 +217,20 @@ def test_a_quantized_denoiser_is_counted_as_it_is_stored(tiny_flux: Path, settin
     assert found[2].weights == stored < plain[2].weights
     assert found[1].weights == (stored if model.quantize else plain[1].weights)
     assert found[0].weights == plain[0].weights
+
+
+def test_a_replica_holds_the_next_champion_beside_the_one_that_answers(tiny_flux: Path) -> None:
+    def config(**sections: Any) -> Config:
+        return a_config(tiny_flux, **sections)
+
+    full, candidate = {"method": "full"}, {"candidate_share": 0.5}
+    assert engines_of(config(serve=candidate)) == 1
+    assert engines_of(config(train=full)) == 2
+    assert engines_of(config(train=full, serve=candidate)) == 3
+
+    fused = config(serve={"use_gpu": True, "fuse_champion": True})
+    one, two = needs(config(serve={"use_gpu": True}))[2], needs(fused)[2]
+    assert (two.engines, two.weights, two.picture) == (2, 2 * one.weights, one.picture)
+    lines, problems = drawing_lines(fused, [Machine("one", 8, 1, gpu_gib=two.weights / GIB / 0.9)])
+    assert " of 2 models, while a new champion is loaded" in lines[2]
+    assert problems[-1].endswith("serve.offload: encoders or model, or serve.fuse_champion: false")

@@ -1,0 +1,106 @@
+"""One endpoint on a cluster: another one is refused, and what else is served there goes on."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.registry.models import RegisteredModel
+from serving.command import PATIENCE, endpoint, free_port, serving_port
+from serving.messages import label
+from tests.serving.conftest import served, wait_until
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Other:
+    """Somebody else's application."""
+
+    def __call__(self) -> str:
+        return "hello"
+
+
+def other() -> serve.Application:
+    return Other.bind()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def stopped(ray_cluster: Any) -> Iterator[None]:
+    yield
+    serve.shutdown()
+
+
+def starting(port: int) -> None:
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options={"host": "127.0.0.1", "port": port},
+        controller_options={"runtime_env": {"env_vars": PATIENCE}},
+    )
+
+
+def applications() -> set[str]:
+    return set(serve.status().applications)
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """Whether somebody else's application answers."""
+
+    def ask() -> bool:
+        try:
+            return httpx.get(f"{url}/other", timeout=30, trust_env=False).text == "hello"
+        except httpx.HTTPError:  # the proxy is not up yet
+            return False
+
+    return ask
+
+
+def test_a_second_endpoint_is_refused_and_the_first_goes_on_beside_what_joined_it(
+    config: Config, registered: RegisteredModel
+) -> None:
+    assert serving_port(config, 8000) is None
+    with served(config, registered) as url:
+        for port in (free_port("127.0.0.1", 0), int(url.rpartition(":")[2])):
+            told = f"this cluster has an endpoint already, at {re.escape(url)}, .*serve.delete\\('diffray'\\)"
+            with pytest.raises(ConfigError, match=told), endpoint(config, registered, port):
+                pass
+        serve.run(other(), name="other", route_prefix="/other")
+        ready = httpx.get(f"{url}/readyz", timeout=30, trust_env=False).json()
+        assert ready["model"] == label(registered)
+    assert applications() == {"other"}
+    wait_until(answers(url))
+
+
+def test_a_serve_that_runs_already_is_used_at_its_address_only(
+    config: Config, registered: RegisteredModel, tiny_flux: Path
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{port}"
+    starting(port)
+    serve.run(other(), name="other", route_prefix="/other")
+    assert serving_port(config, port) == serving_port(config, 0) == port
+    elsewhere = config.model_copy(update={"serve": config.serve.model_copy(update={"host": "0.0.0.0"})})
+    told = f"Ray Serve runs on this cluster already, .*--set serve.host=127.0.0.1 --set serve.port={port}"
+    for each, wanted in ((config, 1), (elsewhere, port)):
+        with pytest.raises(ConfigError, match=told), endpoint(each, registered, wanted):
+            pass
+
+    # What does not fit leaves everything as it is.
+    keyless = config.model_copy(update={"serve": config.serve.model_copy(update={"keys": None})})
+    with pytest.raises(ConfigError, match="serve.keys"), endpoint(keyless, registered, port):
+        pass
+    switched = config.model_copy(update={"serve": config.serve.model_copy(update={"channels_last": True})})
+    flux = replace(registered, base=str(tiny_flux))
+    with pytest.raises(ConfigError, match=r"^serve\.channels_last: "), endpoint(switched, flux, port):
+        pass
+    assert applications() == {"other"}
+
+    with endpoint(config, registered, port) as at:
+        assert at == url and applications() == {"other", "diffray"}
+    assert applications() == {"other"}
+    wait_until(answers(url))
