@@ -6,10 +6,8 @@ compared with what it restores of the training pictures, and how near pictures c
 measured on restored pictures that the model did not see.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 
@@ -30,7 +28,7 @@ class DetectorFacts:
         threshold: nearness up to which a picture is a near copy; None for fewer than `FEWEST` pictures.
         expected_share: share of near copies expected of a model without memorisation.
         extrapolated: whether the pictures are too few to count this share of them, so that the threshold is
-            that of a log-normal distribution.
+            half of the smallest nearness.
         sensitivity: share of known copies, training pictures that went through the autoencoder twice, that
             are found; None without a threshold.
         num_training: number of training pictures searched.
@@ -165,9 +163,9 @@ def lower_limit(values: torch.Tensor, share: float) -> float | None:
     """Return the limit that a further value is not above with probability `share`, or less.
 
     With n values it is the k-th smallest, k = share * (n + 1) rounded down, since the new one is equally
-    likely to have each place among them (conformal prediction; Vovk et al., 2005). If k is 0, the logarithms
-    are taken for normally distributed, and it is their prediction limit by Student's t, or the smallest value
-    if that is smaller: look-alikes make the lower tail longer than a normal one.
+    likely to have each place among them (conformal prediction; Vovk et al., 2005). If k is 0, it is half of
+    the smallest value. That assumes something of the pictures, but less than a distribution would:
+    look-alikes make the lower tail longer than a log-normal one (docs/search.md has what was measured).
 
     Args:
         values: positive, float, n. None is returned for fewer than `FEWEST`.
@@ -177,17 +175,4 @@ def lower_limit(values: torch.Tensor, share: float) -> float | None:
         return None
     if (k := int(share * (count + 1) + 1e-9)) >= 1:
         return float(values.kthvalue(k).values)
-    logarithms = values.double().clamp_min(1e-6).log()
-    deviation = float(logarithms.std()) * math.sqrt(1 + 1 / count)
-    extrapolated = math.exp(float(logarithms.mean()) + student_quantile(share, count - 1) * deviation)
-    return min(extrapolated, float(values.min()))
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, to 0.01 from 4 degrees of freedom on (Abramowitz & Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(probability)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
-    return z + first / degrees + second / degrees**2 + third / degrees**3 + fourth / degrees**4
+    return float(values.min()) / 2

@@ -178,8 +178,8 @@ def _reliability(found: Memorisation) -> str:
     words = f"The limit comes from {' and '.join(pictures)}."
     if found.extrapolated:
         words += (
-            f" These are too few to count {found.expected_share:.0%} of them, so it assumes that the"
-            " logarithm of nearness is normally distributed."
+            f" These are too few to count {found.expected_share:.0%} of them, so it is half of the nearness"
+            " of the nearest."
         )
     if found.sensitivity is not None:
         words += (

@@ -151,7 +151,8 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
     found = pool.measure(None, Split.of_fold(0))
     assert found.copies is not None
     facts = found.copies.facts
-    assert (facts.num_training, facts.num_held_out) == (8, len(pool.captions[Split.of_fold(0)]))
+    whole_fold = pool.dataset.judged_by(Split.of_fold(0)).pictures("validation", 99)
+    assert (facts.num_training, facts.num_held_out) == (8, len(whole_fold))
     assert found.recited is not None and len(found.recited.copies.nearest) == 8
     assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == set(pool._known) == {0}
 

@@ -410,7 +410,7 @@ def test_a_limit_from_few_pictures_says_what_it_assumes() -> None:
     few = memorisation(num_held_out=0, num_unseen=8, extrapolated=True, num_training=8)
     text = Page(report(memorisation=few)).text
     assert "The limit comes from 8 training pictures, each compared with the others." in text
-    assert "too few to count 1% of them, so it assumes that the logarithm of nearness is normally" in text
+    assert "too few to count 1% of them, so it is half of the nearness of the nearest." in text
     both = memorisation(num_held_out=50, num_unseen=400)
     assert "50 held-out pictures and 350 training pictures, each" in Page(report(memorisation=both)).text
 
