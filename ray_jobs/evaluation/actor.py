@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from ray_jobs.evaluation.scores import (
     precision_and_recall,
     scores_of,
 )
+from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
@@ -263,11 +264,14 @@ class Evaluator:
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
     @replaced_if_broken()
-    def picture_features(self, pictures: list[bytes], through_autoencoder: bool = False) -> Features:
+    def picture_features(
+        self, pictures: list[bytes], through_autoencoder: int = 0, by_first: bool = False
+    ) -> Features:
         """Features of pictures (PNG bytes at their training shape) from all networks.
 
         Args:
-            through_autoencoder: of the pictures as the base's autoencoder restores them.
+            through_autoencoder: of the pictures as the base's autoencoder restores them after so many times.
+            by_first: from the ranking network only.
         """
         import torch
         from PIL import Image
@@ -278,14 +282,20 @@ class Evaluator:
         pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
         batches = batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size)
         stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
+
+        def restored(pixels: torch.Tensor) -> torch.Tensor:
+            for _ in range(through_autoencoder):
+                pixels = reconstructed(self.base, pixels)
+            return pixels
+
         if through_autoencoder:
-            chunks, restore = Chunks(), partial(reconstructed, self.base)
+            chunks = Chunks()
             stacked = (
                 part
                 for batch in stacked
-                for part in chunks.run(batch, restore, pictures_at_once(*batch.shape[-2:]))
+                for part in chunks.run(batch, restored, pictures_at_once(*batch.shape[-2:]))
             )
-        return self._features(stacked, self.networks.all)
+        return self._features(stacked, [self.networks.first] if by_first else self.networks.all)
 
     def score(
         self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
@@ -324,8 +334,7 @@ class Evaluator:
         self,
         real: Real,
         captions: list[str],
-        training: Features | None,
-        held_out: Real | None,
+        detector: tuple[CopyDetector, DetectorFacts] | None,
         shares: Sequence[Sequence[int]] | None,
         kept: Storage | None,
         *generated: Features,
@@ -334,21 +343,17 @@ class Evaluator:
 
         Args:
             captions: captions of the real pictures.
-            training: features of training pictures; None skips the search for near copies.
-            held_out: pictures that were not trained on; None if there are none.
+            detector: of near copies by the ranking network; None skips the search for near copies.
             shares: picture numbers of each part; None: the parts are in order.
             kept: folder in which the ranking network's features are saved; None: they are not saved.
         """
         from safetensors.numpy import save
 
-        whole = join(generated, shares)
+        whole, first = join(generated, shares), self.networks.first.identity
         if kept:
-            first = self.networks.first.identity
             kept.write_bytes(TEST_FEATURES, save({first: whole[first]}))
         found, left_out = more_scores(whole, real, self.networks, captions)
-        copies, first = None, self.networks.first.identity
-        if training is not None:
-            copies = near_copies(whole, training, held_out.features if held_out else None, first)
+        copies = near_copies(whole[first], *detector) if detector else None
         return SetScores(self._scores(whole, real), found, left_out, copies)
 
     def _scores(self, generated: Features, real: Real) -> Scores:

@@ -4,8 +4,9 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,8 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import FEWEST, Features, Real, Scores, SetScores
+from ray_jobs.evaluation.scores import FEWEST, Features, Real, Recited, Scores, SetScores, recited
+from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import CORRECTED, FID, KID, Measurement
@@ -34,7 +36,22 @@ CAPTION_USES = 2
 
 OTHERS = 2  # real training pictures per picture of a score, to measure the correction of FID on
 
+HELD_OUT = 299  # held-out pictures that tell how near pictures come: the third nearest is at 1 % of them
+
+KNOWN_COPIES = 64  # training pictures, twice through the autoencoder, that try a detector of near copies
+
+DRAWN_FOR_TRAINING = 32  # pictures for captions of training pictures: a quarter of a small score's
+
 RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
+
+
+class Known(NamedTuple):
+    """Training pictures among which near copies are searched."""
+
+    detector: CopyDetector
+    facts: DetectorFacts
+    captions: list[str]
+    shapes: list[Shape]
 
 
 class Task(NamedTuple):
@@ -83,7 +100,9 @@ class EvaluatorPool:
         self.corrected: dict[Split, bool] = {}
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
-        self._training: dict[int | None, list[Features]] = {}  # by held-out fold, in parts
+        self._training: dict[int | None, Features] = {}  # by held-out fold
+        self._training_restored: dict[int | None, list[Features]] = {}  # the same, in parts
+        self._known: dict[int | None, Known] = {}  # the same
 
     def wait_until_placed(self) -> None:
         """Wait until every evaluator has its place."""
@@ -141,13 +160,17 @@ class EvaluatorPool:
         folder.write_bytes(file, save(found))
         return found
 
-    def features(self, pictures: Sequence[bytes], through_autoencoder: bool = False) -> Features:
-        """Features of PNGs from all networks; see `Evaluator.picture_features`."""
+    def features(
+        self, pictures: Sequence[bytes], through_autoencoder: int = 0, by_first: bool = False
+    ) -> Features:
+        """Features of PNGs; see `Evaluator.picture_features`."""
         import ray
 
         shares = self._share([shape_of(picture) for picture in pictures])
         parts = [
-            actor.picture_features.remote([pictures[number] for number in numbers], through_autoencoder)
+            actor.picture_features.remote(
+                [pictures[number] for number in numbers], through_autoencoder, by_first
+            )
             for actor, numbers in shares
         ]
         return join(ray.get(parts), [numbers for _, numbers in shares])
@@ -220,48 +243,100 @@ class EvaluatorPool:
         """Compute all measures of weights on a loaded split, from the pictures that `score` samples.
 
         Near copies are searched among the first `evaluate.memorisation_pictures` training pictures that
-        prepare keeps, in the order of their digests. The pictures of `held_out` set the threshold.
+        prepare keeps, in the order of their digests; the pictures of `held_out` set the threshold. Captions
+        of `DRAWN_FOR_TRAINING` training pictures are drawn too: there memorisation shows most.
 
         Args:
             kept: folder in which the features are saved as `TEST_FEATURES`.
         """
         import ray
 
-        held = held_out(self.config, split)
-        self.load(held)
-        bound = self.config.evaluate.memorisation_pictures
-        training = self.training_features(split, bound) if bound else None
-        unseen = self._real[held] if self.dataset.manifest.held_out else None
         tasks = self._tasks(split)
         parts = [
             actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True, shapes)
             for actor, _, captions, seeds, shapes in tasks
         ]
-        shares = [task.numbers for task in tasks]
-        given = self._real[split], self.captions[split], training, unseen, shares, kept
-        return ray.get(self.actors[0].measure.remote(*given, *parts))
+        shares, known = [task.numbers for task in tasks], self._known_of(split)
+        searched = (known.detector, known.facts) if known else None
+        given = self._real[split], self.captions[split], searched, shares, kept
+        found: SetScores = ray.get(self.actors[0].measure.remote(*given, *parts))
+        return replace(found, recited=self._recited(weights, guidance_scale, known)) if known else found
+
+    def _recited(self, weights: str | None, guidance_scale: float | None, known: Known) -> Recited:
+        """Draw captions of training pictures and compare the pictures with these."""
+        import ray
+
+        count, seed = min(DRAWN_FOR_TRAINING, self.config.evaluate.num_samples), self.config.evaluate.seed
+        captions, shapes = known.captions[:count], known.shapes[:count]
+        tasks = self._dealt_tasks(captions, range(seed, seed + count), shapes)
+        parts = [
+            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, False, shapes)
+            for actor, _, captions, seeds, shapes in tasks
+        ]
+        drawn = join(ray.get(parts), [task.numbers for task in tasks])
+        return recited(drawn[known.facts.feature_network], known.captions, known.detector, known.facts)
+
+    def _known_of(self, split: Split) -> Known | None:
+        """Return what is searched for near copies, fitted once; None if that is off."""
+        import torch
+
+        if not (bound := self.config.evaluate.memorisation_pictures):
+            return None
+        dataset = trained_on(self.config, self.dataset, split)
+        if dataset.without_fold not in self._known:
+            first, rows, unseen = self._first_network(), dataset.pictures("train", bound), None
+            if self.dataset.manifest.held_out:
+                held = held_out(self.config, split)
+                others = self.dataset.judged_by(held).pictures(held.name, HELD_OUT)
+                unseen = self._restored(others)[first]
+            known_copies = self._restored(rows[:KNOWN_COPIES], times=2)[first]
+            detector, facts = fit_detector(
+                torch.from_numpy(self.restored_features(split, bound)[first]),
+                torch.from_numpy(known_copies),
+                None if unseen is None else torch.from_numpy(unseen),
+                first,
+            )
+            captions, shapes = [row["text"] for row in rows], [shape_of(row["image"]) for row in rows]
+            self._known[dataset.without_fold] = Known(detector, facts, captions, shapes)
+        return self._known[dataset.without_fold]
 
     def training_features(self, split: Split, count: int) -> Features:
-        """Features of the first `count` training pictures of the weights that a split evaluates.
+        """Features of the first `count` training pictures of the weights that a split evaluates, or of all
+        that are measured: twice `evaluate.num_samples`.
 
         The order is that of `Dataset.pictures`. Features are computed once.
         """
+        dataset = trained_on(self.config, self.dataset, split)
+        if dataset.without_fold not in self._training:
+            rows = dataset.pictures("train", OTHERS * self.config.evaluate.num_samples)
+            self._training[dataset.without_fold] = self._measure_real([row["image"] for row in rows])
+        return {name: each[:count] for name, each in self._training[dataset.without_fold].items()}
+
+    def restored_features(self, split: Split, count: int) -> Features:
+        """Features of the same pictures as the base's autoencoder restores them; beyond
+        `evaluate.num_samples` of them from the ranking network only.
+        """
         dataset, evaluate = trained_on(self.config, self.dataset, split), self.config.evaluate
-        found = self._training.setdefault(dataset.without_fold, [])
-        # First those for the correction of scores, before any training; those for near copies at the end.
-        first = OTHERS * evaluate.num_samples
+        found = self._training_restored.setdefault(dataset.without_fold, [])
+        first = evaluate.num_samples
         bounds = [0, first, max(first, evaluate.memorisation_pictures)]
         for start, end in pairwise(bounds[len(found) :]):
             if start < count and (rows := dataset.pictures("train", end)[start:]):
-                found.append(self._measure_real([row["image"] for row in rows]))
-        return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
+                found.append(self._restored(rows, by_first=start > 0))
+        needed = found if count > first else found[:1]
+        names = set.intersection(*(set(part) for part in needed))
+        return {name: np.concatenate([part[name] for part in needed])[:count] for name in names}
+
+    def _restored(self, rows: Sequence[dict[str, Any]], times: int = 1, by_first: bool = True) -> Features:
+        """Features of pictures as the base's autoencoder restores them, one or more times."""
+        return self.features([row["image"] for row in rows], through_autoencoder=times, by_first=by_first)
 
     def reference(self, checkpoint: Storage) -> Features:
         """Features for drift detection of a served checkpoint: float32, N x D, by `<network>/<kind>`.
 
         The kinds are `validation`, pictures not trained on (`held_out` of the test split, which publish has
-        read by then); `training`, pictures used to detect near copies, if these are measured; and
-        `published`, the generated pictures that the checkpoint was scored on.
+        read by then); those of the detector of near copies (`CopyDetector.tensors`), if these are measured;
+        and `published`, the generated pictures that the checkpoint was scored on.
         """
         import ray
         from safetensors.numpy import load
@@ -269,8 +344,9 @@ class EvaluatorPool:
         held = held_out(self.config, TEST)
         self.load(held)
         kinds: dict[str, Features] = {"validation": ray.get(self._real[held]).features}
-        if bound := self.config.evaluate.memorisation_pictures:
-            kinds["training"] = self.training_features(TEST, bound)
+        if known := self._known_of(TEST):
+            for name, tensor in known.detector.tensors().items():
+                kinds[name] = {self._first_network(): tensor.numpy()}
         if checkpoint.exists(FEATURES):
             kinds["published"] = dict(load(checkpoint.read_bytes(FEATURES)))
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
@@ -316,6 +392,12 @@ class EvaluatorPool:
 
         return ray.get(self.actors[0].resizing.remote())
 
+    def _first_network(self) -> str:
+        """Return the identity of the ranking network."""
+        import ray
+
+        return str(ray.get(self.actors[0].identities.remote())[0])
+
     def num_features(self) -> int:
         """Return the number of features of the ranking network."""
         import ray
@@ -338,9 +420,7 @@ class EvaluatorPool:
         """Score the same training pictures as the base's autoencoder restores them: the best to hope for."""
         import ray
 
-        dataset = trained_on(self.config, self.dataset, split)
-        rows = dataset.pictures("train", self._num_samples(split))
-        found = self.features([row["image"] for row in rows], through_autoencoder=True)
+        found = self.restored_features(split, self._num_samples(split))
         return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
 
     def real_against_real(self, split: Split) -> list[Measurement]:

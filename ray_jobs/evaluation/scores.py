@@ -3,18 +3,21 @@
 `scores_of` ranks every rung; `more_scores` and `near_copies` are computed once, for the published weights.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
 
+from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_difference, kernel_distance
-from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
+from ray_jobs.metrics.neighbours import precision_recall, share_error
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.metrics.resampling import PairedDifference, frechet_score, paired_difference
 from ray_jobs.metrics.score import Score
@@ -22,7 +25,17 @@ from ray_jobs.metrics.similarity import clip_score, paired_similarity
 from ray_jobs.metrics.sliced import mind_difference, mind_score
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
-from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, Measurement
+from ray_jobs.run.records import (
+    COPIES,
+    CORRECTED,
+    FID,
+    KID,
+    MEASURES,
+    MIND,
+    OWN,
+    RECITED,
+    Measurement,
+)
 from ray_jobs.weights.feature_networks import Networks
 
 FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
@@ -167,29 +180,56 @@ def difference_by(
 
 @dataclass(frozen=True)
 class Copies:
-    """Distances from generated pictures to their nearest training pictures.
+    """Near copies of training pictures among generated pictures.
 
     Attributes:
-        nearest: number of the nearest training picture and its distance, for each generated picture.
-        threshold, share, expected_share: as in `metrics.neighbours.Memorisation`; None if there are no
-            held-out pictures to compute the threshold from.
-        num_training: number of training pictures searched.
-        num_held_out: number of pictures that the threshold is computed from.
+        nearest: number of the nearest training picture and the nearness to it (`CopyDetector.nearness`), for
+            each generated picture.
+        share: share of near copies; None if the detector has no threshold.
+        facts: of the detector.
     """
 
     nearest: list[tuple[int, float]]
-    threshold: float | None
     share: float | None
-    expected_share: float | None
-    num_training: int
-    num_held_out: int
-    feature_network: str
+    facts: DetectorFacts
 
-    def record(self) -> Measurement:
-        found = {name: value for name, value in asdict(self).items() if name not in ("nearest", "share")}
-        error = None if self.share is None else share_error(self.share, len(self.nearest))
-        told = {"metric": "near copies", "value": self.share, "standard_error": error}
-        return Measurement.model_validate(told | {"num_samples": len(self.nearest)} | found)
+    def record(self, metric: str = COPIES) -> Measurement | None:
+        """Record of the share; None if it is not known."""
+        if self.share is None:
+            return None
+        error = share_error(self.share, len(self.nearest))
+        told = {"metric": metric, "value": self.share, "standard_error": error}
+        return Measurement.model_validate(told | {"num_samples": len(self.nearest)} | asdict(self.facts))
+
+
+@dataclass(frozen=True)
+class Recited:
+    """What is drawn for captions of training pictures, where memorisation shows most.
+
+    Attributes:
+        own: share whose nearest training picture has the caption that they were drawn for.
+        chance: the same share of training pictures chosen at random.
+    """
+
+    copies: Copies
+    own: float
+    chance: float
+
+    def records(self) -> list[Measurement]:
+        """Records of near copies, if known, and of the caption's own picture, if captions differ."""
+        found, count = self.copies.record(RECITED), len(self.copies.nearest)
+        records = [found] if found else []
+        if self.tells_own:
+            told = {"metric": OWN, "value": self.own, "standard_error": share_error(self.own, count)}
+            told |= {"num_samples": count, "feature_network": self.copies.facts.feature_network}
+            told |= {"num_training": self.copies.facts.num_training, "expected_share": self.chance}
+            records.append(Measurement.model_validate(told))
+        return records
+
+    @property
+    def tells_own(self) -> bool:
+        """Return whether captions differ enough for their own pictures to say anything."""
+        return self.chance < 0.5
 
 
 @dataclass(frozen=True)
@@ -200,17 +240,20 @@ class SetScores:
         further: records beyond the ranking scores.
         left_out: measures that were not computed and the reasons, as sentences.
         copies: near copies; None if `evaluate.memorisation_pictures` is 0.
+        recited: the same of pictures for training captions.
     """
 
     scores: Scores
     further: list[Measurement]
     left_out: list[str]
     copies: Copies | None
+    recited: Recited | None = None
 
     def records(self) -> list[Measurement]:
-        """Further records, plus the share of near copies if it is known."""
-        known = self.copies and self.copies.share is not None
-        return [*self.further, *([self.copies.record()] if self.copies and known else [])]
+        """Further records, plus those of near copies that are known."""
+        found = self.copies.record() if self.copies else None
+        recited = self.recited.records() if self.recited else []
+        return [*self.further, *([found] if found else []), *recited]
 
 
 def more_scores(
@@ -282,28 +325,30 @@ def _clip_scores(generated: Features, real: Real, clip: Clip, captions: list[str
     ]
 
 
-def near_copies(generated: Features, training: Features, held_out: Features | None, network: str) -> Copies:
+def near_copies(pictures: np.ndarray, detector: CopyDetector, facts: DetectorFacts) -> Copies:
     """Find the nearest training picture of each generated one, and the share of near copies.
 
     Args:
-        held_out: features of pictures that were not trained on; None if there are none.
-        network: identity of the network whose features are compared.
+        pictures: features by the detector's network: float, N x D.
     """
-    pictures, seen = torch.from_numpy(generated[network]), torch.from_numpy(training[network])
-    if held_out is None:
-        distances, indices = (each[:, 0].tolist() for each in nearest(pictures, seen))
-        return Copies(list(zip(indices, distances, strict=True)), None, None, None, len(seen), 0, network)
-    unseen = torch.from_numpy(held_out[network])
-    found = memorisation(pictures, seen, unseen, network)
-    return Copies(
-        nearest=list(zip(found.indices.tolist(), found.distances.tolist(), strict=True)),
-        threshold=found.threshold,
-        share=found.share,
-        expected_share=found.expected_share,
-        num_training=len(seen),
-        num_held_out=len(unseen),
-        feature_network=network,
-    )
+    nearness, indices = detector.nearness(torch.from_numpy(pictures))
+    pairs = list(zip(indices.tolist(), nearness.tolist(), strict=True))
+    return Copies(pairs, detector.share(nearness), facts)
+
+
+def recited(
+    pictures: np.ndarray, captions: list[str], detector: CopyDetector, facts: DetectorFacts
+) -> Recited:
+    """Compare pictures that were drawn for captions of training pictures with these.
+
+    Args:
+        pictures: as in `near_copies`; picture i was drawn for caption i.
+        captions: of the detector's training pictures.
+    """
+    found, uses = near_copies(pictures, detector, facts), Counter(captions)
+    drawn = captions[: len(pictures)]
+    own = [captions[index] == caption for caption, (index, _) in zip(drawn, found.nearest, strict=True)]
+    return Recited(found, fmean(own), fmean(uses[caption] / len(captions) for caption in drawn))
 
 
 def describe_record(record: Measurement) -> str:

@@ -1,4 +1,4 @@
-"""Nearest neighbours of feature vectors: precision and recall, memorisation. Pure PyTorch, in float64."""
+"""Nearest neighbours of feature vectors: precision and recall. Pure PyTorch, in float64."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,53 +92,3 @@ def share_error(share: float, count: int) -> float:
     """
     adjusted = (share * count + 2) / (count + 4)
     return float((adjusted * (1 - adjusted) / (count + 4)) ** 0.5)
-
-
-@dataclass(frozen=True, eq=False)
-class Memorisation:
-    """Near copies of training pictures among a model's generated pictures.
-
-    Attributes:
-        indices: nearest training picture of each generated one: int64, N.
-        distances: distance to it: float64, N.
-        threshold: distance below which a picture is a near copy.
-        share: share of near copies among the generated pictures, 0 to 1.
-        expected_share: share expected of a model without memorisation.
-    """
-
-    indices: torch.Tensor
-    distances: torch.Tensor
-    threshold: float
-    share: float
-    expected_share: float
-    feature_network: str
-
-
-def memorisation(
-    generated: torch.Tensor,
-    training: torch.Tensor,
-    held_out: torch.Tensor,
-    feature_network: str,
-    *,
-    quantile: float = 0.01,
-    limit: int = MAX_DISTANCES,
-) -> Memorisation:
-    """Find the nearest training picture of each generated one, and the share of near copies.
-
-    The threshold comes from real pictures that the model was not trained on: a near copy is nearer to the
-    training set than all but `quantile` of them. A model whose pictures are as far from the training set as
-    new real pictures has a share of `quantile`; any excess is memorised. With fewer held-out pictures than
-    1 / quantile, the threshold is near their smallest distance, and as uncertain.
-
-    Args:
-        generated, training, held_out: features, float, N x D, M x D and V x D; `held_out` is the
-            validation split, without near duplicates of training pictures.
-        quantile: quantile of the held-out distances, above 0 and below 1.
-    """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile: above 0 and below 1; not {quantile}")
-    unseen = nearest(held_out, training, limit=limit)[0][:, 0]
-    distances, indices = (found[:, 0] for found in nearest(generated, training, limit=limit))
-    threshold = float(unseen.quantile(quantile))
-    share = float((distances < threshold).double().mean())
-    return Memorisation(indices, distances, threshold, share, quantile, feature_network)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.cross_validation import splits, standard_error, trained_on
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool
-from ray_jobs.evaluation.scores import Copies, Scores
+from ray_jobs.evaluation.scores import Scores, SetScores
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 from ray_jobs.run.folder import RunFolder
@@ -100,7 +100,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             "subjects": [each.scores for each in subjects],
         }
     )
-    memorisation = _memorisation(config, pool, weights, test.copies, guidance_scale) if test.copies else None
+    memorisation = _memorisation(config, pool, weights, test, base, guidance_scale)
     return FinalScores(winner, memorisation, [_pictures(each) for each in subjects])
 
 
@@ -118,10 +118,13 @@ def _memorisation(
     config: Config,
     pool: EvaluatorPool,
     weights: str,
-    copies: Copies,
+    test: SetScores,
+    base: SetScores,
     guidance_scale: float | None,
-) -> Memorisation:
+) -> Memorisation | None:
     """Collect the samples nearest to a training picture; only these are sampled again, for the report."""
+    if (copies := test.copies) is None:
+        return None
     order = sorted(range(len(copies.nearest)), key=lambda i: copies.nearest[i][1])[:SHOWN_NEIGHBOURS]
     trained = trained_on(config, pool.dataset, TEST)
     parts = ("train", "validation") if config.search.folds else ("train",)
@@ -131,16 +134,18 @@ def _memorisation(
         (drawn, seen[copies.nearest[i][0]]["image"], copies.nearest[i][1])
         for i, drawn in zip(order, drawn_again, strict=True)
     ]
+    recited, by_base = (
+        {each.metric: each for each in scores.recited.records()} if scores.recited else {}
+        for scores in (test, base)
+    )
     return Memorisation(
         pairs=pairs,
         num_samples=len(copies.nearest),
         share=copies.share,
-        near_copy=copies.threshold,
-        expected_share=copies.expected_share,
-        num_held_out=copies.num_held_out,
-        num_training=copies.num_training,
         of_training=sum(trained.manifest.rows(name) for name in parts),
-        feature_network=copies.feature_network,
+        recited=recited,
+        recited_by_base=by_base,
+        **asdict(copies.facts),
     )
 
 

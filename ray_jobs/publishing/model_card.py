@@ -14,7 +14,7 @@ from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import headline, number
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import FID, MEASURES, FinalMeasures, Winner
+from ray_jobs.run.records import COPIES, FID, MEASURES, RECITED, FinalMeasures, Measurement, Winner
 from ray_jobs.weights.model_index import UPSAMPLER
 from ray_jobs.weights.schedulers import SCHEDULER
 
@@ -396,11 +396,15 @@ def _reproduce(config: Config, winner: Winner) -> list[str]:
 
 def _limits(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
     copies = "".join(
-        f" Near copies, samples for the test captions that are closer to one of {each.num_training:,}"
-        f" training images than {1 - each.expected_share:.0%} of held-out images are: {each.value:.1%}."
-        f" Without memorisation about {each.expected_share:.0%} are expected."
+        f" Near copies, {whose} that are closer to one of {each.num_training:,} training images than"
+        f" {1 - each.expected_share:.0%} of images that were not trained on are: {each.value:.1%}. Without"
+        f" memorisation about {each.expected_share:.0%} are expected.{_sensitivity(each)}"
+        for metric, whose in (
+            (COPIES, "samples for the test captions"),
+            (RECITED, "samples for captions of training images"),
+        )
         for each in (winner.measures or FinalMeasures()).winner
-        if each.metric == "near copies" and each.expected_share is not None
+        if each.metric == metric and each.expected_share is not None
     )
     learnt = manifest.train + (manifest.validation if config.search.folds else 0)
     return [
@@ -413,6 +417,12 @@ def _limits(config: Config, winner: Winner, manifest: Manifest) -> list[str]:
         "This card grants no licence. Those of the base model and of the training data apply to the model"
         " and to the images that it generates.",
     ]
+
+
+def _sensitivity(copies: Measurement) -> str:
+    if copies.metric != COPIES or copies.sensitivity is None:
+        return ""
+    return f" Of training images that went through the autoencoder twice this finds {copies.sensitivity:.0%}."
 
 
 def _portable(value: object) -> object:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ray_jobs.report.dataset_page import data_uri, table
 from ray_jobs.report.svg import number
-from ray_jobs.run.records import Measurement, SubjectScores, Winner
+from ray_jobs.run.records import COPIES, OWN, RECITED, Measurement, SubjectScores, Winner
 
 SUBJECT_PICTURE = 128  # maximum side in pixels
 
@@ -41,10 +41,16 @@ METRICS = {
         "how well pictures fit their captions, 2.5 times the cosine; higher is better",
     ),
     "CLIP image similarity": ("CLIP image similarity", 3, "cosine to the real picture of the same caption"),
-    "near copies": (
+    COPIES: (
         "Near copies",
         3,
         "share of pictures that nearly copy a training picture: see “Memorisation”",
+    ),
+    RECITED: ("… for training captions", 3, "the same, drawn for captions of training pictures"),
+    OWN: (
+        "Own picture nearest",
+        3,
+        "share of these whose nearest training picture has their caption",
     ),
 }
 
@@ -140,7 +146,7 @@ def _pictures(rows: Mapping[str, Sequence[bytes]]) -> str:
 def _value(record: Measurement | None, digits: int) -> str:
     if record is None:
         return "–"
-    if record.metric == "near copies":
+    if record.metric in (COPIES, RECITED, OWN):
         return f"{record.value:.1%} ± {record.standard_error:.1%}"
     return number(record.value, digits, record.standard_error)
 

@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,11 +11,17 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ray_jobs.report.dataset_page import data_uri
+from ray_jobs.run.records import OWN, RECITED, Measurement
 
 COLUMNS = ("real", "base", "fine-tuned")
 PAGE_PICTURE = 192  # maximum side in pixels on the page; larger pictures are reduced
 STRIP_PICTURE = 128  # maximum side in pixels in the strip and among neighbours, which are many
 SHEET_PICTURE = 128  # side in pixels on the sheet
+NEARNESS = (
+    "Nearness is the distance, divided by the mean distance to the next nearest ones: 0 for an exact copy,"
+    " near 1 for a picture that belongs to none of them in particular."
+)
+RELIABLE = 0.9  # share of known copies below which a detector is said to miss some
 SHOWN_NEIGHBOURS = 12  # number of nearest pairs shown
 
 
@@ -54,24 +60,30 @@ class Memorisation:
     """Samples and their nearest training pictures.
 
     Attributes:
-        pairs: nearest samples: PNG of the sample, PNG of the training picture, their distance.
+        pairs: nearest samples: PNG of the sample, PNG of the training picture, their nearness.
         num_samples: number of samples checked.
-        share: share of near copies among them; None, as the next two, without held-out pictures.
-        near_copy: distance below which a sample is a near copy.
-        expected_share: share expected of a model without memorisation.
-        num_held_out: number of pictures that `near_copy` is computed from.
-        num_training, of_training: number of training pictures checked, and of all training pictures.
-        feature_network: network whose features the distances are in.
+        share: share of near copies among them; None if the detector has no threshold.
+        of_training: number of all training pictures.
+        recited: measurements of pictures for captions of training pictures, by metric.
+        recited_by_base: the same of the base model.
+        threshold, expected_share, extrapolated, sensitivity, num_training, num_held_out, num_unseen: as in
+            `metrics.copies.DetectorFacts`.
+        feature_network: network whose features are compared.
     """
 
     pairs: Sequence[tuple[bytes, bytes, float]]
     num_samples: int
     share: float | None
-    near_copy: float | None
-    expected_share: float | None
-    num_held_out: int
-    num_training: int
     of_training: int
+    recited: Mapping[str, Measurement]
+    recited_by_base: Mapping[str, Measurement]
+    threshold: float | None
+    expected_share: float
+    extrapolated: bool
+    sensitivity: float | None
+    num_training: int
+    num_held_out: int
+    num_unseen: int
     feature_network: str
 
 
@@ -138,44 +150,90 @@ def memorisation_section(found: Memorisation | None) -> str:
     if found is None or not found.pairs:
         return ""
     looked_at = (
-        f" Compared: {found.num_training:,} of {found.of_training:,} training pictures, by distances in the"
-        f" features of {found.feature_network}."
+        f"The pictures nearest to a training picture. Compared: {found.num_training:,} of"
+        f" {found.of_training:,} training pictures, as the autoencoder restores them, in the features of"
+        f" {found.feature_network}. {NEARNESS}"
     )
     nearest = sorted(found.pairs, key=lambda pair: pair[2])[:SHOWN_NEIGHBOURS]
-    kind = "note alert" if _copies_too_often(found) else "note"
+    notes = [(_copies(found), _too_often(found.share, found.num_samples, found)), *_recited(found)]
+    shown = "".join(
+        f'<p class="{"note alert" if alert else "note"}">{escape(sentence)}</p>' for sentence, alert in notes
+    )
     return (
-        f'<h2>Memorisation</h2><p class="{kind}">{escape(_copies(found))}</p>'
-        f'<p class="note">{escape("The pictures nearest to a training picture." + looked_at)}</p>'
-        f'<div class="sheet">{"".join(_neighbours(*pair, found.near_copy) for pair in nearest)}</div>'
+        f"<h2>Memorisation</h2>{shown}"
+        f'<p class="note">{escape(looked_at)}</p>'
+        f'<div class="sheet">{"".join(_neighbours(*pair, found.threshold) for pair in nearest)}</div>'
     )
 
 
 def _copies(found: Memorisation) -> str:
     """Describe the share of near copies, and define a near copy."""
-    if found.share is None or found.near_copy is None or found.expected_share is None:
-        return "No picture was held out, so there is no reference distance; compare the pictures yourself."
-    few = found.num_held_out * found.expected_share < 1
+    if found.share is None or found.threshold is None:
+        few = f"{found.num_unseen} pictures are too few to say what a near copy is"
+        return f"{few}; compare the pictures yourself."
     copies, rest = round(found.share * found.num_samples), 1 - found.expected_share
     return (
         f"{copies:,} of {found.num_samples:,} pictures of the winner ({found.share:.1%}) are near copies:"
-        f" nearer to a training picture than {rest:.0%} of {found.num_held_out:,} pictures that it never saw"
-        f" (distance {found.near_copy:.3g}). Without memorisation it would be about"
-        f" {found.expected_share:.0%}."
-        + (" With so few pictures, that distance is little more than the smallest one." if few else "")
+        f" nearer to a training picture than {rest:.0%} of pictures that it never saw (up to"
+        f" {found.threshold:.3g}). Without memorisation it would be about {found.expected_share:.0%}."
+        f" {_reliability(found)}"
     )
 
 
-def _copies_too_often(found: Memorisation) -> bool:
-    """Return whether the share exceeds the expected one by more than twice its chance variation."""
-    if found.share is None or found.expected_share is None:
+def _reliability(found: Memorisation) -> str:
+    """Describe what the threshold comes from, and what it finds."""
+    pictures = []
+    if found.num_held_out:
+        pictures.append(f"{found.num_held_out:,} held-out pictures")
+    if among := found.num_unseen - found.num_held_out:
+        pictures.append(f"{among:,} training pictures, each compared with the others")
+    words = f"The limit comes from {' and '.join(pictures)}."
+    if found.extrapolated:
+        words += (
+            f" These are too few to count {found.expected_share:.0%} of them, so it is half of the nearness"
+            " of the nearest."
+        )
+    if found.sensitivity is not None:
+        words += (
+            f" It finds {found.sensitivity:.0%} of training pictures that went through the autoencoder twice."
+        )
+        if found.sensitivity < RELIABLE:
+            words += " Copies can therefore go unseen: compare the pictures yourself."
+    return words
+
+
+def _recited(found: Memorisation) -> list[tuple[str, bool]]:
+    """Sentences on pictures for captions of training pictures, and whether each is an alarm."""
+    notes = []
+    if copies := found.recited.get(RECITED):
+        count = round(copies.value * copies.num_samples)
+        sentence = (
+            f"Of {copies.num_samples:,} more pictures, drawn for captions of training pictures, {count:,} are"
+            " near copies."
+        )
+        notes.append((sentence, _too_often(copies.value, copies.num_samples, found)))
+    if (own := found.recited.get(OWN)) and own.expected_share is not None:
+        count, base = round(own.value * own.num_samples), found.recited_by_base[OWN]
+        sentence = (
+            f"For {count:,} of them the nearest training picture is the caption's own: {own.value:.0%}, of"
+            f" the base model's {base.value:.0%}, by chance {own.expected_share:.1%}. A model that draws what"
+            " a caption says raises this too; near copies are the alarm."
+        )
+        notes.append((sentence, False))
+    return notes
+
+
+def _too_often(share: float | None, count: int, found: Memorisation) -> bool:
+    """Return whether a share exceeds the expected one by more than twice its chance variation."""
+    if share is None:
         return False
-    chance = math.sqrt(found.expected_share * (1 - found.expected_share) / found.num_samples)
-    return found.share > found.expected_share + 2 * chance
+    chance = math.sqrt(found.expected_share * (1 - found.expected_share) / count)
+    return share > found.expected_share + 2 * chance
 
 
-def _neighbours(sample: bytes, training: bytes, distance: float, near_copy: float | None) -> str:
-    is_copy = near_copy is not None and distance < near_copy
-    says = f"distance {distance:.3g}" + (", a near copy" if is_copy else "")
+def _neighbours(sample: bytes, training: bytes, nearness: float, threshold: float | None) -> str:
+    is_copy = threshold is not None and nearness <= threshold
+    says = f"nearness {nearness:.3g}" + (", a near copy" if is_copy else "")
     sides = "".join(
         f'<div><img src="{data_uri(Image.open(io.BytesIO(png)), STRIP_PICTURE)}" alt="{name}, {says}">'
         f"<small>{name}</small></div>"

@@ -21,6 +21,10 @@ RESULTS = "results.jsonl"
 WINNER = "winner.json"
 FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"  # fields that candidates are ranked by
 
+# Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
+# pictures, and how often the nearest training picture has the caption that was drawn.
+COPIES, RECITED, OWN = "near copies", "near copies, training captions", "own picture nearest"
+
 
 class Measure(NamedTuple):
     """A score that can rank: its name, and the decimal places that it is shown with."""
@@ -201,8 +205,9 @@ class Measurement(Record):
     Attributes:
         num_samples: number of generated pictures.
         num_real: number of real pictures, where that matters.
-        num_training, num_held_out, threshold, expected_share: as in `evaluation.scores.Copies`; of near
-            copies only.
+        num_training, num_held_out, num_unseen, threshold, extrapolated, expected_share, sensitivity: as in
+            `metrics.copies.DetectorFacts`; of memorisation only. Earlier releases wrote a threshold that
+            is a distance, and no `num_unseen`, `extrapolated`, `sensitivity`.
     """
 
     metric: str
@@ -213,8 +218,11 @@ class Measurement(Record):
     num_real: int | None = None
     num_training: int | None = None
     num_held_out: int | None = None
+    num_unseen: int | None = None
     threshold: float | None = None
+    extrapolated: bool | None = None
     expected_share: float | None = None
+    sensitivity: float | None = None
 
 
 class FinalMeasures(Record):

@@ -20,9 +20,9 @@ import torch
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError
+from ray_jobs.metrics.copies import FALSE_ALARMS, CopyDetector
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments, frechet_distance
-from ray_jobs.metrics.neighbours import memorisation
 from ray_jobs.metrics.similarity import clip_score
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.registry.models import REFERENCE
@@ -41,19 +41,22 @@ class Reference:
 
     Attributes:
         validation: features of the validation images, for FID.
-        training: features of the training images, to search for near copies.
+        detector: of near copies of training images; None if publish did not measure them.
         published: features of the images generated when the version was evaluated, for the expected FID.
         feature_network: identity of the network that computed the features.
     """
 
     validation: torch.Tensor
-    training: torch.Tensor | None
+    detector: CopyDetector | None
     published: torch.Tensor | None
     feature_network: str
 
     @classmethod
     def read(cls, folder: Storage, feature_network: str) -> "Reference":
-        """Read the tensors `<network>/<validation|training|published>` from a version's weights folder.
+        """Read the tensors `<network>/<kind>` from a version's weights folder.
+
+        The kinds are `validation`, `published`, and those of `CopyDetector.tensors`. Versions of an earlier
+        release have none of the detector; for them a warning is logged.
 
         Raises:
             ConfigError: there is no reference by this network, or it is damaged; names serve.drift_pictures.
@@ -69,11 +72,21 @@ class Reference:
             raise ConfigError(f"{where}: is missing; {again}") from None
         except SafetensorError as error:
             raise ConfigError(f"{where}: is damaged ({error}); {again}") from None
-        kinds = ("validation", "training", "published")
-        validation, training, published = (tensors.get(f"{feature_network}/{kind}") for kind in kinds)
-        if validation is None:
+        of_network = {
+            name.removeprefix(f"{feature_network}/"): each
+            for name, each in tensors.items()
+            if name.startswith(f"{feature_network}/")
+        }
+        if (validation := of_network.get("validation")) is None:
             raise ConfigError(f"{where}: has no validation features by {feature_network}; {again}")
-        return cls(validation, training, published, feature_network)
+        detector = CopyDetector.read(of_network)
+        if detector is None and "training" in of_network:
+            log.warning(
+                "drift: %s/%s is of an earlier release: near copies are not measured until the model is "
+                "published again",
+                *(folder.uri, REFERENCE),
+            )
+        return cls(validation, detector, of_network.get("published"), feature_network)
 
 
 class Features(NamedTuple):
@@ -100,15 +113,15 @@ def score_window(window: list[Features], reference: Reference, clip: str | None)
         pictures, captions = zip(*(each.clip for each in window if each.clip), strict=True)
         similarity = clip_score(torch.stack(pictures), torch.stack(captions), clip).value
     copies = None
-    if reference.training is not None:
-        copies = memorisation(features, reference.training, reference.validation, network)
+    if reference.detector is not None:
+        copies = reference.detector.share(reference.detector.nearness(features)[0])
     return DriftScores(
         num_pictures=len(window),
         fid=frechet_distance(Moments.of(features, network), real),
         expected_fid=expected,
         clip_score=similarity,
-        near_copies=copies.share if copies else None,
-        expected_near_copies=copies.expected_share if copies else None,
+        near_copies=copies,
+        expected_near_copies=None if copies is None else FALSE_ALARMS,
         feature_network=network,
         scored_at=time.time(),
     )

@@ -66,7 +66,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
     pool.captions, pool.shapes, pool.digests, pool._real, pool._training = {}, {}, {}, {}, {}
-    pool.corrected = {}
+    pool.corrected, pool._training_restored, pool._known = {}, {}, {}
     return pool
 
 
@@ -150,8 +150,11 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
     pool.load(Split.of_fold(0))
     found = pool.measure(None, Split.of_fold(0))
     assert found.copies is not None
-    assert (found.copies.num_training, found.copies.num_held_out) == (8, len(pool.captions[Split.of_fold(0)]))
-    assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == {0}
+    facts = found.copies.facts
+    whole_fold = pool.dataset.judged_by(Split.of_fold(0)).pictures("validation", 99)
+    assert (facts.num_training, facts.num_held_out) == (8, len(whole_fold))
+    assert found.recited is not None and len(found.recited.copies.nearest) == 8
+    assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == set(pool._known) == {0}
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -95,7 +95,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
         names = set(kohya.keys())
     assert names and all(name.startswith("lora_unet_") for name in names)
     with safe_open(run / "model" / "reference.features", "numpy") as reference:
-        kinds = {"validation", "training", "published"}
+        kinds = {"validation", "restored", "near_copy", "published"}
         assert {f"{winner['feature_network']}/{kind}" for kind in kinds} <= set(reference.keys())
     for path in (run / "samples").glob("*.png"):
         Image.open(path).verify()
@@ -184,8 +184,11 @@ def check_measures(run: Path, winner: dict[str, Any], manifest: dict[str, Any]) 
         whose: [record["metric"] for record in winner["measures"][whose]] for whose in ("base", "winner")
     }
     assert names["base"] == names["winner"] and {"precision", "recall", "near copies"} <= set(names["winner"])
+    of_training = ("near copies, training captions", "own picture nearest")
+    assert set(of_training) <= set(names["winner"])
     for record in winner["measures"]["winner"]:
-        assert record["num_samples"] == winner["num_samples"] and "@sha256:" in record["feature_network"]
+        drawn = min(32, manifest["train"]) if record["metric"] in of_training else winner["num_samples"]
+        assert record["num_samples"] == drawn and "@sha256:" in record["feature_network"]
     [copies] = [each for each in winner["measures"]["winner"] if each["metric"] == "near copies"]
     assert 0 < copies["num_training"] <= manifest["train"]
     assert copies["num_held_out"] == manifest["validation"]

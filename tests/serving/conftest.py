@@ -60,7 +60,8 @@ def reference() -> dict[str, np.ndarray]:
 
     network = load_first(EvaluateConfig()).identity
     drawn = np.random.default_rng(0).random((24, 2048), dtype=np.float32)
-    return {f"{network}/validation": drawn, f"{network}/training": drawn[::-1].copy()}
+    found = {"validation": drawn, "restored": drawn[::-1].copy(), "near_copy": np.full(1, 0.5, np.float32)}
+    return {f"{network}/{kind}": each for kind, each in found.items()}
 
 
 def save_adapters(base: Path, folder: Path, seed: int) -> Path:

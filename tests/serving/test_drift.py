@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError
+from ray_jobs.metrics.copies import fit_detector
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.networks import NetworkSpec, load_network
@@ -38,7 +39,7 @@ def emoji(numbers: Sequence[int], side: int = 64) -> list[np.ndarray]:
 def recompressed(picture: np.ndarray) -> np.ndarray:
     """Hardly another one to the eye."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="JPEG", quality=85)
+    Image.fromarray(picture).save(file, format="JPEG", quality=98, subsampling=0)
     return np.asarray(Image.open(file))
 
 
@@ -49,7 +50,7 @@ def noisy(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.clip(p + n, 0, 255).astype(np.uint8) for p, n in zip(pictures, noise, strict=True)]
 
 
-TRAINING, VALIDATION, DRAWN = range(0, 480, 24), range(4, 480, 24), range(8, 440, 54)
+TRAINING, VALIDATION, DRAWN = range(0, 480, 24), range(3, 480, 6), range(8, 440, 54)
 
 
 def features(network: FeatureNetwork, pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -61,7 +62,8 @@ def reference_of(network: FeatureNetwork) -> Reference:
     validation, training, drawn = (
         features(network, emoji(numbers)) for numbers in (VALIDATION, TRAINING, DRAWN)
     )
-    return Reference(validation, training, drawn, network.identity)
+    detector, _ = fit_detector(training, training, validation, network.identity)
+    return Reference(validation, detector, drawn, network.identity)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,24 @@ def test_a_reference_is_read_from_beside_the_weights(tmp_path: Path, reference: 
     folder.write_bytes(REFERENCE, save({f"{network}/validation": reference.validation}))
     found = Reference.read(folder, network)
     assert torch.equal(found.validation, reference.validation)
-    assert found.training is None and found.published is None
+    assert found.detector is None and found.published is None
+    assert reference.detector
+    tensors = {"validation": reference.validation, **reference.detector.tensors()}
+    folder.write_bytes(REFERENCE, save({f"{network}/{name}": each for name, each in tensors.items()}))
+    read, near = Reference.read(folder, network).detector, reference.detector
+    assert read and torch.equal(read.references, near.references)
+    assert read.threshold == pytest.approx(near.threshold, rel=1e-6)
+
+
+def test_a_reference_of_an_earlier_release_is_read_and_its_lack_of_a_detector_told(
+    tmp_path: Path, reference: Reference, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = {kind: reference.validation for kind in ("validation", "training", "published")}
+    network, folder = reference.feature_network, Storage.open(str(tmp_path))
+    folder.write_bytes(REFERENCE, save({f"{network}/{kind}": each.clone() for kind, each in kinds.items()}))
+    found = Reference.read(folder, network)
+    assert found.detector is None and found.published is not None
+    assert "near copies are not measured until the model is published again" in caplog.text
 
 
 @pytest.mark.parametrize(

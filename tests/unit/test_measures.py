@@ -15,13 +15,15 @@ from ray_jobs.diffusion.sampling import batches_of
 from ray_jobs.evaluation.actor import Evaluator, SampleFiles, join
 from ray_jobs.evaluation.dealing import dealt, in_order
 from ray_jobs.evaluation.pool import shape_of
-from ray_jobs.evaluation.scores import Features, Real, more_scores, near_copies, scores_of
+from ray_jobs.evaluation.scores import Features, Real, more_scores, near_copies, recited, scores_of
+from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.resampling import frechet_score
 from ray_jobs.metrics.vision_model import load_clip
 from ray_jobs.pictures.reading import encode_png
 from ray_jobs.run.manifest import Manifest
+from ray_jobs.run.records import COPIES, OWN, RECITED
 from ray_jobs.weights import loading
 from ray_jobs.weights.feature_networks import Networks, load_networks
 from tests.serving.conftest import save_adapters
@@ -122,24 +124,46 @@ def test_a_picture_is_held_against_the_caption_and_the_real_picture_that_it_was_
 
 def test_a_copied_training_picture_is_found_and_counted() -> None:
     generator = np.random.default_rng(0)
-    training, held_out, drawn = (generator.normal(size=(n, 5)).astype(np.float32) for n in (40, 100, 20))
+    training, held_out, drawn = (generator.normal(size=(n, 5)).astype(np.float32) for n in (40, 200, 20))
     drawn[7] = training[31] + 1e-4
-    found = near_copies({"n": drawn}, {"n": training}, {"n": held_out}, "n")
-    number, distance = found.nearest[7]
-    assert number == 31 and distance == pytest.approx(1e-4 * 5**0.5, rel=0.05)
+    detector, facts = fitted(training, held_out)
+    found = near_copies(drawn, detector, facts)
+    number, nearness = found.nearest[7]
+    assert number == 31 and nearness < 1e-3
     record = found.record()
-    assert record.threshold and record.standard_error
-    assert record.value == pytest.approx(sum(d < record.threshold for _, d in found.nearest) / 20)
+    assert record and record.threshold and record.standard_error
+    assert record.value == pytest.approx(sum(each <= record.threshold for _, each in found.nearest) / 20)
     assert record.value >= 1 / 20 and record.standard_error > 0
-    assert (record.num_samples, record.num_training, record.num_held_out) == (20, 40, 100)
+    assert (record.num_samples, record.num_training, record.num_held_out) == (20, 40, 200)
     assert (record.expected_share, record.feature_network) == (0.01, "n")
 
 
-def test_without_held_out_pictures_the_nearest_are_told_and_no_share() -> None:
+def test_from_too_few_pictures_the_nearest_are_told_and_no_share() -> None:
     training = np.eye(4, dtype=np.float32)
-    found = near_copies({"n": training[[2, 0]]}, {"n": training}, None, "n")
+    detector, facts = fitted(training, None)
+    found = near_copies(training[[2, 0]], detector, facts)
     assert found.nearest == [(2, 0), (0, 0)]
-    assert (found.share, found.threshold) == (None, None)
+    assert (found.share, found.record(), facts.threshold, facts.num_unseen) == (None, None, None, 4)
+
+
+def test_a_captions_own_picture_is_counted_against_chance() -> None:
+    training, captions = np.eye(8, dtype=np.float32), ["a", "b", "c", "d", "e", "e", "f", "f"]
+    found = recited(training[[0, 1, 3, 3, 5]] * 0.9, captions, *fitted(training, None))
+    assert (found.own, found.chance) == (4 / 5, pytest.approx((4 * 1 / 8 + 2 / 8) / 5))
+    [copies, own] = found.records()
+    assert (copies.metric, copies.value, copies.num_samples) == (RECITED, 1, 5)
+    assert (own.metric, own.value, own.expected_share) == (OWN, found.own, found.chance)
+
+
+def test_where_all_captions_are_the_same_none_has_a_picture_of_its_own() -> None:
+    training = np.eye(8, dtype=np.float32)
+    found = recited(training[:2], ["a photo of sks dog"] * 8, *fitted(training, None))
+    assert [record.metric for record in found.records()] == [RECITED]
+
+
+def fitted(training: np.ndarray, held_out: np.ndarray | None) -> tuple[CopyDetector, DetectorFacts]:
+    others = None if held_out is None else torch.from_numpy(held_out)
+    return fit_detector(torch.from_numpy(training), torch.from_numpy(training), others, "n")
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +215,10 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     halves = [
         evaluator.sample_features(None, CAPTIONS, seeds, by_all=True) for seeds in ([0, 1, 2], [3, 4, 5])
     ]
-    found = evaluator.measure(real, CAPTIONS * 2, real.features, real, None, None, *halves)
+    detector = fitted(real.features[COLOURS], real.features[COLOURS])
+    found = evaluator.measure(real, CAPTIONS * 2, detector, None, None, *halves)
     assert found.scores == evaluator.score(real, None, None, *halves)
-    assert {record.metric for record in found.records()} >= {"precision", "CLIP score", "near copies"}
+    assert {record.metric for record in found.records()} >= {"precision", "CLIP score", COPIES}
     assert found.copies is not None and len(found.copies.nearest) == 6
 
 

@@ -15,7 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_difference, kernel_distance, squared_mmd
-from ray_jobs.metrics.neighbours import memorisation, nearest, precision_recall, share_error
+from ray_jobs.metrics.neighbours import nearest, precision_recall, share_error
 from ray_jobs.metrics.similarity import class_drift, clip_score, image_similarity
 from tests.unit.test_metrics import GivenFeatures
 
@@ -181,24 +181,6 @@ def test_a_share_has_the_spread_of_shares_that_are_drawn_anew() -> None:
     assert share_error(0.3, 100) == pytest.approx(drawn.std(), rel=0.03)
     assert share_error(0, 10) == pytest.approx(share_error(1, 10))
     assert share_error(0, 10) > 0.05, "none of few is not certain"
-
-
-def test_near_copies_are_counted_below_the_distance_of_unseen_pictures() -> None:
-    training = points(0, 10, 20, 30)
-    unseen = points(*(10 * i + 1 + j / 10 for i in range(4) for j in range(25)))  # 1 to 3.4 away
-    found = memorisation(points(0.1, 10.2, 22, 26), training, unseen, "network", quantile=0.04)
-    assert found.indices.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(found.distances.float(), torch.tensor([0.1, 0.2, 2, 4]))
-    assert found.threshold == pytest.approx(1, abs=0.1)
-    assert (found.share, found.expected_share) == (0.5, 0.04)
-    with pytest.raises(ValueError, match="quantile: above 0 and below 1"):
-        memorisation(training, training, unseen, "network", quantile=0)
-
-
-def test_a_model_that_draws_new_pictures_has_the_expected_share_of_near_copies() -> None:
-    training, unseen = normal(500, 4, seed=1), normal(2000, 4, seed=2)
-    found = memorisation(normal(2000, 4, seed=3), training, unseen, "network", quantile=0.1)
-    assert found.share == pytest.approx(found.expected_share, abs=0.03)
 
 
 def test_the_clip_score_equals_the_formula_by_hand() -> None:

@@ -102,12 +102,23 @@ def test_a_test_split_that_was_read_again_is_told() -> None:
 
 def test_near_copies_are_given_with_the_share_expected_without_memorisation() -> None:
     copies = {"metric": "near copies", "value": 0.031, "num_samples": 96, "feature_network": "inception"}
-    copies |= {"num_training": 1000, "expected_share": 0.01}
-    text = card(winner=WINNER | {"measures": {"base": [copies], "winner": [copies]}})
+    copies |= {"num_training": 1000, "expected_share": 0.01, "sensitivity": 0.97}
+    for_training = copies | {"metric": "near copies, training captions", "value": 0.25}
+    measured = {"base": [copies, for_training], "winner": [copies, for_training]}
+    text = card(winner=WINNER | {"measures": measured})
     expected = (
-        "one of 1,000 training images than 99% of held-out images are: 3.1%. Without memorisation about 1%"
+        "one of 1,000 training images than 99% of images that were not trained on are: {}. Without"
+        " memorisation about 1% are expected."
     )
-    assert expected in text
+    assert expected.format("3.1%") + " Of training images that went through the autoencoder twice" in text
+    assert f"samples for captions of training images that are closer to {expected.format('25.0%')}" in text
+
+
+def test_near_copies_of_an_earlier_release_are_given_too() -> None:
+    copies = {"metric": "near copies", "value": 0.031, "num_samples": 96, "feature_network": "inception"}
+    copies |= {"num_training": 1000, "num_held_out": 120, "threshold": 4.75, "expected_share": 0.01}
+    text = card(winner=WINNER | {"measures": {"base": [copies], "winner": [copies]}})
+    assert "are: 3.1%. Without memorisation about 1% are expected. The model has" in text
 
 
 def test_no_more_real_pictures_are_told_than_were_compared_with() -> None:

@@ -26,7 +26,7 @@ from ray_jobs.report.charts import rise_of
 from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
 from ray_jobs.report.svg import ticks
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import RungRow, SubjectScores, Winner
+from ray_jobs.run.records import OWN, RECITED, Measurement, RungRow, SubjectScores, Winner
 
 WINNER: dict[str, Any] = {
     "trial_id": "a_00001",
@@ -358,49 +358,102 @@ def png(color: str) -> bytes:
 
 
 def memorisation(**changes: Any) -> Memorisation:
-    pairs = [(png("red"), png("blue"), 0.4), (png("red"), png("red"), 0.01), (png("red"), png("pink"), 0.2)]
+    pairs = [(png("red"), png("blue"), 0.7), (png("red"), png("red"), 0.01), (png("red"), png("pink"), 0.4)]
     values: dict[str, Any] = {
         "pairs": pairs,
         "num_samples": 96,
         "share": 1 / 96,
-        "near_copy": 0.05,
-        "expected_share": 0.01,
-        "num_held_out": 120,
-        "num_training": 1000,
         "of_training": 1420,
+        "recited": {},
+        "recited_by_base": {},
+        "threshold": 0.3,
+        "expected_share": 0.01,
+        "extrapolated": False,
+        "sensitivity": 0.97,
+        "num_training": 1000,
+        "num_held_out": 120,
+        "num_unseen": 120,
         "feature_network": WINNER["feature_network"],
     }
     return Memorisation(**{**values, **changes})
 
 
+def recited(copies: float, own: float | None) -> dict[str, Measurement]:
+    """Of 32 pictures for captions of training pictures."""
+    shared = {"num_samples": 32, "feature_network": NETWORK, "num_training": 1000}
+    found = [{"metric": RECITED, "value": copies, "standard_error": 0.04, "expected_share": 0.01}]
+    if own is not None:
+        found.append({"metric": OWN, "value": own, "standard_error": 0.08, "expected_share": 0.001})
+    return {str(each["metric"]): Measurement.model_validate(each | shared) for each in found}
+
+
+def memorisation_of(html: str) -> str:
+    return html[html.index("<h2>Memorisation") :]
+
+
 def test_samples_stand_beside_their_nearest_training_pictures_the_nearest_first() -> None:
     page = Page(report(memorisation=memorisation()))
     shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "sample," in (attrs["alt"] or "")]
-    assert shown == ["sample, distance 0.01, a near copy", "sample, distance 0.2", "sample, distance 0.4"]
+    assert shown == ["sample, nearness 0.01, a near copy", "sample, nearness 0.4", "sample, nearness 0.7"]
 
 
 def test_the_share_of_near_copies_comes_with_how_near_is_chosen_and_what_was_looked_at() -> None:
     text = Page(report(memorisation=memorisation())).text
     assert "1 of 96 pictures of the winner (1.0%) are near copies" in text
-    assert "than 99% of 120 pictures that it never saw" in text and "(distance 0.05)" in text
+    assert "than 99% of pictures that it never saw (up to 0.3)" in text
+    assert "The limit comes from 120 held-out pictures. It finds 97% of" in text
+    assert "go unseen" not in text and "too few" not in text
     assert "Compared: 1,000 of 1,420 training pictures" in text and WINNER["feature_network"] in text
-    assert "little more than the smallest" not in text
-    assert "little more than the smallest" in Page(report(memorisation=memorisation(num_held_out=90))).text
+
+
+def test_a_limit_from_few_pictures_says_what_it_assumes() -> None:
+    few = memorisation(num_held_out=0, num_unseen=8, extrapolated=True, num_training=8)
+    text = Page(report(memorisation=few)).text
+    assert "The limit comes from 8 training pictures, each compared with the others." in text
+    assert "too few to count 1% of them, so it is half of the nearness of the nearest." in text
+    both = memorisation(num_held_out=50, num_unseen=400)
+    assert "50 held-out pictures and 350 training pictures, each" in Page(report(memorisation=both)).text
+
+
+def test_a_detector_that_misses_known_copies_says_so() -> None:
+    text = Page(report(memorisation=memorisation(sensitivity=0.6))).text
+    assert "It finds 60% of" in text and "Copies can therefore go unseen" in text
 
 
 @pytest.mark.parametrize(("share", "alarms"), [(1 / 96, False), (2 / 96, False), (3 / 96, True)])
 def test_more_near_copies_than_chance_makes_are_an_alarm(share: float, alarms: bool) -> None:
     # Of 96 pictures 0.96 are expected, give or take 0.97.
-    html = report(memorisation=memorisation(share=share))
-    section = html[html.index("<h2>Memorisation") :]
+    section = memorisation_of(report(memorisation=memorisation(share=share)))
     assert section.startswith('<h2>Memorisation</h2><p class="note alert">') is alarms
 
 
-def test_without_held_out_pictures_there_is_no_share_of_near_copies() -> None:
-    unknown = memorisation(share=None, near_copy=None, expected_share=None, num_held_out=0)
+@pytest.mark.parametrize(("copies", "alarms"), [(1 / 32, False), (2 / 32, True)])
+def test_near_copies_for_captions_of_training_pictures_are_an_alarm_of_their_own(
+    copies: float, alarms: bool
+) -> None:
+    found = memorisation(recited=recited(copies, 0.5), recited_by_base=recited(0.0, 0.125))
+    html = report(memorisation=found)
+    assert memorisation_of(html).count('<p class="note alert">') == alarms
+    text = Page(html).text
+    assert f"Of 32 more pictures, drawn for captions of training pictures, {32 * copies:.0f} are near" in text
+    assert (
+        "For 16 of them the nearest training picture is the caption's own: 50%, of the base model's 12%"
+        in (text)
+    )
+    assert "by chance 0.1%" in text
+
+
+def test_where_captions_do_not_differ_no_own_picture_is_told() -> None:
+    found = memorisation(recited=recited(0.0, None), recited_by_base=recited(0.0, None))
+    text = Page(report(memorisation=found)).text
+    assert "Of 32 more pictures" in text and "own:" not in text
+
+
+def test_without_a_limit_there_is_no_share_of_near_copies() -> None:
+    unknown = memorisation(share=None, threshold=None, sensitivity=None, num_held_out=0, num_unseen=4)
     text = Page(report(memorisation=unknown)).text
-    assert "there is no reference distance" in text
-    assert "near copies" not in text and "a near copy" not in text
+    assert "4 pictures are too few to say what a near copy is" in text
+    assert "are near copies" not in text and ", a near copy" not in text
 
 
 NETWORK = "inception-2015-12-05@sha256:7ff4a85c3a63"
@@ -421,6 +474,7 @@ def with_measures() -> dict[str, Any]:
         record("precision", 0.75, num_real=90),
         record("IS", 3.5, 0.5),
         record("near copies", 1 / 96, 0.017),
+        record(OWN, 0.5, 0.08, expected_share=0.001),
     ]
     measures = {"base": base, "winner": tuned, "left_out": ["No CLIP scores: why."]}
     return {**WINNER, "measures": measures | {"floor": [record("precision", 0.625, num_real=90)]}}
@@ -429,10 +483,11 @@ def with_measures() -> dict[str, Any]:
 def test_further_measures_stand_beside_the_bases_with_error_count_and_network() -> None:
     html = report(winner=with_measures())
     cells = re.findall("<td>([^<]*)</td>", html[html.index('<table class="pairs">') :])
-    assert [cells[start : start + 4] for start in (0, 5, 10)] == [
+    assert [cells[start : start + 4] for start in (0, 5, 10, 15)] == [
         ["Precision", "0.250", "0.750", "0.625"],
         ["Inception Score", "2.50 ± 0.25", "3.50 ± 0.50", "–"],
         ["Near copies", "0.0% ± 1.2%", "1.0% ± 1.7%", "–"],
+        ["Own picture nearest", "–", "50.0% ± 8.0%", "–"],
     ]
     assert cells[4].endswith(f"96 pictures and 90 real, {NETWORK}")
     assert "No CLIP scores: why." in html
