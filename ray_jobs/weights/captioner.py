@@ -205,18 +205,21 @@ class CaptionInputs:
         """Make the prompt a message with a picture, followed by the beginning of the answer."""
         from transformers import ProcessorMixin
 
-        if not self.processor.chat_template:
+        template = self.processor.chat_template
+        if not template:
             raise ValueError(
                 f"{FIELD}: {settings.model}: {type(self.processor).__name__} has no chat template; supported "
                 f"are {SUPPORTED}"
             )
         content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
+        # Of templates that know it: the answer is wanted without the thoughts.
+        options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
         # SmolVLM's own method asks the processor of videos, which is not loaded.
         self.prompt = ProcessorMixin.apply_chat_template(
             self.processor,
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
-            enable_thinking=False,
+            **options,
         )
         start = self.processor.tokenizer.bos_token
         if start and self.prompt.startswith(start):

@@ -202,10 +202,11 @@ class _Application:
         self, entry: Entry, row: RayRow, number: int, decisions: Decisions, firsts: dict[str, int]
     ) -> str:
         """Return the caption of row `number` of the index, and note what becomes of it."""
-        own, digest, is_kept = row["text"], row["digest"], not decisions.reasons[number]
+        own, digest = str(row["text"]), str(row["digest"])
+        is_kept = not decisions.reasons[number]
         name = LINE_OF_CAPTION.sub("", row["name"]) if row["lines"] > 1 else row["name"]
         is_wanted = _is_wanted(self.config, own, row["role"])
-        text: str = self.texts.get(digest, own) if is_wanted else own
+        text = self.texts.get(digest, own) if is_wanted else own
         if is_wanted and is_kept:
             if not text:
                 self._reasons[number] = "empty_caption"
