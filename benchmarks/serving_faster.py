@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
 
 from benchmarks.adapters import write_adapters
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.metrics.frechet import Moments, frechet_distance
 from ray_jobs.metrics.inception import load_inception
+from ray_jobs.pictures.reading import decode_image
 from ray_jobs.weights.loading import load_pipeline
 from serving.engine.adapters import read_adapter
 from serving.engine.engine import Engine
@@ -87,9 +87,8 @@ def read_example(count: int) -> tuple[torch.Tensor, list[str]]:
     rows = [json.loads(line) for line in lines[:: max(1, len(lines) // count)][:count]]
     pictures = []
     for row in rows:
-        with Image.open(EXAMPLE / row["file_name"]) as picture:
-            pixels = bytearray(picture.convert("RGB").resize((SIDE, SIDE)).tobytes())
-        pictures.append(torch.frombuffer(pixels, dtype=torch.uint8).reshape(SIDE, SIDE, 3))
+        data = (EXAMPLE / row["file_name"]).read_bytes()
+        pictures.append(torch.tensor(decode_image(data, resolution=SIDE, background="white")))
     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [row["text"] for row in rows]
 
 

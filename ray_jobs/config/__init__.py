@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_jobs.config.data import (
     AugmentationConfig,
+    CaptioningConfig,
     CleaningConfig,
     DataConfig,
     SourceConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "LEARNING_RATE",
     "OTHER_LAYERS",
     "AugmentationConfig",
+    "CaptioningConfig",
     "CleaningConfig",
     "Config",
     "ConfigError",
@@ -86,7 +88,7 @@ __all__ = [
 # What lies in a storage beside the folders of its runs: `--fresh` of a run of that name would delete it.
 NO_RUNS = {
     *("class_pictures", "encoded", "features", "registry", "mlartifacts", "mlruns"),
-    *("mlflow.db", "feedback.db"),
+    *("written_captions", "mlflow.db", "feedback.db"),
 }
 
 

@@ -91,6 +91,57 @@ class CleaningConfig(Section):
         return self
 
 
+class CaptioningConfig(Section):
+    """A model that writes captions for pictures. Without `model` every picture needs its own caption."""
+
+    affects: ClassVar = Effect.IMAGES
+
+    model: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="folder or hub name of a captioning model in transformers' format: BLIP, BLIP-2, "
+        "Florence-2, or a vision-language model with a chat template. Empty: pictures without a caption are "
+        "rejected",
+    )
+    revision: Annotated[str | None, Added()] = Field(
+        None, description="revision of the captioning model on the hub"
+    )
+    pictures: Annotated[Literal["missing", "all"], Added("missing")] = Field(
+        "missing",
+        description="missing: write captions for pictures that have none; all: also instead of the source's "
+        "own captions",
+    )
+    prompt: Annotated[Prompt | None, Added()] = Field(
+        None,
+        description="BLIP and BLIP-2: words that the model continues, which are no part of the caption; "
+        "Florence-2: `<CAPTION>`, `<DETAILED_CAPTION>` or `<MORE_DETAILED_CAPTION>`; others: what the model "
+        "is told. Empty: none; `<DETAILED_CAPTION>`; to describe the picture in one sentence",
+    )
+    trigger: Annotated[Prompt | None, Added()] = Field(
+        None, description="word that stands before each written caption, with a comma: the name of a subject"
+    )
+    prefix: Annotated[Prompt | None, Added()] = Field(
+        None,
+        description="words before each written caption, after the trigger, as `a photo of`; not repeated "
+        "where the model begins with them",
+    )
+    max_tokens: Annotated[int, Added(128)] = Field(
+        128, ge=8, description="maximum length of a written caption, in tokens of the captioning model"
+    )
+    max_side: Annotated[Positive, Added(1024)] = Field(
+        1024,
+        description="longer side of the pictures that the captioning model gets, in pixels; larger ones are "
+        "reduced",
+    )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "CaptioningConfig":
+        if self.model is None:
+            others = [name for name in type(self).model_fields if name != "model"]
+            require_unset(self, "without captioning.model", *others)
+        return self
+
+
 class AugmentationConfig(Section):
     """Random changes to training images, from a generator seeded by image and epoch or variant."""
 
@@ -154,6 +205,7 @@ class DataConfig(Section):
     background: Annotated[str, Effect.ENCODINGS] = Field(
         "white", description="colour behind transparent pixels"
     )
+    captioning: CaptioningConfig = CaptioningConfig()
     cleaning: CleaningConfig = CleaningConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     validation: Share = Field(0.15, description="share of the images on which the search is judged")
@@ -185,18 +237,20 @@ class DataConfig(Section):
         "cache", description="cache: encode once, to Parquet; stream: encode while training and write nothing"
     )
     encode_batch_size: Annotated[Positive, Effect.NOTHING] = Field(
-        32, description="maximum number of images encoded at once; of large images fewer"
+        32, description="maximum number of images encoded or captioned at once; of large images fewer"
     )
     encode_workers: Annotated[Positive, Effect.NOTHING] = Field(
-        1, description="actors that hold the encoders, or the model that generates class images"
+        1,
+        description="actors that hold the encoders, the captioning model, or the model that generates class "
+        "images",
     )
     encode_dtype: Annotated[Literal["bf16", "fp32"], Effect.ENCODINGS] = Field(
         "bf16", description="dtype of stored latents and embeddings"
     )
     encode_precision: Annotated[Literal["fp32", "bf16"], Effect.ENCODINGS, Added("fp32")] = Field(
         "fp32",
-        description="of the text encoders and of autoencoders that allow it, and of the model that draws "
-        "class images; bf16 unless given with `train.use_gpu`, whose devices encode",
+        description="of the text encoders and of autoencoders that allow it, and of the models that draw "
+        "class images or write captions; bf16 unless given with `train.use_gpu`, whose devices encode",
     )
     shuffle_mb: Positive = Field(256, description="size of the shuffle window, in MiB of rows")
 

@@ -9,7 +9,7 @@ class Effect(Enum):
     """What changes with a field: a word, and its meaning in docs/configuration.md."""
 
     NOTHING = "nothing", "results stay the same, up to rounding: speed, place, limits of a job"
-    IMAGES = "images", "the images that are read; the same images count as the same in another place"
+    IMAGES = "images", "the images and captions that are read; in another place the same count as the same"
     ENCODINGS = "encodings", "cached encodings; rows are encoded again"
     DATASET = "data set", "the rows, their splits and their order; only new rows are encoded"
     WEIGHTS = "weights", "what a training computes; one that began with another value is not resumed"

@@ -56,6 +56,7 @@ def describe(
             different=decisions.num_captions,
             repaired=decisions.num_repaired,
             of_lines=decisions.num_of_lines,
+            written=decisions.num_written,
         ),
         measures={
             name: Histogram(

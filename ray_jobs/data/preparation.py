@@ -1,4 +1,4 @@
-"""Prepare a dataset: scan its sources, decide on every picture, and encode the new ones."""
+"""Prepare a dataset: scan its sources, decide on every picture, caption it if asked, and encode new ones."""
 
 import hashlib
 import json
@@ -16,6 +16,12 @@ from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
+from ray_jobs.data.encoding.captioning import (
+    announce_captions,
+    captioning_digest,
+    check_captioning,
+    write_captions,
+)
 from ray_jobs.data.encoding.class_pictures import (
     announce_class_pictures,
     class_image_counts,
@@ -61,8 +67,8 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     """Run the stage, or reuse its result. Ray must be initialised.
 
     Args:
-        check: function called before anything is generated or encoded, and so before a GPU is requested; it
-            raises to stop the job.
+        check: function called before anything is generated, captioned or encoded, and so before a GPU is
+            requested; it raises to stop the job.
 
     Raises:
         ConfigError: a source has wrong captions, a subject has too few photos, too many pictures are
@@ -71,11 +77,13 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     sources = open_sources(config)
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
     check_subjects(config, sources)
+    check_captioning(config)
+    captioner = captioning_digest(config)
     if check and class_image_counts(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
-    inputs = [_inputs(config, sources, encoders, as_before) for as_before in (False, True)]
+    inputs = [_inputs(config, sources, encoders, captioner, as_before) for as_before in (False, True)]
     if config.data.encode == "cache" and (stored := _stored(dataset, *inputs)):
         if stored.manifest.judged:
             require_enough(config, stored.manifest, dataset.storage)
@@ -85,6 +93,22 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
         return stored
     phase("cleaning")
     found, decisions = examine(config, sources, dataset.storage)
+    if captioner:
+        require_enough(config, _expected(config, sources, decisions), dataset.storage)
+        if check:
+            check()
+        phase("captioning")
+        found, decisions = write_captions(
+            config,
+            sources,
+            found,
+            dataset.storage.child(INDEX),
+            decisions,
+            captioner,
+            dataset.storage,
+            _progress("captioned"),
+        )
+        write_findings(found, dataset.storage.child(INDEX), decisions, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
     require_enough(config, manifest, dataset.storage)
     if check:
@@ -117,10 +141,17 @@ def _open(config: Config) -> tuple[Dataset, str]:
     return Dataset(RunFolder.of(config).dataset, cache, Manifest()), encoders
 
 
-def _inputs(config: Config, sources: Sequence[Source], encoders: str, as_before: bool = False) -> str:
+def _inputs(
+    config: Config,
+    sources: Sequence[Source],
+    encoders: str,
+    captioner: str = "",
+    as_before: bool = False,
+) -> str:
     """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new.
 
     Args:
+        captioner: from `captioning_digest`.
         as_before: as earlier releases computed it.
     """
     effects = Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET
@@ -132,6 +163,7 @@ def _inputs(config: Config, sources: Sequence[Source], encoders: str, as_before:
         encoders,
         config.seed,
         config.train.training_rows,
+        *([captioner] if captioner else []),
     )
 
 
@@ -184,6 +216,12 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     decisions = decide(config, found, index, storage)
     write_findings(found, index, decisions, storage)
     return found, decisions
+
+
+def _expected(config: Config, sources: Sequence[Source], decisions: Decisions) -> Manifest:
+    """Return the manifest of an examined dataset if all its pictures get captions, without its parts."""
+    kept = Counter[str](decisions.splits[decisions.reasons == ""].tolist())
+    return describe(config, sources, decisions, [], kept)
 
 
 def _plan(
@@ -269,12 +307,14 @@ def _progress(verb: str) -> Callable[..., None]:
 
 
 def dry_run(config: Config) -> str:
-    """Scan and decide without encoding; write the preview and return its URI."""
+    """Scan and decide without captioning or encoding; write the preview and return its URI."""
     sources = open_sources(config)
     check_subjects(config, sources)
+    check_captioning(config)
     announce_class_pictures(config, sources)
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
+    announce_captions(config, found, storage.child(INDEX), decisions)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     _say_cut(long_captions(config, found, storage.child(INDEX), decisions))
     page = write_dataset_page(

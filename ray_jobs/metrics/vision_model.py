@@ -106,9 +106,9 @@ def check_vision_model(
     Raises:
         ValueError: as for `load_vision_model`, as far as these files show it.
     """
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, ("*.json",))
+    folder = Path(path) if Path(path).is_dir() else downloaded(path, revision, field, ("*.json",))
     if folder == Path(path):
-        _require_safetensors(folder, field)
+        require_safetensors(folder, field)
         if sha256:
             require_digest(path, model_digest(folder), sha256, field)
     try:
@@ -137,9 +137,9 @@ def load_vision_model(
     device = torch.device(device)
     without_weights = device.type == "meta"
     files = CONFIGURATIONS if without_weights else FILES
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision, field, files)
+    folder = Path(path) if Path(path).is_dir() else downloaded(path, revision, field, files)
     if not without_weights:
-        _require_safetensors(folder, field)
+        require_safetensors(folder, field)
     config = AutoConfig.from_pretrained(folder)
     is_clip = config.model_type == "clip"
     kind = CLIPModel if is_clip else AutoModel
@@ -194,12 +194,18 @@ def _no_clip(path: str) -> ValueError:
     )
 
 
-def _require_safetensors(folder: Path, field: str) -> None:
+def require_safetensors(folder: Path, field: str) -> None:
+    """Raise ValueError, naming the field, if a folder has no weights in safetensors format."""
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{field}: {folder}: no safetensors file; no other format is read")
 
 
-def _downloaded(name: str, revision: str | None, field: str, files: Sequence[str]) -> Path:
+def downloaded(name: str, revision: str | None, field: str, files: Sequence[str]) -> Path:
+    """Return the folder, in the local hub cache, with a model's files that match the patterns `files`.
+
+    Raises:
+        ValueError: naming the field, if there is no such model.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -210,10 +216,10 @@ def _downloaded(name: str, revision: str | None, field: str, files: Sequence[str
         raise ValueError(f"{field}: {name}: neither a folder nor a name of the hub ({reason})") from None
 
 
-def model_digest(folder: Path) -> str:
-    """SHA-256 of the weights, the architecture, the image processor and the tokenizer."""
+def model_digest(folder: Path, files: Sequence[str] = FILES) -> str:
+    """SHA-256 of the weights, the architecture, the image processor and the tokenizer: files by pattern."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in files for path in folder.glob(pattern)):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from cluster.capacity import encoders, search_actors, serving_actors, trials_at_
 from cluster.shape import Machine, Placed, place
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.diffusion.memory import pictures_at_once
+from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.planning.estimate import effective_stage, host_memory
 from ray_jobs.planning.inference import needs
 from ray_jobs.planning.memory import GIB, HEADROOM, Model, human_size, misfit, room_of_a_rank
@@ -11,6 +12,7 @@ from ray_jobs.planning.packs import largest_trial, with_pack
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
+from ray_jobs.weights.captioner import captioner_bytes
 
 WHOLE_BATCHES = ("drawing", "embedding")  # others are of as many pictures as are decoded at once
 
@@ -99,6 +101,27 @@ def drawing_lines(config: Config, machines: list[Machine]) -> tuple[list[str], l
     return lines, problems
 
 
+def captioning_lines(config: Config, machines: list[Machine]) -> tuple[list[str], list[str]]:
+    """Describe the memory of the captioning model, if there is one; also return what does not fit."""
+    data = config.data
+    if data.captioning.model is None:
+        return [], []
+    try:
+        weights = captioner_bytes(data.captioning, PRECISIONS[data.encode_precision])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    size = human_size(weights).strip()
+    line = (
+        f"memory of the captioning model ({data.encode_precision}): weights {size}, and what up to "
+        f"{data.encode_batch_size} pictures at once take"
+    )
+    sizes = [machine.gpu_gib for machine in machines if machine.gpus and machine.gpu_gib]
+    room = int(HEADROOM * min(sizes) * GIB) if config.train.use_gpu and sizes else weights + 1
+    if weights < room:
+        return [line], []
+    return [line], [f"data.captioning.model needs more than {size} and has {human_size(room).strip()}"]
+
+
 def batch_lines(config: Config) -> list[str]:
     """Describe the sizes of a step, of an epoch (if the dataset is prepared), and of the search."""
     train, workers = config.train, config.train.min_workers
@@ -159,14 +182,18 @@ def plan(config: Config, machines: list[Machine], images_per_second: float | Non
     lines = [f"cluster: {machine.describe()}" for machine in _grouped(machines)]
     problems: list[str] = []
     stages = {"train and evaluate": search_actors(config), "serve": serving_actors(config)}
-    if config.data.encode == "cache":
-        stages = {"prepare": encoders(config)} | stages
+    if config.data.encode == "cache" or config.data.captioning.model:
+        stages = {"prepare": encoders(config, 1)} | stages
     for title, actors in stages.items():
         placed = place(actors, machines)
         lines += placement_lines(title, placed)
         problems += [f"{title}: {each}" for each in placed.left_over]
     memory = memory_lines(largest_trial(config, model), model, machines)
-    for found, too_much in (memory, drawing_lines(config, machines)):
+    for found, too_much in (
+        memory,
+        drawing_lines(config, machines),
+        captioning_lines(config, machines),
+    ):
         lines += found
         problems += too_much
     lines += [of_pack] if of_pack else []

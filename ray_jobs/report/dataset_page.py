@@ -205,6 +205,8 @@ def _splits(manifest: Manifest) -> str:
     ]
     parts.append(table(("split", "pictures"), rows, "numbers"))
     words = [counted(manifest.captions.different, "different caption")]
+    if written := manifest.captions.written:
+        words.append(f"{counted(written, 'caption')} written by a model: see dataset/captions.jsonl")
     if several := manifest.captions.of_lines:
         words.append(f"{counted(several, 'caption')} with several lines: see data.caption_lines")
     if repaired := manifest.captions.repaired:

@@ -109,6 +109,10 @@ class SharedFolder:
         """Pictures of a class prompt drawn by the base model, by digest of their settings."""
         return self.root.child("class_pictures", digest)
 
+    def written_captions(self, digest: str) -> Storage:
+        """Captions that a model wrote, by digest of the model and its settings."""
+        return self.root.child("written_captions", digest)
+
     def registered(self, model: str) -> Storage:
         """Weights of every version of a registered model."""
         return self.root.child("registry", model)

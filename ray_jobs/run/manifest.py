@@ -42,11 +42,12 @@ class Bucket(Record):
 
 
 class Captions(Record):
-    """Number of different captions, of repaired ones, and of ones with several lines."""
+    """Number of different captions, of repaired ones, of ones with several lines, and written by a model."""
 
     different: int = 0
     repaired: int = 0
     of_lines: int = 0
+    written: int = 0
 
 
 class Histogram(Record):

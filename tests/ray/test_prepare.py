@@ -330,3 +330,77 @@ def test_a_mixture_of_a_bucket_and_a_folder_prepared_into_a_bucket(
         shares = [source.share for source in dataset.manifest.source]
         assert shares == pytest.approx([0.75, 0.25], abs=0.01)
         assert dataset.storage.uri.startswith("s3://") and members(dataset, "train")
+
+
+def test_bare_pictures_are_captioned_once_and_the_captions_are_in_the_rows(
+    ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray_jobs.config import CaptioningConfig
+    from ray_jobs.weights.captioner import Captioner
+    from tests.tiny_captioners import blip
+
+    folder, model = tmp_path / "bare", blip(tmp_path / "blip")
+    folder.mkdir()
+    for number in range(30):
+        noisy(number).save(folder / f"{number:03d}.png")
+    shutil.copy(folder / "000.png", folder / "twin.png")
+    (folder / "001.txt").write_text("my own")
+
+    def config(*overrides: str) -> Config:
+        options = f"{{model: {model}, trigger: sks, max_tokens: 12}}"
+        return configured(tiny_model, folder, tmp_path / "runs", f"data.captioning={options}", *overrides)
+
+    dry_run(config())
+    assert f"{model} will caption 29 pictures" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "written_captions").exists()
+    dataset = prepare(config())
+    assert "captioned 29 pictures of 30 (29 now, 0 before), e.g. 000.png: 'sks, " in capsys.readouterr().out
+    alone = Captioner(CaptioningConfig(model=str(model), max_tokens=12))
+    expected = {f"sks, {written.text}" for written in alone.write([noisy(n) for n in range(30) if n != 1])}
+    found = members(dataset, "train") | members(dataset, "validation") | members(dataset, "test")
+    assert found == expected | {"my own"} and len(expected) > 1
+    assert dataset.manifest.captions.written == 29
+    prepare(config())
+    assert "unchanged, skipped" in capsys.readouterr().out
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs/written_captions").rglob("*.par*")}
+    noisy(40).save(folder / "040.png")
+    larger = prepare(config("data.resolution=128", "data.captioning.trigger=ohwx"))
+    assert "captioned 30 pictures of 31 (1 now, 29 before)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {text.replace("ohwx", "sks") for text in members(larger, "train")} & expected
+
+    listed = (tmp_path / "runs/tiny/dataset/captions.jsonl").read_text()
+    (folder / "001.txt").unlink()
+    (folder / "metadata.jsonl").write_text(listed.replace("ohwx", "my"))
+    edited = prepare(configured(tiny_model, folder, tmp_path / "runs", "name=edited"))
+    assert edited.manifest.rejected == {} and edited.manifest.captions.written == 0
+    assert any(text.startswith("my, ") for text in members(edited, "train"))
+
+
+def test_streamed_rows_have_their_written_captions(
+    ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    from ray_jobs.data.feeding.streaming import GatherWindow, Live, StreamSettings, _windows
+    from tests.tiny_captioners import blip
+
+    folder, model = tmp_path / "bare", blip(tmp_path / "blip")
+    folder.mkdir()
+    for number in range(8):
+        noisy(number).save(folder / f"{number:03d}.png")
+    config = configured(
+        tiny_model,
+        folder,
+        tmp_path,
+        f"data.captioning={{model: {model}, trigger: sks, max_tokens: 12}}",
+        "data.encode=stream",
+    )
+    dataset = prepare(config)
+    import ray
+
+    assert dataset.live is not None
+    live: Live = ray.get(dataset.live)
+    order = StreamSettings(config, 4, 1, ()).order([part.record() for part in live.parts], 100)
+    rows = _windows(order, 1, 2).flat_map(GatherWindow(live, order, 1)).take_all()
+    texts = [text for row in rows for text in row["text"]]
+    assert len(texts) == 8 and all(text.startswith("sks, ") for text in texts)

@@ -62,6 +62,10 @@ def test_what_every_stage_can_do_passes(tiny_model: Path, tiny_flux: Path) -> No
         ({"serve": {"default_steps": 1001, "max_steps": 2000}}, "serve.default_steps: DPM.* in 1001 steps"),
         ({"serve": {"compile": True}}, "serve.compile: .*turn on serve.fuse_champion"),
         ({"resolution": 60}, "data.resolution: 60 is not a multiple of 8"),
+        (
+            {"data": {"source": "pictures", "captioning": {"model": "./nowhere"}}},
+            "data.captioning.model: ./nowhere: neither a folder nor a name of the hub",
+        ),
         ({"train": {"lora": {"target_modules": ["to_x"]}}}, "train.lora: unet: .*to_x"),
         (
             {"search": {"learning_rates": [1e-3], "ladder": [2], "space": SPACE}},

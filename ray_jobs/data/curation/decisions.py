@@ -51,6 +51,7 @@ class Decisions:
         num_repaired: number of kept rows with repaired captions.
         num_of_lines: number of kept rows whose captions have several lines in their source.
         details: value and threshold, for rows rejected by a threshold.
+        num_written: number of kept rows with captions that a model wrote.
     """
 
     counts: np.ndarray  # rows of each index file
@@ -69,6 +70,7 @@ class Decisions:
     num_repaired: int
     num_of_lines: int
     details: dict[int, str]
+    num_written: int = 0
 
     @property
     def num_judged(self) -> int:

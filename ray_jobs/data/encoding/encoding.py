@@ -85,10 +85,13 @@ def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Sample]) -> RayR
     """Combine a part with the bytes and captions of its rows; variants of a picture share its bytes."""
     places = list(zip(part.entries.tolist(), part.rows.tolist(), strict=True))
     different = {place: number for number, place in enumerate(dict.fromkeys(places))}
+    texts = {place: samples[place].text for place in different}
+    if part.texts is not None:
+        texts = dict(zip(places, part.texts, strict=True))
     return {
         "part": part,
         "data": [samples[place].data for place in different],
-        "text": [samples[place].text for place in different],
+        "text": [texts[place] for place in different],
         "name": [samples[place].name for place in different],
         "picture": [different[place] for place in places],
     }

@@ -25,7 +25,7 @@ MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
 VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
-_Row = tuple[int, int, int, bool, str, bytes]  # entry, row in it, variant, whether scored, digest, key
+_Row = tuple[int, int, int, bool, str, bytes, str]  # entry, row in it, variant, is scored, digest, key, text
 
 
 class PartRecord(TypedDict):
@@ -52,6 +52,7 @@ class PlannedPart:
         digests, keys: picture digest and key of each row; the key is the hash of everything that its encoding
             depends on.
         file: file name in the encoding cache.
+        texts: caption of each row, where they may be others than the source's own; None where they are not.
     """
 
     split: str
@@ -66,6 +67,7 @@ class PlannedPart:
     digests: list[str]
     keys: list[bytes]
     file: str
+    texts: list[str] | None = None
 
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
@@ -104,24 +106,28 @@ def plan_parts(
                 for variant in range(data.augmentation.variants if split == "train" else 1):
                     shown = scored and variant == 0
                     key = keys.key(digest, text, bucket, variant, split, shown)
-                    group.append((number, name, variant, shown, digest, key))
+                    group.append((number, name, variant, shown, digest, key, text))
                 if data.encode == "stream" and split == "train" and scored:
                     key = keys.key(digest, text, bucket, 0, "floor", True)
                     floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket), [])
-                    floor.append((number, name, 0, True, digest, key))
+                    floor.append((number, name, 0, True, digest, key, text))
             row += 1
         in_chunk += len(table)
         last = number + 1 == len(entries)
         if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
-            yield from _cut(groups, entry.source, chunk)
+            yield from _cut(groups, entry.source, chunk, data.captioning.model is not None)
             groups, in_chunk, chunk = {}, 0, chunk + 1
 
 
-def _cut(groups: dict[tuple[str, int, Size], list[_Row]], source: int, chunk: int) -> Iterator[PlannedPart]:
+def _cut(
+    groups: dict[tuple[str, int, Size], list[_Row]], source: int, chunk: int, with_texts: bool
+) -> Iterator[PlannedPart]:
     for (split, fold, bucket), group in groups.items():
         limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * bucket[0] * bucket[1])))
         for start in range(0, len(group), limit):
-            numbers, rows, variants, scored, digests, keys = zip(*group[start : start + limit], strict=True)
+            numbers, rows, variants, scored, digests, keys, texts = zip(
+                *group[start : start + limit], strict=True
+            )
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
             yield PlannedPart(
                 split,
@@ -136,6 +142,7 @@ def _cut(groups: dict[tuple[str, int, Size], list[_Row]], source: int, chunk: in
                 list(digests),
                 list(keys),
                 f"{name}.parquet",
+                list(texts) if with_texts else None,
             )
 
 

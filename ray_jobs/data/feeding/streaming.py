@@ -303,18 +303,19 @@ class GatherWindow:
     def _dealt(
         self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Sample]
     ) -> RayRow:
-        found, digests = [], []
+        found, digests, texts = [], [], []
         for number, index in rows.tolist():
             part = self.live.parts[number]
             found.append(samples[int(part.entries[index]), int(part.rows[index])])
             digests.append(part.digests[index])
+            texts.append(found[-1].text if part.texts is None else part.texts[index])
         return {
             "rank": rank,
             "step": step.step,
             "epoch": step.epoch,
             "bucket": step.bucket,
             "data": [sample.data for sample in found],
-            "text": [sample.text for sample in found],
+            "text": texts,
             "name": [sample.name for sample in found],
             "digest": digests,
         }

@@ -136,14 +136,20 @@ def dict_splits(listing: Listing) -> list[str]:
     return splits
 
 
-def open_arrow(listing: Listing, files: Sequence[str], config: SourceConfig, stratify: str | None) -> Arrow:
+def open_arrow(
+    listing: Listing,
+    files: Sequence[str],
+    config: SourceConfig,
+    stratify: str | None,
+    optional: bool = False,
+) -> Arrow:
     """List Arrow files; their number of rows is known only after reading.
 
     Raises:
         ConfigError: a file is damaged, lacks a column, or has other columns than the first one.
     """
     found = {
-        name: find_columns(f"{listing.name}: {name}", _schema(listing, name), config, stratify)
+        name: find_columns(f"{listing.name}: {name}", _schema(listing, name), config, stratify, optional)
         for name in files
     }
     columns = found[files[0]]

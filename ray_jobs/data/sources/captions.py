@@ -39,6 +39,19 @@ class CaptionRules:
         return [(text, text != before) for text, before in found if text]
 
 
+@dataclass(frozen=True)
+class OptionalCaptions(CaptionRules):
+    """Caption rules by which a picture without a caption is a row with an empty one.
+
+    A model writes it later: see `captioning`.
+    """
+
+    optional: Literal[True] = True  # so that scans by these rules have names of their own
+
+    def texts(self, caption: str) -> list[tuple[str, bool]]:
+        return super().texts(caption) or [("", False)]
+
+
 AS_WRITTEN = CaptionRules()
 
 
@@ -72,7 +85,10 @@ def caption_rules(config: Config) -> CaptionRules:
             repaired = _has_clip(local_path(model.base), model.revision)
         except ValueError as error:
             raise ConfigError(f"model.base: {error}") from None
-    return CaptionRules(data.caption_lines, repaired)
+    if data.captioning.model is None:
+        return CaptionRules(data.caption_lines, repaired)
+    # A picture has one written caption, however many lines its own has.
+    return OptionalCaptions("whole" if data.captioning.pictures == "all" else data.caption_lines, repaired)
 
 
 @functools.cache

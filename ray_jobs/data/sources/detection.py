@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig
 from ray_jobs.data.sources import arrow, dreambooth, folders, metadata, parquet, webdataset
-from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules
+from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, OptionalCaptions
 from ray_jobs.data.sources.listing import Listing, list_files
 from ray_jobs.data.sources.samples import Piece, Sample, Source
 
@@ -56,7 +56,7 @@ def open_source(
     """
     try:
         listing, notes = _chosen_splits(list_files(config.path, apart), config)
-        kind = _kind(listing, config, stratify)
+        kind = _kind(listing, config, stratify, isinstance(captions, OptionalCaptions))
         source = kind.open()
         used = set(kind.files)
         if isinstance(source, folders.Folder):
@@ -67,13 +67,16 @@ def open_source(
         raise ConfigError(f"data.source: {config.path}: cannot be read: {error}") from None
 
 
-def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind:
+def _kind(listing: Listing, config: SourceConfig, stratify: str | None, optional: bool) -> _Kind:
     """Detect the kind of source of a folder.
+
+    Args:
+        optional: captions are optional.
 
     Raises:
         ConfigError: the folder is not a source, or could be several kinds.
     """
-    kinds = _with_captions(listing, config, stratify)
+    kinds = _with_captions(listing, config, stratify, optional)
     has_prompts = dreambooth.has_prompts(listing)
     if config.instance_prompt or has_prompts:
         if kinds:
@@ -106,12 +109,20 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None) -> _Kind
         return kinds[0]
     if tables := listing.ending(".parquet"):  # without a picture column: the error lists the columns
         footers = parquet.read_footers(listing, tables)
-        parquet.open_parquet(listing, footers, config, stratify)
+        parquet.open_parquet(listing, footers, config, stratify, optional)
+    if optional and (bare := listing.pictures()):
+        return _Kind(
+            bare[0],
+            lambda: folders.open_caption_files(listing, {}, config, stratify),
+            (),
+            ("not_listed", ""),  # never used: every picture is a row
+        )
     raise ConfigError(
         f"{listing.name}: no metadata.jsonl or metadata.csv, no dataset_info.json with prompts, no "
         "*.parquet, *.arrow or *.tar, and no picture with a .txt of the same name; write a metadata.jsonl "
         'with one line per picture: {"file_name": "cat.png", "text": "a cat"}; or, if all pictures show the '
-        "same subject, give the source an instance_prompt in data.sources"
+        "same subject, give the source an instance_prompt in data.sources; or let a model write captions: "
+        "data.captioning.model"
     )
 
 
@@ -120,7 +131,9 @@ def _lies_here(files: Collection[str]) -> bool:
     return any("/" not in name for name in files)
 
 
-def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None) -> list[_Kind]:
+def _with_captions(
+    listing: Listing, config: SourceConfig, stratify: str | None, optional: bool
+) -> list[_Kind]:
     """Return the possible kinds of sources with their own captions for a folder."""
     kinds = []
     companions = [name for name in listing.files if posixpath.basename(name) in COMPANIONS]
@@ -129,7 +142,7 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
         kinds.append(
             _Kind(
                 described[0],
-                lambda: metadata.open_image_folder(listing, described, config, stratify),
+                lambda: metadata.open_image_folder(listing, described, config, stratify, optional),
                 described,
                 (
                     "not_listed",
@@ -146,7 +159,7 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
         kinds.append(
             _Kind(
                 tables[0],
-                lambda: parquet.open_parquet(listing, chosen, config, stratify),
+                lambda: parquet.open_parquet(listing, chosen, config, stratify, optional),
                 [*tables, *companions],
                 ("not_listed", "it lies beside Parquet files, which alone are read"),
             )
@@ -155,7 +168,7 @@ def _with_captions(listing: Listing, config: SourceConfig, stratify: str | None)
         kinds.append(
             _Kind(
                 arrows[0],
-                lambda: arrow.open_arrow(listing, arrows, config, stratify),
+                lambda: arrow.open_arrow(listing, arrows, config, stratify, optional),
                 [*arrows, *companions],
                 ("not_listed", "it lies beside Arrow files, which alone are read"),
             )

@@ -83,7 +83,7 @@ class Folder(Source):
     def _sample(self, number: int, row: Row) -> Sample:
         text, data, problem = "", b"", None
         try:
-            text = self._caption(row)
+            text = self._caption_or_none(lambda: self._caption(row))
             data = self._bytes(row.file_name)
         except Rejected as rejected:
             problem = rejected.with_traceback(None)

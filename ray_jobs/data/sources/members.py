@@ -62,10 +62,13 @@ class Grouping:
     Args:
         content: function that reads a member; called only for members that a row may need.
         others: counts by suffix of members that are not part of a row; updated in place.
+        optional: True if a picture without a caption is a row; then all pictures of a key are in memory.
     """
 
-    def __init__(self, content: Callable[[tarfile.TarInfo], bytes], others: Counter[str]) -> None:
-        self._content, self._others = content, others
+    def __init__(
+        self, content: Callable[[tarfile.TarInfo], bytes], others: Counter[str], optional: bool = False
+    ) -> None:
+        self._content, self._others, self._optional = content, others, optional
         self._key = ""
         self._plain, self._sub, self._middle = Group(), Group(), ""
         self._extra = list[tuple[str, bytes]]()  # pictures without a caption; the first one's content
@@ -91,7 +94,7 @@ class Grouping:
         if kind not in group.parts:
             group.parts[kind] = (member.name, self._content(member))
         elif kind == "picture":
-            self._extra.append((member.name, b""))
+            self._extra.append((member.name, self._content(member) if self._optional else b""))
         else:
             self._others[f".{suffix}"] += 1
 
@@ -108,16 +111,19 @@ class Grouping:
             plain.parts["picture"], extra = extra[0], []
         if plain.parts:
             yield plain
-        for name, _ in extra:
+        for name, content in extra:
             problem = ("missing_caption", f"no .txt or .json of the same name beside {name}")
             if "picture" in plain.parts:
                 problem = ("other_member", f"another picture of {plain.parts['picture'][0]}")
+            elif self._optional:
+                yield Group({"picture": (name, content)})
+                continue
             yield Group({"picture": (name, b"")}, problem)
 
     def _end_sub(self) -> Iterator[Group]:
         sub, self._sub, self._middle = self._sub, Group(), ""
         if "picture" in sub.parts and not sub.has_caption:
             name, content = sub.parts["picture"]
-            self._extra.append((name, b"" if self._extra else content))
+            self._extra.append((name, content if self._optional or not self._extra else b""))
         elif sub.parts:
             yield sub

@@ -55,28 +55,38 @@ def _has_column(listing: Listing, name: str, column: str) -> bool:
 
 
 def open_image_folder(
-    listing: Listing, files: Sequence[str], config: SourceConfig, stratify: str | None
+    listing: Listing,
+    files: Sequence[str],
+    config: SourceConfig,
+    stratify: str | None,
+    optional: bool = False,
 ) -> Folder:
     """Open the pictures named by metadata files.
 
     Args:
         files: result of `metadata_files`.
+        optional: captions are optional.
 
     Raises:
         ConfigError: a line cannot be parsed, or lacks a field.
     """
-    rows = (row for file in files for row in _rows(listing, file, config, stratify))
+    rows = (row for file in files for row in _rows(listing, file, config, stratify, optional))
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
     if not source.pieces:
         raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one per picture")
     return source
 
 
-def _rows(listing: Listing, file: str, config: SourceConfig, stratify: str | None) -> Iterator[Row]:
+def _rows(
+    listing: Listing, file: str, config: SourceConfig, stratify: str | None, optional: bool
+) -> Iterator[Row]:
     where, folder = f"{listing.name}/{file}", posixpath.dirname(file)
     caption = config.caption_column
     for number, fields in _lines(listing, file, where):
-        if caption is None:  # the first line decides for all
+        if optional and config.caption_column is None:
+            caption = caption_column(fields)
+            fields.setdefault(caption, None)
+        elif caption is None:  # the first line decides for all
             caption = caption_column(fields)
         columns = (config.image_column or FILE_COLUMN, caption)
         row = _row(f"{where}: line {number}", fields, columns, stratify)

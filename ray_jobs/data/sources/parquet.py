@@ -75,7 +75,11 @@ def read_footers(listing: Listing, files: Sequence[str]) -> list[Footer]:
 
 
 def open_parquet(
-    listing: Listing, footers: Sequence[Footer], config: SourceConfig, stratify: str | None
+    listing: Listing,
+    footers: Sequence[Footer],
+    config: SourceConfig,
+    stratify: str | None,
+    optional: bool = False,
 ) -> Parquet:
     """List the row groups of Parquet files.
 
@@ -89,7 +93,7 @@ def open_parquet(
             raise ConfigError(
                 f"{where}: not a complete Parquet file ({footer.error}); copy it again or remove it"
             )
-        found = find_columns(where, footer.schema, config, stratify)
+        found = find_columns(where, footer.schema, config, stratify, optional)
         if columns and found != columns:
             raise ConfigError(
                 f"{where}: pictures and captions are in {found.image!r} and {found.caption!r}, elsewhere in "

@@ -7,12 +7,12 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, num_lines
+from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, OptionalCaptions, num_lines
 from ray_jobs.pictures.reading import Rejected
 
 Role = Literal["instance", "class"]
@@ -20,6 +20,8 @@ Role = Literal["instance", "class"]
 # Reasons for pictures and files that are not rows of the dataset. They are counted separately from unusable
 # rows: a mask stored with its picture does not count against the dataset.
 LEFT_OUT = frozenset({"not_listed", "in_subfolder", "other_member", "unusable_link", "no_picture"})
+
+WITHOUT_CAPTION = frozenset({"missing_caption", "empty_caption"})  # problems that optional captions solve
 
 PLAIN_SUFFIX = re.compile(r"\.[\w.+-]{1,24}|hidden|without a suffix")
 OTHER_NAMES = "of other names"
@@ -31,7 +33,7 @@ class Sample:
 
     row: int  # number within its piece, from 0
     name: str  # name to locate it by
-    text: str  # the caption; "" where `problem` says why
+    text: str  # the caption; "" where `problem` says why, or where captions are optional
     data: bytes  # content of the picture's file; b"" if `problem` is set
     stratum: str  # value of the column named by data.stratify, else ""
     role: Role
@@ -122,6 +124,20 @@ class Source(ABC):
             )
             for name, (text, repaired) in zip(names, texts, strict=True)
         ]
+
+    @property
+    def optional(self) -> bool:
+        """Whether a picture without a caption is a row."""
+        return isinstance(self.captions, OptionalCaptions)
+
+    def _caption_or_none(self, read: Callable[[], str]) -> str:
+        """Return the caption that `read` returns; "" if there is none and it is optional."""
+        try:
+            return read()
+        except Rejected as rejected:
+            if self.optional and rejected.reason in WITHOUT_CAPTION:
+                return ""
+            raise
 
     @abstractmethod
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:

@@ -18,15 +18,15 @@ CAPTION_COLUMNS = ("text", "caption")  # "caption" is what img2dataset calls it
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table to read."""
+    """Columns of a table to read; no caption if it is optional and there is none."""
 
     image: str
-    caption: str
+    caption: str | None
     stratify: str | None
 
     @property
     def names(self) -> list[str]:
-        return [self.image, self.caption, *([self.stratify] if self.stratify else [])]
+        return [name for name in (self.image, self.caption, self.stratify) if name]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,11 @@ class Table(Source):
         stratify = self.columns.stratify
         stratum = _as_bytes(values.column(stratify)) if stratify else None
         try:
-            caption = _as_bytes(values.column(self.columns.caption))
-            text = check_caption(None) if caption is None else decode_caption(caption)
+            column = self.columns.caption
+            caption = _as_bytes(values.column(column)) if column else None
+            text = self._caption_or_none(
+                lambda: check_caption(None) if caption is None else decode_caption(caption)
+            )
             data = (image.field("bytes") if is_struct else image)[0].as_py() or b""
             if not data and path:
                 raise Rejected(
@@ -129,11 +132,16 @@ def picture_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if _is_picture(field.type)]
 
 
-def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: str | None) -> Columns:
+def find_columns(
+    where: str, schema: pa.Schema, config: SourceConfig, stratify: str | None, optional: bool = False
+) -> Columns:
     """Choose the columns to read.
 
     These are the configured ones; else `image` or the only one that can hold pictures, and `text` or
     `caption`.
+
+    Args:
+        optional: captions are optional.
 
     Raises:
         ConfigError: a column is missing, ambiguous or has another type; the message names the fix.
@@ -153,12 +161,15 @@ def find_columns(where: str, schema: pa.Schema, config: SourceConfig, stratify: 
             f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
             "correct the source's image_column"
         )
-    caption = config.caption_column or caption_column(schema.names)
-    kind = schema.field(_require(where, schema, caption, "the source's caption_column")).type
-    if not _is_bytes(kind.value_type if pa.types.is_dictionary(kind) else kind):
-        raise ConfigError(
-            f"{where}: column {caption!r} is {kind}, not string; correct the source's caption_column"
-        )
+    caption: str | None = config.caption_column or caption_column(schema.names)
+    if optional and config.caption_column is None and caption not in schema.names:
+        caption = None
+    if caption:
+        kind = schema.field(_require(where, schema, caption, "the source's caption_column")).type
+        if not _is_bytes(kind.value_type if pa.types.is_dictionary(kind) else kind):
+            raise ConfigError(
+                f"{where}: column {caption!r} is {kind}, not string; correct the source's caption_column"
+            )
     if stratify:
         kind = schema.field(_require(where, schema, stratify, "data.stratify")).type
         try:

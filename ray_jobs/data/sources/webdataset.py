@@ -96,7 +96,7 @@ class WebDataset(Source):
                 assert file, "only regular files are read"
                 return file.read()
 
-            grouping = Grouping(content, others)
+            grouping = Grouping(content, others, optional=self.optional)
             try:
                 while member := tar.next():
                     tar.members.clear()  # type: ignore[attr-defined]  # otherwise it would keep every header
@@ -115,7 +115,7 @@ class WebDataset(Source):
             fields = _object(*group.parts["json"]) if "json" in group.parts else {}
             if self.stratify:
                 stratum = self._stratum(name, fields)
-            text = self._caption(group.parts, fields)
+            text = self._caption_or_none(lambda: self._caption(group.parts, fields))
             if "picture" not in group.parts:
                 raise Rejected("missing_file", f"no picture beside {name}")
         except Rejected as rejected:
