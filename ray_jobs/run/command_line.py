@@ -5,11 +5,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.connect import connect
 from cluster.lease import held
 from cluster.watch import watched
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.config import Config, ConfigError, add_config_arguments, home, load_config
 from ray_jobs.console import complain, quiet_logs, show
 from ray_jobs.run.folder import RunFolder
 
@@ -18,6 +19,20 @@ FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
 
 DENIED = ("Permission denied", "Read-only file system", "ACCESS_DENIED", "AccessDenied")
 """Their messages to a user without write permission."""
+
+
+JOB_COPIES = "working_dir_files"
+"""Folder of Ray in which each job on a cluster has its copy of the code; deleted once the job is done."""
+
+
+def require_lasting(config: Config) -> None:
+    """Raise ConfigError if the results would lie in a job's copy of the code, and be deleted with it."""
+    storage = config.storage
+    if "://" not in storage and not Path(storage).is_absolute() and JOB_COPIES in home().parts:
+        raise ConfigError(
+            f"storage: {storage}: this job runs in a copy of the code, which is deleted after it, and the "
+            "results with it; give s3://..., gs://... or an absolute path on a disk that every node has"
+        )
 
 
 def refusal(config: Config, error: object) -> ConfigError | None:
@@ -68,6 +83,7 @@ def run_stage(
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        require_lasting(config)
     except ConfigError as error:
         sys.exit(complain(error))
     log = quiet_logs()

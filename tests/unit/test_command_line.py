@@ -2,12 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_jobs.config import Config
-from ray_jobs.run.command_line import refusal
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.run.command_line import refusal, require_lasting
 
 CONFIG = Config.model_validate(
     {
@@ -44,3 +45,21 @@ def test_a_refusal_is_told_with_what_to_mend(error: Any, said: str) -> None:
 
 def test_another_failure_is_none() -> None:
     assert refusal(CONFIG, ValueError("a wrong shape")) is None
+
+
+def test_results_in_a_jobs_copy_of_the_code_would_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative, absolute = (CONFIG.model_copy(update={"storage": each}) for each in ("runs", "/mnt/runs"))
+    monkeypatch.delenv("DIFFRAY_HOME", raising=False)
+    copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    require_lasting(relative)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match="storage: runs: this job runs in a copy of the code"):
+        require_lasting(relative)
+    for config in (absolute, CONFIG):
+        require_lasting(config)
+    monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))  # as on the embedded Ray
+    require_lasting(relative)
