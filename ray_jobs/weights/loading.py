@@ -14,7 +14,7 @@ from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
 from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file
-from ray_jobs.weights.model_files import UNUSED, model_folder, require_no_adapter, variants
+from ray_jobs.weights.model_files import UNUSED, model_folder, require_own_layers, variants
 from ray_jobs.weights.model_index import (
     INDEX,
     MODULAR_INDEX,
@@ -111,7 +111,7 @@ def read_pipeline(
     family = family_of(read_index(base, revision)["_class_name"])
     # Absolute: with "." and a subfolder, transformers 5.23 looks for some files beside the subfolder.
     folder = model_folder(base, revision=revision, without=[*UNUSED, *without]).absolute()
-    require_no_adapter(base, folder)
+    require_own_layers(base, folder)
     index = read_index(str(folder))
     options = left_out(index, without)
     dtypes, chosen = dtypes_of(folder, index, dtype), variants(folder)

@@ -80,27 +80,40 @@ def check_weights(base: str, *, revision: str | None = None) -> None:
     listed = _files(base, revision)
     if listed is not None:
         _require_weights(base, folder, listed, ())
-    require_no_adapter(base, folder)
+    require_own_layers(base, folder)
 
 
-def require_no_adapter(base: str, folder: Path) -> None:
-    """Raise ValueError if a component was saved with an adapter on its layers.
+def require_own_layers(base: str, folder: Path) -> None:
+    """Raise ValueError if a component was saved with an adapter on its layers, or a file is not whole.
 
     Libraries find no weights for such layers, and start them at random with a warning.
 
     Args:
         base: the model's name for the message.
-        folder: its folder; only files that are there are read.
+        folder: its folder; of the files that are there, the headers of those are read that are loaded.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*/*.safetensors")):
-        with safe_open(path, "np") as file:
-            if any(".base_layer." in name for name in file.keys()):  # noqa: SIM118
-                raise ValueError(
-                    f"{base}: {path.parent.name} was saved with an adapter on its layers; load it "
-                    "with diffusers as it was, call fuse_lora() and unload_lora_weights(), and save it again"
-                )
+    loaded = (
+        folder / name / file
+        for name, files in _folders(folder).items()
+        for file in files
+        if name not in UNUSED and file.endswith(".safetensors") and plain_name(file, variant_of(files))
+    )
+    for path in sorted(loaded):
+        try:
+            with safe_open(path, "np") as opened:
+                layers = list(opened.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{base}: {path.relative_to(folder)}: cannot be read ({error}); fetch it again, from a Git "
+                "LFS repository by `git lfs pull`"
+            ) from None
+        if any(".base_layer." in layer for layer in layers):
+            raise ValueError(
+                f"{base}: {path.parent.name} was saved with an adapter on its layers; load it with diffusers "
+                "as it was, call fuse_lora() and unload_lora_weights(), and save it again"
+            )
 
 
 def _downloaded(base: str, revision: str | None, patterns: Sequence[str]) -> Path:

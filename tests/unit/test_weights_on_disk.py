@@ -236,6 +236,15 @@ def test_a_component_that_was_saved_with_its_adapter_is_refused(copy: Path) -> N
             read(str(copy))
 
 
+def test_a_file_that_is_not_whole_is_named_before_anything_starts(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 7\n")
+    with pytest.raises(
+        ValueError, match=r"unet/diffusion_pytorch_model\.safetensors: cannot be read .*git lfs"
+    ):
+        check_weights(str(copy))
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_an_adapter_that_changed_its_base_is_refused(tiny_model: Path, start: str, tmp_path: Path) -> None:
     adapter(tmp_path, {"unet.init_lora_weights": start})
