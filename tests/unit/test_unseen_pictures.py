@@ -12,6 +12,7 @@ from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluate import _candidates
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
+from ray_jobs.registry.models import open_client
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from ray_jobs.run.names import LEARNING_RATE
@@ -98,13 +99,13 @@ def test_the_stage_scores_each_checkpoint_on_its_fold_and_no_last_training(tmp_p
     assert [split for _, _, split in _candidates(plain)] == [VALIDATION, VALIDATION]
 
 
-def published(config: Config, folder: Path, params: dict[str, str]) -> None:
-    """A version whose weights are its name, which nothing here loads."""
+def published(config: Config, folder: Path) -> None:
+    """Register a version whose weights are its name, which nothing here loads."""
     folder.mkdir()
     name = torch.tensor(list(folder.name.encode()), dtype=torch.uint8)
     save_file({"name": name}, folder / "pytorch_lora_weights.safetensors")
     measured = Measured(fid=10.0, error=1.0, num_samples=4, feature_network="n", data="d")
-    register(config, source=str(folder), measured=measured, params=params)
+    register(config, source=str(folder), measured=measured, params={"dataset": "d"})
 
 
 def test_a_version_that_has_trained_on_the_validation_split_is_not_compared_on_it(
@@ -112,9 +113,11 @@ def test_a_version_that_has_trained_on_the_validation_split_is_not_compared_on_i
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = configured(f"storage={tmp_path}")
-    published(config, tmp_path / "plain", {"folds": "0", "guidance_scale": "1.5", "dataset": "d"})
-    published(config, tmp_path / "refitted", {"folds": "2", "guidance_scale": "2", "dataset": "d"})
-    published(config, tmp_path / "older", {})
+    published(configured(f"storage={tmp_path}", "evaluate.guidance_scale=1.5"), tmp_path / "plain")
+    published(configured(f"storage={tmp_path}", *IN_FOLDS), tmp_path / "refitted")
+    published(config, tmp_path / "older")
+    for tag in ("folds", "guidance_scale"):  # which older releases did not give
+        open_client(config).delete_model_version_tag(config.publish.model_name, "3", tag)
     with pytest.raises(ConfigError, match=r"search\.folds: version 2 was trained on the validation pictures"):
         look_up(config, "2")
     assert (look_up(config, "1").guidance_scale, look_up(config, "1").data) == (1.5, "d")
