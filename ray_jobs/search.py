@@ -71,10 +71,10 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         pool.rank_by = FID
     with watched_board() as board, ExitStack() as workers:
         phase("workers")
-        pool.wait_until_placed()  # before workers that are elastic take their places
-        # Trials start while real pictures are measured, and wait for it with their first rungs.
-        ready = workers.enter_context(promised(partial(_ready, config, pool)))
         with opened_store(config):
+            pool.wait_until_placed()  # before workers that are elastic take their places
+            # Trials start while real pictures are measured, and wait for it with their first rungs.
+            ready = workers.enter_context(promised(partial(_ready, config, pool)))
             # Workers of a pack start before their trials, unless all rungs may be measured already.
             queue = workers.enter_context(packing(config, board, at_once=not recorded))
         with _mirrored(config, dataset) as mirror:
