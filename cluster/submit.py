@@ -81,7 +81,7 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
     if options.no_wait and not options.address:
         parser.error("--no-wait needs --address: the embedded Ray ends with this command")
-    if is_ours(command):  # --config=FILE is written as two words, which a path on the cluster can replace
+    if modules_in(command):  # --config=FILE is written as two words, which a path on the cluster can replace
         command = [word for each in command for word in _words(each)]
     if options.config is None:
         after = command.index("--config") + 1 if "--config" in command else len(command)
@@ -94,14 +94,14 @@ def _words(argument: str) -> list[str]:
     return [name, value] if equals and name == "--config" else [argument]
 
 
-def is_ours(command: list[str]) -> bool:
-    """Return whether a command runs a stage of diffray."""
-    return any(each.startswith(("ray_jobs.", "serving.")) for each in command)
+def modules_in(command: list[str]) -> list[str]:
+    """Return the modules of diffray that a command runs; empty if it is another program's."""
+    return [each for each in command if each.startswith(("ray_jobs.", "serving."))]
 
 
 def overrides_in(command: list[str]) -> list[str]:
     """Return the configuration overrides in a diffray command, so that they are checked before Ray starts."""
-    if not is_ours(command):
+    if not modules_in(command):
         return []
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--set", action="append", dest="overrides", default=[])
@@ -111,7 +111,7 @@ def overrides_in(command: list[str]) -> list[str]:
 
 def stage_in(command: list[str]) -> str:
     """Return the name of the stage that a command runs; empty if it runs none."""
-    modules = [each.rpartition(".") for each in command if each.startswith(("ray_jobs.", "serving."))]
+    modules = (each.rpartition(".") for each in modules_in(command))
     return next(("serve" if package == "serving" else name for package, _, name in modules), "")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cluster.storage import Storage, slug
+from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
@@ -23,7 +23,7 @@ from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import CORRECTED, FID, KID, Measurement
-from ray_jobs.run.samples import PROMPTS, SAMPLES, sample_name
+from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
 if TYPE_CHECKING:
@@ -480,11 +480,7 @@ class EvaluatorPool:
     def prompts_of(self, weights: str, checkpoint: Storage) -> list[bytes]:
         """Return PNGs of `evaluate.prompts` by a rung's weights; they are kept in its checkpoint's folder."""
         prompts, kept = self.config.evaluate.prompts, checkpoint.child(PROMPTS)
-        # With a digest: what is shortened to the same name may differ.
-        names = [
-            f"{i}-{slug(prompt)}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}.png"
-            for i, prompt in enumerate(prompts)
-        ]
+        names = [prompt_name(i, prompt) for i, prompt in enumerate(prompts)]
         missing = [i for i, name in enumerate(names) if not kept.exists(name)]
         for i, drawn in zip(missing, self.draw_prompts(weights, missing), strict=True):
             kept.write_bytes(names[i], drawn)

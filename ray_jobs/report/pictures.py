@@ -118,6 +118,7 @@ def prompts_section(strip: Strip | None) -> str:
 
 
 def _over_steps(title: str, note: str, strip: Strip) -> str:
+    """Section with a row of pictures over the steps for each caption."""
 
     def cell(tag: str, heading: str, content: str) -> str:
         mark = ' class="winner"' if heading == strip.winner else ""

@@ -28,7 +28,7 @@ JOB_COPIES = "working_dir_files"
 def require_lasting(config: Config) -> None:
     """Raise ConfigError if the results would lie in a job's copy of the code, and be deleted with it."""
     storage = config.storage
-    if "://" not in storage and not Path(storage).is_absolute() and JOB_COPIES in home().parts:
+    if "://" not in storage and JOB_COPIES in (home() / Path(storage).expanduser()).parts:
         raise ConfigError(
             f"storage: {storage}: this job runs in a copy of the code, which is deleted after it, and the "
             "results with it; give s3://..., gs://... or an absolute path on a disk that every node has"

@@ -1,5 +1,6 @@
 """Pictures saved for a rung, stored with its checkpoint."""
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -17,6 +18,12 @@ SHEET_PICTURES = 64  # maximum pictures per sheet
 def sample_name(number: int, caption: str) -> str:
     """File name of a saved picture."""
     return f"{number}-{slug(caption)}.png"
+
+
+def prompt_name(number: int, prompt: str) -> str:
+    """File name of a picture of an own prompt; with a digest, since others may shorten to the same slug."""
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    return f"{number}-{slug(prompt)}-{digest}.png"
 
 
 def sheet(folder: Storage) -> Image.Image | None:

@@ -15,12 +15,12 @@ import torch
 from cluster.fetched import local_path
 from ray_jobs.config import CaptioningConfig
 from ray_jobs.metrics.vision_model import downloaded, model_digest, require_safetensors
+from ray_jobs.weights.model_files import CONFIGURATIONS
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FIELD = "data.captioning.model"
-CONFIGURATIONS = ("*.json", "*.txt", "*.jinja", "*.model")
 FILES = (*CONFIGURATIONS, "*.safetensors")
 
 BLIP, BLIP_2, FLORENCE, CHAT = "blip", "blip-2", "florence2", "chat"

@@ -59,7 +59,7 @@ def test_results_in_a_jobs_copy_of_the_code_would_be_deleted(
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match="storage: runs: this job runs in a copy of the code"):
         require_lasting(relative)
-    for config in (absolute, CONFIG):
+    for config in (absolute, CONFIG, CONFIG.model_copy(update={"storage": "~/runs"})):
         require_lasting(config)
     monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))  # as on the embedded Ray
     require_lasting(relative)
