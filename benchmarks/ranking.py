@@ -51,6 +51,7 @@ SIZES = (32, 64, 128, 256)
 DRAWS = 100  # subsets of each size
 EXAMPLE = 672  # pictures; a third is compared with, the others tell the correction
 REAL, OTHERS = "real", "others"
+OF_SETS = (FID, CORRECTED, KID, MIND)  # scores of sets of pictures of any kind
 
 Features = dict[str, torch.Tensor]
 """Of real pictures (`REAL`, `OTHERS`) and of each candidate, by name: float32, N x D."""
@@ -160,12 +161,12 @@ def rank(features: Features, sizes: Sequence[int], draws: int) -> tuple[dict[str
     count = len(judge.candidates[0])
     if max(sizes) > count // 2:
         raise ValueError(f"--sizes: {max(sizes)} is more than half of the {count} pictures; draw more")
-    whole = {measure: judge.scores(measure, torch.arange(count)) for measure in MEASURES}
+    whole = {measure: judge.scores(measure, torch.arange(count)) for measure in OF_SETS}
     generator = torch.Generator().manual_seed(0)
     rows = []
     for size in sizes:
         subsets = [torch.randperm(count, generator=generator)[:size] for _ in range(draws)]
-        for measure in MEASURES:
+        for measure in OF_SETS:
             scores = torch.stack([judge.scores(measure, chosen) for chosen in subsets])
             own, corrected = choices(scores, whole[measure]), choices(scores, whole[CORRECTED])
             rows.append(Row(measure, size, *own, *corrected))

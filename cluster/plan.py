@@ -31,6 +31,16 @@ def live(address: str, config: Config) -> list[Machine]:
         return machines_of(nodes, equipment(nodes) if on_gpus else None)
 
 
+def _suited(config: Config) -> tuple[Config, list[str]]:
+    """Return the configuration as its sources decide it, and a line if they cannot be read from here."""
+    from ray_jobs.data.subjects import suited_to_subjects
+
+    try:
+        return suited_to_subjects(config), []
+    except ConfigError as error:
+        return config, [f"planned without the sources, which decide on folds of subjects: {error}"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.plan",
@@ -51,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             machines = live(options.address, config)
         else:
             machines = parse_nodes(options.nodes) if options.nodes else embedded(config.local)
+        config, unread = _suited(config)
         page, fits = plan(config, machines, options.images_per_second)
         from ray_jobs.planning.checks import check_stages  # imports Ray
 
@@ -58,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([page, *warnings]))
+    print("\n".join([page, *unread, *warnings]))
     return 0 if fits else 1
 
 

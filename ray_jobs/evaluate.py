@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.preparation import prepare
+from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.evaluation.scores import describe_record
@@ -26,6 +27,7 @@ from ray_jobs.weights.feature_networks import check_networks
 def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     """Run the stage."""
     check_networks(config.evaluate)
+    config = suited_to_subjects(config)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         for name, weights, split in _candidates(config):

@@ -17,7 +17,8 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
-from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
+from ray_jobs.data.subjects import suited_to_subjects
+from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool, evaluators
 from ray_jobs.publishing.final_scores import measure_final
 from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_page
 from ray_jobs.publishing.reuse import publish_settings, reuse
@@ -28,7 +29,7 @@ from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import MODEL, RunFolder
-from ray_jobs.run.records import KID, MIND, Winner
+from ray_jobs.run.records import KID, MIND, SUBJECT, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
@@ -69,7 +70,9 @@ def publish(
     scheduler = scheduler_class(local) if beside else None
     write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
     folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
-    folder.model.write_bytes(TEST_FEATURES, run.read_bytes(TEST_FEATURES))
+    for name in (TEST_FEATURES, SUBJECT_FEATURES):
+        if run.exists(name):
+            folder.model.write_bytes(name, run.read_bytes(name))
     paired = paired_with_champion(config, pool, winner, folder.model)
     registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
@@ -99,6 +102,13 @@ def _outcome(winner: Winner) -> list[str]:
             + (" (0)" if closed else ""),
             f"{fid} (real pictures: {winner.test_floor_fid:.1f})",
         ]
+    if winner.ranked_by == SUBJECT:
+        digits, score, error = winner.measure.digits, *winner.value_of("validation_subject")
+        unseen = f"over {len(winner.folds)} folds" if winner.folds else "validation"
+        base = number(winner.base_validation_subject, digits)
+        lines.insert(
+            0, f"subject score, {unseen}: {base} (base) -> {number(score, digits, error)} (0 at best)"
+        )
     if winner.ranked_by in (KID, MIND):
         name, digits = winner.measure
         base, own = (
@@ -120,6 +130,7 @@ def require_intact(checkpoint: Storage) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
     check_networks(config.evaluate)
+    config = suited_to_subjects(config)
     dataset = prepare(config)
     found = read_result(config, dataset)
     if found is None:

@@ -19,6 +19,7 @@ from ray_jobs.console import phase, say
 from ray_jobs.console.board import watched_board
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
+from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
@@ -124,6 +125,7 @@ def _tell(config: Config, found: SearchResult) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     check_store(config)
     check_networks(config.evaluate)
+    config = suited_to_subjects(config)
     check = checked(config)
     dataset = prepare(config, check=check)
     config = check()

@@ -227,7 +227,7 @@ class DataConfig(Section):
         0,
         ge=0,
         description="number of cross-validation folds of the training and validation images, for "
-        "`search.folds`; 0: none",
+        "`search.folds`; 0: none; unless given, as many as search.folds has for a subject",
     )
     num_class_images: Annotated[Positive, Effect.EXTENT] = Field(
         100,

@@ -20,6 +20,8 @@ from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
+RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "subject"]
+
 
 def _kind(values: object) -> str:
     return "[section]" if isinstance(values, dict | Section) else "[values]"
@@ -69,12 +71,14 @@ class SearchConfig(Section):
         "rung the worst continue from the best with changed settings. none: stop none",
     )
     # Earlier releases ranked by FID. What they found keeps its winner: its digest is that of the default.
-    rank_by: Annotated[Literal["corrected_fid", "fid", "kid", "mind"], Added("corrected_fid")] = Field(
+    rank_by: Annotated[RankedBy, Added("corrected_fid")] = Field(
         "corrected_fid",
-        description="score that decides between checkpoints. corrected_fid: FID without the bias of the "
-        "number of images, by which few images reward a smaller variety; with fewer training images than a "
-        "score has, it is FID. fid: FID as in the literature. kid: kernel distance, which has no such bias; "
-        "with fewer than 4 images it is FID. mind: sliced Wasserstein distance, which has hardly any",
+        description="score that decides between checkpoints; subject unless given, if all sources are "
+        "subjects. corrected_fid: FID without the bias of the number of images, by which few images reward a "
+        "smaller variety; with fewer training images than a score has, it is FID. fid: FID as in the "
+        "literature. kid: kernel distance, which has no such bias; with fewer than 4 images it is FID. mind: "
+        "sliced Wasserstein distance, which has hardly any. subject: likeness to photos not trained on, "
+        "learning by heart, and what is lost of the class, of variety and of own prompts (docs/search.md)",
     )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],
@@ -85,7 +89,8 @@ class SearchConfig(Section):
         0,
         ge=0,
         description="rank by the mean over this many folds (data.folds), then train the winner on "
-        "training and validation images together; 0: rank by the validation split",
+        "training and validation images together; 0: rank by the validation split. Unless given, subjects of "
+        "fewer than 20 photos have one fold for every two photos, at most 4",
     )
     ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
@@ -365,7 +370,10 @@ class EvaluateConfig(Section):
         "over the steps, beside the base model's pictures",
     )
     subject_samples: Annotated[int, Effect.PUBLISHING] = Field(
-        16, ge=2, description="DreamBooth: images per prompt from which publish measures a subject"
+        16,
+        ge=2,
+        description="DreamBooth: images per prompt from which a subject is measured, at every rung with "
+        "search.rank_by: subject",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,8 @@ from ray_jobs.data.sources.detection import Source
 from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
 from ray_jobs.run.split import SPLITS
 
+FOLDED = ("train", "validation")  # splits that cross-validation divides anew
+
 
 def describe(
     config: Config,
@@ -32,7 +34,7 @@ def describe(
         for digest, key in zip(part.digests, part.keys, strict=True)
     )
     set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
-    folds = Counter(part.fold for part in parts for v in part.variants if part.split != "test" and v == 0)
+    folds = Counter(part.fold for part in parts for v in part.variants if part.split in FOLDED and v == 0)
     matched = decisions.matched >= 0
     return Manifest(
         train=counts["train"],
@@ -126,6 +128,11 @@ def require_enough(config: Config, manifest: Manifest, storage: Storage) -> None
                 f"{source}: {manifest.rows(split)} pictures in the {split} split, but 2 are needed; "
                 f"add pictures or raise data.{'validation' if split == 'train' else split}"
             )
+    if manifest.folds and min(manifest.folds) < 2:
+        raise ConfigError(
+            f"{source}: {min(manifest.folds)} pictures in a fold, but 2 are needed; lower data.folds "
+            f"({config.data.folds}) and search.folds, or add pictures"
+        )
     if config.train.prior_loss_weight and not manifest.class_:
         raise ConfigError(
             f"{source}: all class pictures are rejected ({storage.uri}/rejected.jsonl says why); put others "

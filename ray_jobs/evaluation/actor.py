@@ -138,6 +138,14 @@ class Evaluator:
         """Return how each network's input pictures are resized, by network identity."""
         return {network.identity: network.resizing for network in self.networks.all}
 
+    def subject_network(self) -> str:
+        """Return the identity of the network that compares subjects."""
+        return self.networks.of_subjects.identity
+
+    def text_features(self, texts: list[str]) -> np.ndarray | None:
+        """Features of texts by CLIP: float32, N x D; None without `evaluate.clip`."""
+        return self.networks.clip.text_features(texts).numpy() if self.networks.clip else None
+
     def num_features(self) -> int:
         """Return the number of features of the ranking network."""
         return self.networks.first.num_features

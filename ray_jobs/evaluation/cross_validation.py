@@ -12,10 +12,11 @@ from statistics import fmean, stdev
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
-from ray_jobs.run.records import RungRow
+from ray_jobs.metrics.subject import PARTS
+from ray_jobs.run.records import SUBJECT, RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
-ORIGIN = ("ranked_by", "feature_network", "feature_network_2", "num_samples")
+ORIGIN = ("ranked_by", "feature_network", "feature_network_2", "subject_network", "num_samples")
 """Fields that are equal in scores that may be compared."""
 MEANS = (
     "fid",
@@ -24,6 +25,8 @@ MEANS = (
     "spread",
     "kid",
     "mind",
+    SUBJECT,
+    *PARTS,
     "fid_2",
     "train_loss",
     "validation_loss",
@@ -87,7 +90,7 @@ def averaged(rows: list[RungRow], folds: int) -> list[RungRow]:
     found = []
     for of_fold in complete(rows, folds):
         each_given = [row.fields() for row in of_fold]
-        require_comparable(each_given, "ranked_by", "feature_network", "feature_network_2")
+        require_comparable(each_given, *ORIGIN[:-1])
         mean = dict(each_given[0])
         for name in MEANS:
             values = [given[name] for given in each_given if given.get(name) is not None]

@@ -15,14 +15,17 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Features, Real, Recited, Scores, SetScores, recited
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.resampling import PairedDifference
+from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectReference
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CORRECTED, FID, KID, Measurement
+from ray_jobs.run.records import CORRECTED, FID, KID, SUBJECT, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 # pictures to compare with.
 CAPTION_USES = 2
 
+SUBJECT_FEATURES = "subject.features"  # features of what was drawn for subjects, beside FEATURES
+
 OTHERS = 2  # real training pictures per picture of a score, to measure the correction of FID on
 
 HELD_OUT = 299  # held-out pictures that tell how near pictures come: the third nearest is at 1 % of them
@@ -41,6 +46,8 @@ HELD_OUT = 299  # held-out pictures that tell how near pictures come: the third 
 KNOWN_COPIES = 64  # training pictures, twice through the autoencoder, that try a detector of near copies
 
 DRAWN_FOR_TRAINING = 32  # pictures for captions of training pictures: a quarter of a small score's
+
+MOST_PHOTOS = 100  # of all subjects, in either set that pictures are compared with
 
 RESTARTS = 10  # per evaluator; an actor that dies more often has another cause than a lost node
 
@@ -78,6 +85,7 @@ class EvaluatorPool:
 
     Attributes:
         rank_by: `search.rank_by`, or what a search of an earlier release was ranked by.
+        subjects: with `search.rank_by: subject`, all of the run.
         captions, shapes, digests: of the pictures of each loaded split.
         corrected: whether there is a correction of FID for the scores of each loaded split.
     """
@@ -95,6 +103,7 @@ class EvaluatorPool:
             for _ in range(config.evaluate.num_actors)
         ]
         self.rank_by: str = config.search.rank_by
+        self.subjects = subjects_of(config) if self.rank_by == SUBJECT else []
         self.captions: dict[Split, list[str]] = {}
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
         self.corrected: dict[Split, bool] = {}
@@ -103,6 +112,8 @@ class EvaluatorPool:
         self._training: dict[int | None, Features] = {}  # by held-out fold
         self._training_restored: dict[int | None, list[Features]] = {}  # the same, in parts
         self._known: dict[int | None, Known] = {}  # the same
+        self._subjects: dict[Split, SubjectReference] = {}
+        self._drawn_by_base: dict[tuple[object, ...], DrawnSubjects] = {}
 
     def wait_until_placed(self) -> None:
         """Wait until every evaluator has its place."""
@@ -131,7 +142,8 @@ class EvaluatorPool:
                 hashlib.sha256(row["image"]).digest() + hashlib.sha256(row["text"].encode()).digest()
             )
         self.digests[split] = digest.hexdigest()
-        if (count := self._num_samples(split)) < (wanted := self.config.evaluate.num_samples):
+        count, wanted = self._num_samples(split), self.config.evaluate.num_samples
+        if count < wanted and self.rank_by != SUBJECT:
             say(
                 "evaluate",
                 f"{split}: {len(rows):,} captions, so {count:,} pictures a score and not the {wanted:,} of "
@@ -142,6 +154,8 @@ class EvaluatorPool:
         correction = ray.get(self.actors[0].correction.remote(real, others, count))
         self._real[split] = ray.put(Real.of(real, correction))
         self.corrected[split] = correction is not None
+        if self.rank_by == SUBJECT:
+            self._subjects[split] = self._subject_reference(split)
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
         """Features of real pictures, cached in the storage: they cost as much as a candidate's."""
@@ -181,7 +195,10 @@ class EvaluatorPool:
         return list(zip(self.actors, shares, strict=False))
 
     def _num_samples(self, split: Split) -> int:
-        return min(self.config.evaluate.num_samples, CAPTION_USES * len(self.captions[split]))
+        evaluate, captions = self.config.evaluate, self.captions[split]
+        if self.rank_by == SUBJECT:
+            return min(evaluate.num_samples, evaluate.subject_samples * len(set(captions)))
+        return min(evaluate.num_samples, CAPTION_USES * len(captions))
 
     def _tasks(self, split: Split, wanted: Sequence[int] | None = None) -> list[Task]:
         """Tasks for the given picture numbers of a split; None means all pictures of a score."""
@@ -228,10 +245,11 @@ class EvaluatorPool:
         parts, tasks = [], self._tasks(split)
         for actor, numbers, captions, seeds, shapes in tasks:
             kept = SampleFiles(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
-            work = weights, captions, seeds, kept, guidance_scale
+            work = weights, captions, seeds, kept, guidance_scale, self.rank_by == SUBJECT
             parts.append(actor.sample_features.remote(*work, shapes=shapes))
         shares = [task.numbers for task in tasks]
-        return ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
+        found: Scores = ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
+        return self._with_subjects(found, weights, split, guidance_scale, rung, tasks, parts)
 
     def measure(
         self,
@@ -260,6 +278,8 @@ class EvaluatorPool:
         searched = (known.detector, known.facts) if known else None
         given = self._real[split], self.captions[split], searched, shares, kept
         found: SetScores = ray.get(self.actors[0].measure.remote(*given, *parts))
+        scores = self._with_subjects(found.scores, weights, split, guidance_scale, kept, tasks, parts)
+        found = replace(found, scores=scores)
         return replace(found, recited=self._recited(weights, guidance_scale, known)) if known else found
 
     def _recited(self, weights: str | None, guidance_scale: float | None, known: Known) -> Recited:
@@ -299,6 +319,128 @@ class EvaluatorPool:
             captions, shapes = [row["text"] for row in rows], [shape_of(row["image"]) for row in rows]
             self._known[dataset.without_fold] = Known(detector, facts, captions, shapes)
         return self._known[dataset.without_fold]
+
+    def _with_subjects(
+        self,
+        found: Scores,
+        weights: str | None,
+        split: Split,
+        guidance_scale: float | None,
+        kept: Storage | None,
+        tasks: Sequence[Task],
+        parts: "Sequence[ObjectRef[Features]]",
+    ) -> Scores:
+        """Add the subject score, for which further pictures are drawn, if the search is ranked by it.
+
+        Args:
+            kept: folder in which the pictures' features are saved.
+            tasks, parts: of the scored pictures.
+        """
+        import ray
+        from safetensors.torch import save
+
+        if self.rank_by != SUBJECT:
+            return found
+        own = join(ray.get(list(parts)), [task.numbers for task in tasks])
+        drawn = self._drawn_subjects(weights, split, guidance_scale, kept, own)
+        if kept:
+            kept.write_bytes(SUBJECT_FEATURES, save(drawn.tensors()))
+        reference, resamples = self._subjects[split], self.config.evaluate.bootstrap
+        return replace(found, subject=reference.score(drawn, num_resamples=resamples))
+
+    def _subject_reference(self, split: Split) -> SubjectReference:
+        """Measure what subjects on a loaded split are compared with: photos, prompts, the base's pictures."""
+        import ray
+        import torch
+
+        network: str = ray.get(self.actors[0].subject_network.remote())
+        dataset = trained_on(self.config, self.dataset, split)
+        unseen = self.dataset.judged_by(split).pictures(split.name, MOST_PHOTOS)
+        is_apart = self.dataset.manifest.held_out or split.fold is not None
+        seen = dataset.pictures("train", MOST_PHOTOS) if is_apart else []
+        rows = [*unseen, *seen]
+        restored = torch.from_numpy(
+            self.features([row["image"] for row in rows], through_autoencoder=1)[network]
+        )
+
+        def photos_of(prompt: str) -> Photos:
+            its = torch.tensor([row["text"] == prompt for row in rows])
+            held = torch.arange(len(rows)) < len(unseen)
+            return Photos(restored[its & held], restored[its & ~held])
+
+        photos = [photos_of(subject.instance_prompt) for subject in self._judged_subjects(split)]
+        prompts, texts = self.config.evaluate.prompts, None
+        if prompts and (found := ray.get(self.actors[0].text_features.remote(prompts))) is not None:
+            texts = torch.from_numpy(found)
+        tasks = self._tasks(split)
+        # The base draws the same for every fold of photos of one shape.
+        key = tuple((*task.captions, *task.seeds, *task.shapes) for task in tasks)
+        if key not in self._drawn_by_base:
+            parts = [
+                actor.sample_features.remote(None, captions, seeds, None, None, True, shapes)
+                for actor, _, captions, seeds, shapes in tasks
+            ]
+            own = join(ray.get(parts), [task.numbers for task in tasks])
+            self._drawn_by_base[key] = self._drawn_subjects(None, split, None, None, own, network)
+        return SubjectReference(photos, self._drawn_by_base[key], network, texts)
+
+    def _judged_subjects(self, split: Split) -> list[Subject]:
+        """Return the subjects of which a loaded split has photos."""
+        present = set(self.captions[split])
+        return [subject for subject in self.subjects if subject.instance_prompt in present]
+
+    def _drawn_subjects(
+        self,
+        weights: str | None,
+        split: Split,
+        guidance_scale: float | None,
+        kept: Storage | None,
+        own: Features,
+        network: str | None = None,
+    ) -> DrawnSubjects:
+        """Draw the class prompts and own prompts, from noise that is the same for all weights.
+
+        Args:
+            kept: folder in which pictures of own prompts are kept; None: they are not.
+            own: features of the scored pictures.
+            network: identity of the network that compares subjects; None: that of the split's reference.
+        """
+        import ray
+        import torch
+
+        network = network or self._subjects[split].feature_network
+        captions, subjects = self.captions[split], self._judged_subjects(split)
+        shown = [captions[i % len(captions)] for i in range(self._num_samples(split))]
+        count, seed = self.config.evaluate.subject_samples, self.config.evaluate.seed
+        shapes = [self.shapes[split][i % len(captions)] for i in range(count)]
+        of_classes: dict[str, torch.Tensor] = {}
+        for prompt in sorted({each.class_prompt for each in subjects if each.class_prompt}):
+            tasks = self._dealt_tasks([prompt] * count, range(seed, seed + count), shapes)
+            parts = [
+                actor.sample_features.remote(weights, texts, seeds, None, guidance_scale, True, sides)
+                for actor, _, texts, seeds, sides in tasks
+            ]
+            drawn = join(ray.get(parts), [task.numbers for task in tasks])
+            of_classes[prompt] = torch.from_numpy(drawn[network])
+        found = []
+        for subject in subjects:
+            its = torch.tensor([caption == subject.instance_prompt for caption in shown])
+            of_class = of_classes.get(subject.class_prompt or "")
+            found.append(Drawn(torch.from_numpy(own[network])[its], of_class))
+        prompted = None
+        if self.config.evaluate.prompts and self.config.evaluate.clip:
+            if kept and weights:
+                pictures = self.prompts_of(weights, kept, guidance_scale)
+            else:
+                pictures = self.draw_prompts(weights, guidance_scale=guidance_scale)
+            prompted = torch.from_numpy(list(self.features(pictures).values())[-1])  # CLIP is the last
+        return DrawnSubjects(found, prompted)
+
+    def subject_network(self) -> str:
+        """Return the identity of the network that compares subjects."""
+        import ray
+
+        return str(ray.get(self.actors[0].subject_network.remote()))
 
     def training_features(self, split: Split, count: int) -> Features:
         """Features of the first `count` training pictures of the weights that a split evaluates, or of all
@@ -364,10 +506,15 @@ class EvaluatorPool:
         """Score of the features in `one` minus that of the features in `other`, from the same captions.
 
         Args:
+            file: with the features, in both folders; of the subject score it is `SUBJECT_FEATURES`.
             measure: one of `records.MEASURES`.
         """
         import ray
+        from safetensors.torch import load
 
+        if measure == SUBJECT:
+            drawn = [DrawnSubjects.read(load(each.read_bytes(SUBJECT_FEATURES))) for each in (one, other)]
+            return self._subjects[split].difference(*drawn, num_resamples=self.config.evaluate.bootstrap)
         return ray.get(self.actors[0].difference.remote(self._real[split], one, other, file, measure))
 
     def ranked_by(self, split: Split) -> str:
@@ -460,13 +607,19 @@ class EvaluatorPool:
             weights, self._dealt_tasks([prompt] * count, range(seed, seed + count), of_each), None
         )
 
-    def draw_prompts(self, weights: str | None, numbers: Sequence[int] | None = None) -> list[bytes]:
+    def draw_prompts(
+        self,
+        weights: str | None,
+        numbers: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> list[bytes]:
         """Sample PNGs of `evaluate.prompts`: squares of `data.resolution`.
 
         The noise of prompt i is seeded with `evaluate.seed` + i, whatever the weights.
 
         Args:
             numbers: positions of the prompts; None: all.
+            guidance_scale: None means `evaluate.guidance_scale`.
         """
         prompts, side, seed = (
             self.config.evaluate.prompts,
@@ -475,14 +628,16 @@ class EvaluatorPool:
         )
         numbers = range(len(prompts)) if numbers is None else numbers
         wanted = [prompts[i] for i in numbers], [seed + i for i in numbers], [(side, side) for _ in numbers]
-        return self._draw(weights, self._dealt_tasks(*wanted), None)
+        return self._draw(weights, self._dealt_tasks(*wanted), guidance_scale)
 
-    def prompts_of(self, weights: str, checkpoint: Storage) -> list[bytes]:
+    def prompts_of(
+        self, weights: str, checkpoint: Storage, guidance_scale: float | None = None
+    ) -> list[bytes]:
         """Return PNGs of `evaluate.prompts` by a rung's weights; they are kept in its checkpoint's folder."""
         prompts, kept = self.config.evaluate.prompts, checkpoint.child(PROMPTS)
         names = [prompt_name(i, prompt) for i, prompt in enumerate(prompts)]
         missing = [i for i, name in enumerate(names) if not kept.exists(name)]
-        for i, drawn in zip(missing, self.draw_prompts(weights, missing), strict=True):
+        for i, drawn in zip(missing, self.draw_prompts(weights, missing, guidance_scale), strict=True):
             kept.write_bytes(names[i], drawn)
         return [kept.read_bytes(name) for name in names]
 

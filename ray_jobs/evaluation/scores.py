@@ -23,6 +23,7 @@ from ray_jobs.metrics.resampling import PairedDifference, frechet_score, paired_
 from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.similarity import clip_score, paired_similarity
 from ray_jobs.metrics.sliced import mind_difference, mind_score
+from ray_jobs.metrics.subject import SubjectScore
 from ray_jobs.metrics.vision_model import Clip
 from ray_jobs.report import number
 from ray_jobs.run.records import (
@@ -34,6 +35,7 @@ from ray_jobs.run.records import (
     MIND,
     OWN,
     RECITED,
+    SUBJECT,
     Measurement,
 )
 from ray_jobs.weights.feature_networks import Networks
@@ -84,6 +86,7 @@ class Scores:
             correction for this number.
         means: the means' part of FID.
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
+        subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
 
     fid: Score
@@ -93,10 +96,11 @@ class Scores:
     corrected: Score | None
     means: float
     spread: float
+    subject: SubjectScore | None = None
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
         """Values with their errors: `fid`, `fid_error`, `kid`, ..., each name after a prefix."""
-        named = {**self._ranking, "fid_2": self.second}
+        named = {**self._ranking, "fid_2": self.second, **(self.subject.parts if self.subject else {})}
         found: dict[str, float | None] = {f"{prefix}fid_means": self.means, f"{prefix}spread": self.spread}
         for name, score in named.items():
             if score:
@@ -106,7 +110,8 @@ class Scores:
     @property
     def _ranking(self) -> dict[str, Score | None]:
         """Scores that can rank, as `MEASURES` names them."""
-        return {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
+        subject = self.subject.total if self.subject else None
+        return {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind, SUBJECT: subject}
 
     def described(self) -> str:
         """Format the scores for display."""
@@ -123,8 +128,11 @@ class Scores:
     @property
     def origin(self) -> dict[str, str | int]:
         """Networks and number of pictures, which must be equal for two scores to be comparable."""
-        second = {"feature_network_2": self.second.feature_network} if self.second else {}
-        return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **second}
+        others = {"feature_network_2": self.second} if self.second else {}
+        if self.subject:
+            others["subject_network"] = self.subject.total
+        networks = {name: score.feature_network for name, score in others.items()}
+        return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **networks}
 
 
 def scores_of(
@@ -162,7 +170,7 @@ def difference_by(
     """Compare two candidates on common captions and noise by a score that can rank.
 
     Args:
-        measure: one of `records.MEASURES`.
+        measure: one of `records.MEASURES`, but not the subject score (`SubjectReference.difference`).
         one, other: features from the ranking network, whose identity is `network`: float, N x D each.
         resamples: as `evaluate.bootstrap`.
     """

@@ -1,15 +1,14 @@
 """Measures of DreamBooth subjects: similarity to the subject, and drift of its class.
 
-Features come from the CLIP model of `evaluate.clip`, if set, else from the second feature network, else from
-the first. Every number records its network.
+Features come from `Networks.of_subjects`. Every number records its network.
 """
 
 from dataclasses import dataclass
 
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
-from ray_jobs.data.preparation import open_sources
 from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
 from ray_jobs.evaluation.scores import Features, measurement
@@ -41,7 +40,7 @@ def measure_subjects(
     Pictures of the subject's prompt are compared with its photos. Pictures of the class prompt from the base
     model are compared with those from the weights, from the same noise. All have the shapes of the photos.
     """
-    subjects = [source for source in open_sources(config) if isinstance(source, Subject)]
+    subjects = subjects_of(config)
     if not subjects:
         return []
     rows = dataset.pictures("train", dataset.manifest.train)
@@ -59,20 +58,22 @@ def measure_subjects(
         for prompt in sorted(shapes):
             count = config.evaluate.subject_samples
             drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
+    network = pool.subject_network()
     features = {place: pool.features(pictures) for place, pictures in drawn.items()}
     return [
-        MeasuredSubject(_scores(subject, pool.features(own), features), own, drawn)
+        MeasuredSubject(_scores(subject, pool.features(own), features, network), own, drawn)
         for subject, own in zip(subjects, photos, strict=True)
         if own  # empty if prepare rejected all photos, or keeps none of them for scores
     ]
 
 
-def _scores(subject: Subject, photos: Features, features: dict[tuple[str, str], Features]) -> SubjectScores:
+def _scores(
+    subject: Subject, photos: Features, features: dict[tuple[str, str], Features], network: str
+) -> SubjectScores:
     import torch
 
     from ray_jobs.metrics.similarity import class_drift, image_similarity
 
-    network = list(photos)[-1]
     instance, kind = subject.instance_prompt, subject.class_prompt
     of_photos = torch.from_numpy(photos[network])
 

@@ -2,13 +2,13 @@
 
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.evaluation.pool import EvaluatorPool
+from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool
 from ray_jobs.publishing.pages import CARD
 from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired, Result
 from ray_jobs.registry.registration import Registered, quantization_tags, register
 from ray_jobs.report import headline
-from ray_jobs.run.records import FID, MEASURES, RungRow, Winner
+from ray_jobs.run.records import FID, MEASURES, SUBJECT, RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
@@ -28,10 +28,13 @@ def paired_with_champion(
     folder = Storage.open(held.source)
     if held.test_digest != winner.test_digest or not folder.exists(TEST_FEATURES):
         return None
+    measures = {FID, pool.ranked_by(TEST)}
+    if not folder.exists(SUBJECT_FEATURES):
+        measures -= {SUBJECT}
     try:
         errors = {
             measure: pool.difference(model, folder, TEST, TEST_FEATURES, measure).standard_error
-            for measure in {FID, pool.ranked_by(TEST)}
+            for measure in measures
         }
     except (KeyError, ValueError):  # another network or number of pictures
         return None

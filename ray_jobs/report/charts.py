@@ -7,7 +7,7 @@ from statistics import stdev
 from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart, number
-from ray_jobs.run.records import CORRECTED, KID, MEASURES, MIND, Measure, RungRow, Winner
+from ray_jobs.run.records import CORRECTED, KID, MEASURES, MIND, SUBJECT, Measure, RungRow, Winner
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
@@ -16,6 +16,15 @@ CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 STRONGEST, FAINTEST = 0.55, 0.05
 LOWEST = 1e-3  # values of the heat map are at least this share of the highest, to have a logarithm
 SURE = 2  # standard errors; larger differences are not attributed to chance
+
+# Parts of the subject score, by field (`metrics.subject`).
+PARTS = {
+    "unlike": "unlike the photos",
+    "by_heart": "learned by heart",
+    "class_lost": "lost of the class",
+    "variety_lost": "lost of variety",
+    "fit_lost": "lost of prompts",
+}
 
 Rows = Sequence[RungRow]
 
@@ -107,6 +116,34 @@ def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what
         level=None if base is None else ("base model", base),
     )
     return line_chart(chart, score_curves(winner, results, measure))
+
+
+def subject_charts(winner: Winner, results: Rows) -> list[str]:
+    """Subject score over steps, and its parts for every trial, the winner first; empty if no row has one."""
+    title = "Subject score over training steps"
+    what = "Likeness to photos that were not trained on, and what was lost for it: the sum of the parts below"
+    if not (whole := _ranking_chart(winner, results, SUBJECT, title, what)):
+        return []
+    trials = sorted(trials_of(results), key=lambda each: each[1] != winner.trial_id)
+    return [whole, *(_parts_chart(winner, number, *trial) for number, trial in enumerate(trials))]
+
+
+def _parts_chart(winner: Winner, number: int, label: str, trial: str, rungs: Rows) -> str:
+    """Parts of a trial's subject score over steps. Where one falls and another rises, training parts them."""
+    star = winner.step if trial == winner.trial_id else None
+    curves = []
+    for color, (field, name) in enumerate(PARTS.items()):
+        found = [(row.step, finite(row, field), finite(row, f"{field}_error")) for row in rungs]
+        if points := [Point(step, value, error) for step, value, error in found if value is not None]:
+            curves.append(Curve(name, points, color, False, star))
+    chart = Chart(
+        name=f"subject-parts-{number}",
+        title=f"What training gains and loses: {label}",
+        description=f"Parts of the subject score, each 0 at best and 1 at worst; lower is better. {NUMBERS}",
+        unit="share (lower is better)",
+        digits=2,
+    )
+    return line_chart(chart, curves)
 
 
 def second_chart(winner: Winner, results: Rows, network: str) -> str:

@@ -13,6 +13,7 @@ from ray_jobs.report.charts import (
     loss_section,
     mind_chart,
     second_chart,
+    subject_charts,
 )
 from ray_jobs.report.dataset_page import STYLE, dataset_section, table
 from ray_jobs.report.measures import SubjectPictures, measures_table, subjects_section
@@ -29,7 +30,7 @@ from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, costs_section, guidance_table, rungs_table, scores
 from ray_jobs.report.verdict import headline, notes, second_network
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import RungRow, Winner
+from ray_jobs.run.records import SUBJECT, RungRow, Winner
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -75,6 +76,7 @@ def write_report(
     """
     network = second_network(results)
     charts = [
+        *subject_charts(winner, results),
         corrected_chart(winner, results),
         fid_chart(winner, results),
         heat_map(winner, results),
@@ -115,6 +117,11 @@ def _summary(winner: Winner) -> str:
     before = number(winner.base_test_fid, 1, winner.base_test_fid_error)
     after = number(winner.test_fid, 1, winner.test_fid_error)
     floor = number(winner.test_floor_fid, 1)
+    if winner.ranked_by == SUBJECT:
+        return (
+            "The subject score adds up how unlike the pictures are to photos that were not trained on, what"
+            " was learned by heart, and what was lost of the class, of variety and of your prompts."
+        )
     return (
         f"Test FID {before} before, {after} after training; real pictures score {floor} against each other."
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import describe_settings, number
-from ray_jobs.run.records import CORRECTED, FID, KID, MIND, RungRow, Winner
+from ray_jobs.run.records import CORRECTED, FID, KID, MIND, SUBJECT, RungRow, Winner
 
 LESS_VARIED = 0.95  # spread over the base's, below which pictures became more alike
 UNBIASED = (CORRECTED, KID)  # scores without the bias of few pictures
@@ -15,6 +15,7 @@ BIAS = {
     CORRECTED: "The corrected FID, which ranks here, does not have this bias.",
     KID: "KID, which ranks here, does not have this bias.",
     MIND: "MIND, which ranks here, hardly rewards that; its values, too, fall with the number of pictures.",
+    SUBJECT: "The subject score, which ranks here, is made for few pictures.",
 }
 
 
@@ -41,6 +42,14 @@ def headline(winner: Winner) -> str:
     who = f"A learning rate of {describe_settings(winner)} for {counted(winner.step, 'step')}"
     if winner.guidance_scale is not None:
         who += f", drawn with a guidance scale of {winner.guidance_scale:g},"
+    if winner.ranked_by == SUBJECT:
+        digits = winner.measure.digits
+        score = number(winner.validation_subject, digits, winner.validation_subject_error)
+        base = number(winner.base_validation_subject, digits)
+        unseen = f" over {len(winner.folds)} folds" if winner.folds else ""
+        return (
+            f"{who} won with a subject score of {score}{unseen}; the base model's is {base}, the best is 0."
+        )
     share = closed_share(winner)
     if share is None:
         return f"{who} won; within its error, the base model is already as near to real pictures as they are."

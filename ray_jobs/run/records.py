@@ -19,7 +19,8 @@ from ray_jobs.config.fields import explain
 FORMAT = 1  # a change that this program could misread gets the next number
 RESULTS = "results.jsonl"
 WINNER = "winner.json"
-FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"  # fields that candidates are ranked by
+# Fields that candidates are ranked by.
+FID, CORRECTED, KID, MIND, SUBJECT = "fid", "corrected_fid", "kid", "mind", "subject"
 
 # Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
 # pictures, and how often the nearest training picture has the caption that was drawn.
@@ -38,6 +39,7 @@ MEASURES = {
     CORRECTED: Measure("corrected FID", 1),
     KID: Measure("KID", 4),
     MIND: Measure("MIND", 1),
+    SUBJECT: Measure("subject score", 2),
 }
 
 
@@ -109,6 +111,7 @@ class RungRow(Record):
         fold: cross-validation fold that was evaluated; None: the validation split.
         ranked_by: which score ranks, one of `MEASURES`.
         fid_means, spread: as in `evaluation.scores.Scores`.
+        unlike, by_heart, class_lost, variety_lost, fit_lost: parts of the subject score (`metrics.subject`).
         training: folder of the checkpoints, if it is not named after the trial.
         parent: checkpoint of another trial that the training began with, at step `begins_at`.
         validation_losses: loss of each held-out row.
@@ -141,10 +144,23 @@ class RungRow(Record):
     kid_error: float | None = None
     mind: float | None = None
     mind_error: float | None = None
+    subject: float | None = None
+    subject_error: float | None = None
+    unlike: float | None = None
+    unlike_error: float | None = None
+    by_heart: float | None = None
+    by_heart_error: float | None = None
+    class_lost: float | None = None
+    class_lost_error: float | None = None
+    variety_lost: float | None = None
+    variety_lost_error: float | None = None
+    fit_lost: float | None = None
+    fit_lost_error: float | None = None
     fid_2: float | None = None
     fid_2_error: float | None = None
     feature_network: str | None = None
     feature_network_2: str | None = None
+    subject_network: str | None = None
     num_samples: int | None = None
     train_loss: float = math.nan
     validation_loss: float | None = None
@@ -286,6 +302,8 @@ class Winner(Record):
     validation_kid_error: float | None = None
     validation_mind: float | None = None
     validation_mind_error: float | None = None
+    validation_subject: float | None = None
+    validation_subject_error: float | None = None
     test_reads: int = 1
     test_fid: float
     test_fid_error: float | None = None
@@ -296,6 +314,8 @@ class Winner(Record):
     test_kid_error: float | None = None
     test_mind: float | None = None
     test_mind_error: float | None = None
+    test_subject: float | None = None
+    test_subject_error: float | None = None
     test_fid_2: float | None = None
     test_fid_2_error: float | None = None
     base_test_fid: float
@@ -307,6 +327,8 @@ class Winner(Record):
     base_test_kid_error: float | None = None
     base_test_mind: float | None = None
     base_test_mind_error: float | None = None
+    base_test_subject: float | None = None
+    base_test_subject_error: float | None = None
     base_test_fid_2: float | None = None
     base_test_fid_2_error: float | None = None
     feature_network: str
@@ -317,6 +339,7 @@ class Winner(Record):
     base_validation_corrected_fid: float | None = None
     base_validation_kid: float | None = None
     base_validation_mind: float | None = None
+    base_validation_subject: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float
     reachable_test_fid: float | None = None

@@ -18,7 +18,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, RungRow, read_rows
+from ray_jobs.run.records import FID, SUBJECT, RungRow, read_rows
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
@@ -56,6 +56,10 @@ def search_digest(config: Config, dataset: Dataset, as_before: bool = False) -> 
         ValueError: the file of `model.assistant` is missing; its content is part of the digest.
     """
     settings = [began_with(config, dataset, None), config.affecting(Effect.SCORES, as_before=as_before)]
+    if config.search.rank_by == SUBJECT:
+        evaluate = config.evaluate
+        asked = [evaluate.clip_revision, *evaluate.prompts] if evaluate.clip else []
+        settings.append({"subject": [evaluate.subject_samples, evaluate.clip, *asked]})
     content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -6,7 +6,7 @@ from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig
 from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
 from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
-from ray_jobs.metrics.vision_model import Clip, check_clip, load_clip
+from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, load_clip
 
 FIRST = "evaluate.feature_network"
 
@@ -23,6 +23,13 @@ class Networks:
     def ranking(self) -> list[FeatureNetwork]:
         """The networks that score every rung."""
         return [network for network in (self.first, self.second) if network]
+
+    @property
+    def of_subjects(self) -> FeatureNetwork:
+        """The network that compares subjects: DINO or its like if it is the second one, else CLIP, if any."""
+        if isinstance(self.second, VisionModel):
+            return self.second
+        return self.clip or self.second or self.first
 
     @property
     def all(self) -> list[FeatureNetwork]:

@@ -19,7 +19,7 @@ from ray_jobs.config import CleaningConfig, Config
 from ray_jobs.data.curation.cleaning import QUALITY_CHECKS, ImageStats, check, check_size, histogram
 from ray_jobs.data.curation.duplicates import Pairs, find_near_pairs
 from ray_jobs.data.curation.scan import Entry, HashPart, read_index
-from ray_jobs.data.curation.splits import Shares, fold_of, split_of, stratified_splits
+from ray_jobs.data.curation.splits import Shares, even_folds, fold_of, split_of, stratified_splits
 from ray_jobs.data.sources.samples import LEFT_OUT, read_suffix_text
 from ray_jobs.pictures.reading import Rejected
 from ray_jobs.run.split import SplitName
@@ -172,8 +172,18 @@ def decide(config: Config, entries: Sequence[Entry], index: Storage, dataset: St
     folds = np.zeros(len(reasons), np.int16)
     if data.folds:
         names = [pictures.digests[group].decode() for group in groups]
-        of_picture = np.array([fold_of(name, data.split_seed, data.folds) for name in names], np.int16)
-        folds[pictures.rows] = of_picture[pictures.number]
+        if held_out:
+            of_picture = [fold_of(name, data.split_seed, data.folds) for name in names]
+        else:
+            captions = columns["text_hash"][pictures.first].tolist()
+            kept = np.flatnonzero(resolution.kept)
+            dealt = even_folds(
+                [names[i] for i in kept], [captions[i] for i in kept], data.split_seed, data.folds
+            )
+            of_picture = [0] * len(names)
+            for i, fold in zip(kept, dealt, strict=True):
+                of_picture[i] = fold
+        folds[pictures.rows] = np.array(of_picture, np.int16)[pictures.number]
         folds[splits == "test"] = 0
     return Decisions(
         counts=counts,

@@ -1,6 +1,7 @@
 """Assignment of a picture to a split and fold: a function of its bytes, so that it never moves."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,26 @@ def fold_of(digest: str, seed: int, folds: int) -> int:
     For near duplicates, pass the digest of one of them for all.
     """
     return int(_position(digest, f"{seed}:fold") * folds)
+
+
+def even_folds(names: Sequence[str], strata: Sequence[object], seed: int, folds: int) -> list[int]:
+    """Folds of few pictures, as even as whole groups allow, each stratum too.
+
+    Unlike `fold_of` the result depends on the other pictures.
+
+    Args:
+        names: group of each picture, of near duplicates, which stay together.
+        strata: of each picture; a group has that of its first one.
+    """
+    sizes, kinds = Counter(names), dict(zip(reversed(names), reversed(strata), strict=True))
+    of_group: dict[str, int] = {}
+    filled = [Counter[object]() for _ in range(folds)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], _position(name, f"{seed}:fold"))):
+        kind = kinds[name]
+        fold = min(range(folds), key=lambda fold: (filled[fold][kind], filled[fold].total(), fold))
+        of_group[name] = fold
+        filled[fold][kind] += sizes[name]
+    return [of_group[name] for name in names]
 
 
 def is_floor_candidate(digest: str, shares: Shares) -> bool:

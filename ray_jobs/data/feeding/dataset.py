@@ -47,8 +47,9 @@ class Dataset:
         return list(json.loads(self.storage.read_text(PARTS)))
 
     def parts(self, split: str) -> list[PartRecord]:
-        """Stored parts of a split. A dataset of too few pictures has one split, used for all."""
-        if split in ("validation", "test") and not self.manifest.held_out:
+        """Stored parts of a split. A dataset of too few pictures has one split, used for all but folds."""
+        of_fold = self.without_fold in range(len(self.manifest.folds))
+        if not self.manifest.held_out and (split == "test" or (split == "validation" and not of_fold)):
             split = "train"
         if split == "train" and self.manifest.encode == "stream":
             split = "floor"  # of the training rows only those needed for scores are stored
