@@ -14,7 +14,7 @@ OWN := benchmarks cluster examples ray_jobs scripts serving tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test journeys faults lint format serve bench-gpu base-model configuration-page lock clean
+.PHONY: help setup demo subject check test journeys faults lint format serve bench-gpu base-model configuration-page lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,11 @@ $(EFFICIENTNET): scripts/fetch_efficientnet.py .venv/complete
 demo: setup ## run the main job end to end, then ask the model it made for four pictures
 	$(BIN)/python -m cluster.submit --config $(CONFIG) -- python -m ray_jobs.pipeline --config $(CONFIG)
 	$(BIN)/python -m serving.command --config $(CONFIG) --ask 4
+
+subject: setup ## learn one cat from nine pictures, then draw it crying (docs/subject.md)
+	$(BIN)/python -m cluster.submit --config configs/dreambooth.yaml -- \
+		python -m ray_jobs.pipeline --config configs/dreambooth.yaml
+	$(BIN)/python -m serving.command --config configs/dreambooth.yaml --ask 2 --prompt "a crying nch cat"
 
 check: lint ## check style and types, and run the tests that need neither Ray nor a model (3 minutes)
 	$(PYTEST) -m "not ray and not slow" tests/unit tests/k8s

@@ -4,9 +4,11 @@
     python -m examples.emoji base        # .cache/emoji-base: Fluent flat and Noto, drawn from SVG
     python -m examples.emoji pictures    # .cache/emoji-pictures: both, for the autoencoder, of the
                                          # 3D pictures only those that the demo trains on
+    python -m examples.emoji subject     # examples/fluent-cat: nine 3D pictures of one cat, no captions
 
-Each writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The concepts are
-those that all three hands have drawn, so the example shares the base model's words but not its style.
+Each but the last writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The
+concepts are those that all three hands have drawn, so the example shares the base model's words but
+not its style.
 Needs npm, and the `dev` extra (resvg-py).
 """
 
@@ -45,6 +47,12 @@ SUBGROUPS = [
     *("dishware", "transport-ground", "transport-water", "transport-air", "sky-weather"),
     *("sport", "game", "arts-crafts", "clothing", "musical-instrument", "computer"),
     *("light-video", "tool", "household"),
+]
+
+# Slugs of the pictures that show the same cat.
+CAT = [
+    *("grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "smiling-cat-with-heart-eyes"),
+    *("cat-with-wry-smile", "kissing-cat", "weary-cat", "crying-cat", "pouting-cat", "cat-face"),
 ]
 
 PICTURE_SIZE = 128  # pixels a side of the pictures drawn from SVG
@@ -170,9 +178,16 @@ def build_base(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def build_subject(folder: Path) -> None:
+    """Copy the 3D pictures of the cat."""
+    for concept in concepts():
+        if concept["slug"] in CAT:
+            shutil.copyfile(concept["3d"], folder / f"{concept['slug']}.webp")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["example", "base", "pictures"])
+    parser.add_argument("what", choices=["example", "base", "pictures", "subject"])
     what = parser.parse_args().what
     if what == "example":
         folder = ROOT / "examples" / "fluent-emoji"
@@ -180,6 +195,8 @@ def main() -> None:
     elif what == "base":
         folder = CACHE / "emoji-base"
         write_folder(folder, build_base(folder))
+    elif what == "subject":
+        build_subject(ROOT / "examples" / "fluent-cat")
     else:
         folder = CACHE / "emoji-pictures"
         rows = build_base(folder)[::2]

@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, Effect
+from ray_jobs.config import Config, ConfigError, Effect
 from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
@@ -31,12 +31,13 @@ from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.long_captions import long_captions
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
 from ray_jobs.data.encoding.shapes import picture_shapes
-from ray_jobs.data.encoding.subject_words import check_subjects
+from ray_jobs.data.encoding.subject_words import FEWEST, check_subjects
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import Live
 from ray_jobs.data.manifest import describe, require_enough
 from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
+from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.sources.samples import suffix_text
 from ray_jobs.report.dataset_page import write_dataset_page
 from ray_jobs.run.folder import RunFolder, SharedFolder
@@ -93,6 +94,7 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
         return stored
     phase("cleaning")
     found, decisions = examine(config, sources, dataset.storage)
+    require_photos(sources, found, decisions, dataset.storage)
     if captioner:
         require_enough(config, _expected(config, sources, decisions), dataset.storage)
         if check:
@@ -218,6 +220,26 @@ def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tupl
     return found, decisions
 
 
+def require_photos(
+    sources: Sequence[Source], found: Sequence[Entry], decisions: Decisions, storage: Storage
+) -> None:
+    """Raise ConfigError if too few different photos of a subject are left."""
+    of_row = np.repeat([entry.source for entry in found], decisions.counts)
+    for number, source in enumerate(sources):
+        if not isinstance(source, Subject):
+            continue
+        mine = (of_row == number) & (decisions.splits != "class")
+        left = int((decisions.reasons[mine] == "").sum())
+        if left < FEWEST:
+            reasons = Counter(reason for reason in decisions.reasons[mine] if reason).most_common()
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons)
+            raise ConfigError(
+                f"{source.name}: {left} of {source.num_photos} photos are left ({why}); a subject needs at "
+                f"least {FEWEST} that differ: add some from other sides and places "
+                f"({storage.uri}/duplicates.jsonl and rejected.jsonl name the others)"
+            )
+
+
 def _expected(config: Config, sources: Sequence[Source], decisions: Decisions) -> Manifest:
     """Return the manifest of an examined dataset if all its pictures get captions, without its parts."""
     kept = Counter[str](decisions.splits[decisions.reasons == ""].tolist())
@@ -254,7 +276,8 @@ def _plan(
             f"{manifest.class_:,} class pictures are not used, because train.prior_loss_weight is 0",
         )
     if not decisions.held_out:
-        say("prepare", "too few pictures to hold any out; scores compare with the training pictures")
+        of = "final scores compare" if manifest.folds else "scores compare"
+        say("prepare", f"too few pictures to hold any out; {of} with the training pictures")
     return manifest, parts
 
 
@@ -314,6 +337,7 @@ def dry_run(config: Config) -> str:
     announce_class_pictures(config, sources)
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
+    require_photos(sources, found, decisions, storage)
     announce_captions(config, found, storage.child(INDEX), decisions)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     _say_cut(long_captions(config, found, storage.child(INDEX), decisions))

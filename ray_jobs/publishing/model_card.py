@@ -347,7 +347,10 @@ def _measures(winner: Winner) -> list[str]:
 def _data(config: Config, manifest: Manifest) -> list[str]:
     splits = ", ".join(f"{manifest.rows(split):,} {split}" for split in ("train", "validation", "test"))
     rows = [(portable(each.name), f"{each.rows:,}", f"{each.share:.0%}") for each in manifest.source]
-    held_out = "" if manifest.held_out else " It is too small to hold out images; scores use training images."
+    held_out = ""
+    if not manifest.held_out:
+        of = "test scores" if manifest.folds else "scores"
+        held_out = f" It is too small to hold out images; {of} use training images."
     return [
         "## Training data",
         f"{manifest.captions.different:,} different captions; pictures: {splits};"

@@ -192,7 +192,14 @@ def _measure(name: str, measure: Histogram) -> str:
 def _splits(manifest: Manifest) -> str:
     """Describe pictures per split, folds, and the number of different captions."""
     parts = []
-    if not manifest.held_out:
+    if not manifest.held_out and manifest.folds:
+        parts.append(
+            _note(
+                "There are too few pictures to hold any out: final scores compare with the training pictures."
+                " Those of the folds, by which the search ranks, do not."
+            )
+        )
+    elif not manifest.held_out:
         parts.append(
             _note(
                 "There are too few pictures to hold any out: scores compare with the training pictures, so"

@@ -5,6 +5,7 @@ import pytest
 from ray_jobs.data.curation.splits import (
     Shares,
     content_digest,
+    even_folds,
     fold_of,
     is_floor_candidate,
     split_of,
@@ -68,3 +69,21 @@ def test_folds_are_even_and_independent_of_the_splits() -> None:
     assert all(abs(folds.count(fold) - 800) < 100 for fold in range(5))
     test = [fold for fold, digest in zip(folds, DIGESTS, strict=True) if split_of(digest, SHARES) == "test"]
     assert all(abs(test.count(fold) - len(test) / 5) < 40 for fold in range(5))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_of_few_pictures_are_as_even_as_groups_and_captions_allow(seed: int) -> None:
+    cats, dogs = DIGESTS[:7], DIGESTS[7:11]
+    groups = [cats[0], *cats[:6], *dogs]  # the first two cats are near duplicates
+    captions = ["cat"] * 7 + ["dog"] * 4
+    folds = even_folds(groups, captions, seed, 4)
+    assert folds[0] == folds[1]
+    assert sorted(folds[7:]) == [0, 1, 2, 3]
+    assert sorted(folds.count(fold) for fold in range(4)) == [2, 3, 3, 3]
+    assert sorted(folds[:7].count(fold) for fold in range(4)) == [1, 2, 2, 2]
+
+
+def test_folds_of_few_pictures_do_not_depend_on_their_order() -> None:
+    folds = even_folds(DIGESTS[:9], ["cat"] * 9, 0, 4)
+    turned = even_folds(DIGESTS[8::-1], ["cat"] * 9, 0, 4)
+    assert folds == turned[::-1]

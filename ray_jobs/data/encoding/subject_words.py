@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cluster.fetched import local_path
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, Range, SearchConfig, TrainConfig
 from ray_jobs.console import say
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.data.sources.dreambooth import Subject
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 FEWEST = 4  # photos of a subject
 FREQUENT = 0.3  # of a vocabulary, in which frequent tokens come first: words that mean something already
 PROPOSED = 3  # words
+
+MANY_TIMES = 200  # a photo is seen before the first rung
+USUAL_RATE = {"lora": 1e-3, "full": 1e-5}
+PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "face", "human", "people"}
 
 
 def check_subjects(config: Config, sources: Sequence[Source]) -> None:
@@ -36,8 +40,36 @@ def check_subjects(config: Config, sources: Sequence[Source]) -> None:
         return
     tokenizer = _first_tokenizer(config)
     for subject in subjects:
-        for line in advice(subject.instance_prompt, subject.class_prompt, tokenizer):
+        lines = advice(subject.instance_prompt, subject.class_prompt, tokenizer)
+        lines += training_advice(config.train, config.search, subject)
+        for line in lines:
             say("prepare", f"{subject.name}: {line}")
+
+
+def training_advice(train: TrainConfig, search: SearchConfig, subject: Subject) -> list[str]:
+    """Return a line for each setting with which subjects usually fail (arXiv 2208.12242, 4.1 and 4.4)."""
+    lines = []
+    shown = search.ladder[0] * (train.batch_size - (train.batch_size // 2 if train.prior_loss_weight else 0))
+    if shown > MANY_TIMES * subject.num_photos:
+        lines.append(
+            f"each photo is seen {shown // subject.num_photos:,} times before the first rung (search.ladder: "
+            f"{search.ladder[0]:,}); a subject is often learned by heart by then: begin with an earlier rung"
+        )
+    usual = USUAL_RATE[train.method]
+    rates = search.learning_rates
+    lowest = rates.low if isinstance(rates, Range) else min(rates)
+    if lowest > usual:
+        lines.append(
+            f"the lowest of search.learning_rates is {lowest:g}; with train.method: {train.method} a subject "
+            f"is usually learned at {usual:g} or less"
+        )
+    of_class = set(_words(subject.class_prompt or subject.instance_prompt))
+    if of_class & PEOPLE and not train.prior_loss_weight:
+        lines.append(
+            "a person's face soon becomes everybody's; train.prior_loss_weight: 1 with a class_prompt keeps "
+            "other faces as they are"
+        )
+    return lines
 
 
 def _first_tokenizer(config: Config) -> "Tokenizer":
