@@ -109,7 +109,7 @@ def together(configs: Sequence[Config], rows: Rows) -> Step:
         number = next(steps)
         for engine, stage in zip(engines, stages, strict=True):
             engine.set_hyperparameters(stage, number)
-        begun = [inputs.begin(rows.piece(configs[0], inputs.makers[0]), number)]
+        begun = [inputs.begin({0: rows.piece(configs[0], inputs.makers[0])}, number)]
         accumulate(pack, engines, inputs, begun, everyone, step=number, rank=0)
         for engine in engines:
             engine.update(torch.zeros(1))

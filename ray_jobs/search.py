@@ -82,10 +82,12 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
             done = Trials(SearchContext(config, dataset, ready, board, queue), storage, mirror)
             run_trials(config, done)
             ready.wait()
-            workers.close()
+            if not config.search.folds:  # else the winner is yet to be trained on all of them
+                workers.close()
             if not done.rows:
                 raise RuntimeError(f"no trial reached its first rung: {done.errors}")
             best = choose_winner(config, done)
+            workers.close()
             done.computed.take()
     write_rows(storage, done.rows)
     content = finished(config, dataset, best)

@@ -75,7 +75,7 @@ class Pack:
         step = next(self.numbers)
         for engine, stage in zip(self.engines, self.stages, strict=True):
             engine.set_hyperparameters(stage, step)
-        begun, everyone = [self.inputs.begin(self.piece, step)], range(len(self.engines))
+        begun, everyone = [self.inputs.begin({0: self.piece}, step)], range(len(self.engines))
         shares = accumulate(self.pack, self.engines, self.inputs, begun, everyone, step=step, rank=0)
         for engine, share in zip(self.engines, shares, strict=True):
             engine.update(share[None])

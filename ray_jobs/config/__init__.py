@@ -32,7 +32,7 @@ from ray_jobs.config.fields import (
     resolve_path,
 )
 from ray_jobs.config.files import read_settings
-from ray_jobs.config.packs import pack_size, unpackable
+from ray_jobs.config.packs import folds_together, pack_size, unpackable
 from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
@@ -297,9 +297,14 @@ class Config(Section):
         return self
 
     @property
+    def folds_together(self) -> int:
+        """How many folds of a trial one worker group can train."""
+        return folds_together(self.data, self.search)
+
+    @property
     def why_not_together(self) -> str:
         """Why no trials of the search can be trained together; empty if they can."""
-        return unpackable(self.model, self.train, self.search)
+        return unpackable(self.model, self.train, self.search, self.folds_together)
 
     @property
     def not_together(self) -> str:
@@ -311,7 +316,7 @@ class Config(Section):
     @property
     def trials_together(self) -> int:
         """The most trials of the search that one worker group trains; 1: each has its own."""
-        return pack_size(self.model, self.train, self.search)
+        return pack_size(self.model, self.train, self.search, self.folds_together)
 
     @model_validator(mode="after")
     def _space(self) -> "Config":

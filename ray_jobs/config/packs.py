@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ray_jobs.config.data import DataConfig
 from ray_jobs.config.search import LEARNING_RATE, SearchConfig
 from ray_jobs.config.space import ends
 from ray_jobs.config.train import ModelConfig, TrainConfig
@@ -24,8 +25,20 @@ def is_packable(setting: str) -> bool:
     return any(setting == name or setting.startswith(f"{name}.") for name in PACKABLE)
 
 
-def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> str:
-    """Return why no trials can be trained together; empty if they can."""
+def folds_together(data: DataConfig, search: SearchConfig) -> int:
+    """Return how many folds of a trial can be trained together.
+
+    Their rows differ, so their pictures must have one shape.
+    """
+    return 1 if data.buckets else max(1, search.folds)
+
+
+def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig, folds: int) -> str:
+    """Return why no trials can be trained together; empty if they can.
+
+    Args:
+        folds: of `folds_together`.
+    """
     differing = [name for name in search.dimensions if not is_packable(name)]
     sections = [each for each in ends(search.space.get("train.lora", [])) if isinstance(each, dict)]
     draws = train.lora.dropout or "train.lora.dropout" in search.space or any(map(_draws, sections))
@@ -38,7 +51,7 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> 
         "train.compile would compile each number of trials anew": train.compile,
         "model.assistant is added to one adapter": bool(model.assistant),
         "search.scheduler: population continues trials from each other": search.scheduler == "population",
-        "the search has one trial": search.grid_size < 2,
+        "the search has one trial": search.grid_size * folds < 2,
         f"search.max_concurrent_trials: {search.max_concurrent_trials} asks for workers of each trial's "
         "own": search.max_concurrent_trials > 1,
     }
@@ -49,9 +62,13 @@ def _draws(section: dict[str, Any]) -> bool:
     return bool(section.get("dropout"))
 
 
-def pack_size(model: ModelConfig, train: TrainConfig, search: SearchConfig) -> int:
-    """Return the most trials of a search that are trained together; 1: each by itself."""
-    if search.pack == "off" or unpackable(model, train, search):
+def pack_size(model: ModelConfig, train: TrainConfig, search: SearchConfig, folds: int) -> int:
+    """Return the most trials of a search that are trained together; 1: each by itself.
+
+    Args:
+        folds: of `folds_together`; each fold of a trial counts as one.
+    """
+    if search.pack == "off" or unpackable(model, train, search, folds):
         return 1
     most = MOST_PROPOSED if search.algorithm == "optuna" else MOST
-    return min(most if search.pack == "auto" else search.pack, search.grid_size)
+    return min(most if search.pack == "auto" else search.pack, search.grid_size * folds)

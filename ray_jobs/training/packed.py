@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ray_jobs.training.loop import (
     set_up_worker,
 )
 from ray_jobs.training.monitor import Diverged
-from ray_jobs.training.packed_steps import PackedInputs, accumulate, rehearse
+from ray_jobs.training.packed_steps import PackedInputs, Pieces, accumulate, rehearse
 from ray_jobs.training.rehearsal import (
     blank,
     halved_when_it_does_not_fit,
@@ -156,7 +156,7 @@ class PackedTraining:
                 input_maker(own, pipeline, member, device)
                 for (own, _), member in zip(plan, members, strict=True)
             ]
-            self.inputs = PackedInputs(makers)
+            self.inputs = PackedInputs(makers, [own.dataset.without_fold for own, _ in plan])
             startup.done("model")
             self.engines = build_engines(self.pack, configs, context.get_world_size(), device)
             self.trainings = [
@@ -216,8 +216,7 @@ class PackedTraining:
             min(self.trainings[number].done for number in active) + 1,
             max(self.trainings[number].settings.ladder[-1] for number in active) + 1,
         )
-        rows = self.trainings[active[0]].stream(steps)
-        with InputsAhead(self.inputs.begin, rows, steps) as inputs:
+        with InputsAhead(self.inputs.begin, self._rows(active, steps), steps) as inputs:
             for step in steps:
                 with ExitStack() as stack:
                     for number in active:
@@ -229,6 +228,16 @@ class PackedTraining:
                     active = self._without_stopped(step, taking, active)
                 if not active:
                     return
+
+    def _rows(self, active: Sequence[int], steps: range) -> Iterator[list[Pieces]]:
+        """Yield the pieces of each step, of each stream that active trainings read; all ranks must call this.
+
+        Batches of all streams have as many rows, and so as many pieces.
+        """
+        readers = {self.inputs.streams[number]: number for number in reversed(active)}
+        streams = {number: self.trainings[readers[number]].stream(steps) for number in sorted(readers)}
+        for of_step in zip(*streams.values(), strict=True):
+            yield [dict(zip(streams, pieces, strict=True)) for pieces in zip(*of_step, strict=True)]
 
     def _step(self, step: int, pieces: Any, taking: list[int], active: list[int]) -> list[int]:
         """Take a step of some trainings; return those of the active ones that have further steps."""

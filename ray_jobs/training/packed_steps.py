@@ -11,8 +11,11 @@ from ray_jobs.training.batch import InputMaker, Piece, Sent
 from ray_jobs.training.flat import Flat
 from ray_jobs.training.steps import seed_dropout
 
+Pieces = Mapping[int, Piece]
+"""A piece of each stream of rows, by the number of the first training that has these rows."""
+
 Begun = Mapping[int, Sent]
-"""What is sent of a piece, by the number of the first training whose inputs these are."""
+"""What is sent of pieces, by the number of the first training whose inputs these are."""
 
 
 class PackedInputs:
@@ -20,16 +23,28 @@ class PackedInputs:
 
     Args:
         makers: one per training.
+        folds: the fold that each training leaves out, which decides on its rows; empty: all read the same.
+
+    Attributes:
+        streams: number of the first training that has the same rows, of each training.
     """
 
-    def __init__(self, makers: Sequence[InputMaker]) -> None:
+    def __init__(self, makers: Sequence[InputMaker], folds: Sequence[int | None] = ()) -> None:
         self.makers = list(makers)
-        alike = [(maker.settings, maker.caption_dropout) for maker in makers]
+        folds = list(folds) or [None] * len(self.makers)
+        alike = [
+            (maker.settings, maker.caption_dropout, fold) for maker, fold in zip(makers, folds, strict=True)
+        ]
         self.first = [alike.index(each) for each in alike]
+        self.streams = [folds.index(fold) for fold in folds]
 
-    def begin(self, piece: Piece, step: int) -> Begun:
-        """Begin to send a piece, see `InputMaker.begin`."""
-        return {number: self.makers[number].begin(piece, step) for number in sorted(set(self.first))}
+    def begin(self, pieces: Pieces, step: int) -> Begun:
+        """Begin to send pieces, see `InputMaker.begin`; trainings whose rows are not there are left out."""
+        return {
+            number: self.makers[number].begin(pieces[self.streams[number]], step)
+            for number in sorted(set(self.first))
+            if self.streams[number] in pieces
+        }
 
     def finish(self, begun: Begun, active: Sequence[int]) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """Return the arguments of `FineTuning` and the rows' loss weights for each active training."""
@@ -89,4 +104,5 @@ def rehearse(pack: Pack, engines: Sequence[Flat], inputs: PackedInputs, piece: P
     with ExitStack() as stack:
         for engine in engines:
             stack.enter_context(engine.rehearsing())
-        accumulate(pack, engines, inputs, [inputs.begin(piece, 0)], range(len(engines)), step=0, rank=0)
+        pieces = dict.fromkeys(inputs.streams, piece)
+        accumulate(pack, engines, inputs, [inputs.begin(pieces, 0)], range(len(engines)), step=0, rank=0)

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from ray_jobs.diffusion.ema import EMA
-from ray_jobs.training.batch import InputMaker, Piece, Sent
+from ray_jobs.training.batch import InputMaker, Sent
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.monitor import Meter
 from ray_jobs.training.phases import Stage
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 AHEAD = 2  # steps whose inputs are made before they are needed
 
 
-class InputsAhead(Generic[T]):
+class InputsAhead(Generic[P, T]):
     """The inputs of the coming steps, made in another thread while the device computes.
 
     Args:
@@ -28,22 +29,20 @@ class InputsAhead(Generic[T]):
         rows: the pieces of each of `steps`.
     """
 
-    def __init__(
-        self, begin: Callable[[Piece, int], T], rows: Iterator[list[Piece]], steps: Iterable[int]
-    ) -> None:
+    def __init__(self, begin: Callable[[P, int], T], rows: Iterator[list[P]], steps: Iterable[int]) -> None:
         self.begin, self.rows, self.steps = begin, rows, iter(steps)
         self.pool = ThreadPoolExecutor(1)
         self.ahead: deque[Future[list[T]]] = deque()
         for _ in range(AHEAD):
             self._submit()
 
-    def __enter__(self) -> "InputsAhead[T]":
+    def __enter__(self) -> "InputsAhead[P, T]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def __iter__(self) -> "InputsAhead[T]":
+    def __iter__(self) -> "InputsAhead[P, T]":
         return self
 
     def __next__(self) -> list[T]:

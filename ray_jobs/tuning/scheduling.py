@@ -11,6 +11,7 @@ from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.guidance import choose_guidance
 from ray_jobs.tuning.population_based import first_generation, next_generation
 from ray_jobs.tuning.results import candidates, choose
+from ray_jobs.tuning.space import points
 from ray_jobs.tuning.successive_halving import all_trials, best_trials
 from ray_jobs.tuning.trial import Trial, refitted
 
@@ -18,6 +19,11 @@ from ray_jobs.tuning.trial import Trial, refitted
 def run_trials(config: Config, done: "Trials") -> None:
     """Run every training that precedes the choice of the winner."""
     search, ladder = config.search, config.search.ladder
+    at_once = config.trials_together > 1 and config.folds_together > 1
+    if at_once and search.grid_size == 1:  # there is no other trial that could stop it
+        [settings] = points(config)
+        done.run_all([Trial.of(settings, ladder, fold) for fold in range(search.folds)])
+        return
     first = 0 if search.folds else None
     if search.scheduler == "population":
         run_generations(config, done, first_generation(config), next_generation)
@@ -25,10 +31,13 @@ def run_trials(config: Config, done: "Trials") -> None:
         run_generations(config, done, all_trials(config, first), best_trials)
     else:
         done.run_space(partial(Trial.of, ladder=ladder, fold=first))
-    for fold in range(1, search.folds):
-        left = standing(done.rows, fold)
+    others = range(1, search.folds)
+    for folds in [others] if at_once and others else [range(fold, fold + 1) for fold in others]:
+        left = standing(done.rows, folds[0])
         upwards = {name: [step for step in ladder if step <= last] for name, last in left.items()}
-        done.run_all([Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items()])
+        done.run_all(
+            [Trial.of(done.settings[name], rungs, fold) for name, rungs in upwards.items() for fold in folds]
+        )
 
 
 Following = Callable[[Config, list[Trial], list[RungRow]], list[Trial]]

@@ -318,6 +318,28 @@ def refitted(trial: Trial, step: int, around: SearchContext) -> Rung:
 
     if not rungs():
         whole = replace(around, dataset=around.dataset.together())
-        train_trial(last, whole, [])
+        if whole.queue is None:
+            train_trial(last, whole, [])
+        else:
+            _train_unmeasured(last, whole)
     [rung] = rungs()
     return rung
+
+
+def _train_unmeasured(trial: Trial, around: SearchContext) -> None:
+    """Train to the end of a trial's ladder in the workers of a pack, without scores.
+
+    Raises:
+        RuntimeError: the loss diverged, or the worker group has failed.
+    """
+    queue = around.queue
+    assert queue is not None
+    settings = replace(loop_settings(trial, around), wait_for_scores=False)
+    begin_training(settings)
+    ray.get(queue.begin.remote(1))
+    ray.get(queue.join.remote(trial.training, settings))
+    step = 0
+    while step < trial.ladder[-1]:
+        step = ray.get(queue.news.remote(trial.training, step))
+        if not step:
+            check_diverged(settings.trial)

@@ -195,7 +195,7 @@ def train_pack(configs: list[Config], device: Pretend) -> dict[str, Any]:
         for engine, stage in zip(engines, stages, strict=True):
             engine.set_hyperparameters(stage, step)
         device.reset()
-        begun = [inputs.begin(piece, step) for piece in pieces]
+        begun = [inputs.begin({0: piece}, step) for piece in pieces]
         counted("send")
         shares = accumulate(pack, engines, inputs, begun, range(len(configs)), step=step, rank=0)
         counted("passes")

@@ -66,9 +66,9 @@ def configured(base: Path, folder: Path, **train: Any) -> Config:
 class Rows:
     """Encoded rows of four pictures, and the inputs' makers."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, seed: int = 0) -> None:
         encoders = Encoders(str(base))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=generator).numpy()
         mean, logvar = encoders.encode_pictures(pixels)
         self.empty = encoders.encode_captions([""])
@@ -132,12 +132,19 @@ def alone(config: Config, rows: Rows, folder: Path) -> tuple[list[float], dict[s
 
 
 def together(
-    configs: Sequence[Config], rows: Rows, folder: Path, ends: Sequence[int], *, spoilt: Sequence[int] = ()
+    configs: Sequence[Config],
+    rows: Rows,
+    folder: Path,
+    ends: Sequence[int],
+    *,
+    spoilt: Sequence[int] = (),
+    others: Rows | None = None,
 ) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     """Losses and states of trainings in one pack; each leaves it after its last step.
 
     Args:
         spoilt: those whose weights are no numbers.
+        others: rows of the trainings from the second on, if they are not those of the first.
     """
     pipeline, pack = build_pack(configs)
     members = list(pack.members.values())
@@ -148,12 +155,18 @@ def together(
         engines[number].weights.fill_(math.nan)
     averages = [EMA(engine.averaged.items(), 0.5) for engine in engines]
     stages = [stages_of(config.train, STEPS) for config in configs]
-    inputs, losses = PackedInputs(makers), [list[float]() for _ in configs]
+    folds = [0, *[1] * (len(configs) - 1)] if others else []
+    inputs, losses = PackedInputs(makers, folds), [list[float]() for _ in configs]
     for step in range(1, max(ends) + 1):
         active = [number for number, end in enumerate(ends) if step <= end]
         for number in active:
             enter(engines[number], stages[number], step)
-        begun = [inputs.begin(piece, step) for piece in rows.pieces(configs[0], makers[0])]
+        streams = {0: rows, 1: others} if others else {0: rows}
+        of_streams = [each.pieces(configs[0], makers[0]) for each in streams.values()]
+        begun = [
+            inputs.begin(dict(zip(streams, pieces, strict=True)), step)
+            for pieces in zip(*of_streams, strict=True)
+        ]
         shares = accumulate(pack, engines, inputs, begun, active, step=step, rank=0)
         for number, share in zip(active, shares, strict=True):
             losses[number].append(share.item())
@@ -316,6 +329,22 @@ CASES: dict[str, tuple[Settings, list[Settings]]] = {
 def test_members_may_differ_in(case: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     common, members = CASES[case]
     assert_alike(tiny("StableDiffusionPipeline"), tmp_path / "runs", common, members)
+
+
+def test_folds_have_rows_of_their_own(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tiny("StableDiffusionPipeline")
+    rows, others = Rows(base), Rows(base, seed=1)
+    configs = [configured(base, tmp_path, micro_batch_size=2, lora={"rank": 2}) for _ in range(3)]
+    packed = together(configs, rows, tmp_path, [STEPS] * 3, others=others)
+    for number, (losses, found) in enumerate(packed):
+        expected_losses, expected = alone(
+            configs[number], others if number else rows, tmp_path / f"alone {number}"
+        )
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected_losses), rtol=1e-5, atol=1e-6)
+        for name, value in expected.items():
+            if "exp_avg" not in name:
+                assert (found[name] - value).abs().max() < 1e-5, name
+    assert packed[0][0] != packed[1][0] == packed[2][0]
 
 
 def test_a_member_whose_loss_is_not_a_number_spoils_no_other(

@@ -155,7 +155,7 @@ def test_a_rehearsal_of_a_pack_leaves_nothing_behind(tiny_flux: Path, precision:
             assert all(chunk.kept is None for engine in engines for chunk in engine.chunks)
             assert all(parameter.grad is None for parameter in pack.parameters())
         for step in (1, 2):
-            begun = [inputs.begin(blank(inputs.makers[0], shape, 2), step) for _ in range(2)]
+            begun = [inputs.begin({0: blank(inputs.makers[0], shape, 2)}, step) for _ in range(2)]
             accumulate(pack, engines, inputs, begun, [0, 1], step=step, rank=0)
             for engine in engines:
                 engine.update(torch.zeros(1))
