@@ -5,13 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from cluster.local import LocalCluster
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import dry_run, prepare
+from ray_jobs.data.subjects import suited_to_subjects
+from ray_jobs.evaluation.pool import evaluators
+from ray_jobs.metrics.subject import BY_HEART, CLASS_LOST, UNLIKE, VARIETY_LOST
+from ray_jobs.run.split import TEST, Split
+from ray_jobs.search import search
 from tests.conftest import captions, draw
 from tests.plain_training import PlainTraining
+from tests.ray.test_packed_search import published_name, workers
 from tests.ray.test_prepare import members
 from tests.ray.test_training import tiny_config, train_variants
 from tests.workers import Workers
@@ -34,7 +41,7 @@ def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest
     prompts = {"instance_prompt": SKS_DOG, "class_prompt": DOG}
     (folder / "dog" / "dataset_info.json").write_text(json.dumps(prompts))
     cat = {"path": str(folder / "cat"), "instance_prompt": SKS_CAT, "class_prompt": CAT}
-    return tiny_config(
+    given = tiny_config(
         tiny_model,
         folder,
         folder / "runs",
@@ -45,7 +52,18 @@ def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest
         "data.encode_dtype=fp32",
         "train.prior_loss_weight=1",
         "evaluate.inference_steps=2",
+        "evaluate.num_actors=1",
+        "evaluate.num_samples=8",
+        "evaluate.subject_samples=4",
+        "evaluate.feature_network={kind: efficientnet-lite0}",
+        "evaluate.second_network=null",
+        "train.warmup_steps=0",
+        "train.epsilon=1.0e-3",  # with Adam's own, rounding moves what has hardly any gradient
+        "search.learning_rates=[2.0e-3]",
+        "search.ladder=[2]",
+        "search.pack=auto",
     )
+    return suited_to_subjects(given)
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +135,39 @@ def test_the_loss_is_that_of_the_subjects_and_lambda_times_that_of_their_classes
         seen = two[str(weight)]["loss"]
         assert seen[0] == pytest.approx(own + weight * prior, abs=1e-5)
         assert np.isfinite(seen).all() and len(seen) == 2
+
+
+def test_a_search_ranks_subjects_over_folds_that_train_together_and_trains_the_winner_on_all(
+    ray_cluster: LocalCluster, config: Config, dataset: Dataset
+) -> None:
+    assert (config.search.rank_by, config.search.folds, config.trials_together) == ("subject", 4, 4)
+    assert dataset.manifest.folds == [2, 2, 2, 2]
+    before = workers(ray_cluster)
+    with evaluators(config, dataset) as pool:
+        found = search(config, dataset, pool)
+        base = pool.score(None, Split.of_fold(0)).subject
+        pool.load(TEST)
+        tested = pool.score(found.winner.checkpoint + "/weights", TEST).subject
+    assert len(workers(ray_cluster) - before) == 2, "one group for all folds and the last training"
+
+    def assert_trained(checkpoint: str, rows: Dataset) -> None:
+        plain = PlainTraining(config, rows)
+        plain.run(2)
+        expected = {published_name(name): value for name, value in plain.ema.averages.items()}
+        got = load_file(Path(checkpoint, "weights", "pytorch_lora_weights.safetensors"))
+        assert got.keys() == expected.keys()
+        assert max((got[name] - value).abs().max().item() for name, value in expected.items()) < 1e-5
+
+    assert sorted(row.fold or 0 for row in found.measured) == [0, 1, 2, 3]
+    for row in found.measured:
+        assert row.fold is not None
+        assert_trained(row.checkpoint, dataset.leave_out(row.fold))
+        assert (row.ranked_by, row.num_samples) == ("subject", 8)
+        assert None not in (row.subject_error, row.unlike, row.by_heart, row.class_lost, row.variety_lost)
+        assert row.fit_lost is None  # there is no CLIP
+    assert_trained(found.winner.checkpoint, dataset.together())
+    assert found.winner.score == pytest.approx(np.mean([row.score for row in found.measured]))
+    assert base is not None and tested is not None
+    assert base.parts[UNLIKE].value == pytest.approx(1)
+    assert base.parts[CLASS_LOST].value < 0  # an unbiased estimate of 0
+    assert set(tested.parts) <= {UNLIKE, BY_HEART, CLASS_LOST, VARIETY_LOST}

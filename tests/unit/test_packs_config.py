@@ -50,6 +50,14 @@ def test_a_pack_has_at_most_as_many_trials_as_the_search() -> None:
     )
 
 
+def test_folds_of_a_trial_train_together_where_pictures_have_one_shape() -> None:
+    folds = ["search.pack=auto", "search.folds=3", "data.folds=3"]
+    assert config(*folds).trials_together == 6
+    assert config(*folds, "data.buckets=true").trials_together == 2
+    one = config(*folds, "search.learning_rates=[1.0e-3]")
+    assert (one.trials_together, one.not_together) == (3, "")
+
+
 def test_optuna_learns_from_some_trials_before_it_proposes_others() -> None:
     rates = "search.learning_rates={low: 1.0e-4, high: 1.0e-2}"
     optuna = [rates, "search.algorithm=optuna", "search.num_trials=12"]
