@@ -28,6 +28,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.evaluation.scores import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.aliases import command_line
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import RegisteredModel, registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
@@ -169,6 +170,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    config = with_beginning(config)
     # Before the data are prepared, so that a wrong name is reported at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
     check_networks(config.evaluate)

@@ -23,6 +23,7 @@ from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_p
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
 from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
@@ -119,6 +120,7 @@ def require_intact(checkpoint: Storage) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
+    config = with_beginning(config)
     check_networks(config.evaluate)
     dataset = prepare(config)
     found = read_result(config, dataset)

@@ -28,6 +28,7 @@ from ray_jobs.config.fields import (
     by_device,
     explain,
     home,
+    named_version,
     require_unset,
     resolve_path,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "add_config_arguments",
     "home",
     "load_config",
+    "named_version",
     "resolve_path",
 ]
 
@@ -185,7 +187,7 @@ class Config(Section):
         self._check_stages()
         self._check_prior_preservation()
         self._check_quantization()
-        self._check_assistant()
+        self._check_adapters()
         return self
 
     def _check_stages(self) -> None:
@@ -239,12 +241,29 @@ class Config(Section):
         if self.serve.int8_weights:
             raise ValueError(f"serve.int8_weights changes nothing with {chosen}; turn it off")
 
-    def _check_assistant(self) -> None:
-        if self.model.assistant and self.train.method == "full":
-            raise ValueError(
-                f"model.assistant: {self.model.assistant} is for adapters; set train.method: lora, or leave "
-                "it out"
-            )
+    def _check_adapters(self) -> None:
+        """Adapters that the user gives go with adapters in training, whose form `model.adapter` decides."""
+        model = self.model
+        if self.train.method != "full":
+            return
+        for field, given in (("adapter", model.adapter), ("assistant", model.assistant)):
+            if given:
+                raise ValueError(
+                    f"model.{field}: {given} is for adapters; set train.method: lora, or leave it out"
+                )
+
+    @model_validator(mode="after")
+    def _searches_no_form(self) -> "Config":
+        for name, values in self.search.space.items() if self.model.adapter else ():
+            free = name == "train.lora.dropout" or not name.startswith("train.lora")
+            if name == "train.lora":
+                free = all(isinstance(each, dict) and each.keys() <= {"dropout"} for each in ends(values))
+            if not free:
+                raise ValueError(
+                    f"search.space.{name}: training goes on from model.adapter: {self.model.adapter}, which "
+                    "decides rank, scale and layers; leave it out, or search train.lora.dropout"
+                )
+        return self
 
     @model_validator(mode="after")
     def _is_used(self) -> "Config":
@@ -329,7 +348,7 @@ class Config(Section):
         trial._check_stages()
         trial._check_prior_preservation()
         trial._check_quantization()
-        trial._check_assistant()
+        trial._check_adapters()
         return trial.train
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Config":

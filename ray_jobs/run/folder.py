@@ -9,6 +9,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 
 CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in every checkpoint
+BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
 TRAININGS = "train"
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
