@@ -3,10 +3,10 @@
     python -m ray_jobs.compare --config configs/demo.yaml champion candidate
     python -m ray_jobs.compare --config configs/demo.yaml 3 base
 
-A version is given by number or alias; `base` is the base model. Both are scored on the validation split in
-pairs of pictures, by the score that ranks a search (`search.rank_by`), each at the guidance scale that it was
-published with (the base at `evaluate.guidance_scale`). A version that was trained on these pictures
-(`search.folds`) is refused.
+A version is given by number or alias; `base` is the base model, with `model.adapter` if there is one. Both
+are scored on the validation split in pairs of pictures, by the score that ranks a search
+(`search.rank_by`), each at the guidance scale that it was published with (the base at
+`evaluate.guidance_scale`). A version that was trained on these pictures (`search.folds`) is refused.
 
 Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and those
 of both versions side by side.
@@ -69,7 +69,8 @@ def look_up(config: Config, which: str) -> Version:
     """
     usual = config.evaluate.guidance_scale
     if which == BASE:
-        return Version(which, BASE, None, usual)
+        name = "base with model.adapter" if config.model.adapter else BASE
+        return Version(which, name, None, usual)
     found = registered(config, which)
     _check_base(config.model, found)
     told = found.params.get("guidance_scale")  # by older releases

@@ -16,6 +16,7 @@ from ray_jobs.data.preparation import open_sources, prepare
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.planning.checks import checked
 from ray_jobs.publish import publish
+from ray_jobs.publishing.remembered import require_remembered
 from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
@@ -53,6 +54,7 @@ def check_inputs(config: Config) -> None:
     check_store(config)
     announce_class_pictures(config, open_sources(config))
     check_networks(config.evaluate)
+    require_remembered(config)
     try:
         check_weights(local_path(config.model.base), revision=config.model.revision)
     except ValueError as error:

@@ -24,6 +24,7 @@ from ray_jobs.config.fields import (
     ConfigError,
     LearningRate,
     Positive,
+    RunName,
     Section,
     by_device,
     explain,
@@ -142,10 +143,8 @@ class LocalConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: Annotated[str, Effect.NOTHING] = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=100,
-        description="name of the run; a run of the same name is resumed",
+    name: Annotated[RunName, Effect.NOTHING] = Field(
+        description="name of the run; a run of the same name is resumed"
     )
     storage: Annotated[str, Effect.NOTHING] = Field(
         "runs", description="folder, s3:// or gs:// that every node can reach"
@@ -251,6 +250,13 @@ class Config(Section):
                 raise ValueError(
                     f"model.{field}: {given} is for adapters; set train.method: lora, or leave it out"
                 )
+
+    @model_validator(mode="after")
+    def _remembers_others(self) -> "Config":
+        runs = self.evaluate.remember
+        if self.name in runs or len(set(runs)) < len(runs):
+            raise ValueError(f"evaluate.remember: {runs} must be different runs, and not {self.name} itself")
+        return self
 
     @model_validator(mode="after")
     def _searches_no_form(self) -> "Config":

@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.fetched import local_path
 from cluster.storage import Storage
-from ray_jobs.config import Config, Effect
+from ray_jobs.config import Config, ConfigError, Effect
 from ray_jobs.console import phase, say
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
@@ -304,6 +304,22 @@ def _progress(verb: str) -> Callable[..., None]:
             say("prepare", f"{verb} {done:,}" + (f" of {whole:,}" if whole else ""))
 
     return tell
+
+
+def prepared_by(config: Config, run: str) -> Dataset:
+    """Return the dataset that prepare left in an earlier run of the same storage.
+
+    Raises:
+        ConfigError: there is no such run, or it prepared nothing.
+    """
+    earlier = config.model_copy(update={"name": run})
+    storage = RunFolder.of(earlier).dataset
+    if not storage.exists(MANIFEST):
+        raise ConfigError(
+            f"evaluate.remember: {run}: no prepared run of this name in {config.storage}; correct the name"
+        )
+    manifest = Manifest.read(storage)
+    return Dataset(storage, SharedFolder.of(config).encoded(manifest.encoders), manifest)
 
 
 def dry_run(config: Config) -> str:

@@ -79,6 +79,14 @@ def read_beginnings(config: Config) -> dict[str, Beginning]:
     return {field: Beginning(**told) for field, told in json.loads(root.read_text(BEGINS_FROM)).items()}
 
 
+def beginning_names(config: Config) -> dict[str, str]:
+    """Return the version or adapter that a run begins from, by field of `model`; empty for a plain base."""
+    found = {field: each.label for field, each in read_beginnings(config).items()}
+    if config.model.adapter:
+        found.setdefault("adapter", config.model.adapter)
+    return found
+
+
 def _beginning(config: Config, field: str, before: Beginning | None) -> Beginning | None:
     given = getattr(config.model, field)
     named = named_version(given)

@@ -67,6 +67,10 @@ class RunFolder:
         """Scores and pictures of two versions side by side."""
         return self.root.child("comparisons", f"{one}-{other}")
 
+    def remembered(self, run: str) -> Storage:
+        """Pictures of an earlier run's captions, before and after this run's training."""
+        return self.root.child("remembered", run)
+
     @property
     def shadow(self) -> Storage:
         """Pairs of pictures by champion and candidate, from shadow mode."""

@@ -1,6 +1,7 @@
 """Training goes on from an adapter: from its very numbers, and whatever program wrote them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ from ray_jobs.weights.starting_adapter import adapter_folder, with_form_of_adapt
 from tests.unit.test_affects import DATA
 from tests.unit.test_quantization import DEMO, TRANSFORMER, UNET, Training, pixels
 
-NONE = [f"train.lora.{name}=null" for name in ("target_modules",)]
 SHORT = ["train.num_workers=1", "train.batch_size=4", "data.resolution=64", "train.learning_rate=0.01"]
 
 
 def config(base: Path, *overrides: str) -> Config:
     """The demo's, with its own adapter's form left out."""
-    found = load_config(DEMO, [f"model.base={base}", *SHORT, *NONE, *overrides])
+    found = load_config(DEMO, [f"model.base={base}", *SHORT, "train.lora.target_modules=null", *overrides])
     given = {each.partition("=")[0].rpartition(".")[2] for each in overrides if "train.lora." in each}
     lora = type(found.train.lora)(**{name: getattr(found.train.lora, name) for name in given})
     return found.model_copy(update={"train": found.train.model_copy(update={"lora": lora})})
@@ -151,9 +151,15 @@ def test_each_trial_of_a_pack_begins_with_the_adapter(tiny: Callable[[str], Path
             assert torch.equal(found[name.replace("unet.", "denoiser.", 1)], each)
 
 
+@pytest.fixture(scope="module")
+def untrained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tiny(UNET), tmp_path_factory.mktemp("untrained") / "first", steps=0)
+
+
 @pytest.fixture
-def adapter(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
-    return trained(tiny(UNET), tmp_path / "first", steps=0)
+def adapter(untrained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(untrained, tmp_path / "first"))
 
 
 @pytest.mark.slow
