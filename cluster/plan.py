@@ -17,6 +17,7 @@ import sys
 from cluster.shape import Machine, embedded, machines_of, parse_nodes
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.planning.plan import plan
+from ray_jobs.registry.beginning import with_beginning
 
 
 def live(address: str, config: Config) -> list[Machine]:
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images-per-second", type=float, help="speed of one trial, measured in a run")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        config = with_beginning(load_config(options.config, options.overrides), kept=False)
         if options.address:
             machines = live(options.address, config)
         else:

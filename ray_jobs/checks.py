@@ -14,6 +14,7 @@ from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.packs import checked_pack
+from ray_jobs.registry.beginning import with_beginning
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_config_arguments(parser)
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        config = with_beginning(load_config(options.config, options.overrides), kept=False)
         for line in (*check_stages(config), checked_pack(config, [])[1]):
             if line:
                 show(line)

@@ -3,10 +3,10 @@
     python -m ray_jobs.compare --config configs/demo.yaml champion candidate
     python -m ray_jobs.compare --config configs/demo.yaml 3 base
 
-A version is given by number or alias; `base` is the base model. Both are scored on the validation split in
-pairs of pictures, by the score that ranks a search (`search.rank_by`), each at the guidance scale that it was
-published with (the base at `evaluate.guidance_scale`). A version that was trained on these pictures
-(`search.folds`) is refused.
+A version is given by number or alias; `base` is the base model, with `model.adapter` if there is one. Both
+are scored on the validation split in pairs of pictures, by the score that ranks a search
+(`search.rank_by`), each at the guidance scale that it was published with (the base at
+`evaluate.guidance_scale`). A version that was trained on these pictures (`search.folds`) is refused.
 
 Writes `<storage>/<run>/comparisons/<A>-<B>/`: `comparison.json`, and `grid.png` with real pictures and those
 of both versions side by side.
@@ -29,6 +29,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.evaluation.scores import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.aliases import command_line
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import RegisteredModel, registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
@@ -69,7 +70,8 @@ def look_up(config: Config, which: str) -> Version:
     """
     usual = config.evaluate.guidance_scale
     if which == BASE:
-        return Version(which, BASE, None, usual)
+        name = "base with model.adapter" if config.model.adapter else BASE
+        return Version(which, name, None, usual)
     found = registered(config, which)
     _check_base(config.model, found)
     told = found.params.get("guidance_scale")  # by older releases
@@ -171,6 +173,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     config = suited_to_subjects(config)
+    config = with_beginning(config)
     # Before the data are prepared, so that a wrong name is reported at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
     check_networks(config.evaluate)

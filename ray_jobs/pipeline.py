@@ -17,9 +17,11 @@ from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.planning.checks import checked
 from ray_jobs.publish import publish
+from ray_jobs.publishing.remembered import require_remembered
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
-from ray_jobs.run.folder import CONFIG, RunFolder
+from ray_jobs.run.folder import BEGINS_FROM, CONFIG, RunFolder
 from ray_jobs.search import search
 from ray_jobs.weights.feature_networks import check_networks
 from ray_jobs.weights.model_files import check_weights
@@ -29,10 +31,11 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     """Run all stages; the README lists their outputs."""
     phase("checks")
     config = suited_to_subjects(config)
+    config = with_beginning(config, anew=arguments.fresh)
     check_inputs(config)
     run = RunFolder.of(config).root
     if arguments.fresh:
-        for name in {*run.folders(), *run.files()} - {LEASES}:
+        for name in {*run.folders(), *run.files()} - {LEASES, BEGINS_FROM}:
             run.delete(name)
     run.write_text(CONFIG, config.to_yaml())
     say("pipeline", f"run {config.name}; results in {run.uri}")
@@ -53,6 +56,7 @@ def check_inputs(config: Config) -> None:
     check_store(config)
     announce_class_pictures(config, open_sources(config))
     check_networks(config.evaluate)
+    require_remembered(config)
     try:
         check_weights(local_path(config.model.base), revision=config.model.revision)
     except ValueError as error:

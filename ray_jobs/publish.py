@@ -21,9 +21,11 @@ from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool, evaluators
 from ray_jobs.publishing.final_scores import measure_final
 from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_page
+from ray_jobs.publishing.remembered import require_remembered
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
 from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
+from ray_jobs.registry.beginning import beginning_names, with_beginning
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
@@ -65,7 +67,7 @@ def publish(
     run.upload(local, MODEL)
     if config.train.method == "lora":
         say("publish", write_comfyui(config, local, folder))
-    winner = final.winner | {"test_reads": test_reads}
+    winner = final.winner | {"test_reads": test_reads, "begins_from": beginning_names(config)}
     beside = config.train.method == "lora" and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
     write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
@@ -129,8 +131,10 @@ def require_intact(checkpoint: Storage) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
+    config = with_beginning(config)
     check_networks(config.evaluate)
     config = suited_to_subjects(config)
+    require_remembered(config)
     dataset = prepare(config)
     found = read_result(config, dataset)
     if found is None:

@@ -23,6 +23,7 @@ from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
@@ -126,6 +127,7 @@ def _tell(config: Config, found: SearchResult) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     check_store(config)
+    config = with_beginning(config)
     check_networks(config.evaluate)
     config = suited_to_subjects(config)
     check = checked(config)

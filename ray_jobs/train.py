@@ -14,6 +14,7 @@ from ray_jobs.console.board import watched_board
 from ray_jobs.data.preparation import prepare
 from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.planning.checks import checked
+from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.tracking import opened_store, tracked
@@ -23,6 +24,7 @@ from ray_jobs.training.trainer import build_trainer, check_diverged, training_na
 def train(config: Config) -> Any:
     """Run the stage: prepare if needed, then train; return Ray Train's result."""
     config = suited_to_subjects(config)
+    config = with_beginning(config)
     with opened_store(config):
         dataset = prepare(config, check=checked(config, "train"))
     few, many = config.train.min_workers, config.train.max_workers

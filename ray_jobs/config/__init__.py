@@ -24,10 +24,12 @@ from ray_jobs.config.fields import (
     ConfigError,
     LearningRate,
     Positive,
+    RunName,
     Section,
     by_device,
     explain,
     home,
+    named_version,
     require_unset,
     resolve_path,
 )
@@ -81,6 +83,7 @@ __all__ = [
     "add_config_arguments",
     "home",
     "load_config",
+    "named_version",
     "resolve_path",
 ]
 
@@ -140,10 +143,8 @@ class LocalConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: Annotated[str, Effect.NOTHING] = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=100,
-        description="name of the run; a run of the same name is resumed",
+    name: Annotated[RunName, Effect.NOTHING] = Field(
+        description="name of the run; a run of the same name is resumed"
     )
     storage: Annotated[str, Effect.NOTHING] = Field(
         "runs", description="folder, s3:// or gs:// that every node can reach"
@@ -185,7 +186,7 @@ class Config(Section):
         self._check_stages()
         self._check_prior_preservation()
         self._check_quantization()
-        self._check_assistant()
+        self._check_adapters()
         return self
 
     def _check_stages(self) -> None:
@@ -239,12 +240,36 @@ class Config(Section):
         if self.serve.int8_weights:
             raise ValueError(f"serve.int8_weights changes nothing with {chosen}; turn it off")
 
-    def _check_assistant(self) -> None:
-        if self.model.assistant and self.train.method == "full":
-            raise ValueError(
-                f"model.assistant: {self.model.assistant} is for adapters; set train.method: lora, or leave "
-                "it out"
-            )
+    def _check_adapters(self) -> None:
+        """Adapters that the user gives go with adapters in training, whose form `model.adapter` decides."""
+        model = self.model
+        if self.train.method != "full":
+            return
+        for field, given in (("adapter", model.adapter), ("assistant", model.assistant)):
+            if given:
+                raise ValueError(
+                    f"model.{field}: {given} is for adapters; set train.method: lora, or leave it out"
+                )
+
+    @model_validator(mode="after")
+    def _remembers_others(self) -> "Config":
+        runs = self.evaluate.remember
+        if self.name in runs or len(set(runs)) < len(runs):
+            raise ValueError(f"evaluate.remember: {runs} must be different runs, and not {self.name} itself")
+        return self
+
+    @model_validator(mode="after")
+    def _searches_no_form(self) -> "Config":
+        for name, values in self.search.space.items() if self.model.adapter else ():
+            free = name == "train.lora.dropout" or not name.startswith("train.lora")
+            if name == "train.lora":
+                free = all(isinstance(each, dict) and each.keys() <= {"dropout"} for each in ends(values))
+            if not free:
+                raise ValueError(
+                    f"search.space.{name}: training goes on from model.adapter: {self.model.adapter}, which "
+                    "decides rank, scale and layers; leave it out, or search train.lora.dropout"
+                )
+        return self
 
     @model_validator(mode="after")
     def _is_used(self) -> "Config":
@@ -334,7 +359,7 @@ class Config(Section):
         trial._check_stages()
         trial._check_prior_preservation()
         trial._check_quantization()
-        trial._check_assistant()
+        trial._check_adapters()
         return trial.train
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Config":

@@ -122,6 +122,16 @@ def _model_name(name: str) -> str:
     return name
 
 
+def named_version(given: str | None) -> tuple[str, str] | None:
+    """Return a registered model's name and its version's number or alias; None if `given` names no version.
+
+    The form is that of requests to the endpoint: `name@3` or `name:champion`.
+    """
+    name = "[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?"
+    found = re.fullmatch(rf"({name})(?:@([0-9]+)|:([A-Za-z][\w-]*))", given or "")
+    return (found[1], found[2] or found[3]) if found else None
+
+
 def by_device(settings: dict[str, Any]) -> "Precision":
     """Return the default precision of a section: bf16 with `use_gpu`, else fp32."""
     return "bf16" if settings.get("use_gpu") else "fp32"
@@ -132,4 +142,5 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 LearningRate = Annotated[float, Field(gt=0, lt=1)]
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

@@ -12,6 +12,7 @@ from ray_jobs.config.fields import (
     Positive,
     Precision,
     Prompt,
+    RunName,
     Section,
     by_device,
     require_unset,
@@ -368,6 +369,12 @@ class EvaluateConfig(Section):
         max_length=64,
         description="your own prompts, each drawn from the same noise at every rung; the report shows them "
         "over the steps, beside the base model's pictures",
+    )
+    remember: Annotated[list[RunName], Effect.PUBLISHING, Added([])] = Field(
+        [],
+        max_length=16,
+        description="names of earlier runs in the same storage, for whose validation captions publish "
+        "measures how well the model draws before and after the training",
     )
     subject_samples: Annotated[int, Effect.PUBLISHING] = Field(
         16,

@@ -5,7 +5,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ray_jobs.config.effects import Added, Effect
-from ray_jobs.config.fields import LearningRate, Positive, Precision, Section, Share, by_device, require_unset
+from ray_jobs.config.fields import (
+    LearningRate,
+    Positive,
+    Precision,
+    Section,
+    Share,
+    by_device,
+    named_version,
+    require_unset,
+)
 
 Quantization = Literal["nf4", "int8", "fp8"]
 
@@ -14,7 +23,8 @@ class ModelConfig(Section):
     """The model to fine-tune."""
 
     base: Annotated[str, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
-        description="folder (also s3:// or gs://) or hub name of a model in diffusers' format"
+        description="folder (also s3:// or gs://) or hub name of a model in diffusers' format, or a version "
+        "of the registry whose weights were all trained, as name@3 or name:champion"
     )
     revision: Annotated[str | None, Effect.ENCODINGS, Effect.WEIGHTS] = Field(
         None, description="revision on the hub"
@@ -29,6 +39,15 @@ class ModelConfig(Section):
         description="how the text encoders' linear layers are stored wherever captions are encoded, as "
         "`quantize`; empty: plain",
     )
+    adapter: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None,
+        description="LoRA from which training goes on, with its rank, scale and layers: a file or folder "
+        "(also s3:// or gs://), a hub name, with or without the file's, or a version of the registry, as "
+        "name@3 or name:champion; empty: new adapters",
+    )
+    adapter_revision: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
+        None, description="revision of model.adapter on the hub"
+    )
     assistant: Annotated[str | None, Effect.WEIGHTS, Added()] = Field(
         None,
         description="LoRA that is active while training and off after, as de-distillation adapters are for "
@@ -40,9 +59,13 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _assistant(self) -> "ModelConfig":
-        if not self.assistant:
-            require_unset(self, "without assistant", "assistant_revision")
+    def _revisions(self) -> "ModelConfig":
+        for field, revision in (("adapter", "adapter_revision"), ("assistant", "assistant_revision")):
+            if not getattr(self, field):
+                require_unset(self, f"without {field}", revision)
+        for field, revision in (("base", "revision"), ("adapter", "adapter_revision")):
+            if named_version(getattr(self, field)):
+                require_unset(self, f"for a version of the registry ({field})", revision)
         return self
 
 

@@ -329,6 +329,22 @@ def _progress(verb: str) -> Callable[..., None]:
     return tell
 
 
+def prepared_by(config: Config, run: str) -> Dataset:
+    """Return the dataset that prepare left in an earlier run of the same storage.
+
+    Raises:
+        ConfigError: there is no such run, or it prepared nothing.
+    """
+    earlier = config.model_copy(update={"name": run})
+    storage = RunFolder.of(earlier).dataset
+    if not storage.exists(MANIFEST):
+        raise ConfigError(
+            f"evaluate.remember: {run}: no prepared run of this name in {config.storage}; correct the name"
+        )
+    manifest = Manifest.read(storage)
+    return Dataset(storage, SharedFolder.of(config).encoded(manifest.encoders), manifest)
+
+
 def dry_run(config: Config) -> str:
     """Scan and decide without captioning or encoding; write the preview and return its URI."""
     sources = open_sources(config)

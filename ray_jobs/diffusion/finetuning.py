@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import Draws, LossSettings, Objective, denoising_loss, per_row
 from ray_jobs.diffusion.precision import cast, dtype_of, to_precision
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 OTHER = "other"  # the group of all parameters that no named group matches
 ADAPTER = "default"  # the name of a single adapter in peft, and of any adapter in the names of checkpoints
@@ -233,7 +236,7 @@ def add_lora(
     Raises:
         ValueError: no layer matches `target_modules`.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     endings = tuple(f".{target}" for target in target_modules)
     left_out = [layer for layer in unused if f".{layer}".endswith(endings)]
@@ -248,6 +251,13 @@ def add_lora(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
+    inject_adapter(part, settings, adapter)
+
+
+def inject_adapter(part: Component, settings: "LoraConfig", adapter: str) -> None:
+    """Add an adapter of peft to a component."""
+    from peft import inject_adapter_in_model
+
     if hasattr(part, "add_adapter"):
         part.add_adapter(settings, adapter)
     else:  # see `Family.has_lora_loader`

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
+BARE = ""  # in place of weights: the base itself
 LOSS_ROWS = 32  # rows of the denoising loss: a twentieth of the cost of sampling as many pictures
 
 
@@ -97,7 +99,8 @@ class Evaluator:
             take_share(config.evaluate.gpu_share)
         self.dtype = PRECISIONS[config.evaluate.precision]
         self.pipeline: Pipeline | None = None
-        self.loaded: str | None = None
+        self.adapted = False  # whether the base has an adapter
+        self.loaded: str | None = None  # as `_use` takes them, or BARE
         self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
 
     @cached_property
@@ -151,31 +154,31 @@ class Evaluator:
         return self.networks.first.num_features
 
     def _use(self, weights: str | None) -> "Pipeline":
-        """Return a pipeline with the base model (None) or the weights in a folder (path or URI)."""
+        """Return a pipeline with what the run begins from (None) or the weights in a folder (path or URI).
+
+        It begins from the base, with `model.adapter` if there is one.
+        """
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.sampling import Prompts, place
-        from ray_jobs.weights.loading import LORA_WEIGHTS, load_lora, load_pipeline, unload_lora
-        from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
+        from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline, unload_lora
+        from ray_jobs.weights.starting_adapter import adapter_folder
 
         if self.pipeline is None:
             self.base_prompts, self.base_scheduler = Prompts(self.base, self.device), self.base.scheduler
         elif weights == self.loaded:
             return self.pipeline
-        elif self.pipeline is self.base and self.loaded:
+        elif self.pipeline is self.base and self.adapted:
             unload_lora(self.base)
-        self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, None
-        self.base.scheduler = self.base_scheduler
+            self.adapted = False
+        self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, BARE
+        self.base.scheduler, family = self.base_scheduler, family_of(self.base)
         if weights is None:
-            return self.pipeline
-        folder = Storage.open(weights).local_copy()
-        if (folder / LORA_WEIGHTS).exists():
-            load_lora(self.base, folder)
-            if has_scheduler(folder):  # the scheduler that the adapter was trained with
-                self.base.scheduler = load_scheduler(folder)
-            encoders = family_of(self.base).text.present(self.base).values()
-            names = (name for part in encoders for name, _ in part.named_parameters())
-            if any(".lora_" in name for name in names):
-                self.prompts = Prompts(self.base, self.device)
+            if self.config.model.adapter:
+                denoiser = getattr(self.base, family.denoiser)
+                with adapter_folder(self.config.model, family, denoiser) as folder:
+                    self._adapt(folder)
+        elif (folder := Storage.open(weights).local_copy()) and (folder / LORA_WEIGHTS).exists():
+            self._adapt(folder)
         else:
             place(self.base, self.device)  # away
             self.pipeline = load_pipeline(
@@ -185,6 +188,22 @@ class Evaluator:
             self.prompts = Prompts(self.pipeline, self.device)
         self.loaded = weights
         return self.pipeline
+
+    def _adapt(self, folder: Path) -> None:
+        """Add the adapter in a folder to the base, with the scheduler that it was trained with."""
+        from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.sampling import Prompts
+        from ray_jobs.weights.loading import load_lora
+        from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
+
+        load_lora(self.base, folder)
+        self.adapted = True
+        if has_scheduler(folder):
+            self.base.scheduler = load_scheduler(folder)
+        encoders = family_of(self.base).text.present(self.base).values()
+        names = (name for part in encoders for name, _ in part.named_parameters())
+        if any(".lora_" in name for name in names):
+            self.prompts = Prompts(self.base, self.device)
 
     def _sample(
         self,

@@ -15,6 +15,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config, EvaluateConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
@@ -133,7 +134,7 @@ class EvaluatorPool:
 
         if split in self._real:
             return
-        rows = self.dataset.judged_by(split).pictures(split.name, self.config.evaluate.num_samples)
+        rows = self._judged_by(split).pictures(split.name, self.config.evaluate.num_samples)
         self.captions[split] = [row["text"] for row in rows]
         self.shapes[split] = [shape_of(row["image"]) for row in rows]
         digest = hashlib.sha256()
@@ -156,6 +157,10 @@ class EvaluatorPool:
         self.corrected[split] = correction is not None
         if self.rank_by == SUBJECT:
             self._subjects[split] = self._subject_reference(split)
+
+    def _judged_by(self, split: Split) -> Dataset:
+        """Return the dataset whose split `split.name` has the pictures of `split`."""
+        return prepared_by(self.config, split.run) if split.run else self.dataset.judged_by(split)
 
     def _measure_real(self, pictures: list[bytes]) -> Features:
         """Features of real pictures, cached in the storage: they cost as much as a candidate's."""
@@ -448,6 +453,10 @@ class EvaluatorPool:
 
         The order is that of `Dataset.pictures`. Features are computed once.
         """
+        if split.run:
+            return self._measure_real(
+                [row["image"] for row in self._judged_by(split).pictures("train", count)]
+            )
         dataset = trained_on(self.config, self.dataset, split)
         if dataset.without_fold not in self._training:
             rows = dataset.pictures("train", OTHERS * self.config.evaluate.num_samples)

@@ -23,6 +23,7 @@ DISTILLED = (
     "and are blurred in a few. Train the model that it was distilled from instead, or give model.assistant, "
     "an adapter that undoes the distillation while it trains"
 )
+CONTINUED = "is trained further; scores and pictures of the base are those of the base with it"
 ASSISTED = (
     "is on while training and off after: samples, scores, validation loss and the published version are the "
     "base's with what was trained"
@@ -54,9 +55,11 @@ def check_stages(config: Config) -> list[str]:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    lines = [f"model.adapter: {config.model.adapter} {CONTINUED}"] if config.model.adapter else []
     if config.model.assistant:
-        return [f"model.assistant: {config.model.assistant} {ASSISTED}"]
-    return [f"warning: model.base: {config.model.base} {DISTILLED}"] if family.is_distilled(model) else []
+        return [*lines, f"model.assistant: {config.model.assistant} {ASSISTED}"]
+    warning = [f"warning: model.base: {config.model.base} {DISTILLED}"]
+    return lines + (warning if family.is_distilled(model) else [])
 
 
 def _check_guidance(config: Config, family: Family, settings: Settings) -> None:

@@ -86,7 +86,7 @@ def _of_other_rows(config: Config) -> str:
     searched = [{name: value} for name in LAYERS for value in config.search.space.get(name, [])]
     for settings in searched or [{}]:
         trial = config.with_settings(settings)
-        if trial.train.lora.target_modules:
+        if trial.train.lora.target_modules or trial.model.adapter:
             try:
                 check_rows(trial)
             except ValueError as error:

@@ -13,6 +13,7 @@ from ray_jobs.evaluation.cross_validation import splits, standard_error, trained
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.evaluation.scores import Scores, SetScores
+from ray_jobs.publishing.remembered import measure_remembered
 from ray_jobs.publishing.subjects import MeasuredSubject, measure_subjects
 from ray_jobs.report import SHOWN_NEIGHBOURS, Memorisation, SubjectPictures
 from ray_jobs.run.folder import RunFolder
@@ -72,6 +73,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
     judged = [each.fid for each in judged_whole]
     values = [each.value for each in judged]
     subjects = measure_subjects(config, dataset, pool, weights)
+    remembered = measure_remembered(config, pool, weights, guidance_scale)
     winner = Winner.model_validate(
         {name: value for name, value in best.fields().items() if name in WINNING}
         | {f"validation_{name}": value for name in JUDGED if (value := getattr(best, name)) is not None}
@@ -98,6 +100,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             "resizing": pool.resizing(),
             "test_digest": pool.digests[TEST],
             "subjects": [each.scores for each in subjects],
+            "remembered": remembered,
         }
     )
     memorisation = _memorisation(config, pool, weights, test, base, guidance_scale)

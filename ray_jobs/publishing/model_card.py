@@ -12,9 +12,18 @@ from dataclasses import dataclass
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
-from ray_jobs.report import headline, number
+from ray_jobs.report import beginning, forgotten, headline, number
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import COPIES, FID, MEASURES, RECITED, FinalMeasures, Measurement, Winner
+from ray_jobs.run.records import (
+    COPIES,
+    FID,
+    MEASURES,
+    RECITED,
+    FinalMeasures,
+    Measurement,
+    Remembered,
+    Winner,
+)
 from ray_jobs.weights.model_index import UPSAMPLER
 from ray_jobs.weights.schedulers import SCHEDULER
 
@@ -74,6 +83,7 @@ def model_card(
         *_use(config, base, usage(config, base, prompt, guidance, scheduler)),
         *_scores(config, winner, manifest),
         *_measures(winner),
+        *(["## Earlier subjects", *map(_remembered, winner.remembered)] if winner.remembered else ()),
         *_data(config, manifest),
         *_settings(config, winner),
         *_reproduce(config, winner),
@@ -108,13 +118,15 @@ def _front_matter(
 
 
 def _introduction(config: Config, winner: Winner) -> str:
-    base = _text(portable(config.model.base))
+    begun = {field: portable(name) for field, name in winner.begins_from.items()}
+    base = _text(begun.get("base") or portable(config.model.base))
     kind = (
         f"LoRA weights (rank {config.train.lora.rank}) for the text-to-image model {base}"
         if config.train.method == "lora"
         else f"A text-to-image model: {base}, all of its denoiser fine-tuned"
     )
-    return f"{kind}, in diffusers' format. {_text(headline(winner))}"
+    told = f" {_text(beginning(begun))}" if begun else ""
+    return f"{kind}, in diffusers' format.{told} {_text(headline(winner))}"
 
 
 def _pictures(pictures: Sequence[tuple[str, str]], manifest: Manifest) -> list[str]:
@@ -342,6 +354,11 @@ def _measures(winner: Winner) -> list[str]:
         return []
     head = ("measure, on the test split", "this model", "base model", "real pictures", "pictures", "network")
     return ["Further measures, of the same pictures:", _table(head, rows)]
+
+
+def _remembered(found: Remembered) -> str:
+    pictures = f"{found.num_samples:,} generated pictures, by {found.feature_network}"
+    return f"{_text(forgotten(found))} ({_text(pictures)})"
 
 
 def _data(config: Config, manifest: Manifest) -> list[str]:

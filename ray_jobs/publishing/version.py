@@ -6,7 +6,7 @@ from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool
 from ray_jobs.publishing.pages import CARD
 from ray_jobs.registry.models import TEST_FEATURES, champion
 from ray_jobs.registry.promotion import Measured, Paired, Result
-from ray_jobs.registry.registration import Registered, quantization_tags, register
+from ray_jobs.registry.registration import Registered, beginning_tags, quantization_tags, register
 from ray_jobs.report import headline
 from ray_jobs.run.records import FID, MEASURES, SUBJECT, RungRow, Winner
 from ray_jobs.run.split import TEST
@@ -76,6 +76,7 @@ def register_winner(
             "method": config.train.method,
             "base": config.model.base,
             **({"base_revision": config.model.revision} if config.model.revision else {}),
+            **beginning_tags(config),
             **quantization_tags(config.model),
             "dataset": data,
             "folds": str(config.search.folds),

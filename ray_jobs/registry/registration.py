@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cluster.storage import Storage
 from ray_jobs.config import Config, ModelConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
+from ray_jobs.registry.beginning import beginning_names
 from ray_jobs.registry.digests import digest_of_bytes, is_copy, weights_digest
 from ray_jobs.registry.models import (
     CANDIDATE,
@@ -200,10 +201,16 @@ def quantization_tags(model: ModelConfig) -> dict[str, str]:
     return {name: stored for name, stored in tags.items() if stored}
 
 
+def beginning_tags(config: Config) -> dict[str, str]:
+    """Return tags of the version or adapter that training began from; a version of a plain base has none."""
+    return {f"begins_from_{field}": name for field, name in beginning_names(config).items()}
+
+
 def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
     return {
         "base": config.model.base,
         "base_revision": config.model.revision or "",
+        **beginning_tags(config),
         **quantization_tags(config.model),
         "method": config.train.method,
         "digest": digest,

@@ -9,7 +9,7 @@ from ray_jobs.report.page import write_report
 from ray_jobs.report.pictures import SHOWN_NEIGHBOURS, Memorisation, PictureRow, Strip, grid_image
 from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, TrialCost
-from ray_jobs.report.verdict import closed_share, headline
+from ray_jobs.report.verdict import beginning, closed_share, forgotten, headline
 
 __all__ = [
     "SHOWN_NEIGHBOURS",
@@ -19,8 +19,10 @@ __all__ = [
     "Strip",
     "SubjectPictures",
     "TrialCost",
+    "beginning",
     "closed_share",
     "grid_image",
+    "forgotten",
     "headline",
     "number",
     "write_report",

@@ -1,12 +1,23 @@
 """Results in sentences, with notes on their reliability."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted
 from ray_jobs.report.svg import describe_settings, number
-from ray_jobs.run.records import CORRECTED, FID, KID, MIND, SUBJECT, RungRow, Winner
+from ray_jobs.run.records import (
+    CORRECTED,
+    FID,
+    KID,
+    MEASURES,
+    MIND,
+    SUBJECT,
+    Remembered,
+    RungRow,
+    Winner,
+)
 
 LESS_VARIED = 0.95  # spread over the base's, below which pictures became more alike
 UNBIASED = (CORRECTED, KID)  # scores without the bias of few pictures
@@ -58,6 +69,37 @@ def headline(winner: Winner) -> str:
     return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."
 
 
+def beginning(begins_from: Mapping[str, str]) -> str:
+    """State what training began from, where that is no plain base; empty if it is one.
+
+    Args:
+        begins_from: as `Winner.begins_from`.
+    """
+    told = ""
+    if version := begins_from.get("base"):
+        told = f"The base model is {version} of the registry."
+    if adapter := begins_from.get("adapter"):
+        told += (
+            f" Training went on from the adapter {adapter}: the base model in all scores is the base with it."
+        )
+    return told.strip()
+
+
+def forgotten(found: Remembered) -> str:
+    """State in one line how well the pictures of an earlier run are drawn before and after the training."""
+    name, digits = MEASURES[found.measure]
+    before = number(found.before, digits, found.before_error)
+    after = number(found.after, digits, found.after_error)
+    told = f"The pictures of {found.run}: {name} {before} before, {after} after this training"
+    if found.change is None:
+        return f"{told}; without errors, nothing says whether they differ."
+    change = number(abs(found.change), digits, found.change_error)
+    if abs(found.change) <= (found.change_error or 0.0):
+        return f"{told}. In pairs of pictures they differ by {change}, within the error."
+    way = "something was forgotten" if found.change > 0 else "nothing was forgotten"
+    return f"{told}. In pairs of pictures it is {change} {'worse' if found.change > 0 else 'better'}: {way}."
+
+
 class Note(NamedTuple):
     """A sentence; `alert` marks one that weakens the result."""
 
@@ -74,10 +116,15 @@ def notes(winner: Winner, results: Rows, enough_samples: int) -> list[Note]:
     Raises:
         ValueError: the rungs' second scores are from different networks.
     """
-    found: list[Note | None] = [_too_few(winner, results, enough_samples), _variety(winner)]
+    begun = beginning(winner.begins_from)
+    found: list[Note | None] = [Note(begun, alert=False) if begun else None]
+    found += [_too_few(winner, results, enough_samples), _variety(winner)]
     found.append(_ties(winner, results))
     if (network := second_network(results)) is not None:
         found.append(_agreement(winner, results, network))
+    for each in winner.remembered:
+        worse = each.change is not None and each.change > (each.change_error or 0.0)
+        found.append(Note(forgotten(each), alert=worse))
     if winner.test_reads > 1:
         times = f"The test split of this run was used {winner.test_reads} times"
         found.append(Note(f"{times}: if any choice was based on it, its scores are optimistic."))

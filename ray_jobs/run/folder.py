@@ -9,6 +9,7 @@ from cluster.storage import Storage
 from ray_jobs.config import Config
 
 CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in every checkpoint
+BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
 TRAININGS = "train"
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
@@ -65,6 +66,10 @@ class RunFolder:
     def comparison(self, one: str, other: str) -> Storage:
         """Scores and pictures of two versions side by side."""
         return self.root.child("comparisons", f"{one}-{other}")
+
+    def remembered(self, run: str) -> Storage:
+        """Pictures of an earlier run's captions, before and after this run's training."""
+        return self.root.child("remembered", run)
 
     @property
     def shadow(self) -> Storage:

@@ -267,11 +267,36 @@ class SubjectScores(Record):
     toward_subject: Measurement | None = None
 
 
+class Remembered(Record):
+    """Scores on the validation pictures of an earlier run; higher afterwards: something was forgotten.
+
+    Attributes:
+        run: the earlier run.
+        measure: which score they are, one of `MEASURES`.
+        before, after: of what the run began from, and of the winner.
+        change: after minus before, in pairs of pictures; None without error estimates.
+    """
+
+    run: str
+    measure: str
+    before: float
+    before_error: float | None = None
+    after: float
+    after_error: float | None = None
+    change: float | None = None
+    change_error: float | None = None
+    num_samples: int
+    feature_network: str
+    feature_network_2: str | None = None
+
+
 class Winner(Record):
     """The published model and its scores (winner.json).
 
     Attributes:
         settings: searched settings other than the learning rate.
+        begins_from: registered version or adapter that training began from, by field of `model`; scores of
+            the base are those of the base with that adapter.
         guidance_scale: scale that the search chose; None if it tried one only.
         folds: ranking score in each fold.
         ranked_by: which validation score ranked, one of `MEASURES`.
@@ -290,6 +315,7 @@ class Winner(Record):
     trial_id: str
     learning_rate: float
     settings: Settings = {}
+    begins_from: dict[str, str] = {}
     step: int
     guidance_scale: float | None = None
     folds: list[float] = []
@@ -349,6 +375,7 @@ class Winner(Record):
     resizing: dict[str, str] = {}
     test_digest: str = ""
     subjects: list[SubjectScores] = []
+    remembered: list[Remembered] = []
     registry_version: int | None = None
     registry_decision: str | None = None
     search_digest: str = ""

@@ -15,17 +15,20 @@ class Split:
     Attributes:
         name: split of the dataset.
         fold: with cross-validation, the fold that is the validation split; None: the dataset's own.
+        run: an earlier run of the storage, whose pictures they are; None: this run.
     """
 
     name: SplitName
     fold: int | None = None
+    run: str | None = None
 
     @classmethod
     def of_fold(cls, fold: int) -> "Split":
         return cls("validation", fold)
 
     def __str__(self) -> str:
-        return self.name if self.fold is None else f"fold-{self.fold}"
+        name = self.name if self.fold is None else f"fold-{self.fold}"
+        return name if self.run is None else f"{name} of {self.run}"
 
 
 VALIDATION, TEST = Split("validation"), Split("test")

@@ -31,6 +31,7 @@ from ray_jobs.weights.assistant import add_assistant
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
+from ray_jobs.weights.starting_adapter import add_starting_adapter
 
 CPU = torch.device("cpu")
 SPARE_COMPILATIONS = 4  # of a block's code beside one a shape: blocks may differ in what is trained of them
@@ -187,6 +188,9 @@ def _objective(config: Config, pipeline: Pipeline, family: Family) -> tuple[Obje
 
 def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adapter: str) -> None:
     """Add an adapter to each trained component, and freeze all else."""
+    if config.model.adapter:
+        add_starting_adapter(parts, family, config, adapter)
+        return
     settings = config.train.lora.model_dump(exclude={"target_modules"})
     torch.manual_seed(config.seed)  # for the adapters' initial values
     for name, part in parts.items():

@@ -53,7 +53,7 @@ def search_digest(config: Config, dataset: Dataset, as_before: bool = False) -> 
         as_before: as earlier releases computed it.
 
     Raises:
-        ValueError: the file of `model.assistant` is missing; its content is part of the digest.
+        ValueError: the file of `model.adapter` or `model.assistant` is missing; their content is part of it.
     """
     settings = [began_with(config, dataset, None), config.affecting(Effect.SCORES, as_before=as_before)]
     if config.search.rank_by == SUBJECT:

@@ -1,0 +1,225 @@
+"""LoRA files that a user names (`model.adapter`, `model.assistant`): find, read and place them."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.fetched import local_path
+from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.finetuning import inject_adapter
+from ray_jobs.diffusion.protocols import Component, Settings
+from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file
+from ray_jobs.weights.loading import LORA_WEIGHTS
+
+SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+NAMED = 3  # tensors that an error names
+# Tensors of a LoRA by any program's names; diffusers drops others, or fails on them, without naming them all.
+_PART = re.compile(r"(lora_[AB](\.\w+)?|lora_?(down|up)|lora\w*\.(down|up))\.weight$|alpha$|lora_magnitude_")
+_DOWN = re.compile(r"(lora_A(\.\w+)?|lora_down|lora\w*\.down)\.weight$")
+
+
+def given_file(name: str, revision: str | None, field: str) -> Path:
+    """Return the local safetensors file of an adapter, downloading it first if it is not there.
+
+    Args:
+        name: file, folder or hub name, as configured.
+        field: the setting that it comes from, for errors.
+
+    Raises:
+        ValueError: there is no such file, it is one of several, or it is pickled.
+    """
+    found = Path(local_path(name, field))
+    if found.suffix in PICKLED:
+        raise ValueError(f"{field}: {name}: {_pickled(found.name)}")
+    if found.is_file():
+        return found
+    if found.is_dir():
+        return found / _only(name, [path.name for path in found.iterdir()], field)
+    import httpx2  # see model_files._files
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    repository, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    try:
+        file = file or _only(name, HfApi().list_repo_files(repository, revision=revision), field)
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (OSError, HFValidationError, httpx2.TransportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{field}: {name}: neither a file, nor a folder, nor on the hub ({reason})"
+        ) from None
+
+
+def _pickled(name: str) -> str:
+    return f"{name} is pickled, and loading it could run any program; convert it to .safetensors"
+
+
+def _only(name: str, files: Iterable[str], field: str) -> str:
+    adapters = sorted(file for file in files if file.endswith(".safetensors"))
+    if LORA_WEIGHTS in adapters:
+        return LORA_WEIGHTS
+    if len(adapters) == 1:
+        return adapters[0]
+    if adapters:
+        which = f"has {', '.join(adapters)}; name one of them, as {name}/FILE.safetensors"
+    elif pickled := [file for file in files if PurePosixPath(file).suffix in PICKLED]:
+        which = _pickled(min(pickled))
+    else:
+        which = f"has no .safetensors file, as {name}/FILE.safetensors"
+    raise ValueError(f"{field}: {name}: {which}")
+
+
+def file_digest(file: Path) -> str:
+    """Return a file's sha256."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_given(
+    file: Path, family: Family, denoiser: nn.Module, field: str
+) -> tuple[dict[str, torch.Tensor], Settings]:
+    """Return an adapter's tensors by diffusers' name, `<component>.<layer>.lora_A.weight`, and its settings.
+
+    Other programs' names are converted as diffusers converts them. Their alphas are then part of the tensors.
+
+    Args:
+        denoiser: of a model of the family, for its configuration.
+
+    Raises:
+        ValueError: the file is no LoRA, or diffusers does not read all of it.
+    """
+    import diffusers
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+    from safetensors import SafetensorError
+
+    try:
+        stored, settings = read_adapter_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    if foreign := [name for name in stored if not _PART.search(name)]:
+        raise ValueError(
+            f"{field}: {file}: {_first(foreign)}: no part of a LoRA that diffusers reads; give a file without"
+        )
+    if not family.has_lora_loader:
+        return stored, settings
+    options: dict[str, Any] = {"unet_config": denoiser.config} if family.is_unet else {}
+    try:
+        # Other programs' names become diffusers'; alphas are returned apart, or not at all.
+        tensors, *alphas = getattr(diffusers, family.pipeline_class).lora_state_dict(
+            str(file.parent), weight_name=file.name, return_alphas=True, return_lora_metadata=True, **options
+        )
+    except Exception as error:  # of any kind: its converters expect the names that they know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{field}: {file}: diffusers cannot read it as an adapter of {family.pipeline_class} ({reason})"
+        ) from None
+    scales = alphas[0] or {} if len(alphas) > 1 else {}
+    if family.is_unet:
+        tensors, scales = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(scales)
+    before, after = (sum(bool(_DOWN.search(name)) for name in names) for names in (stored, tensors))
+    if after < before:
+        raise ValueError(f"{field}: {file}: diffusers reads {after} of its {before} layers; convert it first")
+    for name, alpha in scales.items():
+        layer = name.removesuffix(".alpha").partition(".lora_A.")[0]
+        if (up := f"{layer}.lora_B.weight") in tensors:
+            tensors[up] = tensors[up].float() * (float(alpha) / tensors[up].shape[1])
+    return tensors, settings
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def require_places(
+    tensors: Mapping[str, torch.Tensor], parts: Mapping[str, nn.Module], file: Path, field: str
+) -> None:
+    """Raise ValueError unless all tensors of an adapter have a place in the components; name some without."""
+    misfits = [name for name, tensor in tensors.items() if not _has_place(name, tensor, tensors, parts)]
+    if misfits or not tensors:
+        raise ValueError(
+            f"{field}: {file}: {len(misfits)} of {len(tensors)} tensors have no place in this base "
+            f"({_first(misfits)}); give an adapter of this model"
+        )
+
+
+def _has_place(
+    name: str, tensor: torch.Tensor, others: Mapping[str, torch.Tensor], parts: Mapping[str, nn.Module]
+) -> bool:
+    """Return whether a tensor of an adapter is part of a layer's whole update, and has its size."""
+    component, _, inside = name.partition(".")
+    layer, _, side = inside.partition(".lora_")
+    try:
+        part = parts[component]
+        module = part.get_submodule(layer_in_memory(part, layer))
+    except (KeyError, AttributeError):
+        return False
+    needed = {"A.weight": ["B.weight"], "B.weight": ["A.weight"]}
+    needed["magnitude_vector"] = ["A.weight", "B.weight"]
+    if any(f"{component}.{layer}.lora_{each}" not in others for each in needed.get(side, ["?"])):
+        return False
+    kind = "channels" if isinstance(module, nn.Conv2d) else "features"
+    sizes = {"A.weight": tensor[0].shape[:1], "B.weight": tensor.shape[:1]}
+    end, [size] = "in" if side == "A.weight" else "out", sizes.get(side, [tensor.numel()])
+    return bool(size == getattr(module, f"{end}_{kind}", None))
+
+
+def own_part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a component's own tensors or settings, without its name."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+@torch.no_grad()
+def inject_given(
+    part: Component,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Settings,
+    adapter: str,
+    *,
+    dropout: float = 0.0,
+    rounded: bool = False,
+) -> None:
+    """Add an adapter with a file's tensors to a component.
+
+    Args:
+        tensors: all have a place (`require_places`); by name in the component.
+        settings: peft's, from the file; without any the scale is 1.
+        adapter: its name in peft.
+        rounded: store it in the precision of its layers, not as float32, in which training begins.
+    """
+    from peft import LoraConfig
+
+    tensors = {layer_in_memory(part, key): tensor for key, tensor in tensors.items()}
+    ranks = {key.partition(".lora_")[0]: len(each) for key, each in tensors.items() if ".lora_A." in key}
+    scaling = {name: settings[name] for name in SCALING if name in settings}
+    if not scaling:
+        [(usual, _)] = Counter(ranks.values()).most_common(1)
+        others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
+        scaling = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+    config = LoraConfig(
+        **scaling,
+        target_modules=sorted(ranks),
+        lora_dropout=dropout,
+        use_dora=any("magnitude" in key for key in tensors),
+    )
+    inject_adapter(part, config, adapter)
+    places = dict(part.named_parameters())
+    for key, tensor in tensors.items():
+        place = places[f"{key.removesuffix('.weight')}.{adapter}.weight"]
+        if place.shape != tensor.shape:
+            raise ValueError(
+                f"{file_name(part, key)}: {tuple(tensor.shape)}, but its settings need {tuple(place.shape)}"
+            )
+        if rounded or place.is_meta:
+            place.copy_(tensor)
+        else:
+            place.data = tensor.to(torch.float32, copy=True)
