@@ -22,7 +22,13 @@ from ray_jobs.data.encoding.caption_writing import (
     captions_folder,
     keep_captions,
 )
-from ray_jobs.data.encoding.captioning import CAPTIONS, composed, write_captions
+from ray_jobs.data.encoding.captioning import (
+    CAPTIONS,
+    composed,
+    edited_captions,
+    edits_digest,
+    write_captions,
+)
 from ray_jobs.data.encoding.encoding import ChangedFile, _gathered
 from ray_jobs.data.encoding.plan import plan_parts
 from ray_jobs.data.preparation import _content, _inputs
@@ -152,7 +158,7 @@ def test_without_a_model_digests_are_as_before_and_with_one_rows_decide(tmp_path
         configured(tmp_path, *given) for given in ((), ("data.captioning={model: x, trigger: sks}",))
     )
     assert "captioning" not in plain.data.affecting(*type(plain.data).effects("source"))
-    assert _inputs(plain, [], "e") == _inputs(plain, [], "e", captioner="")
+    assert _inputs(plain, [], "e") == _inputs(plain, [], "e", captions="")
     assert len({_inputs(each, [], "e", of) for each in (plain, other) for of in ("", "m", "n")}) == 6
     assert _content(plain, [], "e") == _content(other, [], "e")
 
@@ -237,7 +243,11 @@ Scan = Callable[..., Scanned]
 def scan(captioner: Path, tmp_path: Path) -> Scan:
     def scanned(folder: Path, *overrides: str, rules: OptionalCaptions = OPTIONAL) -> Scanned:
         config = configured(
-            folder, f"data.captioning.model={captioner}", "data.cleaning.duplicates=drop", *overrides
+            folder,
+            f"data.captioning.model={captioner}",
+            "data.cleaning.duplicates=drop",
+            "data.repair_captions=false",
+            *overrides,
         )
         return Scanned(config, opened(folder, captions=rules))
 
@@ -310,6 +320,42 @@ def test_all_pictures_get_one_and_the_sources_captions_stay_beside_it(
         {"file_name": "0.png", "text": "a cat", **by, "source_text": "one\nline more"},
         {"file_name": "1.png", "text": "a dog", **by},
     ]
+
+
+def test_edited_captions_stay_instead_of_the_models_and_the_sources(
+    scan: Scan, tmp_path: Path, captioner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files: dict[str, bytes | str] = {f"{n}.png": noise(n) for n in range(4)}
+    folder = write(tmp_path / "set", {**files, "2.txt": "my own"})
+    scanned = scan(folder, "data.captioning.trigger=sks")
+    scanned.keep({noise(0): "a cat", noise(1): ""})
+    by = {"written_by": str(captioner)}
+    edits = [
+        {"file_name": "0.png", "text": "sks,\u2028 the cat's\nball", **by, "edited": True},
+        {"file_name": "1.png", "text": "a dog", "edited": True},
+        {"file_name": "2.png", "text": "our own", "source_text": "my own", "edited": True},
+        {"file_name": "3.png", "text": "a bee", **by, "edited": True},
+        {"file_name": "gone.png", "text": "a bee", "edited": True},
+        {"file_name": "1.png", "text": " ", "edited": True},
+    ]
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in edits)
+    scanned.dataset.write_text(CAPTIONS, written)
+    found, decided = scanned.write()  # picture 3 needs no caption of the model's
+    expected = ["sks,\u2028 the cat's\nball", "a dog", "our own", "a bee"]
+    assert [text for _, text in scanned.rows(found)] == expected
+    assert decided.reasons.tolist() == [""] * 4 and decided.num_written == 0
+    assert "4 captions edited in captions.jsonl, 1 edits fit no row" in capsys.readouterr().out
+    kept = scanned.dataset.read_text(CAPTIONS)
+    scanned.write()
+    assert scanned.dataset.read_text(CAPTIONS) == kept
+    read = edited_captions(scanned.config, scanned.dataset)
+    assert read[0, "2.png", "my own"] == "our own" and len(read) == 4
+    assert edits_digest(read) != edits_digest({}) == ""
+    plain = configured(folder)
+    assert edited_captions(plain, scanned.dataset) == {}
+    scanned.dataset.write_text(CAPTIONS, '{"file_name": "0.png", "edited": true}\n')
+    with pytest.raises(ConfigError, match="captions.jsonl: a line is no object with file_name and text"):
+        edited_captions(scanned.config, scanned.dataset)
 
 
 def test_rows_of_one_picture_are_named_as_their_file(scan: Scan, tmp_path: Path) -> None:
