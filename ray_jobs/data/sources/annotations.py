@@ -3,6 +3,7 @@
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig, resolve_path
@@ -90,7 +91,8 @@ def open_annotations(
     pictures = _read(name, read(), config)
     caption = _caption_name(name, pictures, config, optional)
     _require_column(name, pictures, stratify)
-    return folder_of_rows(listing, _rows(name, listing, pictures, caption, stratify), f"{name}: rows")
+    source = folder_of_rows(listing, _rows(name, listing, pictures, caption, stratify), f"{name}: rows")
+    return replace(source, described_by=(name,))
 
 
 def _read(where: str, content: bytes, config: SourceConfig) -> list[Labelled]:
