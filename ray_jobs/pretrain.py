@@ -72,7 +72,7 @@ def _load_pictures(config: Config, source: str) -> "torch.Tensor":
     import numpy as np
     import torch
 
-    different = {sample.name: sample.data for sample in _samples(config, source)}
+    different = {sample.name: sample.data for sample in _samples(config, SourceConfig(path=source))}
     pictures = [
         decode_image(data, resolution=config.data.resolution, background=config.data.background)
         for data in different.values()
@@ -80,18 +80,20 @@ def _load_pictures(config: Config, source: str) -> "torch.Tensor":
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-def _samples(config: Config, path: str) -> Iterator[Sample]:
+def _samples(config: Config, settings: SourceConfig) -> Iterator[Sample]:
     """Yield all captioned pictures of a source.
 
     Raises:
         ConfigError: a picture cannot be used; the data of a base model must have been checked beforehand.
     """
     rules = CaptionRules(config.data.caption_lines, config.data.repair_captions is not False)
-    source = open_source(SourceConfig(path=path), config.data.stratify, rules)
+    source = open_source(settings, config.data.stratify, rules)
     for piece in source.pieces:
         for sample in source.read(piece):
             if sample.problem and sample.problem.reason not in LEFT_OUT:
-                raise ConfigError(f"{path}: {sample.name}: {sample.problem}; repair or remove the file")
+                raise ConfigError(
+                    f"{settings.path}: {sample.name}: {sample.problem}; repair or remove the file"
+                )
             if not sample.problem:
                 yield sample
 
@@ -161,7 +163,7 @@ def _build_initial(config: Config, sizes: PretrainConfig, run: RunFolder) -> Non
 
     torch.manual_seed(config.seed)
     autoencoder = AutoencoderKL.from_pretrained(run.autoencoder.path)
-    captions = [s.text for each in config.data.all_sources for s in _samples(config, each.path)]
+    captions = [s.text for each in config.data.all_sources for s in _samples(config, each)]
     tokenizer = architecture.build_tokenizer(captions, sizes.vocabulary, sizes.max_tokens)
     pipeline = architecture.build_pipeline(
         autoencoder,

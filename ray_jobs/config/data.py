@@ -15,7 +15,14 @@ class SourceConfig(Section):
     affects: ClassVar = Effect.DATASET
 
     path: Annotated[str, Effect.IMAGES] = Field(
-        description="folder, Parquet, Arrow or tar files; local, s3:// or gs://"
+        description="folder, Parquet, Arrow or tar files, or an export of Label Studio or Labelbox; local, "
+        "s3:// or gs://"
+    )
+    annotations: Annotated[str | None, Effect.IMAGES, Added()] = Field(
+        None,
+        min_length=1,
+        description="file with the captions of the images in `path`: a JSON export of Label Studio, or an "
+        "NDJSON export of Labelbox. Not needed where the export itself is `path`, or the only one in it",
     )
     weight: float | None = Field(None, gt=0, description="share of this source in the rows of an epoch")
     splits: list[str] = Field(
@@ -27,13 +34,14 @@ class SourceConfig(Section):
         None,
         min_length=1,
         description="Parquet and Arrow: column of image bytes, or of a struct with bytes; metadata files: "
-        "column of file names. Empty: `image`, or the only column with bytes; `file_name`",
+        "column of file names; Label Studio: field of the task. Empty: `image`, or the only column with "
+        "bytes; `file_name`",
     )
     caption_column: str | None = Field(
         None,
         min_length=1,
-        description="Parquet, Arrow and metadata files: column of captions; tar: key in the .json. Empty: "
-        "`text` or `caption`",
+        description="Parquet, Arrow and metadata files: column of captions; tar: key in the .json; Label "
+        "Studio and Labelbox: name of the text field. Empty: `text` or `caption`, or the only text field",
     )
     instance_prompt: Prompt | None = Field(
         None, description="DreamBooth: caption of every image in a folder without captions"

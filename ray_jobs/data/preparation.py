@@ -20,6 +20,8 @@ from ray_jobs.data.encoding.captioning import (
     announce_captions,
     captioning_digest,
     check_captioning,
+    edited_captions,
+    edits_digest,
     write_captions,
 )
 from ray_jobs.data.encoding.class_pictures import (
@@ -80,11 +82,12 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     check_subjects(config, sources)
     check_captioning(config)
     captioner = captioning_digest(config)
+    captions = captioner + edits_digest(edited_captions(config, RunFolder.of(config).dataset))
     if check and class_image_counts(config, sources):
         check()
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
-    inputs = [_inputs(config, sources, encoders, captioner, as_before) for as_before in (False, True)]
+    inputs = [_inputs(config, sources, encoders, captions, as_before) for as_before in (False, True)]
     if config.data.encode == "cache" and (stored := _stored(dataset, *inputs)):
         if stored.manifest.judged:
             require_enough(config, stored.manifest, dataset.storage)
@@ -147,13 +150,13 @@ def _inputs(
     config: Config,
     sources: Sequence[Source],
     encoders: str,
-    captioner: str = "",
+    captions: str = "",
     as_before: bool = False,
 ) -> str:
     """Digest of the dataset's inputs, without reading the pictures; a copied source counts as new.
 
     Args:
-        captioner: from `captioning_digest`.
+        captions: digests of the captioning model and of edited captions, if there are any.
         as_before: as earlier releases computed it.
     """
     effects = Effect.IMAGES, Effect.ENCODINGS, Effect.DATASET
@@ -165,7 +168,7 @@ def _inputs(
         encoders,
         config.seed,
         config.train.training_rows,
-        *([captioner] if captioner else []),
+        *([captions] if captions else []),
     )
 
 
@@ -354,7 +357,7 @@ def dry_run(config: Config) -> str:
     storage = RunFolder.of(config).dataset
     found, decisions = examine(config, sources, storage)
     require_photos(sources, found, decisions, storage)
-    announce_captions(config, found, storage.child(INDEX), decisions)
+    announce_captions(config, found, storage.child(INDEX), decisions, storage)
     manifest, _ = _plan(config, sources, found, decisions, storage)
     _say_cut(long_captions(config, found, storage.child(INDEX), decisions))
     page = write_dataset_page(

@@ -144,7 +144,7 @@ class EvaluatorPool:
             )
         self.digests[split] = digest.hexdigest()
         count, wanted = self._num_samples(split), self.config.evaluate.num_samples
-        if count < wanted and self.rank_by != SUBJECT:
+        if count < wanted and not self._is_of_subjects(split):
             say(
                 "evaluate",
                 f"{split}: {len(rows):,} captions, so {count:,} pictures a score and not the {wanted:,} of "
@@ -155,7 +155,7 @@ class EvaluatorPool:
         correction = ray.get(self.actors[0].correction.remote(real, others, count))
         self._real[split] = ray.put(Real.of(real, correction))
         self.corrected[split] = correction is not None
-        if self.rank_by == SUBJECT:
+        if self._is_of_subjects(split):
             self._subjects[split] = self._subject_reference(split)
 
     def _judged_by(self, split: Split) -> Dataset:
@@ -201,7 +201,7 @@ class EvaluatorPool:
 
     def _num_samples(self, split: Split) -> int:
         evaluate, captions = self.config.evaluate, self.captions[split]
-        if self.rank_by == SUBJECT:
+        if self._is_of_subjects(split):
             return min(evaluate.num_samples, evaluate.subject_samples * len(set(captions)))
         return min(evaluate.num_samples, CAPTION_USES * len(captions))
 
@@ -250,7 +250,7 @@ class EvaluatorPool:
         parts, tasks = [], self._tasks(split)
         for actor, numbers, captions, seeds, shapes in tasks:
             kept = SampleFiles(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
-            work = weights, captions, seeds, kept, guidance_scale, self.rank_by == SUBJECT
+            work = weights, captions, seeds, kept, guidance_scale, self._is_of_subjects(split)
             parts.append(actor.sample_features.remote(*work, shapes=shapes))
         shares = [task.numbers for task in tasks]
         found: Scores = ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
@@ -344,7 +344,7 @@ class EvaluatorPool:
         import ray
         from safetensors.torch import save
 
-        if self.rank_by != SUBJECT:
+        if not self._is_of_subjects(split):
             return found
         own = join(ray.get(list(parts)), [task.numbers for task in tasks])
         drawn = self._drawn_subjects(weights, split, guidance_scale, kept, own)
@@ -388,6 +388,10 @@ class EvaluatorPool:
             own = join(ray.get(parts), [task.numbers for task in tasks])
             self._drawn_by_base[key] = self._drawn_subjects(None, split, None, None, own, network)
         return SubjectReference(photos, self._drawn_by_base[key], network, texts)
+
+    def _is_of_subjects(self, split: Split) -> bool:
+        """Return whether a split's scores contain the subject score."""
+        return self.rank_by == SUBJECT and not split.run
 
     def _judged_subjects(self, split: Split) -> list[Subject]:
         """Return the subjects of which a loaded split has photos."""

@@ -336,6 +336,7 @@ def test_bare_pictures_are_captioned_once_and_the_captions_are_in_the_rows(
     ray_cluster: LocalCluster, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ray_jobs.config import CaptioningConfig
+    from ray_jobs.review.captions import open_captions
     from ray_jobs.weights.captioner import Captioner
     from tests.tiny_captioners import blip
 
@@ -371,6 +372,17 @@ def test_bare_pictures_are_captioned_once_and_the_captions_are_in_the_rows(
     assert {text.replace("ohwx", "sks") for text in members(larger, "train")} & expected
 
     listed = (tmp_path / "runs/tiny/dataset/captions.jsonl").read_text()
+    captions = open_captions(config("data.captioning.trigger=ohwx"))
+    [item] = [each for each in captions.items if each.name == "000.png"]
+    captions.save(item, "my own cat")
+    corrected = prepare(config("data.captioning.trigger=ohwx"))
+    assert "captioned 29 pictures of 31 (0 now, 29 before)" in capsys.readouterr().out
+    assert "my own cat" in set().union(
+        *(members(corrected, split) for split in ("train", "validation", "test"))
+    )
+    prepare(config("data.captioning.trigger=ohwx"))
+    assert "unchanged, skipped" in capsys.readouterr().out
+
     (folder / "001.txt").unlink()
     (folder / "metadata.jsonl").write_text(listed.replace("ohwx", "my"))
     edited = prepare(configured(tiny_model, folder, tmp_path / "runs", "name=edited"))

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Storage
+from cluster.lease import held
 from ray_jobs.config import CaptioningConfig, Config, ConfigError, load_config
 from ray_jobs.data.curation.decisions import Decisions, decide
+from ray_jobs.data.curation.findings import write_findings
 from ray_jobs.data.curation.scan import SCHEMA, Entry, entries, read_index, scan_sample
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.encoding.caption_writing import (
@@ -22,12 +23,22 @@ from ray_jobs.data.encoding.caption_writing import (
     captions_folder,
     keep_captions,
 )
-from ray_jobs.data.encoding.captioning import CAPTIONS, composed, write_captions
+from ray_jobs.data.encoding.captioning import (
+    CAPTIONS,
+    composed,
+    edited_captions,
+    edits_digest,
+    write_captions,
+)
 from ray_jobs.data.encoding.encoding import ChangedFile, _gathered
 from ray_jobs.data.encoding.plan import plan_parts
-from ray_jobs.data.preparation import _content, _inputs
+from ray_jobs.data.preparation import INDEX, _content, _inputs
 from ray_jobs.data.sources.captions import CaptionRules, OptionalCaptions, caption_rules
 from ray_jobs.data.sources.detection import Source
+from ray_jobs.review.app import Review
+from ray_jobs.review.captions import Captions, open_captions
+from ray_jobs.review.export import export
+from ray_jobs.run.folder import RunFolder
 from tests.tiny_captioners import blip
 from tests.unit.test_sources import (
     all_samples,
@@ -152,7 +163,7 @@ def test_without_a_model_digests_are_as_before_and_with_one_rows_decide(tmp_path
         configured(tmp_path, *given) for given in ((), ("data.captioning={model: x, trigger: sks}",))
     )
     assert "captioning" not in plain.data.affecting(*type(plain.data).effects("source"))
-    assert _inputs(plain, [], "e") == _inputs(plain, [], "e", captioner="")
+    assert _inputs(plain, [], "e") == _inputs(plain, [], "e", captions="")
     assert len({_inputs(each, [], "e", of) for each in (plain, other) for of in ("", "m", "n")}) == 6
     assert _content(plain, [], "e") == _content(other, [], "e")
 
@@ -195,8 +206,8 @@ class Scanned:
 
     def __init__(self, config: Config, source: Source) -> None:
         self.config, self.source = config, source
-        self.index = Storage.open(str(Path(config.storage) / "index"))
-        self.dataset = Storage.open(str(Path(config.storage) / "dataset"))
+        self.dataset = RunFolder.of(config).dataset
+        self.index = self.dataset.child(INDEX)
         self.found = entries([source], config.data)
         for entry in self.found:
             rows = [scan_sample(sample, config.data) for sample in source.read(entry.piece)]
@@ -237,7 +248,11 @@ Scan = Callable[..., Scanned]
 def scan(captioner: Path, tmp_path: Path) -> Scan:
     def scanned(folder: Path, *overrides: str, rules: OptionalCaptions = OPTIONAL) -> Scanned:
         config = configured(
-            folder, f"data.captioning.model={captioner}", "data.cleaning.duplicates=drop", *overrides
+            folder,
+            f"data.captioning.model={captioner}",
+            "data.cleaning.duplicates=drop",
+            "data.repair_captions=false",
+            *overrides,
         )
         return Scanned(config, opened(folder, captions=rules))
 
@@ -312,6 +327,42 @@ def test_all_pictures_get_one_and_the_sources_captions_stay_beside_it(
     ]
 
 
+def test_edited_captions_stay_instead_of_the_models_and_the_sources(
+    scan: Scan, tmp_path: Path, captioner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files: dict[str, bytes | str] = {f"{n}.png": noise(n) for n in range(4)}
+    folder = write(tmp_path / "set", {**files, "2.txt": "my own"})
+    scanned = scan(folder, "data.captioning.trigger=sks")
+    scanned.keep({noise(0): "a cat", noise(1): ""})
+    by = {"written_by": str(captioner)}
+    edits = [
+        {"file_name": "0.png", "text": "sks,\u2028 the cat's\nball", **by, "edited": True},
+        {"file_name": "1.png", "text": "a dog", "edited": True},
+        {"file_name": "2.png", "text": "our own", "source_text": "my own", "edited": True},
+        {"file_name": "3.png", "text": "a bee", **by, "edited": True},
+        {"file_name": "gone.png", "text": "a bee", "edited": True},
+        {"file_name": "1.png", "text": " ", "edited": True},
+    ]
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in edits)
+    scanned.dataset.write_text(CAPTIONS, written)
+    found, decided = scanned.write()  # picture 3 needs no caption of the model's
+    expected = ["sks,\u2028 the cat's\nball", "a dog", "our own", "a bee"]
+    assert [text for _, text in scanned.rows(found)] == expected
+    assert decided.reasons.tolist() == [""] * 4 and decided.num_written == 0
+    assert "4 captions edited in captions.jsonl, 1 edits fit no row" in capsys.readouterr().out
+    kept = scanned.dataset.read_text(CAPTIONS)
+    scanned.write()
+    assert scanned.dataset.read_text(CAPTIONS) == kept
+    read = edited_captions(scanned.config, scanned.dataset)
+    assert read[0, "2.png", "my own"] == "our own" and len(read) == 4
+    assert edits_digest(read) != edits_digest({}) == ""
+    plain = configured(folder)
+    assert edited_captions(plain, scanned.dataset) == {}
+    scanned.dataset.write_text(CAPTIONS, '{"file_name": "0.png", "edited": true}\n')
+    with pytest.raises(ConfigError, match="captions.jsonl: a line is no object with file_name and text"):
+        edited_captions(scanned.config, scanned.dataset)
+
+
 def test_rows_of_one_picture_are_named_as_their_file(scan: Scan, tmp_path: Path) -> None:
     folder = write(
         tmp_path / "set", {"0.png": noise(0), "0.txt": "one\ntwo", "1.png": noise(1), "2.png": noise(2)}
@@ -373,3 +424,63 @@ def test_pictures_are_shown_upright_on_the_background_and_not_larger_than_asked(
     assert pixels[2, 5].tolist() == [0, 0, 255] and pixels[-3, 5].tolist() == [255, 0, 0]
     with pytest.raises(ChangedFile, match="a.png: changed during prepare"):
         ShowPictures(config)(row | {"digest": "other"})
+
+
+# Corrections on the page of `ray_jobs.captions`
+
+
+def listed(captions: Captions) -> list[tuple[str, str]]:
+    return [(item.name, item.text) for item in captions.items]
+
+
+def test_written_captions_are_corrected_in_the_runs_list_and_read_again(
+    scan: Scan,
+    tmp_path: Path,
+) -> None:
+    files: dict[str, bytes | str] = {f"{n}.png": noise(n) for n in range(4)}
+    folder = write(tmp_path / "set", {**files, "2.txt": "my own", "4.png": b"no picture"})
+    scanned = scan(folder)
+    with pytest.raises(
+        ConfigError, match="has no captions of these pictures yet; run python -m ray_jobs.prep"
+    ):
+        open_captions(scanned.config)
+    scanned.keep({noise(0): "a cat", noise(1): "", noise(3): "a bee"})
+    write_findings(scanned.found, scanned.index, scanned.write()[1], scanned.dataset)
+    captions = open_captions(scanned.config)
+    assert listed(captions) == [("0.png", "a cat"), ("1.png", ""), ("2.png", "my own"), ("3.png", "a bee")]
+    for number, text in enumerate(["the cat", "a dog", "our own"]):
+        captions.save(captions.items[number], text)
+    again = open_captions(scanned.config)
+    assert {item.name: (item.text, item.is_edited) for item in again.items} == {
+        "0.png": ("the cat", True),
+        "1.png": ("a dog", True),
+        "2.png": ("our own", True),
+        "3.png": ("a bee", False),
+    }
+    rewritten, decided = scanned.write()
+    assert [text for _, text in scanned.rows(rewritten)] == ["the cat", "a dog", "our own", "a bee", ""]
+    assert decided.reasons.tolist()[:4] == [""] * 4
+    assert listed(open_captions(scanned.config)) == listed(again)
+    with held(RunFolder.of(scanned.config).root), pytest.raises(ConfigError, match="is in use by process"):
+        again.save(again.items[3], "a wasp")
+    with pytest.raises(ConfigError, match="changed meanwhile"):  # by `scanned.write`
+        captions.save(captions.items[3], "a wasp")
+    assert open_captions(scanned.config).items[3].text == "a bee"
+    folder.joinpath("5.png").write_bytes(noise(5))
+    with pytest.raises(ConfigError, match="has no captions of these pictures yet"):
+        open_captions(scanned.config)
+
+
+def test_pictures_in_tar_files_are_read_some_at_a_time(scan: Scan, tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "s.tar", {f"{n}.png": noise(n) for n in range(3)})
+    scanned = scan(tmp_path / "set")
+    scanned.keep({noise(n): f"a {n}" for n in range(3)})
+    write_findings(scanned.found, scanned.index, scanned.write()[1], scanned.dataset)
+    review = Review(scanned.config)
+    assert [item.text for item in review.captions.items] == ["a 0", "a 1", "a 2"]
+    assert all((review.pictures.jpeg(n, 320) or b"").startswith(b"\xff\xd8") for n in range(3))
+    assert list(review.pictures._kept) == [0, 1, 2]
+    (tmp_path / "set" / "s.tar").unlink()
+    assert review.pictures.jpeg(1, 320)  # read with the first
+    with pytest.raises(ConfigError, match="lie in tables or tar files, which other programs cannot show"):
+        export(scanned.config, review.captions, "label-studio", str(tmp_path / "out.json"))

@@ -18,12 +18,23 @@ OURS = ("ray_jobs", "cluster", "serving")
 # Earlier rooms know nothing of later ones; `cluster` stands beside `ray_jobs`.
 ROOMS = (
     *("config", "console", "cluster", "run", "pictures", "diffusion", "metrics", "report", "weights"),
-    *("registry", "data", "training", "evaluation", "tuning", "publishing", "planning"),
+    *("registry", "data", "review", "training", "evaluation", "tuning", "publishing", "planning"),
 )
 DATA_ROOMS = ("sources", "curation", "encoding", "feeding")  # modules of `data` itself come after them
 # All that lies directly in `ray_jobs`: what a person runs.
 STAGES = (
-    *("versions", "checks", "prepare", "train", "pretrain", "evaluate", "search", "publish", "compare"),
+    *(
+        "versions",
+        "checks",
+        "prepare",
+        "captions",
+        "train",
+        "pretrain",
+        "evaluate",
+        "search",
+        "publish",
+        "compare",
+    ),
     "pipeline",
 )
 COMMANDS = ("cluster.plan",)  # run by a person, imported by nobody, and free to ask every room

@@ -11,7 +11,7 @@ from ray_jobs.config import ConfigError
 from ray_jobs.data.sources.samples import Source
 from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import S3Server, s3_server
-from tests.unit.test_sources import every_kind, facts, image_folder, opened, samples
+from tests.unit.test_sources import every_kind, facts, image_folder, labelbox, opened, samples
 
 BUCKET = "pictures"
 Server = S3Server | GcsServer
@@ -71,6 +71,14 @@ def test_an_object_that_is_gone_is_missing(tmp_path: Path, server: Server) -> No
     source = opened(address)
     reasons = [s.problem and s.problem.reason for s in source.read(source.pieces[0], {0, 1, 2})]
     assert reasons == [None, "missing_file", None]
+
+
+def test_an_export_in_a_bucket_is_a_source_by_its_own_name(tmp_path: Path, server: Server) -> None:
+    root = labelbox(tmp_path / "exported")
+    address = uploaded(root / "export.ndjson", server, root)
+    assert [facts(s) for s in samples(opened(address))] == [facts(s) for s in samples(opened(root))]
+    there = opened(uploaded(root, server, root), annotations=str(root / "export.ndjson"))
+    assert [s.text for s in samples(there)] == ["a 0", "a 1", "a 2"]
 
 
 @pytest.mark.parametrize("place", ["pictures/nowhere", "nobucket/x", "pictures/nowhere.parquet"])

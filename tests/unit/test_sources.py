@@ -79,6 +79,47 @@ def caption_files(folder: Path) -> Path:
     )
 
 
+def label_studio(folder: Path) -> Path:
+    """A project whose pictures were on Label Studio's own disk, below a root above them."""
+    tasks = [
+        {
+            "id": 7 + n,
+            "data": {"image": f"/data/local-files/?d=here/photos/{n}%20of%203.png"},
+            "annotations": [
+                {"result": [{"type": "textarea", "from_name": "words", "value": {"text": [f"a {n}"]}}]}
+            ],
+        }
+        for n in range(3)
+    ]
+    pictures: dict[str, bytes | str] = {f"photos/{n} of 3.png": picture(n) for n in range(3)}
+    return write(folder, {"project-1-at-2026-01-02.json": json.dumps(tasks), **pictures})
+
+
+def labelbox(folder: Path) -> Path:
+    rows = [
+        {
+            "data_row": {
+                "id": f"c{n}",
+                "external_id": f"{n}.png",
+                "row_data": f"https://host/u/{n}?Expires=1",
+            },
+            "projects": {
+                "p": {
+                    "labels": [
+                        {
+                            "annotations": {
+                                "classifications": [{"name": "words", "text_answer": {"content": f"a {n}"}}]
+                            }
+                        }
+                    ]
+                }
+            },
+        }
+        for n in range(3)
+    ]
+    return write(folder, {"export.ndjson": lines(rows), **{f"{n}.png": picture(n) for n in range(3)}})
+
+
 def dreambooth(folder: Path) -> Path:
     prompts = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
     pictures: dict[str, bytes | str] = {f"{n}.png": picture(n) for n in range(4)}
@@ -114,6 +155,8 @@ KINDS: list[Callable[[Path], Path]] = [
     image_folder,
     csv_folder,
     caption_files,
+    label_studio,
+    labelbox,
     dreambooth,
     parquet_files,
     tar_files,

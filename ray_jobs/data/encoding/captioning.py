@@ -1,7 +1,8 @@
 """Captions that a model writes for pictures, after the scan of a dataset and before its encoding.
 
 In the dataset's index they stand in place of the source's own: everything that follows reads captions there.
-`dataset/captions.jsonl` lists them, in the format of a metadata.jsonl.
+`dataset/captions.jsonl` lists them, in the format of a metadata.jsonl. Its lines with `"edited": true` are
+corrections, which stand in place of the model's captions and the source's.
 """
 
 import hashlib
@@ -26,10 +27,11 @@ from ray_jobs.data.encoding.caption_writing import (
     captions_folder,
     kept_captions,
 )
-from ray_jobs.data.sources.captions import clip_text
+from ray_jobs.data.sources.captions import caption_rules, clip_text
 from ray_jobs.data.sources.detection import Source
 
 CAPTIONS = "captions.jsonl"
+EDITED = "edited"  # key of a corrected line
 LINE_OF_CAPTION = re.compile(r": line \d+$")  # see `Source`: in the name of a row that has one of several
 
 
@@ -65,10 +67,64 @@ def captioning_digest(config: Config) -> str:
         raise ConfigError(str(error)) from None
 
 
-def announce_captions(config: Config, found: Sequence[Entry], index: Storage, decisions: Decisions) -> None:
+Row = tuple[int, str, str]  # number of its source, name of its picture, the source's own caption
+
+
+def captions_file(config: Config, source: int) -> str:
+    """Name of the list of captions of a source: `captions.jsonl`; of several `captions-1.jsonl` and so on."""
+    stem, suffix = CAPTIONS.split(".")
+    return CAPTIONS if len(config.data.all_sources) == 1 else f"{stem}-{source + 1}.{suffix}"
+
+
+def own_caption(line: Mapping[str, object]) -> str:
+    """Return the source's own caption of the row that a line of `captions.jsonl` is about; "" if none."""
+    is_own = "written_by" not in line and EDITED not in line
+    return str(line.get("source_text", line["text"] if is_own else ""))
+
+
+def picture_name(name: str, lines: int) -> str:
+    """Name of a row's picture, without the number of its line where its caption has several."""
+    return LINE_OF_CAPTION.sub("", name) if lines > 1 else name
+
+
+def edited_captions(config: Config, dataset: Storage) -> dict[Row, str]:
+    """Read the corrected captions, as training has them; none without a captioning model.
+
+    Raises:
+        ConfigError: a line of the file cannot be read.
+    """
+    edits: dict[Row, str] = {}
+    if config.data.captioning.model is None:
+        return edits
+    for source in range(len(config.data.all_sources)):
+        name = captions_file(config, source)
+        try:
+            text = dataset.read_text(name) if dataset.exists(name) else ""
+            # Not at other line ends: a caption may hold U+2028.
+            for line in map(json.loads, filter(str.strip, text.split("\n"))):
+                if line.get(EDITED) and str(line["text"]).strip():
+                    edits[source, line["file_name"], own_caption(line)] = str(line["text"]).strip()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{dataset.uri}/{name}: a line is no object with file_name and text ({error}); correct or "
+                "remove the file"
+            ) from None
+    is_repaired = bool(edits) and caption_rules(config).repaired
+    return {row: clip_text(text) if is_repaired else text for row, text in edits.items()}
+
+
+def edits_digest(edits: Mapping[Row, str]) -> str:
+    """Return the digest of corrections; "" if there are none."""
+    content = json.dumps(sorted(edits.items())).encode()
+    return hashlib.sha256(content).hexdigest() if edits else ""
+
+
+def announce_captions(
+    config: Config, found: Sequence[Entry], index: Storage, decisions: Decisions, dataset: Storage
+) -> None:
     """Print for how many pictures `write_captions` would have captions."""
     if model := config.data.captioning.model:
-        count = len(_places(config, found, index, decisions))
+        count = len(_places(config, found, index, decisions, edited_captions(config, dataset)))
         say("prepare", f"{model} will caption {count:,} pictures, less those with captions in storage")
 
 
@@ -92,12 +148,13 @@ def write_captions(
         The entries with new index files, and the decisions: a picture of which the model writes nothing is
         rejected as `empty_caption`.
     """
-    places = _places(config, found, index, decisions)
+    edits = edited_captions(config, dataset)
+    places = _places(config, found, index, decisions, edits)
     cache = captions_folder(config, model)
     known = kept_captions(cache, places)
     missing = {digest: place for digest, place in places.items() if digest not in known}
     captions = known | (caption_pictures(config, sources, found, missing, cache, progress) if missing else {})
-    applied = _Application(config, captions, is_repaired=sources[0].captions.repaired)
+    applied = _Application(config, captions, edits, is_repaired=sources[0].captions.repaired)
     entries = applied.to_index(found, index, decisions)
     applied.write_files(dataset)
     pictures = int((decisions.reasons[: decisions.num_own] == "").sum())
@@ -107,6 +164,12 @@ def write_captions(
         f"captioned {len(places):,} pictures of {pictures:,} ({len(missing):,} now, {len(known):,} before)"
         f"{example}",
     )
+    if edits:
+        say(
+            "prepare",
+            f"{len(applied.edited):,} captions edited in {CAPTIONS}"
+            + (f", {lost:,} edits fit no row" if (lost := len(edits) - len(applied.edited)) else ""),
+        )
     if applied.failed:
         say(
             "prepare",
@@ -135,14 +198,23 @@ def _is_wanted(config: Config, text: str, role: str) -> bool:
     return role == "instance" and (config.data.captioning.pictures == "all" or not text)
 
 
-def _places(config: Config, found: Sequence[Entry], index: Storage, decisions: Decisions) -> dict[str, Place]:
+def _places(
+    config: Config,
+    found: Sequence[Entry],
+    index: Storage,
+    decisions: Decisions,
+    edits: Mapping[Row, str],
+) -> dict[str, Place]:
     """Digests of the kept pictures that a model captions, with the first row of each."""
     places: dict[str, Place] = {}
     start = 0
     files = [entry.file for entry in found]
-    for number, table in enumerate(read_index(index, files, ["row", "text", "role", "digest"])):
+    columns = ["row", "name", "text", "role", "digest", "lines"]
+    for number, table in enumerate(read_index(index, files, columns)):
         for at, values in enumerate(table.to_pylist()):
+            name = picture_name(values["name"], values["lines"])
             wanted = _is_wanted(config, values["text"], values["role"])
+            wanted = wanted and (found[number].source, name, values["text"]) not in edits
             if wanted and not decisions.reasons[start + at]:
                 places.setdefault(values["digest"], (number, values["row"]))
         start += len(table)
@@ -155,11 +227,15 @@ class _Application:
     Attributes:
         failed: names of pictures of which the model wrote nothing.
         example: name of the first captioned picture, and its caption.
+        edited: rows with corrected captions.
     """
 
-    def __init__(self, config: Config, captions: Mapping[str, Caption], is_repaired: bool) -> None:
+    def __init__(
+        self, config: Config, captions: Mapping[str, Caption], edits: Mapping[Row, str], is_repaired: bool
+    ) -> None:
         self.config, self.settings, self.is_repaired = config, config.data.captioning, is_repaired
         self.texts = {digest: self._final(caption.text) for digest, caption in captions.items()}
+        self.edits, self.edited = edits, set[Row]()
         self.failed = list[str]()
         self.example: tuple[str, str] | None = None
         self._reasons: dict[int, str] = {}  # of rows that are rejected now
@@ -204,36 +280,42 @@ class _Application:
         """Return the caption of row `number` of the index, and note what becomes of it."""
         own, digest = str(row["text"]), str(row["digest"])
         is_kept = not decisions.reasons[number]
-        name = LINE_OF_CAPTION.sub("", row["name"]) if row["lines"] > 1 else row["name"]
+        name = picture_name(row["name"], row["lines"])
         is_wanted = _is_wanted(self.config, own, row["role"])
         text = self.texts.get(digest, own) if is_wanted else own
+        is_edited = row["role"] == "instance" and (entry.source, name, own) in self.edits
+        if is_edited:
+            self.edited.add((entry.source, name, own))
+            text = self.edits[entry.source, name, own]
         if is_wanted and is_kept:
             if not text:
                 self._reasons[number] = "empty_caption"
                 self.failed.append(name)
-            elif self.config.data.cleaning.duplicates == "drop" and digest in firsts:
+            elif self.config.data.cleaning.duplicates == "drop" and digest in firsts and not is_edited:
                 # Its own caption was another one, but now the rows are equal.
                 self._reasons[number], self._firsts[number] = "duplicate", firsts[digest]
             else:
                 firsts.setdefault(digest, number)
-                self._written += 1
+                self._written += not is_edited
                 self.example = self.example or (name, text)
         if is_kept and number not in self._reasons:
             self._different.add(hash(text))
         if text and row["role"] == "instance" and number not in self._firsts:
-            line = {"file_name": name, "text": text}
+            line: dict[str, object] = {"file_name": name, "text": text}
             if is_wanted:
-                line |= {"written_by": str(self.settings.model)} | ({"source_text": own} if own else {})
+                line["written_by"] = str(self.settings.model)
+            if own and (is_wanted or is_edited):
+                line["source_text"] = own
+            if is_edited:
+                line[EDITED] = True
             lines = self._lines.setdefault(entry.source, io.StringIO())
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
         return text
 
     def write_files(self, dataset: Storage) -> None:
-        """Write `captions.jsonl`; of several sources `captions-1.jsonl` and so on."""
-        stem, suffix = CAPTIONS.split(".")
-        is_one = len(self.config.data.all_sources) == 1
+        """Write `captions.jsonl`, of each source."""
         for source, lines in self._lines.items():
-            dataset.write_text(CAPTIONS if is_one else f"{stem}-{source + 1}.{suffix}", lines.getvalue())
+            dataset.write_text(captions_file(self.config, source), lines.getvalue())
 
     def decisions(self, before: Decisions) -> Decisions:
         """Return the decisions with the rows that are rejected now."""

@@ -3,6 +3,7 @@
 Opening reads names and captions, or the schemas of tables, never a picture.
 """
 
+import functools
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.sources import arrow, dreambooth, folders, metadata, parquet, webdataset
+from ray_jobs.data.sources import annotations, arrow, dreambooth, folders, metadata, parquet, webdataset
 from ray_jobs.data.sources.captions import AS_WRITTEN, CaptionRules, OptionalCaptions
 from ray_jobs.data.sources.listing import Listing, list_files
 from ray_jobs.data.sources.samples import Piece, Sample, Source
@@ -46,7 +47,8 @@ def open_source(
     """Detect the kind of source at `config.path`, and list its pieces.
 
     Args:
-        config: source whose path (local, s3:// or gs://) is a folder or one .parquet, .arrow or .tar file.
+        config: source whose path (local, s3:// or gs://) is a folder or one .parquet, .arrow or .tar file, or
+            an annotation tool's export beside its pictures.
         stratify: column whose value becomes a sample's `stratum`.
         captions: rules for reading captions.
         apart: folder to exclude if it is inside the source: the storage of runs.
@@ -55,8 +57,22 @@ def open_source(
         ConfigError: the path is empty or unreadable; the message names the path, the file and the fix.
     """
     try:
-        listing, notes = _chosen_splits(list_files(config.path, apart), config)
-        kind = _kind(listing, config, stratify, isinstance(captions, OptionalCaptions))
+        export = annotations.named_file(config)
+        path = export[0] if export and not config.annotations else config.path
+        listing, notes = _chosen_splits(list_files(path, apart), config)
+        optional = isinstance(captions, OptionalCaptions)
+        if export:
+            if config.instance_prompt or config.class_prompt:
+                raise ConfigError(
+                    f"{config.path}: has captions ({export[1]}) and also an instance_prompt or class_prompt "
+                    "in data.sources; remove one of them"
+                )
+            name = "/".join(export).removeprefix("./")
+            kind = _of_export(
+                listing, name, lambda: annotations.read_named(export), config, stratify, optional
+            )
+        else:
+            kind = _kind(listing, config, stratify, optional)
         source = kind.open()
         used = set(kind.files)
         if isinstance(source, folders.Folder):
@@ -119,10 +135,32 @@ def _kind(listing: Listing, config: SourceConfig, stratify: str | None, optional
         )
     raise ConfigError(
         f"{listing.name}: no metadata.jsonl or metadata.csv, no dataset_info.json with prompts, no "
-        "*.parquet, *.arrow or *.tar, and no picture with a .txt of the same name; write a metadata.jsonl "
+        "*.parquet, *.arrow or *.tar, no export of Label Studio or Labelbox, and no picture with a .txt of "
+        "the same name; write a metadata.jsonl "
         'with one line per picture: {"file_name": "cat.png", "text": "a cat"}; or, if all pictures show the '
         "same subject, give the source an instance_prompt in data.sources; or let a model write captions: "
         "data.captioning.model"
+    )
+
+
+def _of_export(
+    listing: Listing,
+    name: str,
+    read: Callable[[], bytes],
+    config: SourceConfig,
+    stratify: str | None,
+    optional: bool,
+) -> _Kind:
+    """Return the kind of a folder whose pictures an annotation tool's export names.
+
+    Args:
+        read: function that reads the export.
+    """
+    return _Kind(
+        name,
+        lambda: annotations.open_annotations(listing, name, read, config, stratify, optional),
+        [posixpath.basename(name)],
+        ("not_listed", f"no entry of {name} names it"),
     )
 
 
@@ -182,6 +220,10 @@ def _with_captions(
                 ("not_listed", "it lies beside tar files, which alone are read"),
             )
         )
+    kinds += [
+        _of_export(listing, name, functools.partial(listing.read_bytes, name), config, stratify, optional)
+        for name in annotations.export_files(listing)
+    ]
     captions = folders.caption_files(listing)
     # A metadata file in a subfolder does not describe the pictures of the others.
     if captions and not _lies_here(described):

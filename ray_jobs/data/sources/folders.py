@@ -4,7 +4,7 @@ import os
 import posixpath
 import re
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
@@ -60,10 +60,15 @@ class Rows(Piece):
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """Pictures below one folder, one file each."""
+    """Pictures below one folder, one file each.
+
+    Attributes:
+        described_by: files that list the pictures with their captions, if there are any.
+    """
 
     filesystem: fs.FileSystem
     folder: str
+    described_by: tuple[str, ...] = field(default=(), kw_only=True)
 
     def listed(self) -> set[str]:
         """Files named by the rows, as paths relative to the folder."""
@@ -73,6 +78,18 @@ class Folder(Source):
             for column in ("file_name", "text_file"):
                 names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
         return names
+
+    def captions_of(self, piece: "Rows") -> list[tuple[Row, str]]:
+        """Rows of a piece with their captions, "" where there is none, without reading the pictures."""
+        return [
+            (row, self._caption_or_empty(row)) for row in (Row(**each) for each in piece.rows.to_pylist())
+        ]
+
+    def _caption_or_empty(self, row: Row) -> str:
+        try:
+            return self._caption(row)
+        except Rejected:
+            return ""
 
     def _read(self, piece: Piece, wanted: Container[int] | None) -> Iterator[Sample]:
         assert isinstance(piece, Rows)

@@ -8,6 +8,7 @@ import io
 import json
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -74,7 +75,7 @@ def open_image_folder(
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
     if not source.pieces:
         raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one per picture")
-    return source
+    return replace(source, described_by=tuple(files))
 
 
 def _rows(
