@@ -121,6 +121,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
     check_networks(config.evaluate)
     dataset = prepare(config)
+    config = config.with_ladder(dataset.manifest.rows_an_epoch)
     found = read_result(config, dataset)
     if found is None:
         searched = RunFolder.of(config).search

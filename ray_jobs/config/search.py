@@ -87,7 +87,9 @@ class SearchConfig(Section):
         description="rank by the mean over this many folds (data.folds), then train the winner on "
         "training and validation images together; 0: rank by the validation split",
     )
-    ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
+    ladder: list[Positive] = Field(
+        [], description="increasing step counts, the rungs; empty: by train.epochs and train.max_steps"
+    )
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
     max_concurrent_trials: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="trials that train at the same time, where each has its own workers (see pack)"
@@ -153,6 +155,14 @@ class SearchConfig(Section):
     def combinations(self) -> float:
         """Of all values; infinite with a range that is not of whole numbers."""
         return num_points(self.dimensions)
+
+    def rungs_up_to(self, last: int) -> list[int]:
+        """Return the ladder of a training of so many steps: 1 / f^2, 1 / f and all of them.
+
+        The steps of the first rung times f are those of the second, as ASHA multiplies them.
+        """
+        first = max(1, last // self.reduction_factor**2)
+        return sorted({step for step in (first, first * self.reduction_factor) if step < last} | {last})
 
     @property
     def most_steps(self) -> int:
