@@ -114,7 +114,7 @@ class SearchConfig(Section):
     patience: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
         description="stop a trial after this many rungs without a score that is lower by more than its "
-        "error; empty: only the scheduler stops trials",
+        "error; empty: only the scheduler stops trials. A single training goes by its validation loss",
     )
     max_steps: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,

@@ -34,7 +34,7 @@ from tests.record import record_fault
 OVERRIDES = [
     *("search.learning_rates=[1.0e-3,1.0e-4]", "search.pack=auto"),
     *("evaluate.inference_steps=2", "evaluate.num_actors=1"),
-    *("search.ladder=[]", "train.epochs=0.3"),  # of some 24 rows by four: rungs 1 and 2
+    *("search.ladder=[]", "train.epochs=0.25"),  # of 17 to 32 rows by four: rungs 1 and 2
 ]
 
 
