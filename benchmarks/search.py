@@ -56,7 +56,7 @@ def searched(config: Config) -> dict[str, Any]:
     """Search, then measure on the test split: the winner, and the rung of the lowest validation score."""
     check = checked(config)
     dataset = prepare(config, check=check)
-    config = check()
+    config = check().with_ladder(dataset.manifest.rows_an_epoch)
     with evaluators(config, dataset) as pool:
         found = search(config, dataset, pool)
         pool.load(TEST)
@@ -93,6 +93,7 @@ def trained_separately(grid: dict[str, Any]) -> dict[str, float]:
 def check(config: Config) -> bool:
     """Whether a training to the first rung alone has the very weights of the climb at that rung."""
     dataset = prepare(config)
+    config = config.with_ladder(dataset.manifest.rows_an_epoch)
     first, rate = config.search.ladder[0], RATES[1]
     trainings = Storage.open(config.storage).child(config.name, "train")
     separate = config.with_settings({"train.learning_rate": rate})

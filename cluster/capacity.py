@@ -78,8 +78,9 @@ def prepare_actors(config: Config) -> list[Actors]:
 
 
 def training_actors(config: Config) -> list[Actors]:
-    """Return the actors alive while a single training runs."""
-    return _training(config, 1)
+    """Return the actors alive while a single training runs, with an evaluator for `search.patience`."""
+    evaluator = replace(_evaluators(config), field="search.patience", count=1)
+    return [*_training(config, 1), *([evaluator] if config.search.patience else [])]
 
 
 def evaluation_actors(config: Config) -> list[Actors]:

@@ -41,9 +41,13 @@ def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     say("pipeline", f"run {config.name}; results in {run.uri}")
     check = checked(config)
     dataset = prepare(config, check=check)
+    rows = dataset.manifest.rows_an_epoch
+    if (resolved := config.with_ladder(rows)) is not config:
+        config = resolved
+        run.write_text(CONFIG, config.to_yaml())
     with evaluators(config, dataset) as pool:
         # Only the search goes by what the cluster decides: a version has the digest of what is written above.
-        found = search(check(), dataset, pool)
+        found = search(check().with_ladder(rows), dataset, pool)
         publish(config, dataset, pool, found)
 
 

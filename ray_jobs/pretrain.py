@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, Effect, PretrainConfig, SourceConfig, home
 from ray_jobs.console import clock, say
 from ray_jobs.console.board import watched_board
@@ -24,7 +25,6 @@ from ray_jobs.pictures.reading import decode_image
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.train import train
-from ray_jobs.training.checkpoint import WEIGHTS
 from ray_jobs.training.trainer import require_same
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def pretrain(config: Config) -> Path:
     if not run.initial.exists():
         _build_initial(config, config.pretrain, run)
     started = config.model.model_copy(update={"base": run.initial.path})
-    result = train(config.model_copy(update={"model": started}))
+    trained = train(config.model_copy(update={"model": started}))
     output = home() / config.pretrain.output
-    _save_half(Path(result.checkpoint.path) / WEIGHTS, output)
+    _save_half(Path(Storage.open(trained.weights).path), output)
     say("pretrain", f"wrote {output}")
     return output
 

@@ -136,6 +136,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     config = suited_to_subjects(config)
     require_remembered(config)
     dataset = prepare(config)
+    config = config.with_ladder(dataset.manifest.rows_an_epoch)
     found = read_result(config, dataset)
     if found is None:
         searched = RunFolder.of(config).search

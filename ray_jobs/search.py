@@ -132,7 +132,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     config = suited_to_subjects(config)
     check = checked(config)
     dataset = prepare(config, check=check)
-    config = check()
+    config = check().with_ladder(dataset.manifest.rows_an_epoch)
     with evaluators(config, dataset) as pool:
         return search(config, dataset, pool)
 

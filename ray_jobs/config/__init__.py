@@ -6,6 +6,7 @@ is found here, before anything starts.
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -182,6 +183,25 @@ class Config(Section):
         return name
 
     @model_validator(mode="after")
+    def _has_a_length(self) -> "Config":
+        given = next((name for name in ("epochs", "max_steps") if getattr(self.train, name)), None)
+        if given and self.search.ladder:
+            raise ValueError(
+                f"train.{given} and search.ladder both say how long a training lasts; remove one of the two"
+            )
+        if not given and not self.search.ladder:
+            raise ValueError(
+                "search.ladder: how long does a training last? Give its rungs, or train.epochs or "
+                "train.max_steps"
+            )
+        if self.train.epochs and self.search.folds:
+            raise ValueError(
+                "train.epochs: with search.folds, trainings have different numbers of rows; give "
+                "search.ladder or train.max_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _train_fits(self) -> "Config":
         self._check_stages()
         self._check_prior_preservation()
@@ -190,9 +210,9 @@ class Config(Section):
         return self
 
     def _check_stages(self) -> None:
-        stages, last = self.train.stages, self.search.ladder[-1]
+        stages = self.train.stages
         before = sum(stage.steps for stage in stages[:-1])
-        if stages and before >= last:
+        if stages and self.search.ladder and before >= (last := self.search.ladder[-1]):
             raise ValueError(
                 f"train.stages: the last stage begins after step {before}, but search.ladder ends at {last}; "
                 "shorten the earlier stages or extend the ladder"
@@ -356,6 +376,11 @@ class Config(Section):
     def _trial(self, settings: Settings) -> TrainConfig:
         """What a trial trains with; ValueError if the settings do not go with the rest."""
         trial = self.with_settings(settings)
+        if self.train.epochs and trial.train.training_rows != self.train.training_rows:
+            raise ValueError(
+                "train.epochs: trials that differ in the rows of a step need other numbers of steps; give "
+                "search.ladder or train.max_steps"
+            )
         trial._check_stages()
         trial._check_prior_preservation()
         trial._check_quantization()
@@ -373,7 +398,7 @@ class Config(Section):
             ValidationError: a value is refused.
         """
         train = self.train.model_dump(exclude_unset=True)
-        free = {name for name in TrainConfig.model_fields if Effect.NOTHING in TrainConfig.effects(name)}
+        free = {name for name in TrainConfig.model_fields if Effect.WEIGHTS not in TrainConfig.effects(name)}
         for name, value in settings.items():
             section, *path = name.split(".")
             place: Any = train
@@ -385,6 +410,37 @@ class Config(Section):
                 )
             place[path[-1]] = value
         return self.model_copy(update={"train": TrainConfig.model_validate(train)})
+
+    def with_ladder(self, rows: int) -> "Config":
+        """Return the configuration with a ladder, in place of `train.epochs` and `train.max_steps`.
+
+        Every stage that knows the rows goes on with this one, so that all that depends on a training's length
+        goes by the ladder. A configuration that has one is returned as it is.
+
+        Args:
+            rows: rows of an epoch, see `Manifest.rows_an_epoch`.
+
+        Raises:
+            ConfigError: `train.stages` are longer.
+        """
+        train, search = self.train, self.search
+        if search.ladder:
+            return self
+        lengths = [train.max_steps] if train.max_steps else []
+        if train.epochs:
+            lengths.append(math.ceil(train.epochs * rows / train.training_rows))
+        ladder = search.rungs_up_to(min(lengths))
+        found = self.model_copy(
+            update={
+                "train": train.model_copy(update={"epochs": None, "max_steps": None}),
+                "search": search.model_copy(update={"ladder": ladder}),
+            }
+        )
+        try:
+            found._check_stages()
+        except ValueError as error:
+            raise ConfigError(f"{error} (of train.epochs or train.max_steps)") from None
+        return found
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

@@ -93,7 +93,9 @@ class SearchConfig(Section):
         "training and validation images together; 0: rank by the validation split. Unless given, subjects of "
         "fewer than 20 photos have one fold for every two photos, at most 4",
     )
-    ladder: list[Positive] = Field(min_length=1, description="increasing step counts, the rungs")
+    ladder: list[Positive] = Field(
+        [], description="increasing step counts, the rungs; empty: by train.epochs and train.max_steps"
+    )
     reduction_factor: int = Field(2, ge=2, description="asha and halving keep 1 / this many trials per rung")
     max_concurrent_trials: Annotated[Positive, Effect.NOTHING] = Field(
         1, description="trials that train at the same time, where each has its own workers (see pack)"
@@ -118,7 +120,7 @@ class SearchConfig(Section):
     patience: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
         description="stop a trial after this many rungs without a score that is lower by more than its "
-        "error; empty: only the scheduler stops trials",
+        "error; empty: only the scheduler stops trials. A single training goes by its validation loss",
     )
     max_steps: Annotated[Positive | None, Effect.EXTENT] = Field(
         None,
@@ -159,6 +161,14 @@ class SearchConfig(Section):
     def combinations(self) -> float:
         """Of all values; infinite with a range that is not of whole numbers."""
         return num_points(self.dimensions)
+
+    def rungs_up_to(self, last: int) -> list[int]:
+        """Return the ladder of a training of so many steps: 1 / f^2, 1 / f and all of them.
+
+        The steps of the first rung times f are those of the second, as ASHA multiplies them.
+        """
+        first = max(1, last // self.reduction_factor**2)
+        return sorted({step for step in (first, first * self.reduction_factor) if step < last} | {last})
 
     @property
     def most_steps(self) -> int:

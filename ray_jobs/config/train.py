@@ -181,6 +181,18 @@ class TrainConfig(Section):
     decay_share: float = Field(
         0.2, gt=0, le=1, description="share of the steps in which warmup_stable_decay decays"
     )
+    epochs: Annotated[float | None, Effect.SCORES, Added()] = Field(
+        None,
+        gt=0,
+        description="length of a training as passes over the training split, instead of search.ladder; its "
+        "rungs are then a quarter, a half and all of it (1 / f^2, 1 / f and 1, with f "
+        "search.reduction_factor)",
+    )
+    max_steps: Annotated[Positive | None, Effect.SCORES, Added()] = Field(
+        None,
+        description="length of a training in steps, instead of search.ladder, with the same rungs as epochs; "
+        "with epochs, the shorter one counts",
+    )
     batch_size: Positive = Field(16, description="images per optimizer step, over all workers")
     prior_loss_weight: float = Field(
         0.0,

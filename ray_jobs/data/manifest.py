@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,7 @@ def describe(
     set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
     folds = Counter(part.fold for part in parts for v in part.variants if part.split in FOLDED and v == 0)
     matched = decisions.matched >= 0
+    order = _order(config, parts)
     return Manifest(
         train=counts["train"],
         validation=counts["validation"],
@@ -51,7 +52,7 @@ def describe(
             groups=len(np.unique(decisions.matched[matched])),
             pictures=sum(decisions.duplicates.values()),
         ),
-        source=_shares(config, sources, parts),
+        source=_shares(sources, parts, order.shares() if order else {}),
         buckets=_bucket_rows(config, parts),
         folds=[folds[fold] for fold in range(data.folds)],
         captions=Captions(
@@ -71,24 +72,29 @@ def describe(
             )
             for name, measure in QUALITY_CHECKS.items()
         },
+        rows_an_epoch=order.rows_an_epoch if order else 0,
         judged=decisions.num_judged,
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 
 
-def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPart]) -> list[SourceShare]:
+def _order(config: Config, parts: Sequence[PlannedPart]) -> Order | None:
+    """Return the order of the training rows, to count them in; None if there are none."""
+    records = [Part(len(part.rows), str(part.bucket), part.source) for part in parts if part.split == "train"]
+    if not records:
+        return None
+    return Order(
+        records, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=config.data.weights
+    )
+
+
+def _shares(
+    sources: Sequence[Source], parts: Sequence[PlannedPart], shares: Mapping[int, float]
+) -> list[SourceShare]:
     """Kept rows per source, and their realised share in a training epoch."""
-    training = [part for part in parts if part.split == "train"]
     rows = Counter[int]()
     for part in parts:
         rows[part.source] += int((part.variants == 0).sum())
-    shares: dict[int, float] = {}
-    if training:
-        records = [Part(len(part.rows), str(part.bucket), part.source) for part in training]
-        order = Order(
-            records, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=config.data.weights
-        )
-        shares = order.shares()
     return [
         SourceShare(name=source.name, rows=rows[number], share=shares.get(number, 0.0))
         for number, source in enumerate(sources)

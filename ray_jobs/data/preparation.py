@@ -88,10 +88,12 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     sources += generate_class_pictures(config, sources, _progress("class pictures drawn:"))
     dataset, encoders = _open(config)
     inputs = [_inputs(config, sources, encoders, captions, as_before) for as_before in (False, True)]
-    if config.data.encode == "cache" and (stored := _stored(dataset, *inputs)):
+    counted = config.train.epochs is not None
+    if config.data.encode == "cache" and (stored := _stored(dataset, *inputs, counted=counted)):
         if stored.manifest.judged:
             require_enough(config, stored.manifest, dataset.storage)
         say("prepare", "unchanged, skipped")
+        _check_length(config, stored.manifest)
         if check:
             check()
         return stored
@@ -116,6 +118,7 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
         write_findings(found, dataset.storage.child(INDEX), decisions, dataset.storage)
     manifest, parts = _plan(config, sources, found, decisions, dataset.storage)
     require_enough(config, manifest, dataset.storage)
+    _check_length(config, manifest)
     if check:
         check()
     streamed = [part for part in parts if part.split == "train"] if config.data.encode == "stream" else []
@@ -192,21 +195,33 @@ def _before(dataset: Dataset) -> dict[str, object]:
     return dict(json.loads(dataset.storage.read_text(MANIFEST))) if exists else {}
 
 
-def _stored(dataset: Dataset, inputs: str, inputs_before: str) -> Dataset | None:
+def _stored(dataset: Dataset, inputs: str, inputs_before: str, *, counted: bool) -> Dataset | None:
     """Return the dataset with its manifest if that has these inputs and all its files exist, else None.
 
     Args:
         inputs_before: inputs in the manifest of an earlier release, which does not say how many pictures were
             judged, so that another limit of rejected ones cannot be checked.
+        counted: only if the manifest has the rows of an epoch, which earlier releases did not count.
     """
     before = _before(dataset)
     if before.get("inputs") != (inputs if before.get("judged") else inputs_before):
         return None
+    if counted and not before.get("rows_an_epoch"):
+        return None  # what an earlier release encoded is in the cache
     present = set(dataset.cache.files())
     needed = {EMPTY_CAPTION, *(part["file"] for part in dataset.all_parts)}
     if not needed <= present:
         return None
     return Dataset(dataset.storage, dataset.cache, Manifest.read(dataset.storage))
+
+
+def _check_length(config: Config, manifest: Manifest) -> None:
+    """Say how many steps `train.epochs` are, and raise ConfigError if they do not suit `train.stages`."""
+    rows = manifest.rows_an_epoch
+    last = config.with_ladder(rows).search.ladder[-1]
+    if epochs := config.train.epochs:
+        capped = " (train.max_steps)" if last == config.train.max_steps else ""
+        say("prepare", f"a training: {epochs:g} epochs of {rows:,} rows, {last:,} steps{capped}")
 
 
 def examine(config: Config, sources: Sequence[Source], storage: Storage) -> tuple[list[Entry], Decisions]:

@@ -122,6 +122,18 @@ def captioning_lines(config: Config, machines: list[Machine]) -> tuple[list[str]
     return [line], [f"data.captioning.model needs more than {size} and has {human_size(room).strip()}"]
 
 
+def known_rows(config: Config) -> int:
+    """Return the rows of an epoch; 0 before the data set is prepared."""
+    dataset = RunFolder.of(config).dataset
+    return Manifest.read(dataset).rows_an_epoch if dataset.exists(MANIFEST) else 0
+
+
+def of_known_length(config: Config) -> Config:
+    """Return the configuration with a ladder, if the number of steps is known yet."""
+    rows = known_rows(config)
+    return config.with_ladder(rows) if rows or not config.train.epochs else config
+
+
 def batch_lines(config: Config) -> list[str]:
     """Describe the sizes of a step, of an epoch (if the dataset is prepared), and of the search."""
     train, workers = config.train, config.train.min_workers
@@ -130,16 +142,19 @@ def batch_lines(config: Config) -> list[str]:
         f"a step: {train.batch_size} pictures over {workers} workers = at most {rows} a worker, in {pieces} "
         f"micro batch{'es' * (pieces > 1)} of at most {-(-rows // pieces)}"
     ]
-    last = config.search.ladder[-1]
-    dataset = RunFolder.of(config).dataset
-    if dataset.exists(MANIFEST):
-        known = Manifest.read(dataset).train * config.data.augmentation.variants
-        epoch = known / train.training_rows
-        lines.append(f"an epoch: {known:,} rows = {epoch:,.1f} steps; a trial: {last / epoch:,.1f} epochs")
+    ladder, rows_an_epoch = config.search.ladder, known_rows(config)
+    if rows_an_epoch and ladder:
+        epoch = rows_an_epoch / train.training_rows
+        trial = f"a trial: {ladder[-1] / epoch:,.1f} epochs"
+        lines.append(f"an epoch: {rows_an_epoch:,} rows = {epoch:,.1f} steps; {trial}")
     else:
         lines.append("an epoch: not known before the data set is prepared")
     if config.not_together:
         lines.append(config.not_together)
+    if not ladder:
+        lines.append(f"a trial: {train.epochs:g} epochs; its steps, and those of the search, likewise")
+        return lines
+    last = ladder[-1]
     steps, planned = config.search.most_steps, config.search.planned_steps
     budget = config.search.max_steps
     least = f", or {planned:,} by successive halving" if planned < steps else ""
@@ -150,6 +165,8 @@ def batch_lines(config: Config) -> list[str]:
 
 def cost_lines(config: Config, images_per_second: float | None) -> list[str]:
     """Describe hours and cost of the trainings, at a speed measured in a run (`images/s` in its lines)."""
+    if not config.search.ladder:
+        return ["hours: not known before the data set is prepared"]
     if not images_per_second:
         by_itself = ", without search.pack: with it they tell each trial's share"
         told = "as a run's lines tell it" + (by_itself if config.trials_together > 1 else "")
@@ -177,6 +194,7 @@ def placement_lines(title: str, placed: Placed) -> list[str]:
 
 def plan(config: Config, machines: list[Machine], images_per_second: float | None) -> tuple[str, bool]:
     """Compose the plan's text; also return True if everything fits."""
+    config = of_known_length(config)
     model = Model(config)
     config, of_pack = with_pack(config, model, machines)
     lines = [f"cluster: {machine.describe()}" for machine in _grouped(machines)]

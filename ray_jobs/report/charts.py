@@ -3,11 +3,20 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from statistics import stdev
 from typing import NamedTuple
 
 from ray_jobs.report.svg import WIDTH, Chart, Curve, Point, describe_settings, framed, line_chart, number
-from ray_jobs.run.records import CORRECTED, KID, MEASURES, MIND, SUBJECT, Measure, RungRow, Winner
+from ray_jobs.run.records import (
+    CORRECTED,
+    KID,
+    MEASURES,
+    MIND,
+    SUBJECT,
+    Measure,
+    RungRow,
+    Winner,
+    paired_error,
+)
 
 NUMBERS = "All numbers are in the table “Every rung in numbers”."
 # Units of the map's view box.
@@ -269,12 +278,8 @@ def rise_of(rungs: Rows) -> Rise | None:
     lowest = min(known, key=_loss, default=None)
     if lowest is None or lowest.step == known[-1].step:
         return None
-    by = _loss(known[-1]) - _loss(lowest)
-    pairs = [row.validation_losses for row in (known[-1], lowest)]
-    if len(pairs[0]) != len(pairs[1]) or len(pairs[0]) < 2:
-        return Rise(lowest.step, by, None)
-    differences = [last - least for last, least in zip(*pairs, strict=True)]
-    return Rise(lowest.step, by, stdev(differences) / math.sqrt(len(differences)))
+    error = paired_error(known[-1].validation_losses, lowest.validation_losses)
+    return Rise(lowest.step, _loss(known[-1]) - _loss(lowest), error)
 
 
 def _loss(row: RungRow) -> float:

@@ -80,6 +80,8 @@ class Manifest(Record):
         buckets: by shape, named width x height.
         folds: pictures of each cross-validation fold.
         measures: histograms by quality measure.
+        rows_an_epoch: training rows of an epoch, with augmented variants and repeated as sources' weights
+            ask; 0: not recorded by an earlier release.
         judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
@@ -102,6 +104,7 @@ class Manifest(Record):
     folds: list[int] = []
     captions: Captions = Captions()
     measures: dict[str, Histogram] = {}
+    rows_an_epoch: int = 0
     judged: int = 0
     digest: str = ""
     inputs: str = ""

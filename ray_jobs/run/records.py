@@ -7,7 +7,8 @@ their format; one without a number has format 1.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import stdev
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -200,6 +201,16 @@ class RungRow(Record):
     def place(self) -> tuple[str, int]:
         """Trial and step, which identify a candidate."""
         return self.trial_id, self.step
+
+
+def paired_error(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Return the standard error of the difference of two means over the same rows; None for fewer than two.
+
+    What rows have in common, which is most of a denoising loss, does not count.
+    """
+    if len(one) != len(other) or len(one) < 2:
+        return None
+    return stdev(a - b for a, b in zip(one, other, strict=True)) / math.sqrt(len(one))
 
 
 def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:

@@ -72,8 +72,9 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     return next(stage for stage in stages if step <= stage.last)
 
 
-def ever_trainable(stages: list[Stage]) -> list[str] | None:
+def ever_trainable(config: TrainConfig) -> list[str] | None:
     """Return the groups of layers that any stage trains; None for all."""
-    if any(stage.trainable is None for stage in stages):
+    chosen = [stage.trainable or config.trainable for stage in config.stages] or [config.trainable]
+    if None in chosen:
         return None
-    return sorted({group for stage in stages for group in stage.trainable or ()})
+    return sorted({group for groups in chosen for group in groups or ()})

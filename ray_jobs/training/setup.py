@@ -25,7 +25,7 @@ from ray_jobs.diffusion.schedulers import trained_scheduler
 from ray_jobs.training.checkpoint import Export
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.flat import Flat
-from ray_jobs.training.phases import ever_trainable, stages_of
+from ray_jobs.training.phases import ever_trainable
 from ray_jobs.training.zero import ZeRO, deepspeed_config
 from ray_jobs.weights.assistant import add_assistant
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
@@ -206,7 +206,7 @@ def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adap
 
 def _remember_trained(model: Trainable, config: Config) -> None:
     """Freeze what no stage of the run trains, and record the rest."""
-    chosen = ever_trainable(stages_of(config.train, config.search.ladder[-1]))
+    chosen = ever_trainable(config.train)
     choose_layers(model, config.train.groups, chosen)
     model.remember_trained(config.train.groups)
 

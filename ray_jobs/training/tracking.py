@@ -53,7 +53,7 @@ RUNG_METRICS = {
     "validation/fid_2_error": "fid_2_error",
     "validation/loss": "validation_loss",
 }
-FIRST_RUNG_METRIC = "validation/fid"  # its presence means that the rung was logged
+RUNG_MARKS = ("validation/fid", "validation/loss")  # one of them means that the rung was logged
 # Tags that identify an MLflow run: a digest of the checkpoints' location, and the trial.
 TRAININGS_TAG, TRIAL_TAG = "diffray.trainings", "diffray.trial"
 
@@ -264,7 +264,7 @@ class Mirror:
         run = self.runs.get(row.training_name)
         found = {name: getattr(row, field) for name, field in RUNG_METRICS.items()}
         finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-        if run is None or row.step in run.rungs or FIRST_RUNG_METRIC not in finite:
+        if run is None or row.step in run.rungs or finite.keys().isdisjoint(RUNG_MARKS):
             return
         now = int(1000 * time.time())
         self.client.log_batch(run.id, metrics=[Metric(*each, now, row.step) for each in finite.items()])
@@ -287,11 +287,11 @@ class Mirror:
         if not found:
             return None
         run_id = found[0].info.run_id
-        steps, rungs = (
+        steps, *rungs = (
             {metric.step for metric in self.client.get_metric_history(run_id, name)}
-            for name in ("train/loss", FIRST_RUNG_METRIC)
+            for name in ("train/loss", *RUNG_MARKS)
         )
-        run = MlflowRun(run_id, max(steps, default=0), rungs)
+        run = MlflowRun(run_id, max(steps, default=0), set[int]().union(*rungs))
         if run.step > self.began_after[trial]:
             return None  # belongs to a deleted training of the same name
         if not found[0].data.params:  # it was interrupted before it had any

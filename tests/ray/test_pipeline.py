@@ -24,7 +24,7 @@ from cluster import submit, upload
 from cluster.local import LocalCluster
 from cluster.storage import slug
 from ray_jobs.compare import compare, look_up
-from ray_jobs.config import Config, ConfigError
+from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.publishing.remembered import measure_remembered, require_remembered
@@ -38,6 +38,7 @@ from tests.record import record_fault
 OVERRIDES = [
     *("search.learning_rates=[1.0e-3,1.0e-4]", "search.pack=auto"),
     *("evaluate.inference_steps=2", "evaluate.num_actors=1"),
+    *("search.ladder=[]", "train.epochs=0.25"),  # of 17 to 32 rows by four: rungs 1 and 2
 ]
 
 
@@ -93,7 +94,10 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     assert reads == ["read", "published"]
     assert winner["feature_network"].startswith("inception-2015-12-05@sha256:")
     assert winner["num_samples"] == 2 * manifest["test"]  # each caption twice
-    assert (run / "config.yaml").exists() and (run / "report.html").read_text().startswith("<!")
+    resolved = load_config(run / "config.yaml")
+    assert resolved.search.ladder == [1, 2] == sorted({row["step"] for row in rows})
+    assert resolved == config.with_ladder(manifest["rows_an_epoch"])
+    assert (run / "report.html").read_text().startswith("<!")
     assert (run / "model" / "pytorch_lora_weights.safetensors").exists()
     with safe_open(run / "comfyui" / f"{run.name}.safetensors", "pt") as kohya:
         names = set(kohya.keys())

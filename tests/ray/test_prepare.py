@@ -262,7 +262,7 @@ def test_buckets_and_variants(ray_cluster: LocalCluster, tiny_model: Path, tmp_p
         )
     )
     assert set(dataset.manifest.buckets) == {"88x48", "64x64", "48x88"}
-    assert dataset.num_rows("train") == 2 * dataset.manifest.train
+    assert dataset.num_rows("train") == 2 * dataset.manifest.train == dataset.manifest.rows_an_epoch
     for part in dataset.parts("train"):
         read = pq.read_table(dataset.cache.open_input(part["file"]))
         width, height = map(int, part["bucket"].split("x"))
@@ -329,6 +329,7 @@ def test_a_mixture_of_a_bucket_and_a_folder_prepared_into_a_bucket(
         assert [source.rows for source in dataset.manifest.source] == [24, 48]
         shares = [source.share for source in dataset.manifest.source]
         assert shares == pytest.approx([0.75, 0.25], abs=0.01)
+        assert dataset.manifest.rows_an_epoch > dataset.num_rows("train"), "rows of the smaller one repeat"
         assert dataset.storage.uri.startswith("s3://") and members(dataset, "train")
 
 

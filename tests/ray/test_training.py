@@ -1,6 +1,7 @@
 """Ray Train workers with both engines, DeepSpeed's and the flat one: sharded, exact, resumable."""
 
 import json
+import time
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.config import Config, load_config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
+from ray_jobs.train import train
 from ray_jobs.training.checkpoint import SERIES, find_rungs, folder_of
 from ray_jobs.training.loop import LoopSettings
 from ray_jobs.training.trainer import check_diverged
+from ray_jobs.tuning.early_stopping import ROWS
 from tests.plain_training import PlainTraining
 from tests.record import record_fault
 from tests.tiny_models import write
@@ -299,6 +303,28 @@ def test_ways_of_running_a_training_change_no_loss_and_bf16_only_rounds_it(
         rounded = 0.05 if "bf16" in variant else 1e-3
         for kind, values in steps.items():
             assert values == pytest.approx(expected[kind], rel=rounded), (variant, kind)
+
+
+def test_a_training_stops_early_names_its_best_checkpoint_and_is_not_trained_on(
+    ray_cluster: LocalCluster,
+    tiny_model: Path,
+    picture_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At a rate that changes nothing the loss does not improve: the last rung is out of reach."""
+    settings = ["search.ladder=[1,2,100000]", "train.learning_rate=1e-12", "train.num_workers=1"]
+    config = tiny_config(tiny_model, picture_folder, tmp_path, "search.patience=1", *settings)
+    best = train(config)
+    told = capsys.readouterr().out
+    assert "stopped early: no improvement at 1 rungs (search.patience)" in told
+    assert "best: step 1, validation loss " in told and best.step == 1
+    rows = [json.loads(line) for line in Path(tmp_path, "tiny/train/lr-1e-12", ROWS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["checkpoint"] == best.uri
+    begun = time.time()
+    assert train(config) == best
+    steps = find_rungs(Storage.open(str(tmp_path / "tiny/train")))["lr-1e-12"]
+    assert max(Path(rung.uri).stat().st_mtime for rung in steps) < begun
 
 
 def test_a_compiled_denoiser_trains_as_it_does_without(

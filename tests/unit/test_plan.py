@@ -14,7 +14,7 @@ from cluster.plan import main
 from cluster.shape import CPUS_A_GPU, Machine, check_places, parse_nodes, place
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.planning.memory import GIB, Model
-from ray_jobs.planning.plan import cost_lines, memory_lines, plan
+from ray_jobs.planning.plan import batch_lines, cost_lines, memory_lines, of_known_length, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,8 +152,22 @@ def test_an_epoch_is_known_once_the_data_set_is_prepared(tmp_path: Path) -> None
     machines = [Machine("one", 64)]
     assert "an epoch: not known before" in plan(config, machines, None)[0]
     (tmp_path / "planned" / "dataset").mkdir(parents=True)
-    (tmp_path / "planned" / "dataset" / "manifest.json").write_text(json.dumps({"train": 200}))
+    (tmp_path / "planned" / "dataset" / "manifest.json").write_text(json.dumps({"rows_an_epoch": 200}))
     assert "an epoch: 200 rows = 25.0 steps; a trial: 4.0 epochs" in plan(config, machines, None)[0]
+
+
+def test_the_length_of_a_training_in_epochs_is_planned_once_the_data_set_is_prepared(tmp_path: Path) -> None:
+    search = {"learning_rates": [1e-3, 1e-4]}
+    config = a_config(storage=str(tmp_path), train={"batch_size": 8, "epochs": 4}, search=search)
+    before = of_known_length(config)
+    assert "a trial: 4 epochs; its steps" in batch_lines(before)[-1]
+    assert cost_lines(before, 16.0) == ["hours: not known before the data set is prepared"]
+    (tmp_path / "planned" / "dataset").mkdir(parents=True)
+    (tmp_path / "planned" / "dataset" / "manifest.json").write_text(json.dumps({"rows_an_epoch": 200}))
+    after = batch_lines(of_known_length(config))
+    assert "a trial: 4.0 epochs" in after[1] and "2 trainings x 100 = 200 steps" in after[2]
+    capped = of_known_length(a_config(storage="new", train={"max_steps": 10}, search=search))
+    assert "2 trainings x 10 = 20 steps" in batch_lines(capped)[-1]
 
 
 def test_hours_and_cost_follow_from_speed_steps_workers_and_price() -> None:

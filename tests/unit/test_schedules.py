@@ -60,7 +60,7 @@ def test_stages_follow_each_other_and_the_last_goes_on_to_the_end_of_the_ladder(
     assert [stages[0].rate(step) for step in (1, 3)] == [1e-3, 1e-3]
     assert [stages[1].rate(step) for step in (4, 6)] == pytest.approx([1e-4, 0.5e-4])
     assert stages[0].trains("attention") and not stages[0].trains("other")
-    assert ever_trainable(stages) is None
+    assert ever_trainable(staged()) is None
 
 
 Moves = dict[str, tuple[bool, bool, bool]]  # of a parameter: is attention, moved in stage 1, in stage 2
