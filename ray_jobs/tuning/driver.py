@@ -80,9 +80,14 @@ class Trials:
             self.run_all([make(settings) for settings in points(config)])
 
     def run_all(self, trials: list[Trial]) -> None:
-        """Run the given trials."""
+        """Run the given trials.
+
+        Where several folds are among them the scheduler stops none: their scores do not compare.
+        """
         named = {trial.training: trial for trial in trials}
-        self._run(partial(_named, named), {MEMBER: tune.grid_search(list(named))}, len(named), None, 1)
+        comparable = len({trial.fold for trial in trials}) == 1
+        space = {MEMBER: tune.grid_search(list(named))}
+        self._run(partial(_named, named), space, len(named), None, 1, comparable)
 
     def begin(self, trial: Trial) -> None:
         """Record the start of a trial."""
@@ -123,7 +128,7 @@ class Trials:
                 search_alg=algorithm,
                 num_samples=num_samples,
                 max_concurrent_trials=config.search.max_concurrent_trials if together == 1 else together,
-                scheduler=scheduler(config.search),
+                scheduler=scheduler(config.search) if comparable else FIFOScheduler(),
             ),
             run_config=tune.RunConfig(
                 name="tune",

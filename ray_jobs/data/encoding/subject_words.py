@@ -49,11 +49,12 @@ def check_subjects(config: Config, sources: Sequence[Source]) -> None:
 def training_advice(train: TrainConfig, search: SearchConfig, subject: Subject) -> list[str]:
     """Return a line for each setting with which subjects usually fail (arXiv 2208.12242, 4.1 and 4.4)."""
     lines = []
-    shown = search.ladder[0] * (train.batch_size - (train.batch_size // 2 if train.prior_loss_weight else 0))
+    first = search.ladder[0] if search.ladder else 0  # else it follows from the epochs that were asked for
+    shown = first * (train.batch_size - (train.batch_size // 2 if train.prior_loss_weight else 0))
     if shown > MANY_TIMES * subject.num_photos:
         lines.append(
             f"each photo is seen {shown // subject.num_photos:,} times before the first rung (search.ladder: "
-            f"{search.ladder[0]:,}); a subject is often learned by heart by then: begin with an earlier rung"
+            f"{first:,}); a subject is often learned by heart by then: begin with an earlier rung"
         )
     usual = USUAL_RATE[train.method]
     rates = search.learning_rates
