@@ -111,7 +111,13 @@ class Trials:
             self.around.queue.expect.remote(trials)
 
     def _run(
-        self, make: Make, space: Settings, count: int, algorithm: Proposals | None, num_samples: int
+        self,
+        make: Make,
+        space: Settings,
+        count: int,
+        algorithm: Proposals | None,
+        num_samples: int,
+        comparable: bool = True,
     ) -> None:
         config, recorded = self.around.config, list(self.rows)
         refused = Refusal(self.around.pool)
