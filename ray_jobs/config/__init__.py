@@ -194,11 +194,6 @@ class Config(Section):
                 "search.ladder: how long does a training last? Give its rungs, or train.epochs or "
                 "train.max_steps"
             )
-        if self.train.epochs and self.search.folds:
-            raise ValueError(
-                "train.epochs: with search.folds, trainings have different numbers of rows; give "
-                "search.ladder or train.max_steps"
-            )
         return self
 
     @model_validator(mode="after")
