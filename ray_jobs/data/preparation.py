@@ -13,6 +13,7 @@ from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, Effect
 from ray_jobs.console import phase, say
+from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
@@ -241,6 +242,7 @@ def _plan(
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
     manifest = describe(config, sources, decisions, parts, counts)
+    manifest |= {"composition": compose(config, found, storage.child(INDEX), decisions)}
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     duplicates = manifest.duplicates.pictures
     say(
