@@ -11,10 +11,13 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.cleaning import QUALITY_CHECKS
 from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.encoding.plan import PlannedPart
-from ray_jobs.data.feeding.order import Order, Part
+from ray_jobs.data.feeding.mixture import mixture
+from ray_jobs.data.feeding.order import Order
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
 from ray_jobs.run.split import SPLITS
+
+MOST_VALUES = 256  # of data.balance: each has files of its own
 
 
 def describe(
@@ -82,15 +85,44 @@ def _shares(config: Config, sources: Sequence[Source], parts: Sequence[PlannedPa
         rows[part.source] += int((part.variants == 0).sum())
     shares: dict[int, float] = {}
     if training:
-        records = [Part(len(part.rows), str(part.bucket), part.source) for part in training]
-        order = Order(
-            records, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=config.data.weights
-        )
-        shares = order.shares()
+        mixed, weights = mixture(config.data, [part.record() for part in training])
+        order = Order(mixed, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=weights)
+        of_group, whole, own = order.shares(), Counter[int](), Counter[tuple[int, int]]()
+        for part, each in zip(training, mixed, strict=True):
+            whole[each.source] += each.rows
+            own[part.source, each.source] += each.rows
+        # All rows of a group, which is a source or a value of data.balance, come equally often.
+        for (source, group), count in own.items():
+            shares[source] = shares.get(source, 0.0) + of_group[group] * (count / whole[group])
     return [
         SourceShare(name=source.name, rows=rows[number], share=shares.get(number, 0.0))
         for number, source in enumerate(sources)
     ]
+
+
+def balance_line(config: Config, parts: Sequence[PlannedPart]) -> str | None:
+    """Return the line that says how rows are repeated for `data.balance`; None without it.
+
+    Raises:
+        ConfigError: the column has too many values, or only one.
+    """
+    column, rows = config.data.balance, Counter[str]()
+    if column is None:
+        return None
+    for part in parts:
+        if part.split == "train":
+            rows[part.value or ""] += len(part.rows)
+    if not 1 < len(rows) <= MOST_VALUES:
+        raise ConfigError(
+            f"data.balance: {column}: the training pictures have {len(rows):,} values of it, but 2 to "
+            f"{MOST_VALUES} can be balanced; name a column of classes"
+        )
+    (_, most), (rarest, fewest) = rows.most_common()[0], rows.most_common()[-1]
+    return (
+        f"data.balance: {len(rows)} values of {column} come equally often in training; an epoch has "
+        f"{most * len(rows):,} rows for {rows.total():,}, and repeats those of the rarest value "
+        f"({rarest or '(empty)'}, {fewest:,} rows) {most / fewest:.3g} times"
+    )
 
 
 def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Bucket]:

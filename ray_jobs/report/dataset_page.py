@@ -42,7 +42,7 @@ REASONS = {
     " give a path relative to it.",
     "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
     "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
-    "missing_stratum": "The picture has no value for data.stratify: add it to its .json.",
+    "missing_stratum": "The picture has no value for data.stratify or data.balance: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"
     " lower the threshold.",
     "near_constant": "The picture has less contrast than data.cleaning.min_contrast, so there is little to"

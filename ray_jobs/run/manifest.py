@@ -76,7 +76,7 @@ class Spread(Record):
 
 
 class Class(Record):
-    """Kept pictures with one value of the column `data.stratify`, and their properties by name."""
+    """Kept pictures with one value of a column, and their properties by name."""
 
     pictures: int
     spreads: dict[str, Spread] = {}
@@ -92,7 +92,7 @@ class Composition(Record):
         num_repeated: rows whose caption another row has too.
         enlarged: rows whose picture has a shorter side below `data.resolution`.
         spreads: shorter side and brightness, by name.
-        column: `data.stratify`; "" without.
+        column: `data.stratify` or `data.balance`; "" without.
         num_classes: number of its values.
         classes: pictures of its most frequent values.
         scarce: values with less than half of an equal share, the rarest first, with their pictures.

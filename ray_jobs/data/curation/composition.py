@@ -63,7 +63,7 @@ def compose(config: Config, entries: Sequence[Entry], index: Storage, decisions:
             for name, values in measures.items():
                 spreads[name][value] += _counts(name, values[strata == value])
     repeated, num_repeated = _repeated(entries, index, decisions, hashes)
-    column = config.data.stratify or ""
+    column = config.data.column or ""
     even = sum(classes.values()) / max(len(classes), 1)
     scarce = sorted((n, value) for value, n in classes.items() if n < even / 2) if column else []
     return Composition(
