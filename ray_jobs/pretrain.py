@@ -87,7 +87,7 @@ def _samples(config: Config, settings: SourceConfig) -> Iterator[Sample]:
         ConfigError: a picture cannot be used; the data of a base model must have been checked beforehand.
     """
     rules = CaptionRules(config.data.caption_lines, config.data.repair_captions is not False)
-    source = open_source(settings, config.data.stratify, rules)
+    source = open_source(settings, config.data.column, rules)
     for piece in source.pieces:
         for sample in source.read(piece):
             if sample.problem and sample.problem.reason not in LEFT_OUT:

@@ -231,6 +231,12 @@ class DataConfig(Section):
         "text encoder",
     )
     stratify: str | None = Field(None, description="column whose values are spread evenly over the splits")
+    balance: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="column whose values come equally often in training: rows of rare ones repeat. "
+        "Validation and test stay as they are",
+    )
     folds: int = Field(
         0,
         ge=0,
@@ -267,6 +273,11 @@ class DataConfig(Section):
         return self.sources or [SourceConfig(path=self.source or "")]
 
     @property
+    def column(self) -> str | None:
+        """The column that is read from every source, for `stratify` or `balance`."""
+        return self.stratify or self.balance
+
+    @property
     def weights(self) -> dict[int, float]:
         """Of the sources by their number; empty where they have none."""
         return {number: each.weight for number, each in enumerate(self.sources) if each.weight}
@@ -284,6 +295,12 @@ class DataConfig(Section):
         weights = [each.weight for each in self.sources]
         if any(weights) and not all(weights):
             raise ValueError("sources: give every source a weight, or none")
+        if self.balance and any(weights):
+            raise ValueError("balance: sources have weights, which set other shares; remove one of them")
+        if self.balance and self.stratify and self.balance != self.stratify:
+            raise ValueError(
+                f"balance: {self.balance} is another column than stratify, {self.stratify}; give the same one"
+            )
         if self.validation + self.test >= 1:
             raise ValueError(
                 "validation + test must be less than 1, to leave images for training; lower one of them"

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,12 +12,14 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.curation.cleaning import QUALITY_CHECKS
 from ray_jobs.data.curation.decisions import Decisions
 from ray_jobs.data.encoding.plan import PlannedPart
+from ray_jobs.data.feeding.mixture import mixture
 from ray_jobs.data.feeding.order import Order, Part
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.run.manifest import Bucket, Captions, Duplicates, Histogram, Manifest, SourceShare
 from ray_jobs.run.split import SPLITS
 
 FOLDED = ("train", "validation")  # splits that cross-validation divides anew
+MOST_VALUES = 256  # of data.balance: each has files of its own
 
 
 def describe(
@@ -36,7 +39,7 @@ def describe(
     set_aside = Counter(str(reason) for reason in decisions.reasons if reason)
     folds = Counter(part.fold for part in parts for v in part.variants if part.split in FOLDED and v == 0)
     matched = decisions.matched >= 0
-    order = _order(config, parts)
+    mixed = _mixed(config, parts)
     return Manifest(
         train=counts["train"],
         validation=counts["validation"],
@@ -52,7 +55,7 @@ def describe(
             groups=len(np.unique(decisions.matched[matched])),
             pictures=sum(decisions.duplicates.values()),
         ),
-        source=_shares(sources, parts, order.shares() if order else {}),
+        source=_shares(sources, parts, mixed),
         buckets=_bucket_rows(config, parts),
         folds=[folds[fold] for fold in range(data.folds)],
         captions=Captions(
@@ -72,33 +75,75 @@ def describe(
             )
             for name, measure in QUALITY_CHECKS.items()
         },
-        rows_an_epoch=order.rows_an_epoch if order else 0,
+        rows_an_epoch=mixed.order.rows_an_epoch if mixed else 0,
         judged=decisions.num_judged,
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 
 
-def _order(config: Config, parts: Sequence[PlannedPart]) -> Order | None:
-    """Return the order of the training rows, to count them in; None if there are none."""
-    records = [Part(len(part.rows), str(part.bucket), part.source) for part in parts if part.split == "train"]
-    if not records:
+class _Mixed(NamedTuple):
+    """Training parts, numbered by what is mixed (a source, or a value of data.balance), in their order."""
+
+    parts: Sequence[PlannedPart]
+    records: Sequence[Part]
+    order: Order
+
+
+def _mixed(config: Config, parts: Sequence[PlannedPart]) -> _Mixed | None:
+    """Return the training rows as an epoch has them, to count them; None if there are none."""
+    training = [part for part in parts if part.split == "train"]
+    if not training:
         return None
-    return Order(
-        records, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=config.data.weights
-    )
+    mixed, weights = mixture(config.data, [part.record() for part in training])
+    order = Order(mixed, batch_size=config.train.batch_size, window_rows=1, seed=0, weights=weights)
+    return _Mixed(training, mixed, order)
 
 
 def _shares(
-    sources: Sequence[Source], parts: Sequence[PlannedPart], shares: Mapping[int, float]
+    sources: Sequence[Source], parts: Sequence[PlannedPart], mixed: _Mixed | None
 ) -> list[SourceShare]:
     """Kept rows per source, and their realised share in a training epoch."""
     rows = Counter[int]()
     for part in parts:
         rows[part.source] += int((part.variants == 0).sum())
+    shares: dict[int, float] = {}
+    if mixed:
+        of_group, whole, own = mixed.order.shares(), Counter[int](), Counter[tuple[int, int]]()
+        for part, each in zip(mixed.parts, mixed.records, strict=True):
+            whole[each.source] += each.rows
+            own[part.source, each.source] += each.rows
+        # All rows of a group, which is a source or a value of data.balance, come equally often.
+        for (source, group), count in own.items():
+            shares[source] = shares.get(source, 0.0) + of_group[group] * (count / whole[group])
     return [
         SourceShare(name=source.name, rows=rows[number], share=shares.get(number, 0.0))
         for number, source in enumerate(sources)
     ]
+
+
+def balance_line(config: Config, parts: Sequence[PlannedPart]) -> str | None:
+    """Return the line that says how rows are repeated for `data.balance`; None without it.
+
+    Raises:
+        ConfigError: the column has too many values, or only one.
+    """
+    column, rows = config.data.balance, Counter[str]()
+    if column is None:
+        return None
+    for part in parts:
+        if part.split == "train":
+            rows[part.value or ""] += len(part.rows)
+    if not 1 < len(rows) <= MOST_VALUES:
+        raise ConfigError(
+            f"data.balance: {column}: the training pictures have {len(rows):,} values of it, but 2 to "
+            f"{MOST_VALUES} can be balanced; name a column of classes"
+        )
+    (_, most), (rarest, fewest) = rows.most_common()[0], rows.most_common()[-1]
+    return (
+        f"data.balance: {len(rows)} values of {column} come equally often in training; an epoch has "
+        f"{most * len(rows):,} rows for {rows.total():,}, and repeats those of the rarest value "
+        f"({rarest or '(empty)'}, {fewest:,} rows) {most / fewest:.3g} times"
+    )
 
 
 def _bucket_rows(config: Config, parts: Sequence[PlannedPart]) -> dict[str, Bucket]:

@@ -13,6 +13,7 @@ from cluster.fetched import local_path
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, Effect
 from ray_jobs.console import phase, say
+from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
 from ray_jobs.data.curation.scan import Entry, entries, scan
@@ -36,7 +37,7 @@ from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.data.encoding.subject_words import FEWEST, check_subjects
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import Live
-from ray_jobs.data.manifest import describe, require_enough
+from ray_jobs.data.manifest import balance_line, describe, require_enough
 from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.dreambooth import Subject
@@ -63,7 +64,7 @@ def open_sources(config: Config) -> list[Source]:
         ConfigError: a source cannot be read.
     """
     rules, storage = caption_rules(config), SharedFolder.of(config).root
-    return [open_source(each, config.data.stratify, rules, storage) for each in config.data.all_sources]
+    return [open_source(each, config.data.column, rules, storage) for each in config.data.all_sources]
 
 
 def prepare(config: Config, check: Callable[[], object] | None = None) -> Dataset:
@@ -278,6 +279,9 @@ def _plan(
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
     manifest = describe(config, sources, decisions, parts, counts)
+    manifest |= {"composition": compose(config, found, storage.child(INDEX), decisions)}
+    if line := balance_line(config, parts):
+        say("prepare", line)
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     duplicates = manifest.duplicates.pictures
     say(

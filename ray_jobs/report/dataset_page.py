@@ -14,16 +14,14 @@ from string import Template
 
 from PIL import Image
 
+from ray_jobs.report.composition import composition_section
+from ray_jobs.report.elements import counted, histogram_svg, note, table
 from ray_jobs.run.manifest import Bucket, Duplicates, Histogram, Manifest, SourceShare
 
 STYLE = Path(__file__).with_name("style.css")
 TEMPLATE = Path(__file__).with_name("dataset_page.html")
 SPLITS = ("train", "validation", "test", "class")
 THUMBNAIL = 128  # maximum side in pixels
-# Units of the plot's own view box; the page scales it.
-PLOT_WIDTH, PLOT_HEIGHT, PLOT_HEAD, PLOT_FOOT = 240, 84, 6, 16
-BAR_GAP = 0.8
-LEAST_BAR = 1.5  # keeps one picture among thousands visible
 
 # Rejection reasons: meaning and remedy, in the order of the contact sheet.
 REASONS = {
@@ -44,7 +42,7 @@ REASONS = {
     " give a path relative to it.",
     "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
     "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
-    "missing_stratum": "The picture has no value for data.stratify: add it to its .json.",
+    "missing_stratum": "The picture has no value for data.stratify or data.balance: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"
     " lower the threshold.",
     "near_constant": "The picture has less contrast than data.cleaning.min_contrast, so there is little to"
@@ -90,14 +88,6 @@ class Example:
     twin_name: str = ""  # empty: not a duplicate
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
-    """Format an HTML table of escaped cells, with the style class `kind`; it scrolls if too wide."""
-    columns = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-    content = f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table class="{kind}">{content}</table></div>'
-
-
 def data_uri(picture: Image.Image, side: int) -> str:
     """Data URI of a picture as PNG, with sides of at most `side` pixels."""
     picture = picture.convert("RGB")
@@ -107,73 +97,14 @@ def data_uri(picture: Image.Image, side: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def counted(number: int, noun: str) -> str:
-    """Format a count: 1 and "step" -> `1 step`; 1200 and "step" -> `1,200 steps`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _note(text: str, kind: str = "note") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>'
-
-
-def _position(value: float, edges: Sequence[float]) -> float:
-    """Position of `value` on an axis with bins of equal width, in bins from the left.
-
-    A measure with logarithmic bins thus gets a logarithmic axis. Values beyond the edges are at the end.
-    """
-    for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        if value < high:
-            return index + max(0.0, (value - low) / (high - low))
-    return len(edges) - 1.0
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bar(left: float, right: float, height: float, cut: float, side: str) -> str:
-    """Draw a histogram bar, in two parts if the threshold at `cut` divides it."""
-    at = min(max(cut, left), right)
-    kinds = ("beyond", "kept") if side == "below" else ("kept", "beyond")
-    return "".join(
-        f'<rect class="{kind}" x="{start:.2f}" y="{PLOT_HEIGHT - height:.2f}"'
-        f' width="{end - start:.2f}" height="{height:.2f}"/>'
-        for start, end, kind in ((left, at, kinds[0]), (at, right, kinds[1]))
-        if end > start
-    )
-
-
 def histogram(name: str, measure: Histogram) -> str:
     """Draw one measure's histogram as SVG, tinted beyond the threshold, which is a dashed line.
 
     Args:
         name: a key of TITLES.
     """
-    edges, counts, threshold, side = measure.edges, measure.counts, measure.threshold, measure.side
-    step, highest = PLOT_WIDTH / len(counts), max([*counts, 1])
-    nothing_beyond = 0.0 if side == "below" else float(PLOT_WIDTH)
-    cut = nothing_beyond if threshold is None else _position(threshold, edges) * step
-    parts = [
-        _bar(
-            index * step,
-            (index + 1) * step - BAR_GAP,
-            max(LEAST_BAR, (PLOT_HEIGHT - PLOT_HEAD) * count / highest),
-            cut,
-            side,
-        )
-        for index, count in enumerate(counts)
-        if count
-    ]
-    parts.append(f'<line x1="0" x2="{PLOT_WIDTH}" y1="{PLOT_HEIGHT}" y2="{PLOT_HEIGHT}"/>')
-    if threshold is not None:
-        parts.append(f'<line class="threshold" x1="{cut:.2f}" x2="{cut:.2f}" y1="0" y2="{PLOT_HEIGHT}"/>')
-    parts += [
-        f'<text x="{at * step:.2f}" y="{PLOT_HEIGHT + 12}" text-anchor="{anchor}">{_short(edges[at])}</text>'
-        for at, anchor in ((0, "start"), (len(counts) // 2, "middle"), (len(counts), "end"))
-    ]
     label = f"Number of pictures over {TITLES[name][0].lower()}"
-    box = f"0 0 {PLOT_WIDTH} {PLOT_HEIGHT + PLOT_FOOT}"
-    return f'<svg role="img" aria-label="{label}" viewBox="{box}">{"".join(parts)}</svg>'
+    return histogram_svg(measure.edges, measure.counts, label, measure.threshold, measure.side)
 
 
 def _measure(name: str, measure: Histogram) -> str:
@@ -186,7 +117,7 @@ def _measure(name: str, measure: Histogram) -> str:
         aside = counted(measure.set_aside, "picture")
         words = f"{aside} rejected: {measure.side} {field} ({threshold:g})."
     head = f"<figcaption>{escape(title)}<small>{escape(unit)}</small></figcaption>"
-    return f'<figure class="card">{head}{histogram(name, measure)}{_note(words)}</figure>'
+    return f'<figure class="card">{head}{histogram(name, measure)}{note(words)}</figure>'
 
 
 def _splits(manifest: Manifest) -> str:
@@ -194,14 +125,14 @@ def _splits(manifest: Manifest) -> str:
     parts = []
     if not manifest.held_out and manifest.folds:
         parts.append(
-            _note(
+            note(
                 "There are too few pictures to hold any out: final scores compare with the training pictures."
                 " Those of the folds, by which the search ranks, do not."
             )
         )
     elif not manifest.held_out:
         parts.append(
-            _note(
+            note(
                 "There are too few pictures to hold any out: scores compare with the training pictures, so"
                 " they cannot distinguish learning from memorisation.",
                 "note alert",
@@ -223,7 +154,7 @@ def _splits(manifest: Manifest) -> str:
     if folds := manifest.folds:
         sizes = ", ".join(f"{size:,}" for size in folds)
         words.append(f"{len(folds)} folds of training and validation pictures: {sizes}")
-    return "".join([*parts, *(_note(f"{each}.") for each in words)])
+    return "".join([*parts, *(note(f"{each}.") for each in words)])
 
 
 def _duplicates(duplicates: Duplicates) -> str:
@@ -258,8 +189,8 @@ def _buckets(buckets: dict[str, Bucket]) -> str:
         (shape, f"{bucket.rows:,}", f"{bucket.steps:,}", f"{bucket.rows_over:,}")
         for shape, bucket in buckets.items()
     ]
-    note = _note("Carried over: rows of an incomplete batch, with which the next epoch begins.")
-    return "<h3>Buckets</h3>" + table(head, rows, "numbers") + note
+    words = note("Carried over: rows of an incomplete batch, with which the next epoch begins.")
+    return "<h3>Buckets</h3>" + table(head, rows, "numbers") + words
 
 
 def dataset_section(manifest: Manifest) -> str:
@@ -276,14 +207,15 @@ def dataset_section(manifest: Manifest) -> str:
         parts.append(_sources(manifest.source))
     if len(manifest.buckets) > 1:
         parts.append(_buckets(manifest.buckets))
+    parts.append(composition_section(manifest.composition))
     parts.append("<h3>Rejected</h3>")
     # An unknown reason must not break the report of a long run; its name is enough.
     rejected = manifest.rejected
     rows = [(reason, f"{rejected[reason]:,}", REASONS.get(reason, "")) for reason in _in_order(rejected)]
     head = ("reason", "pictures", "meaning and remedy")
-    parts.append(table(head, rows, "reasons") if rows else _note("No picture is rejected."))
-    parts.append(_note(_duplicates(manifest.duplicates)))
-    parts += map(_note, _not_counted(manifest))
+    parts.append(table(head, rows, "reasons") if rows else note("No picture is rejected."))
+    parts.append(note(_duplicates(manifest.duplicates)))
+    parts += map(note, _not_counted(manifest))
     cards = "".join(_measure(name, measure) for name, measure in manifest.measures.items())
     parts.append(f'<h3>Measures</h3><div class="cards measures">{cards}</div>')
     return "".join(parts)
@@ -322,9 +254,9 @@ def _sheet(manifest: Manifest, examples: Sequence[Example]) -> str:
     for reason in _in_order(totals):
         shown = [example for example in examples if example.reason == reason]
         parts.append(f"<h3>{escape(REASONS.get(reason, reason))}</h3>")
-        parts.append(_note(f"{reason}: {len(shown):,} of {totals[reason]}"))
+        parts.append(note(f"{reason}: {len(shown):,} of {totals[reason]}"))
         parts.append(f'<div class="sheet">{"".join(map(_tile, shown))}</div>')
-    return "".join(parts) or _note("No picture would be rejected.")
+    return "".join(parts) or note("No picture would be rejected.")
 
 
 def write_dataset_page(

@@ -230,5 +230,5 @@ def serve(config: Config, port: int, announce: Callable[[str], None]) -> None:
         except OSError as error:
             raise ConfigError(f"--port: {port}: {error.strerror}; give another one") from None
         announce(f"http://{HOST}:{listener.getsockname()[1]}/")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
         server.run(sockets=[listener])

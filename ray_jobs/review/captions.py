@@ -41,7 +41,7 @@ class Listed:
         name: name of the picture.
         text: the caption; "" if there is none.
         own: the source's own caption, where `text` may be another one.
-        stratum: value of the column named by `data.stratify`.
+        stratum: value of the column named by `data.stratify` or `data.balance`.
         written_by: model that wrote the caption; "" if none did.
         is_edited: whether it is a correction of that.
         file, line: file and number of its line there; None: none yet, -1: a line is yet to be added.
@@ -178,7 +178,7 @@ class SourceCaptions(Captions):
 def _open(config: Config, settings: SourceConfig) -> Source:
     """Open a source whose pictures need no captions, which stay as they are written."""
     rules, apart = OptionalCaptions(), SharedFolder.of(config).root
-    return open_source(settings, config.data.stratify, rules, apart)
+    return open_source(settings, config.data.column, rules, apart)
 
 
 def _storage(source: Folder) -> Storage:

@@ -61,7 +61,7 @@ def _label_studio(config: Config, captions: Captions, out: str, root: str | None
                     f"--root: {root}: {address} is not below it; give a folder above the pictures"
                 )
             address = label_studio.local_file(os.path.relpath(address, above))
-        values = {config.data.stratify: items[0].stratum} if config.data.stratify else {}
+        values = {config.data.column: items[0].stratum} if config.data.column else {}
         texts = [item.text for item in items if item.text]
         tasks.append(label_studio.task(address, texts, values, items[0].written_by))
     _write(out, json.dumps(tasks, ensure_ascii=False, indent=1) + "\n")
@@ -101,8 +101,8 @@ def _labelbox(config: Config, captions: Captions, out: str) -> list[str]:
     ]
     if several:
         steps.append(f"{several:,} pictures have several captions: lines of one text, see data.caption_lines")
-    if config.data.stratify:
-        steps.append(f"data.stratify: {config.data.stratify!r} is not exported; add it as a radio there")
+    if config.data.column:
+        steps.append(f"column {config.data.column!r} is not exported; add it as a radio there")
     return steps
 
 
@@ -115,7 +115,7 @@ def _metadata(config: Config, captions: Captions, out: str) -> list[str]:
     for number, file in enumerate(files):
         rows = [
             {FILE_COLUMN: item.name, "text": item.text}
-            | ({config.data.stratify: item.stratum} if config.data.stratify else {})
+            | ({config.data.column: item.stratum} if config.data.column else {})
             for item in captions.items
             if item.source == number
         ]

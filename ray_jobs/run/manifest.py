@@ -68,6 +68,50 @@ class Histogram(Record):
     set_aside: int
 
 
+class Spread(Record):
+    """Values of a property over the kept pictures: n + 1 increasing edges of the bins of `counts`."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class Class(Record):
+    """Kept pictures with one value of a column, and their properties by name."""
+
+    pictures: int
+    spreads: dict[str, Spread] = {}
+
+
+class Composition(Record):
+    """What the kept pictures and captions are.
+
+    Attributes:
+        pictures: number of rows.
+        words: most frequent words, with the number of captions that have them.
+        repeated: captions of most rows, with the number of these.
+        num_repeated: rows whose caption another row has too.
+        enlarged: rows whose picture has a shorter side below `data.resolution`.
+        spreads: shorter side and brightness, by name.
+        column: `data.stratify` or `data.balance`; "" without.
+        num_classes: number of its values.
+        classes: pictures of its most frequent values.
+        scarce: values with less than half of an equal share, the rarest first, with their pictures.
+        num_scarce: number of these values.
+    """
+
+    pictures: int = 0
+    words: dict[str, int] = {}
+    repeated: dict[str, int] = {}
+    num_repeated: int = 0
+    enlarged: int = 0
+    spreads: dict[str, Spread] = {}
+    column: str = ""
+    num_classes: int = 0
+    classes: dict[str, Class] = {}
+    scarce: dict[str, int] = {}
+    num_scarce: int = 0
+
+
 class Manifest(Record):
     """What prepare decided about a dataset.
 
@@ -82,6 +126,7 @@ class Manifest(Record):
         measures: histograms by quality measure.
         rows_an_epoch: training rows of an epoch, with augmented variants and repeated as sources' weights
             ask; 0: not recorded by an earlier release.
+        composition: words, sizes, brightness and classes of the kept pictures; empty in earlier releases.
         judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
@@ -105,6 +150,7 @@ class Manifest(Record):
     captions: Captions = Captions()
     measures: dict[str, Histogram] = {}
     rows_an_epoch: int = 0
+    composition: Composition = Composition()
     judged: int = 0
     digest: str = ""
     inputs: str = ""

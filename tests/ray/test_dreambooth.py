@@ -151,7 +151,7 @@ def test_a_search_ranks_subjects_over_folds_that_train_together_and_trains_the_w
     assert len(workers(ray_cluster) - before) == 2, "one group for all folds and the last training"
 
     def assert_trained(checkpoint: str, rows: Dataset) -> None:
-        plain = PlainTraining(config, rows)
+        plain = PlainTraining(config.with_settings({"train.learning_rate": 2.0e-3}), rows)
         plain.run(int(checkpoint[-8:]))
         expected = {published_name(name): value for name, value in plain.ema.averages.items()}
         got = load_file(Path(checkpoint, "weights", "pytorch_lora_weights.safetensors"))

@@ -333,3 +333,45 @@ def test_groups_come_in_the_order_of_the_reasons() -> None:
 
 def test_the_same_data_set_gives_the_same_page() -> None:
     assert page_of(example()) == page_of(example())
+
+
+SPREAD = {"edges": [0.0, 64.0, 192.0, 256.0], "counts": [0, 700, 901]}
+COMPOSITION: dict[str, Any] = {
+    "pictures": 1601,
+    "words": {"cat": 900, "<b>dog</b>": 600},
+    "repeated": {"a cat": 12},
+    "num_repeated": 12,
+    "enlarged": 160,
+    "spreads": {"side": SPREAD, "brightness": SPREAD},
+    "column": "breed",
+    "num_classes": 3,
+    "classes": {"tabby": {"pictures": 1400, "spreads": {"brightness": SPREAD}}, "": {"pictures": 190}},
+    "scarce": {"siam": 11, "": 190},
+    "num_scarce": 2,
+}
+
+
+def test_the_section_tells_words_repeated_captions_and_what_is_rare() -> None:
+    text = section(composition=COMPOSITION)
+    for part in (
+        "cat (900), <b>dog</b> (600).",
+        "12 pictures (1%) have a caption that others have too.",
+        "a cat 12",
+        "160 pictures (10%) have a shorter side below data.resolution, and are enlarged.",
+        "Dark pictures are rare: 0 of 1,601 have a mean luma below 64.",
+        "of an equal share of the pictures: siam (11), (empty) (190). Add pictures.",
+        "tabby 1,400 87.4%",
+        "1 more values are not shown.",
+        "tabby: brightness",
+    ):
+        assert part in text, part
+    assert "Bright pictures are rare" not in text
+    assert section_html(composition=COMPOSITION).count("<svg") == 2 + 3
+
+
+def test_a_dataset_of_an_earlier_release_and_one_without_classes_say_nothing_of_them() -> None:
+    assert "Most frequent words" not in section()
+    plain = COMPOSITION | {"column": "", "repeated": {}, "num_repeated": 0, "enlarged": 0}
+    text = section(composition=plain)
+    assert "No two pictures have the same caption." in text
+    assert "breed" not in text and "enlarged" not in text

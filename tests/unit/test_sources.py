@@ -296,5 +296,7 @@ def test_circles_of_links_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [caption_files, dreambooth])
 def test_a_source_without_columns_refuses_stratify(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
-    with pytest.raises(ConfigError, match="data.stratify: place: .* has only files, no columns"):
+    with pytest.raises(
+        ConfigError, match="data.stratify or data.balance: place: .* has only files, no columns"
+    ):
         opened(kind(tmp_path), stratify="place")

@@ -63,7 +63,7 @@ class Entry:
 
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
-    settings = [VERSION, config.cleaning.max_pixels, config.background, config.stratify]
+    settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
     scanned = [json.dumps([*settings, vars(source.captions)]) for source in sources]
     return [
         Entry(

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -26,10 +26,17 @@ PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
 VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
 _Row = tuple[int, int, int, bool, str, bytes, str]  # entry, row in it, variant, is scored, digest, key, text
+_Group = tuple[str, int, Size, str | None]  # split, fold, bucket, value of data.balance
 
 
 class PartRecord(TypedDict):
-    """A part in the dataset's list of parts; `bucket` is width x height."""
+    """A part in the dataset's list of parts.
+
+    Attributes:
+        bucket: width x height.
+        value: with `data.balance`, the value of that column in all its rows, which only parts for training
+            have in common.
+    """
 
     split: str
     fold: int
@@ -37,6 +44,7 @@ class PartRecord(TypedDict):
     bucket: str
     rows: int
     file: str
+    value: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class PlannedPart:
             depends on.
         file: file name in the encoding cache.
         texts: caption of each row, where they may be others than the source's own; None where they are not.
+        value: value of `data.balance` in all rows; None without it.
     """
 
     split: str
@@ -68,10 +77,11 @@ class PlannedPart:
     keys: list[bytes]
     file: str
     texts: list[str] | None = None
+    value: str | None = None
 
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
-        return {
+        record: PartRecord = {
             "split": self.split,
             "fold": self.fold,
             "source": self.source,
@@ -79,6 +89,9 @@ class PlannedPart:
             "rows": len(self.rows),
             "file": self.file,
         }
+        if self.value is not None:
+            record["value"] = self.value
+        return record
 
 
 def plan_parts(
@@ -91,25 +104,28 @@ def plan_parts(
     """Yield the parts of all kept rows, chunk by chunk in source order."""
     data, keys = config.data, RowKeys(config)
     shares = Shares(data.split_seed, data.validation, data.test)
-    columns = ["row", "text", "digest", "width", "height"]
+    columns = ["row", "text", "digest", "width", "height", "stratum"]
     tables = read_index(index, [entry.file for entry in entries], columns)
-    groups: dict[tuple[str, int, Size], list[_Row]] = {}
+    groups: dict[_Group, list[_Row]] = {}
     row, chunk, in_chunk = 0, 0, 0
     for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
-        for name, text, digest, width, height in zip(*(table[c].to_pylist() for c in columns), strict=True):
+        values = zip(*(table[column].to_pylist() for column in columns), strict=True)
+        for name, text, digest, width, height, stratum in values:
             split = decisions.splits[row]
             if not decisions.reasons[row]:
                 bucket = nearest_bucket((width, height), buckets) if len(buckets) > 1 else buckets[0]
                 scored = split in ("validation", "test") or not decisions.held_out
                 scored = scored or (split == "train" and is_floor_candidate(digest, shares))
-                group = groups.setdefault((split, int(decisions.folds[row]), bucket), [])
+                # Rounds of cross-validation train on the pictures of both.
+                value = (stratum if split in ("train", "validation") else "") if data.balance else None
+                group = groups.setdefault((split, int(decisions.folds[row]), bucket, value), [])
                 for variant in range(data.augmentation.variants if split == "train" else 1):
                     shown = scored and variant == 0
                     key = keys.key(digest, text, bucket, variant, split, shown)
                     group.append((number, name, variant, shown, digest, key, text))
                 if data.encode == "stream" and split == "train" and scored:
                     key = keys.key(digest, text, bucket, 0, "floor", True)
-                    floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket), [])
+                    floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket, value and ""), [])
                     floor.append((number, name, 0, True, digest, key, text))
             row += 1
         in_chunk += len(table)
@@ -120,9 +136,9 @@ def plan_parts(
 
 
 def _cut(
-    groups: dict[tuple[str, int, Size], list[_Row]], source: int, chunk: int, with_texts: bool
+    groups: dict[_Group, list[_Row]], source: int, chunk: int, with_texts: bool
 ) -> Iterator[PlannedPart]:
-    for (split, fold, bucket), group in groups.items():
+    for (split, fold, bucket, value), group in groups.items():
         limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * bucket[0] * bucket[1])))
         for start in range(0, len(group), limit):
             numbers, rows, variants, scored, digests, keys, texts = zip(
@@ -143,6 +159,7 @@ def _cut(
                 list(keys),
                 f"{name}.parquet",
                 list(texts) if with_texts else None,
+                value,
             )
 
 

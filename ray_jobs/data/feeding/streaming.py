@@ -32,6 +32,7 @@ from ray_jobs.data.encoding.encoding import (
 from ray_jobs.data.encoding.plan import PartRecord, PlannedPart
 from ray_jobs.data.encoding.tensors import as_numpy, as_torch, read_tensors, row_bytes
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.mixture import mixture
 from ray_jobs.data.feeding.order import JoinedOrder, Order, Part, Step, Window, rows_of_rank
 from ray_jobs.data.sources.detection import Sample, Source
 
@@ -85,13 +86,13 @@ class StreamSettings:
 
     def order(self, records: Sequence[PartRecord], row_bytes: int) -> Order:
         """Order of the training rows of the given parts."""
-        data = self.config.data
+        parts, weights = mixture(self.config.data, records)
         return Order(
-            _parts(records),
+            parts,
             batch_size=self.rows_a_step - self.class_rows,
             window_rows=self._window_rows(row_bytes),
             seed=self.config.seed,
-            weights=data.weights,
+            weights=weights,
         )
 
     def joined_order(
@@ -100,15 +101,12 @@ class StreamSettings:
         """Order of training rows followed, in each step, by class rows, which have an order of their own."""
         window_rows = self._window_rows(row_bytes)
         seed = int(np.random.SeedSequence((self.config.seed, 1)).generate_state(1)[0])
-        regular = Order(_parts(of_class), batch_size=self.class_rows, window_rows=window_rows, seed=seed)
+        pictures = [Part(part["rows"], part["bucket"], part["source"]) for part in of_class]
+        regular = Order(pictures, batch_size=self.class_rows, window_rows=window_rows, seed=seed)
         return JoinedOrder(self.order(records, row_bytes), regular, window_rows=window_rows)
 
     def _window_rows(self, row_bytes: int) -> int:
         return (self.config.data.shuffle_mb << 20) // row_bytes
-
-
-def _parts(records: Sequence[PartRecord]) -> list[Part]:
-    return [Part(part["rows"], part["bucket"], part["source"]) for part in records]
 
 
 def split_stream(

@@ -143,7 +143,7 @@ def _require_column(where: str, pictures: Sequence[Labelled], stratify: str | No
     if stratify and stratify not in names:
         raise ConfigError(
             f"{where}: field {stratify!r} is missing (found: {', '.join(names) or 'nothing'}); correct "
-            "data.stratify"
+            "data.stratify or data.balance"
         )
 
 

@@ -208,7 +208,7 @@ def file_row(
 def refuse_columns(listing: Listing, config: SourceConfig, stratify: str | None) -> None:
     """Raise ConfigError if a setting names a column, but the source has no columns."""
     named = {
-        "data.stratify": stratify,
+        "data.stratify or data.balance": stratify,
         "caption_column": config.caption_column,
         "image_column": config.image_column,
     }

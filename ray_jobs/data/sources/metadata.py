@@ -153,7 +153,7 @@ def _row(where: str, fields: Fields, columns: tuple[str, str], stratify: str | N
     for field in (*columns, *([stratify] if stratify else [])):
         if field not in fields:
             found = ", ".join(fields) or "nothing"
-            fix = "correct data.stratify"
+            fix = "correct data.stratify or data.balance"
             if field in fixes:
                 named = f"{FILE_COLUMN} and {CAPTION_COLUMNS[0]}"
                 fix = f"name the fields {named}, or set {fixes[field]}"

@@ -35,7 +35,7 @@ class Sample:
     name: str  # name to locate it by
     text: str  # the caption; "" where `problem` says why, or where captions are optional
     data: bytes  # content of the picture's file; b"" if `problem` is set
-    stratum: str  # value of the column named by data.stratify, else ""
+    stratum: str  # value of the column named by data.stratify or data.balance, else ""
     role: Role
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
     repaired: bool = False  # True if the caption was repaired: see `captions`

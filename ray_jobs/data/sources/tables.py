@@ -171,12 +171,13 @@ def find_columns(
                 f"{where}: column {caption!r} is {kind}, not string; correct the source's caption_column"
             )
     if stratify:
-        kind = schema.field(_require(where, schema, stratify, "data.stratify")).type
+        kind = schema.field(_require(where, schema, stratify, "data.stratify or data.balance")).type
         try:
             pa.nulls(0, kind.value_type if pa.types.is_dictionary(kind) else kind).cast(pa.string())
         except pa.ArrowNotImplementedError:
             raise ConfigError(
-                f"{where}: column {stratify!r} is {kind}, which has no simple values; correct data.stratify"
+                f"{where}: column {stratify!r} is {kind}, which has no simple values; correct "
+                "data.stratify or data.balance"
             ) from None
     return Columns(image, caption, stratify)
 
