@@ -162,6 +162,20 @@ ENGINES["all offloaded"] = {"zero_stage": 3, "offload_optimizer": True, "offload
 # While `first` is frozen, before it is trained again, after its first step.
 RESTARTS = [("0", "3", 4), ("3", "2 offloaded", 5), ("all offloaded", "0", 5), ("1", "1", 6)]
 RESTARTS += [("flat 0", "3", 4), ("2", "flat 1", 5), ("flat 2", "flat 0, chunks", 6)]
+SWITCHED = STAGED | {
+    "groups": {},
+    "betas": [0.8, 0.9],
+    "stages": [
+        {"steps": 2, "optimizer": "lion", "weight_decay": 0.5},
+        {"steps": 3, "optimizer": "adamw", "weight_decay": 0.2},
+        {"steps": 2, "optimizer": "lion", "weight_decay": 0.0},
+    ],
+}
+SWITCHING = [name for name in ENGINES if "flat" in name]
+# In the middle of a stage, at its end, after the first step of the next, with another division among ranks.
+SWITCHED_RESTARTS = [("flat 0", "flat 2", 1), ("flat 2", "flat 1, chunks", 2), ("flat 1", "flat 0", 6)]
+LION_ONLY = STAGED | {"optimizer": "lion", "groups": {}, "stages": [], "weight_decay": 0.5}
+BY_LION = ["1", "2", "3", "2 offloaded", "flat 1"]
 Weights = dict[str, list[Any]]  # of a step, by parameter
 
 
@@ -169,15 +183,16 @@ def input_of(step: int) -> torch.Tensor:
     return step * torch.tensor([[1.0, -2.0, 3.0, 4.0]])
 
 
-def climb(name: str, first: int, last: int, resumed: Path | None) -> Any:
+def climb(name: str, first: int, last: int, resumed: Path | None, settings: Any = STAGED) -> Any:
     """Weights after each step from `first` to `last` of one of `ENGINES`, and the engine."""
-    train = TrainConfig.model_validate(STAGED | ENGINES[name])
+    train = TrainConfig.model_validate(settings | ENGINES[name])
     stages, model = stages_of(train, LAST), Layers()
     shards = Shards(resumed, 2) if resumed else None
     if shards:
         load_weights(shards, model.all_trained)
     engine = built(model, train, in_chunks="chunks" in name)
     if shards:
+        engine.use_optimizer(stage_at(stages, first - 1).optimizer)
         load_state(shards, engine)
     engine.enter_stage(stage_at(stages, first), None)
     seen: list[Weights] = []
@@ -193,16 +208,27 @@ def climb(name: str, first: int, last: int, resumed: Path | None) -> Any:
     return seen, engine
 
 
-def weights_in_stages(loop: dict[str, Any]) -> dict[str, list[Weights]]:
-    """Of each engine, and of two of them with a restart between."""
+def weights_in_stages(loop: dict[str, Any]) -> dict[str, dict[str, list[Weights]]]:
+    """For each of three schedules: of each engine, and of some with a restart between."""
+    folder = Path(loop["folder"])
+    return {
+        "frozen": in_stages(folder, STAGED, list(ENGINES), RESTARTS),
+        "switched": in_stages(folder, SWITCHED, SWITCHING, SWITCHED_RESTARTS),
+        "lion": in_stages(folder, LION_ONLY, BY_LION, [("2", "flat 1", 3)]),
+    }
+
+
+def in_stages(
+    folder: Path, settings: Any, engines: list[str], restarts: list[tuple[str, str, int]]
+) -> dict[str, list[Weights]]:
     rank = torch.distributed.get_rank()
-    found = {name: climb(name, 1, LAST, None)[0] for name in ENGINES}
-    for before, after, pause in RESTARTS:
-        seen, engine = climb(before, 1, pause, None)
-        there = Path(loop["folder"], f"{before}, {after}")
+    found = {name: climb(name, 1, LAST, None, settings)[0] for name in engines}
+    for before, after, pause in restarts:
+        seen, engine = climb(before, 1, pause, None, settings)
+        there = folder / f"{before}, {after}"
         write_shard(there, rank, 2, *snapshot(engine, {}))
         torch.distributed.barrier()
-        found[there.name] = seen + climb(after, pause + 1, LAST, there)[0]
+        found[there.name] = seen + climb(after, pause + 1, LAST, there, settings)[0]
     return found
 
 
@@ -222,4 +248,34 @@ def expected_in_stages() -> list[Weights]:
                 optimizer.param_groups[0]["weight_decay"] = 0.0
             optimizer.step()
         seen.append({name: p.tolist() for name, p in model.all_trained})
+    return seen
+
+
+def expected_of_switches(*, only_lion: bool = False) -> list[Weights]:
+    """By torch's own AdamW and by Lion as its paper writes it, each made anew where it begins."""
+    model, seen = Layers(), []
+    named = dict(model.all_trained)
+    averages = {name: torch.zeros_like(p) for name, p in named.items()}
+    for step in range(1, LAST + 1):
+        stage = (step > 2) + (step > 5)
+        decay, lion = (0.5, True) if only_lion else ((0.5, True), (0.2, False), (0.0, True))[stage]
+        first, second = (0.9, 0.999) if only_lion else (0.8, 0.9)
+        if step == 3:
+            adam = {name: torch.optim.AdamW([p], lr=0.1, betas=(first, second)) for name, p in named.items()}
+        if step == 6 and not only_lion:
+            averages = {name: torch.zeros_like(p) for name, p in named.items()}
+        model.zero_grad()
+        model(input_of(step)).backward()
+        for name, p in named.items():
+            assert p.grad is not None
+            own = decay if p.ndim > 1 else 0.0
+            if not lion:
+                adam[name].param_groups[0]["weight_decay"] = own
+                adam[name].step()
+                continue
+            with torch.no_grad():
+                interpolated = first * averages[name] + (1 - first) * p.grad
+                p.sub_(0.1 * (torch.sign(interpolated) + own * p))
+                averages[name] = second * averages[name] + (1 - second) * p.grad
+        seen.append({name: p.tolist() for name, p in named.items()})
     return seen

@@ -9,8 +9,9 @@ from ray_jobs.data.encoding.tensors import as_torch, read_tensors
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.training.batch import InputMaker, Piece, loss_shares
-from ray_jobs.training.engine import build_optimizer, parameter_groups, set_hyperparameters
+from ray_jobs.training.engine import parameter_groups, set_hyperparameters
 from ray_jobs.training.loop import LoopSettings
+from ray_jobs.training.optimizers import build_optimizer
 from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.setup import build_model
 
@@ -30,7 +31,7 @@ class PlainTraining:
             seed=config.seed,
             caption_dropout=config.train.caption_dropout,
         )
-        self.optimizer = build_optimizer(parameter_groups(self.model), config.train)
+        self.optimizer = build_optimizer("adamw", parameter_groups(self.model), config.train)
         self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self.ema = EMA(self.model.trained(), config.train.ema_decay)
         records, of_class = dataset.parts("train"), dataset.parts("class")

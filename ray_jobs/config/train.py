@@ -120,6 +120,9 @@ Schedule = Literal[
 ]
 
 
+Optimizer = Literal["adamw", "lion"]
+
+
 class StageConfig(Section):
     """A part of a run with settings of its own; empty ones are taken from `train`."""
 
@@ -129,8 +132,11 @@ class StageConfig(Section):
     learning_rate: LearningRate | None = Field(None, description="peak learning rate")
     schedule: Schedule | None = Field(None, description="learning rate schedule over the steps of this stage")
     warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
-    weight_decay: float | None = Field(None, ge=0, description="weight decay of AdamW")
-    betas: tuple[Share, Share] | None = Field(None, description="betas of AdamW")
+    optimizer: Annotated[Optimizer | None, Effect.WEIGHTS, Added()] = Field(
+        None, description="optimizer; another one than the stage before begins without moments"
+    )
+    weight_decay: float | None = Field(None, ge=0, description="weight decay")
+    betas: tuple[Share, Share] | None = Field(None, description="betas of the optimizer")
     epsilon: float | None = Field(None, gt=0, description="epsilon of AdamW")
     trainable: list[str] | None = Field(None, description="names in `groups` of the layers that are trained")
 
@@ -162,6 +168,11 @@ class TrainConfig(Section):
     )
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
+    dropout: Annotated[Share, Effect.WEIGHTS, Added(0.0)] = Field(
+        0.0,
+        description="with method full: probability of the denoiser's own dropout layers, as in residual, "
+        "attention and feed-forward blocks, while it is trained; adapters have lora.dropout",
+    )
     train_text_encoder: bool = Field(False, description="also train the CLIP text encoders")
     groups: dict[str, list[str]] = Field(
         {}, description="named groups of layers: patterns of parameter names, for example *attn*"
@@ -267,9 +278,16 @@ class TrainConfig(Section):
         "on; the flat engine tries before the first step, later a restart takes it up (max_failures). stop: "
         "the error ends the training",
     )
-    optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv 1711.05101) with fp32 states")
-    weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW; biases and norms are exempt")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="betas of AdamW")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="with fp32 states. adamw: AdamW (arXiv 1711.05101). lion: Lion (arXiv 2302.06675), which "
+        "keeps one moment instead of two; its authors take a third to a tenth of AdamW's learning rate, as "
+        "much more weight decay, and betas of 0.9 and 0.99",
+    )
+    weight_decay: float = Field(
+        1e-2, ge=0, description="weight decay, decoupled; biases and norms are exempt"
+    )
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="betas of the optimizer")
     epsilon: float = Field(1e-8, gt=0, description="epsilon of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     caption_dropout: Share = Field(
@@ -296,6 +314,11 @@ class TrainConfig(Section):
         return self.batch_size - self.class_rows
 
     @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer of each stage; without `stages`, of the run."""
+        return [stage.optimizer or self.optimizer for stage in self.stages] or [self.optimizer]
+
+    @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
@@ -317,6 +340,12 @@ class TrainConfig(Section):
                 f"batch_size: {self.batch_size} is less than the number of workers ({self.max_workers}); "
                 "raise batch_size or lower num_workers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _drops_out(self) -> "TrainConfig":
+        if self.dropout and self.method == "lora":
+            raise ValueError(f"dropout: {self.dropout:g} needs method: full; adapters have lora.dropout")
         return self
 
     @model_validator(mode="after")
@@ -424,6 +453,20 @@ class TrainConfig(Section):
                 "memory zero_stage 1 or higher, or offload_optimizer"
             )
         return given
+
+    @model_validator(mode="after")
+    def _optimizers(self) -> "TrainConfig":
+        if len(set(self.optimizers)) > 1 and not self.flat:
+            raise ValueError(
+                f"stages: optimizer: {self._only_deepspeed or 'engine: deepspeed'} is DeepSpeed's, which has "
+                "one optimizer to the end; leave one of them out"
+            )
+        if "adamw" not in self.optimizers:
+            require_unset(self, "without optimizer: adamw", "epsilon")
+        for number, (stage, optimizer) in enumerate(zip(self.stages, self.optimizers, strict=False)):
+            if stage.epsilon is not None and optimizer != "adamw":
+                raise ValueError(f"stages.{number}.epsilon: {optimizer} has none; remove it")
+        return self
 
     @model_validator(mode="after")
     def _schedules(self) -> "TrainConfig":

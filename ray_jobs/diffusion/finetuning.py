@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
 from ray_jobs.diffusion.host_weights import HostWeights
@@ -262,6 +263,16 @@ def inject_adapter(part: Component, settings: "LoraConfig", adapter: str) -> Non
         part.add_adapter(settings, adapter)
     else:  # see `Family.has_lora_loader`
         inject_adapter_in_model(settings, part, adapter)
+
+
+def set_dropout(denoiser: nn.Module, probability: float) -> None:
+    """Set the probability of a denoiser's own dropout layers, which act in training mode only.
+
+    Files keep no probability: a saved denoiser has that of its configuration again, 0 for published models.
+    """
+    for layer in denoiser.modules():
+        if isinstance(layer, _DropoutNd):
+            layer.p = probability
 
 
 def train_all(part: Component, unused: Sequence[str] = ()) -> None:

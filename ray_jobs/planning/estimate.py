@@ -11,6 +11,7 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training import flat
 from ray_jobs.training.engine import pieces_a_step
+from ray_jobs.training.optimizers import MOMENTS
 from ray_jobs.training.zero import gradient_buckets, sharded_for
 
 LIVE_AT_ONCE = (
@@ -26,7 +27,7 @@ class Memory:
         parameters: model parameters, trained and frozen, without encoders and autoencoder.
         gradients: gradients between backward and step.
         master_weights: fp32 weights that the optimizer updates; 0 if it updates the parameters themselves.
-        moments: Adam's two moments.
+        moments: the optimizer's, of the stage that has most.
         averages: exponential moving average, fp32.
         buckets: the engine's gradient buckets, and at stage 3 the parameters gathered at once.
         activations: estimated activations of one micro batch.
@@ -56,6 +57,11 @@ class Placement:
 
     device: Memory
     offloaded: Memory
+
+
+def moment_bytes(train: TrainConfig) -> int:
+    """Return the bytes that the optimizer keeps for each parameter, at most over the stages."""
+    return 4 * max(len(MOMENTS[name]) for name in train.optimizers)
 
 
 def effective_stage(train: TrainConfig, workers: int) -> int:
@@ -111,7 +117,7 @@ def _unrounded_memory(
     num_buckets, bucket = gradient_buckets(train, workers, trained)
     gradients = of_gradient * (share if sharded_gradients else trained)
     masters = 4 * share if stage else 0
-    moments = 8 * (share if stage else trained)
+    moments = moment_bytes(train) * (share if stage else trained)
     buckets = (of_gradient if stage == 1 else element) * num_buckets * bucket if stage else 0
     if stage == 3:
         buckets += element * min(int(zero.get("stage3_max_live_parameters", LIVE_AT_ONCE)), whole)
@@ -150,7 +156,7 @@ def host_memory(
     """
     element = 4 if train.method == "full" else PRECISIONS[train.precision].itemsize
     copied = 4 * base if train.method == "full" else 0
-    checkpoint = (16 if train.ema_decay else 12) * -(-trained // workers)
+    checkpoint = (moment_bytes(train) + (8 if train.ema_decay else 4)) * -(-trained // workers)
     read = element * (base - quantized) + quantized_bytes - (blocks if train.offload_base else 0)
     return copied + max(read, checkpoint)
 
@@ -167,12 +173,12 @@ def _flat_memory(
     waiting = trained if together > 1 else chunk  # autograd's own gradients, until they are packed
     buckets = element * waiting
     buckets += summed * {0: 0, 1: share, 2: chunk}[stage]  # what is on its way between ranks
-    buckets += 4 * updated if summed < 4 else 0  # the fp32 gradient that AdamW takes
+    buckets += 4 * updated if summed < 4 else 0  # the fp32 gradient that the optimizer takes
     return Memory(
         parameters=element * whole,
         gradients=summed * (share if stage == 2 else trained),
         master_weights=4 * updated if element < 4 else 0,
-        moments=8 * updated,
+        moments=moment_bytes(train) * updated,
         averages=4 * share if train.ema_decay else 0,
         buckets=buckets,
         activations=activations,

@@ -17,7 +17,7 @@ HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, wo
 
 SHAPES = {
     *("method", "precision", "gradient_checkpointing", "checkpoint_every", "train_text_encoder"),
-    *("lora", "groups", "trainable", "stages"),
+    *("lora", "dropout", "groups", "trainable", "stages"),
 }
 """Settings of `train` that decide the sizes of a training's module and of what autograd keeps."""
 

@@ -16,7 +16,7 @@ from ray_jobs.planning.memory import (
     trials_that_fit,
 )
 
-SIZES = ("train.lora", "train.trainable", "train.stages", "train.ema_decay")
+SIZES = ("train.lora", "train.trainable", "train.stages", "train.optimizer", "train.ema_decay")
 """Settings, and sections, in which trials of a pack may differ and that decide how much memory they need."""
 
 

@@ -13,7 +13,8 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.pack import Trainable
-from ray_jobs.training.fragments import MOMENTS, Fragment
+from ray_jobs.training.fragments import Fragment
+from ray_jobs.training.optimizers import MOMENTS
 from ray_jobs.training.phases import Stage
 
 
@@ -22,8 +23,9 @@ class Engine(ABC):
 
     Attributes:
         module: the model; its parameters are on `device`, in the configured precision.
-        optimizer: AdamW over the fp32 tensors that this rank updates. Its groups are those of
-            `parameter_groups`, in that order.
+        optimizer: over the fp32 tensors that this rank updates. Its groups are those of `parameter_groups`,
+            in that order.
+        optimizer_name: its name in `MOMENTS`.
         skipped: steps that were left out because their gradient was not finite.
     """
 
@@ -32,6 +34,7 @@ class Engine(ABC):
     rank: int
     world_size: int
     optimizer: torch.optim.Optimizer
+    optimizer_name: str
     skipped: int = 0
 
     @abstractmethod
@@ -80,20 +83,32 @@ class Engine(ABC):
     def gradient_bytes(self) -> int:
         """Bytes of gradients that this rank keeps between backward pass and step."""
 
-    def adam(self, owner: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return Adam's state for a tensor that the optimizer updates; zeros before the first step."""
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the tensors that the optimizer keeps for each that it updates."""
+        return MOMENTS[self.optimizer_name]
+
+    def state_of(self, owner: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the state of a tensor that the optimizer updates; zeros before the first step.
+
+        It has the optimizer's `moments`, and `step`, which counts AdamW's steps.
+        """
         state: dict[str, torch.Tensor] = self.optimizer.state[owner]
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), device=self._step_device(owner))
-            state.update({name: torch.zeros_like(owner) for name in MOMENTS})
+        state.update({name: torch.zeros_like(owner) for name in self.moments if name not in state})
         return state
+
+    def use_optimizer(self, name: str) -> None:
+        """Take the steps to come with an optimizer of `MOMENTS`; one that changes begins without moments."""
+        assert name == self.optimizer_name, "the configuration allows a change only where it is possible"
 
     def _step_device(self, owner: torch.Tensor) -> torch.device:
         """Return the device on which the optimizer counts its steps."""
         return torch.device("cpu")
 
     def restart(self, names: Iterable[str]) -> None:
-        """Set the moments and the step count of the named parameters to 0, as before Adam's first step.
+        """Set the moments and the step count of the named parameters to 0, as before the first step.
 
         While parameters are frozen, their moments decay and their steps are counted where the optimizer
         updates them together with others.
@@ -105,9 +120,9 @@ class Engine(ABC):
         wanted = set(names)
         for piece in self.held:
             if piece.name in wanted:
-                state = self.adam(piece.owner)
+                state = self.state_of(piece.owner)
                 state["step"].zero_()
-                for kind in MOMENTS:
+                for kind in self.moments:
                     piece.of(state[kind]).zero_()
 
     def set_hyperparameters(self, stage: Stage, step: int) -> None:
@@ -122,9 +137,11 @@ class Engine(ABC):
         """Enable gradients for the layers of a stage and disable them for all others.
 
         Args:
-            before: the stage that has just ended, or None in the middle of a stage. Adam's state is reset for
-                layers that `before` did not train.
+            before: the stage that has just ended, or None in the middle of a stage. The optimizer's state is
+                reset if it is another one, and for layers that `before` did not train.
         """
+        if before:
+            self.use_optimizer(stage.optimizer)
         for layers, members in self.module.layer_groups.items():
             if before and stage.trains(layers) and not before.trains(layers):
                 self.restart(members)
@@ -155,18 +172,6 @@ def parameter_groups(model: Trainable) -> list[dict[str, Any]]:
             if parameters:
                 found.append({"params": parameters, "layers": layers, "decays": decays})
     return found
-
-
-def build_optimizer(
-    groups: Iterable[dict[str, Any]], config: TrainConfig, *, fused: bool | None = None
-) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101) over groups as `parameter_groups` returns them.
-
-    Args:
-        fused: use one kernel for all tensors and all of Adam's arithmetic; None: as torch chooses.
-    """
-    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    return torch.optim.AdamW(list(groups), **settings, fused=fused)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> None:

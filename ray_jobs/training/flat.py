@@ -2,7 +2,8 @@
 
 The trained parameters are views of one tensor in the model's precision. It is cut into chunks, and each
 chunk into one slice per rank. When a chunk's gradients are complete, they are packed into one tensor and
-summed over the ranks while the backward pass goes on. One fused AdamW then updates fp32 weights.
+summed over the ranks while the backward pass goes on. The optimizer, a fused AdamW or Lion, then updates fp32
+weights.
 
 With stage 0 every rank updates all weights. With stages 1 and 2 of ZeRO (Rajbhandari et al., arXiv
 1910.02054, section 5) it updates its slices, and the ranks then gather each other's new weights; with stage
@@ -21,8 +22,9 @@ from torch import distributed
 from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.precision import PRECISIONS
-from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
+from ray_jobs.training.engine import Engine, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
+from ray_jobs.training.optimizers import MOMENTS, build_optimizer
 
 CHUNK = 1 << 24  # elements, at least: a message that is worth sending during the backward pass
 ALIGNED = 16  # elements: tensor cores want parameters to begin at multiples of 16 bytes
@@ -133,7 +135,10 @@ class Flat(Engine):
             owners = [owner for chunk in self.chunks if (owner := self._owner(chunk, bound, masters))]
             updated.append(group | {"params": [owner.weights for owner in owners]})
             self.owners += owners
-        self.optimizer = build_optimizer(updated, config, fused=True)
+        self._build = partial(build_optimizer, groups=updated, config=config, fused=True)
+        self.optimizer_name = config.optimizers[0]
+        self.optimizer = self._build(self.optimizer_name)
+        self.most_moments = max(len(MOMENTS[name]) for name in config.optimizers)
         self._held, self._owned = self._fragments()
         self.first, self.last, self.next, self.sends = True, True, 0, world_size > 1
         if overlaps and (self.stage == 2 or len(self.chunks) > 1):
@@ -193,7 +198,7 @@ class Flat(Engine):
         self.first = self.last  # of the next step
 
     def rehearse(self, inputs: dict[str, Any], weights: torch.Tensor) -> None:
-        """Take the memory of a piece, of its gradients and of Adam's state, as a step's pieces will.
+        """Take the memory of a piece, of its gradients and of the optimizers' state, as a step's pieces will.
 
         Raises:
             torch.OutOfMemoryError: there is too little.
@@ -203,13 +208,16 @@ class Flat(Engine):
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """Take the memory of Adam's state; gradients of the block are sent to no rank, and dropped."""
+        """Take the memory of optimizers' state; gradients of the block are sent to no rank, and dropped."""
         for owner in self.owners:
-            self.adam(owner.weights)
+            self.state_of(owner.weights)
+        more = self.most_moments - len(self.moments)  # of a later stage's
+        spare = [torch.empty_like(owner.weights) for owner in self.owners for _ in range(more)]
         self.sends = False
         try:
             yield
         finally:
+            del spare
             self.first, self.sends = True, self.world_size > 1
             for chunk in self.chunks:
                 chunk.kept = None
@@ -335,6 +343,10 @@ class Flat(Engine):
         [owner] = [owner for owner in self.owners if owner.weights is piece.owner]
         start = piece.offset - owner.own.start
         return averages[str(owner.begin)][start : start + piece.numel]
+
+    def use_optimizer(self, name: str) -> None:
+        if name != self.optimizer_name:
+            self.optimizer_name, self.optimizer = name, self._build(name)
 
     @property
     def gradient_bytes(self) -> int:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class Fragment:

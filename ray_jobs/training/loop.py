@@ -214,10 +214,11 @@ class TrainingRun(Steps):
         self.settings, self.train, self.world_size = settings, config.train, engine.world_size
         meter = Meter(settings.trial_id, settings.ladder, config.train, settings.board, rank, startup)
         super().__init__(inputs, engine, meter, decay=config.train.ema_decay, rank=rank)
+        self.done, self.stages = resumed.step if resumed else 0, settings.stages
         if resumed:
+            # The moments are those of the last step's stage; the next step may begin another.
+            engine.use_optimizer(stage_at(self.stages, min(self.done, self.stages[-1].last)).optimizer)
             resumed.restore(self.engine, self.ema)
-        self.done = resumed.step if resumed else 0
-        self.stages = settings.stages
         self.writer = CheckpointWriter(self.engine, self.ema, export, config.to_yaml(), folder)
 
     def start(self) -> None:

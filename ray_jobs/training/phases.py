@@ -11,6 +11,7 @@ class Stage:
     """Steps `first` to `last` (counted from 1, inclusive) with the same settings.
 
     Attributes:
+        optimizer: `train.optimizer` of the stage.
         trainable: groups of layers that are trained; None for all.
     """
 
@@ -18,6 +19,7 @@ class Stage:
     last: int
     learning_rate: float
     schedule: LearningRateSchedule
+    optimizer: str
     weight_decay: float
     betas: tuple[float, float]
     epsilon: float
@@ -60,6 +62,7 @@ def _stage(config: TrainConfig, own: StageConfig, first: int, last: int) -> Stag
             end=config.schedule_end,
             decay_share=config.decay_share,
         ),
+        settings["optimizer"],
         settings["weight_decay"],
         tuple(settings["betas"]),
         settings["epsilon"],

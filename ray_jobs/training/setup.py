@@ -13,7 +13,7 @@ from ray_jobs.config import Config, TrainConfig
 from ray_jobs.config.space import ends
 from ray_jobs.data.encoding.shapes import picture_shapes
 from ray_jobs.diffusion.families import Family, family_of
-from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, train_all
+from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning, add_lora, choose_layers, set_dropout, train_all
 from ray_jobs.diffusion.host_weights import HostWeights
 from ray_jobs.diffusion.objectives import LossSettings, Objective
 from ray_jobs.diffusion.pack import Pack, Trainable
@@ -90,7 +90,10 @@ def _finish(model: FineTuning, parts: Mapping[str, Any], config: Config) -> None
 
 
 # Settings whose values decide whether a model can be trained at all.
-CHECKED = ("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages")
+CHECKED = (
+    *("train.method", "train.lora", "train.loss", "train.groups", "train.trainable", "train.stages"),
+    "train.dropout",
+)
 
 
 def check_settings(config: Config) -> tuple[Family, Any]:
@@ -158,6 +161,13 @@ def _choose_trained(
     else:
         for name, part in parts.items():
             train_all(part, family.unused_layers(part) if name in family.denoisers else ())
+            if train.dropout and name in family.denoisers:
+                if not family.has_dropout:
+                    kind = type(part).__name__
+                    raise ValueError(
+                        f"train.dropout: {kind} has no dropout layers that it uses; leave it out"
+                    )
+                set_dropout(part, train.dropout)
     if config.model.assistant:  # last: it draws from the generator
         add_assistant({name: parts[name] for name in family.denoisers}, family, config.model)
     model = FineTuning(

@@ -1,9 +1,9 @@
 """Access to a rank's training state by parameter and position, under any ZeRO stage.
 
-An engine keeps the fp32 weights and Adam's moments in flat tensors of its own, split differently for each
-stage and number of workers. This module presents them as fragments: elements `start` to `start + n` of a
-named parameter. A checkpoint stores fragments, so any number of workers can load it under any other stage,
-and it needs no pickle.
+An engine keeps the fp32 weights and the optimizer's moments in flat tensors of its own, split differently
+for each stage and number of workers. This module presents them as fragments: elements `start` to `start + n`
+of a named parameter. A checkpoint stores fragments, so any number of workers can load it under any other
+stage, and it needs no pickle.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ray_jobs.training.engine import Engine
-from ray_jobs.training.fragments import MOMENTS, Fragment
+from ray_jobs.training.fragments import Fragment
 
 WEIGHTS, AVERAGES = "weights", "ema"
 REDUCED_AT_ONCE = 1 << 24  # elements
@@ -29,17 +29,17 @@ def snapshot(
         averages: EMA vectors, named as in `engine.averaged`; empty without averaging.
 
     Returns:
-        fp32 vectors by `<kind>/<start>/<name>`, and the number of Adam steps by parameter.
+        fp32 vectors by `<kind>/<start>/<name>`, and the number of AdamW's steps by parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     steps: dict[str, int] = {}
     counted: dict[int, int] = {}  # by owner: each look at a device waits for it
     for piece in engine.owned:
-        state = engine.adam(piece.owner)
+        state = engine.state_of(piece.owner)
         if id(piece.owner) not in counted:
             counted[id(piece.owner)] = int(state["step"])
         steps[piece.name] = counted[id(piece.owner)]
-        kinds = {WEIGHTS: piece.weights} | {kind: piece.of(state[kind]) for kind in MOMENTS}
+        kinds = {WEIGHTS: piece.weights} | {kind: piece.of(state[kind]) for kind in engine.moments}
         if averages:
             kinds[AVERAGES] = engine.average(averages, piece)
         tensors |= {f"{kind}/{piece.key}": _on_host(value) for kind, value in kinds.items()}
@@ -99,7 +99,7 @@ class Shards:
         """Return elements `start` to `start + numel` of a flattened parameter's values, fp32.
 
         Args:
-            kind: `weights`, `ema`, or one of MOMENTS.
+            kind: `weights`, `ema`, or a moment of the optimizer.
 
         Raises:
             ValueError: some of the elements are not stored.
@@ -135,16 +135,16 @@ def load_weights(shards: Shards, trained: Iterable[tuple[str, torch.Tensor]]) ->
 
 @torch.no_grad()
 def load_state(shards: Shards, engine: Engine) -> None:
-    """Restore the weights that the optimizer updates, and Adam's state.
+    """Restore the weights that the optimizer updates, and its state.
 
     The weights need it because an engine derives its fp32 weights from the model's after rounding those to
     bf16 or fp16.
     """
     counted: dict[int, int] = {}  # steps by owner; without ZeRO, unused parameters count none
     for piece in engine.held:
-        state = engine.adam(piece.owner)
+        state = engine.state_of(piece.owner)
         piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
-        for kind in MOMENTS:
+        for kind in engine.moments:
             piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
         stored = max(shards.steps[piece.name], counted.get(id(piece.owner), 0))
         counted[id(piece.owner)] = stored

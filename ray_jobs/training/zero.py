@@ -11,8 +11,9 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.finetuning import FineTuning
 from ray_jobs.diffusion.precision import PRECISIONS, kept_in_float32
-from ray_jobs.training.engine import Engine, build_optimizer, parameter_groups, pieces_a_step
+from ray_jobs.training.engine import Engine, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
+from ray_jobs.training.optimizers import build_optimizer
 
 # DeepSpeed options that `train` has fields for. Set in both places, one of the two would be ignored.
 MODELLED = {
@@ -148,7 +149,8 @@ class ZeRO(Engine):
         zero = settings["zero_optimization"]
         zero["reduce_bucket_size"] = bucket
         # In host memory the fused form reads and writes each state once instead of about ten times.
-        optimizer = build_optimizer(parameter_groups(model), config, fused=config.offload_optimizer or None)
+        self.optimizer_name, fused = config.optimizers[0], config.offload_optimizer or None
+        optimizer = build_optimizer(self.optimizer_name, parameter_groups(model), config, fused=fused)
         float32 = kept_in_float32(model)  # DeepSpeed casts each parameter
         deepspeed = import_deepspeed(device)
         if zero["stage"] == 3:

@@ -12,6 +12,7 @@ from tests.engine_cases import (
     PIECES,
     VARIANTS,
     expected_in_stages,
+    expected_of_switches,
     gradient_in_pieces,
     told_of_bandwidth,
     weights_in_stages,
@@ -57,21 +58,32 @@ def test_the_bandwidth_between_ranks_is_measured_by_all_and_told_by_one(
     assert none is None
 
 
-def test_layers_decay_and_come_back_as_with_torchs_adamw_at_every_stage_offloaded_and_after_a_restart(
+def test_stages_are_as_with_torchs_adamw_and_lion_at_every_stage_offloaded_and_after_a_restart(
     two_workers: Workers, tmp_path: Path
 ) -> None:
+    """Layers decay, are frozen and come back; the optimizer changes, and then begins without moments."""
     found, _ = on_ranks(weights_in_stages, tmp_path, two_workers)
-    expected = expected_in_stages()
-    first_again = torch.tensor(expected[5]["first.weight"]) - torch.tensor(expected[4]["first.weight"])
+    frozen = expected_in_stages()
+    first_again = torch.tensor(frozen[5]["first.weight"]) - torch.tensor(frozen[4]["first.weight"])
     torch.testing.assert_close(first_again.abs(), torch.full((3, 4), 0.1))  # Adam's first step is the rate
-    assert len(found) == 21
-    for variant, seen in found.items():
-        for step, (mine, right) in enumerate(zip(seen, expected, strict=True), start=1):
-            for name in right:
-                torch.testing.assert_close(
-                    torch.tensor(mine[name]),
-                    torch.tensor(right[name]),
-                    rtol=0,
-                    atol=2e-6,
-                    msg=f"{variant}: {name}, step {step}: {mine[name]}, not {right[name]}",
-                )
+    right = {
+        "frozen": frozen,
+        "switched": expected_of_switches(),
+        "lion": expected_of_switches(only_lion=True),
+    }
+    assert {schedule: len(variants) for schedule, variants in found.items()} == {
+        "frozen": 21,
+        "switched": 9,
+        "lion": 6,
+    }
+    for schedule, variants in found.items():
+        for variant, seen in variants.items():
+            for step, (mine, expected) in enumerate(zip(seen, right[schedule], strict=True), start=1):
+                for name in expected:
+                    torch.testing.assert_close(
+                        torch.tensor(mine[name]),
+                        torch.tensor(expected[name]),
+                        rtol=0,
+                        atol=2e-6,
+                        msg=f"{schedule}, {variant}: {name}, step {step}: {mine[name]}, not {expected[name]}",
+                    )

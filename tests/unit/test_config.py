@@ -78,9 +78,23 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("train.stages=[{steps: 9, learning_rate: 0.1}]", "every stage sets learning_rate"),
         ("train.num_workers=[4,2]", "must be [min, max]"),
         ("train.batch_size=1", "is less than the number of workers (2)"),
+        ("train.dropout=0.1", "dropout: 0.1 needs method: full; adapters have lora.dropout"),
         ("train.offload_parameters=true", "offload_parameters needs zero_stage: 3"),
         ("train.precision=fp16", "fp16 needs use_gpu"),
         ("train.optimizer=adamw_8bit", "train.optimizer: adamw_8bit was removed"),
+        (
+            "train={engine: deepspeed, stages: [{steps: 5}, {steps: 1, optimizer: lion}]}",
+            "stages: optimizer: engine: deepspeed is DeepSpeed's, which has one optimizer to the end",
+        ),
+        (
+            "train={zero_stage: 3, stages: [{steps: 5}, {steps: 1, optimizer: lion}]}",
+            "stages: optimizer: zero_stage: 3 is DeepSpeed's",
+        ),
+        ("train={optimizer: lion, epsilon: 0.1}", "epsilon: 0.1 changes nothing without optimizer: adamw"),
+        (
+            "train.stages=[{steps: 5, optimizer: lion, epsilon: 0.1}, {steps: 1}]",
+            "stages.0.epsilon: lion has none; remove it",
+        ),
         ("train.prior_loss_weight=-1", "train.prior_loss_weight"),
         ("data.num_class_images=0", "data.num_class_images"),
         ("name=../elsewhere", "name"),

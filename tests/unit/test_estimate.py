@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ray_jobs.config import Config, ConfigError, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
@@ -190,6 +191,7 @@ def test_several_gpus_have_two_buckets_of_the_size_that_the_engine_sets() -> Non
 
 LORA: dict[str, dict[str, Any] | None] = {
     "full": None,
+    "full, dropout": None,
     "attention": {},
     "the demo's layers": {"target_modules": DEMO_TARGETS},
     "dropout": {"dropout": 0.1},
@@ -197,16 +199,26 @@ LORA: dict[str, dict[str, Any] | None] = {
 }
 
 
-@pytest.mark.parametrize(("layers", "name"), cases(["full", "attention"], ["dropout", "dora"]))
+@pytest.mark.parametrize(
+    ("layers", "name"),
+    [*cases(["full", "attention"], ["dropout", "dora"]), ("full, dropout", "FluxPipeline")],
+)
 def test_activations_are_what_autograd_saves(tiny: Callable[[str], Path], name: str, layers: str) -> None:
     lora = LORA[layers]
     if lora and "target_modules" in lora and not FAMILIES[name].is_unet:
         lora = lora | {"target_modules": None}
-    train = {"method": "full"} if lora is None else {"lora": {"rank": 8, "alpha": 8} | lora}
+    full = {"method": "full", "dropout": 0.1 if "dropout" in layers else 0.0}
+    train = full if lora is None else {"lora": {"rank": 8, "alpha": 8} | lora}
     config = a_config(tiny(name), **train)
     _, model = build_model(config)
+    called: list[Any] = []
+    for layer in model.denoiser.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.register_forward_hook(lambda layer, *_: called.append(layer))
     kept = footprint(config).activations
     assert kept == pytest.approx(saved_by_autograd(model, tiny(name)), rel=1e-6)
+    if lora is None:
+        assert FAMILIES[name].has_dropout == bool(called), "what train.dropout would set"
     if layers == "attention":
         return  # what is recomputed is one step of all layers
     recomputing = a_config(tiny(name), gradient_checkpointing=True, **train)

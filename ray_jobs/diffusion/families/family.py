@@ -56,6 +56,8 @@ class Family(ABC):
     """Whether ComfyUI reads LoRA files with diffusers' names of the layers."""
     routed_layers: str = ""
     """Part of the names of layers that see only the tokens that a gate gives them; empty: there are none."""
+    has_dropout: bool = True
+    """Whether the denoiser has dropout layers, and its forward pass uses them."""
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 

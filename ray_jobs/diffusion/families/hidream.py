@@ -93,6 +93,7 @@ class HiDream(Family):
     """HiDream-I1: a sparse multimodal diffusion transformer that predicts a rectified flow's opposite."""
 
     pipeline_class = "HiDreamImagePipeline"
+    has_dropout = False
     in_comfyui = True
     routed_layers = ".experts."
     trainable = {"transformer": (*ATTENTION, *(f"{name}_t" for name in ATTENTION))}

@@ -88,6 +88,7 @@ class Krea2(Family):
 
     pipeline_class = "Krea2Pipeline"
     in_comfyui = True
+    has_dropout = False  # it has the layers, but its attention does not call them (diffusers 0.42.1)
     adds_guidance = True
     trainable = {"transformer": (*UNET_ATTENTION, "to_gate")}
     text = Krea2Text()
