@@ -26,7 +26,8 @@ def config(ray_cluster: LocalCluster, tiny_model: Path, tmp_path_factory: pytest
     rows = []
     for number in range(60):
         noisy(number, (120, 60) if number % 3 == 0 else (80, 80)).save(folder / f"{number}.png")
-        rows.append({"file_name": f"{number}.png", "text": f"picture {number}"})
+        kind = "rare" if number % 5 == 0 else "common"
+        rows.append({"file_name": f"{number}.png", "text": f"picture {number}", "kind": kind})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tiny_config(
         tiny_model,
@@ -105,8 +106,14 @@ def test_streamed_encoding_has_the_order_of_the_cache_and_augments_anew_but_stor
     config: Config, tmp_path: Path
 ) -> None:
     # With a window that holds all rows: windows are of so many bytes, which differ between the two.
-    config = config.model_copy(update={"data": config.data.model_copy(update={"shuffle_mb": 64})})
-    cached = read(prepare(config), config, world_size=2)
+    data = config.data.model_copy(update={"shuffle_mb": 64, "balance": "kind"})
+    config = config.model_copy(update={"data": data, "name": "balanced"})
+    stored = prepare(config)
+    cached = read(stored, config, world_size=2)
+    table = stored.table("train", ["text", "prompt_embeds"]).to_pylist()
+    rare = {row["prompt_embeds"] for row in table if int(row["text"].split()[1]) % 5 == 0}
+    is_rare = [row.tobytes() in rare for step in cached for row in step["prompt_embeds"]]
+    assert len(rare) < 0.4 * len(table) and np.mean(is_rare) == pytest.approx(0.5, abs=0.05)
     augmentation = config.data.augmentation.model_copy(update={"flip": 0.5})
     data = config.data.model_copy(update={"encode": "stream", "augmentation": augmentation})
     live = config.model_copy(update={"data": data, "name": "live", "storage": str(tmp_path)})
@@ -116,11 +123,11 @@ def test_streamed_encoding_has_the_order_of_the_cache_and_augments_anew_but_stor
     versions: dict[bytes, list[bool]] = {}
     for one, other in zip(cached, read(dataset, live, world_size=2), strict=True):
         assert np.array_equal(one["prompt_embeds"], other["prompt_embeds"])
-        for caption, stored, drawn in zip(
+        for caption, encoded, drawn in zip(
             one["prompt_embeds"], one["latents_mean"], other["latents_mean"], strict=True
         ):
             # Encoded in batches of other sizes, so not to the last bit.
-            versions.setdefault(caption.tobytes(), []).append(np.allclose(stored, drawn, atol=1e-4))
+            versions.setdefault(caption.tobytes(), []).append(np.allclose(encoded, drawn, atol=1e-4))
     unflipped = [is_plain for seen in versions.values() for is_plain in seen]
     assert 0.35 < np.mean(unflipped) < 0.65
     assert np.mean([0 < np.mean(seen) < 1 for seen in versions.values()]) > 0.6
