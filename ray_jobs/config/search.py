@@ -360,6 +360,12 @@ class EvaluateConfig(Section):
         "at least 2 (the corrected FID takes at most 32 samples without a quarter of them; MIND needs none, "
         "and KID, which always has an error, takes its own); 0: no errors",
     )
+    inception_classes: Annotated[str | None, Effect.PUBLISHING, Added()] = Field(
+        None,
+        description="file pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (also s3:// "
+        "or gs://), whose classes give the Inception Score of the literature; empty: those of "
+        "EfficientNet-Lite0 stand in for them, if it is one of the networks",
+    )
     clip: Annotated[str | None, Effect.PUBLISHING] = Field(
         None,
         description="folder (also s3:// or gs://) or hub name of a CLIPModel, for the CLIP scores of "
@@ -403,4 +409,9 @@ class EvaluateConfig(Section):
             raise ValueError("second_network: the same as feature_network; choose another, or set it to null")
         if self.clip_revision and not self.clip:
             raise ValueError("clip_revision needs clip")
+        if self.inception_classes and not isinstance(self.feature_network, str):
+            raise ValueError(
+                "inception_classes are those of the FID Inception network; give feature_network its file, or "
+                "leave them out"
+            )
         return self

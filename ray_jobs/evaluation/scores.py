@@ -291,14 +291,20 @@ def more_scores(
             f"FID is not extrapolated to infinitely many pictures: of {len(pictures):,} the fit would say"
             f" nothing, from {needed:,} on it does."
         )
-    classifier = next((each for each in networks.ranking if isinstance(each, EfficientNet)), None)
-    if classifier is None:
-        left_out.append("No Inception Score: it needs evaluate.second_network of kind efficientnet-lite0.")
+    stand_in = next((each for each in networks.ranking if isinstance(each, EfficientNet)), None)
+    if networks.classes is None and stand_in is None:
+        left_out.append(
+            "No Inception Score: it needs evaluate.inception_classes, or evaluate.second_network of kind "
+            "efficientnet-lite0."
+        )
     elif len(pictures) < 2 * PARTS:
         left_out.append(f"No Inception Score: it needs {2 * PARTS} pictures.")
-    else:
-        classes = classifier.classes(torch.from_numpy(generated[classifier.identity]))
-        found.append(measurement(inception_score(classes, classifier.identity, splits=PARTS)))
+    elif networks.classes:
+        classes = networks.classes.probabilities(pictures)
+        found.append(measurement(inception_score(classes, networks.classes.identity, splits=PARTS)))
+    elif stand_in:
+        classes = stand_in.classes(torch.from_numpy(generated[stand_in.identity]))
+        found.append(measurement(inception_score(classes, stand_in.identity, splits=PARTS)))
     if networks.clip:
         found += map(measurement, _clip_scores(generated, real, networks.clip, captions))
     else:

@@ -13,9 +13,15 @@ from ray_jobs.metrics.feature_network import FeatureNetwork, freeze, read_checke
 KNOWN_NETWORKS = {
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "inception-2015-12-05",
 }
+# The same of the file with the network's last layer, which pytorch-fid and torch-fidelity publish.
+KNOWN_CLASSIFIERS = {
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": "inception-2015-12-05-classes",
+}
 FIELD = "evaluate.feature_network"  # the setting that names the file
+CLASSIFIER = "evaluate.inception_classes"  # the setting that names the other file
 INPUT_SIZE = 299
 NUM_FEATURES = 2048
+NUM_CLASSES = 1008
 
 
 def interpolation_matrix(size_in: int, size_out: int) -> torch.Tensor:
@@ -80,3 +86,47 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu", *, fiel
     module = torch.jit.load(io.BytesIO(content), map_location=device)
     freeze(module, device)
     return Inception(KNOWN_NETWORKS[digest], digest, device, NUM_FEATURES, module)
+
+
+@dataclass(frozen=True)
+class InceptionClasses:
+    """The classes of Inception's features, for the Inception Score as published.
+
+    Published scores leave out the layer's bias, as the program of Salimans et al. (arXiv 1606.03498) did.
+
+    Attributes:
+        weights: float32, 1008 x 2048, on the CPU.
+    """
+
+    name: str
+    digest: str
+    weights: torch.Tensor
+
+    @property
+    def identity(self) -> str:
+        """Identity recorded with the score, as of a `FeatureNetwork`."""
+        return f"{self.name}@sha256:{self.digest[:12]}"
+
+    @torch.inference_mode()
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Return class probabilities: float32, N x 1008, from `Inception.features` (float, N x 2048)."""
+        return (features.float() @ self.weights.T).softmax(dim=1)
+
+
+def read_classes(path: str | Path, field: str = CLASSIFIER) -> tuple[bytes, str]:
+    """Read the file's bytes and their digest; errors as for `load_classes`."""
+    mend = "give pt_inception-2015-12-05-6726825d.pth of pytorch-fid, which torch-fidelity has too"
+    return read_checked(Path(path), field=field, mend=mend, allowed=set(KNOWN_CLASSIFIERS))
+
+
+def load_classes(path: str | Path, field: str = CLASSIFIER) -> InceptionClasses:
+    """Read the classes from the file of the whole network, whose digest is known.
+
+    Raises:
+        ValueError: the file is missing, or its digest is not known; it is then not loaded.
+    """
+    content, digest = read_classes(path, field)
+    layers = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    weights = layers["fc.weight"].float()
+    assert weights.shape == (NUM_CLASSES, NUM_FEATURES)
+    return InceptionClasses(KNOWN_CLASSIFIERS[digest], digest, weights.clone())

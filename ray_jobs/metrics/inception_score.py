@@ -13,9 +13,9 @@ def inception_score(probabilities: torch.Tensor, classifier: str, *, splits: int
     parts' standard deviation after "+-", which is the error times the square root of `splits`. Part i has the
     pictures i, i + splits, ..., so that neighbouring captions are spread over the parts.
 
-    Published scores use the classifier of Inception v3, which the FID network here does not include.
-    Probabilities of EfficientNet-Lite0 (`EfficientNet.probabilities`) replace it; their scores are comparable
-    only with each other. The score records the classifier's identity as its network.
+    Published scores use the classes of Inception v3 (`InceptionClasses`), which the FID network's file here
+    does not include. Probabilities of EfficientNet-Lite0 (`EfficientNet.classes`) stand in for them; their
+    scores are comparable only with each other. The score records the classifier's identity as its network.
 
     Args:
         probabilities: float, N x C; rows sum to 1.

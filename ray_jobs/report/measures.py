@@ -28,7 +28,8 @@ METRICS = {
     "IS": (
         "Inception Score",
         2,
-        "clear and varied classes, higher is better; comparable only for the same classifier",
+        "clear and varied classes, higher is better; comparable with published scores if the classes are "
+        "Inception's, else only for the same classifier",
     ),
     "fid_infinity": (
         "FID at infinity",

@@ -196,12 +196,21 @@ def require_same(trial: Storage, now: dict[str, Any]) -> None:
         trial.write_text(DEPENDS_ON, json.dumps(now, indent=2))
         return
     before = json.loads(trial.read_text(DEPENDS_ON))
-    for name, value in now.items():
+    # A setting that came with a later release is left out where it has its default.
+    left_out = {name: None for name in before if name not in now and _of_weights(name)}
+    for name, value in (now | left_out).items():
         if before.get(name) != value:
             raise ConfigError(
                 f"{name}: {value} now, but the training in {trial.uri} started with {before.get(name)}; "
                 "give the run another name, change it back, or delete that folder"
             )
+
+
+def _of_weights(name: str) -> bool:
+    """Return whether a name is that of a setting in `train` on which weights depend."""
+    section, _, field = name.partition(".")
+    known = section == "train" and field in TrainConfig.model_fields
+    return known and Effect.WEIGHTS in TrainConfig.effects(field)
 
 
 def check_diverged(trial: Storage) -> None:

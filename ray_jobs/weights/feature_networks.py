@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig
 from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
+from ray_jobs.metrics.inception import CLASSIFIER, InceptionClasses, load_classes, read_classes
 from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
 from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, load_clip
 
@@ -13,11 +14,16 @@ FIRST = "evaluate.feature_network"
 
 @dataclass(frozen=True)
 class Networks:
-    """The feature networks of a run: the deciding one and, if configured, a second one and CLIP."""
+    """The feature networks of a run: the deciding one and, if configured, a second one and CLIP.
+
+    Attributes:
+        classes: classes of the deciding network's features, for the Inception Score of the literature.
+    """
 
     first: FeatureNetwork
     second: FeatureNetwork | None = None
     clip: Clip | None = None
+    classes: InceptionClasses | None = None
 
     @property
     def ranking(self) -> list[FeatureNetwork]:
@@ -46,6 +52,8 @@ def check_networks(evaluate: EvaluateConfig) -> None:
         for spec in (_first(evaluate), _second(evaluate)):
             if spec:
                 check_network(spec)
+        if evaluate.inception_classes:
+            read_classes(local_path(evaluate.inception_classes, CLASSIFIER))
         if evaluate.clip:
             check_clip(local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision)
     except ValueError as error:
@@ -66,7 +74,11 @@ def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
     second, clip = _second(evaluate), None
     if evaluate.clip:
         clip = load_clip(local_path(evaluate.clip, "evaluate.clip"), device, revision=evaluate.clip_revision)
-    return Networks(load_first(evaluate, device), load_network(second, device) if second else None, clip)
+    classes = None
+    if evaluate.inception_classes:
+        classes = load_classes(local_path(evaluate.inception_classes, CLASSIFIER))
+    of_second = load_network(second, device) if second else None
+    return Networks(load_first(evaluate, device), of_second, clip, classes)
 
 
 def _first(evaluate: EvaluateConfig) -> NetworkSpec:

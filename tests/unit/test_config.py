@@ -23,6 +23,10 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("search.learning_rates=[0]", "search.learning_rates.0"),
         ("train.learning_rate=0", "train.learning_rate"),
         ("evaluate.bootstrap=1", "an error needs at least 2 halves; give 0 (no errors) or at least 2"),
+        (
+            "evaluate={inception_classes: a.pth, feature_network: {kind: transformers, path: a}}",
+            "inception_classes are those of the FID Inception network",
+        ),
         ("evaluate.clip_revision=main", "clip_revision needs clip"),
         ("evaluate.second_network={kind: torchscript, name: a}", "sha256 is required with kind: torchscript"),
         (

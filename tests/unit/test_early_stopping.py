@@ -9,7 +9,8 @@ from cluster.storage import Storage
 from ray_jobs.config import load_config
 from ray_jobs.run.records import paired_error
 from ray_jobs.tuning.early_stopping import ROWS, LossRow, best_of, waited
-from tests.ray.test_training import DEMO
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def rows(*losses: list[float]) -> list[LossRow]:

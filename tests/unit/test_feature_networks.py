@@ -51,6 +51,14 @@ def test_what_is_there_is_no_error(dino_folder: Path, clip_folder: Path, script:
             {"second_network": {"kind": "transformers", "path": "a/b/c"}},
             r"^evaluate\.second_network\.path: a/b/c: neither a folder nor a name of the hub",
         ),
+        (
+            {"inception_classes": "no.pth"},
+            r"^evaluate\.inception_classes: no\.pth: no such file; give pt_incep",
+        ),
+        (
+            {"inception_classes": "CODE"},
+            r"^evaluate\.inception_classes: .* not a known .*; give pt_inception",
+        ),
         ({"clip": "a/b/c"}, r"^evaluate\.clip: a/b/c: neither a folder nor a name of the hub"),
         ({"clip": "DINO"}, r"^evaluate\.clip: .* is not a CLIPModel; name one, such as"),
         ({"clip": "BARE"}, r"^evaluate\.clip: .*: no safetensors file; no other format is read"),

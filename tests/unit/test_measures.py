@@ -1,5 +1,6 @@
 """All measures of a set of pictures: each with its network and count, and a sentence for what is left out."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ray_jobs.evaluation.actor import Evaluator, SampleFiles, join
 from ray_jobs.evaluation.dealing import dealt, in_order
 from ray_jobs.evaluation.pool import shape_of
 from ray_jobs.evaluation.scores import Features, Real, more_scores, near_copies, recited, scores_of
+from ray_jobs.metrics import inception
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
@@ -81,6 +83,33 @@ def test_every_measure_carries_its_network_and_its_count(networks: Networks) -> 
     assert errors == set(of_network)
 
 
+def test_the_inception_score_is_that_of_the_literature_where_its_classes_are_at_hand(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has the published one's layer, with other numbers: those are not in a package registry."""
+    layer = {"fc.weight": torch.randn(1008, 2048) / 20, "fc.bias": torch.randn(1008)}
+    torch.save(layer, tmp_path / "inception.pth")
+    digest = hashlib.sha256((tmp_path / "inception.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(inception.KNOWN_CLASSIFIERS, digest, "classes")
+    classes = inception.load_classes(tmp_path / "inception.pth")
+    generated, real = features(networks, 40, seed=1), Real.of(features(networks, 40, seed=2))
+    found, _ = more_scores(generated, real, replace(networks, classes=classes), CAPTIONS * 14)
+    [record] = [record for record in found if record.metric == "IS"]
+    assert record.feature_network == f"classes@sha256:{digest[:12]}"
+    logits = generated[NETWORK].astype(np.float64) @ layer["fc.weight"].double().numpy().T  # without the bias
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    parts = [shares[start::10] for start in range(10)]
+    of_parts = [
+        np.exp((part * (np.log(part) - np.log(part.mean(axis=0)))).sum(axis=1).mean()) for part in parts
+    ]
+    assert record.value == pytest.approx(np.mean(of_parts), rel=1e-4)
+    stand_in, _ = more_scores(generated, real, networks, CAPTIONS * 14)
+    assert [each.feature_network.split("@")[0] for each in stand_in if each.metric == "IS"] == [
+        "efficientnet-lite0"
+    ]
+
+
 def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> None:
     generated, real = features(networks, 3, seed=1), Real.of(features(networks, 3, seed=2))
     found, left_out = more_scores(generated, real, Networks(networks.first, networks.second), CAPTIONS)
@@ -93,7 +122,10 @@ def test_what_is_not_measured_is_said_with_the_reason(networks: Networks) -> Non
     ]
     assert "from 2,049 on it does" in left_out[1]
     _, left_out = more_scores(generated, real, Networks(networks.first), CAPTIONS)
-    assert "No Inception Score: it needs evaluate.second_network of kind efficientnet-lite0." in left_out
+    assert left_out[2] == (
+        "No Inception Score: it needs evaluate.inception_classes, or evaluate.second_network of kind "
+        "efficientnet-lite0."
+    )
 
 
 def test_fid_is_extrapolated_from_more_pictures_than_features_on(networks: Networks) -> None:

@@ -116,3 +116,8 @@ def test_a_training_goes_on_with_other_workers_and_a_longer_ladder_but_not_with_
         resume("train.batch_size=8")
     with pytest.raises(ConfigError, match=r"last_step"):
         resume("train.schedule=cosine")
+    full = "train.method=full"
+    other = Storage.open(str(tmp_path / "dropout"))
+    require_same(other, depends_on(load_config(DEMO, [full, "train.dropout=0.1"]), dataset))
+    with pytest.raises(ConfigError, match=r"train\.dropout: None now, but .* started with 0\.1"):
+        require_same(other, depends_on(load_config(DEMO, [full]), dataset))
