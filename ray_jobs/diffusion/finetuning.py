@@ -1,5 +1,6 @@
 """The trained part of a text-to-image model: LoRA adapters or all weights."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol
@@ -259,10 +260,12 @@ def inject_adapter(part: Component, settings: "LoraConfig", adapter: str) -> Non
     """Add an adapter of peft to a component."""
     from peft import inject_adapter_in_model
 
-    if hasattr(part, "add_adapter"):
-        part.add_adapter(settings, adapter)
-    else:  # see `Family.has_lora_loader`
-        inject_adapter_in_model(settings, part, adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another adapter
+        if hasattr(part, "add_adapter"):
+            part.add_adapter(settings, adapter)
+        else:  # see `Family.has_lora_loader`
+            inject_adapter_in_model(settings, part, adapter)
 
 
 def set_dropout(denoiser: nn.Module, probability: float) -> None:

@@ -5,7 +5,6 @@ predict as before the distillation; what is trained meanwhile works without it t
 (https://huggingface.co/ostris/zimage_turbo_training_adapter).
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,9 +58,7 @@ def add_assistant(parts: Mapping[str, Component], family: Family, model: ModelCo
         own = own_part(tensors, name)
         if not own:
             continue
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the trained adapter
-            inject_given(part, own, own_part(settings, name), ASSISTANT, rounded=True)
+        inject_given(part, own, own_part(settings, name), ASSISTANT, rounded=True)
         for layer in part.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.set_adapter([ADAPTER, ASSISTANT])

@@ -22,7 +22,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NAMED = 3  # tensors that an error names
 # Tensors of a LoRA by any program's names; diffusers drops others, or fails on them, without naming them all.
 _PART = re.compile(r"(lora_[AB](\.\w+)?|lora_?(down|up)|lora\w*\.(down|up))\.weight$|alpha$|lora_magnitude_")
-_DOWN = re.compile(r"(lora_A(\.\w+)?|lora_down|lora\w*\.down)\.weight$")
+# Down projections, by any program's names: rank x ...
+DOWN = re.compile(r"(lora_A(\.\w+)?|lora_down|lora\w*\.down)\.weight$")
 
 
 def given_file(name: str, revision: str | None, field: str) -> Path:
@@ -125,7 +126,7 @@ def read_given(
     scales = alphas[0] or {} if len(alphas) > 1 else {}
     if family.is_unet:
         tensors, scales = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(scales)
-    before, after = (sum(bool(_DOWN.search(name)) for name in names) for names in (stored, tensors))
+    before, after = (sum(bool(DOWN.search(name)) for name in names) for names in (stored, tensors))
     if after < before:
         raise ValueError(f"{field}: {file}: diffusers reads {after} of its {before} layers; convert it first")
     for name, alpha in scales.items():

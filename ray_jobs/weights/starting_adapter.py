@@ -15,6 +15,7 @@ from ray_jobs.diffusion.finetuning import ADAPTER
 from ray_jobs.diffusion.protocols import Component
 from ray_jobs.weights.adapter_files import read_adapter_file
 from ray_jobs.weights.given_adapters import (
+    DOWN,
     file_digest,
     given_file,
     inject_given,
@@ -65,7 +66,7 @@ def with_form_of_adapter(config: Config) -> Config:
         raise ConfigError(f"{FIELD}: {config.model.adapter}: no safetensors file ({error})") from None
     except ValueError as error:
         raise ConfigError(str(error) if str(error).startswith(FIELD) else f"{FIELD}: {error}") from None
-    ranks = [len(each) for name, each in tensors.items() if "lora_A" in name or name.endswith("down.weight")]
+    ranks = [len(each) for name, each in tensors.items() if DOWN.search(name)]
     if not ranks:
         raise ConfigError(f"{FIELD}: {file}: there is no LoRA in it; give an adapter of this model")
     [(rank, _)] = Counter(ranks).most_common(1)

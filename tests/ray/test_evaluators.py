@@ -14,9 +14,10 @@ from cluster.local import LocalCluster
 from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators, shape_of
 from ray_jobs.publish import publish
+from ray_jobs.publishing.remembered import measure_remembered, require_remembered
 from ray_jobs.publishing.subjects import measure_subjects
 from ray_jobs.publishing.test_split_ledger import read_records
 from ray_jobs.run.folder import SharedFolder
@@ -241,6 +242,36 @@ def test_each_side_of_a_comparison_is_drawn_with_its_own_guidance_and_says_how_i
     pool.load(VALIDATION)
     drawn = pool.score(weights, VALIDATION, guidance_scale=1.0).fid.value
     assert written["version 1"]["fid"] == drawn != rows[0].fid
+
+
+def test_what_is_forgotten_of_an_earlier_run_is_measured_on_its_pictures(
+    config: Config, started: EvaluatorPool, rows: list[RungRow]
+) -> None:
+    evaluate = config.evaluate.model_copy(update={"remember": ["first"]})
+    config, encoders = config.model_copy(update={"evaluate": evaluate}), "e" * 16
+    with pytest.raises(ConfigError, match=r"^evaluate\.remember: first: no prepared run of this name in"):
+        require_remembered(config)
+    earlier = small_set(SharedFolder.of(config).encoded(encoders))
+    folder = Storage.open(config.storage).child("first", "dataset")
+    folder.write_text(PARTS, earlier.storage.read_text(PARTS))
+    (earlier.manifest | {"encoders": encoders}).write(folder)
+    require_remembered(config)
+    pool, weights = fresh(started, config), weights_of(rows[0].checkpoint)
+    [found] = measure_remembered(config, pool, weights, None)
+    split = Split("validation", run="first")
+    assert (found.run, found.measure, found.num_samples) == ("first", "corrected_fid", 11)
+    before, after = (pool.score(each, split).row() for each in (None, weights))
+    assert (found.before, found.after) == (before[found.measure], after[found.measure])
+    assert found.change == pytest.approx(found.after - found.before, rel=1e-3) and found.change_error
+    kept = Storage.open(config.storage).child(config.name, "remembered", "first")
+    names = [kept.child(side, SAMPLES).files() for side in ("before", "after")]
+    assert names[0] == names[1] and len(names[0]) == 2
+    pool.load(VALIDATION)
+    assert pool.score(weights, VALIDATION).fid.value == rows[0].fid, "the same pictures as of this run"
+    assert found.after == pytest.approx(rows[0].score, rel=1e-3)
+    same: Any = None
+    [unchanged] = measure_remembered(config, pool, same, None)
+    assert unchanged.change == 0 and unchanged.before == unchanged.after
 
 
 def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(

@@ -27,10 +27,6 @@ from ray_jobs.compare import compare, look_up
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import evaluators
-from ray_jobs.publishing.remembered import measure_remembered, require_remembered
-from ray_jobs.registry.beginning import with_beginning
-from ray_jobs.registry.models import registered
-from ray_jobs.report import forgotten
 from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 from tests.record import record_fault
@@ -113,7 +109,6 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     check_model_card(run, tiny_model)
 
     check_comparison(config, winner)
-    check_beginning(config, winner)
 
     changed = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert submit.run_job(ray_cluster.address, job, environment) == 0
@@ -219,25 +214,6 @@ def check_comparison(config: Config, winner: dict[str, Any]) -> None:
     folder = Path(config.storage) / config.name / "comparisons" / "1-base"
     assert set(json.loads((folder / "comparison.json").read_text())) == {"version 1", "base", "difference"}
     Image.open(folder / "grid.png").verify()
-
-
-def check_beginning(config: Config, winner: dict[str, Any]) -> None:
-    """Training that goes on from the version begins with its pictures, so nothing of its run is forgotten."""
-    dataset, name = prepare(config), f"{config.publish.model_name}:champion"
-    evaluate = config.evaluate.model_copy(update={"remember": [config.name]})
-    model = config.model.model_copy(update={"adapter": name})
-    further = config.model_copy(update={"name": "further", "model": model, "evaluate": evaluate})
-    begun = with_beginning(further)
-    require_remembered(begun)
-    weights = registered(config, "1").source
-    assert begun.model.adapter == weights
-    with evaluators(begun, dataset) as pool:
-        [found] = measure_remembered(begun, pool, weights, None)
-    ranked = found.measure
-    assert ranked == winner["ranked_by"] and found.change == 0
-    expected = pytest.approx(winner[f"validation_{ranked}"], abs=1e-3)
-    assert found.before == found.after == expected
-    assert forgotten(found).endswith("differ by 0.0 ± 0.0, within the error.")
 
 
 def check_samples_of_rungs(run: Path, rows: list[dict[str, Any]]) -> None:

@@ -150,13 +150,13 @@ def test_a_training_is_resumed_to_the_bit(
     assert resumed.run(3, 4) == training.run(3, 4)
 
 
-def losses_by_engine(base: Path, assistant: Path, folder: Path) -> dict[str, list[float]]:
+def losses_by_engine(base: Path, assistant: Path, adapter: Path, folder: Path) -> dict[str, list[float]]:
     """The losses of each engine, in a process of its own."""
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; Ray Train sets it
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=0, world_size=1)
     found = {}
     for engine, stage in (("flat", 0), ("deepspeed", 1), ("deepspeed", 3)):
-        options = [f"train.engine={engine}", f"train.zero_stage={stage}"]
+        options = [f"train.engine={engine}", f"train.zero_stage={stage}", f"model.adapter={adapter}"]
         training = Training(config(base, f"model.assistant={assistant}", *options))
         training.engine = build_engine(training.model, training.config.train, 1)
         training.ema = EMA(list(training.engine.averaged.items()), 0.5)
@@ -165,11 +165,13 @@ def losses_by_engine(base: Path, assistant: Path, folder: Path) -> dict[str, lis
 
 
 @pytest.mark.slow
-def test_every_engine_computes_with_it(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_engine_computes_with_it_and_with_an_adapter_that_is_trained_further(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     base = tiny(Z_IMAGE)
-    assistant = assistant_of(base, tmp_path / "assistant")
+    assistant, adapter = (assistant_of(base, tmp_path / name) for name in ("assistant", "adapter"))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(losses_by_engine, base, assistant, tmp_path).result()
+        found = pool.submit(losses_by_engine, base, assistant, adapter, tmp_path).result()
     for engine, losses in found.items():
         assert losses == pytest.approx(found["flat 0"], rel=1e-5), engine
 

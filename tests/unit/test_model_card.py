@@ -24,7 +24,7 @@ from ray_jobs.weights.loading import load_pipeline
 from ray_jobs.weights.model_files import variant_name, without_lora_loader
 from ray_jobs.weights.saving import save_lora
 from tests.cards import program
-from tests.unit.test_report import MANIFEST
+from tests.unit.test_report import MANIFEST, REMEMBERED
 from tests.unit.test_report import WINNER as REPORTED
 
 WINNER = REPORTED | {"validation_num_samples": 90}
@@ -149,6 +149,18 @@ def test_an_adapter_that_is_drawn_with_a_scheduler_of_its_own_says_so() -> None:
     assert "from diffusers import DDIMScheduler, DiffusionPipeline\n" in text
     assert 'pipeline.scheduler = DDIMScheduler.from_pretrained(".", subfolder="scheduler")\n' in text
     assert "DDIMScheduler" not in card()
+
+
+def test_what_training_began_from_and_what_it_forgot_is_told_without_paths() -> None:
+    begun = {"base": "whole@2", "adapter": "/home/someone/first.safetensors"}
+    config = config_of("/runs/registry/whole/0a1b")
+    text = card(config, base=PublishedBase(on_hub=False), winner=WINNER | {"begins_from": begun})
+    assert "for the text-to-image model whole@2, in" in text and "0a1b" not in text.partition("## Use")[0]
+    assert "Training went on from the adapter first.safetensors: the base model" in text
+    assert "/home" not in text and "Earlier subjects" not in text
+    text = card(winner=WINNER | {"remembered": [REMEMBERED]})
+    assert "## Earlier subjects\n\nThe pictures of first: FID 12.0" in text
+    assert "something was forgotten. (90 generated pictures, by inception" in text
 
 
 def test_local_paths_addresses_and_secrets_stay_at_home() -> None:

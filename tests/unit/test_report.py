@@ -25,6 +25,7 @@ from ray_jobs.report import (
 from ray_jobs.report.charts import rise_of
 from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
 from ray_jobs.report.svg import ticks
+from ray_jobs.report.verdict import notes
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import OWN, RECITED, Measurement, RungRow, SubjectScores, Winner
 
@@ -327,6 +328,47 @@ def test_a_test_split_that_was_read_twice_is_told() -> None:
     again = Page(report(winner={**WINNER, "test_reads": 2})).text
     assert "was used 2 times" in again and "measured once" not in again
     assert "measured once" in Page(report(winner={**WINNER, "test_reads": 1})).text
+
+
+REMEMBERED = {
+    "run": "first",
+    "measure": "fid",
+    "before": 12.0,
+    "before_error": 1.0,
+    "after": 15.0,
+    "after_error": 1.5,
+    "change": 3.0,
+    "change_error": 0.5,
+    "num_samples": 90,
+    "feature_network": "inception@sha256:ab",
+}
+
+
+def test_what_training_began_from_is_told() -> None:
+    begun = Page(report(winner=WINNER | {"begins_from": {"base": "emoji@2", "adapter": "first@1"}})).text
+    assert "The base model is emoji@2 of the registry. Training went on from the adapter first@1" in begun
+    assert "Training went on" not in Page(report()).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "alarms"),
+    [
+        ({}, "In pairs of pictures it is 3.0 ± 0.5 worse: something was forgotten.", True),
+        ({"change": -3.0}, "In pairs of pictures it is 3.0 ± 0.5 better: nothing was forgotten.", False),
+        ({"change_error": 4.0}, "In pairs of pictures they differ by 3.0 ± 4.0, within the error.", False),
+        ({"change": None, "change_error": None}, "without errors, nothing says whether they differ.", False),
+    ],
+)
+def test_what_was_forgotten_is_told_where_it_is_more_than_its_error(
+    changes: dict[str, Any], told: str, alarms: bool
+) -> None:
+    winner = won(remembered=[REMEMBERED | changes])
+    [note] = [note for note in notes(winner, RESULTS, 10) if "pictures of first" in note.text]
+    assert note.text.startswith(
+        "The pictures of first: FID 12.0 ± 1.0 before, 15.0 ± 1.5 after this training"
+    )
+    assert note.text.endswith(told) and note.alert == alarms
+    assert note.text in Page(report(winner=winner.fields())).text
 
 
 def test_the_scores_have_their_errors_and_kid_beside_fid() -> None:

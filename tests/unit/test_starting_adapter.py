@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.evaluation.actor import Evaluator
 from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.training.setup import build_pack
@@ -135,6 +136,45 @@ def test_a_file_for_comfyui_is_the_adapter_that_it_was_made_of(
         load_lora(plain, folder)
     assert torch.equal(pixels(plain), expected)
     assert (pixels(load_pipeline(str(base), first)).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_an_evaluator_draws_the_start_of_the_run_where_others_have_the_base(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base: Any = tiny(UNET)
+    none: Any = None
+    first, second = (trained(base, tmp_path / str(steps), steps=steps) for steps in (1, 3))
+
+    def pictures(evaluator: Evaluator, *weights: str | None) -> list[list[bytes]]:
+        return [evaluator.sample_pictures(each, ["a small red circle"], [7]) for each in weights]
+
+    plain = Evaluator(config(base), none, 1)
+    drawn = pictures(plain, None, str(first), str(second), None)
+    assert drawn[0] == drawn[3] and drawn[0] != drawn[1] != drawn[2]
+    begun = Evaluator(further(base, first), none, 1)
+    assert pictures(begun, None, str(second), None, str(first)) == [drawn[1], drawn[2], drawn[1], drawn[1]]
+
+
+@pytest.mark.slow
+def test_layers_of_other_ranks_keep_them(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a file without settings each layer's scale is 1."""
+    base = tiny(UNET)
+    first = trained(base, tmp_path / "first")
+    file = first / LORA_WEIGHTS
+    cut: dict[str, torch.Tensor] = {}
+    for name, each in load_file(file).items():
+        short = each[:1] if "lora_A" in name else each[:, :1]
+        cut[name] = (short if "to_k" in name else each).contiguous()
+    save_file(cut, file)
+    settings = further(base, first)
+    assert (settings.train.lora.rank, settings.train.lora.alpha) == (3, 3)
+    again = Training(settings)
+    again.start()
+    folder = again.weights(tmp_path / "again")
+    after = load_file(folder / LORA_WEIGHTS)
+    assert cut.keys() == after.keys() and all(torch.equal(cut[name], after[name]) for name in cut)
+    assert torch.equal(pixels(load_pipeline(str(base), first)), pixels(load_pipeline(str(base), folder)))
 
 
 @pytest.mark.slow
