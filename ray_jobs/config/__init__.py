@@ -376,11 +376,22 @@ class Config(Section):
                 "train.epochs: trials that differ in the rows of a step need other numbers of steps; give "
                 "search.ladder or train.max_steps"
             )
+        if self.search.scheduler == "population" and self._differs_in_optimizers(trial.train):
+            raise ValueError(
+                "optimizer: scheduler: population continues trials from each other, with the moments of one "
+                "optimizer; use another scheduler, or one optimizer"
+            )
         trial._check_stages()
         trial._check_prior_preservation()
         trial._check_quantization()
         trial._check_adapters()
         return trial.train
+
+    def _differs_in_optimizers(self, train: TrainConfig) -> bool:
+        """Return whether a trial may have another optimizer at some step than this configuration has."""
+        own = self.train
+        alike = (train.optimizer, train.stages) == (own.optimizer, own.stages)
+        return not alike and len({*train.optimizers, *own.optimizers}) > 1
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Config":
         """The configuration of one trial of a search.

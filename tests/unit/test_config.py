@@ -197,6 +197,10 @@ def test_wrong_settings_name_the_field(override: str, expected: str) -> None:
         ),
         (["search.scheduler=population", "search.learning_rates=[0.1]"], "needs at least two trials"),
         (
+            ["search.scheduler=population", "search.space={train.optimizer: [adamw, lion]}"],
+            "optimizer: scheduler: population continues trials from each other, with the moments of one",
+        ),
+        (
             ["search.scheduler=population", "search.algorithm=optuna", "search.num_trials=2"],
             "population changes settings itself",
         ),

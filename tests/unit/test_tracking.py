@@ -214,6 +214,16 @@ def test_all_that_a_rung_was_measured_by_is_shown_at_its_step(config: Config) ->
     assert {name: history(config, run, name) for name in expected} == expected
 
 
+def test_a_rung_of_a_single_training_has_its_validation_loss_alone(config: Config) -> None:
+    rows = [RungRow(trial_id=TRIAL, step=2, fid=float("nan"), validation_loss=0.25)]
+    checkpoint(config, 1, 4, rung=True)
+    mirror(config, lambda: rows).look()
+    mirror(config, lambda: rows).look()  # of a driver that starts again: it is known there
+    [run] = runs(config)
+    assert history(config, run, "validation/loss") == [(2, 0.25)]
+    assert history(config, run, "validation/fid") == []
+
+
 def with_pictures(config: Config, step: int) -> RungRow:
     """A measured rung that has kept a picture."""
     folder = checkpoint(config, 1, step, rung=True).child(f"step-{step:08d}")
