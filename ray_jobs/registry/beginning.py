@@ -59,9 +59,8 @@ def with_beginning(config: Config, *, anew: bool = False, kept: bool = True) -> 
     if adapter:
         ours = (resolve_path(found["base"].source if "base" in found else model.base), model.revision)
         if ours != (resolve_path(adapter.base), adapter.base_revision):
-            say(
-                "checks", f"model.adapter: {adapter.label} was trained on {adapter.base}, not on {model.base}"
-            )
+            other = f"{adapter.label} was trained on {adapter.base}, not on {model.base}"
+            say("checks", f"warning: model.adapter: {other}")
     update = {field: each.source for field, each in found.items()}
     config = config.model_copy(update={"model": model.model_copy(update=update)})
     if not config.model.adapter:
@@ -103,8 +102,9 @@ def _beginning(config: Config, field: str, before: Beginning | None) -> Beginnin
         reason = str(error).removeprefix("publish.model_name: ")
         raise ConfigError(f"model.{field}: {given}: {reason}") from None
     if version.method != METHODS[field]:
-        other = {"base": "an adapter; give it as model.adapter, with its base {} as model.base"}
-        kind = other.get(field, "a whole model; give it as model.base").format(version.base)
+        kind = "a whole model; give it as model.base"
+        if field == "base":
+            kind = f"an adapter; give it as model.adapter, with its base {version.base} as model.base"
         raise ConfigError(f"model.{field}: {given} is {kind}")
     say("checks", f"model.{field}: {given} is version {version.version}: {version.source}")
     return Beginning(
