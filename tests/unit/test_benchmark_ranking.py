@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ranking import OTHERS, REAL, Candidate, Pictures, choices, draw, of_run, rank
+from benchmarks.ranking import OF_SETS, OTHERS, REAL, Candidate, Pictures, choices, draw, of_run, rank
 from cluster.storage import Storage
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.evaluation.actor import Evaluator
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import MEASURES
 from ray_jobs.training.checkpoint import folder_of
 from ray_jobs.weights.feature_networks import Networks
 from tests.small_set import PICTURES, small_set
@@ -38,11 +37,11 @@ def test_candidates_that_are_far_apart_are_chosen_rightly_by_all_scores_from_few
         "farther": noise + 2,
     }
     whole, rows = rank(features, [16, 32], draws=3)
-    assert set(whole) == set(MEASURES)
+    assert set(whole) == set(OF_SETS)
     for scores in whole.values():
         assert scores[1] < scores[0] < scores[2]
     assert abs(whole["corrected_fid"][0] - whole["corrected_fid"][1] - SIZE) < 0.3 * SIZE
-    assert [(row.measure, row.pictures) for row in rows] == [(m, size) for size in (16, 32) for m in MEASURES]
+    assert [(row.measure, row.pictures) for row in rows] == [(m, size) for size in (16, 32) for m in OF_SETS]
     assert {(row.chooses, row.regret, row.chooses_corrected, row.regret_corrected) for row in rows} == {
         (1, 0, 1, 0)
     }
