@@ -120,6 +120,8 @@ JOURNEYS = [
 # By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline; Z-Image by the tests of
 # families and of the engine.
 WALKED_IN_PARTS = (
+    "dora",
+    "masks",
     "stream",
     "buckets",
     "dreambooth",

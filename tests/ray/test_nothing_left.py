@@ -52,7 +52,13 @@ def left_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("ended_by", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (None, 2)]
+    ("ended_by", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        # Minutes each: what may be left is waited for.
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.journeys),
+        pytest.param(None, 2, marks=pytest.mark.journeys),
+    ],
 )
 def test_no_process_of_the_embedded_ray_is_left(folder: Path, ended_by: int | None, code: int) -> None:
     """By kill -9, by Ctrl-C, and by a job that finds what its user must mend."""
