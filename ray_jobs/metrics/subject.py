@@ -3,7 +3,7 @@
 Fréchet and kernel distances need many real pictures, and a model that has learned its few photos by heart is
 the nearest to them. So a subject is judged by what can go wrong, in features in which pictures of the same
 thing are alike (DINO, CLIP). Each of the parts below is a share of the way from the best value to the worst,
-and the score is their sum: 0 at best, about 1 for the base model, 1 or more for one that draws its training
+and the score is their sum: 0 at best, 1 or more for the base model and for one that draws its training
 photos again.
 """
 

@@ -111,7 +111,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "test_subject",
             2,
             "Subject score, test",
-            "likeness to the photos, and what was lost for it; 0 at best, about 1 for the base",
+            "likeness to the photos, and what was lost for it; 0 at best, 1 or more for the base",
         ),
         (
             "test_corrected_fid",
