@@ -33,6 +33,7 @@ from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import MODEL, RunFolder
 from ray_jobs.run.records import KID, MIND, SUBJECT, Winner
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.split import TEST
 from ray_jobs.training.checkpoint import WEIGHTS, damaged, weights_of
 from ray_jobs.tuning.results import FINISHED, SearchResult, read_result
 from ray_jobs.weights.feature_networks import check_networks
@@ -72,9 +73,8 @@ def publish(
     scheduler = scheduler_class(local) if beside else None
     write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
     folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
-    for name in (TEST_FEATURES, SUBJECT_FEATURES):
-        if run.exists(name):
-            folder.model.write_bytes(name, run.read_bytes(name))
+    for name in (TEST_FEATURES, *([SUBJECT_FEATURES] if pool.ranked_by(TEST) == SUBJECT else [])):
+        folder.model.write_bytes(name, run.read_bytes(name))
     paired = paired_with_champion(config, pool, winner, folder.model)
     registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}

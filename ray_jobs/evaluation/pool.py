@@ -542,6 +542,8 @@ class EvaluatorPool:
 
     def _has_ranking(self, split: Split) -> bool:
         """Return whether the scores of a loaded split contain `rank_by`."""
+        if self.rank_by == SUBJECT:
+            return self._is_of_subjects(split)
         if self.rank_by == KID:
             return min(len(self.captions[split]), self._num_samples(split)) >= FEWEST
         return self.rank_by != CORRECTED or self.corrected[split]

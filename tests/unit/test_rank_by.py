@@ -135,6 +135,12 @@ def test_a_split_without_the_score_is_ranked_by_fid() -> None:
     assert {pool.ranked_by(fold) for fold in folds} == {FID}, "all folds are ranked by one score"
 
 
+def test_a_subject_run_compares_pictures_of_an_earlier_run_by_fid() -> None:
+    pool = object.__new__(EvaluatorPool)
+    pool.rank_by, earlier = SUBJECT, Split("validation", run="earlier")
+    assert [pool.ranked_by(split) for split in (VALIDATION, earlier)] == [SUBJECT, FID]
+
+
 def test_few_pictures_have_no_kid_and_no_error_of_mind(real: Real) -> None:
     found = scores(features(3, 3), Real.of(real.features)).row()
     assert "kid" not in found and found["mind"] is not None and found["mind_error"] is None
