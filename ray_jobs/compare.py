@@ -24,12 +24,11 @@ from ray_jobs.config import Config, ConfigError, ModelConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.evaluation.scores import FEWEST, Scores
 from ray_jobs.metrics.resampling import PairedDifference
+from ray_jobs.planning.settled import settled
 from ray_jobs.registry.aliases import command_line
-from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import RegisteredModel, registered, verify_weights
 from ray_jobs.report import PictureRow, grid_image
 from ray_jobs.run.command_line import run_stage
@@ -172,8 +171,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    config = suited_to_subjects(config)
-    config = with_beginning(config)
+    config = settled(config)
     # Before the data are prepared, so that a wrong name is reported at once.
     versions = [look_up(config, name) for name in (arguments.one, arguments.other)]
     check_networks(config.evaluate)

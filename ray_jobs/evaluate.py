@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.preparation import prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.evaluation.scores import describe_record
-from ray_jobs.registry.beginning import with_beginning
+from ray_jobs.planning.settled import settled
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.split import Split, unseen_by
@@ -27,9 +26,8 @@ from ray_jobs.weights.feature_networks import check_networks
 
 def evaluate(config: Config, arguments: argparse.Namespace) -> None:
     """Run the stage."""
-    config = with_beginning(config)
+    config = settled(config)
     check_networks(config.evaluate)
-    config = suited_to_subjects(config)
     dataset = prepare(config)
     with evaluators(config, dataset) as pool:
         for name, weights, split in _candidates(config):

@@ -13,12 +13,11 @@ from ray_jobs.config import Config, ConfigError, add_budget_arguments
 from ray_jobs.console import phase, say
 from ray_jobs.data.encoding.class_pictures import announce_class_pictures
 from ray_jobs.data.preparation import open_sources, prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import evaluators
 from ray_jobs.planning.checks import checked
+from ray_jobs.planning.settled import settled
 from ray_jobs.publish import publish
 from ray_jobs.publishing.remembered import require_remembered
-from ray_jobs.registry.beginning import with_beginning
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import BEGINS_FROM, CONFIG, RunFolder
@@ -30,8 +29,7 @@ from ray_jobs.weights.model_files import check_weights
 def pipeline(config: Config, arguments: argparse.Namespace) -> None:
     """Run all stages; the README lists their outputs."""
     phase("checks")
-    config = suited_to_subjects(config)
-    config = with_beginning(config, anew=arguments.fresh)
+    config = settled(config, anew=arguments.fresh)
     check_inputs(config)
     run = RunFolder.of(config).root
     if arguments.fresh:

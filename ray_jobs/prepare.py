@@ -14,8 +14,7 @@ import argparse
 
 from ray_jobs.config import Config
 from ray_jobs.data.preparation import dry_run, prepare
-from ray_jobs.data.subjects import suited_to_subjects
-from ray_jobs.registry.beginning import with_beginning
+from ray_jobs.planning.settled import settled
 from ray_jobs.run.command_line import run_stage
 
 
@@ -26,8 +25,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    config = suited_to_subjects(config)
-    config = with_beginning(config)
+    config = settled(config)
     if arguments.dry_run:
         dry_run(config)
     else:

@@ -17,15 +17,15 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool, evaluators
+from ray_jobs.planning.settled import settled
 from ray_jobs.publishing.final_scores import measure_final
 from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_page
 from ray_jobs.publishing.remembered import require_remembered
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
 from ray_jobs.publishing.version import paired_with_champion, register_winner, sampled_as
-from ray_jobs.registry.beginning import beginning_names, with_beginning
+from ray_jobs.registry.beginning import beginning_names
 from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
@@ -131,9 +131,8 @@ def require_intact(checkpoint: Storage) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> Winner:
     check_store(config)
-    config = with_beginning(config)
+    config = settled(config)
     check_networks(config.evaluate)
-    config = suited_to_subjects(config)
     require_remembered(config)
     dataset = prepare(config)
     config = config.with_ladder(dataset.manifest.rows_an_epoch)

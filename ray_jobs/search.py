@@ -19,11 +19,10 @@ from ray_jobs.console import phase, say
 from ray_jobs.console.board import watched_board
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.evaluation.cross_validation import splits
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.planning.checks import checked
-from ray_jobs.registry.beginning import with_beginning
+from ray_jobs.planning.settled import settled
 from ray_jobs.registry.models import check_store
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
@@ -127,9 +126,8 @@ def _tell(config: Config, found: SearchResult) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
     check_store(config)
-    config = with_beginning(config)
+    config = settled(config)
     check_networks(config.evaluate)
-    config = suited_to_subjects(config)
     check = checked(config)
     dataset = prepare(config, check=check)
     config = check().with_ladder(dataset.manifest.rows_an_epoch)

@@ -12,9 +12,8 @@ from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.console.board import watched_board
 from ray_jobs.data.preparation import prepare
-from ray_jobs.data.subjects import suited_to_subjects
 from ray_jobs.planning.checks import checked
-from ray_jobs.registry.beginning import with_beginning
+from ray_jobs.planning.settled import settled
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.training.checkpoint import Rung, rungs_of
@@ -25,8 +24,7 @@ from ray_jobs.tuning.early_stopping import ValidationCallback, validated
 
 def train(config: Config) -> Rung:
     """Run the stage: prepare if needed, then train; return the best rung by validation loss, or the last."""
-    config = suited_to_subjects(config)
-    config = with_beginning(config)
+    config = settled(config)
     with opened_store(config):
         dataset = prepare(config, check=checked(config, "train"))
     config = config.with_ladder(dataset.manifest.rows_an_epoch)

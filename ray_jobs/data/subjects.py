@@ -1,10 +1,11 @@
 """Subjects of a few photos, and what follows from them for the other settings."""
 
-from ray_jobs.config import Config, ConfigError
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError, SourceConfig, resolve_path
 from ray_jobs.console import say
 from ray_jobs.data.curation.decisions import HOLD_OUT_FROM
 from ray_jobs.data.preparation import open_sources
-from ray_jobs.data.sources.dreambooth import Subject
+from ray_jobs.data.sources.dreambooth import DREAMBOOTH_FILE, Subject
 from ray_jobs.run.records import SUBJECT
 
 MOST_FOLDS = 4  # each of them is a training
@@ -19,12 +20,13 @@ def subjects_of(config: Config) -> list[Subject]:
 def suited_to_subjects(config: Config) -> Config:
     """Return the configuration with `search.rank_by` and folds as they suit its subjects, unless given.
 
-    It is the same if a source is no subject. Every stage begins with it.
+    It is the same if a source is no subject.
 
     Raises:
         ConfigError: it is to be ranked by subjects, and a source is none.
     """
-    subjects = subjects_of(config)
+    # Listing a source of many files takes long, and says nothing where it has no prompts.
+    subjects = subjects_of(config) if all(map(_may_be_subject, config.data.all_sources)) else []
     if len(subjects) < len(config.data.all_sources):
         if config.search.rank_by == SUBJECT:
             raise ConfigError(
@@ -46,6 +48,11 @@ def suited_to_subjects(config: Config) -> Config:
     for line in told:
         say("subject", line)
     return config.model_copy(update={"search": search, "data": data})
+
+
+def _may_be_subject(source: SourceConfig) -> bool:
+    """Return whether there are prompts for a source, without listing it."""
+    return bool(source.instance_prompt) or Storage.open(resolve_path(source.path)).exists(DREAMBOOTH_FILE)
 
 
 def num_folds(photos: int) -> int:

@@ -8,8 +8,10 @@ from PIL import Image
 
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.data import subjects
 from ray_jobs.data.encoding.subject_words import training_advice
 from ray_jobs.data.feeding.dataset import Dataset
+from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import num_folds, subjects_of, suited_to_subjects
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.split import Split
@@ -53,6 +55,19 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     assert decided(configured(source, data__encode="stream")) == ("subject", 0, 0)
     resolved = suited_to_subjects(configured(source))
     assert suited_to_subjects(resolved) == resolved
+
+
+def test_only_sources_with_prompts_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(config: Config) -> list[Subject]:
+        raise AssertionError("listed")
+
+    monkeypatch.setattr(subjects, "open_sources", listed)
+    photos(tmp_path, 8)
+    bare = configured(f"{{path: {tmp_path}}}")
+    assert suited_to_subjects(bare) is bare
+    (tmp_path / "dataset_info.json").write_text('{"instance_prompt": "a nch cat"}')
+    with pytest.raises(AssertionError, match="listed"):
+        suited_to_subjects(bare)
 
 
 def test_photos_among_other_pictures_are_no_subject_run(tmp_path: Path) -> None:
