@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -289,16 +290,11 @@ class EvaluatorPool:
 
     def _recited(self, weights: str | None, guidance_scale: float | None, known: Known) -> Recited:
         """Draw captions of training pictures and compare the pictures with these."""
-        import ray
 
         count, seed = min(DRAWN_FOR_TRAINING, self.config.evaluate.num_samples), self.config.evaluate.seed
         captions, shapes = known.captions[:count], known.shapes[:count]
         tasks = self._dealt_tasks(captions, range(seed, seed + count), shapes)
-        parts = [
-            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, False, shapes)
-            for actor, _, captions, seeds, shapes in tasks
-        ]
-        drawn = join(ray.get(parts), [task.numbers for task in tasks])
+        drawn = self._drawn_features(weights, tasks, guidance_scale)
         return recited(drawn[known.facts.feature_network], known.captions, known.detector, known.facts)
 
     def _known_of(self, split: Split) -> Known | None:
@@ -325,6 +321,18 @@ class EvaluatorPool:
             self._known[dataset.without_fold] = Known(detector, facts, captions, shapes)
         return self._known[dataset.without_fold]
 
+    def _drawn_features(
+        self, weights: str | None, tasks: Sequence[Task], guidance_scale: float | None, by_all: bool = False
+    ) -> Features:
+        """Features of what tasks draw, in the requested order; see `Evaluator.sample_features`."""
+        import ray
+
+        parts = [
+            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, by_all, shapes)
+            for actor, _, captions, seeds, shapes in tasks
+        ]
+        return join(ray.get(parts), [task.numbers for task in tasks])
+
     def _with_subjects(
         self,
         found: Scores,
@@ -346,11 +354,14 @@ class EvaluatorPool:
 
         if not self._is_of_subjects(split):
             return found
-        own = join(ray.get(list(parts)), [task.numbers for task in tasks])
-        drawn = self._drawn_subjects(weights, split, guidance_scale, kept, own)
+        reference, resamples = self._subjects[split], self.config.evaluate.bootstrap
+        if weights is None and guidance_scale in (None, self.config.evaluate.guidance_scale):
+            drawn = reference.base  # with this noise
+        else:
+            own = join(ray.get(list(parts)), [task.numbers for task in tasks])
+            drawn = self._drawn_subjects(weights, split, guidance_scale, kept, own)
         if kept:
             kept.write_bytes(SUBJECT_FEATURES, save(drawn.tensors()))
-        reference, resamples = self._subjects[split], self.config.evaluate.bootstrap
         return replace(found, subject=reference.score(drawn, num_resamples=resamples))
 
     def _subject_reference(self, split: Split) -> SubjectReference:
@@ -358,8 +369,7 @@ class EvaluatorPool:
         import ray
         import torch
 
-        network: str = ray.get(self.actors[0].subject_network.remote())
-        dataset = trained_on(self.config, self.dataset, split)
+        network, dataset = self.subject_network, trained_on(self.config, self.dataset, split)
         unseen = self.dataset.judged_by(split).pictures(split.name, MOST_PHOTOS)
         is_apart = self.dataset.manifest.held_out or split.fold is not None
         seen = dataset.pictures("train", MOST_PHOTOS) if is_apart else []
@@ -381,12 +391,8 @@ class EvaluatorPool:
         # The base draws the same for every fold of photos of one shape.
         key = tuple((*task.captions, *task.seeds, *task.shapes) for task in tasks)
         if key not in self._drawn_by_base:
-            parts = [
-                actor.sample_features.remote(None, captions, seeds, None, None, True, shapes)
-                for actor, _, captions, seeds, shapes in tasks
-            ]
-            own = join(ray.get(parts), [task.numbers for task in tasks])
-            self._drawn_by_base[key] = self._drawn_subjects(None, split, None, None, own, network)
+            own = self._drawn_features(None, tasks, None, by_all=True)
+            self._drawn_by_base[key] = self._drawn_subjects(None, split, None, None, own)
         return SubjectReference(photos, self._drawn_by_base[key], network, texts)
 
     def _is_of_subjects(self, split: Split) -> bool:
@@ -405,19 +411,15 @@ class EvaluatorPool:
         guidance_scale: float | None,
         kept: Storage | None,
         own: Features,
-        network: str | None = None,
     ) -> DrawnSubjects:
         """Draw the class prompts and own prompts, from noise that is the same for all weights.
 
         Args:
             kept: folder in which pictures of own prompts are kept; None: they are not.
             own: features of the scored pictures.
-            network: identity of the network that compares subjects; None: that of the split's reference.
         """
-        import ray
         import torch
 
-        network = network or self._subjects[split].feature_network
         captions, subjects = self.captions[split], self._judged_subjects(split)
         shown = [captions[i % len(captions)] for i in range(self._num_samples(split))]
         count, seed = self.config.evaluate.subject_samples, self.config.evaluate.seed
@@ -425,17 +427,13 @@ class EvaluatorPool:
         of_classes: dict[str, torch.Tensor] = {}
         for prompt in sorted({each.class_prompt for each in subjects if each.class_prompt}):
             tasks = self._dealt_tasks([prompt] * count, range(seed, seed + count), shapes)
-            parts = [
-                actor.sample_features.remote(weights, texts, seeds, None, guidance_scale, True, sides)
-                for actor, _, texts, seeds, sides in tasks
-            ]
-            drawn = join(ray.get(parts), [task.numbers for task in tasks])
-            of_classes[prompt] = torch.from_numpy(drawn[network])
+            drawn = self._drawn_features(weights, tasks, guidance_scale, by_all=True)
+            of_classes[prompt] = torch.from_numpy(drawn[self.subject_network])
         found = []
         for subject in subjects:
             its = torch.tensor([caption == subject.instance_prompt for caption in shown])
             of_class = of_classes.get(subject.class_prompt or "")
-            found.append(Drawn(torch.from_numpy(own[network])[its], of_class))
+            found.append(Drawn(torch.from_numpy(own[self.subject_network])[its], of_class))
         prompted = None
         if self.config.evaluate.prompts and self.config.evaluate.clip:
             if kept and weights:
@@ -445,8 +443,9 @@ class EvaluatorPool:
             prompted = torch.from_numpy(list(self.features(pictures).values())[-1])  # CLIP is the last
         return DrawnSubjects(found, prompted)
 
+    @cached_property
     def subject_network(self) -> str:
-        """Return the identity of the network that compares subjects."""
+        """Identity of the network that compares subjects."""
         import ray
 
         return str(ray.get(self.actors[0].subject_network.remote()))

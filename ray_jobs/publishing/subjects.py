@@ -58,7 +58,7 @@ def measure_subjects(
         for prompt in sorted(shapes):
             count = config.evaluate.subject_samples
             drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
-    network = pool.subject_network()
+    network = pool.subject_network
     features = {place: pool.features(pictures) for place, pictures in drawn.items()}
     return [
         MeasuredSubject(_scores(subject, pool.features(own), features, network), own, drawn)
