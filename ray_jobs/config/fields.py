@@ -110,12 +110,13 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
 
 
+NAME = "[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?"
 NAMES = "at most 100 letters, digits, spaces or . _ - +, with a letter or digit at both ends"
 
 
 def _model_name(name: str) -> str:
     """A registered model's name, as it can stand in folders, addresses, MLflow's filters and `name@3`."""
-    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?", name):
+    if not re.fullmatch(NAME, name):
         raise ValueError(f"a model's name has {NAMES}, for example fluent-emoji")
     if name == "base":
         raise ValueError("base is reserved: requests use it for the base model; choose another name")
@@ -127,8 +128,7 @@ def named_version(given: str | None) -> tuple[str, str] | None:
 
     The form is that of requests to the endpoint: `name@3` or `name:champion`.
     """
-    name = "[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?"
-    found = re.fullmatch(rf"({name})(?:@([0-9]+)|:([A-Za-z][\w-]*))", given or "")
+    found = re.fullmatch(rf"({NAME})(?:@([0-9]+)|:([A-Za-z][\w-]*))", given or "")
     return (found[1], found[2] or found[3]) if found else None
 
 

@@ -12,8 +12,7 @@ from statistics import fmean, stdev
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
-from ray_jobs.metrics.subject import PARTS
-from ray_jobs.run.records import SUBJECT, RungRow
+from ray_jobs.run.records import SUBJECT, SUBJECT_PARTS, RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
 ORIGIN = ("ranked_by", "feature_network", "feature_network_2", "subject_network", "num_samples")
@@ -26,7 +25,7 @@ MEANS = (
     "kid",
     "mind",
     SUBJECT,
-    *PARTS,
+    *SUBJECT_PARTS,
     "fid_2",
     "train_loss",
     "validation_loss",

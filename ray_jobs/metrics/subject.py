@@ -84,6 +84,11 @@ class DrawnSubjects:
     subjects: Sequence[Drawn]
     prompted: torch.Tensor | None = None
 
+    @property
+    def num_samples(self) -> int:
+        """Number of pictures of the instance prompts."""
+        return sum(len(each.own) for each in self.subjects)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the features as float32 tensors, which `read` takes."""
         found = {}
@@ -140,10 +145,9 @@ class SubjectReference:
         judge = _Judge(self, drawn)
         values = judge.parts(judge.everything)
         halves = [judge.parts(half) for half in judge.halves(num_resamples, seed)]
-        num_samples = sum(len(each.own) for each in drawn.subjects)
 
         def scored(value: float, of_halves: list[float]) -> Score:
-            return Score(value, num_samples, self.feature_network, _error(value, of_halves), METRIC)
+            return Score(value, drawn.num_samples, self.feature_network, _error(value, of_halves), METRIC)
 
         parts = {name: scored(value, [half[name] for half in halves]) for name, value in values.items()}
         return SubjectScore(scored(sum(values.values()), [sum(half.values()) for half in halves]), parts)
@@ -172,8 +176,7 @@ class SubjectReference:
         error = _error(value, apart) or 0.0
         separate = sum((_error(all_, parts) or 0.0) ** 2 for all_, parts in zip(whole, halves, strict=True))
         ratio = separate / error**2 if error else float("inf")
-        count_ = sum(len(each.own) for each in one.subjects)
-        return PairedDifference(value, error, ratio, count_, self.feature_network)
+        return PairedDifference(value, error, ratio, one.num_samples, self.feature_network)
 
 
 def _error(value: float, of_halves: Sequence[float]) -> float | None:

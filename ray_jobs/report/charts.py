@@ -12,6 +12,7 @@ from ray_jobs.run.records import (
     MEASURES,
     MIND,
     SUBJECT,
+    SUBJECT_PARTS,
     Measure,
     RungRow,
     Winner,
@@ -25,15 +26,6 @@ CELL_HEIGHT, MAP_LEFT, MAP_TOP, MAP_FOOT = 34, 66, 8, 46
 STRONGEST, FAINTEST = 0.55, 0.05
 LOWEST = 1e-3  # values of the heat map are at least this share of the highest, to have a logarithm
 SURE = 2  # standard errors; larger differences are not attributed to chance
-
-# Parts of the subject score, by field (`metrics.subject`).
-PARTS = {
-    "unlike": "unlike the photos",
-    "by_heart": "learned by heart",
-    "class_lost": "lost of the class",
-    "variety_lost": "lost of variety",
-    "fit_lost": "lost of prompts",
-}
 
 Rows = Sequence[RungRow]
 
@@ -70,13 +62,18 @@ def score_curves(winner: Winner, results: Rows, key: str) -> list[Curve]:
     last_rung = max((row.step for row in results), default=0)
     curves = []
     for color, (label, trial, rungs) in enumerate(trials_of(results)):
-        found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
-        points = [Point(step, value, error) for step, value, error in found if value is not None]
+        points = _points(rungs, key)
         diverged = any(finite(row, "fid") is None for row in rungs)
         stopped = rungs[-1].step < last_rung or diverged
         star = winner.step if trial == winner.trial_id else None
         curves.append(Curve(label, points, color, stopped, star))
     return curves
+
+
+def _points(rungs: Rows, key: str) -> list[Point]:
+    """Points of `key` with `<key>_error`, at the rungs that have a value."""
+    found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
+    return [Point(step, value, error) for step, value, error in found if value is not None]
 
 
 def fid_chart(winner: Winner, results: Rows) -> str:
@@ -141,9 +138,8 @@ def _parts_chart(winner: Winner, number: int, label: str, trial: str, rungs: Row
     """Parts of a trial's subject score over steps. Where one falls and another rises, training parts them."""
     star = winner.step if trial == winner.trial_id else None
     curves = []
-    for color, (field, name) in enumerate(PARTS.items()):
-        found = [(row.step, finite(row, field), finite(row, f"{field}_error")) for row in rungs]
-        if points := [Point(step, value, error) for step, value, error in found if value is not None]:
+    for color, (field, name) in enumerate(SUBJECT_PARTS.items()):
+        if points := _points(rungs, field):
             curves.append(Curve(name, points, color, False, star))
     chart = Chart(
         name=f"subject-parts-{number}",

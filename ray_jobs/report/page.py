@@ -114,14 +114,14 @@ def write_report(
 
 
 def _summary(winner: Winner) -> str:
-    before = number(winner.base_test_fid, 1, winner.base_test_fid_error)
-    after = number(winner.test_fid, 1, winner.test_fid_error)
-    floor = number(winner.test_floor_fid, 1)
     if winner.ranked_by == SUBJECT:
         return (
             "The subject score adds up how unlike the pictures are to photos that were not trained on, what"
             " was learned by heart, and what was lost of the class, of variety and of your prompts."
         )
+    before = number(winner.base_test_fid, 1, winner.base_test_fid_error)
+    after = number(winner.test_fid, 1, winner.test_fid_error)
+    floor = number(winner.test_floor_fid, 1)
     return (
         f"Test FID {before} before, {after} after training; real pictures score {floor} against each other."
     )

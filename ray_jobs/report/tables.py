@@ -8,7 +8,7 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
-from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, SUBJECT, Winner
+from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, SUBJECT, SUBJECT_PARTS, Winner
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,7 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
 Columns = list[tuple[str, str, int]]
 RANKING = {key: (name, key, digits) for key, (name, digits) in MEASURES.items()}
 SCORES: Columns = [
-    *(
-        RANKING[SUBJECT],
-        ("unlike", "unlike", 2),
-        ("by heart", "by_heart", 2),
-        ("class lost", "class_lost", 2),
-    ),
-    *(("variety lost", "variety_lost", 2), ("fit lost", "fit_lost", 2)),
+    *(RANKING[SUBJECT], *((part.replace("_", " "), part, 2) for part in SUBJECT_PARTS)),
     *(RANKING[CORRECTED], RANKING[FID], ("spread", "spread", 2), RANKING[KID], RANKING[MIND]),
     ("second network", "fid_2", 2),
 ]

@@ -44,6 +44,16 @@ MEASURES = {
 }
 
 
+# Parts of the subject score (`metrics.subject`), by field, and what they say of a training.
+SUBJECT_PARTS = {
+    "unlike": "unlike the photos",
+    "by_heart": "learned by heart",
+    "class_lost": "lost of the class",
+    "variety_lost": "lost of variety",
+    "fit_lost": "lost of prompts",
+}
+
+
 class Record(BaseModel):
     """Base of all records: immutable; `record | {...}` is a copy with other values."""
 

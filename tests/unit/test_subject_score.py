@@ -18,6 +18,7 @@ from ray_jobs.metrics.subject import (
     SubjectReference,
     SubjectScore,
 )
+from ray_jobs.run.records import SUBJECT_PARTS, RungRow
 
 DIM, NUM = 64, 16
 RESAMPLES = 200
@@ -189,6 +190,12 @@ def test_photos_that_are_all_alike_tell_nothing_that_depends_on_their_difference
     reference = SubjectReference([Photos(photo.expand(2, -1), photo.expand(6, -1))], world.base, "a network")
     found = reference.score(DrawnSubjects([Drawn(world.pictures(1.0))]), num_resamples=0)
     assert set(found.parts) == {UNLIKE}
+
+
+def test_records_name_the_parts_of_the_score() -> None:
+    assert tuple(SUBJECT_PARTS) == PARTS
+    errors = {f"{part}_error" for part in PARTS}
+    assert RungRow.model_fields.keys() >= {*PARTS, *errors}
 
 
 def test_what_was_drawn_can_be_kept_as_tensors() -> None:

@@ -17,25 +17,8 @@ MOST_WORDS, MOST_CAPTIONS, MOST_CLASSES = 40, 10, 12
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 # Words that say nothing about what is in a picture.
 COMMON = {
-    *(
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "by",
-        "for",
-        "from",
-        "has",
-        "her",
-        "his",
-        "in",
-        "into",
-        "is",
-        "it",
-    ),
-    *("its", "of", "on", "or", "over", "that", "the", "their", "there", "these", "this", "to", "with"),
+    *("a", "an", "and", "are", "as", "at", "by", "for", "from", "has", "her", "his", "in", "into", "is"),
+    *("it", "its", "of", "on", "or", "over", "that", "the", "their", "there", "these", "this", "to", "with"),
 }
 EDGES = {
     "side": np.round(2.0 ** np.arange(4, 13.5, 0.5)),  # shorter side in pixels

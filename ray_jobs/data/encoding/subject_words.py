@@ -50,7 +50,7 @@ def training_advice(train: TrainConfig, search: SearchConfig, subject: Subject) 
     """Return a line for each setting with which subjects usually fail (arXiv 2208.12242, 4.1 and 4.4)."""
     lines = []
     first = search.ladder[0] if search.ladder else 0  # else it follows from the epochs that were asked for
-    shown = first * (train.batch_size - (train.batch_size // 2 if train.prior_loss_weight else 0))
+    shown = first * train.training_rows
     if shown > MANY_TIMES * subject.num_photos:
         lines.append(
             f"each photo is seen {shown // subject.num_photos:,} times before the first rung (search.ladder: "
