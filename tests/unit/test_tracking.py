@@ -200,6 +200,7 @@ def test_the_fid_of_each_rung_is_shown_once_at_its_step(config: Config) -> None:
 
 def test_all_that_a_rung_was_measured_by_is_shown_at_its_step(config: Config) -> None:
     scores = {"fid": 99.5, "fid_error": 2.0, "kid": 0.02, "kid_error": 0.001, "fid_2": 3.5}
+    scores |= {"subject": 0.5, "subject_error": 0.1, "unlike": 0.3, "unlike_error": 0.05}
     # Without evaluate.bootstrap there are no errors.
     values = {"trial_id": TRIAL, "step": 2, "validation_loss": 0.25, "fid_2_error": None, **scores}
     rows = [RungRow.model_validate(values), RungRow(trial_id=TRIAL, step=4, fid=98.0, kid=float("nan"))]
