@@ -159,9 +159,8 @@ def write_page(
     run: RunFolder,
 ) -> None:
     """Write the samples as files, and the report that shows them."""
-    count = min(config.publish.sample_count, config.evaluate.num_samples)
     split = shown_split(config)
-    real = dataset.pictures(split.name, count)
+    real = dataset.pictures(split.name, len(pool.sample_names(split)))
     count = len(real)
     weights = run.model.uri
     columns = {

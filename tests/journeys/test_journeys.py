@@ -75,9 +75,11 @@ JOURNEYS = [
         {
             "data": {"num_class_images": 2},
             "train": {"prior_loss_weight": 1.0},
+            "search": {"learning_rates": [0.05], "pack": "auto"},
             "evaluate": {"subject_samples": 2},
         },
         pictures=8,
+        trainings=5,  # four folds, and one on all of them
     ),
     Journey(
         "masks",
@@ -117,14 +119,14 @@ JOURNEYS = [
     ),
 ]
 
-# By tests/ray: test_streaming, test_search, and test_dreambooth with test_pipeline; Z-Image by the tests of
+# By tests/ray: test_streaming, test_search; folds by the journey "dreambooth"; Z-Image by the tests of
 # families and of the engine.
 WALKED_IN_PARTS = (
     "dora",
     "masks",
     "stream",
     "buckets",
-    "dreambooth",
+    "folds",
     "masks-full",
     "z-image",
     "krea-2",
