@@ -35,14 +35,14 @@ from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.records import FID, Measurement
 from ray_jobs.run.split import Split
-from ray_jobs.weights.feature_networks import Networks, load_networks
+from ray_jobs.weights.feature_networks import Networks, NetworkSet, load_networks
 
 if TYPE_CHECKING:
     import torch
 
     from ray_jobs.diffusion.protocols import Pipeline
-    from ray_jobs.metrics.feature_network import FeatureNetwork
     from ray_jobs.training.validation import ValidationLoss
+    from ray_jobs.weights.merged import MergedAdapters
 
 R = TypeVar("R")
 
@@ -100,6 +100,7 @@ class Evaluator:
         self.dtype = PRECISIONS[config.evaluate.precision]
         self.pipeline: Pipeline | None = None
         self.adapted = False  # whether the base has an adapter
+        self.merged: MergedAdapters | None = None
         self.loaded: str | None = None  # as `_use` takes them, or BARE
         self._losses: dict[Split, ValidationLoss] = {}  # by split; each instance reads its rows once
 
@@ -169,7 +170,9 @@ class Evaluator:
             return self.pipeline
         elif self.pipeline is self.base and self.adapted:
             unload_lora(self.base)
-            self.adapted = False
+            if self.merged:
+                self.merged.undo()
+            self.adapted, self.merged = False, None
         self.pipeline, self.prompts, self.loaded = self.base, self.base_prompts, BARE
         self.base.scheduler, family = self.base_scheduler, family_of(self.base)
         if weights is None:
@@ -191,13 +194,21 @@ class Evaluator:
 
     def _adapt(self, folder: Path) -> None:
         """Add the adapter in a folder to the base, with the scheduler that it was trained with."""
+        import torch
+
         from ray_jobs.diffusion.families import family_of
+        from ray_jobs.diffusion.quantization import is_quantized
         from ray_jobs.diffusion.sampling import Prompts
         from ray_jobs.weights.loading import load_lora
+        from ray_jobs.weights.merged import MergedAdapters
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
         load_lora(self.base, folder)
         self.adapted = True
+        # On a GPU, memory is what is short, and layers of adapters take little time.
+        on_cpu = self.device == "cpu" and self.dtype == torch.float32
+        if on_cpu and not is_quantized(getattr(self.base, family_of(self.base).denoiser)):
+            self.merged = MergedAdapters(self.base)
         if has_scheduler(folder):
             self.base.scheduler = load_scheduler(folder)
         encoders = family_of(self.base).text.present(self.base).values()
@@ -246,7 +257,8 @@ class Evaluator:
         place(pipeline, self.device, denoisers=True, text_encoders=trained)
         return self._losses[split].of_rows(pipeline).tolist()
 
-    def _features(self, batches: "Iterator[torch.Tensor]", networks: "list[FeatureNetwork]") -> Features:
+    def _features(self, batches: "Iterator[torch.Tensor]", by: NetworkSet) -> Features:
+        networks = self.networks.of(by)
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
         for batch in batches:
             for network in networks:
@@ -261,7 +273,7 @@ class Evaluator:
         seeds: list[int],
         kept: SampleFiles | None = None,
         guidance_scale: float | None = None,
-        by_all: bool = False,
+        by: NetworkSet = NetworkSet.RANKING,
         shapes: list[Shape] | None = None,
     ) -> Features:
         """Sample one picture per caption and return its features.
@@ -269,11 +281,11 @@ class Evaluator:
         Args:
             kept: destination of the pictures to save.
             guidance_scale: None means `evaluate.guidance_scale`.
-            by_all: use CLIP too, not only the ranking networks.
+            by: the networks that see the pictures.
             shapes: one per picture; None means squares of `data.resolution`.
         """
         batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
-        return self._features(batches, self.networks.all if by_all else self.networks.ranking)
+        return self._features(batches, by)
 
     @replaced_if_broken()
     def sample_pictures(
@@ -292,13 +304,13 @@ class Evaluator:
 
     @replaced_if_broken()
     def picture_features(
-        self, pictures: list[bytes], through_autoencoder: int = 0, by_first: bool = False
+        self, pictures: list[bytes], through_autoencoder: int = 0, by: NetworkSet = NetworkSet.ALL
     ) -> Features:
-        """Features of pictures (PNG bytes at their training shape) from all networks.
+        """Features of pictures (PNG bytes at their training shape).
 
         Args:
             through_autoencoder: of the pictures as the base's autoencoder restores them after so many times.
-            by_first: from the ranking network only.
+            by: the networks that see the pictures.
         """
         import torch
         from PIL import Image
@@ -322,7 +334,7 @@ class Evaluator:
                 for batch in stacked
                 for part in chunks.run(batch, restored, pictures_at_once(*batch.shape[-2:]))
             )
-        return self._features(stacked, [self.networks.first] if by_first else self.networks.all)
+        return self._features(stacked, by)
 
     def score(
         self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features

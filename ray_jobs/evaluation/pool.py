@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ray_jobs.run.folder import SharedFolder
 from ray_jobs.run.records import CORRECTED, FID, KID, SUBJECT, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
+from ray_jobs.weights.feature_networks import NetworkSet
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -115,7 +117,8 @@ class EvaluatorPool:
         self._training_restored: dict[int | None, list[Features]] = {}  # the same, in parts
         self._known: dict[int | None, Known] = {}  # the same
         self._subjects: dict[Split, SubjectReference] = {}
-        self._drawn_by_base: dict[tuple[object, ...], DrawnSubjects] = {}
+        # By weights, of the base and those drawn last.
+        self._known_features: dict[str | None, dict[tuple[object, ...], list[ObjectRef[Features]]]] = {}
 
     def wait_until_placed(self) -> None:
         """Wait until every evaluator has its place."""
@@ -181,24 +184,29 @@ class EvaluatorPool:
         return found
 
     def features(
-        self, pictures: Sequence[bytes], through_autoencoder: int = 0, by_first: bool = False
+        self, pictures: Sequence[bytes], through_autoencoder: int = 0, by: NetworkSet = NetworkSet.ALL
     ) -> Features:
         """Features of PNGs; see `Evaluator.picture_features`."""
         import ray
 
         shares = self._share([shape_of(picture) for picture in pictures])
         parts = [
-            actor.picture_features.remote(
-                [pictures[number] for number in numbers], through_autoencoder, by_first
-            )
+            actor.picture_features.remote([pictures[number] for number in numbers], through_autoencoder, by)
             for actor, numbers in shares
         ]
         return join(ray.get(parts), [numbers for _, numbers in shares])
 
-    def _share(self, shapes: Sequence[Shape]) -> list[tuple["ActorHandle", list[int]]]:
-        """Pairs of (actor, picture numbers); see `dealt`."""
+    def _share(
+        self, shapes: Sequence[Shape], weights: str | None = None
+    ) -> list[tuple["ActorHandle", list[int]]]:
+        """Pairs of (actor, picture numbers); see `dealt`.
+
+        Which actor comes first follows from the weights: trials with fewer batches than actors would else all
+        wait for the same one, and an actor that has loaded the weights keeps them.
+        """
         shares = dealt(shapes, len(self.actors), self.config.evaluate.batch_size)
-        return list(zip(self.actors, shares, strict=False))
+        first = zlib.crc32((weights or "").encode()) % len(self.actors)
+        return list(zip(self.actors[first:] + self.actors[:first], shares, strict=False))
 
     def _num_samples(self, split: Split) -> int:
         evaluate, captions = self.config.evaluate, self.captions[split]
@@ -206,19 +214,20 @@ class EvaluatorPool:
             return min(evaluate.num_samples, evaluate.subject_samples * len(set(captions)))
         return min(evaluate.num_samples, CAPTION_USES * len(captions))
 
-    def _tasks(self, split: Split, wanted: Sequence[int] | None = None) -> list[Task]:
+    def _tasks(self, weights: str | None, split: Split, wanted: Sequence[int] | None = None) -> list[Task]:
         """Tasks for the given picture numbers of a split; None means all pictures of a score."""
         captions, shapes = self.captions[split], self.shapes[split]
         wanted = range(self._num_samples(split)) if wanted is None else wanted
         count, seed = len(captions), self.config.evaluate.seed
         return self._dealt_tasks(
+            weights,
             [captions[i % count] for i in wanted],
             [seed + i for i in wanted],
             [shapes[i % count] for i in wanted],
         )
 
     def _dealt_tasks(
-        self, captions: Sequence[str], seeds: Sequence[int], shapes: Sequence[Shape]
+        self, weights: str | None, captions: Sequence[str], seeds: Sequence[int], shapes: Sequence[Shape]
     ) -> list[Task]:
         return [
             Task(
@@ -228,7 +237,7 @@ class EvaluatorPool:
                 [seeds[i] for i in numbers],
                 [shapes[i] for i in numbers],
             )
-            for actor, numbers in self._share(shapes)
+            for actor, numbers in self._share(shapes, weights)
         ]
 
     def score(
@@ -248,11 +257,15 @@ class EvaluatorPool:
         import ray
 
         names = dict(enumerate(self.sample_names(split)))
-        parts, tasks = [], self._tasks(split)
-        for actor, numbers, captions, seeds, shapes in tasks:
-            kept = SampleFiles(rung.child(SAMPLES), [names.get(i) for i in numbers]) if rung else None
-            work = weights, captions, seeds, kept, guidance_scale, self._is_of_subjects(split)
-            parts.append(actor.sample_features.remote(*work, shapes=shapes))
+        tasks, by = self._tasks(weights, split), NetworkSet.RANKING
+        if self._is_of_subjects(split):
+            by = NetworkSet.ALL
+        files = (
+            [SampleFiles(rung.child(SAMPLES), [names.get(i) for i in task.numbers]) for task in tasks]
+            if rung
+            else None
+        )
+        parts = self._drawn(weights, tasks, guidance_scale, by, files)
         shares = [task.numbers for task in tasks]
         found: Scores = ray.get(self.actors[0].score.remote(self._real[split], rung, shares, *parts))
         return self._with_subjects(found, weights, split, guidance_scale, rung, tasks, parts)
@@ -275,11 +288,8 @@ class EvaluatorPool:
         """
         import ray
 
-        tasks = self._tasks(split)
-        parts = [
-            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, True, shapes)
-            for actor, _, captions, seeds, shapes in tasks
-        ]
+        tasks = self._tasks(weights, split)
+        parts = self._drawn(weights, tasks, guidance_scale, NetworkSet.ALL)
         shares, known = [task.numbers for task in tasks], self._known_of(split)
         searched = (known.detector, known.facts) if known else None
         given = self._real[split], self.captions[split], searched, shares, kept
@@ -293,8 +303,8 @@ class EvaluatorPool:
 
         count, seed = min(DRAWN_FOR_TRAINING, self.config.evaluate.num_samples), self.config.evaluate.seed
         captions, shapes = known.captions[:count], known.shapes[:count]
-        tasks = self._dealt_tasks(captions, range(seed, seed + count), shapes)
-        drawn = self._drawn_features(weights, tasks, guidance_scale)
+        tasks = self._dealt_tasks(weights, captions, range(seed, seed + count), shapes)
+        drawn = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.FIRST)
         return recited(drawn[known.facts.feature_network], known.captions, known.detector, known.facts)
 
     def _known_of(self, split: Split) -> Known | None:
@@ -321,16 +331,44 @@ class EvaluatorPool:
             self._known[dataset.without_fold] = Known(detector, facts, captions, shapes)
         return self._known[dataset.without_fold]
 
+    def _drawn(
+        self,
+        weights: str | None,
+        tasks: Sequence[Task],
+        guidance_scale: float | None,
+        by: NetworkSet,
+        files: Sequence[SampleFiles] | None = None,
+    ) -> "list[ObjectRef[Features]]":
+        """Promises of the features of what tasks draw, one per task; see `Evaluator.sample_features`.
+
+        What the base, or the weights that were drawn last, have drawn before is not drawn again: a subject's
+        folds, its test split and its pages ask for the same pictures.
+        """
+        if weights not in self._known_features:
+            of_base = self._known_features.get(None, {})
+            self._known_features = {None: of_base, weights: {}}
+        known = self._known_features[weights]
+        scale = self.config.evaluate.guidance_scale if guidance_scale is None else guidance_scale
+        drawn = (scale, *((*task.captions, *task.seeds, *task.shapes) for task in tasks))
+        for wider in (by, NetworkSet.ALL):
+            if not files and (found := known.get((wider, drawn))):
+                return found
+        parts = [
+            each.actor.sample_features.remote(
+                weights, each.captions, each.seeds, files[i] if files else None, scale, by, each.shapes
+            )
+            for i, each in enumerate(tasks)
+        ]
+        known[by, drawn] = parts
+        return parts
+
     def _drawn_features(
-        self, weights: str | None, tasks: Sequence[Task], guidance_scale: float | None, by_all: bool = False
+        self, weights: str | None, tasks: Sequence[Task], guidance_scale: float | None, by: NetworkSet
     ) -> Features:
-        """Features of what tasks draw, in the requested order; see `Evaluator.sample_features`."""
+        """Features of what tasks draw, in the requested order."""
         import ray
 
-        parts = [
-            actor.sample_features.remote(weights, captions, seeds, None, guidance_scale, by_all, shapes)
-            for actor, _, captions, seeds, shapes in tasks
-        ]
+        parts = self._drawn(weights, tasks, guidance_scale, by)
         return join(ray.get(parts), [task.numbers for task in tasks])
 
     def _with_subjects(
@@ -374,9 +412,7 @@ class EvaluatorPool:
         is_apart = self.dataset.manifest.held_out or split.fold is not None
         seen = dataset.pictures("train", MOST_PHOTOS) if is_apart else []
         rows = [*unseen, *seen]
-        restored = torch.from_numpy(
-            self.features([row["image"] for row in rows], through_autoencoder=1)[network]
-        )
+        restored = torch.from_numpy(self._restored(rows, by=NetworkSet.SUBJECTS)[network])
 
         def photos_of(prompt: str) -> Photos:
             its = torch.tensor([row["text"] == prompt for row in rows])
@@ -387,13 +423,9 @@ class EvaluatorPool:
         prompts, texts = self.config.evaluate.prompts, None
         if prompts and (found := ray.get(self.actors[0].text_features.remote(prompts))) is not None:
             texts = torch.from_numpy(found)
-        tasks = self._tasks(split)
-        # The base draws the same for every fold of photos of one shape.
-        key = tuple((*task.captions, *task.seeds, *task.shapes) for task in tasks)
-        if key not in self._drawn_by_base:
-            own = self._drawn_features(None, tasks, None, by_all=True)
-            self._drawn_by_base[key] = self._drawn_subjects(None, split, None, None, own)
-        return SubjectReference(photos, self._drawn_by_base[key], network, texts)
+        own = self._drawn_features(None, self._tasks(None, split), None, NetworkSet.ALL)
+        base = self._drawn_subjects(None, split, None, None, own)
+        return SubjectReference(photos, base, network, texts)
 
     def _is_of_subjects(self, split: Split) -> bool:
         """Return whether a split's scores contain the subject score."""
@@ -422,12 +454,12 @@ class EvaluatorPool:
 
         captions, subjects = self.captions[split], self._judged_subjects(split)
         shown = [captions[i % len(captions)] for i in range(self._num_samples(split))]
-        count, seed = self.config.evaluate.subject_samples, self.config.evaluate.seed
+        count = self.config.evaluate.subject_samples
         shapes = [self.shapes[split][i % len(captions)] for i in range(count)]
         of_classes: dict[str, torch.Tensor] = {}
         for prompt in sorted({each.class_prompt for each in subjects if each.class_prompt}):
-            tasks = self._dealt_tasks([prompt] * count, range(seed, seed + count), shapes)
-            drawn = self._drawn_features(weights, tasks, guidance_scale, by_all=True)
+            tasks = self._tasks_of_prompt(weights, prompt, count, shapes)
+            drawn = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.SUBJECTS)
             of_classes[prompt] = torch.from_numpy(drawn[self.subject_network])
         found = []
         for subject in subjects:
@@ -437,10 +469,11 @@ class EvaluatorPool:
         prompted = None
         if self.config.evaluate.prompts and self.config.evaluate.clip:
             if kept and weights:
-                pictures = self.prompts_of(weights, kept, guidance_scale)
+                of_prompts = self.features(self.prompts_of(weights, kept, guidance_scale))
             else:
-                pictures = self.draw_prompts(weights, guidance_scale=guidance_scale)
-            prompted = torch.from_numpy(list(self.features(pictures).values())[-1])  # CLIP is the last
+                tasks = self._prompt_tasks(weights, range(len(self.config.evaluate.prompts)))
+                of_prompts = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.ALL)
+            prompted = torch.from_numpy(list(of_prompts.values())[-1])  # CLIP is the last
         return DrawnSubjects(found, prompted)
 
     @cached_property
@@ -476,14 +509,16 @@ class EvaluatorPool:
         bounds = [0, first, max(first, evaluate.memorisation_pictures)]
         for start, end in pairwise(bounds[len(found) :]):
             if start < count and (rows := dataset.pictures("train", end)[start:]):
-                found.append(self._restored(rows, by_first=start > 0))
+                found.append(self._restored(rows, by=NetworkSet.FIRST if start else NetworkSet.ALL))
         needed = found if count > first else found[:1]
         names = set.intersection(*(set(part) for part in needed))
         return {name: np.concatenate([part[name] for part in needed])[:count] for name in names}
 
-    def _restored(self, rows: Sequence[dict[str, Any]], times: int = 1, by_first: bool = True) -> Features:
+    def _restored(
+        self, rows: Sequence[dict[str, Any]], times: int = 1, by: NetworkSet = NetworkSet.FIRST
+    ) -> Features:
         """Features of pictures as the base's autoencoder restores them, one or more times."""
-        return self.features([row["image"] for row in rows], through_autoencoder=times, by_first=by_first)
+        return self.features([row["image"] for row in rows], through_autoencoder=times, by=by)
 
     def reference(self, checkpoint: Storage) -> Features:
         """Features for drift detection of a served checkpoint: float32, N x D, by `<network>/<kind>`.
@@ -604,7 +639,7 @@ class EvaluatorPool:
             numbers: picture numbers; or a count, from the first.
         """
         wanted = range(self._num_samples(split))[:numbers] if isinstance(numbers, int) else numbers
-        return self._draw(weights, self._tasks(split, wanted), guidance_scale)
+        return self._draw(weights, self._tasks(weights, split, wanted), guidance_scale)
 
     def prompted(
         self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape] = ()
@@ -614,12 +649,22 @@ class EvaluatorPool:
         Args:
             shapes: picture i has shape i modulo their number; if empty, a square of `data.resolution`.
         """
+        return self._draw(weights, self._tasks_of_prompt(weights, prompt, count, shapes), None)
+
+    def prompted_features(
+        self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape] = ()
+    ) -> Features:
+        """Features of what `prompted` samples, by the network that compares subjects."""
+        tasks = self._tasks_of_prompt(weights, prompt, count, shapes)
+        return self._drawn_features(weights, tasks, None, NetworkSet.SUBJECTS)
+
+    def _tasks_of_prompt(
+        self, weights: str | None, prompt: str, count: int, shapes: Sequence[Shape]
+    ) -> list[Task]:
         side, seed = self.config.data.resolution, self.config.evaluate.seed
         shapes = shapes or [(side, side)]
         of_each = [shapes[i % len(shapes)] for i in range(count)]
-        return self._draw(
-            weights, self._dealt_tasks([prompt] * count, range(seed, seed + count), of_each), None
-        )
+        return self._dealt_tasks(weights, [prompt] * count, range(seed, seed + count), of_each)
 
     def draw_prompts(
         self,
@@ -635,14 +680,18 @@ class EvaluatorPool:
             numbers: positions of the prompts; None: all.
             guidance_scale: None means `evaluate.guidance_scale`.
         """
-        prompts, side, seed = (
-            self.config.evaluate.prompts,
-            self.config.data.resolution,
-            self.config.evaluate.seed,
+        numbers = range(len(self.config.evaluate.prompts)) if numbers is None else numbers
+        return self._draw(weights, self._prompt_tasks(weights, numbers), guidance_scale)
+
+    def _prompt_tasks(self, weights: str | None, numbers: Sequence[int]) -> list[Task]:
+        """Tasks for `evaluate.prompts` at the given positions; see `draw_prompts`."""
+        evaluate, side = self.config.evaluate, self.config.data.resolution
+        return self._dealt_tasks(
+            weights,
+            [evaluate.prompts[i] for i in numbers],
+            [evaluate.seed + i for i in numbers],
+            [(side, side) for _ in numbers],
         )
-        numbers = range(len(prompts)) if numbers is None else numbers
-        wanted = [prompts[i] for i in numbers], [seed + i for i in numbers], [(side, side) for _ in numbers]
-        return self._draw(weights, self._dealt_tasks(*wanted), guidance_scale)
 
     def prompts_of(
         self, weights: str, checkpoint: Storage, guidance_scale: float | None = None

@@ -24,7 +24,6 @@ from ray_jobs.training.checkpoint import weights_of
 # Fields that winner.json copies from the search.
 WINNING = ("trial_id", "learning_rate", "settings", "step", "guidance_scale", "folds", "ranked_by")
 JUDGED = tuple(f"{name}{suffix}" for name in MEASURES for suffix in ("", "_error"))
-SHOWN_OF_SUBJECT = 4  # pictures per kind and subject in the report
 
 
 @dataclass(frozen=True)
@@ -158,5 +157,4 @@ def _pictures(subject: MeasuredSubject) -> SubjectPictures:
     if kind:
         columns["class, base"] = subject.drawn["base", kind]
         columns["class, fine-tuned"] = subject.drawn["winner", kind]
-    shown = {name: pictures[:SHOWN_OF_SUBJECT] for name, pictures in columns.items()}
-    return SubjectPictures(subject.scores, shown)
+    return SubjectPictures(subject.scores, columns)

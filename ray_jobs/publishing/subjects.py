@@ -13,18 +13,20 @@ from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
 from ray_jobs.evaluation.scores import Features, measurement
 from ray_jobs.run.records import Measurement, SubjectScores
+from ray_jobs.weights.feature_networks import NetworkSet
 
 MAX_PHOTOS = 100  # photos per subject used for comparison
+SHOWN = 4  # pictures per kind and subject in the report
 
 
 @dataclass(frozen=True)
 class MeasuredSubject:
-    """Measurements of a subject, with the pictures that they are computed from.
+    """Measurements of a subject, with some of the pictures that they are computed from.
 
     Attributes:
         scores: its measures, for winner.json.
-        photos: PNGs of the subject.
-        drawn: generated PNGs by (`base` or `winner`, prompt).
+        photos: PNGs of the subject, at most `SHOWN`.
+        drawn: generated PNGs by (`base` or `winner`, prompt), as many.
     """
 
     scores: SubjectScores
@@ -54,14 +56,19 @@ def measure_subjects(
             if prompt:
                 shapes.setdefault(prompt, [shape_of(photo) for photo in own])
     drawn: dict[tuple[str, str], list[bytes]] = {}
+    features: dict[tuple[str, str], Features] = {}
     for whose, which in (("base", None), ("winner", weights)):  # outer loop: each model is loaded once
         for prompt in sorted(shapes):
-            count = config.evaluate.subject_samples
-            drawn[whose, prompt] = pool.prompted(which, prompt, count, shapes[prompt])
-    network = pool.subject_network
-    features = {place: pool.features(pictures) for place, pictures in drawn.items()}
+            place, count = (whose, prompt), config.evaluate.subject_samples
+            drawn[place] = pool.prompted(which, prompt, min(SHOWN, count), shapes[prompt])
+            features[place] = pool.prompted_features(which, prompt, count, shapes[prompt])
+    network, by = pool.subject_network, NetworkSet.SUBJECTS
     return [
-        MeasuredSubject(_scores(subject, pool.features(own), features, network), own, drawn)
+        MeasuredSubject(
+            _scores(subject, pool.features(own, by=by), features, network),
+            own[:SHOWN],
+            drawn,
+        )
         for subject, own in zip(subjects, photos, strict=True)
         if own  # empty if prepare rejected all photos, or keeps none of them for scores
     ]

@@ -1,6 +1,7 @@
 """The configured feature networks: checked before a run starts, loaded where they are used."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig
@@ -10,6 +11,15 @@ from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
 from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, load_clip
 
 FIRST = "evaluate.feature_network"
+
+
+class NetworkSet(StrEnum):
+    """Which of a run's feature networks see a picture."""
+
+    FIRST = "first"  # the deciding one
+    RANKING = "ranking"  # those that score every rung
+    SUBJECTS = "subjects"  # the one that compares subjects
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,14 @@ class Networks:
     @property
     def all(self) -> list[FeatureNetwork]:
         return [*self.ranking, *([self.clip] if self.clip else [])]
+
+    def of(self, which: NetworkSet) -> list[FeatureNetwork]:
+        """Return the networks of a set."""
+        if which is NetworkSet.RANKING:
+            return self.ranking
+        if which is NetworkSet.ALL:
+            return self.all
+        return [self.of_subjects if which is NetworkSet.SUBJECTS else self.first]
 
 
 def check_networks(evaluate: EvaluateConfig) -> None:

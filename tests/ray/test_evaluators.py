@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from safetensors.numpy import load, save
 
 from cluster.local import LocalCluster
@@ -15,6 +16,7 @@ from cluster.storage import Storage
 from ray_jobs.compare import Version, compare
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
+from ray_jobs.evaluation.actor import join
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators, shape_of
 from ray_jobs.publish import publish
 from ray_jobs.publishing.remembered import measure_remembered, require_remembered
@@ -27,6 +29,7 @@ from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import folder_of, weights_of
 from ray_jobs.tuning.guidance import MEASURED, choose_guidance
 from ray_jobs.tuning.results import SearchResult, choose
+from ray_jobs.weights.feature_networks import NetworkSet
 from tests.conftest import captions, draw
 from tests.ray.test_training import tiny_config
 from tests.serving.conftest import save_adapters
@@ -67,7 +70,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
     pool.captions, pool.shapes, pool.digests, pool._real, pool._training = {}, {}, {}, {}, {}
-    pool.corrected, pool._training_restored, pool._known = {}, {}, {}
+    pool.corrected, pool._training_restored, pool._known, pool._known_features = {}, {}, {}, {}
     return pool
 
 
@@ -97,10 +100,35 @@ def test_a_score_does_not_depend_on_the_number_of_evaluators(started: EvaluatorP
         pool = fresh(started, num_actors=num_actors)
         pool._measure_real = pool.features  # type: ignore[method-assign]  # not what the other has kept
         pool.load(VALIDATION)
-        shares = [len(task.seeds) for task in pool._tasks(VALIDATION)]
+        shares = [len(task.seeds) for task in pool._tasks(None, VALIDATION)]
         assert shares == [[11], [4, 7]][num_actors - 1]
         scores.append(pool.score(None, VALIDATION))
     assert scores[0] == scores[1]
+
+
+def test_what_was_drawn_is_not_drawn_again_and_small_scores_do_not_all_wait_for_the_same_evaluator(
+    started: EvaluatorPool, rows: list[RungRow]
+) -> None:
+    pool = fresh(started)
+    pool.load(VALIDATION)
+    weights = [None, *(weights_of(row.checkpoint) for row in rows)]
+    small = [pool._tasks(each, VALIDATION, range(4)) for each in weights]
+    assert [len(tasks) for tasks in small] == [1, 1, 1]  # a batch each
+    assert {tasks[0].actor for tasks in small} == set(pool.actors)
+    by = [NetworkSet.ALL, NetworkSet.RANKING]  # the second is part of the first
+    first, again = (
+        pool._drawn(None, small[0], scale, each) for scale, each in zip((None, 3.0), by, strict=True)
+    )
+    assert first == again
+    others = [pool._drawn(weights[1], small[1], scale, by[0]) for scale in (None, 2.0)]
+    assert others[0] != others[1] and pool._drawn(weights[1], small[1], None, by[0]) == others[0]
+    pool._drawn(weights[2], small[2], None, by[0])
+    assert list(pool._known_features) == [None, weights[2]]
+    assert pool._drawn(None, small[0], None, by[0]) == first
+    whole = join(ray.get(first))
+    png = pool.features(pool.pictures(None, VALIDATION, range(4)))
+    for network, features in whole.items():
+        np.testing.assert_array_equal(features, png[network])
 
 
 def test_each_caption_is_drawn_in_the_shape_of_its_picture_however_many_evaluators_there_are(
