@@ -16,6 +16,7 @@ from ray_jobs.console import phase, say
 from ray_jobs.data.curation.composition import compose
 from ray_jobs.data.curation.decisions import Decisions, decide
 from ray_jobs.data.curation.findings import examples, write_findings
+from ray_jobs.data.curation.photos import photo_faults
 from ray_jobs.data.curation.scan import Entry, entries, scan
 from ray_jobs.data.encoding.captioning import (
     announce_captions,
@@ -280,6 +281,8 @@ def _plan(
         counts[part.split] += int((part.variants == 0).sum())
     manifest = describe(config, sources, decisions, parts, counts)
     manifest |= {"composition": compose(config, found, storage.child(INDEX), decisions)}
+    for fault in photo_faults(config, sources, found, storage.child(INDEX), decisions):
+        say("prepare", fault)
     if line := balance_line(config, parts):
         say("prepare", line)
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)

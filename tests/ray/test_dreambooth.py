@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageFilter
 from safetensors.torch import load_file
 
 from cluster.local import LocalCluster
@@ -84,9 +85,31 @@ def test_a_dry_run_says_what_would_be_drawn_and_draws_nothing(
 ) -> None:
     dry_run(config.model_copy(update={"storage": str(tmp_path)}))
     out = capsys.readouterr().out
+    assert "blurred" not in out and "enlarged" not in out
     assert f"'{CAT}': up to 3 class pictures will be drawn" in out
     assert f"'{DOG}': up to 2 class pictures will be drawn" in out
     assert not (tmp_path / "class_pictures").exists()
+
+
+def test_photos_that_are_blurred_or_too_small_are_named(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, caption in enumerate(captions()[:4]):
+        draw(caption, number).save(photos / f"{number}.png")
+    draw(captions()[4], 4).filter(ImageFilter.GaussianBlur(3)).save(photos / "soft.png")
+    draw(captions()[5], 5).resize((48, 48)).save(photos / "small.png")
+    source = {"path": str(photos), "instance_prompt": SKS_CAT, "class_prompt": CAT}
+    data = config.data.model_dump() | {"sources": [source]}
+    dry_run(
+        config.model_copy(
+            update={"storage": str(tmp_path / "runs"), "data": type(config.data).model_validate(data)}
+        )
+    )
+    out = capsys.readouterr().out
+    assert "photos: small.png is smaller than data.resolution 64 and enlarged" in out
+    assert "photos: soft.png is blurred, which the model learns with the subject" in out
 
 
 def test_the_base_model_draws_exactly_the_class_pictures_that_are_lacking(
