@@ -41,13 +41,13 @@ from ray_jobs.tuning.results import read_result
 from ray_jobs.weights.feature_networks import NetworkSet
 
 CONFIG = "configs/dreambooth.yaml"
-LADDER = (20, 40, 80, 160)
+LADDER = (20, 40, 120)
 WORD, CLASS = "nch cat", "cat"
 PROMPTS = (
     *(f"a {{}} {how}" for how in ("crying", "with heart eyes", "with sunglasses")),
     *(f"a {how} {{}}" for how in ("kissing", "pouting", "smiling", "red", "sleeping")),
 )
-DRAWN = 4  # pictures of each prompt
+DRAWN = 2  # pictures of each prompt, by the training of each fold
 
 
 @dataclass(frozen=True)
