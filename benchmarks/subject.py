@@ -34,6 +34,7 @@ from ray_jobs.config import Config, load_config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.actor import FEATURES, Evaluator
 from ray_jobs.evaluation.cross_validation import splits, standard_error
+from ray_jobs.planning.settled import settled
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.training.checkpoint import find_rungs
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for base, adapter in bases.items():
             file = configured(f"{base}-{seed}", storage, seed, adapter)
             run(file, storage)
-            runs[file.stem] = judged(load_config(str(file)))
+            runs[file.stem] = judged(settled(load_config(str(file))))
             print(f"{file.stem}: chosen step {runs[file.stem][1]}", flush=True)
     report(runs)
 

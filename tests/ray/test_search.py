@@ -44,7 +44,7 @@ DECAY = "train.weight_decay"
 
 
 def configured(folder: Path, *overrides: str) -> Config:
-    search = [f"search.{override}" for override in ("pack=off", *overrides)]
+    search = [f"search.{override}" for override in ("pack=off", "scheduler=asha", *overrides)]
     return load_config(DEMO, [f"storage={folder}", *search])
 
 

@@ -42,6 +42,7 @@ def tiny_config(model: Path, pictures: Path, storage: Path, *overrides: str) -> 
             "train.lora.target_modules=[to_q,to_v]",
             "search.learning_rates=[1.0e-3]",
             "search.ladder=[1,2]",
+            "search.scheduler=asha",
             *overrides,
         ],
     )

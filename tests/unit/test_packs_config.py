@@ -60,7 +60,7 @@ def test_folds_of_a_trial_train_together_where_pictures_have_one_shape() -> None
 
 def test_optuna_learns_from_some_trials_before_it_proposes_others() -> None:
     rates = "search.learning_rates={low: 1.0e-4, high: 1.0e-2}"
-    optuna = [rates, "search.algorithm=optuna", "search.num_trials=12"]
+    optuna = [rates, "search.scheduler=asha", "search.algorithm=optuna", "search.num_trials=12"]
     assert config("search.pack=auto", *optuna).trials_together == 4
     assert config("search.pack=6", *optuna).trials_together == 6
 

@@ -32,7 +32,7 @@ DRAWN = ("algorithm=random", "num_trials=3", "learning_rates={low: 1e-5, high: 1
 
 
 def configured(*overrides: str) -> Config:
-    return load_config(DEMO, [f"search.{override}" for override in overrides])
+    return load_config(DEMO, [f"search.{override}" for override in ("scheduler=asha", *overrides)])
 
 
 def test_a_trial_is_named_by_what_is_searched() -> None:
@@ -403,7 +403,7 @@ def test_a_search_says_beforehand_what_it_takes_at_most_and_what_it_does_not_cou
         "evaluate.use_gpu=true",
     ]
     folds = ["search.folds=2", "data.folds=2"]
-    assert at_most(load_config(DEMO, [*limited, *folds])) == [
+    assert at_most(load_config(DEMO, ["search.scheduler=asha", *limited, *folds])) == [
         "at most 4 x 320 = 1,280 steps",
         "it ends at the rung where 3.50 hours of workers are spent, which cost 7.00",
         "beyond that up to 320 steps, of the winner on all folds",
