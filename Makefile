@@ -8,7 +8,7 @@ INCEPTION := .cache/inception-2015-12-05.pt
 EFFICIENTNET := .cache/efficientnet-lite0.safetensors
 # Bytecode of the tests is kept even where PYTHONDONTWRITEBYTECODE is set: four processes collect them all.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
-OWN := benchmarks cluster examples ray_jobs scripts serving tests
+OWN := benchmarks cluster diffray examples ray_jobs scripts serving tests
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -101,4 +101,4 @@ lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew
 
 clean: ## remove what runs, tests and tools left (not .venv, not .cache)
 	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
-	find cluster ray_jobs serving examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find cluster diffray ray_jobs serving examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

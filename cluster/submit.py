@@ -26,6 +26,7 @@ from cluster.local import local_cluster
 from cluster.upload import runtime_environment, with_configuration
 from cluster.variables import secret_modules
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
+from ray_jobs.console.commands import as_module, command_parser
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -61,11 +62,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of this command, and the command that the job runs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.submit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--address", help="Jobs API of a cluster, http://host:8265; default: embedded Ray")
     parser.add_argument("--token-file", help="file with the cluster's token, and nothing else")
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and exit; needs --address")
@@ -76,7 +73,7 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that the job runs, after --")
     options = parser.parse_args(arguments)
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    command = as_module(options.command[1:] if options.command[:1] == ["--"] else options.command)
     if not command:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
     if options.no_wait and not options.address:
