@@ -19,7 +19,7 @@ FIELDS: dict[str, Any] = {
     "data": {"resolution": 64, "validation": 0.2, "test": 0.2},
     "train": {"batch_size": 4, "num_workers": 1, "lora": {"target_modules": ["to_q", "to_v"]}},
     "search": {"learning_rates": [1e-3], "pack": "off"},
-    "evaluate": {"num_samples": 8, "inference_steps": 2, "num_actors": 1, "memorisation_pictures": 0},
+    "evaluate": {"inference_steps": 2, "num_actors": 1},
     "publish": {"model_name": "tiny"},
     "serve": {"default_steps": 2},
 }
