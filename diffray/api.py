@@ -47,6 +47,7 @@ def defaults(recipe: str, **fields: Any) -> Config:
 
 def fit(
     data: str | Path | Sequence[Mapping[str, Any]],
+    /,
     *,
     base: str | None = None,
     method: str | None = None,
@@ -111,7 +112,7 @@ def stage_arguments(
         "search.ladder": [] if epochs is not None else None,
     }
     settings = {field: value for field, value in given.items() if value is not None}
-    settings |= {"data.source": None if sources else str(data), "data.sources": sources or []}
+    settings |= {"data.source": str(data) if sources is None else None, "data.sources": sources or []}
     arguments = ["--config", recipe or recipe_for(base, method or "lora")]
     for override in overrides({**settings, **fields}):
         arguments += ["--set", override]

@@ -117,10 +117,15 @@ class Job:
 
     @property
     def status(self) -> Status:
-        """State of the job; stopped: by a person, or by the end of its machine."""
+        """State of the job; stopped: by a person, or by the end of its machine or cluster."""
         record = self._started()
         if record.address:
-            found = _client(record.address).get_job_status(record.job)
+            try:
+                found = _client(record.address).get_job_status(record.job)
+            except RuntimeError as error:
+                if "status code 404" in str(error):  # a cluster that was started anew
+                    return "stopped"
+                raise
             states: dict[str, Status] = {"SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped"}
             return states.get(found.value, "running")
         alive = self._shell(record) is not None
@@ -178,6 +183,8 @@ class Job:
             JobFailed: it does not stop.
         """
         record = self._started()
+        if self.status != "running":
+            return
         if record.address:
             _client(record.address).stop_job(record.job)
         elif shell := self._shell(record):

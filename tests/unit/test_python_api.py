@@ -99,6 +99,7 @@ def test_a_recipe_is_found_by_its_base_or_asked_for() -> None:
             "sdxl-lora: train.learning_rat: unknown key; did you mean learn",
         ),
         ({"trian": {"epochs": 1}}, "sdxl-lora: trian: unknown key; did you mean train?"),
+        ({"data": {"resolutio": 64}}, "sdxl-lora: data.resolutio: unknown key; did you mean resolution?"),
         ({"train": {"batch_size": 0}}, "sdxl-lora: train.batch_size: Input should be greater than 0"),
     ],
 )
