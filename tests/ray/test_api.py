@@ -113,6 +113,7 @@ def test_a_job_runs_on_a_cluster_by_its_address(ray_cluster: LocalCluster, home:
     job.start("ray_jobs.checks", ["--config", "demo", *overrides[:2]], ray_cluster.address, submit=False)
     "".join(job.follow())
     assert job.status == "finished"
+    job = Job("checks")
     job.start("ray_jobs.checks", ["--config", "demo", *overrides], ray_cluster.address, submit=False)
     assert "train.batch_size: Input should be greater than 0" in "".join(job.follow())
     assert job.status == "failed"
