@@ -8,7 +8,7 @@ INCEPTION := .cache/inception-2015-12-05.pt
 EFFICIENTNET := .cache/efficientnet-lite0.safetensors
 # Bytecode of the tests is kept even where PYTHONDONTWRITEBYTECODE is set: four processes collect them all.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
-OWN := benchmarks cluster examples ray_jobs scripts serving tests
+OWN := benchmarks cluster diffray examples ray_jobs scripts serving tests
 
 # Programs that start programs find the environment's (ninja for DeepSpeed, python for Ray) before the machine's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -20,7 +20,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # Nothing is left for a first start to compile, also where PYTHONDONTWRITEBYTECODE is set: compileall writes anyway.
-setup: .venv/complete $(INCEPTION) $(EFFICIENTNET) ## install everything into .venv, skipped when nothing changed
+setup: .venv/complete $(BIN)/diffray $(INCEPTION) $(EFFICIENTNET) ## install everything into .venv, skipped when nothing changed
 	@$(BIN)/python -m compileall -q $(OWN)
 
 # torch goes first and by pip, which takes the build meant for this machine; uv then keeps it. Both compile what they
@@ -34,6 +34,12 @@ setup: .venv/complete $(INCEPTION) $(EFFICIENTNET) ## install everything into .v
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
+
+# The command, of this checkout; a wheel brings its own.
+$(BIN)/diffray: .venv/complete
+	printf '%s\n' '#!$(CURDIR)/$(BIN)/python' 'import sys' 'sys.path.insert(0, "$(CURDIR)")' \
+		'from diffray.command import main' 'sys.exit(main())' > $@
+	chmod +x $@
 
 $(INCEPTION): scripts/fetch_inception.py .venv/complete
 	$(BIN)/python -m scripts.fetch_inception
@@ -100,5 +106,5 @@ lock: .venv/complete ## resolve pyproject.toml into requirements.lock anew
 	cp .venv/lock requirements.lock
 
 clean: ## remove what runs, tests and tools left (not .venv, not .cache)
-	rm -rf runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
-	find cluster ray_jobs serving examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf runs .diffray build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find cluster diffray ray_jobs serving examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,11 +11,11 @@ headers of the model's files. The exit code is 0 if everything fits, 1 if someth
 error that the user must fix, including one that a later stage would meet (`ray_jobs/checks.py`).
 """
 
-import argparse
 import sys
 
 from cluster.shape import Machine, embedded, machines_of, parse_nodes
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.console.commands import command_parser
 from ray_jobs.planning.plan import plan
 from ray_jobs.registry.beginning import with_beginning
 
@@ -43,11 +43,7 @@ def _suited(config: Config) -> tuple[Config, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(

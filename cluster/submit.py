@@ -15,7 +15,8 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +27,7 @@ from cluster.local import local_cluster
 from cluster.upload import runtime_environment, with_configuration
 from cluster.variables import secret_modules
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
+from ray_jobs.console.commands import as_module, command_parser
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -61,11 +63,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of this command, and the command that the job runs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.submit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--address", help="Jobs API of a cluster, http://host:8265; default: embedded Ray")
     parser.add_argument("--token-file", help="file with the cluster's token, and nothing else")
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and exit; needs --address")
@@ -76,7 +74,7 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that the job runs, after --")
     options = parser.parse_args(arguments)
-    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    command = as_module(options.command[1:] if options.command[:1] == ["--"] else options.command)
     if not command:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")
     if options.no_wait and not options.address:
@@ -120,9 +118,7 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
     if options.token_file:
         use_token(options.token_file)
     if options.address:
-        command, files = with_configuration(command, options.config)
-        with secret_modules() as modules:
-            environment = runtime_environment(files=files) | ({"py_modules": modules} if modules else {})
+        with _for_cluster(command, options.config) as (command, environment):
             return run_job(options.address, command, environment, wait=not options.no_wait)
     local = sized(config.local)
     check_resources(config, {"CPU": local.num_cpus, "GPU": num_gpus()}, stage_in(command))
@@ -133,6 +129,27 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         took = time.monotonic() - begun
         print(f"framework logs: {cluster.logs}; Ray started in {took:.0f} s", flush=True)
         return run_job(cluster.address, command, environment)
+
+
+def start_job(address: str, command: list[str], config: str) -> str:
+    """Submit `command` to a cluster, as this module's own command does with --no-wait; return the job's id.
+
+    Args:
+        config: the command's configuration, as the user named it.
+
+    Raises:
+        ConfigError: nothing answers at `address`, or the cluster rejects the token or the upload.
+    """
+    with _for_cluster(command, config) as (command, environment):
+        return _submit(connected(address), address, shlex.join(command), environment)
+
+
+@contextmanager
+def _for_cluster(command: list[str], config: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Yield a command as it finds its configuration on a cluster, and its runtime environment."""
+    command, files = with_configuration(command, config)
+    with secret_modules() as modules:
+        yield command, runtime_environment(files=files) | ({"py_modules": modules} if modules else {})
 
 
 def use_token(file: str) -> None:
@@ -173,15 +190,10 @@ def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wa
     Raises:
         ConfigError: nothing answers at `address`, or the cluster rejects the token or the upload.
     """
-    from ray.exceptions import RayError
-
     from cluster.follow import ConnectionLost, Follower
 
-    client = _client(address)
-    try:
-        job = _submit(client, shlex.join(command), runtime_env)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise ConfigError(f"--address {address}: {one_line(error)}") from None
+    client = connected(address)
+    job = _submit(client, address, shlex.join(command), runtime_env)
     if not wait:
         print(f"job {job}; to follow it: ray job logs --follow --address {address} {job}", flush=True)
         return 0
@@ -205,7 +217,12 @@ def run_job(address: str, command: list[str], runtime_env: dict[str, Any], *, wa
                 raise
 
 
-def _client(address: str) -> "JobSubmissionClient":
+def connected(address: str) -> "JobSubmissionClient":
+    """Return Ray's client of a cluster's Jobs API.
+
+    Raises:
+        ConfigError: nothing answers at `address`, or the cluster rejects the token or has another Ray.
+    """
     import ray
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
@@ -265,15 +282,17 @@ def _stop(client: "JobSubmissionClient", job: str) -> None:
         print(f"error: job {job} may still be running: {one_line(error)}", file=sys.stderr, flush=True)
 
 
-def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
+def _submit(client: "JobSubmissionClient", address: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
     """Submit a job and return its id; wait for a cluster that has just started and has no agent yet."""
+    from ray.exceptions import RayError
+
     deadline = time.monotonic() + NOT_FOUND_S
     while True:
         try:
             return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-        except RuntimeError as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
+                raise ConfigError(f"--address {address}: {one_line(error)}") from None
             time.sleep(1)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from cluster.local import QUIET
 from cluster.variables import PLAIN, those_set
-from ray_jobs.config import ConfigError, resolve_path
-from ray_jobs.config.files import files_of
+from ray_jobs.config import ConfigError
+from ray_jobs.config.files import config_file, files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PACKAGES = ["cluster", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
+PACKAGES = ["cluster", "diffray", "ray_jobs", "serving", "configs", "examples", "models", "scripts"]
 """Folders of the repository that a job needs; the rest (runs, caches, history) is not uploaded."""
 
 MAX_UPLOAD_MB = 100
@@ -73,7 +73,7 @@ def with_configuration(command: list[str], config: str) -> tuple[list[str], list
     shared = given.is_absolute() and not given.resolve().is_relative_to(ROOT)
     if shared or config not in command:
         return command, []
-    files = [each.resolve() for each in files_of(Path(resolve_path(config)))]
+    files = [each.resolve() for each in files_of(config_file(config))]
     for file in files:
         if not file.is_relative_to(ROOT):
             raise ConfigError(

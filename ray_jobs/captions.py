@@ -11,11 +11,11 @@ written them. The next prepare reads both.
 `metadata.jsonl`. What comes back from them is a source: `annotations` in `data.sources`.
 """
 
-import argparse
 import sys
 
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.review.captions import open_captions
 from ray_jobs.review.export import FORMATS, export
 
@@ -30,11 +30,7 @@ def _review(config: Config, port: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit code, 2 for an error that the user must fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.captions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     ways = parser.add_mutually_exclusive_group(required=True)
     ways.add_argument("--review", action="store_true", help="serve a page on which captions are corrected")

@@ -7,22 +7,18 @@ without its weights. `cluster.plan` and the stages that train run the same check
 An error that the user must fix gives one line and exit code 2.
 """
 
-import argparse
 import sys
 
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.packs import checked_pack
 from ray_jobs.registry.beginning import with_beginning
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.checks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     options = parser.parse_args(arguments)
     try:

@@ -180,5 +180,9 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         compare(config, dataset, pool, *versions)
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, _run, _arguments, name="compare", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, _run, _arguments, name="compare")
+    main()

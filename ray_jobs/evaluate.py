@@ -58,5 +58,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="compute every score, as publish does")
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, evaluate, _arguments, name="evaluate", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, evaluate, _arguments, name="evaluate")
+    main()

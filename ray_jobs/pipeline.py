@@ -70,5 +70,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete the run's previous results first")
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, pipeline, _arguments, given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, pipeline, _arguments)
+    main()

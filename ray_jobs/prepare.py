@@ -32,5 +32,9 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         prepare(config)
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, _run, _arguments, name="prepare", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, _run, _arguments, name="prepare")
+    main()

@@ -194,5 +194,9 @@ def _save_half(weights: Path, output: Path) -> None:
     save_whole(pipeline, output)
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, pretrain, name="pretrain", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, pretrain, name="pretrain")
+    main()

@@ -150,5 +150,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="use the test split again; this is recorded")
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, _run, _arguments, name="publish", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, _run, _arguments, name="publish")
+    main()

@@ -135,5 +135,9 @@ def _run(config: Config, arguments: argparse.Namespace) -> SearchResult:
         return search(config, dataset, pool)
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, _run, add_budget_arguments, given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, _run, add_budget_arguments)
+    main()

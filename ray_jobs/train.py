@@ -59,5 +59,9 @@ def train(config: Config) -> Rung:
     return validation.best() if validation else last
 
 
+def main(given: list[str] | None = None) -> None:
+    run_stage(__doc__, train, name="train", given=given)
+
+
 if __name__ == "__main__":
-    run_stage(__doc__, train, name="train")
+    main()

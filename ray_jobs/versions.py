@@ -15,6 +15,7 @@ import sys
 
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.registry.aliases import command_line, promote, rollback, status
 
 
@@ -34,11 +35,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit code, 2 for an error that the user must fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.versions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, purpose in (
         ("status", "list the versions with their aliases and scores"),

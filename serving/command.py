@@ -1,6 +1,12 @@
-"""Start the endpoint, request images from it, and stop it: `python -m serving.command`."""
+"""Serve the champion of the registry over HTTP, or draw some pictures with it and stop.
 
-import argparse
+    python -m serving.command --config configs/demo.yaml
+    python -m serving.command --config configs/demo.yaml --ask 4 --prompt "a red apple"
+
+The endpoint answers at `serve.host` and `serve.port` until Ctrl-C. With `--ask` its pictures go to
+`<storage>/<run>/samples/`.
+"""
+
 import base64
 import errno
 import json
@@ -29,6 +35,7 @@ from cluster.connect import connect
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, quiet_logs, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.registry.models import RegisteredModel, champion, verify_weights
 from ray_jobs.run.folder import CAPTIONS, RunFolder
 from serving.app import (
@@ -313,7 +320,7 @@ def run(config: Config, num_pictures: int | None, prompts: Sequence[str]) -> Non
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code: 2 for a configuration error, 1 for a failed endpoint."""
-    parser = argparse.ArgumentParser(prog="python -m serving.command", description="Serve the champion.")
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     parser.add_argument("--ask", type=int, metavar="N", help="draw N pictures over HTTP, then stop")
     parser.add_argument("--prompt", action="append", default=[], help="for --ask; may be repeated")

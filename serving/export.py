@@ -11,13 +11,13 @@ Served pictures are not stored; with `--draw` an endpoint draws them again from 
 same database gives the same files. `export.json` lists what was left out and why.
 """
 
-import argparse
 import os
 import sys
 
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from serving.client import KEY_VARIABLE
 from serving.feedback.export import export_preferences, export_training
 from serving.feedback.replay import Replayer
@@ -26,9 +26,7 @@ from serving.feedback.store import FeedbackStore
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a configuration error exits with code 2 and one line of explanation."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("kind", choices=["preferences", "training"])
     add_config_arguments(parser)
     parser.add_argument("--out", required=True, help="folder, s3:// or gs://")

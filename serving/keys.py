@@ -15,6 +15,7 @@ from typing import get_args
 
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from serving.http.api_keys import Scope, add_key, key_file, read_keys, revoke_key
 
 
@@ -37,10 +38,12 @@ def _list(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serving.keys", description="API keys of the endpoint.")
+    parser = command_parser(__doc__)
     where = argparse.ArgumentParser(add_help=False)
     file = where.add_mutually_exclusive_group(required=True)
-    file.add_argument("--config", help="YAML file; its serve.keys is the file of keys")
+    file.add_argument(
+        "--config", help="YAML file, or the name of a recipe; its serve.keys is the file of keys"
+    )
     file.add_argument("--keys", metavar="FILE", help="the file of keys")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("add", parents=[where], help="make a key and show it, once")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import columns, complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.registry import aliases
 from serving.client import KEY_VARIABLE, EndpointError, call
 from serving.service.rollout import RolloutStatus, promote, withdraw
@@ -70,11 +71,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code: 2 for a configuration error, 1 if the endpoint fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.rollout",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, purpose in (
         ("status", "the versions; with --url how the running endpoint's compare"),

@@ -34,7 +34,7 @@ from ray_jobs.config.fields import (
     require_unset,
     resolve_path,
 )
-from ray_jobs.config.files import read_settings
+from ray_jobs.config.files import config_file, read_settings
 from ray_jobs.config.packs import folds_together, pack_size, unpackable
 from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
 from ray_jobs.config.serve import PublishConfig, ServeConfig
@@ -456,16 +456,16 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, and those that it extends, with `overrides` (`section.field=value`) laid over them.
 
-    A relative path starts from `home()`: a job on the embedded Ray runs in a copy of the code, in which the
-    user's own file does not lie.
+    A bare name, as `sdxl-lora`, is a recipe's. A relative path starts from `home()`: a job on the embedded
+    Ray runs in a copy of the code, in which the user's own file does not lie.
 
     Raises:
         ConfigError: naming the file or field, and the fix.
     """
     try:
-        return Config.model_validate(read_settings(Path(resolve_path(str(path))), overrides or []))
+        return Config.model_validate(read_settings(config_file(str(path)), overrides or []))
     except ValidationError as error:
-        raise ConfigError(explain(error, str(path))) from None
+        raise ConfigError(explain(error, str(path), Config)) from None
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -487,7 +487,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every stage shares: `--config` and `--set`."""
-    parser.add_argument("--config", required=True, help="YAML file, for example configs/demo.yaml")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a recipe, as sdxl-lora")
     parser.add_argument(
         "--set",
         action="append",

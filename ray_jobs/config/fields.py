@@ -2,8 +2,9 @@
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -94,20 +95,43 @@ def require_unset(section: Section, where: str, *fields: str) -> None:
             raise ValueError(f"{field}: {getattr(section, field)} changes nothing {where}; remove it")
 
 
-def explain(error: ValidationError, where: str) -> str:
-    """One line for the first problem of `error`: file, field, what is wrong."""
+def explain(error: ValidationError, where: str, model: type[BaseModel] | None = None) -> str:
+    """One line for the first problem of `error`: file, field, what is wrong.
+
+    Args:
+        model: the model that was validated, if the nearest right name of an unknown key is to be given.
+    """
     first = error.errors()[0]
     # In brackets: which kind of several a value is.
     parts = [str(part) for part in first["loc"] if not str(part).startswith("[")]
     field = ".".join(parts) or "configuration"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key; remove it or correct its name (docs/configuration.md lists them all)"
+        near = get_close_matches(parts[-1], _fields_at(model, first["loc"][:-1]), n=1) if model else []
+        fix = f"did you mean {near[0]}?" if near else "remove it or correct its name"
+        message = f"unknown key; {fix} (docs/configuration.md lists them all)"
     else:
         message += "; write it in quotes" if first["type"] == "string_type" else ""
         message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
     more = len(error.errors()) - 1
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> set[str]:
+    """Return the names of the fields of the section at a place in `model`, as pydantic's errors give it."""
+    models = [model]
+    for part in place:
+        if isinstance(part, str) and not part.startswith("["):
+            fields = [each.model_fields[part] for each in models if part in each.model_fields]
+            models = [each for field in fields for each in _models_in(field.annotation)]
+    return {name for each in models for name in each.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models that an annotation names, also inside a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for each in get_args(annotation) for found in _models_in(each)]
 
 
 NAME = "[A-Za-z0-9](?:[A-Za-z0-9 ._+-]{0,98}[A-Za-z0-9])?"

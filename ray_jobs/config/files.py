@@ -1,18 +1,48 @@
 """Configuration files: YAML, each of which may lay its settings over those of another one."""
 
+import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ray_jobs.config.fields import ConfigError
+from ray_jobs.config.fields import ConfigError, resolve_path
 from ray_jobs.config.yaml_text import read_yaml
 
 Tree = dict[str, Any]  # settings by field, and sections of them
 
 EXTENDS = "extends"
-"""Key of the file whose settings a file starts from, relative to its own folder."""
+"""Key of the file whose settings a file starts from, relative to its own folder; or of a recipe."""
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs"
+"""Folder of the configurations that come with diffray, in a checkout and where its wheel is installed."""
+
+
+def recipes() -> list[str]:
+    """Return the names of all recipes."""
+    return sorted(each.stem for each in RECIPES.glob("*.yaml"))
+
+
+def config_file(given: str, folder: Path | None = None) -> Path:
+    """Return the file that a user named: a recipe by a bare name, as `sdxl-lora`, else a path.
+
+    A name without a dot or slash is never a path, so that it means the same in every folder.
+
+    Args:
+        folder: what relative paths start from; default: `home()`.
+
+    Raises:
+        ConfigError: no recipe has that name; names the nearest.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", given):
+        return Path(resolve_path(given)) if folder is None else folder / given
+    if given not in recipes():
+        near = get_close_matches(given, recipes(), n=1)
+        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipes())};"
+        raise ConfigError(f"{given}: no such recipe; {fix} a file is named with its ending, as {given}.yaml")
+    return RECIPES / f"{given}.yaml"
 
 
 def read_settings(path: Path, overrides: Iterable[str]) -> Tree:
@@ -58,7 +88,11 @@ def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, 
         return [(path, tree)]
     if not isinstance(base, str):
         raise ConfigError(f"{where}: {EXTENDS}: {base!r} is not a path; name one configuration file")
-    return [(path, tree), *_layers(path.parent / base, (*extended_by, path))]
+    try:
+        extended = config_file(base, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {EXTENDS}: {error}") from None
+    return [(path, tree), *_layers(extended, (*extended_by, path))]
 
 
 def _merged(base: Tree, over: Tree) -> Tree:

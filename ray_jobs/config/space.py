@@ -133,7 +133,7 @@ def _trained(settings: Settings, trial: Trains) -> TrainConfig:
     try:
         return trial(settings)
     except ValidationError as error:
-        raise ValueError(explain(error, given)) from None
+        raise ValueError(explain(error, given, TrainConfig)) from None
     except ValueError as error:
         raise ValueError(f"{given}: {error}") from None
 

@@ -12,6 +12,7 @@ from cluster.lease import held
 from cluster.watch import watched
 from ray_jobs.config import Config, ConfigError, add_config_arguments, home, load_config
 from ray_jobs.console import complain, quiet_logs, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.run.folder import RunFolder
 
 FULL = ("No space left on device", "Disk quota exceeded", "QuotaExceeded")
@@ -64,23 +65,23 @@ def run_stage(
     stage: Callable[..., object],
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     name: str = "search",
+    given: list[str] | None = None,
 ) -> None:
     """Parse the arguments, join or start Ray, run `stage`, exit.
 
     `stage` is called with the configuration, and also with the parsed arguments if it adds its own.
 
-    `name` tells which actors the stage starts, for which the cluster must have room.
+    `name` tells which actors the stage starts, for which the cluster must have room. `given` are the
+    arguments; None: those of this process.
 
     At most one driver works on a run at a time. The exit code is 2, with one line, for an error that the user
     must fix; 1, with one line and the log's name, for a failure; 130 for an interrupt.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description)
     add_config_arguments(parser)
     if add_arguments:
         add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         config = load_config(arguments.config, arguments.overrides)
         require_lasting(config)

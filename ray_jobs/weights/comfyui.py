@@ -1,4 +1,4 @@
-"""LoRA files for ComfyUI, from those in diffusers' format.
+"""Write a LoRA file for ComfyUI from one in diffusers' format.
 
 ComfyUI (autumn 2026) looks for each layer under the names that it knows for a model, and leaves out the
 others with a line in its log. Of files in diffusers' format it knows neither the layers of UNets nor the
@@ -9,13 +9,13 @@ read too.
     python -m ray_jobs.weights.comfyui --base stabilityai/stable-diffusion-xl-base-1.0 MODEL_FOLDER FILE
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from ray_jobs.console.commands import command_parser
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.protocols import Settings
 from ray_jobs.weights.adapter_files import IN_FILE, adapter_scale, read_adapter_file
@@ -112,15 +112,13 @@ def _joined(factors: list[Factors]) -> Factors:
     return torch.cat(downs), torch.block_diag(*ups)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(given: list[str] | None = None) -> None:
+    parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, help="contains the adapter, for example <storage>/<run>/model")
     parser.add_argument("file", type=Path, help="the new file; in ComfyUI's models/loras")
     parser.add_argument("--base", required=True, help="the adapter's base: a folder or a name on the Hub")
     parser.add_argument("--revision", help="of the base on the Hub")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     from safetensors import SafetensorError
 
     if arguments.file.exists():

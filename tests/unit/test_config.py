@@ -19,7 +19,7 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.learning_rat=0.1", "train.learning_rat: unknown key"),
+        ("train.learning_rat=0.1", "train.learning_rat: unknown key; did you mean learning_rate?"),
         ("search.learning_rates=[0]", "search.learning_rates.0"),
         ("train.learning_rate=0", "train.learning_rate"),
         ("evaluate.bootstrap=1", "an error needs at least 2 halves; give 0 (no errors) or at least 2"),
@@ -63,7 +63,10 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("search.algorithm=optuna", "num_trials is required with algorithm: optuna"),
         ("search.num_trials=4", "num_trials: algorithm grid runs every combination"),
         ("search.space={train.lora.rank: [8, 0]}", "search.space.train.lora.rank: 0: lora.rank"),
-        ("search.space={train.lora.rnk: [8]}", "search.space.train.lora.rnk: 8: lora.rnk: unknown key"),
+        (
+            "search.space={train.lora.rnk: [8]}",
+            "search.space.train.lora.rnk: 8: lora.rnk: unknown key; did you mean rank?",
+        ),
         ("search.space={train.num_workers: [1, 2]}", "train.num_workers cannot be searched"),
         ("search.space={'train.deepspeed.a(b)': [1]}", "write it like train.lora.rank"),
         ("search.space={data.resolution: [64]}", "data.resolution cannot be searched"),
@@ -364,3 +367,16 @@ def test_names_of_models_that_people_give_are_taken(name: str) -> None:
 )
 def test_what_some_trial_or_mode_reads_is_taken(overrides: list[str]) -> None:
     load_config(DEMO, overrides)
+
+
+def test_a_recipe_is_named_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: sdxl-lora\nname: mine\n")
+    (tmp_path / "sdxl-lora").mkdir()  # a bare name means the same wherever it is written
+    assert load_config("sdxl-lora") == load_config(DEMO.with_name("sdxl-lora.yaml"))
+    assert load_config("mine.yaml") == load_config("sdxl-lora", ["name=mine"])
+    with pytest.raises(ConfigError, match=r"^sdxl-lor: no such recipe; did you mean sdxl-lora\? a file "):
+        load_config("sdxl-lor")
+    (tmp_path / "mine.yaml").write_text("extends: nothing")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: extends: nothing: no such recipe; there are demo, "):
+        load_config("mine.yaml")

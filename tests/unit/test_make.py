@@ -46,6 +46,23 @@ def test_the_newest_python_that_runs_is_taken(pythons: dict[str, str], taken: st
     assert f"\t{taken} -m venv --clear .venv\n" in make(tmp_path, pythons, "-n").stdout
 
 
+def test_set_up_leaves_the_command_beside_python(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for package in ("diffray", "cluster", "ray_jobs", "serving"):
+        (tmp_path / package).symlink_to(ROOT / package)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "requirements.lock").touch()
+    (tmp_path / ".venv" / "complete").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    subprocess.run(["make", ".venv/bin/diffray"], cwd=tmp_path, check=True, timeout=60)
+    command = [str(tmp_path / ".venv" / "bin" / "diffray"), "config", "explain", "train.lora.rank"]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("train.lora.rank: rank of the update\n"), done.stderr
+
+
 def test_a_python_that_is_named_is_taken(tmp_path: Path) -> None:
     done = make(tmp_path, {"python3.13": RUNS, "python3.11": RUNS}, "-n", "PYTHON=python3.11")
     assert "\tpython3.11 -m venv --clear .venv\n" in done.stdout

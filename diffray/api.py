@@ -1,0 +1,395 @@
+"""The Python API: start a run from a few values, follow it, serve what it made.
+
+Each function is a few lines over a stage. `fit` starts `ray_jobs.pipeline`, and `Run.deploy` starts
+`serving.command`, with the arguments that a command line would have, so both give the same run.
+"""
+
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from diffray.jobs import Job, JobFailed, Status, names
+from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.config.described import described
+from ray_jobs.config.files import recipes
+from serving.client import KEY_VARIABLE, EndpointError, browsable, call
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ray_jobs.registry.models import RegistryEntry
+    from ray_jobs.run.folder import RunFolder
+    from ray_jobs.run.records import RungRow, Winner
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+START_S = 900
+"""Timeout of an endpoint's start, in seconds; large models are read for minutes."""
+
+
+def defaults(recipe: str, **fields: Any) -> Config:
+    """Return the configuration of a recipe, or of a file, with every default.
+
+    Args:
+        fields: as for `fit`.
+
+    Raises:
+        ConfigError: naming the recipe or field, and the nearest right name.
+    """
+    return load_config(recipe, overrides(fields))
+
+
+def fit(
+    data: str | Path | Sequence[Mapping[str, Any]],
+    /,
+    *,
+    base: str | None = None,
+    method: str | None = None,
+    epochs: float | None = None,
+    recipe: str | None = None,
+    name: str | None = None,
+    address: str | None = None,
+    **fields: Any,
+) -> "Run":
+    """Start a run in the background, as `diffray submit -- diffray pipeline` does, and return it.
+
+    The run goes on when this process ends; `diffray.run(name)` finds it again. The same call again returns
+    the run if it is running, and resumes it if it was interrupted.
+
+    Args:
+        data: folder or address of pictures (`data.source`), or a list of sources (`data.sources`).
+        base: the model to fine-tune (`model.base`); default: the recipe's.
+        method: lora or full (`train.method`); default: the recipe's.
+        epochs: length of a training (`train.epochs`), in place of the recipe's `search.ladder`.
+        recipe: a recipe or a configuration file to start from; default: the one made for `base` and `method`.
+        name: name of the run; default: the recipe's.
+        address: Jobs API of a cluster, http://host:8265; default: an embedded Ray on this machine.
+        fields: any further setting, as `train={"lora": {"rank": 8}}` or `**{"train.lora.rank": 8}`.
+
+    Raises:
+        ConfigError: a setting is wrong, another run of this name was started here, or the cluster is not
+            reached. Nothing is started then.
+    """
+    arguments = stage_arguments(
+        data, base=base, method=method, epochs=epochs, recipe=recipe, name=name, fields=fields
+    )
+    run = Run(_load(arguments).name)
+    if former := run.job.record:
+        if (former.arguments, former.address) != (arguments, address):
+            raise ConfigError(
+                f"name: {run.name}: a run of this name was started here with other settings; give another "
+                f'name, or delete that one: diffray.run("{run.name}").delete()'
+            )
+        if run.status == "running":
+            return run
+    run.job.start("ray_jobs.pipeline", arguments, address, submit=True)
+    return run
+
+
+def stage_arguments(
+    data: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    base: str | None = None,
+    method: str | None = None,
+    epochs: float | None = None,
+    recipe: str | None = None,
+    name: str | None = None,
+    fields: Mapping[str, Any],
+) -> list[str]:
+    """Return what `fit` stands for on a command line: `--config`, and a `--set` for each value given."""
+    sources = None if isinstance(data, str | Path) else [dict(each) for each in data]
+    given: dict[str, Any] = {
+        "name": name,
+        "model.base": base,
+        "train.method": method,
+        "train.epochs": epochs,
+        "search.ladder": [] if epochs is not None else None,
+    }
+    settings = {field: value for field, value in given.items() if value is not None}
+    settings |= {"data.source": str(data) if sources is None else None, "data.sources": sources or []}
+    arguments = ["--config", recipe or recipe_for(base, method or "lora")]
+    for override in overrides({**settings, **fields}):
+        arguments += ["--set", override]
+    return arguments
+
+
+def recipe_for(base: str | None, method: str) -> str:
+    """Return the recipe that is made for a base and method.
+
+    Raises:
+        ConfigError: there is none, so that the user must choose.
+    """
+    own = [each for each in recipes() if each.endswith(f"-{method}")]
+    if found := [each for each in own if load_config(each).model.base == base]:
+        return found[0]
+    raise ConfigError(
+        f"recipe: none is made for base={base!r} with method={method!r}; name the one to start from, of "
+        f"{', '.join(recipes())}, or a file"
+    )
+
+
+def overrides(fields: Mapping[str, Any]) -> list[str]:
+    """Return settings as `--set` takes them, one `section.field=value` each.
+
+    Args:
+        fields: values by dotted name, or mappings of a section's fields.
+    """
+    plain = {field.name for section in described() for field in section.fields}
+    sections = {each.name for each in described()} - plain  # a range of `search.learning_rates` is one value
+    found = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and name in sections:
+            found += overrides({f"{name}.{field}": each for field, each in value.items()})
+        else:
+            found.append(f"{name}={json.dumps(value, ensure_ascii=False, default=str)}")
+    return found
+
+
+def _load(arguments: Sequence[str]) -> Config:
+    """Return the configuration of a stage's arguments, `--config` and `--set`."""
+    return load_config(arguments[1], list(arguments[3::2]))
+
+
+def run(name: str) -> "Run":
+    """Return a run that was started from this folder.
+
+    Raises:
+        ConfigError: there is none of that name; names the nearest.
+    """
+    if name not in names():
+        near = get_close_matches(name, names(), n=1)
+        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(names()) or 'none'}"
+        raise ConfigError(f"{name}: no run of this name was started here; {fix}")
+    return Run(name)
+
+
+def versions(recipe: str = "demo", **fields: Any) -> "dict[str, RegistryEntry]":
+    """Return all registered models by name: their versions and aliases.
+
+    Args:
+        recipe, fields: as for `fit`; they say which registry, by `storage` and `publish.tracking_uri`.
+
+    Raises:
+        ConfigError: there is no registry, or it cannot be reached.
+    """
+    from ray_jobs.registry.models import entries
+
+    return entries(load_config(recipe, overrides(fields)), ["*"])
+
+
+class Run:
+    """A run that was started from this folder, found by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.job = Job(name)
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        record = self.job.record
+        assert record
+        return _load(record.arguments)
+
+    @property
+    def folder(self) -> "RunFolder":
+        """Its folder, with all that it writes."""
+        from ray_jobs.run.folder import RunFolder
+
+        return RunFolder.of(self.config)
+
+    @property
+    def status(self) -> Status:
+        """running, finished, failed or stopped."""
+        return self.job.status
+
+    def wait(self) -> "Run":
+        """Print the run's lines as they come, until it ends; an interrupt ends the waiting, not the run.
+
+        Raises:
+            JobFailed: the run failed or was stopped; with its last line.
+        """
+        for text in self.job.follow():
+            print(text, end="", flush=True)
+        if self.status != "finished":
+            raise JobFailed(f"{self.name}: {self.status}: {self.job.last_line()}")
+        return self
+
+    @property
+    def scores(self) -> "list[RungRow]":
+        """Every measured rung until now, in the order of measuring."""
+        from ray_jobs.run.records import read_rows
+
+        return read_rows(self.folder.search)
+
+    @property
+    def winner(self) -> "Winner | None":
+        """The published model and its scores; None until it is published."""
+        from ray_jobs.run.records import WINNER, Winner
+
+        root = self.folder.root
+        return Winner.read(root) if root.exists(WINNER) else None
+
+    def report(self) -> str:
+        """Return the path or address of the report, one HTML page.
+
+        Raises:
+            ConfigError: it is not written yet.
+        """
+        root = self.folder.root
+        if not root.exists("report.html"):
+            raise ConfigError(f"{self.name}: no report yet; the run is {self.status}")
+        return f"{root.uri}/report.html"
+
+    def stop(self) -> None:
+        """Stop the run; the same `fit` resumes it."""
+        self.job.stop()
+
+    def delete(self) -> None:
+        """Stop the run and its endpoint, and delete its folder and record; registered versions stay."""
+        for job in (self._endpoint, self.job):
+            if job.record:
+                job.stop()
+        self.folder.root.delete("")
+        self.job.forget()
+
+    @property
+    def _endpoint(self) -> Job:
+        return Job(f"{self.name}/endpoint")
+
+    @property
+    def endpoint(self) -> "Endpoint | None":
+        """The endpoint that `deploy` started, if it is running."""
+        job = self._endpoint
+        return Endpoint(job) if job.record and job.status == "running" else None
+
+    def deploy(self, **fields: Any) -> "Endpoint":
+        """Serve the champion of the run's model in the background, as `diffray serve` does, and wait until it
+        answers. One that is running already is returned.
+
+        Args:
+            fields: settings, as for `fit`; most are of `serve`.
+
+        Raises:
+            ConfigError: a setting is wrong, nothing is published, the port is in use, or the endpoint of a
+                cluster would be reached from its own machine only.
+            EndpointError: it does not start; with its last line.
+        """
+        from ray_jobs.registry.models import champion
+        from serving.command import free_port
+
+        if endpoint := self.endpoint:
+            return endpoint
+        record = self.job.record
+        assert record
+        arguments = list(record.arguments)
+        for override in overrides(fields):
+            arguments += ["--set", override]
+        config = _load(arguments)
+        if not record.address:
+            arguments += ["--set", f"serve.port={free_port(config.serve.host, config.serve.port)}"]
+        elif config.serve.host in LOCAL_HOSTS or not config.serve.port:
+            raise ConfigError(
+                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside"
+                ' the cluster; give serve={"host": "0.0.0.0", "allow_anonymous": False, "keys": FILE}'
+            )
+        served, own = champion(config).version, self.winner and self.winner.registry_version
+        if served != own:
+            print(
+                f"the champion of {config.publish.model_name} is version {served}, and is served; this run's "
+                f"is {own}: diffray versions promote makes it the champion"
+            )
+        job = self._endpoint
+        job.start("serving.command", arguments, record.address, submit=False)
+        endpoint = Endpoint(job)
+        endpoint._wait_until_ready()
+        return endpoint
+
+    def _repr_html_(self) -> str:
+        from diffray.shown import run_page
+
+        return run_page(self.name, self.status, self.job.last_line(), self.scores)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}: {self.status}>"
+
+
+class Endpoint:
+    """An endpoint that `Run.deploy` started. Its key, if it asks for one, is read from DIFFRAY_KEY."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        record = self.job.record
+        assert record
+        return _load(record.arguments)
+
+    @property
+    def url(self) -> str:
+        """Its address, on which the page and the OpenAI-compatible API answer."""
+        record, serve = self.job.record, self.config.serve
+        assert record
+        host = urlsplit(record.address).hostname if record.address else serve.host
+        return browsable(host or serve.host, serve.port)
+
+    @property
+    def status(self) -> Status:
+        """running, failed or stopped."""
+        return self.job.status
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while True:
+            if self.status != "running":
+                raise EndpointError(f"the endpoint did not start: {self.job.last_line()}")
+            try:
+                call(f"{self.url}/readyz", timeout_s=10)
+                return
+            except EndpointError:
+                if time.monotonic() > deadline:
+                    self.job.stop()
+                    raise
+                time.sleep(1)
+
+    def draw(self, prompt: str, *, n: int = 1, seed: int | None = None, **fields: Any) -> "Pictures":
+        """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
+
+        Args:
+            fields: further fields of the request, as `steps` or `negative_prompt` (docs/serving.md).
+
+        Raises:
+            EndpointError: the endpoint does not answer, or refuses the request, with its message.
+        """
+        from PIL import Image
+
+        body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
+        timeout = self.config.serve.request_timeout_s + 10
+        answer = call(f"{self.url}/v1/images/generations", body, timeout, key=os.environ.get(KEY_VARIABLE))
+        contents = [base64.b64decode(each["b64_json"]) for each in answer["data"]]
+        return Pictures(Image.open(io.BytesIO(content)) for content in contents)
+
+    def delete(self) -> None:
+        """Stop the endpoint."""
+        self.job.stop()
+        self.job.forget()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.url}: {self.status}>"
+
+
+class Pictures(list["Image.Image"]):
+    """A list of PIL pictures that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        from diffray.shown import pictures
+
+        return pictures(self)

@@ -1,0 +1,222 @@
+"""Jobs that go on without the process that started them, here or on a cluster, and are found again by name.
+
+A job's record is a folder below `.diffray/` in `home()`: `job.json` and, on this machine, `log` and `exit`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Literal
+
+import psutil
+
+from ray_jobs.config import ConfigError, home
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+RECORDS = ".diffray"
+STOP_S = 120
+"""Timeout while a job stops, in seconds: it stops its Ray in an orderly way."""
+
+POLL_S = 1.0
+"""Interval between looks at a job that is waited for, in seconds."""
+
+Status = Literal["running", "finished", "failed", "stopped"]
+
+
+class JobFailed(RuntimeError):
+    """A job ended with an error; the message is its last line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a job was started (job.json).
+
+    Attributes:
+        arguments: arguments of the stage, `--config` first.
+        address: Jobs API of its cluster; None: this machine.
+        job: id of the job on the cluster.
+        process: id of the process on this machine, and its start in seconds since 1970.
+    """
+
+    arguments: list[str]
+    address: str | None = None
+    job: str = ""
+    process: int = 0
+    started: float = 0.0
+
+
+class Job:
+    """A job, running or ended.
+
+    Args:
+        name: folder of its record, below `.diffray/`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.folder = home() / RECORDS / name
+
+    @property
+    def record(self) -> Record | None:
+        """How it was started; None if it never was."""
+        with suppress(FileNotFoundError):
+            return Record(**json.loads((self.folder / "job.json").read_text(encoding="utf-8")))
+        return None
+
+    def start(self, module: str, arguments: list[str], address: str | None, *, submit: bool) -> None:
+        """Run `python -m module arguments` in the background.
+
+        Args:
+            submit: on this machine, run it as a job of an embedded Ray, as `cluster.submit` does.
+
+        Raises:
+            ConfigError: the cluster at `address` is not reached, or refuses the job.
+        """
+        command = ["python", "-m", module, *arguments]
+        if address:
+            from cluster.submit import start_job
+
+            record = Record(arguments, address, job=start_job(address, command, arguments[1]))
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "exit").unlink(missing_ok=True)
+            if submit:
+                command = ["python", "-m", "cluster.submit", "--", *command]
+            process = psutil.Process(self._spawn([sys.executable, *command[1:]]).pid)
+            record = Record(arguments, process=process.pid, started=process.create_time())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(record), indent=2) + "\n"
+        (self.folder / "job.json").write_text(text, encoding="utf-8")
+
+    def _spawn(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        """Start a process in a session of its own, which an interrupt or the end of this one does not reach.
+
+        A shell writes the command's exit code, which is lost where the parent is gone.
+        """
+        code = str(Path(__file__).resolve().parents[1])
+        paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with (self.folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                ["sh", "-c", '"$@"; echo $? > "$0"', str(self.folder / "exit"), *command],
+                cwd=home(),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def status(self) -> Status:
+        """State of the job; stopped: by a person, or by the end of its machine or cluster."""
+        record = self._started()
+        if record.address:
+            try:
+                found = _client(record.address).get_job_status(record.job)
+            except RuntimeError as error:
+                if "status code 404" in str(error):  # a cluster that was started anew
+                    return "stopped"
+                raise
+            states: dict[str, Status] = {"SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped"}
+            return states.get(found.value, "running")
+        alive = self._shell(record) is not None
+        code = ""
+        with suppress(FileNotFoundError):
+            code = (self.folder / "exit").read_text(encoding="utf-8").strip()
+        if not code:
+            return "running" if alive else "stopped"
+        ended: dict[str, Status] = {"0": "finished", "130": "stopped", "143": "stopped"}
+        return ended.get(code, "failed")
+
+    def _started(self) -> Record:
+        record = self.record
+        assert record, f"{self.folder} has no job"
+        return record
+
+    @staticmethod
+    def _shell(record: Record) -> psutil.Process | None:
+        """Return the process of a job on this machine; None if it has ended."""
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(record.process)
+            same = abs(process.create_time() - record.started) < 1
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        return None
+
+    def log(self) -> str:
+        """Return what the job has printed."""
+        record = self._started()
+        if record.address:
+            return str(_client(record.address).get_job_logs(record.job))
+        with suppress(FileNotFoundError):
+            return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+        return ""
+
+    def last_line(self) -> str:
+        """Return the last line that the job has printed."""
+        return (self.log().strip().splitlines() or [""])[-1]
+
+    def follow(self) -> Iterator[str]:
+        """Yield what the job prints, as it does, until it ends."""
+        seen, running = 0, True
+        while running:
+            running = self.status == "running"
+            text = self.log()
+            if text[seen:]:
+                yield text[seen:]
+            seen = len(text)
+            if running:
+                time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """Stop the job, and wait until it has ended; one that has ended stays as it is.
+
+        Raises:
+            JobFailed: it does not stop.
+        """
+        record = self._started()
+        if self.status != "running":
+            return
+        if record.address:
+            _client(record.address).stop_job(record.job)
+        elif shell := self._shell(record):
+            for process in shell.children():
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        deadline = time.monotonic() + STOP_S
+        while self.status == "running":
+            if time.monotonic() > deadline:
+                raise JobFailed(
+                    f"{self.folder.name}: still running after {STOP_S} s; its log: {self.folder}/log"
+                )
+            time.sleep(0.2)
+
+    def forget(self) -> None:
+        """Delete the record.
+
+        Raises:
+            ConfigError: the job is running.
+        """
+        if self.record and self.status == "running":
+            raise ConfigError(f"{self.folder.name}: it is running; stop it first")
+        rmtree(self.folder, ignore_errors=True)
+
+
+@cache
+def _client(address: str) -> "JobSubmissionClient":
+    from cluster.submit import connected
+
+    return connected(address)
+
+
+def names() -> list[str]:
+    """Return the names of all runs with a record here."""
+    return sorted(path.parent.name for path in (home() / RECORDS).glob("*/job.json"))

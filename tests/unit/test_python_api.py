@@ -1,0 +1,263 @@
+"""The Python API: the same configuration as a file and a command, and jobs that outlive their notebook."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+import diffray
+from diffray.api import Endpoint, Pictures, overrides, stage_arguments
+from diffray.jobs import Job, Record
+from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.run.records import RungRow, write_rows
+
+ROOT = Path(__file__).parents[2]
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the user, who starts runs there."""
+    monkeypatch.setenv("DIFFRAY_HOME", str(tmp_path))
+    return tmp_path
+
+
+def config_of(*data: Any, fields: dict[str, Any] | None = None, **given: Any) -> Config:
+    arguments = stage_arguments(*data, **given, fields=fields or {})
+    assert arguments[0] == "--config" and set(arguments[2::2]) == {"--set"}
+    return load_config(arguments[1], arguments[3::2])
+
+
+def test_api_file_and_command_give_the_same_configuration(home: Path) -> None:
+    own = config_of(
+        "photos",
+        base=SDXL,
+        method="lora",
+        epochs=10,
+        name="mine",
+        fields={"train": {"lora": {"rank": 8}}, "search.learning_rates": [1e-5, 3e-5]},
+    )
+    (home / "mine.yaml").write_text(
+        "extends: sdxl-lora\nname: mine\ndata: {source: photos}\ntrain: {epochs: 10, lora: {rank: 8}}\n"
+        "search: {learning_rates: [1.0e-5, 3.0e-5], ladder: []}\n"
+    )
+    assert own == load_config("mine.yaml")
+    command = [sys.executable, "-m", "diffray", "config", "show"]
+    command += stage_arguments("photos", recipe="sdxl-lora", epochs=10, name="mine", fields={})
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (
+        shown
+        == load_config("mine.yaml", ["train.lora.rank=16", "search.learning_rates=[1e-4, 3e-5]"]).to_yaml()
+    )
+
+
+def test_several_sources_take_the_place_of_a_recipes_own() -> None:
+    photos = {"path": "photos", "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+    assert config_of([photos], recipe="sdxl-dreambooth") == load_config("sdxl-dreambooth")
+    both = config_of([photos, {"path": Path("more")}], recipe="sd15-lora")
+    assert [each.path for each in both.data.sources] == ["photos", "more"] and both.data.source is None
+
+
+def test_settings_are_flattened_through_sections_only() -> None:
+    fields = {
+        "train": {"lora": {"rank": 8}, "betas": (0.9, 0.99)},
+        "search": {"space": {"train.lora.rank": [4, 8]}, "learning_rates": {"low": 1e-5, "high": 1e-3}},
+        "data.source": Path("pictures/é"),
+        "train.epochs": None,
+    }
+    assert overrides(fields) == [
+        "train.lora.rank=8",
+        "train.betas=[0.9, 0.99]",
+        'search.space={"train.lora.rank": [4, 8]}',
+        'search.learning_rates={"low": 1e-05, "high": 0.001}',
+        'data.source="pictures/é"',
+        "train.epochs=null",
+    ]
+
+
+def test_a_recipe_is_found_by_its_base_or_asked_for() -> None:
+    assert diffray.defaults("sdxl-lora").model.base == SDXL
+    assert diffray.defaults("sdxl-lora", train={"batch_size": 4}).train.batch_size == 4
+    assert config_of("photos", base="black-forest-labs/FLUX.1-dev").evaluate.guidance_scale == 3.5
+    with pytest.raises(ConfigError, match=r"recipe: none is made for base='mine' with method='full'; "):
+        diffray.fit("photos", base="mine", method="full")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train": {"lora": {"rnak": 8}}}, "sdxl-lora: train.lora.rnak: unknown key; did you mean rank?"),
+        (
+            {"train.learning_rat": 1},
+            "sdxl-lora: train.learning_rat: unknown key; did you mean learn",
+        ),
+        ({"trian": {"epochs": 1}}, "sdxl-lora: trian: unknown key; did you mean train?"),
+        ({"data": {"resolutio": 64}}, "sdxl-lora: data.resolutio: unknown key; did you mean resolution?"),
+        ({"train": {"batch_size": 0}}, "sdxl-lora: train.batch_size: Input should be greater than 0"),
+    ],
+)
+def test_wrong_names_raise_the_line_of_the_command_line(
+    fields: dict[str, Any], said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        diffray.fit("photos", recipe="sdxl-lora", **fields)
+    assert str(raised.value).startswith(said)
+    from diffray.command import main
+
+    sets = [word for override in overrides(fields) for word in ("--set", override)]
+    assert main(["config", "check", "--config", "sdxl-lora", *sets]) == 2
+    assert capsys.readouterr().out == f"error: {raised.value}\n"
+    assert list(home.iterdir()) == []  # nothing was started
+
+
+def test_a_cluster_that_is_not_reached_is_told_and_leaves_no_run(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--address http://127\.0\.0\.1:9: "):
+        diffray.fit("photos", recipe="sdxl-lora", name="mine", address="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="mine: no run of this name was started here; there are none"):
+        diffray.run("mine")
+
+
+def waited(job: Job, *, seconds: float = 60) -> str:
+    deadline = time.monotonic() + seconds
+    while job.status == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return job.status
+
+
+def test_a_job_outlives_the_process_that_started_it(home: Path) -> None:
+    program = """
+from diffray.jobs import Job, Record
+Job("mine").start("timeit", ["-n1", "-r1", "import time; time.sleep(3); print('drawn')"], None, submit=False)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+    assert diffray.run("mine").status == "running"
+    job = diffray.run("mine").job
+    assert "drawn" in "".join(job.follow()) and job.status == "finished"
+    assert "1 loop" in job.last_line()
+    job.forget()
+    assert not job.folder.exists()
+
+
+def test_a_job_that_fails_is_told_with_its_last_line(home: Path) -> None:
+    run = diffray.Run("mine")
+    run.job.start("json.tool", ["nowhere.json"], None, submit=False)
+    with pytest.raises(diffray.JobFailed, match=r"^mine: failed: .*nowhere\.json"):
+        run.wait()
+    with pytest.raises(ConfigError, match=r"mine2: no run of this name .*; did you mean mine\?"):
+        diffray.run("mine2")
+
+
+def test_a_job_is_stopped_and_never_forgotten_while_it_runs() -> None:
+    job = Job("mine")
+    job.start("timeit", ["-n1", "-r1", "import time; time.sleep(600)"], None, submit=False)
+    with pytest.raises(ConfigError, match="mine: it is running; stop it first"):
+        job.forget()
+    job.stop()
+    assert job.status == "stopped"
+    job.stop()
+    job.start("timeit", ["-n1", "-r1"], None, submit=False)
+    assert waited(job) == "finished"
+
+
+def test_a_job_whose_machine_ended_it_is_stopped() -> None:
+    job = Job("mine")
+    job.start("timeit", ["-n1", "-r1", "import time; time.sleep(600)"], None, submit=False)
+    record = job.record
+    assert record
+    shell = psutil.Process(record.process)
+    for process in (*shell.children(), shell):
+        process.kill()
+    assert waited(job) == "stopped"
+
+
+def recorded(name: str, arguments: list[str], address: str | None = None) -> Job:
+    """A job that ended well, as its record says."""
+    job = Job(name)
+    job.folder.mkdir(parents=True)
+    (job.folder / "job.json").write_text(json.dumps(asdict(Record(arguments, address))))
+    (job.folder / "exit").write_text("0\n")
+    (job.folder / "log").write_text("[ 1:15] publish  done\n")
+    return job
+
+
+@pytest.fixture
+def ended(home: Path) -> diffray.Run:
+    """A run that has measured three rungs."""
+    fields = {"storage": str(home / "runs")}
+    recorded("mine", stage_arguments("photos", recipe="sdxl-lora", name="mine", fields=fields))
+    run = diffray.run("mine")
+    rows = [
+        RungRow(trial_id=trial, learning_rate=rate, step=step, fid=fid, train_loss=0.1, fid_error=1.0)
+        for trial, rate, step, fid in (("a", 1e-4, 10, 90.0), ("a", 1e-4, 20, 80.0), ("b", 1e-5, 10, 95.0))
+    ]
+    write_rows(run.folder.search, rows)
+    return run
+
+
+def test_scores_and_pages_of_a_run_come_from_its_records(ended: diffray.Run) -> None:
+    assert [row.fid for row in ended.scores] == [90.0, 80.0, 95.0]
+    assert ended.config.data.source == "photos" and ended.status == "finished"
+    assert ended.winner is None and ended.endpoint is None
+    with pytest.raises(ConfigError, match="mine: no report yet; the run is finished"):
+        ended.report()
+    ended.folder.root.write_text("report.html", "<!doctype html>")
+    assert Path(ended.report()).read_text() == "<!doctype html>"
+    assert repr(ended) == "<Run mine: finished>"
+
+
+def test_a_notebook_shows_curves_and_rungs_in_a_frame_of_their_own(ended: diffray.Run) -> None:
+    shown = ended._repr_html_()
+    assert shown.startswith("<iframe ") and shown.endswith("</iframe>") and shown.count("<") == 2
+    for text in ("Validation FID", "Training loss", "mine: finished", "publish  done", "80.0"):
+        assert text in shown
+    pictures = Pictures([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))])
+    assert pictures._repr_html_().count('src="data:image/png;base64,') == 2
+
+
+def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:
+    with pytest.raises(ConfigError, match="publish.model_name: .* holds no champion of 'sdxl-lora'"):
+        ended.deploy()
+    with pytest.raises(ConfigError, match=r"serve.prot: unknown key; did you mean port\?"):
+        ended.deploy(serve={"prot": 1})
+    with pytest.raises(ConfigError, match="holds no champion"):
+        diffray.versions(storage=str(ended.folder.root.path))
+
+
+def test_deleting_takes_folder_and_record(ended: diffray.Run, home: Path) -> None:
+    assert (home / "runs" / "mine" / "search").exists()
+    ended.delete()
+    assert not (home / "runs" / "mine").exists()
+    with pytest.raises(ConfigError, match="mine: no run of this name"):
+        diffray.run("mine")
+
+
+def test_an_endpoint_is_called_where_its_settings_say() -> None:
+    arguments = stage_arguments("photos", recipe="sdxl-lora", fields={"serve": {"port": 8123}})
+    endpoint = Endpoint(recorded("mine/endpoint", arguments))
+    assert endpoint.url == "http://127.0.0.1:8123"
+    with pytest.raises(diffray.EndpointError, match=r"http://127\.0\.0\.1:8123/v1/images/generations: "):
+        endpoint.draw("a cat")
+    endpoint.delete()
+    assert Endpoint(recorded("mine/endpoint", arguments, "http://head:8265")).url == "http://head:8123"
+
+
+def test_an_endpoint_of_a_cluster_must_be_reached_from_outside(home: Path) -> None:
+    fields = {"storage": str(home / "runs")}
+    arguments = stage_arguments("photos", recipe="sdxl-lora", name="mine", fields=fields)
+    recorded("mine", arguments, "http://head:8265")
+    with pytest.raises(ConfigError, match=r"serve.host, serve.port: 127\.0\.0\.1:8000 is not reached"):
+        diffray.run("mine").deploy()
+
+
+def test_a_second_run_of_a_name_with_other_settings_is_refused(ended: diffray.Run) -> None:
+    with pytest.raises(ConfigError, match="name: mine: a run of this name .*; give another name, or delete"):
+        diffray.fit("others", recipe="sdxl-lora", name="mine")
+    assert ended.status == "finished"
