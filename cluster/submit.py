@@ -74,6 +74,8 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that the job runs, after --")
     options = parser.parse_args(arguments)
+    if "--" in options.command[1:] and options.command[0] != "--":
+        parser.error(f"{options.command[0]}: no option of this command; settings of a stage stand behind --")
     command = as_module(options.command[1:] if options.command[:1] == ["--"] else options.command)
     if not command:
         parser.error("give a command after --, as in: -- python -m ray_jobs.pipeline --config FILE")

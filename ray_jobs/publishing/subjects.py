@@ -10,12 +10,11 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.dealing import Shape
-from ray_jobs.evaluation.pool import EvaluatorPool, shape_of
+from ray_jobs.evaluation.pool import MOST_PHOTOS, EvaluatorPool, shape_of
 from ray_jobs.evaluation.scores import Features, measurement
 from ray_jobs.run.records import Measurement, SubjectScores
 from ray_jobs.weights.feature_networks import NetworkSet
 
-MAX_PHOTOS = 100  # photos per subject used for comparison
 SHOWN = 4  # pictures per kind and subject in the report
 
 
@@ -47,7 +46,7 @@ def measure_subjects(
         return []
     rows = dataset.pictures("train", dataset.manifest.train)
     photos = [
-        [row["image"] for row in rows if row["text"] == each.instance_prompt][:MAX_PHOTOS]
+        [row["image"] for row in rows if row["text"] == each.instance_prompt][:MOST_PHOTOS]
         for each in subjects
     ]
     shapes: dict[str, list[Shape]] = {}  # picture shapes of each prompt

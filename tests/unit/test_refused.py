@@ -123,3 +123,12 @@ def test_the_configuration_of_a_job_may_be_given_with_an_equals_sign() -> None:
     assert command[3:] == ["--config", "mine.yaml", "--set=a=1"]
     options, command = parsed(["--", "python", "other.py", "--config=its.own"])
     assert options.config == "configs/demo.yaml" and command[-1] == "--config=its.own"
+
+
+def test_a_setting_before_the_dashes_is_not_taken_for_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(["--config", "a.yaml", "storage=here", "--", "python", "-m", "ray_jobs.search"])
+    assert "storage=here: no option of this command; settings of a stage stand behind --" in (
+        capsys.readouterr().err
+    )
+    assert parsed(["--", "sh", "-c", "exec $0", "--", "x"])[1] == ["sh", "-c", "exec $0", "--", "x"]
