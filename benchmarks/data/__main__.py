@@ -1,4 +1,4 @@
-"""python -m benchmarks.data [decode|memory|feed|duplicates|captioning] [--size smoke|full]
+"""python -m benchmarks.data [PART] [--size smoke|full]
 
 The claims, each against a rival measured in the same run where there is one:
 
@@ -11,6 +11,7 @@ feed: cached rows reach a trainer that does nothing faster than a real one takes
     number of ranks, tells what the machine can do.
 duplicates: all planted near duplicates are found, in a small fraction of brute force's time.
 captioning: pictures get captions at 0.9 or more of the speed of the bare model in a loop.
+class_pictures: they are drawn in batches, faster than by diffusers' pipeline called once for each.
 
 Timings are ratios of one run, on one machine with nothing else to do. Every measurement is made in a process
 of its own, so that peaks do not add up. What is printed last of a part is its ratio, then all its figures as
@@ -22,7 +23,7 @@ import importlib
 import json
 import os
 
-PARTS = ("decode", "memory", "feed", "duplicates", "captioning")
+PARTS = ("decode", "memory", "feed", "duplicates", "captioning", "class_pictures")
 
 
 def main() -> None:
