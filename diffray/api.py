@@ -247,6 +247,18 @@ class Run:
             raise ConfigError(f"{self.name}: no report yet; the run is {self.status}")
         return f"{root.uri}/report.html"
 
+    def promote(self) -> None:
+        """Make the run's version the champion, which is served, whatever its scores.
+
+        Raises:
+            ConfigError: nothing is published yet.
+        """
+        from ray_jobs.registry.aliases import promote
+
+        if not (version := self.winner and self.winner.registry_version):
+            raise ConfigError(f"{self.name}: nothing published yet; the run is {self.status}")
+        promote(self.config, version)
+
     def stop(self) -> None:
         """Stop the run; the same `fit` resumes it."""
         self.job.stop()
@@ -303,7 +315,7 @@ class Run:
         if served != own:
             print(
                 f"the champion of {config.publish.model_name} is version {served}, and is served; this run's "
-                f"is {own}: diffray versions promote makes it the champion"
+                f"is {own}: run.promote() makes it the champion"
             )
         job = self._endpoint
         job.start("serving.command", arguments, record.address, submit=False)

@@ -75,6 +75,8 @@ def test_the_demos_notebook_starts_scores_serves_and_deletes_a_run(
         if name == "wait":
             assert "pipeline run tiny; results in" in capsys.readouterr().out
             check_run(here["run"], stage_arguments(here["data"], recipe="demo", name="tiny", fields=fields))
+        if name == "scores":
+            here["run"].promote()  # a random model may draw as badly as its base, and then stays a candidate
         if name == "draw":
             assert in_another_notebook("diffray.run('tiny').endpoint.url") == here["endpoint"].url
             check_endpoint(here["endpoint"])
