@@ -13,8 +13,10 @@ from PIL import ImageChops
 
 import diffray
 from cluster.local import LocalCluster
-from diffray.api import Endpoint, Run, stage_arguments
+from diffray.api import Run
+from diffray.endpoints import Endpoint
 from diffray.jobs import RECORDS, Job
+from diffray.settings import stage_arguments
 from ray_jobs.config import load_config
 
 ROOT = Path(__file__).parents[2]

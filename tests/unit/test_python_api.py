@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import diffray
-from diffray.api import Endpoint, Pictures, overrides, stage_arguments
+from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, Record
+from diffray.settings import overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.run.records import RungRow, write_rows
 
