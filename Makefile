@@ -41,12 +41,12 @@ $(BIN)/diffray: .venv/complete
 		'from diffray.command import main' 'sys.exit(main())' > $@
 	chmod +x $@
 
-$(INCEPTION): scripts/fetch_inception.py .venv/complete
-	$(BIN)/python -m scripts.fetch_inception
+$(INCEPTION): ray_jobs/weights/fetch.py .venv/complete
+	$(BIN)/python -m ray_jobs.weights.fetch inception
 	touch $@
 
-$(EFFICIENTNET): scripts/fetch_efficientnet.py .venv/complete
-	$(BIN)/python -m scripts.fetch_efficientnet
+$(EFFICIENTNET): ray_jobs/weights/fetch.py .venv/complete
+	$(BIN)/python -m ray_jobs.weights.fetch efficientnet
 	touch $@
 
 demo: setup ## run the main job end to end, then ask the model it made for four pictures

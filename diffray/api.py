@@ -4,33 +4,35 @@ Each function is a few lines over a stage. `fit` starts `ray_jobs.pipeline`, and
 `serving.command`, with the arguments that a command line would have, so both give the same run.
 """
 
-import base64
-import io
-import json
-import os
-import time
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from diffray.endpoints import Endpoint
 from diffray.jobs import Job, JobFailed, Status, names
+from diffray.settings import config_of, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.config.described import described
-from ray_jobs.config.files import recipes
-from serving.client import KEY_VARIABLE, EndpointError, browsable, call
+from serving.client import EndpointError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ray_jobs.registry.models import RegistryEntry
     from ray_jobs.run.folder import RunFolder
     from ray_jobs.run.records import RungRow, Winner
 
+__all__ = [
+    "ConfigError",
+    "Endpoint",
+    "EndpointError",
+    "JobFailed",
+    "Run",
+    "defaults",
+    "fit",
+    "run",
+    "versions",
+]
+
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-START_S = 900
-"""Timeout of an endpoint's start, in seconds; large models are read for minutes."""
 
 
 def defaults(recipe: str, **fields: Any) -> Config:
@@ -79,7 +81,7 @@ def fit(
     arguments = stage_arguments(
         data, base=base, method=method, epochs=epochs, recipe=recipe, name=name, fields=fields
     )
-    run = Run(_load(arguments).name)
+    run = Run(config_of(arguments).name)
     if former := run.job.record:
         if (former.arguments, former.address) != (arguments, address):
             raise ConfigError(
@@ -90,70 +92,6 @@ def fit(
             return run
     run.job.start("ray_jobs.pipeline", arguments, address, submit=True)
     return run
-
-
-def stage_arguments(
-    data: str | Path | Sequence[Mapping[str, Any]],
-    *,
-    base: str | None = None,
-    method: str | None = None,
-    epochs: float | None = None,
-    recipe: str | None = None,
-    name: str | None = None,
-    fields: Mapping[str, Any],
-) -> list[str]:
-    """Return what `fit` stands for on a command line: `--config`, and a `--set` for each value given."""
-    sources = None if isinstance(data, str | Path) else [dict(each) for each in data]
-    given: dict[str, Any] = {
-        "name": name,
-        "model.base": base,
-        "train.method": method,
-        "train.epochs": epochs,
-        "search.ladder": [] if epochs is not None else None,
-    }
-    settings = {field: value for field, value in given.items() if value is not None}
-    settings |= {"data.source": str(data) if sources is None else None, "data.sources": sources or []}
-    arguments = ["--config", recipe or recipe_for(base, method or "lora")]
-    for override in overrides({**settings, **fields}):
-        arguments += ["--set", override]
-    return arguments
-
-
-def recipe_for(base: str | None, method: str) -> str:
-    """Return the recipe that is made for a base and method.
-
-    Raises:
-        ConfigError: there is none, so that the user must choose.
-    """
-    own = [each for each in recipes() if each.endswith(f"-{method}")]
-    if found := [each for each in own if load_config(each).model.base == base]:
-        return found[0]
-    raise ConfigError(
-        f"recipe: none is made for base={base!r} with method={method!r}; name the one to start from, of "
-        f"{', '.join(recipes())}, or a file"
-    )
-
-
-def overrides(fields: Mapping[str, Any]) -> list[str]:
-    """Return settings as `--set` takes them, one `section.field=value` each.
-
-    Args:
-        fields: values by dotted name, or mappings of a section's fields.
-    """
-    plain = {field.name for section in described() for field in section.fields}
-    sections = {each.name for each in described()} - plain  # a range of `search.learning_rates` is one value
-    found = []
-    for name, value in fields.items():
-        if isinstance(value, Mapping) and name in sections:
-            found += overrides({f"{name}.{field}": each for field, each in value.items()})
-        else:
-            found.append(f"{name}={json.dumps(value, ensure_ascii=False, default=str)}")
-    return found
-
-
-def _load(arguments: Sequence[str]) -> Config:
-    """Return the configuration of a stage's arguments, `--config` and `--set`."""
-    return load_config(arguments[1], list(arguments[3::2]))
 
 
 def run(name: str) -> "Run":
@@ -195,7 +133,7 @@ class Run:
         """Its configuration."""
         record = self.job.record
         assert record
-        return _load(record.arguments)
+        return config_of(record.arguments)
 
     @property
     def folder(self) -> "RunFolder":
@@ -247,6 +185,18 @@ class Run:
             raise ConfigError(f"{self.name}: no report yet; the run is {self.status}")
         return f"{root.uri}/report.html"
 
+    def promote(self) -> None:
+        """Make the run's version the champion, which is served, whatever its scores.
+
+        Raises:
+            ConfigError: nothing is published yet.
+        """
+        from ray_jobs.registry.aliases import promote
+
+        if not (version := self.winner and self.winner.registry_version):
+            raise ConfigError(f"{self.name}: nothing published yet; the run is {self.status}")
+        promote(self.config, version)
+
     def stop(self) -> None:
         """Stop the run; the same `fit` resumes it."""
         self.job.stop()
@@ -291,7 +241,7 @@ class Run:
         arguments = list(record.arguments)
         for override in overrides(fields):
             arguments += ["--set", override]
-        config = _load(arguments)
+        config = config_of(arguments)
         if not record.address:
             arguments += ["--set", f"serve.port={free_port(config.serve.host, config.serve.port)}"]
         elif config.serve.host in LOCAL_HOSTS or not config.serve.port:
@@ -303,12 +253,12 @@ class Run:
         if served != own:
             print(
                 f"the champion of {config.publish.model_name} is version {served}, and is served; this run's "
-                f"is {own}: diffray versions promote makes it the champion"
+                f"is {own}: run.promote() makes it the champion"
             )
         job = self._endpoint
         job.start("serving.command", arguments, record.address, submit=False)
         endpoint = Endpoint(job)
-        endpoint._wait_until_ready()
+        endpoint.wait_until_ready()
         return endpoint
 
     def _repr_html_(self) -> str:
@@ -318,78 +268,3 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.name}: {self.status}>"
-
-
-class Endpoint:
-    """An endpoint that `Run.deploy` started. Its key, if it asks for one, is read from DIFFRAY_KEY."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    @property
-    def config(self) -> Config:
-        """Its configuration."""
-        record = self.job.record
-        assert record
-        return _load(record.arguments)
-
-    @property
-    def url(self) -> str:
-        """Its address, on which the page and the OpenAI-compatible API answer."""
-        record, serve = self.job.record, self.config.serve
-        assert record
-        host = urlsplit(record.address).hostname if record.address else serve.host
-        return browsable(host or serve.host, serve.port)
-
-    @property
-    def status(self) -> Status:
-        """running, failed or stopped."""
-        return self.job.status
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while True:
-            if self.status != "running":
-                raise EndpointError(f"the endpoint did not start: {self.job.last_line()}")
-            try:
-                call(f"{self.url}/readyz", timeout_s=10)
-                return
-            except EndpointError:
-                if time.monotonic() > deadline:
-                    self.job.stop()
-                    raise
-                time.sleep(1)
-
-    def draw(self, prompt: str, *, n: int = 1, seed: int | None = None, **fields: Any) -> "Pictures":
-        """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
-
-        Args:
-            fields: further fields of the request, as `steps` or `negative_prompt` (docs/serving.md).
-
-        Raises:
-            EndpointError: the endpoint does not answer, or refuses the request, with its message.
-        """
-        from PIL import Image
-
-        body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
-        timeout = self.config.serve.request_timeout_s + 10
-        answer = call(f"{self.url}/v1/images/generations", body, timeout, key=os.environ.get(KEY_VARIABLE))
-        contents = [base64.b64decode(each["b64_json"]) for each in answer["data"]]
-        return Pictures(Image.open(io.BytesIO(content)) for content in contents)
-
-    def delete(self) -> None:
-        """Stop the endpoint."""
-        self.job.stop()
-        self.job.forget()
-
-    def __repr__(self) -> str:
-        return f"<Endpoint {self.url}: {self.status}>"
-
-
-class Pictures(list["Image.Image"]):
-    """A list of PIL pictures that a notebook shows."""
-
-    def _repr_html_(self) -> str:
-        from diffray.shown import pictures
-
-        return pictures(self)

@@ -27,6 +27,7 @@ COMMANDS = {
     "rollout": "serving.rollout",
     "keys": "serving.keys",
     "export": "serving.export",
+    "networks": "ray_jobs.weights.fetch",
     "comfyui": "ray_jobs.weights.comfyui",
     "completion": "diffray.completion",
 }

@@ -19,7 +19,7 @@ from ray_jobs.metrics.feature_network import (
     require_pictures,
 )
 
-# sha256 of the safetensors file that scripts/fetch_efficientnet.py writes.
+# sha256 of the safetensors file that weights/fetch.py writes.
 DIGEST = "162cab1588fef51b5c21ded8c39f300b7865dc4826c4adb0db094486ac452864"
 NAME = "efficientnet-lite0"
 FIELD = "evaluate.second_network.path"  # the setting that names the file
@@ -128,7 +128,9 @@ class EfficientNet(FeatureNetwork):
 
 def read_efficientnet(path: str | Path, field: str = FIELD) -> tuple[bytes, str]:
     """Read the file's bytes and their digest; errors as for `load_efficientnet`."""
-    return read_checked(Path(path), field=field, mend="`make setup` fetches it", allowed={DIGEST})
+    return read_checked(
+        Path(path), field=field, mend="`make setup` or `diffray networks` fetches it", allowed={DIGEST}
+    )
 
 
 def load_efficientnet(

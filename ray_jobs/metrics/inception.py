@@ -72,7 +72,12 @@ class Inception(FeatureNetwork):
 
 def read_inception(path: str | Path, field: str = FIELD) -> tuple[bytes, str]:
     """Read the file's bytes and their digest; errors as for `load_inception`."""
-    return read_checked(Path(path), field=field, mend="`make setup` fetches it", allowed=set(KNOWN_NETWORKS))
+    return read_checked(
+        Path(path),
+        field=field,
+        mend="`make setup` or `diffray networks` fetches it",
+        allowed=set(KNOWN_NETWORKS),
+    )
 
 
 def load_inception(path: str | Path, device: str | torch.device = "cpu", *, field: str = FIELD) -> Inception:

@@ -15,7 +15,7 @@ from jsonschema import Draft7Validator
 from tests.k8s.manifests import ROOT
 
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
-INSTALLS = re.compile(r"-m venv|-m pip install|uv pip install|-m scripts\.")
+INSTALLS = re.compile(r"-m venv|-m pip install|uv pip install|-m ray_jobs\.weights\.fetch")
 
 
 def instructions(stage: str | None = None) -> list[tuple[str, str]]:
@@ -68,22 +68,23 @@ def test_the_image_is_installed_by_the_commands_of_make_setup() -> None:
 
 
 def test_the_networks_that_measure_fid_are_in_the_image() -> None:
-    assert ".venv/bin/python -m scripts.fetch_inception" in dockerfile_steps()
-    assert ".venv/bin/python -m scripts.fetch_efficientnet" in dockerfile_steps()
+    assert ".venv/bin/python -m ray_jobs.weights.fetch inception" in dockerfile_steps()
+    assert ".venv/bin/python -m ray_jobs.weights.fetch efficientnet" in dockerfile_steps()
 
 
 def test_what_fetches_the_networks_finds_all_that_it_imports(tmp_path: Path) -> None:
     """Of the code, the image holds at that step only what was copied before."""
     for word, rest in instructions("base"):
-        names = rest.split()[1:]
-        if word == "COPY" and names[0].startswith(("scripts", "ray_jobs")):
-            source, target = ROOT / names[0], tmp_path / names[1]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source)
-    modules = [step.split()[-1] for step in dockerfile_steps() if "-m scripts." in step]
-    program = f"import {', '.join(modules)}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        *sources, target = rest.split()[1:] or [""]
+        for name in sources if word == "COPY" else []:
+            place = tmp_path / target / (Path(name).name if target.endswith("/") else "")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(ROOT / name)
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")  # nothing is left to fetch
+    [python, *command] = next(step for step in dockerfile_steps() if "weights.fetch" in step).split()
+    assert python == ".venv/bin/python"
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_the_base_is_pinned_by_a_digest_that_has_no_default() -> None:
@@ -100,8 +101,10 @@ def test_an_image_does_not_run_as_root(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", ["train", "serve"])
 def test_code_is_copied_last_so_that_packages_stay_cached(stage: str) -> None:
-    base = [rest.split()[-2] for word, rest in instructions("base") if word == "COPY"]
-    assert base == ["requirements.lock", "scripts", "ray_jobs/__init__.py", "ray_jobs/metrics"]
+    base = [name for word, rest in instructions("base") if word == "COPY" for name in rest.split()[1:-1]]
+    fetching = [f"ray_jobs/{name}" for name in ("__init__.py", "console", "metrics")]
+    fetching += [f"ray_jobs/weights/{name}" for name in ("__init__.py", "fetch.py")]
+    assert base == ["requirements.lock", *fetching]
     words = [word for word, _ in instructions(stage)]
     assert "RUN" not in words[words.index("COPY") :]
     copied = {rest.split()[-2] for word, rest in instructions(stage) if word == "COPY"}

@@ -13,8 +13,10 @@ from PIL import ImageChops
 
 import diffray
 from cluster.local import LocalCluster
-from diffray.api import Endpoint, Run, stage_arguments
+from diffray.api import Run
+from diffray.endpoints import Endpoint
 from diffray.jobs import RECORDS, Job
+from diffray.settings import stage_arguments
 from ray_jobs.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,8 @@ def test_the_demos_notebook_starts_scores_serves_and_deletes_a_run(
         if name == "wait":
             assert "pipeline run tiny; results in" in capsys.readouterr().out
             check_run(here["run"], stage_arguments(here["data"], recipe="demo", name="tiny", fields=fields))
+        if name == "scores":
+            here["run"].promote()  # a random model may draw as badly as its base, and then stays a candidate
         if name == "draw":
             assert in_another_notebook("diffray.run('tiny').endpoint.url") == here["endpoint"].url
             check_endpoint(here["endpoint"])

@@ -88,7 +88,7 @@ def test_both_parts_of_the_tests_run_unless_the_first_fails_and_the_time_is_told
 ) -> None:
     for name in ("Makefile", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
-    scripts = ("scripts/fetch_inception.py", "scripts/fetch_efficientnet.py")
+    scripts = ("ray_jobs/weights/fetch.py",)
     models = (".cache/inception-2015-12-05.pt", ".cache/efficientnet-lite0.safetensors")
     for name in (*scripts, ".venv/complete", *models, ".venv/bin/python"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import diffray
-from diffray.api import stage_arguments
+from diffray.settings import stage_arguments
 from ray_jobs.config import load_config
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"))

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import diffray
-from diffray.api import Endpoint, Pictures, overrides, stage_arguments
+from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, Record
+from diffray.settings import overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.run.records import RungRow, write_rows
 
@@ -173,7 +174,7 @@ def test_a_job_whose_machine_ended_it_is_stopped() -> None:
     record = job.record
     assert record
     shell = psutil.Process(record.process)
-    for process in (*shell.children(), shell):
+    for process in (shell, *shell.children()):  # the shell first, which would write an exit code
         process.kill()
     assert waited(job) == "stopped"
 
@@ -208,6 +209,8 @@ def test_scores_and_pages_of_a_run_come_from_its_records(ended: diffray.Run) -> 
     assert ended.winner is None and ended.endpoint is None
     with pytest.raises(ConfigError, match="mine: no report yet; the run is finished"):
         ended.report()
+    with pytest.raises(ConfigError, match="mine: nothing published yet; the run is finished"):
+        ended.promote()
     ended.folder.root.write_text("report.html", "<!doctype html>")
     assert Path(ended.report()).read_text() == "<!doctype html>"
     assert repr(ended) == "<Run mine: finished>"

@@ -1,0 +1,99 @@
+"""The endpoint of a run, and the pictures that it draws."""
+
+import base64
+import io
+import os
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from diffray.jobs import Job, Status
+from diffray.settings import config_of
+from ray_jobs.config import Config
+from serving.client import KEY_VARIABLE, EndpointError, browsable, call
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+START_S = 900
+"""Timeout of an endpoint's start, in seconds; large models are read for minutes."""
+
+
+class Endpoint:
+    """An endpoint that `Run.deploy` started. Its key, if it asks for one, is read from DIFFRAY_KEY."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        record = self.job.record
+        assert record
+        return config_of(record.arguments)
+
+    @property
+    def url(self) -> str:
+        """Its address, on which the page and the OpenAI-compatible API answer."""
+        record, serve = self.job.record, self.config.serve
+        assert record
+        host = urlsplit(record.address).hostname if record.address else serve.host
+        return browsable(host or serve.host, serve.port)
+
+    @property
+    def status(self) -> Status:
+        """running, failed or stopped."""
+        return self.job.status
+
+    def wait_until_ready(self) -> None:
+        """Return once the endpoint answers.
+
+        Raises:
+            EndpointError: it ends before, with its last line, or does not answer in time.
+        """
+        deadline = time.monotonic() + START_S
+        while True:
+            if self.status != "running":
+                raise EndpointError(f"the endpoint did not start: {self.job.last_line()}")
+            try:
+                call(f"{self.url}/readyz", timeout_s=10)
+                return
+            except EndpointError:
+                if time.monotonic() > deadline:
+                    self.job.stop()
+                    raise
+                time.sleep(1)
+
+    def draw(self, prompt: str, *, n: int = 1, seed: int | None = None, **fields: Any) -> "Pictures":
+        """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
+
+        Args:
+            fields: further fields of the request, as `steps` or `negative_prompt` (docs/serving.md).
+
+        Raises:
+            EndpointError: the endpoint does not answer, or refuses the request, with its message.
+        """
+        from PIL import Image
+
+        body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
+        timeout = self.config.serve.request_timeout_s + 10
+        answer = call(f"{self.url}/v1/images/generations", body, timeout, key=os.environ.get(KEY_VARIABLE))
+        contents = [base64.b64decode(each["b64_json"]) for each in answer["data"]]
+        return Pictures(Image.open(io.BytesIO(content)) for content in contents)
+
+    def delete(self) -> None:
+        """Stop the endpoint."""
+        self.job.stop()
+        self.job.forget()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.url}: {self.status}>"
+
+
+class Pictures(list["Image.Image"]):
+    """A list of PIL pictures that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        from diffray.shown import pictures
+
+        return pictures(self)
