@@ -5,10 +5,11 @@ Names are those of peft in diffusers' format: `<component>.<layer>.lora_A.weight
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -91,6 +92,51 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
     return dict(settings)
 
 
+class LowRank(NamedTuple):
+    """A layer's part of an adapter: its update is `scale * up @ down`.
+
+    Attributes:
+        down: rank x in, or rank x in x height x width of a convolution.
+        up: out x rank, or out x rank x 1 x 1.
+        magnitude: DoRA's norms of the rows of base and update together, of `out` numbers; else None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None
+
+
+def low_rank_layers(
+    tensors: Mapping[str, torch.Tensor], settings: Settings
+) -> dict[tuple[str, str], LowRank]:
+    """Return an adapter's layers by component and layer, sorted.
+
+    Args:
+        tensors: of the adapter's file, by name.
+        settings: of its metadata (`check_adapter`).
+
+    Raises:
+        ValueError: a tensor is not one of peft's LoRA, or lacks its other half.
+    """
+    for name in tensors:
+        if not IN_FILE.search(name):
+            raise ValueError(
+                f"{name} is not a name of peft's; load the file with diffusers and save it again"
+            )
+    found = {}
+    for place in sorted({tuple(IN_FILE.sub("", name).split(".", 1)) for name in tensors}):
+        component, layer = place
+        names = {part: f"{component}.{layer}.lora_{part}.weight" for part in "AB"}
+        if missing := [name for name in names.values() if name not in tensors]:
+            raise ValueError(f"{missing[0]} is missing; save the adapter again")
+        down, up = (tensors[name] for name in names.values())
+        scale = adapter_scale(names["A"], settings, (component, layer), rank=len(down))
+        magnitude = tensors.get(f"{component}.{layer}.lora_magnitude_vector")
+        found[component, layer] = LowRank(down, up, scale, magnitude)
+    return found
+
+
 def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str], *, rank: int) -> float:
     """Return alpha / rank of a layer as peft computes it (alpha / sqrt(rank) for rsLoRA).
 
@@ -118,6 +164,17 @@ def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str
     alphas = own.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
     return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return peft's settings of an adapter without any: the scale is 1.
+
+    Args:
+        ranks: of its layers, by name.
+    """
+    [(usual, _)] = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
+    return {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
 
 
 def layer_in_memory(part: nn.Module, name: str) -> str:

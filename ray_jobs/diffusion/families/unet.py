@@ -38,9 +38,7 @@ class UNetFamily(Family):
         ]
 
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
-        encoders = self.trainable_encoders
-        number = encoders.index(component) + 1 if component in encoders and len(encoders) > 1 else ""
-        prefix = f"lora_te{number}" if component in encoders else "lora_unet"
+        prefix = self.kohya_encoder(component) if component in self.trainable_encoders else "lora_unet"
         return f"{prefix}_{layer.replace('.', '_')}", 0, 1
 
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor] | None:
