@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.protocols import Settings
+from ray_jobs.weights.lycoris import as_low_rank
 
 # Initialisations of peft 0.21.2 that subtract the adapter's initial values from the base's weights: added to
 # the plain base, such an adapter is off by those values.
@@ -49,15 +50,22 @@ IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$"
 def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], Settings]:
     """Return an adapter file's tensors by name, and its peft settings as `check_adapter` does.
 
+    LoHa and LoKr of LyCORIS are returned as the LoRA that they are.
+
     Raises:
         SafetensorError: the file is damaged or has another format.
-        ValueError: see `check_adapter`.
+        ValueError: see `check_adapter` and `as_low_rank`.
     """
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, check_adapter(file, tensors, opened.metadata() or {})
+        metadata = opened.metadata() or {}
+    try:
+        tensors = as_low_rank(tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return tensors, check_adapter(file, tensors, metadata)
 
 
 def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Settings:
@@ -75,8 +83,8 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
         for mark, method in OTHER_METHODS.items():
             if any(part.startswith(mark) for part in parts):
                 raise ValueError(
-                    f"{file}: {name} belongs to {method}, but only LoRA, rsLoRA and DoRA are supported; "
-                    "train one of these"
+                    f"{file}: {name} belongs to {method}, but only LoRA, rsLoRA and DoRA are supported, and "
+                    "LoHa and LoKr by LyCORIS' names; train one of these"
                 )
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -135,6 +143,16 @@ def low_rank_layers(
         magnitude = tensors.get(f"{component}.{layer}.lora_magnitude_vector")
         found[component, layer] = LowRank(down, up, scale, magnitude)
     return found
+
+
+def tensors_of(layers: Mapping[tuple[str, str], LowRank]) -> dict[str, torch.Tensor]:
+    """Return the tensors of layers whose scale is 1; inverse of `low_rank_layers` without settings."""
+    assert all(own.scale == 1 and own.magnitude is None for own in layers.values())
+    return {
+        f"{component}.{layer}.lora_{side}.weight": tensor
+        for (component, layer), own in layers.items()
+        for side, tensor in (("A", own.down), ("B", own.up))
+    }
 
 
 def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str], *, rank: int) -> float:

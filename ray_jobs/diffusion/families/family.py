@@ -1,5 +1,6 @@
 """A model family: everything in which families differ, as facets. Each family is one file in this folder."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,8 @@ class Family(ABC):
     """Height and width of native images in pixels, where no configuration of a model has them."""
     in_comfyui: bool = False
     """Whether ComfyUI reads LoRA files with diffusers' names of the layers."""
+    adapter_mark: str = ""
+    """Regular expression for a part of layers' names by which an adapter is taken for the family's."""
     in_checkpoint: tuple[str, ...] = ()
     """Components that a single-file checkpoint has; empty: `checkpoint` cannot write one."""
     kohya: KohyaFiles | None = None
@@ -109,6 +112,14 @@ class Family(ABC):
             denoiser: the denoiser's configuration.
         """
         return layer, (layer,)
+
+    def resembles(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether an adapter, by any program's names, may be the family's; for errors alone.
+
+        Args:
+            shapes: of its tensors, by name.
+        """
+        return bool(self.adapter_mark) and any(re.search(self.adapter_mark, name) for name in shapes)
 
     def checkpoint(
         self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings

@@ -75,6 +75,7 @@ class FluxFamily(Family):
 
     codec = FluxCodec()
     schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    adapter_mark = r"single_transformer_blocks|double_blocks|single_blocks"
 
     def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
         single = layer.startswith("single_")

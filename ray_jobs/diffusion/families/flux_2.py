@@ -127,6 +127,7 @@ class Flux2Family(Family):
         )
     }
     codec = Flux2Codec()
+    adapter_mark = "to_qkv_mlp_proj|double_blocks|single_blocks"
     schedule = Flux2Schedule(max_shift=1.15, even_sigmas=True)
 
     def published_layer(self, layer: str, denoiser: Settings) -> Published | None:

@@ -69,6 +69,7 @@ class Lumina2(Family):
 
     pipeline_class = "Lumina2Pipeline"
     trainable = {"transformer": UNET_ATTENTION}
+    adapter_mark = r"layers[._]\d+[._](attn[._]to_q|attention[._]qkv)"
     kohya = KohyaFiles("networks.lora_lumina", "lumina2", "lumina-2")
     text, codec = Lumina2Text(), Lumina2Codec()
     schedule = RectifiedFlow(max_shift=1.15, even_sigmas=True)

@@ -43,6 +43,7 @@ class StableDiffusion(UNetFamily):
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = StableDiffusionText()
     variants = ("", "consistency")
+    text_widths = (768, 1024)
     in_checkpoint = ("unet", "vae", "text_encoder")
     kohya = KohyaFiles("networks.lora", "sd_v1", "stable-diffusion-v1")
 

@@ -85,6 +85,7 @@ class StableDiffusion3(Family):
 
     pipeline_class = "StableDiffusion3Pipeline"
     in_comfyui = True
+    adapter_mark = "joint_blocks"
     kohya = KohyaFiles("networks.lora_sd3", "sd3", "stable-diffusion-3")
     trainable = {
         "transformer": MMDIT_ATTENTION,

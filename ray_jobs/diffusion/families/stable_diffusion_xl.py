@@ -58,6 +58,7 @@ class StableDiffusionXL(UNetFamily):
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION, "text_encoder_2": CLIP_ATTENTION}
     text = StableDiffusionXLText()
     picture_conditions = ("sizes",)
+    text_widths = (2048,)
     in_checkpoint = ("unet", "vae", "text_encoder", "text_encoder_2")
     kohya = KohyaFiles("networks.lora", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 

@@ -1,5 +1,8 @@
 """What the families with a UNet share."""
 
+import re
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
@@ -14,6 +17,9 @@ class UNetFamily(Family):
 
     codec, schedule = Codec(), VariancePreserving()
     is_unet = True
+    adapter_mark = r"(down|mid|up|input|middle|output)_block"
+    text_widths: tuple[int, ...] = ()
+    """Widths of the captions' embeddings in published models."""
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -36,6 +42,11 @@ class UNetFamily(Family):
             if name.split(".")[-2:-1] in (["resnets"], ["transformer_blocks"])
             and name != "mid_block.resnets.0"
         ]
+
+    def resembles(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        down = re.compile(r"attn2[._]to_[kv].*(lora_A|down)\.weight$")
+        widths = {shape[1] for name, shape in shapes.items() if down.search(name)}
+        return super().resembles(shapes) and widths <= set(self.text_widths)
 
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
         prefix = self.kohya_encoder(component) if component in self.trainable_encoders else "lora_unet"

@@ -54,6 +54,7 @@ class ZImage(Family):
 
     pipeline_class = "ZImagePipeline"
     in_comfyui = True
+    adapter_mark = r"layers[._]\d+[._]attention[._](to_q|qkv)"
     kohya = KohyaFiles("networks.lora_zimage", "z_image", "Z-Image")
     adds_guidance = True
     trainable = {"transformer": UNET_ATTENTION}
