@@ -47,12 +47,14 @@ class Imported:
         method: lora, or full for a whole model.
         tags: provenance, for the registry.
         notes: what the user should know, line by line.
+        is_base: it is a model as bases are named, so its own base; others are versions of `model.base`.
     """
 
     folder: Path
     method: str
     tags: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    is_base: bool = False
 
 
 @contextmanager
@@ -132,15 +134,16 @@ def imported_model(config: Config, name: str, revision: str | None = None) -> It
             target.mkdir()
             copy_parts(source, target)
             write_index(source, target)
-        yield Imported(target, "full", tags | ({"imported_revision": revision} if revision else {}))
+        tags |= {"imported_revision": revision} if revision else {}
+        yield Imported(target, "full", tags, is_base=not place.is_file())
 
 
 def register_imported(config: Config, imported: Imported) -> Registered:
-    """Register imported weights as a version of `publish.model_name`; a model is its own base."""
+    """Register imported weights as a version of `publish.model_name`."""
     name = imported.tags["imported_from"]
     train = config.train.model_copy(update={"method": imported.method})
     config = config.model_copy(update={"train": train})
-    if imported.method == "full":
+    if imported.is_base:
         own = {"base": name, "revision": imported.tags.get("imported_revision"), "quantize": None}
         config = config.model_copy(update={"model": config.model.model_copy(update=own)})
     params = {"method": imported.method, "base": config.model.base, **imported.tags}

@@ -165,7 +165,8 @@ def test_a_checkpoint_in_one_file_is_served(tiny: Callable[[str], Path], tmp_pat
     ours = drawn(config)
     assert (ours - picture(plain_diffusers.load(tmp_path / "other"))).abs().max() < 1.01
     assert (ours - picture(plain_diffusers.load(base))).abs().max() > 5
-    assert registered(config, "1").params["imported_from"] == str(file)
+    found = registered(config, "1")
+    assert (found.params["imported_from"], found.base) == (str(file), str(base))
 
 
 def lycoris(
