@@ -74,7 +74,7 @@ def status(config: Config) -> str:
             versions_of(client, config.publish.model_name), key=lambda each: -int(each.version)
         ):
             measured = measured_of(client, each)
-            scores = ("–", "–", "–", "–")
+            scores = ("not measured", "–", "–", "–")
             if measured:
                 ranked = "FID"
                 if (by := measured.ranked_by) != FID and measured.result(by):

@@ -1,12 +1,13 @@
 """Registration: a folder of weights becomes a version, and the champion if its score allows it.
 
-Called by `publish`. `ray_jobs/versions.py` describes the aliases.
+Called by `publish` and `import_weights`. `ray_jobs/versions.py` describes the aliases.
 """
 
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -52,11 +53,12 @@ def register(
     config: Config,
     *,
     source: str,
-    measured: Measured,
+    measured: Measured | None,
     params: dict[str, str],
     metrics: dict[str, float] | None = None,
     description: str | None = None,
     paired: Paired | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Registered:
     """Register `source` as a version of `config.publish.model_name`, and as champion if its score allows it.
 
@@ -66,11 +68,13 @@ def register(
 
     Args:
         source: folder (local path or URI) in diffusers format, with safetensors weights.
-        measured: its test score.
+        measured: its test score; None for weights that were trained elsewhere and not measured. Such a
+            version becomes champion only where there is none.
         params: parameters logged with the run, for example the learning rate.
         metrics: metrics logged with the run in addition to `test_fid` and `test_fid_error`.
         description: description of the version, for display.
         paired: paired comparison with a champion, if both were scored on the same captions and noise.
+        tags: further tags of the version.
 
     Raises:
         ConfigError: the folder holds no weights, or the registry refuses or cannot be reached.
@@ -93,13 +97,13 @@ def register(
         if found is None:
             kept = _keep(config, source, digest)
             run = _log_run(client, config, measured, params, metrics or {})
-            place, tags = kept, _tags(config, measured, digest)
+            place, own = kept, _tags(config, measured, digest) | dict(tags or {})
             if is_server(tracking_uri(config)) and Storage.open(kept).is_local:
                 # A server refuses a local folder as a version's source, unless it belongs to the run.
-                place, tags = f"runs:/{run}/model", tags | {WEIGHTS: kept}
+                place, own = f"runs:/{run}/model", own | {WEIGHTS: kept}
             found = retried(
                 lambda: client.create_model_version(
-                    name, source=place, run_id=run, tags=tags, description=description
+                    name, source=place, run_id=run, tags=own, description=description
                 )
             )
         return _settled(client, config, _decide(client, config, int(found.version), measured, paired), before)
@@ -117,7 +121,11 @@ def _registered(versions: list["ModelVersion"], source: str, digest: str) -> "Mo
 
 
 def _decide(
-    client: "MlflowClient", config: Config, version: int, measured: Measured, paired: Paired | None = None
+    client: "MlflowClient",
+    config: Config,
+    version: int,
+    measured: Measured | None,
+    paired: Paired | None = None,
 ) -> Registered:
     """Give a new version its alias, then record the decision in its tag."""
     name, aliases = config.publish.model_name, aliases_of(client, config)
@@ -126,8 +134,11 @@ def _decide(
     if champion == version:
         decision = "champion"
     elif champion is None:
-        against = objection_to_first(measured)
-        decision = "champion: the first version of its name"
+        against = objection_to_first(measured) if measured else None
+        decision = "champion: the first version of its name" + ("" if measured else ", not measured")
+    elif measured is None:
+        against = "it is not measured"
+        decision = ""
     else:
         held = measured_of(client, client.get_model_version(name, str(champion)))
         against = objection(measured, held, paired if paired and paired.champion == champion else None)
@@ -206,19 +217,26 @@ def beginning_tags(config: Config) -> dict[str, str]:
     return {f"begins_from_{field}": name for field, name in beginning_names(config).items()}
 
 
-def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
-    return {
+def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, str]:
+    """Return a version's tags."""
+    tags = {
         "base": config.model.base,
         "base_revision": config.model.revision or "",
-        **beginning_tags(config),
         **quantization_tags(config.model),
         "method": config.train.method,
         "digest": digest,
+        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
+        "code_version": code_version(),
+        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
+        "signature": json.dumps(signature(config.data.resolution)),
+    }
+    if measured is None:
+        return tags
+    return tags | {
+        **beginning_tags(config),
         "data_digest": measured.data,
         **({} if measured.test is None else {"test_digest": measured.test}),
         **({} if measured.base_fid is None else {"base_test_fid": repr(measured.base_fid)}),
-        "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
-        "code_version": code_version(),
         "feature_network": measured.feature_network,
         "num_samples": str(measured.num_samples),
         "test_fid": repr(measured.fid),
@@ -227,8 +245,6 @@ def _tags(config: Config, measured: Measured, digest: str) -> dict[str, str]:
         **_other_scores(measured),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
         "folds": str(config.search.folds),
-        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
-        "signature": json.dumps(signature(config.data.resolution)),
     }
 
 
@@ -275,14 +291,16 @@ def _keep(config: Config, source: str, digest: str) -> str:
 def _log_run(
     client: "MlflowClient",
     config: Config,
-    measured: Measured,
+    measured: Measured | None,
     params: dict[str, str],
     metrics: dict[str, float],
 ) -> str:
     """Log one finished MLflow run and return its id."""
     from mlflow.entities import Metric, Param
 
-    errors = {} if measured.error is None else {"test_fid_error": measured.error}
+    scores = {"test_fid": measured.fid} if measured else {}
+    if measured and measured.error is not None:
+        scores["test_fid_error"] = measured.error
     # Restore an experiment that was deleted since the start, so that the trained result is not lost.
     experiment = experiment_id(client, config.name, restore=True)
     run = retried(lambda: client.create_run(experiment, run_name=config.name))
@@ -291,10 +309,7 @@ def _log_run(
         client.log_batch,
         run.info.run_id,
         params=[Param(key, str(value)) for key, value in params.items()],
-        metrics=[
-            Metric(key, float(value), now, 0)
-            for key, value in {**metrics, "test_fid": measured.fid, **errors}.items()
-        ],
+        metrics=[Metric(key, float(value), now, 0) for key, value in {**metrics, **scores}.items()],
     )
     retried(log)
     retried(lambda: client.set_terminated(run.info.run_id))

@@ -5,15 +5,17 @@ Names are those of peft in diffusers' format: `<component>.<layer>.lora_A.weight
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ray_jobs.diffusion.protocols import Settings
+from ray_jobs.weights.lycoris import as_low_rank
 
 # Initialisations of peft 0.21.2 that subtract the adapter's initial values from the base's weights: added to
 # the plain base, such an adapter is off by those values.
@@ -48,15 +50,22 @@ IN_FILE = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$"
 def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], Settings]:
     """Return an adapter file's tensors by name, and its peft settings as `check_adapter` does.
 
+    LoHa and LoKr of LyCORIS are returned as the LoRA that they are.
+
     Raises:
         SafetensorError: the file is damaged or has another format.
-        ValueError: see `check_adapter`.
+        ValueError: see `check_adapter` and `as_low_rank`.
     """
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, check_adapter(file, tensors, opened.metadata() or {})
+        metadata = opened.metadata() or {}
+    try:
+        tensors = as_low_rank(tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return tensors, check_adapter(file, tensors, metadata)
 
 
 def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Settings:
@@ -74,8 +83,8 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
         for mark, method in OTHER_METHODS.items():
             if any(part.startswith(mark) for part in parts):
                 raise ValueError(
-                    f"{file}: {name} belongs to {method}, but only LoRA, rsLoRA and DoRA are supported; "
-                    "train one of these"
+                    f"{file}: {name} belongs to {method}, but only LoRA, rsLoRA and DoRA are supported, and "
+                    "LoHa and LoKr by LyCORIS' names; train one of these"
                 )
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -89,6 +98,61 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
                 "path_initial_model_for_weight_conversion) or train with another initialisation"
             )
     return dict(settings)
+
+
+class LowRank(NamedTuple):
+    """A layer's part of an adapter: its update is `scale * up @ down`.
+
+    Attributes:
+        down: rank x in, or rank x in x height x width of a convolution.
+        up: out x rank, or out x rank x 1 x 1.
+        magnitude: DoRA's norms of the rows of base and update together, of `out` numbers; else None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None
+
+
+def low_rank_layers(
+    tensors: Mapping[str, torch.Tensor], settings: Settings
+) -> dict[tuple[str, str], LowRank]:
+    """Return an adapter's layers by component and layer, sorted.
+
+    Args:
+        tensors: of the adapter's file, by name.
+        settings: of its metadata (`check_adapter`).
+
+    Raises:
+        ValueError: a tensor is not one of peft's LoRA, or lacks its other half.
+    """
+    for name in tensors:
+        if not IN_FILE.search(name):
+            raise ValueError(
+                f"{name} is not a name of peft's; load the file with diffusers and save it again"
+            )
+    found = {}
+    for place in sorted({tuple(IN_FILE.sub("", name).split(".", 1)) for name in tensors}):
+        component, layer = place
+        names = {part: f"{component}.{layer}.lora_{part}.weight" for part in "AB"}
+        if missing := [name for name in names.values() if name not in tensors]:
+            raise ValueError(f"{missing[0]} is missing; save the adapter again")
+        down, up = (tensors[name] for name in names.values())
+        scale = adapter_scale(names["A"], settings, (component, layer), rank=len(down))
+        magnitude = tensors.get(f"{component}.{layer}.lora_magnitude_vector")
+        found[component, layer] = LowRank(down, up, scale, magnitude)
+    return found
+
+
+def tensors_of(layers: Mapping[tuple[str, str], LowRank]) -> dict[str, torch.Tensor]:
+    """Return the tensors of layers whose scale is 1; inverse of `low_rank_layers` without settings."""
+    assert all(own.scale == 1 and own.magnitude is None for own in layers.values())
+    return {
+        f"{component}.{layer}.lora_{side}.weight": tensor
+        for (component, layer), own in layers.items()
+        for side, tensor in (("A", own.down), ("B", own.up))
+    }
 
 
 def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str], *, rank: int) -> float:
@@ -118,6 +182,17 @@ def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str
     alphas = own.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
     return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return peft's settings of an adapter without any: the scale is 1.
+
+    Args:
+        ranks: of its layers, by name.
+    """
+    [(usual, _)] = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
+    return {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
 
 
 def layer_in_memory(part: nn.Module, name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from ray_jobs.console.commands import command_parser
 from ray_jobs.diffusion.families import Family, family_of
 from ray_jobs.diffusion.protocols import Settings
-from ray_jobs.weights.adapter_files import IN_FILE, adapter_scale, read_adapter_file
+from ray_jobs.weights.adapter_files import low_rank_layers, read_adapter_file
 from ray_jobs.weights.loading import LORA_WEIGHTS, read_index
 
 DORA = (
@@ -74,21 +74,13 @@ def comfyui_tensors(
     """
     parts: dict[str, dict[int, Factors]] = {}
     numbers: dict[str, int] = {}
-    for name in sorted(tensors):
-        if not (kind := IN_FILE.search(name)):
-            raise ValueError(
-                f"{name} is not a name of peft's; load the file with diffusers and save it again"
-            )
-        if "magnitude" in kind[0]:
+    for (component, layer), own in low_rank_layers(tensors, settings).items():
+        if own.magnitude is not None:
             raise NotForComfyUI(DORA)
-        component, _, layer = name.removesuffix(kind[0]).partition(".")
         if (place := family.comfyui_layer(component, layer)) is None:
             raise NotForComfyUI(f"ComfyUI is not known to read LoRA of {family.pipeline_class}")
         target, part, numbers[target] = place
-        if kind[1] == "lora_A.weight":
-            down, up = tensors[name], tensors[f"{component}.{layer}.lora_B.weight"]
-            scale = adapter_scale(name, settings, (component, layer), rank=len(down))
-            parts.setdefault(target, {})[part] = down, up * scale
+        parts.setdefault(target, {})[part] = own.down, own.up * own.scale
     converted: dict[str, torch.Tensor] = {}
     for target, found in parts.items():
         if len(found) < numbers[target]:

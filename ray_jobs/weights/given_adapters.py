@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from torch import nn
 
 from cluster.fetched import local_path
-from ray_jobs.diffusion.families import Family
+from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.finetuning import inject_adapter
 from ray_jobs.diffusion.protocols import Component, Settings
-from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file
+from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, unscaled
 from ray_jobs.weights.loading import LORA_WEIGHTS
+from ray_jobs.weights.published_names import KOHYA, from_published_names
 
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -59,7 +59,10 @@ def given_file(name: str, revision: str | None, field: str) -> Path:
 
 
 def _pickled(name: str) -> str:
-    return f"{name} is pickled, and loading it could run any program; convert it to .safetensors"
+    return (
+        f"{name} is pickled, and loading it could run any program; convert it to .safetensors: "
+        "torch.load(..., weights_only=True) runs none, then safetensors.torch.save_file"
+    )
 
 
 def _only(name: str, files: Iterable[str], field: str) -> str:
@@ -106,6 +109,14 @@ def read_given(
         raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
+    _require_one_scheme(stored, file, field)
+    _require_finite(stored, file, field)
+    try:
+        published = from_published_names(family, denoiser, stored)
+    except ValueError as error:
+        raise ValueError(f"{field}: {file}: {error}") from None
+    if published is not None:
+        return published, {}
     if foreign := [name for name in stored if not _PART.search(name)]:
         raise ValueError(
             f"{field}: {file}: {_first(foreign)}: no part of a LoRA that diffusers reads; give a file without"
@@ -116,19 +127,28 @@ def read_given(
     try:
         # Other programs' names become diffusers'; alphas are returned apart, or not at all.
         tensors, *alphas = getattr(diffusers, family.pipeline_class).lora_state_dict(
-            str(file.parent), weight_name=file.name, return_alphas=True, return_lora_metadata=True, **options
+            dict(stored), return_alphas=True, return_lora_metadata=True, **options
         )
     except Exception as error:  # of any kind: its converters expect the names that they know
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{field}: {file}: diffusers cannot read it as an adapter of {family.pipeline_class} ({reason})"
+            f"{_resemblance(stored, family)}"
         ) from None
     scales = alphas[0] or {} if len(alphas) > 1 else {}
     if family.is_unet:
-        tensors, scales = convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(scales)
+        tensors, scales = (
+            {_in_text_encoder(name): each for name, each in convert_unet_state_dict_to_peft(found).items()}
+            for found in (tensors, scales)
+        )
+    # Where diffusers has no converter, alphas are left among the tensors.
+    scales |= {name: tensors.pop(name) for name in list(tensors) if name.endswith(".alpha")}
     before, after = (sum(bool(DOWN.search(name)) for name in names) for names in (stored, tensors))
     if after < before:
-        raise ValueError(f"{field}: {file}: diffusers reads {after} of its {before} layers; convert it first")
+        raise ValueError(
+            f"{field}: {file}: diffusers reads {after} of its {before} layers"
+            f"{_resemblance(stored, family) or '; convert it first'}"
+        )
     for name, alpha in scales.items():
         layer = name.removesuffix(".alpha").partition(".lora_A.")[0]
         if (up := f"{layer}.lora_B.weight") in tensors:
@@ -136,8 +156,55 @@ def read_given(
     return tensors, settings
 
 
+# Names by their beginnings, each of which one kind of program writes.
+_SCHEMES = {
+    "kohya's": re.compile(rf"{KOHYA}|lora_te\d?_"),
+    "ComfyUI's": re.compile(r"(diffusion_model|text_encoders)\."),
+    "peft's": re.compile(r"base_model\.model\."),
+    "diffusers'": re.compile(r"(?!diffusion_model\.|text_encoders\.|base_model\.)\w+\..*lora_[AB]\."),
+}
+
+
+def _require_one_scheme(names: Iterable[str], file: Path, field: str) -> None:
+    """Raise ValueError if a file has names of two programs, of which diffusers would drop those of one."""
+    found: dict[str, str] = {}
+    for name in names:
+        scheme = next((scheme for scheme, begins in _SCHEMES.items() if begins.match(name)), None)
+        if scheme:
+            found.setdefault(scheme, name)
+    if len(found) > 1:
+        both = " and ".join(f"{scheme} ({name})" for scheme, name in list(found.items())[:2])
+        raise ValueError(f"{field}: {file}: it has names of two programs, {both}; give a file of one")
+
+
+def _require_finite(tensors: Mapping[str, torch.Tensor], file: Path, field: str) -> None:
+    """Raise ValueError if a weight is infinite or not a number; name its tensor."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{field}: {file}: {name} has weights that are infinite or not a number; its training "
+                "diverged, or the file is damaged: take an earlier one"
+            )
+
+
 def _first(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _in_text_encoder(name: str) -> str:
+    """Return the name of a text encoder's layer in place of diffusers' old one for kohya's files."""
+    name = re.sub(r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj.", name)
+    name = name.replace(".self_attn.to_out.0.", ".self_attn.out_proj.")
+    return name.replace(".lora_linear_layer.up.", ".lora_B.").replace(".lora_linear_layer.down.", ".lora_A.")
+
+
+def _resemblance(tensors: Mapping[str, torch.Tensor], family: Family | None = None) -> str:
+    """Return the families whose adapter a file may be, for errors; empty if it may be of the given one."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    found = [name for name, each in FAMILIES.items() if each.resembles(shapes)]
+    if not found or family and family.pipeline_class in found:
+        return ""
+    return f"; it may be an adapter of {' or '.join(found)}"
 
 
 def require_places(
@@ -148,7 +215,7 @@ def require_places(
     if misfits or not tensors:
         raise ValueError(
             f"{field}: {file}: {len(misfits)} of {len(tensors)} tensors have no place in this base "
-            f"({_first(misfits)}); give an adapter of this model"
+            f"({_first(misfits)}); give an adapter of this model{_resemblance(tensors)}"
         )
 
 
@@ -203,9 +270,7 @@ def inject_given(
     ranks = {key.partition(".lora_")[0]: len(each) for key, each in tensors.items() if ".lora_A." in key}
     scaling = {name: settings[name] for name in SCALING if name in settings}
     if not scaling:
-        [(usual, _)] = Counter(ranks.values()).most_common(1)
-        others = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
-        scaling = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+        scaling = unscaled(ranks)
     config = LoraConfig(
         **scaling,
         target_modules=sorted(ranks),

@@ -13,7 +13,7 @@ from ray_jobs.diffusion.families.text_processor import text_processor
 from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.diffusion.protocols import Component, Pipeline
 from ray_jobs.diffusion.quantization import cast_weights, copy_unrounded, is_quantized, quantize
-from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file
+from ray_jobs.weights.adapter_files import place_tensors, read_adapter_file, unscaled
 from ray_jobs.weights.model_files import UNUSED, model_folder, require_own_layers, variants
 from ray_jobs.weights.model_index import (
     INDEX,
@@ -171,10 +171,16 @@ def _classic(
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
-    """Return the dtype of a component's files: that of the first matrix."""
+    """Return the dtype of a component's files."""
+    return dtype_of(
+        next(path for path in sorted(folder.glob("*.safetensors")) if plain_name(path.name, variant))
+    )
+
+
+def dtype_of(path: Path) -> torch.dtype:
+    """Return the dtype of the first matrix in a safetensors file."""
     from safetensors import safe_open
 
-    path = next(path for path in sorted(folder.glob("*.safetensors")) if plain_name(path.name, variant))
     with safe_open(path, "pt") as file:
         slices = (file.get_slice(key) for key in file.keys())  # noqa: SIM118
         name = next((each.get_dtype() for each in slices if len(each.get_shape()) > 1), "F32")
@@ -359,8 +365,9 @@ def _inject(
         prefix = f"{name}."
         stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        ranks = [tensor.shape[1] for key, tensor in stored.items() if key.endswith("lora_B.weight")]
+        ends = "lora_B.weight"
+        ranks = {key.partition(".lora_")[0]: t.shape[1] for key, t in stored.items() if key.endswith(ends)}
         if ranks:
-            own = own or {"r": ranks[0], "lora_alpha": ranks[0]}
+            own = own or unscaled(ranks)
             layers = sorted({key.partition(".lora_")[0] for key in stored})
             inject_adapter_in_model(LoraConfig(**own | {"target_modules": layers}), part)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,19 @@ def copy_part(source: Path, target: Path, class_name: str | None) -> None:
         else:
             shutil.copyfile(path, target / name)
     use_old_names(target, class_name)
+
+
+def copy_parts(base: Path, folder: Path, *, without: Collection[str] = ()) -> None:
+    """Copy a model's components, but those that are never loaded; see `copy_part`.
+
+    Args:
+        without: further components that are not copied.
+    """
+    index = model_index(base)
+    for path in base.iterdir():
+        if path.is_dir() and path.name not in {*NEVER_LOADED, *without}:
+            class_name = (index.get(path.name) or [None, None])[1]
+            copy_part(path, folder / path.name, class_name)
 
 
 def use_old_names(folder: Path, class_name: str | None) -> None:
@@ -188,11 +201,7 @@ def save_pipeline(
         own[key].copy_(value)
     for name, (_, part) in components.items():
         save_part(part, folder / name)
-    index = model_index(base)
-    for path in base.iterdir():
-        if path.is_dir() and path.name not in {*NEVER_LOADED, *components}:
-            class_name = (index.get(path.name) or [None, None])[1]
-            copy_part(path, folder / path.name, class_name)
+    copy_parts(base, folder, without=components)
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
     write_index(base, folder, None if scheduler is None else type(scheduler).__name__)

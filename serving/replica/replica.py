@@ -17,6 +17,7 @@ from ray import serve
 from cluster.fetched import local_path
 from cluster.gpus import take_share
 from ray_jobs.config import EvaluateConfig, ServeConfig
+from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
@@ -34,7 +35,6 @@ from serving.messages import (
 from serving.replica.engine_cache import EngineCache, NoRoom
 from serving.replica.image_input import read_picture
 from serving.replica.postprocess import Postprocessor
-from serving.replica.weights import local_weights
 from serving.request import Request, RequestError
 from serving.schemas import APIError
 

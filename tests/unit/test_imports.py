@@ -23,8 +23,8 @@ ROOMS = (
 DATA_ROOMS = ("sources", "curation", "encoding", "feeding")  # modules of `data` itself come after them
 # All that lies directly in `ray_jobs`: what a person runs.
 STAGES = (
-    *("versions", "checks", "prepare", "captions", "train", "pretrain", "evaluate"),
-    *("search", "publish", "compare", "pipeline"),
+    *("versions", "export_weights", "import_weights", "checks", "prepare", "captions", "train", "pretrain"),
+    *("evaluate", "search", "publish", "compare", "pipeline"),
 )
 COMMANDS = ("cluster.plan",)  # run by a person, imported by nobody, and free to ask every room
 PURE = ("ray_jobs.diffusion", "ray_jobs.metrics", "ray_jobs.pictures")

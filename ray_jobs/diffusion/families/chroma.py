@@ -9,6 +9,7 @@ import torch
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions
 from ray_jobs.diffusion.families.flux import T5_TOKENS, FluxFamily, to_tokens
+from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline
 from ray_jobs.diffusion.recomputation import Recompute, recomputed
@@ -32,6 +33,7 @@ class Chroma(FluxFamily):
 
     pipeline_class = "ChromaPipeline"
     in_comfyui = True
+    kohya = KohyaFiles("networks.lora_flux", "chroma", "chroma")
     trainable = {"transformer": MMDIT_ATTENTION}
     text = ChromaText()
 

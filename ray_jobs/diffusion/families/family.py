@@ -1,5 +1,6 @@
 """A model family: everything in which families differ, as facets. Each family is one file in this folder."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.noise_schedule import NoiseSchedule
+from ray_jobs.diffusion.families.published import KohyaFiles, Published
 from ray_jobs.diffusion.families.text import Text
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline, Settings
 from ray_jobs.diffusion.recomputation import Recompute, recomputed, stacked_blocks
@@ -54,6 +56,12 @@ class Family(ABC):
     """Height and width of native images in pixels, where no configuration of a model has them."""
     in_comfyui: bool = False
     """Whether ComfyUI reads LoRA files with diffusers' names of the layers."""
+    adapter_mark: str = ""
+    """Regular expression for a part of layers' names by which an adapter is taken for the family's."""
+    in_checkpoint: tuple[str, ...] = ()
+    """Components that a single-file checkpoint has; empty: `checkpoint` cannot write one."""
+    kohya: KohyaFiles | None = None
+    """Metadata of kohya's LoRA files; None: its programs are not known to train the family."""
     routed_layers: str = ""
     """Part of the names of layers that see only the tokens that a gate gives them; empty: there are none."""
     has_dropout: bool = True
@@ -78,6 +86,54 @@ class Family(ABC):
             layer: the layer's name in it, in files (`adapter_files.file_name`).
         """
         return (f"{component}.{layer}", 0, 1) if self.in_comfyui else None
+
+    def kohya_layer(self, component: str, layer: str, denoiser: Settings) -> Published | None:
+        """Return where kohya's LoRA files have a layer; None if they have no place for it.
+
+        Args:
+            component, layer: as for `comfyui_layer`.
+            denoiser: the denoiser's configuration.
+        """
+        encoders = self.trainable_encoders
+        if component in encoders:
+            return f"{self.kohya_encoder(component)}_{layer.replace('.', '_')}", (layer,)
+        found = self.published_layer(layer, denoiser)
+        return found and (f"lora_unet_{found[0].replace('.', '_')}", found[1])
+
+    def kohya_encoder(self, component: str) -> str:
+        """Return how the names of a text encoder's layers begin in kohya's files."""
+        return f"lora_te{self.trainable_encoders.index(component) + 1}"
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
+        """Return the name of a denoiser's layer in the first publication; None if it has no counterpart.
+
+        Args:
+            layer: diffusers' name.
+            denoiser: the denoiser's configuration.
+        """
+        return layer, (layer,)
+
+    def resembles(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether an adapter, by any program's names, may be the family's; for errors alone.
+
+        Args:
+            shapes: of its tensors, by name.
+        """
+        return bool(self.adapter_mark) and any(re.search(self.adapter_mark, name) for name in shapes)
+
+    def checkpoint(
+        self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        """Return a component's tensors as single-file checkpoints have them, of `in_checkpoint` alone.
+
+        Args:
+            tensors: by diffusers' names.
+            settings: the component's configuration.
+
+        Raises:
+            ValueError: a tensor has no name there, or the model is one that checkpoints hold otherwise.
+        """
+        raise NotImplementedError
 
     @property
     def denoisers(self) -> tuple[str, ...]:

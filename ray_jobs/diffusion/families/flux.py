@@ -16,11 +16,30 @@ from ray_jobs.diffusion.families.family import (
     Family,
 )
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles, Published, renamed
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 PATCH = 2  # side of a patch, in latents
 T5_TOKENS = 512
+PUBLISHED_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+PUBLISHED_LAYERS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+PUBLISHED_SINGLE_LAYERS = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
 
 
 class FluxText(Text):
@@ -56,6 +75,11 @@ class FluxFamily(Family):
 
     codec = FluxCodec()
     schedule = RectifiedFlow(max_shift=1.15, patch=PATCH, even_sigmas=True)
+    adapter_mark = r"single_transformer_blocks|double_blocks|single_blocks"
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
+        single = layer.startswith("single_")
+        return renamed(layer, PUBLISHED_SINGLE_LAYERS if single else PUBLISHED_LAYERS, PUBLISHED_BLOCKS)
 
     def denoise_tokens(
         self,
@@ -91,6 +115,7 @@ class Flux(FluxFamily):
 
     pipeline_class = "FluxPipeline"
     in_comfyui = True
+    kohya = KohyaFiles("networks.lora_flux", "flux1", "flux-1-dev")
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = FluxText()
     variants = ("", "schnell")

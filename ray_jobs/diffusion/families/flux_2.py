@@ -12,13 +12,29 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.flux import PUBLISHED_BLOCKS
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles, Published, renamed
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text, chat_prompts
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
 PATCH = 2  # side of a latent of the denoiser, in latents of the autoencoder
 MAX_TOKENS = 512
 SINGLE_BLOCKS = 48  # the most that a published model has
+
+
+PUBLISHED_LAYERS = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+}
 
 
 class Flux2Text(Text):
@@ -111,7 +127,11 @@ class Flux2Family(Family):
         )
     }
     codec = Flux2Codec()
+    adapter_mark = "to_qkv_mlp_proj|double_blocks|single_blocks"
     schedule = Flux2Schedule(max_shift=1.15, even_sigmas=True)
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
+        return renamed(layer, PUBLISHED_LAYERS, PUBLISHED_BLOCKS)
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -163,6 +183,7 @@ class Flux2Klein(Flux2Family):
 
     pipeline_class = "Flux2KleinPipeline"
     in_comfyui = True
+    kohya = KohyaFiles("networks.lora_flux_2", "flux_2_klein", "Flux.2-klein")
     text = Flux2KleinText()
 
     def has_guidance(self, settings: Settings) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.flux_2 import Flux2Family, Flux2Text
+from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.protocols import Pipeline, Tokenizer
 
 SYSTEM_MESSAGE = (
@@ -42,6 +43,7 @@ class Flux2Dev(Flux2Family):
 
     pipeline_class = "Flux2Pipeline"
     in_comfyui = True
+    kohya = KohyaFiles("networks.lora_flux_2", "flux_2_dev", "Flux.2-dev")
     text = Flux2DevText()
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:

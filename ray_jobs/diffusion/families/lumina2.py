@@ -10,6 +10,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles, Published
 from ray_jobs.diffusion.families.text import MASK, Captions, Encoders, MaskedText, zero_padding
 from ray_jobs.diffusion.protocols import Pipeline, Settings
 
@@ -68,6 +69,8 @@ class Lumina2(Family):
 
     pipeline_class = "Lumina2Pipeline"
     trainable = {"transformer": UNET_ATTENTION}
+    adapter_mark = r"layers[._]\d+[._](attn[._]to_q|attention[._]qkv)"
+    kohya = KohyaFiles("networks.lora_lumina", "lumina2", "lumina-2")
     text, codec = Lumina2Text(), Lumina2Codec()
     schedule = RectifiedFlow(max_shift=1.15, even_sigmas=True)
 
@@ -98,12 +101,17 @@ class Lumina2(Family):
 
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
         """Return the first publication's names; it has queries, keys and values in one layer."""
+        name, parts = self.published_layer(layer, {})
+        return f"diffusion_model.{name}", parts.index(layer), len(parts)
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published:
         block, _, kind = layer.rpartition(".attn.")
         if kind in QKV:
-            return f"diffusion_model.{block}.attention.qkv", QKV.index(kind), len(QKV)
+            return f"{block}.attention.qkv", tuple(f"{block}.attn.{each}" for each in QKV)
+        name = layer
         for ours, theirs in FIRST_NAMES.items():
-            layer = layer.replace(ours, theirs)
-        return f"diffusion_model.{layer}", 0, 1
+            name = name.replace(ours, theirs)
+        return name, (layer,)
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel

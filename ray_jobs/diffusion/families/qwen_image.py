@@ -9,6 +9,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec, from_tokens, to_tokens
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import (
     MASK,
     Captions,
@@ -75,6 +76,7 @@ class QwenImage(Family):
 
     pipeline_class = "QwenImagePipeline"
     in_comfyui = True
+    kohya = KohyaFiles("networks.lora_qwen_image", "qwen_image", "Qwen-Image")
     trainable = {"transformer": UNET_ATTENTION}  # of the image's tokens, as diffusers' own training does
     text = QwenImageText()
     codec = QwenImageCodec()

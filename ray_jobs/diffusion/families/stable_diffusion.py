@@ -1,11 +1,17 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ray_jobs.diffusion.families import architecture
+from ray_jobs.diffusion.families.checkpoints import (
+    autoencoder_checkpoint,
+    clip_checkpoint,
+    unet_checkpoint,
+)
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION
+from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.families.unet import UNetFamily
 from ray_jobs.diffusion.protocols import Pipeline, Settings
@@ -37,6 +43,23 @@ class StableDiffusion(UNetFamily):
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = StableDiffusionText()
     variants = ("", "consistency")
+    text_widths = (768, 1024)
+    in_checkpoint = ("unet", "vae", "text_encoder")
+    kohya = KohyaFiles("networks.lora", "sd_v1", "stable-diffusion-v1")
+
+    def kohya_encoder(self, component: str) -> str:
+        return "lora_te"
+
+    def checkpoint(
+        self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        if component == "unet":
+            return unet_checkpoint(tensors, settings)
+        if component == "vae":
+            return autoencoder_checkpoint(tensors, settings)
+        if settings.get("hidden_act", "quick_gelu") != "quick_gelu":  # OpenCLIP's, without its last layer
+            raise ValueError("single files of Stable Diffusion 2 are not written; take --format merged")
+        return clip_checkpoint(tensors, "cond_stage_model.transformer.")
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         """Build a model of velocities, or one whose UNet takes guidance and whose images are not square."""

@@ -15,11 +15,25 @@ from ray_jobs.diffusion.families.family import (
     Family,
 )
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles, Published, renamed
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 T5_TOKENS = 256
+PUBLISHED_LAYERS = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
 
 
 class StableDiffusion3Text(Text):
@@ -71,6 +85,8 @@ class StableDiffusion3(Family):
 
     pipeline_class = "StableDiffusion3Pipeline"
     in_comfyui = True
+    adapter_mark = "joint_blocks"
+    kohya = KohyaFiles("networks.lora_sd3", "sd3", "stable-diffusion-3")
     trainable = {
         "transformer": MMDIT_ATTENTION,
         "text_encoder": CLIP_ATTENTION,
@@ -94,6 +110,9 @@ class StableDiffusion3(Family):
             timestep=timesteps,
             return_dict=False,
         )[0]
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published | None:
+        return renamed(layer, PUBLISHED_LAYERS, {"transformer_blocks": "joint_blocks"})
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
         """Build a model with T5, or without it and with dynamic shifting."""

@@ -1,11 +1,18 @@
 """Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ray_jobs.diffusion.families import architecture, tiny
+from ray_jobs.diffusion.families.checkpoints import (
+    autoencoder_checkpoint,
+    clip_checkpoint,
+    open_clip_checkpoint,
+    unet_checkpoint,
+)
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION, Conditions
+from ray_jobs.diffusion.families.published import KohyaFiles, Published, published_unet_layer
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
 from ray_jobs.diffusion.families.unet import UNetFamily
@@ -51,6 +58,23 @@ class StableDiffusionXL(UNetFamily):
     trainable = {"unet": UNET_ATTENTION, "text_encoder": CLIP_ATTENTION, "text_encoder_2": CLIP_ATTENTION}
     text = StableDiffusionXLText()
     picture_conditions = ("sizes",)
+    text_widths = (2048,)
+    in_checkpoint = ("unet", "vae", "text_encoder", "text_encoder_2")
+    kohya = KohyaFiles("networks.lora", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+
+    def published_layer(self, layer: str, denoiser: Settings) -> Published:
+        return published_unet_layer(layer, denoiser), (layer,)
+
+    def checkpoint(
+        self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        if component == "unet":
+            return unet_checkpoint(tensors, settings)
+        if component == "vae":
+            return autoencoder_checkpoint(tensors, settings)
+        if component == "text_encoder":
+            return clip_checkpoint(tensors, "conditioner.embedders.0.transformer.")
+        return open_clip_checkpoint(tensors, "conditioner.embedders.1.model.")
 
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor]:
         return {"text_embeds": conditions["pooled_prompt_embeds"], "time_ids": conditions["sizes"]}

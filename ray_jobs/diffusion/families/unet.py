@@ -1,5 +1,8 @@
 """What the families with a UNet share."""
 
+import re
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
@@ -14,6 +17,9 @@ class UNetFamily(Family):
 
     codec, schedule = Codec(), VariancePreserving()
     is_unet = True
+    adapter_mark = r"(down|mid|up|input|middle|output)_block"
+    text_widths: tuple[int, ...] = ()
+    """Widths of the captions' embeddings in published models."""
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
@@ -37,10 +43,13 @@ class UNetFamily(Family):
             and name != "mid_block.resnets.0"
         ]
 
+    def resembles(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        down = re.compile(r"attn2[._]to_[kv].*(lora_A|down)\.weight$")
+        widths = {shape[1] for name, shape in shapes.items() if down.search(name)}
+        return super().resembles(shapes) and widths <= set(self.text_widths)
+
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
-        encoders = self.trainable_encoders
-        number = encoders.index(component) + 1 if component in encoders and len(encoders) > 1 else ""
-        prefix = f"lora_te{number}" if component in encoders else "lora_unet"
+        prefix = self.kohya_encoder(component) if component in self.trainable_encoders else "lora_unet"
         return f"{prefix}_{layer.replace('.', '_')}", 0, 1
 
     def added_conditions(self, conditions: Conditions) -> dict[str, torch.Tensor] | None:

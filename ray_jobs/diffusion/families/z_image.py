@@ -11,6 +11,7 @@ from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
 from ray_jobs.diffusion.families.flux import PATCH, FluxCodec
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
+from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import (
     MASK,
     Captions,
@@ -53,6 +54,8 @@ class ZImage(Family):
 
     pipeline_class = "ZImagePipeline"
     in_comfyui = True
+    adapter_mark = r"layers[._]\d+[._]attention[._](to_q|qkv)"
+    kohya = KohyaFiles("networks.lora_zimage", "z_image", "Z-Image")
     adds_guidance = True
     trainable = {"transformer": UNET_ATTENTION}
     text = ZImageText()
