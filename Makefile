@@ -69,7 +69,7 @@ test: setup ## run the tests
 	code=$$?; echo "make test took $$(($$(date +%s) - begun)) seconds"; exit $$code
 
 journeys: setup ## walk the whole way with bases, pictures and methods of every kind (minutes)
-	$(BIN)/python -m pytest tests/journeys tests/ray/test_nothing_left.py
+	$(BIN)/python -m pytest tests/journeys tests/ray/test_nothing_left.py tests/ray/test_api.py
 
 faults: setup ## take machines, disks and processes away, and see what is lost (as root; docs/faults.md)
 	$(BIN)/python -m benchmarks.faults

@@ -8,7 +8,6 @@ merged: a whole model, the base with the adapter in it, in the precision of the 
 single-file: the same as one checkpoint, of Stable Diffusion 1 and XL.
 """
 
-import argparse
 import re
 import shutil
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import CHAMPION, RegisteredModel, registered
 from ray_jobs.weights.comfyui import comfyui_file
@@ -109,11 +109,7 @@ def _whole(out: Path) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit code, 2 for an error that the user must fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.export_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     parser.add_argument("--version", default=CHAMPION, help="a number or an alias; the champion by default")
     parser.add_argument("--format", choices=FORMATS, required=True)

@@ -13,7 +13,6 @@ the same layers, for its configurations and tokenizers. Nothing is measured: suc
 where there is none, and otherwise by `python -m ray_jobs.versions promote`.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
+from ray_jobs.console.commands import command_parser
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.registry.registration import Registered, register
 from ray_jobs.weights.adapter_files import low_rank_layers, tensors_of
@@ -159,11 +159,7 @@ def register_imported(config: Config, imported: Imported) -> Registered:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit code, 2 for an error that the user must fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ray_jobs.import_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_config_arguments(parser)
     kinds = parser.add_mutually_exclusive_group(required=True)
     kinds.add_argument(

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import torch
 
     from ray_jobs.diffusion.protocols import Pipeline
+    from ray_jobs.evaluation.merged_adapters import MergedAdapters
     from ray_jobs.training.validation import ValidationLoss
-    from ray_jobs.weights.merged import MergedAdapters
 
 R = TypeVar("R")
 
@@ -199,8 +199,8 @@ class Evaluator:
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.quantization import is_quantized
         from ray_jobs.diffusion.sampling import Prompts
+        from ray_jobs.evaluation.merged_adapters import MergedAdapters
         from ray_jobs.weights.loading import load_lora
-        from ray_jobs.weights.merged import MergedAdapters
         from ray_jobs.weights.schedulers import has_scheduler, load_scheduler
 
         load_lora(self.base, folder)

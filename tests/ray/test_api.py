@@ -61,6 +61,7 @@ def in_another_notebook(expression: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.journeys
 def test_the_demos_notebook_starts_scores_serves_and_deletes_a_run(
     tiny_model: Path, picture_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,8 +10,8 @@ import torch
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.protocols import Pipeline
 from ray_jobs.diffusion.sampling import sample_pictures
+from ray_jobs.evaluation.merged_adapters import MergedAdapters
 from ray_jobs.weights.loading import load_lora, load_pipeline, unload_lora
-from ray_jobs.weights.merged import MergedAdapters
 from tests.unit.test_comfyui import adapter
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
