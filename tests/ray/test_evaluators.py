@@ -114,13 +114,14 @@ def test_what_was_drawn_is_not_drawn_again_and_small_scores_do_not_all_wait_for_
     weights = [None, *(weights_of(row.checkpoint) for row in rows)]
     small = [pool._tasks(each, VALIDATION, range(4)) for each in weights]
     assert [len(tasks) for tasks in small] == [1, 1, 1]  # a batch each
-    assert {tasks[0].actor for tasks in small} == set(pool.actors)
+    many = [pool._tasks(f"trial-{number}", VALIDATION, range(4))[0].actor for number in range(8)]
+    assert set(many) == set(pool.actors)
     by = [NetworkSet.ALL, NetworkSet.RANKING]  # the second is part of the first
     first, again = (
-        pool._drawn(None, small[0], scale, each) for scale, each in zip((None, 3.0), by, strict=True)
+        pool._drawn(None, small[0], scale, each) for scale, each in zip((None, 2.0), by, strict=True)
     )
     assert first == again
-    others = [pool._drawn(weights[1], small[1], scale, by[0]) for scale in (None, 2.0)]
+    others = [pool._drawn(weights[1], small[1], scale, by[0]) for scale in (None, 3.0)]
     assert others[0] != others[1] and pool._drawn(weights[1], small[1], None, by[0]) == others[0]
     pool._drawn(weights[2], small[2], None, by[0])
     assert list(pool._known_features) == [None, weights[2]]

@@ -18,7 +18,8 @@ import ray
 from ray_jobs.run.command_line import run_stage
 
 cluster.watch.LOOK_S, cluster.watch.INFEASIBLE_S = 0.5, 3
-run_stage("", lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(lambda: 1).remote()))
+text = "A stage.\\n\\n    python -m stage"
+run_stage(text, lambda config: ray.get(ray.remote(num_cpus=1, num_gpus=1)(lambda: 1).remote()))
 """
 
 

@@ -250,7 +250,7 @@ from ray_jobs.run.command_line import run_stage
 def write():
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/storage/part")
 
-run_stage("", lambda config: ray.get(ray.remote(write).remote()))
+run_stage("A stage.\\n\\n    python -m stage", lambda config: ray.get(ray.remote(write).remote()))
 """
 
 
