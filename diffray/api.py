@@ -5,7 +5,6 @@ Each function is a few lines over a stage. `fit` starts `ray_jobs.pipeline`, and
 """
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +12,13 @@ from diffray.endpoints import Endpoint
 from diffray.jobs import Job, JobFailed, Status, names
 from diffray.settings import config_of, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
-from serving.client import EndpointError
+from ray_jobs.config.fields import nearest
+from serving.client import EndpointError as EndpointError
 
 if TYPE_CHECKING:
     from ray_jobs.registry.models import RegistryEntry
     from ray_jobs.run.folder import RunFolder
     from ray_jobs.run.records import RungRow, Winner
-
-__all__ = [
-    "ConfigError",
-    "Endpoint",
-    "EndpointError",
-    "JobFailed",
-    "Run",
-    "defaults",
-    "fit",
-    "run",
-    "versions",
-]
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -101,8 +89,7 @@ def run(name: str) -> "Run":
         ConfigError: there is none of that name; names the nearest.
     """
     if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(names()) or 'none'}"
+        fix = nearest(name, names(), f"there are {', '.join(names()) or 'none'}")
         raise ConfigError(f"{name}: no run of this name was started here; {fix}")
     return Run(name)
 
@@ -131,9 +118,7 @@ class Run:
     @property
     def config(self) -> Config:
         """Its configuration."""
-        record = self.job.record
-        assert record
-        return config_of(record.arguments)
+        return config_of(self.job.started.arguments)
 
     @property
     def folder(self) -> "RunFolder":
@@ -180,10 +165,12 @@ class Run:
         Raises:
             ConfigError: it is not written yet.
         """
+        from ray_jobs.run.folder import REPORT
+
         root = self.folder.root
-        if not root.exists("report.html"):
+        if not root.exists(REPORT):
             raise ConfigError(f"{self.name}: no report yet; the run is {self.status}")
-        return f"{root.uri}/report.html"
+        return f"{root.uri}/{REPORT}"
 
     def promote(self) -> None:
         """Make the run's version the champion, which is served, whatever its scores.
@@ -236,8 +223,7 @@ class Run:
 
         if endpoint := self.endpoint:
             return endpoint
-        record = self.job.record
-        assert record
+        record = self.job.started
         arguments = list(record.arguments)
         for override in overrides(fields):
             arguments += ["--set", override]

@@ -28,15 +28,12 @@ class Endpoint:
     @property
     def config(self) -> Config:
         """Its configuration."""
-        record = self.job.record
-        assert record
-        return config_of(record.arguments)
+        return config_of(self.job.started.arguments)
 
     @property
     def url(self) -> str:
         """Its address, on which the page and the OpenAI-compatible API answer."""
-        record, serve = self.job.record, self.config.serve
-        assert record
+        record, serve = self.job.started, self.config.serve
         host = urlsplit(record.address).hostname if record.address else serve.host
         return browsable(host or serve.host, serve.port)
 

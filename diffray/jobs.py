@@ -118,7 +118,7 @@ class Job:
     @property
     def status(self) -> Status:
         """State of the job; stopped: by a person, or by the end of its machine or cluster."""
-        record = self._started()
+        record = self.started
         if record.address:
             try:
                 found = _client(record.address).get_job_status(record.job)
@@ -137,7 +137,9 @@ class Job:
         ended: dict[str, Status] = {"0": "finished", "130": "stopped", "143": "stopped"}
         return ended.get(code, "failed")
 
-    def _started(self) -> Record:
+    @property
+    def started(self) -> Record:
+        """How it was started; for jobs that were."""
         record = self.record
         assert record, f"{self.folder} has no job"
         return record
@@ -153,7 +155,7 @@ class Job:
 
     def log(self) -> str:
         """Return what the job has printed."""
-        record = self._started()
+        record = self.started
         if record.address:
             return str(_client(record.address).get_job_logs(record.job))
         with suppress(FileNotFoundError):
@@ -182,7 +184,7 @@ class Job:
         Raises:
             JobFailed: it does not stop.
         """
-        record = self._started()
+        record = self.started
         if self.status != "running":
             return
         if record.address:

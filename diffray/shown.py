@@ -1,14 +1,12 @@
 """What a notebook shows of a run and of pictures, as HTML that needs nothing else."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ray_jobs.report.charts import finite, trials_of
-from ray_jobs.report.dataset_page import STYLE
-from ray_jobs.report.svg import Chart, Curve, Point, line_chart
+from ray_jobs.report.charts import points_of, trials_of
+from ray_jobs.report.dataset_page import STYLE, data_uri
+from ray_jobs.report.svg import Chart, Curve, line_chart
 from ray_jobs.report.tables import rungs_table
 from ray_jobs.run.records import RungRow
 
@@ -44,23 +42,15 @@ def charts(rows: Sequence[RungRow]) -> str:
     ]
     figures = []
     for key, title, digits in drawn:
-        curves = []
-        for color, (label, _, rungs) in enumerate(trials_of(rows)):
-            found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
-            points = [Point(step, value, error) for step, value, error in found if value is not None]
-            curves.append(Curve(label, points, color))
+        trials = enumerate(trials_of(rows))
+        curves = [Curve(label, points_of(rungs, key), color) for color, (label, _, rungs) in trials]
         description = "One line per trial, one point per rung; lower is better."
         figures.append(line_chart(Chart(key, title, description, title.lower(), digits), curves))
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def pictures(shown: "Sequence[Image.Image]") -> str:
-    """Return pictures side by side."""
-    return "".join(f'<img alt="" style="margin: 2px" src="{_address(each)}">' for each in shown)
-
-
-def _address(picture: "Image.Image") -> str:
-    """Return a picture as a data: address."""
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    """Return pictures side by side, in their own size."""
+    return "".join(
+        f'<img alt="" style="margin: 2px" src="{data_uri(each, max(each.size))}">' for each in shown
+    )

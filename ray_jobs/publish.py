@@ -20,7 +20,7 @@ from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool, evaluators
 from ray_jobs.planning.settled import settled
 from ray_jobs.publishing.final_scores import measure_final
-from ray_jobs.publishing.pages import REPORT, write_card, write_comfyui, write_page
+from ray_jobs.publishing.pages import write_card, write_comfyui, write_page
 from ray_jobs.publishing.remembered import require_remembered
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test
@@ -30,7 +30,7 @@ from ray_jobs.registry.digests import digest_of_bytes, weights_digest
 from ray_jobs.registry.models import REFERENCE, TEST_FEATURES, check_store
 from ray_jobs.report import closed_share, number
 from ray_jobs.run.command_line import run_stage
-from ray_jobs.run.folder import MODEL, RunFolder
+from ray_jobs.run.folder import MODEL, REPORT, RunFolder
 from ray_jobs.run.records import KID, MIND, SUBJECT, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST

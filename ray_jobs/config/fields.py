@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -107,14 +108,20 @@ def explain(error: ValidationError, where: str, model: type[BaseModel] | None = 
     field = ".".join(parts) or "configuration"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(parts[-1], _fields_at(model, first["loc"][:-1]), n=1) if model else []
-        fix = f"did you mean {near[0]}?" if near else "remove it or correct its name"
+        known = _fields_at(model, first["loc"][:-1]) if model else ()
+        fix = nearest(parts[-1], known, "remove it or correct its name")
         message = f"unknown key; {fix} (docs/configuration.md lists them all)"
     else:
         message += "; write it in quotes" if first["type"] == "string_type" else ""
         message += f" (it is {first['input']!r})" if not isinstance(first["input"], dict) else ""
     more = len(error.errors()) - 1
     return f"{where}: {field}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def nearest(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the end of an error about an unknown name: the nearest known one, or what else to do."""
+    near = get_close_matches(given, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> set[str]:

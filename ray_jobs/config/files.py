@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ray_jobs.config.fields import ConfigError, resolve_path
+from ray_jobs.config.fields import ConfigError, nearest, resolve_path
 from ray_jobs.config.yaml_text import read_yaml
 
 Tree = dict[str, Any]  # settings by field, and sections of them
@@ -39,8 +38,7 @@ def config_file(given: str, folder: Path | None = None) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", given):
         return Path(resolve_path(given)) if folder is None else folder / given
     if given not in recipes():
-        near = get_close_matches(given, recipes(), n=1)
-        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipes())};"
+        fix = nearest(given, recipes(), f"there are {', '.join(recipes())};")
         raise ConfigError(f"{given}: no such recipe; {fix} a file is named with its ending, as {given}.yaml")
     return RECIPES / f"{given}.yaml"
 

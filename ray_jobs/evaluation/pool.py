@@ -455,10 +455,9 @@ class EvaluatorPool:
         captions, subjects = self.captions[split], self._judged_subjects(split)
         shown = [captions[i % len(captions)] for i in range(self._num_samples(split))]
         count = self.config.evaluate.subject_samples
-        shapes = [self.shapes[split][i % len(captions)] for i in range(count)]
         of_classes: dict[str, torch.Tensor] = {}
         for prompt in sorted({each.class_prompt for each in subjects if each.class_prompt}):
-            tasks = self._tasks_of_prompt(weights, prompt, count, shapes)
+            tasks = self._tasks_of_prompt(weights, prompt, count, self.shapes[split])
             drawn = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.SUBJECTS)
             of_classes[prompt] = torch.from_numpy(drawn[self.subject_network])
         found = []

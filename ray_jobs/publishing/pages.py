@@ -19,7 +19,7 @@ from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import PublishedBase, model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
-from ray_jobs.run.folder import CAPTIONS, RunFolder
+from ray_jobs.run.folder import CAPTIONS, REPORT, RunFolder
 from ray_jobs.run.records import RungRow, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
@@ -32,7 +32,6 @@ from ray_jobs.weights.model_files import variant_name, without_lora_loader
 from ray_jobs.weights.model_index import is_modular
 from ray_jobs.weights.modular import blocks_name
 
-REPORT = "report.html"
 CARD = "README.md"
 CARD_PICTURES = 4  # pictures in the model card
 

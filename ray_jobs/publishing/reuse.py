@@ -3,12 +3,11 @@
 from ray_jobs.config import Config, ConfigError, Effect, Settings
 from ray_jobs.console import say
 from ray_jobs.publishing.final_scores import settings_of
-from ray_jobs.publishing.pages import REPORT
 from ray_jobs.publishing.test_split_ledger import PUBLISHED, read_records
 from ray_jobs.publishing.version import register_winner, sampled_as
 from ray_jobs.registry.digests import has_files_of, is_copy
 from ray_jobs.registry.models import registered, shown_uri
-from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.folder import REPORT, RunFolder
 from ray_jobs.run.records import WINNER, Winner
 
 # Registering again measures nothing, and weights that are registered keep their version.

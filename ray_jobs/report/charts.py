@@ -62,7 +62,7 @@ def score_curves(winner: Winner, results: Rows, key: str) -> list[Curve]:
     last_rung = max((row.step for row in results), default=0)
     curves = []
     for color, (label, trial, rungs) in enumerate(trials_of(results)):
-        points = _points(rungs, key)
+        points = points_of(rungs, key)
         diverged = any(finite(row, "fid") is None for row in rungs)
         stopped = rungs[-1].step < last_rung or diverged
         star = winner.step if trial == winner.trial_id else None
@@ -70,7 +70,7 @@ def score_curves(winner: Winner, results: Rows, key: str) -> list[Curve]:
     return curves
 
 
-def _points(rungs: Rows, key: str) -> list[Point]:
+def points_of(rungs: Rows, key: str) -> list[Point]:
     """Points of `key` with `<key>_error`, at the rungs that have a value."""
     found = [(row.step, finite(row, key), finite(row, f"{key}_error")) for row in rungs]
     return [Point(step, value, error) for step, value, error in found if value is not None]
@@ -139,7 +139,7 @@ def _parts_chart(winner: Winner, number: int, label: str, trial: str, rungs: Row
     star = winner.step if trial == winner.trial_id else None
     curves = []
     for color, (field, name) in enumerate(SUBJECT_PARTS.items()):
-        if points := _points(rungs, field):
+        if points := points_of(rungs, field):
             curves.append(Curve(name, points, color, False, star))
     chart = Chart(
         name=f"subject-parts-{number}",

@@ -11,6 +11,7 @@ from ray_jobs.config import Config
 CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in every checkpoint
 BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
+REPORT = "report.html"
 TRAININGS = "train"
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
 

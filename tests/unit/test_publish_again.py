@@ -10,13 +10,12 @@ from safetensors.numpy import save_file
 
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.publishing.final_scores import settings_of
-from ray_jobs.publishing.pages import REPORT
 from ray_jobs.publishing.reuse import publish_settings, reuse
 from ray_jobs.publishing.test_split_ledger import close_test, open_test, read_records
 from ray_jobs.publishing.version import register_winner
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import champion, open_client, verify_weights
-from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.folder import REPORT, RunFolder
 from ray_jobs.run.records import Winner
 from tests.unit.test_report import WINNER
 

@@ -33,12 +33,12 @@ def compose(config: Config, entries: Sequence[Entry], index: Storage, decisions:
     none = {name: np.zeros(len(edges) - 1, np.int64) for name, edges in EDGES.items()}
     spreads = {name: defaultdict[str, np.ndarray](none[name].copy) for name in EDGES}
     enlarged = 0
-    for table in _kept(entries, index, decisions, ["text", "stratum", "width", "height", "colours"]):
+    for table in kept_rows(entries, index, decisions, ["text", "stratum", "width", "height", "colours"]):
         texts = table["text"].to_pylist()
         for text in texts:
             words.update({word for word in WORD.findall(text.casefold()) if word not in COMMON})
         hashes.append(np.array([hash(text) for text in texts], np.int64))
-        measures = {"side": _shorter_sides(table), "brightness": _brightness(table)}
+        measures = {"side": shorter_sides(table), "brightness": _brightness(table)}
         enlarged += int((measures["side"] < config.data.resolution).sum())
         strata = np.array(table["stratum"].to_pylist(), object)
         classes.update(strata.tolist())
@@ -72,15 +72,24 @@ def compose(config: Config, entries: Sequence[Entry], index: Storage, decisions:
     )
 
 
-def _kept(
-    entries: Sequence[Entry], index: Storage, decisions: Decisions, columns: list[str]
+def kept_rows(
+    entries: Sequence[Entry],
+    index: Storage,
+    decisions: Decisions,
+    columns: list[str],
+    source: int | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the kept rows of index files, without those of class pictures."""
-    row = 0
-    for table in read_index(index, [entry.file for entry in entries], [*columns, "role"]):
-        kept = decisions.reasons[row : row + len(table)] == ""
+    """Yield the kept rows of index files, without those of class pictures.
+
+    Args:
+        source: number of the source whose files are read; None: all.
+    """
+    wanted = [n for n, entry in enumerate(entries) if source in (None, entry.source)]
+    ends = np.cumsum(decisions.counts)
+    tables = read_index(index, [entries[n].file for n in wanted], [*columns, "role"])
+    for number, table in zip(wanted, tables, strict=True):
+        kept = decisions.reasons[ends[number] - len(table) : ends[number]] == ""
         kept &= np.array(table["role"].to_pylist(), object) == "instance"
-        row += len(table)
         if kept.any():
             yield table.filter(pa.array(kept))
 
@@ -96,14 +105,15 @@ def _repeated(
     most = {int(different[n]): int(counts[n]) for n in order if counts[n] > 1}
     found: dict[str, int] = {}
     # Read again, since all captions of a large set are too many to keep.
-    for table in _kept(entries, index, decisions, ["text"]) if most else ():
+    for table in kept_rows(entries, index, decisions, ["text"]) if most else ():
         found |= {text: most[hash(text)] for text in table["text"].to_pylist() if hash(text) in most}
         if len(found) == len(most):
             break
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))), int(counts[counts > 1].sum())
 
 
-def _shorter_sides(table: pa.Table) -> np.ndarray:
+def shorter_sides(table: pa.Table) -> np.ndarray:
+    """Shorter side of each picture in pixels: int, one per row with `width` and `height`."""
     return np.minimum(table["width"].to_numpy(), table["height"].to_numpy())
 
 

@@ -1,14 +1,14 @@
 """Photos of subjects that are likely to teach a model their own faults."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 
 from cluster.storage import Storage
 from ray_jobs.config import Config
+from ray_jobs.data.curation.composition import kept_rows, shorter_sides
 from ray_jobs.data.curation.decisions import Decisions
-from ray_jobs.data.curation.scan import Entry, read_index
+from ray_jobs.data.curation.scan import Entry
 from ray_jobs.data.sources.detection import Source
 from ray_jobs.data.sources.dreambooth import Subject
 
@@ -16,6 +16,7 @@ from ray_jobs.data.sources.dreambooth import Subject
 # are below 68; after a Gaussian blur of two pixels, which is seen at once, 95 % are below 39.
 SHARP = 50.0
 NAMED = 3  # photos
+COLUMNS = ["name", "width", "height", "sharpness"]
 
 
 def photo_faults(
@@ -26,10 +27,11 @@ def photo_faults(
     for number, source in enumerate(sources):
         if not isinstance(source, Subject):
             continue
-        photos = pa.concat_tables(list(_kept(number, found, index, decisions)))
-        shorter = pc.min_element_wise(photos["width"], photos["height"])
-        small = photos.filter(pc.less(shorter, side))["name"].to_pylist()
-        blurred = photos.filter(pc.less(photos["sharpness"], SHARP))["name"].to_pylist()
+        small, blurred = list[str](), list[str]()
+        for photos in kept_rows(found, index, decisions, COLUMNS, number):
+            names, sharpness = np.array(photos["name"].to_pylist()), photos["sharpness"].to_numpy()
+            small += names[shorter_sides(photos) < side].tolist()
+            blurred += names[sharpness < SHARP].tolist()
         if small:
             lines.append(
                 f"{source.name}: {_named(small)} smaller than data.resolution {side} and enlarged, so the "
@@ -41,17 +43,6 @@ def photo_faults(
                 "sharper photos (data.cleaning.min_sharpness sets such photos aside)"
             )
     return lines
-
-
-def _kept(source: int, found: Sequence[Entry], index: Storage, decisions: Decisions) -> Iterator[pa.Table]:
-    """Yield the kept photos of a source in its index files."""
-    row, columns = 0, ["name", "role", "width", "height", "sharpness"]
-    tables = read_index(index, [entry.file for entry in found], columns)
-    for entry, table in zip(found, tables, strict=True):
-        kept = pa.array(decisions.reasons[row : row + len(table)] == "")
-        row += len(table)
-        if entry.source == source:
-            yield table.filter(pc.and_(kept, pc.equal(table["role"], "instance")))
 
 
 def _named(names: Sequence[str]) -> str:

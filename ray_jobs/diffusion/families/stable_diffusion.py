@@ -1,15 +1,11 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ray_jobs.diffusion.families import architecture
-from ray_jobs.diffusion.families.checkpoints import (
-    autoencoder_checkpoint,
-    clip_checkpoint,
-    unet_checkpoint,
-)
+from ray_jobs.diffusion.families.checkpoints import Tensors, clip_checkpoint
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION
 from ray_jobs.diffusion.families.published import KohyaFiles
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text
@@ -50,13 +46,9 @@ class StableDiffusion(UNetFamily):
     def kohya_encoder(self, component: str) -> str:
         return "lora_te"
 
-    def checkpoint(
-        self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings
+    def encoder_checkpoint(
+        self, component: str, tensors: Tensors, settings: Settings
     ) -> dict[str, torch.Tensor]:
-        if component == "unet":
-            return unet_checkpoint(tensors, settings)
-        if component == "vae":
-            return autoencoder_checkpoint(tensors, settings)
         if settings.get("hidden_act", "quick_gelu") != "quick_gelu":  # OpenCLIP's, without its last layer
             raise ValueError("single files of Stable Diffusion 2 are not written; take --format merged")
         return clip_checkpoint(tensors, "cond_stage_model.transformer.")

@@ -1,16 +1,11 @@
 """Stable Diffusion XL (Podell et al., arXiv 2307.01952)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ray_jobs.diffusion.families import architecture, tiny
-from ray_jobs.diffusion.families.checkpoints import (
-    autoencoder_checkpoint,
-    clip_checkpoint,
-    open_clip_checkpoint,
-    unet_checkpoint,
-)
+from ray_jobs.diffusion.families.checkpoints import Tensors, clip_checkpoint, open_clip_checkpoint
 from ray_jobs.diffusion.families.family import CLIP_ATTENTION, UNET_ATTENTION, Conditions
 from ray_jobs.diffusion.families.published import KohyaFiles, Published, published_unet_layer
 from ray_jobs.diffusion.families.stable_diffusion import CLIP_TOKENS
@@ -65,13 +60,9 @@ class StableDiffusionXL(UNetFamily):
     def published_layer(self, layer: str, denoiser: Settings) -> Published:
         return published_unet_layer(layer, denoiser), (layer,)
 
-    def checkpoint(
-        self, component: str, tensors: Mapping[str, torch.Tensor], settings: Settings
+    def encoder_checkpoint(
+        self, component: str, tensors: Tensors, settings: Settings
     ) -> dict[str, torch.Tensor]:
-        if component == "unet":
-            return unet_checkpoint(tensors, settings)
-        if component == "vae":
-            return autoencoder_checkpoint(tensors, settings)
         if component == "text_encoder":
             return clip_checkpoint(tensors, "conditioner.embedders.0.transformer.")
         return open_clip_checkpoint(tensors, "conditioner.embedders.1.model.")

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ray_jobs.diffusion.families.checkpoints import Tensors, autoencoder_checkpoint, unet_checkpoint
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.families.family import Components, Conditions, Family
 from ray_jobs.diffusion.families.noise_schedule import VariancePreserving
-from ray_jobs.diffusion.protocols import Denoiser, Pipeline
+from ray_jobs.diffusion.protocols import Denoiser, Pipeline, Settings
 
 
 class UNetFamily(Family):
@@ -47,6 +48,19 @@ class UNetFamily(Family):
         down = re.compile(r"attn2[._]to_[kv].*(lora_A|down)\.weight$")
         widths = {shape[1] for name, shape in shapes.items() if down.search(name)}
         return super().resembles(shapes) and widths <= set(self.text_widths)
+
+    def checkpoint(self, component: str, tensors: Tensors, settings: Settings) -> dict[str, torch.Tensor]:
+        if component == "unet":
+            return unet_checkpoint(tensors, settings)
+        if component == "vae":
+            return autoencoder_checkpoint(tensors, settings)
+        return self.encoder_checkpoint(component, tensors, settings)
+
+    def encoder_checkpoint(
+        self, component: str, tensors: Tensors, settings: Settings
+    ) -> dict[str, torch.Tensor]:
+        """Return a text encoder's tensors; see `checkpoint`."""
+        raise NotImplementedError
 
     def comfyui_layer(self, component: str, layer: str) -> tuple[str, int, int]:
         prefix = self.kohya_encoder(component) if component in self.trainable_encoders else "lora_unet"
