@@ -19,6 +19,7 @@ from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.scores import (
+    Copies,
     Features,
     Real,
     Scores,
@@ -394,6 +395,13 @@ class Evaluator:
         found, left_out = more_scores(whole, real, self.networks, captions)
         copies = near_copies(whole[first], *detector) if detector else None
         return SetScores(self._scores(whole, real), found, left_out, copies)
+
+    def near_copies(self, drawn: Storage, detector: tuple[CopyDetector, DetectorFacts]) -> Copies:
+        """Search the pictures whose features are in a rung's folder for near copies."""
+        from safetensors.numpy import load
+
+        features = load(drawn.read_bytes(FEATURES))
+        return near_copies(features[self.networks.first.identity], *detector)
 
     def _scores(self, generated: Features, real: Real) -> Scores:
         return self._computed(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
-from ray_jobs.evaluation.scores import FEWEST, Features, Real, Recited, Scores, SetScores, recited
+from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectReference
@@ -114,8 +114,9 @@ class EvaluatorPool:
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
         self._training: dict[int | None, Features] = {}  # by held-out fold
-        self._training_restored: dict[int | None, list[Features]] = {}  # the same, in parts
         self._known: dict[int | None, Known] = {}  # the same
+        # Of each restored picture by its digest, by how often it was restored and which networks saw it.
+        self._restored_features: dict[tuple[int, NetworkSet], dict[bytes, Features]] = {}
         self._subjects: dict[Split, SubjectReference] = {}
         # By weights, of the base and those drawn last.
         self._known_features: dict[str | None, dict[tuple[object, ...], list[ObjectRef[Features]]]] = {}
@@ -306,6 +307,28 @@ class EvaluatorPool:
         tasks = self._dealt_tasks(weights, captions, range(seed, seed + count), shapes)
         drawn = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.FIRST)
         return recited(drawn[known.facts.feature_network], known.captions, known.detector, known.facts)
+
+    def copies_among(self, split: Split, drawn: Sequence[Storage]) -> list[Measurement | None]:
+        """Return the share of near copies at each rung that a split evaluates.
+
+        Args:
+            drawn: folders in which `score` saved the features of what a rung drew.
+
+        Returns:
+            One record for each folder; None where the features are not there, or no share is known.
+        """
+        import ray
+
+        if not (known := self._known_of(split)):
+            return [None for _ in drawn]
+        searched, actors = ray.put((known.detector, known.facts)), cycle(self.actors)
+        parts = {
+            folder.uri: next(actors).near_copies.remote(folder, searched)
+            for folder in drawn
+            if folder.exists(FEATURES)
+        }
+        found: dict[str, Copies] = dict(zip(parts, ray.get(list(parts.values())), strict=True))
+        return [found[each.uri].record() if each.uri in found else None for each in drawn]
 
     def _known_of(self, split: Split) -> Known | None:
         """Return what is searched for near copies, fitted once; None if that is off."""
@@ -502,22 +525,30 @@ class EvaluatorPool:
         """Features of the same pictures as the base's autoencoder restores them; beyond
         `evaluate.num_samples` of them from the ranking network only.
         """
-        dataset, evaluate = trained_on(self.config, self.dataset, split), self.config.evaluate
-        found = self._training_restored.setdefault(dataset.without_fold, [])
-        first = evaluate.num_samples
-        bounds = [0, first, max(first, evaluate.memorisation_pictures)]
-        for start, end in pairwise(bounds[len(found) :]):
-            if start < count and (rows := dataset.pictures("train", end)[start:]):
-                found.append(self._restored(rows, by=NetworkSet.FIRST if start else NetworkSet.ALL))
-        needed = found if count > first else found[:1]
-        names = set.intersection(*(set(part) for part in needed))
-        return {name: np.concatenate([part[name] for part in needed])[:count] for name in names}
+        rows = trained_on(self.config, self.dataset, split).pictures("train", count)
+        first = self.config.evaluate.num_samples
+        found = self._restored(rows[:first], by=NetworkSet.ALL)
+        if not (further := rows[first:]):
+            return found
+        return {name: np.concatenate([found[name], each]) for name, each in self._restored(further).items()}
 
     def _restored(
         self, rows: Sequence[dict[str, Any]], times: int = 1, by: NetworkSet = NetworkSet.FIRST
     ) -> Features:
-        """Features of pictures as the base's autoencoder restores them, one or more times."""
-        return self.features([row["image"] for row in rows], through_autoencoder=times, by=by)
+        """Features of pictures as the base's autoencoder restores them, one or more times.
+
+        A picture is restored once: the training pictures of one fold are those of the others too.
+        """
+        pictures = {hashlib.sha256(row["image"]).digest(): row["image"] for row in rows}
+        known = self._restored_features.get((times, NetworkSet.ALL), {})
+        if not pictures.keys() <= known.keys():
+            known = self._restored_features.setdefault((times, by), {})
+            missing = {digest: each for digest, each in pictures.items() if digest not in known}
+            found = self.features(list(missing.values()), through_autoencoder=times, by=by) if missing else {}
+            for number, digest in enumerate(missing):
+                known[digest] = {name: each[number] for name, each in found.items()}
+        chosen = [known[hashlib.sha256(row["image"]).digest()] for row in rows]
+        return {name: np.stack([each[name] for each in chosen]) for name in chosen[0]}
 
     def reference(self, checkpoint: Storage) -> Features:
         """Features for drift detection of a served checkpoint: float32, N x D, by `<network>/<kind>`.

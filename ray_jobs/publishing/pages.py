@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 
@@ -13,14 +14,14 @@ from ray_jobs.config import Config, ModelConfig
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.evaluation.cross_validation import splits
+from ray_jobs.evaluation.cross_validation import splits, standard_error
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.publishing.final_scores import FinalScores
 from ray_jobs.publishing.model_card import PublishedBase, model_card
 from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, REPORT, RunFolder
-from ray_jobs.run.records import RungRow, Winner
+from ray_jobs.run.records import Measurement, RungRow, Winner
 from ray_jobs.run.samples import SAMPLES
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import weights_of
@@ -148,6 +149,27 @@ def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip 
     return Strip(prompts, columns, f"{winner.step:,}")
 
 
+def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:
+    """Return the candidates with their shares of near copies, with folds the mean over these."""
+    shares: dict[tuple[str, int], dict[Split, Measurement]] = {}
+    for split in splits(pool.config):
+        measured = [row for row in found.measured if row.fold == split.fold]
+        drawn = [Storage.open(row.checkpoint) for row in measured]
+        for row, copies in zip(measured, pool.copies_among(split, drawn), strict=True):
+            if copies:
+                shares.setdefault(row.place, {})[split] = copies
+    rows = []
+    for row in found.rows:
+        of_row = list(shares.get(row.place, {}).values())
+        if len(of_row) == len(splits(pool.config)):
+            error = of_row[0].standard_error
+            if len(of_row) > 1:
+                error = standard_error([each.value for each in of_row])
+            row |= {"near_copies": fmean(each.value for each in of_row), "near_copies_error": error}
+        rows.append(row)
+    return rows
+
+
 def write_page(
     config: Config,
     dataset: Dataset,
@@ -182,7 +204,7 @@ def write_page(
     run.samples.write_text(CAPTIONS, json.dumps(captions, ensure_ascii=False))
     page = write_report(
         winner=winner,
-        results=found.rows,
+        results=_with_copies(pool, found),
         manifest=dataset.manifest,
         config_yaml=config.to_yaml(),
         rows=rows,

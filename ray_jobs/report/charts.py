@@ -283,21 +283,22 @@ def _loss(row: RungRow) -> float:
     return row.validation_loss
 
 
-def loss_section(winner: Winner, results: Rows) -> str:
-    """Section of training and validation loss, one chart per trial, winner first; empty without data."""
-    trials = [
-        each
-        for each in trials_of(results)
-        if sum(finite(row, "validation_loss") is not None for row in each[2]) > 1
+def over_fitting_section(winner: Winner, results: Rows) -> str:
+    """Section of losses, variety and near copies over steps of every trial, the winner first; empty without
+    data.
+    """
+    trials = sorted(trials_of(results), key=lambda each: each[1] != winner.trial_id)
+    each_trial = [
+        "".join([_loss_chart(place, label, rungs), _copies_chart(place, label, rungs)])
+        for place, (label, _, rungs) in enumerate(trials)
     ]
-    if not trials:
+    if not (charts := [each for each in each_trial if each]):
         return ""
-    trials.sort(key=lambda each: each[1] != winner.trial_id)
-    charts = [_loss_chart(place, label, rungs) for place, (label, _, rungs) in enumerate(trials)]
     note = (
         "Training loss is measured on training pictures, validation loss on held-out pictures with the same"
         " noise and timesteps at every rung. If it rises by more than twice its standard error, the model is"
-        " over-fitting."
+        " over-fitting. Near copies are pictures nearer to a training picture than pictures of a model that"
+        " learned nothing by heart come; variety is that of the pictures as a share of real ones'."
     )
     others = (
         "<details><summary>Other learning rates</summary>"
@@ -309,6 +310,8 @@ def loss_section(winner: Winner, results: Rows) -> str:
 
 
 def _loss_chart(place: int, label: str, rungs: Rows) -> str:
+    if len(points_of(rungs, "validation_loss")) < 2:
+        return ""
     curves = []
     for color, (name, key) in enumerate((("training", "train_loss"), ("validation", "validation_loss"))):
         found = [(row.step, finite(row, key)) for row in rungs]
@@ -324,5 +327,30 @@ def _loss_chart(place: int, label: str, rungs: Rows) -> str:
         unit="loss",
         digits=4,
         mark=(rise.step, mark) if rise else None,
+    )
+    return line_chart(chart, curves)
+
+
+def _copies_chart(place: int, label: str, rungs: Rows) -> str:
+    from ray_jobs.metrics.copies import FALSE_ALARMS  # takes PyTorch, which a notebook's pages do without
+
+    curves = [
+        Curve(name, points_of(rungs, key), color)
+        for color, (name, key) in enumerate((("near copies", "near_copies"), ("variety", "spread")))
+    ]
+    if len(shares := curves[0].points) < 2:
+        return ""
+    clear = (each.step for each in shares if each.value - SURE * (each.error or 0) > FALSE_ALARMS)
+    step = next(clear, None)
+    text = "No rung draws more near copies than chance would."
+    if step is not None:
+        text = f"From {step:,} steps on, there are more near copies than by chance ({FALSE_ALARMS:.0%})."
+    chart = Chart(
+        name=f"copies-{place}",
+        title=f"Near copies and variety at a learning rate of {label}",
+        description=f"{text} Learning by heart raises the first and lowers the second. {NUMBERS}",
+        unit="share",
+        digits=2,
+        mark=None if step is None else (step, "more near copies than by chance"),
     )
     return line_chart(chart, curves)

@@ -10,8 +10,8 @@ from ray_jobs.report.charts import (
     fid_chart,
     heat_map,
     kid_chart,
-    loss_section,
     mind_chart,
+    over_fitting_section,
     second_chart,
     subject_charts,
 )
@@ -100,7 +100,7 @@ def write_report(
         ),
         rungs=rungs_table(results),
         guidance=guidance_table(guidance, winner),
-        losses=loss_section(winner, results),
+        losses=over_fitting_section(winner, results),
         memorisation=memorisation_section(memorisation),
         subjects=subjects_section(subjects),
         scores=table(("score", "", "meaning"), scores(winner, results), "scores"),

@@ -141,7 +141,14 @@ Columns = list[tuple[str, str, int]]
 RANKING = {key: (name, key, digits) for key, (name, digits) in MEASURES.items()}
 SCORES: Columns = [
     *(RANKING[SUBJECT], *((part.replace("_", " "), part, 2) for part in SUBJECT_PARTS)),
-    *(RANKING[CORRECTED], RANKING[FID], ("spread", "spread", 2), RANKING[KID], RANKING[MIND]),
+    *(
+        RANKING[CORRECTED],
+        RANKING[FID],
+        ("spread", "spread", 2),
+        ("near copies", "near_copies", 2),
+        RANKING[KID],
+        RANKING[MIND],
+    ),
     ("second network", "fid_2", 2),
 ]
 

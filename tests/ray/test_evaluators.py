@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.evaluation.actor import join
 from ray_jobs.evaluation.pool import EvaluatorPool, evaluators, shape_of
+from ray_jobs.evaluation.scores import Features
 from ray_jobs.publish import publish
 from ray_jobs.publishing.remembered import measure_remembered, require_remembered
 from ray_jobs.publishing.subjects import measure_subjects
@@ -70,7 +71,7 @@ def fresh(started: EvaluatorPool, config: Config | None = None, num_actors: int 
     pool = copy.copy(started)
     pool.config, pool.actors = config or started.config, started.actors[:num_actors]
     pool.captions, pool.shapes, pool.digests, pool._real, pool._training = {}, {}, {}, {}, {}
-    pool.corrected, pool._training_restored, pool._known, pool._known_features = {}, {}, {}, {}
+    pool.corrected, pool._restored_features, pool._known, pool._known_features = {}, {}, {}, {}
     return pool
 
 
@@ -185,6 +186,36 @@ def test_with_folds_near_copies_are_told_by_the_fold_and_the_test_split_is_not_r
     assert (facts.num_training, facts.num_held_out) == (8, len(whole_fold))
     assert found.recited is not None and len(found.recited.copies.nearest) == 8
     assert set(pool._real) == {Split.of_fold(0)} and set(pool._training) == set(pool._known) == {0}
+
+
+def test_near_copies_at_every_rung_are_those_among_what_it_drew_for_its_score(
+    started: EvaluatorPool, rows: list[RungRow], tmp_path: Path
+) -> None:
+    pool = fresh(started)
+    pool.load(VALIDATION)
+    rungs = [Storage.open(row.checkpoint) for row in rows]
+    found = pool.copies_among(VALIDATION, [*rungs, Storage.open(str(tmp_path))])
+    drawn = [pool.measure(weights_of(rung.uri), VALIDATION).copies for rung in rungs]
+    assert found == [*(each and each.record() for each in drawn), None] and found[0]
+
+
+def test_a_picture_that_several_folds_have_is_restored_once(
+    started: EvaluatorPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, sent = fresh(started), list[int]()
+    features = pool.features
+
+    def counted(pictures: Sequence[bytes], through_autoencoder: int, by: NetworkSet) -> Features:
+        sent.append(len(pictures))
+        return features(pictures, through_autoencoder, by)
+
+    monkeypatch.setattr(pool, "features", counted)
+    training = pool.dataset.pictures("train", 6)
+    some, more = pool._restored(training[:4]), pool._restored(training[2:])
+    assert sent == [4, 2]
+    for network, values in more.items():
+        np.testing.assert_array_equal(values[:2], some[network][2:])
+    assert pool._restored(training[:4], times=2)[network].shape == some[network].shape and sent[2:] == [4]
 
 
 @pytest.mark.parametrize("measure", sorted(set(MEASURES) - {SUBJECT}))

@@ -197,7 +197,7 @@ def check_measures(run: Path, winner: dict[str, Any], manifest: dict[str, Any]) 
     assert 0 < copies["num_training"] <= manifest["train"]
     assert copies["num_held_out"] == manifest["validation"]
     page = (run / "report.html").read_text()
-    assert "Memorisation" in page and "Precision" in page
+    assert "Memorisation" in page and "Precision" in page and "Near copies and variety" in page
     assert page.count('alt="nearest training picture') == min(12, winner["num_samples"])
 
 

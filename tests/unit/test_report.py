@@ -566,6 +566,24 @@ def test_a_class_that_begins_to_look_like_the_subject_is_an_alarm() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("shares", "from_step"),
+    [([0.0, 0.01], None), ([0.0, 0.2], "400"), ([0.3, 0.2], "100")],
+)
+def test_learning_by_heart_is_shown_from_the_rung_where_it_exceeds_chance(
+    shares: list[float], from_step: str | None
+) -> None:
+    climbed = [
+        rung(1, 3e-4, step, 100.0) | {"near_copies": share, "near_copies_error": 0.04, "spread": 0.9}
+        for step, share in zip((100, 400), shares, strict=True)
+    ]
+    text = Page(report(results=[*climbed, RESULTS[0]])).text
+    assert "Near copies and variety at a learning rate of 0.0003" in text
+    assert (f"From {from_step} steps on" in text) == (from_step is not None)
+    assert ("No rung draws more near copies than chance would." in text) == (from_step is None)
+    assert f"{shares[1]:.2f} ± 0.04" in text, "in the table of all rungs"
+
+
 def test_a_part_without_data_is_left_out() -> None:
     text = Page(report()).text
     for part in (
