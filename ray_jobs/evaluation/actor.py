@@ -156,9 +156,10 @@ class Evaluator:
         return self.networks.first.num_features
 
     def _use(self, weights: str | None) -> "Pipeline":
-        """Return a pipeline with what the run begins from (None) or the weights in a folder (path or URI).
+        """Return a pipeline with what the run begins from (None), the base alone (`BARE`), or the weights in
+        a folder (path or URI).
 
-        It begins from the base, with `model.adapter` if there is one.
+        A run begins from the base, with `model.adapter` if there is one.
         """
         from ray_jobs.diffusion.families import family_of
         from ray_jobs.diffusion.sampling import Prompts, place
@@ -181,6 +182,8 @@ class Evaluator:
                 denoiser = getattr(self.base, family.denoiser)
                 with adapter_folder(self.config.model, family, denoiser) as folder:
                     self._adapt(folder)
+        elif weights == BARE:
+            return self.pipeline
         elif (folder := Storage.open(weights).local_copy()) and (folder / LORA_WEIGHTS).exists():
             self._adapt(folder)
         else:

@@ -8,6 +8,7 @@ run begins from and the winner draw their captions from the same noise. Pictures
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
 from ray_jobs.data.preparation import prepared_by
+from ray_jobs.evaluation.actor import BARE
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.evaluation.scores import FEWEST
 from ray_jobs.report import forgotten
@@ -35,7 +36,8 @@ def require_remembered(config: Config) -> None:
 def measure_remembered(
     config: Config, pool: EvaluatorPool, weights: str, guidance_scale: float | None
 ) -> list[Remembered]:
-    """Score what the run begins from and the winner on the pictures of earlier runs.
+    """Score what the run begins from and the winner on the pictures of earlier runs; where it begins from an
+    adapter, the base without it too.
 
     Args:
         weights, guidance_scale: of the winner; the other is drawn at `evaluate.guidance_scale`.
@@ -56,6 +58,9 @@ def measure_remembered(
             "after": other[measure],
             "after_error": other[f"{measure}_error"],
         }
+        if config.model.adapter:  # how far the earlier run had come
+            of_base = pool.score(BARE, split).row()
+            told |= {"base": of_base[measure], "base_error": of_base[f"{measure}_error"]}
         if config.evaluate.bootstrap and first.fid.num_samples >= FEWEST:
             paired = pool.difference(after, before, split, measure=measure)
             told |= {"change": paired.value, "change_error": paired.standard_error}

@@ -91,6 +91,8 @@ def forgotten(found: Remembered) -> str:
     before = number(found.before, digits, found.before_error)
     after = number(found.after, digits, found.after_error)
     told = f"The pictures of {found.run}: {name} {before} before, {after} after this training"
+    if found.base is not None:
+        told += f"; {number(found.base, digits, found.base_error)} for the base without either"
     if found.change is None:
         return f"{told}; without errors, nothing says whether they differ."
     change = number(abs(found.change), digits, found.change_error)

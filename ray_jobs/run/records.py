@@ -298,6 +298,7 @@ class Remembered(Record):
         run: the earlier run.
         measure: which score they are, one of `MEASURES`.
         before, after: of what the run began from, and of the winner.
+        base: of the base without the adapter that the run began from; None if there was none.
         change: after minus before, in pairs of pictures; None without error estimates.
     """
 
@@ -307,6 +308,8 @@ class Remembered(Record):
     before_error: float | None = None
     after: float
     after_error: float | None = None
+    base: float | None = None
+    base_error: float | None = None
     change: float | None = None
     change_error: float | None = None
     num_samples: int

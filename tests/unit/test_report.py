@@ -371,6 +371,12 @@ def test_what_was_forgotten_is_told_where_it_is_more_than_its_error(
     assert note.text in Page(report(winner=winner.fields())).text
 
 
+def test_what_is_left_of_an_adapter_is_told_beside_the_base_that_never_had_it() -> None:
+    winner = won(remembered=[REMEMBERED | {"base": 30.0, "base_error": 2.0}])
+    told = [note.text for note in notes(winner, RESULTS, 10) if "pictures of first" in note.text]
+    assert "15.0 ± 1.5 after this training; 30.0 ± 2.0 for the base without either. In" in told[0]
+
+
 def test_the_scores_have_their_errors_and_kid_beside_fid() -> None:
     winner = {**WINNER, "test_fid_error": 1.4, "test_kid": 0.0061, "test_kid_error": 0.0004}
     text = Page(report(winner=winner)).text

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cluster.storage import Storage
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.diffusion.families import family_of
-from ray_jobs.evaluation.actor import Evaluator
+from ray_jobs.evaluation.actor import BARE, Evaluator
 from ray_jobs.planning.checks import check_stages
 from ray_jobs.planning.footprint import footprint
 from ray_jobs.training.setup import build_pack
@@ -153,7 +153,8 @@ def test_an_evaluator_draws_the_start_of_the_run_where_others_have_the_base(
     drawn = pictures(plain, None, str(first), str(second), None)
     assert drawn[0] == drawn[3] and drawn[0] != drawn[1] != drawn[2]
     begun = Evaluator(further(base, first), none, 1)
-    assert pictures(begun, None, str(second), None, str(first)) == [drawn[1], drawn[2], drawn[1], drawn[1]]
+    asked = None, str(second), BARE, None, str(first), BARE
+    assert pictures(begun, *asked) == [drawn[number] for number in (1, 2, 0, 1, 1, 0)]
 
 
 @pytest.mark.slow
