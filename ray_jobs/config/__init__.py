@@ -36,7 +36,13 @@ from ray_jobs.config.fields import (
 )
 from ray_jobs.config.files import config_file, read_settings
 from ray_jobs.config.packs import folds_together, pack_size, unpackable
-from ray_jobs.config.search import LEARNING_RATE, EvaluateConfig, NetworkConfig, SearchConfig
+from ray_jobs.config.search import (
+    LEARNING_RATE,
+    EvaluateConfig,
+    NetworkConfig,
+    PreferenceConfig,
+    SearchConfig,
+)
 from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
@@ -69,6 +75,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NetworkConfig",
+    "PreferenceConfig",
     "PretrainConfig",
     "PublishConfig",
     "Range",
@@ -317,6 +324,10 @@ class Config(Section):
         if search.folds and search.folds != self.data.folds:
             raise ValueError(
                 f"search.folds: {search.folds} needs data.folds: {search.folds} (it is {self.data.folds})"
+            )
+        if search.rank_by == "preference" and not self.evaluate.preference.model:
+            raise ValueError(
+                "search.rank_by: preference needs evaluate.preference.model, which judges the pictures"
             )
         if search.folds and self.data.encode == "stream":
             raise ValueError("search.folds needs data.encode: cache")

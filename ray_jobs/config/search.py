@@ -21,7 +21,7 @@ from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
-RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "subject"]
+RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject"]
 
 
 def _kind(values: object) -> str:
@@ -78,8 +78,9 @@ class SearchConfig(Section):
         "subjects. corrected_fid: FID without the bias of the number of images, by which few images reward a "
         "smaller variety; with fewer training images than a score has, it is FID. fid: FID as in the "
         "literature. kid: kernel distance, which has no such bias; with fewer than 4 images it is FID. mind: "
-        "sliced Wasserstein distance, which has hardly any. subject: likeness to photos not trained on, "
-        "learning by heart, and what is lost of the class, of variety and of own prompts (docs/search.md)",
+        "sliced Wasserstein distance, which has hardly any. preference: how much less evaluate.preference "
+        "likes the pictures than the real ones of the same captions. subject: likeness to photos not trained "
+        "on, learning by heart, and what is lost of class, variety and own prompts (docs/search.md)",
     )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],
@@ -305,6 +306,33 @@ Network = Annotated[
 ]
 
 
+class PreferenceConfig(Section):
+    """A model of what people prefer, which scores pictures for their captions."""
+
+    affects: ClassVar = Effect.SCORES
+
+    model: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="folder (also s3:// or gs://) or hub name of a CLIPModel: PickScore "
+        "(yuvalkirstain/PickScore_v1), or a plain CLIP, which says how well a picture fits its caption. "
+        "Empty: none",
+    )
+    revision: Annotated[str | None, Added()] = Field(None, description="revision of model on the hub")
+    processor: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="folder or hub name of its tokenizer and image processor, of PickScore "
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K; empty: the model's own",
+    )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "PreferenceConfig":
+        if self.model is None:
+            require_unset(self, "without preference.model", "revision", "processor")
+        return self
+
+
 class EvaluateConfig(Section):
     """How a checkpoint is sampled and measured."""
 
@@ -374,6 +402,7 @@ class EvaluateConfig(Section):
     clip_revision: Annotated[str | None, Effect.PUBLISHING] = Field(
         None, description="revision of clip on the hub"
     )
+    preference: PreferenceConfig = PreferenceConfig()
     memorisation_pictures: Annotated[int, Effect.PUBLISHING] = Field(
         1000,
         ge=0,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,7 +35,7 @@ from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
-from ray_jobs.run.records import FID, Measurement
+from ray_jobs.run.records import FID, PREFERENCE, Measurement
 from ray_jobs.run.split import Split
 from ray_jobs.weights.feature_networks import Networks, NetworkSet, load_networks
 
@@ -141,7 +142,17 @@ class Evaluator:
 
     def resizing(self) -> dict[str, str]:
         """Return how each network's input pictures are resized, by network identity."""
-        return {network.identity: network.resizing for network in self.networks.all}
+        found = {network.identity: network.resizing for network in self.networks.all}
+        judge = self.networks.preference
+        return found | ({judge.identity: judge.resizing} if judge else {})
+
+    def preference_model(self) -> str | None:
+        """Return the identity of the reward model; None without `evaluate.preference.model`."""
+        return self.networks.preference.identity if self.networks.preference else None
+
+    def clip_network(self) -> str | None:
+        """Return the identity of CLIP; None without `evaluate.clip`."""
+        return self.networks.clip.identity if self.networks.clip else None
 
     def subject_network(self) -> str:
         """Return the identity of the network that compares subjects."""
@@ -261,12 +272,20 @@ class Evaluator:
         place(pipeline, self.device, denoisers=True, text_encoders=trained)
         return self._losses[split].of_rows(pipeline).tolist()
 
-    def _features(self, batches: "Iterator[torch.Tensor]", by: NetworkSet) -> Features:
-        networks = self.networks.of(by)
+    def _features(
+        self, batches: "Iterator[torch.Tensor]", by: NetworkSet, captions: Sequence[str] = ()
+    ) -> Features:
+        """Features of pictures in batches, and with their captions the rewards of the reward model."""
+        networks, judge = self.networks.of(by), self.networks.preference
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
+        judged = 0
         for batch in batches:
             for network in networks:
                 found[network.identity].append(network.features(batch).numpy())
+            if judge and captions and by in (NetworkSet.RANKING, NetworkSet.ALL):
+                rewards = judge.rewards(batch, list(captions[judged : judged + len(batch)]))
+                found.setdefault(judge.identity, []).append(rewards.numpy())
+                judged += len(batch)
         return {identity: np.concatenate(parts) for identity, parts in found.items()}
 
     @replaced_if_broken()
@@ -280,7 +299,7 @@ class Evaluator:
         by: NetworkSet = NetworkSet.RANKING,
         shapes: list[Shape] | None = None,
     ) -> Features:
-        """Sample one picture per caption and return its features.
+        """Sample one picture per caption and return its features, and its reward by the reward model.
 
         Args:
             kept: destination of the pictures to save.
@@ -289,7 +308,7 @@ class Evaluator:
             shapes: one per picture; None means squares of `data.resolution`.
         """
         batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
-        return self._features(batches, by)
+        return self._features(batches, by, captions)
 
     @replaced_if_broken()
     def sample_pictures(
@@ -317,14 +336,11 @@ class Evaluator:
             by: the networks that see the pictures.
         """
         import torch
-        from PIL import Image
 
         from ray_jobs.diffusion.memory import Chunks, pictures_at_once
-        from ray_jobs.diffusion.sampling import batches_of, reconstructed
+        from ray_jobs.diffusion.sampling import reconstructed
 
-        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
-        batches = batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size)
-        stacked = (torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2) for batch in batches)
+        stacked = self._stacked(pictures)
 
         def restored(pixels: torch.Tensor) -> torch.Tensor:
             for _ in range(through_autoencoder):
@@ -339,6 +355,27 @@ class Evaluator:
                 for part in chunks.run(batch, restored, pictures_at_once(*batch.shape[-2:]))
             )
         return self._features(stacked, by)
+
+    @replaced_if_broken()
+    def rewards(self, pictures: list[bytes], captions: list[str]) -> np.ndarray:
+        """Rewards of pictures (PNG bytes) for their captions, by the reward model: float32, N x 1."""
+        judge, texts = self.networks.preference, iter(captions)
+        assert judge
+        parts = [
+            judge.rewards(batch, list(islice(texts, len(batch)))).numpy() for batch in self._stacked(pictures)
+        ]
+        return np.concatenate(parts)
+
+    def _stacked(self, pictures: list[bytes]) -> "Iterator[torch.Tensor]":
+        """Yield PNGs in batches of one shape, in their order: uint8, N x 3 x H x W."""
+        import torch
+        from PIL import Image
+
+        from ray_jobs.diffusion.sampling import batches_of
+
+        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+        for batch in batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size):
+            yield torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2)
 
     def score(
         self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
@@ -388,13 +425,15 @@ class Evaluator:
             captions: captions of the real pictures.
             detector: of near copies by the ranking network; None skips the search for near copies.
             shares: picture numbers of each part; None: the parts are in order.
-            kept: folder in which the ranking network's features are saved; None: they are not saved.
+            kept: folder in which what ranks is saved, the ranking network's features and the rewards; None:
+                it is not saved.
         """
         from safetensors.numpy import save
 
         whole, first = join(generated, shares), self.networks.first.identity
         if kept:
-            kept.write_bytes(TEST_FEATURES, save({first: whole[first]}))
+            ranking = {name: each for name, each in whole.items() if name in (first, self.preference_model())}
+            kept.write_bytes(TEST_FEATURES, save(ranking))
         found, left_out = more_scores(whole, real, self.networks, captions)
         copies = near_copies(whole[first], *detector) if detector else None
         return SetScores(self._scores(whole, real), found, left_out, copies)
@@ -435,6 +474,9 @@ class Evaluator:
         from safetensors.numpy import load
 
         network, resamples = self.networks.first.identity, self.config.evaluate.bootstrap
+        if measure == PREFERENCE:
+            assert self.networks.preference
+            network = self.networks.preference.identity
         first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
         return self._computed(
             lambda device: difference_by(

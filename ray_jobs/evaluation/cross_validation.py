@@ -12,10 +12,17 @@ from statistics import fmean, stdev
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
-from ray_jobs.run.records import SUBJECT, SUBJECT_PARTS, RungRow
+from ray_jobs.run.records import PREFERENCE, SUBJECT, SUBJECT_PARTS, RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
-ORIGIN = ("ranked_by", "feature_network", "feature_network_2", "subject_network", "num_samples")
+ORIGIN = (
+    "ranked_by",
+    "feature_network",
+    "feature_network_2",
+    "subject_network",
+    "preference_model",
+    "num_samples",
+)
 """Fields that are equal in scores that may be compared."""
 MEANS = (
     "fid",
@@ -24,6 +31,7 @@ MEANS = (
     "spread",
     "kid",
     "mind",
+    PREFERENCE,
     SUBJECT,
     *SUBJECT_PARTS,
     "fid_2",

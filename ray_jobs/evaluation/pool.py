@@ -3,7 +3,7 @@
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -158,7 +158,7 @@ class EvaluatorPool:
         real = self._measure_real([row["image"] for row in rows])
         others = self.training_features(split, OTHERS * count)
         correction = ray.get(self.actors[0].correction.remote(real, others, count))
-        self._real[split] = ray.put(Real.of(real, correction))
+        self._real[split] = ray.put(Real.of(real, correction, self._rewards(rows)))
         self.corrected[split] = correction is not None
         if self._is_of_subjects(split):
             self._subjects[split] = self._subject_reference(split)
@@ -170,17 +170,42 @@ class EvaluatorPool:
     def _measure_real(self, pictures: list[bytes]) -> Features:
         """Features of real pictures, cached in the storage: they cost as much as a candidate's."""
         import ray
-        from safetensors.numpy import load, save
 
         identities = ray.get(self.actors[0].identities.remote())
-        digest = hashlib.sha256("\n".join(identities).encode())
-        for picture in pictures:
-            digest.update(hashlib.sha256(picture).digest())
+        return self._cached(["\n".join(identities).encode(), *pictures], lambda: self.features(pictures))
+
+    def _rewards(self, rows: Sequence[dict[str, Any]]) -> Features:
+        """Rewards of real pictures for their captions, cached in the storage; {} without a reward model."""
+        import ray
+
+        if not self.config.evaluate.preference.model:
+            return {}
+        model = str(ray.get(self.actors[0].preference_model.remote()))
+        pictures, captions = [row["image"] for row in rows], [row["text"] for row in rows]
+
+        def judged() -> Features:
+            shares = self._share([shape_of(picture) for picture in pictures])
+            parts = [
+                actor.rewards.remote([pictures[i] for i in numbers], [captions[i] for i in numbers])
+                for actor, numbers in shares
+            ]
+            found: list[Features] = [{model: each} for each in ray.get(parts)]
+            return join(found, [numbers for _, numbers in shares])
+
+        return self._cached([model.encode(), *pictures, *(each.encode() for each in captions)], judged)
+
+    def _cached(self, told: Sequence[bytes], measure: Callable[[], Features]) -> Features:
+        """Return what the storage has under the digest of what was measured, or measure and keep it."""
+        from safetensors.numpy import load, save
+
+        digest = hashlib.sha256(told[0])
+        for each in told[1:]:
+            digest.update(hashlib.sha256(each).digest())
         folder = SharedFolder.of(self.config).real_features
         file = f"{digest.hexdigest()[:32]}.safetensors"
         if folder.exists(file):
             return dict(load(folder.read_bytes(file)))
-        found = self.features(pictures)
+        found = measure()
         folder.write_bytes(file, save(found))
         return found
 
@@ -495,7 +520,7 @@ class EvaluatorPool:
             else:
                 tasks = self._prompt_tasks(weights, range(len(self.config.evaluate.prompts)))
                 of_prompts = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.ALL)
-            prompted = torch.from_numpy(list(of_prompts.values())[-1])  # CLIP is the last
+            prompted = torch.from_numpy(of_prompts[self._clip_network])
         return DrawnSubjects(found, prompted)
 
     @cached_property
@@ -504,6 +529,12 @@ class EvaluatorPool:
         import ray
 
         return str(ray.get(self.actors[0].subject_network.remote()))
+
+    @cached_property
+    def _clip_network(self) -> str:
+        import ray
+
+        return str(ray.get(self.actors[0].clip_network.remote()))
 
     def training_features(self, split: Split, count: int) -> Features:
         """Features of the first `count` training pictures of the weights that a split evaluates, or of all
@@ -567,7 +598,8 @@ class EvaluatorPool:
             for name, tensor in known.detector.tensors().items():
                 kinds[name] = {self._first_network(): tensor.numpy()}
         if checkpoint.exists(FEATURES):
-            kinds["published"] = dict(load(checkpoint.read_bytes(FEATURES)))
+            drawn = load(checkpoint.read_bytes(FEATURES))
+            kinds["published"] = {name: drawn[name] for name in drawn.keys() & kinds["validation"].keys()}
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
         return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}
 

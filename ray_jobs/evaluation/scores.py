@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -18,6 +18,7 @@ from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_difference, kernel_distance
 from ray_jobs.metrics.neighbours import precision_recall, share_error
+from ray_jobs.metrics.preference import mean_reward, preference_difference, preference_gap
 from ray_jobs.metrics.ranking import enough_samples
 from ray_jobs.metrics.resampling import PairedDifference, frechet_score, paired_difference
 from ray_jobs.metrics.score import Score
@@ -34,6 +35,7 @@ from ray_jobs.run.records import (
     MEASURES,
     MIND,
     OWN,
+    PREFERENCE,
     RECITED,
     SUBJECT,
     Measurement,
@@ -59,6 +61,7 @@ class Real:
 
     Attributes:
         moments: by network.
+        rewards: of these pictures for their captions, by identity of the reward model: float32, N x 1.
         correction: for the scores of so many pictures by the ranking network; None if there are too few
             training pictures.
     """
@@ -66,11 +69,14 @@ class Real:
     features: Features
     moments: dict[str, Moments]
     correction: Correction | None = None
+    rewards: Features = field(default_factory=dict)
 
     @classmethod
-    def of(cls, features: Features, correction: Correction | None = None) -> "Real":
+    def of(
+        cls, features: Features, correction: Correction | None = None, rewards: Features | None = None
+    ) -> "Real":
         found = {name: Moments.of(torch.from_numpy(each), name) for name, each in features.items()}
-        return cls(features, found, correction)
+        return cls(features, found, correction, rewards or {})
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Scores:
         corrected: FID without the bias of the number of pictures (`metrics.corrected`); None without a
             correction for this number.
         means: the means' part of FID.
+        preference: how much less the pictures are liked than the real ones of their captions; None without a
+            reward model, or without captions.
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
         subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
@@ -96,6 +104,7 @@ class Scores:
     corrected: Score | None
     means: float
     spread: float
+    preference: Score | None = None
     subject: SubjectScore | None = None
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
@@ -111,7 +120,8 @@ class Scores:
     def _ranking(self) -> dict[str, Score | None]:
         """Scores that can rank, as `MEASURES` names them."""
         subject = self.subject.total if self.subject else None
-        return {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind, SUBJECT: subject}
+        distances = {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
+        return {**distances, PREFERENCE: self.preference, SUBJECT: subject}
 
     def described(self) -> str:
         """Format the scores for display."""
@@ -131,6 +141,8 @@ class Scores:
         others = {"feature_network_2": self.second} if self.second else {}
         if self.subject:
             others["subject_network"] = self.subject.total
+        if self.preference:
+            others["preference_model"] = self.preference
         networks = {name: score.feature_network for name, score in others.items()}
         return {"feature_network": self.fid.feature_network, "num_samples": self.fid.num_samples, **networks}
 
@@ -161,7 +173,16 @@ def scores_of(
         corrected = corrected_score(sets[0].to(device), moments, correction, num_resamples=resamples)
     drawn = Moments.of(sets[0], first)
     means = float((drawn.mean - moments.mean).square().sum())
-    return Scores(frechet(first), kid, mind, second, corrected, means, drawn.trace / moments.trace)
+    preference = next(
+        (
+            preference_gap(torch.from_numpy(generated[model][:, 0]), torch.from_numpy(rewards[:, 0]), model)
+            for model, rewards in real.rewards.items()
+            if model in generated
+        ),
+        None,
+    )
+    share = drawn.trace / moments.trace
+    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference)
 
 
 def difference_by(
@@ -171,9 +192,12 @@ def difference_by(
 
     Args:
         measure: one of `records.MEASURES`, but not the subject score (`SubjectReference.difference`).
-        one, other: features from the ranking network, whose identity is `network`: float, N x D each.
+        one, other: features from the ranking network, whose identity is `network`: float, N x D each; for the
+            preference gap rewards by the reward model `network`: float, N x 1.
         resamples: as `evaluate.bootstrap`.
     """
+    if measure == PREFERENCE:
+        return preference_difference(one[:, 0], other[:, 0], network)
     moments, references = real.moments[network], torch.from_numpy(real.features[network]).to(one.device)
     if measure == KID:
         return kernel_difference(one, other, references, network)
@@ -305,6 +329,8 @@ def more_scores(
     elif stand_in:
         classes = stand_in.classes(torch.from_numpy(generated[stand_in.identity]))
         found.append(measurement(inception_score(classes, stand_in.identity, splits=PARTS)))
+    for model in real.rewards.keys() & generated.keys():
+        found.append(measurement(mean_reward(torch.from_numpy(generated[model][:, 0]), model)))
     if networks.clip:
         found += map(measurement, _clip_scores(generated, real, networks.clip, captions))
     else:

@@ -118,7 +118,12 @@ def check_vision_model(
 
 
 def load_vision_model(
-    path: str, device: str | torch.device = "cpu", *, revision: str | None = None, field: str = FIELD
+    path: str,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    field: str = FIELD,
+    processor: str | None = None,
 ) -> VisionModel:
     """Load a vision model in float32; a `Clip` if its configuration is CLIP's.
 
@@ -127,12 +132,13 @@ def load_vision_model(
         device: see `networks.load_network`.
         revision: revision of a hub name; a commit pins the network of a score.
         field: setting that names the model.
+        processor: folder or hub name of its image processor and tokenizer; None: the model's own.
 
     Raises:
         ValueError: `path` is neither a folder nor a hub name, or the model has no safetensors file, lacks
-            weights, or has no pooled output.
+            weights, an image processor or a tokenizer, or has no pooled output.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel
 
     device = torch.device(device)
     without_weights = device.type == "meta"
@@ -155,43 +161,70 @@ def load_vision_model(
             raise ValueError(f"{field}: {path}: its weights lack {missing}")
     freeze(module, device)
     name = folder.name if folder == Path(path) else path
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    common = (name, model_digest(folder), device)
+    digest = model_digest(folder)
     if is_clip:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        return Clip(*common, module.config.projection_dim, module, processor, tokenizer)
-    network = VisionModel(*common, module.config.hidden_size, module, processor)
+        pictures, tokenizer, of_both = clip_processor(processor or str(folder), field=field)
+        if processor:
+            digest = hashlib.sha256(f"{digest} {of_both}".encode()).hexdigest()
+        return Clip(name, digest, device, module.config.projection_dim, module, pictures, tokenizer)
+    pictures = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    network = VisionModel(name, digest, device, module.config.hidden_size, module, pictures)
     if not network.has_pooled_output():
         raise ValueError(f"{field}: {path} has no pooled output; take another model")
     return network
 
 
-def check_clip(path: str, *, revision: str | None = None) -> None:
+def clip_processor(
+    path: str, *, revision: str | None = None, field: str = CLIP_FIELD
+) -> "tuple[BaseImageProcessor, PreTrainedTokenizerBase, str]":
+    """Return a CLIP's image processor and tokenizer, and the digest of their files.
+
+    Raises:
+        ValueError: naming the field, if there are none.
+    """
+    from transformers import AutoImageProcessor, CLIPTokenizer
+
+    folder = Path(path) if Path(path).is_dir() else downloaded(path, revision, field, CONFIGURATIONS)
+    try:
+        pictures = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except OSError:
+        beside = field.rpartition(".")[0] + ".processor" if field.endswith(".model") else "another model"
+        raise ValueError(f"{field}: {path} has no image processor or no tokenizer; give {beside}") from None
+    return pictures, tokenizer, model_digest(folder, CONFIGURATIONS)
+
+
+def check_clip(path: str, *, revision: str | None = None, field: str = CLIP_FIELD) -> None:
     """Check a CLIP model's files, as `check_vision_model` does.
 
     Raises:
         ValueError: as there, or the model is not a CLIPModel.
     """
-    if check_vision_model(path, revision=revision, field=CLIP_FIELD) != "clip":
-        raise _no_clip(path)
+    if check_vision_model(path, revision=revision, field=field) != "clip":
+        raise _no_clip(path, field)
 
 
-def load_clip(path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> Clip:
+def load_clip(
+    path: str,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    field: str = CLIP_FIELD,
+    processor: str | None = None,
+) -> Clip:
     """Load a CLIP model, as `load_vision_model` does, for scores that also need captions.
 
     Raises:
         ValueError: as there, or the model is not a CLIPModel.
     """
-    model = load_vision_model(path, device, revision=revision, field=CLIP_FIELD)
+    model = load_vision_model(path, device, revision=revision, field=field, processor=processor)
     if not isinstance(model, Clip):
-        raise _no_clip(path)
+        raise _no_clip(path, field)
     return model
 
 
-def _no_clip(path: str) -> ValueError:
-    return ValueError(
-        f"{CLIP_FIELD}: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14"
-    )
+def _no_clip(path: str, field: str) -> ValueError:
+    return ValueError(f"{field}: {path} is not a CLIPModel; name one, such as openai/clip-vit-large-patch14")
 
 
 def require_safetensors(folder: Path, field: str) -> None:

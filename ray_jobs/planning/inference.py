@@ -121,7 +121,7 @@ def _measuring(config: Config) -> tuple[int, int]:
     On the meta device attention is not fused, so that of a ViT is counted rather too large.
     """
     side, weights, most = config.data.resolution, 0, 0
-    for network in load_networks(config.evaluate, "meta").all:
+    for network in load_networks(config.evaluate, "meta").everything:
         weights += sum(each.nbytes for part in network.modules for each in part.state_dict().values())
         with LiveBytes(network.modules) as live:
             network.on_device(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))

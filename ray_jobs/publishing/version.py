@@ -66,6 +66,7 @@ def register_winner(
             base_fid=winner.base_test_fid,
             ranked_by=winner.ranked_by,
             others=_others(winner),
+            preference_model=winner.preference_model,
         ),
         paired=paired,
         params={

@@ -117,6 +117,7 @@ def measured_of(client: "MlflowClient", version: "ModelVersion") -> Measured | N
         base_fid=float(tags["base_test_fid"]) if "base_test_fid" in tags else None,
         ranked_by=tags.get("ranked_by", FID),
         others=others,
+        preference_model=tags.get("preference_model"),
     )
 
 

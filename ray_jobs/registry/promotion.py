@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ray_jobs.run.records import CORRECTED, FID, MEASURES
+from ray_jobs.run.records import CORRECTED, FID, MEASURES, PREFERENCE
 
 
 class Result(NamedTuple):
@@ -32,6 +32,7 @@ class Measured:
             it, for which `data` is compared instead.
         ranked_by: which score the search went by, one of `MEASURES`.
         others: the scores beside FID that can rank, by their names in `MEASURES`.
+        preference_model: identity of the reward model, if there is one.
     """
 
     fid: float
@@ -43,6 +44,7 @@ class Measured:
     base_fid: float | None = None
     ranked_by: str = FID
     others: Mapping[str, Result] = field(default_factory=dict)
+    preference_model: str | None = None
 
     def result(self, measure: str) -> Result | None:
         """Return a score; None if it was not recorded."""
@@ -77,9 +79,11 @@ def compared_by(new: Measured, champion: Measured) -> str:
     """Return the score that decides between two versions: the new one's `ranked_by` if both have it, or FID.
 
     The corrected FID depends on training pictures, by which it is corrected, and is compared only where they
-    are the same.
+    are the same; the preference gap only where the reward model is.
     """
     measure = new.ranked_by
+    if measure == PREFERENCE and new.preference_model != champion.preference_model:
+        return FID
     if measure == CORRECTED and new.data != champion.data:
         return FID
     return measure if new.result(measure) and champion.result(measure) else FID

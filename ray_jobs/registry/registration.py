@@ -242,6 +242,7 @@ def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, s
         "test_fid": repr(measured.fid),
         **({} if measured.error is None else {"test_fid_error": repr(measured.error)}),
         "ranked_by": measured.ranked_by,
+        **({"preference_model": measured.preference_model} if measured.preference_model else {}),
         **_other_scores(measured),
         "guidance_scale": f"{config.evaluate.guidance_scale:g}",
         "folds": str(config.search.folds),

@@ -11,6 +11,7 @@ from ray_jobs.run.records import (
     KID,
     MEASURES,
     MIND,
+    PREFERENCE,
     SUBJECT,
     SUBJECT_PARTS,
     Measure,
@@ -105,6 +106,13 @@ def mind_chart(winner: Winner, results: Rows) -> str:
     """Validation MIND over steps; empty if no row has one."""
     title = "Validation MIND over training steps"
     return _ranking_chart(winner, results, MIND, title, "Sliced Wasserstein distance of the same features")
+
+
+def preference_chart(winner: Winner, results: Rows) -> str:
+    """Validation's preference gap over steps; empty if no row has one."""
+    title = "What the reward model prefers, over training steps"
+    what = "How much less the pictures are liked than the real ones of their captions; below 0: more"
+    return _ranking_chart(winner, results, PREFERENCE, title, what)
 
 
 def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what: str) -> str:

@@ -12,6 +12,7 @@ from ray_jobs.report.charts import (
     kid_chart,
     mind_chart,
     over_fitting_section,
+    preference_chart,
     second_chart,
     subject_charts,
 )
@@ -82,6 +83,7 @@ def write_report(
         heat_map(winner, results),
         kid_chart(winner, results),
         mind_chart(winner, results),
+        preference_chart(winner, results),
     ]
     charts += [second_chart(winner, results, network)] if network else []
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(

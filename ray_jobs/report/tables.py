@@ -8,7 +8,17 @@ from ray_jobs.report.charts import Rows, finite
 from ray_jobs.report.dataset_page import counted, table
 from ray_jobs.report.svg import number
 from ray_jobs.report.verdict import closed_share, won_by_tie
-from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, MIND, SUBJECT, SUBJECT_PARTS, Winner
+from ray_jobs.run.records import (
+    CORRECTED,
+    FID,
+    KID,
+    MEASURES,
+    MIND,
+    PREFERENCE,
+    SUBJECT,
+    SUBJECT_PARTS,
+    Winner,
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,12 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
         ),
         ("test_kid", 4, "KID, test", "kernel distance on the same pictures, not biased by their number"),
         ("test_mind", 1, "MIND, test", "sliced Wasserstein distance on the same pictures, hardly biased"),
+        (
+            "test_preference",
+            2,
+            "Preference gap, test",
+            "how much less the reward model likes the pictures than the real ones of their captions",
+        ),
         ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
     )
     for key, digits, name, meaning in others:
@@ -148,6 +164,7 @@ SCORES: Columns = [
         ("near copies", "near_copies", 2),
         RANKING[KID],
         RANKING[MIND],
+        RANKING[PREFERENCE],
     ),
     ("second network", "fid_2", 2),
 ]

@@ -13,6 +13,7 @@ from ray_jobs.run.records import (
     KID,
     MEASURES,
     MIND,
+    PREFERENCE,
     SUBJECT,
     Remembered,
     RungRow,
@@ -26,6 +27,7 @@ BIAS = {
     CORRECTED: "The corrected FID, which ranks here, does not have this bias.",
     KID: "KID, which ranks here, does not have this bias.",
     MIND: "MIND, which ranks here, hardly rewards that; its values, too, fall with the number of pictures.",
+    PREFERENCE: "The preference gap, which ranks here, does not depend on their number.",
     SUBJECT: "The subject score, which ranks here, is made for few pictures.",
 }
 

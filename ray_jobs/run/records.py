@@ -21,7 +21,8 @@ FORMAT = 1  # a change that this program could misread gets the next number
 RESULTS = "results.jsonl"
 WINNER = "winner.json"
 # Fields that candidates are ranked by.
-FID, CORRECTED, KID, MIND, SUBJECT = "fid", "corrected_fid", "kid", "mind", "subject"
+FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"
+PREFERENCE, SUBJECT = "preference", "subject"
 
 # Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
 # pictures, and how often the nearest training picture has the caption that was drawn.
@@ -40,6 +41,7 @@ MEASURES = {
     CORRECTED: Measure("corrected FID", 1),
     KID: Measure("KID", 4),
     MIND: Measure("MIND", 1),
+    PREFERENCE: Measure("preference gap", 2),
     SUBJECT: Measure("subject score", 2),
 }
 
@@ -156,6 +158,8 @@ class RungRow(Record):
     kid_error: float | None = None
     mind: float | None = None
     mind_error: float | None = None
+    preference: float | None = None
+    preference_error: float | None = None
     subject: float | None = None
     subject_error: float | None = None
     unlike: float | None = None
@@ -173,6 +177,7 @@ class RungRow(Record):
     feature_network: str | None = None
     feature_network_2: str | None = None
     subject_network: str | None = None
+    preference_model: str | None = None
     num_samples: int | None = None
     train_loss: float = math.nan
     validation_loss: float | None = None
@@ -355,6 +360,8 @@ class Winner(Record):
     validation_kid_error: float | None = None
     validation_mind: float | None = None
     validation_mind_error: float | None = None
+    validation_preference: float | None = None
+    validation_preference_error: float | None = None
     validation_subject: float | None = None
     validation_subject_error: float | None = None
     test_reads: int = 1
@@ -367,6 +374,8 @@ class Winner(Record):
     test_kid_error: float | None = None
     test_mind: float | None = None
     test_mind_error: float | None = None
+    test_preference: float | None = None
+    test_preference_error: float | None = None
     test_subject: float | None = None
     test_subject_error: float | None = None
     test_fid_2: float | None = None
@@ -380,6 +389,8 @@ class Winner(Record):
     base_test_kid_error: float | None = None
     base_test_mind: float | None = None
     base_test_mind_error: float | None = None
+    base_test_preference: float | None = None
+    base_test_preference_error: float | None = None
     base_test_subject: float | None = None
     base_test_subject_error: float | None = None
     base_test_fid_2: float | None = None
@@ -387,11 +398,13 @@ class Winner(Record):
     feature_network: str
     num_samples: int
     feature_network_2: str | None = None
+    preference_model: str | None = None
     base_validation_fid: float
     base_validation_fid_error: float | None = None
     base_validation_corrected_fid: float | None = None
     base_validation_kid: float | None = None
     base_validation_mind: float | None = None
+    base_validation_preference: float | None = None
     base_validation_subject: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float

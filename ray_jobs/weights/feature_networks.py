@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from cluster.fetched import local_path
-from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig
+from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig, PreferenceConfig
 from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
 from ray_jobs.metrics.inception import CLASSIFIER, InceptionClasses, load_classes, read_classes
 from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
+from ray_jobs.metrics.preference import FIELD as PREFERENCE
+from ray_jobs.metrics.preference import PreferenceModel, check_preference, load_preference
 from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, load_clip
 
 FIRST = "evaluate.feature_network"
@@ -27,6 +30,7 @@ class Networks:
     """The feature networks of a run: the deciding one and, if configured, a second one and CLIP.
 
     Attributes:
+        preference: reward model that judges pictures for their captions; None without one.
         classes: classes of the deciding network's features, for the Inception Score of the literature.
     """
 
@@ -34,6 +38,7 @@ class Networks:
     second: FeatureNetwork | None = None
     clip: Clip | None = None
     classes: InceptionClasses | None = None
+    preference: PreferenceModel | None = None
 
     @property
     def ranking(self) -> list[FeatureNetwork]:
@@ -49,7 +54,13 @@ class Networks:
 
     @property
     def all(self) -> list[FeatureNetwork]:
+        """The networks that measure features of pictures alone."""
         return [*self.ranking, *([self.clip] if self.clip else [])]
+
+    @property
+    def everything(self) -> list[FeatureNetwork]:
+        """All networks, with the one in the reward model."""
+        return [*self.all, *([self.preference.clip] if self.preference else [])]
 
     def of(self, which: NetworkSet) -> list[FeatureNetwork]:
         """Return the networks of a set."""
@@ -74,6 +85,8 @@ def check_networks(evaluate: EvaluateConfig) -> None:
             read_classes(local_path(evaluate.inception_classes, CLASSIFIER))
         if evaluate.clip:
             check_clip(local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision)
+        if evaluate.preference.model:
+            check_preference(**_preference(evaluate.preference))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -96,7 +109,10 @@ def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
     if evaluate.inception_classes:
         classes = load_classes(local_path(evaluate.inception_classes, CLASSIFIER))
     of_second = load_network(second, device) if second else None
-    return Networks(load_first(evaluate, device), of_second, clip, classes)
+    preference = None
+    if evaluate.preference.model:
+        preference = load_preference(device=device, **_preference(evaluate.preference))
+    return Networks(load_first(evaluate, device), of_second, clip, classes, preference)
 
 
 def _first(evaluate: EvaluateConfig) -> NetworkSpec:
@@ -107,6 +123,17 @@ def _first(evaluate: EvaluateConfig) -> NetworkSpec:
 
 def _second(evaluate: EvaluateConfig) -> NetworkSpec | None:
     return _spec("evaluate.second_network", evaluate.second_network) if evaluate.second_network else None
+
+
+def _preference(chosen: PreferenceConfig) -> dict[str, Any]:
+    """Return the arguments of `load_preference`."""
+    assert chosen.model
+    processor = chosen.processor and local_path(chosen.processor, "evaluate.preference.processor")
+    return {
+        "path": local_path(chosen.model, PREFERENCE),
+        "revision": chosen.revision,
+        "processor": processor,
+    }
 
 
 def _spec(field: str, network: NetworkConfig) -> NetworkSpec:

@@ -48,11 +48,13 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def config(
-    tiny_model: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, picture_folder: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Config]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield tiny_config(tiny_model, picture_folder, tmp_path_factory.mktemp("evaluators"), *SETTINGS)
+        judged = f"evaluate.preference.model={clip_folder}"
+        folder = tmp_path_factory.mktemp("evaluators")
+        yield tiny_config(tiny_model, picture_folder, folder, *SETTINGS, judged)
 
 
 @pytest.fixture(scope="module")
@@ -352,5 +354,11 @@ def test_publish_reads_the_test_split_once_unless_forced_and_then_says_so(
     assert again.test_reads == 2 and again.test_fid == winner.test_fid
     assert [each.get("forced") for each in read_records(run)] == [False, None, True, None]
     assert "used 2 times" in run.read_text("report.html")
+    assert winner.test_preference == again.test_preference and winner.test_preference_error
+    measures = winner.measures.winner if winner.measures else []
+    rewards = [each for each in measures if each.metric == "mean reward"]
+    assert [each.feature_network for each in rewards] == [winner.preference_model]
+    kept = load(run.child("model").read_bytes("test.features"))[str(winner.preference_model)]
+    assert kept.shape == (11, 1) and rewards[0].value == pytest.approx(float(kept.mean()))
     assert winner.num_samples == 11 and again.registry_version == winner.registry_version
     assert len(PICTURES["test"]) == 11

@@ -1,0 +1,115 @@
+"""The preference gap: rewards as transformers' model gives them, beside those of the real pictures."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_jobs.config import ConfigError, EvaluateConfig, load_config
+from ray_jobs.evaluation.scores import Real, difference_by, more_scores, scores_of
+from ray_jobs.metrics.preference import check_preference, load_preference, preference_gap
+from ray_jobs.registry.promotion import Measured, Result, compared_by
+from ray_jobs.run.records import FID, PREFERENCE
+from ray_jobs.weights.feature_networks import check_networks, load_networks
+from tests.unit.test_measures import features
+from tests.unit.test_metrics_networks import noise
+
+CAPTIONS = ["a big red circle", "a small green square", "a big blue cross"]
+
+
+def test_a_reward_is_the_logit_that_transformers_gives_a_picture_and_its_caption(clip_folder: Path) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    images = noise(3, 40, 28)
+    found = load_preference(str(clip_folder)).rewards(images, CAPTIONS)
+    processor, model = CLIPProcessor.from_pretrained(clip_folder), CLIPModel.from_pretrained(clip_folder)
+    pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in images]
+    with torch.inference_mode():
+        logits = model(**processor(text=CAPTIONS, images=pictures, padding=True, return_tensors="pt"))
+    expected = logits.logits_per_image.diagonal()[:, None]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.dtype == torch.float32
+
+
+def test_the_gap_is_to_the_real_picture_of_the_same_caption() -> None:
+    real, drawn = torch.tensor([20.0, 22.0]), torch.tensor([19.0, 21.0, 18.0])
+    found = preference_gap(drawn, real, "judge")
+    assert found.value == pytest.approx((1 + 1 + 2) / 3) and found.num_samples == 3
+    assert found.standard_error == pytest.approx(np.std([1, 1, 2], ddof=1) / 3**0.5)
+    assert preference_gap(real, real, "judge").value == 0
+    assert preference_gap(real[:1], real, "judge").standard_error is None
+
+
+def test_a_score_has_the_gap_where_pictures_were_judged(clip_folder: Path) -> None:
+    networks = load_networks(EvaluateConfig(preference={"model": str(clip_folder)}), "cpu")
+    assert networks.preference and networks.preference.clip in networks.everything
+    judge, generator = networks.preference.identity, np.random.default_rng(0)
+    rewards = {judge: generator.normal(20, 1, (6, 1)).astype(np.float32)}
+    real = Real.of(features(networks, 6, 0), None, rewards)
+    drawn = [
+        features(networks, 12, seed) | {judge: generator.normal(19, 1, (12, 1)).astype(np.float32)}
+        for seed in (1, 2)
+    ]
+    one, other = (scores_of(each, real, networks, 0) for each in drawn)
+    assert one.preference and other.preference and one.preference.standard_error
+    expected = np.tile(rewards[judge], (2, 1)) - drawn[0][judge]
+    assert one.row()[PREFERENCE] == pytest.approx(float(expected.mean()))
+    assert one.origin["preference_model"] == judge
+    first, second = (torch.from_numpy(each[judge]) for each in drawn)
+    found = difference_by(PREFERENCE, first, second, real, judge, resamples=0)
+    assert found.value == pytest.approx(one.preference.value - other.preference.value, rel=1e-5)
+    records, _ = more_scores(drawn[0], real, networks, CAPTIONS)
+    [reward] = [each for each in records if each.metric == "mean reward"]
+    assert reward.value == pytest.approx(float(drawn[0][judge].mean()))
+    not_judged = {name: each for name, each in drawn[0].items() if name != judge}
+    without = scores_of(not_judged, real, networks, 0)
+    assert without.preference is None and "preference_model" not in without.origin
+
+
+def test_a_reward_model_without_a_tokenizer_takes_that_of_another_one(
+    clip_folder: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "reward"
+    shutil.copytree(clip_folder, bare)
+    for path in bare.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    evaluate = EvaluateConfig(preference={"model": str(bare)})
+    with pytest.raises(ConfigError, match=r"^evaluate\.preference\.model: .* give evaluate\.preference\."):
+        check_networks(evaluate)
+    check_preference(str(bare), processor=str(clip_folder))
+    beside, whole = load_preference(str(bare), processor=str(clip_folder)), load_preference(str(clip_folder))
+    images = noise(3, 28, 28)
+    assert torch.equal(beside.rewards(images, CAPTIONS), whole.rewards(images, CAPTIONS))
+    assert beside.identity != whole.identity, "another image processor would give other rewards"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["search.rank_by=preference"], r"search\.rank_by: preference needs evaluate\.preference\.model"),
+        (["evaluate.preference.revision=main"], r"revision: main changes nothing without preference\.model"),
+    ],
+)
+def test_settings_that_no_model_goes_with_are_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config("demo", overrides)
+
+
+def test_a_model_that_is_no_clip_is_refused_by_the_name_of_its_field(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^evaluate\.preference\.model: .* is not a CLIPModel"):
+        check_networks(EvaluateConfig(preference={"model": str(tmp_path)}))
+
+
+def test_versions_that_other_models_judged_are_compared_by_fid() -> None:
+    def measured(model: str | None) -> Measured:
+        others = {PREFERENCE: Result(1.0, 0.1, 2.0)}
+        return Measured(10.0, 1.0, 8, "n", "d", ranked_by=PREFERENCE, others=others, preference_model=model)
+
+    assert compared_by(measured("a"), measured("a")) == PREFERENCE
+    assert compared_by(measured("a"), measured("b")) == FID
