@@ -1,7 +1,7 @@
 """Results in sentences, with notes on their reliability."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ray_jobs.report.charts import Rows, finite
@@ -123,7 +123,7 @@ def notes(winner: Winner, results: Rows, enough_samples: int) -> list[Note]:
     begun = beginning(winner.begins_from)
     found: list[Note | None] = [Note(begun, alert=False) if begun else None]
     found += [_too_few(winner, results, enough_samples), _variety(winner)]
-    found.append(_ties(winner, results))
+    found += [_ties(winner, results), _trade_offs(results)]
     if (network := second_network(results)) is not None:
         found.append(_agreement(winner, results, network))
     for each in winner.remembered:
@@ -205,6 +205,38 @@ def _ties(winner: Winner, results: Rows) -> Note | None:
         " winner's, which is within the error of the difference, so the rung with fewer steps won.",
         alert=False,
     )
+
+
+def front(rows: Rows, keys: Sequence[str]) -> list[RungRow]:
+    """Return the rows that no other row beats: that are lower in one of the scores `keys`, or equal in all.
+
+    Rows without one of the scores are left out.
+    """
+    points = [(row, [finite(row, key) for key in keys]) for row in rows]
+    known = [(row, [each for each in point if each is not None]) for row, point in points]
+    known = [(row, point) for row, point in known if len(point) == len(keys)]
+    return [
+        row
+        for row, point in known
+        if not any(
+            other != point and all(a <= b for a, b in zip(other, point, strict=True)) for _, other in known
+        )
+    ]
+
+
+def _trade_offs(results: Rows) -> Note | None:
+    """Name the rungs between which a distance and the preference gap do not decide, if there are several."""
+    distance = CORRECTED if all(finite(row, CORRECTED) is not None for row in results) else FID
+    best = front(results, (distance, PREFERENCE))
+    if len(best) < 2:
+        return None
+    of_each = ((row, distance, PREFERENCE) for row in sorted(best, key=lambda row: getattr(row, distance)))
+    told = "; ".join(
+        f"{_name(row)} ({', '.join(number(getattr(row, key), MEASURES[key].digits) for key in keys)})"
+        for row, *keys in of_each
+    )
+    names = f"{MEASURES[distance].name} and {MEASURES[PREFERENCE].name}"
+    return Note(f"By {names} together no rung is better than one of these: {told}.", alert=False)
 
 
 def _agreement(winner: Winner, results: Rows, network: str) -> Note | None:

@@ -25,7 +25,7 @@ from ray_jobs.report import (
 from ray_jobs.report.charts import rise_of
 from ray_jobs.report.pictures import COLUMNS, SHEET_PICTURE
 from ray_jobs.report.svg import ticks
-from ray_jobs.report.verdict import notes
+from ray_jobs.report.verdict import front, notes
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import OWN, RECITED, Measurement, RungRow, SubjectScores, Winner
 
@@ -588,6 +588,18 @@ def test_learning_by_heart_is_shown_from_the_rung_where_it_exceeds_chance(
     assert (f"From {from_step} steps on" in text) == (from_step is not None)
     assert ("No rung draws more near copies than chance would." in text) == (from_step is None)
     assert f"{shares[1]:.2f} ± 0.04" in text, "in the table of all rungs"
+
+
+def test_rungs_that_are_better_in_one_score_each_are_named_together() -> None:
+    gaps = [(180.0, 0.5), (150.0, 1.5), (99.5, 1.0), (math.nan, 0.1)]
+    rows = [row | {"fid": fid, "preference": gap} for row, (fid, gap) in zip(RESULTS, gaps, strict=True)]
+    assert front(rows, ("fid", "preference")) == [rows[0], rows[2]]
+    assert front(rows[1:3], ("fid", "preference")) == [rows[2]]
+    text = Page(report(results=rows)).text
+    told = "0.0003 at 400 steps (99.5, 1.00); 0.0001 at 100 steps (180.0, 0.50)."
+    assert f"By FID and preference gap together no rung is better than one of these: {told}" in text
+    assert "What the reward model prefers, over training steps" in text
+    assert "together no rung" not in Page(report(results=rows[1:3])).text
 
 
 def test_a_part_without_data_is_left_out() -> None:
