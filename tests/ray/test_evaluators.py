@@ -130,7 +130,12 @@ def test_what_was_drawn_is_not_drawn_again_and_small_scores_do_not_all_wait_for_
     assert list(pool._known_features) == [None, weights[2]]
     assert pool._drawn(None, small[0], None, by[0]) == first
     whole = join(ray.get(first))
-    png = pool.features(pool.pictures(None, VALIDATION, range(4)))
+    pictures = pool.pictures(None, VALIDATION, range(4))
+    png, actor = pool.features(pictures), pool.actors[0]
+    png[ray.get(actor.preference_model.remote())] = ray.get(
+        actor.rewards.remote(pictures, pool.captions[VALIDATION][:4])
+    )
+    assert whole.keys() == png.keys()
     for network, features in whole.items():
         np.testing.assert_array_equal(features, png[network])
 

@@ -48,7 +48,11 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def drawn(pipeline: Any, *requests: Request, **options: Any) -> list[torch.Tensor]:
+    """Pictures of requests; adapters are read before, since their time decides which rows share a batch."""
     engine = Engine(pipeline, **options)
+    for name in dict.fromkeys(request.adapter for request in requests if request.adapter):
+        assert engine.adapters is not None
+        assert engine.adapters.get(name) or engine.adapters._loading[name].result(60)
     futures = [engine.submit(request) for request in requests]
     engine.drain()
     return [future.result(0).pixels.float() for future in futures]
@@ -136,7 +140,7 @@ def test_an_offloaded_model_draws_the_same_and_no_more_is_on_the_device_than_its
     options: dict[str, Any] = {"adapter_folder": adapters.__getitem__}
     expected = drawn(prepared(tiny_model, **switches), *requests, **options)
     pipeline, copies = prepared(tiny_model, offload=part, **switches), Copies(monkeypatch)
-    # A level here and there: which rows share a batch depends on when adapters are read.
+    # A level here and there: two cores share a batch.
     assert max(differences(drawn(pipeline, *requests, num_cores=2, **options), expected)) < 0.01
     assert 0 < copies.most <= copies.largest
     away = {pipeline.text_encoder, pipeline.vae} | ({pipeline.unet} if part == "model" else set())
