@@ -314,15 +314,15 @@ class PreferenceConfig(Section):
     model: Annotated[str | None, Added()] = Field(
         None,
         min_length=1,
-        description="folder (also s3:// or gs://) or hub name of a CLIPModel: PickScore "
-        "(yuvalkirstain/PickScore_v1), or a plain CLIP, which says how well a picture fits its caption. "
-        "Empty: none",
+        description="folder (also s3:// or gs://) or hub name of a CLIPModel, PickScore "
+        "(yuvalkirstain/PickScore_v1) or a plain CLIP, or of a vision-language model with a chat template, "
+        "which is asked whether a picture shows its caption (VQAScore). Empty: none",
     )
     revision: Annotated[str | None, Added()] = Field(None, description="revision of model on the hub")
     processor: Annotated[str | None, Added()] = Field(
         None,
         min_length=1,
-        description="folder or hub name of its tokenizer and image processor, of PickScore "
+        description="folder or hub name of a CLIPModel's tokenizer and image processor, of PickScore "
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K; empty: the model's own",
     )
 

@@ -4,11 +4,13 @@ A reward alone has no zero and a scale of its own. So a picture is compared with
 caption: the gap is 0 where both are liked as much, and lower is better, as of every other score that ranks.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize
 
+from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.resampling import PairedDifference, difference_of, require_pairs
 from ray_jobs.metrics.score import Score
 from ray_jobs.metrics.vision_model import Clip, check_clip, clip_processor, load_clip
@@ -17,8 +19,43 @@ FIELD = "evaluate.preference.model"
 GAP = "preference gap"
 
 
+class PreferenceModel(ABC):
+    """A model that judges pictures for their captions."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """As `FeatureNetwork.identity`."""
+
+    @property
+    @abstractmethod
+    def resizing(self) -> str:
+        """As `FeatureNetwork.resizing`."""
+
+    @property
+    @abstractmethod
+    def network(self) -> FeatureNetwork | None:
+        """The feature network that judges; None if it is none."""
+
+    @property
+    @abstractmethod
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules with its weights."""
+
+    @abstractmethod
+    def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Judge each picture for its caption; more is better.
+
+        Args:
+            images: uint8, N x 3 x H x W.
+
+        Returns:
+            float32, N x 1, on the CPU.
+        """
+
+
 @dataclass(frozen=True, eq=False)
-class PreferenceModel:
+class ClipPreference(PreferenceModel):
     """A reward model with the architecture of CLIP, as PickScore (Kirstain et al., arXiv 2305.01569).
 
     A picture's reward is the cosine to its caption, times the model's learned scale.
@@ -28,47 +65,45 @@ class PreferenceModel:
 
     @property
     def identity(self) -> str:
-        """As `FeatureNetwork.identity`."""
         return self.clip.identity
 
     @property
     def resizing(self) -> str:
-        """As `FeatureNetwork.resizing`."""
         return self.clip.resizing
 
+    @property
+    def network(self) -> FeatureNetwork | None:
+        return self.clip
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        return self.clip.modules
+
     def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Judge each picture for its caption.
-
-        Args:
-            images: uint8, N x 3 x H x W.
-
-        Returns:
-            float32, N x 1, on the CPU.
-        """
         given = self.clip.features(images), self.clip.text_features(captions)
         pictures, texts = (normalize(each.double(), dim=1) for each in given)
         scale = float(self.clip.module.logit_scale.exp())
         return (scale * (pictures * texts).sum(dim=1, keepdim=True)).float()
 
 
-def check_preference(path: str, *, revision: str | None = None, processor: str | None = None) -> None:
-    """Check a reward model's files without its weights.
+def check_clip_preference(path: str, *, revision: str | None = None, processor: str | None = None) -> None:
+    """Check the files of a reward model of CLIP's architecture without its weights.
 
     Raises:
-        ValueError: as for `load_preference`.
+        ValueError: as for `load_clip_preference`.
     """
     check_clip(path, revision=revision, field=FIELD)
     clip_processor(processor or path, revision=None if processor else revision, field=FIELD)
 
 
-def load_preference(
+def load_clip_preference(
     path: str,
     device: str | torch.device = "cpu",
     *,
     revision: str | None = None,
     processor: str | None = None,
-) -> PreferenceModel:
-    """Load a reward model.
+) -> ClipPreference:
+    """Load a reward model of CLIP's architecture.
 
     Args:
         processor: folder or hub name of its tokenizer and image processor; None: its own.
@@ -76,7 +111,7 @@ def load_preference(
     Raises:
         ValueError: as for `load_clip`; the message names `FIELD`.
     """
-    return PreferenceModel(load_clip(path, device, revision=revision, field=FIELD, processor=processor))
+    return ClipPreference(load_clip(path, device, revision=revision, field=FIELD, processor=processor))
 
 
 def preference_gap(drawn: torch.Tensor, real: torch.Tensor, model: str) -> Score:

@@ -118,14 +118,23 @@ def _longest_caption(config: Config) -> Captions:
 def _measuring(config: Config) -> tuple[int, int]:
     """Return the bytes of the feature networks' weights, and of a picture's activations in one of them.
 
-    On the meta device attention is not fused, so that of a ViT is counted rather too large.
+    On the meta device attention is not fused, so that of a ViT is counted rather too large. What a chat model
+    computes of a picture and its question is not counted.
     """
+
+    def bytes_of(modules: list[torch.nn.Module]) -> int:
+        return sum(each.nbytes for part in modules for each in part.state_dict().values())
+
     side, weights, most = config.data.resolution, 0, 0
-    for network in load_networks(config.evaluate, "meta").everything:
-        weights += sum(each.nbytes for part in network.modules for each in part.state_dict().values())
+    loaded = load_networks(config.evaluate, "meta")
+    judge = loaded.preference
+    for network in [*loaded.all, *([judge.network] if judge and judge.network else [])]:
+        weights += bytes_of(network.modules)
         with LiveBytes(network.modules) as live:
             network.on_device(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
         most = max(most, live.most)
+    if judge and not judge.network:
+        weights += bytes_of(judge.modules)
     return weights, most
 
 

@@ -166,6 +166,7 @@ def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:
             if len(of_row) > 1:
                 error = standard_error([each.value for each in of_row])
             row |= {"near_copies": fmean(each.value for each in of_row), "near_copies_error": error}
+            row |= {"copies_by_chance": of_row[0].expected_share}
         rows.append(row)
     return rows
 

@@ -340,19 +340,18 @@ def _loss_chart(place: int, label: str, rungs: Rows) -> str:
 
 
 def _copies_chart(place: int, label: str, rungs: Rows) -> str:
-    from ray_jobs.metrics.copies import FALSE_ALARMS  # takes PyTorch, which a notebook's pages do without
-
     curves = [
         Curve(name, points_of(rungs, key), color)
         for color, (name, key) in enumerate((("near copies", "near_copies"), ("variety", "spread")))
     ]
     if len(shares := curves[0].points) < 2:
         return ""
-    clear = (each.step for each in shares if each.value - SURE * (each.error or 0) > FALSE_ALARMS)
+    by_chance = max(finite(row, "copies_by_chance") or 0.0 for row in rungs)
+    clear = (each.step for each in shares if each.value - SURE * (each.error or 0) > by_chance)
     step = next(clear, None)
     text = "No rung draws more near copies than chance would."
     if step is not None:
-        text = f"From {step:,} steps on, there are more near copies than by chance ({FALSE_ALARMS:.0%})."
+        text = f"From {step:,} steps on, there are more near copies than by chance ({by_chance:.0%})."
     chart = Chart(
         name=f"copies-{place}",
         title=f"Near copies and variety at a learning rate of {label}",

@@ -134,7 +134,8 @@ class RungRow(Record):
         folds: a candidate's ranking score in each fold; the other scores are means over the folds.
         guidance_scale: of a candidate that is not measured at `evaluate.guidance_scale` alone.
         features: URI of the folder of its pictures' features, if that is not the checkpoint.
-        near_copies: share of near copies among its pictures; in the report only.
+        near_copies, copies_by_chance: share of near copies among its pictures, and the share that a model
+            without memorisation has; in the report only.
         behind: ranking score above the lowest on common noise, with its error and the `variance_ratio` of
             `PairedDifference` (None: infinite); only given for rows that were compared.
     """
@@ -190,6 +191,7 @@ class RungRow(Record):
     features: str | None = None
     near_copies: float | None = None
     near_copies_error: float | None = None
+    copies_by_chance: float | None = None
     behind: float | None = None
     behind_error: float | None = None
     variance_ratio: float | None = None

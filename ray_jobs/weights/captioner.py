@@ -51,23 +51,24 @@ class Written:
     is_cut: bool
 
 
-def captioner_folder(settings: CaptioningConfig, *, weights: bool = True) -> Path:
+def captioner_folder(settings: CaptioningConfig, *, weights: bool = True, field: str = FIELD) -> Path:
     """Return the folder of the captioning model: its own, or its files in the local hub cache.
 
     Args:
         weights: False to fetch only configurations from the hub.
+        field: the setting that names the model, for errors.
 
     Raises:
         ValueError: it is neither a folder nor a hub name, or has no safetensors file.
     """
     assert settings.model is not None
-    path = local_path(settings.model, FIELD)
+    path = local_path(settings.model, field)
     if Path(path).is_dir():
         folder, weights = Path(path), True
     else:
-        folder = downloaded(path, settings.revision, FIELD, FILES if weights else CONFIGURATIONS)
+        folder = downloaded(path, settings.revision, field, FILES if weights else CONFIGURATIONS)
     if weights:
-        require_safetensors(folder, FIELD)
+        require_safetensors(folder, field)
     return folder
 
 
@@ -136,11 +137,11 @@ def prompt_of(settings: CaptioningConfig, folder: Path) -> str:
     return settings.prompt
 
 
-def _kind(settings: CaptioningConfig, folder: Path) -> str:
+def _kind(settings: CaptioningConfig, folder: Path, field: str = FIELD) -> str:
     """Return the kind of a model by its config.json: a key of PROMPTS."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    where = f"{FIELD}: {settings.model}"
+    where = f"{field}: {settings.model}"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type, architectures = str(config["model_type"]), list(config["architectures"])
@@ -168,9 +169,9 @@ def _kind(settings: CaptioningConfig, folder: Path) -> str:
     return model_type if model_type in PROMPTS else CHAT
 
 
-def _unusable(settings: CaptioningConfig, error: Exception) -> ValueError:
+def _unusable(settings: CaptioningConfig, error: Exception, field: str = FIELD) -> ValueError:
     reason = " ".join(str(error).split())
-    return ValueError(f"{FIELD}: {settings.model}: its processor cannot prepare a picture: {reason}")
+    return ValueError(f"{field}: {settings.model}: its processor cannot prepare a picture: {reason}")
 
 
 def _is_seq2seq(config: Any) -> bool:
@@ -182,16 +183,19 @@ def _is_seq2seq(config: Any) -> bool:
 class CaptionInputs:
     """What a captioning model is given for pictures: their pixels and the prompt.
 
+    Args:
+        field: the setting that names the model, for errors.
+
     Raises:
         ValueError: as for `check_captioner`.
     """
 
-    def __init__(self, settings: CaptioningConfig, folder: Path) -> None:
-        self.kind, self.prompt = _kind(settings, folder), prompt_of(settings, folder)
+    def __init__(self, settings: CaptioningConfig, folder: Path, field: str = FIELD) -> None:
+        self.kind, self.prompt = _kind(settings, folder, field), prompt_of(settings, folder)
         try:
             self.processor = _load_processor(folder)
         except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
-            raise _unusable(settings, error) from None
+            raise _unusable(settings, error, field) from None
         tokenizer = self.processor.tokenizer
         # A decoder continues each row at its end, so that shorter ones are filled up at their beginning.
         tokenizer.padding_side = "left"
@@ -199,16 +203,16 @@ class CaptionInputs:
             tokenizer.pad_token = tokenizer.eos_token
         self._options: dict[str, Any] = {}
         if self.kind == CHAT:
-            self._apply_template(settings)
+            self._apply_template(settings, field)
 
-    def _apply_template(self, settings: CaptioningConfig) -> None:
+    def _apply_template(self, settings: CaptioningConfig, field: str) -> None:
         """Make the prompt a message with a picture, followed by the beginning of the answer."""
         from transformers import ProcessorMixin
 
         template = self.processor.chat_template
         if not template:
             raise ValueError(
-                f"{FIELD}: {settings.model}: {type(self.processor).__name__} has no chat template; supported "
+                f"{field}: {settings.model}: {type(self.processor).__name__} has no chat template; supported "
                 f"are {SUPPORTED}"
             )
         content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
@@ -225,10 +229,14 @@ class CaptionInputs:
         if start and self.prompt.startswith(start):
             self._options["add_special_tokens"] = False
 
-    def __call__(self, pictures: "Sequence[Image.Image]") -> Any:
-        """Return the model's inputs, a BatchFeature of N rows."""
+    def __call__(self, pictures: "Sequence[Image.Image]", texts: Sequence[str] = ()) -> Any:
+        """Return the model's inputs, a BatchFeature of N rows.
+
+        Args:
+            texts: one for each picture in place of the prompt.
+        """
         images = [[picture] for picture in pictures] if self.kind == CHAT else list(pictures)
-        texts = [self.prompt] * len(pictures)
+        texts = list(texts) or [self.prompt] * len(pictures)
         return self.processor(images=images, text=texts, padding=True, return_tensors="pt", **self._options)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, EvaluateConfig, NetworkConfig, PreferenceConfig
@@ -10,8 +9,9 @@ from ray_jobs.metrics.feature_network import FeatureNetwork, Preprocessing
 from ray_jobs.metrics.inception import CLASSIFIER, InceptionClasses, load_classes, read_classes
 from ray_jobs.metrics.networks import NetworkSpec, check_network, load_network
 from ray_jobs.metrics.preference import FIELD as PREFERENCE
-from ray_jobs.metrics.preference import PreferenceModel, check_preference, load_preference
-from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, load_clip
+from ray_jobs.metrics.preference import PreferenceModel, check_clip_preference, load_clip_preference
+from ray_jobs.metrics.vision_model import Clip, VisionModel, check_clip, check_vision_model, load_clip
+from ray_jobs.weights.question_model import QuestionModel, check_question_model
 
 FIRST = "evaluate.feature_network"
 
@@ -57,11 +57,6 @@ class Networks:
         """The networks that measure features of pictures alone."""
         return [*self.ranking, *([self.clip] if self.clip else [])]
 
-    @property
-    def everything(self) -> list[FeatureNetwork]:
-        """All networks, with the one in the reward model."""
-        return [*self.all, *([self.preference.clip] if self.preference else [])]
-
     def of(self, which: NetworkSet) -> list[FeatureNetwork]:
         """Return the networks of a set."""
         if which is NetworkSet.RANKING:
@@ -86,7 +81,7 @@ def check_networks(evaluate: EvaluateConfig) -> None:
         if evaluate.clip:
             check_clip(local_path(evaluate.clip, "evaluate.clip"), revision=evaluate.clip_revision)
         if evaluate.preference.model:
-            check_preference(**_preference(evaluate.preference))
+            _check_preference(evaluate.preference)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -111,7 +106,7 @@ def load_networks(evaluate: EvaluateConfig, device: str) -> Networks:
     of_second = load_network(second, device) if second else None
     preference = None
     if evaluate.preference.model:
-        preference = load_preference(device=device, **_preference(evaluate.preference))
+        preference = _load_preference(evaluate.preference, device)
     return Networks(load_first(evaluate, device), of_second, clip, classes, preference)
 
 
@@ -125,15 +120,42 @@ def _second(evaluate: EvaluateConfig) -> NetworkSpec | None:
     return _spec("evaluate.second_network", evaluate.second_network) if evaluate.second_network else None
 
 
-def _preference(chosen: PreferenceConfig) -> dict[str, Any]:
-    """Return the arguments of `load_preference`."""
+def _check_preference(chosen: PreferenceConfig) -> None:
+    path, processor = _judge(chosen)
+    if _is_clip(path, chosen):
+        check_clip_preference(path, revision=chosen.revision, processor=processor)
+    else:
+        check_question_model(path, revision=chosen.revision)
+
+
+def _load_preference(chosen: PreferenceConfig, device: str) -> PreferenceModel:
+    path, processor = _judge(chosen)
+    if _is_clip(path, chosen):
+        return load_clip_preference(path, device, revision=chosen.revision, processor=processor)
+    return QuestionModel(path, device, revision=chosen.revision)
+
+
+def _judge(chosen: PreferenceConfig) -> tuple[str, str | None]:
+    """Return the folder or hub name of a reward model, and of its processor, if it is apart."""
     assert chosen.model
     processor = chosen.processor and local_path(chosen.processor, "evaluate.preference.processor")
-    return {
-        "path": local_path(chosen.model, PREFERENCE),
-        "revision": chosen.revision,
-        "processor": processor,
-    }
+    return local_path(chosen.model, PREFERENCE), processor
+
+
+def _is_clip(path: str, chosen: PreferenceConfig) -> bool:
+    """Return whether a reward model is a CLIPModel; any other is a chat model.
+
+    Raises:
+        ValueError: as for `check_vision_model`, or a chat model is given another processor than its own.
+    """
+    if check_vision_model(path, revision=chosen.revision, field=PREFERENCE) == "clip":
+        return True
+    if chosen.processor:
+        raise ValueError(
+            f"evaluate.preference.processor: {chosen.processor} goes with a CLIPModel, which "
+            f"{chosen.model} is not; remove it"
+        )
+    return False
 
 
 def _spec(field: str, network: NetworkConfig) -> NetworkSpec:

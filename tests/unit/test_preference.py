@@ -10,10 +10,13 @@ from PIL import Image
 
 from ray_jobs.config import ConfigError, EvaluateConfig, load_config
 from ray_jobs.evaluation.scores import Real, difference_by, more_scores, scores_of
-from ray_jobs.metrics.preference import check_preference, load_preference, preference_gap
+from ray_jobs.metrics.preference import check_clip_preference, load_clip_preference, preference_gap
+from ray_jobs.planning.inference import _measuring
 from ray_jobs.registry.promotion import Measured, Result, compared_by
 from ray_jobs.run.records import FID, PREFERENCE
 from ray_jobs.weights.feature_networks import check_networks, load_networks
+from ray_jobs.weights.question_model import QuestionModel
+from tests.tiny_captioners import blip, qwen
 from tests.unit.test_measures import features
 from tests.unit.test_metrics_networks import noise
 
@@ -24,7 +27,7 @@ def test_a_reward_is_the_logit_that_transformers_gives_a_picture_and_its_caption
     from transformers import CLIPModel, CLIPProcessor
 
     images = noise(3, 40, 28)
-    found = load_preference(str(clip_folder)).rewards(images, CAPTIONS)
+    found = load_clip_preference(str(clip_folder)).rewards(images, CAPTIONS)
     processor, model = CLIPProcessor.from_pretrained(clip_folder), CLIPModel.from_pretrained(clip_folder)
     pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in images]
     with torch.inference_mode():
@@ -45,7 +48,7 @@ def test_the_gap_is_to_the_real_picture_of_the_same_caption() -> None:
 
 def test_a_score_has_the_gap_where_pictures_were_judged(clip_folder: Path) -> None:
     networks = load_networks(EvaluateConfig(preference={"model": str(clip_folder)}), "cpu")
-    assert networks.preference and networks.preference.clip in networks.everything
+    assert networks.preference and networks.preference.network
     judge, generator = networks.preference.identity, np.random.default_rng(0)
     rewards = {judge: generator.normal(20, 1, (6, 1)).astype(np.float32)}
     real = Real.of(features(networks, 6, 0), None, rewards)
@@ -80,8 +83,11 @@ def test_a_reward_model_without_a_tokenizer_takes_that_of_another_one(
     evaluate = EvaluateConfig(preference={"model": str(bare)})
     with pytest.raises(ConfigError, match=r"^evaluate\.preference\.model: .* give evaluate\.preference\."):
         check_networks(evaluate)
-    check_preference(str(bare), processor=str(clip_folder))
-    beside, whole = load_preference(str(bare), processor=str(clip_folder)), load_preference(str(clip_folder))
+    check_clip_preference(str(bare), processor=str(clip_folder))
+    beside, whole = (
+        load_clip_preference(str(bare), processor=str(clip_folder)),
+        load_clip_preference(str(clip_folder)),
+    )
     images = noise(3, 28, 28)
     assert torch.equal(beside.rewards(images, CAPTIONS), whole.rewards(images, CAPTIONS))
     assert beside.identity != whole.identity, "another image processor would give other rewards"
@@ -99,11 +105,63 @@ def test_settings_that_no_model_goes_with_are_refused(overrides: list[str], told
         load_config("demo", overrides)
 
 
-def test_a_model_that_is_no_clip_is_refused_by_the_name_of_its_field(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"^evaluate\.preference\.model: .* is not a CLIPModel"):
-        check_networks(EvaluateConfig(preference={"model": str(tmp_path)}))
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen(tmp_path_factory.mktemp("chat") / "qwen")
+
+
+def test_a_chat_model_judges_by_the_probability_of_yes(chat: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    judge = load_networks(EvaluateConfig(preference={"model": str(chat)}), "cpu").preference
+    assert isinstance(judge, QuestionModel) and judge.identity.startswith("qwen@sha256:")
+    images = noise(3, 40, 28)
+    found = judge.rewards(images, CAPTIONS)
+    model = AutoModelForImageTextToText.from_pretrained(chat)
+    tokenizer, template = judge.inputs.processor.tokenizer, judge.inputs.processor.chat_template
+    for image, caption, reward in zip(images, CAPTIONS, found, strict=True):
+        asked = f'Does this figure show "{caption}"? Please answer yes or no.'
+        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        inputs = judge.inputs.processor(images=[picture], text=[text], return_tensors="pt")
+        with torch.inference_mode():
+            answers = model(**inputs).logits[0, -1].softmax(dim=-1)
+        assert float(reward) == pytest.approx(
+            float(answers[tokenizer.encode("Yes", add_special_tokens=False)[0]]), rel=1e-4
+        )
+    assert len(set(found.flatten().tolist())) == 3
+    one_for_all = judge.rewards(images[:1].repeat(3, 1, 1, 1), CAPTIONS)
+    assert len(set(one_for_all.flatten().tolist())) == 3, "the caption is asked for"
+
+
+def test_the_plan_counts_the_weights_of_a_chat_model(chat: Path) -> None:
+    config = load_config("demo", [f"evaluate.preference.model={chat}", "evaluate.second_network=null"])
+    without = load_config("demo", ["evaluate.second_network=null"])
+    weights = sum(path.stat().st_size for path in chat.glob("*.safetensors"))
+    assert _measuring(config)[0] - _measuring(without)[0] == pytest.approx(weights, rel=0.05)
+
+
+def test_a_model_that_judges_nothing_is_refused_by_the_name_of_its_field(tmp_path: Path, chat: Path) -> None:
+    blip(tmp_path / "blip")
+    (tmp_path / "siglip").mkdir()
+    (tmp_path / "siglip" / "config.json").write_text(
+        '{"model_type": "siglip", "architectures": ["SiglipModel"]}'
+    )
+    (tmp_path / "siglip" / "model.safetensors").write_bytes(b"")
+    for name in ("blip", "siglip"):
+        with pytest.raises(
+            ConfigError, match=r"^evaluate\.preference\.model: .*; a CLIPModel, such as PickScore"
+        ):
+            check_networks(EvaluateConfig(preference={"model": str(tmp_path / name)}))
+    both = {"model": str(chat), "processor": str(chat)}
+    with pytest.raises(ConfigError, match=r"^evaluate\.preference\.processor: .* goes with a CLIPModel"):
+        check_networks(EvaluateConfig(preference=both))
 
 
 def test_versions_that_other_models_judged_are_compared_by_fid() -> None:

@@ -580,7 +580,8 @@ def test_learning_by_heart_is_shown_from_the_rung_where_it_exceeds_chance(
     shares: list[float], from_step: str | None
 ) -> None:
     climbed = [
-        rung(1, 3e-4, step, 100.0) | {"near_copies": share, "near_copies_error": 0.04, "spread": 0.9}
+        rung(1, 3e-4, step, 100.0)
+        | {"near_copies": share, "near_copies_error": 0.04, "copies_by_chance": 0.01, "spread": 0.9}
         for step, share in zip((100, 400), shares, strict=True)
     ]
     text = Page(report(results=[*climbed, RESULTS[0]])).text

@@ -1,0 +1,116 @@
+"""A vision-language model as a judge of pictures: does a picture show what its caption says?"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ray_jobs.config import CaptioningConfig
+from ray_jobs.metrics.feature_network import FeatureNetwork, require_pictures
+from ray_jobs.metrics.preference import FIELD, PreferenceModel
+from ray_jobs.metrics.vision_model import model_digest
+from ray_jobs.weights.captioner import CHAT, FILES, CaptionInputs, captioner_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ASKED = "CAPTION"
+QUESTION = f'Does this figure show "{ASKED}"? Please answer yes or no.'
+ANSWER = "Yes"
+
+
+class QuestionModel(PreferenceModel):
+    """A chat model that is asked whether a picture shows its caption (VQAScore, arXiv 2404.01291).
+
+    The reward is the probability of "Yes" as the first token of the answer. The model computes in the
+    precision of its files.
+
+    Args:
+        path: folder or hub name of a vision-language model with a chat template.
+        device: device to run on; "meta" for a model without weights.
+
+    Raises:
+        ValueError: as for `check_question_model`, or weights are missing in its files.
+    """
+
+    def __init__(self, path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        self.device, self.revision, self.path = torch.device(device), revision, path
+        on_meta = self.device.type == "meta"
+        settings = _settings(path, revision)
+        self.folder = captioner_folder(settings, weights=not on_meta, field=FIELD)
+        self.inputs = _inputs(settings, self.folder)
+        if on_meta:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            with self.device:
+                self.module = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+            return
+        module, loading = AutoModelForImageTextToText.from_pretrained(
+            self.folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if loading["missing_keys"]:
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"{FIELD}: {path}: its weights lack {missing}")
+        self.module = module.to(self.device).requires_grad_(False).eval()
+
+    @cached_property
+    def identity(self) -> str:
+        name = self.folder.name if self.folder == Path(self.path) else self.path
+        return f"{name}@sha256:{model_digest(self.folder, FILES)[:12]}"
+
+    @property
+    def resizing(self) -> str:
+        return "as its processor resizes it"
+
+    @property
+    def network(self) -> FeatureNetwork | None:
+        return None
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.module]
+
+    @torch.inference_mode()
+    def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        require_pictures(images)
+        # The last token of every row, since rows are filled up at their beginning.
+        inputs = self.inputs(_opened(images), [self.inputs.prompt.replace(ASKED, each) for each in captions])
+        logits = self.module(**inputs.to(self.device, self.module.dtype)).logits[:, -1]
+        tokenizer = self.inputs.processor.tokenizer
+        answer = tokenizer.encode(ANSWER, add_special_tokens=False)[0]
+        return logits.float().softmax(dim=-1)[:, answer : answer + 1].cpu()
+
+
+def check_question_model(path: str, *, revision: str | None = None) -> None:
+    """Check a chat model's files without its weights.
+
+    Raises:
+        ValueError: naming the setting, if it is no vision-language model with a chat template, needs code of
+            its own or a package that is missing, or has only pickled weights.
+    """
+    settings = _settings(path, revision)
+    _inputs(settings, captioner_folder(settings, weights=False, field=FIELD))
+
+
+def _settings(path: str, revision: str | None) -> CaptioningConfig:
+    return CaptioningConfig(model=path, revision=revision, prompt=QUESTION)
+
+
+def _inputs(settings: CaptioningConfig, folder: Path) -> CaptionInputs:
+    known = "a CLIPModel, such as PickScore, and vision-language models with a chat template are read"
+    try:
+        inputs = CaptionInputs(settings, folder, FIELD)
+    except ValueError as error:
+        raise ValueError(f"{error}; {known}" if known not in str(error) else str(error)) from None
+    if inputs.kind != CHAT:
+        raise ValueError(f"{FIELD}: {settings.model}: answers no questions; {known}")
+    return inputs
+
+
+def _opened(images: torch.Tensor) -> "Sequence[Image.Image]":
+    from PIL import Image
+
+    return [Image.fromarray(each.permute(1, 2, 0).cpu().numpy()) for each in images]
