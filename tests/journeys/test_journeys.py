@@ -3,7 +3,7 @@
 | journey    | base                                | pictures                     | method                 |
 |------------|-------------------------------------|------------------------------|------------------------|
 | folds      | Stable Diffusion 1.5, PNDM          | folder of shapes, buckets    | lora, folds            |
-| full       | Stable Diffusion 2.1, not square    | Parquet                      | full                   |
+| full       | Stable Diffusion 2.1, not square    | Parquet                      | full, by a reward model |
 | dora       | Stable Diffusion XL, only fp16      | tar files, dots in names     | DoRA, text encoders    |
 | stream     | Stable Diffusion 3                  | folder, `encode: stream`     | lora                   |
 | buckets    | FLUX.1-dev                          | folder of shapes, buckets    | lora                   |
@@ -46,6 +46,7 @@ JOURNEYS = [
         "a UNet that is not square",
         pictures.parquet,
         {"train": {"method": "full"}, "search": {"learning_rates": [3e-3, 1e-3]}},
+        judged=True,
     ),
     Journey(
         "dora",

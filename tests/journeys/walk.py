@@ -24,6 +24,7 @@ from serving.client import call
 from serving.command import endpoint
 from tests.cards import program
 from tests.journeys.bases import BASES
+from tests.tiny_models import clip_model
 
 SIDE = 64  # pixels
 
@@ -60,6 +61,7 @@ class Journey:
         base: a name in `BASES`.
         pictures: how many there are.
         trainings: folders of checkpoints that its search leaves.
+        judged: whether a reward model judges the pictures and ranks.
         tolerance: of 255 levels, between the endpoint's picture and that of the card's program.
     """
 
@@ -69,6 +71,7 @@ class Journey:
     settings: Mapping[str, Any] = field(default_factory=dict)
     pictures: int = 24
     trainings: int = 2
+    judged: bool = False
     tolerance: int = 2
 
 
@@ -81,7 +84,12 @@ def configuration(journey: Journey, folder: Path, storage: Path) -> Config:
         "data": {"sources": [journey.source(folder / "pictures")]},
         "publish": {"model_name": journey.name},
     }
-    return Config.model_validate(merged(merged(SETTINGS, journey.settings), given))
+    settings = merged(merged(SETTINGS, journey.settings), given)
+    if journey.judged:
+        preference = {"model": str(clip_model(folder / "judge", side=28))}
+        judged = {"search": {"rank_by": "preference"}, "evaluate": {"preference": preference}}
+        settings = merged(settings, judged)
+    return Config.model_validate(settings)
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +114,10 @@ def walk(journey: Journey, config: Config, port: int) -> None:
     version = registered(config, "1")
     card = (run / "model" / "README.md").read_text(encoding="utf-8")
     plain = plain_picture(card, config, version)
+    if journey.judged:
+        winner = json.loads((run / "winner.json").read_text())
+        assert winner["ranked_by"] == "preference" and winner["preference_model"].startswith("judge@")
+        assert "What the reward model prefers" in (run / "report.html").read_text()
     with endpoint(config, version, port) as url:
         served = served_picture(url, config, prompt_of(card), f"{version.name}@1")
         base = served_picture(url, config, prompt_of(card), "base")
