@@ -40,7 +40,11 @@ _{program}() {{
 }}
 complete -o default -F _{program} {program}
 """
-ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+# Completion by bash's ways needs zsh's own, which not every .zshrc has begun by then.
+ZSH = """\
+(( $+functions[compdef] )) || {autoload -U compinit && compinit}
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
