@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 
@@ -168,6 +169,12 @@ def weights_of(checkpoint: str) -> str:
 def folder_of(step: int) -> str:
     """Return the name of a step's checkpoint folder in the trial's folder."""
     return f"{FOLDER}{step:08d}"
+
+
+def place_of(checkpoint: str) -> tuple[str, str]:
+    """Return the training of a checkpoint's URI and the name of its folder, wherever the storage lies now."""
+    training, folder = checkpoint.partition("?")[0].rstrip("/").split("/")[-2:]
+    return unquote(training), folder
 
 
 def step_of(checkpoint: Storage) -> int:

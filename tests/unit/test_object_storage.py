@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.storage import Storage
+from cluster.storage import Storage, canonical
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import champion, verify_weights
@@ -60,6 +60,9 @@ def test_what_is_written_is_listed_read_renamed_and_deleted(storage: Storage) ->
     storage.write_text("demo/search/deep/b.json", "ü")
     storage.write_lines("rows.jsonl", [{"x": 1}])
     assert (storage.folders(), storage.files()) == (["demo"], ["rows.jsonl"])
+    sizes = {name: size for name, size in storage.sizes().items() if size}  # GCS lists its placeholders
+    assert sizes == {"demo/a.json": 2, "demo/search/deep/b.json": 2, "rows.jsonl": 9}
+    assert canonical(storage.child("a b").uri) == f"{canonical(storage.uri)}/a b"
     assert (storage.child("demo").folders(), storage.child("demo").files()) == (["search"], ["a.json"])
     assert storage.child("demo", "search").read_text("deep/b.json") == "ü"
     assert all(storage.exists(name) for name in ("", "demo", "demo/search", "demo/a.json"))
