@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +26,7 @@ from ray_jobs.evaluation.scores import (
     difference_by,
     more_scores,
     near_copies,
+    num_black,
     precision_and_recall,
     scores_of,
 )
@@ -396,9 +397,13 @@ class Evaluator:
         return SetScores(self._scores(whole, real), found, left_out, copies)
 
     def _scores(self, generated: Features, real: Real) -> Scores:
-        return self._computed(
+        import torch
+
+        found = self._computed(
             lambda device: scores_of(generated, real, self.networks, self.config.evaluate.bootstrap, device)
         )
+        first = self.networks.first
+        return replace(found, black=num_black(torch.from_numpy(generated[first.identity]), first))
 
     def _computed(self, work: Callable[[str], R]) -> R:
         """Return what `work` computes on the device, or on the CPU if the device's memory is too small."""
