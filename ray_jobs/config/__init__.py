@@ -41,8 +41,10 @@ from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
     ENDLESS,
+    OPTIMIZER_SETTINGS,
     OTHER_LAYERS,
     SCHEDULE_SETTINGS,
+    WHOLE_TENSORS,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -55,7 +57,9 @@ from ray_jobs.config.yaml_text import write_yaml
 __all__ = [
     "ENDLESS",
     "LEARNING_RATE",
+    "OPTIMIZER_SETTINGS",
     "OTHER_LAYERS",
+    "WHOLE_TENSORS",
     "AugmentationConfig",
     "CaptioningConfig",
     "CleaningConfig",
