@@ -322,7 +322,7 @@ CASES: dict[str, tuple[Settings, list[Settings]]] = {
             {"stages": [{"steps": 1, "trainable": ["down"]}, {"steps": 2, "learning_rate": 1e-3}]},
         ],
     ),
-    # A rounded gradient that is nearly 0 may have another sign, so steps of Lion and Muon are small ones here.
+    # A rounded gradient that is nearly 0 may have another sign, so Lion and Muon take small steps here.
     "optimizers": (
         {"learning_rate": 1e-3},
         [
