@@ -57,6 +57,8 @@ def _clean(config: Config, options: argparse.Namespace) -> None:
                     _take(leases, root.child(name))
         found = take_inventory(config)
         chosen = [run for run in found.runs if options.all_runs or run.name == own]
+        if options.keep and not chosen:
+            raise ConfigError(f"name: {root.uri} has no run {own}; correct it, or give --all-runs")
         if not (options.keep or options.unused):
             for line in listed(found):
                 show(line)
@@ -115,7 +117,7 @@ def _row(run: RunSpace) -> tuple[str, ...]:
         rules = [(keep, human_size(sum(removable(run, keep).values())).strip()) for keep in (RUNGS, WINNER)]
         freed = ", ".join(f"{size} (--keep {keep})" for keep, size in rules)
     states, weights = (sum(run.of_checkpoints(kind).values()) for kind in (STATE, WEIGHTS))
-    parts = (run.part(""), run.part(f"{DATASET}/"), states, weights, run.part(f"{MODEL}/"))
+    parts = (sum(run.sizes.values()), run.part(DATASET), states, weights, run.part(MODEL))
     return (run.name, *map(human_size, parts), freed)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cluster.lease import holder
+from cluster.lease import LEASES, holder
 from cluster.storage import Storage, canonical
 from ray_jobs.config import NO_RUNS, Config, ConfigError
 from ray_jobs.data.encoding.cache_files import ASIDE
@@ -57,9 +57,9 @@ class RunSpace:
     ranking: list[list[Place]]
     needed: set[Place]
 
-    def part(self, *prefixes: str) -> int:
-        """Return the bytes of the files below folders of the run."""
-        return sum(size for name, size in self.sizes.items() if name.startswith(tuple(prefixes)))
+    def part(self, folder: str) -> int:
+        """Return the bytes of the files below a folder of the run."""
+        return sum(size for name, size in self.sizes.items() if name.startswith(f"{folder}/"))
 
     def of_checkpoints(self, kind: str) -> dict[Place, int]:
         """Return the bytes of a part of each checkpoint that has it: `STATE` or `WEIGHTS`."""
@@ -128,15 +128,28 @@ def run_names(root: Storage) -> list[str]:
 
 
 def _is_run(folder: Storage) -> bool:
-    return folder.exists(CONFIG) or bool({DATASET, SEARCH, TRAININGS} & set(folder.folders()))
+    return folder.exists(CONFIG) or bool({DATASET, SEARCH, TRAININGS, LEASES} & set(folder.folders()))
 
 
 def _texts(run: Storage) -> Iterable[str]:
     """Return every text in a run's configuration and in what it began from: some are paths."""
     if run.exists(CONFIG):
-        yield from _strings(yaml.safe_load(run.read_text(CONFIG)))
+        yield from _strings(_parsed(run, CONFIG))
     if run.exists(BEGINS_FROM):
-        yield from _strings(json.loads(run.read_text(BEGINS_FROM)))
+        yield from _strings(_parsed(run, BEGINS_FROM))
+
+
+def _parsed(folder: Storage, file: str) -> Any:
+    """Return the content of a YAML or JSON file.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    read = yaml.safe_load if file == CONFIG else json.loads
+    try:
+        return read(folder.read_text(file))
+    except (yaml.YAMLError, json.JSONDecodeError):
+        raise ConfigError(f"{folder.uri}/{file}: damaged; restore it, or delete the run") from None
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -172,11 +185,12 @@ def _published(config: Config, root: Storage, versions: Versions) -> Place:
     search = root.child(SEARCH)
     if not search.exists(FINISHED):
         raise ConfigError("its search has not ended")
-    content = search.read_text(FINISHED)
-    best = RungRow.parse(json.loads(content)["winner"], f"{search.uri}/{FINISHED}")
-    winner = Winner.read(root) if root.exists(WINNER) else None
-    if winner is None or winner.search_digest not in ("", result_digest(content)):
+    if not root.exists(WINNER):
         raise ConfigError("not published")
+    winner = Winner.parse(_parsed(root, WINNER), f"{root.uri}/{WINNER}")
+    if winner.search_digest not in ("", result_digest(search.read_text(FINISHED))):
+        raise ConfigError("not published")
+    best = RungRow.parse(_parsed(search, FINISHED)["winner"], f"{search.uri}/{FINISHED}")
     model = str(winner.publish_settings.get("publish.model_name", config.publish.model_name))
     if winner.registry_version is None or (model, winner.registry_version) not in versions:
         said = f"{model} version {winner.registry_version}"

@@ -170,9 +170,17 @@ def test_a_run_in_use_and_what_it_may_share_are_kept(
     config = configured(storage, "busy")
     cache = SharedFolder.of(config).encoded(ENCODERS)
     cache.write_text("of-nobody.parquet", "rows")
-    told = Cleaner(config, home, capsys)("--keep", "winner", "--unused")
+    clean = Cleaner(config, home, capsys)
+    told = clean("--keep", "winner", "--unused")
     assert "busy: kept whole: in use by process" in told and "encoded: kept whole: busy is in use" in told
     assert left(busy, "state") == [2, 3, 4, 6] and cache.exists("of-nobody.parquet")
+    for name in busy.root.folders():  # it has only begun
+        if name != "lease":
+            busy.root.delete(name)
+    busy.root.delete("config.yaml")
+    assert "encoded: kept whole: busy is in use" in clean("--unused")
+    assert main(["--config", str(clean.file), "--set", "name=no-run", "--keep", "winner"]) == 2
+    assert "has no run no-run; correct it, or give --all-runs" in capsys.readouterr().out
 
 
 def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused(
