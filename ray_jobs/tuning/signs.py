@@ -8,8 +8,8 @@ from ray_jobs.console.troubleshooting import Help, help_link
 STILL = 1e-3
 """Change of the held-out rows' losses, as a share of them, below which a training has not moved.
 
-A rate of use changes them by several thousandths between the first rung and the last one, and the change is
-proportional to the rate while it is small.
+With the demo's base it was 0.4 at a rate of 1e-3 and 0.5 at 1e-4, from step 20 to 80, but 0.001 at 1e-6, from
+step 10 to 40. Larger models, which know more of their pictures beforehand, move less at rates of use.
 """
 
 
