@@ -41,7 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def configured(storage: Path, name: str, **sections: Any) -> Config:
+def configured(storage: Path | str, name: str, **sections: Any) -> Config:
     given = {
         "name": name,
         "storage": str(storage),
