@@ -237,6 +237,16 @@ def _number(name: str) -> int:
     return int(name[:6])
 
 
+def holder(run: Storage) -> Owner | None:
+    """Return the owner of a run's lease; None if it has ended, is this process, or nobody has the lease."""
+    here = Owner.this()
+    lease = Lease(run, here)
+    owner = lease._read(lease._highest())
+    if owner is None or (owner.place, owner.process) == (here.place, here.process):
+        return None
+    return None if known_fate(owner, here) is False else owner
+
+
 @contextmanager
 def held(run: Storage, **times: Any) -> Iterator[None]:
     """Hold the lease of a run within the block.

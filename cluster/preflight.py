@@ -12,6 +12,7 @@ from cluster.gpus import memory_fraction
 from cluster.nodes import ANSWER_S, Node, on_each
 from ray_jobs.config import Config, ConfigError, EvaluateConfig, ServeConfig, TrainConfig
 from ray_jobs.console import say
+from ray_jobs.console.troubleshooting import Help, help_link
 
 OLDEST_DRIVER = {12: 525, 13: 580}
 """The oldest major version of NVIDIA's driver by that of CUDA (docs.nvidia.com, CUDA Compatibility)."""
@@ -162,7 +163,10 @@ def faults(
             f"{name}: PyTorch {node.torch}, CUDA {node.cuda}, cuDNN {node.cudnn}, NCCL {node.nccl}"
             for name, node in found.items()
         )
-        yield f"use_gpu: the nodes have different packages ({versions}); use one image or lock on all nodes"
+        yield (
+            f"use_gpu: the nodes have different packages ({versions}); use one image or lock on all nodes; "
+            f"{help_link(Help.VERSIONS)}"
+        )
 
 
 def _unusable(node: Equipment) -> str:
@@ -170,7 +174,7 @@ def _unusable(node: Equipment) -> str:
     if node.driver and int(node.driver.partition(".")[0]) < needed:
         return (
             f"its NVIDIA driver {node.driver} is too old for PyTorch's CUDA {node.cuda}; update it to "
-            f"{needed} or newer"
+            f"{needed} or newer; {help_link(Help.VERSIONS)}"
         )
     driver = f"driver {node.driver}" if node.driver else "no NVIDIA driver answers"
     return f"PyTorch cannot use its GPUs ({driver}): {node.error}; check nvidia-smi in the container"

@@ -98,6 +98,11 @@ class Storage:
         """Return the sorted names of the files directly in this folder; empty if it does not exist."""
         return sorted(info.base_name for info in self._below() if info.type == fs.FileType.File)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of all files below this folder, by path; empty if it does not exist."""
+        files = (info for info in self._below(recursive=True) if info.type == fs.FileType.File)
+        return {info.path.removeprefix(self.path).strip("/"): info.size for info in files}
+
     def _below(self, *, recursive: bool = False) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         found: list[fs.FileInfo] = self.filesystem.get_file_info(selector)
@@ -214,6 +219,15 @@ class Storage:
             self.filesystem.delete_dir(at)
         elif kind == fs.FileType.File:
             self.filesystem.delete_file(at)
+
+
+def canonical(uri: str) -> str:
+    """Return an address by which two names of the same local folder, or of the same objects, are equal."""
+    if uri.startswith("file://"):
+        uri = unquote(uri.removeprefix("file://"))
+    if "://" in uri:
+        return unquote(uri.partition("?")[0]).rstrip("/")
+    return os.path.realpath(home() / Path(uri).expanduser())
 
 
 @contextmanager

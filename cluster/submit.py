@@ -28,6 +28,7 @@ from cluster.upload import runtime_environment, with_configuration
 from cluster.variables import secret_modules
 from ray_jobs.config import ConfigError, add_budget_arguments, home, load_config
 from ray_jobs.console.commands import as_module, command_parser
+from ray_jobs.console.troubleshooting import Help, help_link
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -239,7 +240,7 @@ def connected(address: str) -> "JobSubmissionClient":
     if there != here:
         raise ConfigError(
             f"--address {address}: the cluster runs Ray {there} and this machine has {here}; install "
-            f"ray[default]=={there} here, or start the cluster with Ray {here}"
+            f"ray[default]=={there} here, or start the cluster with Ray {here}; {help_link(Help.VERSIONS)}"
         )
     return client
 

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from ray_jobs.console import columns
 from ray_jobs.console.commands import COMMANDS, PROGRAM
+from ray_jobs.console.troubleshooting import Help, help_link
 
 FOOT = f"""
 {PROGRAM} COMMAND --help tells more, with examples. Each command is also a module: python -m MODULE.
+What an error means, and what a run warns of: {help_link(Help.REFUSALS)}
 
 examples:
     {PROGRAM} pipeline --config configs/demo.yaml

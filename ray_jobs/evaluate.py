@@ -21,6 +21,7 @@ from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.split import Split, unseen_by
 from ray_jobs.training.checkpoint import find_rungs
+from ray_jobs.tuning.signs import black_line
 from ray_jobs.weights.feature_networks import check_networks
 
 
@@ -39,6 +40,9 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> None:
             found = measured.scores if measured else pool.score(weights, split)
             of = f" ({found.fid.num_samples} pictures, {found.fid.feature_network})" if not weights else ""
             say("evaluate", f"{name}: {found.described()}{of}")
+            count = found.fid.num_samples
+            if line := black_line(name, found.black, count, config.evaluate.precision):
+                say("evaluate", line)
             for record in measured.records() if measured else ():
                 say("evaluate", f"{name}: {describe_record(record)}")
             for sentence in measured.left_out if measured and not weights else ():

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray_jobs.config import Config
-from ray_jobs.planning.memory import GIB, HEADROOM, Model
+from ray_jobs.console import GIB
+from ray_jobs.planning.memory import HEADROOM, Model
 from tests import full_models
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ray_jobs.config import TrainConfig
+from ray_jobs.config import WHOLE_TENSORS, TrainConfig
 from ray_jobs.diffusion.precision import to_precision
 from ray_jobs.training import flat
 from ray_jobs.training.bandwidth import bus_bandwidth, slow_network
@@ -176,7 +176,18 @@ SWITCHING = [name for name in ENGINES if "flat" in name]
 SWITCHED_RESTARTS = [("flat 0", "flat 2", 1), ("flat 2", "flat 1, chunks", 2), ("flat 1", "flat 0", 6)]
 LION_ONLY = STAGED | {"optimizer": "lion", "groups": {}, "stages": [], "weight_decay": 0.5}
 BY_LION = ["1", "2", "3", "2 offloaded", "flat 1"]
+OPTIMIZERS = ["adam", "nadam", "sgd", "adafactor", "muon"]
+BY_OTHERS = ["0", "2", "3", "1 offloaded", "flat 2"]  # what divides tensors anyhow
+BY_WHOLE = ["flat 0", "flat 0, chunks"]
 Weights = dict[str, list[Any]]  # of a step, by parameter
+
+
+def alone(name: str) -> dict[str, Any]:
+    """Settings of a training by one optimizer."""
+    rate = 0.01 if name == "sgd" else 0.1
+    own = {"optimizer": name, "groups": {}, "stages": [], "weight_decay": 0.5, "learning_rate": rate}
+    own["betas"] = [0.9, 0.999]  # torch's own
+    return STAGED | own | ({"momentum": 0.8} if name in ("sgd", "muon") else {})
 
 
 def input_of(step: int) -> torch.Tensor:
@@ -215,7 +226,15 @@ def weights_in_stages(loop: dict[str, Any]) -> dict[str, dict[str, list[Weights]
         "frozen": in_stages(folder, STAGED, list(ENGINES), RESTARTS),
         "switched": in_stages(folder, SWITCHED, SWITCHING, SWITCHED_RESTARTS),
         "lion": in_stages(folder, LION_ONLY, BY_LION, [("2", "flat 1", 3)]),
+        **{name: by_one(folder / name, name) for name in OPTIMIZERS},
     }
+
+
+def by_one(folder: Path, name: str) -> dict[str, list[Weights]]:
+    """Of each engine that has an optimizer, and of some with a restart between."""
+    if name in WHOLE_TENSORS:
+        return in_stages(folder, alone(name), BY_WHOLE, [("flat 0", "flat 0, chunks", 3)])
+    return in_stages(folder, alone(name), BY_OTHERS, [("2", "flat 2", 3), ("flat 2", "3", 3)])
 
 
 def in_stages(
@@ -278,4 +297,32 @@ def expected_of_switches(*, only_lion: bool = False) -> list[Weights]:
                 p.sub_(0.1 * (torch.sign(interpolated) + own * p))
                 averages[name] = second * averages[name] + (1 - second) * p.grad
         seen.append({name: p.tolist() for name, p in named.items()})
+    return seen
+
+
+def expected_by(name: str) -> list[Weights]:
+    """By torch's own optimizer, or optimizers; biases and norms do not decay."""
+    model, seen = Layers(), []
+    rate = alone(name)["learning_rate"]
+    optimizers: list[torch.optim.Optimizer] = []
+    for _, p in model.all_trained:
+        own = {"lr": rate, "weight_decay": 0.5 if p.ndim > 1 else 0.0}
+        if name == "adam":
+            optimizers.append(torch.optim.Adam([p], **own))
+        elif name == "nadam":
+            optimizers.append(torch.optim.NAdam([p], decoupled_weight_decay=True, **own))
+        elif name == "sgd":
+            optimizers.append(torch.optim.SGD([p], momentum=0.8, **own))
+        elif name == "adafactor":
+            optimizers.append(torch.optim.Adafactor([p], **own))
+        elif p.ndim == 2:
+            optimizers.append(torch.optim.Muon([p], momentum=0.8, adjust_lr_fn="match_rms_adamw", **own))
+        else:
+            optimizers.append(torch.optim.AdamW([p], **own))
+    for step in range(1, LAST + 1):
+        model.zero_grad()
+        model(input_of(step)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        seen.append({name: p.tolist() for name, p in model.all_trained})
     return seen

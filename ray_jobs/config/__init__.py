@@ -47,8 +47,10 @@ from ray_jobs.config.serve import PublishConfig, ServeConfig
 from ray_jobs.config.space import Range, Settings, check_pairs, drawn, ends, read_values
 from ray_jobs.config.train import (
     ENDLESS,
+    OPTIMIZER_SETTINGS,
     OTHER_LAYERS,
     SCHEDULE_SETTINGS,
+    WHOLE_TENSORS,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -61,7 +63,9 @@ from ray_jobs.config.yaml_text import write_yaml
 __all__ = [
     "ENDLESS",
     "LEARNING_RATE",
+    "OPTIMIZER_SETTINGS",
     "OTHER_LAYERS",
+    "WHOLE_TENSORS",
     "AugmentationConfig",
     "CaptioningConfig",
     "CleaningConfig",

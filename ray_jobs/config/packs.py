@@ -10,7 +10,8 @@ from ray_jobs.config.train import ModelConfig, TrainConfig
 PACKABLE = (
     *(LEARNING_RATE, "train.schedule", "train.warmup_steps", "train.schedule_cycles"),
     *("train.schedule_power", "train.schedule_end", "train.decay_share", "train.stages", "train.trainable"),
-    *("train.optimizer", "train.weight_decay", "train.betas", "train.epsilon", "train.max_grad_norm"),
+    *("train.optimizer", "train.weight_decay", "train.betas", "train.epsilon", "train.momentum"),
+    "train.max_grad_norm",
     *("train.caption_dropout", "train.ema_decay", "train.loss", "train.lora"),
 )
 """Settings, and sections, in which trials of a pack may differ: their rows and their base stay the same."""

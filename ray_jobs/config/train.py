@@ -120,7 +120,15 @@ Schedule = Literal[
 ]
 
 
-Optimizer = Literal["adamw", "lion"]
+Optimizer = Literal["adamw", "adam", "nadam", "lion", "sgd", "adafactor", "muon"]
+
+OPTIMIZER_SETTINGS: dict[str, set[Optimizer]] = {  # which optimizers they change
+    "betas": {"adamw", "adam", "nadam", "lion", "muon"},
+    "epsilon": {"adamw", "adam", "nadam", "muon"},
+    "momentum": {"sgd", "muon"},
+}
+WHOLE_TENSORS: frozenset[Optimizer] = frozenset({"adafactor", "muon"})
+"""Optimizers whose steps depend on a parameter's shape, so that no engine may divide it."""
 
 
 class StageConfig(Section):
@@ -137,7 +145,10 @@ class StageConfig(Section):
     )
     weight_decay: float | None = Field(None, ge=0, description="weight decay")
     betas: tuple[Share, Share] | None = Field(None, description="betas of the optimizer")
-    epsilon: float | None = Field(None, gt=0, description="epsilon of AdamW")
+    epsilon: float | None = Field(None, gt=0, description="epsilon of the optimizer")
+    momentum: Annotated[Share | None, Effect.WEIGHTS, Added()] = Field(
+        None, description="momentum of sgd and muon"
+    )
     trainable: list[str] | None = Field(None, description="names in `groups` of the layers that are trained")
 
     @model_validator(mode="after")
@@ -280,15 +291,25 @@ class TrainConfig(Section):
     )
     optimizer: Optimizer = Field(
         "adamw",
-        description="with fp32 states. adamw: AdamW (arXiv 1711.05101). lion: Lion (arXiv 2302.06675), which "
-        "keeps one moment instead of two; its authors take a third to a tenth of AdamW's learning rate, as "
-        "much more weight decay, and betas of 0.9 and 0.99",
+        description="with fp32 states. adamw: AdamW (arXiv 1711.05101). adam: Adam (arXiv 1412.6980). nadam: "
+        "NAdam, with AdamW's weight decay. lion: Lion (arXiv 2302.06675), which keeps one moment instead of "
+        "two; its authors take a third to a tenth of AdamW's learning rate, as "
+        "much more weight decay, and betas of 0.9 and 0.99. sgd: with momentum. adafactor: Adafactor (arXiv "
+        "1804.04235), which keeps a number per row and column; its steps are in proportion to a layer's "
+        "weights, and rates of 1e-3 to 1e-2 are usual. muon: Muon for matrices, with AdamW's rates, and "
+        "AdamW for the rest. adafactor and muon need whole layers: zero_stage: 0 or one worker",
     )
     weight_decay: float = Field(
-        1e-2, ge=0, description="weight decay, decoupled; biases and norms are exempt"
+        1e-2,
+        ge=0,
+        description="weight decay, decoupled; with adam and sgd it is part of the gradient. Biases and norms "
+        "are exempt",
     )
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="betas of the optimizer")
-    epsilon: float = Field(1e-8, gt=0, description="epsilon of AdamW")
+    epsilon: float = Field(1e-8, gt=0, description="epsilon of AdamW, Adam and NAdam")
+    momentum: Annotated[Share, Effect.WEIGHTS, Added(0.9)] = Field(
+        0.9, description="momentum of sgd and muon"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     caption_dropout: Share = Field(
         0.1, description="share of captions that are dropped, for classifier-free guidance"
@@ -461,11 +482,28 @@ class TrainConfig(Section):
                 f"stages: optimizer: {self._only_deepspeed or 'engine: deepspeed'} is DeepSpeed's, which has "
                 "one optimizer to the end; leave one of them out"
             )
-        if "adamw" not in self.optimizers:
-            require_unset(self, "without optimizer: adamw", "epsilon")
-        for number, (stage, optimizer) in enumerate(zip(self.stages, self.optimizers, strict=False)):
-            if stage.epsilon is not None and optimizer != "adamw":
-                raise ValueError(f"stages.{number}.epsilon: {optimizer} has none; remove it")
+        for setting, having in OPTIMIZER_SETTINGS.items():
+            if having.isdisjoint(self.optimizers):
+                names = ", ".join(dict.fromkeys(self.optimizers))
+                require_unset(self, f"with optimizer: {names}", setting)
+            for number, (stage, optimizer) in enumerate(zip(self.stages, self.optimizers, strict=False)):
+                if getattr(stage, setting) is not None and optimizer not in having:
+                    raise ValueError(f"stages.{number}.{setting}: {optimizer} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_layers_whole(self) -> "TrainConfig":
+        whole = next((name for name in self.optimizers if name in WHOLE_TENSORS), None)
+        if whole and not self.flat:
+            raise ValueError(
+                f"optimizer: {whole} needs whole layers, and {self._only_deepspeed or 'engine: deepspeed'} "
+                "is DeepSpeed's, which divides them; leave one of them out"
+            )
+        if whole and self.zero_stage and self.max_workers > 1:
+            raise ValueError(
+                f"optimizer: {whole} needs whole layers, which zero_stage: {self.zero_stage} divides among "
+                f"{self.max_workers} workers; set zero_stage: 0, or num_workers: 1"
+            )
         return self
 
     @model_validator(mode="after")

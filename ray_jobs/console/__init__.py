@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+GIB = 2**30
 _STARTED = time.monotonic()
 _phases = [("starting", _STARTED)]
 _terminal: TextIO | None = None  # output for lines after the frameworks' output is redirected to a file
@@ -56,6 +57,11 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def human_size(size: float) -> str:
+    """Format bytes as GiB, or MiB below one GiB."""
+    return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"
 
 
 def say(stage: str, message: str) -> None:

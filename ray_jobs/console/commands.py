@@ -31,6 +31,7 @@ COMMANDS = {
     "feedback": "serving.export",
     "networks": "ray_jobs.weights.fetch",
     "comfyui": "ray_jobs.weights.comfyui",
+    "clean": "diffray.clean",
     "completion": "diffray.completion",
 }
 """Modules by the name of their command; `main` of each takes the arguments and returns an exit code."""

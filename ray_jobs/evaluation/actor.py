@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from ray_jobs.evaluation.scores import (
     difference_by,
     more_scores,
     near_copies,
+    num_black,
     precision_and_recall,
     scores_of,
 )
@@ -446,9 +447,13 @@ class Evaluator:
         return near_copies(features[self.networks.first.identity], *detector)
 
     def _scores(self, generated: Features, real: Real) -> Scores:
-        return self._computed(
+        import torch
+
+        found = self._computed(
             lambda device: scores_of(generated, real, self.networks, self.config.evaluate.bootstrap, device)
         )
+        first = self.networks.first
+        return replace(found, black=num_black(torch.from_numpy(generated[first.identity]), first))
 
     def _computed(self, work: Callable[[str], R]) -> R:
         """Return what `work` computes on the device, or on the CPU if the device's memory is too small."""

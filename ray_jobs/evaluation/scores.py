@@ -14,6 +14,7 @@ from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
+from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.frechet import Moments
 from ray_jobs.metrics.inception_score import inception_score
 from ray_jobs.metrics.kernel import kernel_difference, kernel_distance
@@ -44,6 +45,8 @@ from ray_jobs.weights.feature_networks import Networks
 
 FEWEST = 4  # minimum pictures in either set for a kernel distance or an error estimate
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
+BLACK_SIDE = 64  # pixels of a black picture, whose features are the same at any size
+ALIKE = 1e-2  # distance of equal pictures' features, as a share of their size: kernels round differently
 PARTS = 10  # splits of an Inception Score, as in the paper
 
 Features = dict[str, np.ndarray]
@@ -94,6 +97,7 @@ class Scores:
         preference: how much less the pictures are liked than the real ones of their captions; None without a
             reward model, or without captions.
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
+        black: number of pictures that are black.
         subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
 
@@ -105,6 +109,7 @@ class Scores:
     means: float
     spread: float
     preference: Score | None = None
+    black: int = 0
     subject: SubjectScore | None = None
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
@@ -183,6 +188,17 @@ def scores_of(
     )
     share = drawn.trace / moments.trace
     return Scores(frechet(first), kid, mind, second, corrected, means, share, preference)
+
+
+def num_black(features: torch.Tensor, network: FeatureNetwork) -> int:
+    """Return how many pictures are black, as those whose pixels were not numbers have become.
+
+    Args:
+        features: of the pictures by the network, float32, N x D, on the CPU.
+    """
+    black = network.features(torch.zeros(1, 3, BLACK_SIDE, BLACK_SIDE, dtype=torch.uint8))
+    apart, size = (features - black).norm(dim=1), features.norm(dim=1).mean()
+    return int((apart <= ALIKE * size).sum())
 
 
 def difference_by(

@@ -11,7 +11,7 @@ from ray_jobs.config import TrainConfig
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training import flat
 from ray_jobs.training.engine import pieces_a_step
-from ray_jobs.training.optimizers import MOMENTS
+from ray_jobs.training.optimizers import MOST_MOMENTS
 from ray_jobs.training.zero import gradient_buckets, sharded_for
 
 LIVE_AT_ONCE = (
@@ -61,7 +61,7 @@ class Placement:
 
 def moment_bytes(train: TrainConfig) -> int:
     """Return the bytes that the optimizer keeps for each parameter, at most over the stages."""
-    return 4 * max(len(MOMENTS[name]) for name in train.optimizers)
+    return 4 * max(MOST_MOMENTS[name] for name in train.optimizers)
 
 
 def effective_stage(train: TrainConfig, workers: int) -> int:

@@ -6,13 +6,13 @@ from cluster.capacity import trials_at_once
 from cluster.fetched import local_path
 from cluster.shape import Machine
 from ray_jobs.config import Config, ConfigError, Settings, TrainConfig
+from ray_jobs.console import GIB, human_size
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.planning.estimate import Placement, rank_memory
 from ray_jobs.planning.footprint import Footprint, footprint
 from ray_jobs.training.engine import pieces_a_step, rows_a_worker
 from ray_jobs.weights.model_files import model_folder
 
-GIB = 2**30
 HEADROOM = 0.9  # usable share of a device's memory; the rest is for context, workspaces and fragmentation
 
 SHAPES = {
@@ -182,8 +182,3 @@ def _fits(config: Config, model: Model, change: Settings, room: int) -> bool:
 def with_train(config: Config, train: TrainConfig) -> Config:
     """Return a configuration with another section `train`."""
     return config.model_copy(update={"train": train})
-
-
-def human_size(size: float) -> str:
-    """Format bytes as GiB, or MiB below one GiB."""
-    return f"{size / GIB:>10,.2f} GiB" if size >= GIB else f"{size / 2**20:>10,.1f} MiB"

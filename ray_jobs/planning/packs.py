@@ -6,10 +6,10 @@ from cluster.shape import Machine
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.config.packs import LAYERS
 from ray_jobs.config.space import ends
+from ray_jobs.console import human_size
 from ray_jobs.planning.footprint import check_rows
 from ray_jobs.planning.memory import (
     Model,
-    human_size,
     misfit,
     needed_here,
     room_of_a_rank,

@@ -3,11 +3,12 @@
 from cluster.capacity import encoders, search_actors, serving_actors, trials_at_once
 from cluster.shape import Machine, Placed, place
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import GIB, human_size
 from ray_jobs.diffusion.memory import pictures_at_once
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.planning.estimate import effective_stage, host_memory
 from ray_jobs.planning.inference import needs
-from ray_jobs.planning.memory import GIB, HEADROOM, Model, human_size, misfit, room_of_a_rank
+from ray_jobs.planning.memory import HEADROOM, Model, misfit, room_of_a_rank
 from ray_jobs.planning.packs import largest_trial, with_pack
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.manifest import MANIFEST, Manifest

@@ -218,6 +218,22 @@ def run_of(client: "MlflowClient", version: "ModelVersion") -> "Run | None":
         return None
 
 
+def sources(config: Config) -> dict[tuple[str, int], str]:
+    """Return the folders of the weights of all versions, by model and number; empty if there is no registry.
+
+    Versions of other programs are among them.
+
+    Raises:
+        ConfigError: the registry cannot be reached.
+    """
+    file = sqlite_file(tracking_uri(config))
+    if file and not file.exists():
+        return {}
+    with store_errors(config):
+        found = pages(open_client(config).search_model_versions)
+        return {(each.name, int(each.version)): source_of(each) for each in found}
+
+
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
     """Return the registry entries of the named models; `*` stands for all.
 

@@ -12,7 +12,8 @@ CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in
 BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
 REPORT = "report.html"
-TRAININGS = "train"
+TRAININGS, DATASET, SEARCH = "train", "dataset", "search"
+ENCODED, REGISTRY = "encoded", "registry"  # folders that runs share
 CAPTIONS = "captions.json"  # in the samples: the captions of the pictures
 
 
@@ -33,7 +34,7 @@ class RunFolder:
     @property
     def dataset(self) -> Storage:
         """Manifest, list of parts, and findings of prepare."""
-        return self.root.child("dataset")
+        return self.root.child(DATASET)
 
     @property
     def trainings(self) -> Storage:
@@ -47,7 +48,7 @@ class RunFolder:
     @property
     def search(self) -> Storage:
         """Measured rungs and the result of the search."""
-        return self.root.child("search")
+        return self.root.child(SEARCH)
 
     @property
     def model(self) -> Storage:
@@ -104,7 +105,7 @@ class SharedFolder:
 
     def encoded(self, encoders: str) -> Storage:
         """Cache of latents and embeddings, by digest of the encoders."""
-        return self.root.child("encoded", encoders[:16])
+        return self.root.child(ENCODED, encoders[:16])
 
     @property
     def real_features(self) -> Storage:
@@ -121,7 +122,7 @@ class SharedFolder:
 
     def registered(self, model: str) -> Storage:
         """Weights of every version of a registered model."""
-        return self.root.child("registry", model)
+        return self.root.child(REGISTRY, model)
 
     def artifacts(self, run: str) -> Storage:
         """Images of a run's MLflow experiment, if MLflow's store is a SQLite file."""

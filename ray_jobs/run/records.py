@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, Settings
 from ray_jobs.config.fields import explain
+from ray_jobs.console.troubleshooting import Help, help_link
 
 FORMAT = 1  # a change that this program could misread gets the next number
 RESULTS = "results.jsonl"
@@ -72,7 +73,7 @@ class Record(BaseModel):
         if (version := values.pop("format", 1)) not in range(1, FORMAT + 1):
             raise ConfigError(
                 f"{where} was written by a newer diffray (format {version}); this one reads format {FORMAT}: "
-                "update it, or give the run another name"
+                f"update it, or give the run another name; {help_link(Help.VERSIONS)}"
             )
         try:
             return cls.model_validate(values)
@@ -128,6 +129,7 @@ class RungRow(Record):
         training: folder of the checkpoints, if it is not named after the trial.
         parent: checkpoint of another trial that the training began with, at step `begins_at`.
         validation_losses: loss of each held-out row.
+        black: number of its pictures that are black.
         seconds: time of the trial up to this rung, including evaluation; where trials share their workers,
             its share of the time for which these were held.
         checkpoint: URI of the checkpoint.
@@ -183,6 +185,7 @@ class RungRow(Record):
     train_loss: float = math.nan
     validation_loss: float | None = None
     validation_losses: list[float] = []
+    black: int = 0
     images_per_second: float = math.nan
     seconds: float = 0.0
     checkpoint: str = ""

@@ -1,7 +1,7 @@
 """Checkpoints: the state to resume from and, at a rung, the weights to evaluate.
 
 weights/                        rungs only: the trained weights (EMA, if on) in diffusers' format (rank 0)
-state/0000-of-0002.safetensors  each rank's own part of the weights, averages and Adam's moments
+state/0000-of-0002.safetensors  each rank's own part of the weights, averages and the optimizer's state
 series.json                     loss, gradient norm, learning rate and time (seconds since 1970) of each step
                                 since the previous checkpoint (rank 0)
 progress.json                   step, number of workers, reason for the checkpoint, metrics (rank 0)
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 
@@ -67,7 +68,7 @@ class CheckpointWriter:
         import ray.train
 
         rank, world_size = self.engine.rank, self.engine.world_size
-        tensors, steps = snapshot(self.engine, self.ema.averages if self.ema else {})
+        tensors, counts = snapshot(self.engine, self.ema.averages if self.ema else {})
         weights = self._evaluated_weights() if progress.why == RUNG else {}
         storage = ray.train.get_context().get_storage()
 
@@ -76,7 +77,7 @@ class CheckpointWriter:
             mark = f"{storage.build_checkpoint_path_from_name(name)}/{_mark(rank, world_size)}"
             if storage.storage_filesystem.get_file_info(mark).is_file:
                 storage.storage_filesystem.delete_file(mark)  # left behind by an attempt that died
-            write_shard(folder / STATE, rank, world_size, tensors, steps)
+            write_shard(folder / STATE, rank, world_size, tensors, counts)
             if rank == 0:
                 (folder / SERIES).write_text(json.dumps(series))
                 (folder / CONFIG).write_text(self.config, encoding="utf-8")
@@ -168,6 +169,12 @@ def weights_of(checkpoint: str) -> str:
 def folder_of(step: int) -> str:
     """Return the name of a step's checkpoint folder in the trial's folder."""
     return f"{FOLDER}{step:08d}"
+
+
+def place_of(checkpoint: str) -> tuple[str, str]:
+    """Return the training of a checkpoint's URI and the name of its folder, wherever the storage lies now."""
+    training, folder = checkpoint.partition("?")[0].rstrip("/").split("/")[-2:]
+    return unquote(training), folder
 
 
 def step_of(checkpoint: Storage) -> int:

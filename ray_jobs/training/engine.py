@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ray_jobs.config import TrainConfig
+from ray_jobs.config import OPTIMIZER_SETTINGS, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.training.fragments import Fragment
-from ray_jobs.training.optimizers import MOMENTS
+from ray_jobs.training.optimizers import SCALARS, moments_of
 from ray_jobs.training.phases import Stage
 
 
@@ -25,7 +25,7 @@ class Engine(ABC):
         module: the model; its parameters are on `device`, in the configured precision.
         optimizer: over the fp32 tensors that this rank updates. Its groups are those of `parameter_groups`,
             in that order.
-        optimizer_name: its name in `MOMENTS`.
+        optimizer_name: its name in `train.optimizer`.
         skipped: steps that were left out because their gradient was not finite.
     """
 
@@ -83,24 +83,32 @@ class Engine(ABC):
     def gradient_bytes(self) -> int:
         """Bytes of gradients that this rank keeps between backward pass and step."""
 
+    def moments_of(self, owner: torch.Tensor) -> dict[str, torch.Size]:
+        """Return the tensors that the optimizer keeps for one that it updates: their shapes by name."""
+        return moments_of(self.optimizer_name, owner.shape)
+
     @property
-    def moments(self) -> tuple[str, ...]:
-        """Names of the tensors that the optimizer keeps for each that it updates."""
-        return MOMENTS[self.optimizer_name]
+    def scalars(self) -> dict[str, float]:
+        """Numbers that the optimizer keeps for a tensor beside `step`, as they are before the first step."""
+        return SCALARS.get(self.optimizer_name, {})
 
     def state_of(self, owner: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state of a tensor that the optimizer updates; zeros before the first step.
 
-        It has the optimizer's `moments`, and `step`, which counts AdamW's steps.
+        It has the optimizer's moments and scalars, and `step`, which counts its steps, if it counts any.
         """
         state: dict[str, torch.Tensor] = self.optimizer.state[owner]
         if "step" not in state:
             state["step"] = torch.zeros((), device=self._step_device(owner))
-        state.update({name: torch.zeros_like(owner) for name in self.moments if name not in state})
+        for name, value in self.scalars.items():
+            state.setdefault(name, torch.full((), value, device=self._step_device(owner)))
+        for name, shape in self.moments_of(owner).items():
+            if name not in state:
+                state[name] = owner.new_zeros(shape)
         return state
 
     def use_optimizer(self, name: str) -> None:
-        """Take the steps to come with an optimizer of `MOMENTS`; one that changes begins without moments."""
+        """Take the steps to come with another optimizer; one that changes begins without moments."""
         assert name == self.optimizer_name, "the configuration allows a change only where it is possible"
 
     def _step_device(self, owner: torch.Tensor) -> torch.device:
@@ -122,11 +130,13 @@ class Engine(ABC):
             if piece.name in wanted:
                 state = self.state_of(piece.owner)
                 state["step"].zero_()
-                for kind in self.moments:
-                    piece.of(state[kind]).zero_()
+                for name, value in self.scalars.items():
+                    state[name].fill_(value)
+                for kind, shape in self.moments_of(piece.owner).items():
+                    (piece.of(state[kind]) if shape == piece.owner.shape else state[kind]).zero_()
 
     def set_hyperparameters(self, stage: Stage, step: int) -> None:
-        """Set the optimizer's learning rates, weight decay, betas and epsilon for a step.
+        """Set the optimizer's learning rates, weight decay and what else it has for a step.
 
         Frozen layers stay in the optimizer with a learning rate of 0, so that the division among ranks does
         not change.
@@ -175,10 +185,15 @@ def parameter_groups(model: Trainable) -> list[dict[str, Any]]:
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> None:
-    """Set an optimizer's learning rates, weight decay, betas and epsilon for a step of a stage."""
-    rate = stage.rate(step)
+    """Set an optimizer's learning rates, weight decay and what else it has for a step of a stage."""
+    rate, names = stage.rate(step), {"betas": "betas", "epsilon": "eps", "momentum": "momentum"}
+    own = {
+        names[setting]: getattr(stage, setting)
+        for setting, having in OPTIMIZER_SETTINGS.items()
+        if stage.optimizer in having
+    }
     for group in optimizer.param_groups:
         active = stage.trains(group["layers"])
         group["lr"] = rate if active else 0.0
         group["weight_decay"] = stage.weight_decay if active and group["decays"] else 0.0
-        group["betas"], group["eps"] = stage.betas, stage.epsilon
+        group.update(own)

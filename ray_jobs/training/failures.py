@@ -11,7 +11,7 @@ from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.run.command_line import damage_message
 from ray_jobs.training.checkpoint import folder_of, read_progress, steps_of
 
-LONGEST = 300  # characters of a reason
+LONGEST = 500  # characters of a reason
 
 
 class FailureReporter(UserCallback):

@@ -2,8 +2,8 @@
 
 The trained parameters are views of one tensor in the model's precision. It is cut into chunks, and each
 chunk into one slice per rank. When a chunk's gradients are complete, they are packed into one tensor and
-summed over the ranks while the backward pass goes on. The optimizer, a fused AdamW or Lion, then updates fp32
-weights.
+summed over the ranks while the backward pass goes on. The optimizer, as a fused AdamW, then updates fp32
+weights: many parameters as one tensor, unless it needs each in its shape (`WHOLE_TENSORS`).
 
 With stage 0 every rank updates all weights. With stages 1 and 2 of ZeRO (Rajbhandari et al., arXiv
 1910.02054, section 5) it updates its slices, and the ranks then gather each other's new weights; with stage
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ray_jobs.config import TrainConfig
+from ray_jobs.config import WHOLE_TENSORS, TrainConfig
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.precision import PRECISIONS
 from ray_jobs.training.engine import Engine, parameter_groups, pieces_a_step
 from ray_jobs.training.fragments import Fragment
-from ray_jobs.training.optimizers import MOMENTS, build_optimizer
+from ray_jobs.training.optimizers import FUSED, MOST_MOMENTS, build_optimizer
 
 CHUNK = 1 << 24  # elements, at least: a message that is worth sending during the backward pass
 ALIGNED = 16  # elements: tensor cores want parameters to begin at multiples of 16 bytes
@@ -60,7 +60,7 @@ class Owner:
 
     Attributes:
         begin: its first element in the flat tensor.
-        weights: 1-D.
+        weights: 1-D, or a single parameter in its shape.
         own: the elements that this rank saves and averages; without sharding, its share of them.
     """
 
@@ -132,13 +132,17 @@ class Flat(Engine):
         self.owners: list[Owner] = []
         updated = []
         for group, bound in zip(groups, bounds, strict=True):
-            owners = [owner for chunk in self.chunks if (owner := self._owner(chunk, bound, masters))]
+            if WHOLE_TENSORS.isdisjoint(config.optimizers):
+                owners = [owner for chunk in self.chunks if (owner := self._owner(chunk, bound, masters))]
+            else:
+                assert not self.stage, "the configuration allows whole tensors only where nothing is divided"
+                owners = list(self._whole_owners(group["params"], masters))
             updated.append(group | {"params": [owner.weights for owner in owners]})
             self.owners += owners
         self._build = partial(build_optimizer, groups=updated, config=config, fused=True)
         self.optimizer_name = config.optimizers[0]
         self.optimizer = self._build(self.optimizer_name)
-        self.most_moments = max(len(MOMENTS[name]) for name in config.optimizers)
+        self.most_moments = max(MOST_MOMENTS[name] for name in config.optimizers)
         self._held, self._owned = self._fragments()
         self.first, self.last, self.next, self.sends = True, True, 0, world_size > 1
         if overlaps and (self.stage == 2 or len(self.chunks) > 1):
@@ -152,12 +156,26 @@ class Flat(Engine):
         begin, end = max(bound.start, part.start), min(bound.stop, part.stop)
         if begin >= end:
             return None
-        # In fp32 the model's own weights, else a copy: the rest of `masters` is then freed.
-        weights = masters[begin:end] if self.weights is masters else masters[begin:end].clone()
-        own = slice(0, end - begin)
-        if not self.stage:
-            own = slice(*((end - begin) * rank // self.world_size for rank in (self.rank, self.rank + 1)))
-        return Owner(chunk, begin, weights, own)
+        own = slice(0, end - begin) if self.stage else self._share(end - begin)
+        return Owner(chunk, begin, self._updated(masters[begin:end]), own)
+
+    def _whole_owners(self, parameters: list[torch.nn.Parameter], masters: torch.Tensor) -> Iterator[Owner]:
+        """Yield what this rank updates of a group of parameters: each parameter in its shape."""
+        wanted = {id(parameter) for parameter in parameters}
+        for chunk in self.chunks:
+            for at, parameter in chunk.parameters.items():
+                if id(parameter) in wanted:
+                    begin, numel = chunk.begin + at, parameter.numel()
+                    master = masters[begin : begin + numel].view(parameter.shape)
+                    yield Owner(chunk, begin, self._updated(master), self._share(numel))
+
+    def _updated(self, master: torch.Tensor) -> torch.Tensor:
+        """Return the model's own weights in fp32, else a copy: the rest of the tensor is then freed."""
+        return master if self.weights.dtype == torch.float32 else master.clone()
+
+    def _share(self, numel: int) -> slice:
+        """Return this rank's share of elements that every rank updates."""
+        return slice(*(numel * rank // self.world_size for rank in (self.rank, self.rank + 1)))
 
     def _of(self, chunk: Chunk, flat: torch.Tensor) -> torch.Tensor:
         return flat[chunk.begin : chunk.begin + chunk.numel]
@@ -211,7 +229,7 @@ class Flat(Engine):
         """Take the memory of optimizers' state; gradients of the block are sent to no rank, and dropped."""
         for owner in self.owners:
             self.state_of(owner.weights)
-        more = self.most_moments - len(self.moments)  # of a later stage's
+        more = self.most_moments - MOST_MOMENTS[self.optimizer_name]  # of a later stage's
         spare = [torch.empty_like(owner.weights) for owner in self.owners for _ in range(more)]
         self.sends = False
         try:
@@ -297,7 +315,7 @@ class Flat(Engine):
         for owner in self.owners:
             start = owner.begin - self._part(owner.chunk).start
             gradient = by_chunk[owner.chunk.begin]
-            owner.weights.grad = gradient[start : start + owner.weights.numel()]
+            owner.weights.grad = gradient[start : start + owner.weights.numel()].view_as(owner.weights)
         self.optimizer.step()
         for owner in self.owners:
             owner.weights.grad = None
@@ -320,7 +338,8 @@ class Flat(Engine):
         """Give the model, on all ranks, the weights that were updated."""
         if self.weights.dtype != torch.float32:
             torch._foreach_copy_(
-                [self.weights[owner.place] for owner in self.owners], [owner.weights for owner in self.owners]
+                [self.weights[owner.place] for owner in self.owners],
+                [owner.weights.view(-1) for owner in self.owners],
             )
         if self.stage:
             for chunk in self.chunks:
@@ -337,7 +356,7 @@ class Flat(Engine):
 
     @property
     def averaged(self) -> dict[str, torch.Tensor]:
-        return {str(owner.begin): owner.weights[owner.own] for owner in self.owners}
+        return {str(owner.begin): owner.weights.view(-1)[owner.own] for owner in self.owners}
 
     def average(self, averages: Mapping[str, torch.Tensor], piece: Fragment) -> torch.Tensor:
         [owner] = [owner for owner in self.owners if owner.weights is piece.owner]
@@ -356,7 +375,8 @@ class Flat(Engine):
         return elements * self.summed_in.itemsize
 
     def _step_device(self, owner: torch.Tensor) -> torch.device:
-        return owner.device  # the fused form counts there
+        # The fused form counts there.
+        return owner.device if self.optimizer_name in FUSED else super()._step_device(owner)
 
     def _fragments(self) -> tuple[list[Fragment], list[Fragment]]:
         """Return `held` and `owned`."""

@@ -13,7 +13,7 @@ def state_bytes(engine: Engine) -> dict[str, int]:
     parameters: the model's parameters, trained and frozen, without encoders and autoencoder.
     gradients: held between backward and step. They do not exist at the start: this is what ZeRO will keep.
     master_weights: fp32 weights that the optimizer updates; 0 where it updates the parameters themselves.
-    moments: what the optimizer keeps: two moments of AdamW, one of Lion.
+    moments: what the optimizer keeps, as two moments of AdamW.
     """
     parameters = _storages(getattr(p, "ds_tensor", p) for p in engine.module.parameters())
     owners = {id(piece.owner): piece.owner for piece in engine.held}.values()
@@ -22,7 +22,9 @@ def state_bytes(engine: Engine) -> dict[str, int]:
         "parameters": sum(parameters.values()),
         "gradients": engine.gradient_bytes,
         "master_weights": sum(size for place, size in masters.items() if place not in parameters),
-        "moments": sum(_storages(engine.state_of(o)[m] for o in owners for m in engine.moments).values()),
+        "moments": sum(
+            _storages(engine.state_of(o)[m] for o in owners for m in engine.moments_of(o)).values()
+        ),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.board import TrainingProgress
+from ray_jobs.console.troubleshooting import Help, help_link
 from ray_jobs.run.records import Progress
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.memory import state_bytes
@@ -23,6 +24,7 @@ SMOOTHED = 20  # steps over which the displayed loss is averaged
 ENOUGH = 64  # images after which a mean loss is comparable, if that is fewer than SMOOTHED steps
 LATE = 4  # steps after which a step's loss and norm are read, so that no step waits for a GPU
 EXPLODED = 5.0  # multiple of the lowest smoothed loss at which the loss counts as diverged
+SLOW, SLOW_S = 0.2, 60.0  # share of so many seconds or more that is too long to wait for data
 RUNG, INTERVAL, PREEMPTION = "rung", "interval", "preemption"  # why a checkpoint is written
 
 Series = list[dict[str, float]]
@@ -89,10 +91,10 @@ class Meter:
     def start(self, engine: Engine) -> None:
         """Start measuring the steps of an engine, and report what it keeps in memory."""
         self.engine, self.state_bytes = engine, state_bytes(engine)
-        if self.rank == 0 and self.board is not None:
+        if self.rank == 0:
             kept = ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in self.state_bytes.items())
             line = f"{self.trial_id}  {engine.world_size} workers; rank 0 keeps: {kept}"
-            self.board.post.remote(f"{self.trial_id}/memory", line.replace("_", " "))
+            self._tell("memory", line.replace("_", " "))
         self._restart()
 
     def _restart(self) -> None:
@@ -184,7 +186,12 @@ class Meter:
         if self.engine.skipped > self.skipped:
             self.skipped = self.engine.skipped
             line = f"{self.trial_id}  {self.skipped} steps skipped: their gradients were not finite"
-            self.board.post.remote(f"{self.trial_id}/skipped {self.skipped}", line)
+            self._tell(f"skipped {self.skipped}", line)
+
+    def _tell(self, key: str, line: str) -> None:
+        """Post a line on the board, if this is rank 0 and there is one."""
+        if self.rank == 0 and self.board is not None:
+            self.board.post.remote(f"{self.trial_id}/{key}", line)
 
     def _preempted(self) -> bool:
         """Return whether a preemption notice has arrived since the last check."""
@@ -198,10 +205,11 @@ class Meter:
         smoothed = sum(self.recent) / len(self.recent)
         if len(self.recent) >= min(SMOOTHED, ENOUGH / self.config.batch_size):
             self.lowest = min(self.lowest, smoothed)
+        section = Help.NOT_A_NUMBER
         if not math.isfinite(loss):
             what = "is not a number"
         elif smoothed > EXPLODED * self.lowest:
-            what = f"rose to {smoothed:.3g}"
+            what, section = f"rose from {self.lowest:.3g} to {smoothed:.3g}", Help.DIVERGENCE
         elif not math.isfinite(norm) and self.config.precision != "fp16":
             # DeepSpeed skips such steps; with fp16 that is normal until the loss scale fits.
             what = "has a gradient that is not finite"
@@ -214,7 +222,7 @@ class Meter:
             f"the loss {what} at step {step}; {good}. Likely causes: a learning rate that is too high "
             "(lower train.learning_rate or give train.warmup_steps), gradients that are let through "
             f"(train.max_grad_norm is {self.config.max_grad_norm:g}), "
-            f"train.precision: {self.config.precision}"
+            f"train.precision: {self.config.precision}; {help_link(section)}"
         )
 
     @property
@@ -263,6 +271,8 @@ class Meter:
             why=why,
             world_size=self.engine.world_size,
         )
+        if line := slow_data_line(self.trial_id, progress.waiting_for_data, self.seconds):
+            self._tell("slow data", line)
         if norms:
             progress |= {"grad_norm": sum(norms) / len(norms)}
         if self.startup:
@@ -270,6 +280,17 @@ class Meter:
         self.saved_step, self.saved_at, self.warming_up = step, time.monotonic(), False
         self._restart()
         return progress, series
+
+
+def slow_data_line(name: str, share: float, seconds: float) -> str | None:
+    """Return the line about a training that waits for data; None if that is short, or hardly measured.
+
+    Args:
+        share: of the seconds since the last checkpoint that were spent waiting.
+    """
+    if seconds < SLOW_S or share < SLOW:
+        return None
+    return f"{name}: waits for data {share:.0%} of the time; {help_link(Help.SLOW_DATA)}"
 
 
 def _to_host(numbers: torch.Tensor) -> tuple[torch.Tensor, Any]:

@@ -1,32 +1,69 @@
-"""Optimizers, which all update each element by itself, so that an engine may divide their tensors anyhow."""
+"""Optimizers by their names in `train.optimizer`, and what each keeps for a tensor that it updates."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from ray_jobs.config import TrainConfig
 
-MOMENTS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
-"""Tensors that an optimizer keeps for each that it updates, of the same shape, by `train.optimizer`."""
+MOST_MOMENTS = {"adamw": 2, "adam": 2, "nadam": 2, "lion": 1, "sgd": 1, "adafactor": 1, "muon": 2}
+"""The most numbers that an optimizer keeps for each that it updates."""
+
+SCALARS: dict[str, dict[str, float]] = {"nadam": {"mu_product": 1.0}}
+"""Numbers that an optimizer keeps for a tensor beside its steps, as they are before the first."""
+
+FUSED = ("adamw", "adam", "sgd", "lion", "muon")
+"""Optimizers that count their steps on the device or not at all; the others read the count at each step."""
+
+
+def moments_of(name: str, shape: torch.Size) -> dict[str, torch.Size]:
+    """Return the tensors that an optimizer keeps for one that it updates: their shapes by name."""
+    if name == "adafactor" and len(shape) > 1:
+        return {
+            "row_var": torch.Size([*shape[:-1], 1]),
+            "col_var": torch.Size([*shape[:-2], 1, shape[-1]]),
+        }
+    if name == "adafactor":
+        names: tuple[str, ...] = ("variance",)
+    elif name == "sgd" or (name == "muon" and len(shape) == 2):
+        names = ("momentum_buffer",)
+    elif name == "lion":
+        names = ("exp_avg",)
+    else:
+        names = ("exp_avg", "exp_avg_sq")
+    return dict.fromkeys(names, shape)
 
 
 def build_optimizer(
     name: str, groups: Iterable[dict[str, Any]], config: TrainConfig, *, fused: bool | None = None
 ) -> torch.optim.Optimizer:
-    """Return an optimizer of `MOMENTS` over groups as `engine.parameter_groups` returns them.
+    """Return an optimizer over groups as `engine.parameter_groups` returns them.
 
-    adamw: Loshchilov & Hutter, arXiv 1711.05101. lion: Chen et al., arXiv 2302.06675.
+    Its hyperparameters are set before each step, by `engine.set_hyperparameters`.
+
+    adamw: Loshchilov & Hutter, arXiv 1711.05101. adam: Kingma & Ba, arXiv 1412.6980. nadam: Dozat, ICLR
+    workshop 2016, with AdamW's decay. lion: Chen et al., arXiv 2302.06675. adafactor: Shazeer & Stern, arXiv
+    1804.04235. muon: `Muon`.
 
     Args:
-        fused: AdamW: use one kernel for all tensors and all of its arithmetic; None: as torch chooses.
+        fused: of AdamW, Adam and SGD: use one kernel for all tensors and arithmetic; None: as torch chooses.
     """
     own = [dict(group) for group in groups]  # torch adds settings to them
+    rate = config.learning_rate
     if name == "lion":
-        return Lion(own, lr=config.learning_rate, betas=config.betas)
-    return torch.optim.AdamW(
-        own, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=fused
-    )
+        return Lion(own, lr=rate, betas=config.betas)
+    if name == "muon":
+        return Muon(own, lr=rate, fused=fused)
+    if name == "adafactor":
+        return torch.optim.Adafactor(own, lr=rate)
+    if name == "sgd":
+        return torch.optim.SGD(own, lr=rate, momentum=config.momentum, fused=fused)
+    settings: Mapping[str, Any] = {"lr": rate, "betas": config.betas, "eps": config.epsilon}
+    if name == "nadam":
+        return torch.optim.NAdam(own, decoupled_weight_decay=True, **settings)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    return kind(own, fused=fused, **settings)
 
 
 class Lion(torch.optim.Optimizer):
@@ -51,3 +88,33 @@ class Lion(torch.optim.Optimizer):
                 update = average.lerp(gradient, 1 - first).sign_()
                 weights.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
                 average.lerp_(gradient, 1 - second)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices (https://kellerjordan.github.io/posts/muon/), and AdamW for all other tensors.
+
+    A matrix moves by its orthogonalised momentum, scaled so that one learning rate suits both (Liu et al.,
+    arXiv 2502.16982, eq. 4).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, fused: bool | None) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.parts: list[tuple[dict[str, Any], torch.optim.Optimizer]] = []
+        for group in self.param_groups:
+            matrices = [weights for weights in group["params"] if weights.ndim == 2]
+            others = [weights for weights in group["params"] if weights.ndim != 2]
+            if matrices:
+                self.parts.append((group, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")))
+            if others:
+                self.parts.append((group, torch.optim.AdamW(others, fused=fused)))
+        for _, part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the tensors that have a gradient."""
+        assert closure is None
+        for group, part in self.parts:
+            own = ("momentum",) if isinstance(part, torch.optim.Muon) else ("betas", "eps")
+            names = [name for name in ("lr", "weight_decay", *own) if name in group]
+            part.param_groups[0].update({name: group[name] for name in names})
+            part.step()

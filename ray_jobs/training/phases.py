@@ -23,6 +23,7 @@ class Stage:
     weight_decay: float
     betas: tuple[float, float]
     epsilon: float
+    momentum: float
     trainable: tuple[str, ...] | None
 
     def rate(self, step: int) -> float:
@@ -66,6 +67,7 @@ def _stage(config: TrainConfig, own: StageConfig, first: int, last: int) -> Stag
         settings["weight_decay"],
         tuple(settings["betas"]),
         settings["epsilon"],
+        settings["momentum"],
         None if trainable is None else tuple(trainable),
     )
 

@@ -9,6 +9,7 @@ import torch
 from cluster.gpus import leaving_free
 from cluster.storage import Storage
 from ray_jobs.config import TrainConfig
+from ray_jobs.console.troubleshooting import Help, help_link
 from ray_jobs.diffusion.families.text import MASK
 from ray_jobs.training.batch import COLUMNS, InputMaker, Piece
 from ray_jobs.training.engine import rows_a_worker
@@ -125,6 +126,6 @@ def halved_when_it_does_not_fit(
         raise torch.OutOfMemoryError(
             f"{name}: {rows} images at once need more GPU memory than there is: lower {lower}, "
             "set train.gradient_checkpointing: true or train.precision: bf16, or use "
-            "more workers with train.zero_stage 1 to 3; python -m cluster.plan tells what fits "
-            f"({error})"
+            "more workers with train.zero_stage 1 to 3; python -m cluster.plan tells what fits; "
+            f"{help_link(Help.OUT_OF_MEMORY)} ({error})"
         ) from error

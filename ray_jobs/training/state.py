@@ -17,33 +17,42 @@ from ray_jobs.training.engine import Engine
 from ray_jobs.training.fragments import Fragment
 
 WEIGHTS, AVERAGES = "weights", "ema"
+STEPS = "steps"
 REDUCED_AT_ONCE = 1 << 24  # elements
 
+Counts = dict[str, dict[str, float]]
+"""Steps of the optimizer, and other scalars that it keeps, by parameter."""
 
-def snapshot(
-    engine: Engine, averages: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+
+def snapshot(engine: Engine, averages: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Counts]:
     """Copy the state that this rank owns to host memory.
 
     Args:
         averages: EMA vectors, named as in `engine.averaged`; empty without averaging.
 
     Returns:
-        fp32 vectors by `<kind>/<start>/<name>`, and the number of AdamW's steps by parameter.
+        fp32 vectors by `<kind>/<start>/<name>`, and `STEPS` and other scalars of the optimizer.
     """
     tensors: dict[str, torch.Tensor] = {}
-    steps: dict[str, int] = {}
-    counted: dict[int, int] = {}  # by owner: each look at a device waits for it
+    counts: Counts = {name: {} for name in (STEPS, *engine.scalars)}
+    counted: dict[int, dict[str, float]] = {}  # by owner: each look at a device waits for it
     for piece in engine.owned:
         state = engine.state_of(piece.owner)
         if id(piece.owner) not in counted:
-            counted[id(piece.owner)] = int(state["step"])
-        steps[piece.name] = counted[id(piece.owner)]
-        kinds = {WEIGHTS: piece.weights} | {kind: piece.of(state[kind]) for kind in engine.moments}
+            scalars = {name: state[name].item() for name in engine.scalars}
+            counted[id(piece.owner)] = {STEPS: int(state["step"])} | scalars
+        for name, value in counted[id(piece.owner)].items():
+            counts[name][piece.name] = value
+        kinds = {WEIGHTS: piece.weights}
+        for kind, shape in engine.moments_of(piece.owner).items():
+            if shape == piece.owner.shape:
+                kinds[kind] = piece.of(state[kind])
+            elif not piece.start:  # kept for the parameter, and not for its elements
+                kinds[kind] = state[kind].view(-1)
         if averages:
             kinds[AVERAGES] = engine.average(averages, piece)
         tensors |= {f"{kind}/{piece.key}": _on_host(value) for kind, value in kinds.items()}
-    return tensors, steps
+    return tensors, counts
 
 
 def _on_host(value: torch.Tensor) -> torch.Tensor:
@@ -51,13 +60,14 @@ def _on_host(value: torch.Tensor) -> torch.Tensor:
 
 
 def write_shard(
-    folder: Path, rank: int, world_size: int, tensors: dict[str, torch.Tensor], steps: dict[str, int]
+    folder: Path, rank: int, world_size: int, tensors: dict[str, torch.Tensor], counts: Counts
 ) -> None:
     """Write the result of `snapshot` to this rank's file."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / shard_name(rank, world_size), {"steps": json.dumps(steps)})
+    metadata = {name: json.dumps(each) for name, each in counts.items()}
+    save_file(tensors, folder / shard_name(rank, world_size), metadata)
 
 
 def shard_name(rank: int, world_size: int) -> str:
@@ -80,15 +90,16 @@ class Shards:
         if missing:
             raise ValueError(f"{folder}: the training state is incomplete: {', '.join(missing)} is missing")
         self.files = [safe_open(path, "pt") for path in files]
-        self.steps: dict[str, int] = {}
+        self.counts: Counts = {}
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for file in self.files:
-            self.steps |= json.loads(file.metadata()["steps"])
+            for name, found in file.metadata().items():
+                self.counts.setdefault(name, {}).update(json.loads(found))
             for key in file.keys():  # noqa: SIM118  not a dict
                 kind, start, name = key.split("/", 2)
                 length = file.get_slice(key).get_shape()[0]
-                found = (int(start), int(start) + length, file, key)
-                self.pieces.setdefault((kind, name), []).append(found)
+                piece = (int(start), int(start) + length, file, key)
+                self.pieces.setdefault((kind, name), []).append(piece)
 
     @property
     def names(self) -> set[str]:
@@ -140,15 +151,21 @@ def load_state(shards: Shards, engine: Engine) -> None:
     The weights need it because an engine derives its fp32 weights from the model's after rounding those to
     bf16 or fp16.
     """
-    counted: dict[int, int] = {}  # steps by owner; without ZeRO, unused parameters count none
+    counted: dict[int, float] = {}  # steps by owner; without ZeRO, unused parameters count none
     for piece in engine.held:
         state = engine.state_of(piece.owner)
         piece.weights.copy_(shards.read(WEIGHTS, piece.name, piece.start, piece.numel))
-        for kind in engine.moments:
-            piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
-        stored = max(shards.steps[piece.name], counted.get(id(piece.owner), 0))
-        counted[id(piece.owner)] = stored
-        state["step"].fill_(stored)
+        for kind, shape in engine.moments_of(piece.owner).items():
+            if shape == piece.owner.shape:
+                piece.of(state[kind]).copy_(shards.read(kind, piece.name, piece.start, piece.numel))
+            else:
+                state[kind].view(-1).copy_(shards.read(kind, piece.name, 0, shape.numel()))
+        steps = shards.counts[STEPS][piece.name]
+        if steps >= counted.get(id(piece.owner), 0):
+            counted[id(piece.owner)] = steps
+            state["step"].fill_(steps)
+            for name in engine.scalars:
+                state[name].fill_(shards.counts[name][piece.name])
 
 
 def whole(engine: Engine, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

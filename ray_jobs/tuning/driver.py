@@ -19,10 +19,12 @@ from ray_jobs.console import say
 from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.run.command_line import damage_message, refusal
 from ray_jobs.run.records import RungRow, read_rows, write_rows
+from ray_jobs.training.failures import LONGEST
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.results import with_error
+from ray_jobs.tuning.signs import black_line, no_change_line
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, Result, spent, stoppers
 from ray_jobs.tuning.trial import Make, SearchContext, Trial, run_trial
@@ -226,12 +228,18 @@ class Recorder(Callback):
                 f"{mine.training}  rung {row.step}/{mine.ladder[-1]}: validation {with_error(row)}, "
                 f"loss {row.train_loss:.4f}, {row.images_per_second:.0f} images/s",
             )
+            precision, place = self.trials.around.config.evaluate.precision, f"{mine.training} at {row.step}"
+            if line := black_line(place, row.black, row.num_samples or 0, precision):
+                say("search", line)
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object
     ) -> None:
         mine, step = self._trial(trial), (trial.last_result or {}).get("step", 0)
         self._leave(mine)
+        rungs = [row for row in self.trials.rows if row.training_name == mine.training]
+        if line := no_change_line(mine.training, sorted(rungs, key=lambda row: row.step)):
+            say("search", line)
         if step < mine.ladder[-1]:
             say("search", f"{mine.training} stopped at rung {step}")
 
@@ -266,4 +274,4 @@ def _failures(trial: TuneTrial) -> str:
 def _reason(trial: TuneTrial) -> str:
     """Return the last line of the last traceback."""
     lines = (_failures(trial) or "its process died").strip().splitlines()
-    return " ".join(lines[-1].split())[:300]
+    return " ".join(lines[-1].split())[:LONGEST]

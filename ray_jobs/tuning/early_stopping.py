@@ -24,6 +24,7 @@ from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import Record, RungRow, paired_error
 from ray_jobs.training.checkpoint import REPORTED, Rung, rungs_of
 from ray_jobs.training.monitor import RUNG
+from ray_jobs.tuning.signs import no_change_line
 from ray_jobs.tuning.stopping import Patience
 from ray_jobs.tuning.trial import intact
 
@@ -177,6 +178,8 @@ class Validation:
         best, lowest = best_of(rows), min(rows, key=lambda row: row.validation_loss)
         if self.has_stopped:
             say("train", f"stopped early: no improvement at {self._patience} rungs (search.patience)")
+        if line := no_change_line(self.name, rows):
+            say("train", line)
         tie = "the lowest"
         if best is not lowest:
             tie = f"within the error of the lowest ({lowest.validation_loss:.4f} at step {lowest.step})"

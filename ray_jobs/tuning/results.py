@@ -94,9 +94,14 @@ def read_result(config: Config, dataset: Dataset) -> SearchResult | None:
 
 def result(config: Config, content: str, measured: list[RungRow], best: RungRow) -> SearchResult:
     """Build a SearchResult from the content of finished.json, which its digest covers."""
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    digest = result_digest(content)
     computed = read_computed(RunFolder.of(config).search)
     return SearchResult(digest, measured, candidates(config, measured), best, computed)
+
+
+def result_digest(content: str) -> str:
+    """Return the digest of a search's result, by which winner.json names it, from finished.json."""
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def candidates(config: Config, measured: list[RungRow]) -> list[RungRow]:

@@ -256,6 +256,7 @@ def measure(rung: Rung, labels: Labels, split: Split, pool: EvaluatorPool) -> Ru
             "ranked_by": pool.ranked_by(split),
             **scores.row(),
             **scores.origin,
+            **({"black": scores.black} if scores.black else {}),
             "train_loss": rung.progress.train_loss,
             "validation_loss": fmean(losses),
             "validation_losses": [round(each, 7) for each in losses],

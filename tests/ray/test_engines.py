@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ray_jobs.config import WHOLE_TENSORS
 from tests.engine_cases import (
+    OPTIMIZERS,
     PIECES,
     VARIANTS,
+    expected_by,
     expected_in_stages,
     expected_of_switches,
     gradient_in_pieces,
@@ -58,7 +61,7 @@ def test_the_bandwidth_between_ranks_is_measured_by_all_and_told_by_one(
     assert none is None
 
 
-def test_stages_are_as_with_torchs_adamw_and_lion_at_every_stage_offloaded_and_after_a_restart(
+def test_stages_are_as_with_torchs_own_optimizers_at_every_stage_offloaded_and_after_a_restart(
     two_workers: Workers, tmp_path: Path
 ) -> None:
     """Layers decay, are frozen and come back; the optimizer changes, and then begins without moments."""
@@ -70,11 +73,13 @@ def test_stages_are_as_with_torchs_adamw_and_lion_at_every_stage_offloaded_and_a
         "frozen": frozen,
         "switched": expected_of_switches(),
         "lion": expected_of_switches(only_lion=True),
+        **{name: expected_by(name) for name in OPTIMIZERS},
     }
     assert {schedule: len(variants) for schedule, variants in found.items()} == {
         "frozen": 21,
         "switched": 9,
         "lion": 6,
+        **{name: 3 if name in WHOLE_TENSORS else 7 for name in OPTIMIZERS},
     }
     for schedule, variants in found.items():
         for variant, seen in variants.items():

@@ -97,7 +97,7 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
             "train={zero_stage: 3, stages: [{steps: 5}, {steps: 1, optimizer: lion}]}",
             "stages: optimizer: zero_stage: 3 is DeepSpeed's",
         ),
-        ("train={optimizer: lion, epsilon: 0.1}", "epsilon: 0.1 changes nothing without optimizer: adamw"),
+        ("train={optimizer: lion, epsilon: 0.1}", "epsilon: 0.1 changes nothing with optimizer: lion"),
         (
             "train.stages=[{steps: 5, optimizer: lion, epsilon: 0.1}, {steps: 1}]",
             "stages.0.epsilon: lion has none; remove it",

@@ -19,6 +19,7 @@ OURS = ("ray_jobs", "cluster", "serving", "diffray")
 ROOMS = (
     *("config", "console", "cluster", "run", "pictures", "diffusion", "metrics", "report", "weights"),
     *("registry", "data", "review", "training", "evaluation", "tuning", "publishing", "planning"),
+    *("retention",),
 )
 DATA_ROOMS = ("sources", "curation", "encoding", "feeding")  # modules of `data` itself come after them
 # All that lies directly in `ray_jobs`: what a person runs.

@@ -10,6 +10,7 @@ import torch
 
 from cluster.shape import Machine
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import GIB
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.precision import cast
 from ray_jobs.diffusion.sampling import decode_latents, whole_pictures
@@ -17,7 +18,6 @@ from ray_jobs.metrics.feature_network import FeatureNetwork
 from ray_jobs.metrics.vision_model import load_vision_model
 from ray_jobs.planning.estimate import host_memory
 from ray_jobs.planning.inference import MANY_WORDS, LiveBytes, Need, engines_of, needs
-from ray_jobs.planning.memory import GIB
 from ray_jobs.planning.plan import drawing_lines, plan
 from ray_jobs.weights.feature_networks import load_networks
 from ray_jobs.weights.loading import load_pipeline

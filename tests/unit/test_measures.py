@@ -255,6 +255,21 @@ def test_one_sampling_gives_all_measures_and_the_same_scores_as_before(evaluator
     assert found.copies is not None and len(found.copies.nearest) == 6
 
 
+def test_pictures_that_are_not_numbers_are_counted_as_black(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Real.of(
+        evaluator.picture_features([encode_png(np.full((64, 64, 3), n, np.uint8)) for n in (9, 99)])
+    )
+    drawn = evaluator.sample_features(None, CAPTIONS, [0, 1, 2])
+    assert evaluator.score(real, None, None, drawn).black == 0
+    bias = evaluator.base.vae.decoder.conv_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))  # as an overflow leaves them
+    black = evaluator.sample_features(None, CAPTIONS[:2], [0, 1])
+    assert evaluator.score(real, None, None, drawn, black).black == 2
+    assert evaluator.score(real, None, None, black).black == 2
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("num_actors", [1, 2, 3, 5])
 def test_actors_are_dealt_whole_batches_that_are_the_same_however_many_they_are(

@@ -7,14 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.storage import Storage
+from cluster.storage import Storage, canonical
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import champion, verify_weights
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
+from ray_jobs.run.folder import SharedFolder
 from tests.gcs_server import GcsServer, gcs_server
 from tests.s3_server import S3Server, s3_server
+from tests.unit.test_clean import ENCODERS, Cleaner, configured, left, published
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MEASURED = Measured(12.5, None, num_samples=96, feature_network="inception@sha256:7ff4", data="9f" * 32)
@@ -60,6 +62,9 @@ def test_what_is_written_is_listed_read_renamed_and_deleted(storage: Storage) ->
     storage.write_text("demo/search/deep/b.json", "ü")
     storage.write_lines("rows.jsonl", [{"x": 1}])
     assert (storage.folders(), storage.files()) == (["demo"], ["rows.jsonl"])
+    sizes = {name: size for name, size in storage.sizes().items() if size}  # GCS lists its placeholders
+    assert sizes == {"demo/a.json": 2, "demo/search/deep/b.json": 2, "rows.jsonl": 9}
+    assert canonical(storage.child("a b").uri) == f"{canonical(storage.uri)}/a b"
     assert (storage.child("demo").folders(), storage.child("demo").files()) == (["search"], ["a.json"])
     assert storage.child("demo", "search").read_text("deep/b.json") == "ü"
     assert all(storage.exists(name) for name in ("", "demo", "demo/search", "demo/a.json"))
@@ -131,3 +136,18 @@ def test_azure_is_refused_by_name(uri: str) -> None:
         ConfigError, match=f"storage: {uri}: Azure storage is not supported; use s3://, gs:// or"
     ):
         Storage.open(uri)
+
+
+def test_a_published_run_is_cleaned_there(
+    storage: Storage, tracking_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish = {"model_name": storage.filesystem.type_name, "tracking_uri": tracking_uri}
+    config = configured(storage.uri, "cleaned", publish=publish)
+    run = published(config, ["used.parquet"])
+    cache = SharedFolder.of(config).encoded(ENCODERS)
+    for name in ("used.parquet", "unused.parquet"):
+        cache.write_text(name, "rows")
+    told = Cleaner(config, tmp_path, capsys)("--keep", "winner", "--unused", "--delete")
+    assert "deleted: 6.0 MiB" in told
+    assert (left(run, "state"), left(run, "weights"), cache.files()) == ([], [4], ["used.parquet"])
+    assert not run.root.child("lease").files()

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import WHOLE_TENSORS, Config, TrainConfig
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.planning.estimate import moment_bytes
 from ray_jobs.run.manifest import Manifest
@@ -20,7 +21,17 @@ from ray_jobs.training.optimizers import Lion
 from ray_jobs.training.setup import build_engine
 from ray_jobs.training.startup import StartUp
 from ray_jobs.training.state import load_weights, snapshot, write_shard
-from tests.engine_cases import LAST, ONE, SWITCHED, Layers, expected_of_switches, input_of
+from tests.engine_cases import (
+    LAST,
+    ONE,
+    OPTIMIZERS,
+    SWITCHED,
+    Layers,
+    alone,
+    expected_by,
+    expected_of_switches,
+    input_of,
+)
 
 
 def configured(**train: Any) -> Config:
@@ -90,6 +101,44 @@ def test_a_training_resumes_to_the_bit_before_at_and_after_another_optimizer(
             assert torch.equal(values, found[name]), (pause, name)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_trains_as_torchs_own_does_and_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
+    config = configured(**alone(name))
+    whole, expected = begun(config), expected_by(name)
+    for step in range(1, LAST + 1):
+        climb(whole, step)
+        for piece in whole.engine.held:
+            right = torch.tensor(expected[step - 1][piece.name]).flatten()
+            torch.testing.assert_close(piece.weights, right, rtol=0, atol=2e-6)
+    for precision, pause in (("fp32", 1), ("fp32", LAST - 1), ("bf16", 2)):
+        config = configured(**alone(name), precision=precision)
+        whole, first = begun(config), begun(config)
+        climb(whole, LAST)
+        climb(first, pause)
+        second = begun(config, saved(first, tmp_path / f"{precision} {pause}"))
+        climb(second, LAST)
+        for moment, values in kept(whole).items():
+            assert torch.equal(values, kept(second)[moment]), (precision, pause, moment)
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE_TENSORS))
+def test_an_optimizer_of_whole_layers_is_refused_where_they_are_divided(name: str) -> None:
+    def trained(**given: Any) -> TrainConfig:
+        return TrainConfig.model_validate(given)
+
+    with pytest.raises(
+        ValidationError, match=f"{name} needs whole layers, which zero_stage: 2 divides among 2"
+    ):
+        trained(optimizer=name, num_workers=2)
+    with pytest.raises(
+        ValidationError, match=f"{name} needs whole layers, and offload_optimizer is DeepSpeed's"
+    ):
+        trained(stages=[{"steps": 2, "optimizer": name}], offload_optimizer=True)
+    trained(optimizer=name, num_workers=2, zero_stage=0)
+    with pytest.raises(ValidationError, match="betas: .* changes nothing with optimizer: sgd"):
+        trained(optimizer="sgd", betas=(0.9, 0.99))
+
+
 def test_weights_and_averages_go_on_where_an_optimizer_begins_without_moments() -> None:
     run = begun(configured())
     climb(run, 2)
@@ -99,7 +148,9 @@ def test_weights_and_averages_go_on_where_an_optimizer_begins_without_moments() 
     assert run.engine.optimizer_name == "adamw" and isinstance(run.engine.optimizer, torch.optim.AdamW)
     assert all(torch.equal(each, before[name]) for name, each in average.items())
     for piece in run.engine.held:
-        assert not any(run.engine.state_of(piece.owner)[moment].any() for moment in run.engine.moments)
+        assert not any(
+            run.engine.state_of(piece.owner)[moment].any() for moment in run.engine.moments_of(piece.owner)
+        )
     for step, expected in enumerate(expected_of_switches(), start=1):
         if step == 3:
             climb(run, 3)

@@ -322,12 +322,13 @@ CASES: dict[str, tuple[Settings, list[Settings]]] = {
             {"stages": [{"steps": 1, "trainable": ["down"]}, {"steps": 2, "learning_rate": 1e-3}]},
         ],
     ),
-    # A rounded gradient that is nearly 0 may have another sign, so Lion's step is a small one here.
+    # A rounded gradient that is nearly 0 may have another sign, so Lion and Muon take small steps here.
     "optimizers": (
         {"learning_rate": 1e-3},
         [
             {"weight_decay": 0.1},
             {"stages": [{"steps": 1, "optimizer": "lion", "learning_rate": 4e-6}, {"steps": 2}]},
+            {"stages": [{"steps": 1, "optimizer": "muon", "learning_rate": 4e-6}, {"steps": 2}]},
         ],
     ),
 }

@@ -10,8 +10,9 @@ from cluster.nodes import Node
 from cluster.preflight import GPU, Equipment
 from cluster.shape import Machine, machines_of
 from ray_jobs.config import Config, ConfigError
+from ray_jobs.console import GIB
 from ray_jobs.planning import checks
-from ray_jobs.planning.memory import GIB, HEADROOM, Model
+from ray_jobs.planning.memory import HEADROOM, Model
 from ray_jobs.planning.packs import checked_pack, largest_trial, with_pack
 from ray_jobs.planning.plan import plan
 

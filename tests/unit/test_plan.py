@@ -13,7 +13,8 @@ from cluster.capacity import Actors, check_resources, search_actors
 from cluster.plan import main
 from cluster.shape import CPUS_A_GPU, Machine, check_places, parse_nodes, place
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.planning.memory import GIB, Model
+from ray_jobs.console import GIB
+from ray_jobs.planning.memory import Model
 from ray_jobs.planning.plan import batch_lines, cost_lines, memory_lines, of_known_length, plan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -43,7 +43,7 @@ def test_an_old_driver_is_named_with_its_node_and_the_one_that_is_needed() -> No
     old = replace(GOOD, driver="535.104.05", gpus=(), error=error)
     assert told(GOOD, old) == [
         "use_gpu: node-2: its NVIDIA driver 535.104.05 is too old for PyTorch's CUDA 13.0; update it to 580 "
-        "or newer"
+        "or newer; docs/troubleshooting.md#version-conflicts"
     ]
 
 
