@@ -1,0 +1,301 @@
+"""Runs of this folder as the page shows them, read from the records that the API reads.
+
+What has not changed since is read once: hundreds of runs are listed in milliseconds.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+from PIL import Image
+from pydantic import BaseModel
+
+from cluster.storage import Storage
+from diffray import jobs
+from diffray.api import Run
+from diffray.jobs import Job, Record
+from diffray.shown import charts
+from diffray.ui import queue
+from ray_jobs.config import Config, ConfigError
+from ray_jobs.evaluation.cross_validation import averaged
+from ray_jobs.report.charts import finite, trials_of
+from ray_jobs.report.svg import number
+from ray_jobs.report.tables import rungs_table
+from ray_jobs.run.folder import REPORT, RunFolder
+from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows, worker_hours
+from ray_jobs.run.samples import PROMPTS, SAMPLES
+
+State = Literal["waiting", "running", "finished", "failed", "stopped", "unreached"]
+LOG = 16_384  # bytes of a run's output that the page shows
+ASKED_S = 5.0
+"""Interval between questions to a cluster about a job, in seconds."""
+
+THUMBNAIL = 256  # longer side of a small picture, in pixels
+PICTURES = (SAMPLES, PROMPTS)
+
+
+class Summary(BaseModel):
+    """A run in the list.
+
+    Attributes:
+        place: place among those that wait, from 1.
+        started: when it was started, or asked for while it waits, in seconds since 1970.
+        ended: when it ended, if that is known.
+        line: the last line that it printed, or why it is not read.
+        measure: name of the score that ranks.
+        best: the lowest score, as the page shows it; empty before the first rung.
+        step: step of that rung.
+        rungs: number of measured rungs.
+        hours: hours of workers up to the last rung of each training.
+        cost: their price; None without `search.device_hour_price`.
+    """
+
+    name: str
+    state: State
+    place: int = 0
+    started: float
+    ended: float | None = None
+    address: str | None = None
+    line: str = ""
+    base: str = ""
+    method: str = ""
+    measure: str = ""
+    best: str = ""
+    step: int = 0
+    rungs: int = 0
+    hours: float = 0.0
+    cost: float | None = None
+    published: int | None = None
+
+
+class Detail(Summary):
+    """A run in full.
+
+    Attributes:
+        stamp: changes with the rungs.
+        charts: score and loss over the steps, and all rungs, as HTML; empty if the page has them already.
+        trials: name and label of every trial, the one with the best rung first.
+        log: the end of what it printed.
+        report: whether there is a report.
+        configuration: as YAML.
+    """
+
+    stamp: str
+    charts: str = ""
+    trials: list[tuple[str, str]] = []
+    log: str = ""
+    report: bool = False
+    configuration: str = ""
+
+
+class Rung(BaseModel):
+    """Pictures of a rung: names of files by kind, one of `PICTURES`."""
+
+    step: int
+    score: str
+    files: dict[str, list[str]]
+
+
+@dataclass
+class _Read:
+    """Content of a run's files, each with the stamp that it had."""
+
+    record: tuple[int, int] = (0, 0)
+    config: Config | None = None
+    problem: str = ""
+    results: tuple[int, int] = (0, 0)
+    rows: list[RungRow] = field(default_factory=list)
+    winner: Winner | None = None
+
+
+class Runs:
+    """Reader of all runs, safe for threads."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, _Read] = {}
+        self._lock = threading.Lock()
+        self._clusters = ClusterStates()
+
+    def all(self) -> list[Summary]:
+        """Return all runs, the newest first."""
+        waiting = queue.waiting()
+        with ThreadPoolExecutor(4) as pool:
+            started = list(pool.map(self.summary, [name for name in jobs.names() if name not in waiting]))
+        found = started + [each for name in waiting if (each := waiting_run(name))]
+        return sorted(found, key=lambda run: run.started, reverse=True)
+
+    def summary(self, name: str) -> Summary:
+        """Return a run that was started."""
+        return self._summary(Run(name))
+
+    def _summary(self, run: Run) -> Summary:
+        record, file = run.job.started, run.job.folder / "job.json"
+        state, note = self._clusters.state(run.job, record) if record.address else (run.status, "")
+        read = self._files(run, ended=state in ("finished", "failed", "stopped"))
+        ended = None
+        if state != "running":
+            with suppress(FileNotFoundError):
+                ended = (run.job.folder / "exit").stat().st_mtime
+        found = Summary(
+            name=run.name,
+            state=state,
+            started=file.stat().st_mtime,
+            ended=ended,
+            address=record.address,
+            line=note or read.problem or ("" if record.address else run.job.last_line()),
+        )
+        return found if read.config is None else found.model_copy(update=_scores(read.config, read))
+
+    def detail(self, name: str, seen: str) -> Detail:
+        """Return a run that was started.
+
+        Args:
+            seen: stamp of the charts that the page has.
+        """
+        run = Run(name)
+        summary, read = self._summary(run), self._read[name]
+        stamp = f"{read.results[0]:x}-{read.results[1]:x}"
+        found = Detail(**summary.model_dump(), stamp=stamp)
+        if summary.state != "unreached":
+            found.log = run.job.log(LOG)
+        if read.config is None:
+            return found
+        found.configuration = read.config.to_yaml()
+        found.report = RunFolder.of(read.config).root.exists(REPORT)
+        if read.rows:
+            best = _best(read.rows).trial_id
+            trials = [(trial, label) for label, trial, _ in trials_of(read.rows)]
+            found.trials = sorted(trials, key=lambda each: each[0] != best)
+            if seen != stamp:
+                found.charts = charts(read.rows) + f'<div class="wide">{rungs_table(read.rows)}</div>'
+        return found
+
+    def rungs(self, name: str, trial: str) -> list[Rung]:
+        """Return the pictures that a trial drew at each rung."""
+        return [
+            Rung(
+                step=row.step,
+                score=number(row.score, row.measure.digits),
+                files={kind: Storage.open(row.checkpoint).child(kind).files() for kind in PICTURES},
+            )
+            for label, own, rungs in trials_of(self._rows(name))
+            if own == trial
+            for row in rungs
+        ]
+
+    def picture(self, name: str, trial: str, step: int, kind: str, file: str, *, small: bool) -> bytes | None:
+        """Return a picture of a rung as PNG, or reduced to `THUMBNAIL` as JPEG; None if there is none."""
+        row = next((each for each in self._rows(name) if each.place == (trial, step)), None)
+        if row is None or kind not in PICTURES or "/" in file or not file.endswith(".png"):
+            return None
+        try:
+            content = Storage.open(row.checkpoint).child(kind).read_bytes(file)
+        except FileNotFoundError:
+            return None
+        if not small:
+            return content
+        picture, buffer = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGB"), io.BytesIO()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    def _rows(self, name: str) -> Sequence[RungRow]:
+        return self._files(Run(name), ended=False).rows
+
+    def _files(self, run: Run, *, ended: bool) -> _Read:
+        """Return a run's files, and read those that have changed.
+
+        Args:
+            ended: the run writes nothing more, so that what was read from object storage is not looked at.
+        """
+        file = (run.job.folder / "job.json").stat()
+        with self._lock:
+            former = self._read.get(run.name, _Read())
+        read = former if former.record == (stamp := (file.st_mtime_ns, file.st_size)) else _Read(stamp)
+        try:
+            read.config = read.config or run.config
+            folder = RunFolder.of(read.config)
+            if not read.rows or not ended or folder.root.is_local:
+                _read_results(folder, read)
+            read.problem = ""
+        except (ConfigError, OSError) as error:
+            read.problem = str(error)
+        with self._lock:
+            self._read[run.name] = read
+        return read
+
+    def forget(self, name: str) -> None:
+        """Read a run anew, since it was deleted or begun again."""
+        with self._lock:
+            self._read.pop(name, None)
+
+
+def _read_results(folder: RunFolder, read: _Read) -> None:
+    search = folder.search
+    file = search.filesystem.get_file_info(f"{search.path}/{RESULTS}")
+    stamp = (file.mtime_ns or 0, file.size or 0)
+    if stamp != read.results:
+        read.rows, read.results = (read_rows(search) if file.is_file else []), stamp
+    if read.winner is None and folder.root.exists(WINNER):
+        read.winner = Winner.read(folder.root)
+
+
+def _scores(config: Config, read: _Read) -> dict[str, object]:
+    """Return the fields of a `Summary` that come from the run's configuration and rungs."""
+    found: dict[str, object] = {"base": config.model.base, "method": config.train.method}
+    found |= {"rungs": len(read.rows), "published": read.winner and read.winner.registry_version}
+    if read.rows:
+        folds = config.search.folds
+        best = _best((averaged(read.rows, folds) if folds else None) or read.rows)
+        hours = sum(worker_hours(read.rows, config.train.min_workers).values())
+        price = config.search.device_hour_price
+        found |= {"measure": best.measure.name, "best": number(best.score, best.measure.digits)}
+        found |= {"step": best.step, "hours": hours, "cost": hours * price if price else None}
+    return found
+
+
+def _best(rows: Sequence[RungRow]) -> RungRow:
+    return min(rows, key=lambda row: (finite(row, "score") is None, row.score))
+
+
+def waiting_run(name: str) -> Summary | None:
+    """Return a run that waits; None if none of that name does."""
+    places = {each: place for place, each in enumerate(queue.waiting(), 1)}
+    if (asked := queue.read(name)) is None or name not in places:
+        return None
+    state: State = "failed" if asked.problem else "waiting"
+    return Summary(name=name, state=state, place=places[name], started=asked.asked, line=asked.problem)
+
+
+class ClusterStates:
+    """States of jobs on clusters, asked in the background: one that does not answer delays no page."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="clusters")
+        self._found: dict[str, tuple[Record, State, str]] = {}
+        self._asked: dict[str, float] = {}
+
+    def state(self, job: Job, record: Record) -> tuple[State, str]:
+        """Return the last known state of a job, and what prevents a newer one."""
+        key = str(job.folder)
+        former = self._found.get(key)
+        known = former if former and former[0] == record else None
+        if known and known[1] in ("finished", "failed", "stopped"):
+            return known[1:]
+        if time.monotonic() > self._asked.get(key, 0.0):
+            self._asked[key] = float("inf")  # until it has answered
+            self._pool.submit(self._ask, key, job, record)
+        return known[1:] if known else ("unreached", f"asking {record.address}")
+
+    def _ask(self, key: str, job: Job, record: Record) -> None:
+        try:
+            self._found[key] = (record, job.status, "")
+        except (ConfigError, OSError, RuntimeError) as error:
+            self._found[key] = (record, "unreached", f"{record.address}: {error}")
+        finally:
+            self._asked[key] = time.monotonic() + ASKED_S
