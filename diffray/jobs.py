@@ -202,12 +202,14 @@ class Job:
             return
         if record.address:
             _client(record.address).stop_job(record.job)
-        elif shell := self._shell(record):
-            for process in shell.children():
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
-        deadline = time.monotonic() + STOP_S
+        deadline, told = time.monotonic() + STOP_S, set[int]()
         while self.status == "running":
+            if shell := None if record.address else self._shell(record):
+                with suppress(psutil.NoSuchProcess):
+                    # Looked for again, since a shell that has just started has no child yet.
+                    for process in (each for each in shell.children() if each.pid not in told):
+                        told.add(process.pid)
+                        process.terminate()
             if time.monotonic() > deadline:
                 raise JobFailed(
                     f"{self.folder.name}: still running after {STOP_S} s; its log: {self.folder}/log"

@@ -118,13 +118,14 @@ class Runs:
 
     def __init__(self) -> None:
         self._read: dict[str, _Read] = {}
-        self._lock = threading.Lock()
+        self._lock, self._listing = threading.Lock(), threading.Lock()
         self._clusters = ClusterStates()
 
     def all(self) -> list[Summary]:
         """Return all runs, the newest first."""
         waiting = queue.waiting()
-        with ThreadPoolExecutor(4) as pool:
+        # A second page waits for what the first one reads, instead of reading it too.
+        with self._listing, ThreadPoolExecutor(4) as pool:
             started = list(pool.map(self.summary, [name for name in jobs.names() if name not in waiting]))
         found = started + [each for name in waiting if (each := waiting_run(name))]
         return sorted(found, key=lambda run: run.started, reverse=True)
