@@ -19,8 +19,9 @@ from serving.http.api_keys import KeyRing, Scope
 COOKIE = "diffray-ui"
 PUBLIC = ("/", "/style.css", "/icon.svg", "/session")
 PAGE_HEADERS = HEADERS | {
-    # Curves have their colours in attributes; scripts and sheets are files of the page.
-    "Content-Security-Policy": HEADERS["Content-Security-Policy"]
+    # Curves have their colours in attributes, and drawn pictures are kept in the browser; scripts and sheets
+    # are files of the page.
+    "Content-Security-Policy": HEADERS["Content-Security-Policy"].replace("img-src", "img-src blob:")
     + "; style-src-attr 'unsafe-inline'; frame-src 'self'"
 }
 DOCUMENT_HEADERS = HEADERS | {

@@ -59,6 +59,7 @@ def serve(
     with _listener(host, port) as listener:
         queue = Queue(at_once)
         try:
+            queue.start()
             page = Page(readable, queue)
             threading.Thread(target=page.runs.all, name="first look", daemon=True).start()
             announce(browsable(host, listener.getsockname()[1]))

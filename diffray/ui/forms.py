@@ -17,7 +17,9 @@ them: that is for whoever starts the page."""
 
 PLACES = {
     "data": "data",
+    "data.source": "data",
     "name": "name",
+    "settings": "settings",
     "recipe": "recipe",
     "--address": "address",
     "model.base": "base",
@@ -25,7 +27,7 @@ PLACES = {
     "train.epochs": "epochs",
     "search.device_hour_price": "hour_price",
 }
-"""Inputs of the form by what a message begins with."""
+"""Inputs of the form by the field that a message begins with, behind the recipe's name or not."""
 
 
 class Form(BaseModel):
@@ -125,4 +127,4 @@ def place_of(message: str) -> str | None:
     for start, place in PLACES.items():
         if re.match(rf"(?:[\w-]+: )?{re.escape(start)}[: ]", message):
             return place
-    return None
+    return "settings" if re.match(rf"(?:[\w-]+: )?(?:{'|'.join(SECTIONS)})\.", message) else None

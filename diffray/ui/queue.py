@@ -37,7 +37,7 @@ class Waiting:
 
 
 class Queue:
-    """Starts waiting runs, at most some of this machine's at once, until it is closed.
+    """Starts waiting runs, at most some of this machine's at once, from `start` until it is closed.
 
     Args:
         at_once: runs on this machine at once, those that were started elsewhere from this folder included.
@@ -60,12 +60,16 @@ class Queue:
                 f"{folder}: another page is open for this folder; use that one, or stop it"
             ) from None
         self._thread = threading.Thread(target=self._watch, name="queue", daemon=True)
+
+    def start(self) -> None:
+        """Look for room until the queue is closed, in a thread of its own."""
         self._thread.start()
 
     def close(self) -> None:
         """Start no more runs; those that run go on, and those that wait are kept."""
         self._closed.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._held.close()
 
     def add(self, arguments: list[str]) -> Run:

@@ -78,7 +78,8 @@ class Detail(Summary):
 
     Attributes:
         stamp: changes with the rungs.
-        charts: score and loss over the steps, and all rungs, as HTML; empty if the page has them already.
+        charts, numbers: score and loss over the steps, and all rungs in a table, as HTML; empty if the page
+            has them already.
         trials: name and label of every trial, the one with the best rung first.
         log: the end of what it printed.
         report: whether there is a report.
@@ -87,6 +88,7 @@ class Detail(Summary):
 
     stamp: str
     charts: str = ""
+    numbers: str = ""
     trials: list[tuple[str, str]] = []
     log: str = ""
     report: bool = False
@@ -173,7 +175,7 @@ class Runs:
             trials = [(trial, label) for label, trial, _ in trials_of(read.rows)]
             found.trials = sorted(trials, key=lambda each: each[0] != best)
             if seen != stamp:
-                found.charts = charts(read.rows) + f'<div class="wide">{rungs_table(read.rows)}</div>'
+                found.charts, found.numbers = charts(read.rows), rungs_table(read.rows)
         return found
 
     def rungs(self, name: str, trial: str) -> list[Rung]:

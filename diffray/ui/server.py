@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+import serving
 from diffray import api, jobs
 from diffray.api import Run
 from diffray.endpoints import Endpoint
@@ -32,9 +33,9 @@ from ray_jobs.registry.models import CHAMPION, entries
 from ray_jobs.report.dataset_page import STYLE
 from ray_jobs.run.folder import REPORT
 from serving.client import EndpointError, call
-from serving.http.api import WEB as SHARED
 
 WEB = Path(__file__).parent / "web"
+SHARED = Path(serving.__file__).parent / "web"  # the drawing page's
 
 
 class Options(BaseModel):
