@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 from PIL import Image
@@ -48,7 +49,8 @@ class Summary(BaseModel):
         ended: when it ended, if that is known.
         line: the last line that it printed, or why it is not read.
         measure: name of the score that ranks.
-        best: the lowest score, as the page shows it; empty before the first rung.
+        best: the score of the winner or, before there is one, the lowest, as the page shows it; empty before
+            the first rung.
         step: step of that rung.
         rungs: number of measured rungs.
         hours: hours of workers up to the last rung of each training.
@@ -81,6 +83,7 @@ class Detail(Summary):
         charts, numbers: score and loss over the steps, and all rungs in a table, as HTML; empty if the page
             has them already.
         trials: name and label of every trial, the one with the best rung first.
+        winner: step of the winner, a rung of the first of the trials.
         log: the end of what it printed.
         report: whether there is a report.
         configuration: as YAML.
@@ -90,6 +93,7 @@ class Detail(Summary):
     charts: str = ""
     numbers: str = ""
     trials: list[tuple[str, str]] = []
+    winner: int | None = None
     log: str = ""
     report: bool = False
     configuration: str = ""
@@ -171,12 +175,26 @@ class Runs:
         found.configuration = read.config.to_yaml()
         found.report = RunFolder.of(read.config).root.exists(REPORT)
         if read.rows:
-            best = _best(read.rows).trial_id
+            best = _best(read.config, read).trial_id
+            found.winner = read.winner.step if read.winner else None
             trials = [(trial, label) for label, trial, _ in trials_of(read.rows)]
             found.trials = sorted(trials, key=lambda each: each[0] != best)
             if seen != stamp:
                 found.charts, found.numbers = charts(read.rows), rungs_table(read.rows)
         return found
+
+    def speed(self, config: Config) -> float | None:
+        """Return the images per second of one trial in the newest run like this one; None without such a run.
+
+        A run is like it with the same base, method, resolution and number of workers.
+        """
+        for name in (run.name for run in self.all() if run.rungs):
+            read = self._files(Run(name), ended=True)
+            if read.config and _work(read.config) == _work(config):
+                speeds = [row.images_per_second for row in read.rows if row.images_per_second > 0]
+                if speeds:
+                    return median(speeds)
+        return None
 
     def rungs(self, name: str, trial: str) -> list[Rung]:
         """Return the pictures that a trial drew at each rung."""
@@ -238,6 +256,12 @@ class Runs:
             self._read.pop(name, None)
 
 
+def _work(config: Config) -> tuple[object, ...]:
+    """Return what the speed of a training follows from, apart from the machine."""
+    train = config.train
+    return config.model.base, train.method, train.use_gpu, train.min_workers, config.data.resolution
+
+
 def _read_results(folder: RunFolder, read: _Read) -> None:
     search = folder.search
     file = search.filesystem.get_file_info(f"{search.path}/{RESULTS}")
@@ -253,8 +277,7 @@ def _scores(config: Config, read: _Read) -> dict[str, object]:
     found: dict[str, object] = {"base": config.model.base, "method": config.train.method}
     found |= {"rungs": len(read.rows), "published": read.winner and read.winner.registry_version}
     if read.rows:
-        folds = config.search.folds
-        best = _best((averaged(read.rows, folds) if folds else None) or read.rows)
+        best = _best(config, read)
         hours = sum(worker_hours(read.rows, config.train.min_workers).values())
         price = config.search.device_hour_price
         found |= {"measure": best.measure.name, "best": number(best.score, best.measure.digits)}
@@ -262,8 +285,12 @@ def _scores(config: Config, read: _Read) -> dict[str, object]:
     return found
 
 
-def _best(rows: Sequence[RungRow]) -> RungRow:
-    return min(rows, key=lambda row: (finite(row, "score") is None, row.score))
+def _best(config: Config, read: _Read) -> RungRow:
+    """Return the winner's rung or, before there is one, the rung with the lowest score."""
+    folds = config.search.folds
+    rows = (averaged(read.rows, folds) if folds else None) or read.rows
+    place = read.winner and (read.winner.trial_id, read.winner.step)
+    return min(rows, key=lambda row: (row.place != place, finite(row, "score") is None, row.score))
 
 
 def waiting_run(name: str) -> Summary | None:

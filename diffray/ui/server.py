@@ -20,6 +20,7 @@ from diffray import api, jobs
 from diffray.api import Run
 from diffray.endpoints import Endpoint
 from diffray.jobs import JobFailed
+from diffray.settings import config_of
 from diffray.ui import checks, queue
 from diffray.ui.access import DOCUMENT_HEADERS, Access
 from diffray.ui.checks import Check, Kind
@@ -214,9 +215,9 @@ def _add_form(app: FastAPI, page: Page) -> None:
 
     @app.post("/checks/{kind}")
     def check(kind: Kind, form: Form, again: bool = False) -> Check:
-        arguments, options = arguments_of(form, folders), list[str]()
-        if kind == "plan" and form.images_per_second:
-            options = ["--images-per-second", str(form.images_per_second)]
+        arguments = arguments_of(form, folders)
+        speed = form.images_per_second or page.runs.speed(config_of(arguments)) if kind == "plan" else None
+        options = ["--images-per-second", f"{speed:g}"] if speed else []
         return checks.begin_check(kind, arguments, form.address, options, again=again)
 
     @app.get("/checks/{kind}/{name}")

@@ -117,16 +117,26 @@ function showCheck(kind, found) {
   const words = VERDICTS[kind][found.status] ?? found.status;
   const mark = { finished: " good", failed: " wrong" }[found.status] ?? "";
   const parts = [make("p", { className: `verdict${mark}`, textContent: words })];
+  if (kind === "plan" && ENDED[found.status]) parts.push(essence(found.log));
   if (found.log) parts.push(make("pre", { textContent: found.log, tabIndex: 0 }));
   if (found.page) {
     const source = `checks/preview/${encodeURIComponent(found.name)}/page?${Date.now()}`;
     parts.push(make("iframe", { src: source, title: "What would be kept, and what not" }));
+    parts.push(make("a", { href: source, target: "_blank", rel: "noopener", textContent: "Open in its own tab" }));
   }
   if (kind === "preview" && ENDED[found.status])
     parts.push(make("button", { type: "button", textContent: "Look again", onclick: () => check(kind, true) }));
   place.hidden = false;
   place.replaceChildren(...parts);
   if (!ENDED[found.status]) watching[kind] = setTimeout(() => lookAgain(kind, found.name), 1000);
+}
+
+/** The lines of a plan that decide: what does not fit, memory, length, hours, cost. */
+function essence(log) {
+  const decides = /^(does not fit|error|hours|cost|the search|a trial|an epoch)\b|^ +(in all|room per rank)\b/;
+  const lines = log.split("\n").filter((line) => decides.test(line));
+  const words = (line) => line.trim().replace(/^in all +/, "memory per worker: ").replace(/^room per rank +/, "room for it: ");
+  return make("ul", { className: "essence" }, ...lines.map((line) => make("li", { textContent: words(line) })));
 }
 
 async function lookAgain(kind, name) {

@@ -41,7 +41,7 @@ class RunView {
       run.address,
       `${run.state === "waiting" ? "asked for" : "started"} ${moment(run.started)}`,
       until && until > run.started && `for ${duration(until - run.started)}`,
-      run.best && `best ${run.measure} ${run.best} at ${run.step.toLocaleString()} steps`,
+      run.best && `${run.winner ? "winner:" : "best"} ${run.measure} ${run.best} at ${run.step.toLocaleString()} steps`,
       run.rungs && `${run.rungs} rungs`,
       spent(run) && `${spent(run)} so far`.replace(" h,", " worker hours, cost"),
     ];
@@ -79,8 +79,8 @@ class RunView {
 
   showTrials(run) {
     const trials = run.trials ?? [];
-    if (!trials.length || run.rungs === this.rungs) return;
-    this.rungs = run.rungs;
+    if (!trials.length || (run.rungs === this.rungs && run.winner === this.winner)) return;
+    Object.assign(this, { rungs: run.rungs, winner: run.winner, best: trials[0][0] });
     at("trial").replaceChildren(...trials.map(([value, textContent]) => make("option", { value, textContent })));
     if (trials.some(([trial]) => trial === this.trial)) at("trial").value = this.trial;
     this.showPictures();
@@ -95,9 +95,11 @@ class RunView {
       return say(error.message);
     }
     if (open !== this || trial !== this.trial) return; // another one was chosen meanwhile
-    const columns = rungs.map((rung) =>
-      make("th", { scope: "col" }, rung.step.toLocaleString(), make("small", { textContent: rung.score })),
-    );
+    const columns = rungs.map((rung) => {
+      const wins = rung.step === this.winner && trial === this.best;
+      const step = `${rung.step.toLocaleString()}${wins ? " ★" : ""}`;
+      return make("th", { scope: "col", className: wins ? "winner" : "" }, step, make("small", { textContent: rung.score }));
+    });
     const rows = [];
     for (const kind of ["samples", "prompts"]) {
       const files = [...new Set(rungs.flatMap((rung) => rung.files[kind]))];
@@ -127,8 +129,8 @@ class RunView {
   async showVersion() {
     try {
       const { model, version, champion, decision } = await get(runPath(this.name, "/version"));
-      const served = version === champion ? "the champion, which is served" : `the champion is version ${champion ?? "–"}`;
-      at("version").textContent = `${model}, version ${version}: ${served}.${decision ? ` ${decision}` : ""}`;
+      const served = version === champion ? "It is the champion, which an endpoint serves." : `An endpoint serves the champion, version ${champion}.`;
+      at("version").textContent = `${model}, version ${version}. When it was registered: ${decision}. ${served}`;
       at("promote").hidden = version === champion;
     } catch (error) {
       at("run-error").textContent = error.message;
