@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from ray_jobs.review.app import HEADERS, NAMES
+from diffray.api import LOCAL_HOSTS
+from ray_jobs.review.app import HEADERS
 from serving.http.access import CHALLENGE
 from serving.http.api_keys import KeyRing, Scope
 
@@ -30,6 +31,7 @@ DOCUMENT_HEADERS = HEADERS | {
 }
 """Headers of reports, which hold their own style and pictures."""
 
+MAX_BODY = 100_000  # bytes of a request that is no upload
 KINDS = ("application/json", "application/octet-stream")
 Next = Callable[[Request], Awaitable[Response]]
 
@@ -68,13 +70,18 @@ class Access:
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        if self.is_local and urlsplit(f"//{host}").hostname not in NAMES:
-            return _refused(403, f"this page is served as {' or '.join(NAMES)}, not as {host}")
+        if self.is_local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+            return _refused(403, f"this page is served as {', '.join(LOCAL_HOSTS)}, not as {host}")
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         if request.method not in ("GET", "HEAD"):
             origin = request.headers.get("origin")
             if not request.headers.get("content-type", "").startswith(KINDS):
                 return _refused(415, f"send {' or '.join(KINDS)}")
+            # Without a key nobody may fill the memory; uploads have a limit of their own, behind this one.
+            length = request.headers.get("content-length", "0")
+            is_long = "transfer-encoding" in request.headers or int(length) > MAX_BODY
+            if is_long and request.url.path != "/uploads":
+                return _refused(413, f"send at most {MAX_BODY:,} bytes")
             if urlsplit(origin or "").netloc != host and (origin or not bearer):
                 return _refused(403, "changes are made by this page only, or with a key by programs")
         path = request.url.path

@@ -90,6 +90,12 @@ def state(kind: Kind, name: str) -> Check:
     )
 
 
+def stop(kind: Kind, name: str) -> Check:
+    """Stop a check, and return its state."""
+    _job(kind, name).stop()
+    return state(kind, name)
+
+
 def preview_page(name: str) -> str:
     """Return the page of a dry run."""
     arguments = _job("preview", name).started.arguments

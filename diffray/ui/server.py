@@ -224,6 +224,10 @@ def _add_form(app: FastAPI, page: Page) -> None:
     def checked(kind: Kind, name: str) -> Check:
         return checks.state(kind, name)
 
+    @app.post("/checks/{kind}/{name}/stop")
+    def stop_check(kind: Kind, name: str) -> Check:
+        return checks.stop(kind, name)
+
     @app.get("/checks/preview/{name}/page")
     def preview(name: str) -> Response:
         return Response(checks.preview_page(name), media_type="text/html", headers=DOCUMENT_HEADERS)

@@ -38,6 +38,6 @@ export const spent = (run) =>
 
 export function showState(element, run) {
   element.className = `state ${run.state}`;
-  element.textContent = run.state === "waiting" ? `waiting, ${run.place}.` : run.state;
+  element.textContent = run.state === "waiting" ? `waiting, place ${run.place}` : run.state;
   return element;
 }

@@ -9,11 +9,14 @@ const FIELDS = [...TEXTS, ...NUMBERS, "settings"];
 const METHODS = { lora: "LoRA", full: "Full training" };
 const ENDED = { finished: true, failed: true, stopped: true };
 let options = null;
-let watching = {}; // the timer of each check
+const watching = {}; // the timer of each check
+const asked = {}; // the run of each check that goes on
 let named = ""; // the name that the page has proposed
 
 export function openForm() {
   if (!options) load();
+  for (const kind of Object.keys(asked))
+    if (asked[kind]) follow(kind, get(`checks/${kind}/${encodeURIComponent(asked[kind])}`));
   return () => Object.values(watching).forEach(clearTimeout);
 }
 
@@ -93,14 +96,11 @@ function findsMistake() {
 async function check(kind, again = false) {
   clearErrors();
   if (findsMistake()) return;
-  const place = at(`${kind}-result`);
   at(kind).disabled = true;
   try {
     showCheck(kind, await post(`checks/${kind}${again ? "?again=true" : ""}`, formBody()));
   } catch (error) {
-    place.hidden = false;
-    place.replaceChildren(make("p", { className: "error" }));
-    showError(error, place.firstChild);
+    tellCheck(kind, error);
   } finally {
     at(kind).disabled = false;
   }
@@ -110,25 +110,53 @@ const VERDICTS = {
   preview: { running: "Looking at the pictures …", finished: "These pictures can be used.", failed: "The pictures cannot be used like this." },
   plan: { running: "Planning …", finished: "It fits.", failed: "It does not fit, or cannot be planned." },
 };
+const MARKS = { finished: " good", failed: " wrong" };
+
+function verdict(kind, words, mark = "") {
+  const told = at(`${kind}-result`).firstElementChild;
+  at(`${kind}-result`).hidden = false;
+  told.className = `verdict${mark}`;
+  if (told.textContent !== words) told.textContent = words; // a screen reader tells it once
+}
+
+/** Tell why a check was not made, beside its input or its button. */
+function tellCheck(kind, error) {
+  const body = at(`${kind}-result`).lastElementChild;
+  verdict(kind, "", " wrong");
+  body.replaceChildren();
+  body.dataset.shown = "";
+  showError(error, at(`${kind}-result`).firstElementChild);
+}
 
 function showCheck(kind, found) {
-  const place = at(`${kind}-result`);
+  const path = `checks/${kind}/${encodeURIComponent(found.name)}`;
+  const button = (textContent, onclick) => make("button", { type: "button", textContent, onclick });
   clearTimeout(watching[kind]);
-  const words = VERDICTS[kind][found.status] ?? found.status;
-  const mark = { finished: " good", failed: " wrong" }[found.status] ?? "";
-  const parts = [make("p", { className: `verdict${mark}`, textContent: words })];
+  asked[kind] = ENDED[found.status] ? null : found.name;
+  verdict(kind, VERDICTS[kind][found.status] ?? `${found.status}.`, MARKS[found.status]);
+  const parts = [];
   if (kind === "plan" && ENDED[found.status]) parts.push(essence(found.log));
   if (found.log) parts.push(make("pre", { textContent: found.log, tabIndex: 0 }));
   if (found.page) {
-    const source = `checks/preview/${encodeURIComponent(found.name)}/page?${Date.now()}`;
-    parts.push(make("iframe", { src: source, title: "What would be kept, and what not" }));
-    parts.push(make("a", { href: source, target: "_blank", rel: "noopener", textContent: "Open in its own tab" }));
+    const src = `${path}/page?${Date.now()}`;
+    parts.push(make("iframe", { src, title: "What would be kept, and what not" }));
+    parts.push(make("a", { href: src, target: "_blank", rel: "noopener", textContent: "Open in its own tab" }));
   }
-  if (kind === "preview" && ENDED[found.status])
-    parts.push(make("button", { type: "button", textContent: "Look again", onclick: () => check(kind, true) }));
-  place.hidden = false;
-  place.replaceChildren(...parts);
-  if (!ENDED[found.status]) watching[kind] = setTimeout(() => lookAgain(kind, found.name), 1000);
+  if (asked[kind]) parts.push(button("Stop", () => follow(kind, post(`${path}/stop`))));
+  else if (kind === "preview") parts.push(button("Look again", () => check(kind, true)));
+  const body = at(`${kind}-result`).lastElementChild;
+  const now = JSON.stringify(found);
+  if (body.dataset.shown !== now) body.replaceChildren(...parts);
+  body.dataset.shown = now;
+  if (asked[kind]) watching[kind] = setTimeout(() => follow(kind, get(path)), 1000);
+}
+
+async function follow(kind, answer) {
+  try {
+    showCheck(kind, await answer);
+  } catch (error) {
+    tellCheck(kind, error);
+  }
 }
 
 /** The lines of a plan that decide: what does not fit, memory, length, hours, cost. */
@@ -137,14 +165,6 @@ function essence(log) {
   const lines = log.split("\n").filter((line) => decides.test(line));
   const words = (line) => line.trim().replace(/^in all +/, "memory per worker: ").replace(/^room per rank +/, "room for it: ");
   return make("ul", { className: "essence" }, ...lines.map((line) => make("li", { textContent: words(line) })));
-}
-
-async function lookAgain(kind, name) {
-  try {
-    showCheck(kind, await get(`checks/${kind}/${encodeURIComponent(name)}`));
-  } catch (error) {
-    showError(error, at(`${kind}-result`).querySelector(".verdict"));
-  }
 }
 
 // --- folders and uploads
@@ -219,10 +239,12 @@ async function start(event) {
   clearErrors();
   if (findsMistake()) return;
   at("start").disabled = true;
+  say("Starting.");
   try {
     const { name } = await post("runs", formBody());
     location.hash = `#/runs/${encodeURIComponent(name)}`;
   } catch (error) {
+    say("");
     showError(error);
   } finally {
     at("start").disabled = false;
