@@ -47,10 +47,12 @@ def ui() -> Iterator[str]:
     command = [sys.executable, "-m", "diffray", "ui", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True) as served:
         assert served.stdout
-        found = re.match(r"page: (http://\S+) ", served.stdout.readline())
-        assert found
-        yield found[1]
-        served.terminate()
+        try:
+            found = re.match(r"page: (http://\S+) ", served.stdout.readline())
+            assert found
+            yield found[1]
+        finally:
+            served.terminate()
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def fill(page: Any, base: Path, name: str) -> None:
     page.locator("#base").fill(str(base))
     page.locator("#epochs").fill("0.25")
     page.locator("#name").fill(name)
-    page.locator("#more summary").click()
+    page.locator("#more").evaluate("each => each.open = true")
     page.locator("#hour_price").fill("2")
     page.locator("#settings").fill(SETTINGS)
 
