@@ -32,6 +32,7 @@ from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows, wo
 from ray_jobs.run.samples import PROMPTS, SAMPLES
 
 State = Literal["waiting", "running", "finished", "failed", "stopped", "unreached"]
+ENDED = ("finished", "failed", "stopped")
 LOG = 16_384  # bytes of a run's output that the page shows
 ASKED_S = 5.0
 """Interval between questions to a cluster about a job, in seconds."""
@@ -117,6 +118,7 @@ class _Read:
     results: tuple[int, int] = (0, 0)
     rows: list[RungRow] = field(default_factory=list)
     winner: Winner | None = None
+    whole: bool = False  # read after the run had ended
 
 
 class Runs:
@@ -132,18 +134,19 @@ class Runs:
         waiting = queue.waiting()
         # A second page waits for what the first one reads, instead of reading it too.
         with self._listing, ThreadPoolExecutor(4) as pool:
-            started = list(pool.map(self.summary, [name for name in jobs.names() if name not in waiting]))
-        found = started + [each for name in waiting if (each := waiting_run(name))]
+            started = list(pool.map(self._summary, [name for name in jobs.names() if name not in waiting]))
+        found = [each[0] for each in started if each] + [
+            run for name in waiting if (run := waiting_run(name))
+        ]
         return sorted(found, key=lambda run: run.started, reverse=True)
 
-    def summary(self, name: str) -> Summary:
-        """Return a run that was started."""
-        return self._summary(Run(name))
-
-    def _summary(self, run: Run) -> Summary:
-        record, file = run.job.started, run.job.folder / "job.json"
+    def _summary(self, name: str) -> tuple[Summary, _Read] | None:
+        """Return a run that was started, and its files; None if it was deleted meanwhile."""
+        run, file = Run(name), Job(name).folder / "job.json"
+        if (record := run.job.record) is None:
+            return None
         state, note = self._clusters.state(run.job, record) if record.address else (run.status, "")
-        read = self._files(run, ended=state in ("finished", "failed", "stopped"))
+        read = self._files(run, ended=state in ENDED)
         ended = None
         if state != "running":
             with suppress(FileNotFoundError):
@@ -156,16 +159,17 @@ class Runs:
             address=record.address,
             line=note or read.problem or ("" if record.address else run.job.last_line()),
         )
-        return found if read.config is None else found.model_copy(update=_scores(read.config, read))
+        return (found if read.config is None else found.model_copy(update=_scores(read.config, read))), read
 
-    def detail(self, name: str, seen: str) -> Detail:
-        """Return a run that was started.
+    def detail(self, name: str, seen: str) -> Detail | None:
+        """Return a run that was started; None if there is none of that name.
 
         Args:
             seen: stamp of the charts that the page has.
         """
-        run = Run(name)
-        summary, read = self._summary(run), self._read[name]
+        if (both := self._summary(name)) is None:
+            return None
+        run, (summary, read) = Run(name), both
         stamp = f"{read.results[0]:x}-{read.results[1]:x}"
         found = Detail(**summary.model_dump(), stamp=stamp)
         if summary.state != "unreached":
@@ -204,14 +208,12 @@ class Runs:
                 score=number(row.score, row.measure.digits),
                 files={kind: Storage.open(row.checkpoint).child(kind).files() for kind in PICTURES},
             )
-            for label, own, rungs in trials_of(self._rows(name))
-            if own == trial
-            for row in rungs
+            for row in self._rows(name, trial)
         ]
 
     def picture(self, name: str, trial: str, step: int, kind: str, file: str, *, small: bool) -> bytes | None:
         """Return a picture of a rung as PNG, or reduced to `THUMBNAIL` as JPEG; None if there is none."""
-        row = next((each for each in self._rows(name) if each.place == (trial, step)), None)
+        row = next((each for each in self._rows(name, trial) if each.step == step), None)
         if row is None or kind not in PICTURES or "/" in file or not file.endswith(".png"):
             return None
         try:
@@ -225,8 +227,10 @@ class Runs:
         picture.save(buffer, "JPEG", quality=85)
         return buffer.getvalue()
 
-    def _rows(self, name: str) -> Sequence[RungRow]:
-        return self._files(Run(name), ended=False).rows
+    def _rows(self, name: str, trial: str) -> Sequence[RungRow]:
+        """Return the rungs of a trial in the order of steps."""
+        trials = trials_of(self._files(Run(name), ended=False).rows)
+        return next((rungs for _, own, rungs in trials if own == trial), [])
 
     def _files(self, run: Run, *, ended: bool) -> _Read:
         """Return a run's files, and read those that have changed.
@@ -241,9 +245,9 @@ class Runs:
         try:
             read.config = read.config or run.config
             folder = RunFolder.of(read.config)
-            if not read.rows or not ended or folder.root.is_local:
+            if not (read.whole and ended) or folder.root.is_local:
                 _read_results(folder, read)
-            read.problem = ""
+            read.whole, read.problem = ended, ""
         except (ConfigError, OSError) as error:
             read.problem = str(error)
         with self._lock:
@@ -315,7 +319,7 @@ class ClusterStates:
         key = str(job.folder)
         former = self._found.get(key)
         known = former if former and former[0] == record else None
-        if known and known[1] in ("finished", "failed", "stopped"):
+        if known and known[1] in ENDED:
             return known[1:]
         if time.monotonic() > self._asked.get(key, 0.0):
             self._asked[key] = float("inf")  # until it has answered

@@ -148,10 +148,14 @@ def found(name: str) -> Run:
         HTTPException: 404, there is none of that name.
     """
     if name not in jobs.names():
-        raise HTTPException(
-            404, f"{name}: no run of this name; {nearest(name, jobs.names(), 'see the list')}"
-        )
+        raise missing(name)
     return Run(name)
+
+
+def missing(name: str) -> HTTPException:
+    """Return the error that there is no run of a name."""
+    fix = nearest(name, jobs.names(), "the list has all")
+    return HTTPException(404, f"{name}: no run of this name; {fix}")
 
 
 def create_app(page: Page, access: Access) -> FastAPI:
@@ -247,7 +251,9 @@ def _add_runs(app: FastAPI, page: Page) -> None:
 
     @app.get("/runs/{name}")
     def detail(name: str, seen: str = "") -> Detail | Summary:
-        return waiting_run(name) or runs.detail(found(name).name, seen)
+        if not (run := waiting_run(name) or runs.detail(name, seen)):
+            raise missing(name)
+        return run
 
     @app.delete("/runs/{name}")
     def delete(name: str) -> None:

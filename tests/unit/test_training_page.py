@@ -73,13 +73,15 @@ def site(home: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def recorded(home: Path, name: str, *, trials: int = 2, rungs: int = 3, pictures: bool = False) -> None:
+def recorded(
+    home: Path, name: str, *, trials: int = 2, rungs: int = 3, pictures: bool = False, address: str = ""
+) -> None:
     """A run that ended well, with its rungs."""
     fields = {"storage": str(home / "runs"), "search.device_hour_price": 2.0}
     job = Job(name)
     job.folder.mkdir(parents=True)
     arguments = stage_arguments(str(home / "photos"), recipe="sdxl-lora", name=name, fields=fields)
-    (job.folder / "job.json").write_text(json.dumps(asdict(Record(arguments))))
+    (job.folder / "job.json").write_text(json.dumps(asdict(Record(arguments, address or None))))
     (job.folder / "exit").write_text("0\n")
     (job.folder / "log").write_text("[ 1:15] publish  <done>\n")
     run, rows = diffray.run(name), []
@@ -179,6 +181,17 @@ def test_wrong_settings_are_told_beside_their_input_and_nothing_starts(
         assert said in told and place == field, (changes, told, place)
     assert not (home / ".diffray" / "mine").exists() and queue.waiting() == {}
     assert {path.name for path in (home / "runs").iterdir()} == {"taken"}
+
+
+def test_a_run_whose_cluster_is_not_reached_is_told_and_delays_nothing(
+    home: Path, site: httpx.Client
+) -> None:
+    recorded(home, "far", address="http://127.0.0.1:9")
+    begun = time.monotonic()
+    [run] = site.get("/runs").json()
+    assert run["state"] == "unreached" and run["best"] == "87.0" and time.monotonic() - begun < 5
+    eventually(lambda: "--address http://127.0.0.1:9: " in site.get("/runs/far").json()["line"], 60)
+    assert site.get("/runs/far").json()["log"] == ""
 
 
 def test_a_queue_starts_one_run_after_the_other_and_outlives_its_page(home: Path) -> None:
@@ -378,7 +391,8 @@ def test_a_person_asks_for_a_run_with_the_keyboard_in_the_dark(home: Path, brows
         assert page.locator("#data").input_value() == str(home / "photos" / "cats")
         assert "1 pictures directly in it, without captions" in page.locator("#data-hint").text_content()
         page.locator("#data").fill("/etc")
-        page.keyboard.press("Enter")
+        page.keyboard.press("Enter")  # starts nothing
+        page.locator("#start").press("Enter")
         eventually(lambda: "the page reads" in page.locator("#data-error").text_content())
         assert page.evaluate("document.activeElement.id") == "data"
         page.locator("#data").fill("photos")

@@ -163,7 +163,7 @@ async function follow(kind, answer) {
 function essence(log) {
   const decides = /^(does not fit|error|hours|cost|the search|a trial|an epoch)\b|^ +(in all|room per rank)\b/;
   const lines = log.split("\n").filter((line) => decides.test(line));
-  const words = (line) => line.trim().replace(/^in all +/, "memory per worker: ").replace(/^room per rank +/, "room for it: ");
+  const words = (line) => line.trim().replace(/^hours: give --images-per-second,/, "hours: give a speed under More settings,").replace(/^in all +/, "memory per worker: ").replace(/^room per rank +/, "room for it: ");
   return make("ul", { className: "essence" }, ...lines.map((line) => make("li", { textContent: words(line) })));
 }
 
@@ -234,8 +234,7 @@ async function sendFiles() {
 
 // --- start
 
-async function start(event) {
-  event.preventDefault();
+async function start() {
   clearErrors();
   if (findsMistake()) return;
   at("start").disabled = true;
@@ -251,7 +250,8 @@ async function start(event) {
   }
 }
 
-at("form").addEventListener("submit", start);
+at("start").addEventListener("click", start); // not by Enter in an input: a run costs hours
+at("form").addEventListener("submit", (event) => event.preventDefault());
 at("recipe").addEventListener("change", showRecipe);
 at("data").addEventListener("change", () => propose(at("data").value));
 at("browse").addEventListener("toggle", () => at("browse").open && browse(at("data").value || ""));

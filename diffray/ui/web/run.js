@@ -43,7 +43,7 @@ class RunView {
       until && until > run.started && `for ${duration(until - run.started)}`,
       run.best && `${run.winner ? "winner:" : "best"} ${run.measure} ${run.best} at ${run.step.toLocaleString()} steps`,
       run.rungs && `${run.rungs} rungs`,
-      spent(run) && `${spent(run)} so far`.replace(" h,", " worker hours, cost"),
+      spent(run) && spent(run).replace(/ h$/, " worker hours").replace(" h,", " worker hours, cost"),
     ];
     at("run-facts").textContent = facts.filter(Boolean).join(" · ");
     at("run-line").textContent = run.line;
