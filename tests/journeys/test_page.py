@@ -69,11 +69,11 @@ def opened(url: str) -> Iterator[Any]:
         assert not errors
 
 
-def fill(page: Any, base: Path, name: str) -> None:
+def fill(page: Any, base: Path, name: str, epochs: str) -> None:
     page.locator("#recipe").select_option("demo")
     page.locator("#data").fill("shapes")
     page.locator("#base").fill(str(base))
-    page.locator("#epochs").fill("0.25")
+    page.locator("#epochs").fill(epochs)
     page.locator("#name").fill(name)
     page.locator("#more").evaluate("each => each.open = true")
     page.locator("#hour_price").fill("2")
@@ -85,7 +85,7 @@ def fill(page: Any, base: Path, name: str) -> None:
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
 def test_a_person_trains_deploys_and_draws_on_the_page(tiny_model: Path, home: Path) -> None:
     with ui() as url, opened(f"{url}/#/new") as page:
-        fill(page, tiny_model, "first")
+        fill(page, tiny_model, "first", "0.25")
         page.locator("#preview").click()
         page.get_by_text("These pictures can be used.").wait_for(timeout=LONG)
         kept = page.frame_locator("#preview-result iframe").locator("h1")
@@ -97,7 +97,7 @@ def test_a_person_trains_deploys_and_draws_on_the_page(tiny_model: Path, home: P
         page.locator("#start").click()
         page.locator("#run-state.running").wait_for(timeout=LONG)
         page.goto(f"{url}/#/new")
-        fill(page, tiny_model, "second")
+        fill(page, tiny_model, "second", "200")  # runs until it is stopped
         page.locator("#start").click()
         page.locator("#run-state.waiting").wait_for()
     with ui() as url, opened(url) as page:  # neither the page nor its command is needed by a run
