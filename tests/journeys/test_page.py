@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from diffray.jobs import RECORDS, Job
+from tests.serving.http_server import eventually
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
@@ -111,7 +112,9 @@ def test_a_person_trains_deploys_and_draws_on_the_page(tiny_model: Path, home: P
         page.locator("#try").wait_for(timeout=LONG)
         page.locator("#prompt").fill("a red circle")
         page.locator("#draw").click()
-        page.wait_for_function("document.querySelector('#drawn img')?.naturalWidth == 64", timeout=LONG)
+        drawn = page.locator("#drawn img")
+        drawn.wait_for(timeout=LONG)
+        eventually(lambda: drawn.evaluate("each => each.naturalWidth") == 64)
         page.locator("#undeploy").click()
         page.locator("#deploy").wait_for()
         with page.expect_popup() as report:
