@@ -43,8 +43,9 @@ def serve(
 
     from diffray.ui.access import Access
     from diffray.ui.data_folders import DataFolders
+    from diffray.ui.page import Page
     from diffray.ui.queue import Queue
-    from diffray.ui.server import Page, create_app
+    from diffray.ui.server import create_app
     from serving.client import browsable
     from serving.http.api_keys import KeyRing
 

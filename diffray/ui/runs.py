@@ -5,13 +5,11 @@ What has not changed since is read once: hundreds of runs are listed in millisec
 
 import io
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
 
 from PIL import Image
 from pydantic import BaseModel
@@ -19,9 +17,10 @@ from pydantic import BaseModel
 from cluster.storage import Storage
 from diffray import jobs
 from diffray.api import Run
-from diffray.jobs import Job, Record
+from diffray.jobs import Job
 from diffray.shown import charts
 from diffray.ui import queue
+from diffray.ui.clusters import ENDED, ClusterStates, State
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.evaluation.cross_validation import averaged
 from ray_jobs.report.charts import finite, trials_of
@@ -31,12 +30,7 @@ from ray_jobs.run.folder import REPORT, RunFolder
 from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows, worker_hours
 from ray_jobs.run.samples import PROMPTS, SAMPLES
 
-State = Literal["waiting", "running", "finished", "failed", "stopped", "unreached"]
-ENDED = ("finished", "failed", "stopped")
 LOG = 16_384  # bytes of a run's output that the page shows
-ASKED_S = 5.0
-"""Interval between questions to a cluster about a job, in seconds."""
-
 THUMBNAIL = 256  # longer side of a small picture, in pixels
 PICTURES = (SAMPLES, PROMPTS)
 
@@ -304,32 +298,3 @@ def waiting_run(name: str) -> Summary | None:
         return None
     state: State = "failed" if asked.problem else "waiting"
     return Summary(name=name, state=state, place=places[name], started=asked.asked, line=asked.problem)
-
-
-class ClusterStates:
-    """States of jobs on clusters, asked in the background: one that does not answer delays no page."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="clusters")
-        self._found: dict[str, tuple[Record, State, str]] = {}
-        self._asked: dict[str, float] = {}
-
-    def state(self, job: Job, record: Record) -> tuple[State, str]:
-        """Return the last known state of a job, and what prevents a newer one."""
-        key = str(job.folder)
-        former = self._found.get(key)
-        known = former if former and former[0] == record else None
-        if known and known[1] in ENDED:
-            return known[1:]
-        if time.monotonic() > self._asked.get(key, 0.0):
-            self._asked[key] = float("inf")  # until it has answered
-            self._pool.submit(self._ask, key, job, record)
-        return known[1:] if known else ("unreached", f"asking {record.address}")
-
-    def _ask(self, key: str, job: Job, record: Record) -> None:
-        try:
-            self._found[key] = (record, job.status, "")
-        except (ConfigError, OSError, RuntimeError) as error:
-            self._found[key] = (record, "unreached", f"{record.address}: {error}")
-        finally:
-            self._asked[key] = time.monotonic() + ASKED_S

@@ -4,9 +4,8 @@ State is read from the records of runs and jobs, so a page that is closed, or se
 """
 
 import io
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,24 +15,23 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 import serving
-from diffray import api, jobs
+from diffray import jobs
 from diffray.api import Run
-from diffray.endpoints import Endpoint
 from diffray.jobs import JobFailed
 from diffray.settings import config_of
 from diffray.ui import checks, queue
 from diffray.ui.access import DOCUMENT_HEADERS, Access
 from diffray.ui.checks import Check, Kind
-from diffray.ui.data_folders import MAX_BYTES, DataFolders, Folder
+from diffray.ui.data_folders import MAX_BYTES, Folder
 from diffray.ui.forms import Form, Recipe, all_recipes, arguments_of, place_of
-from diffray.ui.queue import Queue
-from diffray.ui.runs import Detail, Rung, Runs, Summary, waiting_run
+from diffray.ui.page import Deployed, Page, found, missing
+from diffray.ui.runs import Detail, Rung, Summary, waiting_run
 from ray_jobs.config import ConfigError
-from ray_jobs.config.fields import nearest
+from ray_jobs.config.fields import RunName
 from ray_jobs.registry.models import CHAMPION, entries
 from ray_jobs.report.dataset_page import STYLE
 from ray_jobs.run.folder import REPORT
-from serving.client import EndpointError, call
+from serving.client import EndpointError
 
 WEB = Path(__file__).parent / "web"
 SHARED = Path(serving.__file__).parent / "web"  # the drawing page's
@@ -56,18 +54,6 @@ class Version(BaseModel):
     decision: str | None
 
 
-class Deployed(BaseModel):
-    """Endpoint of a run: off, starting, ready or failed.
-
-    Attributes:
-        line: the last line that it printed, or why it failed.
-    """
-
-    state: Literal["off", "starting", "ready", "failed"]
-    url: str = ""
-    line: str = ""
-
-
 class Session(BaseModel):
     """A key, for a cookie."""
 
@@ -79,83 +65,6 @@ class Prompt(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=2000)
     seed: int | None = Field(None, ge=0, lt=2**31)
-
-
-class Page:
-    """What the routes share."""
-
-    def __init__(self, folders: DataFolders, waiting: Queue) -> None:
-        self.folders, self.queue, self.runs = folders, waiting, Runs()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="deploy")
-        self._deploying: dict[str, Future[Endpoint]] = {}
-
-    def start(self, form: Form) -> str:
-        """Start a run on a cluster, or let it wait for room on this machine; return its name."""
-        return self._begin(arguments_of(form, self.folders), form.address)
-
-    def _begin(self, arguments: list[str], address: str | None) -> str:
-        run = api.begin(arguments, address) if address else self.queue.add(arguments)
-        self.runs.forget(run.name)
-        return run.name
-
-    def resume(self, name: str) -> None:
-        """Start a run that has ended again, or one that could not be started."""
-        if asked := queue.read(name):
-            self._begin(asked.arguments, None)
-        else:
-            record = found(name).job.started
-            self._begin(record.arguments, record.address)
-
-    def delete(self, name: str) -> None:
-        """Delete a run with its folder; of one that never started, its place among those that wait."""
-        checks.stop_checks(name)
-        self.queue.remove(name)
-        if name in jobs.names():
-            Run(name).delete()
-        self.runs.forget(name)
-
-    def deploy(self, name: str) -> None:
-        """Start the endpoint of a run, on a free port of this machine or as the run says on a cluster."""
-        run = found(name)
-        port = {} if run.job.started.address else {"serve.port": 0}
-        if name not in self._deploying or self._deploying[name].done():
-            self._deploying[name] = self._pool.submit(run.deploy, **port)
-
-    def endpoint(self, name: str) -> Deployed:
-        """Return the state of a run's endpoint."""
-        run, starting = found(name), self._deploying.get(name)
-        if starting and starting.done() and (error := starting.exception()):
-            return Deployed(state="failed", line=str(error))
-        if not (endpoint := run.endpoint):
-            return Deployed(state="starting" if starting and not starting.done() else "off")
-        try:
-            call(f"{endpoint.url}/readyz", timeout_s=2)
-        except EndpointError:
-            return Deployed(state="starting", line=endpoint.job.last_line())
-        return Deployed(state="ready", url=endpoint.url)
-
-    def undeploy(self, name: str) -> None:
-        """Stop the endpoint of a run."""
-        if endpoint := found(name).endpoint:
-            endpoint.delete()
-        self._deploying.pop(name, None)
-
-
-def found(name: str) -> Run:
-    """Return a run that was started.
-
-    Raises:
-        HTTPException: 404, there is none of that name.
-    """
-    if name not in jobs.names():
-        raise missing(name)
-    return Run(name)
-
-
-def missing(name: str) -> HTTPException:
-    """Return the error that there is no run of a name."""
-    fix = nearest(name, jobs.names(), "the list has all")
-    return HTTPException(404, f"{name}: no run of this name; {fix}")
 
 
 def create_app(page: Page, access: Access) -> FastAPI:
@@ -225,15 +134,15 @@ def _add_form(app: FastAPI, page: Page) -> None:
         return checks.begin_check(kind, arguments, form.address, options, again=again)
 
     @app.get("/checks/{kind}/{name}")
-    def checked(kind: Kind, name: str) -> Check:
+    def checked(kind: Kind, name: RunName) -> Check:
         return checks.state(kind, name)
 
     @app.post("/checks/{kind}/{name}/stop")
-    def stop_check(kind: Kind, name: str) -> Check:
+    def stop_check(kind: Kind, name: RunName) -> Check:
         return checks.stop(kind, name)
 
     @app.get("/checks/preview/{name}/page")
-    def preview(name: str) -> Response:
+    def preview(name: RunName) -> Response:
         return Response(checks.preview_page(name), media_type="text/html", headers=DOCUMENT_HEADERS)
 
 
@@ -250,40 +159,40 @@ def _add_runs(app: FastAPI, page: Page) -> None:
         return {"name": page.start(form)}
 
     @app.get("/runs/{name}")
-    def detail(name: str, seen: str = "") -> Detail | Summary:
+    def detail(name: RunName, seen: str = "") -> Detail | Summary:
         if not (run := waiting_run(name) or runs.detail(name, seen)):
             raise missing(name)
         return run
 
     @app.delete("/runs/{name}")
-    def delete(name: str) -> None:
+    def delete(name: RunName) -> None:
         if queue.read(name) is None:
             found(name)
         page.delete(name)
 
     @app.post("/runs/{name}/stop")
-    def stop(name: str) -> None:
+    def stop(name: RunName) -> None:
         page.queue.remove(name)
         if name in jobs.names():
             Run(name).stop()
 
     @app.post("/runs/{name}/resume")
-    def resume(name: str) -> None:
+    def resume(name: RunName) -> None:
         page.resume(name)
 
     @app.get("/runs/{name}/report")
-    def report(name: str) -> Response:
+    def report(name: RunName) -> Response:
         run = found(name)
         run.report()
         return Response(run.folder.root.read_text(REPORT), media_type="text/html", headers=DOCUMENT_HEADERS)
 
     @app.get("/runs/{name}/rungs")
-    def rungs(name: str, trial: str) -> list[Rung]:
+    def rungs(name: RunName, trial: str) -> list[Rung]:
         return runs.rungs(found(name).name, trial)
 
     @app.get("/runs/{name}/picture")
     def picture(
-        name: str, trial: str, step: int, kind: str, file: str, small: Annotated[bool, Query()] = False
+        name: RunName, trial: str, step: int, kind: str, file: str, small: Annotated[bool, Query()] = False
     ) -> Response:
         content = runs.picture(found(name).name, trial, step, kind, file, small=small)
         if content is None:
@@ -296,7 +205,7 @@ def _add_models(app: FastAPI, page: Page) -> None:
     """Add what is made of a run: its version, its endpoint, and pictures of that."""
 
     @app.get("/runs/{name}/version")
-    def version(name: str) -> Version:
+    def version(name: RunName) -> Version:
         run = found(name)
         model, winner = run.config.publish.model_name, run.winner
         entry = entries(run.config, [model]).get(model)
@@ -308,23 +217,23 @@ def _add_models(app: FastAPI, page: Page) -> None:
         )
 
     @app.post("/runs/{name}/promote")
-    def promote(name: str) -> None:
+    def promote(name: RunName) -> None:
         found(name).promote()
 
     @app.post("/runs/{name}/deploy")
-    def deploy(name: str) -> None:
+    def deploy(name: RunName) -> None:
         page.deploy(name)
 
     @app.get("/runs/{name}/endpoint")
-    def endpoint(name: str) -> Deployed:
+    def endpoint(name: RunName) -> Deployed:
         return page.endpoint(name)
 
     @app.delete("/runs/{name}/endpoint")
-    def undeploy(name: str) -> None:
+    def undeploy(name: RunName) -> None:
         page.undeploy(name)
 
     @app.post("/runs/{name}/draw")
-    def draw(name: str, asked: Prompt) -> Response:
+    def draw(name: RunName, asked: Prompt) -> Response:
         endpoint = found(name).endpoint
         if endpoint is None:
             raise ConfigError(f"{name}: its endpoint does not run; deploy it first")

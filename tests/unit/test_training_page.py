@@ -26,9 +26,10 @@ from diffray.ui import queue
 from diffray.ui.access import Access
 from diffray.ui.command import main, serve
 from diffray.ui.data_folders import DataFolders, safe_name
+from diffray.ui.page import Page
 from diffray.ui.queue import Queue
 from diffray.ui.runs import Runs
-from diffray.ui.server import Page, create_app
+from diffray.ui.server import create_app
 from ray_jobs.config import ConfigError
 from ray_jobs.run.records import RungRow, write_rows
 from serving.http.api_keys import KeyRing, add_key
@@ -283,6 +284,8 @@ def test_other_sites_and_other_machines_are_refused(home: Path, site: httpx.Clie
     policy = site.get("/").headers["content-security-policy"]
     assert "script-src 'self';" in policy and "frame-ancestors 'none'" in policy
     assert queue.waiting() == {}
+    (home / "waiting.json").write_text("{}")
+    assert site.post("/runs/%2e%2e/stop", json={}).status_code >= 400 and (home / "waiting.json").exists()
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0: other machines would reach the page"):
         serve("0.0.0.0", 0, ["photos"], None, 1, print)
     assert main(["--folders", "nowhere"]) == 2 and main(["--at-once", "0"]) == 2
@@ -367,6 +370,7 @@ def test_a_person_finds_a_run_and_watches_it_on_a_phone(home: Path, browser: Any
             eventually(lambda: image.evaluate("each => each.naturalWidth") == 64)
             assert image.get_attribute("alt") == "a red apple, 10 steps"
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+            assert page.evaluate(FAINT) == []
             assert [each for each in page.evaluate(TOO_WIDE) if "<t" not in each] == []  # tables scroll
             page.locator("#delete").click()
             page.locator("#delete-dialog button.primary").click()
