@@ -129,10 +129,14 @@ class RunView {
   async showVersion() {
     try {
       const { model, version, champion, decision } = await get(runPath(this.name, "/version"));
-      const served = version === champion ? "It is the champion, which an endpoint serves." : `An endpoint serves the champion, version ${champion}.`;
-      at("version").textContent = `${model}, version ${version}. When it was registered: ${decision}. ${served}`;
+      const served = champion === null ? "There is no champion yet, which an endpoint would serve."
+        : version === champion ? "It is the champion, which an endpoint serves."
+        : `An endpoint serves the champion, version ${champion}.`;
+      const [reason] = decision.split("; to promote it"); // the button below does
+      at("version").textContent = `${model}, version ${version}: ${reason}. ${served}`;
       at("promote").hidden = version === champion;
     } catch (error) {
+      this.version = null; // asked again with the next look
       at("run-error").textContent = error.message;
     }
   }
