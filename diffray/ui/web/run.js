@@ -132,7 +132,7 @@ class RunView {
       const served = champion === null ? "There is no champion yet, which an endpoint would serve."
         : version === champion ? "It is the champion, which an endpoint serves."
         : `An endpoint serves the champion, version ${champion}.`;
-      const [reason] = decision.split("; to promote it"); // the button below does
+      const [reason] = (decision ?? "registered").split("; to promote it"); // the button below does
       at("version").textContent = `${model}, version ${version}: ${reason}. ${served}`;
       at("promote").hidden = version === champion;
     } catch (error) {
