@@ -6,6 +6,7 @@ run by `diffray.api.begin`, as `diffray.fit` starts one.
 
 import fcntl
 import json
+import logging
 import threading
 import time
 from contextlib import suppress
@@ -99,7 +100,10 @@ class Queue:
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):
-            self.start_next()
+            try:
+                self.start_next()
+            except Exception:  # as when a run is deleted while it is looked at; others still wait
+                logging.exception("the queue could not look for room, and looks again")
 
     def start_next(self) -> None:
         """Start waiting runs while there is room."""
@@ -123,8 +127,9 @@ def _records() -> Path:
 
 
 def _running_here() -> int:
-    started = [Run(name) for name in jobs.names()]
-    return sum(run.job.started.address is None and run.status == "running" for run in started)
+    runs = [Run(name) for name in jobs.names()]
+    here = [run for run in runs if (record := run.job.record) and record.address is None]
+    return sum(run.status == "running" for run in here)
 
 
 def waiting() -> dict[str, Waiting]:
