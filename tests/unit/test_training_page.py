@@ -348,12 +348,12 @@ def test_a_person_finds_a_run_and_watches_it_on_a_phone(home: Path, browser: Any
         httpx.get(f"{url}/runs", timeout=60)  # as the command does while the browser starts
         with opened(browser, "about:blank", viewport={"width": 390, "height": 800}) as page:
             seconds = []
-            for _ in range(3):  # others may use the cores
+            for _ in range(3):
                 begun = time.perf_counter()
                 page.goto(url)
                 page.locator("#runs tbody tr").nth(200).wait_for()
                 seconds.append(time.perf_counter() - begun)
-            assert min(seconds) < 1
+            assert min(seconds) < 2  # 0.4 on two cores of which nobody else uses one
             check_look(page)
             page.locator("#filter").focus()
             page.keyboard.type("newest")
