@@ -69,16 +69,29 @@ def fit(
     arguments = stage_arguments(
         data, base=base, method=method, epochs=epochs, recipe=recipe, name=name, fields=fields
     )
+    return begin(arguments, address)
+
+
+def startable(arguments: list[str], address: str | None) -> "Run":
+    """Return the run that `begin` would start or resume.
+
+    Raises:
+        ConfigError: a setting is wrong, or another run of this name was started here.
+    """
     run = Run(config_of(arguments).name)
-    if former := run.job.record:
-        if (former.arguments, former.address) != (arguments, address):
-            raise ConfigError(
-                f"name: {run.name}: a run of this name was started here with other settings; give another "
-                f'name, or delete that one: diffray.run("{run.name}").delete()'
-            )
-        if run.status == "running":
-            return run
-    run.job.start("ray_jobs.pipeline", arguments, address, submit=True)
+    if (former := run.job.record) and (former.arguments, former.address) != (arguments, address):
+        raise ConfigError(
+            f"name: {run.name}: a run of this name was started here with other settings; give another "
+            f'name, or delete that one: diffray.run("{run.name}").delete()'
+        )
+    return run
+
+
+def begin(arguments: list[str], address: str | None) -> "Run":
+    """Start or resume a run by the arguments of its stage, as `fit` does by values."""
+    run = startable(arguments, address)
+    if run.job.record is None or run.status != "running":
+        run.job.start("ray_jobs.pipeline", arguments, address, submit=True)
     return run
 
 

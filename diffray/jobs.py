@@ -30,6 +30,9 @@ STOP_S = 120
 POLL_S = 1.0
 """Interval between looks at a job that is waited for, in seconds."""
 
+LINE = 16_384
+"""Bytes at the end of a log in which its last line is looked for."""
+
 Status = Literal["running", "finished", "failed", "stopped"]
 
 
@@ -153,18 +156,28 @@ class Job:
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         return None
 
-    def log(self) -> str:
-        """Return what the job has printed."""
+    def log(self, last: int | None = None) -> str:
+        """Return what the job has printed.
+
+        Args:
+            last: only so many bytes of its end, without a line that they cut.
+        """
         record = self.started
         if record.address:
-            return str(_client(record.address).get_job_logs(record.job))
-        with suppress(FileNotFoundError):
-            return (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+            text = str(_client(record.address).get_job_logs(record.job))
+            return text if last is None else text[-last:]
+        with suppress(FileNotFoundError), (self.folder / "log").open("rb") as file:
+            if last is not None and (size := file.seek(0, os.SEEK_END)) > last:
+                file.seek(size - last)
+                file.readline()
+            else:
+                file.seek(0)
+            return file.read().decode(errors="replace")
         return ""
 
     def last_line(self) -> str:
         """Return the last line that the job has printed."""
-        return (self.log().strip().splitlines() or [""])[-1]
+        return (self.log(LINE).strip().splitlines() or [""])[-1]
 
     def follow(self) -> Iterator[str]:
         """Yield what the job prints, as it does, until it ends."""
@@ -189,12 +202,14 @@ class Job:
             return
         if record.address:
             _client(record.address).stop_job(record.job)
-        elif shell := self._shell(record):
-            for process in shell.children():
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
-        deadline = time.monotonic() + STOP_S
+        deadline, told = time.monotonic() + STOP_S, set[int]()
         while self.status == "running":
+            if shell := None if record.address else self._shell(record):
+                with suppress(psutil.NoSuchProcess):
+                    # Looked for again, since a shell that has just started has no child yet.
+                    for process in (each for each in shell.children() if each.pid not in told):
+                        told.add(process.pid)
+                        process.terminate()
             if time.monotonic() > deadline:
                 raise JobFailed(
                     f"{self.folder.name}: still running after {STOP_S} s; its log: {self.folder}/log"

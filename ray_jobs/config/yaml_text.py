@@ -7,6 +7,8 @@ the first of the two. `yes` and `no` still are booleans.
 """
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -67,6 +69,12 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, or a key stands twice in a mapping.
     """
+    return deepcopy(_parsed(text))  # the caller may change it
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """Parse a document once: hundreds of runs of a page share a few recipes."""
     return yaml.load(text, _Loader)
 
 

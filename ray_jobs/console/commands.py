@@ -17,6 +17,7 @@ COMMANDS = {
     "publish": "ray_jobs.publish",
     "compare": "ray_jobs.compare",
     "versions": "ray_jobs.versions",
+    "ui": "diffray.ui.command",
     "config": "diffray.configuration",
     "plan": "cluster.plan",
     "checks": "ray_jobs.checks",

@@ -249,6 +249,17 @@ def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) ->
     search.write_lines(file, (row.versioned() for row in rows))
 
 
+def worker_hours(rows: Iterable[RungRow], workers: int) -> dict[str, float]:
+    """Return the hours of workers that each training took up to its last rung, by its name.
+
+    Args:
+        rows: one row per rung of a training, as in results.jsonl.
+        workers: workers of a training.
+    """
+    ordered = sorted(rows, key=lambda row: row.step)
+    return {row.training_name: row.seconds / 3600 * workers for row in ordered}
+
+
 class Measurement(Record):
     """One number with all that it depends on; `standard_error` is None if it was not estimated.
 

@@ -18,7 +18,7 @@ from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
 from ray_jobs.report import Spent, TrialCost, number
 from ray_jobs.run.folder import RunFolder
-from ray_jobs.run.records import FID, SUBJECT, RungRow, read_rows
+from ray_jobs.run.records import FID, SUBJECT, RungRow, read_rows, worker_hours
 from ray_jobs.run.split import VALIDATION
 from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
@@ -153,6 +153,7 @@ def spent(config: Config, rows: list[RungRow], computed: Mapping[str, int]) -> S
         computed: steps by training; at least the steps of its last rung are counted.
     """
     last = {row.training_name: row for row in sorted(rows, key=lambda row: row.step)}
+    hours = worker_hours(rows, config.train.min_workers)
     # In population based training no trial is stopped early, so none saves steps.
     replaced = config.search.scheduler == "population"
     costs = []
@@ -165,7 +166,7 @@ def spent(config: Config, rows: list[RungRow], computed: Mapping[str, int]) -> S
                 steps=steps,
                 measured_steps=measured,
                 seconds=row.seconds,
-                device_hours=row.seconds / 3600 * config.train.min_workers,
+                device_hours=hours[name],
                 saved_steps=0 if replaced else max(0, config.search.ladder[-1] - steps),
             )
         )

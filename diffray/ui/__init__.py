@@ -1,0 +1,1 @@
+"""The page to train from, for a browser: `diffray ui`."""

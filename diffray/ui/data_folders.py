@@ -1,0 +1,181 @@
+"""Folders of pictures that the page may read, and uploads into them."""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from ray_jobs.config import ConfigError, home
+from ray_jobs.data.sources.listing import READ_SUFFIXES, TEXT_SUFFIX
+from ray_jobs.data.sources.metadata import METADATA_FILES
+from ray_jobs.pictures.reading import MAX_PIXELS, Rejected, read_picture
+
+MAX_BYTES = 64 << 20
+"""Maximum size of an uploaded file, in bytes."""
+
+COUNTED = 10_000
+"""Number of entries of a folder up to which its pictures are counted."""
+
+CAPTION_LISTS = tuple(name for name in METADATA_FILES if not name.endswith(".parquet"))
+
+LONGEST = 150  # bytes of a file's name
+
+
+class Folder(BaseModel):
+    """A folder as the page shows it.
+
+    Attributes:
+        path: absolute path.
+        above: the folder that it lies in; None if the page may not read that.
+        folders: paths of the folders in it.
+        pictures: number of pictures directly in it, among the first `COUNTED` entries.
+        captioned: whether it has files of captions.
+    """
+
+    path: str
+    above: str | None
+    folders: list[str]
+    pictures: int
+    captioned: bool
+
+
+class DataFolders:
+    """Folders that were named at the start, with all that lies below them.
+
+    Args:
+        roots: folders, relative to `home()`, or s3:// and gs:// addresses.
+
+    Raises:
+        ConfigError: a folder does not exist.
+    """
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self.addresses = [each.rstrip("/") for each in roots if "://" in each]
+        self.roots = [(home() / Path(each).expanduser()).resolve() for each in roots if "://" not in each]
+        for root in self.roots:
+            if not root.is_dir():
+                raise ConfigError(f"--folders: {root}: no such folder; make it, or name another one")
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, as the page shows them."""
+        return [*map(str, self.roots), *self.addresses]
+
+    def allowed(self, given: str) -> str:
+        """Return a path as an absolute one, without symbolic links, or an address.
+
+        Raises:
+            ConfigError: it does not lie in a folder that the page may read.
+        """
+        if "://" in given:
+            parts = given.split("/")
+            if ".." not in parts and any(
+                given == each or given.startswith(f"{each}/") for each in self.addresses
+            ):
+                return given
+        elif given.strip() and "\0" not in given:
+            path = (home() / Path(given).expanduser()).resolve()
+            if any(path.is_relative_to(root) for root in self.roots):
+                return str(path)
+        raise ConfigError(
+            f"data: {given or 'no folder'}: the page reads {', '.join(self.names)} only; choose a folder "
+            "there, or start it with --folders"
+        )
+
+    def existing(self, given: str) -> str:
+        """Return the same of a folder or file that exists; addresses are not looked at."""
+        path = self.allowed(given)
+        if "://" not in path and not Path(path).exists():
+            raise ConfigError(f"data: {given}: no such folder; correct the path, or upload pictures")
+        return path
+
+    def show(self, given: str) -> Folder:
+        """Return what a local folder holds.
+
+        Raises:
+            ConfigError: the page may not read it, or it is no folder that can be listed.
+        """
+        path = Path(self.existing(given))
+        above = str(path.parent) if any(path.parent.is_relative_to(root) for root in self.roots) else None
+        folders, pictures, captioned = list[str](), 0, False
+        try:
+            with os.scandir(path) as entries:
+                for number, entry in enumerate(entries):
+                    name = entry.name.lower()
+                    if name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif number < COUNTED:
+                        pictures += name.endswith(READ_SUFFIXES)
+                        captioned = captioned or name in METADATA_FILES or name.endswith(TEXT_SUFFIX)
+        except OSError as error:
+            raise ConfigError(f"data: {given}: {error.strerror}; choose a folder") from None
+        return Folder(
+            path=str(path), above=above, folders=sorted(folders), pictures=pictures, captioned=captioned
+        )
+
+    def save(self, folder: str, name: str, content: bytes) -> str:
+        """Write an uploaded picture or file of captions, whole or not at all; return its name.
+
+        A folder that does not exist is made, in one that does. Nothing is replaced.
+
+        Raises:
+            ConfigError: the page may not write there, the file is neither a picture that can be read nor
+                captions, or another file has its name.
+        """
+        target = Path(self.allowed(folder))
+        name = safe_name(name)
+        _check(name, content)
+        if not target.parent.is_dir():
+            raise ConfigError(f"data: {folder}: {target.parent} is no folder; choose one that exists")
+        try:
+            target.mkdir(exist_ok=True)
+            descriptor, aside = tempfile.mkstemp(prefix=".upload-", dir=target)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(content)
+                os.chmod(aside, 0o644)
+                os.link(aside, target / name)  # fails where a file has the name, unlike a rename
+            finally:
+                os.unlink(aside)
+        except FileExistsError:
+            if target.is_dir() and (target / name).is_file() and (target / name).read_bytes() == content:
+                return name
+            raise ConfigError(
+                f"{name}: {target} has another file of this name; rename it, or choose a new folder"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{target}: {error.strerror}") from None
+        return name
+
+
+def safe_name(given: str) -> str:
+    """Return a file's name without folders and without characters that programs or shells could mistake."""
+    name = re.split(r"[/\\]", given)[-1]
+    stem, suffix = os.path.splitext(re.sub(r"[^\w .()+-]", "_", name).strip(" ."))
+    stem = stem.encode()[:LONGEST].decode(errors="ignore").lstrip("-")
+    return f"{stem or 'picture'}{suffix}"
+
+
+def _check(name: str, content: bytes) -> None:
+    """Raise ConfigError unless a file is a picture that prepare can read, or captions."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix == TEXT_SUFFIX or name in CAPTION_LISTS:
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{name}: captions must be UTF-8 text") from None
+    elif suffix in READ_SUFFIXES:
+        try:
+            read_picture(content, background="white", max_pixels=MAX_PIXELS)
+        except Rejected as error:
+            raise ConfigError(f"{name}: not a picture that can be read ({error.detail})") from None
+    else:
+        raise ConfigError(
+            f"{name}: neither a picture ({', '.join(READ_SUFFIXES[:9])}, ...) nor captions "
+            f"({TEXT_SUFFIX} beside a picture, {', '.join(CAPTION_LISTS)})"
+        )
