@@ -231,7 +231,7 @@ class Run:
                 cluster would be reached from its own machine only.
             EndpointError: it does not start; with its last line.
         """
-        from ray_jobs.registry.models import champion
+        from ray_jobs.registry.models import NothingPublished, champion
         from serving.command import free_port
 
         if endpoint := self.endpoint:
@@ -248,7 +248,16 @@ class Run:
                 f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside"
                 ' the cluster; give serve={"host": "0.0.0.0", "allow_anonymous": False, "keys": FILE}'
             )
-        served, own = champion(config).version, self.winner and self.winner.registry_version
+        own = self.winner and self.winner.registry_version
+        try:
+            served = champion(config).version
+        except NothingPublished:
+            if own is None:
+                raise
+            raise ConfigError(
+                f"{self.name}: its version {own} stayed a candidate, and there is no champion to be served; "
+                "run.promote() makes it the champion"
+            ) from None
         if served != own:
             print(
                 f"the champion of {config.publish.model_name} is version {served}, and is served; this run's "

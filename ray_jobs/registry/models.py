@@ -146,9 +146,13 @@ def open_existing(config: Config) -> "MlflowClient":
     return open_client(config)
 
 
-def nothing_published(config: Config) -> ConfigError:
-    """ConfigError for a model name without a champion."""
-    return ConfigError(
+class NothingPublished(ConfigError):
+    """A model name has no champion."""
+
+
+def nothing_published(config: Config) -> NothingPublished:
+    """Return the error for a model name without a champion."""
+    return NothingPublished(
         f"publish.model_name: {shown_uri(config)} holds no champion of {config.publish.model_name!r}; run "
         "the pipeline first: python -m ray_jobs.pipeline --config ..., or promote a version that stayed "
         "candidate: python -m ray_jobs.versions promote --config ... --version ..."

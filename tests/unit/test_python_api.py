@@ -17,7 +17,7 @@ from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, Record
 from diffray.settings import overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
-from ray_jobs.run.records import RungRow, write_rows
+from ray_jobs.run.records import RungRow, Winner, write_rows
 
 ROOT = Path(__file__).parents[2]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -227,6 +227,12 @@ def test_a_notebook_shows_curves_and_rungs_in_a_frame_of_their_own(ended: diffra
 
 def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:
     with pytest.raises(ConfigError, match="publish.model_name: .* holds no champion of 'sdxl-lora'"):
+        ended.deploy()
+    winner = dict.fromkeys(("validation_fid", "test_fid", "base_test_fid", "base_validation_fid"), 1.0)
+    winner |= {"test_floor_fid": 1.0, "learning_rate": 1e-4, "registry_version": 1}
+    told = {"trial_id": "a", "step": 10, "feature_network": "n", "num_samples": 4}
+    Winner.model_validate(winner | told).write(ended.folder.root)
+    with pytest.raises(ConfigError, match=r"mine: its version 1 stayed a candidate, .* run\.promote\(\)"):
         ended.deploy()
     with pytest.raises(ConfigError, match=r"serve.prot: unknown key; did you mean port\?"):
         ended.deploy(serve={"prot": 1})
