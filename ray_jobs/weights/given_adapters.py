@@ -14,6 +14,7 @@ from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.finetuning import inject_adapter
 from ray_jobs.diffusion.protocols import Component, Settings
 from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, unscaled
+from ray_jobs.weights.dora import SCALE, converted_magnitudes, require_all_or_none
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.published_names import KOHYA, from_published_names
 
@@ -117,11 +118,16 @@ def read_given(
         raise ValueError(f"{field}: {file}: {error}") from None
     if published is not None:
         return published, {}
+    scales_of_dora = {name: stored.pop(name) for name in list(stored) if name.endswith(f".{SCALE}")}
     if foreign := [name for name in stored if not _PART.search(name)]:
         raise ValueError(
             f"{field}: {file}: {_first(foreign)}: no part of a LoRA that diffusers reads; give a file without"
         )
     if not family.has_lora_loader:
+        if scales_of_dora:
+            raise ValueError(
+                f"{field}: {file}: {min(scales_of_dora)}: no name of this model's; give peft's names"
+            )
         return stored, settings
     options: dict[str, Any] = {"unet_config": denoiser.config} if family.is_unet else {}
     try:
@@ -153,6 +159,10 @@ def read_given(
         layer = name.removesuffix(".alpha").partition(".lora_A.")[0]
         if (up := f"{layer}.lora_B.weight") in tensors:
             tensors[up] = tensors[up].float() * (float(alpha) / tensors[up].shape[1])
+    try:
+        tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
+    except ValueError as error:
+        raise ValueError(f"{field}: {file}: {error}") from None
     return tensors, settings
 
 
@@ -210,13 +220,20 @@ def _resemblance(tensors: Mapping[str, torch.Tensor], family: Family | None = No
 def require_places(
     tensors: Mapping[str, torch.Tensor], parts: Mapping[str, nn.Module], file: Path, field: str
 ) -> None:
-    """Raise ValueError unless all tensors of an adapter have a place in the components; name some without."""
+    """Raise ValueError unless all tensors of an adapter have a place in the components; name some without.
+
+    DoRA has to be in all layers of a component, or in none.
+    """
     misfits = [name for name, tensor in tensors.items() if not _has_place(name, tensor, tensors, parts)]
     if misfits or not tensors:
         raise ValueError(
             f"{field}: {file}: {len(misfits)} of {len(tensors)} tensors have no place in this base "
             f"({_first(misfits)}); give an adapter of this model{_resemblance(tensors)}"
         )
+    try:
+        require_all_or_none(tensors)
+    except ValueError as error:
+        raise ValueError(f"{field}: {file}: {error}") from None
 
 
 def _has_place(

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.config import Config, ConfigError, load_config
@@ -19,7 +20,9 @@ from ray_jobs.registry.aliases import promote, rollback, status
 from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import champion, entries, registered
 from ray_jobs.registry.registration import register
-from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.weights.adapter_files import read_adapter_file
+from ray_jobs.weights.kohya import kohya_tensors
+from ray_jobs.weights.loading import LORA_WEIGHTS, empty_model, load_pipeline
 from ray_jobs.weights.single_file import write_single_file
 from serving.engine.engine import Engine
 from serving.request import Request
@@ -29,6 +32,7 @@ from tests.unit.test_comfyui import adapter, trained_updates
 from tests.unit.test_export_weights import FLUX, SD, SD3, XL, encoders_of, picture, version_of
 
 DEMO = "configs/demo.yaml"
+UNET_LAYERS = ["to_q", "to_out.0", "proj_in", "conv1", "q_proj", "out_proj", "fc1", "fc2"]
 
 
 @pytest.fixture(autouse=True)
@@ -91,16 +95,7 @@ def test_an_adapter_of_another_program_is_the_one_that_was_trained(
     base = tiny(name)
     layers: dict[str, Any] = {"use_rslora": True}
     if FAMILIES[name].is_unet:
-        layers["target_modules"] = [
-            "to_q",
-            "to_out.0",
-            "proj_in",
-            "conv1",
-            "q_proj",
-            "out_proj",
-            "fc1",
-            "fc2",
-        ]
+        layers["target_modules"] = UNET_LAYERS
     adapter(base, tmp_path / "model", encoders_of(name), **layers)
     export_version(version_of(base, tmp_path / "model", tmp_path), form, tmp_path / "out")
     with imported_adapter(configured(base, tmp_path), [str(tmp_path / "out")]) as found:
@@ -167,6 +162,59 @@ def test_a_checkpoint_in_one_file_is_served(tiny: Callable[[str], Path], tmp_pat
     assert (ours - picture(plain_diffusers.load(base))).abs().max() > 5
     found = registered(config, "1")
     assert (found.params["imported_from"], found.base) == (str(file), str(base))
+
+
+def kohya_dora(name: str, base: Path, trained: Path) -> dict[str, torch.Tensor]:
+    """A DoRA as LyCORIS writes it: the tensors of a LoRA for kohya's programs, and `dora_scale`."""
+    tensors, told = read_adapter_file(trained)
+    norms = {key: tensors.pop(key) for key in list(tensors) if "magnitude" in key}
+    family = FAMILIES[name]
+    denoiser = getattr(empty_model(str(base), [family.denoiser]), family.denoiser)
+    converted = kohya_tensors(family, denoiser, tensors, told)
+    for key in norms:
+        component, _, layer = key.removesuffix(".lora_magnitude_vector").partition(".")
+        place = family.kohya_layer(component, layer, denoiser.config)
+        assert place
+        rows = torch.cat([norms[f"{component}.{part}.lora_magnitude_vector"].flatten() for part in place[1]])
+        down = converted[f"{place[0]}.lora_down.weight"]
+        converted[f"{place[0]}.dora_scale"] = rows.reshape(-1, *[1] * (down.dim() - 1))
+    return converted
+
+
+@pytest.mark.parametrize("name", [SD, XL, FLUX])
+def test_dora_of_other_programs_draws_what_was_trained(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = tiny(name)
+    fused = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "attn.to_out.0", "q_proj"]
+    layers = UNET_LAYERS if FAMILIES[name].is_unet else fused
+    adapter(base, tmp_path / "model", encoders_of(name), use_dora=True, target_modules=layers)
+    ours = tmp_path / "model" / LORA_WEIGHTS
+    with safe_open(ours, "pt") as opened:
+        metadata = opened.metadata()
+    torch.manual_seed(2)
+    moved = {
+        key: each * (1 + torch.rand_like(each)) if "magnitude" in key else each
+        for key, each in load_file(ours).items()
+    }
+    save_file(moved, ours, metadata)
+    theirs = kohya_dora(name, base, ours)
+    file = tmp_path / "dora.safetensors"
+    save_file(theirs, file)
+    with imported_adapter(configured(base, tmp_path), [str(file)]) as found:
+        drawn = picture(load_pipeline(str(base), found.folder))
+    trained = picture(load_pipeline(str(base), tmp_path / "model"))
+    assert (drawn - trained).abs().max() < 0.55
+    assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
+    # Norms of the inputs, and some layers without any.
+    scale = next(key for key in theirs if key.endswith(("attn1_to_q.dora_scale", "img_attn_proj.dora_scale")))
+    width = theirs[scale.replace("dora_scale", "lora_down.weight")].shape[1]
+    save_file(theirs | {scale: torch.ones(1, width)}, file)
+    line = refusal(capsys, base, tmp_path, "--adapter", str(file))
+    assert f"{file}: {scale}: (1, {width}): DoRA is read with one norm for each" in line
+    save_file({key: each for key, each in theirs.items() if key != scale}, file)
+    line = refusal(capsys, base, tmp_path, "--adapter", str(file))
+    assert "has no DoRA, and " in line and "in all layers or in none" in line
 
 
 def lycoris(
@@ -338,8 +386,6 @@ def test_files_that_are_none_are_refused_in_one_line(
 def test_an_adapter_that_changed_its_base_is_refused(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors import safe_open
-
     base = tiny(SD)
     adapter(base, tmp_path / "model")
     file = tmp_path / "model" / LORA_WEIGHTS
