@@ -90,14 +90,26 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise ValueError(f"{file}: its metadata (lora_adapter_metadata) is not JSON; save it again") from None
+    try:
+        require_same_base(settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return dict(settings)
+
+
+def require_same_base(settings: Settings) -> None:
+    """Raise ValueError if peft's initialisation of an adapter changed its base.
+
+    Args:
+        settings: by `<component>.<setting>`, or by peft's names.
+    """
     for key, value in settings.items():
-        if key.endswith(".init_lora_weights") and str(value).startswith(CHANGES_BASE):
+        if key.rpartition(".")[2] == "init_lora_weights" and str(value).startswith(CHANGES_BASE):
             raise ValueError(
-                f"{file}: {key} is {value!r}, which changes the base's own weights, so it does not fit "
+                f"{key} is {value!r}, which changes the base's own weights, so it does not fit "
                 "the unchanged base; convert it (peft: save_pretrained, "
                 "path_initial_model_for_weight_conversion) or train with another initialisation"
             )
-    return dict(settings)
 
 
 class LowRank(NamedTuple):

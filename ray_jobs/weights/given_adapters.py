@@ -16,6 +16,7 @@ from ray_jobs.diffusion.protocols import Component, Settings
 from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, unscaled
 from ray_jobs.weights.dora import SCALE, converted_magnitudes, require_all_or_none
 from ray_jobs.weights.loading import LORA_WEIGHTS
+from ray_jobs.weights.peft_format import PEFT_CONFIG, PEFT_WEIGHTS, read_peft_format
 from ray_jobs.weights.published_names import KOHYA, from_published_names
 
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -51,6 +52,9 @@ def given_file(name: str, revision: str | None, field: str) -> Path:
     repository, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     try:
         file = file or _only(name, HfApi().list_repo_files(repository, revision=revision), field)
+        if PurePosixPath(file).name == PEFT_WEIGHTS:  # read with the file beside it
+            config = str(PurePosixPath(file).with_name(PEFT_CONFIG))
+            hf_hub_download(repository, config, revision=revision)
         return Path(hf_hub_download(repository, file, revision=revision))
     except (OSError, HFValidationError, httpx2.TransportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -105,6 +109,9 @@ def read_given(
     from safetensors import SafetensorError
 
     try:
+        if (own := read_peft_format(file, family.denoiser)) is not None:
+            _require_finite(own, file, field)
+            return _in_convolutions(own, family.denoiser, denoiser), {}
         stored, settings = read_adapter_file(file)
     except SafetensorError as error:
         raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
@@ -163,7 +170,28 @@ def read_given(
         tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
     except ValueError as error:
         raise ValueError(f"{field}: {file}: {error}") from None
-    return tensors, settings
+    return _in_convolutions(tensors, family.denoiser, denoiser), settings
+
+
+def _in_convolutions(
+    tensors: Mapping[str, torch.Tensor], component: str, denoiser: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels."""
+    found = dict(tensors)
+    convolutions = {layer: each for layer, each in denoiser.named_modules() if isinstance(each, nn.Conv2d)}
+    for name, down in tensors.items():
+        layer = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
+        module = convolutions.get(layer)
+        if module is None or down.dim() != 2 or down.shape[1] != module.weight[0].numel():
+            continue
+        found[name] = down.reshape(-1, *module.weight.shape[1:])
+        for part, shape in (
+            ("lora_B.weight", (-1, len(down), 1, 1)),
+            ("lora_magnitude_vector", (1, -1, 1, 1)),
+        ):
+            if (other := f"{component}.{layer}.{part}") in tensors:
+                found[other] = tensors[other].reshape(shape)
+    return found
 
 
 # Names by their beginnings, each of which one kind of program writes.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -253,12 +254,17 @@ def test_loha_and_lokr_are_the_lora_that_they_are(
         layers = {
             f"{inside}.{each}": f"lora_unet_{inside.replace('.', '_')}_{each}" for each in ("to_q", "to_v")
         }
+        layers["mid_block.resnets.0.conv1"] = "lora_unet_mid_block_resnets_0_conv1"
     else:
         inside = "transformer_blocks.0.attn"
-        layers = {f"{inside}.to_out.0": "lora_unet_double_blocks_0_img_attn_proj"}
+        kohya, comfyui = (
+            "lora_unet_double_blocks_0_img_attn_proj",
+            "diffusion_model.double_blocks.0.img_attn.proj",
+        )
+        layers = {f"{inside}.to_out.0": comfyui if kind == "lokr" else kohya}
     denoiser = FAMILIES[name].denoiser
     part = getattr(pipeline, denoiser)
-    sizes = {theirs: tuple(part.get_submodule(ours).weight.shape) for ours, theirs in layers.items()}
+    sizes = {theirs: part.get_submodule(ours).weight.flatten(1).shape for ours, theirs in layers.items()}
     tensors, updates = lycoris(sizes, kind)
     file = tmp_path / "lycoris.safetensors"
     save_file(tensors, file)
@@ -267,6 +273,72 @@ def test_loha_and_lokr_are_the_lora_that_they_are(
     assert {place for place in trained} == {(denoiser, layer) for layer in layers}
     for ours, theirs in layers.items():
         assert torch.allclose(trained[denoiser, ours], updates[theirs], atol=1e-4)
+
+
+LINEAR = ["attn1.to_q", "attn2.to_v"]
+PEFT_KINDS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=[*LINEAR, "conv1"], alpha_pattern={"attn1.to_q": 3}, use_rslora=True
+    ),
+    "dora": lambda: peft.LoraConfig(r=2, lora_alpha=6, target_modules=[*LINEAR, "conv1"], use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=2, alpha=6, target_modules=[*LINEAR, "conv1"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=[*LINEAR, "conv1"], decompose_both=True),
+    "pissa": lambda: peft.LoraConfig(r=2, lora_alpha=2, target_modules=LINEAR, init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_adapters_of_pefts_own_format_draw_what_was_trained(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    base = tiny(SD)
+    pipeline: Any = load_pipeline(str(base))
+    torch.manual_seed(0)
+    model = peft.get_peft_model(pipeline.unet, PEFT_KINDS[kind]())
+    folder, begun = tmp_path / kind, tmp_path / "begun"
+    model.save_pretrained(str(begun))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "hada_", "lokr_")):
+            parameter.data = 1.1 * parameter + 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    if kind == "pissa":
+        line = refusal(capsys, base, tmp_path, "--adapter", str(folder))
+        assert f"{folder}/adapter_model.safetensors: init_lora_weights is 'pissa', which changes" in line
+        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(begun))
+    trained = picture(pipeline)
+    with imported_adapter(configured(base, tmp_path), [str(folder)]) as found:
+        assert (picture(load_pipeline(str(base), found.folder)) - trained).abs().max() < 0.55
+    assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
+
+
+def test_files_of_pefts_own_format_that_are_no_lora_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny(SD)
+    pipeline: Any = load_pipeline(str(base))
+    for config, message in (
+        (
+            peft.LoKrConfig(r=8, target_modules=LINEAR),
+            r"attn\d.to_\w: this LoKr has a second factor of full rank",
+        ),
+        (
+            peft.LoraConfig(r=2, target_modules=["to_out.0"], bias="lora_only"),
+            r"bias: no part of a LoRA; train without",
+        ),
+        (
+            peft.HRAConfig(r=2, target_modules=LINEAR),
+            "adapter_config.json: peft_type HRA: only LORA, LOHA, LOKR",
+        ),
+    ):
+        folder = tmp_path / str(config.peft_type)
+        model = peft.get_peft_model(pipeline.unet, config)
+        model.save_pretrained(str(folder))
+        model.unload()
+        file = folder / "adapter_model.safetensors"
+        line = refusal(capsys, base, tmp_path, "--adapter", str(folder))
+        assert re.match(rf"error: --adapter: {re.escape(str(file))}: .*{message}", line), line
+    (folder / "adapter_config.json").unlink()
+    assert "no adapter_config.json is beside it" in refusal(capsys, base, tmp_path, "--adapter", str(folder))
 
 
 def test_an_adapter_of_another_family_is_named(
