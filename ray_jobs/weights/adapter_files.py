@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import sqrt
+from math import frexp, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,6 +194,20 @@ def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str
     alphas = own.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
     return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def scaled(up: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return an up projection times a scale: in its own dtype where that loses nothing, else in float32.
+
+    Most scales are powers of two. With them bf16 loses nothing, and fp16 last bits of its smallest numbers.
+    """
+    if scale == 1:
+        return up
+    if frexp(scale)[0] == 0.5:  # a power of two
+        result = up * scale
+        if torch.equal(result / scale, up):
+            return result
+    return up.float() * scale
 
 
 def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cluster.fetched import local_path
 from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.finetuning import inject_adapter
 from ray_jobs.diffusion.protocols import Component, Settings
-from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, unscaled
+from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, scaled, unscaled
 from ray_jobs.weights.dora import SCALE, converted_magnitudes, require_all_or_none
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.peft_format import PEFT_CONFIG, PEFT_WEIGHTS, read_peft_format
@@ -165,7 +165,7 @@ def read_given(
     for name, alpha in scales.items():
         layer = name.removesuffix(".alpha").partition(".lora_A.")[0]
         if (up := f"{layer}.lora_B.weight") in tensors:
-            tensors[up] = tensors[up].float() * (float(alpha) / tensors[up].shape[1])
+            tensors[up] = scaled(tensors[up], float(alpha) / tensors[up].shape[1])
     try:
         tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
     except ValueError as error:
@@ -218,7 +218,9 @@ def _require_one_scheme(names: Iterable[str], file: Path, field: str) -> None:
 def _require_finite(tensors: Mapping[str, torch.Tensor], file: Path, field: str) -> None:
     """Raise ValueError if a weight is infinite or not a number; name its tensor."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        # The extremes are not numbers if any weight is none, and found much faster than where those are.
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no extremes
+        if tensor.numel() and not torch.stack(numbers.aminmax()).isfinite().all():
             raise ValueError(
                 f"{field}: {file}: {name} has weights that are infinite or not a number; its training "
                 "diverged, or the file is damaged: take an earlier one"

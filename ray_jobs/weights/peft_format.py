@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ray_jobs.weights.adapter_files import IN_FILE, adapter_scale, require_same_base
+from ray_jobs.weights.adapter_files import IN_FILE, adapter_scale, require_same_base, scaled
 from ray_jobs.weights.lycoris import as_low_rank
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -77,7 +77,7 @@ def _converted(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> 
             raise ValueError(f"{_BEGINNING}{name}: no part of a LoRA; train without biases and whole layers")
         if name.endswith(".lora_B.weight"):
             scale = adapter_scale(PEFT_CONFIG, settings, ("own", layer), rank=tensor.shape[1])
-            found[name] = tensor.float() * scale
+            found[name] = scaled(tensor, scale)
     return found
 
 
@@ -97,5 +97,5 @@ def _from_lycoris(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) 
             layer = name.removesuffix(".lora_up.weight")
             down = low_rank[f"{layer}.lora_down.weight"]
             found[f"{layer}.lora_A.weight"] = down
-            found[f"{layer}.lora_B.weight"] = tensor * (float(low_rank[f"{layer}.alpha"]) / len(down))
+            found[f"{layer}.lora_B.weight"] = scaled(tensor, float(low_rank[f"{layer}.alpha"]) / len(down))
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import Family
+from ray_jobs.weights.adapter_files import scaled
 from ray_jobs.weights.dora import SCALE, magnitude
 
 KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
@@ -54,8 +55,8 @@ def from_published_names(
         if missing := {"A", "B"} - own.keys():
             raise ValueError(f"{target}: its lora_{'down' if 'A' in missing else 'up'} is missing")
         component, parts = places[target]
-        down, up = own["A"], own["B"].float()
-        up = up * (float(own.get("alpha", torch.tensor(float(len(down))))) / len(down))
+        down = own["A"]
+        up = scaled(own["B"], float(own.get("alpha", torch.tensor(float(len(down))))) / len(down))
         split = _rows(target, denoiser, parts, up)
         if SCALE in own:
             norms = magnitude(f"{target}.{SCALE}", own[SCALE], down, up)
