@@ -104,7 +104,7 @@ def test_a_serve_that_runs_already_is_used_at_its_address_only(
     tmp_path: Path,
     key: str,
 ) -> None:
-    """What is served there is an adapter of another program, imported; its pictures are those of its training."""
+    """What is served there is an imported adapter of another program; it draws what was trained."""
     port = free_port("127.0.0.1", 0)
     url = f"http://127.0.0.1:{port}"
     starting(port)
