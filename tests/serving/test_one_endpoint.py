@@ -89,7 +89,8 @@ def imported(
     """An adapter in kohya's form, imported as the first version of a name of its own."""
     file.write_bytes(kohya_file(str(tiny_model), lora_folder))
     publish = config.publish.model_copy(update={"model_name": "imported"})
-    config = config.model_copy(update={"publish": publish})
+    serving = config.serve.model_copy(update={"drift_pictures": 0})  # it has no reference for drift
+    config = config.model_copy(update={"publish": publish, "serve": serving})
     with imported_adapter(config, [str(file)]) as found:
         register_imported(config, found)
     return config, champion(config)
