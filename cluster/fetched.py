@@ -20,6 +20,8 @@ from pyarrow import fs
 from cluster.storage import Storage
 from ray_jobs.config import ConfigError, resolve_path
 
+STORES = ("s3://", "gs://")
+
 
 def local_path(path: str, field: str = "model.base") -> str:
     """Return the local path of a file or folder, downloading it first from s3:// or gs://.
@@ -32,9 +34,9 @@ def local_path(path: str, field: str = "model.base") -> str:
     Raises:
         ConfigError: there is nothing at the address, or the download fails.
     """
-    if not path.startswith(("s3://", "gs://")):
+    if not path.startswith(STORES):
         return resolve_path(path)
-    where = path.partition("?")[0].rpartition("@")[2]  # without keys
+    where = without_keys(path)
     try:
         storage = Storage.open(path)
         found = _listed(storage)
@@ -49,6 +51,14 @@ def local_path(path: str, field: str = "model.base") -> str:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{field}: {where}: cannot be downloaded: {reason}") from None
     return str(target)
+
+
+def without_keys(path: str) -> str:
+    """Return an address in an object store without its keys and options; other paths as they are."""
+    if not path.startswith(STORES):
+        return path
+    scheme, _, place = path.partition("?")[0].partition("://")
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def _listed(storage: Storage) -> list[tuple[str, int, int]]:

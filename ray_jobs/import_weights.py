@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.fetched import local_path
+from cluster.fetched import local_path, without_keys
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.console.commands import command_parser
@@ -47,14 +47,14 @@ class Imported:
         method: lora, or full for a whole model.
         tags: provenance, for the registry.
         notes: what the user should know, line by line.
-        is_base: it is a model as bases are named, so its own base; others are versions of `model.base`.
+        base: its name as a model that is its own base; None: it is a version of `model.base`.
     """
 
     folder: Path
     method: str
     tags: dict[str, str]
     notes: list[str] = field(default_factory=list)
-    is_base: bool = False
+    base: str | None = None
 
 
 @contextmanager
@@ -75,8 +75,10 @@ def imported_adapter(
     components = [*family.denoisers, *family.text.encoders]
     model = empty_model(base, components, revision=base_revision)
     parts = {each: getattr(model, each) for each in components if getattr(model, each) is not None}
-    found, digests, notes = [], [], list[str]()
-    for name, weight in map(_weighted, names):
+    found, digests, sources, notes = [], [], list[str](), list[str]()
+    for given in names:
+        name, weight = _weighted(given)
+        sources.append(without_keys(name) + given.removeprefix(name))
         file = given_file(name, revision, ADAPTER)
         tensors, settings = read_given(file, family, parts[family.denoiser], ADAPTER)
         require_places(tensors, parts, file, ADAPTER)
@@ -97,7 +99,7 @@ def imported_adapter(
     layers_of = {each: own_part(tensors, each) for each in sorted({key.partition(".")[0] for key in tensors})}
     with tempfile.TemporaryDirectory(prefix="diffray-import-") as folder:
         write_adapter(Path(folder), layers_of, {each: own_part(settings, each) for each in layers_of})
-        tags = {"imported_from": ", ".join(names), "imported_digest": ", ".join(digests)}
+        tags = {"imported_from": ", ".join(sources), "imported_digest": ", ".join(digests)}
         tags |= {"imported_revision": revision} if revision else {}
         yield Imported(Path(folder), "lora", tags, notes)
 
@@ -121,7 +123,7 @@ def imported_model(config: Config, name: str, revision: str | None = None) -> It
     Raises:
         ValueError: it is no model of a known family, or its weights are in no supported format.
     """
-    place, tags = Path(local_path(name, MODEL)), {"imported_from": name}
+    place, tags = Path(local_path(name, MODEL)), {"imported_from": without_keys(name)}
     with tempfile.TemporaryDirectory(prefix="diffray-import-") as folder:
         target = Path(folder) / "model"
         if place.is_file():
@@ -135,7 +137,7 @@ def imported_model(config: Config, name: str, revision: str | None = None) -> It
             copy_parts(source, target)
             write_index(source, target)
         tags |= {"imported_revision": revision} if revision else {}
-        yield Imported(target, "full", tags, is_base=not place.is_file())
+        yield Imported(target, "full", tags, base=None if place.is_file() else name)
 
 
 def register_imported(config: Config, imported: Imported) -> Registered:
@@ -143,8 +145,8 @@ def register_imported(config: Config, imported: Imported) -> Registered:
     name = imported.tags["imported_from"]
     train = config.train.model_copy(update={"method": imported.method})
     config = config.model_copy(update={"train": train})
-    if imported.is_base:
-        own = {"base": name, "revision": imported.tags.get("imported_revision"), "quantize": None}
+    if imported.base is not None:
+        own = {"base": imported.base, "revision": imported.tags.get("imported_revision"), "quantize": None}
         config = config.model_copy(update={"model": config.model.model_copy(update=own)})
     params = {"method": imported.method, "base": config.model.base, **imported.tags}
     return register(

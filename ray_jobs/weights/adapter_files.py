@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import sqrt
+from math import frexp, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,14 +90,26 @@ def check_adapter(file: Path, names: Iterable[str], metadata: Mapping[str, str])
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         raise ValueError(f"{file}: its metadata (lora_adapter_metadata) is not JSON; save it again") from None
+    try:
+        require_same_base(settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return dict(settings)
+
+
+def require_same_base(settings: Settings) -> None:
+    """Raise ValueError if peft's initialisation of an adapter changed its base.
+
+    Args:
+        settings: by `<component>.<setting>`, or by peft's names.
+    """
     for key, value in settings.items():
-        if key.endswith(".init_lora_weights") and str(value).startswith(CHANGES_BASE):
+        if key.rpartition(".")[2] == "init_lora_weights" and str(value).startswith(CHANGES_BASE):
             raise ValueError(
-                f"{file}: {key} is {value!r}, which changes the base's own weights, so it does not fit "
+                f"{key} is {value!r}, which changes the base's own weights, so it does not fit "
                 "the unchanged base; convert it (peft: save_pretrained, "
                 "path_initial_model_for_weight_conversion) or train with another initialisation"
             )
-    return dict(settings)
 
 
 class LowRank(NamedTuple):
@@ -182,6 +194,20 @@ def adapter_scale(where: str, settings: Mapping[str, Any], place: tuple[str, str
     alphas = own.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas.keys(), layer), own.get("lora_alpha", 8))  # peft's default
     return float(alpha) / (sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def scaled(up: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return an up projection times a scale: in its own dtype where that loses nothing, else in float32.
+
+    Most scales are powers of two. With them bf16 loses nothing, and fp16 last bits of its smallest numbers.
+    """
+    if scale == 1:
+        return up
+    if frexp(scale)[0] == 0.5:  # a power of two
+        result = up * scale
+        if torch.equal(result / scale, up):
+            return result
+    return up.float() * scale
 
 
 def unscaled(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from cluster.fetched import local_path
 from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.finetuning import inject_adapter
 from ray_jobs.diffusion.protocols import Component, Settings
-from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, unscaled
+from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, scaled, unscaled
+from ray_jobs.weights.dora import SCALE, converted_magnitudes, require_all_or_none
 from ray_jobs.weights.loading import LORA_WEIGHTS
+from ray_jobs.weights.peft_format import PEFT_CONFIG, PEFT_WEIGHTS, read_peft_format
 from ray_jobs.weights.published_names import KOHYA, from_published_names
 
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -50,6 +52,9 @@ def given_file(name: str, revision: str | None, field: str) -> Path:
     repository, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     try:
         file = file or _only(name, HfApi().list_repo_files(repository, revision=revision), field)
+        if PurePosixPath(file).name == PEFT_WEIGHTS:  # read with the file beside it
+            config = str(PurePosixPath(file).with_name(PEFT_CONFIG))
+            hf_hub_download(repository, config, revision=revision)
         return Path(hf_hub_download(repository, file, revision=revision))
     except (OSError, HFValidationError, httpx2.TransportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,6 +109,9 @@ def read_given(
     from safetensors import SafetensorError
 
     try:
+        if (own := read_peft_format(file, family.denoiser)) is not None:
+            _require_finite(own, file, field)
+            return _in_convolutions(own, family.denoiser, denoiser), {}
         stored, settings = read_adapter_file(file)
     except SafetensorError as error:
         raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
@@ -117,11 +125,16 @@ def read_given(
         raise ValueError(f"{field}: {file}: {error}") from None
     if published is not None:
         return published, {}
+    scales_of_dora = {name: stored.pop(name) for name in list(stored) if name.endswith(f".{SCALE}")}
     if foreign := [name for name in stored if not _PART.search(name)]:
         raise ValueError(
             f"{field}: {file}: {_first(foreign)}: no part of a LoRA that diffusers reads; give a file without"
         )
     if not family.has_lora_loader:
+        if scales_of_dora:
+            raise ValueError(
+                f"{field}: {file}: {min(scales_of_dora)}: no name of this model's; give peft's names"
+            )
         return stored, settings
     options: dict[str, Any] = {"unet_config": denoiser.config} if family.is_unet else {}
     try:
@@ -152,8 +165,33 @@ def read_given(
     for name, alpha in scales.items():
         layer = name.removesuffix(".alpha").partition(".lora_A.")[0]
         if (up := f"{layer}.lora_B.weight") in tensors:
-            tensors[up] = tensors[up].float() * (float(alpha) / tensors[up].shape[1])
-    return tensors, settings
+            tensors[up] = scaled(tensors[up], float(alpha) / tensors[up].shape[1])
+    try:
+        tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
+    except ValueError as error:
+        raise ValueError(f"{field}: {file}: {error}") from None
+    return _in_convolutions(tensors, family.denoiser, denoiser), settings
+
+
+def _in_convolutions(
+    tensors: Mapping[str, torch.Tensor], component: str, denoiser: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels."""
+    found = dict(tensors)
+    convolutions = {layer: each for layer, each in denoiser.named_modules() if isinstance(each, nn.Conv2d)}
+    for name, down in tensors.items():
+        layer = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
+        module = convolutions.get(layer)
+        if module is None or down.dim() != 2 or down.shape[1] != module.weight[0].numel():
+            continue
+        found[name] = down.reshape(-1, *module.weight.shape[1:])
+        for part, shape in (
+            ("lora_B.weight", (-1, len(down), 1, 1)),
+            ("lora_magnitude_vector", (1, -1, 1, 1)),
+        ):
+            if (other := f"{component}.{layer}.{part}") in tensors:
+                found[other] = tensors[other].reshape(shape)
+    return found
 
 
 # Names by their beginnings, each of which one kind of program writes.
@@ -180,7 +218,9 @@ def _require_one_scheme(names: Iterable[str], file: Path, field: str) -> None:
 def _require_finite(tensors: Mapping[str, torch.Tensor], file: Path, field: str) -> None:
     """Raise ValueError if a weight is infinite or not a number; name its tensor."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        # The extremes are not numbers if any weight is none, and found much faster than where those are.
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no extremes
+        if tensor.numel() and not torch.stack(numbers.aminmax()).isfinite().all():
             raise ValueError(
                 f"{field}: {file}: {name} has weights that are infinite or not a number; its training "
                 "diverged, or the file is damaged: take an earlier one"
@@ -210,13 +250,20 @@ def _resemblance(tensors: Mapping[str, torch.Tensor], family: Family | None = No
 def require_places(
     tensors: Mapping[str, torch.Tensor], parts: Mapping[str, nn.Module], file: Path, field: str
 ) -> None:
-    """Raise ValueError unless all tensors of an adapter have a place in the components; name some without."""
+    """Raise ValueError unless all tensors of an adapter have a place in the components; name some without.
+
+    DoRA has to be in all layers of a component, or in none.
+    """
     misfits = [name for name, tensor in tensors.items() if not _has_place(name, tensor, tensors, parts)]
     if misfits or not tensors:
         raise ValueError(
             f"{field}: {file}: {len(misfits)} of {len(tensors)} tensors have no place in this base "
             f"({_first(misfits)}); give an adapter of this model{_resemblance(tensors)}"
         )
+    try:
+        require_all_or_none(tensors)
+    except ValueError as error:
+        raise ValueError(f"{field}: {file}: {error}") from None
 
 
 def _has_place(

@@ -10,24 +10,28 @@ from collections.abc import Mapping
 
 import torch
 
-_NAME = re.compile(r"^(?P<layer>[^.]+)\.(?P<part>hada_\w+|lokr_\w+|alpha)$")
+_PART = r"\.(?P<part>hada_\w+|lokr_\w+|alpha)$"
+_ANY_LAYER = re.compile(rf"^(?P<layer>.+){_PART}")
+# Other layers' names have no dots, or are those of ComfyUI.
+_NAME = re.compile(rf"^(?P<layer>[^.]+|diffusion_model\..+){_PART}")
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 Parts = Mapping[str, torch.Tensor]
 
 
-def as_low_rank(stored: Parts) -> dict[str, torch.Tensor]:
+def as_low_rank(stored: Parts, *, any_layer: bool = False) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors with its LoHa and LoKr layers as `lora_up`, `lora_down` and `alpha`.
 
     Args:
-        stored: by the names of LyCORIS and kohya's programs; others are returned as they are.
+        stored: by the names of LyCORIS, kohya's programs and ComfyUI; others are returned as they are.
+        any_layer: read layers of any name, which otherwise have those of these programs.
 
     Raises:
         ValueError: a layer has a form that is no LoRA, or of no useful rank.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored.items():
-        if found := _NAME.match(name):
+        if found := (_ANY_LAYER if any_layer else _NAME).match(name):
             layers.setdefault(found["layer"], {})[found["part"]] = tensor
     result = dict(stored)
     for layer, parts in layers.items():

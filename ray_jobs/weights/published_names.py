@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import Family
+from ray_jobs.weights.adapter_files import scaled
+from ray_jobs.weights.dora import SCALE, magnitude
 
 KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
-_ENDING = re.compile(r"\.(lora_down\.weight|lora_up\.weight|lora_A\.weight|lora_B\.weight|alpha)$")
+_ENDING = re.compile(r"\.(lora_down\.weight|lora_up\.weight|lora_A\.weight|lora_B\.weight|alpha|dora_scale)$")
 _SIDES = {"lora_down.weight": "A", "lora_A.weight": "A", "lora_up.weight": "B", "lora_B.weight": "B"}
 _CLIP_LAYER = re.compile(
     r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -45,18 +47,28 @@ def from_published_names(
         if ending is None:
             return None
         target = name.removesuffix(ending[0])
-        layers.setdefault(target, {})[_SIDES.get(ending[1], "alpha")] = tensor
+        layers.setdefault(target, {})[_SIDES.get(ending[1], ending[1])] = tensor
         if target not in places and not _add_encoder(family, target, places):
             return None
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for target, own in layers.items():
         if missing := {"A", "B"} - own.keys():
             raise ValueError(f"{target}: its lora_{'down' if 'A' in missing else 'up'} is missing")
         component, parts = places[target]
-        down, up = own["A"], own["B"].float()
-        up = up * (float(own.get("alpha", torch.tensor(float(len(down))))) / len(down))
-        for part, rows in zip(parts, _rows(target, denoiser, parts, up), strict=True):
-            used = rows.flatten(1).any(dim=0) if len(parts) > 1 else torch.ones(len(down), dtype=torch.bool)
+        down = own["A"]
+        up = scaled(own["B"], float(own.get("alpha", torch.tensor(float(len(down))))) / len(down))
+        split = _rows(target, denoiser, parts, up)
+        if SCALE in own:
+            norms = magnitude(f"{target}.{SCALE}", own[SCALE], down, up)
+            each = (norms,) if len(parts) == 1 else norms.split([len(rows) for rows in split])
+            found |= {
+                f"{component}.{part}.lora_magnitude_vector": one.clone()
+                for part, one in zip(parts, each, strict=True)
+            }
+        for part, rows in zip(parts, split, strict=True):
+            used = torch.ones(len(down), dtype=torch.bool)
+            if len(parts) > 1 and SCALE not in own:
+                used = rows.flatten(1).any(dim=0)
             if used.any():  # a part whose rows are all zero was not trained
                 found[f"{component}.{part}.lora_A.weight"] = down[used].contiguous()
                 found[f"{component}.{part}.lora_B.weight"] = rows[:, used].contiguous()

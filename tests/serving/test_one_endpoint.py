@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import openai
 import pytest
+import torch
 from ray import serve
 from ray.serve.config import ProxyLocation
 
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.registry.models import RegisteredModel
+from ray_jobs.import_weights import imported_adapter, register_imported
+from ray_jobs.registry.models import RegisteredModel, champion
+from ray_jobs.weights.kohya import kohya_file
 from serving.command import PATIENCE, endpoint, free_port, serving_port
 from serving.messages import label
+from tests.serving import plain_diffusers
 from tests.serving.conftest import served, wait_until
+from tests.serving.test_endpoint import draw, pixels
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
@@ -76,9 +83,29 @@ def test_a_second_endpoint_is_refused_and_the_first_goes_on_beside_what_joined_i
     wait_until(answers(url))
 
 
+def imported(
+    config: Config, tiny_model: Path, lora_folder: Path, file: Path
+) -> tuple[Config, RegisteredModel]:
+    """An adapter in kohya's form, imported as the first version of a name of its own."""
+    file.write_bytes(kohya_file(str(tiny_model), lora_folder))
+    publish = config.publish.model_copy(update={"model_name": "imported"})
+    serving = config.serve.model_copy(update={"drift_pictures": 0})  # it has no reference for drift
+    config = config.model_copy(update={"publish": publish, "serve": serving})
+    with imported_adapter(config, [str(file)]) as found:
+        register_imported(config, found)
+    return config, champion(config)
+
+
 def test_a_serve_that_runs_already_is_used_at_its_address_only(
-    config: Config, registered: RegisteredModel, tiny_flux: Path
+    config: Config,
+    registered: RegisteredModel,
+    tiny_flux: Path,
+    tiny_model: Path,
+    lora_folder: Path,
+    tmp_path: Path,
+    key: str,
 ) -> None:
+    """What is served there is an imported adapter of another program; it draws what was trained."""
     port = free_port("127.0.0.1", 0)
     url = f"http://127.0.0.1:{port}"
     starting(port)
@@ -100,7 +127,16 @@ def test_a_serve_that_runs_already_is_used_at_its_address_only(
         pass
     assert applications() == {"other"}
 
-    with endpoint(config, registered, port) as at:
+    config, version = imported(config, tiny_model, lora_folder, tmp_path / "style.safetensors")
+    with endpoint(config, version, port) as at:
         assert at == url and applications() == {"other", "diffray"}
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60) as client:
+            [drawn] = draw(client, steps=4, guidance_scale=5.0, seed=11).data
+    pipeline = plain_diffusers.load(tiny_model)
+    pipeline.load_lora_weights(lora_folder)
+    trained = pipeline(
+        "a red apple", generator=torch.Generator().manual_seed(11), num_inference_steps=4, guidance_scale=5.0
+    )
+    assert np.abs(pixels(drawn) - np.asarray(trained.images[0]).astype(int)).max() <= 2
     assert applications() == {"other"}
     wait_until(answers(url))

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from pyarrow import fs
+from safetensors.torch import load_file
 
 from cluster.fetched import local_path
 from ray_jobs.config import ConfigError, load_config
 from ray_jobs.data.preparation import _open
+from ray_jobs.import_weights import imported_adapter
 from ray_jobs.training.setup import build_model, check_settings
 from ray_jobs.weights.feature_networks import check_networks, load_networks
-from ray_jobs.weights.loading import load_pipeline
+from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
 from ray_jobs.weights.model_files import encoders_digest
 from serving.replica.postprocess import Postprocessor
 from tests.s3_server import S3Server, s3_server
+from tests.unit.test_comfyui import adapter
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -117,7 +120,7 @@ def test_what_an_interrupted_fetch_left_does_not_count(server: S3Server, tmp_pat
 
 @pytest.mark.parametrize("field", ["model.base", "evaluate.feature_network"])
 def test_what_is_not_there_is_named_without_its_keys(server: S3Server, field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field}: models/nowhere: there are no files") as caught:
+    with pytest.raises(ConfigError, match=rf"^{field}: s3://models/nowhere: there are no files") as caught:
         local_path(server.address("nowhere"), field)
     assert "testing" not in str(caught.value)
 
@@ -125,3 +128,19 @@ def test_what_is_not_there_is_named_without_its_keys(server: S3Server, field: st
 def test_local_paths_and_names_of_the_hub_stay(tmp_path: Path) -> None:
     assert local_path("org/model") == "org/model" and local_path(str(tmp_path)) == str(tmp_path)
     assert not os.path.exists(os.environ["DIFFRAY_CACHE"])
+
+
+def test_an_adapter_in_a_bucket_is_imported_without_its_keys_in_the_records(
+    server: S3Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter(tiny_model, tmp_path / "style")
+    address = stored(server, tmp_path / "style" / LORA_WEIGHTS, "adapters/style.safetensors")
+    config = load_config(DEMO, [f"model.base={tiny_model}", f"storage={tmp_path}"])
+    found = {}
+    for name in (address, f"{address}=0.5", str(tmp_path / "style")):
+        with imported_adapter(config, [name]) as imported:
+            found[name] = imported.tags, load_file(imported.folder / LORA_WEIGHTS)
+    (tags, tensors), (halved, _), (_, local) = found.values()
+    assert tags["imported_from"] == "s3://models/adapters/style.safetensors"
+    assert halved["imported_from"] == "s3://models/adapters/style.safetensors=0.5"
+    assert tensors.keys() == local.keys() and all(torch.equal(tensors[key], local[key]) for key in local)

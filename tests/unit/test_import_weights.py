@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ray_jobs.config import Config, ConfigError, load_config
@@ -19,7 +21,9 @@ from ray_jobs.registry.aliases import promote, rollback, status
 from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import champion, entries, registered
 from ray_jobs.registry.registration import register
-from ray_jobs.weights.loading import LORA_WEIGHTS, load_pipeline
+from ray_jobs.weights.adapter_files import read_adapter_file
+from ray_jobs.weights.kohya import kohya_tensors
+from ray_jobs.weights.loading import LORA_WEIGHTS, empty_model, load_pipeline
 from ray_jobs.weights.single_file import write_single_file
 from serving.engine.engine import Engine
 from serving.request import Request
@@ -29,6 +33,7 @@ from tests.unit.test_comfyui import adapter, trained_updates
 from tests.unit.test_export_weights import FLUX, SD, SD3, XL, encoders_of, picture, version_of
 
 DEMO = "configs/demo.yaml"
+UNET_LAYERS = ["to_q", "to_out.0", "proj_in", "conv1", "q_proj", "out_proj", "fc1", "fc2"]
 
 
 @pytest.fixture(autouse=True)
@@ -91,16 +96,7 @@ def test_an_adapter_of_another_program_is_the_one_that_was_trained(
     base = tiny(name)
     layers: dict[str, Any] = {"use_rslora": True}
     if FAMILIES[name].is_unet:
-        layers["target_modules"] = [
-            "to_q",
-            "to_out.0",
-            "proj_in",
-            "conv1",
-            "q_proj",
-            "out_proj",
-            "fc1",
-            "fc2",
-        ]
+        layers["target_modules"] = UNET_LAYERS
     adapter(base, tmp_path / "model", encoders_of(name), **layers)
     export_version(version_of(base, tmp_path / "model", tmp_path), form, tmp_path / "out")
     with imported_adapter(configured(base, tmp_path), [str(tmp_path / "out")]) as found:
@@ -169,6 +165,59 @@ def test_a_checkpoint_in_one_file_is_served(tiny: Callable[[str], Path], tmp_pat
     assert (found.params["imported_from"], found.base) == (str(file), str(base))
 
 
+def kohya_dora(name: str, base: Path, trained: Path) -> dict[str, torch.Tensor]:
+    """A DoRA as LyCORIS writes it: the tensors of a LoRA for kohya's programs, and `dora_scale`."""
+    tensors, told = read_adapter_file(trained)
+    norms = {key: tensors.pop(key) for key in list(tensors) if "magnitude" in key}
+    family = FAMILIES[name]
+    denoiser = getattr(empty_model(str(base), [family.denoiser]), family.denoiser)
+    converted = kohya_tensors(family, denoiser, tensors, told)
+    for key in norms:
+        component, _, layer = key.removesuffix(".lora_magnitude_vector").partition(".")
+        place = family.kohya_layer(component, layer, denoiser.config)
+        assert place
+        rows = torch.cat([norms[f"{component}.{part}.lora_magnitude_vector"].flatten() for part in place[1]])
+        down = converted[f"{place[0]}.lora_down.weight"]
+        converted[f"{place[0]}.dora_scale"] = rows.reshape(-1, *[1] * (down.dim() - 1))
+    return converted
+
+
+@pytest.mark.parametrize("name", [SD, XL, FLUX])
+def test_dora_of_other_programs_draws_what_was_trained(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = tiny(name)
+    fused = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "attn.to_out.0", "q_proj"]
+    layers = UNET_LAYERS if FAMILIES[name].is_unet else fused
+    adapter(base, tmp_path / "model", encoders_of(name), use_dora=True, target_modules=layers)
+    ours = tmp_path / "model" / LORA_WEIGHTS
+    with safe_open(ours, "pt") as opened:
+        metadata = opened.metadata()
+    torch.manual_seed(2)
+    moved = {
+        key: each * (1 + torch.rand_like(each)) if "magnitude" in key else each
+        for key, each in load_file(ours).items()
+    }
+    save_file(moved, ours, metadata)
+    theirs = kohya_dora(name, base, ours)
+    file = tmp_path / "dora.safetensors"
+    save_file(theirs, file)
+    with imported_adapter(configured(base, tmp_path), [str(file)]) as found:
+        drawn = picture(load_pipeline(str(base), found.folder))
+    trained = picture(load_pipeline(str(base), tmp_path / "model"))
+    assert (drawn - trained).abs().max() < 0.55
+    assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
+    # Norms of the inputs, and some layers without any.
+    scale = next(key for key in theirs if key.endswith(("attn1_to_q.dora_scale", "img_attn_proj.dora_scale")))
+    width = theirs[scale.replace("dora_scale", "lora_down.weight")].shape[1]
+    save_file(theirs | {scale: torch.ones(1, width)}, file)
+    line = refusal(capsys, base, tmp_path, "--adapter", str(file))
+    assert f"{file}: {scale}: (1, {width}): DoRA is read with one norm for each" in line
+    save_file({key: each for key, each in theirs.items() if key != scale}, file)
+    line = refusal(capsys, base, tmp_path, "--adapter", str(file))
+    assert "has no DoRA, and " in line and "in all layers or in none" in line
+
+
 def lycoris(
     layers: dict[str, tuple[int, ...]], kind: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -205,12 +254,17 @@ def test_loha_and_lokr_are_the_lora_that_they_are(
         layers = {
             f"{inside}.{each}": f"lora_unet_{inside.replace('.', '_')}_{each}" for each in ("to_q", "to_v")
         }
+        layers["mid_block.resnets.0.conv1"] = "lora_unet_mid_block_resnets_0_conv1"
     else:
         inside = "transformer_blocks.0.attn"
-        layers = {f"{inside}.to_out.0": "lora_unet_double_blocks_0_img_attn_proj"}
+        kohya, comfyui = (
+            "lora_unet_double_blocks_0_img_attn_proj",
+            "diffusion_model.double_blocks.0.img_attn.proj",
+        )
+        layers = {f"{inside}.to_out.0": comfyui if kind == "lokr" else kohya}
     denoiser = FAMILIES[name].denoiser
     part = getattr(pipeline, denoiser)
-    sizes = {theirs: tuple(part.get_submodule(ours).weight.shape) for ours, theirs in layers.items()}
+    sizes = {theirs: part.get_submodule(ours).weight.flatten(1).shape for ours, theirs in layers.items()}
     tensors, updates = lycoris(sizes, kind)
     file = tmp_path / "lycoris.safetensors"
     save_file(tensors, file)
@@ -219,6 +273,72 @@ def test_loha_and_lokr_are_the_lora_that_they_are(
     assert {place for place in trained} == {(denoiser, layer) for layer in layers}
     for ours, theirs in layers.items():
         assert torch.allclose(trained[denoiser, ours], updates[theirs], atol=1e-4)
+
+
+LINEAR = ["attn1.to_q", "attn2.to_v"]
+PEFT_KINDS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=[*LINEAR, "conv1"], alpha_pattern={"attn1.to_q": 3}, use_rslora=True
+    ),
+    "dora": lambda: peft.LoraConfig(r=2, lora_alpha=6, target_modules=[*LINEAR, "conv1"], use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=2, alpha=6, target_modules=[*LINEAR, "conv1"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=[*LINEAR, "conv1"], decompose_both=True),
+    "pissa": lambda: peft.LoraConfig(r=2, lora_alpha=2, target_modules=LINEAR, init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_adapters_of_pefts_own_format_draw_what_was_trained(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    base = tiny(SD)
+    pipeline: Any = load_pipeline(str(base))
+    torch.manual_seed(0)
+    model = peft.get_peft_model(pipeline.unet, PEFT_KINDS[kind]())
+    folder, begun = tmp_path / kind, tmp_path / "begun"
+    model.save_pretrained(str(begun))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "hada_", "lokr_")):
+            parameter.data = 1.1 * parameter + 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    if kind == "pissa":
+        line = refusal(capsys, base, tmp_path, "--adapter", str(folder))
+        assert f"{folder}/adapter_model.safetensors: init_lora_weights is 'pissa', which changes" in line
+        model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(begun))
+    trained = picture(pipeline)
+    with imported_adapter(configured(base, tmp_path), [str(folder)]) as found:
+        assert (picture(load_pipeline(str(base), found.folder)) - trained).abs().max() < 0.55
+    assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
+
+
+def test_files_of_pefts_own_format_that_are_no_lora_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny(SD)
+    pipeline: Any = load_pipeline(str(base))
+    for config, message in (
+        (
+            peft.LoKrConfig(r=8, target_modules=LINEAR),
+            r"attn\d.to_\w: this LoKr has a second factor of full rank",
+        ),
+        (
+            peft.LoraConfig(r=2, target_modules=["to_out.0"], bias="lora_only"),
+            r"bias: no part of a LoRA; train without",
+        ),
+        (
+            peft.HRAConfig(r=2, target_modules=LINEAR),
+            "adapter_config.json: peft_type HRA: only LORA, LOHA, LOKR",
+        ),
+    ):
+        folder = tmp_path / str(config.peft_type)
+        model = peft.get_peft_model(pipeline.unet, config)
+        model.save_pretrained(str(folder))
+        model.unload()
+        file = folder / "adapter_model.safetensors"
+        line = refusal(capsys, base, tmp_path, "--adapter", str(folder))
+        assert re.match(rf"error: --adapter: {re.escape(str(file))}: .*{message}", line), line
+    (folder / "adapter_config.json").unlink()
+    assert "no adapter_config.json is beside it" in refusal(capsys, base, tmp_path, "--adapter", str(folder))
 
 
 def test_an_adapter_of_another_family_is_named(
@@ -338,8 +458,6 @@ def test_files_that_are_none_are_refused_in_one_line(
 def test_an_adapter_that_changed_its_base_is_refused(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors import safe_open
-
     base = tiny(SD)
     adapter(base, tmp_path / "model")
     file = tmp_path / "model" / LORA_WEIGHTS

@@ -262,7 +262,7 @@ def test_settings_that_say_the_same_are_not(
         ),
         (
             lambda t: t | {"unet.conv_in.dora_scale": torch.ones(2)},
-            r"unet\.conv_in\.dora_scale: no part of a LoRA",
+            r"unet\.conv_in\.dora_scale: diffusers has no single layer for it",
         ),
         (lambda t: t | {"unet.conv_in.diff_b": torch.ones(2)}, r"unet\.conv_in\.diff_b: no part of a LoRA"),
         (lambda t: {"unet.conv_in.lokr_w1": torch.ones(2, 2)}, "LoKr"),
