@@ -9,7 +9,6 @@ import json
 import logging
 import threading
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -127,9 +126,14 @@ def _records() -> Path:
 
 
 def _running_here() -> int:
-    runs = [Run(name) for name in jobs.names()]
-    here = [run for run in runs if (record := run.job.record) and record.address is None]
-    return sum(run.status == "running" for run in here)
+    return sum(_is_running_here(Run(name)) for name in jobs.names())
+
+
+def _is_running_here(run: Run) -> bool:
+    try:
+        return run.job.started.address is None and run.status == "running"
+    except ConfigError:  # its record is damaged, which the list shows, or was deleted meanwhile
+        return False
 
 
 def waiting() -> dict[str, Waiting]:
@@ -140,10 +144,14 @@ def waiting() -> dict[str, Waiting]:
 
 
 def read(name: str) -> Waiting | None:
-    """Return a waiting run; None if none of that name waits."""
-    with suppress(FileNotFoundError):
-        return Waiting(**json.loads((_records() / name / FILE).read_text(encoding="utf-8")))
-    return None
+    """Return a waiting run; None if none of that name waits. A damaged file is the run's problem."""
+    file = _records() / name / FILE
+    try:
+        return Waiting(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return Waiting([], 0.0, f"{file}: damaged; delete this run, and ask for it again")
 
 
 def _write(name: str, asked: Waiting) -> None:

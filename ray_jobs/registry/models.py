@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cluster.sqlite import from_home, sqlite_file, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
-from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
+from ray_jobs.registry.store import check_answers, check_experiment, pages, versions_of, without_password
 from ray_jobs.run.folder import SharedFolder
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ def sources(config: Config) -> dict[tuple[str, int], str]:
     Raises:
         ConfigError: the registry cannot be reached.
     """
+    check_answers(tracking_uri(config))
     file = sqlite_file(tracking_uri(config))
     if file and not file.exists():
         return {}

@@ -240,7 +240,7 @@ def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
     """Read the rows of a file in the search's folder; empty if it does not exist.
 
     Raises:
-        ConfigError: a line has a newer format.
+        ConfigError: a line has a newer format, or is damaged.
     """
     return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
 
@@ -457,9 +457,9 @@ class Winner(Record):
         """Read winner.json from the run's folder.
 
         Raises:
-            ConfigError: it has a newer format, or lacks a value.
+            ConfigError: it has a newer format, lacks a value, or is damaged.
         """
-        return cls.parse(json.loads(run.read_text(WINNER)), f"{run.uri}/{WINNER}")
+        return cls.parse(run.read_json(WINNER), f"{run.uri}/{WINNER}")
 
     def write(self, run: Storage) -> None:
         run.write_text(WINNER, json.dumps(self.versioned(), indent=2) + "\n")

@@ -35,6 +35,7 @@ from ray_jobs.run.records import RungRow, write_rows
 from serving.http.api_keys import KeyRing, add_key
 from tests.serving.http_server import eventually, http_server
 from tests.serving.test_web import FAINT, TOO_WIDE, UNNAMED
+from tests.unit.test_report import WINNER
 
 CHROMIUM = shutil.which("chromium")
 
@@ -133,6 +134,38 @@ def test_a_run_is_shown_from_its_records(home: Path, site: httpx.Client) -> None
     assert site.get("/runs").json() == [] and not (home / "runs" / "mine").exists()
 
 
+def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
+    home: Path, site: httpx.Client
+) -> None:
+    recorded(home, "well")
+    recorded(home, "cut", pictures=True)
+    results = home / "runs" / "cut" / "search" / "results.jsonl"
+    results.write_text(results.read_text()[:-30])
+    for name, winner in (("winner", "{"), ("lost", json.dumps(WINNER | {"registry_version": 1}))):
+        recorded(home, name)
+        (home / "runs" / name / "winner.json").write_text(winner)
+    lost = home / ".diffray" / "lost" / "job.json"
+    told = json.loads(lost.read_text())
+    told["arguments"] += ["--set", "publish.tracking_uri=http://127.0.0.1:9"]
+    lost.write_text(json.dumps(told))
+    recorded(home, "empty")
+    (home / ".diffray" / "empty" / "job.json").write_text("")
+    (home / ".diffray" / "halved").mkdir()
+    (home / ".diffray" / "halved" / "waiting.json").write_text('{"arguments": [')
+
+    runs = {run["name"]: run for run in site.get("/runs").json()}
+    assert (runs["well"]["best"], runs["lost"]["published"]) == ("87.0", 1)
+    assert "results.jsonl, line 6: damaged; restore it" in runs["cut"]["line"]
+    assert "winner.json: damaged; restore it" in runs["winner"]["line"]
+    assert "job.json: damaged; delete" in runs["empty"]["line"] and runs["empty"]["state"] == "unreached"
+    assert "waiting.json: damaged; delete this run" in runs["halved"]["line"]
+    for name, run in runs.items():
+        assert site.get(f"/runs/{name}").json()["line"] == run["line"]
+    assert "halved" in refused(site.post("/runs/halved/resume", json={}))[0]
+    assert site.delete("/runs/halved", headers={"Content-Type": "application/json"}).status_code == 200
+    assert "no MLflow server answers" in refused(site.get("/runs/lost/version"))[0]
+
+
 def two_hundred(home: Path) -> None:
     """200 runs of 50 rungs each."""
     recorded(home, "run-0", trials=5, rungs=10)
@@ -209,6 +242,8 @@ def test_a_queue_starts_one_run_after_the_other_and_outlives_its_page(home: Path
         first.add([*arguments("two"), "--set", "seed=1"])
     first.close()
     assert list(queue.waiting()) == ["one", "two"]
+    (home / ".diffray" / "damaged").mkdir()
+    (home / ".diffray" / "damaged" / "job.json").write_text("{")  # holds nobody up
     busy = Job("busy")
     busy.start("timeit", ["-n1", "-r1", "import time; time.sleep(600)"], None, submit=False)
     second = Queue(1)
@@ -305,7 +340,7 @@ def test_a_key_of_the_right_scope_opens_the_page(home: Path) -> None:
         assert site.get("/runs").json() == []
         bearer = {"Authorization": f"Bearer {drawer}"}
         other = httpx.Client(base_url=url, headers=bearer)
-        assert other.get("/runs").status_code == 401
+        assert other.get("/runs").status_code == other.get("/runs/draw").status_code == 401
         assert other.post("/runs/mine/draw", json={"prompt": "a cat"}).status_code == 404
 
 
