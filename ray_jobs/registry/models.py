@@ -222,8 +222,10 @@ def run_of(client: "MlflowClient", version: "ModelVersion") -> "Run | None":
         return None
 
 
-def sources(config: Config) -> dict[tuple[str, int], str]:
-    """Return the folders of the weights of all versions, by model and number; empty if there is no registry.
+def sources(config: Config) -> dict[tuple[str, int], list[str]]:
+    """Return what all versions are loaded from, by model and number; empty if there is no registry.
+
+    That is the folder of the weights and, where it is known, the base: a folder or hub name.
 
     Versions of other programs are among them.
 
@@ -236,7 +238,10 @@ def sources(config: Config) -> dict[tuple[str, int], str]:
         return {}
     with store_errors(config):
         found = pages(open_client(config).search_model_versions)
-        return {(each.name, int(each.version)): source_of(each) for each in found}
+        return {
+            (each.name, int(each.version)): [source_of(each), *filter(None, [each.tags.get("base")])]
+            for each in found
+        }
 
 
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:
