@@ -240,9 +240,17 @@ def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
     """Read the rows of a file in the search's folder; empty if it does not exist.
 
     Raises:
-        ConfigError: a line has a newer format, or is damaged.
+        ConfigError: a line has a newer format, lacks the score that ranks it, or is damaged.
     """
-    return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
+    where = f"{search.uri}/{file}"
+    rows = [RungRow.parse(line, where) for line in search.read_lines(file)]
+    for row in rows:
+        if row.ranked_by not in MEASURES or getattr(row, row.ranked_by) is None:
+            raise ConfigError(
+                f"{where}: {row.trial_id} at step {row.step} has no score {row.ranked_by}; update diffray, "
+                "or give the run another name"
+            )
+    return rows
 
 
 def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) -> None:

@@ -22,7 +22,7 @@ from ray_jobs.registry.models import TEST_FEATURES, RegisteredModel
 from ray_jobs.registry.promotion import Measured, Result, compared_by
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import FID, PREFERENCE, Winner
-from ray_jobs.run.split import Split
+from ray_jobs.run.split import TEST, Split
 from ray_jobs.weights.feature_networks import NetworkSet, check_networks, load_networks
 from ray_jobs.weights.question_model import QuestionModel
 from tests.tiny_captioners import blip, qwen
@@ -118,6 +118,9 @@ def test_a_model_of_features_may_be_the_judge_too_and_a_champion_without_rewards
     winner = Winner.model_validate(WINNER | {"test_digest": "t"})
     paired = version.paired_with_champion(config, Pool(), winner, storage.child("new"))  # type: ignore[arg-type]
     assert paired and paired.champion == 3 and list(paired.errors) == [FID]
+    storage.child("new").write_bytes(TEST_FEATURES, b"half")
+    with pytest.raises(ConfigError, match=r"new/test\.features: damaged; restore it, or delete it"):
+        Pool().difference(storage.child("new"), storage.child("champion"), TEST, TEST_FEATURES)
 
 
 def test_a_reward_model_without_a_tokenizer_takes_that_of_another_one(

@@ -148,6 +148,9 @@ def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
     told = json.loads(lost.read_text())
     told["arguments"] += ["--set", "publish.tracking_uri=http://127.0.0.1:9"]
     lost.write_text(json.dumps(told))
+    recorded(home, "newer", trials=1, rungs=1)
+    newer = home / "runs" / "newer" / "search" / "results.jsonl"
+    newer.write_text(json.dumps(json.loads(newer.read_text()) | {"ranked_by": "taste"}))
     recorded(home, "empty")
     (home / ".diffray" / "empty" / "job.json").write_text("")
     (home / ".diffray" / "halved").mkdir()
@@ -157,6 +160,7 @@ def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
     assert (runs["well"]["best"], runs["lost"]["published"]) == ("87.0", 1)
     assert "results.jsonl, line 6: damaged; restore it" in runs["cut"]["line"]
     assert "winner.json: damaged; restore it" in runs["winner"]["line"]
+    assert "lr-0 at step 10 has no score taste; update diffray" in runs["newer"]["line"]
     assert "job.json: damaged; delete" in runs["empty"]["line"] and runs["empty"]["state"] == "unreached"
     assert "waiting.json: damaged; delete this run" in runs["halved"]["line"]
     for name, run in runs.items():
@@ -284,7 +288,7 @@ def test_a_run_waits_is_resumed_and_deleted_by_the_page(home: Path, site: httpx.
 
 
 def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
-    home: Path, site: httpx.Client
+    home: Path, site: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def put(name: str, content: bytes, folder: str = "photos/new") -> httpx.Response:
         headers = {"Content-Type": "application/octet-stream"}
@@ -305,8 +309,17 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
     found = site.get("/folders", params={"path": "photos/new"}).json()
     assert (found["pictures"], found["captioned"]) == (1, True)
     assert {path.name for path in (home / "photos" / "new").iterdir()} == {"a_b.png", "a_b.txt"}
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)  # as on exFAT
+    assert put("linkless.png", png(2)).status_code == put("linkless.png", png(2)).status_code == 200
+    assert "has another file" in refused(put("linkless.png", png(3)))[0]
+    assert (home / "photos" / "new" / "linkless.png").read_bytes() == png(2)
     os.symlink("/etc", home / "photos" / "out")
     assert "the page reads" in refused(site.get("/folders", params={"path": "photos/out"}))[0]
+    assert safe_name("cafe\u0301.png") == "café.png"
     assert safe_name("-rf .png") == "rf .png" and safe_name("é" * 200 + ".png").endswith("é.png")
 
 
