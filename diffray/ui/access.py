@@ -72,12 +72,12 @@ class Access:
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        if self.is_local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+        if self.is_local and _hostname(host) not in LOCAL_HOSTS:
             return _refused(403, f"this page is served as {', '.join(LOCAL_HOSTS)}, not as {host}")
         path = request.scope["path"]  # unlike that of `request.url`, whatever the header Host says
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         if request.method not in ("GET", "HEAD"):
-            origin = request.headers.get("origin")
+            origin = request.headers.get("origin", "")
             if not request.headers.get("content-type", "").startswith(KINDS):
                 return _refused(415, f"send {' or '.join(KINDS)}")
             # Without a key nobody may fill the memory; uploads have a limit of their own, behind this one.
@@ -85,7 +85,7 @@ class Access:
             is_long = "transfer-encoding" in request.headers or int(length) > MAX_BODY
             if is_long and path != "/uploads":
                 return _refused(413, f"send at most {MAX_BODY:,} bytes")
-            if urlsplit(origin or "").netloc != host and (origin or not bearer):
+            if origin.partition("://")[2] != host and (origin or not bearer):
                 return _refused(403, "changes are made by this page only, or with a key by programs")
         if self.keys is None or path in PUBLIC or path.startswith("/web/"):
             return None
@@ -108,6 +108,13 @@ class Access:
         if not key.scopes & {scope, "admin"}:
             return f"the key {key.id} lacks the scope {scope!r}; make one with `diffray keys add`"
         return ""
+
+
+def _hostname(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # as of "[::1"
+        return None
 
 
 def _refused(status: int, reason: str) -> JSONResponse:

@@ -89,7 +89,7 @@ class DataFolders:
     def existing(self, given: str) -> str:
         """Return the same of a folder or file that exists; addresses are not looked at."""
         path = self.allowed(given)
-        if "://" not in path and not Path(path).exists():
+        if "://" not in path and not os.path.exists(path):
             raise ConfigError(f"data: {given}: no such folder; correct the path, or upload pictures")
         return path
 
@@ -131,7 +131,7 @@ class DataFolders:
         target = Path(self.allowed(folder))
         name = safe_name(name)
         _check(name, content)
-        if not target.parent.is_dir():
+        if not os.path.isdir(target.parent):
             raise ConfigError(f"data: {folder}: {target.parent} is no folder; choose one that exists")
         try:
             target.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from diffray.api import Run, begin, startable
 from ray_jobs.config import ConfigError, home
 
 FILE = "waiting.json"
+LOCK = ".page.lock"  # no run has a name like this
 LOOK_S = 1.0
 """Interval between looks for room on this machine, in seconds."""
 
@@ -51,7 +52,7 @@ class Queue:
         self._lock, self._closed = threading.Lock(), threading.Event()
         folder = _records()
         folder.mkdir(parents=True, exist_ok=True)
-        self._held = (folder / "page.lock").open("w", encoding="utf-8")
+        self._held = (folder / LOCK).open("w", encoding="utf-8")
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -306,6 +306,8 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
         assert said in refused(put(name, content))[0]
     assert "the page reads" in refused(put("a.png", png(), "/tmp"))[0]
     assert "is no folder" in refused(put("a.png", png(), "photos/x/y"))[0]
+    assert "no such folder" in refused(site.get("/folders", params={"path": f"photos/{'x' * 300}"}))[0]
+    assert "File name too long" in refused(put("a.png", png(), f"photos/{'x' * 300}"))[0]
     found = site.get("/folders", params={"path": "photos/new"}).json()
     assert (found["pictures"], found["captioned"]) == (1, True)
     assert {path.name for path in (home / "photos" / "new").iterdir()} == {"a_b.png", "a_b.txt"}
@@ -327,11 +329,15 @@ def test_other_sites_and_other_machines_are_refused(home: Path, site: httpx.Clie
     form = {"data": "photos", "recipe": "sdxl-lora"}
     assert site.post("/runs", json=form, headers={"Origin": "http://evil.example"}).status_code == 403
     assert site.post("/runs", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
-    assert site.get("/runs", headers={"Host": "evil.example"}).status_code == 403
+    for origin in ("http://[::1", "null", ""):
+        assert site.post("/runs", json=form, headers={"Origin": origin}).status_code == 403
+    for host in ("evil.example", "[::1", "localhost.evil.example"):
+        assert site.get("/runs", headers={"Host": host}).status_code == 403
     assert site.post("/session", json={"key": "x" * 200_000}).status_code == 413
     policy = site.get("/").headers["content-security-policy"]
     assert "script-src 'self';" in policy and "frame-ancestors 'none'" in policy
     assert queue.waiting() == {}
+    assert site.post("/runs", json=form | {"name": "page.lock"}).json() == {"name": "page.lock"}
     (home / "waiting.json").write_text("{}")
     assert site.post("/runs/%2e%2e/stop", json={}).status_code >= 400 and (home / "waiting.json").exists()
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0: other machines would reach the page"):
