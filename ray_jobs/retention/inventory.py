@@ -242,11 +242,11 @@ def _unused(encoded: Sizes, runs: list[RunSpace]) -> tuple[str, Sizes]:
         dataset = run.root.child(DATASET)
         try:
             encoders = Manifest.read(dataset).encoders if dataset.exists(MANIFEST) else ""
+            if not (encoders and dataset.exists(PARTS)):
+                return f"{run.name} is not wholly prepared", {}
+            files = {part["file"] for part in _parsed(dataset, PARTS)}
         except ConfigError as error:
             return str(error), {}
-        if not (encoders and dataset.exists(PARTS)):
-            return f"{run.name} is not wholly prepared", {}
-        files = {part["file"] for part in json.loads(dataset.read_text(PARTS))}
         used.setdefault(encoders[:16], {EMPTY_CAPTION}).update(files)
     return "", {
         f"{ENCODED}/{name}": size

@@ -228,6 +228,11 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
     assert (Job("asked-again").folder / "waiting.json").exists()
     assert shared.registered("model").child("0123").files() == ["a.safetensors"]
 
+    for file, content in (("parts.json", '[{"file'), ("manifest.json", "")):
+        before = RunFolder.of(config).dataset.read_text(file)
+        RunFolder.of(config).dataset.write_text(file, content)
+        assert f"encoded: kept whole: {tmp_path}/runs/cached/dataset/{file}: damaged" in clean("--unused")
+        RunFolder.of(config).dataset.write_text(file, before)
     RunFolder.of(config).dataset.delete("parts.json")
     assert "encoded: kept whole: cached is not wholly prepared" in clean("--unused")
 
