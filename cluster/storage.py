@@ -143,9 +143,22 @@ class Storage:
         """Write a UTF-8 file atomically, see `write_bytes`."""
         self.write_bytes(name, text.encode("utf-8"))
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object of a JSON file; raise FileNotFoundError if it is missing.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        return _object(self.read_bytes(name), f"{self.uri}/{name}")
+
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the objects of a JSON Lines file; empty if there is no such file."""
-        return [json.loads(line) for line in self.read_text(name).splitlines()] if self.exists(name) else []
+        """Return the objects of a JSON Lines file; empty if there is no such file.
+
+        Raises:
+            ConfigError: a line is damaged.
+        """
+        lines = self.read_bytes(name).splitlines() if self.exists(name) else []
+        return [_object(line, f"{self.uri}/{name}, line {number}") for number, line in enumerate(lines, 1)]
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file atomically, one line per object, see `write_bytes`."""
@@ -228,6 +241,16 @@ def canonical(uri: str) -> str:
     if "://" in uri:
         return unquote(uri.partition("?")[0]).rstrip("/")
     return os.path.realpath(home() / Path(uri).expanduser())
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:  # neither JSON nor UTF-8
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: damaged; restore it, or delete the run")
+    return found
 
 
 @contextmanager

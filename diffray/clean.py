@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from itertools import chain
 
 from cluster.lease import held
-from cluster.storage import Storage
-from diffray.jobs import Job, names
+from diffray.jobs import JOB, Job, names
 from diffray.settings import config_of
+from diffray.ui import queue
 from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
 from ray_jobs.console import columns, complain, human_size, show
 from ray_jobs.console.commands import command_parser
@@ -51,11 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _clean(config: Config, options: argparse.Namespace) -> None:
     root, own = SharedFolder.of(config).root, config.name
     with ExitStack() as leases:
+        refused = set[str]()
         if options.delete:
             for name in run_names(root):
                 if options.all_runs or options.unused or name == own:
-                    _take(leases, root.child(name))
-        found = take_inventory(config)
+                    try:
+                        leases.enter_context(held(root.child(name)))  # until its files are deleted
+                    except ConfigError as error:
+                        show(str(error))
+                        refused.add(name)
+        found = take_inventory(config, refused)
         chosen = [run for run in found.runs if options.all_runs or run.name == own]
         if options.keep and not chosen:
             raise ConfigError(f"name: {root.uri} has no run {own}; correct it, or give --all-runs")
@@ -83,14 +88,6 @@ def _clean(config: Config, options: argparse.Namespace) -> None:
                 job.forget()
         does = "deleted" if options.delete else "to delete, with --delete"
         show(f"{does}: {human_size(sum(paths.values())).strip()} below {root.uri}")
-
-
-def _take(leases: ExitStack, run: Storage) -> None:
-    """Hold a run's lease until its files are deleted; one that another driver holds is kept whole."""
-    try:
-        leases.enter_context(held(run))
-    except ConfigError as error:
-        show(str(error))
 
 
 def listed(found: Inventory) -> list[str]:
@@ -127,9 +124,12 @@ def gone_records() -> list[Job]:
 
 
 def _is_gone(name: str) -> bool:
-    job, endpoint = Job(name), Job(f"{name}/endpoint")
+    job = Job(name)
+    others = [Job(f"{name}/{path.parent.name}") for path in job.folder.glob(f"*/{JOB}")]
     try:
-        if any(each.record and each.status == "running" for each in (job, endpoint)):
+        if any(each.record and each.status == "running" for each in (job, *others)):
+            return False
+        if queue.read(name):  # it waits to be started again
             return False
         return not RunFolder.of(config_of(job.started.arguments)).root.exists()
     except ConfigError as error:  # of its configuration or its cluster, which may be there again later

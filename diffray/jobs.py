@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RECORDS = ".diffray"
+JOB = "job.json"
 STOP_S = 120
 """Timeout while a job stops, in seconds: it stops its Ray in an orderly way."""
 
@@ -70,10 +71,18 @@ class Job:
 
     @property
     def record(self) -> Record | None:
-        """How it was started; None if it never was."""
-        with suppress(FileNotFoundError):
-            return Record(**json.loads((self.folder / "job.json").read_text(encoding="utf-8")))
-        return None
+        """How it was started; None if it never was.
+
+        Raises:
+            ConfigError: its file is damaged.
+        """
+        file = self.folder / JOB
+        try:
+            return Record(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            raise ConfigError(f"{file}: damaged; delete {self.folder}, and start the run again") from None
 
     def start(self, module: str, arguments: list[str], address: str | None, *, submit: bool) -> None:
         """Run `python -m module arguments` in the background.
@@ -98,7 +107,9 @@ class Job:
             record = Record(arguments, process=process.pid, started=process.create_time())
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(record), indent=2) + "\n"
-        (self.folder / "job.json").write_text(text, encoding="utf-8")
+        aside = self.folder / f"{JOB}.new"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(self.folder / JOB)  # others read it meanwhile
 
     def _spawn(self, command: list[str]) -> "subprocess.Popen[bytes]":
         """Start a process in a session of its own, which an interrupt or the end of this one does not reach.
@@ -142,9 +153,13 @@ class Job:
 
     @property
     def started(self) -> Record:
-        """How it was started; for jobs that were."""
-        record = self.record
-        assert record, f"{self.folder} has no job"
+        """How it was started; for jobs that were.
+
+        Raises:
+            ConfigError: its file is damaged, or was deleted meanwhile.
+        """
+        if (record := self.record) is None:
+            raise ConfigError(f"{self.folder.name}: it was deleted")
         return record
 
     @staticmethod
@@ -236,4 +251,4 @@ def _client(address: str) -> "JobSubmissionClient":
 
 def names() -> list[str]:
     """Return the names of all runs with a record here."""
-    return sorted(path.parent.name for path in (home() / RECORDS).glob("*/job.json"))
+    return sorted(path.parent.name for path in (home() / RECORDS).glob(f"*/{JOB}"))

@@ -32,6 +32,7 @@ from ray_jobs.tuning.driver import Trials
 from ray_jobs.tuning.packing import packing
 from ray_jobs.tuning.results import (
     FINISHED,
+    TUNE,
     SearchResult,
     at_most,
     bill,
@@ -66,7 +67,7 @@ def search(config: Config, dataset: Dataset, pool: EvaluatorPool) -> SearchResul
         say("search", line)
     if config.not_together:
         say("search", config.not_together)
-    storage.delete("tune")
+    storage.delete(TUNE)
     recorded = read_rows(storage)
     if any(row.ranked_by == FID for row in recorded):  # a release that knew nothing else measured them
         pool.rank_by = FID

@@ -5,6 +5,7 @@ may draw with a run's endpoint, by programs. A browser sends its key once and ge
 pictures and reports need too. Changes that another site's page sends are refused.
 """
 
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from serving.http.api_keys import KeyRing, Scope
 
 COOKIE = "diffray-ui"
 PUBLIC = ("/", "/style.css", "/icon.svg", "/session")
+DRAW = re.compile("/runs/[^/]+/draw")  # and not the run that is named so
 PAGE_HEADERS = HEADERS | {
     # Curves have their colours in attributes, and drawn pictures are kept in the browser; scripts and sheets
     # are files of the page.
@@ -70,27 +72,27 @@ class Access:
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        if self.is_local and urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+        if self.is_local and _hostname(host) not in LOCAL_HOSTS:
             return _refused(403, f"this page is served as {', '.join(LOCAL_HOSTS)}, not as {host}")
+        path = request.scope["path"]  # unlike that of `request.url`, whatever the header Host says
         kind, _, bearer = request.headers.get("authorization", "").partition(" ")
         if request.method not in ("GET", "HEAD"):
-            origin = request.headers.get("origin")
+            origin = request.headers.get("origin", "")
             if not request.headers.get("content-type", "").startswith(KINDS):
                 return _refused(415, f"send {' or '.join(KINDS)}")
             # Without a key nobody may fill the memory; uploads have a limit of their own, behind this one.
             length = request.headers.get("content-length", "0")
             is_long = "transfer-encoding" in request.headers or int(length) > MAX_BODY
-            if is_long and request.url.path != "/uploads":
+            if is_long and path != "/uploads":
                 return _refused(413, f"send at most {MAX_BODY:,} bytes")
-            if urlsplit(origin or "").netloc != host and (origin or not bearer):
+            if origin.partition("://")[2] != host and (origin or not bearer):
                 return _refused(403, "changes are made by this page only, or with a key by programs")
-        path = request.url.path
         if self.keys is None or path in PUBLIC or path.startswith("/web/"):
             return None
         token = (
             bearer if kind.lower() == "bearer" else self._sessions.get(request.cookies.get(COOKIE, ""), "")
         )
-        scope: Scope = "generate" if path.endswith("/draw") else "admin"
+        scope: Scope = "generate" if DRAW.fullmatch(path) else "admin"
         problem = self._problem_of(token.strip(), scope)
         return _refused(401, problem) if problem else None
 
@@ -106,6 +108,13 @@ class Access:
         if not key.scopes & {scope, "admin"}:
             return f"the key {key.id} lacks the scope {scope!r}; make one with `diffray keys add`"
         return ""
+
+
+def _hostname(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # as of "[::1"
+        return None
 
 
 def _refused(status: int, reason: str) -> JSONResponse:

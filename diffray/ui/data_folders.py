@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class DataFolders:
     def existing(self, given: str) -> str:
         """Return the same of a folder or file that exists; addresses are not looked at."""
         path = self.allowed(given)
-        if "://" not in path and not Path(path).exists():
+        if "://" not in path and not os.path.exists(path):
             raise ConfigError(f"data: {given}: no such folder; correct the path, or upload pictures")
         return path
 
@@ -130,7 +131,7 @@ class DataFolders:
         target = Path(self.allowed(folder))
         name = safe_name(name)
         _check(name, content)
-        if not target.parent.is_dir():
+        if not os.path.isdir(target.parent):
             raise ConfigError(f"data: {folder}: {target.parent} is no folder; choose one that exists")
         try:
             target.mkdir(exist_ok=True)
@@ -139,9 +140,9 @@ class DataFolders:
                 with open(descriptor, "wb") as file:
                     file.write(content)
                 os.chmod(aside, 0o644)
-                os.link(aside, target / name)  # fails where a file has the name, unlike a rename
+                _give_name(aside, target / name)
             finally:
-                os.unlink(aside)
+                Path(aside).unlink(missing_ok=True)
         except FileExistsError:
             if target.is_dir() and (target / name).is_file() and (target / name).read_bytes() == content:
                 return name
@@ -153,9 +154,20 @@ class DataFolders:
         return name
 
 
+def _give_name(file: str, name: Path) -> None:
+    """Give a file a name that none has; raises FileExistsError if one has it, unlike a rename."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and some network drives have no links
+        name.open("x").close()
+        os.replace(file, name)
+
+
 def safe_name(given: str) -> str:
     """Return a file's name without folders and without characters that programs or shells could mistake."""
-    name = re.split(r"[/\\]", given)[-1]
+    name = unicodedata.normalize("NFC", re.split(r"[/\\]", given)[-1])  # macOS sends accents apart
     stem, suffix = os.path.splitext(re.sub(r"[^\w .()+-]", "_", name).strip(" ."))
     stem = stem.encode()[:LONGEST].decode(errors="ignore").lstrip("-")
     return f"{stem or 'picture'}{suffix}"

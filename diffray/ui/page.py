@@ -14,6 +14,7 @@ from diffray.ui.data_folders import DataFolders
 from diffray.ui.forms import Form, arguments_of
 from diffray.ui.queue import Queue
 from diffray.ui.runs import Runs
+from ray_jobs.config import ConfigError
 from ray_jobs.config.fields import nearest
 from serving.client import EndpointError, call
 
@@ -50,6 +51,8 @@ class Page:
     def resume(self, name: str) -> None:
         """Start a run that has ended again, or one that could not be started."""
         if asked := queue.read(name):
+            if not asked.arguments:
+                raise ConfigError(asked.problem)
             self._begin(asked.arguments, None)
         else:
             record = found(name).job.started

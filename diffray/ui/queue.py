@@ -9,7 +9,6 @@ import json
 import logging
 import threading
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from diffray.api import Run, begin, startable
 from ray_jobs.config import ConfigError, home
 
 FILE = "waiting.json"
+LOCK = ".page.lock"  # no run has a name like this
 LOOK_S = 1.0
 """Interval between looks for room on this machine, in seconds."""
 
@@ -52,7 +52,7 @@ class Queue:
         self._lock, self._closed = threading.Lock(), threading.Event()
         folder = _records()
         folder.mkdir(parents=True, exist_ok=True)
-        self._held = (folder / "page.lock").open("w", encoding="utf-8")
+        self._held = (folder / LOCK).open("w", encoding="utf-8")
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -127,9 +127,14 @@ def _records() -> Path:
 
 
 def _running_here() -> int:
-    runs = [Run(name) for name in jobs.names()]
-    here = [run for run in runs if (record := run.job.record) and record.address is None]
-    return sum(run.status == "running" for run in here)
+    return sum(_is_running_here(Run(name)) for name in jobs.names())
+
+
+def _is_running_here(run: Run) -> bool:
+    try:
+        return run.job.started.address is None and run.status == "running"
+    except ConfigError:  # its record is damaged, which the list shows, or was deleted meanwhile
+        return False
 
 
 def waiting() -> dict[str, Waiting]:
@@ -140,10 +145,14 @@ def waiting() -> dict[str, Waiting]:
 
 
 def read(name: str) -> Waiting | None:
-    """Return a waiting run; None if none of that name waits."""
-    with suppress(FileNotFoundError):
-        return Waiting(**json.loads((_records() / name / FILE).read_text(encoding="utf-8")))
-    return None
+    """Return a waiting run; None if none of that name waits. A damaged file is the run's problem."""
+    file = _records() / name / FILE
+    try:
+        return Waiting(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return Waiting([], 0.0, f"{file}: damaged; delete this run, and ask for it again")
 
 
 def _write(name: str, asked: Waiting) -> None:

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 
 from cluster.storage import Storage
 from diffray import jobs
 from diffray.api import Run
-from diffray.jobs import Job
+from diffray.jobs import JOB, Job
 from diffray.shown import charts
 from diffray.ui import queue
 from diffray.ui.clusters import ENDED, ClusterStates, State
@@ -135,8 +136,20 @@ class Runs:
         return sorted(found, key=lambda run: run.started, reverse=True)
 
     def _summary(self, name: str) -> tuple[Summary, _Read] | None:
-        """Return a run that was started, and its files; None if it was deleted meanwhile."""
-        run, file = Run(name), Job(name).folder / "job.json"
+        """Return a run that was started, and its files; None if it was deleted meanwhile.
+
+        One that cannot be read is told among the others.
+        """
+        file = Job(name).folder / JOB
+        try:
+            return self._looked(Run(name), file)
+        except (ConfigError, OSError) as error:
+            with suppress(FileNotFoundError):
+                line, started = str(error), file.stat().st_mtime
+                return Summary(name=name, state="unreached", started=started, line=line), _Read()
+            return None
+
+    def _looked(self, run: Run, file: Path) -> tuple[Summary, _Read] | None:
         if (record := run.job.record) is None:
             return None
         state, note = self._clusters.state(run.job, record) if record.address else (run.status, "")
@@ -212,11 +225,12 @@ class Runs:
             return None
         try:
             content = Storage.open(row.checkpoint).child(kind).read_bytes(file)
-        except FileNotFoundError:
+            if not small:
+                return content
+            picture = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGB")
+        except (FileNotFoundError, UnidentifiedImageError):
             return None
-        if not small:
-            return content
-        picture, buffer = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGB"), io.BytesIO()
+        buffer = io.BytesIO()
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         picture.save(buffer, "JPEG", quality=85)
         return buffer.getvalue()
@@ -232,7 +246,7 @@ class Runs:
         Args:
             ended: the run writes nothing more, so that what was read from object storage is not looked at.
         """
-        file = (run.job.folder / "job.json").stat()
+        file = (run.job.folder / JOB).stat()
         with self._lock:
             former = self._read.get(run.name, _Read())
         read = former if former.record == (stamp := (file.st_mtime_ns, file.st_size)) else _Read(stamp)

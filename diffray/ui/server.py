@@ -28,7 +28,8 @@ from diffray.ui.page import Deployed, Page, found, missing
 from diffray.ui.runs import Detail, Rung, Summary, waiting_run
 from ray_jobs.config import ConfigError
 from ray_jobs.config.fields import RunName
-from ray_jobs.registry.models import CHAMPION, entries
+from ray_jobs.registry.models import CHAMPION, entries, tracking_uri
+from ray_jobs.registry.store import check_answers
 from ray_jobs.report.dataset_page import STYLE
 from ray_jobs.run.folder import REPORT
 from serving.client import EndpointError
@@ -208,6 +209,7 @@ def _add_models(app: FastAPI, page: Page) -> None:
     def version(name: RunName) -> Version:
         run = found(name)
         model, winner = run.config.publish.model_name, run.winner
+        check_answers(tracking_uri(run.config))
         entry = entries(run.config, [model]).get(model)
         return Version(
             model=model,

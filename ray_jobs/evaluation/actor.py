@@ -16,7 +16,7 @@ import numpy as np
 from cluster.fetched import local_path
 from cluster.gpus import take_share
 from cluster.storage import Storage
-from ray_jobs.config import Config
+from ray_jobs.config import Config, ConfigError
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.evaluation.dealing import Shape
 from ray_jobs.evaluation.scores import (
@@ -441,9 +441,7 @@ class Evaluator:
 
     def near_copies(self, drawn: Storage, detector: tuple[CopyDetector, DetectorFacts]) -> Copies:
         """Search the pictures whose features are in a rung's folder for near copies."""
-        from safetensors.numpy import load
-
-        features = load(drawn.read_bytes(FEATURES))
+        features = _kept_features(drawn, FEATURES)
         return near_copies(features[self.networks.first.identity], *detector)
 
     def _scores(self, generated: Features, real: Real) -> Scores:
@@ -476,18 +474,32 @@ class Evaluator:
             measure: one of `records.MEASURES`.
         """
         import torch
-        from safetensors.numpy import load
 
         network, resamples = self.networks.first.identity, self.config.evaluate.bootstrap
         if measure == PREFERENCE:
             assert self.networks.preference
             network = self.networks.preference.identity
-        first, second = (torch.from_numpy(load(folder.read_bytes(file))[network]) for folder in (one, other))
+        first, second = (torch.from_numpy(_kept_features(each, file)[network]) for each in (one, other))
         return self._computed(
             lambda device: difference_by(
                 measure, first.to(device), second.to(device), real, network, resamples=resamples
             )
         )
+
+
+def _kept_features(folder: Storage, file: str) -> Features:
+    """Read what `score` or `measure` has saved.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return dict(load(folder.read_bytes(file)))
+    except SafetensorError:
+        raise ConfigError(f"{folder.uri}/{file}: damaged; restore it, or delete it") from None
 
 
 def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":

@@ -65,7 +65,8 @@ class ClipPreference(PreferenceModel):
 
     @property
     def identity(self) -> str:
-        return self.clip.identity
+        # Not that of its features, by which the same model may measure too.
+        return f"{self.clip.identity} (reward)"
 
     @property
     def resizing(self) -> str:

@@ -1,5 +1,7 @@
 """Register the winner as a version in the registry."""
 
+from contextlib import suppress
+
 from cluster.storage import Storage, slug
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.evaluation.pool import SUBJECT_FEATURES, EvaluatorPool
@@ -31,14 +33,12 @@ def paired_with_champion(
     measures = {FID, pool.ranked_by(TEST)}
     if not folder.exists(SUBJECT_FEATURES):
         measures -= {SUBJECT}
-    try:
-        errors = {
-            measure: pool.difference(model, folder, TEST, TEST_FEATURES, measure).standard_error
-            for measure in measures
-        }
-    except (KeyError, ValueError):  # another network or number of pictures
-        return None
-    return Paired(held.version, errors)
+    errors = {}
+    for measure in measures:
+        # The champion may have another network or number of pictures, or no rewards.
+        with suppress(KeyError, ValueError):
+            errors[measure] = pool.difference(model, folder, TEST, TEST_FEATURES, measure).standard_error
+    return Paired(held.version, errors) if errors else None
 
 
 def sampled_as(config: Config, best: RungRow | Winner) -> Config:

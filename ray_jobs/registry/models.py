@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cluster.sqlite import from_home, sqlite_file, sqlite_url
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
-from ray_jobs.registry.store import check_experiment, pages, versions_of, without_password
+from ray_jobs.registry.store import check_answers, check_experiment, pages, versions_of, without_password
 from ray_jobs.run.folder import SharedFolder
 
 if TYPE_CHECKING:
@@ -222,20 +222,26 @@ def run_of(client: "MlflowClient", version: "ModelVersion") -> "Run | None":
         return None
 
 
-def sources(config: Config) -> dict[tuple[str, int], str]:
-    """Return the folders of the weights of all versions, by model and number; empty if there is no registry.
+def sources(config: Config) -> dict[tuple[str, int], list[str]]:
+    """Return what all versions are loaded from, by model and number; empty if there is no registry.
+
+    That is the folder of the weights and, where it is known, the base: a folder or hub name.
 
     Versions of other programs are among them.
 
     Raises:
         ConfigError: the registry cannot be reached.
     """
+    check_answers(tracking_uri(config))
     file = sqlite_file(tracking_uri(config))
     if file and not file.exists():
         return {}
     with store_errors(config):
         found = pages(open_client(config).search_model_versions)
-        return {(each.name, int(each.version)): source_of(each) for each in found}
+        return {
+            (each.name, int(each.version)): [source_of(each), *filter(None, [each.tags.get("base")])]
+            for each in found
+        }
 
 
 def entries(config: Config, names: Sequence[str]) -> dict[str, RegistryEntry]:

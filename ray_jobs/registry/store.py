@@ -133,7 +133,24 @@ def check_experiment(uri: str, name: str) -> None:
         _ask_database(uri, name)
 
 
+def check_answers(uri: str) -> None:
+    """Check that an MLflow server answers, which MLflow's own client tries to find out for minutes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if is_server(uri):
+        _experiment_of(uri, "Default")
+
+
 def _ask_server(uri: str, name: str) -> None:
+    found = _experiment_of(uri, name)
+    if found and found.get("lifecycle_stage") == "deleted":
+        raise deleted_experiment(name, found["experiment_id"])
+
+
+def _experiment_of(uri: str, name: str) -> dict[str, str] | None:
+    """Return what a server tells of an experiment; None if there is none, or the server requires a login."""
     import requests
 
     place = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
@@ -143,23 +160,21 @@ def _ask_server(uri: str, name: str) -> None:
             place, params={"experiment_name": name}, timeout=ANSWERS_WITHIN, allow_redirects=False
         )
     except requests.exceptions.SSLError:
-        return  # it answers; MLflow's client validates the certificate
+        return None  # it answers; MLflow's client validates the certificate
     except requests.RequestException as error:
         raise ConfigError(
             f"publish.tracking_uri: {without_password(uri)}: no MLflow server answers "
             f"({type(error).__name__}); start it, or correct the address here or in MLFLOW_TRACKING_URI"
         ) from None
     if answer.status_code != 200:
-        return  # the experiment does not exist yet, or the server requires a login
+        return None
     try:
-        found = answer.json()["experiment"]
+        return dict(answer.json()["experiment"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"publish.tracking_uri: {without_password(uri)}: what answers there is no MLflow server; "
             "correct the address here or in MLFLOW_TRACKING_URI"
         ) from None
-    if found.get("lifecycle_stage") == "deleted":
-        raise deleted_experiment(name, found["experiment_id"])
 
 
 def _ask_database(uri: str, name: str) -> None:

@@ -1,8 +1,10 @@
 """What takes space below a storage: runs with their checkpoints, shared caches, registered weights."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -27,11 +29,11 @@ from ray_jobs.run.folder import (
 from ray_jobs.run.manifest import MANIFEST, Manifest
 from ray_jobs.run.records import WINNER, RungRow, Winner, read_rows
 from ray_jobs.training.checkpoint import FOLDER, place_of
-from ray_jobs.tuning.results import FINISHED, result_digest
+from ray_jobs.tuning.results import FINISHED, TUNE, result_digest
 
 Sizes = Mapping[str, int]
-Versions = Mapping[tuple[str, int], str]
-"""Folders of registered weights, by model and version."""
+Versions = Mapping[tuple[str, int], Sequence[str]]
+"""Folders of registered weights, and of the bases that they go with, by model and version."""
 
 Place = tuple[str, str]
 """A training and the folder of one of its checkpoints."""
@@ -91,8 +93,11 @@ class Inventory:
     unregistered: Sizes
 
 
-def take_inventory(config: Config) -> Inventory:
+def take_inventory(config: Config, refused: Collection[str] = ()) -> Inventory:
     """Look through the storage of a configuration.
+
+    Args:
+        refused: names of runs whose lease was not to be had, which are in use.
 
     Raises:
         ConfigError: the registry cannot be reached.
@@ -105,8 +110,14 @@ def take_inventory(config: Config) -> Inventory:
         sizes.setdefault(top, {})[below] = size
     texts = [text for name in names for text in _texts(root.child(name))]
     texts += _strings(config.model_dump(mode="json"))
-    referred = {canonical(text) for text in [*versions.values(), *texts]}
-    runs = [_run(config, root.child(name), sizes.get(name, {}), versions, referred) for name in names]
+    referred = {_place(text) for text in chain(*versions.values(), texts)}
+    found = [_run(config, name, root.child(name), sizes.get(name, {}), versions, referred) for name in names]
+    runs = [
+        replace(each, kept_whole="in use by another driver")
+        if each.name in refused and not each.kept_whole.startswith("in use")
+        else each
+        for each in found
+    ]
     shared = {name: sum(below.values()) for name, below in sizes.items() if name not in names}
     unknown, unused = _unused(sizes.get(ENCODED, {}), runs)
     registered: dict[str, int] = {}
@@ -139,6 +150,13 @@ def _texts(run: Storage) -> Iterable[str]:
         yield from _strings(_parsed(run, BEGINS_FROM))
 
 
+def _place(text: str) -> str:
+    try:
+        return canonical(text)
+    except (RuntimeError, ValueError):  # a prompt as ~nobody, or with a character that no path has
+        return text
+
+
 def _parsed(folder: Storage, file: str) -> Any:
     """Return the content of a YAML or JSON file.
 
@@ -160,8 +178,9 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(each)
 
 
-def _run(config: Config, root: Storage, sizes: Sizes, versions: Versions, referred: set[str]) -> RunSpace:
-    name = canonical(root.uri).rpartition("/")[2]
+def _run(
+    config: Config, name: str, root: Storage, sizes: Sizes, versions: Versions, referred: set[str]
+) -> RunSpace:
     winner, ranking, reason = None, [], ""
     try:
         winner = _published(config, root, versions)
@@ -183,7 +202,7 @@ def _published(config: Config, root: Storage, versions: Versions) -> Place:
         ConfigError: it has no such result; says why.
     """
     search = root.child(SEARCH)
-    if not search.exists(FINISHED):
+    if not search.exists(FINISHED) or TUNE in search.folders():  # or one that goes on from a result
         raise ConfigError("its search has not ended")
     if not root.exists(WINNER):
         raise ConfigError("not published")
@@ -203,9 +222,12 @@ def _ranking(rows: Iterable[RungRow]) -> list[list[Place]]:
     candidates: dict[tuple[str, int], list[RungRow]] = {}
     for row in rows:
         candidates.setdefault(row.place, []).append(row)
-    ranked = sorted(
-        candidates.values(), key=lambda rows: (sum(row.score for row in rows) / len(rows), rows[0].step)
-    )
+
+    def place(rows: list[RungRow]) -> tuple[bool, float, int]:
+        mean = sum(row.score for row in rows) / len(rows)
+        return math.isnan(mean), mean, rows[0].step  # what is no number would leave the others unsorted
+
+    ranked = sorted(candidates.values(), key=place)
     return [[place_of(row.checkpoint) for row in each if row.checkpoint] for each in ranked]
 
 
@@ -220,11 +242,11 @@ def _unused(encoded: Sizes, runs: list[RunSpace]) -> tuple[str, Sizes]:
         dataset = run.root.child(DATASET)
         try:
             encoders = Manifest.read(dataset).encoders if dataset.exists(MANIFEST) else ""
+            if not (encoders and dataset.exists(PARTS)):
+                return f"{run.name} is not wholly prepared", {}
+            files = {part["file"] for part in _parsed(dataset, PARTS)}
         except ConfigError as error:
             return str(error), {}
-        if not (encoders and dataset.exists(PARTS)):
-            return f"{run.name} is not wholly prepared", {}
-        files = {part["file"] for part in json.loads(dataset.read_text(PARTS))}
         used.setdefault(encoders[:16], {EMPTY_CAPTION}).update(files)
     return "", {
         f"{ENCODED}/{name}": size

@@ -159,8 +159,12 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, dataset: Storage) -> Self:
-        """Read manifest.json from the dataset's folder."""
-        return cls.parse(json.loads(dataset.read_text(MANIFEST)), f"{dataset.uri}/{MANIFEST}")
+        """Read manifest.json from the dataset's folder.
+
+        Raises:
+            ConfigError: it has a newer format, or is damaged.
+        """
+        return cls.parse(dataset.read_json(MANIFEST), f"{dataset.uri}/{MANIFEST}")
 
     def write(self, dataset: Storage) -> None:
         dataset.write_text(MANIFEST, json.dumps(self.fields(), indent=2) + "\n")

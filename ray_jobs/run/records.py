@@ -240,9 +240,17 @@ def read_rows(search: Storage, file: str = RESULTS) -> list[RungRow]:
     """Read the rows of a file in the search's folder; empty if it does not exist.
 
     Raises:
-        ConfigError: a line has a newer format.
+        ConfigError: a line has a newer format, lacks the score that ranks it, or is damaged.
     """
-    return [RungRow.parse(line, f"{search.uri}/{file}") for line in search.read_lines(file)]
+    where = f"{search.uri}/{file}"
+    rows = [RungRow.parse(line, where) for line in search.read_lines(file)]
+    for row in rows:
+        if row.ranked_by not in MEASURES or getattr(row, row.ranked_by) is None:
+            raise ConfigError(
+                f"{where}: {row.trial_id} at step {row.step} has no score {row.ranked_by}; update diffray, "
+                "or give the run another name"
+            )
+    return rows
 
 
 def write_rows(search: Storage, rows: Iterable[RungRow], file: str = RESULTS) -> None:
@@ -457,9 +465,9 @@ class Winner(Record):
         """Read winner.json from the run's folder.
 
         Raises:
-            ConfigError: it has a newer format, or lacks a value.
+            ConfigError: it has a newer format, lacks a value, or is damaged.
         """
-        return cls.parse(json.loads(run.read_text(WINNER)), f"{run.uri}/{WINNER}")
+        return cls.parse(run.read_json(WINNER), f"{run.uri}/{WINNER}")
 
     def write(self, run: Storage) -> None:
         run.write_text(WINNER, json.dumps(self.versioned(), indent=2) + "\n")

@@ -23,7 +23,7 @@ from ray_jobs.training.failures import LONGEST
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
-from ray_jobs.tuning.results import with_error
+from ray_jobs.tuning.results import TUNE, with_error
 from ray_jobs.tuning.signs import black_line, no_change_line
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, Result, spent, stoppers
@@ -139,7 +139,7 @@ class Trials:
                 scheduler=scheduler(config.search) if comparable else FIFOScheduler(),
             ),
             run_config=tune.RunConfig(
-                name="tune",
+                name=TUNE,
                 storage_path=self.storage.uri,
                 verbose=0,
                 # Restarts a trial's driver, which resumes from the training's checkpoints.
@@ -159,7 +159,7 @@ class Trials:
             if damage := damage_message(error):  # every trial reads this part, so the search must end
                 raise DamagedPart(damage)
         self.errors += [str(error).strip().splitlines()[-1] for error in results.errors]
-        self.storage.delete("tune")
+        self.storage.delete(TUNE)
 
 
 def _named(trials: dict[str, Trial], point: Settings) -> Trial:

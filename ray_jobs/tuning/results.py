@@ -24,6 +24,7 @@ from ray_jobs.training.trainer import began_with
 from ray_jobs.tuning.computed_steps import read_computed
 
 FINISHED = "finished.json"
+TUNE = "tune"  # folder of Ray Tune, which stays where trials were interrupted
 COMPARISON = ("behind", "behind_error", "variance_ratio")
 
 

@@ -1,5 +1,6 @@
 """A vision-language model as a judge of pictures: does a picture show what its caption says?"""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -76,12 +77,24 @@ class QuestionModel(PreferenceModel):
     @torch.inference_mode()
     def rewards(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         require_pictures(images)
+        asked = [self.inputs.prompt.replace(ASKED, self._plain(each)) for each in captions]
         # The last token of every row, since rows are filled up at their beginning.
-        inputs = self.inputs(_opened(images), [self.inputs.prompt.replace(ASKED, each) for each in captions])
+        inputs = self.inputs(_opened(images), asked)
         logits = self.module(**inputs.to(self.device, self.module.dtype)).logits[:, -1]
         tokenizer = self.inputs.processor.tokenizer
         answer = tokenizer.encode(ANSWER, add_special_tokens=False)[0]
         return logits.float().softmax(dim=-1)[:, answer : answer + 1].cpu()
+
+    def _plain(self, caption: str) -> str:
+        """Return a caption without what would count as a picture, or as the end of the question."""
+        return self._control.sub(" ", caption)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        processor = self.inputs.processor
+        names = [each.content for each in processor.tokenizer.added_tokens_decoder.values() if each.special]
+        names += filter(None, (getattr(processor, f"{kind}_token", None) for kind in ("image", "video")))
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def check_question_model(path: str, *, revision: str | None = None) -> None:

@@ -1,6 +1,8 @@
 """What takes space, what a rule deletes, and what a version, another run or a run in use keeps from it."""
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,19 +14,21 @@ from cluster.lease import Lease, Owner
 from cluster.storage import Storage
 from diffray.clean import main
 from diffray.jobs import Job, Record
+from diffray.ui.queue import Waiting
 from ray_jobs.config import Config
 from ray_jobs.data.encoding.cache_files import ASIDE
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
 from ray_jobs.publishing.reuse import publish_settings
 from ray_jobs.registry.models import open_client
 from ray_jobs.run.folder import RunFolder, SharedFolder
-from ray_jobs.run.records import RungRow, Winner, write_rows
+from ray_jobs.run.records import RungRow, Winner, read_rows, write_rows
 from ray_jobs.training.checkpoint import folder_of, place_of
 from ray_jobs.tuning.results import result_digest
 from tests.unit.test_report import WINNER
 
 MIB = 2**20
 ENCODERS = "ab" * 32
+PROMPTED = {"evaluate": {"prompts": ["~nobody draws"]}}
 SCORES = {2: 30.0, 4: 10.0, 6: 20.0}  # of the rungs; 4 wins
 
 
@@ -137,13 +141,23 @@ def test_what_is_referred_to_or_not_finished_is_kept(
     # Earlier releases registered weights where they lay; `other` starts from the weights of step 2.
     run = published(own, [], trainings.child(folder_of(6), "weights").uri)
     adapter = trainings.child(folder_of(2), "weights", "a.safetensors").uri
-    other = searched(configured(storage, "other", model={"base": "unused", "adapter": adapter}), [])
+    other = searched(
+        configured(storage, "other", model={"base": "unused", "adapter": adapter}, **PROMPTED), []
+    )
     lost = published(configured(storage, "lost", publish={"model_name": "lost"}), [])
     open_client(own).delete_model_version("lost", "1")
+    # Of a run that is gone; its adapter goes with the checkpoint between the rungs.
+    base = {"base": trainings.child(folder_of(3), "weights").uri}
+    open_client(own).create_registered_model("adapter")
+    open_client(own).create_model_version("adapter", source="elsewhere", tags=base)
+    more = published(configured(storage, "more"), [])
+    more.search.child("tune").write_text("tuner.pkl", "")  # interrupted on its way to a longer ladder
     clean = Cleaner(own, home, capsys)
 
     told = clean("--keep", "winner", "--all-runs", "--delete")
-    assert (left(run, "state"), left(run, "weights")) == ([2, 6], [2, 4, 6])
+    assert (left(run, "state"), left(run, "weights")) == ([2, 3, 6], [2, 4, 6])
+    assert "more: kept whole: its search has not ended" in told
+    assert (left(more, "state"), left(more, "weights")) == ([2, 3, 4, 6], [2, 4, 6])
     assert "other: kept whole: not published" in told
     assert "lost: kept whole: its lost version 1 is not in the registry" in told
     for whole in (other, lost):
@@ -197,11 +211,13 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
     older.write_text(EMPTY_CAPTION, "rows")
     shared.registered("model").child("0123").write_text("a.safetensors", "weights")
     clean = Cleaner(config, home, capsys)
-    for name in ("cached", "gone"):
+    for name in ("cached", "gone", "asked-again"):
         job = Job(name)
         job.folder.mkdir(parents=True)
         record = Record(["--config", str(clean.file), "--set", f"name={name}"])
         (job.folder / "job.json").write_text(json.dumps(asdict(record)))
+    asked = json.dumps(asdict(Waiting(record.arguments, 0.0)))
+    (job.folder / "waiting.json").write_text(asked)
 
     assert "registry/model/0123: 0.0 MiB, of no version of this registry; delete it by hand" in clean()
     assert "gone: its run's folder is gone" in clean("--unused") and Job("gone").record
@@ -209,10 +225,33 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
     clean("--unused", "--delete")
     assert (cache.files(), older.files()) == (sorted(kept), [])
     assert (Job("cached").record is None, Job("gone").record) == (False, None)
+    assert (Job("asked-again").folder / "waiting.json").exists()
     assert shared.registered("model").child("0123").files() == ["a.safetensors"]
 
+    for file, content in (("parts.json", '[{"file'), ("manifest.json", "")):
+        before = RunFolder.of(config).dataset.read_text(file)
+        RunFolder.of(config).dataset.write_text(file, content)
+        assert f"encoded: kept whole: {tmp_path}/runs/cached/dataset/{file}: damaged" in clean("--unused")
+        RunFolder.of(config).dataset.write_text(file, before)
     RunFolder.of(config).dataset.delete("parts.json")
     assert "encoded: kept whole: cached is not wholly prepared" in clean("--unused")
+
+
+def test_a_run_is_known_by_its_own_name_and_a_score_that_is_no_number_is_the_last(
+    storage: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(storage, "linked")
+    published(config, [])
+    begun = searched(configured(storage, "begun"), [])
+    begun.search.delete("finished.json")
+    os.rename(storage / "linked", tmp_path / "begun")  # a large run, moved to another disk
+    os.symlink(tmp_path / "begun", storage / "linked")
+    run = RunFolder.of(config)
+    rows = [row | {"fid": math.nan} if row.step == 2 else row for row in read_rows(run.search)]
+    write_rows(run.search, rows)
+    assert "deleted: 5.0 MiB" in Cleaner(config, home, capsys)("--keep", "2", "--delete")
+    assert (left(run, "state"), left(run, "weights")) == ([], [4, 6])
+    assert (left(begun, "state"), left(begun, "weights")) == ([2, 3, 4, 6], [2, 4, 6])
 
 
 def test_a_checkpoint_is_found_again_where_its_storage_was_moved() -> None:

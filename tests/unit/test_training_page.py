@@ -35,6 +35,7 @@ from ray_jobs.run.records import RungRow, write_rows
 from serving.http.api_keys import KeyRing, add_key
 from tests.serving.http_server import eventually, http_server
 from tests.serving.test_web import FAINT, TOO_WIDE, UNNAMED
+from tests.unit.test_report import WINNER
 
 CHROMIUM = shutil.which("chromium")
 
@@ -133,6 +134,42 @@ def test_a_run_is_shown_from_its_records(home: Path, site: httpx.Client) -> None
     assert site.get("/runs").json() == [] and not (home / "runs" / "mine").exists()
 
 
+def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
+    home: Path, site: httpx.Client
+) -> None:
+    recorded(home, "well")
+    recorded(home, "cut", pictures=True)
+    results = home / "runs" / "cut" / "search" / "results.jsonl"
+    results.write_text(results.read_text()[:-30])
+    for name, winner in (("winner", "{"), ("lost", json.dumps(WINNER | {"registry_version": 1}))):
+        recorded(home, name)
+        (home / "runs" / name / "winner.json").write_text(winner)
+    lost = home / ".diffray" / "lost" / "job.json"
+    told = json.loads(lost.read_text())
+    told["arguments"] += ["--set", "publish.tracking_uri=http://127.0.0.1:9"]
+    lost.write_text(json.dumps(told))
+    recorded(home, "newer", trials=1, rungs=1)
+    newer = home / "runs" / "newer" / "search" / "results.jsonl"
+    newer.write_text(json.dumps(json.loads(newer.read_text()) | {"ranked_by": "taste"}))
+    recorded(home, "empty")
+    (home / ".diffray" / "empty" / "job.json").write_text("")
+    (home / ".diffray" / "halved").mkdir()
+    (home / ".diffray" / "halved" / "waiting.json").write_text('{"arguments": [')
+
+    runs = {run["name"]: run for run in site.get("/runs").json()}
+    assert (runs["well"]["best"], runs["lost"]["published"]) == ("87.0", 1)
+    assert "results.jsonl, line 6: damaged; restore it" in runs["cut"]["line"]
+    assert "winner.json: damaged; restore it" in runs["winner"]["line"]
+    assert "lr-0 at step 10 has no score taste; update diffray" in runs["newer"]["line"]
+    assert "job.json: damaged; delete" in runs["empty"]["line"] and runs["empty"]["state"] == "unreached"
+    assert "waiting.json: damaged; delete this run" in runs["halved"]["line"]
+    for name, run in runs.items():
+        assert site.get(f"/runs/{name}").json()["line"] == run["line"]
+    assert "halved" in refused(site.post("/runs/halved/resume", json={}))[0]
+    assert site.delete("/runs/halved", headers={"Content-Type": "application/json"}).status_code == 200
+    assert "no MLflow server answers" in refused(site.get("/runs/lost/version"))[0]
+
+
 def two_hundred(home: Path) -> None:
     """200 runs of 50 rungs each."""
     recorded(home, "run-0", trials=5, rungs=10)
@@ -209,6 +246,8 @@ def test_a_queue_starts_one_run_after_the_other_and_outlives_its_page(home: Path
         first.add([*arguments("two"), "--set", "seed=1"])
     first.close()
     assert list(queue.waiting()) == ["one", "two"]
+    (home / ".diffray" / "damaged").mkdir()
+    (home / ".diffray" / "damaged" / "job.json").write_text("{")  # holds nobody up
     busy = Job("busy")
     busy.start("timeit", ["-n1", "-r1", "import time; time.sleep(600)"], None, submit=False)
     second = Queue(1)
@@ -249,7 +288,7 @@ def test_a_run_waits_is_resumed_and_deleted_by_the_page(home: Path, site: httpx.
 
 
 def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
-    home: Path, site: httpx.Client
+    home: Path, site: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def put(name: str, content: bytes, folder: str = "photos/new") -> httpx.Response:
         headers = {"Content-Type": "application/octet-stream"}
@@ -267,11 +306,22 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
         assert said in refused(put(name, content))[0]
     assert "the page reads" in refused(put("a.png", png(), "/tmp"))[0]
     assert "is no folder" in refused(put("a.png", png(), "photos/x/y"))[0]
+    assert "no such folder" in refused(site.get("/folders", params={"path": f"photos/{'x' * 300}"}))[0]
+    assert "File name too long" in refused(put("a.png", png(), f"photos/{'x' * 300}"))[0]
     found = site.get("/folders", params={"path": "photos/new"}).json()
     assert (found["pictures"], found["captioned"]) == (1, True)
     assert {path.name for path in (home / "photos" / "new").iterdir()} == {"a_b.png", "a_b.txt"}
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)  # as on exFAT
+    assert put("linkless.png", png(2)).status_code == put("linkless.png", png(2)).status_code == 200
+    assert "has another file" in refused(put("linkless.png", png(3)))[0]
+    assert (home / "photos" / "new" / "linkless.png").read_bytes() == png(2)
     os.symlink("/etc", home / "photos" / "out")
     assert "the page reads" in refused(site.get("/folders", params={"path": "photos/out"}))[0]
+    assert safe_name("cafe\u0301.png") == "café.png"
     assert safe_name("-rf .png") == "rf .png" and safe_name("é" * 200 + ".png").endswith("é.png")
 
 
@@ -279,11 +329,15 @@ def test_other_sites_and_other_machines_are_refused(home: Path, site: httpx.Clie
     form = {"data": "photos", "recipe": "sdxl-lora"}
     assert site.post("/runs", json=form, headers={"Origin": "http://evil.example"}).status_code == 403
     assert site.post("/runs", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
-    assert site.get("/runs", headers={"Host": "evil.example"}).status_code == 403
+    for origin in ("http://[::1", "null", ""):
+        assert site.post("/runs", json=form, headers={"Origin": origin}).status_code == 403
+    for host in ("evil.example", "[::1", "localhost.evil.example"):
+        assert site.get("/runs", headers={"Host": host}).status_code == 403
     assert site.post("/session", json={"key": "x" * 200_000}).status_code == 413
     policy = site.get("/").headers["content-security-policy"]
     assert "script-src 'self';" in policy and "frame-ancestors 'none'" in policy
     assert queue.waiting() == {}
+    assert site.post("/runs", json=form | {"name": "page.lock"}).json() == {"name": "page.lock"}
     (home / "waiting.json").write_text("{}")
     assert site.post("/runs/%2e%2e/stop", json={}).status_code >= 400 and (home / "waiting.json").exists()
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0: other machines would reach the page"):
@@ -305,7 +359,7 @@ def test_a_key_of_the_right_scope_opens_the_page(home: Path) -> None:
         assert site.get("/runs").json() == []
         bearer = {"Authorization": f"Bearer {drawer}"}
         other = httpx.Client(base_url=url, headers=bearer)
-        assert other.get("/runs").status_code == 401
+        assert other.get("/runs").status_code == other.get("/runs/draw").status_code == 401
         assert other.post("/runs/mine/draw", json={"prompt": "a cat"}).status_code == 404
 
 
