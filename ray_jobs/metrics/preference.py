@@ -122,7 +122,15 @@ def preference_gap(drawn: torch.Tensor, real: torch.Tensor, model: str) -> Score
         drawn: rewards: float, N.
         real: rewards of the real pictures: float, M; drawn picture i has the caption of real one i modulo M.
         model: identity of the reward model.
+
+    Raises:
+        ValueError: a reward is not a number.
     """
+    if not (drawn.isfinite().all() and real.isfinite().all()):
+        raise ValueError(
+            f"{FIELD}: {model}: some rewards are not numbers, as of a model whose files are in fp16; give "
+            "one in bf16 or fp32"
+        )
     gaps = real.double()[torch.arange(len(drawn)) % len(real)] - drawn.double()
     return Score(float(gaps.mean()), len(gaps), model, _error(gaps), GAP)
 

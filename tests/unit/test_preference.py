@@ -1,5 +1,6 @@
 """The preference gap: rewards as transformers' model gives them, beside those of the real pictures."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def test_the_gap_is_to_the_real_picture_of_the_same_caption() -> None:
     assert found.value == pytest.approx((1 + 1 + 2) / 3) and found.num_samples == 3
     assert found.standard_error == pytest.approx(np.std([1, 1, 2], ddof=1) / 3**0.5)
     assert preference_gap(real, real, "judge").value == 0
+    with pytest.raises(ValueError, match=r"^evaluate\.preference\.model: judge: some rewards are not"):
+        preference_gap(drawn * math.nan, real, "judge")
     assert preference_gap(real[:1], real, "judge").standard_error is None
 
 
