@@ -14,7 +14,7 @@ import requests
 
 from cluster.sqlite import sqlite_url
 
-BEGINS_WITHIN_S = 120
+BEGINS_WITHIN_S = 300
 
 
 @contextmanager
