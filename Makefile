@@ -64,12 +64,13 @@ check: lint ## check style and types, and run the tests that need neither Ray no
 # What needs Ray, in new processes: two, each with a Ray of its own, since one computes while the other's starts.
 test: setup ## run the tests
 	@begun=$$(date +%s); \
-	$(PYTEST) -m "not ray and not faults" && \
+	$(PYTEST) -m "not ray and not faults and not journeys" && \
 	$(PYTEST) --no-loadscope-reorder -m "ray and not faults and not journeys"; \
 	code=$$?; echo "make test took $$(($$(date +%s) - begun)) seconds"; exit $$code
 
 journeys: setup ## walk the whole way with bases, pictures and methods of every kind (minutes)
 	$(BIN)/python -m pytest tests/journeys tests/ray/test_nothing_left.py tests/ray/test_api.py
+	$(BIN)/python -m pytest -m journeys tests/ray/test_gpus.py tests/unit/test_benchmark_gpu.py
 
 faults: setup ## take machines, disks and processes away, and see what is lost (as root; docs/faults.md)
 	$(BIN)/python -m benchmarks.faults

@@ -120,9 +120,10 @@ JOURNEYS = [
     ),
 ]
 
-# By tests/ray: test_streaming, test_search; folds by the journey "dreambooth"; Z-Image by the tests of
+# By tests/ray: test_streaming, test_search, test_dreambooth, which has folds too; Z-Image by the tests of
 # families and of the engine.
 WALKED_IN_PARTS = (
+    "dreambooth",
     "dora",
     "masks",
     "stream",

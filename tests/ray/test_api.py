@@ -113,16 +113,18 @@ def check_endpoint(endpoint: Endpoint) -> None:
 
 
 def test_a_job_runs_on_a_cluster_by_its_address(ray_cluster: LocalCluster, home: Path) -> None:
-    job = Job("checks")
-    overrides = ["--set", f"model.base={ROOT / 'models' / 'emoji-base'}", "--set", "train.batch_size=0"]
-    job.start("ray_jobs.checks", ["--config", "demo", *overrides[:2]], ray_cluster.address, submit=False)
-    "".join(job.follow())
+    """A module that needs neither PyTorch nor a model: it is about jobs."""
+    arguments = ["--config", "demo", "--set", f"storage={home}"]
+    job = Job("clean")
+    job.start("diffray.clean", arguments, ray_cluster.address, submit=False)
+    assert f"{home}: " in "".join(job.follow())
     assert job.status == "finished"
-    job = Job("checks")
-    job.start("ray_jobs.checks", ["--config", "demo", *overrides], ray_cluster.address, submit=False)
+    job = Job("clean")
+    arguments += ["--set", "train.batch_size=0"]
+    job.start("diffray.clean", arguments, ray_cluster.address, submit=False)
     assert "train.batch_size: Input should be greater than 0" in "".join(job.follow())
     assert job.status == "failed"
     record = job.record
     assert record
     (job.folder / "job.json").write_text(json.dumps(asdict(record) | {"job": "raysubmit_none"}))
-    assert Job("checks").status == "stopped"  # as after a new start of the cluster
+    assert Job("clean").status == "stopped"  # as after a new start of the cluster

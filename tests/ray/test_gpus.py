@@ -48,7 +48,10 @@ print(Path(FOLDER, "seen").read_text())
 
 @pytest.mark.parametrize(
     ("count", "evaluators", "seen"),
-    [(1, 1, ["[['0']]", "['0']"]), (2, 2, ["[['0'], ['0']]", "['1']"])],
+    [
+        pytest.param(1, 1, ["[['0']]", "['0']"], marks=pytest.mark.journeys),  # part of the other
+        (2, 2, ["[['0'], ['0']]", "['1']"]),
+    ],
 )
 def test_a_worker_and_evaluators_share_gpus(
     count: int, evaluators: int, seen: list[str], tmp_path: Path

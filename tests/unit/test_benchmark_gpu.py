@@ -106,7 +106,11 @@ def test_it_ends_after_eight_minutes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["train", "evaluate", "serve", "packed"])
+@pytest.mark.parametrize(
+    "phase",
+    # Training compiles each model; the phase "together" trains too.
+    [pytest.param("train", marks=pytest.mark.journeys), "evaluate", "serve", "packed"],
+)
 def test_a_phase_runs_on_small_models(phase: str) -> None:
     found = dict(importlib.import_module(f"benchmarks.gpu.{phase}").run("small"))
     speeds = [
