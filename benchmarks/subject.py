@@ -12,7 +12,7 @@ fit: how much of what a prompt changes remains. Prompts with the subject's word 
     their mean over the prompts. Then it is the mean cosine of pictures of the same prompt, less that of
     different ones: as CLIP's agreement, of a model that was never told what words mean.
 
-Drawing takes a second a picture on one core of 2026; two bases with three seeds take an hour.
+Drawing takes a second a picture on one core of 2026; two bases with three seeds take up to an hour.
 """
 
 import argparse
