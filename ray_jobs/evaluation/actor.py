@@ -277,16 +277,16 @@ class Evaluator:
         self, batches: "Iterator[torch.Tensor]", by: NetworkSet, captions: Sequence[str] = ()
     ) -> Features:
         """Features of pictures in batches, and with their captions the rewards of the reward model."""
-        networks, judge = self.networks.of(by), self.networks.preference
+        networks, texts = self.networks.of(by), iter(captions)
+        is_judged = captions and by in (NetworkSet.RANKING, NetworkSet.ALL)
+        judge = self.networks.preference if is_judged else None
         found: dict[str, list[np.ndarray]] = {network.identity: [] for network in networks}
-        judged = 0
         for batch in batches:
             for network in networks:
                 found[network.identity].append(network.features(batch).numpy())
-            if judge and captions and by in (NetworkSet.RANKING, NetworkSet.ALL):
-                rewards = judge.rewards(batch, list(captions[judged : judged + len(batch)]))
+            if judge:
+                rewards = judge.rewards(batch, list(islice(texts, len(batch))))
                 found.setdefault(judge.identity, []).append(rewards.numpy())
-                judged += len(batch)
         return {identity: np.concatenate(parts) for identity, parts in found.items()}
 
     @replaced_if_broken()
@@ -441,7 +441,7 @@ class Evaluator:
 
     def near_copies(self, drawn: Storage, detector: tuple[CopyDetector, DetectorFacts]) -> Copies:
         """Search the pictures whose features are in a rung's folder for near copies."""
-        features = _kept_features(drawn, FEATURES)
+        features = kept_features(drawn, FEATURES)
         return near_copies(features[self.networks.first.identity], *detector)
 
     def _scores(self, generated: Features, real: Real) -> Scores:
@@ -479,7 +479,7 @@ class Evaluator:
         if measure == PREFERENCE:
             assert self.networks.preference
             network = self.networks.preference.identity
-        first, second = (torch.from_numpy(_kept_features(each, file)[network]) for each in (one, other))
+        first, second = (torch.from_numpy(kept_features(each, file)[network]) for each in (one, other))
         return self._computed(
             lambda device: difference_by(
                 measure, first.to(device), second.to(device), real, network, resamples=resamples
@@ -487,7 +487,7 @@ class Evaluator:
         )
 
 
-def _kept_features(folder: Storage, file: str) -> Features:
+def kept_features(folder: Storage, file: str) -> Features:
     """Read what `score` or `measure` has saved.
 
     Raises:

@@ -20,7 +20,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
-from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join
+from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join, kept_features
 from ray_jobs.evaluation.cross_validation import held_out, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
@@ -589,7 +589,6 @@ class EvaluatorPool:
         and `published`, the generated pictures that the checkpoint was scored on.
         """
         import ray
-        from safetensors.numpy import load
 
         held = held_out(self.config, TEST)
         self.load(held)
@@ -598,7 +597,7 @@ class EvaluatorPool:
             for name, tensor in known.detector.tensors().items():
                 kinds[name] = {self._first_network(): tensor.numpy()}
         if checkpoint.exists(FEATURES):
-            drawn = load(checkpoint.read_bytes(FEATURES))
+            drawn = kept_features(checkpoint, FEATURES)
             kinds["published"] = {name: drawn[name] for name in drawn.keys() & kinds["validation"].keys()}
         found = {f"{network}/{kind}": each for kind, part in kinds.items() for network, each in part.items()}
         return {name: np.ascontiguousarray(each, dtype=np.float32) for name, each in found.items()}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -110,14 +110,9 @@ def captioner_bytes(settings: CaptioningConfig, dtype: torch.dtype) -> int:
     Raises:
         ValueError: as for `check_captioner`.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     folder = captioner_folder(settings, weights=False)
     _kind(settings, folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    return sum(each.numel() for each in model.parameters()) * dtype.itemsize
+    return sum(each.numel() for each in empty_image_text_model(folder).parameters()) * dtype.itemsize
 
 
 def prompt_of(settings: CaptioningConfig, folder: Path) -> str:
@@ -270,6 +265,36 @@ def _load_processor(folder: Path) -> Any:
     )
 
 
+def load_image_text_model(folder: Path, where: str, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """Return a frozen model of pictures and texts, in evaluation mode, on the CPU.
+
+    Args:
+        where: the setting and its value, for errors.
+        dtype: of weights and activations; auto: that of its files.
+
+    Raises:
+        ValueError: weights are missing in its files.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ValueError(f"{where}: its weights lack {missing}")
+    return model.requires_grad_(False).eval()
+
+
+def empty_image_text_model(folder: Path) -> Any:
+    """Return a model of pictures and texts without memory, on the meta device."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+
+
 class Captioner:
     """A captioning model, which writes the likeliest next token at a time (greedy), so always the same.
 
@@ -289,18 +314,10 @@ class Captioner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from transformers import AutoModelForImageTextToText
-
         folder = captioner_folder(settings)
         self.inputs = CaptionInputs(settings, folder)
         self.max_tokens, self.device, self.dtype = settings.max_tokens, torch.device(device), dtype
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise ValueError(f"{FIELD}: {settings.model}: its weights lack {missing}")
-        self.model = model.to(self.device).requires_grad_(False).eval()
+        self.model = load_image_text_model(folder, f"{FIELD}: {settings.model}", dtype).to(self.device)
         for part in self.model.modules():
             if getattr(part, "generation_config", None) is not None:
                 # Of sampling, which greedy generation would warn about.

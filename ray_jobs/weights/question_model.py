@@ -12,7 +12,14 @@ from ray_jobs.config import CaptioningConfig
 from ray_jobs.metrics.feature_network import FeatureNetwork, require_pictures
 from ray_jobs.metrics.preference import FIELD, PreferenceModel
 from ray_jobs.metrics.vision_model import model_digest
-from ray_jobs.weights.captioner import CHAT, FILES, CaptionInputs, captioner_folder
+from ray_jobs.weights.captioner import (
+    CHAT,
+    FILES,
+    CaptionInputs,
+    captioner_folder,
+    empty_image_text_model,
+    load_image_text_model,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,25 +44,15 @@ class QuestionModel(PreferenceModel):
     """
 
     def __init__(self, path: str, device: str | torch.device = "cpu", *, revision: str | None = None) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText
-
         self.device, self.revision, self.path = torch.device(device), revision, path
         on_meta = self.device.type == "meta"
         settings = _settings(path, revision)
         self.folder = captioner_folder(settings, weights=not on_meta, field=FIELD)
         self.inputs = _inputs(settings, self.folder)
         if on_meta:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            with self.device:
-                self.module = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-            return
-        module, loading = AutoModelForImageTextToText.from_pretrained(
-            self.folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise ValueError(f"{FIELD}: {path}: its weights lack {missing}")
-        self.module = module.to(self.device).requires_grad_(False).eval()
+            self.module = empty_image_text_model(self.folder)
+        else:
+            self.module = load_image_text_model(self.folder, f"{FIELD}: {path}", "auto").to(self.device)
 
     @cached_property
     def identity(self) -> str:
@@ -117,7 +114,7 @@ def _inputs(settings: CaptioningConfig, folder: Path) -> CaptionInputs:
     try:
         inputs = CaptionInputs(settings, folder, FIELD)
     except ValueError as error:
-        raise ValueError(f"{error}; {known}" if known not in str(error) else str(error)) from None
+        raise ValueError(f"{error}; {known}") from None
     if inputs.kind != CHAT:
         raise ValueError(f"{FIELD}: {settings.model}: answers no questions; {known}")
     return inputs
