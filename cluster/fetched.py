@@ -17,10 +17,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from cluster.storage import Storage
+from cluster.storage import STORES, Storage
 from ray_jobs.config import ConfigError, resolve_path
-
-STORES = ("s3://", "gs://")
 
 
 def local_path(path: str, field: str = "model.base") -> str:

@@ -18,6 +18,7 @@ from pyarrow import NativeFile, fs
 
 from ray_jobs.config import ConfigError, home
 
+STORES = ("s3://", "gs://")
 AZURE = ("az://", "abfs://", "abfss://", "adl://", "wasb://", "wasbs://", "azure://")
 
 
@@ -44,8 +45,7 @@ class Storage:
         Raises:
             ConfigError: the address is of another kind, or the store rejects it.
         """
-        if uri.startswith("file://"):
-            uri = unquote(uri.removeprefix("file://"))
+        uri = _without_file(uri)
         if "://" not in uri:
             folder = str(home() / Path(uri).expanduser())
             return Storage(folder, fs.LocalFileSystem(), folder)
@@ -54,7 +54,7 @@ class Storage:
                 f"storage: {uri}: Azure storage is not supported; use s3://, gs:// or a local folder "
                 "(for example a mounted container)"
             )
-        if not uri.startswith(("s3://", "gs://")):
+        if not uri.startswith(STORES):
             raise ConfigError(f"storage: {uri}: not supported; use a local folder, s3:// or gs://")
         try:
             filesystem, path = fs.FileSystem.from_uri(uri)
@@ -236,11 +236,15 @@ class Storage:
 
 def canonical(uri: str) -> str:
     """Return an address by which two names of the same local folder, or of the same objects, are equal."""
-    if uri.startswith("file://"):
-        uri = unquote(uri.removeprefix("file://"))
+    uri = _without_file(uri)
     if "://" in uri:
         return unquote(uri.partition("?")[0]).rstrip("/")
     return os.path.realpath(home() / Path(uri).expanduser())
+
+
+def _without_file(uri: str) -> str:
+    """Return the path of a file:// address; others as they are."""
+    return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:

@@ -273,9 +273,10 @@ class EvaluatorPool:
         rung: Storage | None = None,
         guidance_scale: float | None = None,
     ) -> Scores:
-        """Score weights (None: the base model) on a loaded split.
+        """Score weights on a loaded split.
 
         Args:
+            weights: None: what the run begins from; `BARE`: the base alone.
             rung: checkpoint folder in which the first `publish.sample_count` pictures and the features of
                 all pictures are saved; None: nothing is saved.
             guidance_scale: None means `evaluate.guidance_scale`.

@@ -152,7 +152,8 @@ def _prompts(pool: EvaluatorPool, found: SearchResult, winner: Winner) -> Strip 
 def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:
     """Return the candidates with their shares of near copies, with folds the mean over these."""
     shares: dict[tuple[str, int], dict[Split, Measurement]] = {}
-    for split in splits(pool.config):
+    judged = splits(pool.config)
+    for split in judged:
         measured = [row for row in found.measured if row.fold == split.fold]
         drawn = [Storage.open(row.checkpoint) for row in measured]
         for row, copies in zip(measured, pool.copies_among(split, drawn), strict=True):
@@ -161,7 +162,7 @@ def _with_copies(pool: EvaluatorPool, found: SearchResult) -> list[RungRow]:
     rows = []
     for row in found.rows:
         of_row = list(shares.get(row.place, {}).values())
-        if len(of_row) == len(splits(pool.config)):
+        if len(of_row) == len(judged):
             error = of_row[0].standard_error
             if len(of_row) > 1:
                 error = standard_error([each.value for each in of_row])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.sqlite import from_home, sqlite_file, sqlite_url
+from cluster.storage import STORES
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.registry.digests import are_weights
 from ray_jobs.registry.store import check_answers, check_experiment, pages, versions_of, without_password
@@ -72,7 +73,7 @@ def tracking_uri(config: Config) -> str:
     uri = config.publish.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return from_home(uri)
-    if config.storage.startswith(("s3://", "gs://")):
+    if config.storage.startswith(STORES):
         raise ConfigError(
             f"publish.tracking_uri: missing, and a SQLite registry cannot lie in {config.storage}; "
             "give the URI of an MLflow server here or in MLFLOW_TRACKING_URI"

@@ -33,6 +33,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import BigInteger
 
 from cluster.sqlite import from_home, sqlite_url
+from cluster.storage import STORES
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
@@ -115,7 +116,7 @@ def feedback_url(config: Config) -> str:
     """
     if config.serve.feedback_url:
         return from_home(config.serve.feedback_url)
-    if config.storage.startswith(("s3://", "gs://")):
+    if config.storage.startswith(STORES):
         raise ConfigError(
             f"serve.feedback_url: missing, and a SQLite database cannot lie in {config.storage}; give the "
             "URL of a PostgreSQL database, for example postgresql+psycopg://user:password@host/diffray"
