@@ -150,6 +150,22 @@ def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tenso
 
 
 @torch.no_grad()
+def encode_references(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode reference pictures as the denoiser receives them, without noise: float32, N x C x ...
+
+    They are the mean of the autoencoder's posterior, on the autoencoder's device.
+
+    Args:
+        pixels: uint8, N x 3 x height x width, of any sizes that the model draws.
+    """
+    codec = family_of(pipeline).codec
+    autoencoder = codec.in_tiles(pipeline.vae, *pixels.shape[-2:])
+    pictures = pixels.to(autoencoder.device, torch.float32) / 127.5 - 1
+    mean, _ = codec.posterior(autoencoder, pictures)
+    return codec.normalised(mean, codec.scale(autoencoder))
+
+
+@torch.no_grad()
 def reconstructed(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Pass images through the autoencoder, by the mean of its posterior: the best that the model can draw.
 

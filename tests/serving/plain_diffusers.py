@@ -1,6 +1,7 @@
 """What a request is measured against: the model's own pipeline in diffusers, drawing it alone."""
 
 from copy import deepcopy
+from functools import partialmethod
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,11 @@ class _OfLists:
 
 
 def keep_size(pipeline: Any, height: int, width: int) -> None:
-    """Let HiDream's pipeline draw at this size, which it would scale to the pixels of its own."""
+    """Let the pipelines of HiDream and Kontext draw at this size, which they would scale to an area."""
+    if isinstance(pipeline, diffusers.FluxKontextPipeline):
+        call = diffusers.FluxKontextPipeline.__call__
+        kept = partialmethod(call, max_area=height * width, _auto_resize=False)
+        pipeline.__class__ = type("FluxKontextPipeline", (diffusers.FluxKontextPipeline,), {"__call__": kept})
     if type(pipeline).__name__ == "HiDreamImagePipeline":
         # A little more, as it rounds the sides down.
         pipeline.default_sample_size = (height * width) ** 0.5 / pipeline.vae_scale_factor * (1 + 1e-9)
@@ -108,7 +113,7 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
     else:
         options |= image_options(pipeline, request.image, request.strength)
         # AutoPipelineForImage2Image of diffusers 0.42.1 does not know all of them, for example Chroma's.
-        name = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")
+        name = type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline").replace("Kontext", "")
         if not hasattr(diffusers, name):
             return begin_with_image(pipeline, request)
         pipeline = getattr(diffusers, name).from_pipe(pipeline)

@@ -84,7 +84,7 @@ def encoded_by_diffusers(pipeline: Any) -> dict[str, torch.Tensor]:
         block = pipeline.blocks.sub_blocks["text_encoder"].init_pipeline()
         block.update_components(text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
         return _padded([block(prompt=prompt, output="prompt_embeds")[0] for prompt in PROMPTS], 640)
-    if kind == "FluxPipeline":
+    if kind in ("FluxPipeline", "FluxKontextPipeline"):
         embeds, pooled, _ = pipeline.encode_prompt(PROMPTS)
     elif kind == "StableDiffusion3Pipeline":
         embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)

@@ -144,9 +144,17 @@ class Codec:
             scale: from `scale`.
             noise: float32, of the shape of `mean`, standard normal.
         """
-        drawn = self.pack(mean + (0.5 * logvar).exp() * noise)
-        shift, factor = (per_channel(part.to(drawn), drawn) for part in scale)
-        return (drawn - shift) * factor
+        return self.normalised(mean + (0.5 * logvar).exp() * noise, scale)
+
+    def normalised(self, latents: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return the autoencoder's latents, N x C x ..., as the denoiser receives them.
+
+        Args:
+            scale: from `scale`.
+        """
+        packed = self.pack(latents)
+        shift, factor = (per_channel(part.to(packed), packed) for part in scale)
+        return (packed - shift) * factor
 
     def pixels(self, autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents of the denoiser to images: uint8, N x 3 x height x width, on the CPU.

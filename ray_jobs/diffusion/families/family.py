@@ -19,13 +19,27 @@ Conditions = dict[str, torch.Tensor]
 """The denoiser's inputs besides latents and timesteps, by name, each N x ...
 
 These are the columns of `Text.embeds`, the family's `picture_conditions`, and `guidance` (float32, N) for
-denoisers that take the guidance scale as an input.
+denoisers that take the guidance scale as an input. Reference pictures are `reference_0`, `reference_1`, ...:
+their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`.
 """
 Components = Mapping[str, Component]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MMDIT_ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def reference(number: int) -> str:
+    """Return the condition that holds the latents of a reference picture, counted from 0."""
+    return f"reference_{number}"
+
+
+def references_of(conditions: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the latents of the reference pictures, in their order, each N x C x ..."""
+    found: list[torch.Tensor] = []
+    while (name := reference(len(found))) in conditions:
+        found.append(conditions[name])
+    return found
 
 
 class Family(ABC):
@@ -44,6 +58,8 @@ class Family(ABC):
     picture_conditions: tuple[str, ...] = ()
     """Conditions that belong to the picture. `sizes`: int, N x 6, pixels: original height and width, top and
     left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
+    max_references: int = 0
+    """The most pictures that the denoiser looks at beside the one it draws; 0: it takes none."""
     is_unet: bool = False
     """Whether the denoiser is a convolutional UNet in diffusers' form."""
     has_lora_loader: bool = True

@@ -14,6 +14,7 @@ from ray_jobs.diffusion.families.family import (
     Components,
     Conditions,
     Family,
+    references_of,
 )
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.published import KohyaFiles, Published, renamed
@@ -88,6 +89,7 @@ class FluxFamily(Family):
         grid: tuple[int, int],
         timesteps: torch.Tensor,
         embeds: torch.Tensor,
+        references: Sequence[torch.Tensor] = (),
         **inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the transformer's prediction, in the shape of the latents.
@@ -96,18 +98,22 @@ class FluxFamily(Family):
             tokens, grid: from `to_tokens`.
             timesteps: N, as for `denoise`.
             embeds: T5's embeddings, N x tokens x width.
+            references: latents of reference pictures, see `references_of`; their tokens follow.
             inputs: further inputs of the transformer, by diffusers' names.
         """
+        places = [positions(*grid, tokens.device)]
+        further = [to_tokens(latents) for latents in references]
+        places += [positions(*of, tokens.device, picture=n) for n, (_, of) in enumerate(further, start=1)]
         predicted = model["transformer"](
-            tokens,
+            torch.cat([tokens, *(each for each, _ in further)], dim=1),
             encoder_hidden_states=embeds,
             timestep=timesteps / 1000,  # the transformer multiplies it by 1000 again
-            img_ids=positions(*grid, tokens.device),
+            img_ids=torch.cat(places),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=tokens.device),
             return_dict=False,
             **inputs,
         )[0]
-        return from_tokens(predicted, grid)
+        return from_tokens(predicted[:, : tokens.shape[1]], grid)
 
 
 class Flux(FluxFamily):
@@ -131,6 +137,7 @@ class Flux(FluxFamily):
             *to_tokens(latents),
             timesteps,
             conditions["prompt_embeds"],
+            references_of(conditions),
             pooled_projections=conditions["pooled_prompt_embeds"],
             guidance=guidance,
         )
@@ -148,11 +155,12 @@ class Flux(FluxFamily):
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # classifier-free guidance needs both
 
     def tiny(self, captions: Sequence[str], variant: str = "") -> Pipeline:
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+        import diffusers
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
         torch.manual_seed(0)
         tokenizer, embedded = tiny.clip_tokenizer(captions), variant != "schnell"
-        return FluxPipeline(
+        return getattr(diffusers, self.pipeline_class)(
             transformer=FluxTransformer2DModel(
                 in_channels=4 * 4,
                 num_layers=1,
@@ -187,8 +195,12 @@ def from_tokens(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), PATCH)
 
 
-def positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Return (0, row, column) of each patch: float32, rows * columns x 3."""
+def positions(rows: int, columns: int, device: torch.device, picture: int = 0) -> torch.Tensor:
+    """Return (picture, row, column) of each patch: float32, rows * columns x 3.
+
+    Args:
+        picture: 0 for the one that is drawn, further ones for references.
+    """
     row = torch.arange(rows, dtype=torch.float32, device=device)
     column = torch.arange(columns, dtype=torch.float32, device=device)
-    return torch.cartesian_prod(row.new_zeros(1), row, column)
+    return torch.cartesian_prod(row.new_full((1,), picture), row, column)

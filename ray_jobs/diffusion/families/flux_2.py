@@ -11,13 +11,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ray_jobs.diffusion.families import tiny
 from ray_jobs.diffusion.families.codec import Codec
-from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.family import MMDIT_ATTENTION, Components, Conditions, Family, references_of
 from ray_jobs.diffusion.families.flux import PUBLISHED_BLOCKS
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.published import KohyaFiles, Published, renamed
 from ray_jobs.diffusion.families.text import Captions, Encoders, Text, chat_prompts
 from ray_jobs.diffusion.protocols import Autoencoder, Denoiser, Pipeline, Settings, Tokenizer
 
+REFERENCE_STEP = 10  # between the positions of reference pictures, on the axis of images
 PATCH = 2  # side of a latent of the denoiser, in latents of the autoencoder
 MAX_TOKENS = 512
 SINGLE_BLOCKS = 48  # the most that a published model has
@@ -116,7 +117,9 @@ class Flux2Schedule(RectifiedFlow):
 
 
 class Flux2Family(Family):
-    """FLUX.2: a transformer that receives an image's patches and a padded caption."""
+    """FLUX.2: a transformer that receives an image's patches, those of references, and a padded caption."""
+
+    max_references = 10
 
     # The single blocks' output layer is named in full: the double blocks have a list of that name.
     trainable = {
@@ -137,19 +140,24 @@ class Flux2Family(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         embeds, grid = conditions["prompt_embeds"], latents.shape[-2:]
+        pictures = [latents, *references_of(conditions)]
+        places = [
+            positions(0, *each.shape[-2:], 0, device=latents.device, image=REFERENCE_STEP * number)
+            for number, each in enumerate(pictures)
+        ]
         guidance = None
         if self.guidance_embedded(model["transformer"]):
             guidance = conditions.get("guidance", latents.new_ones(len(latents)))
         predicted = model["transformer"](
-            latents.flatten(2).transpose(1, 2),
+            torch.cat([each.flatten(2).transpose(1, 2) for each in pictures], dim=1),
             encoder_hidden_states=embeds,
             timestep=timesteps.to(latents.dtype) / 1000,  # the transformer multiplies it by 1000 again
-            img_ids=positions(0, *grid, 0, device=latents.device),
+            img_ids=torch.cat(places),
             txt_ids=positions(0, 0, 0, embeds.shape[1], device=latents.device),
             guidance=guidance,
             return_dict=False,
         )[0]
-        return predicted.transpose(1, 2).unflatten(2, grid)
+        return predicted[:, : grid.numel()].transpose(1, 2).unflatten(2, grid)
 
     def guidance_embedded(self, denoiser: Denoiser) -> bool:
         return bool(denoiser.config.guidance_embeds)
@@ -212,10 +220,13 @@ def tiny_autoencoder() -> Autoencoder:
     return autoencoder
 
 
-def positions(*sizes: int, device: torch.device) -> torch.Tensor:
+def positions(*sizes: int, device: torch.device, image: int = 0) -> torch.Tensor:
     """Return the positions of tokens on four axes (image, row, column, word): int64, tokens x 4.
 
     Args:
         sizes: number of positions on each axis; 0 for the one position 0.
+        image: the position on the first axis that is added to all.
     """
-    return torch.cartesian_prod(*(torch.arange(max(size, 1), device=device) for size in sizes))
+    places = torch.cartesian_prod(*(torch.arange(max(size, 1), device=device) for size in sizes))
+    places[:, 0] += image
+    return places

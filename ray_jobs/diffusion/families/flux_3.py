@@ -1,4 +1,5 @@
-"""FLUX.3 Image Klein of Black Forest Labs (https://huggingface.co/black-forest-labs), from text to image.
+"""FLUX.3 Image Klein of Black Forest Labs (https://huggingface.co/black-forest-labs), from text to image,
+and with reference pictures.
 
 diffusers has only a modular pipeline for it. Its distilled checkpoints are flow maps, which are told where
 each step ends; they are not supported.
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ray_jobs.diffusion.families import tiny
-from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family
+from ray_jobs.diffusion.families.family import UNET_ATTENTION, Components, Conditions, Family, references_of
 from ray_jobs.diffusion.families.flux_2 import Flux2Codec, positions, tiny_autoencoder
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.families.text import (
@@ -90,6 +91,7 @@ class Flux3Klein(Family):
     codec = Flux2Codec()
     schedule = RectifiedFlow(max_shift=1.15, patch=1, even_sigmas=True)
     native = (1024, 1024)
+    max_references = 10
 
     def loaded(self, pipeline: Pipeline) -> None:
         """Let captions of several windows share a call."""
@@ -121,14 +123,18 @@ class Flux3Klein(Family):
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         grid, (embeds, mask) = latents.shape[-2:], without_padding(conditions)
-        places = positions(0, *grid, 0, device=latents.device).float()
+        references = references_of(conditions)
         predicted = model["transformer"](
-            latents.flatten(2).transpose(1, 2),
+            _tokens(latents),
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
             timestep=(timesteps / 1000).to(latents.dtype),  # in this order, as its pipeline rounds it
-            img_ids=places * IMAGE_SCALE,  # zeros on the other axes
+            img_ids=_places(latents),
             txt_ids=positions(0, 0, 0, embeds.shape[1], device=latents.device).float(),
+            references=torch.cat([_tokens(each) for each in references], dim=1) if references else None,
+            reference_ids=torch.cat([_places(each, -n) for n, each in enumerate(references, start=1)])
+            if references
+            else None,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, grid)
 
@@ -196,8 +202,24 @@ class MaskedAttention:
         return found
 
 
+def _tokens(latents: torch.Tensor) -> torch.Tensor:
+    """Return latents, N x C x h x w, as tokens: N x hw x C."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def _places(latents: torch.Tensor, picture: int = 0) -> torch.Tensor:
+    """Return the positions of a picture's tokens: float32, tokens x 4.
+
+    Args:
+        picture: position on the last axis: 0 for the image that is drawn, -1, -2, ... for references.
+    """
+    places = positions(0, *latents.shape[-2:], 0, device=latents.device).float() * IMAGE_SCALE
+    places[:, 3] = picture
+    return places
+
+
 def _blocks(transformer: Denoiser) -> list[Any]:
-    """Return the blocks that captions and images pass."""
+    """Return the blocks that captions and images pass, and both together."""
     return [
         *transformer.txt_mode_blocks,
         *transformer.mode_blocks["image"],
@@ -213,8 +235,10 @@ def _forward(
     img_ids: torch.Tensor,
     txt_ids: torch.Tensor,
     encoder_hidden_states_mask: torch.Tensor | None = None,
+    references: torch.Tensor | None = None,
+    reference_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor]:
-    """Predict as `Flux3Transformer2DModel` does without reference images, with a mask of captions' tokens.
+    """Predict as `Flux3Transformer2DModel` does, with a mask of captions' tokens.
 
     The positions of images do not depend on captions, so that each row is as if alone.
     """
@@ -231,23 +255,36 @@ def _forward(
         return block(*arguments)
 
     of_image = embedded(timestep.to(dtype) * 1000).expand(-1, image.shape[1], -1)
-    of_text = embedded(timestep.new_zeros(rows, dtype=dtype)).expand(-1, words, -1)  # captions have no noise
-    active = {"image": torch.nn.functional.silu(of_image), "txt": torch.nn.functional.silu(of_text)}
+    clean = embedded(timestep.new_zeros(rows, dtype=dtype))  # captions and references have no noise
+    vectors = {"image": of_image, "txt": clean.expand(-1, words, -1)}
+    if references is not None:
+        vectors[REFERENCES] = clean.expand(-1, references.shape[1], -1)
+    active = {name: torch.nn.functional.silu(vector) for name, vector in vectors.items()}
     early, joint = (
         {name: each[name](vector) for name, vector in active.items()}
         for each in (transformer.early_stream_modulations, transformer.single_stream_modulations)
     )
+    text_rope, image_rope = transformer.pos_embed(txt_ids), transformer.pos_embed(img_ids)
     text_mask = all_mask = None
     if mask is not None:
         text_mask = mask[:, None, None]
-        all_mask = torch.nn.functional.pad(text_mask, (0, image.shape[1]), value=True)
-    text_rope, image_rope = transformer.pos_embed(txt_ids), transformer.pos_embed(img_ids)
     text, image = transformer.context_embedder(text), transformer.x_embedders["image"](image)
     for block in transformer.txt_mode_blocks:
         text = run(block, text, early["txt"], (*text_rope, text_mask))
     for block in transformer.mode_blocks["image"]:
         image = run(block, image, early["image"], (*image_rope, None))
-    rope = (*(torch.cat(pair) for pair in zip(text_rope, image_rope, strict=True)), all_mask)
+    ropes, modulation, drawn = [text_rope, image_rope], joint["image"], image.shape[1]
+    if references is not None:
+        rope = transformer.pos_embed(reference_ids)
+        further = transformer.x_embedders[REFERENCES](references)
+        for block in transformer.mode_blocks[REFERENCES]:
+            further = run(block, further, early[REFERENCES], rope)
+        ropes.append(rope)
+        image = torch.cat([image, further], dim=1)
+        modulation = torch.cat([modulation, joint[REFERENCES]], dim=1)
+    if text_mask is not None:
+        all_mask = torch.nn.functional.pad(text_mask, (0, image.shape[1]), value=True)
+    whole = (*(torch.cat(each) for each in zip(*ropes, strict=True)), all_mask)
     for block in transformer.single_transformer_blocks:
-        text, image = run(block, image, text, joint["image"], joint["txt"], rope)
-    return (transformer.proj_out(transformer.norm_out(image, of_image)),)
+        text, image = run(block, image, text, modulation, joint["txt"], whole)
+    return (transformer.proj_out(transformer.norm_out(image[:, :drawn], of_image)),)

@@ -1,0 +1,17 @@
+"""FLUX.1 Kontext of Black Forest Labs: FLUX.1 that edits a reference picture (arXiv 2506.15742)."""
+
+from ray_jobs.diffusion.families.flux import Flux
+from ray_jobs.diffusion.protocols import Pipeline
+
+
+class FluxKontext(Flux):
+    """FLUX.1 Kontext: the reference's patches follow the image's, as those of picture 1."""
+
+    pipeline_class = "FluxKontextPipeline"
+    max_references = 1
+    own_area = True
+    native = (1024, 1024)
+    variants = ("",)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return False

@@ -1,0 +1,89 @@
+"""Reference pictures: each family that takes them draws with them as its pipeline in diffusers does."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ray_jobs.diffusion.families import FAMILIES, family_of
+from ray_jobs.diffusion.families.family import reference
+from ray_jobs.diffusion.sampling import (
+    decode_latents,
+    encode_prompts,
+    encode_references,
+    initial_noise,
+    sample_latents,
+    seeded,
+    whole_pictures,
+)
+from ray_jobs.weights.loading import load_pipeline
+from tests.serving import plain_diffusers
+from tests.tiny_models import BY_NAME, MODELS
+
+EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
+PROMPT, HEIGHT, WIDTH = "a small red circle", 64, 96
+
+
+def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    """A picture of broad bands: uint8, 3 x height x width."""
+    colours = torch.rand((3, height // 16, width // 16), generator=torch.Generator().manual_seed(seed))
+    return (255 * colours).to(torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+
+def pillow(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def drawn(pipeline: Any, references: list[torch.Tensor], guidance_scale: float = 4.0) -> torch.Tensor:
+    family = family_of(pipeline)
+    noise = initial_noise(seeded([3]), family.codec.shape(pipeline.vae.config, HEIGHT, WIDTH))
+    looked_at = {
+        reference(n): encode_references(pipeline, pixels[None]) for n, pixels in enumerate(references)
+    }
+    latents = sample_latents(
+        family,
+        family.model(pipeline),
+        pipeline.scheduler,
+        noise,
+        encode_prompts(pipeline, [PROMPT]) | whole_pictures(family, 1, HEIGHT, WIDTH) | looked_at,
+        encode_prompts(pipeline, [""], negative=True),
+        num_steps=3,
+        guidance_scale=guidance_scale,
+    )
+    return latents
+
+
+def test_families_that_edit_are_these() -> None:
+    editors = {name for name, family in FAMILIES.items() if family.max_references}
+    assert editors == {"FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Flux3ModularPipeline"}
+
+
+@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name: str, count: int) -> None:
+    folder = tiny(name)
+    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
+    family = family_of(pipeline)
+    if count > family.max_references:
+        pytest.skip(f"{name} takes {family.max_references}")
+    references = [picture(1), picture(2, 64, 64)][:count]
+    options: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 3}
+    options |= family.guidance_arguments(getattr(pipeline, family.denoiser).config, 4.0)
+    plain_diffusers.keep_size(theirs, HEIGHT, WIDTH)
+    images = [pillow(pixels) for pixels in references]
+    expected = theirs(
+        prompt=PROMPT,
+        image=images if count > 1 else images[0],
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **plain_diffusers.known(theirs, deepcopy(options)),
+    ).images[0]
+    ours = drawn(pipeline, references)
+    assert (decode_latents(pipeline, ours)[0] - 255 * expected).abs().max() < 0.5 + 255e-4
+    assert (ours - drawn(pipeline, [])).abs().max() > 1e-3  # the references matter
+    if count == 2:
+        assert (ours - drawn(pipeline, references[::-1])).abs().max() > 1e-3  # and their order
