@@ -124,7 +124,7 @@ class Flux(FluxFamily):
     kohya = KohyaFiles("networks.lora_flux", "flux1", "flux-1-dev")
     trainable = {"transformer": MMDIT_ATTENTION, "text_encoder": CLIP_ATTENTION}
     text = FluxText()
-    variants = ("", "schnell")
+    variants: tuple[str, ...] = ("", "schnell")
 
     def denoise(
         self, model: Components, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
