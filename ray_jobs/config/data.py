@@ -43,6 +43,12 @@ class SourceConfig(Section):
         description="Parquet, Arrow and metadata files: column of captions; tar: key in the .json; Label "
         "Studio and Labelbox: name of the text field. Empty: `text` or `caption`, or the only text field",
     )
+    reference_columns: Annotated[list[Annotated[str, Field(min_length=1)]], Effect.IMAGES, Added([])] = Field(
+        [],
+        description="reference images of each row, for models that edit them: columns as for `image_column`; "
+        "tar: `before` for x.before.png beside x.png; folders with caption files: subfolders with images "
+        "of the same names",
+    )
     instance_prompt: Prompt | None = Field(
         None, description="DreamBooth: caption of every image in a folder without captions"
     )
@@ -206,6 +212,11 @@ class DataConfig(Section):
     resolution: Positive = Field(
         64, description="side of the square images, in pixels; with buckets, the square root of their area"
     )
+    reference_resolution: Annotated[Positive | None, Effect.ENCODINGS, Added()] = Field(
+        None,
+        description="as `resolution`, of the reference images: they have the shape of their row's image, at "
+        "this size. Empty: `resolution`",
+    )
     buckets: bool = Field(
         False, description="keep aspect ratios: crop each image to the nearest of several shapes"
     )
@@ -273,6 +284,11 @@ class DataConfig(Section):
         return self.sources or [SourceConfig(path=self.source or "")]
 
     @property
+    def num_references(self) -> int:
+        """The number of reference images of each row."""
+        return len(self.all_sources[0].reference_columns)
+
+    @property
     def column(self) -> str | None:
         """The column that is read from every source, for `stratify` or `balance`."""
         return self.stratify or self.balance
@@ -295,6 +311,10 @@ class DataConfig(Section):
         weights = [each.weight for each in self.sources]
         if any(weights) and not all(weights):
             raise ValueError("sources: give every source a weight, or none")
+        if len({len(each.reference_columns) for each in self.sources}) > 1:
+            raise ValueError("sources: name as many reference_columns in each; every row has as many")
+        if not self.num_references:
+            require_unset(self, "without reference_columns", "reference_resolution")
         if self.balance and any(weights):
             raise ValueError("balance: sources have weights, which set other shares; remove one of them")
         if self.balance and self.stratify and self.balance != self.stratify:

@@ -21,7 +21,7 @@ from ray_jobs.config.space import Dimensions, Range, num_points, range_of
 
 LEARNING_RATE = "train.learning_rate"
 
-RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject"]
+RankedBy = Literal["corrected_fid", "fid", "kid", "mind", "preference", "subject", "target"]
 
 
 def _kind(values: object) -> str:
@@ -75,12 +75,14 @@ class SearchConfig(Section):
     rank_by: Annotated[RankedBy, Added("corrected_fid")] = Field(
         "corrected_fid",
         description="score that decides between checkpoints; subject unless given, if all sources are "
-        "subjects. corrected_fid: FID without the bias of the number of images, by which few images reward a "
+        "subjects, and target, if they have reference images. corrected_fid: FID without the bias of the "
+        "number of images, by which few images reward a "
         "smaller variety; with fewer training images than a score has, it is FID. fid: FID as in the "
         "literature. kid: kernel distance, which has no such bias; with fewer than 4 images it is FID. mind: "
         "sliced Wasserstein distance, which has hardly any. preference: how much less evaluate.preference "
         "likes the pictures than the real ones of the same captions. subject: likeness to photos not trained "
-        "on, learning by heart, and what is lost of class, variety and own prompts (docs/search.md)",
+        "on, learning by heart, and what is lost of class, variety and own prompts (docs/search.md). "
+        "target: distance of edits to the images that they should be",
     )
     guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Effect.EXTENT] = Field(
         [],

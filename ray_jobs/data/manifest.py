@@ -77,6 +77,7 @@ def describe(
         },
         rows_an_epoch=mixed.order.rows_an_epoch if mixed else 0,
         judged=decisions.num_judged,
+        references=data.num_references,
         digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
     )
 

@@ -34,11 +34,12 @@ from ray_jobs.data.encoding.class_pictures import (
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, encode_parts
 from ray_jobs.data.encoding.long_captions import long_captions
 from ray_jobs.data.encoding.plan import PlannedPart, plan_parts
-from ray_jobs.data.encoding.shapes import picture_shapes
+from ray_jobs.data.encoding.shapes import picture_shapes, reference_sizes
 from ray_jobs.data.encoding.subject_words import FEWEST, check_subjects
 from ray_jobs.data.feeding.dataset import PARTS, Dataset
 from ray_jobs.data.feeding.streaming import Live
 from ray_jobs.data.manifest import balance_line, describe, require_enough
+from ray_jobs.data.references import check_references
 from ray_jobs.data.sources.captions import caption_rules
 from ray_jobs.data.sources.detection import Source, open_source
 from ray_jobs.data.sources.dreambooth import Subject
@@ -81,6 +82,7 @@ def prepare(config: Config, check: Callable[[], object] | None = None) -> Datase
     """
     sources = open_sources(config)
     picture_shapes(config)  # reject a wrong resolution before generating pictures at it
+    check_references(config)
     check_subjects(config, sources)
     check_captioning(config)
     captioner = captioning_digest(config)
@@ -275,7 +277,8 @@ def _plan(
 ) -> tuple[Manifest, list[PlannedPart]]:
     """Return the manifest and the parts of an examined dataset."""
     buckets = picture_shapes(config)
-    parts = list(plan_parts(config, found, storage.child(INDEX), decisions, buckets))
+    looked_at = reference_sizes(config)
+    parts = list(plan_parts(config, found, storage.child(INDEX), decisions, buckets, looked_at))
     counts = Counter[str]()
     for part in parts:
         counts[part.split] += int((part.variants == 0).sum())
@@ -373,6 +376,7 @@ def prepared_by(config: Config, run: str) -> Dataset:
 def dry_run(config: Config) -> str:
     """Scan and decide without captioning or encoding; write the preview and return its URI."""
     sources = open_sources(config)
+    check_references(config)
     check_subjects(config, sources)
     check_captioning(config)
     announce_class_pictures(config, sources)

@@ -4,7 +4,7 @@ The arithmetic is that of diffusers' pipelines, so the same noise gives the same
 diffusers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -13,6 +13,7 @@ from operator import itemgetter
 import torch
 
 from ray_jobs.diffusion.families import Captions, Components, Conditions, Family, family_of
+from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.memory import Chunks, pictures_at_once
 from ray_jobs.diffusion.objectives import per_row
@@ -190,6 +191,7 @@ def sample_pictures(
     guidance_scale: float,
     batch_size: int,
     encoded: "Prompts | None" = None,
+    references: Callable[[int], Sequence[torch.Tensor]] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the images of N prompts in batches: uint8, n x 3 x height x width, on the CPU.
 
@@ -200,6 +202,8 @@ def sample_pictures(
         pipeline: pipeline from `load_pipeline`, with its autoencoder on the device to sample on.
         prompts, seeds, shapes: N of each, one per image; a shape is (height, width) in pixels.
         encoded: the pipeline's prompts; None: encode them where its text encoders are.
+        references: function that returns the reference pictures of an image by its number, each uint8,
+            3 x height x width; images of one shape have as many, of the same shapes. None: there are none.
 
     Raises:
         ValueError: guidance is on, and has no meaning for this model.
@@ -216,6 +220,10 @@ def sample_pictures(
         generators = seeded(seeds[batch])
         noise = initial_noise(generators, family.codec.shape(pipeline.vae.config, height, width))
         sizes = whole_pictures(family, len(noise), height, width, device)
+        if references is not None:
+            of_each = zip(*(references(number) for number in numbers), strict=True)
+            for number, pictures in enumerate(of_each):
+                sizes[reference(number)] = encode_references(pipeline, torch.stack(pictures))
         return sample_latents(
             family,
             family.model(pipeline),

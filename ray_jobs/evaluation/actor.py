@@ -239,12 +239,20 @@ class Evaluator:
         seeds: list[int],
         shapes: list[Shape] | None,
         guidance_scale: float | None,
+        references: Sequence[Sequence[bytes]] | None = None,
+        places: Sequence[int] = (),
     ) -> "Iterator[torch.Tensor]":
         """Yield batches of pictures: uint8, N x 3 x H x W."""
         from ray_jobs.diffusion.sampling import sample_pictures
 
         pipeline = self._use(weights)
         evaluate, side = self.config.evaluate, self.config.data.resolution
+        looked_at = None
+        if references is not None:
+
+            def looked_at(number: int) -> "list[torch.Tensor]":
+                return [_pixels(data) for data in references[places[number]]]
+
         return sample_pictures(
             pipeline,
             captions,
@@ -254,6 +262,7 @@ class Evaluator:
             guidance_scale=evaluate.guidance_scale if guidance_scale is None else guidance_scale,
             batch_size=evaluate.batch_size,
             encoded=self.prompts,
+            references=looked_at,
         )
 
     @replaced_if_broken()
@@ -299,6 +308,8 @@ class Evaluator:
         guidance_scale: float | None = None,
         by: NetworkSet = NetworkSet.RANKING,
         shapes: list[Shape] | None = None,
+        references: Sequence[Sequence[bytes]] | None = None,
+        places: Sequence[int] = (),
     ) -> Features:
         """Sample one picture per caption and return its features, and its reward by the reward model.
 
@@ -307,8 +318,11 @@ class Evaluator:
             guidance_scale: None means `evaluate.guidance_scale`.
             by: the networks that see the pictures.
             shapes: one per picture; None means squares of `data.resolution`.
+            references: lists of PNGs of reference pictures; None for none.
+            places: the list in `references` of each picture.
         """
-        batches = _keeping(self._sample(weights, captions, seeds, shapes, guidance_scale), kept)
+        drawn = self._sample(weights, captions, seeds, shapes, guidance_scale, references, places)
+        batches = _keeping(drawn, kept)
         return self._features(batches, by, captions)
 
     @replaced_if_broken()
@@ -319,11 +333,13 @@ class Evaluator:
         seeds: list[int],
         guidance_scale: float | None = None,
         shapes: list[Shape] | None = None,
+        references: Sequence[Sequence[bytes]] | None = None,
+        places: Sequence[int] = (),
     ) -> list[bytes]:
         """Sample one PNG per caption; arguments as for `sample_features`."""
         from ray_jobs.pictures.reading import encode_png
 
-        batches = self._sample(weights, captions, seeds, shapes, guidance_scale)
+        batches = self._sample(weights, captions, seeds, shapes, guidance_scale, references, places)
         return [encode_png(picture.permute(1, 2, 0).numpy()) for batch in batches for picture in batch]
 
     @replaced_if_broken()
@@ -370,13 +386,13 @@ class Evaluator:
     def _stacked(self, pictures: list[bytes]) -> "Iterator[torch.Tensor]":
         """Yield PNGs in batches of one shape, in their order: uint8, N x 3 x H x W."""
         import torch
-        from PIL import Image
 
         from ray_jobs.diffusion.sampling import batches_of
 
-        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
-        for batch in batches_of([each.shape[:2] for each in pixels], self.config.evaluate.batch_size):
-            yield torch.from_numpy(np.stack(pixels[batch])).permute(0, 3, 1, 2)
+        pixels = [_pixels(data) for data in pictures]
+        sides = [(each.shape[1], each.shape[2]) for each in pixels]
+        for batch in batches_of(sides, self.config.evaluate.batch_size):
+            yield torch.stack(pixels[batch])
 
     def score(
         self, real: Real, folder: Storage | None, shares: Sequence[Sequence[int]] | None, *generated: Features
@@ -500,6 +516,14 @@ def kept_features(folder: Storage, file: str) -> Features:
         return dict(load(folder.read_bytes(file)))
     except SafetensorError:
         raise ConfigError(f"{folder.uri}/{file}: damaged; restore it, or delete it") from None
+
+
+def _pixels(png: bytes) -> "torch.Tensor":
+    """Decode a PNG: uint8, 3 x H x W."""
+    import torch
+    from PIL import Image
+
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)
 
 
 def _keeping(batches: "Iterator[torch.Tensor]", kept: SampleFiles | None) -> "Iterator[torch.Tensor]":

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from ray_jobs.config import Config
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.metrics.ranking import Candidate, require_comparable, winner
-from ray_jobs.run.records import PREFERENCE, SUBJECT, SUBJECT_PARTS, RungRow
+from ray_jobs.run.records import PREFERENCE, SUBJECT, SUBJECT_PARTS, TARGET, RungRow
 from ray_jobs.run.split import TEST, VALIDATION, Split
 
 ORIGIN = (
@@ -32,6 +32,7 @@ MEANS = (
     "kid",
     "mind",
     PREFERENCE,
+    TARGET,
     SUBJECT,
     *SUBJECT_PARTS,
     "fid_2",

@@ -21,14 +21,15 @@ from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
 from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join, kept_features
-from ray_jobs.evaluation.cross_validation import held_out, trained_on
+from ray_jobs.evaluation.cross_validation import held_out, splits, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts, fit_detector
+from ray_jobs.metrics.edits import target_distance
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.metrics.subject import Drawn, DrawnSubjects, Photos, SubjectReference
 from ray_jobs.run.folder import SharedFolder
-from ray_jobs.run.records import CORRECTED, FID, KID, SUBJECT, Measurement
+from ray_jobs.run.records import CORRECTED, FID, KID, MEASURES, SUBJECT, TARGET, Measurement
 from ray_jobs.run.samples import PROMPTS, SAMPLES, prompt_name, sample_name
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.weights.feature_networks import NetworkSet
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
 # pictures to compare with.
 CAPTION_USES = 2
+
+References = list[list[bytes]]
+"""PNGs of the reference pictures of rows."""
 
 SUBJECT_FEATURES = "subject.features"  # features of what was drawn for subjects, beside FEATURES
 
@@ -63,6 +67,7 @@ class Known(NamedTuple):
     facts: DetectorFacts
     captions: list[str]
     shapes: list[Shape]
+    references: "ObjectRef[References] | None"
 
 
 class Task(NamedTuple):
@@ -73,6 +78,8 @@ class Task(NamedTuple):
     captions: list[str]
     seeds: list[int]
     shapes: list[Shape]
+    references: "ObjectRef[References] | None" = None  # of a split
+    places: Sequence[int] = ()  # of the pictures' references in these
 
 
 def resources(evaluate: EvaluateConfig) -> dict[str, float]:
@@ -91,6 +98,8 @@ class EvaluatorPool:
         rank_by: `search.rank_by`, or what a search of an earlier release was ranked by.
         subjects: with `search.rank_by: subject`, all of the run.
         captions, shapes, digests: of the pictures of each loaded split.
+        references: their reference pictures, in Ray's object store; of splits that have them.
+        unedited: distance of the first of these to their targets.
         corrected: whether there is a correction of FID for the scores of each loaded split.
     """
 
@@ -110,6 +119,8 @@ class EvaluatorPool:
         self.subjects = subjects_of(config) if self.rank_by == SUBJECT else []
         self.captions: dict[Split, list[str]] = {}
         self.shapes: dict[Split, list[Shape]] = {}  # shapes of the same pictures
+        self.references: dict[Split, ObjectRef[References]] = {}
+        self.unedited: dict[Split, float] = {}
         self.corrected: dict[Split, bool] = {}
         self.digests: dict[Split, str] = {}  # digests of these pictures and their captions
         self._real: dict[Split, ObjectRef[Real]] = {}
@@ -118,6 +129,7 @@ class EvaluatorPool:
         # Of each restored picture by its digest, by how often it was restored and which networks saw it.
         self._restored_features: dict[tuple[int, NetworkSet], dict[bytes, Features]] = {}
         self._subjects: dict[Split, SubjectReference] = {}
+        self._edited_by_prompts: tuple[ObjectRef[References], int] | None = None
         # By weights, of the base and those drawn last.
         self._known_features: dict[str | None, dict[tuple[object, ...], list[ObjectRef[Features]]]] = {}
 
@@ -136,6 +148,7 @@ class EvaluatorPool:
     def load(self, split: Split) -> None:
         """Read the captions of a split's pictures and compute the pictures' features, once per split."""
         import ray
+        import torch
 
         if split in self._real:
             return
@@ -147,6 +160,8 @@ class EvaluatorPool:
             digest.update(
                 hashlib.sha256(row["image"]).digest() + hashlib.sha256(row["text"].encode()).digest()
             )
+            for picture in row["references"]:
+                digest.update(hashlib.sha256(picture).digest())
         self.digests[split] = digest.hexdigest()
         count, wanted = self._num_samples(split), self.config.evaluate.num_samples
         if count < wanted and not self._is_of_subjects(split):
@@ -158,7 +173,16 @@ class EvaluatorPool:
         real = self._measure_real([row["image"] for row in rows])
         others = self.training_features(split, OTHERS * count)
         correction = ray.get(self.actors[0].correction.remote(real, others, count))
-        self._real[split] = ray.put(Real.of(real, correction, self._rewards(rows)))
+        edits = any(row["references"] for row in rows)
+        self._real[split] = ray.put(Real.of(real, correction, self._rewards(rows), are_targets=edits))
+        if edits:
+            self.references[split] = _shared(rows)
+            before = self._measure_real([row["references"][0] for row in rows])
+            first = self._first_network()
+            distance = target_distance(torch.from_numpy(before[first]), torch.from_numpy(real[first]), first)
+            self.unedited[split] = distance.value
+            name, digits = MEASURES[TARGET]
+            say("evaluate", f"{split}: {name} of the pictures as they were {distance.value:.{digits}f}")
         self.corrected[split] = correction is not None
         if self._is_of_subjects(split):
             self._subjects[split] = self._subject_reference(split)
@@ -250,10 +274,18 @@ class EvaluatorPool:
             [captions[i % count] for i in wanted],
             [seed + i for i in wanted],
             [shapes[i % count] for i in wanted],
+            self.references.get(split),
+            [i % count for i in wanted],
         )
 
     def _dealt_tasks(
-        self, weights: str | None, captions: Sequence[str], seeds: Sequence[int], shapes: Sequence[Shape]
+        self,
+        weights: str | None,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        shapes: Sequence[Shape],
+        references: "ObjectRef[References] | None" = None,
+        places: Sequence[int] = (),
     ) -> list[Task]:
         return [
             Task(
@@ -262,6 +294,8 @@ class EvaluatorPool:
                 [captions[i] for i in numbers],
                 [seeds[i] for i in numbers],
                 [shapes[i] for i in numbers],
+                references,
+                [places[i] for i in numbers] if references else (),
             )
             for actor, numbers in self._share(shapes, weights)
         ]
@@ -330,7 +364,9 @@ class EvaluatorPool:
 
         count, seed = min(DRAWN_FOR_TRAINING, self.config.evaluate.num_samples), self.config.evaluate.seed
         captions, shapes = known.captions[:count], known.shapes[:count]
-        tasks = self._dealt_tasks(weights, captions, range(seed, seed + count), shapes)
+        tasks = self._dealt_tasks(
+            weights, captions, range(seed, seed + count), shapes, known.references, range(count)
+        )
         drawn = self._drawn_features(weights, tasks, guidance_scale, NetworkSet.FIRST)
         return recited(drawn[known.facts.feature_network], known.captions, known.detector, known.facts)
 
@@ -377,7 +413,8 @@ class EvaluatorPool:
                 first,
             )
             captions, shapes = [row["text"] for row in rows], [shape_of(row["image"]) for row in rows]
-            self._known[dataset.without_fold] = Known(detector, facts, captions, shapes)
+            references = _shared(rows) if any(row["references"] for row in rows) else None
+            self._known[dataset.without_fold] = Known(detector, facts, captions, shapes, references)
         return self._known[dataset.without_fold]
 
     def _drawn(
@@ -398,13 +435,24 @@ class EvaluatorPool:
             self._known_features = {None: of_base, weights: {}}
         known = self._known_features[weights]
         scale = self.config.evaluate.guidance_scale if guidance_scale is None else guidance_scale
-        drawn = (scale, *((*task.captions, *task.seeds, *task.shapes) for task in tasks))
+        drawn = (
+            scale,
+            *((*task.captions, *task.seeds, *task.shapes, task.references, *task.places) for task in tasks),
+        )
         for wider in (by, NetworkSet.ALL):
             if not files and (found := known.get((wider, drawn))):
                 return found
         parts = [
             each.actor.sample_features.remote(
-                weights, each.captions, each.seeds, files[i] if files else None, scale, by, each.shapes
+                weights,
+                each.captions,
+                each.seeds,
+                files[i] if files else None,
+                scale,
+                by,
+                each.shapes,
+                each.references,
+                each.places,
             )
             for i, each in enumerate(tasks)
         ]
@@ -640,6 +688,8 @@ class EvaluatorPool:
         """Return whether the scores of a loaded split contain `rank_by`."""
         if self.rank_by == SUBJECT:
             return self._is_of_subjects(split)
+        if self.rank_by == TARGET:
+            return split in self.references
         if self.rank_by == KID:
             return min(len(self.captions[split]), self._num_samples(split)) >= FEWEST
         return self.rank_by != CORRECTED or self.corrected[split]
@@ -672,14 +722,16 @@ class EvaluatorPool:
         import ray
 
         found = self.training_features(split, self._num_samples(split))
-        return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+        scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+        return replace(scores, target=None)  # they are no edits of the split's references
 
     def reachable_floor(self, split: Split) -> Scores:
         """Score the same training pictures as the base's autoencoder restores them: the best to hope for."""
         import ray
 
         found = self.restored_features(split, self._num_samples(split))
-        return ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+        scores: Scores = ray.get(self.actors[0].score.remote(self._real[split], None, None, found))
+        return replace(scores, target=None)  # they are no edits of the split's references
 
     def real_against_real(self, split: Split) -> list[Measurement]:
         """Precision and recall of the pictures that `floor` scores."""
@@ -753,7 +805,20 @@ class EvaluatorPool:
             [evaluate.prompts[i] for i in numbers],
             [evaluate.seed + i for i in numbers],
             [(side, side) for _ in numbers],
+            *self._prompt_references(numbers),
         )
+
+    def _prompt_references(self, numbers: Sequence[int]) -> "tuple[ObjectRef[References] | None, list[int]]":
+        """Return what own prompts edit: the first square pictures that rungs are measured on, in turn."""
+        if not self.config.data.num_references:
+            return None, []
+        if self._edited_by_prompts is None:
+            split, side = splits(self.config)[0], self.config.data.resolution
+            rows = self.dataset.judged_by(split).pictures(split.name, self.config.evaluate.num_samples)
+            square = [row for row in rows if shape_of(row["image"]) == (side, side)]
+            self._edited_by_prompts = _shared(square or rows), len(square or rows)
+        references, count = self._edited_by_prompts
+        return references, [number % count for number in numbers]
 
     def prompts_of(
         self, weights: str, checkpoint: Storage, guidance_scale: float | None = None
@@ -770,8 +835,16 @@ class EvaluatorPool:
         import ray
 
         parts = [
-            actor.sample_pictures.remote(weights, captions, seeds, guidance_scale, shapes)
-            for actor, _, captions, seeds, shapes in tasks
+            task.actor.sample_pictures.remote(
+                weights,
+                task.captions,
+                task.seeds,
+                guidance_scale,
+                task.shapes,
+                task.references,
+                task.places,
+            )
+            for task in tasks
         ]
         return in_order([task.numbers for task in tasks], ray.get(parts))
 
@@ -780,6 +853,13 @@ class EvaluatorPool:
 
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _shared(rows: Sequence[dict[str, Any]]) -> "ObjectRef[References]":
+    """Put the reference pictures of rows into Ray's object store."""
+    import ray
+
+    return ray.put([row["references"] for row in rows])
 
 
 def shape_of(picture: bytes) -> Shape:

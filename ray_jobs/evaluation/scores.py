@@ -12,6 +12,7 @@ import torch
 
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
+from ray_jobs.metrics.edits import target_difference, target_distance
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.feature_network import FeatureNetwork
@@ -39,6 +40,7 @@ from ray_jobs.run.records import (
     PREFERENCE,
     RECITED,
     SUBJECT,
+    TARGET,
     Measurement,
 )
 from ray_jobs.weights.feature_networks import Networks
@@ -65,6 +67,7 @@ class Real:
     Attributes:
         moments: by network.
         rewards: of these pictures for their captions, by identity of the reward model: float32, N x 1.
+        are_targets: True if they are what reference pictures are to become.
         correction: for the scores of so many pictures by the ranking network; None if there are too few
             training pictures.
     """
@@ -73,13 +76,19 @@ class Real:
     moments: dict[str, Moments]
     correction: Correction | None = None
     rewards: Features = field(default_factory=dict)
+    are_targets: bool = False
 
     @classmethod
     def of(
-        cls, features: Features, correction: Correction | None = None, rewards: Features | None = None
+        cls,
+        features: Features,
+        correction: Correction | None = None,
+        rewards: Features | None = None,
+        *,
+        are_targets: bool = False,
     ) -> "Real":
         found = {name: Moments.of(torch.from_numpy(each), name) for name, each in features.items()}
-        return cls(features, found, correction, rewards or {})
+        return cls(features, found, correction, rewards or {}, are_targets)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Scores:
         preference: how much less the pictures are liked than the real ones of their captions; None without a
             reward model, or without captions.
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
+        target: how far edits are from what they should be (`metrics.edits`); None without references.
         black: number of pictures that are black.
         subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
@@ -109,6 +119,7 @@ class Scores:
     means: float
     spread: float
     preference: Score | None = None
+    target: Score | None = None
     black: int = 0
     subject: SubjectScore | None = None
 
@@ -126,7 +137,7 @@ class Scores:
         """Scores that can rank, as `MEASURES` names them."""
         subject = self.subject.total if self.subject else None
         distances = {FID: self.fid, CORRECTED: self.corrected, KID: self.kid, MIND: self.mind}
-        return {**distances, PREFERENCE: self.preference, SUBJECT: subject}
+        return {**distances, PREFERENCE: self.preference, TARGET: self.target, SUBJECT: subject}
 
     def described(self) -> str:
         """Format the scores for display."""
@@ -187,7 +198,8 @@ def scores_of(
         None,
     )
     share = drawn.trace / moments.trace
-    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference)
+    target = target_distance(*sets, first) if real.are_targets else None
+    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference, target)
 
 
 def num_black(features: torch.Tensor, network: FeatureNetwork) -> int:
@@ -215,6 +227,8 @@ def difference_by(
     if measure == PREFERENCE:
         return preference_difference(one[:, 0], other[:, 0], network)
     moments, references = real.moments[network], torch.from_numpy(real.features[network]).to(one.device)
+    if measure == TARGET:
+        return target_difference(one, other, references, network)
     if measure == KID:
         return kernel_difference(one, other, references, network)
     if measure == MIND:

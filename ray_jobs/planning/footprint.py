@@ -14,8 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ray_jobs.config import Config
-from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.data.encoding.shapes import square_latents, square_references
 from ray_jobs.diffusion.families import Conditions, Family
+from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
 from ray_jobs.diffusion.pack import Pack
 from ray_jobs.diffusion.precision import PRECISIONS, cast, to_precision
@@ -140,6 +141,8 @@ def blank_conditions(
             count = family.text.num_tokens(name, text_encoders[encoder])
             found[name] = torch.ones((rows, count), dtype=torch.int64)
     side = config.data.resolution
+    for number, latents in enumerate(square_references(config)):
+        found[reference(number)] = torch.empty((rows, *latents))
     return found | whole_pictures(family, rows, side, side)
 
 

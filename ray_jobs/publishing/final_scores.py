@@ -88,6 +88,7 @@ def measure_final(config: Config, dataset: Dataset, pool: EvaluatorPool, best: R
             else judged[0].standard_error,
             "validation_num_samples": judged[0].num_samples,
             "test_floor_fid": lowest.value,
+            **({"unedited_test_target": pool.unedited[TEST]} if TEST in pool.unedited else {}),
             "measures": FinalMeasures(
                 base=base.records(),
                 winner=test.records(),

@@ -14,6 +14,7 @@ from ray_jobs.run.records import (
     PREFERENCE,
     SUBJECT,
     SUBJECT_PARTS,
+    TARGET,
     Measure,
     RungRow,
     Winner,
@@ -113,6 +114,14 @@ def preference_chart(winner: Winner, results: Rows) -> str:
     title = "What the reward model prefers, over training steps"
     what = "How much less the pictures are liked than the real ones of their captions; below 0: more"
     return _ranking_chart(winner, results, PREFERENCE, title, what)
+
+
+def target_chart(winner: Winner, results: Rows) -> str:
+    """Validation's distance of edits to their targets over steps; empty if no row has one."""
+    title = "Distance of edits to their targets, over training steps"
+    return _ranking_chart(
+        winner, results, TARGET, title, "1 - cosine of features; 0 for the targets themselves"
+    )
 
 
 def _ranking_chart(winner: Winner, results: Rows, measure: str, title: str, what: str) -> str:

@@ -41,6 +41,9 @@ REASONS = {
     "outside_folder": "The path points outside the data set's folder: move the picture into the folder and"
     " give a path relative to it.",
     "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
+    "missing_reference": "The row has no picture in one of the source's reference_columns: add it, or remove"
+    " the row.",
+    "unreadable_reference": "A reference picture of the row cannot be read: convert or replace it.",
     "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
     "missing_stratum": "The picture has no value for data.stratify or data.balance: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"

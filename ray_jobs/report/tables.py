@@ -17,6 +17,7 @@ from ray_jobs.run.records import (
     PREFERENCE,
     SUBJECT,
     SUBJECT_PARTS,
+    TARGET,
     Winner,
 )
 
@@ -143,6 +144,12 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "Preference gap, test",
             "how much less the reward model likes the pictures than the real ones of their captions",
         ),
+        (
+            "test_target",
+            3,
+            "Distance to the target, test",
+            "1 - cosine of each edit to the picture that it should be, in features; 0 at best",
+        ),
         ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
     )
     for key, digits, name, meaning in others:
@@ -165,6 +172,7 @@ SCORES: Columns = [
         RANKING[KID],
         RANKING[MIND],
         RANKING[PREFERENCE],
+        RANKING[TARGET],
     ),
     ("second network", "fid_2", 2),
 ]

@@ -15,6 +15,7 @@ from ray_jobs.run.records import (
     MIND,
     PREFERENCE,
     SUBJECT,
+    TARGET,
     Remembered,
     RungRow,
     Winner,
@@ -28,6 +29,7 @@ BIAS = {
     KID: "KID, which ranks here, does not have this bias.",
     MIND: "MIND, which ranks here, hardly rewards that; its values, too, fall with the number of pictures.",
     PREFERENCE: "The preference gap, which ranks here, does not depend on their number.",
+    TARGET: "The distance to the target, which ranks here, does not depend on their number.",
     SUBJECT: "The subject score, which ranks here, is made for few pictures.",
 }
 

@@ -128,6 +128,7 @@ class Manifest(Record):
             ask; 0: not recorded by an earlier release.
         composition: words, sizes, brightness and classes of the kept pictures; empty in earlier releases.
         judged: number of pictures among which `rejected` are; 0: not recorded by an earlier release.
+        references: number of each row's reference pictures.
         digest: digest of the pictures, captions and splits.
         inputs: digest of sources and settings, by which prepare knows its own result again.
         content: digest of the training input.
@@ -152,6 +153,7 @@ class Manifest(Record):
     rows_an_epoch: int = 0
     composition: Composition = Composition()
     judged: int = 0
+    references: int = 0
     digest: str = ""
     inputs: str = ""
     content: str = ""

@@ -23,7 +23,7 @@ RESULTS = "results.jsonl"
 WINNER = "winner.json"
 # Fields that candidates are ranked by.
 FID, CORRECTED, KID, MIND = "fid", "corrected_fid", "kid", "mind"
-PREFERENCE, SUBJECT = "preference", "subject"
+PREFERENCE, SUBJECT, TARGET = "preference", "subject", "target"
 
 # Metrics of memorisation: near copies among pictures for the scored captions and for captions of training
 # pictures, and how often the nearest training picture has the caption that was drawn.
@@ -44,6 +44,7 @@ MEASURES = {
     MIND: Measure("MIND", 1),
     PREFERENCE: Measure("preference gap", 2),
     SUBJECT: Measure("subject score", 2),
+    TARGET: Measure("distance to the target", 3),
 }
 
 
@@ -163,6 +164,8 @@ class RungRow(Record):
     mind_error: float | None = None
     preference: float | None = None
     preference_error: float | None = None
+    target: float | None = None
+    target_error: float | None = None
     subject: float | None = None
     subject_error: float | None = None
     unlike: float | None = None
@@ -386,6 +389,8 @@ class Winner(Record):
     validation_mind_error: float | None = None
     validation_preference: float | None = None
     validation_preference_error: float | None = None
+    validation_target: float | None = None
+    validation_target_error: float | None = None
     validation_subject: float | None = None
     validation_subject_error: float | None = None
     test_reads: int = 1
@@ -400,6 +405,8 @@ class Winner(Record):
     test_mind_error: float | None = None
     test_preference: float | None = None
     test_preference_error: float | None = None
+    test_target: float | None = None
+    test_target_error: float | None = None
     test_subject: float | None = None
     test_subject_error: float | None = None
     test_fid_2: float | None = None
@@ -415,6 +422,9 @@ class Winner(Record):
     base_test_mind_error: float | None = None
     base_test_preference: float | None = None
     base_test_preference_error: float | None = None
+    base_test_target: float | None = None
+    base_test_target_error: float | None = None
+    unedited_test_target: float | None = None
     base_test_subject: float | None = None
     base_test_subject_error: float | None = None
     base_test_fid_2: float | None = None
@@ -429,6 +439,7 @@ class Winner(Record):
     base_validation_kid: float | None = None
     base_validation_mind: float | None = None
     base_validation_preference: float | None = None
+    base_validation_target: float | None = None
     base_validation_subject: float | None = None
     validation_num_samples: int = 0
     test_floor_fid: float

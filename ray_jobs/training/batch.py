@@ -10,6 +10,7 @@ import torch
 from ray_jobs.config import TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.families import Captions
+from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import Draws, per_row
 from ray_jobs.diffusion.pack import Trainable
@@ -88,6 +89,7 @@ class InputMaker:
         autoencoder: the pipeline's autoencoder, which gives the scale of its latents.
         empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
         caption_dropout: share of captions that the empty one replaces.
+        num_references: number of each row's reference pictures.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class InputMaker:
         *,
         seed: int,
         caption_dropout: float,
+        num_references: int = 0,
     ) -> None:
+        self.references = tuple(map(reference, range(num_references)))
         self.device, self.settings = device, model.settings
         self.seed, self.caption_dropout = seed, caption_dropout
         self.codec = model.family.codec
@@ -119,7 +123,7 @@ class InputMaker:
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
-        return ("latents_mean", "latents_logvar", *self.null, *of_picture)
+        return ("latents_mean", "latents_logvar", *self.null, *of_picture, *self.references)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
@@ -164,6 +168,9 @@ class InputMaker:
         dropped = there["dropped"]
         conditions = {name: self._dropped(there[name], name, dropped) for name in self.null}
         conditions |= {name: there[COLUMNS[name]] for name in self.picture_conditions} | sent.kept
+        conditions |= {
+            name: self.codec.normalised(there[name].float(), self.scale) for name in self.references
+        }
         prefix = "draws."
         inputs = {
             "latents": self.codec.sample(mean, logvar, self.scale, there["posterior"]),

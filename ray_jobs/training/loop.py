@@ -15,7 +15,7 @@ import torch
 from cluster.gpus import take_share
 from cluster.storage import Storage
 from ray_jobs.config import Config, TrainConfig
-from ray_jobs.data.encoding.shapes import square_latents
+from ray_jobs.data.encoding.shapes import square_latents, square_references
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.feeding.streaming import StreamSettings, batches, split_stream
 from ray_jobs.diffusion.pack import Trainable
@@ -183,6 +183,7 @@ def input_maker(
         device,
         seed=settings.config.seed,
         caption_dropout=settings.config.train.caption_dropout,
+        num_references=settings.config.data.num_references,
     )
 
 
@@ -304,10 +305,11 @@ class Training(TrainingRun):
 
     def _rehearse(self, engine: Flat) -> None:
         """Lower `micro_batch_size` to what the memory of every rank holds; all ranks must call this."""
-        shape = square_latents(self.settings.config)
+        config = self.settings.config
+        shape, references = square_latents(config), square_references(config)
 
         def rehearse(rows: int) -> None:
-            engine.rehearse(*self.inputs.make(blank(self.inputs, shape, rows), 0))
+            engine.rehearse(*self.inputs.make(blank(self.inputs, shape, rows, references), 0))
 
         most = rows_at_once(self.train, self.world_size)
         self.train = rehearsed(self.train, rehearse, self.world_size, engine.device)

@@ -1,7 +1,7 @@
 """How many rows a GPU's memory holds at once: tried before the first step, and learned from failures."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -68,11 +68,14 @@ def rows_that_fit(rehearse: Callable[[int], None], most: int) -> int:
         rows = -(-rows // 2)
 
 
-def blank(maker: InputMaker, shape: tuple[int, ...], count: int) -> Piece:
+def blank(
+    maker: InputMaker, shape: tuple[int, ...], count: int, references: Sequence[tuple[int, ...]] = ()
+) -> Piece:
     """Return rows like those of a data set, with captions of their greatest length.
 
     Args:
         shape: from `square_latents`.
+        references: from `square_references`.
     """
     stored = maker.codec.unpacked_shape(shape)
     rows = {name: torch.zeros((count, *stored)) for name in ("latents_mean", "latents_logvar")}
@@ -81,6 +84,8 @@ def blank(maker: InputMaker, shape: tuple[int, ...], count: int) -> Piece:
         rows[name] = row.cpu().expand(count, *row.shape[1:])
     if "sizes" in maker.picture_conditions:
         rows[COLUMNS["sizes"]] = torch.zeros((count, 6), dtype=torch.int32)
+    for name, latents in zip(maker.references, references, strict=True):
+        rows[name] = torch.zeros((count, *maker.codec.unpacked_shape(latents)))
     return Piece(rows, list(range(count)), [1.0] * count)
 
 

@@ -44,6 +44,7 @@ class ValidationLoss:
         self, config: Config, dataset: Dataset, device: torch.device, rows: int = 64, timesteps: int = 4
     ) -> None:
         self.train, self.seed = config.train, config.evaluate.seed % 2**64
+        self.num_references = config.data.num_references
         self.device, self.empty_caption = device, dataset.empty_caption()
         self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
@@ -75,7 +76,13 @@ class ValidationLoss:
             text_encoders_trained=train.train_text_encoder,
         )
         inputs = InputMaker(
-            pipeline.vae, model, self.empty_caption, self.device, seed=self.seed, caption_dropout=0.0
+            pipeline.vae,
+            model,
+            self.empty_caption,
+            self.device,
+            seed=self.seed,
+            caption_dropout=0.0,
+            num_references=self.num_references,
         )
         losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
         with evaluating(model), torch.inference_mode():

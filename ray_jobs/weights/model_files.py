@@ -230,6 +230,13 @@ def _digest(base: str, revision: str | None, without: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def family_in(base: str, *, revision: str | None = None) -> "Family":
+    """Return the family of a model."""
+    from ray_jobs.diffusion.families import family_of  # imports PyTorch
+
+    return family_of(model_index(model_folder(base, revision=revision))["_class_name"])
+
+
 def size_multiple(base: str, *, revision: str | None = None) -> int:
     """Return the pixel count that both sides of an image must be multiples of, by the model's family."""
     family, *configs = _of_sizes(base, revision)
@@ -260,18 +267,13 @@ def max_area(base: str, *, revision: str | None = None) -> int | None:
 
 def without_lora_loader(base: str, *, revision: str | None = None) -> str | None:
     """Return the component that adapters change, if diffusers' pipeline has no LoRA loader; else None."""
-    from ray_jobs.diffusion.families import family_of  # imports PyTorch
-
-    family = family_of(model_index(model_folder(base, revision=revision))["_class_name"])
+    family = family_in(base, revision=revision)
     return None if family.has_lora_loader else family.denoiser
 
 
 def _of_sizes(base: str, revision: str | None) -> "tuple[Family, Settings, Settings]":
     """Return a model's family, and the configurations of its autoencoder and its denoiser."""
-    from ray_jobs.diffusion.families import family_of  # imports PyTorch
-
-    folder = model_folder(base, revision=revision)
-    family = family_of(model_index(folder)["_class_name"])
+    folder, family = model_folder(base, revision=revision), family_in(base, revision=revision)
     return family, _config(folder / "vae"), _config(folder / family.denoiser)
 
 

@@ -27,6 +27,26 @@ def folder_of_shapes(folder: Path) -> dict[str, Any]:
     return {"path": str(folder)}
 
 
+def pairs(folder: Path) -> dict[str, Any]:
+    """Grey pictures to be coloured, two references each, of which the second is what the colours are."""
+    folder.mkdir()
+    lines = []
+    for number, caption in enumerate(captions()[:COUNT]):
+        after = draw(caption, number)
+        fields = {"file_name": f"{number:02d}.png", "text": f"colour it: {caption}"}
+        fields |= {"before": f"before/{number:02d}.png", "palette": f"palette/{number:02d}.jpg"}
+        for name, picture in (
+            (fields["file_name"], after),
+            (fields["before"], after.convert("L").convert("RGB")),
+            (fields["palette"], after.resize((2, 2)).resize((96, 64))),
+        ):
+            (folder / name).parent.mkdir(exist_ok=True)
+            picture.save(folder / name)
+        lines.append(json.dumps(fields) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return {"path": str(folder), "reference_columns": ["before", "palette"]}
+
+
 def dreambooth(folder: Path) -> dict[str, Any]:
     """Eight photos without captions; the subject's prompts are in the configuration."""
     folder.mkdir()

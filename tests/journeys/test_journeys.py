@@ -13,6 +13,7 @@
 | z-image    | Z-Image                             | folder of shapes, buckets    | lora                   |
 | krea-2     | Krea 2, whose captions are ragged   | folder of shapes             | lora                   |
 | hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
+| edits      | FLUX.2 klein                        | pairs, two references each   | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
 Two trials train at once, with DoRA in one worker group; but with folds each fold has one, and with a stream
@@ -110,6 +111,12 @@ JOURNEYS = [
         "HiDream-I1",
         pictures.folder_of_shapes,
         {"data": {"buckets": True}, "train": {"batch_size": 2}},
+    ),
+    Journey(
+        "edits",
+        "FLUX.2 klein",
+        pictures.pairs,
+        {"data": {"reference_resolution": 32}, "search": {"learning_rates": [0.02]}},
     ),
     Journey(
         "quantized",

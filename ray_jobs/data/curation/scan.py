@@ -48,6 +48,7 @@ SCHEMA = pa.schema(
         ("bright", pa.float32()),
         ("hash", pa.uint64()),
         ("colours", pa.binary(48)),
+        ("references", pa.list_(pa.string())),  # digests of their files
     ]
 )
 
@@ -64,7 +65,9 @@ class Entry:
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
-    scanned = [json.dumps([*settings, vars(source.captions)]) for source in sources]
+    scanned = [
+        json.dumps([*settings, vars(source.captions), *source.reference_columns]) for source in sources
+    ]
     return [
         Entry(
             number,
@@ -134,9 +137,24 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
             at_least=FIRST_LOOK_SIDE,
         )
         row |= vars(measure(picture))
+        row["references"] = [_reference(data, config) for data in sample.references]
     except Rejected as rejected:
         row |= {"reason": rejected.reason, "detail": rejected.detail}
     return row
+
+
+def _reference(data: bytes, config: DataConfig) -> str:
+    """Return the digest of a reference picture's file, once it is known to be readable."""
+    try:
+        read_picture(
+            data,
+            background=config.background,
+            max_pixels=config.cleaning.max_pixels,
+            at_least=FIRST_LOOK_SIDE,
+        )
+    except Rejected as rejected:
+        raise Rejected("unreadable_reference", f"{rejected.reason}: {rejected.detail}") from None
+    return content_digest(data)
 
 
 def _parquet(rows: Iterable[dict[str, object]]) -> bytes:

@@ -93,6 +93,7 @@ def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Sample]) -> RayR
         "data": [samples[place].data for place in different],
         "text": [texts[place] for place in different],
         "name": [samples[place].name for place in different],
+        "references": [list(samples[place].references) for place in different],
         "picture": [different[place] for place in places],
     }
 
@@ -107,7 +108,7 @@ class Decode:
         part: PlannedPart = row["part"]
         width, height = part.bucket
         pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
-        conditioning, pngs = [], []
+        conditioning, pngs, looked_at = [], [], []
         of, digest, picture = -1, "", None
         for number, index in enumerate(row["picture"]):
             if of != index:  # variants of a picture follow each other
@@ -116,7 +117,13 @@ class Decode:
             assert picture is not None
             if digest != part.digests[number]:
                 raise ChangedFile(f"{row['name'][index]}: changed during prepare; run it again")
-            fitted = self.fit(picture, part.split, part.bucket, digest, int(part.variants[number]))
+            draw = int(part.variants[number])
+            fitted = self.fit(picture, part.split, part.bucket, digest, draw)
+            if part.references and part.reference_size:
+                given = list(zip(row["references"][index], part.references[number], strict=True))
+                looked_at.append(
+                    self.references(given, row["name"][index], part.split, part.reference_size, digest, draw)
+                )
             pixels[number] = fitted.pixels
             conditioning.append(fitted.sizes)
             plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
@@ -127,7 +134,34 @@ class Decode:
             "pixels": pixels.tobytes(),
             "image": pngs,
             "conditioning": conditioning,
+            "references": np.stack(looked_at).tobytes() if looked_at else b"",
         }
+
+    def references(
+        self,
+        given: Sequence[tuple[bytes, str]],
+        name: str,
+        split: str,
+        size: Size,
+        digest: str,
+        draw: int,
+    ) -> np.ndarray:
+        """Fit a row's reference pictures, with the changes that its own picture gets: uint8, R x h x w x 3.
+
+        Args:
+            given: contents and digests of their files.
+            name: of the row, for messages.
+            digest, draw: of the row's own picture, as for `fit`.
+
+        Raises:
+            ChangedFile: a file has another digest.
+        """
+        found = []
+        for data, expected in given:
+            if content_digest(data) != expected:
+                raise ChangedFile(f"{name}: a reference picture changed since it was scanned; run it again")
+            found.append(self.fit(self.open(data, size), split, size, digest, draw).pixels)
+        return np.stack(found)
 
     def open(self, data: bytes, bucket: Size) -> Picture:
         """Decode a picture; a large JPEG at 1/2, 1/4 or 1/8 of its size, which is much faster.
@@ -173,13 +207,20 @@ class EncodeRows:
             text_quantization=model.quantize_text,
         )
         self.batch_size = data.encode_batch_size
-        self.pictures, self.captions = Chunks(), Chunks()
+        self.pictures, self.captions, self.looked_at = Chunks(), Chunks(), Chunks()
         self.dtype = PRECISIONS[data.encode_dtype]
 
-    def encode(self, pixels: np.ndarray, captions: list[str]) -> dict[str, "torch.Tensor"]:
-        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings."""
+    def encode(
+        self, pixels: np.ndarray, captions: list[str], references: np.ndarray | None = None
+    ) -> dict[str, "torch.Tensor"]:
+        """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings.
+
+        Args:
+            references: uint8, N x R x h x w x 3; the means of their posteriors are `reference_0`, ...
+        """
         import torch
 
+        from ray_jobs.diffusion.families.family import reference
         from ray_jobs.diffusion.memory import pictures_at_once
 
         limit = min(self.batch_size, pictures_at_once(*pixels.shape[1:3]))
@@ -190,6 +231,11 @@ class EncodeRows:
         tensors = {name: torch.cat([form[name] for form in forms])[places] for name in forms[0]}
         tensors["latents_mean"] = torch.cat([mean for mean, _ in posteriors])
         tensors["latents_logvar"] = torch.cat([logvar for _, logvar in posteriors])
+        for number in range(references.shape[1] if references is not None else 0):
+            assert references is not None
+            limit = min(self.batch_size, pictures_at_once(*references.shape[2:4]))
+            means = self.looked_at.run(references[:, number], self.encoders.encode_pictures, limit)
+            tensors[reference(number)] = torch.cat([mean for mean, _ in means])
         # Pixels are channels-last, which convolutions preserve; tensors are stored contiguous.
         return {
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -233,6 +279,7 @@ class EncodePart(EncodeRows):
 
         from ray_jobs.diffusion.families.text import MASK
 
+        references = references_of_part(part, row["references"])
         texts = [str(row["text"][n]) for n in chosen]
         columns = [
             (pa.field("key", pa.binary(16)), pa.array([part.keys[n] for n in chosen], pa.binary(16))),
@@ -245,7 +292,15 @@ class EncodePart(EncodeRows):
         columns.append(
             (field.with_metadata(field.metadata | {b"names": json.dumps(CONDITIONING).encode()}), values)
         )
-        tensors, text = self.encode(pixels[chosen], texts), self.encoders.family.text
+        if references is not None:
+            references = references[chosen]
+            for number in range(references.shape[1]):
+                shown = [
+                    encode_png(each) if part.scored[n] else b""
+                    for n, each in zip(chosen, references[:, number], strict=True)
+                ]
+                columns.append((pa.field(reference_image(number), pa.binary()), pa.array(shown, pa.binary())))
+        tensors, text = self.encode(pixels[chosen], texts, references), self.encoders.family.text
         for name, tensor in tensors.items():
             lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
             columns.append(tensor_column(name, tensor, lengths))
@@ -260,6 +315,21 @@ class EncodePart(EncodeRows):
                 places.setdefault(file, []).append(number)
         tables = [read_part(self.cache, file).take(numbers) for file, numbers in places.items()]
         return pa.concat_tables(tables) if tables else None
+
+
+def reference_image(number: int) -> str:
+    """Return the column with PNGs of the scored rows' reference pictures, counted from 0."""
+    return f"reference_image_{number}"
+
+
+def references_of_part(part: PlannedPart, content: bytes) -> np.ndarray | None:
+    """Return a part's reference pictures: uint8, N x R x h x w x 3; None if it has none."""
+    if not part.reference_size or not part.references:
+        return None
+    width, height = part.reference_size
+    return np.frombuffer(content, np.uint8).reshape(
+        len(part.references), len(part.references[0]), height, width, 3
+    )
 
 
 def encoder_actors(config: Config) -> dict[str, object]:

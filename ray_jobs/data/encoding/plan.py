@@ -7,7 +7,7 @@ to a source leaves the earlier parts unchanged.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -25,7 +25,8 @@ MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
 VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
-_Row = tuple[int, int, int, bool, str, bytes, str]  # entry, row in it, variant, is scored, digest, key, text
+# Entry, row in it, variant, is scored, digest, key, text, digests of references.
+_Row = tuple[int, int, int, bool, str, bytes, str, tuple[str, ...]]
 _Group = tuple[str, int, Size, str | None]  # split, fold, bucket, value of data.balance
 
 
@@ -62,6 +63,8 @@ class PlannedPart:
         file: file name in the encoding cache.
         texts: caption of each row, where they may be others than the source's own; None where they are not.
         value: value of `data.balance` in all rows; None without it.
+        reference_size: width and height of the reference pictures in pixels; None without references.
+        references: digests of each row's reference pictures.
     """
 
     split: str
@@ -78,6 +81,8 @@ class PlannedPart:
     file: str
     texts: list[str] | None = None
     value: str | None = None
+    reference_size: Size | None = None
+    references: list[tuple[str, ...]] | None = None
 
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
@@ -100,17 +105,25 @@ def plan_parts(
     index: Storage,
     decisions: Decisions,
     buckets: Sequence[Size],
+    reference_sizes: Mapping[Size, Size] | None = None,
 ) -> Iterator[PlannedPart]:
-    """Yield the parts of all kept rows, chunk by chunk in source order."""
+    """Yield the parts of all kept rows, chunk by chunk in source order.
+
+    Args:
+        buckets: shapes of pictures.
+        reference_sizes: shape of the reference pictures of each bucket; None without references.
+    """
     data, keys = config.data, RowKeys(config)
     shares = Shares(data.split_seed, data.validation, data.test)
     columns = ["row", "text", "digest", "width", "height", "stratum"]
+    columns += ["references"] if reference_sizes else []
     tables = read_index(index, [entry.file for entry in entries], columns)
     groups: dict[_Group, list[_Row]] = {}
     row, chunk, in_chunk = 0, 0, 0
     for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
         values = zip(*(table[column].to_pylist() for column in columns), strict=True)
-        for name, text, digest, width, height, stratum in values:
+        for name, text, digest, width, height, stratum, *further in values:
+            references = tuple(further[0] or ()) if further else ()
             split = decisions.splits[row]
             if not decisions.reasons[row]:
                 bucket = nearest_bucket((width, height), buckets) if len(buckets) > 1 else buckets[0]
@@ -121,27 +134,36 @@ def plan_parts(
                 group = groups.setdefault((split, int(decisions.folds[row]), bucket, value), [])
                 for variant in range(data.augmentation.variants if split == "train" else 1):
                     shown = scored and variant == 0
-                    key = keys.key(digest, text, bucket, variant, split, shown)
-                    group.append((number, name, variant, shown, digest, key, text))
+                    key = keys.key(digest, text, bucket, variant, split, shown, references)
+                    group.append((number, name, variant, shown, digest, key, text, references))
                 if data.encode == "stream" and split == "train" and scored:
-                    key = keys.key(digest, text, bucket, 0, "floor", True)
+                    key = keys.key(digest, text, bucket, 0, "floor", True, references)
                     floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket, value and ""), [])
-                    floor.append((number, name, 0, True, digest, key, text))
+                    floor.append((number, name, 0, True, digest, key, text, references))
             row += 1
         in_chunk += len(table)
         last = number + 1 == len(entries)
         if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
-            yield from _cut(groups, entry.source, chunk, data.captioning.model is not None)
+            with_texts = data.captioning.model is not None
+            yield from _cut(groups, entry.source, chunk, with_texts, reference_sizes)
             groups, in_chunk, chunk = {}, 0, chunk + 1
 
 
 def _cut(
-    groups: dict[_Group, list[_Row]], source: int, chunk: int, with_texts: bool
+    groups: dict[_Group, list[_Row]],
+    source: int,
+    chunk: int,
+    with_texts: bool,
+    reference_sizes: Mapping[Size, Size] | None,
 ) -> Iterator[PlannedPart]:
     for (split, fold, bucket, value), group in groups.items():
-        limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * bucket[0] * bucket[1])))
+        size = reference_sizes[bucket] if reference_sizes else None
+        pixels = bucket[0] * bucket[1]
+        if size:
+            pixels += size[0] * size[1] * len(group[0][-1])
+        limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * pixels)))
         for start in range(0, len(group), limit):
-            numbers, rows, variants, scored, digests, keys, texts = zip(
+            numbers, rows, variants, scored, digests, keys, texts, references = zip(
                 *group[start : start + limit], strict=True
             )
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
@@ -160,6 +182,8 @@ def _cut(
                 f"{name}.parquet",
                 list(texts) if with_texts else None,
                 value,
+                size,
+                list(references) if size else None,
             )
 
 
@@ -175,9 +199,18 @@ class RowKeys:
         self.is_augmented = config.data.augmentation.is_active
         self.settings = list(settings.values())
 
-    def key(self, digest: str, text: str, bucket: Size, variant: int, split: str, shown: bool) -> bytes:
+    def key(
+        self,
+        digest: str,
+        text: str,
+        bucket: Size,
+        variant: int,
+        split: str,
+        shown: bool,
+        references: tuple[str, ...] = (),
+    ) -> bytes:
         """Return the key of a row of a split."""
-        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown]
+        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *references]
         if split == "train" and self.is_augmented:
             depends += [self.seed, variant, self.augmentation]
         return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

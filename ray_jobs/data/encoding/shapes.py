@@ -2,7 +2,7 @@
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.data.encoding.geometry import Size, bucket_shapes
+from ray_jobs.data.encoding.geometry import Size, bucket_shapes, nearest_bucket
 from ray_jobs.weights.model_files import latent_shapes, max_area, max_side, size_multiple
 
 
@@ -39,8 +39,39 @@ def picture_shapes(config: Config) -> list[Size]:
     return shapes
 
 
+def reference_sizes(config: Config) -> dict[Size, Size] | None:
+    """Return the shape of the reference pictures of each shape of pictures; None without references.
+
+    Raises:
+        ConfigError: as for `picture_shapes`.
+    """
+    data = config.data
+    if not data.num_references:
+        return None
+    shapes = picture_shapes(config)
+    if not data.reference_resolution:
+        return {shape: shape for shape in shapes}
+    smaller = data.model_copy(update={"resolution": data.reference_resolution})
+    try:
+        others = picture_shapes(config.model_copy(update={"data": smaller}))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.resolution", "data.reference_resolution")) from None
+    return {shape: nearest_bucket(shape, others) for shape in shapes}
+
+
 def square_latents(config: Config) -> tuple[int, ...]:
     """Return the shape of a square picture's latents as the denoiser receives them, C x ..."""
-    side, model = config.data.resolution, config.model
+    return _square_latents(config, config.data.resolution)
+
+
+def square_references(config: Config) -> list[tuple[int, ...]]:
+    """Return the shapes of the latents of a square picture's references, each C x ..."""
+    data = config.data
+    shape = _square_latents(config, data.reference_resolution or data.resolution)
+    return [shape] * data.num_references
+
+
+def _square_latents(config: Config, side: int) -> tuple[int, ...]:
+    model = config.model
     [shape] = latent_shapes(local_path(model.base), [(side, side)], revision=model.revision)
     return shape

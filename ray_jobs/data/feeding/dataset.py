@@ -11,7 +11,7 @@ import pyarrow as pa
 from cluster.storage import Storage
 from ray_jobs.data.curation.scan import FILES_AT_ONCE
 from ray_jobs.data.encoding.cache_files import aside, read_part
-from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
+from ray_jobs.data.encoding.encoding import EMPTY_CAPTION, reference_image
 from ray_jobs.data.encoding.plan import PartRecord
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.split import Split
@@ -111,9 +111,14 @@ class Dataset:
         return sorted(kept, key=lambda row: (row["digest"], row["text"]))[:limit]
 
     def pictures(self, split: str, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` different pictures of a split: dicts of `text` and `image` (PNG bytes)."""
+        """Up to `limit` different pictures of a split: dicts of `text`, `image` and `references`.
+
+        Pictures are PNG bytes; `references` lists those of the row's reference pictures.
+        """
         different: dict[str, dict[str, Any]] = {}
-        for row in self.read(split, ["text", "image"]):
+        columns = [reference_image(number) for number in range(self.manifest.references)]
+        for row in self.read(split, ["text", "image", *columns]):
             if row["image"]:
+                row["references"] = [row.pop(column) for column in columns]
                 different.setdefault(row["digest"], row)
         return list(different.values())[:limit]

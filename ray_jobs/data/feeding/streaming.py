@@ -301,12 +301,13 @@ class GatherWindow:
     def _dealt(
         self, step: Step, rank: int, rows: np.ndarray, samples: dict[tuple[int, int], Sample]
     ) -> RayRow:
-        found, digests, texts = [], [], []
+        found, digests, texts, expected = [], [], [], []
         for number, index in rows.tolist():
             part = self.live.parts[number]
             found.append(samples[int(part.entries[index]), int(part.rows[index])])
             digests.append(part.digests[index])
             texts.append(found[-1].text if part.texts is None else part.texts[index])
+            expected.append(list(part.references[index]) if part.references else [])
         return {
             "rank": rank,
             "step": step.step,
@@ -316,6 +317,9 @@ class GatherWindow:
             "text": texts,
             "name": [sample.name for sample in found],
             "digest": digests,
+            "references": [list(sample.references) for sample in found],
+            "reference_digests": expected,
+            "reference_size": self.live.parts[int(rows[0][0])].reference_size,
         }
 
 
@@ -324,15 +328,23 @@ class DecodeBatch(Decode):
 
     def __call__(self, row: RayRow) -> RayRow:
         width, height = (int(side) for side in row["bucket"].split("x"))
-        pixels, sizes = [], []
-        for data, digest, name in zip(row.pop("data"), row["digest"], row["name"], strict=True):
+        pixels, sizes, looked_at, size = [], [], [], row["reference_size"]
+        given = zip(row.pop("references"), row.pop("reference_digests"), strict=True)
+        for data, digest, name, references in zip(
+            row.pop("data"), row["digest"], row["name"], given, strict=True
+        ):
             if content_digest(data) != digest:
                 raise ChangedFile(f"{name}: changed since prepare; run it again")
             picture = self.open(data, (width, height))
             fitted = self.fit(picture, "train", (width, height), digest, row["epoch"])
             pixels.append(fitted.pixels)
             sizes.append(fitted.sizes)
-        return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
+            if size:
+                pairs = list(zip(*references, strict=True))
+                looked_at.append(self.references(pairs, name, "train", tuple(size), digest, row["epoch"]))
+        shape, content = (np.stack(looked_at).shape, np.stack(looked_at).tobytes()) if size else ((), b"")
+        further = {"references": content, "reference_shape": list(shape)}
+        return row | further | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
 
 
 class EncodeBatch(EncodeRows):
@@ -346,7 +358,10 @@ class EncodeBatch(EncodeRows):
         row = {name: values[0] for name, values in batch.items()}
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(-1, height, width, 3)
-        tensors = self.encode(pixels, [str(text) for text in row["text"]])
+        references = None
+        if len(shape := row["reference_shape"]):
+            references = np.frombuffer(row["references"], np.uint8).reshape([int(side) for side in shape])
+        tensors = self.encode(pixels, [str(text) for text in row["text"]], references)
         arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
         arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)
         plain = {name: arrays[name] for name in self.columns}

@@ -158,9 +158,10 @@ def open_arrow(
             f"{listing.name}: {other} and {files[0]} have different columns; name image_column and "
             "caption_column in data.sources"
         )
-    read = tuple(vars(columns).values())
+    read = columns.identity
     pieces: list[Piece] = [
         ArrowFile(number, name, fingerprint("arrow", listing.folder, name, listing.files[name], read), name)
         for number, name in enumerate(files)
     ]
-    return Arrow(listing.name, None, pieces, listing.filesystem, listing.folder, columns)
+    place = listing.filesystem, listing.folder
+    return Arrow(listing.name, None, pieces, *place, columns, reference_columns=columns.references)

@@ -4,7 +4,7 @@ import os
 import posixpath
 import re
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ray_jobs.data.sources.samples import (
     decode_caption,
     fingerprint,
     legible,
+    missing_reference,
 )
 from ray_jobs.pictures.reading import Rejected
 
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     stratum: str = ""
     role: Role = "instance"
     is_utf8: bool = True  # False if the bytes of the name or text do not decode
+    references: tuple[str, ...] = ()  # files of its reference pictures; "" where one is missing
 
 
 SCHEMA = pa.schema(
@@ -47,6 +49,7 @@ SCHEMA = pa.schema(
         ("stratum", pa.string()),
         ("role", pa.string()),
         ("is_utf8", pa.bool_()),
+        ("references", pa.list_(pa.string())),
     ]
 )
 
@@ -77,6 +80,8 @@ class Folder(Source):
             assert isinstance(piece, Rows)
             for column in ("file_name", "text_file"):
                 names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
+            for references in piece.rows["references"].to_pylist():
+                names.update(path_inside(name) or "" for name in references)
         return names
 
     def captions_of(self, piece: "Rows") -> list[tuple[Row, str]]:
@@ -98,13 +103,24 @@ class Folder(Source):
                 yield self._sample(number, Row(**row))
 
     def _sample(self, number: int, row: Row) -> Sample:
-        text, data, problem = "", b"", None
+        text, data, references, problem = "", b"", tuple[bytes, ...](), None
         try:
             text = self._caption_or_none(lambda: self._caption(row))
             data = self._bytes(row.file_name)
+            references = tuple(map(self._reference, self.reference_columns, row.references))
         except Rejected as rejected:
-            problem = rejected.with_traceback(None)
-        return Sample(number, row.file_name, text, data, row.stratum, row.role, problem)
+            data, problem = b"", rejected.with_traceback(None)
+        return Sample(
+            number, row.file_name, text, data, row.stratum, row.role, problem, references=references
+        )
+
+    def _reference(self, column: str, name: str) -> bytes:
+        if not name:
+            raise missing_reference(column, "none is named, or there is no picture of the same name")
+        try:
+            return self._bytes(name)
+        except Rejected as rejected:
+            raise missing_reference(column, rejected.detail) from None
 
     def _caption(self, row: Row) -> str:
         if not row.is_utf8:
@@ -156,11 +172,24 @@ def open_caption_files(
         captions: result of `caption_files`.
     """
     refuse_columns(listing, config, stratify)
+    columns = tuple(config.reference_columns)
+    for column in columns:
+        if not any(name.startswith(f"{column}/") for name in listing.pictures()):
+            raise ConfigError(
+                f"{listing.name}: has no pictures in {column}/, which reference_columns names; put the "
+                "reference pictures there, under the names of the pictures, or correct it"
+            )
+    stems = {posixpath.splitext(name)[0]: name for name in reversed(listing.pictures())}
     rows = []
     for name in listing.pictures():
-        text_file = captions.get(posixpath.splitext(name)[0])
-        rows.append(file_row(name, text_file=legible(text_file) if text_file else None))
-    return folder_of_rows(listing, rows, "pictures")
+        if any(name.startswith(f"{column}/") for column in columns):
+            continue
+        stem = posixpath.splitext(name)[0]
+        text_file = captions.get(stem)
+        row = file_row(name, text_file=legible(text_file) if text_file else None)
+        found = [legible(stems.get(f"{column}/{stem}", "")) for column in columns]
+        rows.append(row._replace(references=tuple(found)))
+    return replace(folder_of_rows(listing, rows, "pictures"), reference_columns=columns)
 
 
 def caption_files(listing: Listing) -> dict[str, str]:
@@ -186,8 +215,10 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
 
     remaining, pieces, count = iter(rows), list[Piece](), 0
     while batch := list(islice(remaining, ROWS_A_PIECE)):
-        stamps = [(stamp(row.file_name), stamp(row.text_file)) for row in batch]
-        digest = fingerprint("folder", listing.folder, [tuple(row) for row in batch], stamps)
+        stamps = [(stamp(row.file_name), stamp(row.text_file), *map(stamp, row.references)) for row in batch]
+        # As in releases without references, where there are none.
+        told = [tuple(row) if row.references else tuple(row)[:-1] for row in batch]
+        digest = fingerprint("folder", listing.folder, told, stamps)
         columns = [
             pa.array(column, field.type)
             for column, field in zip(zip(*batch, strict=True), SCHEMA, strict=True)

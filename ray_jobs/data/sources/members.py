@@ -16,7 +16,7 @@ samples are counted, and named if they are pictures. At most two samples and a p
 
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ray_jobs.data.sources.listing import PICTURE_SUFFIXES
@@ -29,7 +29,8 @@ class Group:
     """Members of a tar that form one row.
 
     Attributes:
-        parts: "picture", "txt", "json" -> name and content of the member.
+        parts: "picture", "txt", "json", and for a reference picture a dot and its middle -> name and content
+            of the member.
         problem: reason and detail, if the row is not a sample.
     """
 
@@ -63,12 +64,18 @@ class Grouping:
         content: function that reads a member; called only for members that a row may need.
         others: counts by suffix of members that are not part of a row; updated in place.
         optional: True if a picture without a caption is a row; then all pictures of a key are in memory.
+        references: middles of reference pictures.
     """
 
     def __init__(
-        self, content: Callable[[tarfile.TarInfo], bytes], others: Counter[str], optional: bool = False
+        self,
+        content: Callable[[tarfile.TarInfo], bytes],
+        others: Counter[str],
+        optional: bool = False,
+        references: Sequence[str] = (),
     ) -> None:
         self._content, self._others, self._optional = content, others, optional
+        self._references = references
         self._key = ""
         self._plain, self._sub, self._middle = Group(), Group(), ""
         self._extra = list[tuple[str, bytes]]()  # pictures without a caption; the first one's content
@@ -84,6 +91,9 @@ class Grouping:
         if key != self._key:
             yield from self.end()
             self._key = key
+        if kind == "picture" and middle in self._references and member.isreg():
+            self._plain.parts.setdefault(f".{middle}", (member.name, self._content(member)))
+            return
         if middle and middle != self._middle:
             yield from self._end_sub()
             self._middle = middle

@@ -75,7 +75,7 @@ def open_image_folder(
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
     if not source.pieces:
         raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one per picture")
-    return replace(source, described_by=tuple(files))
+    return replace(source, described_by=tuple(files), reference_columns=tuple(config.reference_columns))
 
 
 def _rows(
@@ -90,8 +90,16 @@ def _rows(
         elif caption is None:  # the first line decides for all
             caption = caption_column(fields)
         columns = (config.image_column or FILE_COLUMN, caption)
-        row = _row(f"{where}: line {number}", fields, columns, stratify)
-        yield row._replace(file_name=f"{folder}/{row.file_name}") if folder else row
+        line = f"{where}: line {number}"
+        row = _row(line, fields, columns, stratify)
+        named = _references(line, fields, config.reference_columns)
+        row = row._replace(
+            references=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
+        )
+        if folder:
+            inside = tuple(f"{folder}/{name}" if name else "" for name in named)
+            row = row._replace(file_name=f"{folder}/{row.file_name}", references=inside)
+        yield row
 
 
 Fields = dict[str, Any]  # of one line, by name
@@ -145,6 +153,24 @@ def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, Fields]]
         raise ConfigError(
             f"{where}: line {reader.line_num}: not CSV ({error}); check that every quote is closed"
         ) from None
+
+
+def _references(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the files of a line's reference pictures, "" where one is missing."""
+    found = []
+    for column in columns:
+        if column not in fields:
+            raise ConfigError(
+                legible(
+                    f"{where}: field {column!r} is missing (found: {', '.join(fields)}); correct "
+                    "the source's reference_columns"
+                )
+            )
+        name = fields[column]
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"{where}: field {column!r} must be a file name, not {name!r}")
+        found.append(name or "")
+    return tuple(found)
 
 
 def _row(where: str, fields: Fields, columns: tuple[str, str], stratify: str | None) -> Row:

@@ -109,7 +109,7 @@ def open_parquet(
                 group,
                 first_row,
                 count,
-                tuple(vars(found).values()),
+                found.identity,
             )
             label = f"{footer.file}: row group {group}"
             pieces.append(RowGroup(len(pieces), label, digest, footer.file, group, first_row, count))
@@ -117,4 +117,5 @@ def open_parquet(
     num_rows = sum(sum(footer.rows) for footer in footers)
     if not num_rows or columns is None:
         raise ConfigError(f"{listing.name}: its Parquet files have no rows; add some")
-    return Parquet(listing.name, num_rows, pieces, listing.filesystem, listing.folder, columns)
+    place = listing.filesystem, listing.folder
+    return Parquet(listing.name, num_rows, pieces, *place, columns, reference_columns=columns.references)

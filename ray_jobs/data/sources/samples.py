@@ -40,6 +40,7 @@ class Sample:
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
     repaired: bool = False  # True if the caption was repaired: see `captions`
     lines: int = 1  # lines of the caption in its source
+    references: tuple[bytes, ...] = ()  # contents of the files of its reference pictures
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Source(ABC):
     pieces: list[Piece] = field(repr=False)
     notes: tuple[str, ...] = field(default=(), kw_only=True)  # how it is read, for display
     captions: CaptionRules = field(default=AS_WRITTEN, kw_only=True)
+    reference_columns: tuple[str, ...] = field(default=(), kw_only=True)  # of each sample's references
 
     @cached_property
     def digest(self) -> str:
@@ -110,9 +112,8 @@ class Source(ABC):
             return [sample]
         texts = self.captions.texts(sample.text)
         if not texts:
-            return [
-                replace(sample, text="", data=b"", problem=Rejected("empty_caption", "the text is empty"))
-            ]
+            empty = Rejected("empty_caption", "the text is empty")
+            return [replace(sample, text="", data=b"", references=(), problem=empty)]
         names = [f"{sample.name}: line {number}" for number in range(1, len(texts) + 1)]
         return [
             replace(
@@ -187,6 +188,11 @@ def left_out(row: int, name: str, reason: str, detail: str) -> Sample:
     """Sample that represents a file that is not a row; `reason` is one of LEFT_OUT."""
     assert reason in LEFT_OUT
     return Sample(row, legible(name), "", b"", "", "instance", Rejected(reason, legible(detail)))
+
+
+def missing_reference(column: str, detail: str) -> Rejected:
+    """Return the error for a row without the picture of a reference column."""
+    return Rejected("missing_reference", legible(f"{column}: {detail}"))
 
 
 def no_pictures(row: int, name: str, suffixes: Counter[str]) -> Sample:

@@ -8,12 +8,24 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_jobs.config import ConfigError, SourceConfig
-from ray_jobs.data.sources.samples import Piece, Sample, Source, broken_sample, check_caption, decode_caption
+from ray_jobs.data.sources.samples import (
+    Piece,
+    Sample,
+    Source,
+    broken_sample,
+    check_caption,
+    decode_caption,
+    missing_reference,
+)
 from ray_jobs.pictures.reading import Rejected
 
 # Default columns if the configuration names none; the first existing one is used.
 IMAGE_COLUMN = "image"
 CAPTION_COLUMNS = ("text", "caption")  # "caption" is what img2dataset calls it
+ONLY_PATH = (
+    "the row has only the path of a picture, not its bytes; save the data set with save_to_disk, which "
+    "writes them"
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,18 @@ class Columns:
     image: str
     caption: str | None
     stratify: str | None
+    references: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.image, self.caption, self.stratify) if name]
+        named = (self.image, self.caption, self.stratify, *self.references)
+        return list(dict.fromkeys(name for name in named if name))
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What a piece's digest depends on; as in releases without references, where there are none."""
+        found = (self.image, self.caption, self.stratify)
+        return (*found, self.references) if self.references else found
 
 
 @dataclass(frozen=True)
@@ -65,12 +85,9 @@ class Table(Source):
 
     def _sample(self, place: str, row: int, batch: pa.RecordBatch, number: int) -> Sample:
         """Build the sample in row `number` of a batch."""
-        text, data, problem = "", b"", None
+        text, references, problem = "", tuple[bytes, ...](), None
         values = batch.slice(number, 1)
-        image = values.column(self.columns.image)
-        is_struct = pa.types.is_struct(image.type)
-        fields = [field.name for field in image.type] if is_struct else []
-        path = _as_bytes(image.field("path")) if "path" in fields else None
+        data, path = _picture(values.column(self.columns.image))
         name = place + (f" ({path.decode(errors='replace')})" if path else "")
         stratify = self.columns.stratify
         stratum = _as_bytes(values.column(stratify)) if stratify else None
@@ -80,18 +97,31 @@ class Table(Source):
             text = self._caption_or_none(
                 lambda: check_caption(None) if caption is None else decode_caption(caption)
             )
-            data = (image.field("bytes") if is_struct else image)[0].as_py() or b""
             if not data and path:
-                raise Rejected(
-                    "missing_file",
-                    "the row has only the path of a picture, not its bytes; save the data set with "
-                    "save_to_disk, which writes them",
-                )
+                raise Rejected("missing_file", ONLY_PATH)
             if not data:
                 raise Rejected("empty_file", "the row has no picture")
+            references = tuple(self._reference(column, values) for column in self.columns.references)
         except Rejected as rejected:
-            problem = rejected.with_traceback(None)
-        return Sample(row, name, text, data, (stratum or b"").decode(errors="replace"), "instance", problem)
+            data, problem = b"", rejected.with_traceback(None)
+        stratum_text = (stratum or b"").decode(errors="replace")
+        return Sample(row, name, text, data, stratum_text, "instance", problem, references=references)
+
+    @staticmethod
+    def _reference(column: str, values: pa.RecordBatch) -> bytes:
+        data, path = _picture(values.column(column))
+        if not data:
+            raise missing_reference(column, ONLY_PATH if path else "the row has none")
+        return data
+
+
+def _picture(column: pa.Array) -> tuple[bytes, bytes | None]:
+    """First picture of a column, and its path if the column has paths; b"" if there is none."""
+    if not pa.types.is_struct(column.type):
+        return column[0].as_py() or b"", None
+    fields = [field.name for field in column.type]
+    path = _as_bytes(column.field("path")) if "path" in fields else None
+    return column.field("bytes")[0].as_py() or b"", path
 
 
 def _as_bytes(column: pa.Array) -> bytes | None:
@@ -146,21 +176,28 @@ def find_columns(
     Raises:
         ConfigError: a column is missing, ambiguous or has another type; the message names the fix.
     """
-    pictures = picture_columns(schema)
+    pictures, references = picture_columns(schema), tuple(config.reference_columns)
     image = config.image_column
     if image is None and IMAGE_COLUMN not in schema.names:
-        if len(pictures) > 1:
+        others = [name for name in pictures if name not in references]
+        if len(others) > 1:
             raise ConfigError(
-                f"{where}: has {len(pictures)} columns with bytes ({', '.join(pictures)}); name the "
+                f"{where}: has {len(others)} columns with bytes ({', '.join(others)}); name the "
                 "one with the pictures in the source's image_column"
             )
-        image = pictures[0] if pictures else None
+        image = others[0] if others else None
     image = _require(where, schema, image or IMAGE_COLUMN, "the source's image_column")
     if image not in pictures:
         raise ConfigError(
             f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
             "correct the source's image_column"
         )
+    for column in references:
+        if _require(where, schema, column, "the source's reference_columns") not in pictures:
+            raise ConfigError(
+                f"{where}: column {column!r} is {schema.field(column).type}, not binary or a struct with "
+                "bytes; correct the source's reference_columns"
+            )
     caption: str | None = config.caption_column or caption_column(schema.names)
     if optional and config.caption_column is None and caption not in schema.names:
         caption = None
@@ -179,7 +216,7 @@ def find_columns(
                 f"{where}: column {stratify!r} is {kind}, which has no simple values; correct "
                 "data.stratify or data.balance"
             ) from None
-    return Columns(image, caption, stratify)
+    return Columns(image, caption, stratify, references)
 
 
 def _require(where: str, schema: pa.Schema, column: str, setting: str) -> str:

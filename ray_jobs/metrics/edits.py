@@ -1,0 +1,52 @@
+"""How near edits come to the pictures that they should be. Pure PyTorch, in float64.
+
+In features of the network that ranks, as CLIP-I and DINO are taken between an edit and its target (Zhang et
+al., MagicBrush, arXiv 2306.10012, section 4.2), turned around so that less is better.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+from ray_jobs.metrics.resampling import PairedDifference, difference_of, require_pairs
+from ray_jobs.metrics.score import Score
+
+METRIC = "distance to the target"
+
+
+def target_distance(drawn: torch.Tensor, targets: torch.Tensor, feature_network: str) -> Score:
+    """Mean of 1 - cosine of each picture to its target: 0 at best, 2 at most.
+
+    Args:
+        drawn: features: float, N x D.
+        targets: features: float, M x D; that of drawn picture i is target i modulo M.
+    """
+    distances = _distances(drawn, targets)
+    error = float(distances.std() / len(distances) ** 0.5) if len(distances) > 1 else None
+    return Score(float(distances.mean()), len(distances), feature_network, error, METRIC)
+
+
+def target_difference(
+    one: torch.Tensor, other: torch.Tensor, targets: torch.Tensor, feature_network: str
+) -> PairedDifference:
+    """Distance of one candidate minus that of another, from the same references, instructions and noise.
+
+    Args:
+        one, other, targets: as in `target_distance`.
+    """
+    require_pairs(one, other)
+    first, second = _distances(one, targets), _distances(other, targets)
+    count = len(one)
+    return difference_of(
+        float((first - second).mean()),
+        first,
+        second,
+        lambda deviation: deviation / count**0.5,
+        count,
+        feature_network,
+    )
+
+
+def _distances(drawn: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the distance of each picture to its target: float64, N."""
+    ours, theirs = (normalize(each.detach().cpu().double(), dim=1) for each in (drawn, targets))
+    return 1 - (ours * theirs[torch.arange(len(ours)) % len(theirs)]).sum(dim=1)
