@@ -159,7 +159,8 @@ def _grid(dataset: Dataset, pool: EvaluatorPool, names: list[str], sides: list[S
     rows = []
     for row, file in zip(dataset.pictures(VALIDATION.name, len(files)), files, strict=False):
         contents = [row["image"], *(side.child(SAMPLES).read_bytes(file) for side in sides)]
-        rows.append(PictureRow(row["text"], *(Image.open(io.BytesIO(data)) for data in contents)))
+        real, one, other = (Image.open(io.BytesIO(data)) for data in contents)
+        rows.append(PictureRow(row["text"], real, one, other))
     sheet = io.BytesIO()
     grid_image(rows, ("real", *names)).save(sheet, format="PNG")
     return sheet.getvalue()

@@ -8,7 +8,7 @@ Format: https://huggingface.co/docs/hub/model-cards
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray_jobs.config import LEARNING_RATE, Config, Effect
 from ray_jobs.config.yaml_text import write_yaml
@@ -37,6 +37,9 @@ class PublishedBase:
         variant: variant of its weights, for example fp16, if no default variant exists.
         injected: component that an adapter changes, where diffusers' pipeline has no LoRA loader.
         own_area: see `Family.own_area`.
+        size_arguments: of the pipeline, see `Family.size_arguments`.
+        references: names of the reference pictures; empty if it has none.
+        takes_one: True if the pipeline takes one reference picture, and no list.
         torchvision: True if plain diffusers needs it to load the base.
         blocks: class of the base's blocks, if diffusers has only a modular pipeline for it.
     """
@@ -45,6 +48,9 @@ class PublishedBase:
     variant: str | None = None
     injected: str | None = None
     own_area: bool = False
+    size_arguments: Mapping[str, object] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    takes_one: bool = False
     torchvision: bool = False
     blocks: str | None = None
 
@@ -107,10 +113,12 @@ def _front_matter(
     config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]
 ) -> dict[str, object]:
     lora = config.train.method == "lora"
-    found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    edits = config.data.num_references > 0
+    task = "image-to-image" if edits else "text-to-image"
+    found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
     if base_on_hub:  # the Hub accepts only names of its own models
         found |= {"base_model": config.model.base, "base_model_relation": "adapter" if lora else "finetune"}
-    found["tags"] = ["text-to-image", "diffusers", *(["lora"] if lora else []), "diffray"]
+    found["tags"] = [task, "diffusers", *(["lora"] if lora else []), "diffray"]
     if pictures:
         widget = [{"text": _line(caption), "output": {"url": path}} for caption, path in pictures]
         found["widget"] = widget
@@ -209,14 +217,18 @@ def usage(
             *(["import os", ""] if f"model = {HERE}" in load else []),
             "import torch",
             f"from diffusers import {', '.join(sorted(names))}",
+            *(["from PIL import Image"] if base.references else []),
             *([f"from peft import {', '.join(INJECTING)}"] if base.injected and lora else []),
             *(["from safetensors.torch import load_file"] if MAGNITUDES[0] in load else []),
             "",
             *load,
+            *_references(base),
             "picture = pipeline(",
             f"    prompt={prompt!r},",  # by name: FLUX.2's pipelines take an image first
+            *([f"    image=references{'[0]' if base.takes_one else ''},"] if base.references else []),
             f"    height={side},",
             f"    width={side},",
+            *(f"    {name}={value!r}," for name, value in base.size_arguments.items()),
             f"    num_inference_steps={config.evaluate.inference_steps},",
             *(f"    {name}={value!r}," for name, value in guidance.items()),
             "    generator=torch.Generator().manual_seed(0),",
@@ -224,6 +236,14 @@ def usage(
             'picture.save("picture.png")',
         ]
     )
+
+
+def _references(base: PublishedBase) -> list[str]:
+    """Return the lines that open the reader's own reference pictures."""
+    if not base.references:
+        return []
+    names = ", ".join(repr(f"{portable(name)}.png") for name in base.references)
+    return [f"references = [Image.open(name).convert('RGB') for name in ({names},)]  # your pictures"]
 
 
 GUIDER = "ClassifierFreeGuidance"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cluster.fetched import local_path
 from cluster.storage import Storage, slug
-from ray_jobs.config import Config, ModelConfig
+from ray_jobs.config import Config
 from ray_jobs.console import say
 from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.diffusion.families import family_of
@@ -55,7 +55,7 @@ def write_card(
         model.write_bytes(f"images/{name}", samples.read_bytes(name))
     card = model_card(
         config=config,
-        base=published_base(config.model),
+        base=published_base(config),
         winner=winner,
         manifest=dataset.manifest,
         prompt=pool.captions[split][0],
@@ -66,15 +66,20 @@ def write_card(
     model.write_text(CARD, card)
 
 
-def published_base(model: ModelConfig) -> PublishedBase:
+def published_base(config: Config) -> PublishedBase:
     """Return what the card's program must know of the base model; read from its files."""
+    model = config.model
     base, revision = local_path(model.base), model.revision
     index = read_index(base, revision)
+    family = family_of(index["_class_name"])
     return PublishedBase(
         on_hub=not Path(base).is_dir(),
         variant=variant_name(base, revision=revision),
         injected=without_lora_loader(base, revision=revision),
-        own_area=family_of(index["_class_name"]).own_area,
+        own_area=family.own_area,
+        size_arguments=family.size_arguments(config.data.resolution, config.data.resolution),
+        references=tuple(config.data.all_sources[0].reference_columns),
+        takes_one=family.max_references == 1,
         torchvision=has_processor(base, revision=revision),
         blocks=blocks_name(index) if is_modular(index) else None,
     )
@@ -198,7 +203,8 @@ def write_page(
             run.samples.write_bytes(f"{number}-{slug(caption)}-{kind}.png", data)
     opened = {kind: _opened(column) for kind, column in columns.items()}
     rows = [
-        PictureRow(caption, *pictures) for caption, *pictures in zip(captions, *opened.values(), strict=True)
+        PictureRow(row["text"], own, base, after, _opened(row["references"]))
+        for row, own, base, after in zip(real, *opened.values(), strict=True)
     ]
     grid = io.BytesIO()
     grid_image(rows).save(grid, format="PNG")

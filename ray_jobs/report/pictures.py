@@ -14,6 +14,7 @@ from ray_jobs.report.dataset_page import data_uri
 from ray_jobs.run.records import OWN, RECITED, Measurement
 
 COLUMNS = ("real", "base", "fine-tuned")
+TUNED = ' class="tuned"'  # attribute of the cells of the last of them
 PAGE_PICTURE = 192  # maximum side in pixels on the page; larger pictures are reduced
 STRIP_PICTURE = 128  # maximum side in pixels in the strip and among neighbours, which are many
 SHEET_PICTURE = 128  # side in pixels on the sheet
@@ -33,11 +34,24 @@ class PictureRow:
     real: Image.Image
     base: Image.Image
     winner: Image.Image
+    references: Sequence[Image.Image] = ()
 
     @property
-    def pictures(self) -> tuple[Image.Image, Image.Image, Image.Image]:
-        """Return the pictures in the order of COLUMNS."""
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """Return the pictures in the order of `columns`."""
+        if self.references:
+            return *self.references, self.base, self.winner, self.real
         return self.real, self.base, self.winner
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the headings of the pictures: those of an edit are its references, and last its target."""
+        if len(self.references) == 1:
+            return ("before", *COLUMNS[1:], "target")
+        if self.references:
+            of_each = (f"reference {number}" for number in range(1, len(self.references) + 1))
+            return (*of_each, *COLUMNS[1:], "target")
+        return COLUMNS
 
 
 @dataclass(frozen=True)
@@ -91,11 +105,14 @@ def card(row: PictureRow) -> str:
     """Card of one caption with its pictures."""
     caption = escape(row.caption)
     cells = "".join(
-        f'<div><img src="{data_uri(picture, PAGE_PICTURE)}" alt="{caption}: {name}">'
+        f"<div{TUNED if name == COLUMNS[-1] else ''}>"
+        f'<img src="{data_uri(picture, PAGE_PICTURE)}" alt="{caption}: {name}">'
         f"<small>{name}</small></div>"
-        for name, picture in zip(COLUMNS, row.pictures, strict=True)
+        for name, picture in zip(row.columns, row.pictures, strict=True)
     )
-    return f'<figure class="card"><figcaption>{caption}</figcaption><div class="three">{cells}</div></figure>'
+    return (
+        f'<figure class="card"><figcaption>{caption}</figcaption><div class="abreast">{cells}</div></figure>'
+    )
 
 
 def strip_section(strip: Strip | None) -> str:
@@ -250,16 +267,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def grid_image(rows: Sequence[PictureRow], columns: Sequence[str] = COLUMNS) -> Image.Image:
+def grid_image(rows: Sequence[PictureRow], columns: Sequence[str] = ()) -> Image.Image:
     """Draw the picture grid as one RGB sheet for a README, one row per caption.
 
     With five or more captions it has two blocks side by side.
 
     Args:
-        columns: headings of a row's three pictures.
+        columns: headings of a row's pictures, if not their own.
     """
     if not rows:
         raise ValueError("rows: a sheet needs at least one caption")
+    columns = columns or rows[0].columns
     side, gap, head, words = SHEET_PICTURE, 8, 28, 128
     blocks = 1 if len(rows) < 5 else 2
     height = math.ceil(len(rows) / blocks)

@@ -65,12 +65,25 @@ def headline(winner: Winner) -> str:
         return (
             f"{who} won with a subject score of {score}{unseen}; the base model's is {base}, the best is 0."
         )
+    if winner.ranked_by == TARGET and winner.test_target is not None:
+        return f"{who} won: {of_targets(winner)}."
     share = closed_share(winner)
     if share is None:
         return f"{who} won; within its error, the base model is already as near to real pictures as they are."
     if share < 0:
         return f"{who} won, but on the test split it is further from real pictures than the base model."
     return f"{who} closed {share:.0%} of the distance from the base model to real pictures on the test split."
+
+
+def of_targets(winner: Winner) -> str:
+    """State how near the winner's edits come to their targets on the test split."""
+    digits = MEASURES[TARGET].digits
+    after = number(winner.test_target, digits, winner.test_target_error)
+    before = number(winner.base_test_target, digits, winner.base_test_target_error)
+    told = f"its edits are {after} from their targets on the test split, those of the base model {before}"
+    if winner.unedited_test_target is not None:
+        told += f", and the pictures as they were {number(winner.unedited_test_target, digits)}"
+    return told
 
 
 def beginning(begins_from: Mapping[str, str]) -> str:

@@ -117,6 +117,7 @@ JOURNEYS = [
         "FLUX.2 klein",
         pictures.pairs,
         {"data": {"reference_resolution": 32}, "search": {"learning_rates": [0.02]}},
+        trainings=1,
     ),
     Journey(
         "quantized",

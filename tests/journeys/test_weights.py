@@ -47,7 +47,7 @@ def plain_picture(config: Config, folder: Path) -> Any:
     if config.train.method == "lora":
         (folder / base.name).symlink_to(base)
     with contextlib.chdir(folder):
-        exec(usage(config, published_base(config.model), PROMPT, guidance_arguments(config)), {})
+        exec(usage(config, published_base(config), PROMPT, guidance_arguments(config)), {})
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 

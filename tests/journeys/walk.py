@@ -23,6 +23,7 @@ from ray_jobs.registry.models import RegisteredModel, registered
 from serving.client import call
 from serving.command import endpoint
 from tests.cards import program
+from tests.conftest import captions, draw
 from tests.journeys.bases import BASES
 from tests.tiny_models import clip_model
 
@@ -118,6 +119,11 @@ def walk(journey: Journey, config: Config, port: int) -> None:
         winner = json.loads((run / "winner.json").read_text())
         assert winner["ranked_by"] == "preference" and winner["preference_model"].startswith("judge@")
         assert "What the reward model prefers" in (run / "report.html").read_text()
+    if references := config.data.sources[0].reference_columns:
+        winner = json.loads((run / "winner.json").read_text())
+        assert winner["ranked_by"] == "target" and 0 < winner["unedited_test_target"] < 1
+        assert "their targets on the test split" in (run / "report.html").read_text()
+        assert f"{tuple(f'{name}.png' for name in references)}".strip("()") in card
     with endpoint(config, version, port) as url:
         served = served_picture(url, config, prompt_of(card), f"{version.name}@1")
         base = served_picture(url, config, prompt_of(card), "base")
@@ -145,6 +151,8 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
     folder, base = Path(version.source), Path(config.model.base)
     beside, picture = folder / base.name, folder / "picture.png"
     beside.symlink_to(base)
+    for number, name in enumerate(config.data.sources[0].reference_columns):
+        draw(captions()[number], number).save(folder / f"{name}.png")
     try:
         with contextlib.chdir(folder):
             exec(program(card), {})

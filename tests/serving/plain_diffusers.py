@@ -91,8 +91,8 @@ class _OfLists:
 def keep_size(pipeline: Any, height: int, width: int) -> None:
     """Let the pipelines of HiDream and Kontext draw at this size, which they would scale to an area."""
     if isinstance(pipeline, diffusers.FluxKontextPipeline):
-        call = diffusers.FluxKontextPipeline.__call__
-        kept = partialmethod(call, max_area=height * width, _auto_resize=False)
+        sizes = family_of("FluxKontextPipeline").size_arguments(height, width)
+        kept = partialmethod(diffusers.FluxKontextPipeline.__call__, **sizes)
         pipeline.__class__ = type("FluxKontextPipeline", (diffusers.FluxKontextPipeline,), {"__call__": kept})
     if type(pipeline).__name__ == "HiDreamImagePipeline":
         # A little more, as it rounds the sides down.

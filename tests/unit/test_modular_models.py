@@ -157,7 +157,7 @@ def test_the_cards_program_draws_with_diffusers_modular_pipeline(
         assert not {*NEVER_LOADED} & json.loads((folder / MODULAR_INDEX).read_text()).keys()
         ours = load_pipeline(str(folder))
     config = config_of(base, train={"method": method}, evaluate={"guidance_scale": 3.0, "inference_steps": 2})
-    published = published_base(config.model)
+    published = published_base(config)
     assert published.torchvision and published.blocks == "Flux3AutoBlocks"
     code = usage(config, published, "a small red circle", guidance_arguments(config))
 

@@ -87,7 +87,8 @@ def won(**changes: Any) -> Winner:
 
 
 def picture_row(caption: str = "a red apple") -> PictureRow:
-    return PictureRow(caption, *(Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue")))
+    real, base, winner = (Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue"))
+    return PictureRow(caption, real, base, winner)
 
 
 def report(**changes: Any) -> str:

@@ -238,6 +238,10 @@ class Family(ABC):
         """
         return {"guidance_scale": scale - 1 if self.adds_guidance else scale}
 
+    def size_arguments(self, height: int, width: int) -> dict[str, Any]:
+        """Return the further arguments with which diffusers' pipeline draws images of a size, in pixels."""
+        return {}
+
     def native_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return height and width of the model's native images, in pixels."""
         if self.native is not None:

@@ -1,5 +1,7 @@
 """FLUX.1 Kontext of Black Forest Labs: FLUX.1 that edits a reference picture (arXiv 2506.15742)."""
 
+from typing import Any
+
 from ray_jobs.diffusion.families.flux import Flux
 from ray_jobs.diffusion.protocols import Pipeline
 
@@ -9,9 +11,12 @@ class FluxKontext(Flux):
 
     pipeline_class = "FluxKontextPipeline"
     max_references = 1
-    own_area = True
     native = (1024, 1024)
     variants = ("",)
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return False
+
+    def size_arguments(self, height: int, width: int) -> dict[str, Any]:
+        # Else it draws images of 1024 x 1024 pixels at the ratio, and scales references to these sizes.
+        return {"max_area": height * width, "_auto_resize": False}
