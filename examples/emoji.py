@@ -5,8 +5,9 @@
     python -m examples.emoji pictures    # .cache/emoji-pictures: both, for the autoencoder, of the
                                          # 3D pictures only those that the demo trains on
     python -m examples.emoji subject     # examples/fluent-cat: nine 3D pictures of one cat, no captions
+    python -m examples.emoji pairs       # examples/emoji-pairs: flat and 3D pictures of the same things, 128x128
 
-Each but the last writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The
+Each but the subject writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The
 concepts are those that all three hands have drawn, so the example shares the base model's words but
 not its style.
 Needs npm, and the `dev` extra (resvg-py).
@@ -55,7 +56,8 @@ CAT = [
     *("cat-with-wry-smile", "kissing-cat", "weary-cat", "crying-cat", "pouting-cat", "cat-face"),
 ]
 
-PICTURE_SIZE = 128  # pixels a side of the pictures drawn from SVG
+PICTURE_SIZE = 128  # pixels a side of the pictures drawn from SVG, and of pairs
+PAIR_EVERY = 3  # of the things, in their order, so that every group has some
 
 
 def fetch(package: str) -> Path:
@@ -133,7 +135,7 @@ def concepts() -> list[dict[str, Any]]:
 
 
 def draw(svg: str, path: Path) -> None:
-    """Draw `svg` on white as a PNG of PICTURE_SIZE pixels a side."""
+    """Draw `svg` on white as a picture of PICTURE_SIZE pixels a side."""
     import resvg_py
     from PIL import Image
 
@@ -141,7 +143,8 @@ def draw(svg: str, path: Path) -> None:
     drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     canvas = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE), "white")
     canvas.alpha_composite(drawn, ((PICTURE_SIZE - drawn.width) // 2, (PICTURE_SIZE - drawn.height) // 2))
-    canvas.convert("RGB").save(path)
+    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
+    canvas.convert("RGB").save(path, **options)
 
 
 def write_folder(folder: Path, rows: list[dict[str, str]]) -> None:
@@ -178,6 +181,24 @@ def build_base(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def build_pairs(folder: Path) -> list[dict[str, str]]:
+    """Write what edits are trained on: the flat picture of a thing, and the 3D one that it should become."""
+    from PIL import Image
+
+    for name in ("before", "after"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for concept in concepts()[::PAIR_EVERY]:
+        name = f"{concept['slug']}.webp"
+        draw(concept["flat"], folder / "before" / name)
+        with Image.open(concept["3d"]) as solid:
+            smaller = solid.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+        smaller.save(folder / "after" / name, quality=90, method=6)
+        text = f"render it in 3D: {concept['caption']}"
+        rows.append({"file_name": f"after/{name}", "before": f"before/{name}", "text": text})
+    return rows
+
+
 def build_subject(folder: Path) -> None:
     """Copy the 3D pictures of the cat."""
     for concept in concepts():
@@ -187,7 +208,7 @@ def build_subject(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["example", "base", "pictures", "subject"])
+    parser.add_argument("what", choices=["example", "base", "pictures", "subject", "pairs"])
     what = parser.parse_args().what
     if what == "example":
         folder = ROOT / "examples" / "fluent-emoji"
@@ -195,6 +216,9 @@ def main() -> None:
     elif what == "base":
         folder = CACHE / "emoji-base"
         write_folder(folder, build_base(folder))
+    elif what == "pairs":
+        folder = ROOT / "examples" / "emoji-pairs"
+        write_folder(folder, build_pairs(folder))
     elif what == "subject":
         build_subject(ROOT / "examples" / "fluent-cat")
     else:

@@ -160,7 +160,8 @@ def _choose_trained(
         _add_adapters(config, parts, family, ADAPTER)
     else:
         for name, part in parts.items():
-            train_all(part, family.unused_layers(part) if name in family.denoisers else ())
+            denoises, references = name in family.denoisers, config.data.num_references
+            train_all(part, family.unused_layers(part, references) if denoises else ())
             if train.dropout and name in family.denoisers:
                 if not family.has_dropout:
                     kind = type(part).__name__
@@ -206,7 +207,7 @@ def _add_adapters(config: Config, parts: Mapping[str, Any], family: Family, adap
     for name, part in parts.items():
         denoises = name in family.denoisers
         chosen = config.train.lora.target_modules if denoises else None
-        unused = family.unused_layers(part) if denoises else ()
+        unused = family.unused_layers(part, config.data.num_references) if denoises else ()
         layers = list(chosen or family.trainable[name])
         try:
             add_lora(part, target_modules=layers, unused=unused, adapter=adapter, **settings)

@@ -120,7 +120,8 @@ def add_starting_adapter(
         own = own_part(tensors, name)
         layers = {key.partition(".lora_")[0] for key in own}
         if name in family.denoisers:
-            _require_layers(layers, config.train.lora.target_modules, family.unused_layers(part), file)
+            unused = family.unused_layers(part, config.data.num_references)
+            _require_layers(layers, config.train.lora.target_modules, unused, file)
         part.requires_grad_(False)
         try:
             inject_given(part, own, own_part(settings, name), adapter, dropout=config.train.lora.dropout)

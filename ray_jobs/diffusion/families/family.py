@@ -85,10 +85,13 @@ class Family(ABC):
     variants: tuple[str, ...] = ("",)
     """Names of the small models that `tiny` can build: one for each way in which models differ."""
 
-    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+    def unused_layers(self, denoiser: Denoiser, num_references: int = 0) -> tuple[str, ...]:
         """Return the names of layers that do not reach the prediction, and which are therefore never trained.
 
         They get no gradient or a zero one: weight decay would move them, and ZeRO 3 would apply stale ones.
+
+        Args:
+            num_references: number of each row's reference pictures.
         """
         return ()
 

@@ -111,8 +111,10 @@ class Flux3Klein(Family):
     def recomputed_blocks(self, denoiser: Any) -> list[nn.Module]:
         return _blocks(denoiser)
 
-    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
-        """Return the layers of reference images."""
+    def unused_layers(self, denoiser: Denoiser, num_references: int = 0) -> tuple[str, ...]:
+        """Return the layers of reference images, if there are none."""
+        if num_references:
+            return ()
         return tuple(
             name
             for name, layer in denoiser.named_modules()

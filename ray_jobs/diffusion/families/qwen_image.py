@@ -108,7 +108,7 @@ class QwenImage(Family):
     def guidance_arguments(self, denoiser: Settings, scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": scale, "negative_prompt": ""}  # the pipeline's guidance needs both
 
-    def unused_layers(self, denoiser: Denoiser) -> tuple[str, ...]:
+    def unused_layers(self, denoiser: Denoiser, num_references: int = 0) -> tuple[str, ...]:
         """Return the last block's layers that only change the caption's tokens."""
         block = f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}"
         names = (
