@@ -119,8 +119,8 @@ def stable_diffusion_3(folder: Path) -> Path:
     return save(folder, "StableDiffusion3Pipeline", components)
 
 
-def flux(folder: Path) -> Path:
-    """FLUX.1-dev: a transformer of 11,901,408,320 parameters."""
+def flux(folder: Path, pipeline: str = "FluxPipeline") -> Path:
+    """FLUX.1-dev: a transformer of 11,901,408,320 parameters; and so has FLUX.1 Kontext."""
     with torch.device("meta"):
         components = {
             "transformer": FluxTransformer2DModel(guidance_embeds=True),
@@ -133,7 +133,7 @@ def flux(folder: Path) -> Path:
         "tokenizer": clip_tokenizer(),
         "tokenizer_2": t5_tokenizer(),
     }
-    return save(folder, "FluxPipeline", components)
+    return save(folder, pipeline, components)
 
 
 def autoencoder(*, latent_channels: int, sample_size: int = 1024, **factors: float) -> Any:

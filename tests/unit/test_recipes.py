@@ -5,6 +5,7 @@ The base models are there in their published sizes, without weights.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ BASES: dict[str, tuple[Callable[[Path], Path], int]] = {
     "sdxl-dreambooth": (full_models.stable_diffusion_xl, 3_385_184_004),  # with its text encoders
     "sd3-full": (full_models.stable_diffusion_3, 2_028_328_000),
     "flux-lora": (full_models.flux, 11_901_408_320),
+    "kontext-lora": (partial(full_models.flux, pipeline="FluxKontextPipeline"), 11_901_408_320),
 }
 
 
