@@ -5,7 +5,7 @@
     python -m examples.emoji pictures    # .cache/emoji-pictures: both, for the autoencoder, of the
                                          # 3D pictures only those that the demo trains on
     python -m examples.emoji subject     # examples/fluent-cat: nine 3D pictures of one cat, no captions
-    python -m examples.emoji pairs       # examples/emoji-pairs: flat and 3D pictures of the same things, 128x128
+    python -m examples.emoji pairs       # examples/emoji-pairs: the same things flat and in 3D, 128x128
 
 Each but the subject writes the ImageFolder layout (`metadata.jsonl` with `file_name` and `text`). The
 concepts are those that all three hands have drawn, so the example shares the base model's words but

@@ -311,6 +311,8 @@ class Config(Section):
             if f"train.{field}" in space:
                 raise ValueError(f"search.space.train.{field} changes nothing {where}")
             require_unset(train, where, field)
+        if not self.data.has_masks:
+            require_unset(train.loss, "without mask_column in data.sources", "outside_mask")
         methods = [train.method, *ends(space.get("train.method", []))]
         if adapters := [name for name in space if name.startswith("train.lora") and "lora" not in methods]:
             raise ValueError(f"search.space.{adapters[0]} changes nothing with train.method: full")

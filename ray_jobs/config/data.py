@@ -49,12 +49,23 @@ class SourceConfig(Section):
         "tar: `before` for x.before.png beside x.png; folders with caption files: subfolders with images "
         "of the same names",
     )
+    mask_column: Annotated[str | None, Added()] = Field(
+        None,
+        min_length=1,
+        description="image of each row, named as in reference_columns, that is white where the row is to be "
+        "learned and black elsewhere (`train.loss.outside_mask`)",
+    )
     instance_prompt: Prompt | None = Field(
         None, description="DreamBooth: caption of every image in a folder without captions"
     )
     class_prompt: Prompt | None = Field(
         None, description="DreamBooth: the class of the subject, without its identifier"
     )
+
+    @property
+    def further_columns(self) -> list[str]:
+        """Columns of the pictures that a row has beside its own: references, and last the mask."""
+        return [*self.reference_columns, *([self.mask_column] if self.mask_column else [])]
 
 
 class CleaningConfig(Section):
@@ -289,6 +300,11 @@ class DataConfig(Section):
         return len(self.all_sources[0].reference_columns)
 
     @property
+    def has_masks(self) -> bool:
+        """Whether each row has a mask."""
+        return self.all_sources[0].mask_column is not None
+
+    @property
     def column(self) -> str | None:
         """The column that is read from every source, for `stratify` or `balance`."""
         return self.stratify or self.balance
@@ -313,6 +329,8 @@ class DataConfig(Section):
             raise ValueError("sources: give every source a weight, or none")
         if len({len(each.reference_columns) for each in self.sources}) > 1:
             raise ValueError("sources: name as many reference_columns in each; every row has as many")
+        if len({each.mask_column is None for each in self.sources}) > 1:
+            raise ValueError("sources: name a mask_column in each, or in none; every row has a mask or none")
         if not self.num_references:
             require_unset(self, "without reference_columns", "reference_resolution")
         if self.balance and any(weights):

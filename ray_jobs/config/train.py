@@ -106,6 +106,13 @@ class LossConfig(Section):
     huber_delta: float | None = Field(
         None, gt=0, description="delta of the pseudo-Huber loss; empty: squared error"
     )
+    outside_mask: Annotated[float, Added(0.0)] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="with `mask_column` in data.sources: weight of what is outside of a row's mask, for 1 of "
+        "what is inside",
+    )
     zero_terminal_snr: bool = Field(False, description="rescale the noise schedule to end in pure noise")
 
 

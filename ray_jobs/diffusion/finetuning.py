@@ -77,6 +77,7 @@ class FineTuning(nn.Module):
         conditions: Conditions,
         draws: Draws,
         dropped: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the losses of N images: float32, N.
 
@@ -86,12 +87,13 @@ class FineTuning(nn.Module):
                 trained.
             dropped: bool, N: the images to train without a caption; their captions must be the empty one.
                 None if there are none.
+            mask: as for `objectives.add_noise`.
         """
 
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             return self.predict(noisy, timesteps, conditions, dropped)
 
-        return denoising_loss(denoise, self.objective, latents, draws, self.settings)
+        return denoising_loss(denoise, self.objective, latents, draws, self.settings, mask)
 
     def predict(
         self,

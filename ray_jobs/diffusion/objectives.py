@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ray_jobs.diffusion.schedulers import flow_shift
 
+SMALLEST_SHARE = 1e-3  # of an image: smaller masks do not weigh each latent more
+
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (noisy latents, timesteps) -> prediction of the latents' shape
 
 
@@ -37,6 +39,7 @@ class LossSettings:
     offset_noise: float = 0.0  # strength, >= 0
     input_perturbation: float = 0.0  # strength, >= 0; gamma of arXiv 2301.11706
     huber_delta: float | None = None  # > 0, in units of the prediction; None: squared error
+    outside_mask: float = 0.0  # weight of what is outside of an image's mask, 0 to 1
 
 
 class Objective(ABC):
@@ -288,6 +291,7 @@ class NoisyLatents:
         noisy, target: float32, N x C x ....
         timesteps: float32, N.
         weights: of the images' losses: float32, N.
+        within: weights of the elements of an image: float32, N x 1 x ...; None: all weigh alike.
     """
 
     noisy: Tensor
@@ -295,14 +299,21 @@ class NoisyLatents:
     target: Tensor
     weights: Tensor
     huber_delta: float | None
+    within: Tensor | None = None
 
     def losses(self, prediction: Tensor) -> Tensor:
         """Return each image's loss, the weighted mean over its elements: float32, N."""
         error = pointwise_error(prediction.float(), self.target, self.huber_delta)
-        return error.mean(dim=tuple(range(1, self.target.dim()))) * self.weights
+        dimensions = tuple(range(1, self.target.dim()))
+        if self.within is None:
+            return error.mean(dim=dimensions) * self.weights
+        share = self.within.mean(dim=dimensions).clamp_min(SMALLEST_SHARE)
+        return (error * self.within).mean(dim=dimensions) / share * self.weights
 
 
-def add_noise(objective: Objective, latents: Tensor, draws: Draws, settings: LossSettings) -> NoisyLatents:
+def add_noise(
+    objective: Objective, latents: Tensor, draws: Draws, settings: LossSettings, mask: Tensor | None = None
+) -> NoisyLatents:
     """Add noise to latents.
 
     Offset noise is one additional normal draw per channel (Guttenberg, "Diffusion with offset noise", 2023);
@@ -311,6 +322,7 @@ def add_noise(objective: Objective, latents: Tensor, draws: Draws, settings: Los
 
     Args:
         latents: float32, N x C x ....
+        mask: float32, N x 1 x ...: the share of each latent that is to be learned; None: all.
 
     Raises:
         ValueError: the objective does not support the settings.
@@ -331,6 +343,7 @@ def add_noise(objective: Objective, latents: Tensor, draws: Draws, settings: Los
         objective.target(latents, noise, timesteps),
         objective.weight(timesteps, settings),
         settings.huber_delta,
+        None if mask is None else mask + settings.outside_mask * (1 - mask),
     )
 
 
@@ -340,12 +353,14 @@ def denoising_loss(
     latents: Tensor,
     draws: Draws,
     settings: LossSettings = LossSettings(),
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Add noise to latents, predict, square the error (Ho et al., arXiv 2006.11239, eq. 14).
 
     Args:
         denoise: function from (noisy latents, timesteps) to a prediction of the latents' shape.
         latents: float32, N x C x ....
+        mask: as for `add_noise`.
 
     Returns:
         float32, N: each image's loss, the weighted mean over its elements.
@@ -353,5 +368,5 @@ def denoising_loss(
     Raises:
         ValueError: the objective does not support the settings.
     """
-    posed = add_noise(objective, latents, draws, settings)
+    posed = add_noise(objective, latents, draws, settings, mask)
     return posed.losses(denoise(posed.noisy, posed.timesteps))

@@ -72,9 +72,11 @@ class Member:
         self.all_trained = list(self.trained())
         self.layer_groups = group_members(self, groups, complete=False)
 
-    def noisy(self, latents: torch.Tensor, draws: Draws, **others: Any) -> NoisyLatents:
+    def noisy(
+        self, latents: torch.Tensor, draws: Draws, mask: torch.Tensor | None = None, **others: Any
+    ) -> NoisyLatents:
         """Return noisy latents as the member's loss has them."""
-        return add_noise(self.objective, latents, draws, self.settings)
+        return add_noise(self.objective, latents, draws, self.settings, mask)
 
     def move(self, device: torch.device) -> None:
         """Move the adapter to a device in place."""

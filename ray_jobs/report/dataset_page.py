@@ -41,9 +41,11 @@ REASONS = {
     "outside_folder": "The path points outside the data set's folder: move the picture into the folder and"
     " give a path relative to it.",
     "missing_file": "A caption names a file that does not exist: correct the name, or add the file.",
-    "missing_reference": "The row has no picture in one of the source's reference_columns: add it, or remove"
-    " the row.",
-    "unreadable_reference": "A reference picture of the row cannot be read: convert or replace it.",
+    "incomplete": "A picture that reference_columns or mask_column names is missing, or cannot be read: add"
+    " or replace it, or remove the row.",
+    "mask_of_another_size": "The mask has other sides than its picture: draw it on the picture itself.",
+    "empty_mask": "The mask is black, so nothing of the picture would be learned: paint what is to be learned"
+    " white, or remove the row.",
     "broken_shard": "The file is damaged, and everything after the damage is lost: copy or create it again.",
     "missing_stratum": "The picture has no value for data.stratify or data.balance: add it to its .json.",
     "blurred": "The picture is less sharp than data.cleaning.min_sharpness: replace it with a sharper one, or"

@@ -90,6 +90,7 @@ class InputMaker:
         empty_caption: the encoded empty caption, from `Dataset.empty_caption`.
         caption_dropout: share of captions that the empty one replaces.
         num_references: number of each row's reference pictures.
+        has_masks: whether each row has a mask.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class InputMaker:
         seed: int,
         caption_dropout: float,
         num_references: int = 0,
+        has_masks: bool = False,
     ) -> None:
+        self.masks = ("mask",) if has_masks else ()
         self.references = tuple(map(reference, range(num_references)))
         self.device, self.settings = device, model.settings
         self.seed, self.caption_dropout = seed, caption_dropout
@@ -123,7 +126,7 @@ class InputMaker:
     def columns(self) -> tuple[str, ...]:
         """The columns of the prepared rows that a step reads."""
         of_picture = (COLUMNS[name] for name in self.picture_conditions)
-        return ("latents_mean", "latents_logvar", *self.null, *of_picture, *self.references)
+        return ("latents_mean", "latents_logvar", *self.null, *of_picture, *self.references, *self.masks)
 
     def make(self, piece: Piece, step: int) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of `FineTuning` and the rows' loss weights, both on the device."""
@@ -181,6 +184,8 @@ class InputMaker:
         }
         if self.caption_dropout:
             inputs["dropped"] = dropped
+        if self.masks:
+            inputs["mask"] = there["mask"].float()
         return inputs, there["weights"]
 
     def _dropped(self, values: torch.Tensor, name: str, dropped: torch.Tensor) -> torch.Tensor:

@@ -184,6 +184,7 @@ def input_maker(
         seed=settings.config.seed,
         caption_dropout=settings.config.train.caption_dropout,
         num_references=settings.config.data.num_references,
+        has_masks=settings.config.data.has_masks,
     )
 
 

@@ -86,6 +86,8 @@ def blank(
         rows[COLUMNS["sizes"]] = torch.zeros((count, 6), dtype=torch.int32)
     for name, latents in zip(maker.references, references, strict=True):
         rows[name] = torch.zeros((count, *maker.codec.unpacked_shape(latents)))
+    if maker.masks:
+        rows["mask"] = torch.ones((count, 1, *shape[1:]))
     return Piece(rows, list(range(count)), [1.0] * count)
 
 

@@ -44,7 +44,7 @@ class ValidationLoss:
         self, config: Config, dataset: Dataset, device: torch.device, rows: int = 64, timesteps: int = 4
     ) -> None:
         self.train, self.seed = config.train, config.evaluate.seed % 2**64
-        self.num_references = config.data.num_references
+        self.data = config.data
         self.device, self.empty_caption = device, dataset.empty_caption()
         self.positions = [(number + 0.5) / timesteps for number in range(timesteps)]
         self.pieces = first_rows(dataset, rows, config.evaluate.batch_size)
@@ -72,7 +72,7 @@ class ValidationLoss:
             pipeline,
             family,
             objective.to(self.device),
-            PLAIN,
+            replace(PLAIN, outside_mask=train.loss.outside_mask),
             text_encoders_trained=train.train_text_encoder,
         )
         inputs = InputMaker(
@@ -82,7 +82,8 @@ class ValidationLoss:
             self.device,
             seed=self.seed,
             caption_dropout=0.0,
-            num_references=self.num_references,
+            num_references=self.data.num_references,
+            has_masks=self.data.has_masks,
         )
         losses = torch.zeros(sum(len(piece.places) for piece in self.pieces), dtype=torch.float64)
         with evaluating(model), torch.inference_mode():

@@ -28,15 +28,17 @@ def folder_of_shapes(folder: Path) -> dict[str, Any]:
 
 
 def pairs(folder: Path) -> dict[str, Any]:
-    """Grey pictures to be coloured, two references each, of which the second is what the colours are."""
+    """Grey pictures to be coloured, with a second reference for the colours, and a mask of what is drawn."""
     folder.mkdir()
     lines = []
     for number, caption in enumerate(captions()[:COUNT]):
         after = draw(caption, number)
         fields = {"file_name": f"{number:02d}.png", "text": f"colour it: {caption}"}
         fields |= {"before": f"before/{number:02d}.png", "palette": f"palette/{number:02d}.jpg"}
+        fields |= {"mask": f"mask/{number:02d}.png"}
         for name, picture in (
             (fields["file_name"], after),
+            (fields["mask"], after.convert("L").point(lambda level: 255 * (level < 250))),
             (fields["before"], after.convert("L").convert("RGB")),
             (fields["palette"], after.resize((2, 2)).resize((96, 64))),
         ):
@@ -44,7 +46,7 @@ def pairs(folder: Path) -> dict[str, Any]:
             picture.save(folder / name)
         lines.append(json.dumps(fields) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
-    return {"path": str(folder), "reference_columns": ["before", "palette"]}
+    return {"path": str(folder), "reference_columns": ["before", "palette"], "mask_column": "mask"}
 
 
 def dreambooth(folder: Path) -> dict[str, Any]:

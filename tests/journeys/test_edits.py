@@ -1,4 +1,4 @@
-"""Edits of real pictures: a small model learns to render flat emoji in 3D, and draws things that it never saw."""
+"""Edits of real pictures: a small model learns to render emoji in 3D, and draws what it never saw."""
 
 import json
 from argparse import Namespace

@@ -13,7 +13,7 @@
 | z-image    | Z-Image                             | folder of shapes, buckets    | lora                   |
 | krea-2     | Krea 2, whose captions are ragged   | folder of shapes             | lora                   |
 | hidream    | HiDream, with four text encoders    | folder of shapes, buckets    | lora                   |
-| edits      | FLUX.2 klein                        | pairs, two references each   | lora                   |
+| edits      | FLUX.2 klein                        | pairs, two references, masks | lora                   |
 | quantized  | FLUX.1-dev                          | folder of shapes             | lora on an int8 base   |
 
 Two trials train at once, with DoRA in one worker group; but with folds each fold has one, and with a stream
@@ -116,7 +116,11 @@ JOURNEYS = [
         "edits",
         "FLUX.2 klein",
         pictures.pairs,
-        {"data": {"reference_resolution": 32}, "search": {"learning_rates": [0.02]}},
+        {
+            "data": {"reference_resolution": 32},
+            "train": {"loss": {"outside_mask": 0.1}},
+            "search": {"learning_rates": [0.02]},
+        },
         trainings=1,
     ),
     Journey(

@@ -342,3 +342,23 @@ def test_ema_follows_with_its_decay() -> None:
     assert ema.averages["w"].item() == pytest.approx(0.5)
     ema.update([("w", weight + 1)], step=1)  # warm-up: (1 + 1) / (10 + 1)
     assert ema.averages["w"].item() == pytest.approx(1 - 0.5 * 2 / 11)
+
+
+def test_a_mask_weighs_what_is_learned_and_the_loss_does_not_depend_on_its_size() -> None:
+    latents, objective = torch.zeros(3, 2, 4, 4), FlowMatching()
+    given = Draws(torch.full((3,), 0.5), torch.ones_like(latents))
+    wrong = torch.zeros_like(latents)
+    wrong[:, :, :2] = 3.0  # the target is 1 everywhere: errors of 4 above, 1 below
+    mask = torch.zeros(3, 1, 4, 4)
+    mask[0, :, :2], mask[1, :, 3:], mask[2] = 1, 1, 1
+
+    def losses(settings: LossSettings, mask: torch.Tensor | None) -> list[float]:
+        return denoising_loss(lambda *_: wrong, objective, latents, given, settings, mask).tolist()
+
+    plain = LossSettings()
+    assert losses(plain, None) == pytest.approx([2.5] * 3)
+    assert losses(plain, mask) == pytest.approx([4, 1, 2.5])
+    assert losses(LossSettings(outside_mask=1.0), mask) == pytest.approx([2.5] * 3)
+    # Eight latents of 4 and eight of 1 at half the weight.
+    assert losses(LossSettings(outside_mask=0.5), mask)[0] == pytest.approx((8 * 4 + 4 * 1) / 12)
+    assert losses(plain, torch.zeros_like(mask)) == [0, 0, 0]

@@ -1,14 +1,22 @@
 """Reference pictures come with the rows of every kind of source, and decide what a row is."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from ray_jobs.config import Config, ConfigError, DataConfig
+from cluster.storage import Storage
+from ray_jobs.config import Config, ConfigError, DataConfig, SourceConfig
 from ray_jobs.data.curation.scan import entries, scan_sample
-from ray_jobs.data.encoding.plan import RowKeys
+from ray_jobs.data.curation.splits import content_digest
+from ray_jobs.data.encoding.encoding import ChangedFile, Decode, EncodePart, reference_image
+from ray_jobs.data.encoding.plan import PlannedPart, RowKeys
+from ray_jobs.data.encoding.tensors import read_tensors
+from ray_jobs.data.feeding.streaming import DecodeBatch, EncodeBatch, unpack
 from ray_jobs.data.references import check_references, suited_to_references
 from ray_jobs.data.sources.samples import Source
 from tests.tiny_models import write as write_model
@@ -83,11 +91,11 @@ KINDS = [image_folder, parquet, captions, webdataset]
 def test_a_row_has_its_references_or_says_which_is_missing(kind: Any, tmp_path: Path) -> None:
     source = kind(tmp_path)
     found = samples(source)
-    assert [(s.text, s.data, s.references) for s in (found[0], found[2])] == [
+    assert [(s.text, s.data, s.further) for s in (found[0], found[2])] == [
         (f"do {n}", picture(n), (picture(10 + n), picture(20 + n))) for n in (0, 2)
     ]
-    assert len(found) == 3 and not found[1].references and not found[1].data
-    assert sorted(problems(source).values()) == ["", "", "missing_reference"]
+    assert len(found) == 3 and not found[1].further and not found[1].data
+    assert sorted(problems(source).values()) == ["", "", "incomplete"]
     assert found[1].problem and found[1].problem.detail.startswith("mask: ")
 
 
@@ -95,11 +103,11 @@ def test_a_row_has_its_references_or_says_which_is_missing(kind: Any, tmp_path: 
 def test_references_are_scanned_with_their_rows(kind: Any, tmp_path: Path) -> None:
     source, config = kind(tmp_path), DataConfig(source="x", resolution=8)
     row = scan_sample(samples(source)[0], config)
-    assert not row["reason"] and isinstance(row["references"], list) and len(row["references"]) == 2
+    assert not row["reason"] and isinstance(row["further"], list) and len(row["further"]) == 2
     broken = scan_sample(
-        samples(source)[0].__class__(**{**vars(samples(source)[0]), "references": (b"GIF",)}), config
+        samples(source)[0].__class__(**{**vars(samples(source)[0]), "further": (b"GIF",)}), config
     )
-    assert broken["reason"] == "unreadable_reference"
+    assert broken["reason"] == "incomplete"
 
 
 def test_another_choice_of_references_is_scanned_anew(tmp_path: Path) -> None:
@@ -130,7 +138,9 @@ def test_a_row_with_another_reference_is_encoded_anew() -> None:
 
 @pytest.mark.parametrize("kind", [dreambooth, label_studio])
 def test_kinds_without_references_refuse_them(kind: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reference_columns: the pictures of .* have no references"):
+    with pytest.raises(
+        ConfigError, match="reference_columns, mask_column: the pictures of .* have no others"
+    ):
         opened(kind(tmp_path), reference_columns=["before"])
 
 
@@ -139,7 +149,7 @@ def test_kinds_without_references_refuse_them(kind: Any, tmp_path: Path) -> None
     [
         (image_folder, "field 'after' is missing .*reference_columns"),
         (parquet, "no column 'after' .*reference_columns"),
-        (captions, "no pictures in after/, which reference_columns names"),
+        (captions, "no pictures in after/, which reference_columns or mask_column names"),
     ],
 )
 def test_a_wrong_name_is_told_before_anything_is_read(kind: Any, message: str, tmp_path: Path) -> None:
@@ -147,6 +157,126 @@ def test_a_wrong_name_is_told_before_anything_is_read(kind: Any, message: str, t
     path = next(tmp_path.glob("*.parquet"), tmp_path)
     with pytest.raises(ConfigError, match=message):
         opened(path, reference_columns=["after"])
+
+
+def masked(folder: Path, *masks: Image.Image, **given: Any) -> list[dict[str, object]]:
+    """The index rows of pictures of 8 x 8 pixels with these masks."""
+    rows = [{"file_name": f"{n}.png", "text": "a", "mask": f"m/{n}.png"} for n in range(len(masks))]
+    files: dict[str, bytes | str] = {f"{n}.png": picture(n) for n in range(len(masks))}
+    write(folder, {"metadata.jsonl": lines(rows), **files})
+    (folder / "m").mkdir()
+    for n, mask in enumerate(masks):
+        mask.save(folder / "m" / f"{n}.png")
+    source = opened(folder, mask_column="mask", **given)
+    data = DataConfig(sources=[SourceConfig(path=str(folder), mask_column="mask")])
+    return [scan_sample(sample, data) for sample in samples(source)]
+
+
+def test_a_mask_has_the_size_of_its_picture_and_something_white(tmp_path: Path) -> None:
+    white, black = Image.new("L", (8, 8), 255), Image.new("L", (8, 8))
+    found = masked(tmp_path, white, black, Image.new("L", (8, 4), 255), Image.new("1", (8, 8), 1))
+    assert [row["reason"] for row in found] == ["", "empty_mask", "mask_of_another_size", ""]
+    assert found[2]["detail"] == "the mask has 8 x 4 and the picture 8 x 8 pixels"
+
+
+def test_a_mask_is_cut_and_turned_as_its_picture_and_keeps_its_colours() -> None:
+    augmentation = {
+        "flip": 0.5,
+        "crop": 0.9,
+        "scale": 0.9,
+        "rotate": 0.5,
+        "colour": 0.9,
+        "max_brightness": 0.9,
+    }
+    data = {"sources": [{"path": "x", "mask_column": "mask"}], "resolution": 32, "augmentation": augmentation}
+    given = {"name": "x", "data": data, "model": {"base": "x"}}
+    config = Config.model_validate(given | {"search": {"learning_rates": [1e-4], "ladder": [1]}})
+    drawing = Image.new("RGB", (60, 40))
+    drawing.paste((255, 255, 255), (10, 5, 30, 25))
+    buffer = io.BytesIO()
+    drawing.save(buffer, format="PNG")
+    decode = Decode(config)
+    for draw in range(8):
+        own = decode.fit(decode.open(buffer.getvalue(), (32, 32)), "train", (32, 32), "abc", draw).pixels
+        mask = decode.mask(buffer.getvalue(), "train", (32, 32), "abc", draw)
+        assert mask.shape == (32, 32) and mask.max() == 255
+        bright = own.astype(int).sum(axis=2)
+        assert np.corrcoef(bright.ravel(), mask.ravel().astype(int))[0, 1] > 0.95
+
+
+def test_rows_that_are_streamed_have_the_references_and_masks_of_those_that_are_stored(
+    tmp_path: Path,
+) -> None:
+    base = write_model("FluxKontextPipeline", tmp_path / "base")
+    sources = [{"path": "x", "reference_columns": ["before"], "mask_column": "mask"}]
+    config = edits(base, sources=sources, encode_dtype="fp32", reference_resolution=32)
+    files = [_png(number) for number in range(6)]
+    rows = [0, 2, 4]  # each followed by its reference, and with a mask
+    own, further = [files[n] for n in rows], [[files[n + 1], _png(n, "L")] for n in rows]
+    digests = [[content_digest(file) for file in each] for each in further]
+    part = PlannedPart(
+        "train",
+        0,
+        0,
+        0,
+        (64, 64),
+        np.zeros(3, np.int32),
+        np.arange(3, dtype=np.int32),
+        np.zeros(3, np.int16),
+        np.ones(3, bool),
+        [content_digest(file) for file in own],
+        [bytes([n] * 16) for n in range(3)],
+        "a.parquet",
+        reference_size=(32, 32),
+        has_masks=True,
+        further=[tuple(each) for each in digests],
+    )
+    gathered = {
+        "part": part,
+        "data": own,
+        "text": ["a"] * 3,
+        "name": ["x"] * 3,
+        "further": further,
+        "picture": [0, 1, 2],
+    }
+    decoded = Decode(config)(gathered)
+    encoder = EncodePart(Storage.open(str(tmp_path / "cache")), config, {})
+    pixels = np.frombuffer(decoded["pixels"], np.uint8).reshape(3, 64, 64, 3)
+    table = encoder._table(part, decoded, pixels, [0, 1, 2])
+    names = ["latents_mean", "reference_0", "mask"]
+    stored = read_tensors(table, names)
+    assert stored["reference_0"].shape == (3, 4, 4, 4) and stored["mask"].shape == (3, 1, 8, 8)
+    assert 0 < stored["mask"].min() < stored["mask"].max() <= 1
+    assert [bool(each) for each in table[reference_image(0)].to_pylist()] == [True] * 3
+    row = {
+        "rank": 0,
+        "step": 1,
+        "epoch": 0,
+        "bucket": "64x64",
+        "data": own,
+        "text": ["a"] * 3,
+        "name": ["x"] * 3,
+        "digest": part.digests,
+        "further": further,
+        "further_digests": digests,
+        "reference_size": (32, 32),
+    }
+    batch = DecodeBatch(config)(row)
+    [(_, _, streamed)] = unpack(
+        EncodeBatch(config, tuple(names))({name: np.array([value], object) for name, value in batch.items()})
+    )
+    for name in names:
+        assert np.allclose(streamed[name], stored[name], atol=1e-5), name
+    changed = [[other, mask] for (_, mask), other in zip(further, reversed(files), strict=False)]
+    with pytest.raises(ChangedFile, match="a reference or mask changed"):
+        Decode(config)(gathered | {"further": changed})
+
+
+def _png(seed: int, mode: str = "RGB") -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize((80, 80)).convert(mode).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def edits(base: Path, **data: Any) -> Config:

@@ -22,7 +22,7 @@ from ray_jobs.data.curation.cleaning import FIRST_LOOK_SIDE, measure
 from ray_jobs.data.curation.duplicates import Pictures
 from ray_jobs.data.curation.splits import content_digest
 from ray_jobs.data.sources.detection import Piece, Sample, Source
-from ray_jobs.pictures.reading import Rejected, read_picture
+from ray_jobs.pictures.reading import Picture, Rejected, read_picture
 
 RayRow = dict[str, Any]  # of Ray Data, by column: values of Arrow, or any object
 
@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
         ("bright", pa.float32()),
         ("hash", pa.uint64()),
         ("colours", pa.binary(48)),
-        ("references", pa.list_(pa.string())),  # digests of their files
+        ("further", pa.list_(pa.string())),  # digests of the files of references, and last of the mask
     ]
 )
 
@@ -65,9 +65,8 @@ class Entry:
 def entries(sources: Sequence[Source], config: DataConfig) -> list[Entry]:
     """List all pieces in source order, with the names of their index files."""
     settings = [VERSION, config.cleaning.max_pixels, config.background, config.column]
-    scanned = [
-        json.dumps([*settings, vars(source.captions), *source.reference_columns]) for source in sources
-    ]
+    settings += ["masks"] if config.has_masks else []
+    scanned = [json.dumps([*settings, vars(source.captions), *source.further_columns]) for source in sources]
     return [
         Entry(
             number,
@@ -137,24 +136,37 @@ def scan_sample(sample: Sample, config: DataConfig) -> dict[str, object]:
             at_least=FIRST_LOOK_SIDE,
         )
         row |= vars(measure(picture))
-        row["references"] = [_reference(data, config) for data in sample.references]
+        for data in sample.further:
+            further = _further(data, config)
+            if config.has_masks and data is sample.further[-1]:
+                _check_mask(further, picture)
+        row["further"] = [content_digest(data) for data in sample.further]
     except Rejected as rejected:
         row |= {"reason": rejected.reason, "detail": rejected.detail}
     return row
 
 
-def _reference(data: bytes, config: DataConfig) -> str:
-    """Return the digest of a reference picture's file, once it is known to be readable."""
+def _further(data: bytes, config: DataConfig) -> Picture:
+    """Read a reference picture or a mask."""
     try:
-        read_picture(
+        return read_picture(
             data,
             background=config.background,
             max_pixels=config.cleaning.max_pixels,
             at_least=FIRST_LOOK_SIDE,
         )
     except Rejected as rejected:
-        raise Rejected("unreadable_reference", f"{rejected.reason}: {rejected.detail}") from None
-    return content_digest(data)
+        raise Rejected("incomplete", f"{rejected.reason}: {rejected.detail}") from None
+
+
+def _check_mask(mask: Picture, picture: Picture) -> None:
+    """Raise Rejected if a mask does not belong to its picture, or is black."""
+    sizes = [(each.width, each.height) for each in (mask, picture)]
+    if sizes[0] != sizes[1]:
+        told = " and the picture ".join(f"{width} x {height}" for width, height in sizes)
+        raise Rejected("mask_of_another_size", f"the mask has {told} pixels")
+    if mask.image.convert("L").getextrema()[1] == 0:
+        raise Rejected("empty_mask", "the mask is black, so that nothing of the picture would be learned")
 
 
 def _parquet(rows: Iterable[dict[str, object]]) -> bytes:

@@ -11,7 +11,7 @@ the parts.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,7 +93,7 @@ def _gathered(part: PlannedPart, samples: dict[tuple[int, int], Sample]) -> RayR
         "data": [samples[place].data for place in different],
         "text": [texts[place] for place in different],
         "name": [samples[place].name for place in different],
-        "references": [list(samples[place].references) for place in different],
+        "further": [list(samples[place].further) for place in different],
         "picture": [different[place] for place in places],
     }
 
@@ -108,7 +108,7 @@ class Decode:
         part: PlannedPart = row["part"]
         width, height = part.bucket
         pixels = np.empty((len(part.rows), height, width, 3), np.uint8)
-        conditioning, pngs, looked_at = [], [], []
+        conditioning, pngs, looked_at, masks = [], [], [], []
         of, digest, picture = -1, "", None
         for number, index in enumerate(row["picture"]):
             if of != index:  # variants of a picture follow each other
@@ -119,11 +119,14 @@ class Decode:
                 raise ChangedFile(f"{row['name'][index]}: changed during prepare; run it again")
             draw = int(part.variants[number])
             fitted = self.fit(picture, part.split, part.bucket, digest, draw)
-            if part.references and part.reference_size:
-                given = list(zip(row["references"][index], part.references[number], strict=True))
-                looked_at.append(
-                    self.references(given, row["name"][index], part.split, part.reference_size, digest, draw)
-                )
+            if part.further:
+                given = list(zip(row["further"][index], part.further[number], strict=True))
+                self.require_unchanged(given, row["name"][index])
+                files = [data for data, _ in given]
+                if part.has_masks:
+                    masks.append(self.mask(files.pop(), part.split, part.bucket, digest, draw))
+                if part.reference_size:
+                    looked_at.append(self.references(files, part.split, part.reference_size, digest, draw))
             pixels[number] = fitted.pixels
             conditioning.append(fitted.sizes)
             plain = fit(picture.image, part.bucket).pixels if part.scored[number] else None
@@ -135,33 +138,36 @@ class Decode:
             "image": pngs,
             "conditioning": conditioning,
             "references": np.stack(looked_at).tobytes() if looked_at else b"",
+            "masks": np.stack(masks).tobytes() if masks else b"",
         }
 
+    @staticmethod
+    def require_unchanged(given: Sequence[tuple[bytes, str]], name: str) -> None:
+        """Raise ChangedFile if a further picture of the row `name` has another digest than when scanned.
+
+        Args:
+            given: contents and digests of their files.
+        """
+        if any(content_digest(data) != expected for data, expected in given):
+            raise ChangedFile(f"{name}: a reference or mask changed since it was scanned; run it again")
+
     def references(
-        self,
-        given: Sequence[tuple[bytes, str]],
-        name: str,
-        split: str,
-        size: Size,
-        digest: str,
-        draw: int,
+        self, files: Sequence[bytes], split: str, size: Size, digest: str, draw: int
     ) -> np.ndarray:
         """Fit a row's reference pictures, with the changes that its own picture gets: uint8, R x h x w x 3.
 
         Args:
-            given: contents and digests of their files.
-            name: of the row, for messages.
             digest, draw: of the row's own picture, as for `fit`.
-
-        Raises:
-            ChangedFile: a file has another digest.
         """
-        found = []
-        for data, expected in given:
-            if content_digest(data) != expected:
-                raise ChangedFile(f"{name}: a reference picture changed since it was scanned; run it again")
-            found.append(self.fit(self.open(data, size), split, size, digest, draw).pixels)
-        return np.stack(found)
+        return np.stack([self.fit(self.open(data, size), split, size, digest, draw).pixels for data in files])
+
+    def mask(self, data: bytes, split: str, bucket: Size, digest: str, draw: int) -> np.ndarray:
+        """Fit a row's mask as its picture, without changes of its colours: uint8, h x w, white is learned."""
+        plain = self.config.data.augmentation.model_copy(update={"colour": 0.0})
+        uncoloured = self.config.data.model_copy(update={"augmentation": plain})
+        decode = replace(self, config=self.config.model_copy(update={"data": uncoloured}))
+        pixels: np.ndarray = decode.fit(self.open(data, bucket), split, bucket, digest, draw).pixels
+        return pixels.mean(axis=2).round().astype(np.uint8)
 
     def open(self, data: bytes, bucket: Size) -> Picture:
         """Decode a picture; a large JPEG at 1/2, 1/4 or 1/8 of its size, which is much faster.
@@ -211,12 +217,18 @@ class EncodeRows:
         self.dtype = PRECISIONS[data.encode_dtype]
 
     def encode(
-        self, pixels: np.ndarray, captions: list[str], references: np.ndarray | None = None
+        self,
+        pixels: np.ndarray,
+        captions: list[str],
+        references: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
     ) -> dict[str, "torch.Tensor"]:
         """Tensors by name, N x ..., on the CPU: `latents_mean`, `latents_logvar`, caption encodings.
 
         Args:
             references: uint8, N x R x h x w x 3; the means of their posteriors are `reference_0`, ...
+            masks: uint8, N x H x W; `mask` has the share of each of the denoiser's latents that is white,
+                N x 1 x ..., 0 to 1.
         """
         import torch
 
@@ -236,6 +248,12 @@ class EncodeRows:
             limit = min(self.batch_size, pictures_at_once(*references.shape[2:4]))
             means = self.looked_at.run(references[:, number], self.encoders.encode_pictures, limit)
             tensors[reference(number)] = torch.cat([mean for mean, _ in means])
+        if masks is not None:
+            *_, height, width = self.encoders.family.codec.packed_shape(
+                tuple(tensors["latents_mean"].shape[1:])
+            )
+            white = torch.from_numpy(masks)[:, None].float() / 255
+            tensors["mask"] = torch.nn.functional.adaptive_avg_pool2d(white, (height, width))
         # Pixels are channels-last, which convolutions preserve; tensors are stored contiguous.
         return {
             name: (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -300,7 +318,10 @@ class EncodePart(EncodeRows):
                     for n, each in zip(chosen, references[:, number], strict=True)
                 ]
                 columns.append((pa.field(reference_image(number), pa.binary()), pa.array(shown, pa.binary())))
-        tensors, text = self.encode(pixels[chosen], texts, references), self.encoders.family.text
+        masks = None
+        if part.has_masks:
+            masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])[chosen]
+        tensors, text = self.encode(pixels[chosen], texts, references, masks), self.encoders.family.text
         for name, tensor in tensors.items():
             lengths = tensors[MASK].sum(dim=1).tolist() if name in text.ragged else None
             columns.append(tensor_column(name, tensor, lengths))
@@ -324,12 +345,11 @@ def reference_image(number: int) -> str:
 
 def references_of_part(part: PlannedPart, content: bytes) -> np.ndarray | None:
     """Return a part's reference pictures: uint8, N x R x h x w x 3; None if it has none."""
-    if not part.reference_size or not part.references:
+    if not part.reference_size or not part.further:
         return None
     width, height = part.reference_size
-    return np.frombuffer(content, np.uint8).reshape(
-        len(part.references), len(part.references[0]), height, width, 3
-    )
+    count = len(part.further[0]) - part.has_masks
+    return np.frombuffer(content, np.uint8).reshape(len(part.further), count, height, width, 3)
 
 
 def encoder_actors(config: Config) -> dict[str, object]:

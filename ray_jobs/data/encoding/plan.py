@@ -25,7 +25,7 @@ MAX_ROWS_A_PART = 128
 PIXELS_A_PART = 64 << 20  # maximum bytes of a part's decoded pictures
 VERSION = 3  # version of an encoding's dependencies; a change encodes anew
 
-# Entry, row in it, variant, is scored, digest, key, text, digests of references.
+# Entry, row in it, variant, is scored, digest, key, text, digests of further pictures.
 _Row = tuple[int, int, int, bool, str, bytes, str, tuple[str, ...]]
 _Group = tuple[str, int, Size, str | None]  # split, fold, bucket, value of data.balance
 
@@ -64,7 +64,8 @@ class PlannedPart:
         texts: caption of each row, where they may be others than the source's own; None where they are not.
         value: value of `data.balance` in all rows; None without it.
         reference_size: width and height of the reference pictures in pixels; None without references.
-        references: digests of each row's reference pictures.
+        has_masks: True if the last of each row's further pictures is a mask.
+        further: digests of the files of each row's references, and last of its mask.
     """
 
     split: str
@@ -82,7 +83,8 @@ class PlannedPart:
     texts: list[str] | None = None
     value: str | None = None
     reference_size: Size | None = None
-    references: list[tuple[str, ...]] | None = None
+    has_masks: bool = False
+    further: list[tuple[str, ...]] | None = None
 
     def record(self) -> PartRecord:
         """Return the part's record in the dataset's list of parts."""
@@ -116,14 +118,14 @@ def plan_parts(
     data, keys = config.data, RowKeys(config)
     shares = Shares(data.split_seed, data.validation, data.test)
     columns = ["row", "text", "digest", "width", "height", "stratum"]
-    columns += ["references"] if reference_sizes else []
+    columns += ["further"] if data.all_sources[0].further_columns else []
     tables = read_index(index, [entry.file for entry in entries], columns)
     groups: dict[_Group, list[_Row]] = {}
     row, chunk, in_chunk = 0, 0, 0
     for number, (entry, table) in enumerate(zip(entries, tables, strict=True)):
         values = zip(*(table[column].to_pylist() for column in columns), strict=True)
-        for name, text, digest, width, height, stratum, *further in values:
-            references = tuple(further[0] or ()) if further else ()
+        for name, text, digest, width, height, stratum, *others in values:
+            further = tuple(others[0] or ()) if others else ()
             split = decisions.splits[row]
             if not decisions.reasons[row]:
                 bucket = nearest_bucket((width, height), buckets) if len(buckets) > 1 else buckets[0]
@@ -134,18 +136,18 @@ def plan_parts(
                 group = groups.setdefault((split, int(decisions.folds[row]), bucket, value), [])
                 for variant in range(data.augmentation.variants if split == "train" else 1):
                     shown = scored and variant == 0
-                    key = keys.key(digest, text, bucket, variant, split, shown, references)
-                    group.append((number, name, variant, shown, digest, key, text, references))
+                    key = keys.key(digest, text, bucket, variant, split, shown, further)
+                    group.append((number, name, variant, shown, digest, key, text, further))
                 if data.encode == "stream" and split == "train" and scored:
-                    key = keys.key(digest, text, bucket, 0, "floor", True, references)
+                    key = keys.key(digest, text, bucket, 0, "floor", True, further)
                     floor = groups.setdefault(("floor", int(decisions.folds[row]), bucket, value and ""), [])
-                    floor.append((number, name, 0, True, digest, key, text, references))
+                    floor.append((number, name, 0, True, digest, key, text, further))
             row += 1
         in_chunk += len(table)
         last = number + 1 == len(entries)
         if last or in_chunk >= ROWS_A_CHUNK or entries[number + 1].source != entry.source:
             with_texts = data.captioning.model is not None
-            yield from _cut(groups, entry.source, chunk, with_texts, reference_sizes)
+            yield from _cut(groups, entry.source, chunk, with_texts, reference_sizes, data.has_masks)
             groups, in_chunk, chunk = {}, 0, chunk + 1
 
 
@@ -155,6 +157,7 @@ def _cut(
     chunk: int,
     with_texts: bool,
     reference_sizes: Mapping[Size, Size] | None,
+    has_masks: bool,
 ) -> Iterator[PlannedPart]:
     for (split, fold, bucket, value), group in groups.items():
         size = reference_sizes[bucket] if reference_sizes else None
@@ -163,7 +166,7 @@ def _cut(
             pixels += size[0] * size[1] * len(group[0][-1])
         limit = min(MAX_ROWS_A_PART, max(8, PIXELS_A_PART // (3 * pixels)))
         for start in range(0, len(group), limit):
-            numbers, rows, variants, scored, digests, keys, texts, references = zip(
+            numbers, rows, variants, scored, digests, keys, texts, further = zip(
                 *group[start : start + limit], strict=True
             )
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
@@ -183,7 +186,8 @@ def _cut(
                 list(texts) if with_texts else None,
                 value,
                 size,
-                list(references) if size else None,
+                has_masks,
+                list(further) if further[0] else None,
             )
 
 
@@ -207,10 +211,10 @@ class RowKeys:
         variant: int,
         split: str,
         shown: bool,
-        references: tuple[str, ...] = (),
+        further: tuple[str, ...] = (),
     ) -> bytes:
         """Return the key of a row of a split."""
-        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *references]
+        depends: list[object] = [VERSION, digest, text, bucket, *self.settings, shown, *further]
         if split == "train" and self.is_augmented:
             depends += [self.seed, variant, self.augmentation]
         return hashlib.sha256(json.dumps(depends).encode()).digest()[:16]

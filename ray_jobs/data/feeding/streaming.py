@@ -307,7 +307,7 @@ class GatherWindow:
             found.append(samples[int(part.entries[index]), int(part.rows[index])])
             digests.append(part.digests[index])
             texts.append(found[-1].text if part.texts is None else part.texts[index])
-            expected.append(list(part.references[index]) if part.references else [])
+            expected.append(list(part.further[index]) if part.further else [])
         return {
             "rank": rank,
             "step": step.step,
@@ -317,8 +317,8 @@ class GatherWindow:
             "text": texts,
             "name": [sample.name for sample in found],
             "digest": digests,
-            "references": [list(sample.references) for sample in found],
-            "reference_digests": expected,
+            "further": [list(sample.further) for sample in found],
+            "further_digests": expected,
             "reference_size": self.live.parts[int(rows[0][0])].reference_size,
         }
 
@@ -329,9 +329,10 @@ class DecodeBatch(Decode):
     def __call__(self, row: RayRow) -> RayRow:
         width, height = (int(side) for side in row["bucket"].split("x"))
         pixels, sizes, looked_at, size = [], [], [], row["reference_size"]
-        given = zip(row.pop("references"), row.pop("reference_digests"), strict=True)
-        for data, digest, name, references in zip(
-            row.pop("data"), row["digest"], row["name"], given, strict=True
+        masks, has_masks = [], self.config.data.has_masks
+        further = zip(row.pop("further"), row.pop("further_digests"), strict=True)
+        for data, digest, name, beside in zip(
+            row.pop("data"), row["digest"], row["name"], further, strict=True
         ):
             if content_digest(data) != digest:
                 raise ChangedFile(f"{name}: changed since prepare; run it again")
@@ -339,12 +340,16 @@ class DecodeBatch(Decode):
             fitted = self.fit(picture, "train", (width, height), digest, row["epoch"])
             pixels.append(fitted.pixels)
             sizes.append(fitted.sizes)
+            self.require_unchanged(list(zip(*beside, strict=True)), name)
+            files = list(beside[0])
+            if has_masks:
+                masks.append(self.mask(files.pop(), "train", (width, height), digest, row["epoch"]))
             if size:
-                pairs = list(zip(*references, strict=True))
-                looked_at.append(self.references(pairs, name, "train", tuple(size), digest, row["epoch"]))
-        shape, content = (np.stack(looked_at).shape, np.stack(looked_at).tobytes()) if size else ((), b"")
-        further = {"references": content, "reference_shape": list(shape)}
-        return row | further | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
+                looked_at.append(self.references(files, "train", tuple(size), digest, row["epoch"]))
+        row["masks"] = np.stack(masks).tobytes() if masks else b""
+        row["references"] = np.stack(looked_at).tobytes() if looked_at else b""
+        row["reference_shape"] = list(np.stack(looked_at).shape) if looked_at else []
+        return row | {"pixels": np.stack(pixels).tobytes(), "conditioning": sizes}
 
 
 class EncodeBatch(EncodeRows):
@@ -361,7 +366,10 @@ class EncodeBatch(EncodeRows):
         references = None
         if len(shape := row["reference_shape"]):
             references = np.frombuffer(row["references"], np.uint8).reshape([int(side) for side in shape])
-        tensors = self.encode(pixels, [str(text) for text in row["text"]], references)
+        masks = None
+        if row["masks"]:
+            masks = np.frombuffer(row["masks"], np.uint8).reshape(pixels.shape[:3])
+        tensors = self.encode(pixels, [str(text) for text in row["text"]], references, masks)
         arrays = {name: as_numpy(tensor) for name, tensor in tensors.items()}
         arrays["conditioning"] = np.array([list(sizes) for sizes in row["conditioning"]], np.int32)
         plain = {name: arrays[name] for name in self.columns}

@@ -164,4 +164,4 @@ def open_arrow(
         for number, name in enumerate(files)
     ]
     place = listing.filesystem, listing.folder
-    return Arrow(listing.name, None, pieces, *place, columns, reference_columns=columns.references)
+    return Arrow(listing.name, None, pieces, *place, columns, further_columns=columns.further)

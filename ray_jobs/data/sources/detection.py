@@ -74,10 +74,10 @@ def open_source(
         else:
             kind = _kind(listing, config, stratify, optional)
         source = kind.open()
-        if source.reference_columns != tuple(config.reference_columns):  # subjects and annotation exports
+        if source.further_columns != tuple(config.further_columns):  # subjects and annotation exports
             raise ConfigError(
-                f"{config.path}: reference_columns: the pictures of {kind.example} have no references; "
-                "describe them in a metadata.jsonl with a column of file names for each, or remove it"
+                f"{config.path}: reference_columns, mask_column: the pictures of {kind.example} have no "
+                "others; describe them in a metadata.jsonl with a column of file names for each, or remove it"
             )
         used = set(kind.files)
         if isinstance(source, folders.Folder):

@@ -21,8 +21,8 @@ from ray_jobs.data.sources.samples import (
     check_caption,
     decode_caption,
     fingerprint,
+    incomplete,
     legible,
-    missing_reference,
 )
 from ray_jobs.pictures.reading import Rejected
 
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     stratum: str = ""
     role: Role = "instance"
     is_utf8: bool = True  # False if the bytes of the name or text do not decode
-    references: tuple[str, ...] = ()  # files of its reference pictures; "" where one is missing
+    further: tuple[str, ...] = ()  # files of its further pictures; "" where one is missing
 
 
 SCHEMA = pa.schema(
@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
         ("stratum", pa.string()),
         ("role", pa.string()),
         ("is_utf8", pa.bool_()),
-        ("references", pa.list_(pa.string())),
+        ("further", pa.list_(pa.string())),
     ]
 )
 
@@ -80,8 +80,8 @@ class Folder(Source):
             assert isinstance(piece, Rows)
             for column in ("file_name", "text_file"):
                 names.update(path_inside(name) or "" for name in piece.rows[column].to_pylist() if name)
-            for references in piece.rows["references"].to_pylist():
-                names.update(path_inside(name) or "" for name in references)
+            for further in piece.rows["further"].to_pylist():
+                names.update(path_inside(name) or "" for name in further)
         return names
 
     def captions_of(self, piece: "Rows") -> list[tuple[Row, str]]:
@@ -103,24 +103,22 @@ class Folder(Source):
                 yield self._sample(number, Row(**row))
 
     def _sample(self, number: int, row: Row) -> Sample:
-        text, data, references, problem = "", b"", tuple[bytes, ...](), None
+        text, data, further, problem = "", b"", tuple[bytes, ...](), None
         try:
             text = self._caption_or_none(lambda: self._caption(row))
             data = self._bytes(row.file_name)
-            references = tuple(map(self._reference, self.reference_columns, row.references))
+            further = tuple(map(self._further_picture, self.further_columns, row.further))
         except Rejected as rejected:
             data, problem = b"", rejected.with_traceback(None)
-        return Sample(
-            number, row.file_name, text, data, row.stratum, row.role, problem, references=references
-        )
+        return Sample(number, row.file_name, text, data, row.stratum, row.role, problem, further=further)
 
-    def _reference(self, column: str, name: str) -> bytes:
+    def _further_picture(self, column: str, name: str) -> bytes:
         if not name:
-            raise missing_reference(column, "none is named, or there is no picture of the same name")
+            raise incomplete(column, "none is named, or there is no picture of the same name")
         try:
             return self._bytes(name)
         except Rejected as rejected:
-            raise missing_reference(column, rejected.detail) from None
+            raise incomplete(column, rejected.detail) from None
 
     def _caption(self, row: Row) -> str:
         if not row.is_utf8:
@@ -172,12 +170,12 @@ def open_caption_files(
         captions: result of `caption_files`.
     """
     refuse_columns(listing, config, stratify)
-    columns = tuple(config.reference_columns)
+    columns = tuple(config.further_columns)
     for column in columns:
         if not any(name.startswith(f"{column}/") for name in listing.pictures()):
             raise ConfigError(
-                f"{listing.name}: has no pictures in {column}/, which reference_columns names; put the "
-                "reference pictures there, under the names of the pictures, or correct it"
+                f"{listing.name}: has no pictures in {column}/, which reference_columns or mask_column "
+                "names; put the others there, under the names of the pictures, or correct it"
             )
     stems = {posixpath.splitext(name)[0]: name for name in reversed(listing.pictures())}
     rows = []
@@ -188,8 +186,8 @@ def open_caption_files(
         text_file = captions.get(stem)
         row = file_row(name, text_file=legible(text_file) if text_file else None)
         found = [legible(stems.get(f"{column}/{stem}", "")) for column in columns]
-        rows.append(row._replace(references=tuple(found)))
-    return replace(folder_of_rows(listing, rows, "pictures"), reference_columns=columns)
+        rows.append(row._replace(further=tuple(found)))
+    return replace(folder_of_rows(listing, rows, "pictures"), further_columns=columns)
 
 
 def caption_files(listing: Listing) -> dict[str, str]:
@@ -215,9 +213,9 @@ def folder_of_rows(listing: Listing, rows: Iterable[Row], label: str) -> Folder:
 
     remaining, pieces, count = iter(rows), list[Piece](), 0
     while batch := list(islice(remaining, ROWS_A_PIECE)):
-        stamps = [(stamp(row.file_name), stamp(row.text_file), *map(stamp, row.references)) for row in batch]
-        # As in releases without references, where there are none.
-        told = [tuple(row) if row.references else tuple(row)[:-1] for row in batch]
+        stamps = [(stamp(row.file_name), stamp(row.text_file), *map(stamp, row.further)) for row in batch]
+        # As in releases without further pictures, where there are none.
+        told = [tuple(row) if row.further else tuple(row)[:-1] for row in batch]
         digest = fingerprint("folder", listing.folder, told, stamps)
         columns = [
             pa.array(column, field.type)

@@ -29,7 +29,7 @@ class Group:
     """Members of a tar that form one row.
 
     Attributes:
-        parts: "picture", "txt", "json", and for a reference picture a dot and its middle -> name and content
+        parts: "picture", "txt", "json", and for a further picture a dot and its middle -> name and content
             of the member.
         problem: reason and detail, if the row is not a sample.
     """
@@ -64,7 +64,7 @@ class Grouping:
         content: function that reads a member; called only for members that a row may need.
         others: counts by suffix of members that are not part of a row; updated in place.
         optional: True if a picture without a caption is a row; then all pictures of a key are in memory.
-        references: middles of reference pictures.
+        further: middles of the samples' further pictures.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Grouping:
         content: Callable[[tarfile.TarInfo], bytes],
         others: Counter[str],
         optional: bool = False,
-        references: Sequence[str] = (),
+        further: Sequence[str] = (),
     ) -> None:
         self._content, self._others, self._optional = content, others, optional
-        self._references = references
+        self._further = further
         self._key = ""
         self._plain, self._sub, self._middle = Group(), Group(), ""
         self._extra = list[tuple[str, bytes]]()  # pictures without a caption; the first one's content
@@ -91,7 +91,7 @@ class Grouping:
         if key != self._key:
             yield from self.end()
             self._key = key
-        if kind == "picture" and middle in self._references and member.isreg():
+        if kind == "picture" and middle in self._further and member.isreg():
             self._plain.parts.setdefault(f".{middle}", (member.name, self._content(member)))
             return
         if middle and middle != self._middle:

@@ -75,7 +75,7 @@ def open_image_folder(
     source = folder_of_rows(listing, rows, f"{files[0]}: rows" if len(files) == 1 else "metadata rows")
     if not source.pieces:
         raise ConfigError(f"{listing.name}/{files[0]}: has no lines; write one per picture")
-    return replace(source, described_by=tuple(files), reference_columns=tuple(config.reference_columns))
+    return replace(source, described_by=tuple(files), further_columns=tuple(config.further_columns))
 
 
 def _rows(
@@ -92,13 +92,13 @@ def _rows(
         columns = (config.image_column or FILE_COLUMN, caption)
         line = f"{where}: line {number}"
         row = _row(line, fields, columns, stratify)
-        named = _references(line, fields, config.reference_columns)
+        named = _further(line, fields, config.further_columns)
         row = row._replace(
-            references=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
+            further=named, is_utf8=row.is_utf8 and all(name == legible(name) for name in named)
         )
         if folder:
             inside = tuple(f"{folder}/{name}" if name else "" for name in named)
-            row = row._replace(file_name=f"{folder}/{row.file_name}", references=inside)
+            row = row._replace(file_name=f"{folder}/{row.file_name}", further=inside)
         yield row
 
 
@@ -155,15 +155,15 @@ def _csv_lines(where: str, lines: Iterable[str]) -> Iterator[tuple[int, Fields]]
         ) from None
 
 
-def _references(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the files of a line's reference pictures, "" where one is missing."""
+def _further(where: str, fields: Fields, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the files of a line's further pictures, "" where one is missing."""
     found = []
     for column in columns:
         if column not in fields:
             raise ConfigError(
                 legible(
                     f"{where}: field {column!r} is missing (found: {', '.join(fields)}); correct "
-                    "the source's reference_columns"
+                    "the source's reference_columns or mask_column"
                 )
             )
         name = fields[column]

@@ -118,4 +118,4 @@ def open_parquet(
     if not num_rows or columns is None:
         raise ConfigError(f"{listing.name}: its Parquet files have no rows; add some")
     place = listing.filesystem, listing.folder
-    return Parquet(listing.name, num_rows, pieces, *place, columns, reference_columns=columns.references)
+    return Parquet(listing.name, num_rows, pieces, *place, columns, further_columns=columns.further)

@@ -40,7 +40,7 @@ class Sample:
     problem: Rejected | None  # why it cannot be used, found without decoding the picture
     repaired: bool = False  # True if the caption was repaired: see `captions`
     lines: int = 1  # lines of the caption in its source
-    references: tuple[bytes, ...] = ()  # contents of the files of its reference pictures
+    further: tuple[bytes, ...] = ()  # contents of the files of its references, and last of its mask
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Source(ABC):
     pieces: list[Piece] = field(repr=False)
     notes: tuple[str, ...] = field(default=(), kw_only=True)  # how it is read, for display
     captions: CaptionRules = field(default=AS_WRITTEN, kw_only=True)
-    reference_columns: tuple[str, ...] = field(default=(), kw_only=True)  # of each sample's references
+    further_columns: tuple[str, ...] = field(default=(), kw_only=True)  # of each sample's `further`
 
     @cached_property
     def digest(self) -> str:
@@ -113,7 +113,7 @@ class Source(ABC):
         texts = self.captions.texts(sample.text)
         if not texts:
             empty = Rejected("empty_caption", "the text is empty")
-            return [replace(sample, text="", data=b"", references=(), problem=empty)]
+            return [replace(sample, text="", data=b"", further=(), problem=empty)]
         names = [f"{sample.name}: line {number}" for number in range(1, len(texts) + 1)]
         return [
             replace(
@@ -190,9 +190,9 @@ def left_out(row: int, name: str, reason: str, detail: str) -> Sample:
     return Sample(row, legible(name), "", b"", "", "instance", Rejected(reason, legible(detail)))
 
 
-def missing_reference(column: str, detail: str) -> Rejected:
-    """Return the error for a row without the picture of a reference column."""
-    return Rejected("missing_reference", legible(f"{column}: {detail}"))
+def incomplete(column: str, detail: str) -> Rejected:
+    """Return the error for a row without one of its further pictures."""
+    return Rejected("incomplete", legible(f"{column}: {detail}"))
 
 
 def no_pictures(row: int, name: str, suffixes: Counter[str]) -> Sample:

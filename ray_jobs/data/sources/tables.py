@@ -15,7 +15,7 @@ from ray_jobs.data.sources.samples import (
     broken_sample,
     check_caption,
     decode_caption,
-    missing_reference,
+    incomplete,
 )
 from ray_jobs.pictures.reading import Rejected
 
@@ -35,18 +35,18 @@ class Columns:
     image: str
     caption: str | None
     stratify: str | None
-    references: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        named = (self.image, self.caption, self.stratify, *self.references)
+        named = (self.image, self.caption, self.stratify, *self.further)
         return list(dict.fromkeys(name for name in named if name))
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What a piece's digest depends on; as in releases without references, where there are none."""
+        """What a piece's digest depends on; as in releases without further pictures, where there are none."""
         found = (self.image, self.caption, self.stratify)
-        return (*found, self.references) if self.references else found
+        return (*found, self.further) if self.further else found
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Table(Source):
 
     def _sample(self, place: str, row: int, batch: pa.RecordBatch, number: int) -> Sample:
         """Build the sample in row `number` of a batch."""
-        text, references, problem = "", tuple[bytes, ...](), None
+        text, further, problem = "", tuple[bytes, ...](), None
         values = batch.slice(number, 1)
         data, path = _picture(values.column(self.columns.image))
         name = place + (f" ({path.decode(errors='replace')})" if path else "")
@@ -101,17 +101,17 @@ class Table(Source):
                 raise Rejected("missing_file", ONLY_PATH)
             if not data:
                 raise Rejected("empty_file", "the row has no picture")
-            references = tuple(self._reference(column, values) for column in self.columns.references)
+            further = tuple(self._further_picture(column, values) for column in self.columns.further)
         except Rejected as rejected:
             data, problem = b"", rejected.with_traceback(None)
         stratum_text = (stratum or b"").decode(errors="replace")
-        return Sample(row, name, text, data, stratum_text, "instance", problem, references=references)
+        return Sample(row, name, text, data, stratum_text, "instance", problem, further=further)
 
     @staticmethod
-    def _reference(column: str, values: pa.RecordBatch) -> bytes:
+    def _further_picture(column: str, values: pa.RecordBatch) -> bytes:
         data, path = _picture(values.column(column))
         if not data:
-            raise missing_reference(column, ONLY_PATH if path else "the row has none")
+            raise incomplete(column, ONLY_PATH if path else "the row has none")
         return data
 
 
@@ -176,10 +176,10 @@ def find_columns(
     Raises:
         ConfigError: a column is missing, ambiguous or has another type; the message names the fix.
     """
-    pictures, references = picture_columns(schema), tuple(config.reference_columns)
+    pictures, further = picture_columns(schema), tuple(config.further_columns)
     image = config.image_column
     if image is None and IMAGE_COLUMN not in schema.names:
-        others = [name for name in pictures if name not in references]
+        others = [name for name in pictures if name not in further]
         if len(others) > 1:
             raise ConfigError(
                 f"{where}: has {len(others)} columns with bytes ({', '.join(others)}); name the "
@@ -192,11 +192,11 @@ def find_columns(
             f"{where}: column {image!r} is {schema.field(image).type}, not binary or a struct with bytes; "
             "correct the source's image_column"
         )
-    for column in references:
-        if _require(where, schema, column, "the source's reference_columns") not in pictures:
+    for column in further:
+        if _require(where, schema, column, "reference_columns or mask_column") not in pictures:
             raise ConfigError(
                 f"{where}: column {column!r} is {schema.field(column).type}, not binary or a struct with "
-                "bytes; correct the source's reference_columns"
+                "bytes; correct the source's reference_columns or mask_column"
             )
     caption: str | None = config.caption_column or caption_column(schema.names)
     if optional and config.caption_column is None and caption not in schema.names:
@@ -216,7 +216,7 @@ def find_columns(
                 f"{where}: column {stratify!r} is {kind}, which has no simple values; correct "
                 "data.stratify or data.balance"
             ) from None
-    return Columns(image, caption, stratify, references)
+    return Columns(image, caption, stratify, further)
 
 
 def _require(where: str, schema: pa.Schema, column: str, setting: str) -> str:

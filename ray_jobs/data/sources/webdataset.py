@@ -19,9 +19,9 @@ from ray_jobs.data.sources.samples import (
     check_caption,
     decode_caption,
     fingerprint,
+    incomplete,
     last_wanted,
     legible,
-    missing_reference,
     no_pictures,
 )
 from ray_jobs.data.sources.tables import caption_column
@@ -97,7 +97,7 @@ class WebDataset(Source):
                 assert file, "only regular files are read"
                 return file.read()
 
-            grouping = Grouping(content, others, self.optional, self.reference_columns)
+            grouping = Grouping(content, others, self.optional, self.further_columns)
             try:
                 while member := tar.next():
                     tar.members.clear()  # type: ignore[attr-defined]  # otherwise it would keep every header
@@ -108,7 +108,7 @@ class WebDataset(Source):
             yield from grouping.end()
 
     def _sample(self, piece: Shard, row: int, group: Group) -> Sample:
-        text, data, stratum, references, problem = "", b"", "", tuple[bytes, ...](), None
+        text, data, stratum, further, problem = "", b"", "", tuple[bytes, ...](), None
         name, data = group.parts.get("picture", next(iter(group.parts.values())))
         try:
             if group.problem:
@@ -119,16 +119,16 @@ class WebDataset(Source):
             text = self._caption_or_none(lambda: self._caption(group.parts, fields))
             if "picture" not in group.parts:
                 raise Rejected("missing_file", f"no picture beside {name}")
-            references = tuple(self._reference(column, group) for column in self.reference_columns)
+            further = tuple(self._further_picture(column, group) for column in self.further_columns)
         except Rejected as rejected:
             data, problem = b"", rejected.with_traceback(None)
         name = legible(f"{piece.file}: {name}")
-        return Sample(row, name, text, data, stratum, "instance", problem, references=references)
+        return Sample(row, name, text, data, stratum, "instance", problem, further=further)
 
     @staticmethod
-    def _reference(column: str, group: Group) -> bytes:
+    def _further_picture(column: str, group: Group) -> bytes:
         if f".{column}" not in group.parts:
-            raise missing_reference(column, f"no picture x.{column}.png or the like beside x.png")
+            raise incomplete(column, f"no picture x.{column}.png or the like beside x.png")
         return group.parts[f".{column}"][1]
 
     def _stratum(self, name: str, fields: dict[str, object]) -> str:
@@ -175,11 +175,11 @@ def open_tars(listing: Listing, files: list[str], config: SourceConfig, stratify
             f"image_column: {config.image_column}: {listing.name} has tar files, which have no columns; "
             "remove it"
         )
-    columns, references = (config.caption_column, stratify), tuple(config.reference_columns)
-    read = (*columns, references) if references else columns
+    columns, further = (config.caption_column, stratify), tuple(config.further_columns)
+    read = (*columns, further) if further else columns
     pieces: list[Piece] = [
         Shard(number, name, fingerprint("tar", listing.folder, name, listing.files[name], read), name)
         for number, name in enumerate(files)
     ]
     place = listing.filesystem, listing.folder
-    return WebDataset(listing.name, None, pieces, *place, *columns, reference_columns=references)
+    return WebDataset(listing.name, None, pieces, *place, *columns, further_columns=further)
