@@ -4,11 +4,12 @@ Each function is a few lines over a stage. `fit` starts `ray_jobs.pipeline`, and
 `serving.command`, with the arguments that a command line would have, so both give the same run.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffray.endpoints import Endpoint
+from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, JobFailed, Status, names
 from diffray.settings import config_of, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ray_jobs.registry.models import RegistryEntry
     from ray_jobs.run.folder import RunFolder
     from ray_jobs.run.records import RungRow, Winner
+    from ray_jobs.run.series import LossReader
 
+SHOWN = 8  # pictures that a notebook shows of a run
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -127,6 +130,8 @@ class Run:
     def __init__(self, name: str) -> None:
         self.name = name
         self.job = Job(name)
+        self._losses: LossReader | None = None
+        self._frame: tuple[object, str] = (None, "")  # what the curves and pictures were drawn of
 
     @property
     def config(self) -> Config:
@@ -146,13 +151,23 @@ class Run:
         return self.job.status
 
     def wait(self) -> "Run":
-        """Print the run's lines as they come, until it ends; an interrupt ends the waiting, not the run.
+        """Wait until the run ends; an interrupt ends the waiting, not the run.
+
+        A notebook shows its state, score, loss and pictures meanwhile, elsewhere its lines are printed.
 
         Raises:
             JobFailed: the run failed or was stopped; with its last line.
         """
+        from diffray.notebook import LiveRun, is_notebook
+
+        live = LiveRun(self) if is_notebook() else None
         for text in self.job.follow():
-            print(text, end="", flush=True)
+            if live:
+                live.update()
+            else:
+                print(text, end="", flush=True)
+        if live:
+            live.update()
         if self.status != "finished":
             raise JobFailed(f"{self.name}: {self.status}: {self.job.last_line()}")
         return self
@@ -171,6 +186,25 @@ class Run:
 
         root = self.folder.root
         return Winner.read(root) if root.exists(WINNER) else None
+
+    def pictures(self) -> Pictures:
+        """Return the pictures that the best rung until now drew of held-out captions; empty before the first.
+
+        They are the winner's once there is one.
+        """
+        from PIL import Image
+
+        from cluster.storage import Storage
+        from diffray.progress import best_rung
+        from ray_jobs.run.samples import SAMPLES
+
+        rows = self.scores
+        checkpoint = best_rung(self.config, rows, self.winner).checkpoint if rows else ""
+        if not checkpoint:
+            return Pictures()
+        folder = Storage.open(checkpoint).child(SAMPLES)
+        names = sorted(folder.files(), key=lambda name: int(name.partition("-")[0]))
+        return Pictures(Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"]) for name in names)
 
     def report(self) -> str:
         """Return the path or address of the report, one HTML page.
@@ -269,10 +303,22 @@ class Run:
         endpoint.wait_until_ready()
         return endpoint
 
-    def _repr_html_(self) -> str:
-        from diffray.shown import run_page
+    def shown(self) -> tuple[str, str]:
+        """Return the run as HTML: its state, score and cost; and its curves, pictures and rungs."""
+        from diffray.shown import run_facts, run_frame, run_state
+        from ray_jobs.run.series import LossReader
 
-        return run_page(self.name, self.status, self.job.last_line(), self.scores)
+        rows, winner = self.scores, self.winner
+        self._losses = self._losses or LossReader(self.folder.trainings)
+        losses = self._losses.read()
+        drawn = (len(rows), self._losses.files, winner is None)
+        if self._frame[0] != drawn:
+            self._frame = drawn, run_frame(self.name, rows, losses, self.pictures()[:SHOWN])
+        facts = run_facts(self.config, rows, winner)
+        return run_state(self.name, self.status, self.job.last_line(), facts), self._frame[1]
+
+    def _repr_html_(self) -> str:
+        return "".join(self.shown())
 
     def __repr__(self) -> str:
         return f"<Run {self.name}: {self.status}>"

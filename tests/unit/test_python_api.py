@@ -1,6 +1,8 @@
 """The Python API: the same configuration as a file and a command, and jobs that outlive their notebook."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from diffray.jobs import Job, Record
 from diffray.settings import overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.run.records import RungRow, Winner, write_rows
+from tests.notebooks import kernel
 
 ROOT = Path(__file__).parents[2]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -217,12 +220,46 @@ def test_scores_and_pages_of_a_run_come_from_its_records(ended: diffray.Run) -> 
 
 
 def test_a_notebook_shows_curves_and_rungs_in_a_frame_of_their_own(ended: diffray.Run) -> None:
-    shown = ended._repr_html_()
-    assert shown.startswith("<iframe ") and shown.endswith("</iframe>") and shown.count("<") == 2
-    for text in ("Validation FID", "Training loss", "mine: finished", "publish  done", "80.0"):
-        assert text in shown
+    state, frame = ended.shown()
+    assert ended._repr_html_() == state + frame
+    assert frame.startswith("<iframe ") and frame.endswith("</iframe>") and frame.count("<") == 2
+    for text in ("mine: finished", "best FID 80.0 at 20 steps", "0.00 worker hours", "publish  done"):
+        assert text in state
+    for text in ("Validation FID", "Training loss", "80.0"):
+        assert text in frame
+    assert "data:image" not in frame
     pictures = Pictures([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))])
     assert pictures._repr_html_().count('src="data:image/png;base64,') == 2
+
+
+def test_a_notebook_shows_a_run_while_it_waits(
+    ended: diffray.Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a real kernel, and a real job: it prints what takes space."""
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(home / "jupyter"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    for step in (10, 20):
+        checkpoint = ended.folder.training("a").child(f"step-{step}")
+        losses = [{"step": number, "loss": 1 / number} for number in range(step - 9, step + 1)]
+        checkpoint.write_text("series.json", json.dumps(losses))
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "PNG")
+        checkpoint.child("samples").write_bytes("0-a-cat.png", buffer.getvalue())
+    ended.folder.training("a").child("step-30").write_text("series.json", '[{"step": 21')  # being written
+    places = [ended.folder.training("a").child(f"step-{row.step}").uri for row in ended.scores]
+    rows = [row | {"checkpoint": place} for row, place in zip(ended.scores, places, strict=True)]
+    write_rows(ended.folder.search, rows)
+    ended.job.start("diffray.clean", ended.job.started.arguments, None, submit=False)
+    with kernel("import diffray\nrun = diffray.run('mine')\nrun.wait()", home) as notebook:
+        state, frame, value = notebook.run("cell")
+    assert (state["output_type"], frame["output_type"]) == ("display_data", "display_data")
+    assert "mine: finished" in state["data"]["text/html"]  # it was running, or empty, when it was displayed
+    assert "of encoded: 0.0 MiB" in state["data"]["text/html"]
+    shown = frame["data"]["text/html"]
+    assert "One line per training" in shown and "Validation FID" in shown and "data:image/png" in shown
+    assert value["data"]["text/html"] == state["data"]["text/html"] + shown
+    assert [picture.size for picture in ended.pictures()] == [(8, 8)]
 
 
 def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:

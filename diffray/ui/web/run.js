@@ -58,8 +58,10 @@ class RunView {
       at("charts").innerHTML = run.charts; // the server's own drawing, escaped there
       at("numbers").innerHTML = run.numbers;
     }
-    this.seen = run.rungs ? (run.stamp ?? "") : "";
-    at("charts").hidden = at("numbers-details").hidden = !run.rungs;
+    const drawn = at("charts").childElementCount > 0; // the loss before the first rung
+    this.seen = drawn ? (run.stamp ?? "") : "";
+    at("charts").hidden = !drawn;
+    at("numbers-details").hidden = !run.rungs;
     this.showTrials(run);
     if (run.published && this.version !== run.published) {
       this.version = run.published;
