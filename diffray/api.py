@@ -158,9 +158,9 @@ class Run:
         Raises:
             JobFailed: the run failed or was stopped; with its last line.
         """
-        from diffray.notebook import LiveRun, is_notebook
+        from diffray.notebook import Live, is_notebook
 
-        live = LiveRun(self) if is_notebook() else None
+        live = Live(self.shown) if is_notebook() else None
         for text in self.job.follow():
             if live:
                 live.update()

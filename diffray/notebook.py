@@ -1,10 +1,7 @@
-"""Progress of a run in the output of a notebook's cell, which is replaced as it changes."""
+"""Outputs of a notebook's cell that are replaced as they change."""
 
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diffray.api import Run
+from collections.abc import Callable, Sequence
 
 
 def is_notebook() -> bool:
@@ -16,26 +13,26 @@ def is_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-class LiveRun:
-    """State of a run, and below it its curves, pictures and rungs.
+class Live:
+    """Outputs below each other. One is replaced only if it has changed, so that a reader who scrolls in it is
+    not disturbed by the others.
 
-    The curves are drawn anew only when there are more of them: a reader who scrolls there is not disturbed
-    by each line that the run prints.
+    Args:
+        look: returns the HTML of each.
     """
 
-    def __init__(self, run: "Run") -> None:
+    def __init__(self, look: Callable[[], Sequence[str]]) -> None:
         from IPython.display import display
 
-        self.run = run
-        self._shown = ["", ""]
-        self._handles = [display(_bundle(""), raw=True, display_id=True) for _ in self._shown]
+        self.look, self.shown = look, list(look())
+        self.handles = [display(_bundle(html), raw=True, display_id=True) for html in self.shown]
 
     def update(self) -> None:
-        """Show what is known of the run now."""
-        for place, html in enumerate(self.run.shown()):
-            if html != self._shown[place]:
-                self._shown[place] = html
-                self._handles[place].update(_bundle(html), raw=True)
+        """Look again, and show what has changed."""
+        for place, html in enumerate(self.look()):
+            if html != self.shown[place]:
+                self.shown[place] = html
+                self.handles[place].update(_bundle(html), raw=True)
 
 
 def _bundle(html: str) -> dict[str, str]:

@@ -65,26 +65,19 @@ def test_a_notebook_starts_scores_serves_and_deletes_a_run(
     notebook: str, tiny_model: Path, picture_folder: Path, home: Path
 ) -> None:
     """By a real kernel; what this process knows of the run it finds by its name, as another notebook does."""
-    photos = {
-        "path": str(ROOT / "examples/fluent-cat"),
-        "instance_prompt": "a nch cat",
-        "class_prompt": "a cat",
-    }
+    photos = {"path": f"{ROOT}/examples/fluent-cat", "instance_prompt": "a nch cat", "class_prompt": "a cat"}
     data: Any = {"demo": str(picture_folder), "subject": [photos]}[notebook]
     recipe = {"demo": "demo", "subject": "dreambooth"}[notebook]
     fields = FIELDS | OF_NOTEBOOK[notebook] | {"model.base": str(tiny_model)}
     with kernel(ROOT / "examples" / "notebooks" / f"{notebook}.ipynb", home) as executed:
         for cell in ("folder", "import"):
             executed.run(cell)
-        executed.run(
-            "parameters", f"data, recipe, name = {data!r}, {recipe!r}, 'tiny'\nsettings = {fields!r}"
-        )
+        executed.run("parameters", f"data, recipe, name = {data!r}, {recipe!r}, 'tiny'\nsettings = {fields}")
         executed.run("fit")
         run = diffray.run("tiny")
         assert run.status == "running"
-        assert (
-            diffray.fit(data, recipe=recipe, name="tiny", **fields).job.record == run.job.record
-        )  # no second
+        again = diffray.fit(data, recipe=recipe, name="tiny", **fields)
+        assert again.job.record == run.job.record  # no second one
         state, frame, _ = (each["data"]["text/html"] for each in executed.run("wait"))
         assert "tiny: finished winner:" in state.replace("</b>", "") and "data:image/png" in frame
         check_run(run, stage_arguments(data, recipe=recipe, name="tiny", fields=fields))

@@ -250,15 +250,21 @@ def test_a_notebook_shows_a_run_while_it_waits(
     places = [ended.folder.training("a").child(f"step-{row.step}").uri for row in ended.scores]
     rows = [row | {"checkpoint": place} for row, place in zip(ended.scores, places, strict=True)]
     write_rows(ended.folder.search, rows)
-    ended.job.start("diffray.clean", ended.job.started.arguments, None, submit=False)
-    with kernel("import diffray\nrun = diffray.run('mine')\nrun.wait()", home) as notebook:
-        state, frame, value = notebook.run("cell")
+    cell = """
+import diffray
+run = diffray.run("mine")
+run.job.start("diffray.clean", run.job.started.arguments, None, submit=False)
+before = run.status
+run.wait()
+before
+"""
+    with kernel(cell, home) as notebook:
+        state, frame, before = notebook.run("cell")
     assert (state["output_type"], frame["output_type"]) == ("display_data", "display_data")
-    assert "mine: finished" in state["data"]["text/html"]  # it was running, or empty, when it was displayed
+    assert before["data"]["text/plain"] == "'running'" and "mine: finished" in state["data"]["text/html"]
     assert "of encoded: 0.0 MiB" in state["data"]["text/html"]
     shown = frame["data"]["text/html"]
     assert "One line per training" in shown and "Validation FID" in shown and "data:image/png" in shown
-    assert value["data"]["text/html"] == state["data"]["text/html"] + shown
     assert [picture.size for picture in ended.pictures()] == [(8, 8)]
 
 
