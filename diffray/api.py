@@ -307,6 +307,7 @@ class Run:
         """Return the run as HTML: its state, score and cost; and its curves, pictures and rungs."""
         from diffray.shown import run_facts, run_frame, run_state
         from ray_jobs.run.series import LossReader
+        from ray_jobs.run.signs import signs_of
 
         rows, winner = self.scores, self.winner
         self._losses = self._losses or LossReader(self.folder.trainings)
@@ -314,8 +315,10 @@ class Run:
         drawn = (len(rows), self._losses.files, winner is None)
         if self._frame[0] != drawn:
             self._frame = drawn, run_frame(self.name, rows, losses, self.pictures()[:SHOWN])
-        facts = run_facts(self.config, rows, winner)
-        return run_state(self.name, self.status, self.job.last_line(), facts), self._frame[1]
+        config, status = self.config, self.status
+        signs = signs_of(rows, config.evaluate.precision, ended=status != "running")
+        facts = run_facts(config, rows, winner)
+        return run_state(self.name, status, self.job.last_line(), facts, signs), self._frame[1]
 
     def _repr_html_(self) -> str:
         return "".join(self.shown())

@@ -22,13 +22,15 @@ HEIGHT = 560
 THUMBNAIL = 192  # longer side of a picture in it, in pixels
 
 
-def run_state(name: str, status: str, line: str, facts: str) -> str:
-    """Return a run's state in a line, and the last line that it has printed.
+def run_state(name: str, status: str, line: str, facts: str, signs: Sequence[str] = ()) -> str:
+    """Return a run's state in a line, what may be wrong with it, and the last line that it has printed.
 
     Args:
         facts: best score and cost, as `run_facts` writes them.
+        signs: as `ray_jobs.run.signs.signs_of` returns them.
     """
     told = f"<div><b>{escape(name)}: {status}</b> {escape(facts)}</div>"
+    told += "".join(f"<div style='color: #c73e1d'>{escape(each)}</div>" for each in signs)
     return f"{told}<pre style='white-space: pre-wrap; margin: .3em 0'>{escape(line)}</pre>"
 
 

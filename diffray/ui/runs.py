@@ -31,6 +31,7 @@ from ray_jobs.run.folder import REPORT, RunFolder
 from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows
 from ray_jobs.run.samples import PROMPTS, SAMPLES
 from ray_jobs.run.series import LossReader
+from ray_jobs.run.signs import signs_of
 
 LOG = 16_384  # bytes of a run's output that the page shows
 THUMBNAIL = 256  # longer side of a small picture, in pixels
@@ -82,6 +83,7 @@ class Detail(Summary):
         trials: name and label of every trial, the one with the best rung first.
         winner: step of the winner, a rung of the first of the trials.
         log: the end of what it printed.
+        signs: what may be wrong with a training.
         report: whether there is a report.
         configuration: as YAML.
     """
@@ -92,6 +94,7 @@ class Detail(Summary):
     trials: list[tuple[str, str]] = []
     winner: int | None = None
     log: str = ""
+    signs: list[str] = []
     report: bool = False
     configuration: str = ""
 
@@ -191,6 +194,8 @@ class Runs:
         found.stamp = f"{read.results[0]:x}-{read.results[1]:x}-{read.losses.files}"
         if (read.rows or losses) and seen != found.stamp:
             found.charts = charts(read.rows, losses)
+        ended = summary.state in ENDED
+        found.signs = signs_of(read.rows, read.config.evaluate.precision, ended=ended)
         if read.rows:
             best = best_rung(read.config, read.rows, read.winner).trial_id
             found.winner = read.winner.step if read.winner else None

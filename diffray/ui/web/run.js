@@ -47,6 +47,7 @@ class RunView {
     ];
     at("run-facts").textContent = facts.filter(Boolean).join(" · ");
     at("run-line").textContent = run.line;
+    at("run-signs").replaceChildren(...(run.signs ?? []).map((textContent) => make("li", { textContent })));
     at("stop").hidden = !["running", "waiting"].includes(run.state);
     at("resume").hidden = !["failed", "stopped"].includes(run.state);
     at("report").hidden = !run.report;
