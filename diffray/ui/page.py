@@ -32,10 +32,16 @@ class Deployed(BaseModel):
 
 
 class Page:
-    """What the routes share."""
+    """What the routes share. What a page before it has left unfinished, uploads and dry runs, is deleted.
+
+    Args:
+        waiting: queue of this folder, which no other page has.
+    """
 
     def __init__(self, folders: DataFolders, waiting: Queue) -> None:
         self.folders, self.queue, self.runs = folders, waiting, Runs()
+        folders.delete_unfinished()
+        checks.delete_unfinished()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="deploy")
         self._deploying: dict[str, Future[Endpoint]] = {}
 

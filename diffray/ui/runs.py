@@ -30,7 +30,7 @@ from ray_jobs.report.tables import rungs_table
 from ray_jobs.run.folder import REPORT, RunFolder
 from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows
 from ray_jobs.run.samples import PROMPTS, SAMPLES
-from ray_jobs.run.series import LossReader
+from ray_jobs.run.series import Losses, LossReader
 from ray_jobs.run.signs import signs_of
 
 LOG = 16_384  # bytes of a run's output that the page shows
@@ -190,7 +190,11 @@ class Runs:
         found.configuration = read.config.to_yaml()
         found.report = RunFolder.of(read.config).root.exists(REPORT)
         read.losses = read.losses or LossReader(RunFolder.of(read.config).trainings)
-        losses = read.losses.read()
+        losses: Losses = {}
+        try:
+            losses = read.losses.read()
+        except OSError as error:
+            found.line = str(error)
         found.stamp = f"{read.results[0]:x}-{read.results[1]:x}-{read.losses.files}"
         if (read.rows or losses) and seen != found.stamp:
             found.charts = charts(read.rows, losses)

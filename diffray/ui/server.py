@@ -61,6 +61,12 @@ class Session(BaseModel):
     key: str = Field(max_length=200)
 
 
+class Upload(BaseModel):
+    """A folder into which all pictures were sent."""
+
+    folder: str
+
+
 class Prompt(BaseModel):
     """A picture to draw."""
 
@@ -126,6 +132,11 @@ def _add_form(app: FastAPI, page: Page) -> None:
             if len(content) > MAX_BYTES:
                 raise HTTPException(413, f"{name}: larger than {MAX_BYTES >> 20} MiB")
         return {"name": await run_in_threadpool(folders.save, folder, name, bytes(content))}
+
+    @app.post("/uploads/finish")
+    def finish(given: Upload) -> Folder:
+        folders.finish(given.folder)
+        return folders.show(given.folder)
 
     @app.post("/checks/{kind}")
     def check(kind: Kind, form: Form, again: bool = False) -> Check:

@@ -4,14 +4,15 @@ import json
 import math
 import threading
 import time
+from itertools import groupby
 from statistics import fmean
 
 from cluster.storage import Storage
 
 FOLDER = "step-"  # a checkpoint's, below the training's
 SERIES = "series.json"  # one object per step since the checkpoint before
-POINTS = 200
-"""Maximum number of points of a curve; each is the mean of the steps up to it."""
+POINTS = 100
+"""Maximum number of points of a curve; each is the mean of the steps since the one before."""
 
 LOOK_S = 10.0
 """Interval between listings of an object store, in seconds."""
@@ -45,7 +46,7 @@ class LossReader:
                 before, self._looked = self.files, time.monotonic()
                 self._look()
                 if self.files > before:
-                    self._curves = {name: _reduced(sorted(of.items())) for name, of in self._steps.items()}
+                    self._curves = {name: _reduced(each) for name, each in self._steps.items() if each}
             return self._curves
 
     def _look(self) -> None:
@@ -63,8 +64,13 @@ class LossReader:
                     self._steps.setdefault(name, {}).update(losses)
 
 
-def _reduced(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return means over neighbouring points, so that at most `POINTS` are left."""
-    each = math.ceil(len(points) / POINTS)
-    parts = [points[start : start + each] for start in range(0, len(points), each)]
-    return [(part[-1][0], fmean(loss for _, loss in part)) for part in parts]
+def _reduced(losses: dict[int, float]) -> list[tuple[int, float]]:
+    """Return means over neighbouring steps, evenly over the logarithm of the step, as charts have it."""
+    steps = sorted(losses)
+    whole = math.log(steps[-1] / steps[0]) or 1.0
+
+    def part(step: int) -> int:
+        return min(POINTS - 1, int(POINTS * math.log(step / steps[0]) / whole))
+
+    means = [list(each) for _, each in groupby(steps, part)]
+    return [(each[-1], fmean(losses[step] for step in each)) for each in means]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import ImageChops
+from ray.job_submission import JobSubmissionClient
 
 import diffray
 from cluster.local import LocalCluster
@@ -124,8 +125,19 @@ def test_a_job_runs_on_a_cluster_by_its_address(ray_cluster: LocalCluster, home:
     arguments = ["--config", "demo", "--set", f"storage={home}"]
     job = Job("clean")
     job.start("diffray.clean", arguments, ray_cluster.address, submit=False)
+    first = job.started.job
+    (job.folder / "job.json").unlink()  # as if this process had been killed before it was written
+    job.start("diffray.clean", arguments, ray_cluster.address, submit=False)
+    assert job.started.job == first  # no second one
     assert f"{home}: " in "".join(job.follow())
     assert job.status == "finished"
+    client = JobSubmissionClient(ray_cluster.address)
+    with pytest.raises(
+        RuntimeError, match="already exists"
+    ):  # what `start_job` relies on between two processes
+        client.submit_job(entrypoint="true", submission_id=first)
+    job.start("diffray.clean", arguments, ray_cluster.address, submit=False)
+    assert job.started.job == first.removesuffix("1") + "2"
     job = Job("clean")
     arguments += ["--set", "train.batch_size=0"]
     job.start("diffray.clean", arguments, ray_cluster.address, submit=False)

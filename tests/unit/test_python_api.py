@@ -150,6 +150,21 @@ Job("mine").start("timeit", ["-n1", "-r1", "import time; time.sleep(3); print('d
     assert not job.folder.exists()
 
 
+def test_a_job_runs_once_though_the_process_that_started_it_was_killed_before_its_record(home: Path) -> None:
+    program = """
+import os
+from diffray.jobs import Job
+Job._write = lambda *_: os._exit(9)
+Job("mine").start("timeit", ["-n1", "-r1", "open('ran', 'a').write('once ')"], None, submit=False)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 9
+    job = Job("mine")
+    assert job.record is None
+    job.start("timeit", ["-n1", "-r1", "open('ran', 'a').write('once ')"], None, submit=False)
+    assert waited(job) == "finished"
+    assert (home / "ran").read_text() == "once "
+
+
 def test_a_job_that_fails_is_told_with_its_last_line(home: Path) -> None:
     run = diffray.Run("mine")
     run.job.start("json.tool", ["nowhere.json"], None, submit=False)
