@@ -60,7 +60,8 @@ def fit(
         base: the model to fine-tune (`model.base`); default: the recipe's.
         method: lora or full (`train.method`); default: the recipe's.
         epochs: length of a training (`train.epochs`), in place of the recipe's `search.ladder`.
-        recipe: a recipe or a configuration file to start from; default: the one made for `base` and `method`.
+        recipe: a recipe or a configuration file to start from; default: the one made for `method` and `base`,
+            or for another base of its family.
         name: name of the run; default: the recipe's.
         address: Jobs API of a cluster, http://host:8265; default: an embedded Ray on this machine.
         fields: any further setting, as `train={"lora": {"rank": 8}}` or `**{"train.lora.rank": 8}`.
@@ -72,7 +73,10 @@ def fit(
     arguments = stage_arguments(
         data, base=base, method=method, epochs=epochs, recipe=recipe, name=name, fields=fields
     )
-    return begin(arguments, address)
+    run = begin(arguments, address)
+    if recipe is None:
+        print(f"{run.name}: with the recipe {arguments[1]}")
+    return run
 
 
 def startable(arguments: list[str], address: str | None) -> "Run":

@@ -17,8 +17,10 @@ from PIL import Image
 import diffray
 from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, Record
-from diffray.settings import overrides, stage_arguments
+from diffray.settings import PIPELINES, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.config.files import recipes
+from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.run.records import RungRow, Winner, write_rows
 from tests.notebooks import kernel
 
@@ -90,8 +92,47 @@ def test_a_recipe_is_found_by_its_base_or_asked_for() -> None:
     assert diffray.defaults("sdxl-lora").model.base == SDXL
     assert diffray.defaults("sdxl-lora", train={"batch_size": 4}).train.batch_size == 4
     assert config_of("photos", base="black-forest-labs/FLUX.1-dev").evaluate.guidance_scale == 3.5
-    with pytest.raises(ConfigError, match=r"recipe: none is made for base='mine' with method='full'; "):
-        diffray.fit("photos", base="mine", method="full")
+    with pytest.raises(ConfigError, match=r"^recipe: give a base, or name the recipe: demo, "):
+        diffray.fit("photos")
+
+
+def test_a_base_without_a_recipe_gets_that_of_its_family_or_a_line_with_the_nearest(home: Path) -> None:
+    bases = {"own-xl": "StableDiffusionXLPipeline", "qwen": "QwenImagePipeline", "new": "NewPipeline"}
+    for name, pipeline in bases.items():
+        (home / name).mkdir()
+        (home / name / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    config = config_of("photos", base="own-xl")
+    assert (config.publish.model_name, config.data.resolution, config.model.base) == (
+        "sdxl-lora",
+        1024,
+        "own-xl",
+    )
+    assert config_of("photos", base="models/emoji-base") == config_of("photos", recipe="demo")
+    for base, method, said in (
+        (
+            "own-xl",
+            "full",
+            "(StableDiffusionXLPipeline); name the one to start from, as recipe='sdxl-lora', ",
+        ),
+        ("qwen", "lora", "(QwenImagePipeline); name the one to start from, as recipe='flux-lora', of"),
+        ("qwen", "full", "(QwenImagePipeline); name the one to start from, as recipe='sd3-full', of"),
+        ("new", "lora", "(model.base: NewPipeline is not supported, only "),
+        (str(home), "lora", "not a model in diffusers' format: it has no model_index.json"),
+        (f"file://{home}/new", "lora", "file://"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            diffray.fit("photos", base=base, method=method)
+        told = str(raised.value)
+        assert told.startswith(f"recipe: none is made for base={base!r} with method={method!r} (")
+        assert said in told and "\n" not in told
+    assert not (home / ".diffray").exists()
+
+
+def test_every_recipe_of_a_method_is_known_by_the_family_of_its_base() -> None:
+    methods = [each for each in recipes() if each.endswith(("-lora", "-full"))]
+    assert sorted(PIPELINES) == methods
+    assert all(pipeline in FAMILIES for pipeline in PIPELINES.values())
+    assert all(each.endswith(load_config(each).train.method) for each in methods)
 
 
 @pytest.mark.parametrize(
