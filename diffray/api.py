@@ -283,8 +283,10 @@ class Run:
             arguments += ["--set", f"serve.port={free_port(config.serve.host, config.serve.port)}"]
         elif config.serve.host in LOCAL_HOSTS or not config.serve.port:
             raise ConfigError(
-                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside"
-                ' the cluster; give serve={"host": "0.0.0.0", "allow_anonymous": False, "keys": FILE}'
+                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside "
+                f'the cluster; in Python: diffray.run("{self.name}").deploy(serve={{"host": "0.0.0.0", "port": '
+                '8000, "allow_anonymous": False, "keys": FILE}), with a FILE that each node reads; `diffray '
+                "keys` makes it"
             )
         own = self.winner and self.winner.registry_version
         try:

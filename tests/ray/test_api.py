@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import ImageChops
@@ -17,7 +18,8 @@ from diffray.api import Run
 from diffray.endpoints import Endpoint
 from diffray.jobs import RECORDS, Job
 from diffray.settings import stage_arguments
-from ray_jobs.config import load_config
+from ray_jobs.config import ConfigError, load_config
+from serving.command import free_port
 from tests.notebooks import kernel
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +65,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.journeys
 @pytest.mark.parametrize("notebook", ["demo", "subject"])
 def test_a_notebook_starts_scores_serves_and_deletes_a_run(
-    notebook: str, tiny_model: Path, picture_folder: Path, home: Path
+    notebook: str, tiny_model: Path, picture_folder: Path, home: Path, ray_cluster: LocalCluster
 ) -> None:
     """By a real kernel; what this process knows of the run it finds by its name, as another notebook does."""
     photos = {"path": f"{ROOT}/examples/fluent-cat", "instance_prompt": "a nch cat", "class_prompt": "a cat"}
@@ -92,6 +94,8 @@ def test_a_notebook_starts_scores_serves_and_deletes_a_run(
             check_endpoint(run.endpoint)
         executed.run("delete")
     assert run.endpoint is None
+    if notebook == "subject":
+        check_deployed_on_a_cluster(run, ray_cluster.address)
     run.delete()
     assert not (home / "runs" / "tiny").exists() and not (home / ".diffray" / "tiny").exists()
     assert list(diffray.versions(storage=str(home / "runs"))["tiny"].versions) == [1]
@@ -108,6 +112,22 @@ def check_run(run: Run, arguments: list[str]) -> None:
     assert winner and winner.registry_version == 1 and winner.test_fid > 0
     assert Path(run.report()).read_text().startswith("<!")
     assert "tiny: finished" in run._repr_html_()
+
+
+def check_deployed_on_a_cluster(run: Run, address: str) -> None:
+    """The same run, as if it had been started there."""
+    record = run.job.started
+    (run.job.folder / "job.json").write_text(json.dumps(asdict(record) | {"address": address}))
+    with pytest.raises(ConfigError, match=r"serve.host, serve.port: 127\.0\.0\.1:0 is not reached"):
+        run.deploy()
+    given = {"host": "0.0.0.0", "port": free_port("0.0.0.0", 0), "allow_anonymous": True}
+    endpoint = run.deploy(serve=given)
+    assert urlsplit(endpoint.url).port == given["port"] and endpoint.job.started.address == address
+    [picture] = endpoint.draw("a red circle", seed=1)
+    assert picture.size == (64, 64)
+    endpoint.delete()
+    assert run.endpoint is None
+    (run.job.folder / "job.json").write_text(json.dumps(asdict(record)))
 
 
 def check_endpoint(endpoint: Endpoint) -> None:

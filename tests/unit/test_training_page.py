@@ -256,6 +256,9 @@ def test_a_run_whose_cluster_is_not_reached_is_told_and_delays_nothing(
     assert run["state"] == "unreached" and run["best"] == "87.0" and time.monotonic() - begun < 5
     eventually(lambda: "--address http://127.0.0.1:9: " in site.get("/runs/far").json()["line"], 60)
     assert site.get("/runs/far").json()["log"] == ""
+    assert site.post("/runs/far/deploy", json={}).status_code == 200
+    eventually(lambda: site.get("/runs/far/endpoint").json()["state"] == "failed")
+    assert 'diffray.run("far").deploy(serve={"host": ' in site.get("/runs/far/endpoint").json()["line"]
 
 
 def test_a_queue_starts_one_run_after_the_other_and_outlives_its_page(home: Path) -> None:
