@@ -6,6 +6,7 @@ Each function is a few lines over a stage. `fit` starts `ray_jobs.pipeline`, and
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,8 +240,28 @@ class Run:
         """Stop the run; the same `fit` resumes it."""
         self.job.stop()
 
+    def require_unneeded(self) -> None:
+        """Raise ConfigError if a file in its folder is another run's, or a version's, adapter or base.
+
+        Also if the registry that would know of versions cannot be reached.
+        """
+        from ray_jobs.retention.inventory import needed_by
+
+        others = []
+        for name in names():
+            with suppress(ConfigError):  # one that cannot be read cannot be resumed either
+                others += [Run(name).config] if name != self.name else []
+        if needs := needed_by(self.config, others):
+            folder = self.folder.root.uri
+            raise ConfigError(f"{self.name}: {needs} needs a file in {folder}; delete that first")
+
     def delete(self) -> None:
-        """Stop the run and its endpoint, and delete its folder and record; registered versions stay."""
+        """Stop the run and its endpoint, and delete its folder and record; registered versions stay.
+
+        Raises:
+            ConfigError: as `require_unneeded`. Nothing is stopped then.
+        """
+        self.require_unneeded()
         for job in (self._endpoint, self.job):
             if job.record:
                 job.stop()
@@ -283,10 +304,10 @@ class Run:
             arguments += ["--set", f"serve.port={free_port(config.serve.host, config.serve.port)}"]
         elif config.serve.host in LOCAL_HOSTS or not config.serve.port:
             raise ConfigError(
-                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside "
-                f'the cluster; in Python: diffray.run("{self.name}").deploy(serve={{"host": "0.0.0.0", "port": '
-                '8000, "allow_anonymous": False, "keys": FILE}), with a FILE that each node reads; `diffray '
-                "keys` makes it"
+                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside"
+                f' the cluster; in Python: diffray.run("{self.name}").deploy(serve={{"host": "0.0.0.0", '
+                '"port": 8000, "allow_anonymous": False, "keys": FILE}), with a FILE that each node reads; '
+                "`diffray keys` makes it"
             )
         own = self.winner and self.winner.registry_version
         try:

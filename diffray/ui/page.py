@@ -66,10 +66,13 @@ class Page:
 
     def delete(self, name: str) -> None:
         """Delete a run with its folder; of one that never started, its place among those that wait."""
+        started = Run(name) if name in jobs.names() else None
+        if started:
+            started.require_unneeded()  # before it loses its place among those that wait
         checks.stop_checks(name)
         self.queue.remove(name)
-        if name in jobs.names():
-            Run(name).delete()
+        if started:
+            started.delete()
         self.runs.forget(name)
 
     def deploy(self, name: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -339,8 +340,27 @@ def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:
         diffray.versions(storage=str(ended.folder.root.path))
 
 
-def test_deleting_takes_folder_and_record(ended: diffray.Run, home: Path) -> None:
+def test_deleting_takes_folder_and_record_unless_another_run_needs_them(
+    ended: diffray.Run, home: Path
+) -> None:
     assert (home / "runs" / "mine" / "search").exists()
+    adapter = {"model.adapter": "runs/mine/train/a/step-20/weights"}
+    recorded("next", stage_arguments("photos", recipe="sdxl-lora", name="next", fields=adapter))
+    recorded("lost", ["--config", "nowhere.yaml"])
+    with pytest.raises(
+        ConfigError, match=r"^mine: run next needs a file in .*/runs/mine; delete that first$"
+    ):
+        ended.delete()
+    diffray.run("next").delete()
+    (home / "runs" / "elsewhere").mkdir()
+    config = diffray.defaults("sdxl-lora", name="elsewhere", **{"model.base": "runs/mine/model"})
+    (home / "runs" / "elsewhere" / "config.yaml").write_text(
+        config.to_yaml()
+    )  # by a command, without a record
+    with pytest.raises(ConfigError, match="mine: run elsewhere needs a file in"):
+        ended.delete()
+    assert (home / "runs" / "mine" / "search").exists()
+    shutil.rmtree(home / "runs" / "elsewhere")
     ended.delete()
     assert not (home / "runs" / "mine").exists()
     with pytest.raises(ConfigError, match="mine: no run of this name"):
