@@ -71,7 +71,7 @@ def test_a_notebook_starts_scores_serves_and_deletes_a_run(
     photos = {"path": f"{ROOT}/examples/fluent-cat", "instance_prompt": "a nch cat", "class_prompt": "a cat"}
     data: Any = {"demo": str(picture_folder), "subject": [photos]}[notebook]
     recipe = {"demo": "demo", "subject": "dreambooth"}[notebook]
-    fields = FIELDS | OF_NOTEBOOK[notebook] | {"model.base": str(tiny_model)}
+    fields = FIELDS | OF_NOTEBOOK[notebook] | {"model.base": str(tiny_model), "storage": str(home / "runs")}
     with kernel(ROOT / "examples" / "notebooks" / f"{notebook}.ipynb", home) as executed:
         for cell in ("folder", "import"):
             executed.run(cell)
@@ -117,7 +117,7 @@ def check_run(run: Run, arguments: list[str]) -> None:
 def check_deployed_on_a_cluster(run: Run, address: str) -> None:
     """The same run, as if it had been started there."""
     record = run.job.started
-    (run.job.folder / "job.json").write_text(json.dumps(asdict(record) | {"address": address}))
+    (run.job.folder / "job.json").write_text(json.dumps(asdict(record) | {"address": address, "job": "n"}))
     with pytest.raises(ConfigError, match=r"serve.host, serve.port: 127\.0\.0\.1:0 is not reached"):
         run.deploy()
     given = {"host": "0.0.0.0", "port": free_port("0.0.0.0", 0), "allow_anonymous": True}
