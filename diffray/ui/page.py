@@ -7,8 +7,8 @@ from fastapi import HTTPException
 from pydantic import BaseModel
 
 from diffray import api, jobs
-from diffray.api import Run
 from diffray.endpoints import Endpoint
+from diffray.runs import Run
 from diffray.ui import checks, queue
 from diffray.ui.data_folders import DataFolders
 from diffray.ui.forms import Form, arguments_of

@@ -17,9 +17,9 @@ from pydantic import BaseModel
 
 from cluster.storage import Storage
 from diffray import jobs
-from diffray.api import Run
 from diffray.jobs import JOB, Job
 from diffray.progress import best_rung, spent
+from diffray.runs import Run
 from diffray.shown import charts
 from diffray.ui import queue
 from diffray.ui.clusters import ENDED, ClusterStates, State

@@ -16,8 +16,8 @@ from starlette.concurrency import run_in_threadpool
 
 import serving
 from diffray import jobs
-from diffray.api import Run
 from diffray.jobs import JobFailed
+from diffray.runs import Run
 from diffray.settings import config_of
 from diffray.ui import checks, queue
 from diffray.ui.access import DOCUMENT_HEADERS, Access

@@ -14,9 +14,9 @@ from ray.job_submission import JobSubmissionClient
 
 import diffray
 from cluster.local import LocalCluster
-from diffray.api import Run
 from diffray.endpoints import Endpoint
 from diffray.jobs import RECORDS, Job
+from diffray.runs import Run
 from diffray.settings import stage_arguments
 from ray_jobs.config import ConfigError, load_config
 from serving.command import free_port
