@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -148,8 +147,8 @@ def start_job(address: str, command: list[str], config: str, name: str) -> str:
     Raises:
         ConfigError: nothing answers at `address`, or the cluster rejects the token or the upload.
     """
-    client = connected(address)
-    for number in count(1):
+    client, number = connected(address), 1
+    while True:
         job = f"{name}-{number}"
         status = job_status(client, job)
         if status is None:
@@ -159,10 +158,10 @@ def start_job(address: str, command: list[str], config: str, name: str) -> str:
                 except ConfigError as error:
                     if "already exists" not in str(error):  # submitted by another process since
                         raise
-                    status = job_status(client, job)
-        if status is not None and not status.is_terminal():
+        elif status.is_terminal():
+            number += 1
+        else:
             return job
-    raise AssertionError("numbers do not end")
 
 
 def job_status(client: "JobSubmissionClient", job: str) -> "JobStatus | None":

@@ -140,13 +140,7 @@ class Job:
         paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
-                [
-                    "sh",
-                    "-c",
-                    'read -r _ && { "$@" </dev/null; echo $? > "$0"; }',
-                    str(self.folder / "exit"),
-                    *command,
-                ],
+                ["sh", "-c", HELD, str(self.folder / "exit"), *command],
                 cwd=home(),
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.PIPE,

@@ -87,9 +87,9 @@ def _pipeline(base: str) -> str:
         storage = Storage.open(base)
         for name in (INDEX, MODULAR_INDEX):
             if storage.exists(name):
-                return str(storage.read_json(name)["_class_name"])
+                return str(storage.read_json(name).get("_class_name"))
         raise ValueError(f"{base}: it has no {INDEX}")
-    return str(model_index(model_folder(resolve_path(base)))["_class_name"])
+    return str(model_index(model_folder(resolve_path(base))).get("_class_name"))
 
 
 def _nearest(pipeline: str, own: Sequence[str]) -> str:

@@ -54,9 +54,8 @@ def run_frame(name: str, rows: Sequence[RungRow], losses: Losses, drawn: "Sequen
     """
     if not (rows or losses):
         return ""
-    side = "max-width: 9rem; image-rendering: auto"
-    images = "".join(f'<img alt="" style="{side}" src="{data_uri(each, THUMBNAIL)}"> ' for each in drawn)
-    body = charts(rows, losses) + f"<p>{images}</p>"
+    body = charts(rows, losses)
+    body += "".join(f'<img alt="" style="width: 8rem" src="{data_uri(each, THUMBNAIL)}"> ' for each in drawn)
     body += f'<div class="wide">{rungs_table(rows)}</div>' if rows else ""
     page = f"<style>{STYLE.read_text(encoding='utf-8')} body {{ padding: .5rem }}</style>{body}"
     return (

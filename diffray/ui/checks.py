@@ -126,7 +126,7 @@ def delete_unfinished() -> None:
                     job.forget()
                     with suppress(OSError):  # the run has other records
                         job.folder.parent.rmdir()
-            except ConfigError as error:  # of a recipe that is gone, or a damaged record: nothing is known
+            except (ConfigError, OSError) as error:  # its recipe is gone, or its storage is not reached
                 logging.warning("%s: kept: %s", job.folder, error)
 
 
