@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, JobFailed, Status, names
+from diffray.notebook import Live, is_notebook
 from diffray.settings import config_of, overrides
 from ray_jobs.config import Config, ConfigError
 
@@ -52,8 +53,6 @@ class Run:
         Raises:
             JobFailed: the run failed or was stopped; with its last line.
         """
-        from diffray.notebook import Live, is_notebook
-
         live = Live(self.shown) if is_notebook() else None
         for text in self.job.follow():
             if live:

@@ -86,7 +86,7 @@ def test_a_notebook_starts_scores_serves_and_deletes_a_run(
         check_run(run, stage_arguments(data, recipe=recipe, name="tiny", fields=fields))
         executed.run("scores")
         run.promote()  # a random model may draw as badly as its base, and then stays a candidate
-        executed.run("deploy")
+        assert "http://127.0.0.1:" in executed.run("deploy")[0]["data"]["text/html"]
         [drawn] = executed.run("draw")
         assert drawn["data"]["text/html"].count("data:image/png") == 4
         if notebook == "demo":
