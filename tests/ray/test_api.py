@@ -86,7 +86,8 @@ def test_a_notebook_starts_scores_serves_and_deletes_a_run(
         check_run(run, stage_arguments(data, recipe=recipe, name="tiny", fields=fields))
         executed.run("scores")
         run.promote()  # a random model may draw as badly as its base, and then stays a candidate
-        assert "http://127.0.0.1:" in executed.run("deploy")[0]["data"]["text/html"]
+        [state] = [each for each in executed.run("deploy") if each["output_type"] == "display_data"]
+        assert "http://127.0.0.1:" in state["data"]["text/html"]
         [drawn] = executed.run("draw")
         assert drawn["data"]["text/html"].count("data:image/png") == 4
         if notebook == "demo":
