@@ -31,7 +31,7 @@ from ray_jobs.console.commands import as_module, command_parser
 from ray_jobs.console.troubleshooting import Help, help_link
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
+    from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 NOT_FOUND_S = 60
 """Timeout while a cluster has no free agent for a job, in seconds."""
@@ -134,17 +134,44 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
         return run_job(cluster.address, command, environment)
 
 
-def start_job(address: str, command: list[str], config: str) -> str:
+def start_job(address: str, command: list[str], config: str, name: str) -> str:
     """Submit `command` to a cluster, as this module's own command does with --no-wait; return the job's id.
+
+    One of this name that has not ended is returned instead of a second one: whoever started it may have been
+    killed before the id was written down.
 
     Args:
         config: the command's configuration, as the user named it.
+        name: beginning of the id; jobs of a name are numbered.
 
     Raises:
         ConfigError: nothing answers at `address`, or the cluster rejects the token or the upload.
     """
-    with _for_cluster(command, config) as (command, environment):
-        return _submit(connected(address), address, shlex.join(command), environment)
+    client, number = connected(address), 1
+    while True:
+        job = f"{name}-{number}"
+        status = job_status(client, job)
+        if status is None:
+            with _for_cluster(command, config) as (words, environment):
+                try:
+                    return _submit(client, address, shlex.join(words), environment, job)
+                except ConfigError as error:
+                    if "already exists" not in str(error):  # submitted by another process since
+                        raise
+        elif status.is_terminal():
+            number += 1
+        else:
+            return job
+
+
+def job_status(client: "JobSubmissionClient", job: str) -> "JobStatus | None":
+    """Return the status of a job; None if the cluster does not know it, as after a new start."""
+    try:
+        return client.get_job_status(job)
+    except RuntimeError as error:
+        if "status code 404" in str(error):
+            return None
+        raise
 
 
 @contextmanager
@@ -285,14 +312,24 @@ def _stop(client: "JobSubmissionClient", job: str) -> None:
         print(f"error: job {job} may still be running: {one_line(error)}", file=sys.stderr, flush=True)
 
 
-def _submit(client: "JobSubmissionClient", address: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """Submit a job and return its id; wait for a cluster that has just started and has no agent yet."""
+def _submit(
+    client: "JobSubmissionClient",
+    address: str,
+    entrypoint: str,
+    runtime_env: dict[str, Any],
+    job: str | None = None,
+) -> str:
+    """Submit a job and return its id; wait for a cluster that has just started and has no agent yet.
+
+    Args:
+        job: its id; None: Ray makes one.
+    """
     from ray.exceptions import RayError
 
     deadline = time.monotonic() + NOT_FOUND_S
     while True:
         try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env, submission_id=job)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise ConfigError(f"--address {address}: {one_line(error)}") from None

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffray.endpoints import Endpoint
-from diffray.jobs import Job, JobFailed, Status, names
+from diffray.endpoints import Endpoint as Endpoint
+from diffray.jobs import JobFailed as JobFailed
+from diffray.jobs import names
+from diffray.runs import Run
 from diffray.settings import config_of, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.config.fields import nearest
@@ -17,10 +19,6 @@ from serving.client import EndpointError as EndpointError
 
 if TYPE_CHECKING:
     from ray_jobs.registry.models import RegistryEntry
-    from ray_jobs.run.folder import RunFolder
-    from ray_jobs.run.records import RungRow, Winner
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def defaults(recipe: str, **fields: Any) -> Config:
@@ -57,7 +55,8 @@ def fit(
         base: the model to fine-tune (`model.base`); default: the recipe's.
         method: lora or full (`train.method`); default: the recipe's.
         epochs: length of a training (`train.epochs`), in place of the recipe's `search.ladder`.
-        recipe: a recipe or a configuration file to start from; default: the one made for `base` and `method`.
+        recipe: a recipe or a configuration file to start from; default: the one made for `method` and `base`,
+            or for another base of its family.
         name: name of the run; default: the recipe's.
         address: Jobs API of a cluster, http://host:8265; default: an embedded Ray on this machine.
         fields: any further setting, as `train={"lora": {"rank": 8}}` or `**{"train.lora.rank": 8}`.
@@ -69,7 +68,10 @@ def fit(
     arguments = stage_arguments(
         data, base=base, method=method, epochs=epochs, recipe=recipe, name=name, fields=fields
     )
-    return begin(arguments, address)
+    run = begin(arguments, address)
+    if recipe is None:
+        print(f"{run.name}: with the recipe {arguments[1]}")
+    return run
 
 
 def startable(arguments: list[str], address: str | None) -> "Run":
@@ -119,160 +121,3 @@ def versions(recipe: str = "demo", **fields: Any) -> "dict[str, RegistryEntry]":
     from ray_jobs.registry.models import entries
 
     return entries(load_config(recipe, overrides(fields)), ["*"])
-
-
-class Run:
-    """A run that was started from this folder, found by its name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.job = Job(name)
-
-    @property
-    def config(self) -> Config:
-        """Its configuration."""
-        return config_of(self.job.started.arguments)
-
-    @property
-    def folder(self) -> "RunFolder":
-        """Its folder, with all that it writes."""
-        from ray_jobs.run.folder import RunFolder
-
-        return RunFolder.of(self.config)
-
-    @property
-    def status(self) -> Status:
-        """running, finished, failed or stopped."""
-        return self.job.status
-
-    def wait(self) -> "Run":
-        """Print the run's lines as they come, until it ends; an interrupt ends the waiting, not the run.
-
-        Raises:
-            JobFailed: the run failed or was stopped; with its last line.
-        """
-        for text in self.job.follow():
-            print(text, end="", flush=True)
-        if self.status != "finished":
-            raise JobFailed(f"{self.name}: {self.status}: {self.job.last_line()}")
-        return self
-
-    @property
-    def scores(self) -> "list[RungRow]":
-        """Every measured rung until now, in the order of measuring."""
-        from ray_jobs.run.records import read_rows
-
-        return read_rows(self.folder.search)
-
-    @property
-    def winner(self) -> "Winner | None":
-        """The published model and its scores; None until it is published."""
-        from ray_jobs.run.records import WINNER, Winner
-
-        root = self.folder.root
-        return Winner.read(root) if root.exists(WINNER) else None
-
-    def report(self) -> str:
-        """Return the path or address of the report, one HTML page.
-
-        Raises:
-            ConfigError: it is not written yet.
-        """
-        from ray_jobs.run.folder import REPORT
-
-        root = self.folder.root
-        if not root.exists(REPORT):
-            raise ConfigError(f"{self.name}: no report yet; the run is {self.status}")
-        return f"{root.uri}/{REPORT}"
-
-    def promote(self) -> None:
-        """Make the run's version the champion, which is served, whatever its scores.
-
-        Raises:
-            ConfigError: nothing is published yet.
-        """
-        from ray_jobs.registry.aliases import promote
-
-        if not (version := self.winner and self.winner.registry_version):
-            raise ConfigError(f"{self.name}: nothing published yet; the run is {self.status}")
-        promote(self.config, version)
-
-    def stop(self) -> None:
-        """Stop the run; the same `fit` resumes it."""
-        self.job.stop()
-
-    def delete(self) -> None:
-        """Stop the run and its endpoint, and delete its folder and record; registered versions stay."""
-        for job in (self._endpoint, self.job):
-            if job.record:
-                job.stop()
-        self.folder.root.delete("")
-        self.job.forget()
-
-    @property
-    def _endpoint(self) -> Job:
-        return Job(f"{self.name}/endpoint")
-
-    @property
-    def endpoint(self) -> "Endpoint | None":
-        """The endpoint that `deploy` started, if it is running."""
-        job = self._endpoint
-        return Endpoint(job) if job.record and job.status == "running" else None
-
-    def deploy(self, **fields: Any) -> "Endpoint":
-        """Serve the champion of the run's model in the background, as `diffray serve` does, and wait until it
-        answers. One that is running already is returned.
-
-        Args:
-            fields: settings, as for `fit`; most are of `serve`.
-
-        Raises:
-            ConfigError: a setting is wrong, nothing is published, the port is in use, or the endpoint of a
-                cluster would be reached from its own machine only.
-            EndpointError: it does not start; with its last line.
-        """
-        from ray_jobs.registry.models import NothingPublished, champion
-        from serving.command import free_port
-
-        if endpoint := self.endpoint:
-            return endpoint
-        record = self.job.started
-        arguments = list(record.arguments)
-        for override in overrides(fields):
-            arguments += ["--set", override]
-        config = config_of(arguments)
-        if not record.address:
-            arguments += ["--set", f"serve.port={free_port(config.serve.host, config.serve.port)}"]
-        elif config.serve.host in LOCAL_HOSTS or not config.serve.port:
-            raise ConfigError(
-                f"serve.host, serve.port: {config.serve.host}:{config.serve.port} is not reached from outside"
-                ' the cluster; give serve={"host": "0.0.0.0", "allow_anonymous": False, "keys": FILE}'
-            )
-        own = self.winner and self.winner.registry_version
-        try:
-            served = champion(config).version
-        except NothingPublished:
-            if own is None:
-                raise
-            raise ConfigError(
-                f"{self.name}: its version {own} stayed a candidate, and there is no champion to be served; "
-                "run.promote() makes it the champion"
-            ) from None
-        if served != own:
-            print(
-                f"the champion of {config.publish.model_name} is version {served}, and is served; this run's "
-                f"is {own}: run.promote() makes it the champion"
-            )
-        job = self._endpoint
-        job.start("serving.command", arguments, record.address, submit=False)
-        endpoint = Endpoint(job)
-        endpoint.wait_until_ready()
-        return endpoint
-
-    def _repr_html_(self) -> str:
-        from diffray.shown import run_page
-
-        return run_page(self.name, self.status, self.job.last_line(), self.scores)
-
-    def __repr__(self) -> str:
-        return f"<Run {self.name}: {self.status}>"

@@ -75,9 +75,13 @@ def _clean(config: Config, options: argparse.Namespace) -> None:
             paths |= {f"{run.name}/{path}": size for path, size in removable(run, options.keep).items()}
         gone = gone_records() if options.unused else []
         if options.unused:
-            paths |= found.unused
-            if found.unused_unknown:
-                show(f"{ENCODED}: kept whole: {found.unused_unknown}")
+            # Runs that have begun since may use what no run used; these have the lease before they look.
+            begun = sorted({*run_names(root)} - {run.name for run in found.runs})
+            unknown = f"{begun[0]} has begun" if begun else found.unused_unknown
+            if unknown:
+                show(f"{ENCODED}: kept whole: {unknown}")
+            else:
+                paths |= found.unused
         for line in columns([(human_size(size), path) for path, size in sorted(paths.items())]):
             show(line)
         for job in gone:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from diffray.jobs import Job, Status
+from diffray.notebook import Live, is_notebook
 from diffray.settings import config_of
 from ray_jobs.config import Config
 from serving.client import KEY_VARIABLE, EndpointError, browsable, call
@@ -43,13 +44,16 @@ class Endpoint:
         return self.job.status
 
     def wait_until_ready(self) -> None:
-        """Return once the endpoint answers.
+        """Return once the endpoint answers. A notebook shows its last line meanwhile.
 
         Raises:
             EndpointError: it ends before, with its last line, or does not answer in time.
         """
+        live = Live(self._shown) if is_notebook() else None
         deadline = time.monotonic() + START_S
         while True:
+            if live:
+                live.update()
             if self.status != "running":
                 raise EndpointError(f"the endpoint did not start: {self.job.last_line()}")
             try:
@@ -60,6 +64,11 @@ class Endpoint:
                     self.job.stop()
                     raise
                 time.sleep(1)
+
+    def _shown(self) -> list[str]:
+        from diffray.shown import run_state
+
+        return [run_state(self.url, self.status, self.job.last_line(), "")]
 
     def draw(self, prompt: str, *, n: int = 1, seed: int | None = None, **fields: Any) -> "Pictures":
         """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.

@@ -3,8 +3,10 @@
 A job's record is a folder below `.diffray/` in `home()`: `job.json` and, on this machine, `log` and `exit`.
 """
 
+import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +35,9 @@ POLL_S = 1.0
 
 LINE = 16_384
 """Bytes at the end of a log in which its last line is looked for."""
+
+HELD = 'read -r _ && { "$@" </dev/null; echo $? > "$0"; }'
+"""Shell script that runs a command once it has read a line, and then writes its exit code to a file."""
 
 Status = Literal["running", "finished", "failed", "stopped"]
 
@@ -97,14 +102,27 @@ class Job:
         if address:
             from cluster.submit import start_job
 
-            record = Record(arguments, address, job=start_job(address, command, arguments[1]))
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "exit").unlink(missing_ok=True)
-            if submit:
-                command = ["python", "-m", "cluster.submit", "--", *command]
-            process = psutil.Process(self._spawn([sys.executable, *command[1:]]).pid)
-            record = Record(arguments, process=process.pid, started=process.create_time())
+            job = start_job(address, command, arguments[1], self._id(command))
+            self._write(Record(arguments, address, job))
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "exit").unlink(missing_ok=True)
+        if submit:
+            command = ["python", "-m", "cluster.submit", "--", *command]
+        shell = self._spawn([sys.executable, *command[1:]])
+        process = psutil.Process(shell.pid)
+        self._write(Record(arguments, process=process.pid, started=process.create_time()))
+        assert shell.stdin
+        with shell.stdin:
+            shell.stdin.write(b"\n")
+
+    def _id(self, command: list[str]) -> str:
+        """Return the name by which a cluster tells this job of this folder from all others."""
+        own = json.dumps([socket.gethostname(), str(self.folder), command])
+        name = str(self.folder.relative_to(home() / RECORDS)).replace("/", "-")
+        return f"diffray-{name}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+
+    def _write(self, record: Record) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(record), indent=2) + "\n"
         aside = self.folder / f"{JOB}.new"
@@ -114,16 +132,18 @@ class Job:
     def _spawn(self, command: list[str]) -> "subprocess.Popen[bytes]":
         """Start a process in a session of its own, which an interrupt or the end of this one does not reach.
 
-        A shell writes the command's exit code, which is lost where the parent is gone.
+        Where the parent is gone its exit code is lost, so a shell writes that. It waits for a line before it
+        runs the command: if this process is killed before it has written the record, nothing runs that would
+        be started a second time.
         """
         code = str(Path(__file__).resolve().parents[1])
         paths = [code, *filter(None, [os.environ.get("PYTHONPATH")])]
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
-                ["sh", "-c", '"$@"; echo $? > "$0"', str(self.folder / "exit"), *command],
+                ["sh", "-c", HELD, str(self.folder / "exit"), *command],
                 cwd=home(),
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -134,12 +154,10 @@ class Job:
         """State of the job; stopped: by a person, or by the end of its machine or cluster."""
         record = self.started
         if record.address:
-            try:
-                found = _client(record.address).get_job_status(record.job)
-            except RuntimeError as error:
-                if "status code 404" in str(error):  # a cluster that was started anew
-                    return "stopped"
-                raise
+            from cluster.submit import job_status
+
+            if (found := job_status(_client(record.address), record.job)) is None:
+                return "stopped"
             states: dict[str, Status] = {"SUCCEEDED": "finished", "FAILED": "failed", "STOPPED": "stopped"}
             return states.get(found.value, "running")
         alive = self._shell(record) is not None

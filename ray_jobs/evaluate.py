@@ -19,9 +19,9 @@ from ray_jobs.evaluation.scores import describe_record
 from ray_jobs.planning.settled import settled
 from ray_jobs.run.command_line import run_stage
 from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.signs import black_line
 from ray_jobs.run.split import Split, unseen_by
 from ray_jobs.training.checkpoint import find_rungs
-from ray_jobs.tuning.signs import black_line
 from ray_jobs.weights.feature_networks import check_networks
 
 

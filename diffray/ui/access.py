@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from diffray.api import LOCAL_HOSTS
+from diffray.runs import LOCAL_HOSTS
 from ray_jobs.review.app import HEADERS
 from serving.http.access import CHALLENGE
 from serving.http.api_keys import KeyRing, Scope

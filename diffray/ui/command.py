@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from diffray.api import LOCAL_HOSTS
+from diffray.runs import LOCAL_HOSTS
 from ray_jobs.config import ConfigError
 from ray_jobs.console import complain, show
 from ray_jobs.console.commands import command_parser

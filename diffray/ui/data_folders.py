@@ -1,11 +1,14 @@
 """Folders of pictures that the page may read, and uploads into them."""
 
+import hashlib
 import os
 import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 
 from pydantic import BaseModel
 
@@ -122,7 +125,7 @@ class DataFolders:
     def save(self, folder: str, name: str, content: bytes) -> str:
         """Write an uploaded picture or file of captions, whole or not at all; return its name.
 
-        A folder that does not exist is made, in one that does. Nothing is replaced.
+        A folder that does not exist yet is filled out of sight, until `finish`. Nothing is replaced.
 
         Raises:
             ConfigError: the page may not write there, the file is neither a picture that can be read nor
@@ -133,18 +136,21 @@ class DataFolders:
         _check(name, content)
         if not os.path.isdir(target.parent):
             raise ConfigError(f"data: {folder}: {target.parent} is no folder; choose one that exists")
+        place = target
         try:
-            target.mkdir(exist_ok=True)
-            descriptor, aside = tempfile.mkstemp(prefix=".upload-", dir=target)
+            if not target.exists():
+                place = self._unfinished(target)
+                place.mkdir(parents=True, exist_ok=True)
+            descriptor, aside = tempfile.mkstemp(prefix=".upload-", dir=place)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(content)
                 os.chmod(aside, 0o644)
-                _give_name(aside, target / name)
+                _give_name(aside, place / name)
             finally:
                 Path(aside).unlink(missing_ok=True)
         except FileExistsError:
-            if target.is_dir() and (target / name).is_file() and (target / name).read_bytes() == content:
+            if (place / name).is_file() and (place / name).read_bytes() == content:
                 return name
             raise ConfigError(
                 f"{name}: {target} has another file of this name; rename it, or choose a new folder"
@@ -152,6 +158,46 @@ class DataFolders:
         except OSError as error:
             raise ConfigError(f"{target}: {error.strerror}") from None
         return name
+
+    def finish(self, folder: str) -> None:
+        """Give an uploaded folder its name; one that exists already, and was added to, stays as it is.
+
+        Raises:
+            ConfigError: the page may not write there, or nothing was uploaded for it.
+        """
+        target = Path(self.allowed(folder))
+        unfinished = self._unfinished(target)
+        try:
+            if target.exists() and not unfinished.exists():
+                return
+            unfinished.rename(target)  # not onto a folder with files, which was made meanwhile
+            with suppress(OSError):  # another upload goes on
+                unfinished.parent.rmdir()
+        except FileNotFoundError:
+            raise ConfigError(f"data: {folder}: nothing was uploaded for it; upload pictures") from None
+        except OSError as error:
+            raise ConfigError(f"{target}: {error.strerror}") from None
+
+    def delete_unfinished(self) -> None:
+        """Delete what uploads have left that were not finished."""
+        for root in self.roots:
+            rmtree(root / self._aside, ignore_errors=True)
+
+    @property
+    def _aside(self) -> str:
+        """Name of the folder, in that which the page may read, for uploads that are not finished.
+
+        Of pages that are opened in different folders, each has its own.
+        """
+        return f".diffray-uploads-{_digest(home())}"
+
+    def _unfinished(self, target: Path) -> Path:
+        root = next(root for root in self.roots if target.is_relative_to(root))
+        return root / self._aside / _digest(target)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(str(path).encode()).hexdigest()[:12]
 
 
 def _give_name(file: str, name: Path) -> None:

@@ -7,8 +7,8 @@ from fastapi import HTTPException
 from pydantic import BaseModel
 
 from diffray import api, jobs
-from diffray.api import Run
 from diffray.endpoints import Endpoint
+from diffray.runs import Run
 from diffray.ui import checks, queue
 from diffray.ui.data_folders import DataFolders
 from diffray.ui.forms import Form, arguments_of
@@ -32,10 +32,16 @@ class Deployed(BaseModel):
 
 
 class Page:
-    """What the routes share."""
+    """What the routes share. What a page before it has left unfinished, uploads and dry runs, is deleted.
+
+    Args:
+        waiting: queue of this folder, which no other page has.
+    """
 
     def __init__(self, folders: DataFolders, waiting: Queue) -> None:
         self.folders, self.queue, self.runs = folders, waiting, Runs()
+        folders.delete_unfinished()
+        checks.delete_unfinished()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="deploy")
         self._deploying: dict[str, Future[Endpoint]] = {}
 
@@ -60,10 +66,13 @@ class Page:
 
     def delete(self, name: str) -> None:
         """Delete a run with its folder; of one that never started, its place among those that wait."""
+        started = Run(name) if name in jobs.names() else None
+        if started:
+            started.require_unneeded()  # before it loses its place among those that wait
         checks.stop_checks(name)
         self.queue.remove(name)
-        if name in jobs.names():
-            Run(name).delete()
+        if started:
+            started.delete()
         self.runs.forget(name)
 
     def deploy(self, name: str) -> None:

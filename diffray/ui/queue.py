@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from diffray import jobs
-from diffray.api import Run, begin, startable
+from diffray.api import begin, startable
+from diffray.runs import Run
 from ray_jobs.config import ConfigError, home
 
 FILE = "waiting.json"

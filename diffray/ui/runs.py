@@ -17,19 +17,21 @@ from pydantic import BaseModel
 
 from cluster.storage import Storage
 from diffray import jobs
-from diffray.api import Run
 from diffray.jobs import JOB, Job
+from diffray.progress import best_rung, spent
+from diffray.runs import Run
 from diffray.shown import charts
 from diffray.ui import queue
 from diffray.ui.clusters import ENDED, ClusterStates, State
 from ray_jobs.config import Config, ConfigError
-from ray_jobs.evaluation.cross_validation import averaged
-from ray_jobs.report.charts import finite, trials_of
+from ray_jobs.report.charts import trials_of
 from ray_jobs.report.svg import number
 from ray_jobs.report.tables import rungs_table
 from ray_jobs.run.folder import REPORT, RunFolder
-from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows, worker_hours
+from ray_jobs.run.records import RESULTS, WINNER, RungRow, Winner, read_rows
 from ray_jobs.run.samples import PROMPTS, SAMPLES
+from ray_jobs.run.series import Losses, LossReader
+from ray_jobs.run.signs import signs_of
 
 LOG = 16_384  # bytes of a run's output that the page shows
 THUMBNAIL = 256  # longer side of a small picture, in pixels
@@ -75,12 +77,13 @@ class Detail(Summary):
     """A run in full.
 
     Attributes:
-        stamp: changes with the rungs.
+        stamp: changes with the rungs and the losses.
         charts, numbers: score and loss over the steps, and all rungs in a table, as HTML; empty if the page
             has them already.
         trials: name and label of every trial, the one with the best rung first.
         winner: step of the winner, a rung of the first of the trials.
         log: the end of what it printed.
+        signs: what may be wrong with a training.
         report: whether there is a report.
         configuration: as YAML.
     """
@@ -91,6 +94,7 @@ class Detail(Summary):
     trials: list[tuple[str, str]] = []
     winner: int | None = None
     log: str = ""
+    signs: list[str] = []
     report: bool = False
     configuration: str = ""
 
@@ -113,6 +117,7 @@ class _Read:
     results: tuple[int, int] = (0, 0)
     rows: list[RungRow] = field(default_factory=list)
     winner: Winner | None = None
+    losses: LossReader | None = None
     whole: bool = False  # read after the run had ended
 
 
@@ -177,21 +182,31 @@ class Runs:
         if (both := self._summary(name)) is None:
             return None
         run, (summary, read) = Run(name), both
-        stamp = f"{read.results[0]:x}-{read.results[1]:x}"
-        found = Detail(**summary.model_dump(), stamp=stamp)
+        found = Detail(**summary.model_dump(), stamp="")
         if summary.state != "unreached":
             found.log = run.job.log(LOG)
         if read.config is None:
             return found
         found.configuration = read.config.to_yaml()
         found.report = RunFolder.of(read.config).root.exists(REPORT)
+        read.losses = read.losses or LossReader(RunFolder.of(read.config).trainings)
+        losses: Losses = {}
+        try:
+            losses = read.losses.read()
+        except OSError as error:
+            found.line = str(error)
+        found.stamp = f"{read.results[0]:x}-{read.results[1]:x}-{read.losses.files}"
+        if (read.rows or losses) and seen != found.stamp:
+            found.charts = charts(read.rows, losses)
+        ended = summary.state in ENDED
+        found.signs = signs_of(read.rows, read.config.evaluate.precision, ended=ended)
         if read.rows:
-            best = _best(read.config, read).trial_id
+            best = best_rung(read.config, read.rows, read.winner).trial_id
             found.winner = read.winner.step if read.winner else None
             trials = [(trial, label) for label, trial, _ in trials_of(read.rows)]
             found.trials = sorted(trials, key=lambda each: each[0] != best)
-            if seen != stamp:
-                found.charts, found.numbers = charts(read.rows), rungs_table(read.rows)
+            if found.charts:
+                found.numbers = rungs_table(read.rows)
         return found
 
     def speed(self, config: Config) -> float | None:
@@ -289,20 +304,10 @@ def _scores(config: Config, read: _Read) -> dict[str, object]:
     found: dict[str, object] = {"base": config.model.base, "method": config.train.method}
     found |= {"rungs": len(read.rows), "published": read.winner and read.winner.registry_version}
     if read.rows:
-        best = _best(config, read)
-        hours = sum(worker_hours(read.rows, config.train.min_workers).values())
-        price = config.search.device_hour_price
+        best, (hours, cost) = best_rung(config, read.rows, read.winner), spent(config, read.rows)
         found |= {"measure": best.measure.name, "best": number(best.score, best.measure.digits)}
-        found |= {"step": best.step, "hours": hours, "cost": hours * price if price else None}
+        found |= {"step": best.step, "hours": hours, "cost": cost}
     return found
-
-
-def _best(config: Config, read: _Read) -> RungRow:
-    """Return the winner's rung or, before there is one, the rung with the lowest score."""
-    folds = config.search.folds
-    rows = (averaged(read.rows, folds) if folds else None) or read.rows
-    place = read.winner and (read.winner.trial_id, read.winner.step)
-    return min(rows, key=lambda row: (row.place != place, finite(row, "score") is None, row.score))
 
 
 def waiting_run(name: str) -> Summary | None:

@@ -16,8 +16,8 @@ from starlette.concurrency import run_in_threadpool
 
 import serving
 from diffray import jobs
-from diffray.api import Run
 from diffray.jobs import JobFailed
+from diffray.runs import Run
 from diffray.settings import config_of
 from diffray.ui import checks, queue
 from diffray.ui.access import DOCUMENT_HEADERS, Access
@@ -59,6 +59,12 @@ class Session(BaseModel):
     """A key, for a cookie."""
 
     key: str = Field(max_length=200)
+
+
+class Upload(BaseModel):
+    """A folder into which all pictures were sent."""
+
+    folder: str
 
 
 class Prompt(BaseModel):
@@ -126,6 +132,11 @@ def _add_form(app: FastAPI, page: Page) -> None:
             if len(content) > MAX_BYTES:
                 raise HTTPException(413, f"{name}: larger than {MAX_BYTES >> 20} MiB")
         return {"name": await run_in_threadpool(folders.save, folder, name, bytes(content))}
+
+    @app.post("/uploads/finish")
+    def finish(given: Upload) -> Folder:
+        folders.finish(given.folder)
+        return folders.show(given.folder)
 
     @app.post("/checks/{kind}")
     def check(kind: Kind, form: Form, again: bool = False) -> Check:

@@ -23,6 +23,7 @@ from ray_jobs.report import PictureRow, Strip, grid_image, write_report
 from ray_jobs.run.folder import CAPTIONS, REPORT, RunFolder
 from ray_jobs.run.records import Measurement, RungRow, Winner
 from ray_jobs.run.samples import SAMPLES
+from ray_jobs.run.signs import signs_of
 from ray_jobs.run.split import TEST, VALIDATION, Split
 from ray_jobs.training.checkpoint import weights_of
 from ray_jobs.tuning.guidance import measured_scales
@@ -225,5 +226,6 @@ def write_page(
         enough_samples=enough_samples(pool.num_features()),
         spent=spent(config, found.measured, found.computed),
         guidance=measured_scales(pool.config, found.rows),
+        signs=signs_of(found.measured, config.evaluate.precision),
     )
     run.root.write_text(REPORT, page)

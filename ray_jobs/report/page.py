@@ -30,7 +30,7 @@ from ray_jobs.report.pictures import (
 )
 from ray_jobs.report.svg import number
 from ray_jobs.report.tables import Spent, costs_section, guidance_table, rungs_table, scores
-from ray_jobs.report.verdict import headline, notes, second_network
+from ray_jobs.report.verdict import Note, headline, notes, second_network
 from ray_jobs.run.manifest import Manifest
 from ray_jobs.run.records import SUBJECT, RungRow, Winner
 
@@ -53,6 +53,7 @@ def write_report(
     subjects: Sequence[SubjectPictures] = (),
     spent: Spent | None = None,
     guidance: Sequence[RungRow] = (),
+    signs: Sequence[str] = (),
 ) -> str:
     """Compose the report page of a run. Parts without data are omitted.
 
@@ -69,6 +70,7 @@ def write_report(
         subjects: subjects of a DreamBooth run.
         spent: cost of the search.
         guidance: rows of `results` at each tried guidance scale, with `guidance_scale`.
+        signs: lines about what may be wrong with a training.
 
     Returns:
         One HTML document, to be written as UTF-8.
@@ -100,7 +102,7 @@ def write_report(
         charts="".join(charts),
         notes="".join(
             f'<p class="note{" alert" if each.alert else ""}">{escape(each.text)}</p>'
-            for each in notes(winner, results, enough_samples)
+            for each in [*map(Note, signs), *notes(winner, results, enough_samples)]
         ),
         rungs=rungs_table(results),
         guidance=guidance_table(guidance, winner),

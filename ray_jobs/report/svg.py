@@ -58,6 +58,7 @@ class Curve:
         color: number of its colour and marker.
         stopped: True to end the line with a cross.
         star: step of the point with a star.
+        dots: whether every point has a marker and a tooltip; else only the last one, for curves of many.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Curve:
     color: int
     stopped: bool = False
     star: int | None = None
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * apart, 12) for number in range(first, last + 1)]
 
 
+def _round_steps(low: float, high: float) -> list[int]:
+    """1, 2 or 5 times a power of ten from low to high, with both."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [int(factor * 10**power) for power in powers for factor in (1, 2, 5)]
+    return sorted({int(low), *(step for step in found if low < step < high), int(high)})
+
+
 def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     """Draw a figure with its legend; without any points, return a sentence that says so."""
     points = [point for curve in curves for point in curve.points]
@@ -124,9 +133,11 @@ def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     if high - low < 1e-9 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
     grid = ticks(low, high)
-    steps = sorted({point.step for point in points})
-    axes = Axes((steps[0], steps[-1]), (grid[0], grid[-1]))
-    parts = [_grid(axes, grid, steps, chart.unit)]
+    axes = Axes(
+        (min(point.step for point in points), max(point.step for point in points)), (grid[0], grid[-1])
+    )
+    marked = sorted({point.step for curve in curves if curve.dots for point in curve.points})
+    parts = [_grid(axes, grid, marked or _round_steps(*axes.steps), chart.unit)]
     if chart.level and math.isfinite(chart.level[1]):
         at = axes.y(chart.level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -179,7 +190,7 @@ def _mark(axes: Axes, mark: tuple[int, str]) -> str:
 def _curve(axes: Axes, chart: Chart, curve: Curve) -> str:
     line = " ".join(f"{axes.x(point.step):.1f},{axes.y(point.value):.1f}" for point in curve.points)
     parts = [f'<polyline points="{line}"/>']
-    for point in curve.points:
+    for point in curve.points if curve.dots else curve.points[-1:]:
         x, y = axes.x(point.step), axes.y(point.value)
         value = number(point.value, chart.digits, point.error)
         says = f"{curve.label}, {point.step:,} steps: {value}"

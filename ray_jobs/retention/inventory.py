@@ -132,6 +132,27 @@ def take_inventory(config: Config, refused: Collection[str] = ()) -> Inventory:
     return Inventory(root, runs, shared, unused, unknown, orphans)
 
 
+def needed_by(config: Config, others: Iterable[Config] = ()) -> str:
+    """Return what refers to a file of a run, as its adapter or base for example; empty if nothing does.
+
+    Args:
+        config: the run's.
+        others: configurations of runs that lie elsewhere.
+
+    Raises:
+        ConfigError: the registry cannot be reached, or a run's configuration is damaged.
+    """
+    root = SharedFolder.of(config).root
+    below = canonical(root.child(config.name).uri)
+    texts = {f"run {name}": _texts(root.child(name)) for name in run_names(root) if name != config.name}
+    texts |= {f"run {each.name}": _strings(each.model_dump(mode="json")) for each in others}
+    texts |= {f"{name} version {version}": uris for (name, version), uris in sources(config).items()}
+    for name, found in texts.items():
+        if any(f"{_place(text)}/".startswith(f"{below}/") for text in found):
+            return name
+    return ""
+
+
 def run_names(root: Storage) -> list[str]:
     """Return the names of the runs of a storage."""
     found = (name for name in root.folders() if name.lower() not in NO_RUNS and not name.startswith("."))

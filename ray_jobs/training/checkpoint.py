@@ -28,6 +28,7 @@ from cluster.storage import Storage
 from ray_jobs.diffusion.ema import EMA
 from ray_jobs.run.folder import CONFIG
 from ray_jobs.run.records import Progress
+from ray_jobs.run.series import FOLDER, SERIES
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.monitor import RUNG, Series
 from ray_jobs.training.state import Shards, load_state, snapshot, whole, write_shard
@@ -35,8 +36,6 @@ from ray_jobs.training.state import Shards, load_state, snapshot, whole, write_s
 WEIGHTS = "weights"
 STATE = "state"
 PROGRESS = "progress.json"
-SERIES = "series.json"
-FOLDER = "step-"
 MARK = "complete-"
 REPORTED = "reported"  # marker file of a rung that was evaluated and whose score was reported to the search
 

@@ -19,12 +19,12 @@ from ray_jobs.console import say
 from ray_jobs.data.encoding.cache_files import DamagedPart
 from ray_jobs.run.command_line import damage_message, refusal
 from ray_jobs.run.records import RungRow, read_rows, write_rows
+from ray_jobs.run.signs import black_line, no_change_line
 from ray_jobs.training.failures import LONGEST
 from ray_jobs.training.tracking import Mirror
 from ray_jobs.tuning.computed_steps import ComputedSteps
 from ray_jobs.tuning.optuna import Proposals
 from ray_jobs.tuning.results import TUNE, with_error
-from ray_jobs.tuning.signs import black_line, no_change_line
 from ray_jobs.tuning.space import points
 from ray_jobs.tuning.stopping import Budget, Refusal, Result, spent, stoppers
 from ray_jobs.tuning.trial import Make, SearchContext, Trial, run_trial

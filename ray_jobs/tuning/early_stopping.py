@@ -22,9 +22,9 @@ from ray_jobs.evaluation.pool import EvaluatorPool, evaluators
 from ray_jobs.metrics.ranking import Candidate, winner
 from ray_jobs.run.folder import RunFolder
 from ray_jobs.run.records import Record, RungRow, paired_error
+from ray_jobs.run.signs import no_change_line
 from ray_jobs.training.checkpoint import REPORTED, Rung, rungs_of
 from ray_jobs.training.monitor import RUNG
-from ray_jobs.tuning.signs import no_change_line
 from ray_jobs.tuning.stopping import Patience
 from ray_jobs.tuning.trial import intact
 

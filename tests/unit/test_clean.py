@@ -20,6 +20,7 @@ from ray_jobs.data.encoding.cache_files import ASIDE
 from ray_jobs.data.encoding.encoding import EMPTY_CAPTION
 from ray_jobs.publishing.reuse import publish_settings
 from ray_jobs.registry.models import open_client
+from ray_jobs.retention.inventory import Inventory, needed_by, take_inventory
 from ray_jobs.run.folder import RunFolder, SharedFolder
 from ray_jobs.run.records import RungRow, Winner, read_rows, write_rows
 from ray_jobs.training.checkpoint import folder_of, place_of
@@ -140,6 +141,7 @@ def test_what_is_referred_to_or_not_finished_is_kept(
     trainings = RunFolder.of(own).training("lr-0.001")
     # Earlier releases registered weights where they lay; `other` starts from the weights of step 2.
     run = published(own, [], trainings.child(folder_of(6), "weights").uri)
+    assert needed_by(own) == "own version 1"
     adapter = trainings.child(folder_of(2), "weights", "a.safetensors").uri
     other = searched(
         configured(storage, "other", model={"base": "unused", "adapter": adapter}, **PROMPTED), []
@@ -235,6 +237,24 @@ def test_only_encoded_files_that_no_run_uses_and_records_of_lost_runs_are_unused
         RunFolder.of(config).dataset.write_text(file, before)
     RunFolder.of(config).dataset.delete("parts.json")
     assert "encoded: kept whole: cached is not wholly prepared" in clean("--unused")
+
+
+def test_what_a_run_may_use_that_begins_meanwhile_is_kept(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path / "runs", "first")
+    searched(config, ["own.parquet"])
+    cache = SharedFolder.of(config).encoded(ENCODERS)
+    cache.write_text("of-nobody.parquet", "rows")
+
+    def begun_after(*given: Any) -> Inventory:
+        found = take_inventory(*given)
+        Lease(RunFolder.of(configured(tmp_path / "runs", "second")).root, Owner.this()).take()
+        return found
+
+    monkeypatch.setattr("diffray.clean.take_inventory", begun_after)
+    told = Cleaner(config, home, capsys)("--unused", "--delete")
+    assert "encoded: kept whole: second has begun" in told and cache.exists("of-nobody.parquet")
 
 
 def test_a_run_is_known_by_its_own_name_and_a_score_that_is_no_number_is_the_last(

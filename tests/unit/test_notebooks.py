@@ -1,4 +1,4 @@
-"""The example notebooks: nothing in them is stale. `tests/ray/test_api.py` executes the demo's cells."""
+"""The example notebooks: nothing in them is stale. `tests/ray/test_api.py` executes them."""
 
 import ast
 import json

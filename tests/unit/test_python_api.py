@@ -1,6 +1,9 @@
 """The Python API: the same configuration as a file and a command, and jobs that outlive their notebook."""
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +18,12 @@ from PIL import Image
 import diffray
 from diffray.endpoints import Endpoint, Pictures
 from diffray.jobs import Job, Record
-from diffray.settings import overrides, stage_arguments
+from diffray.settings import PIPELINES, overrides, stage_arguments
 from ray_jobs.config import Config, ConfigError, load_config
+from ray_jobs.config.files import recipes
+from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.run.records import RungRow, Winner, write_rows
+from tests.notebooks import kernel
 
 ROOT = Path(__file__).parents[2]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -87,8 +93,47 @@ def test_a_recipe_is_found_by_its_base_or_asked_for() -> None:
     assert diffray.defaults("sdxl-lora").model.base == SDXL
     assert diffray.defaults("sdxl-lora", train={"batch_size": 4}).train.batch_size == 4
     assert config_of("photos", base="black-forest-labs/FLUX.1-dev").evaluate.guidance_scale == 3.5
-    with pytest.raises(ConfigError, match=r"recipe: none is made for base='mine' with method='full'; "):
-        diffray.fit("photos", base="mine", method="full")
+    with pytest.raises(ConfigError, match=r"^recipe: give a base, or name the recipe: demo, "):
+        diffray.fit("photos")
+
+
+def test_a_base_without_a_recipe_gets_that_of_its_family_or_a_line_with_the_nearest(home: Path) -> None:
+    bases = {"own-xl": "StableDiffusionXLPipeline", "qwen": "QwenImagePipeline", "new": "NewPipeline"}
+    for name, pipeline in bases.items():
+        (home / name).mkdir()
+        (home / name / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    config = config_of("photos", base="own-xl")
+    assert (config.publish.model_name, config.data.resolution, config.model.base) == (
+        "sdxl-lora",
+        1024,
+        "own-xl",
+    )
+    assert config_of("photos", base="models/emoji-base") == config_of("photos", recipe="demo")
+    for base, method, said in (
+        (
+            "own-xl",
+            "full",
+            "(StableDiffusionXLPipeline); name the one to start from, as recipe='sdxl-lora', ",
+        ),
+        ("qwen", "lora", "(QwenImagePipeline); name the one to start from, as recipe='flux-lora', of"),
+        ("qwen", "full", "(QwenImagePipeline); name the one to start from, as recipe='sd3-full', of"),
+        ("new", "lora", "(model.base: NewPipeline is not supported, only "),
+        (str(home), "lora", "not a model in diffusers' format: it has no model_index.json"),
+        (f"file://{home}/new", "lora", "file://"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            diffray.fit("photos", base=base, method=method)
+        told = str(raised.value)
+        assert told.startswith(f"recipe: none is made for base={base!r} with method={method!r} (")
+        assert said in told and "\n" not in told
+    assert not (home / ".diffray").exists()
+
+
+def test_every_recipe_of_a_method_is_known_by_the_family_of_its_base() -> None:
+    methods = [each for each in recipes() if each.endswith(("-lora", "-full"))]
+    assert sorted(PIPELINES) == methods
+    assert all(pipeline in FAMILIES for pipeline in PIPELINES.values())
+    assert all(each.endswith(load_config(each).train.method) for each in methods)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +190,21 @@ Job("mine").start("timeit", ["-n1", "-r1", "import time; time.sleep(3); print('d
     assert "1 loop" in job.last_line()
     job.forget()
     assert not job.folder.exists()
+
+
+def test_a_job_runs_once_though_the_process_that_started_it_was_killed_before_its_record(home: Path) -> None:
+    program = """
+import os
+from diffray.jobs import Job
+Job._write = lambda *_: os._exit(9)
+Job("mine").start("timeit", ["-n1", "-r1", "open('ran', 'a').write('once ')"], None, submit=False)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 9
+    job = Job("mine")
+    assert job.record is None
+    job.start("timeit", ["-n1", "-r1", "open('ran', 'a').write('once ')"], None, submit=False)
+    assert waited(job) == "finished"
+    assert (home / "ran").read_text() == "once "
 
 
 def test_a_job_that_fails_is_told_with_its_last_line(home: Path) -> None:
@@ -217,12 +277,52 @@ def test_scores_and_pages_of_a_run_come_from_its_records(ended: diffray.Run) -> 
 
 
 def test_a_notebook_shows_curves_and_rungs_in_a_frame_of_their_own(ended: diffray.Run) -> None:
-    shown = ended._repr_html_()
-    assert shown.startswith("<iframe ") and shown.endswith("</iframe>") and shown.count("<") == 2
-    for text in ("Validation FID", "Training loss", "mine: finished", "publish  done", "80.0"):
-        assert text in shown
+    state, frame = ended.shown()
+    assert ended._repr_html_() == state + frame
+    assert frame.startswith("<iframe ") and frame.endswith("</iframe>") and frame.count("<") == 2
+    for text in ("mine: finished", "best FID 80.0 at 20 steps", "0.00 worker hours", "publish  done"):
+        assert text in state
+    for text in ("Validation FID", "Training loss", "80.0"):
+        assert text in frame
+    assert "data:image" not in frame
     pictures = Pictures([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))])
     assert pictures._repr_html_().count('src="data:image/png;base64,') == 2
+
+
+def test_a_notebook_shows_a_run_while_it_waits(
+    ended: diffray.Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a real kernel, and a real job: it prints what takes space."""
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(home / "jupyter"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    for step in (10, 20):
+        checkpoint = ended.folder.training("a").child(f"step-{step}")
+        losses = [{"step": number, "loss": 1 / number} for number in range(step - 9, step + 1)]
+        checkpoint.write_text("series.json", json.dumps(losses))
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "PNG")
+        checkpoint.child("samples").write_bytes("0-a-cat.png", buffer.getvalue())
+    ended.folder.training("a").child("step-30").write_text("series.json", '[{"step": 21')  # being written
+    places = [ended.folder.training("a").child(f"step-{row.step}").uri for row in ended.scores]
+    rows = [row | {"checkpoint": place} for row, place in zip(ended.scores, places, strict=True)]
+    write_rows(ended.folder.search, rows)
+    cell = """
+import diffray
+run = diffray.run("mine")
+run.job.start("diffray.clean", run.job.started.arguments, None, submit=False)
+before = run.status
+run.wait()
+before
+"""
+    with kernel(cell, home) as notebook:
+        state, frame, before = notebook.run("cell")
+    assert (state["output_type"], frame["output_type"]) == ("display_data", "display_data")
+    assert before["data"]["text/plain"] == "'running'" and "mine: finished" in state["data"]["text/html"]
+    assert "of encoded: 0.0 MiB" in state["data"]["text/html"]
+    shown = frame["data"]["text/html"]
+    assert "One line per training" in shown and "Validation FID" in shown and "data:image/png" in shown
+    assert [picture.size for picture in ended.pictures()] == [(8, 8)]
 
 
 def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:
@@ -240,8 +340,27 @@ def test_a_model_is_deployed_once_it_is_published(ended: diffray.Run) -> None:
         diffray.versions(storage=str(ended.folder.root.path))
 
 
-def test_deleting_takes_folder_and_record(ended: diffray.Run, home: Path) -> None:
+def test_deleting_takes_folder_and_record_unless_another_run_needs_them(
+    ended: diffray.Run, home: Path
+) -> None:
     assert (home / "runs" / "mine" / "search").exists()
+    adapter = {"model.adapter": "runs/mine/train/a/step-20/weights"}
+    recorded("next", stage_arguments("photos", recipe="sdxl-lora", name="next", fields=adapter))
+    recorded("lost", ["--config", "nowhere.yaml"])
+    with pytest.raises(
+        ConfigError, match=r"^mine: run next needs a file in .*/runs/mine; delete that first$"
+    ):
+        ended.delete()
+    diffray.run("next").delete()
+    (home / "runs" / "elsewhere").mkdir()
+    config = diffray.defaults("sdxl-lora", name="elsewhere", **{"model.base": "runs/mine/model"})
+    (home / "runs" / "elsewhere" / "config.yaml").write_text(
+        config.to_yaml()
+    )  # by a command, without a record
+    with pytest.raises(ConfigError, match="mine: run elsewhere needs a file in"):
+        ended.delete()
+    assert (home / "runs" / "mine" / "search").exists()
+    shutil.rmtree(home / "runs" / "elsewhere")
     ended.delete()
     assert not (home / "runs" / "mine").exists()
     with pytest.raises(ConfigError, match="mine: no run of this name"):

@@ -22,7 +22,7 @@ from PIL import Image
 import diffray
 from diffray.jobs import Job, Record
 from diffray.settings import config_of, stage_arguments
-from diffray.ui import queue
+from diffray.ui import checks, queue
 from diffray.ui.access import Access
 from diffray.ui.command import main, serve
 from diffray.ui.data_folders import DataFolders, safe_name
@@ -76,9 +76,20 @@ def site(home: Path) -> Iterator[httpx.Client]:
 
 
 def recorded(
-    home: Path, name: str, *, trials: int = 2, rungs: int = 3, pictures: bool = False, address: str = ""
+    home: Path,
+    name: str,
+    *,
+    trials: int = 2,
+    rungs: int = 3,
+    pictures: bool = False,
+    address: str = "",
+    steps: int = 0,
 ) -> None:
-    """A run that ended well, with its rungs."""
+    """A run that ended well, with its rungs.
+
+    Args:
+        steps: number of steps up to each rung whose losses are written.
+    """
     fields = {"storage": str(home / "runs"), "search.device_hour_price": 2.0}
     job = Job(name)
     job.folder.mkdir(parents=True)
@@ -90,12 +101,16 @@ def recorded(
     for trial in range(trials):
         for rung in range(1, rungs + 1):
             checkpoint = run.folder.training(f"lr-{trial}").child(f"step-{rung}")
+            if steps:
+                own = range(steps * (rung - 1) + 1, steps * rung + 1)
+                losses = [{"step": step, "loss": 0.1 + 0.1 / step, "time": 0.0} for step in own]
+                checkpoint.write_text("series.json", json.dumps(losses))
             if pictures:
                 checkpoint.child("samples").write_bytes("0-a-red-apple.png", png(rung))
             row = RungRow(
                 trial_id=f"lr-{trial}",
                 learning_rate=1e-4 * (trial + 1),
-                step=10 * rung,
+                step=(steps or 10) * rung,
                 fid=90.0 - rung + trial,
                 train_loss=0.1 / rung,
                 seconds=900.0 * rung,
@@ -112,12 +127,19 @@ def refused(answer: httpx.Response) -> tuple[str, str | None]:
 
 
 def test_a_run_is_shown_from_its_records(home: Path, site: httpx.Client) -> None:
-    recorded(home, "mine", pictures=True)
+    recorded(home, "mine", pictures=True, steps=10)
     [run] = site.get("/runs").json()
     assert (run["state"], run["best"], run["step"], run["rungs"]) == ("finished", "87.0", 30, 6)
     assert (run["hours"], run["cost"]) == (1.5, 3.0)  # two trainings of 45 minutes
     run = site.get("/runs/mine").json()
-    assert "Validation FID" in run["charts"] and "Training loss" in run["charts"]
+    assert "Validation FID" in run["charts"] and "One line per training" in run["charts"]
+    begun = home / "runs" / "mine" / "train" / "lr-0" / "step-4" / "series.json"
+    begun.parent.mkdir()
+    begun.write_text('[{"step": 31, "loss": 0.3}, {"st')  # is being written
+    assert site.get("/runs/mine", params={"seen": run["stamp"]}).json()["charts"] == ""
+    begun.write_text('[{"step": 31, "loss": 0.3}]')
+    run = site.get("/runs/mine", params={"seen": run["stamp"]}).json()
+    assert "0.0001, 31 steps: " in run["charts"]
     assert run["trials"][0] == ["lr-0", "0.0001"] and "publish  <done>" in run["log"]
     assert site.get("/runs/mine", params={"seen": run["stamp"]}).json()["charts"] == ""
     [first, *_] = site.get("/runs/mine/rungs", params={"trial": "lr-1"}).json()
@@ -172,7 +194,7 @@ def test_damaged_files_and_a_lost_registry_are_told_and_hide_no_other_run(
 
 def two_hundred(home: Path) -> None:
     """200 runs of 50 rungs each."""
-    recorded(home, "run-0", trials=5, rungs=10)
+    recorded(home, "run-0", trials=5, rungs=10, steps=200)
     record, search = home / ".diffray" / "run-0", home / "runs" / "run-0" / "search"
     for name in (f"run-{number}" for number in range(1, 200)):
         shutil.copytree(record, home / ".diffray" / name)
@@ -190,6 +212,10 @@ def test_two_hundred_runs_are_read_in_under_a_second(home: Path) -> None:
     assert first < 1
     runs.all()
     assert time.process_time() - begun - first < 0.3
+    begun = time.process_time()
+    found = runs.detail("run-0", "")
+    assert found and found.charts.count("<polyline") == 10
+    assert time.process_time() - begun < 0.5
 
 
 def test_wrong_settings_are_told_beside_their_input_and_nothing_starts(
@@ -230,6 +256,9 @@ def test_a_run_whose_cluster_is_not_reached_is_told_and_delays_nothing(
     assert run["state"] == "unreached" and run["best"] == "87.0" and time.monotonic() - begun < 5
     eventually(lambda: "--address http://127.0.0.1:9: " in site.get("/runs/far").json()["line"], 60)
     assert site.get("/runs/far").json()["log"] == ""
+    assert site.post("/runs/far/deploy", json={}).status_code == 200
+    eventually(lambda: site.get("/runs/far/endpoint").json()["state"] == "failed")
+    assert 'diffray.run("far").deploy(serve={"host": ' in site.get("/runs/far/endpoint").json()["line"]
 
 
 def test_a_queue_starts_one_run_after_the_other_and_outlives_its_page(home: Path) -> None:
@@ -304,6 +333,13 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
         ("c.txt", b"\xff\xfe", "captions must be UTF-8"),
     ):
         assert said in refused(put(name, content))[0]
+    assert not (home / "photos" / "new").exists()  # until all is there
+    told = site.post("/uploads/finish", json={"folder": "photos/new"}).json()
+    assert (told["path"], told["pictures"]) == (str(home / "photos" / "new"), 1)
+    assert not [path for path in (home / "photos").iterdir() if path.name.startswith(".")]
+    assert put("later.png", png(2)).status_code == 200  # one that exists is added to
+    (home / "photos" / "new" / "later.png").unlink()
+    assert "nothing was uploaded" in refused(site.post("/uploads/finish", json={"folder": "photos/x"}))[0]
     assert "the page reads" in refused(put("a.png", png(), "/tmp"))[0]
     assert "is no folder" in refused(put("a.png", png(), "photos/x/y"))[0]
     assert "no such folder" in refused(site.get("/folders", params={"path": f"photos/{'x' * 300}"}))[0]
@@ -323,6 +359,30 @@ def test_uploads_are_pictures_or_captions_and_never_replace_another_file(
     assert "the page reads" in refused(site.get("/folders", params={"path": "photos/out"}))[0]
     assert safe_name("cafe\u0301.png") == "café.png"
     assert safe_name("-rf .png") == "rf .png" and safe_name("é" * 200 + ".png").endswith("é.png")
+
+
+def test_what_was_not_finished_is_deleted_at_the_next_start(home: Path, site: httpx.Client) -> None:
+    """An upload and dry runs; never what a user, a run or a dry run that has ended well has made."""
+    headers = {"Content-Type": "application/octet-stream"}
+    place = {"folder": "photos/cut", "name": "a.png"}
+    assert site.put("/uploads", params=place, content=png(), headers=headers).status_code == 200
+    runs = home / "runs"
+    ended = (("cut", "1", True), ("own", "1", False), ("well", "0", True), ("mine", "1", True))
+    for name, code, made in ended:
+        arguments = stage_arguments("photos", recipe="sdxl-lora", name=name, fields={"storage": str(runs)})
+        check = Job(f"{name}/preview")
+        check.folder.mkdir(parents=True)
+        (check.folder / "job.json").write_text(json.dumps(asdict(Record([*arguments, "--dry-run"]))))
+        (check.folder / "exit").write_text(code)
+        if made:
+            (check.folder / "made").touch()
+        (runs / name / "dataset" / "index").mkdir(parents=True)
+    (runs / "mine" / "search").mkdir()
+    checks.delete_unfinished()
+    DataFolders(["photos"]).delete_unfinished()
+    assert {path.name for path in runs.iterdir()} == {"own", "well", "mine"}
+    assert {path.name for path in (home / ".diffray").iterdir() if path.is_dir()} == {"well"}
+    assert {path.suffix for path in (home / "photos").iterdir()} == {".png", ".txt"}
 
 
 def test_other_sites_and_other_machines_are_refused(home: Path, site: httpx.Client) -> None:
@@ -459,11 +519,15 @@ def test_a_person_asks_for_a_run_with_the_keyboard_in_the_dark(home: Path, brows
         eventually(lambda: page.locator("#epochs").get_attribute("aria-invalid") == "true")
         page.locator("#epochs").fill("2")
         page.locator("#settings").fill("train.lora.rnak=2")
+        page.reload()
+        eventually(lambda: page.locator("#epochs").input_value() == "2")
+        assert page.locator("#data").input_value() == "photos"
         page.locator("#start").click()
         eventually(lambda: "did you mean rank" in page.locator("#settings-error").text_content())
         page.locator("#settings").fill("train.lora.rank=2")
         page.locator("#start").press("Enter")
         page.locator("#run-state.waiting").wait_for()
+        assert page.evaluate("localStorage.length") == 0
         assert "train.lora.rank=2" in queue.waiting()["photos"].arguments  # named anew
         page.reload()
         page.locator("#run-state.waiting").wait_for()

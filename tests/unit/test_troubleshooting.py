@@ -10,9 +10,10 @@ import pytest
 from ray_jobs.config import TrainConfig
 from ray_jobs.console.troubleshooting import PAGE, Help, help_link
 from ray_jobs.run.records import RungRow
+from ray_jobs.run.signs import black_line, change, no_change_line, signs_of
 from ray_jobs.training.monitor import Diverged, Meter, slow_data_line
 from ray_jobs.training.startup import StartUp
-from ray_jobs.tuning.signs import black_line, change, no_change_line
+from tests.unit.test_report import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,20 @@ def test_black_pictures_are_said_with_the_precision_that_helps() -> None:
     said = black_line("lr-0.001 at 200", 12, 64, "fp16")
     assert said and "12 of 64 pictures are black: set evaluate.precision: bf16 or fp32; docs/" in said
     assert "look at the loss and" in (black_line("lr-0.001 at 200", 12, 64, "fp32") or "")
+
+
+def test_the_report_says_what_may_be_wrong_with_a_training() -> None:
+    still, moves = rungs([0.1, 0.2], [0.1, 0.2]), rungs([0.1, 0.2], [0.2, 0.1], [0.2, 0.2])
+    assert signs_of(moves, "fp16") == signs_of(still, "fp16", ended=False) == []
+    black = zip(moves, (0, 12, 3), strict=True)
+    rows = still + [row | {"trial_id": "lr-1", "num_samples": 64, "black": count} for row, count in black]
+    told = report(signs=signs_of(rows, "fp16"))
+    for line in (
+        f"lr-1e-07: from step 100 to 200 .*; {help_link(Help.NO_CHANGE)}",
+        "lr-1 at 200, as at 1 more of its rungs: 12 of 64 pictures are black: set evaluate.precision: .*"
+        f"; {help_link(Help.BLACK_PICTURES)}",
+    ):
+        assert re.search(f'<p class="note alert">{line}</p>', told)
 
 
 def test_every_section_has_a_link_in_the_code_and_every_link_a_section() -> None:

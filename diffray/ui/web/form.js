@@ -11,12 +11,48 @@ const ENDED = { finished: true, failed: true, stopped: true };
 let options = null;
 const watching = {}; // the timer of each check
 const asked = {}; // the run of each check that goes on
+const shown = {}; // the run of each check whose result is shown
 let named = ""; // the name that the page has proposed
+
+const checkPath = (kind, name) => `checks/${kind}/${encodeURIComponent(name)}`;
+
+// --- what was typed, which a reload of the page must not lose
+
+const KEPT = [...FIELDS, "upload-name"];
+
+/** The browser's copy of the form; null if there is none. Another page of this address has other folders. */
+function kept(change) {
+  const key = `new run below ${options.folders[0]}`;
+  try {
+    change?.(key);
+    return JSON.parse(localStorage.getItem(key));
+  } catch {
+    return null; // this browser stores nothing for the page, or not this
+  }
+}
+
+function keep() {
+  const typed = Object.fromEntries(KEPT.map((id) => [id, at(id).value]));
+  if (options) kept((key) => localStorage.setItem(key, JSON.stringify({ typed, named, checks: shown })));
+}
+
+const forget = () => kept((key) => localStorage.removeItem(key));
+
+function restore() {
+  const found = kept();
+  if (!found) return;
+  for (const id of KEPT) at(id).value = found.typed[id] ?? "";
+  if (at("recipe").selectedIndex < 0) at("recipe").selectedIndex = 1; // one that is gone
+  named = found.named;
+  for (const id of ["more", "subject"]) at(id).open = [...at(id).querySelectorAll("[name]")].some((each) => each.value);
+  for (const [kind, name] of Object.entries(found.checks))
+    get(checkPath(kind, name)).then((check) => showCheck(kind, check), () => {}); // or it is gone
+}
 
 export function openForm() {
   if (!options) load();
   for (const kind of Object.keys(asked))
-    if (asked[kind]) follow(kind, get(`checks/${kind}/${encodeURIComponent(asked[kind])}`));
+    if (asked[kind]) follow(kind, get(checkPath(kind, asked[kind])));
   return () => Object.values(watching).forEach(clearTimeout);
 }
 
@@ -36,6 +72,7 @@ async function load() {
   at("start-hint").textContent = `At most ${options.at_once} on this machine at once; others wait.`;
   at("data-hint").textContent = `Below ${options.folders.join(" or ")}.`;
   at("upload-hint").prepend(`Made in ${options.folders[0]}. `);
+  restore();
   showRecipe();
 }
 
@@ -129,10 +166,12 @@ function tellCheck(kind, error) {
 }
 
 function showCheck(kind, found) {
-  const path = `checks/${kind}/${encodeURIComponent(found.name)}`;
+  const path = checkPath(kind, found.name);
   const button = (textContent, onclick) => make("button", { type: "button", textContent, onclick });
   clearTimeout(watching[kind]);
   asked[kind] = ENDED[found.status] ? null : found.name;
+  shown[kind] = found.name;
+  keep();
   verdict(kind, VERDICTS[kind][found.status] ?? `${found.status}.`, MARKS[found.status]);
   const parts = [];
   if (kind === "plan" && ENDED[found.status]) parts.push(essence(found.log));
@@ -192,6 +231,7 @@ function choose(found) {
   const captions = found.captioned ? "with captions" : "without captions";
   at("data-hint").textContent = `${found.pictures.toLocaleString()} pictures directly in it, ${captions}.`;
   propose(found.path);
+  keep();
 }
 
 /** A name after the folder, unless the person has given one. */
@@ -199,6 +239,7 @@ function propose(path) {
   if (at("name").value !== named) return;
   named = path.split("/").filter(Boolean).pop()?.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "") ?? "";
   at("name").value = named;
+  keep();
 }
 
 async function sendFiles() {
@@ -213,23 +254,29 @@ async function sendFiles() {
   const progress = Object.assign(at("upload-progress"), { hidden: false, max: files.length, value: 0 });
   at("send").disabled = true;
   let done = 0;
+  let stopped = false; // then the folder is not there yet; the same upload goes on
   for (const file of files) {
     try {
       await upload(folder, file);
       done += 1;
     } catch (error) {
       told(error.message);
-      if (error.status === 0 || error.status === 401) break;
+      stopped = error.status === 0 || error.status === 401;
+      if (stopped) break;
     }
     progress.value += 1;
   }
+  say(`${done} of ${files.length} files uploaded.`);
+  try {
+    if (done && !stopped) {
+      choose(await post("uploads/finish", { folder }));
+      at("files").value = "";
+    }
+  } catch (error) {
+    told(error.message);
+  }
   at("send").disabled = false;
   progress.hidden = true;
-  say(`${done} of ${files.length} files uploaded.`);
-  if (done) {
-    choose(await get(`folders?${new URLSearchParams({ path: folder })}`));
-    at("files").value = "";
-  }
 }
 
 // --- start
@@ -241,6 +288,7 @@ async function start() {
   say("Starting.");
   try {
     const { name } = await post("runs", formBody());
+    forget();
     location.hash = `#/runs/${encodeURIComponent(name)}`;
   } catch (error) {
     say("");
@@ -252,6 +300,7 @@ async function start() {
 
 at("start").addEventListener("click", start); // not by Enter in an input: a run costs hours
 at("form").addEventListener("submit", (event) => event.preventDefault());
+at("form").addEventListener("input", keep);
 at("recipe").addEventListener("change", showRecipe);
 at("data").addEventListener("change", () => propose(at("data").value));
 at("browse").addEventListener("toggle", () => at("browse").open && browse(at("data").value || ""));

@@ -47,6 +47,7 @@ class RunView {
     ];
     at("run-facts").textContent = facts.filter(Boolean).join(" · ");
     at("run-line").textContent = run.line;
+    at("run-signs").replaceChildren(...(run.signs ?? []).map((textContent) => make("li", { textContent })));
     at("stop").hidden = !["running", "waiting"].includes(run.state);
     at("resume").hidden = !["failed", "stopped"].includes(run.state);
     at("report").hidden = !run.report;
@@ -58,8 +59,10 @@ class RunView {
       at("charts").innerHTML = run.charts; // the server's own drawing, escaped there
       at("numbers").innerHTML = run.numbers;
     }
-    this.seen = run.rungs ? (run.stamp ?? "") : "";
-    at("charts").hidden = at("numbers-details").hidden = !run.rungs;
+    const drawn = at("charts").childElementCount > 0; // the loss before the first rung
+    this.seen = drawn ? (run.stamp ?? "") : "";
+    at("charts").hidden = !drawn;
+    at("numbers-details").hidden = !run.rungs;
     this.showTrials(run);
     if (run.published && this.version !== run.published) {
       this.version = run.published;

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ray_jobs.console.troubleshooting import Help, help_link
+from ray_jobs.run.records import RungRow
 
 STILL = 1e-3
 """Change of the held-out rows' losses, as a share of them, below which a training has not moved.
@@ -65,3 +66,25 @@ def black_line(name: str, black: int, num_samples: int, precision: str) -> str |
     if precision == "fp16":  # the others have float32's range
         fix = "set evaluate.precision: bf16 or fp32"
     return f"{name}: {black} of {num_samples} pictures are black: {fix}; {help_link(Help.BLACK_PICTURES)}"
+
+
+def signs_of(rows: Sequence[RungRow], precision: str, *, ended: bool = True) -> list[str]:
+    """Return the lines about a search: trainings whose loss does not move, or that draw black pictures.
+
+    Args:
+        rows: one per measured rung.
+        precision: `evaluate.precision`.
+        ended: whether the trainings have ended; before, a loss may still begin to move.
+    """
+    trainings: dict[str, list[RungRow]] = {}
+    for row in sorted(rows, key=lambda row: row.step):
+        trainings.setdefault(row.training_name, []).append(row)
+    found = []
+    for name, rungs in trainings.items():
+        worst, black = max(rungs, key=lambda row: row.black), sum(row.black > 0 for row in rungs)
+        others = f", as at {black - 1} more of its rungs" if black > 1 else ""
+        place = f"{name} at {worst.step}{others}"
+        lines = [black_line(place, worst.black, worst.num_samples or 0, precision)]
+        lines += [no_change_line(name, rungs)] if ended else []
+        found += [line for line in lines if line]
+    return found
