@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.fetched import local_path, without_keys
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from ray_jobs.config import Config, ConfigError, LoraConfig, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.console.commands import command_parser
 from ray_jobs.diffusion.families import family_of
@@ -143,7 +143,7 @@ def imported_model(config: Config, name: str, revision: str | None = None) -> It
 def register_imported(config: Config, imported: Imported) -> Registered:
     """Register imported weights as a version of `publish.model_name`."""
     name = imported.tags["imported_from"]
-    train = config.train.model_copy(update={"method": imported.method})
+    train = config.train.model_copy(update={"method": imported.method, "lora": LoraConfig()})
     config = config.model_copy(update={"train": train})
     if imported.base is not None:
         own = {"base": imported.base, "revision": imported.tags.get("imported_revision"), "quantize": None}

@@ -69,13 +69,44 @@ class ModelConfig(Section):
         return self
 
 
+AdapterKind = Literal["lora", "loha", "lokr", "oft"]
+
+ADAPTER_SETTINGS: dict[str, set[AdapterKind]] = {  # which kinds of adapters they change
+    "rank": {"lora", "loha", "lokr"},
+    "alpha": {"lora", "loha", "lokr"},
+    "dropout": {"lora"},
+    "use_dora": {"lora"},
+    "use_rslora": {"lora"},
+    "factor": {"lokr"},
+    "block": {"oft"},
+}
+
+
 class LoraConfig(Section):
-    """Low-rank adapters (arXiv 2106.09685), by peft."""
+    """Adapters, by peft: low-rank ones (arXiv 2106.09685), or of another kind."""
 
     affects: ClassVar = Effect.WEIGHTS
 
-    rank: Positive = Field(16, description="rank of the update")
+    kind: Annotated[AdapterKind, Effect.WEIGHTS, Added("lora")] = Field(
+        "lora",
+        description="lora: the update is a product of two thin matrices. loha: an element-wise product of "
+        "two such updates (arXiv 2108.06098); it is kept as the LoRA that it is, of rank times rank. lokr: "
+        "the Kronecker product of a small matrix and such an update (arXiv 2309.14859); kept as a LoRA of "
+        "rank times factor. oft: an orthogonal matrix times the weights (arXiv 2306.07280); what is kept is "
+        "a whole model",
+    )
+    rank: Positive = Field(16, description="rank of the update, with loha and lokr of its factors")
     alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
+    factor: Annotated[Positive, Effect.WEIGHTS, Added(8)] = Field(
+        8,
+        description="with lokr: largest number of rows and columns of the small matrix; the nearest divisor "
+        "of a layer's size below is taken",
+    )
+    block: Annotated[Positive, Effect.WEIGHTS, Added(32)] = Field(
+        32,
+        description="with oft: rows of each block on the diagonal of the orthogonal matrix; it divides the "
+        "inputs of the layers",
+    )
     dropout: Share = Field(0.0, description="probability of dropout before the down projection")
     target_modules: list[str] | None = Field(
         None, description="layers that get an adapter, by the end of their name; empty: the attention layers"
@@ -84,6 +115,13 @@ class LoraConfig(Section):
         False, description="decompose weights into magnitude and direction (arXiv 2402.09353)"
     )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
+
+    @model_validator(mode="after")
+    def _has_own_settings(self) -> "LoraConfig":
+        for setting, having in ADAPTER_SETTINGS.items():
+            if self.kind not in having:
+                require_unset(self, f"with kind: {self.kind}", setting)
+        return self
 
 
 class LossConfig(Section):
@@ -340,6 +378,16 @@ class TrainConfig(Section):
         return [stage.optimizer or self.optimizer for stage in self.stages] or [self.optimizer]
 
     @property
+    def makes_adapter(self) -> bool:
+        """Whether an adapter is what is trained and kept, and not a whole model."""
+        return self.method == "lora" and self.lora.kind != "oft"
+
+    @property
+    def makes(self) -> Literal["lora", "full"]:
+        """The method of the versions that a training makes: adapters or whole models."""
+        return "lora" if self.makes_adapter else "full"
+
+    @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
@@ -367,6 +415,15 @@ class TrainConfig(Section):
     def _drops_out(self) -> "TrainConfig":
         if self.dropout and self.method == "lora":
             raise ValueError(f"dropout: {self.dropout:g} needs method: full; adapters have lora.dropout")
+        return self
+
+    @model_validator(mode="after")
+    def _divides_no_factors(self) -> "TrainConfig":
+        if self.method == "lora" and self.lora.kind != "lora" and self.zero_stage == 3:
+            raise ValueError(
+                f"lora.kind: {self.lora.kind} multiplies whole matrices, which zero_stage: 3 divides; set it "
+                "to 2 or less"
+            )
         return self
 
     @model_validator(mode="after")

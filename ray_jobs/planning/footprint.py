@@ -37,6 +37,7 @@ class Footprint:
         quantized: those of them in quantized layers; `quantized_bytes`: what these take.
         trained: parameters that the optimizer updates, adapters included.
         activations: bytes that autograd keeps for one row between the forward and the backward pass.
+        fixed: bytes that it keeps whatever the number of rows: the matrices that LoHa, LoKr and OFT make.
         blocks: bytes of the frozen weights of the denoiser's blocks; `two_blocks`: of the two largest.
     """
 
@@ -47,6 +48,7 @@ class Footprint:
     quantized_bytes: int = 0
     blocks: int = 0
     two_blocks: int = 0
+    fixed: int = 0
 
     def whole(self, method: str) -> int:
         """Return the number of parameters in the module, adapters included."""
@@ -68,21 +70,27 @@ def footprint(config: Config) -> Footprint:
     whole += quantized - sum(parameter.numel() for parameter in stored)
     base = whole - (trained if config.train.method == "lora" else 0)
     num_bytes = sum(parameter.nbytes for parameter in stored)
-    activations = _activations(config, model)  # casts the model
+    if config.train.method == "lora" and config.train.lora.kind != "lora":
+        # One row is no measure of the next: of a single one some copies are not made.
+        two_rows = _activations(config, empty_finetuning(config), rows=2)
+        activations = _activations(config, model, rows=3) - two_rows  # casts the model
+        fixed = two_rows - 2 * activations
+    else:
+        activations, fixed = _activations(config, model), 0  # casts the model
     blocks = [
         sum(each.nbytes for each in block.parameters() if not each.requires_grad) for block in model.blocks()
     ]
     two = sum(sorted(blocks)[-2:])
-    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two)
+    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two, fixed)
 
 
-def _activations(config: Config, model: FineTuning) -> int:
+def _activations(config: Config, model: FineTuning, rows: int = 1) -> int:
     saved = SavedTensors(model)
     if config.train.gradient_checkpointing:
         for part in model.model.values():
             every = EveryNth(config.train.checkpoint_every, saved.recomputed)
             model.family.enable_gradient_checkpointing(part, every)
-    _pass(config, model, saved.counting)
+    _pass(config, model, saved.counting, rows)
     return saved.num_bytes + saved.largest_block
 
 

@@ -74,7 +74,7 @@ def register_winner(
             "step": str(winner.step),
             **{name: str(value) for name, value in winner.settings.items()},
             "guidance_scale": f"{config.evaluate.guidance_scale:g}",
-            "method": config.train.method,
+            "method": config.train.makes,
             "base": config.model.base,
             **({"base_revision": config.model.revision} if config.model.revision else {}),
             **beginning_tags(config),

@@ -111,7 +111,7 @@ def read_given(
     try:
         if (own := read_peft_format(file, family.denoiser)) is not None:
             _require_finite(own, file, field)
-            return _in_convolutions(own, family.denoiser, denoiser), {}
+            return in_convolutions(own, f"{family.denoiser}.", denoiser), {}
         stored, settings = read_adapter_file(file)
     except SafetensorError as error:
         raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
@@ -170,26 +170,34 @@ def read_given(
         tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
     except ValueError as error:
         raise ValueError(f"{field}: {file}: {error}") from None
-    return _in_convolutions(tensors, family.denoiser, denoiser), settings
+    return in_convolutions(tensors, f"{family.denoiser}.", denoiser), settings
 
 
-def _in_convolutions(
-    tensors: Mapping[str, torch.Tensor], component: str, denoiser: nn.Module
+def in_convolutions(
+    tensors: Mapping[str, torch.Tensor], prefix: str, part: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels."""
+    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels.
+
+    Args:
+        prefix: what the names of the component's layers begin with.
+    """
     found = dict(tensors)
-    convolutions = {layer: each for layer, each in denoiser.named_modules() if isinstance(each, nn.Conv2d)}
+    convolutions = {
+        layer.removesuffix(".base_layer"): each  # of one with adapters
+        for layer, each in part.named_modules()
+        if isinstance(each, nn.Conv2d)
+    }
     for name, down in tensors.items():
-        layer = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
+        layer = name.removeprefix(prefix).removesuffix(".lora_A.weight")
         module = convolutions.get(layer)
         if module is None or down.dim() != 2 or down.shape[1] != module.weight[0].numel():
             continue
         found[name] = down.reshape(-1, *module.weight.shape[1:])
-        for part, shape in (
+        for kind, shape in (
             ("lora_B.weight", (-1, len(down), 1, 1)),
             ("lora_magnitude_vector", (1, -1, 1, 1)),
         ):
-            if (other := f"{component}.{layer}.{part}") in tensors:
+            if (other := f"{prefix}{layer}.{kind}") in tensors:
                 found[other] = tensors[other].reshape(shape)
     return found
 

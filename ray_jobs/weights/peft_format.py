@@ -15,7 +15,7 @@ from ray_jobs.weights.lycoris import as_low_rank
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _BEGINNING = "base_model.model."
-_LYCORIS = ("LOHA", "LOKR")
+LYCORIS = ("LOHA", "LOKR")
 
 
 def read_peft_format(file: Path, component: str) -> dict[str, torch.Tensor] | None:
@@ -64,10 +64,10 @@ def _settings(file: Path) -> dict[str, Any]:
 def _converted(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return a LoRA with a scale of 1."""
     kind = str(told.get("peft_type"))
-    if kind in _LYCORIS:
-        return _from_lycoris(tensors, told)
+    if kind in LYCORIS:
+        return from_lycoris(tensors, told)
     if kind != "LORA":
-        read = ", ".join(["LORA", *_LYCORIS])
+        read = ", ".join(["LORA", *LYCORIS])
         raise ValueError(f"{PEFT_CONFIG}: peft_type {kind}: only {read} are read; train one of them")
     settings = {f"own.{key}": value for key, value in told.items()}
     found = dict(tensors)
@@ -81,8 +81,12 @@ def _converted(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> 
     return found
 
 
-def _from_lycoris(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return LoHa or LoKr of peft's names as LoRA; see `as_low_rank`."""
+def from_lycoris(tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return LoHa or LoKr of peft's names as LoRA of scale 1; see `as_low_rank`.
+
+    Args:
+        told: peft's configuration.
+    """
     from peft.utils.other import get_pattern_key
 
     alphas = told.get("alpha_pattern") or {}

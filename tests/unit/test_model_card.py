@@ -250,20 +250,27 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
     assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 4, "alpha": 6, "use_rslora": True},
+        {"rank": 4, "alpha": 6, "use_rslora": True, "use_dora": True},
+        {"rank": 1, "alpha": 6, "kind": "lokr", "factor": 4},
+    ],
+    ids=["lora", "dora", "lokr"],
+)
 def test_the_program_for_lora_weights_needs_no_loader_of_diffusers(
-    tiny: Callable[[str], Path], tmp_path: Path, dora: bool
+    tiny: Callable[[str], Path], tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     pipeline, base = load_pipeline(str(tiny("PixArtSigmaPipeline"))), tmp_path / "base"
     options = dict(pipeline.transformer.config) | {"sample_size": 32}  # for which its pipeline has sizes
     pipeline.transformer = type(pipeline.transformer).from_config(options)
     pipeline.save_pretrained(base)
     unadapted = draw_here(load_pipeline(str(base)))
-    lora: dict[str, Any] = {"rank": 4, "alpha": 6, "use_dora": dora, "use_rslora": True}
     config = config_of("base", train={"lora": lora})
     add_lora(pipeline.transformer, target_modules=["to_q", "to_v"], dropout=0.5, **lora)
     for name, parameter in pipeline.transformer.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lokr_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     family = family_of(pipeline)
     objective = family.schedule.objective(pipeline.scheduler.config)
