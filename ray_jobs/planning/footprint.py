@@ -7,13 +7,13 @@ time everything.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ray_jobs.config import Config
+from ray_jobs.config import WHOLE_TENSORS, Config
 from ray_jobs.data.encoding.shapes import square_latents
 from ray_jobs.diffusion.families import Conditions, Family
 from ray_jobs.diffusion.finetuning import ADAPTER, FineTuning
@@ -23,6 +23,7 @@ from ray_jobs.diffusion.protocols import Denoiser, TextEncoder
 from ray_jobs.diffusion.quantization import QuantizedLinear
 from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import whole_pictures
+from ray_jobs.training.optimizers import moments_of
 from ray_jobs.training.setup import empty_finetuning
 
 ROWS = 13  # of a pass that looks for layers with other rows: few numbers of tokens are multiples
@@ -38,6 +39,8 @@ class Footprint:
         trained: parameters that the optimizer updates, adapters included.
         activations: bytes that autograd keeps for one row between the forward and the backward pass.
         fixed: bytes that it keeps whatever the number of rows: the matrices that LoHa, LoKr and OFT make.
+        moments: numbers that an optimizer keeps for each trained one, by its name; of those to which shapes
+            matter.
         blocks: bytes of the frozen weights of the denoiser's blocks; `two_blocks`: of the two largest.
     """
 
@@ -49,6 +52,7 @@ class Footprint:
     blocks: int = 0
     two_blocks: int = 0
     fixed: int = 0
+    moments: Mapping[str, float] = field(default_factory=dict)
 
     def whole(self, method: str) -> int:
         """Return the number of parameters in the module, adapters included."""
@@ -81,7 +85,12 @@ def footprint(config: Config) -> Footprint:
         sum(each.nbytes for each in block.parameters() if not each.requires_grad) for block in model.blocks()
     ]
     two = sum(sorted(blocks)[-2:])
-    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two, fixed)
+    moments: dict[str, float] = {
+        name: sum(size.numel() for _, p in model.all_trained for size in moments_of(name, p.shape).values())
+        / trained
+        for name in WHOLE_TENSORS
+    }
+    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two, fixed, moments)
 
 
 def _activations(config: Config, model: FineTuning, rows: int = 1) -> int:

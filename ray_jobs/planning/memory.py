@@ -74,6 +74,7 @@ class Model:
             quantized_bytes=found.quantized_bytes,
             blocks=found.blocks,
             two_blocks=found.two_blocks,
+            moments=found.moments,
         )
 
 
