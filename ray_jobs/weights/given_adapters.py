@@ -109,7 +109,7 @@ def read_given(
     from safetensors import SafetensorError
 
     try:
-        if (own := read_peft_format(file, family.denoiser)) is not None:
+        if (own := read_peft_format(file, family.denoiser, family.trainable_encoders)) is not None:
             _require_finite(own, file, field)
             return in_convolutions(own, f"{family.denoiser}.", denoiser), {}
         stored, settings = read_adapter_file(file)

@@ -22,7 +22,7 @@ from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import champion, entries, registered
 from ray_jobs.registry.registration import register
 from ray_jobs.weights.adapter_files import read_adapter_file
-from ray_jobs.weights.kohya import kohya_tensors
+from ray_jobs.weights.kohya import kohya_file, kohya_tensors
 from ray_jobs.weights.loading import LORA_WEIGHTS, empty_model, load_pipeline
 from ray_jobs.weights.single_file import write_single_file
 from serving.engine.engine import Engine
@@ -309,6 +309,35 @@ def test_adapters_of_pefts_own_format_draw_what_was_trained(
     with imported_adapter(configured(base, tmp_path), [str(folder)]) as found:
         assert (picture(load_pipeline(str(base), found.folder)) - trained).abs().max() < 0.55
     assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
+
+
+@pytest.mark.parametrize("name", [SD, XL])
+def test_adapters_of_text_encoders_in_pefts_own_format_join_that_of_the_denoiser(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = tiny(name)
+    pipeline: Any = load_pipeline(str(base))
+    given: list[str] = []
+    torch.manual_seed(0)
+    for component in ("unet", *FAMILIES[name].trainable_encoders):
+        layers = ["to_q"] if component == "unet" else ["q_proj", "fc1"]
+        config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=layers, init_lora_weights=False)
+        model = peft.get_peft_model(getattr(pipeline, component), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(tmp_path / component))
+        given.append(str(tmp_path / component))
+    trained = picture(pipeline)
+    with imported_adapter(configured(base, tmp_path), given) as found:
+        assert (picture(load_pipeline(str(base), found.folder)) - trained).abs().max() < 0.55
+        content = kohya_file(str(base), found.folder)
+    te = b'"lora_te_text_model_' if name == SD else b'"lora_te2_text_model_'
+    assert te in content[:100_000]
+    if name == XL:
+        (tmp_path / "text_encoder_2").rename(tmp_path / "style")
+        line = refusal(capsys, base, tmp_path, "--adapter", str(tmp_path / "style"))
+        assert "name its folder after the one: text_encoder or text_encoder_2" in line
 
 
 def test_files_of_pefts_own_format_that_are_no_lora_are_refused(
