@@ -75,7 +75,7 @@ def publish(
     folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
     for name in (TEST_FEATURES, *([SUBJECT_FEATURES] if pool.ranked_by(TEST) == SUBJECT else [])):
         folder.model.write_bytes(name, run.read_bytes(name))
-    paired = paired_with_champion(config, pool, winner, folder.model)
+    paired = paired_with_champion(config, pool, pool.digests[TEST], folder.model)
     registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner |= {"search_digest": found.digest, "publish_settings": publish_settings(config)}
