@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ray_jobs.config import WHOLE_TENSORS, Config
@@ -113,7 +114,7 @@ def _pass(
     """
     dtype = PRECISIONS[config.train.precision]
     to_precision(model.train(), dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _constants_of(rows):
         model.to_empty(device="cpu")
         conditions = blank_conditions(config, model.family, model.denoiser, model.text_encoders, rows)
         with watched():
@@ -122,6 +123,17 @@ def _pass(
             conditions = {name: cast(each, dtype) for name, each in conditions.items()}
             latents = torch.empty((rows, *square_latents(config)), dtype=dtype)
             model.family.denoise(model.model, latents, torch.full((rows,), 500.0), conditions)
+
+
+@contextmanager
+def _constants_of(rows: int) -> Iterator[None]:
+    """Let fake tensors of so many elements have known values: Lumina 2 counts the tokens of each row."""
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = max(before, rows)
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 def check_rows(config: Config) -> None:

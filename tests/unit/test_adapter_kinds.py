@@ -130,14 +130,19 @@ def test_convolutions_and_layers_of_several_sizes_are_the_lora_that_they_are(
     assert difference(trained, drawn_by(training, tiny_model)) <= 1
 
 
-@kinds
-def test_the_plan_counts_the_matrices_of_a_kind_once(tiny_flux: Path, kind: str) -> None:
-    settings = config(tiny_flux, *KINDS[kind])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, TRANSFORMER) for kind in KINDS), ("lokr", "Lumina2Pipeline")]
+)
+def test_the_plan_counts_the_matrices_of_a_kind_once(
+    tiny: Callable[[str], Path], kind: str, name: str
+) -> None:
+    base = tiny(name)
+    settings = config(base, *KINDS[kind])
     _, model = build_model(settings)
     found = footprint(settings)
     assert found.trained == sum(parameter.numel() for _, parameter in model.all_trained)
     for rows in (1, 4):
-        kept = saved_by_autograd(model, tiny_flux, rows)
+        kept = saved_by_autograd(model, base, rows)
         assert kept <= rows * found.activations + found.fixed < (1.05 if rows == 1 else 1.001) * kept
     assert found.fixed > 0
 

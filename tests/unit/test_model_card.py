@@ -80,6 +80,14 @@ def test_a_base_in_a_folder_is_no_base_of_the_hub() -> None:
     assert "the text-to-image model base" in read.text
 
 
+def test_other_kinds_of_adapters_are_named() -> None:
+    text = card(config_of(train={"lora": {"kind": "lokr", "rank": 4}}))
+    assert "LoRA weights (trained as LoKr of rank 4)" in text and "LoKr, rank 4, alpha 16" in text
+    text = card(config_of(train={"lora": {"kind": "oft", "block": 8}}))
+    assert "orthogonal matrices (OFT, blocks of 8) merged into its layers" in text
+    assert "load_lora_weights" not in text
+
+
 def test_a_model_that_was_trained_whole_has_no_adapter() -> None:
     read = ModelCard(card(config_of(train={"method": "full"})))
     assert read.data.to_dict()["base_model_relation"] == "finetune"
