@@ -580,7 +580,7 @@ class TrainConfig(Section):
             )
         for number, stage in enumerate(self.stages or [None]):
             where = "" if stage is None else f"stages.{number}."
-            schedule = stage and stage.schedule or self.schedule
+            schedule = (stage.schedule if stage else None) or self.schedule
             if schedule not in ENDLESS:
                 raise ValueError(
                     f"{where}schedule: {schedule} lowers the rate, in place of which schedule_free averages; "
