@@ -83,20 +83,28 @@ ADAPTER_SETTINGS: dict[str, set[AdapterKind]] = {  # which kinds of adapters the
 
 
 class LoraConfig(Section):
-    """Adapters, by peft: low-rank ones (arXiv 2106.09685), or of another kind."""
+    """Low-rank adapters (arXiv 2106.09685), by peft."""
 
     affects: ClassVar = Effect.WEIGHTS
 
+    rank: Positive = Field(16, description="rank of the update")
+    alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
+    dropout: Share = Field(0.0, description="probability of dropout before the down projection")
+    target_modules: list[str] | None = Field(
+        None, description="layers that get an adapter, by the end of their name; empty: the attention layers"
+    )
+    use_dora: bool = Field(
+        False, description="decompose weights into magnitude and direction (arXiv 2402.09353)"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
     kind: Annotated[AdapterKind, Effect.WEIGHTS, Added("lora")] = Field(
         "lora",
         description="lora: the update is a product of two thin matrices. loha: an element-wise product of "
-        "two such updates (arXiv 2108.06098); it is kept as the LoRA that it is, of rank times rank. lokr: "
-        "the Kronecker product of a small matrix and such an update (arXiv 2309.14859); kept as a LoRA of "
-        "rank times factor. oft: an orthogonal matrix times the weights (arXiv 2306.07280); what is kept is "
-        "a whole model",
+        "two of `rank` (arXiv 2108.06098); it is kept as the LoRA that it is, of rank times rank. lokr: the "
+        "Kronecker product of a small matrix and one of `rank` (arXiv 2309.14859); kept as a LoRA of rank "
+        "times factor. oft: an orthogonal matrix times the weights (arXiv 2306.07280); what is kept is a "
+        "whole model",
     )
-    rank: Positive = Field(16, description="rank of the update, with loha and lokr of its factors")
-    alpha: Positive = Field(16, description="the update is scaled by alpha / rank")
     factor: Annotated[Positive, Effect.WEIGHTS, Added(8)] = Field(
         8,
         description="with lokr: largest number of rows and columns of the small matrix; the nearest divisor "
@@ -107,14 +115,6 @@ class LoraConfig(Section):
         description="with oft: rows of each block on the diagonal of the orthogonal matrix; it divides the "
         "inputs of the layers",
     )
-    dropout: Share = Field(0.0, description="probability of dropout before the down projection")
-    target_modules: list[str] | None = Field(
-        None, description="layers that get an adapter, by the end of their name; empty: the attention layers"
-    )
-    use_dora: bool = Field(
-        False, description="decompose weights into magnitude and direction (arXiv 2402.09353)"
-    )
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
 
     @model_validator(mode="after")
     def _has_own_settings(self) -> "LoraConfig":
