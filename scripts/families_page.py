@@ -95,6 +95,9 @@ TESTS = {
     "image to image": (
         f"{SERVING}image_to_image.py::test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch"
     ),
+    "edits are the pipeline's, in mixed batches": (
+        f"{SERVING}edits.py::test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline"
+    ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
     ),
@@ -115,6 +118,7 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     ),
     "adapters of text encoders": lambda family: bool(family.trainable_encoders),
     "reference pictures": lambda family: bool(family.max_references),
+    "edits are the pipeline's, in mixed batches": lambda family: bool(family.max_references),
     "`serve.cache_features`": lambda family: family.is_unet,
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }

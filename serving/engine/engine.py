@@ -142,6 +142,11 @@ class Engine:
         return self.family.native_size(self.pipeline)
 
     @property
+    def size_multiple(self) -> int:
+        """Pixels that the sides of images and references are multiples of."""
+        return self.family.codec.size_multiple(self.pipeline.vae.config, self.denoiser.config)
+
+    @property
     def unfinished(self) -> bool:
         """True while any request is unanswered."""
         return self.scheduler.unfinished

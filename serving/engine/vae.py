@@ -56,9 +56,9 @@ def encode(pipeline: Pipeline, chunk: Sequence[Encoding], device: str) -> None:
     if chunk[0].number is None:
         _set_initial_latents(pipeline, [each.row for each in chunk], pixels, device)
         return
-    for each, latents in zip(chunk, encode_references(pipeline, pixels), strict=True):
+    for each, latents in zip(chunk, encode_references(pipeline, pixels, device), strict=True):
         assert each.number is not None
-        each.row.references[each.number] = latents.to(device)
+        each.row.references[each.number] = latents
 
 
 def _set_initial_latents(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor, device: str) -> None:

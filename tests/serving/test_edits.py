@@ -1,19 +1,38 @@
-"""A row that looks at reference pictures is the picture of the family's own pipeline, in any batch."""
+"""A row that looks at reference pictures is the picture of the family's own pipeline, in any batch.
 
-from collections.abc import Callable
+Over HTTP they are the pictures of an edit.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
+import openai
 import pytest
 import torch
+from PIL import Image
 
+from ray_jobs.config import Config
+from ray_jobs.registry.digests import weights_digest
+from ray_jobs.registry.models import RegisteredModel
 from ray_jobs.weights.loading import load_lora, load_pipeline
 from serving.engine.engine import Engine
 from serving.engine.rows import Drawing
+from serving.feedback.database import open_database
+from serving.feedback.replay import Replayer, Unavailable
+from serving.feedback.store import FeedbackStore
+from serving.provenance import read_provenance
+from serving.replica.image_input import read_picture, read_references
 from serving.request import Request, RequestError
+from serving.schemas import APIError
 from tests.serving import plain_diffusers
+from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn, steps_of
 from tests.tiny_models import BY_NAME, MODELS
@@ -138,3 +157,163 @@ def test_what_cannot_be_looked_at_is_refused(
     with pytest.raises(RequestError, match=told) as refused:
         engine.submit(Request("a", 0, 4, 1.0, height=64, width=64, references=references))
     assert refused.value.field == "references" and not engine.unfinished
+
+
+def as_file(pixels: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("height", "width"), [(900, 1300), (1448, 1448), (700, 645), (2500, 2500)])
+def test_a_reference_is_fitted_as_the_pipeline_fits_it(height: int, width: int) -> None:
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    noise = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    (fitted,) = read_references([as_file(noise)], 16, 4096)
+    theirs = Flux2ImageProcessor._resize_if_exceeds_area(Image.fromarray(noise.numpy()))
+    height, width = (side // 16 * 16 for side in reversed(theirs.size))
+    expected = Flux2ImageProcessor().preprocess(theirs, height=height, width=width, resize_mode="crop")
+    assert torch.equal(fitted, (expected[0] * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0))
+
+
+def test_a_reference_keeps_to_the_longest_side_and_is_not_scaled_up() -> None:
+    wide, small = as_file(picture(1, 160, 480)), as_file(picture(1, 32, 48))
+    assert [each.shape for each in read_references([wide, small], 16, 128)] == [(32, 128, 3), (32, 48, 3)]
+    for file, told in (
+        (as_file(picture(1, 16, 480)), "480x16 pixels; its shorter"),
+        (b"GIF89a", "not a pict"),
+    ):
+        with pytest.raises(APIError, match=f"image: picture 2: {told}"):
+            read_references([small, file], 16, 128)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeedbackStore]:
+    store = FeedbackStore(open_database(f"sqlite:///{tmp_path_factory.mktemp('feedback') / 'feedback.db'}"))
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def attentive_model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attentive")
+    attentive(plain_diffusers.load(tiny("Flux2KleinPipeline"))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(config: Config, attentive_model: Path, store: FeedbackStore, tmp_path_factory: Any) -> Iterator[str]:
+    """An endpoint of a FLUX.2 with two versions."""
+    versions = []
+    for number in (1, 2):
+        folder = tmp_path_factory.mktemp("edits") / str(number)
+        write_adapter(attentive_model, folder, number, **VARIANTS["attention"])
+        versions.append(
+            RegisteredModel(
+                "editor",
+                number,
+                str(folder),
+                weights_digest(str(folder)),
+                str(attentive_model),
+                None,
+                "lora",
+                {},
+            )
+        )
+    serve = {"keys": None, "allow_anonymous": True, "safety_checker": None, "drift_pictures": 0}
+    serve |= {"replicas": 64, "max_side": 128, "requests_per_minute": 1000}
+    settings = config.model_copy(update={"serve": config.serve.model_copy(update=serve)})
+    with page_server(settings, versions[0], versions[1], store) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+FILES = [as_file(picture(1, 128, 176)), as_file(picture(2, 64, 64))]
+OWN = {"seed": 3, "steps": 3, "guidance_scale": 2.0}
+
+
+def edited(client: openai.OpenAI, files: list[bytes], **fields: Any) -> Any:
+    own = OWN | fields.pop("own", {})
+    images: Any = [(f"{number}.png", file) for number, file in enumerate(files)]
+    return client.images.edit(image=images, prompt="a red star", model="base", extra_body=own, **fields)
+
+
+def pixels(data: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data.b64_json)))))
+
+
+def test_pictures_of_an_edit_are_references(
+    client: openai.OpenAI, url: str, store: FeedbackStore, attentive_model: Path
+) -> None:
+    """Of which the first gives the size; with a strength, drawing begins with the one picture instead."""
+    answers = [edited(client, FILES), edited(client, FILES, size="64x64"), edited(client, FILES[1:])]
+    assert [each.size for each in answers] == ["128x80", "64x64", "64x64"]
+    begun = edited(client, FILES[1:], size="64x64", own={"strength": 0.5})
+    plain = plain_diffusers.load(attentive_model)
+    for answer, files in zip(answers, (FILES, FILES, FILES[1:]), strict=True):
+        width, height = map(int, answer.size.split("x"))
+        request = Request(
+            "a red star", 3, 3, 2.0, None, height, width, references=read_references(files, 16, 128)
+        )
+        assert (pixels(answer.data[0]) - plain_diffusers.draw(plain, request)).abs().max() <= TOLERANCE
+    (begin,) = drawn(
+        Engine(load_pipeline(str(attentive_model))),
+        Request("a red star", 3, 3, 2.0, None, 64, 64, image=read_picture(FILES[1], 64, 64), strength=0.5),
+    )
+    assert (pixels(begun.data[0]).float() - begin).abs().max() <= 1
+
+    # What is recorded says that it cannot be drawn again from what is recorded.
+    store.flush()
+    found = store.generations([each.data[0].id for each in (answers[0], begun)])
+    assert [(each.num_references, each.strength) for each in found] == [(2, None), (None, 0.5)]
+    for generation in found:
+        with pytest.raises(Unavailable, match="drawn from pictures that were sent"):
+            Replayer(url).draw(generation)
+    facts = read_provenance(base64.b64decode(answers[0].data[0].b64_json)) or {}
+    assert facts["num_references"] == 2 and "strength" not in facts
+
+
+def test_an_edit_with_references_is_streamed_in_its_size(client: openai.OpenAI) -> None:
+    with edited(client, FILES, stream=True, partial_images=1) as stream:
+        assert [(event.type, event.size) for event in stream] == [
+            ("image_edit.partial_image", "128x80"),
+            ("image_edit.completed", "128x80"),
+        ]
+
+
+def test_models_say_how_many_references_they_take(url: str) -> None:
+    assert {each["references"] for each in httpx.get(f"{url}/v1/models").json()["data"]} == {10}
+    form = httpx.get(f"{url}/openapi.json").json()["paths"]["/v1/images/edits"]["post"]["requestBody"]
+    image = form["content"]["multipart/form-data"]["schema"]["properties"]["image"]
+    assert (image["type"], image["items"]["format"]) == ("array", "binary")
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "param", "told"),
+    [
+        ([b""], {}, "image", "missing; send an image file"),
+        (11 * FILES[:1], {}, "image", "11 were sent, and this model takes at most 10"),
+        (
+            FILES,
+            {"own": {"strength": 0.5}},
+            "image",
+            "2 were sent, and with strength, drawing begins with one",
+        ),
+        ([FILES[0], b"text"], {}, "image", "picture 2: not a picture in one of PNG, JPEG, WEBP"),
+        ([as_file(picture(1, 16, 480))], {}, "image", "480x16 pixels; its shorter side must be at least 16"),
+        (FILES, {"mask": b"a mask"}, "mask", "not supported by this server"),
+        (FILES, {"size": "60x60"}, "size", "60; must be a multiple of 16 pixels"),
+    ],
+)
+def test_an_edit_that_cannot_be_drawn_names_its_field(
+    client: openai.OpenAI, files: list[bytes], fields: dict[str, Any], param: str, told: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=told) as refused:
+        edited(client, files, **fields)
+    assert refused.value.param == param
