@@ -5,6 +5,8 @@ Over HTTP they are the pictures of an edit.
 
 import base64
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -35,6 +37,7 @@ from tests.serving import plain_diffusers
 from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn, steps_of
+from tests.serving.test_web import CHROMIUM, FIRST_PNG, chromium, copied, draw, opened
 from tests.tiny_models import BY_NAME, MODELS
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
@@ -317,3 +320,32 @@ def test_an_edit_that_cannot_be_drawn_names_its_field(
     with pytest.raises(openai.BadRequestError, match=told) as refused:
         edited(client, files, **fields)
     assert refused.value.param == param
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
+def test_the_page_draws_with_several_pictures_and_copies_programs_that_do(url: str, tmp_path: Path) -> None:
+    names = ["the 'first' \\ \"one\".png", "and;a,second.png"]
+    for name, content in zip(names, FILES, strict=True):
+        (tmp_path / name).write_bytes(content)
+    with (
+        chromium() as browser,
+        opened(browser, url, permissions=["clipboard-read", "clipboard-write"]) as page,
+    ):
+        page.fill("#steps", "3")
+        assert "up to 10 pictures" in page.inner_text("#image-hint")
+        page.set_input_files("#image", [tmp_path / name for name in names])
+        assert page.get_attribute("#size", "placeholder") == "as the picture"
+        assert not page.is_visible("#strength")
+        draw(page, "a red star", seed=4)
+        assert page.inner_text(".meta").endswith("128\u2009×\u200980")
+        shown = page.evaluate(FIRST_PNG)
+        for button, command in ((".curl", ["bash", "-ec"]), (".python", [sys.executable, "-c"])):
+            page.click(button)
+            subprocess.run([*command, copied(page)], cwd=tmp_path, check=True, timeout=60)
+            drawn = Image.open(tmp_path / "picture.png")
+            assert drawn.tobytes() == Image.open(io.BytesIO(bytes(shown))).tobytes()
+            (tmp_path / "picture.png").unlink()
+            page.evaluate("document.getElementById('status').textContent = ''")
+        page.reload()
+        page.click(".reuse")
+        assert page.locator("#chosen img").count() == page.locator(".entry .given img").count() == 2
