@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -20,6 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffray.endpoints import Endpoint
+from diffray.settings import stage_arguments
 from ray_jobs.config import Config
 from ray_jobs.registry.digests import weights_digest
 from ray_jobs.registry.models import RegisteredModel
@@ -39,6 +42,7 @@ from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn, steps_of
 from tests.serving.test_web import CHROMIUM, FIRST_PNG, chromium, copied, draw, opened
 from tests.tiny_models import BY_NAME, MODELS
+from tests.unit.test_python_api import recorded
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
 SQUARE, WIDE = (64, 64), (64, 96)
@@ -238,7 +242,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 FILES = [as_file(picture(1, 128, 176)), as_file(picture(2, 64, 64))]
-OWN = {"seed": 3, "steps": 3, "guidance_scale": 2.0}
+OWN: dict[str, Any] = {"seed": 3, "steps": 3, "guidance_scale": 2.0}
 
 
 def edited(client: openai.OpenAI, files: list[bytes], **fields: Any) -> Any:
@@ -280,6 +284,23 @@ def test_pictures_of_an_edit_are_references(
             Replayer(url).draw(generation)
     facts = read_provenance(base64.b64decode(answers[0].data[0].b64_json)) or {}
     assert facts["num_references"] == 2 and "strength" not in facts
+
+
+def test_python_draws_from_paths_files_and_pictures(
+    url: str, client: openai.OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # of its record
+    arguments = stage_arguments("photos", recipe="sdxl-lora", fields={"serve": {"port": urlsplit(url).port}})
+    endpoint = Endpoint(recorded("editor/endpoint", arguments))
+    Path("first.png").write_bytes(FILES[0])
+    expected = Image.fromarray(pixels(edited(client, FILES).data[0]).numpy())
+    for first in ("first.png", Path("first.png"), FILES[0], Image.open("first.png")):
+        [found] = endpoint.draw("a red star", images=[first, FILES[1]], model="base", **OWN)
+        assert found.tobytes() == expected.tobytes()
+    begun = endpoint.draw("a red star", images=[FILES[1]], size="96x64", strength=0.5, n=2, **OWN)
+    assert [each.size for each in begun] == [(96, 64)] * 2
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        endpoint.draw("a red star", images=["missing.png"])
 
 
 def test_an_edit_with_references_is_streamed_in_its_size(client: openai.OpenAI) -> None:
