@@ -141,7 +141,8 @@ FASTER = """\
 beside other work on the machine, so that a ratio of training is uncertain by a tenth. Small models show what
 is not the model. Training is compared with a plain loop over the same diffusers class, whose batch lies in
 memory: images a second, aim {lora}. Serving is compared with the family's own pipeline called eight times,
-for requests that differ in prompt, seed, steps and guidance: aim {served}. Ratios below the aim are **bold**.
+for requests that differ in prompt, seed, steps and guidance, and for edits of which each has a reference: aim
+{served}. Ratios below the aim are **bold**.
 
 What a step costs beside the model is the same for all: inputs take 1.4 ms in a thread of their own, and small
 models' steps 20 to 150. Krea 2's pipeline gives its denoiser 517 tokens for each caption, which ours cuts to
@@ -211,8 +212,8 @@ def has(name: str, what: str) -> bool:
 def ratios() -> str:
     """Return the table of the benchmark's ratios."""
     measured: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["families"]
-    lines = ["| | LoRA | full training | with a reference | served | lines of its file |"]
-    lines.append("|---|--:|--:|--:|--:|--:|")
+    lines = ["| | LoRA | full training | with a reference | served | edits | lines of its file |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for name in FAMILIES:
         figures = measured[name]
         told = [
