@@ -96,7 +96,7 @@ TESTS = {
         f"{SERVING}image_to_image.py::test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch"
     ),
     "edits are the pipeline's, in mixed batches": (
-        f"{SERVING}edits.py::test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline"
+        f"{SERVING}served_edits.py::test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline"
     ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
