@@ -41,6 +41,7 @@ from serving.schemas import APIError
 if TYPE_CHECKING:
     import torch
 
+    from serving.engine.engine import Engine
     from serving.engine.rows import Drawing, OnPreview
     from serving.engine.thread import EngineThread
 
@@ -126,11 +127,8 @@ class Model:
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
-            # torch.compile specializes on one row and on several; with guidance there are two.
-            for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
-                await self._drawing(
-                    RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
-                )
+            for request in first_requests(thread.engine, steps, compiled=self.settings.compile):
+                await self._drawing(RoutedRequest(version, request, fused=fused))
 
     def _is_warm(self, placement: Placement) -> bool:
         """Return True if this engine has drawn, and it and its adapter, if any, are in memory."""
@@ -326,6 +324,28 @@ class Model:
         files of the previous one can be deleted."""
         self._fetched.close()
         return self._fetched.enter_context(local_weights(self._versions[name]))
+
+
+def first_requests(engine: "Engine", num_steps: int, *, compiled: bool) -> list[Request]:
+    """Return requests that make an engine ready: one, or one of each kind for which torch.compile compiles.
+
+    It specializes on one row and on several (with guidance there are two), and on no reference, one and
+    several.
+    """
+    import torch
+
+    plain = Request("", 0, num_steps, 1.0)
+    if not compiled:
+        return [plain]
+    side = 4 * engine.size_multiple
+    blank = torch.zeros((side, side, 3), dtype=torch.uint8)
+    counts = range(min(engine.family.max_references, 2) + 1)
+    scales = (1.0, 2.0) if engine.family.has_guidance(engine.pipeline.config) else (1.0,)
+    return [
+        replace(plain, guidance_scale=scale, references=count * (blank,))
+        for count in counts
+        for scale in scales
+    ]
 
 
 def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:

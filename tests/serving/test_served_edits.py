@@ -34,6 +34,7 @@ from serving.feedback.replay import Replayer, Unavailable
 from serving.feedback.store import FeedbackStore
 from serving.provenance import read_provenance
 from serving.replica.image_input import read_picture, read_references
+from serving.replica.replica import first_requests
 from serving.request import Request, RequestError
 from serving.schemas import APIError
 from tests.serving import plain_diffusers
@@ -128,6 +129,18 @@ def test_rows_share_a_call_where_their_references_have_the_same_sizes(tiny: Call
     engine.drain()
     assert max(rows) == 2 and len(chunks) == 3
     assert torch.equal(futures[1].result(0).pixels, futures[2].result(0).pixels)
+
+
+def test_edits_are_compiled_before_they_are_asked_for(tiny: Callable[[str], Path]) -> None:
+    for model, expected in (
+        ("Flux2KleinPipeline", [(0, 1.0), (0, 2.0), (1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0)]),
+        ("StableDiffusionPipeline", [(0, 1.0), (0, 2.0)]),
+    ):
+        engine = Engine(load_pipeline(str(tiny(model))))
+        requests = first_requests(engine, 1, compiled=True)
+        assert [(len(each.references), each.guidance_scale) for each in requests] == expected
+        drawn(engine, *(replace(each, height=64, width=64) for each in requests))
+        assert len(first_requests(engine, 1, compiled=False)) == 1
 
 
 def test_an_initial_image_and_references_go_together(tiny: Callable[[str], Path]) -> None:
