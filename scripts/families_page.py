@@ -35,7 +35,7 @@ TESTS = {
     "pictures of several shapes are": (
         f"{UNIT}sampling.py::test_pictures_of_several_shapes_are_those_of_plain_diffusers"
     ),
-    "reference pictures": f"{UNIT}references.py::test_an_edit_is_that_of_the_plain_pipeline",
+    "reference pictures": f"{UNIT}reference_pictures.py::test_an_edit_is_that_of_the_plain_pipeline",
     "each row has its own guidance": f"{UNIT}families.py::test_every_row_has_its_own_guidance",
     "distilled models are recognised": (
         f"{UNIT}family_guards.py::test_who_trains_a_distilled_model_is_told_what_happens_before_it_starts"
