@@ -68,6 +68,7 @@ class Picture:
     image: Image.Image
     width: int  # width of the file's image, upright, in pixels
     height: int
+    is_transparent: bool = False  # whether some pixels of the file are not opaque
 
 
 def read_picture(
@@ -118,13 +119,15 @@ def read_picture(
         detail = f"{file_format}: {broken or type(error).__name__}"
         raise Rejected("truncated" if cut else "unreadable", detail) from None
     upright = to_srgb(colours, profile)
+    is_transparent = alpha is not None and alpha.histogram()[-1] < alpha.width * alpha.height
     if alpha is not None:
         canvas = Image.new("RGB", upright.size, background)
         canvas.paste(upright, mask=alpha)
         upright = canvas
     if orientation in UPRIGHT:
         upright = upright.transpose(UPRIGHT[orientation])
-    return Picture(upright, *(reversed(size) if orientation in SWAPS_SIDES else size))
+    width, height = reversed(size) if orientation in SWAPS_SIDES else size
+    return Picture(upright, width, height, is_transparent)
 
 
 def _format(data: bytes) -> str:
