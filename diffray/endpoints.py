@@ -78,7 +78,7 @@ class Endpoint:
         self,
         prompt: str,
         *,
-        images: "Sequence[Given]" = (),
+        images: "Given | Sequence[Given]" = (),
         n: int = 1,
         seed: int | None = None,
         **fields: Any,
@@ -86,7 +86,7 @@ class Endpoint:
         """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
 
         Args:
-            images: pictures to draw from, an edit: paths, contents of files, or PIL pictures.
+            images: pictures to draw from, an edit, or one: paths, contents of files, or PIL pictures.
             fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
                 (docs/serving.md).
 
@@ -96,7 +96,8 @@ class Endpoint:
         """
         from PIL import Image
 
-        files = [_file_of(image) for image in images]
+        given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else images
+        files = [_file_of(image) for image in given]
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
         timeout = self.config.serve.request_timeout_s + 10
         path, key = "edits" if files else "generations", os.environ.get(KEY_VARIABLE)

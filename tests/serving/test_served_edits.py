@@ -321,8 +321,10 @@ def test_python_draws_from_paths_files_and_pictures(
     for first in ("first.png", Path("first.png"), FILES[0], Image.open("first.png")):
         [found] = endpoint.draw("a red star", images=[first, FILES[1]], model="base", **OWN)
         assert found.tobytes() == expected.tobytes()
-    begun = endpoint.draw("a red star", images=[FILES[1]], size="96x64", strength=0.5, n=2, **OWN)
-    assert [each.size for each in begun] == [(96, 64)] * 2
+    begun = dict(prompt="a red star", size="96x64", strength=0.5, n=2, **OWN)
+    for one in ([FILES[0]], FILES[0], "first.png", Image.open("first.png")):
+        drawn_from = endpoint.draw(images=one, **begun)
+        assert [each.size for each in drawn_from] == [(96, 64)] * 2
     with pytest.raises(FileNotFoundError, match="missing.png"):
         endpoint.draw("a red star", images=["missing.png"])
 
