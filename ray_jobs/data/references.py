@@ -18,11 +18,7 @@ def suited_to_references(config: Config) -> Config:
         ConfigError: it is to be ranked by targets, which only rows with references have.
     """
     if not config.data.num_references:
-        if config.search.rank_by == TARGET:
-            raise ConfigError(
-                "search.rank_by: target is for models that edit reference images; name these in the "
-                "reference_columns of data.sources, or choose another score"
-            )
+        _check_ranking(config)
         return config
     search, data = config.search, config.data
     if "rank_by" not in search.model_fields_set:
@@ -36,14 +32,25 @@ def suited_to_references(config: Config) -> Config:
     return config.model_copy(update={"search": search, "data": data})
 
 
+def _check_ranking(config: Config) -> None:
+    """Raise ConfigError if a set without references is to be ranked by targets."""
+    if config.search.rank_by == TARGET:
+        raise ConfigError(
+            "search.rank_by: target is for models that edit reference images; name these in the "
+            "reference_columns of data.sources, or choose another score"
+        )
+
+
 def check_references(config: Config) -> None:
-    """Check that the model takes as many reference pictures as the sources name, and their size.
+    """Check that the model takes as many reference pictures as the sources name, their size, and that only
+    rows with references are ranked by targets.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: one of these is not so.
     """
     count, base = config.data.num_references, config.model.base
     if not count:
+        _check_ranking(config)
         return
     family = family_in(local_path(base), revision=config.model.revision)
     if count > family.max_references:

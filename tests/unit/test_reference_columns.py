@@ -19,6 +19,7 @@ from ray_jobs.data.encoding.tensors import read_tensors
 from ray_jobs.data.feeding.streaming import DecodeBatch, EncodeBatch, unpack
 from ray_jobs.data.references import check_references, suited_to_references
 from ray_jobs.data.sources.samples import Source
+from ray_jobs.planning.checks import check_stages
 from tests.tiny_models import write as write_model
 from tests.unit.test_sources import (
     dreambooth,
@@ -324,6 +325,6 @@ def test_a_model_that_takes_fewer_references_is_told_before_anything_is_reserved
     with pytest.raises(ConfigError, match="2 reference images a row, but .*FluxKontextPipeline.* at most 1"):
         check_references(edits(editor, sources=[{"path": "x", "reference_columns": ["a", "b"]}]))
     with pytest.raises(ConfigError, match="SanaPipeline.* takes none"):
-        check_references(edits(other))
+        check_stages(edits(other))  # as the plan does
     with pytest.raises(ConfigError, match="data.reference_resolution: 50 is not a multiple"):
         check_references(edits(editor, reference_resolution=50))
