@@ -268,6 +268,7 @@ def test_pictures_of_several_shapes_are_searched_on_and_two_versions_are_compare
         "data.buckets=true",
         "search.ladder=[1,2]",
         "search.rank_by=mind",
+        "search.learning_rates=[1.0e-5]",  # which changes the pictures a little
         "search.space={train.method: [full]}",
         f"evaluate={{{evaluation}, second_network: null, memorisation_pictures: 4, prompts: {prompts}}}",
     )
