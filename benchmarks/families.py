@@ -7,6 +7,7 @@ lora, full: training takes 0.95 or more of the images a second of a plain loop o
     (forward, loss, backward, clip, AdamW). The plain loop's batch lies in memory as the family's own pipeline
     gives it to the denoiser. Ours decodes no picture either, but makes its inputs from stored rows, draws the
     posterior, and keeps averaged weights.
+edits: LoRA training with a reference picture of the same size a row, of families that take them.
 served: eight requests that differ in prompt, seed, steps and guidance, drawn by one engine, take at most 1 /
     1.5 of the time of the family's own pipeline called eight times. The pictures are equal.
 
@@ -24,7 +25,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import mse_loss, pixel_unshuffle
 
 from benchmarks.gpu.train import Loop
@@ -32,6 +35,7 @@ from benchmarks.train.measuring import timed_turns
 from benchmarks.train.rivals import Optimizing, ddpm_scheduler
 from ray_jobs.config import Config, TrainConfig
 from ray_jobs.diffusion.families import FAMILIES, Family
+from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.noise_schedule import RectifiedFlow
 from ray_jobs.diffusion.finetuning import add_lora
 from ray_jobs.training.setup import build_model
@@ -44,7 +48,8 @@ from tests.serving import plain_diffusers
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 METHODS = ("lora", "full")
-GATES = {"lora": 0.95, "full": 0.95, "served": 1.5}
+EDITS = "edits"
+GATES = {"lora": 0.95, "full": 0.95, EDITS: 0.95, "served": 1.5}
 TURNS, STEPS = {"small": 1, "full": 5}, {"small": 1, "full": 6}
 DRAWING_TURNS = {"small": 1, "full": 3}
 SIDE = 64  # pixels
@@ -66,10 +71,13 @@ class PlainLoop(Optimizing):
 
     Args:
         pipeline: as a user of diffusers loads it.
+        with_reference: each row has a reference picture.
     """
 
-    def __init__(self, pipeline: Any, family: Family, train: TrainConfig) -> None:
-        self.call = denoiser_call(pipeline, family)
+    def __init__(
+        self, pipeline: Any, family: Family, train: TrainConfig, *, with_reference: bool = False
+    ) -> None:
+        self.call = denoiser_call(pipeline, family, with_reference=with_reference)
         denoiser = getattr(pipeline, family.denoiser).requires_grad_(False)
         if train.method == "lora":
             targets = list(family.trainable[family.denoiser])
@@ -108,7 +116,7 @@ class PlainLoop(Optimizing):
         self.update()
 
 
-def denoiser_call(pipeline: Any, family: Family) -> Call:
+def denoiser_call(pipeline: Any, family: Family, *, with_reference: bool = False) -> Call:
     """Return the arguments of the denoiser's first call by its own pipeline, for all of `PROMPTS` at once."""
     calls: list[Call] = []
     denoiser = getattr(pipeline, family.denoiser)
@@ -121,6 +129,7 @@ def denoiser_call(pipeline: Any, family: Family) -> Call:
     steps = 2  # one step would be the first and the last, 0 / 0 in some schedules
     given: dict[str, Any] = {"num_inference_steps": steps, "height": SIDE, "width": SIDE}
     given |= {"output_type": "latent"} | family.guidance_arguments(denoiser.config, 1.0)
+    given |= {"image": Image.fromarray(noise_pictures(1)[0])} if with_reference else {}
     plain_diffusers.keep_size(pipeline, SIDE, SIDE)
     with torch.no_grad():
         pipeline(prompt=list(PROMPTS), **plain_diffusers.known(pipeline, given))
@@ -158,15 +167,23 @@ def _replaced(call: Call, latents: torch.Tensor, time: torch.Tensor) -> Call:
     return arguments, options
 
 
+def noise_pictures(count: int) -> np.ndarray:
+    """Return pictures of noise: uint8, N x SIDE x SIDE x 3."""
+    return np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
 def config_of(folder: Path, method: str) -> Config:
+    source: dict[str, Any] = {"path": "unused"} | (
+        {"reference_columns": ["before"]} if method == EDITS else {}
+    )
     return Config.model_validate(
         {
             "name": "families",
             "storage": str(folder),
-            "data": {"source": "unused", "resolution": SIDE},
+            "data": {"sources": [source], "resolution": SIDE},
             "model": {"base": str(folder)},
             "train": {
-                "method": method,
+                "method": "lora" if method == EDITS else method,
                 "batch_size": len(PROMPTS),
                 "num_workers": 1,
                 "precision": "fp32",
@@ -180,11 +197,10 @@ def config_of(folder: Path, method: str) -> Config:
 def our_loop(config: Config) -> Loop:
     """Return training's steps on the rows that `prepare` would store of noise and of `PROMPTS`."""
     encoders = Encoders(config.model.base)
-    shape = (len(PROMPTS), SIDE, SIDE, 3)
-    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    mean, logvar = encoders.encode_pictures(pixels.numpy())
+    mean, logvar = encoders.encode_pictures(noise_pictures(len(PROMPTS)))
     sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(PROMPTS), dtype=torch.int32)
     rows = {"latents_mean": mean, "latents_logvar": logvar, "conditioning": sizes}
+    rows |= {reference(number): mean for number in range(config.data.num_references)}
     rows |= encoders.encode_captions(list(PROMPTS))
     pipeline, model = build_model(config)
     return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))
@@ -193,10 +209,11 @@ def our_loop(config: Config) -> Loop:
 def training(folder: Path, family: Family, size: str) -> dict[str, dict[str, Any]]:
     """Return images a second of both loops, by method, and the ratio of ours to the plain one's."""
     found = {}
-    for method in METHODS:
+    for method in (*METHODS, *([EDITS] if family.max_references else [])):
         config = config_of(folder, method)
         with our_loop(config) as ours:
-            plain = PlainLoop(plain_diffusers.load(folder), family, config.train)
+            edits = method == EDITS
+            plain = PlainLoop(plain_diffusers.load(folder), family, config.train, with_reference=edits)
             seconds = timed_turns(
                 {"ours": ours.step, "plain": plain.step}, turns=TURNS[size], steps=STEPS[size]
             )
@@ -248,6 +265,8 @@ def measure(name: str, size: str) -> dict[str, Any]:
 def tell(name: str, figures: Mapping[str, Any]) -> str:
     said = []
     for part, gate in GATES.items():
+        if part not in figures:
+            continue
         ratio = figures[part]["ratio"]
         said.append(f"{part} {ratio:.2f}" + ("" if ratio >= gate else f" (below {gate})"))
     return f"{name:<26} {', '.join(said)}; {figures['lines']} lines"

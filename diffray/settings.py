@@ -18,6 +18,7 @@ PIPELINES = {
     "sdxl-lora": "StableDiffusionXLPipeline",
     "sd3-full": "StableDiffusion3Pipeline",
     "flux-lora": "FluxPipeline",
+    "kontext-lora": "FluxKontextPipeline",
 }
 """Recipes for all bases of a family and a method, with the class of the bases' pipelines: a base on the hub
 need not be asked."""

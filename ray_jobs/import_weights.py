@@ -5,12 +5,14 @@
     python -m ray_jobs.import_weights --config configs/demo.yaml --adapter first=0.8 --adapter second=0.5
     python -m ray_jobs.import_weights --config configs/demo.yaml --model organisation/model
     python -m ray_jobs.import_weights --config configs/demo.yaml --model downloads/checkpoint.safetensors
+    python -m ray_jobs.import_weights --config configs/demo.yaml --adapter organisation/style --measure
 
 The version's name is `publish.model_name`, and an adapter's base `model.base`. Adapters may have the names of
 diffusers, kohya's programs, ComfyUI or ai-toolkit; of several the weighted sum is registered, with `--rank`
 the nearest adapter of that rank. A checkpoint in one file needs `model.base`, a model in diffusers' format of
-the same layers, for its configurations and tokenizers. Nothing is measured: such a version becomes champion
-where there is none, and otherwise by `python -m ray_jobs.versions promote`.
+the same layers, for its configurations and tokenizers. Without `--measure` such a version becomes champion
+where there is none, and otherwise by `python -m ray_jobs.versions promote`; with it, it is scored on the test
+split of the configuration's data, beside `model.base`, and becomes champion by its score, as a trained one.
 """
 
 import sys
@@ -20,14 +22,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.connect import connect
 from cluster.fetched import local_path, without_keys
-from ray_jobs.config import Config, ConfigError, add_config_arguments, load_config
+from cluster.lease import held
+from cluster.watch import watched
+from ray_jobs.config import Config, ConfigError, LoraConfig, add_config_arguments, load_config
 from ray_jobs.console import complain, show
 from ray_jobs.console.commands import command_parser
+from ray_jobs.data.preparation import prepare
 from ray_jobs.diffusion.families import family_of
+from ray_jobs.evaluation.pool import evaluators
+from ray_jobs.planning.settled import settled
+from ray_jobs.publishing.imported import Scored, measure_imported, shared_copy
 from ray_jobs.registry.registration import Registered, register
+from ray_jobs.run.folder import RunFolder
+from ray_jobs.run.records import FID
 from ray_jobs.weights.adapter_files import low_rank_layers, tensors_of
 from ray_jobs.weights.combining import combined, reduced
+from ray_jobs.weights.feature_networks import check_networks
 from ray_jobs.weights.given_adapters import file_digest, given_file, own_part, read_given, require_places
 from ray_jobs.weights.loading import empty_model, read_index
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
@@ -140,23 +152,55 @@ def imported_model(config: Config, name: str, revision: str | None = None) -> It
         yield Imported(target, "full", tags, base=None if place.is_file() else name)
 
 
-def register_imported(config: Config, imported: Imported) -> Registered:
-    """Register imported weights as a version of `publish.model_name`."""
-    name = imported.tags["imported_from"]
-    train = config.train.model_copy(update={"method": imported.method})
+def register_imported(
+    config: Config, imported: Imported, source: str = "", scored: Scored | None = None
+) -> Registered:
+    """Register imported weights as a version of `publish.model_name`.
+
+    Args:
+        source: where they are, if not in `imported.folder`.
+        scored: from `measure_imported`; None: they are not measured.
+    """
+    name, scale = imported.tags["imported_from"], config.evaluate.guidance_scale
+    measured, paired, metrics = scored or (None, None, {})
+    train = config.train.model_copy(update={"method": imported.method, "lora": LoraConfig()})
     config = config.model_copy(update={"train": train})
     if imported.base is not None:
         own = {"base": imported.base, "revision": imported.tags.get("imported_revision"), "quantize": None}
         config = config.model_copy(update={"model": config.model.model_copy(update=own)})
     params = {"method": imported.method, "base": config.model.base, **imported.tags}
+    how = "not measured"
+    if measured:
+        how = f"test FID {measured.told(FID)}"
+        params["guidance_scale"] = f"{scale:g}"
     return register(
         config,
-        source=str(imported.folder),
-        measured=None,
+        source=source or str(imported.folder),
+        measured=measured,
         params=params,
-        description=f"Imported from {name}; not measured.",
+        metrics=metrics,
+        description=f"Imported from {name}; {how}.",
+        paired=paired,
         tags=imported.tags,
     )
+
+
+def register_measured(config: Config, imported: Imported) -> Registered:
+    """Measure imported weights on the test split of the configuration's data, and register them."""
+    config = settled(config)
+    check_networks(config.evaluate)
+    with (
+        connect(config, "evaluate") as nodes,
+        watched(config, nodes, "evaluate"),
+        held(RunFolder.of(config).root),
+    ):
+        dataset, folder = prepare(config), shared_copy(config, imported.folder)
+        try:
+            with evaluators(config, dataset) as pool:
+                scored = measure_imported(config, dataset, pool, folder)
+            return register_imported(config, imported, folder.uri, scored)
+        finally:
+            folder.delete("")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,6 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     kinds.add_argument(MODEL, help="a folder or a name on the Hub, or a checkpoint in one file")
     parser.add_argument("--revision", help="on the Hub")
+    parser.add_argument(
+        "--measure", action="store_true", help="score it on the test split of the configuration's data"
+    )
     parser.add_argument("--rank", type=int, help="of the sum of several adapters; by default of them all")
     arguments = parser.parse_args(argv)
     try:
@@ -184,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
             else imported_adapter(config, arguments.adapter, arguments.revision, arguments.rank)
         )
         with provided as imported:
-            registered = register_imported(config, imported)
+            registered = (register_measured if arguments.measure else register_imported)(config, imported)
     except ConfigError as error:
         return complain(error)
     except ValueError as error:

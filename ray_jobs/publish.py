@@ -66,16 +66,16 @@ def publish(
     config = sampled_as(config, best)
     local = Storage.open(weights).local_copy()
     run.upload(local, MODEL)
-    if config.train.method == "lora":
+    if config.train.makes_adapter:
         say("publish", write_comfyui(config, local, folder))
     winner = final.winner | {"test_reads": test_reads, "begins_from": beginning_names(config)}
-    beside = config.train.method == "lora" and has_scheduler(local)
+    beside = config.train.makes_adapter and has_scheduler(local)
     scheduler = scheduler_class(local) if beside else None
     write_card(config, dataset, pool, winner, checkpoint.child(SAMPLES), folder.model, scheduler)
     folder.model.write_bytes(REFERENCE, save(pool.reference(checkpoint)))
     for name in (TEST_FEATURES, *([SUBJECT_FEATURES] if pool.ranked_by(TEST) == SUBJECT else [])):
         folder.model.write_bytes(name, run.read_bytes(name))
-    paired = paired_with_champion(config, pool, winner, folder.model)
+    paired = paired_with_champion(config, pool, pool.digests[TEST], folder.model)
     registered = register_winner(config, winner, data, folder.model.uri, paired)
     winner |= {"registry_version": registered.version, "registry_decision": registered.message}
     winner |= {"search_digest": found.digest, "publish_settings": publish_settings(config)}

@@ -12,6 +12,7 @@ from ray_jobs.training import flat
 from ray_jobs.training.bandwidth import bus_bandwidth, slow_network
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.memory import state_bytes
+from ray_jobs.training.optimizers import SCALARS
 from ray_jobs.training.phases import stage_at, stages_of
 from ray_jobs.training.setup import build_engine
 from ray_jobs.training.state import (
@@ -176,18 +177,27 @@ SWITCHING = [name for name in ENGINES if "flat" in name]
 SWITCHED_RESTARTS = [("flat 0", "flat 2", 1), ("flat 2", "flat 1, chunks", 2), ("flat 1", "flat 0", 6)]
 LION_ONLY = STAGED | {"optimizer": "lion", "groups": {}, "stages": [], "weight_decay": 0.5}
 BY_LION = ["1", "2", "3", "2 offloaded", "flat 1"]
-OPTIMIZERS = ["adam", "nadam", "sgd", "adafactor", "muon"]
+OPTIMIZERS = ["adam", "nadam", "sgd", "adafactor", "muon", "prodigy", "schedule_free"]
 BY_OTHERS = ["0", "2", "3", "1 offloaded", "flat 2"]  # what divides tensors anyhow
 BY_WHOLE = ["flat 0", "flat 0, chunks"]
 Weights = dict[str, list[Any]]  # of a step, by parameter
+FOUND = 0.05  # Prodigy's estimate before the first step; by its own, few steps would move nothing
+SCALARS["prodigy"] |= {"distance": FOUND, "largest": FOUND}
 
 
 def alone(name: str) -> dict[str, Any]:
     """Settings of a training by one optimizer."""
-    rate = 0.01 if name == "sgd" else 0.1
-    own = {"optimizer": name, "groups": {}, "stages": [], "weight_decay": 0.5, "learning_rate": rate}
+    rate = {"sgd": 0.01, "prodigy": 1.0}.get(name, 0.1)
+    own: dict[str, Any] = {
+        "optimizer": name,
+        "groups": {},
+        "stages": [],
+        "weight_decay": 0.5,
+        "learning_rate": rate,
+    }
     own["betas"] = [0.9, 0.999]  # torch's own
-    return STAGED | own | ({"momentum": 0.8} if name in ("sgd", "muon") else {})
+    own |= {"momentum": 0.8} if name in ("sgd", "muon") else {}
+    return STAGED | own | ({"ema_decay": 0} if name == "schedule_free" else {})
 
 
 def input_of(step: int) -> torch.Tensor:
@@ -195,7 +205,7 @@ def input_of(step: int) -> torch.Tensor:
 
 
 def climb(name: str, first: int, last: int, resumed: Path | None, settings: Any = STAGED) -> Any:
-    """Weights after each step from `first` to `last` of one of `ENGINES`, and the engine."""
+    """Weights to evaluate after each step from `first` to `last` of one of `ENGINES`, and the engine."""
     train = TrainConfig.model_validate(settings | ENGINES[name])
     stages, model = stages_of(train, LAST), Layers()
     shards = Shards(resumed, 2) if resumed else None
@@ -214,7 +224,7 @@ def climb(name: str, first: int, last: int, resumed: Path | None, settings: Any 
         engine.set_hyperparameters(stage, step)
         engine.accumulate({"inputs": input_of(step)}, ONE / 2, last=True)
         engine.update(torch.zeros(1))
-        found = whole(engine, engine.averaged)
+        found = whole(engine, engine.evaluated)
         seen.append({name: values.tolist() for name, values in found.items()})
     return seen, engine
 
@@ -301,7 +311,9 @@ def expected_of_switches(*, only_lion: bool = False) -> list[Weights]:
 
 
 def expected_by(name: str) -> list[Weights]:
-    """By torch's own optimizer, or optimizers; biases and norms do not decay."""
+    """By torch's own optimizer or optimizers, or as the paper writes it; biases and norms do not decay."""
+    if name in ("prodigy", "schedule_free"):
+        return expected_of_prodigy() if name == "prodigy" else [seen for seen, _ in expected_schedule_free()]
     model, seen = Layers(), []
     rate = alone(name)["learning_rate"]
     optimizers: list[torch.optim.Optimizer] = []
@@ -325,4 +337,58 @@ def expected_by(name: str) -> list[Weights]:
         for optimizer in optimizers:
             optimizer.step()
         seen.append({name: p.tolist() for name, p in model.all_trained})
+    return seen
+
+
+def expected_of_prodigy() -> list[Weights]:
+    """By algorithm 4 of arXiv 2306.06101 in float64, all weights as one vector."""
+    model, seen = Layers(), []
+    parameters = [p for _, p in model.all_trained]
+    decay = torch.cat([torch.full((p.numel(),), 0.5 if p.ndim > 1 else 0.0) for p in parameters]).double()
+    x = torch.cat([p.detach().flatten() for p in parameters]).double()
+    first, r, d, s, m, v = (
+        x.clone(),
+        0.0,
+        FOUND,
+        torch.zeros_like(x),
+        torch.zeros_like(x),
+        torch.zeros_like(x),
+    )
+    for k in range(1, LAST + 1):
+        model.zero_grad()
+        model(input_of(k)).backward()
+        g = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double()
+        step = d * (1 - 0.999**k) ** 0.5 / (1 - 0.9**k)
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
+        r = 0.999**0.5 * r + d * step * float(g @ (first - x))
+        s = 0.999**0.5 * s + d * d * g
+        x = x - step * decay * x
+        x = x - step * m / (v.sqrt() + d * 1e-8)
+        d = max(d, r / float(s.abs().sum()))
+        pieces = x.float().split([p.numel() for p in parameters])
+        for p, piece in zip(parameters, pieces, strict=True):
+            p.data = piece.view_as(p).clone()
+        seen.append({name: p.tolist() for name, p in model.all_trained})
+    return seen
+
+
+def expected_schedule_free() -> list[tuple[Weights, Weights]]:
+    """By algorithm 1 of arXiv 2405.15682 at a constant rate: where gradients are taken, and the averages."""
+    model, seen = Layers(), []
+    x = {name: p.detach().clone() for name, p in model.all_trained}
+    z, v = dict(x), {name: torch.zeros_like(p) for name, p in x.items()}
+    for step in range(1, LAST + 1):
+        model.zero_grad()
+        model(input_of(step)).backward()
+        for name, y in model.all_trained:
+            assert y.grad is not None
+            v[name] = 0.999 * v[name] + 0.001 * y.grad**2
+            scaled = y.grad / ((v[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            z[name] = z[name] - 0.1 * (scaled + (0.5 if y.ndim > 1 else 0.0) * y.detach())
+            x[name] = (1 - 1 / step) * x[name] + z[name] / step
+            y.data = 0.1 * z[name] + 0.9 * x[name]
+        one, other = (
+            {name: each.tolist() for name, each in found.items()} for found in (dict(model.all_trained), x)
+        )
+        seen.append((one, other))
     return seen

@@ -217,7 +217,13 @@ class Loop:
     ) -> None:
         train = config.train
         self.maker = InputMaker(
-            pipeline.vae, model, empty, device, seed=config.seed, caption_dropout=train.caption_dropout
+            pipeline.vae,
+            model,
+            empty,
+            device,
+            seed=config.seed,
+            caption_dropout=train.caption_dropout,
+            num_references=config.data.num_references,
         )
         engine = build_engine(model, train, 1, device)
         self.meter = Meter("bench-gpu", [STEPS], train, None, 1, StartUp())  # rank 0 asks Ray for preemptions

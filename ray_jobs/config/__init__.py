@@ -256,6 +256,11 @@ class Config(Section):
             return
         if self.train.method == "full":
             raise ValueError(f"{chosen} freezes the base; set train.method: lora, or leave it out")
+        if not self.train.makes_adapter:
+            raise ValueError(
+                f"{chosen} has no weights that train.lora.kind: oft could be merged into; choose another "
+                "kind, or leave it out"
+            )
         if self.train.zero_stage == 3:
             raise ValueError(f"{chosen} cannot be divided among workers; set train.zero_stage to 2 or less")
         if self.serve.fuse_champion:
@@ -268,8 +273,13 @@ class Config(Section):
 
     def _check_adapters(self) -> None:
         """Adapters that the user gives go with adapters in training, whose form `model.adapter` decides."""
-        model = self.model
+        model, kind = self.model, self.train.lora.kind
         if self.train.method != "full":
+            if model.assistant and kind != "lora":
+                raise ValueError(
+                    f"model.assistant: {model.assistant} is a LoRA, beside which train.lora.kind: {kind} is "
+                    "not trained; set that to lora, or leave the assistant out"
+                )
             return
         for field, given in (("adapter", model.adapter), ("assistant", model.assistant)):
             if given:

@@ -42,9 +42,12 @@ def unpackable(model: ModelConfig, train: TrainConfig, search: SearchConfig, fol
     """
     differing = [name for name in search.dimensions if not is_packable(name)]
     sections = [each for each in ends(search.space.get("train.lora", [])) if isinstance(each, dict)]
+    kinds = {train.lora.kind, *ends(search.space.get("train.lora.kind", []))}
+    kinds |= {each["kind"] for each in sections if "kind" in each}
     draws = train.lora.dropout or "train.lora.dropout" in search.space or any(map(_draws, sections))
     reasons = {
         "train.method: full trains the base itself": train.method != "lora",
+        "train.lora.kind: only lora is trained several at a time": kinds != {"lora"},
         f"trials differ in {', '.join(differing)}, which is not of their adapters": bool(differing),
         "trials whose adapters are in different layers draw other numbers for train.lora.dropout": draws
         and any(name in LAYERS for name in search.space),

@@ -69,6 +69,19 @@ class ModelConfig(Section):
         return self
 
 
+AdapterKind = Literal["lora", "loha", "lokr", "oft"]
+
+ADAPTER_SETTINGS: dict[str, set[AdapterKind]] = {  # which kinds of adapters they change
+    "rank": {"lora", "loha", "lokr"},
+    "alpha": {"lora", "loha", "lokr"},
+    "dropout": {"lora"},
+    "use_dora": {"lora"},
+    "use_rslora": {"lora"},
+    "factor": {"lokr"},
+    "block": {"oft"},
+}
+
+
 class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685), by peft."""
 
@@ -84,6 +97,31 @@ class LoraConfig(Section):
         False, description="decompose weights into magnitude and direction (arXiv 2402.09353)"
     )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv 2312.03732)")
+    kind: Annotated[AdapterKind, Effect.WEIGHTS, Added("lora")] = Field(
+        "lora",
+        description="lora: the update is a product of two thin matrices. loha: an element-wise product of "
+        "two of `rank` (arXiv 2108.06098); it is kept as the LoRA that it is, of rank times rank. lokr: the "
+        "Kronecker product of a small matrix and one of `rank` (arXiv 2309.14859); kept as a LoRA of rank "
+        "times factor. oft: an orthogonal matrix times the weights (arXiv 2306.07280); what is kept is a "
+        "whole model",
+    )
+    factor: Annotated[Positive, Effect.WEIGHTS, Added(8)] = Field(
+        8,
+        description="with lokr: largest number of rows and columns of the small matrix; the nearest divisor "
+        "of a layer's size below is taken",
+    )
+    block: Annotated[Positive, Effect.WEIGHTS, Added(32)] = Field(
+        32,
+        description="with oft: rows of each block on the diagonal of the orthogonal matrix; it divides the "
+        "inputs of the layers",
+    )
+
+    @model_validator(mode="after")
+    def _has_own_settings(self) -> "LoraConfig":
+        for setting, having in ADAPTER_SETTINGS.items():
+            if self.kind not in having:
+                require_unset(self, f"with kind: {self.kind}", setting)
+        return self
 
 
 class LossConfig(Section):
@@ -127,15 +165,17 @@ Schedule = Literal[
 ]
 
 
-Optimizer = Literal["adamw", "adam", "nadam", "lion", "sgd", "adafactor", "muon"]
+Optimizer = Literal["adamw", "adam", "nadam", "lion", "sgd", "adafactor", "muon", "prodigy", "schedule_free"]
 
 OPTIMIZER_SETTINGS: dict[str, set[Optimizer]] = {  # which optimizers they change
-    "betas": {"adamw", "adam", "nadam", "lion", "muon"},
-    "epsilon": {"adamw", "adam", "nadam", "muon"},
+    "betas": {"adamw", "adam", "nadam", "lion", "muon", "prodigy", "schedule_free"},
+    "epsilon": {"adamw", "adam", "nadam", "muon", "prodigy", "schedule_free"},
     "momentum": {"sgd", "muon"},
 }
-WHOLE_TENSORS: frozenset[Optimizer] = frozenset({"adafactor", "muon"})
-"""Optimizers whose steps depend on a parameter's shape, so that no engine may divide it."""
+WHOLE_TENSORS: frozenset[Optimizer] = frozenset({"adafactor", "muon", "prodigy"})
+"""Optimizers whose steps depend on more than an element, so that no engine may divide parameters."""
+ALL_LAYERS: frozenset[Optimizer] = frozenset({"prodigy", "schedule_free"})
+"""Optimizers that keep something of all layers from their first step on: no stage may leave some out."""
 
 
 class StageConfig(Section):
@@ -304,7 +344,11 @@ class TrainConfig(Section):
         "much more weight decay, and betas of 0.9 and 0.99. sgd: with momentum. adafactor: Adafactor (arXiv "
         "1804.04235), which keeps a number per row and column; its steps are in proportion to a layer's "
         "weights, and rates of 1e-3 to 1e-2 are usual. muon: Muon for matrices, with AdamW's rates, and "
-        "AdamW for the rest. adafactor and muon need whole layers: zero_stage: 0 or one worker",
+        "AdamW for the rest. prodigy: Prodigy (arXiv 2306.06101), AdamW that finds the size of its steps, "
+        "which the learning rate multiplies: 1 is usual. schedule_free: Schedule-Free AdamW (arXiv "
+        "2405.15682), which averages the weights that are evaluated instead of lowering the rate: with "
+        "ema_decay: 0 and a constant schedule, with or without warm-up. adafactor, muon and prodigy need "
+        "whole layers: zero_stage: 0 or one worker",
     )
     weight_decay: float = Field(
         1e-2,
@@ -347,6 +391,16 @@ class TrainConfig(Section):
         return [stage.optimizer or self.optimizer for stage in self.stages] or [self.optimizer]
 
     @property
+    def makes_adapter(self) -> bool:
+        """Whether an adapter is what is trained and kept, and not a whole model."""
+        return self.method == "lora" and self.lora.kind != "oft"
+
+    @property
+    def makes(self) -> Literal["lora", "full"]:
+        """The method of the versions that a training makes: adapters or whole models."""
+        return "lora" if self.makes_adapter else "full"
+
+    @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
@@ -374,6 +428,15 @@ class TrainConfig(Section):
     def _drops_out(self) -> "TrainConfig":
         if self.dropout and self.method == "lora":
             raise ValueError(f"dropout: {self.dropout:g} needs method: full; adapters have lora.dropout")
+        return self
+
+    @model_validator(mode="after")
+    def _divides_no_factors(self) -> "TrainConfig":
+        if self.method == "lora" and self.lora.kind != "lora" and self.zero_stage == 3:
+            raise ValueError(
+                f"lora.kind: {self.lora.kind} multiplies whole matrices, which zero_stage: 3 divides; set it "
+                "to 2 or less"
+            )
         return self
 
     @model_validator(mode="after")
@@ -496,6 +559,44 @@ class TrainConfig(Section):
             for number, (stage, optimizer) in enumerate(zip(self.stages, self.optimizers, strict=False)):
                 if getattr(stage, setting) is not None and optimizer not in having:
                     raise ValueError(f"stages.{number}.{setting}: {optimizer} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_all_layers(self) -> "TrainConfig":
+        for name in ALL_LAYERS.intersection(self.optimizers):
+            for number, stage in enumerate(self.stages):
+                if stage.trainable is not None:
+                    raise ValueError(
+                        f"stages.{number}.trainable: {stage.trainable}: optimizer: {name} trains the same "
+                        "layers from beginning to end; set train.trainable instead"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_itself(self) -> "TrainConfig":
+        if "schedule_free" not in self.optimizers:
+            return self
+        if len(set(self.optimizers)) > 1:
+            raise ValueError(
+                "stages: optimizer: schedule_free averages the weights from beginning to end; use it in all "
+                "stages or in none"
+            )
+        if self.ema_decay:
+            raise ValueError(
+                f"ema_decay: {self.ema_decay:g}: schedule_free averages the weights itself; set it to 0"
+            )
+        for number, stage in enumerate(self.stages or [None]):
+            where = "" if stage is None else f"stages.{number}."
+            schedule = (stage.schedule if stage else None) or self.schedule
+            if schedule not in ENDLESS:
+                raise ValueError(
+                    f"{where}schedule: {schedule} lowers the rate, in place of which schedule_free averages; "
+                    "use constant_with_warmup"
+                )
+            if stage and stage.betas is not None and stage.betas[0] != self.betas[0]:
+                raise ValueError(f"{where}betas: schedule_free keeps its first one; set betas of the run")
+        if not self.betas[0]:
+            raise ValueError("betas: schedule_free needs a first one above 0, as 0.9")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from ray_jobs.diffusion.precision import cast, dtype_of, to_precision
 from ray_jobs.diffusion.protocols import Component, Denoiser, Pipeline
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
 OTHER = "other"  # the group of all parameters that no named group matches
 ADAPTER = "default"  # the name of a single adapter in peft, and of any adapter in the names of checkpoints
@@ -145,6 +145,17 @@ class FineTuning(nn.Module):
         """Cast to a precision in place, see `to_precision`."""
         to_precision(self, dtype)
 
+    def train(self, mode: bool = True) -> "FineTuning":
+        """Set the mode of all modules but the layers of LoHa and LoKr, which do the same in both.
+
+        In training peft 0.21.2 draws a number for each of them in each pass, to leave some out.
+        """
+        super().train(mode)
+        for layer in self.modules():
+            if hasattr(layer, "module_dropout"):
+                layer.training = False
+        return self
+
     def _without(self, conditions: Conditions, dropped: torch.Tensor) -> Conditions:
         """Replace dropped captions, given as the encoded empty caption, by the unconditional embedding."""
         captions = {name: conditions[name] for name in self.family.text.embeds}
@@ -226,39 +237,72 @@ def add_lora(
     unused: Sequence[str] = (),
     use_dora: bool = False,
     use_rslora: bool = False,
+    kind: str = "lora",
+    factor: int = 8,
+    block: int = 32,
     adapter: str = ADAPTER,
 ) -> None:
-    """Freeze a denoiser or text encoder and add LoRA adapters (Hu et al., arXiv 2106.09685) to named layers.
+    """Freeze a denoiser or text encoder and add adapters to named layers.
 
-    The down projections are drawn from the global generator. The up projections start at 0, so the initial
-    model equals the base.
+    Some of their values are drawn from the global generator, and others begin at 0, so that the initial model
+    equals the base.
 
     Args:
         unused: names of layers that get none, see `Family.unused_layers`.
+        kind: lora (Hu et al., arXiv 2106.09685), loha (Hyeon-Woo et al., arXiv 2108.06098), lokr (Yeh et al.,
+            arXiv 2309.14859) or oft (Qiu et al., arXiv 2306.07280).
+        factor, block: of lokr and oft, see `LoraConfig`.
         adapter: the adapter's name in peft.
 
     Raises:
-        ValueError: no layer matches `target_modules`.
+        ValueError: no layer matches `target_modules`, or a layer's size does not suit the kind's settings.
     """
-    from peft import LoraConfig
+    from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 
     endings = tuple(f".{target}" for target in target_modules)
     left_out = [layer for layer in unused if f".{layer}".endswith(endings)]
     part.requires_grad_(False)
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        init_lora_weights="gaussian",
-        target_modules=target_modules,
-        exclude_modules=left_out or None,
-        use_dora=use_dora,
-        use_rslora=use_rslora,
-    )
+    settings: PeftConfig
+    if kind == "oft":
+        settings = OFTConfig(oft_block_size=block)
+    elif kind == "loha":
+        settings = LoHaConfig(r=rank, alpha=alpha)
+    elif kind == "lokr":
+        settings = LoKrConfig(r=rank, alpha=alpha, decompose_factor=factor)
+    else:
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            init_lora_weights="gaussian",
+            use_dora=use_dora,
+            use_rslora=use_rslora,
+        )
+    settings.target_modules, settings.exclude_modules = set(target_modules), left_out or None
     inject_adapter(part, settings, adapter)
+    _require_sizes(part, settings, adapter)
 
 
-def inject_adapter(part: Component, settings: "LoraConfig", adapter: str) -> None:
+def _require_sizes(part: nn.Module, settings: "PeftConfig", adapter: str) -> None:
+    """Raise ValueError if peft had to take other sizes in a layer than the settings say."""
+    for name, layer in part.named_modules():
+        if adapter in getattr(layer, "lokr_w2", ()):
+            raise ValueError(
+                f"{name}: rank: {settings.r} is not less than half of the larger side of LoKr's second "
+                f"factor, {tuple(layer.lokr_w2[adapter].shape)}, which would be whole; lower rank or factor"
+            )
+        if adapter not in getattr(layer, "oft_R", ()):
+            continue
+        if not isinstance(layer.base_layer, nn.Linear):
+            raise ValueError(f"{name}: OFT is for linear layers here; leave it out of target_modules")
+        if layer.in_features % settings.oft_block_size:
+            raise ValueError(
+                f"{name}: block: {settings.oft_block_size} does not divide its {layer.in_features} inputs; "
+                "give a divisor"
+            )
+
+
+def inject_adapter(part: Component, settings: "PeftConfig", adapter: str) -> None:
     """Add an adapter of peft to a component."""
     from peft import inject_adapter_in_model
 

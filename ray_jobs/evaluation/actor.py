@@ -34,6 +34,7 @@ from ray_jobs.evaluation.scores import (
 )
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction
+from ray_jobs.metrics.edits import OUTSIDE, outside_change
 from ray_jobs.metrics.resampling import PairedDifference
 from ray_jobs.registry.models import TEST_FEATURES
 from ray_jobs.run.records import FID, PREFERENCE, Measurement
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from ray_jobs.training.validation import ValidationLoss
 
 R = TypeVar("R")
+
+References = list[tuple[list[bytes], bytes]]
+"""PNGs of rows' reference pictures, and of the picture that each row is to become."""
 
 FEATURES = "features.safetensors"  # features of a rung's pictures, stored with its checkpoint
 BARE = ""  # in place of weights: the base itself
@@ -239,7 +243,7 @@ class Evaluator:
         seeds: list[int],
         shapes: list[Shape] | None,
         guidance_scale: float | None,
-        references: Sequence[Sequence[bytes]] | None = None,
+        references: References | None = None,
         places: Sequence[int] = (),
     ) -> "Iterator[torch.Tensor]":
         """Yield batches of pictures: uint8, N x 3 x H x W."""
@@ -251,7 +255,7 @@ class Evaluator:
         if references is not None:
 
             def looked_at(number: int) -> "list[torch.Tensor]":
-                return [_pixels(data) for data in references[places[number]]]
+                return [_pixels(data) for data in references[places[number]][0]]
 
         return sample_pictures(
             pipeline,
@@ -308,22 +312,29 @@ class Evaluator:
         guidance_scale: float | None = None,
         by: NetworkSet = NetworkSet.RANKING,
         shapes: list[Shape] | None = None,
-        references: Sequence[Sequence[bytes]] | None = None,
+        references: References | None = None,
         places: Sequence[int] = (),
     ) -> Features:
         """Sample one picture per caption and return its features, and its reward by the reward model.
+
+        Of edits there is also what changed outside of them, as features named `OUTSIDE` (`outside_change`).
 
         Args:
             kept: destination of the pictures to save.
             guidance_scale: None means `evaluate.guidance_scale`.
             by: the networks that see the pictures.
             shapes: one per picture; None means squares of `data.resolution`.
-            references: lists of PNGs of reference pictures; None for none.
-            places: the list in `references` of each picture.
+            references: reference pictures of rows; None for none.
+            places: the row in `references` of each picture.
         """
         drawn = self._sample(weights, captions, seeds, shapes, guidance_scale, references, places)
-        batches = _keeping(drawn, kept)
-        return self._features(batches, by, captions)
+        batches, changes = _keeping(drawn, kept), list[float]()
+        if references is not None:
+            batches = _compared(batches, [references[place] for place in places], changes)
+        found = self._features(batches, by, captions)
+        if references is not None:
+            found[OUTSIDE] = np.array(changes, np.float32)[:, None]
+        return found
 
     @replaced_if_broken()
     def sample_pictures(
@@ -333,7 +344,7 @@ class Evaluator:
         seeds: list[int],
         guidance_scale: float | None = None,
         shapes: list[Shape] | None = None,
-        references: Sequence[Sequence[bytes]] | None = None,
+        references: References | None = None,
         places: Sequence[int] = (),
     ) -> list[bytes]:
         """Sample one PNG per caption; arguments as for `sample_features`."""
@@ -516,6 +527,18 @@ def kept_features(folder: Storage, file: str) -> Features:
         return dict(load(folder.read_bytes(file)))
     except SafetensorError:
         raise ConfigError(f"{folder.uri}/{file}: damaged; restore it, or delete it") from None
+
+
+def _compared(
+    batches: "Iterator[torch.Tensor]", rows: References, changes: list[float]
+) -> "Iterator[torch.Tensor]":
+    """Pass batches of edits through unchanged, adding each one's `outside_change`."""
+    pairs = iter(rows)
+    for batch in batches:
+        for picture in batch:
+            references, target = next(pairs)
+            changes.append(outside_change(picture, _pixels(references[0]), _pixels(target)))
+        yield batch
 
 
 def _pixels(png: bytes) -> "torch.Tensor":

@@ -33,6 +33,7 @@ MEANS = (
     "mind",
     PREFERENCE,
     TARGET,
+    "outside",
     SUBJECT,
     *SUBJECT_PARTS,
     "fid_2",

@@ -20,7 +20,7 @@ from ray_jobs.data.feeding.dataset import Dataset
 from ray_jobs.data.preparation import prepared_by
 from ray_jobs.data.sources.dreambooth import Subject
 from ray_jobs.data.subjects import subjects_of
-from ray_jobs.evaluation.actor import FEATURES, Evaluator, SampleFiles, join, kept_features
+from ray_jobs.evaluation.actor import FEATURES, Evaluator, References, SampleFiles, join, kept_features
 from ray_jobs.evaluation.cross_validation import held_out, splits, trained_on
 from ray_jobs.evaluation.dealing import Shape, dealt, in_order
 from ray_jobs.evaluation.scores import FEWEST, Copies, Features, Real, Recited, Scores, SetScores, recited
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 # More pictures of one caption say little about other captions, and prepare keeps no more real training
 # pictures to compare with.
 CAPTION_USES = 2
-
-References = list[list[bytes]]
-"""PNGs of the reference pictures of rows."""
 
 SUBJECT_FEATURES = "subject.features"  # features of what was drawn for subjects, beside FEATURES
 
@@ -859,7 +856,7 @@ def _shared(rows: Sequence[dict[str, Any]]) -> "ObjectRef[References]":
     """Put the reference pictures of rows into Ray's object store."""
     import ray
 
-    return ray.put([row["references"] for row in rows])
+    return ray.put([(row["references"], row["image"]) for row in rows])
 
 
 def shape_of(picture: bytes) -> Shape:

@@ -12,7 +12,7 @@ import torch
 
 from ray_jobs.metrics.copies import CopyDetector, DetectorFacts
 from ray_jobs.metrics.corrected import Correction, corrected_difference, corrected_score
-from ray_jobs.metrics.edits import target_difference, target_distance
+from ray_jobs.metrics.edits import OUTSIDE, outside_score, target_difference, target_distance
 from ray_jobs.metrics.efficientnet import EfficientNet
 from ray_jobs.metrics.extrapolation import NUM_POINTS, fid_infinity
 from ray_jobs.metrics.feature_network import FeatureNetwork
@@ -107,6 +107,7 @@ class Scores:
             reward model, or without captions.
         spread: trace of the generated pictures' covariance, as a share of that of the real ones'.
         target: how far edits are from what they should be (`metrics.edits`); None without references.
+        outside: how much edits change what they should leave alone; None without such pixels.
         black: number of pictures that are black.
         subject: how well subjects are drawn (`metrics.subject`); None if that is not asked for.
     """
@@ -120,12 +121,18 @@ class Scores:
     spread: float
     preference: Score | None = None
     target: Score | None = None
+    outside: Score | None = None
     black: int = 0
     subject: SubjectScore | None = None
 
     def row(self, prefix: str = "") -> dict[str, float | None]:
         """Values with their errors: `fid`, `fid_error`, `kid`, ..., each name after a prefix."""
-        named = {**self._ranking, "fid_2": self.second, **(self.subject.parts if self.subject else {})}
+        named = {
+            **self._ranking,
+            "fid_2": self.second,
+            "outside": self.outside,
+            **(self.subject.parts if self.subject else {}),
+        }
         found: dict[str, float | None] = {f"{prefix}fid_means": self.means, f"{prefix}spread": self.spread}
         for name, score in named.items():
             if score:
@@ -199,7 +206,10 @@ def scores_of(
     )
     share = drawn.trace / moments.trace
     target = target_distance(*sets, first) if real.are_targets else None
-    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference, target)
+    outside = None
+    if OUTSIDE in generated:
+        outside = outside_score(torch.from_numpy(generated[OUTSIDE][:, 0]), len(sets[0]))
+    return Scores(frechet(first), kid, mind, second, corrected, means, share, preference, target, outside)
 
 
 def num_black(features: torch.Tensor, network: FeatureNetwork) -> int:

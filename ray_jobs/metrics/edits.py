@@ -11,6 +11,9 @@ from ray_jobs.metrics.resampling import PairedDifference, difference_of, require
 from ray_jobs.metrics.score import Score
 
 METRIC = "distance to the target"
+OUTSIDE = "change outside of the edit"
+ALIKE = 8  # levels of 255: pixels of a reference and its target that differ by no more were not to be edited
+FEWEST = 0.01  # share of an image's pixels that say something
 
 
 def target_distance(drawn: torch.Tensor, targets: torch.Tensor, feature_network: str) -> Score:
@@ -44,6 +47,37 @@ def target_difference(
         count,
         feature_network,
     )
+
+
+def outside_change(drawn: torch.Tensor, reference: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean difference of an edit from its target, in levels of 255, where the target is as the reference.
+
+    Args:
+        drawn, reference, target: uint8, 3 x height x width.
+
+    Returns:
+        A value that is no number where the reference has another size, or nothing was to be left alone.
+    """
+    if reference.shape != target.shape:
+        return float("nan")
+    ours, before, after = (each.int() for each in (drawn, reference, target))
+    untouched = (before - after).abs().amax(dim=0) <= ALIKE
+    if float(untouched.float().mean()) < FEWEST:
+        return float("nan")
+    return float((ours - after).abs().float().mean(dim=0)[untouched].mean())
+
+
+def outside_score(changes: torch.Tensor, num_samples: int) -> Score | None:
+    """Mean of `outside_change` over the pictures that have one; None if none has.
+
+    Args:
+        changes: float, N.
+    """
+    found = changes.double()[changes.isfinite()]
+    if not len(found):
+        return None
+    error = float(found.std() / len(found) ** 0.5) if len(found) > 1 else None
+    return Score(float(found.mean()), num_samples, "pixels", error, OUTSIDE)
 
 
 def _distances(drawn: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ def _check_serving(
     from ray_jobs.diffusion.switches import check_serving
 
     serve = config.serve
-    if serve.compile and config.train.method == "lora" and not serve.fuse_champion:
+    if serve.compile and config.train.makes_adapter and not serve.fuse_champion:
         raise ValueError(
             "serve.compile: train.method lora makes LoRA versions, which a compiled denoiser cannot "
             "load; turn on serve.fuse_champion, or turn it off"

@@ -5,6 +5,7 @@ Memory held between the backward pass and the step follows the ZeRO paper (Rajbh
 `ray_jobs/planning/footprint.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from ray_jobs.config import TrainConfig
@@ -59,9 +60,14 @@ class Placement:
     offloaded: Memory
 
 
-def moment_bytes(train: TrainConfig) -> int:
-    """Return the bytes that the optimizer keeps for each parameter, at most over the stages."""
-    return 4 * max(MOST_MOMENTS[name] for name in train.optimizers)
+def moment_bytes(train: TrainConfig, moments: Mapping[str, float] | None = None) -> float:
+    """Return the bytes that the optimizer keeps for each parameter, at most over the stages.
+
+    Args:
+        moments: how many numbers some optimizers keep for each, see `Footprint`; None: the most.
+    """
+    counts: Mapping[str, float] = MOST_MOMENTS | dict(moments or {})
+    return 4 * max(counts[name] for name in train.optimizers)
 
 
 def effective_stage(train: TrainConfig, workers: int) -> int:
@@ -81,6 +87,7 @@ def rank_memory(
     quantized_bytes: int = 0,
     blocks: int = 0,
     two_blocks: int = 0,
+    moments: Mapping[str, float] | None = None,
 ) -> Placement:
     """Estimate the memory of one rank.
 
@@ -91,8 +98,9 @@ def rank_memory(
         together: trainings that these sizes are of: in one pass, whose end all gradients wait for.
         quantized, quantized_bytes: how many of `whole` are stored quantized, and in how many bytes.
         blocks, two_blocks: bytes of the frozen weights of all blocks and of the two largest.
+        moments: see `moment_bytes`.
     """
-    found = _unrounded_memory(train, whole - quantized, trained, workers, activations, together)
+    found = _unrounded_memory(train, whole - quantized, trained, workers, activations, together, moments)
     here, there = found.device.parameters + quantized_bytes, found.offloaded.parameters
     if train.offload_base:
         here, there = here - blocks + two_blocks, blocks
@@ -100,11 +108,17 @@ def rank_memory(
 
 
 def _unrounded_memory(
-    train: TrainConfig, whole: int, trained: int, workers: int, activations: int, together: int
+    train: TrainConfig,
+    whole: int,
+    trained: int,
+    workers: int,
+    activations: int,
+    together: int,
+    moments: Mapping[str, float] | None,
 ) -> Placement:
     """Return the memory of a rank whose weights are all in `train.precision` and placed by its engine."""
     if train.flat:
-        flat_memory = _flat_memory(train, whole, trained, workers, activations, together)
+        flat_memory = _flat_memory(train, whole, trained, workers, activations, together, moments)
         return Placement(flat_memory, Memory(*[0] * 7))
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
     zero = train.deepspeed.get("zero_optimization", {})
@@ -117,12 +131,12 @@ def _unrounded_memory(
     num_buckets, bucket = gradient_buckets(train, workers, trained)
     gradients = of_gradient * (share if sharded_gradients else trained)
     masters = 4 * share if stage else 0
-    moments = moment_bytes(train) * (share if stage else trained)
+    kept = round(moment_bytes(train) * (share if stage else trained))
     buckets = (of_gradient if stage == 1 else element) * num_buckets * bucket if stage else 0
     if stage == 3:
         buckets += element * min(int(zero.get("stage3_max_live_parameters", LIVE_AT_ONCE)), whole)
     state = {"parameters": parameters, "gradients": gradients, "master_weights": masters}
-    state |= {"moments": moments, "averages": 4 * share if train.ema_decay else 0}
+    state |= {"moments": kept, "averages": 4 * share if train.ema_decay else 0}
     away = {"parameters"} if train.offload_parameters else set()
     if train.offload_optimizer:
         away |= {"gradients", "master_weights", "moments", "averages"}
@@ -143,6 +157,7 @@ def host_memory(
     quantized: int = 0,
     quantized_bytes: int = 0,
     blocks: int = 0,
+    moments: Mapping[str, float] | None = None,
 ) -> int:
     """Estimate the host memory of the first rank, which exports, without its device's and what is offloaded.
 
@@ -153,16 +168,24 @@ def host_memory(
         quantized, quantized_bytes: how many of these are rounded while they are read, and to how many bytes.
             Their files are mapped, and no longer once they are read.
         blocks: bytes of the frozen weights of all blocks, which stay where they are read with `offload_base`.
+        moments: see `moment_bytes`.
     """
     element = 4 if train.method == "full" else PRECISIONS[train.precision].itemsize
     copied = 4 * base if train.method == "full" else 0
-    checkpoint = (moment_bytes(train) + (8 if train.ema_decay else 4)) * -(-trained // workers)
+    a_weight = moment_bytes(train, moments) + (8 if train.ema_decay else 4)
+    checkpoint = round(a_weight * -(-trained // workers))
     read = element * (base - quantized) + quantized_bytes - (blocks if train.offload_base else 0)
     return copied + max(read, checkpoint)
 
 
 def _flat_memory(
-    train: TrainConfig, whole: int, trained: int, workers: int, activations: int, together: int
+    train: TrainConfig,
+    whole: int,
+    trained: int,
+    workers: int,
+    activations: int,
+    together: int,
+    moments: Mapping[str, float] | None,
 ) -> Memory:
     """Return the memory of a rank under the flat engine (`ray_jobs/training/flat.py`)."""
     stage, element = effective_stage(train, workers), PRECISIONS[train.precision].itemsize
@@ -178,7 +201,7 @@ def _flat_memory(
         parameters=element * whole,
         gradients=summed * (share if stage == 2 else trained),
         master_weights=4 * updated if element < 4 else 0,
-        moments=moment_bytes(train) * updated,
+        moments=round(moment_bytes(train, moments) * updated),
         averages=4 * share if train.ema_decay else 0,
         buckets=buckets,
         activations=activations,

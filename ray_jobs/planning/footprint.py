@@ -7,13 +7,14 @@ time everything.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ray_jobs.config import Config
+from ray_jobs.config import WHOLE_TENSORS, Config
 from ray_jobs.data.encoding.shapes import square_latents, square_references
 from ray_jobs.diffusion.families import Conditions, Family
 from ray_jobs.diffusion.families.family import reference
@@ -24,6 +25,7 @@ from ray_jobs.diffusion.protocols import Denoiser, TextEncoder
 from ray_jobs.diffusion.quantization import QuantizedLinear
 from ray_jobs.diffusion.recomputation import EveryNth
 from ray_jobs.diffusion.sampling import whole_pictures
+from ray_jobs.training.optimizers import moments_of
 from ray_jobs.training.setup import empty_finetuning
 
 ROWS = 13  # of a pass that looks for layers with other rows: few numbers of tokens are multiples
@@ -38,6 +40,9 @@ class Footprint:
         quantized: those of them in quantized layers; `quantized_bytes`: what these take.
         trained: parameters that the optimizer updates, adapters included.
         activations: bytes that autograd keeps for one row between the forward and the backward pass.
+        fixed: bytes that it keeps whatever the number of rows: the matrices that LoHa, LoKr and OFT make.
+        moments: numbers that an optimizer keeps for each trained one, by its name; of those to which shapes
+            matter.
         blocks: bytes of the frozen weights of the denoiser's blocks; `two_blocks`: of the two largest.
     """
 
@@ -48,6 +53,8 @@ class Footprint:
     quantized_bytes: int = 0
     blocks: int = 0
     two_blocks: int = 0
+    fixed: int = 0
+    moments: Mapping[str, float] = field(default_factory=dict)
 
     def whole(self, method: str) -> int:
         """Return the number of parameters in the module, adapters included."""
@@ -69,21 +76,32 @@ def footprint(config: Config) -> Footprint:
     whole += quantized - sum(parameter.numel() for parameter in stored)
     base = whole - (trained if config.train.method == "lora" else 0)
     num_bytes = sum(parameter.nbytes for parameter in stored)
-    activations = _activations(config, model)  # casts the model
+    if config.train.method == "lora" and config.train.lora.kind != "lora":
+        # One row is no measure of the next: of a single one some copies are not made.
+        two_rows = _activations(config, empty_finetuning(config), rows=2)
+        activations = _activations(config, model, rows=3) - two_rows  # casts the model
+        fixed = two_rows - 2 * activations
+    else:
+        activations, fixed = _activations(config, model), 0  # casts the model
     blocks = [
         sum(each.nbytes for each in block.parameters() if not each.requires_grad) for block in model.blocks()
     ]
     two = sum(sorted(blocks)[-2:])
-    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two)
+    moments: dict[str, float] = {
+        name: sum(size.numel() for _, p in model.all_trained for size in moments_of(name, p.shape).values())
+        / trained
+        for name in WHOLE_TENSORS
+    }
+    return Footprint(base, trained, activations, quantized, num_bytes, sum(blocks), two, fixed, moments)
 
 
-def _activations(config: Config, model: FineTuning) -> int:
+def _activations(config: Config, model: FineTuning, rows: int = 1) -> int:
     saved = SavedTensors(model)
     if config.train.gradient_checkpointing:
         for part in model.model.values():
             every = EveryNth(config.train.checkpoint_every, saved.recomputed)
             model.family.enable_gradient_checkpointing(part, every)
-    _pass(config, model, saved.counting)
+    _pass(config, model, saved.counting, rows)
     return saved.num_bytes + saved.largest_block
 
 
@@ -97,7 +115,7 @@ def _pass(
     """
     dtype = PRECISIONS[config.train.precision]
     to_precision(model.train(), dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _constants_of(rows):
         model.to_empty(device="cpu")
         conditions = blank_conditions(config, model.family, model.denoiser, model.text_encoders, rows)
         with watched():
@@ -106,6 +124,17 @@ def _pass(
             conditions = {name: cast(each, dtype) for name, each in conditions.items()}
             latents = torch.empty((rows, *square_latents(config)), dtype=dtype)
             model.family.denoise(model.model, latents, torch.full((rows,), 500.0), conditions)
+
+
+@contextmanager
+def _constants_of(rows: int) -> Iterator[None]:
+    """Let fake tensors of so many elements have known values: Lumina 2 counts the tokens of each row."""
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = max(before, rows)
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 def check_rows(config: Config) -> None:

@@ -100,7 +100,7 @@ def engines_of(config: Config) -> int:
     LoRA versions are adapters of one model, unless fused. A candidate's pictures are drawn by a third one.
     """
     serve = config.serve
-    if config.train.method == "lora" and not serve.fuse_champion:
+    if config.train.makes_adapter and not serve.fuse_champion:
         return 1
     return 3 if serve.candidate_share or serve.shadow_share else 2
 

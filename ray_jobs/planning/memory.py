@@ -60,7 +60,7 @@ class Model:
         found, workers = self.footprint(train), train.min_workers
         together = with_train(self.config, train).trials_together if together is None else together
         rows = -(-rows_a_worker(train, workers) // pieces_a_step(train, workers))
-        activations = together * rows * found.activations
+        activations = together * rows * found.activations + found.fixed
         if together > 1:  # a layer's adapters are stacked for the pass
             activations += PRECISIONS[train.precision].itemsize * together * found.trained
         return rank_memory(
@@ -74,6 +74,7 @@ class Model:
             quantized_bytes=found.quantized_bytes,
             blocks=found.blocks,
             two_blocks=found.two_blocks,
+            moments=found.moments,
         )
 
 

@@ -45,6 +45,7 @@ def memory_lines(config: Config, model: Model, machines: list[Machine]) -> tuple
         quantized=parts.quantized,
         quantized_bytes=parts.quantized_bytes,
         blocks=parts.blocks,
+        moments=parts.moments,
     )
     lines.append(
         f"    {'on the host':<15}{human_size(host)}, while the base is read and checkpoints are written"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ray_jobs.config import LEARNING_RATE, Config, Effect
+from ray_jobs.config import LEARNING_RATE, Config, Effect, LoraConfig
 from ray_jobs.config.yaml_text import write_yaml
 from ray_jobs.report import beginning, forgotten, headline, number
 from ray_jobs.run.manifest import Manifest
@@ -112,7 +112,7 @@ def portable(path: str) -> str:
 def _front_matter(
     config: Config, base_on_hub: bool, pictures: Sequence[tuple[str, str]]
 ) -> dict[str, object]:
-    lora = config.train.method == "lora"
+    lora = config.train.makes_adapter
     edits = config.data.num_references > 0
     task = "image-to-image" if edits else "text-to-image"
     found: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
@@ -128,13 +128,22 @@ def _front_matter(
 def _introduction(config: Config, winner: Winner) -> str:
     begun = {field: portable(name) for field, name in winner.begins_from.items()}
     base = _text(begun.get("base") or portable(config.model.base))
-    kind = (
-        f"LoRA weights (rank {config.train.lora.rank}) for the text-to-image model {base}"
-        if config.train.method == "lora"
-        else f"A text-to-image model: {base}, all of its denoiser fine-tuned"
-    )
+    lora = config.train.lora
+    if config.train.makes_adapter:
+        form = "rank" if lora.kind == "lora" else f"trained as {KINDS[lora.kind]} of rank"
+        kind = f"LoRA weights ({form} {lora.rank}) for the text-to-image model {base}"
+    else:
+        how = "all of its denoiser fine-tuned" if config.train.method == "full" else _rotated(lora)
+        kind = f"A text-to-image model: {base}, {how}"
     told = f" {_text(beginning(begun))}" if begun else ""
     return f"{kind}, in diffusers' format.{told} {_text(headline(winner))}"
+
+
+KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+
+
+def _rotated(lora: LoraConfig) -> str:
+    return f"orthogonal matrices (OFT, blocks of {lora.block}) merged into its layers"
 
 
 def _pictures(pictures: Sequence[tuple[str, str]], manifest: Manifest) -> list[str]:
@@ -180,7 +189,7 @@ def usage(
     revision = f", revision={config.model.revision!r}" if config.model.revision else ""
     variant = f", variant={base.variant!r}" if base.variant else ""
     name = portable(config.model.base)
-    lora = config.train.method == "lora"
+    lora = config.train.makes_adapter
     names = {"DiffusionPipeline"}
     if base.blocks:
         load = _modular(base.blocks, name if lora else None, f"{revision}{variant}")
@@ -293,10 +302,15 @@ def _injection(config: Config, component: str) -> list[str]:
     own = config.train.lora
     names = {"r": own.rank, "lora_alpha": own.alpha, "use_dora": own.use_dora, "use_rslora": own.use_rslora}
     settings = ", ".join(f"{name}={value!r}" for name, value in names.items())
+    ranks: list[str] = []
+    if own.kind != "lora":  # each layer's follows from its size, and the scale is 1
+        settings = "rank_pattern=ranks, alpha_pattern=ranks"
+        ranks = ['ranks = {f"^{layer}$": len(weights[f"{layer}.lora_A.weight"]) for layer in layers}']
     return [
         MAGNITUDES[0],
         f'weights = {{name.removeprefix("{component}."): tensor for name, tensor in weights.items()}}',
         'layers = sorted({name.partition(".lora_")[0] for name in weights})',
+        *ranks,
         f"settings = LoraConfig({settings}, target_modules=layers)",
         f"inject_adapter_in_model(settings, pipeline.{component})",
         f"set_peft_model_state_dict(pipeline.{component}, weights)",
@@ -306,7 +320,7 @@ def _injection(config: Config, component: str) -> list[str]:
 def _use(config: Config, base: PublishedBase, code: str) -> list[str]:
     dot = HERE if f"model = {HERE}" in code else "the dot"
     where = f"In this folder (on the Hub, put the repository's name in place of {dot})"
-    if config.train.method == "lora" and not base.on_hub:
+    if config.train.makes_adapter and not base.on_hub:
         where += f"; {_text(portable(config.model.base))} is the folder of the base model"
     model = config.model
     kinds = {"a base": model.quantize, "text encoders": model.quantize_text}
@@ -399,8 +413,10 @@ def _data(config: Config, manifest: Manifest) -> list[str]:
 def _settings(config: Config, winner: Winner) -> list[str]:
     train = config.train
     method = "all weights of the denoiser"
-    if train.method == "lora":
-        method = f"LoRA, rank {train.lora.rank}, alpha {train.lora.alpha}"
+    if train.makes_adapter:
+        method = f"{KINDS[train.lora.kind]}, rank {train.lora.rank}, alpha {train.lora.alpha}"
+    elif train.method == "lora":
+        method = _rotated(train.lora)
     workers = f"{train.min_workers} to {train.max_workers}" if train.is_elastic else f"{train.min_workers}"
     rows = [
         ("trained", method + (", and the text encoders" if train.train_text_encoder else "")),

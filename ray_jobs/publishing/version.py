@@ -14,12 +14,14 @@ from ray_jobs.run.records import FID, MEASURES, SUBJECT, RungRow, Winner
 from ray_jobs.run.split import TEST
 
 
-def paired_with_champion(
-    config: Config, pool: EvaluatorPool, winner: Winner, model: Storage
-) -> Paired | None:
-    """Compare the winner with the champion in pairs of pictures.
+def paired_with_champion(config: Config, pool: EvaluatorPool, test: str, model: Storage) -> Paired | None:
+    """Compare weights with the champion in pairs of pictures.
 
     None if there is no champion, or no comparable pictures of it, or error estimates are disabled.
+
+    Args:
+        test: digest of the test split.
+        model: folder of the weights, with the features of their pictures.
     """
     if not config.evaluate.bootstrap:  # error estimates are disabled
         return None
@@ -28,7 +30,7 @@ def paired_with_champion(
     except ConfigError:  # no champion yet; `register` reports an unreachable registry
         return None
     folder = Storage.open(held.source)
-    if held.test_digest != winner.test_digest or not folder.exists(TEST_FEATURES):
+    if held.test_digest != test or not folder.exists(TEST_FEATURES):
         return None
     measures = {FID, pool.ranked_by(TEST)}
     if not folder.exists(SUBJECT_FEATURES):
@@ -74,7 +76,7 @@ def register_winner(
             "step": str(winner.step),
             **{name: str(value) for name, value in winner.settings.items()},
             "guidance_scale": f"{config.evaluate.guidance_scale:g}",
-            "method": config.train.method,
+            "method": config.train.makes,
             "base": config.model.base,
             **({"base_revision": config.model.revision} if config.model.revision else {}),
             **beginning_tags(config),

@@ -223,7 +223,7 @@ def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, s
         "base": config.model.base,
         "base_revision": config.model.revision or "",
         **quantization_tags(config.model),
-        "method": config.train.method,
+        "method": config.train.makes,
         "digest": digest,
         "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
         "code_version": code_version(),

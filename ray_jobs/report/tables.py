@@ -150,6 +150,12 @@ def scores(winner: Winner, results: Rows) -> list[tuple[str, str, str]]:
             "Distance to the target, test",
             "1 - cosine of each edit to the picture that it should be, in features; 0 at best",
         ),
+        (
+            "test_outside",
+            1,
+            "Change outside of the edit, test",
+            "mean difference from the target, of 255 levels, where the picture was to stay as it is",
+        ),
         ("test_fid_2", 2, "Second network, test", "Fréchet distance in the second feature network"),
     )
     for key, digits, name, meaning in others:
@@ -173,6 +179,7 @@ SCORES: Columns = [
         RANKING[MIND],
         RANKING[PREFERENCE],
         RANKING[TARGET],
+        ("outside", "outside", 1),
     ),
     ("second network", "fid_2", 2),
 ]

@@ -11,6 +11,7 @@ from ray_jobs.config import Config
 CONFIG = "config.yaml"  # the resolved configuration, in the run's folder and in every checkpoint
 BEGINS_FROM = "begins_from.json"  # registered versions that the run begins from
 MODEL = "model"
+IMPORTED = "imported"  # weights from elsewhere while they are measured
 REPORT = "report.html"
 TRAININGS, DATASET, SEARCH = "train", "dataset", "search"
 ENCODED, REGISTRY = "encoded", "registry"  # folders that runs share

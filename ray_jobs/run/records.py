@@ -166,6 +166,8 @@ class RungRow(Record):
     preference_error: float | None = None
     target: float | None = None
     target_error: float | None = None
+    outside: float | None = None
+    outside_error: float | None = None
     subject: float | None = None
     subject_error: float | None = None
     unlike: float | None = None
@@ -407,6 +409,8 @@ class Winner(Record):
     test_preference_error: float | None = None
     test_target: float | None = None
     test_target_error: float | None = None
+    test_outside: float | None = None
+    test_outside_error: float | None = None
     test_subject: float | None = None
     test_subject_error: float | None = None
     test_fid_2: float | None = None
@@ -424,6 +428,8 @@ class Winner(Record):
     base_test_preference_error: float | None = None
     base_test_target: float | None = None
     base_test_target_error: float | None = None
+    base_test_outside: float | None = None
+    base_test_outside_error: float | None = None
     unedited_test_target: float | None = None
     base_test_subject: float | None = None
     base_test_subject_error: float | None = None

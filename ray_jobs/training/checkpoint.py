@@ -101,8 +101,8 @@ class CheckpointWriter:
         )
 
     def _evaluated_weights(self) -> dict[str, torch.Tensor]:
-        """Return the full averages (without EMA the full weights) on rank 0."""
-        values = self.ema.averages if self.ema else self.engine.averaged
+        """Return the full averages (without EMA the full weights to evaluate) on rank 0."""
+        values = self.ema.averages if self.ema else self.engine.evaluated
         return whole(self.engine, values)
 
 

@@ -14,7 +14,7 @@ from ray_jobs.config import OPTIMIZER_SETTINGS, TrainConfig
 from ray_jobs.data.feeding.order import rows_of_rank
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.training.fragments import Fragment
-from ray_jobs.training.optimizers import SCALARS, moments_of
+from ray_jobs.training.optimizers import SCALARS, ScheduleFree, evaluate, moments_of
 from ray_jobs.training.phases import Stage
 
 
@@ -77,6 +77,19 @@ class Engine(ABC):
     def average(self, averages: Mapping[str, torch.Tensor], piece: Fragment) -> torch.Tensor:
         """Return an owned fragment's elements of vectors like those of `averaged`."""
         return averages[piece.key]
+
+    @property
+    def evaluated(self) -> dict[str, torch.Tensor]:
+        """The weights to evaluate and publish where there are no averages, named as in `averaged`."""
+        if self.optimizer_name != ScheduleFree.name:
+            return self.averaged
+        found = {name: weights.clone() for name, weights in self.averaged.items()}
+        [first_beta] = {group["betas"][0] for group in self.optimizer.param_groups}
+        for piece in self.owned:
+            state = self.state_of(piece.owner)
+            if state["step"]:
+                evaluate(self.average(found, piece), piece.of(state["unaveraged"]), first_beta)
+        return found
 
     @property
     @abstractmethod

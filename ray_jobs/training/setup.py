@@ -29,6 +29,7 @@ from ray_jobs.training.phases import ever_trainable
 from ray_jobs.training.zero import ZeRO, deepspeed_config
 from ray_jobs.weights.assistant import add_assistant
 from ray_jobs.weights.model_files import UNUSED, check_weights, model_folder
+from ray_jobs.weights.rotations import Rotations
 from ray_jobs.weights.saving import save_lora, save_pipeline
 from ray_jobs.weights.schedulers import SCHEDULER
 from ray_jobs.weights.starting_adapter import add_starting_adapter
@@ -352,7 +353,7 @@ def exporter(config: Config, pipeline: Pipeline, model: Trainable, rank: int) ->
     Call this before the engine is built, which may shard the pipeline's weights.
     """
     scheduler = trained_scheduler(pipeline.scheduler) if config.train.loss.zero_terminal_snr else None
-    if config.train.method == "lora":
+    if config.train.makes_adapter:
 
         def export(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
             save_lora(pipeline, model, weights, folder)
@@ -360,6 +361,10 @@ def exporter(config: Config, pipeline: Pipeline, model: Trainable, rank: int) ->
                 scheduler.save_pretrained(folder / SCHEDULER)
 
         return export
+    if config.train.method == "lora":
+        rotations, model_config = Rotations(model), config.model
+        place, revision = local_path(model_config.base), model_config.revision
+        return lambda weights, folder: rotations.save(weights, place, folder, revision, scheduler)
     # Separate fp32 copies: the components in training change meanwhile.
     own = copy.deepcopy(model.components) if rank == 0 else {}
     base = model_folder(local_path(config.model.base), revision=config.model.revision, without=UNUSED)

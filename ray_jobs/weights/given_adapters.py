@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,7 +13,14 @@ from cluster.fetched import local_path
 from ray_jobs.diffusion.families import FAMILIES, Family
 from ray_jobs.diffusion.finetuning import inject_adapter
 from ray_jobs.diffusion.protocols import Component, Settings
-from ray_jobs.weights.adapter_files import file_name, layer_in_memory, read_adapter_file, scaled, unscaled
+from ray_jobs.weights.adapter_files import (
+    IN_FILE,
+    file_name,
+    layer_in_memory,
+    read_adapter_file,
+    scaled,
+    unscaled,
+)
 from ray_jobs.weights.dora import SCALE, converted_magnitudes, require_all_or_none
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.peft_format import PEFT_CONFIG, PEFT_WEIGHTS, read_peft_format
@@ -109,9 +116,9 @@ def read_given(
     from safetensors import SafetensorError
 
     try:
-        if (own := read_peft_format(file, family.denoiser)) is not None:
+        if (own := read_peft_format(file, family.denoiser, family.trainable_encoders)) is not None:
             _require_finite(own, file, field)
-            return _in_convolutions(own, family.denoiser, denoiser), {}
+            return in_convolutions(own, f"{family.denoiser}.", denoiser), {}
         stored, settings = read_adapter_file(file)
     except SafetensorError as error:
         raise ValueError(f"{field}: {file}: no safetensors file ({error})") from None
@@ -123,6 +130,8 @@ def read_given(
         published = from_published_names(family, denoiser, stored)
     except ValueError as error:
         raise ValueError(f"{field}: {file}: {error}") from None
+    if published is None and not settings:
+        published = _with_alphas(stored, (*family.denoisers, *family.trainable_encoders))
     if published is not None:
         return published, {}
     scales_of_dora = {name: stored.pop(name) for name in list(stored) if name.endswith(f".{SCALE}")}
@@ -170,26 +179,54 @@ def read_given(
         tensors |= converted_magnitudes(scales_of_dora, stored, tensors)
     except ValueError as error:
         raise ValueError(f"{field}: {file}: {error}") from None
-    return _in_convolutions(tensors, family.denoiser, denoiser), settings
+    return in_convolutions(tensors, f"{family.denoiser}.", denoiser), settings
 
 
-def _in_convolutions(
-    tensors: Mapping[str, torch.Tensor], component: str, denoiser: nn.Module
+def _with_alphas(
+    stored: Mapping[str, torch.Tensor], components: Sequence[str]
+) -> dict[str, torch.Tensor] | None:
+    """Return tensors of diffusers' names with the alphas beside them, as for ComfyUI, in the weights.
+
+    None: there are none, or some names are others; diffusers converts such files for some families alone.
+    """
+    found = {name: tensor for name, tensor in stored.items() if not name.endswith(".alpha")}
+    if len(found) == len(stored):
+        return None
+    if not all(IN_FILE.search(name) and name.partition(".")[0] in components for name in found):
+        return None
+    for name in stored.keys() - found.keys():
+        up = f"{name.removesuffix('.alpha')}.lora_B.weight"
+        if up not in found:
+            return None
+        found[up] = scaled(found[up], float(stored[name]) / found[up].shape[1])
+    return found
+
+
+def in_convolutions(
+    tensors: Mapping[str, torch.Tensor], prefix: str, part: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels."""
+    """Return an adapter with its convolutions' matrices, which LoHa and LoKr have, as kernels.
+
+    Args:
+        prefix: what the names of the component's layers begin with.
+    """
     found = dict(tensors)
-    convolutions = {layer: each for layer, each in denoiser.named_modules() if isinstance(each, nn.Conv2d)}
+    convolutions = {
+        layer.removesuffix(".base_layer"): each  # of one with adapters
+        for layer, each in part.named_modules()
+        if isinstance(each, nn.Conv2d)
+    }
     for name, down in tensors.items():
-        layer = name.removeprefix(f"{component}.").removesuffix(".lora_A.weight")
+        layer = name.removeprefix(prefix).removesuffix(".lora_A.weight")
         module = convolutions.get(layer)
         if module is None or down.dim() != 2 or down.shape[1] != module.weight[0].numel():
             continue
         found[name] = down.reshape(-1, *module.weight.shape[1:])
-        for part, shape in (
+        for kind, shape in (
             ("lora_B.weight", (-1, len(down), 1, 1)),
             ("lora_magnitude_vector", (1, -1, 1, 1)),
         ):
-            if (other := f"{component}.{layer}.{part}") in tensors:
+            if (other := f"{prefix}{layer}.{kind}") in tensors:
                 found[other] = tensors[other].reshape(shape)
     return found
 

@@ -126,10 +126,10 @@ def read_pipeline(
             continue
         if modular and _reads_texts(name):
             options[name] = _tokenizer(index[name], str(folder), name)
-        elif modular and not issubclass(kind := _class_of(index[name]), torch.nn.Module):
+        elif modular and not issubclass(kind := class_of(index[name]), torch.nn.Module):
             options[name] = kind.from_pretrained(str(folder), subfolder=name)
         elif modular or variant or name in rounded:
-            kind = _class_of(index[name])
+            kind = class_of(index[name])
             part = options[name] = kind.from_pretrained(
                 str(folder),
                 subfolder=name,
@@ -203,13 +203,13 @@ def _upcast(folder: Path, index: Mapping[str, Any]) -> bool:
     """Return True if the autoencoder's configuration, or its class by default, has `force_upcast`."""
     if index.get("vae", [None])[0] is None:
         return False
-    kind = _class_of(index["vae"])
+    kind = class_of(index["vae"])
     default = signature(kind.__init__).parameters.get("force_upcast")
     settings = kind.load_config(str(folder), subfolder="vae")
     return bool(settings.get("force_upcast", default is not None and default.default))
 
 
-def _class_of(entry: Sequence[str]) -> Any:
+def class_of(entry: Sequence[str]) -> Any:
     """Return a component's class, given its library and name in the model's index."""
     library, class_name = entry
     return getattr(importlib.import_module(library), class_name)
@@ -239,7 +239,7 @@ def empty_model(base: str, parts: Sequence[str], *, revision: str | None = None)
         if entry[0] is None:
             setattr(found, name, None)
             continue
-        kind = _class_of(entry)
+        kind = class_of(entry)
         if name == "scheduler":
             found.scheduler = kind.from_pretrained(folder, subfolder=name)
             continue
@@ -274,9 +274,9 @@ def _tokenizer(entry: Sequence[str], base: str, name: str, revision: str | None 
     """Load a tokenizer; of a processor only what reads texts, as its images would need torchvision."""
     from transformers import AutoTokenizer
 
-    kind = AutoTokenizer if _is_processor(entry) else _class_of(entry)
+    kind = AutoTokenizer if _is_processor(entry) else class_of(entry)
     tokenizer = kind.from_pretrained(base, subfolder=name, revision=revision)
-    return text_processor(_class_of(entry), tokenizer) if name == PROCESSOR else tokenizer
+    return text_processor(class_of(entry), tokenizer) if name == PROCESSOR else tokenizer
 
 
 def load_tokenizers(base: str, *, revision: str | None = None) -> Any:

@@ -12,9 +12,11 @@ from torch import nn
 from ray_jobs.diffusion.finetuning import ADAPTER
 from ray_jobs.diffusion.pack import Trainable
 from ray_jobs.diffusion.protocols import Component, Pipeline, Scheduler
-from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name
+from ray_jobs.weights.adapter_files import CLIP_PREFIX, file_name, unscaled
+from ray_jobs.weights.given_adapters import in_convolutions
 from ray_jobs.weights.loading import LORA_WEIGHTS
 from ray_jobs.weights.model_index import NEVER_LOADED, model_index, write_index
+from ray_jobs.weights.peft_format import LYCORIS, from_lycoris
 from ray_jobs.weights.weight_files import is_weights, plain_name, variant_of
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def save_lora(
 ) -> None:
     """Write adapters as `pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
 
+    LoHa and LoKr are written as the LoRA that they are: diffusers loads no other kind that peft saves.
+
     Args:
         weights: the adapters' tensors by their name in `model`.
     """
@@ -126,9 +130,12 @@ def save_lora(
             if key.startswith(f"{prefix}.")
         }
         if mine:
+            config = part.peft_config[model.adapter]
             state = get_peft_model_state_dict(part, state_dict=mine, adapter_name=model.adapter)
+            if config.peft_type in LYCORIS:
+                state, config = _as_lora(part, state, config)
             layers[name] = {file_name(part, key): value for key, value in state.items()}
-            settings[name] = _settings(part.peft_config[model.adapter])
+            settings[name] = _settings(config)
     if model.family.has_lora_loader:
         arguments: dict[str, object] = {f"{name}_lora_layers": state for name, state in layers.items()}
         arguments |= {f"{name}_lora_adapter_metadata": own for name, own in settings.items()}
@@ -136,6 +143,19 @@ def save_lora(
     else:
         write_adapter(folder, layers, settings)
     assert (folder / LORA_WEIGHTS).exists()
+
+
+def _as_lora(
+    part: nn.Module, state: Mapping[str, torch.Tensor], config: "PeftConfig"
+) -> tuple[dict[str, torch.Tensor], "PeftConfig"]:
+    """Return LoHa or LoKr as LoRA of scale 1, by names in the component, and its configuration."""
+    from peft import LoraConfig
+
+    found = in_convolutions(from_lycoris(state, config.to_dict()), "", part)
+    ends = ".lora_A.weight"
+    ranks = {name.removesuffix(ends): len(down) for name, down in found.items() if name.endswith(ends)}
+    layers = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    return found, LoraConfig(**unscaled(ranks), **layers)
 
 
 def write_adapter(

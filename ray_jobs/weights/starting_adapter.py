@@ -75,6 +75,7 @@ def with_form_of_adapter(config: Config) -> Config:
     if alpha != int(alpha):
         raise ConfigError(f"{FIELD}: {file}: its alpha is {alpha}, but training takes whole numbers only")
     form = {
+        "kind": "lora",
         "rank": rank,
         "alpha": int(alpha),
         "use_dora": any("magnitude" in name for name in tensors),

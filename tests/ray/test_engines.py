@@ -16,6 +16,7 @@ from tests.engine_cases import (
     expected_by,
     expected_in_stages,
     expected_of_switches,
+    expected_schedule_free,
     gradient_in_pieces,
     told_of_bandwidth,
     weights_in_stages,
@@ -74,6 +75,7 @@ def test_stages_are_as_with_torchs_own_optimizers_at_every_stage_offloaded_and_a
         "switched": expected_of_switches(),
         "lion": expected_of_switches(only_lion=True),
         **{name: expected_by(name) for name in OPTIMIZERS},
+        "schedule_free": [averages for _, averages in expected_schedule_free()],
     }
     assert {schedule: len(variants) for schedule, variants in found.items()} == {
         "frozen": 21,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -23,10 +24,12 @@ from safetensors import safe_open
 from cluster import submit, upload
 from cluster.local import LocalCluster
 from cluster.storage import slug
+from ray_jobs import import_weights
 from ray_jobs.compare import compare, look_up
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.data.preparation import prepare
 from ray_jobs.evaluation.pool import evaluators
+from ray_jobs.registry.models import registered
 from tests.cards import draw
 from tests.ray.test_training import DEMO, tiny_config
 from tests.record import record_fault
@@ -109,6 +112,7 @@ def test_the_pipeline_runs_end_to_end_through_kills_and_is_skipped_when_it_is_do
     check_model_card(run, tiny_model)
 
     check_comparison(config, winner)
+    check_measured_import(config, winner, written)
 
     changed = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert submit.run_job(ray_cluster.address, job, environment) == 0
@@ -214,6 +218,24 @@ def check_comparison(config: Config, winner: dict[str, Any]) -> None:
     folder = Path(config.storage) / config.name / "comparisons" / "1-base"
     assert set(json.loads((folder / "comparison.json").read_text())) == {"version 1", "base", "difference"}
     Image.open(folder / "grid.png").verify()
+
+
+def check_measured_import(config: Config, winner: dict[str, Any], written: Path) -> None:
+    """The adapter, as a file from elsewhere, has the scores of the version that was trained."""
+    file = written.with_name("elsewhere.safetensors")
+    shutil.copyfile(Path(config.storage) / config.name / "model" / "pytorch_lora_weights.safetensors", file)
+    reads = (Path(config.storage) / config.name / "test_reads.jsonl").read_text()
+    name = ["--set", "publish.model_name=elsewhere"]
+    assert import_weights.main(["--config", str(written), *name, "--adapter", str(file), "--measure"]) == 0
+    found, trained = (
+        registered(each, "1") for each in (load_config(written, name[1:]), load_config(written))
+    )
+    assert found.test_digest == trained.test_digest == winner["test_digest"]
+    for score in ("test_fid", "base_test_fid"):
+        assert found.metrics[score] == pytest.approx(winner[score], rel=1e-4)
+    assert found.guidance_scale == config.evaluate.guidance_scale
+    assert reads == (Path(config.storage) / config.name / "test_reads.jsonl").read_text()
+    assert not (Path(config.storage) / config.name / "imported").exists()
 
 
 def check_samples_of_rungs(run: Path, rows: list[dict[str, Any]]) -> None:

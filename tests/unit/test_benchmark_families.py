@@ -1,13 +1,24 @@
 """The benchmark of families runs, its rivals do the same work as ours, and their pictures are equal."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import families
-from benchmarks.families import GATES, PROMPTS, PlainLoop, config_of, denoiser_call, lines_of, measure, tell
+from benchmarks.families import (
+    EDITS,
+    GATES,
+    PROMPTS,
+    PlainLoop,
+    config_of,
+    denoiser_call,
+    lines_of,
+    measure,
+    tell,
+)
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.training.setup import build_model
 from tests.serving import plain_diffusers
@@ -18,7 +29,7 @@ NAME = "PixArtSigmaPipeline"
 @pytest.mark.slow
 def test_a_family_is_measured_and_its_pictures_are_the_pipelines() -> None:
     found = json.loads(json.dumps(measure(NAME, "small")))
-    assert all(found[part]["ratio"] > 0 for part in GATES)
+    assert all(found[part]["ratio"] > 0 for part in GATES if part != EDITS) and EDITS not in found
     assert found["served"]["largest_difference"] <= 0.55  # of 255 levels
     assert found["lines"] == lines_of(FAMILIES[NAME]) > 50
     found["lora"]["ratio"], found["served"]["ratio"] = 0.5, 2.0
@@ -35,6 +46,18 @@ def test_the_plain_loop_trains_as_many_weights_as_ours(tiny_flux: Path, method: 
     for _ in range(2):  # the first step only moves the half of a LoRA that is 0
         loop.step()
     assert not any(torch.equal(old, new) for old, new in zip(before, loop.trained, strict=True))
+
+
+def test_the_plain_loop_computes_as_many_tokens_as_ours_with_a_reference(tiny: Callable[[str], Path]) -> None:
+    folder, family = tiny("FluxKontextPipeline"), FAMILIES["FluxKontextPipeline"]
+    plain, edits = (
+        denoiser_call(plain_diffusers.load(folder), family, with_reference=each)[1]["hidden_states"]
+        for each in (False, True)
+    )
+    assert edits.shape[1] == 2 * plain.shape[1] and len(edits) == len(PROMPTS)
+    with families.our_loop(config_of(folder, EDITS)) as ours:
+        assert ours.rows["reference_0"].shape == ours.rows["latents_mean"].shape
+        ours.step()
 
 
 def test_the_plain_loop_gets_all_captions_from_the_pipeline_in_one_call(tiny_flux: Path) -> None:

@@ -6,7 +6,14 @@ import torch
 
 from ray_jobs.evaluation.pool import EvaluatorPool
 from ray_jobs.evaluation.scores import Real, difference_by, scores_of
-from ray_jobs.metrics.edits import METRIC, target_difference, target_distance
+from ray_jobs.metrics.edits import (
+    METRIC,
+    OUTSIDE,
+    outside_change,
+    outside_score,
+    target_difference,
+    target_distance,
+)
 from ray_jobs.run.records import FID, TARGET
 from ray_jobs.run.split import VALIDATION
 from tests.unit.test_affects import configured
@@ -73,3 +80,29 @@ def test_a_split_without_references_is_ranked_by_fid() -> None:
     shared = object()
     pool.references = {VALIDATION: shared}
     assert pool.ranked_by(VALIDATION) == TARGET
+
+
+def test_what_an_edit_changes_where_the_picture_was_to_stay_is_told_in_levels() -> None:
+    before = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    target, drawn = before.clone(), before.clone()
+    target[:, :4] = 200  # the upper half is to be edited
+    assert outside_change(target, before, target) == 0
+    assert outside_change(before, before, target) == 0  # that nothing was edited is told by the distance
+    drawn[:, 4:] = 130
+    assert outside_change(drawn, before, target) == pytest.approx(30)
+    nearly = before + 8
+    assert outside_change(nearly, nearly, before) == pytest.approx(8)
+    everything = torch.full_like(before, 200)
+    assert np.isnan(outside_change(drawn, before, everything)) and np.isnan(
+        outside_change(drawn, before[:, :4], target)
+    )
+
+
+def test_pictures_without_such_pixels_are_left_out_of_the_mean() -> None:
+    nothing = float("nan")
+    found = outside_score(torch.tensor([10.0, nothing, 30.0]), 3)
+    assert found and found.value == 20 and found.num_samples == 3 and found.standard_error
+    assert outside_score(torch.tensor([nothing]), 1) is None
+    drawn = features(COUNT, 2) | {OUTSIDE: np.full((COUNT, 1), 5.0, np.float32)}
+    scores = scores_of(drawn, Real.of(features(COUNT, 1), are_targets=True), NETWORKS, 2)
+    assert scores.row("test_")["test_outside"] == 5

@@ -97,11 +97,19 @@ def test_a_ranks_bytes_are_the_measured_ones_to_two_percent(method: str, stage: 
     assert found.kept / 2**20 == pytest.approx(MEASURED[method][stage], rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_bytes_of_the_flat_engine_are_those_that_it_keeps(method: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "precision", "optimizer"),
+    [
+        *((method, precision, "adamw") for method in ("lora", "full") for precision in ("fp32", "bf16")),
+        *(("lora", "fp32", optimizer) for optimizer in ("adafactor", "muon", "prodigy")),
+    ],
+)
+def test_the_bytes_of_the_flat_engine_are_those_that_it_keeps(
+    method: str, precision: str, optimizer: str
+) -> None:
     lora = {"rank": 32, "alpha": 32, "target_modules": DEMO_TARGETS}
-    config = a_config(BASE, method=method, lora=lora, precision=precision, num_workers=1, engine="flat")
+    own = {"method": method, "lora": lora, "precision": precision, "optimizer": optimizer}
+    config = a_config(BASE, **own, num_workers=1, engine="flat")
     found = Model(config).memory(config.train).device
     _, model = build_model(config)
     for kind, size in state_bytes(build_engine(model, config.train, 1)).items():
@@ -137,7 +145,7 @@ def test_zero_divides_what_its_paper_says() -> None:
 def test_what_is_offloaded_leaves_the_device_and_nothing_is_lost() -> None:
     plain = TrainConfig(zero_stage=3, precision="bf16", use_gpu=True, engine="deepspeed")
     offloading = plain.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
-    sizes = {"whole": 1_000_000, "trained": 400_000, "workers": 4}
+    sizes: dict[str, Any] = {"whole": 1_000_000, "trained": 400_000, "workers": 4}
     here, found = rank_memory(plain, **sizes), rank_memory(offloading, **sizes)
     assert found.device.kept == 0
     assert found.offloaded.kept == here.device.kept
@@ -147,8 +155,14 @@ def test_what_is_offloaded_leaves_the_device_and_nothing_is_lost() -> None:
 def test_a_base_on_the_host_leaves_two_blocks_on_the_device_and_nothing_is_lost() -> None:
     plain = TrainConfig(precision="bf16", use_gpu=True, gradient_checkpointing=True)
     offloading = plain.model_copy(update={"offload_base": True})
-    sizes = {"whole": 1_000_000, "trained": 4_000, "workers": 2, "quantized": 8_000, "quantized_bytes": 4_500}
-    blocks = {"blocks": 1_800_000, "two_blocks": 90_000}
+    sizes: dict[str, Any] = {
+        "whole": 1_000_000,
+        "trained": 4_000,
+        "workers": 2,
+        "quantized": 8_000,
+        "quantized_bytes": 4_500,
+    }
+    blocks: dict[str, Any] = {"blocks": 1_800_000, "two_blocks": 90_000}
     here, found = (rank_memory(train, **sizes, **blocks) for train in (plain, offloading))
     assert here.offloaded.whole == 0 and found.offloaded.whole == found.offloaded.parameters == 1_800_000
     assert found.device.whole == here.device.whole - 1_800_000 + 90_000

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
 import pytest
 import torch
@@ -16,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from ray_jobs.config import Config, ConfigError, load_config
 from ray_jobs.diffusion.families import FAMILIES
 from ray_jobs.export_weights import export_version
-from ray_jobs.import_weights import imported_adapter, main
+from ray_jobs.import_weights import imported_adapter, imported_model, main
 from ray_jobs.registry.aliases import promote, rollback, status
 from ray_jobs.registry.local_weights import local_weights
 from ray_jobs.registry.models import champion, entries, registered
 from ray_jobs.registry.registration import register
 from ray_jobs.weights.adapter_files import read_adapter_file
-from ray_jobs.weights.kohya import kohya_tensors
+from ray_jobs.weights.kohya import kohya_file, kohya_tensors
 from ray_jobs.weights.loading import LORA_WEIGHTS, empty_model, load_pipeline
 from ray_jobs.weights.single_file import write_single_file
 from serving.engine.engine import Engine
@@ -163,6 +162,99 @@ def test_a_checkpoint_in_one_file_is_served(tiny: Callable[[str], Path], tmp_pat
     assert (ours - picture(plain_diffusers.load(base))).abs().max() > 5
     found = registered(config, "1")
     assert (found.params["imported_from"], found.base) == (str(file), str(base))
+
+
+def published_auraflow(name: str) -> str:
+    """The first publication's name of a tensor of AuraFlow's transformer."""
+    double = name.startswith("joint_")
+    for ours, theirs in (
+        ("joint_transformer_blocks.", "double_layers."),
+        ("single_transformer_blocks.", "single_layers."),
+        ("time_step_proj.linear_1.", "t_embedder.mlp.0."),
+        ("time_step_proj.linear_2.", "t_embedder.mlp.2."),
+        ("context_embedder.", "cond_seq_linear."),
+        ("pos_embed.pos_embed", "positional_encoding"),
+        ("pos_embed.proj.", "init_x_linear."),
+        ("norm_out.linear.", "modF.1."),
+        ("proj_out.", "final_linear."),
+        (".norm1_context.linear.", ".modC.1."),
+        (".norm1.linear.", ".modX.1." if double else ".modCX.1."),
+        (".ff_context.", ".mlpC."),
+        (".ff.", ".mlpX." if double else ".mlp."),
+        (".linear_1.", ".c_fc1."),
+        (".linear_2.", ".c_fc2."),
+        (".out_projection.", ".c_proj."),
+        *((f".add_{each}_proj.", f".w1{each}.") for each in "qkv"),
+        (".to_add_out.", ".w1o."),
+        *((f".to_{each}.", f".w{1 + double}{each}.") for each in "qkv"),
+        (".to_out.0.", f".w{1 + double}o."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def published(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A transformer's tensors as they were first published, or as ComfyUI has them."""
+    if name == "AuraFlowPipeline":
+        found = {published_auraflow(key): tensor for key, tensor in tensors.items()}
+        found["modF.1.weight"] = torch.cat(found["modF.1.weight"].chunk(2)[::-1])  # shift before scale
+        return found
+    if name == "ZImagePipeline":
+        found = {}
+        for key, tensor in tensors.items():
+            for ours, theirs in (
+                ("all_final_layer.2-1.", "final_layer."),
+                ("all_x_embedder.2-1.", "x_embedder."),
+                (".attention.to_out.0.", ".attention.out."),
+                (".attention.norm_k.", ".attention.k_norm."),
+                (".attention.norm_q.", ".attention.q_norm."),
+            ):
+                key = key.replace(ours, theirs)
+            if ".attention.to_q." in key:
+                parts = [tensors[key.replace("to_q", f"to_{each}")] for each in "qkv"]
+                key, tensor = key.replace("to_q", "qkv"), torch.cat(parts)
+            if ".attention.to_" not in key:
+                found[key] = tensor
+        return found | {"norm_final.weight": torch.ones(8)}
+    prefix = "" if name == FLUX else "model.diffusion_model."
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+PIXART = "PixArtSigmaPipeline"
+ALONE = tuple(name for name, family in FAMILIES.items() if not family.is_unet and name != PIXART)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_transformer_alone_in_one_file_takes_the_rest_from_the_base(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = tiny(name)
+    pipeline: Any = load_pipeline(str(base))
+    torch.manual_seed(1)
+    for parameter in pipeline.transformer.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    tensors = {key: each.contiguous() for key, each in pipeline.transformer.state_dict().items()}
+    file = tmp_path / "transformer.safetensors"
+    save_file({key: each.clone() for key, each in published(name, tensors).items()}, file)
+    with imported_model(configured(base, tmp_path), str(file)) as found:
+        read: Any = load_pipeline(str(base), found.folder)
+    theirs = read.transformer.state_dict()
+    assert theirs.keys() == tensors.keys()
+    assert all(torch.equal(theirs[key], each) for key, each in tensors.items())
+    encoder = FAMILIES[name].text.encoders[0]
+    for ours, base_s in zip(
+        getattr(read, encoder).parameters(), getattr(pipeline, encoder).parameters(), strict=True
+    ):
+        assert torch.equal(ours, base_s)
+    save_file(load_file(file) | {"other.weight": torch.ones(3)}, tmp_path / "more.safetensors")
+    line = refusal(capsys, base, tmp_path, "--model", str(tmp_path / "more.safetensors"))
+    assert "more.safetensors: " in line and ("places; give the base" in line or "cannot read it" in line)
+    if name == "AuraFlowPipeline":
+        line = refusal(capsys, tiny(PIXART), tmp_path, "--model", str(file))
+        assert f"diffusers reads no checkpoint of {PIXART} in one file; convert it" in line
+        save_file(tensors | {"vae.decoder.bias": torch.ones(3)}, tmp_path / "whole.safetensors")
+        line = refusal(capsys, base, tmp_path, "--model", str(tmp_path / "whole.safetensors"))
+        assert "diffusers reads no such checkpoint of AuraFlowPipeline; give one of the transformer" in line
 
 
 def kohya_dora(name: str, base: Path, trained: Path) -> dict[str, torch.Tensor]:
@@ -311,6 +403,35 @@ def test_adapters_of_pefts_own_format_draw_what_was_trained(
     assert (picture(load_pipeline(str(base))) - trained).abs().max() > 2
 
 
+@pytest.mark.parametrize("name", [SD, XL])
+def test_adapters_of_text_encoders_in_pefts_own_format_join_that_of_the_denoiser(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = tiny(name)
+    pipeline: Any = load_pipeline(str(base))
+    given: list[str] = []
+    torch.manual_seed(0)
+    for component in ("unet", *FAMILIES[name].trainable_encoders):
+        layers = ["to_q"] if component == "unet" else ["q_proj", "fc1"]
+        config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=layers, init_lora_weights=False)
+        model = peft.get_peft_model(getattr(pipeline, component), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(tmp_path / component))
+        given.append(str(tmp_path / component))
+    trained = picture(pipeline)
+    with imported_adapter(configured(base, tmp_path), given) as found:
+        assert (picture(load_pipeline(str(base), found.folder)) - trained).abs().max() < 0.55
+        content = kohya_file(str(base), found.folder)
+    te = b'"lora_te_text_model_' if name == SD else b'"lora_te2_text_model_'
+    assert te in content[:100_000]
+    if name == XL:
+        (tmp_path / "text_encoder_2").rename(tmp_path / "style")
+        line = refusal(capsys, base, tmp_path, "--adapter", str(tmp_path / "style"))
+        assert "name its folder after the one: text_encoder or text_encoder_2" in line
+
+
 def test_files_of_pefts_own_format_that_are_no_lora_are_refused(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,9 +571,6 @@ def test_files_that_are_none_are_refused_in_one_line(
     assert f"{torn}: no whole safetensors" in refusal(capsys, base, tmp_path, "--model", str(torn))
     assert f"{pickled}: only safetensors are read" in refusal(capsys, base, tmp_path, "--model", str(pickled))
     assert "diffusers cannot read it as a checkpoint" in refusal(capsys, base, tmp_path, "--model", str(file))
-    assert "diffusers reads no checkpoint of AuraFlowPipeline in one file" in refusal(
-        capsys, tiny("AuraFlowPipeline"), tmp_path, "--model", str(file)
-    ) or hasattr(diffusers.AuraFlowPipeline, "from_single_file")
 
 
 def test_an_adapter_that_changed_its_base_is_refused(

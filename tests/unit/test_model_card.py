@@ -80,6 +80,14 @@ def test_a_base_in_a_folder_is_no_base_of_the_hub() -> None:
     assert "the text-to-image model base" in read.text
 
 
+def test_other_kinds_of_adapters_are_named() -> None:
+    text = card(config_of(train={"lora": {"kind": "lokr", "rank": 4}}))
+    assert "LoRA weights (trained as LoKr of rank 4)" in text and "LoKr, rank 4, alpha 16" in text
+    text = card(config_of(train={"lora": {"kind": "oft", "block": 8}}))
+    assert "orthogonal matrices (OFT, blocks of 8) merged into its layers" in text
+    assert "load_lora_weights" not in text
+
+
 def test_a_model_that_was_trained_whole_has_no_adapter() -> None:
     read = ModelCard(card(config_of(train={"method": "full"})))
     assert read.data.to_dict()["base_model_relation"] == "finetune"
@@ -250,20 +258,27 @@ def test_the_program_for_lora_weights_draws_with_plain_diffusers(tiny_model: Pat
     assert picture.tobytes() == draw_here(pipeline).tobytes() != unadapted.tobytes()
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 4, "alpha": 6, "use_rslora": True},
+        {"rank": 4, "alpha": 6, "use_rslora": True, "use_dora": True},
+        {"rank": 1, "alpha": 6, "kind": "lokr", "factor": 4},
+    ],
+    ids=["lora", "dora", "lokr"],
+)
 def test_the_program_for_lora_weights_needs_no_loader_of_diffusers(
-    tiny: Callable[[str], Path], tmp_path: Path, dora: bool
+    tiny: Callable[[str], Path], tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     pipeline, base = load_pipeline(str(tiny("PixArtSigmaPipeline"))), tmp_path / "base"
     options = dict(pipeline.transformer.config) | {"sample_size": 32}  # for which its pipeline has sizes
     pipeline.transformer = type(pipeline.transformer).from_config(options)
     pipeline.save_pretrained(base)
     unadapted = draw_here(load_pipeline(str(base)))
-    lora: dict[str, Any] = {"rank": 4, "alpha": 6, "use_dora": dora, "use_rslora": True}
     config = config_of("base", train={"lora": lora})
     add_lora(pipeline.transformer, target_modules=["to_q", "to_v"], dropout=0.5, **lora)
     for name, parameter in pipeline.transformer.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lokr_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     family = family_of(pipeline)
     objective = family.schedule.objective(pipeline.scheduler.config)

@@ -17,10 +17,10 @@ from ray_jobs.training.checkpoint import PROGRESS, STATE, Resumed
 from ray_jobs.training.engine import Engine
 from ray_jobs.training.loop import LoopSettings, TrainingRun
 from ray_jobs.training.memory import state_bytes
-from ray_jobs.training.optimizers import Lion
+from ray_jobs.training.optimizers import SCALARS, Lion, Prodigy
 from ray_jobs.training.setup import build_engine
 from ray_jobs.training.startup import StartUp
-from ray_jobs.training.state import load_weights, snapshot, write_shard
+from ray_jobs.training.state import load_weights, snapshot, whole, write_shard
 from tests.engine_cases import (
     LAST,
     ONE,
@@ -30,6 +30,7 @@ from tests.engine_cases import (
     alone,
     expected_by,
     expected_of_switches,
+    expected_schedule_free,
     input_of,
 )
 
@@ -72,13 +73,11 @@ def climb(run: TrainingRun, last: int) -> None:
 
 def kept(run: TrainingRun) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
-    assert run.ema
-    return snapshot(run.engine, run.ema.averages)[0]
+    return snapshot(run.engine, run.ema.averages if run.ema else {})[0]
 
 
 def saved(run: TrainingRun, folder: Path) -> Resumed:
-    assert run.ema
-    write_shard(folder / STATE, 0, 1, *snapshot(run.engine, run.ema.averages))
+    write_shard(folder / STATE, 0, 1, *snapshot(run.engine, run.ema.averages if run.ema else {}))
     (folder / PROGRESS).write_text(json.dumps({"step": run.done, "why": "interval", "world_size": 1}))
     return Resumed(folder)
 
@@ -119,6 +118,51 @@ def test_an_optimizer_trains_as_torchs_own_does_and_resumes_to_the_bit(name: str
         climb(second, LAST)
         for moment, values in kept(whole).items():
             assert torch.equal(values, kept(second)[moment]), (precision, pause, moment)
+
+
+def test_schedule_free_evaluates_the_averages_and_trains_on_what_is_not_averaged() -> None:
+    run = begun(configured(**alone("schedule_free")))
+    before = whole(run.engine, run.engine.evaluated)
+    assert all(torch.equal(before[name], p.detach()) for name, p in run.engine.module.all_trained)
+    for step, (_, averages) in enumerate(expected_schedule_free(), start=1):
+        climb(run, step)
+        for name, values in whole(run.engine, run.engine.evaluated).items():
+            torch.testing.assert_close(values, torch.tensor(averages[name]), rtol=0, atol=2e-6)
+    assert not torch.equal(values, whole(run.engine, run.engine.averaged)[name])
+
+
+def test_prodigy_finds_the_size_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALARS, "prodigy", {"distance": 1e-6, "largest": 1e-6, "numerator": 0.0})
+    weights = torch.tensor([3.0, -4.0])  # 5 from the minimum
+    optimizer = Prodigy([{"params": [weights]}], lr=1.0, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(200):
+        weights.grad = 2 * weights
+        optimizer.param_groups[0]["lr"] = min(1.0, (step + 1) / 20)
+        optimizer.step()
+    assert weights.norm() < 0.05
+    assert 1e-6 < optimizer.state[weights]["distance"] < 5  # a lower bound of it
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay: 0.9: schedule_free averages the weights itself; set it to 0"),
+        (
+            {"schedule": "cosine"},
+            "schedule: cosine lowers the rate, in place of which schedule_free averages",
+        ),
+        ({"betas": [0.0, 0.9]}, "betas: schedule_free needs a first one above 0"),
+        ({"stages": [{"steps": 2, "optimizer": "lion"}, {"steps": 2}]}, "use it in all stages or in none"),
+        ({"stages": [{"steps": 2, "betas": [0.8, 0.9]}]}, r"stages\.0\.betas: schedule_free keeps its first"),
+        (
+            {"optimizer": "prodigy", "groups": {"a": ["*"]}, "stages": [{"steps": 2, "trainable": ["a"]}]},
+            r"stages\.0\.trainable: .* prodigy trains the same layers from beginning to end",
+        ),
+    ],
+)
+def test_what_an_optimizer_of_all_layers_cannot_have_is_refused(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate({"optimizer": "schedule_free", "ema_decay": 0} | train)
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE_TENSORS))

@@ -22,14 +22,13 @@ from ray_jobs.publishing import version
 from ray_jobs.registry.models import TEST_FEATURES, RegisteredModel
 from ray_jobs.registry.promotion import Measured, Result, compared_by
 from ray_jobs.run.manifest import Manifest
-from ray_jobs.run.records import FID, PREFERENCE, Winner
+from ray_jobs.run.records import FID, PREFERENCE
 from ray_jobs.run.split import TEST, Split
 from ray_jobs.weights.feature_networks import NetworkSet, check_networks, load_networks
 from ray_jobs.weights.question_model import QuestionModel
 from tests.tiny_captioners import blip, qwen
 from tests.unit.test_measures import features
 from tests.unit.test_metrics_networks import noise
-from tests.unit.test_report import WINNER
 
 CAPTIONS = ["a big red circle", "a small green square", "a big blue cross"]
 
@@ -118,8 +117,7 @@ def test_a_model_of_features_may_be_the_judge_too_and_a_champion_without_rewards
         "m", 3, storage.child("champion").uri, "", "", None, "lora", {}, test_digest="t"
     )
     monkeypatch.setattr(version, "champion", lambda _: champion)
-    winner = Winner.model_validate(WINNER | {"test_digest": "t"})
-    paired = version.paired_with_champion(config, Pool(), winner, storage.child("new"))  # type: ignore[arg-type]
+    paired = version.paired_with_champion(config, Pool(), "t", storage.child("new"))  # type: ignore[arg-type]
     assert paired and paired.champion == 3 and list(paired.errors) == [FID]
     storage.child("new").write_bytes(TEST_FEATURES, b"half")
     with pytest.raises(ConfigError, match=r"new/test\.features: damaged; restore it, or delete it"):
