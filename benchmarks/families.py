@@ -1,4 +1,4 @@
-"""python -m benchmarks.families [--size small|full] [--family NAME ...]
+"""python -m benchmarks.families [--size small|full] [--family NAME ...] [--part NAME ...]
 
 For each family of models, at the size of the tests' small models, on one thread in fp32, each claim against a
 rival measured in the same run, in turns:
@@ -10,6 +10,7 @@ lora, full: training takes 0.95 or more of the images a second of a plain loop o
 edits: LoRA training with a reference picture of the same size a row, of families that take them.
 served: eight requests that differ in prompt, seed, steps and guidance, drawn by one engine, take at most 1 /
     1.5 of the time of the family's own pipeline called eight times. The pictures are equal.
+served-edits: the same eight requests, each with a reference picture, of families that take them.
 
 What a model of true size gains is another question: small ones show what is not the model. Last comes the
 number of lines of the family's file, then all figures as one line of JSON.
@@ -18,8 +19,9 @@ number of lines of the family's file, then all figures as one line of JSON.
 import argparse
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -48,8 +50,8 @@ from tests.serving import plain_diffusers
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 METHODS = ("lora", "full")
-EDITS = "edits"
-GATES = {"lora": 0.95, "full": 0.95, EDITS: 0.95, "served": 1.5}
+EDITS, SERVED_EDITS = "edits", "served-edits"
+GATES = {"lora": 0.95, "full": 0.95, EDITS: 0.95, "served": 1.5, SERVED_EDITS: 1.5}
 TURNS, STEPS = {"small": 1, "full": 5}, {"small": 1, "full": 6}
 DRAWING_TURNS = {"small": 1, "full": 3}
 SIDE = 64  # pixels
@@ -206,41 +208,44 @@ def our_loop(config: Config) -> Loop:
     return Loop(config, pipeline, model, encoders.encode_captions([""]), rows, torch.device("cpu"))
 
 
-def training(folder: Path, family: Family, size: str) -> dict[str, dict[str, Any]]:
-    """Return images a second of both loops, by method, and the ratio of ours to the plain one's."""
-    found = {}
-    for method in (*METHODS, *([EDITS] if family.max_references else [])):
-        config = config_of(folder, method)
-        with our_loop(config) as ours:
-            edits = method == EDITS
-            plain = PlainLoop(plain_diffusers.load(folder), family, config.train, with_reference=edits)
-            seconds = timed_turns(
-                {"ours": ours.step, "plain": plain.step}, turns=TURNS[size], steps=STEPS[size]
-            )
-        speeds = {name: len(PROMPTS) / median(turns) for name, turns in seconds.items()}
-        found[method] = {"images_per_second": speeds, "ratio": _ratio(seconds)}
-    return found
+def training(folder: Path, family: Family, method: str, size: str) -> dict[str, Any]:
+    """Return images a second of both loops, and the ratio of ours to the plain one's."""
+    config, edits = config_of(folder, method), method == EDITS
+    with our_loop(config) as ours:
+        plain = PlainLoop(plain_diffusers.load(folder), family, config.train, with_reference=edits)
+        loops = {"ours": ours.step, "plain": plain.step}
+        seconds = timed_turns(loops, turns=TURNS[size], steps=STEPS[size])
+    speeds = {name: len(PROMPTS) / median(turns) for name, turns in seconds.items()}
+    return {"images_per_second": speeds, "ratio": _ratio(seconds)}
 
 
-def serving(folder: Path, size: str) -> dict[str, Any]:
+def edit_requests() -> list[Request]:
+    """Return `REQUESTS`, each with a reference of noise."""
+    pictures = torch.from_numpy(noise_pictures(len(REQUESTS)))
+    return [
+        replace(request, references=(picture,)) for request, picture in zip(REQUESTS, pictures, strict=True)
+    ]
+
+
+def serving(folder: Path, requests: Sequence[Request], size: str) -> dict[str, Any]:
     """Return pictures a second of an engine and of the pipeline called by itself, and their ratio."""
     plain = plain_diffusers.load(folder)
     with ExitStack() as stack:
-        engine = Engine(load_pipeline(str(folder)), max_rows=len(REQUESTS))
+        engine = Engine(load_pipeline(str(folder)), max_rows=len(requests))
         stack.callback(engine.close)
 
         def ours() -> list[torch.Tensor]:
-            futures = [engine.submit(request) for request in REQUESTS]
+            futures = [engine.submit(request) for request in requests]
             engine.drain()
             return [future.result(0).pixels for future in futures]
 
         def rival() -> list[torch.Tensor]:
-            return [plain_diffusers.draw(plain, request) for request in REQUESTS]
+            return [plain_diffusers.draw(plain, request) for request in requests]
 
         levels = max(float((mine - other).abs().max()) for mine, other in zip(ours(), rival(), strict=True))
         loops: Mapping[str, Callable[[], object]] = {"ours": ours, "plain": rival}
         seconds = timed_turns(loops, turns=DRAWING_TURNS[size], steps=1)
-    speeds = {name: len(REQUESTS) / median(turns) for name, turns in seconds.items()}
+    speeds = {name: len(requests) / median(turns) for name, turns in seconds.items()}
     return {"pictures_per_second": speeds, "ratio": _ratio(seconds), "largest_difference": levels}
 
 
@@ -253,13 +258,18 @@ def lines_of(family: Family) -> int:
     return len(Path(inspect.getfile(type(family))).read_text(encoding="utf-8").splitlines())
 
 
-def measure(name: str, size: str) -> dict[str, Any]:
-    """Return all figures of a family."""
+def measure(name: str, size: str, parts: Collection[str] = tuple(GATES)) -> dict[str, Any]:
+    """Return a family's figures by part, those that it has, and its lines."""
     torch.set_num_threads(1)
+    family, trained, drawn = FAMILIES[name], [*METHODS], {"served": REQUESTS}
+    if family.max_references:
+        trained.append(EDITS)
+        drawn[SERVED_EDITS] = edit_requests()
     with TemporaryDirectory() as root:
         folder = tiny_models.write(name, Path(root) / name)
-        figures = training(folder, FAMILIES[name], size) | {"served": serving(folder, size)}
-    return figures | {"lines": lines_of(FAMILIES[name])}
+        figures = {part: training(folder, family, part, size) for part in trained if part in parts}
+        figures |= {part: serving(folder, drawn[part], size) for part in drawn if part in parts}
+    return figures | {"lines": lines_of(family)}
 
 
 def tell(name: str, figures: Mapping[str, Any]) -> str:
@@ -282,15 +292,19 @@ def main() -> None:
     parser.add_argument(
         "--family", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES), help="else all"
     )
+    parser.add_argument(
+        "--part", nargs="+", choices=tuple(GATES), default=tuple(GATES), help="else all; others are kept"
+    )
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     record = {"benchmark": "families", "size": arguments.size, "threads": 1, "families": figures}
     for name in arguments.family:
-        figures[name] = measure(name, arguments.size)
+        figures[name] = measure(name, arguments.size, arguments.part)
         print(tell(name, figures[name]), flush=True)
         if arguments.size == "full":
             stored = json.loads(RESULTS.read_text())["families"] if RESULTS.exists() else {}
-            RESULTS.write_text(json.dumps(record | {"families": stored | figures}, indent=1) + "\n")
+            stored[name] = stored.get(name, {}) | figures[name]
+            RESULTS.write_text(json.dumps(record | {"families": stored}, indent=1) + "\n")
     print(f"JSON {json.dumps(record)}", flush=True)
 
 

@@ -4,6 +4,8 @@ import base64
 import io
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,6 +17,8 @@ from serving.client import KEY_VARIABLE, EndpointError, browsable, call
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    Given = str | os.PathLike[str] | bytes | Image.Image
 
 START_S = 900
 """Timeout of an endpoint's start, in seconds; large models are read for minutes."""
@@ -70,20 +74,33 @@ class Endpoint:
 
         return [run_state(self.url, self.status, self.job.last_line(), "")]
 
-    def draw(self, prompt: str, *, n: int = 1, seed: int | None = None, **fields: Any) -> "Pictures":
+    def draw(
+        self,
+        prompt: str,
+        *,
+        images: "Sequence[Given]" = (),
+        n: int = 1,
+        seed: int | None = None,
+        **fields: Any,
+    ) -> "Pictures":
         """Return `n` pictures of a prompt, shown where a notebook shows a cell's value.
 
         Args:
-            fields: further fields of the request, as `steps` or `negative_prompt` (docs/serving.md).
+            images: pictures to draw from, an edit: paths, contents of files, or PIL pictures.
+            fields: further fields of the request, as `steps`, `negative_prompt` or, with `images`, `strength`
+                (docs/serving.md).
 
         Raises:
+            OSError: a path cannot be read.
             EndpointError: the endpoint does not answer, or refuses the request, with its message.
         """
         from PIL import Image
 
+        files = [_file_of(image) for image in images]
         body = {"prompt": prompt, "n": n, **({} if seed is None else {"seed": seed}), **fields}
         timeout = self.config.serve.request_timeout_s + 10
-        answer = call(f"{self.url}/v1/images/generations", body, timeout, key=os.environ.get(KEY_VARIABLE))
+        path, key = "edits" if files else "generations", os.environ.get(KEY_VARIABLE)
+        answer = call(f"{self.url}/v1/images/{path}", body, timeout, key=key, images=files)
         contents = [base64.b64decode(each["b64_json"]) for each in answer["data"]]
         return Pictures(Image.open(io.BytesIO(content)) for content in contents)
 
@@ -94,6 +111,17 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.url}: {self.status}>"
+
+
+def _file_of(image: "Given") -> bytes:
+    """Return an image file's content; a PIL picture becomes a PNG."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class Pictures(list["Image.Image"]):

@@ -35,7 +35,7 @@ TESTS = {
     "pictures of several shapes are": (
         f"{UNIT}sampling.py::test_pictures_of_several_shapes_are_those_of_plain_diffusers"
     ),
-    "reference pictures": f"{UNIT}references.py::test_an_edit_is_that_of_the_plain_pipeline",
+    "reference pictures": f"{UNIT}reference_pictures.py::test_an_edit_is_that_of_the_plain_pipeline",
     "each row has its own guidance": f"{UNIT}families.py::test_every_row_has_its_own_guidance",
     "distilled models are recognised": (
         f"{UNIT}family_guards.py::test_who_trains_a_distilled_model_is_told_what_happens_before_it_starts"
@@ -95,6 +95,9 @@ TESTS = {
     "image to image": (
         f"{SERVING}image_to_image.py::test_a_row_that_begins_with_a_picture_is_that_of_plain_diffusers_in_any_batch"
     ),
+    "edits are the pipeline's, in mixed batches": (
+        f"{SERVING}served_edits.py::test_every_edit_in_a_changing_batch_is_that_of_the_plain_pipeline"
+    ),
     "adapters mixed in a batch": (
         f"{SERVING}adapters.py::test_every_family_mixes_adapters_of_its_denoiser_and_text_encoders"
     ),
@@ -115,6 +118,7 @@ FACETS: Mapping[str, Callable[[Family], bool]] = {
     ),
     "adapters of text encoders": lambda family: bool(family.trainable_encoders),
     "reference pictures": lambda family: bool(family.max_references),
+    "edits are the pipeline's, in mixed batches": lambda family: bool(family.max_references),
     "`serve.cache_features`": lambda family: family.is_unet,
     "adapters for ComfyUI": lambda family: family.comfyui_layer(family.denoiser, "layer") is not None,
 }
@@ -137,7 +141,8 @@ FASTER = """\
 beside other work on the machine, so that a ratio of training is uncertain by a tenth. Small models show what
 is not the model. Training is compared with a plain loop over the same diffusers class, whose batch lies in
 memory: images a second, aim {lora}. Serving is compared with the family's own pipeline called eight times,
-for requests that differ in prompt, seed, steps and guidance: aim {served}. Ratios below the aim are **bold**.
+for requests that differ in prompt, seed, steps and guidance, and for edits of which each has a reference: aim
+{served}. Ratios below the aim are **bold**.
 
 What a step costs beside the model is the same for all: inputs take 1.4 ms in a thread of their own, and small
 models' steps 20 to 150. Krea 2's pipeline gives its denoiser 517 tokens for each caption, which ours cuts to
@@ -207,8 +212,8 @@ def has(name: str, what: str) -> bool:
 def ratios() -> str:
     """Return the table of the benchmark's ratios."""
     measured: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["families"]
-    lines = ["| | LoRA | full training | with a reference | served | lines of its file |"]
-    lines.append("|---|--:|--:|--:|--:|--:|")
+    lines = ["| | LoRA | full training | with a reference | served | edits | lines of its file |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for name in FAMILIES:
         figures = measured[name]
         told = [

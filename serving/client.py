@@ -3,7 +3,8 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 KEY_VARIABLE = "DIFFRAY_KEY"  # environment variable with an API key for these commands
@@ -26,18 +27,26 @@ def browsable(host: str, port: int) -> str:
 
 
 def call(
-    url: str, body: Mapping[str, object] | None = None, timeout_s: float = 60, *, key: str | None = None
+    url: str,
+    body: Mapping[str, object] | None = None,
+    timeout_s: float = 60,
+    *,
+    key: str | None = None,
+    images: Sequence[bytes] = (),
 ) -> Any:
     """Send GET (or POST `body` as JSON), and return the JSON answer.
 
     Args:
         key: API key, if the endpoint requires one.
+        images: image files of an edit, with which the body is sent as a form.
 
     Raises:
         EndpointError: there is no answer, or it is an error; carries the server's message.
     """
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    content_type, data = "application/json", None if body is None else json.dumps(body).encode()
+    if images:
+        content_type, data = _form(body or {}, images)
+    headers = {"Content-Type": content_type} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, data, headers)
     # Bypass proxies from the environment, which would not reach this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -56,3 +65,19 @@ def call(
         raise failure from None
     except (OSError, ValueError) as error:
         raise EndpointError(f"{url}: {error}") from None
+
+
+def _form(fields: Mapping[str, object], images: Sequence[bytes]) -> tuple[str, bytes]:
+    """Return the content type and the body of an edit's form; fields that are None are left out."""
+    boundary = uuid.uuid4().hex
+    parts = [
+        (f'name="{name}"', (value if isinstance(value, str) else json.dumps(value)).encode())
+        for name, value in fields.items()
+        if value is not None
+    ]
+    parts += [('name="image[]"; filename="image"', image) for image in images]
+    body = b"".join(
+        f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
+        for head, content in parts
+    )
+    return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()

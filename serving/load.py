@@ -9,7 +9,7 @@ class EngineLoad(NamedTuple):
 
     places: int  # slots for running rows
     waiting: int  # requests without a slot
-    encoding: int  # rows with a slot whose initial image is not encoded yet
+    encoding: int  # rows with a slot whose initial image or references are not all encoded yet
     running: int  # rows being denoised
     decoding: int  # images and previews waiting to be decoded
     rejected: int  # requests rejected because the queue was full

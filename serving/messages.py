@@ -1,5 +1,6 @@
 """Messages between the ingress and the replicas. No PyTorch, which the ingress does not import."""
 
+import struct
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -25,18 +26,20 @@ class ImageParameters(TypedDict):
     guidance_scale: float
     size: str
     strength: float | None
+    num_references: int | None
 
 
 class RoutedRequest(NamedTuple):
     """A request with the version that it goes to.
 
-    `request` is complete but for what only the replica knows: the name of the version's adapter in the engine
-    and the pixels of the initial image.
+    `request` is complete but for what only the replica knows: the name of the version's adapter in the
+    engine, the pixels of the initial image and of the references, and a size that is the first reference's.
     """
 
     version: RegisteredModel | None  # None: the bare base
     request: Request
     image: bytes | None = None  # file of the initial image, as it was sent
+    references: tuple[bytes, ...] = ()  # files of the reference pictures, as they were sent
     image_id: str = ""  # id of the generated image
     scored: bool = False  # True: counts for the version's drift scores, see `replica.drift`
     asked: float = 0.0  # time of the request, seconds since 1970
@@ -60,6 +63,7 @@ class RoutedRequest(NamedTuple):
             "guidance_scale": self.request.guidance_scale,
             "size": size,
             "strength": None if self.image is None else self.request.strength,
+            "num_references": len(self.references) or None,
         }
 
 
@@ -69,12 +73,19 @@ class Picture(NamedTuple):
     png: bytes
     waited_s: float | None = None  # seconds from the request's arrival to its first step; None: a preview
 
+    @property
+    def size(self) -> str:
+        """Return width x height in pixels, from the file's header."""
+        width, height = struct.unpack(">II", self.png[16:24])
+        return f"{width}x{height}"
 
-class ImageSize(NamedTuple):
+
+class BaseTraits(NamedTuple):
     """Properties of the replicas' base that the ingress needs."""
 
     height: int  # of the model's default image, in pixels
     width: int
+    max_references: int  # pictures that an edit may be drawn from; 0: the model takes no references
 
 
 class ReplicaLoad(NamedTuple):

@@ -39,7 +39,7 @@ def facts_of(
         with_prompt: include the prompts.
     """
     wanted = ["image_id", "model", "version", "adapter", "seed", "steps", "guidance_scale", "size"]
-    wanted += ["strength", *(["prompt", "negative_prompt"] if with_prompt else [])]
+    wanted += ["strength", "num_references", *(["prompt", "negative_prompt"] if with_prompt else [])]
     facts = {name: parameters.get(name) for name in wanted}
     facts |= {"base": base, "adapter_digest": adapter_digest}
     return {name: value for name, value in facts.items() if value is not None}

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from ray_jobs.config import ServeConfig
 
 MAX_SEED = 2**31 - 1
+STRENGTH = 0.8  # default of edits
 
 
 class Unsupported(NamedTuple):
@@ -141,12 +142,17 @@ class ImageRequest(BaseModel):
 
 
 class EditRequest(ImageRequest):
-    """Fields of the form of POST /v1/images/edits, beside the image."""
+    """Fields of the form of POST /v1/images/edits, beside the images."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": []})
 
-    strength: float = Field(
-        0.8, gt=0, le=1, allow_inf_nan=False, description="How far the image may change, up to 1: completely."
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How far the one image, with which drawing begins, may change, up to 1: completely. "
+        f"Default: {STRENGTH}; for models that take references, none: the images are references.",
     )
 
 
@@ -274,6 +280,9 @@ class ModelCard(BaseModel):
     owned_by: str = "diffray"
     version: int | None = Field(description="Version in the model registry; null for the bare base.")
     size: str = Field(description="Default width x height in pixels.")
+    references: int = Field(
+        description="Maximum number of an edit's reference images; 0: an edit begins with its one image."
+    )
 
 
 class ModelList(BaseModel):

@@ -151,17 +151,20 @@ def encode_pictures(pipeline: Pipeline, pixels: torch.Tensor, noise: torch.Tenso
 
 
 @torch.no_grad()
-def encode_references(pipeline: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
+def encode_references(
+    pipeline: Pipeline, pixels: torch.Tensor, device: str | torch.device | None = None
+) -> torch.Tensor:
     """Encode reference pictures as the denoiser receives them, without noise: float32, N x C x ...
 
-    They are the mean of the autoencoder's posterior, on the autoencoder's device.
+    They are the mean of the autoencoder's posterior.
 
     Args:
         pixels: uint8, N x 3 x height x width, of any sizes that the model draws.
+        device: device on which the autoencoder computes; None for that of its weights.
     """
     codec = family_of(pipeline).codec
     autoencoder = codec.in_tiles(pipeline.vae, *pixels.shape[-2:])
-    pictures = pixels.to(autoencoder.device, torch.float32) / 127.5 - 1
+    pictures = pixels.to(device or autoencoder.device, torch.float32) / 127.5 - 1
     mean, _ = codec.posterior(autoencoder, pictures)
     return codec.normalised(mean, codec.scale(autoencoder))
 

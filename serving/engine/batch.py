@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ray_jobs.diffusion.families import Components, Conditions, Family
+from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.families.text import LENGTHS, MASK
 from ray_jobs.diffusion.objectives import per_row
 from ray_jobs.diffusion.precision import cast, dtype_of
@@ -44,6 +45,9 @@ class Batch:
         captions = [row.captions for row in rows]
         captions += [row.null_captions for row in rows if row.null_captions is not None]
         conditions = {name: torch.stack([each[name] for each in captions]) for name in family.text.embeds}
+        for number in rows[0].references:
+            latents = [row.references[number] for row in (*rows, *(rows[i] for i in guided))]
+            conditions[reference(number)] = torch.stack(latents)
         conditions = {name: cast(each, dtype_of(denoiser)) for name, each in conditions.items()}
         conditions |= whole_pictures(family, len(captions), *rows[0].size, device)
         if MASK in conditions:

@@ -1,12 +1,12 @@
 """Generate the images of many requests, batched at every denoising step. Pure PyTorch: no Ray, no HTTP.
 
 A request becomes a row. Rows join and leave between denoiser calls, each with its own prompt, seed, step
-count, guidance, size, adapter and initial image. Each yields the image that plain diffusers generates for its
-request alone.
+count, guidance, size, adapter, initial image and reference pictures. Each yields the image that plain
+diffusers generates for its request alone.
 Rows are admitted first come, first served, at most `max_rows` at a time, and together at most as many pixels
-as as many images of the model's own size have. Running rows of the same size share a denoiser call, and the
-size whose row has waited longest for its step goes next. `scheduler` decides this; the engine computes what
-it decides.
+as as many images of the model's own size have. Running rows whose sizes and references' sizes are the same
+share a denoiser call, and those of which one has waited longest for its step go next. `scheduler` decides
+this; the engine computes what it decides.
 """
 
 import threading
@@ -44,7 +44,7 @@ from serving.engine.deepcache import DeepCache
 from serving.engine.optimizations import attention_kernel, check_switches, compiled, offloaded
 from serving.engine.prompts import PromptEmbeddings, Text
 from serving.engine.rows import Drawing, Kind, OnPreview, Request, Row, check_request
-from serving.engine.scheduler import Decoding, Scheduler
+from serving.engine.scheduler import Decoding, Encoding, Scheduler
 from serving.engine.vae import Decoder, encode
 from serving.load import EngineLoad
 from serving.request import RequestError
@@ -58,8 +58,8 @@ class Engine:
             is offloaded.
         device: PyTorch device.
         max_rows: maximum rows running at a time, of the model's own size; of larger ones there are as many
-            as have the same number of pixels, at least one. With guidance a denoiser call has up to twice as
-            many rows; without it, rows of twice the pixels count as one.
+            as have the same number of pixels, those of references included, at least one. With guidance a
+            denoiser call has up to twice as many rows; without it, rows of twice the pixels count as one.
         decode_rows: maximum images per VAE call, fewer of large ones; bounds how long a VAE call delays
             denoising.
         max_waiting: maximum requests waiting for a slot; None: no limit.
@@ -134,12 +134,17 @@ class Engine:
         self.failures = 0  # calls of any component that failed since an image was last decoded
         self.broken = False  # the device can no longer be used in this process
         self._joining, self._encoding, self._decoding = Chunks(), Chunks(), Chunks()
-        self._denoising: defaultdict[tuple[int, int], Chunks] = defaultdict(Chunks)  # by size
+        self._denoising: defaultdict[int, Chunks] = defaultdict(Chunks)  # by pixels of a row
 
     @property
     def own_size(self) -> tuple[int, int]:
         """Height and width of the model's default image, in pixels."""
         return self.family.native_size(self.pipeline)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that the sides of images and references are multiples of."""
+        return self.family.codec.size_multiple(self.pipeline.vae.config, self.denoiser.config)
 
     @property
     def unfinished(self) -> bool:
@@ -211,9 +216,9 @@ class Engine:
             if joined := self.scheduler.admit():
                 self._guarded(joined, lambda: self._joining.run(joined, self._begin))
             if images := self.scheduler.next_to_encode():
-                self._guarded(images, lambda: self._encoding.run(images, self._encode))
+                self._guarded([each.row for each in images], lambda: self._encoding.run(images, self._encode))
             if group := self.scheduler.next_to_denoise():
-                chunks = self._denoising[group[0].size]
+                chunks = self._denoising[group[0].kind.pixels]
                 self._guarded(group, lambda: chunks.run(group, self._denoise))
             if chunk := self.scheduler.next_to_decode():
                 self._guarded([each.row for each in chunk], lambda: self._decoding.run(chunk, self._decode))
@@ -261,10 +266,10 @@ class Engine:
             raise RequestError("steps", str(error)) from error
 
     def _drop_answered(self) -> None:
-        """Drop rows that were cancelled or have failed, and batches of sizes that no running row has."""
+        """Drop rows that were cancelled or have failed, and batches of kinds that no running row has."""
         self.scheduler.drop_answered()
-        sizes = {row.size for row in self.scheduler.running}
-        self._batches = {kind: batch for kind, batch in self._batches.items() if kind[0] in sizes}
+        kinds = {row.kind[:2] for row in self.scheduler.running}  # with and without cached features
+        self._batches = {kind: batch for kind, batch in self._batches.items() if kind[:2] in kinds}
 
     def _guarded(self, rows: Sequence[Row], work: Callable[[], object]) -> None:
         try:
@@ -295,8 +300,8 @@ class Engine:
                 row.earlier = row.latents.new_zeros((self.num_earlier, *row.latents.shape))
             row.captions = captions
 
-    def _encode(self, rows: list[Row]) -> None:
-        self.workers.together(partial(encode, self.pipeline, rows, self.device))
+    def _encode(self, chunk: list[Encoding]) -> None:
+        self.workers.together(partial(encode, self.pipeline, chunk, self.device))
 
     def _decode(self, chunk: list[Decoding]) -> None:
         self.decoder.decode(chunk)

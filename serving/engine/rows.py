@@ -52,6 +52,11 @@ def check_request(
         limit = f"at most {patches * least**2:,} pixels unless they are square"
         raise RequestError("height", f"{size[0]} x {size[1]}; this model's images have {limit}")
     _check_image(request, size)
+    if len(request.references) > family.max_references:
+        takes = f"at most {family.max_references}" if family.max_references else "none"
+        raise RequestError("references", f"{len(request.references)} given; this model takes {takes}")
+    for picture in request.references:
+        _check_reference(picture, least, max_side)
     if request.steps < 1:
         raise RequestError("steps", f"{request.steps}; must be at least 1")
     if not 0 <= request.seed < 2**63:
@@ -87,6 +92,29 @@ def _check_image(request: Request, size: tuple[int, int]) -> None:
         raise RequestError("image", reason)
 
 
+def _check_reference(picture: torch.Tensor, least: int, max_side: int) -> None:
+    fits = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == torch.uint8
+    if not fits or any(side < least or side % least or side > max_side for side in picture.shape[:2]):
+        reason = (
+            f"{tuple(picture.shape)} of {picture.dtype}; uint8, height x width x 3 is needed, both multiples "
+            f"of {least} pixels and at most {max_side}, as serving.replica.image_input makes it"
+        )
+        raise RequestError("references", reason)
+
+
+class Kind(NamedTuple):
+    """Properties that rows of one denoiser call share."""
+
+    size: tuple[int, int]  # height and width in pixels
+    references: tuple[tuple[int, ...], ...]  # their heights and widths
+    deep: bool  # True with cached features
+
+    @property
+    def pixels(self) -> int:
+        """Return the pixels of a row's image and references."""
+        return sum(height * width for height, width in (self.size, *self.references))
+
+
 @dataclass(eq=False)
 class Row:
     """A request and its progress."""
@@ -107,18 +135,20 @@ class Row:
     clean: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # as predicted by the last step
     earlier: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # past outputs, for some solvers
     deep: torch.Tensor | None = None  # deep features for the next step; with guidance, of both passes
+    unencoded: list[int | None] = field(default_factory=list)  # references by number; None: the initial image
+    references: dict[int, torch.Tensor] = field(default_factory=dict)  # latents, C x ..., by number
     done: int = 0  # steps done
     last_call: int = 0  # denoiser call in which the row last stepped, or after which it joined
 
     @property
-    def kind(self) -> "Kind":
-        return self.size, self.deep is not None
+    def kind(self) -> Kind:
+        sizes = tuple(tuple(picture.shape[:2]) for picture in self.request.references)
+        return Kind(self.size, sizes, self.deep is not None)
 
     @property
     def pixels(self) -> int:
-        """Pixels of a denoiser call that the row takes."""
-        height, width = self.size
-        return height * width * (2 if self.guided else 1)
+        """Pixels of a denoiser call that the row takes, with those of its references."""
+        return self.kind.pixels * (2 if self.guided else 1)
 
     @property
     def finished(self) -> bool:
@@ -139,6 +169,3 @@ class Row:
         """Answer with the image, unless the row is already answered."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(Drawing(pixels, self.waited_s, time.monotonic() - self.submitted))
-
-
-Kind = tuple[tuple[int, int], bool]  # rows of one kind may share a call: size, and True with cached features

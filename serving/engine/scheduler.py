@@ -1,6 +1,7 @@
 """The state of every unfinished row, and the decision which rows the engine works on next.
 
-A row waits in the queue, is encoded if it has an initial image, runs until its last step, and is decoded.
+A row waits in the queue, has its initial image and references encoded, if it has any, runs until its last
+step, and is decoded.
 Nothing here calls a model: `engine.Engine` asks the scheduler what is next, computes it, and reports it.
 """
 
@@ -19,6 +20,28 @@ from serving.engine.rows import Kind, Row
 
 class QueueFull(RuntimeError):
     """The queue is full; the request is rejected."""
+
+
+class Encoding(NamedTuple):
+    """A picture waiting to be encoded."""
+
+    row: Row
+    number: int | None  # of a reference; None: the initial image
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """Return the picture, uint8, height x width x 3."""
+        request = self.row.request
+        if self.number is not None:
+            return request.references[self.number]
+        assert request.image is not None
+        return request.image
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Return what pictures of one call share: height, width, and whether they are references."""
+        height, width, _ = self.pixels.shape
+        return height, width, self.number is not None
 
 
 class Decoding(NamedTuple):
@@ -104,18 +127,22 @@ class Scheduler:
         joined = self.waiting.take(self.free)
         for row in joined:
             row.last_call = self.calls
-            (self.running if row.request.image is None else self.encoding).append(row)
+            row.unencoded = [] if row.request.image is None else [None]
+            row.unencoded += range(len(row.request.references))
+            (self.encoding if row.unencoded else self.running).append(row)
         return joined
 
-    def next_to_encode(self) -> list[Row]:
-        """Return the rows whose images are encoded together: the longest waiting one, and others of its size.
-        They run from now on."""
-        same = [row for row in self.encoding if row.size == self.encoding[0].size]
-        chunk = same[: self._chunk_of(same[0])] if same else []
-        self.encoding = [row for row in self.encoding if row not in chunk]
-        self.running += chunk
-        for row in chunk:
-            row.last_call = self.calls
+    def next_to_encode(self) -> list[Encoding]:
+        """Return the pictures that are encoded together: the longest waiting one, and others of its kind.
+        Rows without further ones run from now on."""
+        waiting = [Encoding(row, number) for row in self.encoding for number in row.unencoded]
+        chunk = [each for each in waiting if each.kind == waiting[0].kind]
+        chunk = chunk[: self._chunk_of(*chunk[0].kind[:2])] if chunk else []
+        for each in chunk:
+            each.row.unencoded.remove(each.number)
+            each.row.last_call = self.calls
+        self.running += [row for row in self.encoding if not row.unencoded]
+        self.encoding = [row for row in self.encoding if row.unencoded]
         return chunk
 
     def next_to_denoise(self) -> list[Row]:
@@ -154,15 +181,15 @@ class Scheduler:
         chunk: list[Decoding] = []
         others: deque[Decoding] = deque()
         for each in self.decoding:
-            first = self.decoding[0].row
-            fits = each.row.size == first.size and len(chunk) < self._chunk_of(first)
+            size = self.decoding[0].row.size
+            fits = each.row.size == size and len(chunk) < self._chunk_of(*size)
             (chunk if fits else others).append(each)
         self.decoding = others
         return chunk
 
-    def _chunk_of(self, row: Row) -> int:
-        """Return how many images of a row's size are encoded or decoded at a time."""
-        return min(self.chunk_rows, pictures_at_once(*row.size))
+    def _chunk_of(self, height: int, width: int) -> int:
+        """Return how many images of a size are encoded or decoded at a time."""
+        return min(self.chunk_rows, pictures_at_once(height, width))
 
     def drop_answered(self) -> None:
         """Drop the rows that were cancelled or have failed."""

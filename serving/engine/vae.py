@@ -1,4 +1,4 @@
-"""The VAE calls between denoising steps: initial images become latents, latents become pixels.
+"""The VAE calls between denoising steps: initial images and references become latents, latents pixels.
 
 An image-to-image row begins with the noised latents of its image (SDEdit, arXiv 2108.01073). Finished and
 preview latents are decoded one chunk at a time.
@@ -11,10 +11,10 @@ import torch
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.codec import Codec
 from ray_jobs.diffusion.protocols import Pipeline
-from ray_jobs.diffusion.sampling import decode_latents, encode_pictures
+from ray_jobs.diffusion.sampling import decode_latents, encode_pictures, encode_references
 from serving.engine.cpu_workers import CPUWorkers
 from serving.engine.rows import Row
-from serving.engine.scheduler import Decoding
+from serving.engine.scheduler import Decoding, Encoding
 
 
 class Decoder:
@@ -50,8 +50,19 @@ class Decoder:
                 each.row.fail(error)
 
 
-def encode(pipeline: Pipeline, rows: Sequence[Row], device: str) -> None:
-    """Set the initial latents of rows of one size, each with an image.
+def encode(pipeline: Pipeline, chunk: Sequence[Encoding], device: str) -> None:
+    """Encode pictures of one kind: set their rows' initial latents, or the latents of their references."""
+    pixels = torch.stack([each.pixels for each in chunk]).permute(0, 3, 1, 2)
+    if chunk[0].number is None:
+        _set_initial_latents(pipeline, [each.row for each in chunk], pixels, device)
+        return
+    for each, latents in zip(chunk, encode_references(pipeline, pixels, device), strict=True):
+        assert each.number is not None
+        each.row.references[each.number] = latents
+
+
+def _set_initial_latents(pipeline: Pipeline, rows: Sequence[Row], pixels: torch.Tensor, device: str) -> None:
+    """Set the initial latents of rows of one size, by their images: uint8, N x 3 x height x width.
 
     As in diffusers' pipelines, a row's generator draws the posterior sample first, then the noise that is
     added.
@@ -59,8 +70,7 @@ def encode(pipeline: Pipeline, rows: Sequence[Row], device: str) -> None:
     codec = family_of(pipeline).codec
     draws = [_two_draws(row.request.seed, codec, tuple(row.latents.shape)) for row in rows]
     posterior, noise = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
-    images = torch.stack([row.request.image for row in rows if row.request.image is not None])
-    latents = encode_pictures(pipeline, images.permute(0, 3, 1, 2), posterior)
+    latents = encode_pictures(pipeline, pixels, posterior)
     for i, row in enumerate(rows):
         row.latents = row.schedule.image_scale * latents[i] + row.schedule.noise_scale * noise[i]
 

@@ -38,7 +38,7 @@ from ray_jobs.config import Config, ConfigError
 from ray_jobs.run.folder import SharedFolder
 
 FILE = "feedback.db"  # in the storage folder
-SCHEMA = 2  # increased, with a migration, whenever the tables change
+SCHEMA = 3  # increased, with a migration, whenever the tables change
 BUSY_S = 30  # how long one SQLite writer waits for another, in seconds
 LOCK = 0xD1FF_FEED  # PostgreSQL's advisory lock of whoever creates the tables
 ID = String(28)
@@ -67,6 +67,7 @@ generations = Table(
     Column("guidance_scale", Double, nullable=False),
     Column("size", Text, nullable=False),
     Column("strength", Double),
+    Column("num_references", Integer),
     Column("user", Text),
     Column("key_id", Text),
     Column("seconds", Double, nullable=False),
@@ -97,13 +98,17 @@ votes = Table(
     Column("created", Double, nullable=False),
 )
 
-# `negative_prompt` may be NULL. SQLite cannot drop a NOT NULL; both databases support these statements.
-TO_VERSION_2 = (
-    "ALTER TABLE generations ADD COLUMN negative_or_null TEXT",
-    "UPDATE generations SET negative_or_null = NULLIF(negative_prompt, '')",
-    "ALTER TABLE generations DROP COLUMN negative_prompt",
-    "ALTER TABLE generations RENAME COLUMN negative_or_null TO negative_prompt",
-)
+# By the version that they lead to; both databases support these statements.
+MIGRATIONS = {
+    # `negative_prompt` may be NULL. SQLite cannot drop a NOT NULL.
+    2: (
+        "ALTER TABLE generations ADD COLUMN negative_or_null TEXT",
+        "UPDATE generations SET negative_or_null = NULLIF(negative_prompt, '')",
+        "ALTER TABLE generations DROP COLUMN negative_prompt",
+        "ALTER TABLE generations RENAME COLUMN negative_or_null TO negative_prompt",
+    ),
+    3: ("ALTER TABLE generations ADD COLUMN num_references INTEGER",),
+}
 
 UPSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
@@ -194,7 +199,8 @@ def _make_tables(engine: Engine, where: str) -> None:
 
 def _migrate(connection: Connection) -> None:
     """Migrate the tables of an older program; of several processes only the first does it."""
-    older = update(schema).where(schema.c.version == 1).values(version=SCHEMA)
-    if connection.execute(older).rowcount:  # other processes wait for this row, or see it changed
-        for change in TO_VERSION_2:
-            connection.execute(text(change))
+    for version, changes in MIGRATIONS.items():
+        older = update(schema).where(schema.c.version == version - 1).values(version=version)
+        if connection.execute(older).rowcount:  # other processes wait for this row, or see it changed
+            for change in changes:
+                connection.execute(text(change))

@@ -40,8 +40,8 @@ class Replayer:
             Unavailable: the endpoint refuses, or serves another version than the one recorded.
             ConfigError: nothing answers there or the key is rejected; names --draw or --key.
         """
-        if generation.strength is not None:
-            raise Unavailable("it began with a picture that was sent, which is not kept")
+        if generation.strength is not None or generation.num_references is not None:
+            raise Unavailable("it was drawn from pictures that were sent, which are not kept")
         wanted = ("prompt", "seed", "steps", "guidance_scale", "size")
         body = {name: getattr(generation, name) for name in wanted} | {"n": 1}
         version = f"@{generation.version}" if generation.version else ""

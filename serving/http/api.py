@@ -44,6 +44,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+IMAGE_FIELDS = ("image", "image[]")  # of an edit; OpenAI's clients send lists by the second name
 Responses = dict[int | str, dict[str, Any]]  # by status, as FastAPI takes them
 KINDS = ("image_generation", "image_edit")  # event kinds, by OpenAI's names
 ERROR_DESCRIPTIONS = {
@@ -91,12 +92,12 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         return await EventStream.of(service.stream(body, context), context)
 
     async def edit(request: Request) -> Response:
-        """Generate `n` images from an initial image, the file in the field `image`."""
-        body, image = await _edit_of(request, fields_of_edits)
+        """Generate `n` images from those in the field `image`: references, or one initial image."""
+        body, images = await _edit_of(request, fields_of_edits)
         context = context_of(request.scope)
         if not body.stream:
-            return _json(await service.generate(body, context, image))
-        return await EventStream.of(service.stream(body, context, image), context)
+            return _json(await service.generate(body, context, images))
+        return await EventStream.of(service.stream(body, context, images), context)
 
     # So that FastAPI checks and documents the limits.
     generate.__annotations__["body"] = limited(ImageRequest, service.settings)
@@ -133,13 +134,14 @@ def _add_drawing(api: FastAPI, service: Service) -> None:
         return wanted
 
     async def cards() -> list[ModelCard]:
-        own = await service.replicas.default_size()
+        own = await service.replicas.traits()
         return [
             ModelCard(
                 id=offer.id,
                 created=service.started,
                 version=offer.version and offer.version.version,
                 size=f"{own.width}x{own.height}",
+                references=own.max_references,
             )
             for offer in service.catalogue.offers()
         ]
@@ -234,32 +236,37 @@ async def _as_text(
         await events.aclose()
 
 
-async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, bytes]:
-    """Return the fields and the image of an edit form."""
+async def _edit_of(request: Request, model: type[EditRequest]) -> tuple[EditRequest, list[bytes]]:
+    """Return the fields and the images of an edit form."""
     fields = form_fields(request.headers.get("content-type", ""), await request.body())
-    image = fields.pop("image", None) or fields.pop("image[]", None)  # OpenAI's clients' name in lists
-    if image is None:
-        raise APIError(400, "image: missing; send one image file", "image", "invalid_value")
-    texts = {}
-    for name, content in fields.items():
+    images = [content for name, content in fields if name in IMAGE_FIELDS]
+    if not any(images):
+        raise APIError(400, "image: missing; send an image file", "image", "invalid_value")
+    texts: dict[str, str] = {}
+    for name, content in fields:
+        if name in IMAGE_FIELDS:
+            continue
+        if name in texts:
+            raise APIError(400, f"{name}: given more than once", name, "invalid_value")
         try:
             # Unsupported fields, such as a mask, are refused by name, whatever their content.
             texts[name] = content.decode(errors="strict" if name in model.model_fields else "replace")
         except UnicodeDecodeError:
             raise APIError(400, f"{name}: must be UTF-8", name, "invalid_value") from None
     try:
-        return model.model_validate(texts), image
+        return model.model_validate(texts), images
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from None
 
 
 def _form(model: type[EditRequest]) -> dict[str, object]:
-    """Return the schema of a form with an image."""
+    """Return the schema of a form with images."""
     schema = model.model_json_schema()
     schema["properties"]["image"] = {
-        "type": "string",
-        "format": "binary",
-        "description": "PNG, JPEG or WebP",
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "description": "PNG, JPEG or WebP. Several references are several fields of this name, or `image[]`.",
     }
     schema["required"].append("image")
     return schema

@@ -36,7 +36,7 @@ class Ingress:
         fresh = is_fresh(built)
         champion = current(config, champion, built)
         first = await warmed_up(config, champion, replicas)
-        await replicas.default_size()
+        await replicas.traits()
         self.service = Service(config, first, replicas, feedback)
         candidates = config.serve.candidate_share or config.serve.shadow_share
         # The first poll also sets the notice if the champion is refused.

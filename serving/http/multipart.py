@@ -6,11 +6,11 @@ from email.parser import BytesHeaderParser
 from serving.schemas import APIError
 
 
-def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
-    """Parse a form into its fields by name.
+def form_fields(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
+    """Parse a form into its fields in their order, each a name and its content.
 
     Raises:
-        APIError: 400, the form is invalid, or a name occurs twice.
+        APIError: 400, the form is invalid.
     """
     header = Message()
     header["Content-Type"] = content_type
@@ -22,15 +22,13 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
     last = parts.pop() if parts else b""
     if not last.startswith(b"--"):
         raise _invalid("the form is incomplete: its closing boundary is missing")
-    fields: dict[str, bytes] = {}
+    fields: list[tuple[str, bytes]] = []
     for part in parts:
         head, mark, content = part.partition(b"\r\n\r\n")
         name = _parameter(BytesHeaderParser().parsebytes(head.lstrip()), "name", "Content-Disposition")
         if not mark or name is None:
             raise _invalid("a part of the form has no name")
-        if name in fields:
-            raise APIError(400, f"{name}: given more than once", name, "invalid_value")
-        fields[name] = content
+        fields.append((name, content))
     return fields
 
 

@@ -22,7 +22,7 @@ from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
     Base,
-    ImageSize,
+    BaseTraits,
     Picture,
     Placement,
     ReplicaLoad,
@@ -33,7 +33,7 @@ from serving.messages import (
     refusal,
 )
 from serving.replica.engine_cache import EngineCache, NoRoom
-from serving.replica.image_input import read_picture
+from serving.replica.image_input import read_picture, read_references
 from serving.replica.postprocess import Postprocessor
 from serving.request import Request, RequestError
 from serving.schemas import APIError
@@ -41,13 +41,18 @@ from serving.schemas import APIError
 if TYPE_CHECKING:
     import torch
 
+    from serving.engine.engine import Engine
     from serving.engine.rows import Drawing, OnPreview
     from serving.engine.thread import EngineThread
 
 logger = logging.getLogger("ray.serve")
 
 TOO_MANY_FAILURES = 5  # consecutive failed calls, of any requests: the device or the process is broken
-PARAMS = {"height": "size", "width": "size"}  # HTTP parameters by fields of Request with other names
+PARAMS = {
+    "height": "size",
+    "width": "size",
+    "references": "image",
+}  # HTTP parameters by fields of Request with other names
 KEPT_ENGINES = 3  # the base, and two fused or fully trained versions: a champion and its successor
 
 
@@ -83,7 +88,9 @@ class Model:
         self._fetched = ExitStack()  # holds the weights of the adapter that was read last
         self.engine_cache: EngineCache[EngineThread] = EngineCache(self._load, _stop, max_kept=KEPT_ENGINES)
         self._first = first
-        self._decoding = asyncio.Lock()  # one image at a time: a client's file may decode to a huge one
+        self._decoding = (
+            asyncio.Lock()
+        )  # one request's files at a time: a client's file may decode to a huge one
         self._num_cores: int | None = None
         if not settings.use_gpu:
             import torch
@@ -96,12 +103,12 @@ class Model:
             # Not fatal: the champion may have changed by the time a replica starts; the ingress requests it.
             logger.warning("%s", error.message)
 
-    async def default_size(self) -> ImageSize:
-        """Return the model's default image size; all versions loaded together have the same one."""
+    async def traits(self) -> BaseTraits:
+        """Return what the ingress needs to know; all versions loaded together have the same base."""
         for thread in self.engine_cache.engines.values():  # the first version may have failed to load
-            return ImageSize(*thread.engine.own_size)
+            return _traits_of(thread)
         async with self._engine(self._first, self.settings.fuse_champion) as (thread, _):
-            return ImageSize(*thread.engine.own_size)
+            return _traits_of(thread)
 
     async def load(self) -> ReplicaLoad:
         """Return the load of this replica's engines, and its drift scores."""
@@ -120,11 +127,8 @@ class Model:
             return
         async with self._engine(version, fused) as (thread, _):
             steps = next(each for each in range(1, 100) if _accepts(thread, each))
-            # torch.compile specializes on one row and on several; with guidance there are two.
-            for guidance_scale in (1.0, 2.0) if self.settings.compile else (1.0,):
-                await self._drawing(
-                    RoutedRequest(version, Request("", 0, steps, guidance_scale), fused=fused)
-                )
+            for request in first_requests(thread.engine, steps, compiled=self.settings.compile):
+                await self._drawing(RoutedRequest(version, request, fused=fused))
 
     def _is_warm(self, placement: Placement) -> bool:
         """Return True if this engine has drawn, and it and its adapter, if any, are in memory."""
@@ -204,15 +208,13 @@ class Model:
                 drawing.cancel()
 
     async def _completed(self, routed: RoutedRequest, thread: "EngineThread", adapter: str | None) -> Request:
-        """Return the request as the engine takes it: with its adapter and the pixels of its initial image."""
-        request, image = routed.request, None
-        if routed.image is not None:
-            height, width = thread.engine.own_size
-            size = request.height or height, request.width or width
+        """Return the request as the engine takes it: with its adapter and the pixels of its images."""
+        request = routed.request
+        if routed.image is not None or routed.references:
             async with self._decoding:
-                image = await asyncio.to_thread(read_picture, routed.image, *size)
+                request = await asyncio.to_thread(_with_pixels, routed, thread)
         zero_terminal_snr = routed.version is not None and routed.version.zero_terminal_snr
-        return replace(request, adapter=adapter, image=image, zero_terminal_snr=zero_terminal_snr)
+        return replace(request, adapter=adapter, zero_terminal_snr=zero_terminal_snr)
 
     @asynccontextmanager
     async def _engine(
@@ -324,6 +326,47 @@ class Model:
         return self._fetched.enter_context(local_weights(self._versions[name]))
 
 
+def first_requests(engine: "Engine", num_steps: int, *, compiled: bool) -> list[Request]:
+    """Return requests that make an engine ready: one, or one of each kind for which torch.compile compiles.
+
+    It specializes on one row and on several (with guidance there are two), and on no reference, one and
+    several.
+    """
+    import torch
+
+    plain = Request("", 0, num_steps, 1.0)
+    if not compiled:
+        return [plain]
+    side = 4 * engine.size_multiple
+    blank = torch.zeros((side, side, 3), dtype=torch.uint8)
+    counts = range(min(engine.family.max_references, 2) + 1)
+    scales = (1.0, 2.0) if engine.family.has_guidance(engine.pipeline.config) else (1.0,)
+    return [
+        replace(plain, guidance_scale=scale, references=count * (blank,))
+        for count in counts
+        for scale in scales
+    ]
+
+
+def _with_pixels(routed: RoutedRequest, thread: "EngineThread") -> Request:
+    """Decode a request's files; without a size it gets that of its first reference.
+
+    Raises:
+        APIError: 400, one cannot be read.
+    """
+    request, engine = routed.request, thread.engine
+    if routed.references:
+        references = read_references(routed.references, engine.size_multiple, engine.max_side)
+        height, width = references[0].shape[:2]
+        height, width = request.height or height, request.width or width
+        request = replace(request, references=references, height=height, width=width)
+    if routed.image is not None:
+        height, width = engine.own_size
+        image = read_picture(routed.image, request.height or height, request.width or width)
+        request = replace(request, image=image)
+    return request
+
+
 def _submit(
     thread: "EngineThread", request: Request, on_preview: "OnPreview | None" = None
 ) -> "Future[Drawing]":
@@ -341,6 +384,11 @@ def _submit(
     except RequestError as error:
         param = PARAMS.get(error.field, error.field)
         raise APIError(400, f"{param}: {error.reason}", param, "invalid_value") from error
+
+
+def _traits_of(thread: "EngineThread") -> BaseTraits:
+    engine = thread.engine
+    return BaseTraits(*engine.own_size, max_references=engine.family.max_references)
 
 
 def _accepts(thread: "EngineThread", num_steps: int) -> bool:

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from ray_jobs.config import ConfigError
 from ray_jobs.registry.models import RegisteredModel, verify_weights
 from serving.messages import (
-    ImageSize,
+    BaseTraits,
     Picture,
     ReplicaLoad,
     RoutedRequest,
@@ -42,18 +42,18 @@ class ReplicaClient:
 
     def __init__(self, model: DeploymentHandle) -> None:
         self._model = model
-        self._default_size: ImageSize | None = None
+        self._traits: BaseTraits | None = None
         self._verified: set[str] = set()
         self._loads: list[ReplicaLoad] = []
         self._asking = asyncio.Lock()
         self._running = (-inf, False, "")  # time of the last status query, and its result
 
-    async def default_size(self) -> ImageSize:
-        """Return the size of the model's default image; queried once."""
-        if self._default_size is None:
-            self._default_size = await _result_of(self._model.default_size.remote())
-        assert self._default_size is not None
-        return self._default_size
+    async def traits(self) -> BaseTraits:
+        """Return what the ingress needs to know about the model; queried once."""
+        if self._traits is None:
+            self._traits = await _result_of(self._model.traits.remote())
+        assert self._traits is not None
+        return self._traits
 
     async def draw(self, requests: Sequence[RoutedRequest]) -> list[Picture]:
         """Generate the images, each on any replica. If the caller is cancelled or one fails, cancel all.

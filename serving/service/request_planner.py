@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from ray_jobs.registry.models import CANDIDATE, CHAMPION, RegisteredModel
 from serving.feedback.schemas import new_image_id
 from serving.messages import BASE, RoutedRequest, label
 from serving.request import Request
-from serving.schemas import MAX_SEED, APIError, EditRequest, ImageRequest, width_and_height
+from serving.schemas import MAX_SEED, STRENGTH, APIError, EditRequest, ImageRequest, width_and_height
 from serving.service.registry_watcher import RegistryWatcher
 from serving.service.replica_client import ReplicaClient
 from serving.service.request_context import RequestContext
@@ -50,9 +51,12 @@ class RequestPlanner:
             raise APIError(404, str(error), "model", "model_not_found") from None
 
     async def plan(
-        self, request: ImageRequest, context: RequestContext, image: bytes | None
+        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
     ) -> list[RoutedRequest]:
         """Return one request per image, with the server's defaults filled in.
+
+        Args:
+            images: image files of an EditRequest: references or one initial image.
 
         Raises:
             APIError: a field, which is named, is not supported.
@@ -65,6 +69,11 @@ class RequestPlanner:
         user = request.user or context.key
         version = await self.find(request.model, user)
         width, height = await self._pixels(request.size)
+        strength: float | None = None
+        references: tuple[bytes, ...] = ()
+        assert bool(images) == isinstance(request, EditRequest)
+        if isinstance(request, EditRequest):
+            strength, references = await self._given(request, images)
         seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
         steps = request.steps or self.settings.default_steps
         first = Request(
@@ -76,14 +85,15 @@ class RequestPlanner:
             height,
             width,
             previews=min(request.partial_images, steps - 1),  # there are no more intermediate images
-            strength=request.strength if isinstance(request, EditRequest) else 1.0,
+            strength=strength or 1.0,
         )
         routed = RoutedRequest(
             version,
             first,
-            image,
+            images[0] if strength else None,
+            references,
             # Edits are not scored: they differ from the published images as much as their input does.
-            scored=image is None and version in (self.catalogue.champion, self.catalogue.candidate),
+            scored=not images and version in (self.catalogue.champion, self.catalogue.candidate),
             asked=time.time(),
             fused=self.settings.fuse_champion and version == self.catalogue.champion,
         )
@@ -120,7 +130,7 @@ class RequestPlanner:
         if size is None:
             return None, None
         width, height = width_and_height(size)
-        own = await self.replicas.default_size()
+        own = await self.replicas.traits()
         limit = self.settings.max_side or 2 * max(own)
         if max(width, height) > limit:
             message = (
@@ -130,7 +140,24 @@ class RequestPlanner:
             raise APIError(400, message, "size", "invalid_value")
         return width, height
 
-    async def size(self, request: Request) -> str:
-        """Return the image's width x height in pixels."""
-        own = await self.replicas.default_size()
-        return f"{request.width or own.width}x{request.height or own.height}"
+    async def _given(
+        self, request: EditRequest, images: Sequence[bytes]
+    ) -> tuple[float | None, tuple[bytes, ...]]:
+        """Return the strength of an edit that begins with its image, or the references of another.
+
+        Raises:
+            APIError: 400, there are too many images.
+        """
+        limit = (await self.replicas.traits()).max_references
+        if limit and request.strength is None:
+            if len(images) > limit:
+                raise _too_many(images, f"this model takes at most {limit}")
+            return None, tuple(images)
+        if len(images) > 1:
+            reason = "with strength, drawing begins with one" if limit else "drawing begins with one"
+            raise _too_many(images, reason)
+        return request.strength or STRENGTH, ()
+
+
+def _too_many(images: Sequence[bytes], reason: str) -> APIError:
+    return APIError(400, f"image: {len(images)} were sent, and {reason}", "image", "invalid_value")

@@ -42,13 +42,11 @@ class Delivery:
         pictures: list[Picture],
         user: str | None,
         context: RequestContext,
-        size: str,
     ) -> list[ImageData]:
         """Record finished images, and return them as sent to the client.
 
         Args:
             user: the client's user, as it named them.
-            size: width x height of all images, in pixels.
             context: facts about the HTTP request.
 
         Raises:
@@ -61,8 +59,10 @@ class Delivery:
             "role": context.alias or "other",
         }
         records = [
-            Generation.model_validate({**each.parameters(size), **facts, "seconds": time.time() - each.asked})
-            for each in requests
+            Generation.model_validate(
+                {**each.parameters(picture.size), **facts, "seconds": time.time() - each.asked}
+            )
+            for each, picture in zip(requests, pictures, strict=True)
         ]
         await asyncio.get_running_loop().run_in_executor(self._recording, self._record, records)
         data = []

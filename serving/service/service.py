@@ -82,12 +82,12 @@ class Service:
             self._in_background(self.shadow.run())
 
     async def generate(
-        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
+        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
     ) -> ImageResponse:
         """Generate `n` images of a prompt.
 
         Args:
-            image: image file to begin with, for an EditRequest.
+            images: image files of an EditRequest, see `RequestPlanner.plan`.
             context: facts about the HTTP request. Its key selects the version if the request names no user;
                 facts about the images are added for the log.
 
@@ -97,21 +97,20 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                planned = await self._plan(request, context, image)
+                planned = await self._plan(request, context, images)
             with self._counted(planned[0]):
                 async with asyncio.timeout_at(deadline):
                     pictures = await self.replicas.draw(planned)
-            size = await self.planner.size(planned[0].request)
-            data = await self.delivery.deliver(planned, pictures, request.user, context, size)
+            data = await self.delivery.deliver(planned, pictures, request.user, context)
         return ImageResponse(
             created=int(time.time()),
             data=data,
             model=label(planned[0].version),
-            size=size,
+            size=pictures[0].size,
         )
 
     async def stream(
-        self, request: ImageRequest, context: RequestContext, image: bytes | None = None
+        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes] = ()
     ) -> AsyncGenerator[ImageEvent]:
         """Generate one image, yielding its previews on the way.
 
@@ -121,8 +120,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         with self._slot(), self._in_time():
             async with asyncio.timeout_at(deadline):
-                (planned,) = await self._plan(request, context, image)
-                size = await self.planner.size(planned.request)
+                (planned,) = await self._plan(request, context, images)
             async with aclosing(self.replicas.watch(planned)) as pictures:
                 with self._counted(planned):
                     for index in count():
@@ -131,23 +129,21 @@ class Service:
                         if picture.waited_s is not None:
                             break
                         yield PartialImageEvent(
-                            type="image_generation.partial_image"
-                            if image is None
-                            else "image_edit.partial_image",
+                            type="image_edit.partial_image" if images else "image_generation.partial_image",
                             b64_json=base64.b64encode(picture.png).decode(),
                             partial_image_index=index,
                             created_at=int(time.time()),
-                            size=size,
+                            size=picture.size,
                         )
-            (data,) = await self.delivery.deliver([planned], [picture], request.user, context, size)
+            (data,) = await self.delivery.deliver([planned], [picture], request.user, context)
         yield CompletedEvent(
-            type="image_generation.completed" if image is None else "image_edit.completed",
+            type="image_edit.completed" if images else "image_generation.completed",
             id=data.id,
             b64_json=data.b64_json,
             seed=data.seed,
             model=label(planned.version),
             created_at=int(time.time()),
-            size=size,
+            size=picture.size,
         )
 
     async def rollout(self) -> RolloutStatus:
@@ -193,9 +189,9 @@ class Service:
             self.metrics.serve([*served[:2], (BASE, BASE), *served[2:]])
 
     async def _plan(
-        self, request: ImageRequest, context: RequestContext, image: bytes | None
+        self, request: ImageRequest, context: RequestContext, images: Sequence[bytes]
     ) -> list[RoutedRequest]:
-        planned = await self.planner.plan(request, context, image)
+        planned = await self.planner.plan(request, context, images)
         self._name_versions()
         return planned
 

@@ -44,8 +44,9 @@ class Shadow:
 
     Args:
         folder: output folder with slots `000/` and so on. Each holds `champion.png`, `candidate.png`, for an
-            edit the input image as `given`, and `parameters.json`, which is written last. The file `next`
-            holds the slot at which the next process continues.
+            edit the initial image as `given` or the references as `reference-0` and so on, and
+            `parameters.json`, which is written last. The file `next` holds the slot at which the next process
+            continues.
         draw: function that has one image generated.
         may_draw: function that returns True if the replicas have capacity beside the open requests.
         kept: number of slots.
@@ -94,6 +95,8 @@ class Shadow:
         place.write_bytes("candidate.png", drawn)
         if pair.request.image is not None:
             place.write_bytes("given", pair.request.image)
+        for number, content in enumerate(pair.request.references):
+            place.write_bytes(f"reference-{number}", content)
         versions = {"champion": label(pair.answered.version), "candidate": label(pair.request.version)}
         request, routed = asdict(pair.request.request), pair.request._asdict()
         parameters = {name: request[name] for name in PARAMETERS} | {name: routed[name] for name in ROUTING}

@@ -40,13 +40,15 @@ const OPENINGS = {
   model_refused: "This model is not available now.",
 };
 
-/** The answer to a request, if the server did not refuse it. */
+/** The answer to a request, if the server did not refuse it; `body` is sent as JSON, or as the form that it is. */
 async function ask(path, body, signal) {
   // Another letter, as a paste may bring, could not even be sent.
   if (/[^\x21-\x7e]/.test(apiKey() ?? "")) throw new ApiError(401, "this key is unknown");
-  const headers = body ? { "Content-Type": "application/json" } : {};
+  const isForm = body instanceof FormData;
+  const headers = body && !isForm ? { "Content-Type": "application/json" } : {};
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
-  const options = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };
+  const sent = body && !isForm ? JSON.stringify(body) : body;
+  const options = { method: body ? "POST" : "GET", headers, body: sent, signal };
   let answer;
   try {
     answer = await fetch(new URL(path, ROOT), options);
@@ -75,9 +77,23 @@ export const models = async () => (await (await ask("models")).json()).data;
 
 export const giveFeedback = (body) => ask("feedback", body);
 
-/** The events of one picture: unfinished ones, then the finished one. Aborting the signal frees the server. */
+/** An edit's fields and files. */
+function formOf({ images, ...fields }) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
+  for (const image of images) form.append("image[]", image);
+  return form;
+}
+
+/**
+ * The events of one picture: unfinished ones, then the finished one. Aborting the signal frees the server.
+ *
+ * `request`: the fields; with `images`, files to draw from, an edit.
+ */
 export async function* draw(request, signal) {
-  const answer = await ask("images/generations", { ...request, stream: true, partial_images: 3 }, signal);
+  const streamed = { ...request, stream: true, partial_images: 3 };
+  const [path, body] = request.images ? ["images/edits", formOf(streamed)] : ["images/generations", streamed];
+  const answer = await ask(path, body, signal);
   for await (const { name, data } of serverSentEvents(answer.body)) {
     if (name === "error") throw toldError(500, data);
     yield data;

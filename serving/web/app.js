@@ -1,14 +1,14 @@
 // The page: what the form asks for, and what the buttons do.
 
 import { ApiError, apiKey, giveFeedback, models, setApiKey } from "./api.js";
-import { EntryView } from "./entries.js";
+import { EntryView, showGiven } from "./entries.js";
 import { entries, forget, forgetAll, keep } from "./history.js";
 import { asCurl, asPython, requestOf } from "./recipe.js";
 
 const MAX_SEED = 2 ** 31 - 1;
 const at = (id) => document.getElementById(id);
-const FIELDS = ["prompt", "model", "negative_prompt", "size", "steps", "guidance_scale", "seed"];
-const NUMBERS = ["steps", "guidance_scale", "seed"];
+const FIELDS = ["prompt", "strength", "model", "negative_prompt", "size", "steps", "guidance_scale", "seed"];
+const NUMBERS = ["strength", "steps", "guidance_scale", "seed"];
 const views = new Map(); // the history's id of an entry -> its view
 const drawing = new Set();
 const lacksKey = new Set(); // views to draw once there is a key
@@ -24,6 +24,8 @@ function requestOfForm() {
     const text = at(name).value.trim();
     if (text) request[name] = NUMBERS.includes(name) ? Number(text) : text;
   }
+  if (at("strength-field").hidden) delete request.strength;
+  if (at("image").files.length) request.images = [...at("image").files];
   return request;
 }
 
@@ -36,7 +38,7 @@ function showFieldError(name, words) {
 }
 
 function clearFieldErrors() {
-  for (const name of [...FIELDS, "n"]) {
+  for (const name of [...FIELDS, "image", "n"]) {
     at(`${name}-error`).textContent = "";
     at(name).removeAttribute("aria-invalid");
   }
@@ -74,9 +76,52 @@ function drawForm(event) {
 function reuse({ request }) {
   for (const name of FIELDS) at(name).value = request[name] ?? "";
   if (at("model").selectedIndex < 0) at("model").value = "";
+  chooseImages(request.images ?? []);
+  showModel();
   at("n").value = 1;
   at("settings").open = true;
   at("prompt").focus();
+}
+
+/** Put files into the form, as if a person had chosen them. */
+function chooseImages(files) {
+  const chosen = new DataTransfer();
+  for (const file of files) chosen.items.add(file);
+  at("image").files = chosen.files;
+  showImages();
+}
+
+/** The chosen files. */
+function showImages() {
+  const files = [...at("image").files];
+  at("chosen").hidden = !files.length;
+  showGiven(at("chosen").querySelector(".given"), files);
+  at("strength-field").hidden = files.length !== 1; // of several it would mean nothing
+  showOwnSize();
+}
+
+/** Which size is drawn if none is given: that of the first picture that the model looks at, or the model's own. */
+function showOwnSize() {
+  const { size = "", references = 0 } = at("model").selectedOptions[0]?.dataset ?? {};
+  const begins = !at("strength-field").hidden && at("strength").value.trim();
+  const looks = Number(references) && at("image").files.length && !begins;
+  at("size").placeholder = looks ? "as the picture" : size;
+}
+
+/** What the chosen model makes of pictures, and which sizes it draws. */
+function showModel() {
+  const { size, references = 0 } = at("model").selectedOptions[0]?.dataset ?? {};
+  const most = Number(references);
+  at("image").multiple = most > 1;
+  at("image-hint").textContent = most
+    ? `The model looks at ${most > 1 ? `up to ${most} pictures` : "a picture"} while it draws.`
+    : "Drawing begins with the picture.";
+  at("strength").placeholder = most ? "none" : "0.8";
+  at("strength-hint").textContent = most
+    ? "Optional, up to 1: drawing then begins with the picture and changes it that far."
+    : "How far the picture may change, up to 1: completely.";
+  if (size) showSizes(size);
+  showOwnSize();
 }
 
 // --- drawing
@@ -134,6 +179,7 @@ async function remember(view, entry) {
 function dropView(view) {
   if (!view) return;
   for (const { image } of view.pictures) URL.revokeObjectURL(image.src);
+  showGiven(view.given, []);
   view.root.remove();
   views.delete(view.entry?.id);
   lacksKey.delete(view);
@@ -215,7 +261,7 @@ function optionsOf(cards) {
   for (const card of cards) {
     const text = card.version && !card.id.includes("@") ? `${card.id} (version ${card.version})` : card.id;
     const option = new Option(text, card.id);
-    option.dataset.size = card.size;
+    Object.assign(option.dataset, { size: card.size, references: card.references });
     groups[card.id === "base" ? "Other" : card.id.includes("@") ? "Versions" : ""].push(option);
   }
   return Object.entries(groups).flatMap(([label, options]) => {
@@ -241,16 +287,13 @@ async function listModels() {
   const candidate = cards.find((card) => card.id.endsWith(":candidate")) ?? cards.at(-1);
   at("rival").value = has(rival) ? rival : candidate.id;
   at("serving").textContent = `Drawing with ${cards[0].id}${cards[0].version ? `, version ${cards[0].version}` : ""}.`;
-  showSizes();
+  showModel();
 }
 
-function showSizes() {
-  const own = at("model").selectedOptions[0]?.dataset.size;
-  if (!own) return;
+function showSizes(own) {
   const [side] = own.split("x").map(Number);
   const sizes = [own, `${side}x${1.5 * side}`, `${1.5 * side}x${side}`, `${2 * side}x${2 * side}`];
   at("sizes").replaceChildren(...sizes.map((each) => new Option(each, each)));
-  at("size").placeholder = own;
 }
 
 /** Comparing means the champion by its name, not whoever answers this time. */
@@ -290,7 +333,10 @@ at("draw-form").addEventListener("keydown", (event) => {
 });
 at("cancel").addEventListener("click", () => drawing.forEach((view) => view.controller.abort()));
 at("compare").addEventListener("change", showComparing);
-at("model").addEventListener("change", showSizes);
+at("model").addEventListener("change", showModel);
+at("image").addEventListener("change", showImages);
+at("strength").addEventListener("input", showOwnSize);
+at("without").addEventListener("click", () => (chooseImages([]), at("image").focus()));
 at("key-form").addEventListener("submit", (event) => (event.preventDefault(), changeKey(at("key").value.trim())));
 at("forget-key").addEventListener("click", () => changeKey(null));
 at("change-key").addEventListener("click", () => {

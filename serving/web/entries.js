@@ -5,6 +5,14 @@ import { drawPicture } from "./drawing.js";
 const parts = (root, selector) => root.querySelector(selector);
 const clone = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
 
+/** Show the files that a picture is drawn from, in place of those before. */
+export function showGiven(root, files) {
+  for (const image of root.children) URL.revokeObjectURL(image.src);
+  const images = files.map((file) => Object.assign(new Image(), { src: URL.createObjectURL(file), alt: file.name }));
+  root.replaceChildren(...images);
+  root.hidden = !files.length;
+}
+
 /** One picture: drawn before your eyes, then rated, saved, copied. */
 export class PictureView {
   constructor(request, index, acts) {
@@ -91,6 +99,8 @@ export class EntryView {
     this.ofPictures = { ...acts, rate: (...what) => acts.rate(this, ...what), prefer: (view) => acts.prefer(this, view) };
     this.models = models;
     parts(this.root, ".prompt").textContent = request.prompt;
+    this.given = parts(this.root, ".given");
+    showGiven(this.given, request.images ?? []);
     const on = (selector, act) => parts(this.root, selector).addEventListener("click", () => act(this));
     on(".again", acts.again);
     on(".reuse", acts.reuse);

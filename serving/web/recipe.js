@@ -1,24 +1,33 @@
 // A picture's parameters as a program that draws it again.
 
-/** The body of a request that draws a picture of the history again. */
+/** The fields of a request that draws a picture of the history again; `images` are the files of an edit. */
 export function requestOf({ request, seed, model, size }) {
   return { ...request, model: model ?? request.model, seed, size: size ?? request.size };
 }
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
-/** For a POSIX shell; the picture lies in picture.png afterwards. The key itself is never in it. */
+/**
+ * For a POSIX shell; the picture lies in picture.png afterwards. The key itself is never in it. The files of an
+ * edit are taken from the current folder.
+ */
 export function asCurl(body, { root, needsKey }) {
-  const lines = [`curl --silent --show-error --fail-with-body ${quoted(`${root}v1/images/generations`)}`];
+  const { images, ...fields } = body;
+  const path = images ? "edits" : "generations";
+  const lines = [`curl --silent --show-error --fail-with-body ${quoted(`${root}v1/images/${path}`)}`];
   if (needsKey) lines.push(`  --header "Authorization: Bearer $DIFFRAY_KEY"`);
-  lines.push(`  --header 'Content-Type: application/json'`, `  --data ${quoted(JSON.stringify(body))}`);
+  if (images) {
+    const given = Object.entries(fields).filter(([, value]) => value !== undefined);
+    lines.push(...given.map(([name, value]) => `  --form-string ${quoted(`${name}=${value}`)}`));
+    for (const { name } of images) lines.push(`  --form ${quoted(`image[]=@"${name.replace(/["\\]/g, "\\$&")}"`)}`);
+  } else lines.push(`  --header 'Content-Type: application/json'`, `  --data ${quoted(JSON.stringify(body))}`);
   const decode = `  | sed 's/.*"b64_json":"\\([^"]*\\)".*/\\1/' | base64 --decode > picture.png`;
   return `${lines.join(" \\\n")} \\\n${decode}\n`;
 }
 
 /** For OpenAI's Python client. */
 export function asPython(body, { root, needsKey }) {
-  const { prompt, model, size, ...ours } = body;
+  const { images, prompt, model, size, ...ours } = body;
   const literal = (value) => JSON.stringify(value); // of strings and numbers: Python reads them alike
   const named = Object.entries({ prompt, model, size }).filter(([, value]) => value !== undefined);
   const extra = Object.entries(ours).map(([name, value]) => `${literal(name)}: ${literal(value)}`);
@@ -30,7 +39,8 @@ export function asPython(body, { root, needsKey }) {
     "from openai import OpenAI",
     "",
     `client = OpenAI(base_url=${literal(`${root}v1`)}, api_key=${needsKey ? 'os.environ["DIFFRAY_KEY"]' : '"none"'})`,
-    "answer = client.images.generate(",
+    `answer = client.images.${images ? "edit" : "generate"}(`,
+    ...(images ? [`    image=[${images.map(({ name }) => `open(${literal(name)}, "rb")`).join(", ")}],`] : []),
     ...named.map(([name, value]) => `    ${name}=${literal(value)},`),
     `    extra_body={${extra.join(", ")}},`,
     ")",

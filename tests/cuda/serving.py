@@ -40,12 +40,13 @@ OF_UNETS: dict[str, dict[str, Any]] = {"channels last": {"channels_last": True},
 ALL_SWITCHES = ("StableDiffusionPipeline", "FluxPipeline", "ZImagePipeline")
 
 
-def requests() -> list[Request]:
+def requests(max_references: int) -> list[Request]:
     image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    looked_at = (image,) * min(max_references, 1)
     size: dict[str, Any] = {"height": 64, "width": 64}
     return [
         Request("a red circle", 1, 6, 2.0, **size),
-        Request("a blue cross", 2, 3, 1.0, **size),
+        Request("a blue cross", 2, 3, 1.0, **size, references=looked_at),
         Request("", 3, 6, 3.0, image=image, strength=0.7, **size),
         Request("a green square", 4, 6, 2.0, previews=1, **size),
     ]
@@ -60,7 +61,7 @@ def draw(base: Path, case: str, settings: dict[str, Any], device: Pretend) -> di
     engine = Engine(pipeline, device="cuda", max_rows=4, cache_features=case == "cached features")
     futures = [
         engine.submit(request, (lambda done, picture: None) if request.previews else None)
-        for request in requests()
+        for request in requests(engine.family.max_references)
     ]
     steps = []
     while engine.unfinished:

@@ -133,7 +133,7 @@ def walk(journey: Journey, config: Config, port: int) -> None:
 
 def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
     """What the endpoint draws with the settings of the card's program: int, height x width x 3."""
-    body = {
+    body: dict[str, object] = {
         "prompt": prompt,
         "model": model,
         "seed": 0,
@@ -141,9 +141,23 @@ def served_picture(url: str, config: Config, prompt: str, model: str) -> Any:
         "guidance_scale": config.evaluate.guidance_scale,
         "size": f"{SIDE}x{SIDE}",
     }
-    answer: Any = call(f"{url}/v1/images/generations", body, 120)
+    references = [_file(picture) for picture in references_of(config).values()]
+    route = "edits" if references else "generations"
+    answer: Any = call(f"{url}/v1/images/{route}", body, 120, images=references)
     data = base64.b64decode(answer["data"][0]["b64_json"])
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+def references_of(config: Config) -> dict[str, Image.Image]:
+    """A picture for each of the columns of references."""
+    columns = config.data.sources[0].reference_columns
+    return {name: draw(captions()[number], number) for number, name in enumerate(columns)}
+
+
+def _file(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
 
 
 def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
@@ -151,8 +165,8 @@ def plain_picture(card: str, config: Config, version: RegisteredModel) -> Any:
     folder, base = Path(version.source), Path(config.model.base)
     beside, picture = folder / base.name, folder / "picture.png"
     beside.symlink_to(base)
-    for number, name in enumerate(config.data.sources[0].reference_columns):
-        draw(captions()[number], number).save(folder / f"{name}.png")
+    for name, reference in references_of(config).items():
+        reference.save(folder / f"{name}.png")
     try:
         with contextlib.chdir(folder):
             exec(program(card), {})

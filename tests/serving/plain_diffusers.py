@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 
 from ray_jobs.diffusion.families import family_of
 from ray_jobs.diffusion.families.text_processor import text_processor
@@ -106,6 +107,8 @@ def draw(pipeline: Any, request: Request) -> torch.Tensor:
     options: dict[str, Any] = family.guidance_arguments(denoiser.config, request.guidance_scale)
     if request.negative_prompt is not None:
         options["negative_prompt"] = request.negative_prompt
+    if request.references:
+        options["image"] = [Image.fromarray(pixels.numpy()) for pixels in request.references]
     if request.image is None:
         options |= {"height": request.height, "width": request.width}
         if request.height and request.width:

@@ -14,7 +14,7 @@ from ray_jobs.registry.models import champion, open_client, registered
 from ray_jobs.registry.promotion import Measured
 from ray_jobs.registry.registration import register
 from serving.command import intact
-from serving.messages import ImageSize
+from serving.messages import BaseTraits
 from serving.schemas import APIError
 from serving.service.canary import Canary, Limits
 from serving.service.registry_watcher import RegistryWatcher, warmed_up
@@ -46,12 +46,12 @@ def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
 ) -> None:
     broken, former = champion(damaged), registered(damaged, "1")
 
-    async def start(model: Any) -> tuple[Any, RegistryWatcher, ImageSize]:
+    async def start(model: Any) -> tuple[Any, RegistryWatcher, BaseTraits]:
         first = await warmed_up(damaged, broken, model)
         catalogue = Catalogue(first.name, first, damaged.serve.models, 0.0)
         watcher = RegistryWatcher(damaged, catalogue, model, Canary(Limits(100, 0.5, 5.0)))
         await watcher.poll()
-        return catalogue.champion, watcher, await model.default_size()
+        return catalogue.champion, watcher, await model.traits()
 
     for fused in (False, True):
         begun = time.monotonic()
@@ -59,7 +59,7 @@ def test_the_version_that_a_damaged_champion_replaced_is_served_and_told(
         settings = damaged.serve.model_copy(update={"fuse_champion": fused})
         damaged = damaged.model_copy(update={"serve": settings})
         served, watcher, size = with_replica(broken, start, fuse_champion=fused)
-        assert (served, size) == (former, ImageSize(height=64, width=64))
+        assert (served, size) == (former, BaseTraits(height=64, width=64, max_references=0))
         assert watcher.notice is not None
         assert "cold@2 cannot be served" in watcher.notice and "cold@1 stays" in watcher.notice
         assert "cold@1, which it replaced, is served" in caplog.text

@@ -277,8 +277,9 @@ def test_an_edit_that_cannot_be_made_names_its_field(
 def test_an_edit_begins_with_one_picture_also_where_it_is_a_list(client: openai.OpenAI) -> None:
     one, answer = ("a.png", PICTURE), client.images.edit(image=[("a.png", PICTURE)], prompt="a")
     assert answer.data and pixels(answer.data[0]).shape == (64, 64, 3)
-    with pytest.raises(openai.BadRequestError, match="given more than once"):
+    with pytest.raises(openai.BadRequestError, match="2 were sent, and drawing begins with one") as refused:
         client.images.edit(image=[one, one], prompt="a")
+    assert refused.value.param == "image"
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
@@ -474,7 +475,7 @@ def test_all_that_may_be_asked_for_is_listed_with_its_version(
     assert {"served", "served@1", "served:champion", "base"} <= set(listed)
     model = listed["served"]
     assert (model.object, model.owned_by) == ("model", "diffray")
-    assert model.model_extra == {"version": registered.version, "size": "64x64"}
+    assert model.model_extra == {"version": registered.version, "size": "64x64", "references": 0}
     assert listed["base"].model_extra["version"] is None
     assert client.models.retrieve("served:champion").id == "served:champion"
     with pytest.raises(openai.NotFoundError, match="'other' is not served"):

@@ -4,6 +4,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from fastapi import FastAPI, Request
@@ -78,8 +79,10 @@ class Server:
 
         @self.api.post("/v1/images/edits")
         async def edit(request: Request) -> Any:
-            body, image = await _edit_of(request, edits)
-            return _json({"created": 1, "data": [], "user": body.user, "bytes": len(image)})
+            body, images = await _edit_of(request, edits)
+            return _json(
+                {"created": 1, "data": [], "user": body.user, "images": [*map(bytes.decode, images)]}
+            )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,15 @@ def test_fields_of_an_edit_are_named_by_openais_client(client: openai.OpenAI) ->
         size="auto",
         safety_identifier="someone",
     )
-    assert (answer.user, answer.bytes) == ("someone", len(b"a picture"))
+    assert (answer.user, answer.images) == ("someone", ["a picture"])
+    several: Any = client.images.edit(prompt="a", image=[b"one", b"two"])
+    assert several.images == ["one", "two"]
+    with pytest.raises(openai.BadRequestError, match="image: missing") as without:
+        client.images.edit(prompt="a", image=b"")
+    assert without.value.param == "image"
+    twice = httpx.post(f"{client.base_url}images/edits", files=[("image", b"a"), ("n", b"1"), ("n", b"1")])
+    assert (twice.status_code, twice.json()["error"]["param"]) == (400, "n")
+    assert "given more than once" in twice.json()["error"]["message"]
     others: tuple[dict[str, Any], ...] = (
         {"mask": b"\xff\x00"},
         {"markup": b"\xff"},

@@ -19,7 +19,7 @@ from ray_jobs.registry.models import RegisteredModel
 from serving.messages import (
     BASE,
     Base,
-    ImageSize,
+    BaseTraits,
     Picture,
     RoutedRequest,
     base_of,
@@ -115,11 +115,14 @@ def test_engines_that_are_asked_for_at_once_all_have_their_weights(
 
 
 def test_a_fully_trained_champion_needs_no_base(full: RegisteredModel) -> None:
-    async def work(model: Any) -> tuple[set[str], ImageSize]:
+    async def work(model: Any) -> tuple[set[str], BaseTraits]:
         await model.draw(routed(full))
-        return set((await model.load()).engines), await model.default_size()
+        return set((await model.load()).engines), await model.traits()
 
-    assert with_replica(full, work) == ({placement_of(full).engine}, ImageSize(height=64, width=64))
+    assert with_replica(full, work) == (
+        {placement_of(full).engine},
+        BaseTraits(height=64, width=64, max_references=0),
+    )
 
 
 @pytest.mark.parametrize("solver", ["model", "euler"])

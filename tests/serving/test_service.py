@@ -18,7 +18,7 @@ from serving.feedback.database import open_database
 from serving.feedback.store import FeedbackStore
 from serving.messages import BASE, RoutedRequest, label, placement_of
 from serving.request import Request
-from serving.schemas import APIError, ImageRequest
+from serving.schemas import APIError, EditRequest, ImageRequest
 from serving.service.request_context import RequestContext
 from serving.service.rollout import TAKEN_OUT, RolloutStatus
 from serving.service.service import Service
@@ -159,7 +159,7 @@ def test_the_usual_guidance_is_that_which_a_version_was_scored_with(
     async def work(service: Service, _: Any) -> None:
         async def guidance(model: str, **fields: Any) -> float:
             request = ImageRequest(prompt="a red apple", model=model, steps=1, **fields)
-            [planned] = await service.planner.plan(request, RequestContext(), None)
+            [planned] = await service.planner.plan(request, RequestContext())
             return planned.request.guidance_scale
 
         asked = [scored[0].name, f"{scored[1].name}@2", BASE]
@@ -186,18 +186,21 @@ def test_shadows_go_on_where_the_last_process_stopped(
     async def drawn(_: RoutedRequest) -> bytes:
         return b"a picture"
 
-    async def store_one(number: int, image: bytes | None) -> None:
+    async def store_one(number: int, *images: bytes) -> None:
         shadow = Shadow(Storage.open(str(tmp_path)), drawn, lambda: True, kept=2)
         running = asyncio.create_task(shadow.run())
-        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), image)
+        answered = RoutedRequest(versions[0], Request("a", number, 4, 3.0), references=images)
         shadow.offer(Shadowed(f"img-{number}", answered, b"", answered._replace(version=versions[1])))
         while not shadow.stored:
             assert not shadow.passed_over
             await asyncio.sleep(0.01)
         running.cancel()
 
-    for number, image in enumerate((b"given", None, None)):
-        asyncio.run(store_one(number, image))
+    for number, images in enumerate(((b"given", b"too"), (), ())):
+        asyncio.run(store_one(number, *images))
+        if images:
+            files = [tmp_path / "000" / f"reference-{place}" for place in range(2)]
+            assert tuple(file.read_bytes() for file in files) == images
     stored = [json.loads((tmp_path / place / "parameters.json").read_text()) for place in ("000", "001")]
     assert [each["seed"] for each in stored] == [2, 1], "the oldest was written over"
     assert stored[0] == {
@@ -218,7 +221,7 @@ def test_shadows_go_on_where_the_last_process_stopped(
         "asked": 0.0,
         "fused": False,
     }
-    assert not (tmp_path / "000" / "given").exists(), "with all that belonged to it"
+    assert not any(file.exists() for file in files), "with all that belonged to it"
 
 
 def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
@@ -236,9 +239,9 @@ def test_a_shadow_of_an_edit_is_stored_with_its_picture_and_others_follow(
 
     async def work(service: Service, model: Any) -> set[str]:
         service.start(poll_now=False)
-        for image in (file.getvalue(), None):
-            request = ImageRequest(prompt="a red apple", model="watched:champion", steps=2)
-            await service.generate(request, RequestContext(), image)
+        for kind, images in ((EditRequest, [file.getvalue()]), (ImageRequest, [])):
+            request = kind(prompt="a red apple", model="watched:champion", steps=2)
+            await service.generate(request, RequestContext(), images)
         while service.shadow.stored < 2:
             assert not service.shadow.passed_over
             await asyncio.sleep(0.01)

@@ -78,6 +78,13 @@ TOO_WIDE = """() => [...document.querySelectorAll("body *")]
   .map(each => each.outerHTML.slice(0, 80))"""
 
 
+# The bytes of the oldest entry's PNG.
+FIRST_PNG = """async () => {
+  const {entries} = await import("/web/history.js");
+  return [...new Uint8Array(await (await entries())[0].pictures[0].blob.arrayBuffer())];
+}"""
+
+
 @pytest.fixture(scope="module")
 def versions(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RegisteredModel]:
     """Champion and candidate."""
@@ -111,14 +118,21 @@ def url(config: Config, versions: list[RegisteredModel], store: FeedbackStore) -
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser while the block runs."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
 
 
 def until(page: Any, expression: str) -> None:
@@ -276,14 +290,36 @@ def test_the_copied_curl_draws_the_same_picture(page: Any, tmp_path: Path) -> No
     draw(page, 'it\'s a "red" $HOME `apple` \\n é', seed=4, negative_prompt="blue")
     page.click(".curl")
     subprocess.run(["bash", "-ec", copied(page)], cwd=tmp_path, check=True, timeout=60)
-    shown = bytes(
-        page.evaluate("""async () => {
-          const {entries} = await import("/web/history.js");
-          return [...new Uint8Array(await (await entries())[0].pictures[0].blob.arrayBuffer())];
-        }""")
-    )
+    shown = bytes(page.evaluate(FIRST_PNG))
     drawn = [Image.open(file).tobytes() for file in (BytesIO(shown), tmp_path / "picture.png")]
     assert len(drawn[0]) == 64 * 64 * 3 and drawn[0] == drawn[1]
+
+
+def test_drawing_begins_with_a_picture_that_is_chosen(page: Any, store: FeedbackStore) -> None:
+    assert not page.is_visible("#strength") and page.get_attribute("#image", "multiple") is None
+    file = BytesIO()
+    Image.new("RGB", (80, 60), "red").save(file, "PNG")
+    page.set_input_files("#image", {"name": "red.png", "mimeType": "image/png", "buffer": file.getvalue()})
+    assert page.get_attribute("#strength", "placeholder") == "0.8"
+    draw(page, strength=0.3, steps=10)
+    (sent,) = store.generations(
+        [
+            page.evaluate("""async () => {
+      const {entries} = await import("/web/history.js");
+      return (await entries())[0].pictures[0].image_id;
+    }""")
+        ]
+    )
+    assert sent.strength == 0.3
+    page.click("#without")
+    assert not page.is_visible("#strength")
+    page.reload()
+    page.click(".reuse")
+    assert page.input_value("#strength") == "0.3" and page.is_visible("#chosen img")
+    page.set_input_files("#image", {"name": "text.png", "mimeType": "image/png", "buffer": b"a text"})
+    page.click("#draw")
+    page.wait_for_selector("#image[aria-invalid=true]")
+    assert page.inner_text("#image-error").startswith("Not a picture in one of PNG")
 
 
 def test_the_copied_python_runs(page: Any, tmp_path: Path) -> None:
