@@ -1,4 +1,4 @@
-"""Reference pictures, and what follows from them for the other settings."""
+"""Reference pictures and masks to paint into, and what follows from them for the other settings."""
 
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
@@ -8,20 +8,31 @@ from ray_jobs.run.records import TARGET
 from ray_jobs.weights.model_files import family_in
 
 
+def paints_masks(config: Config) -> bool:
+    """Return whether the model paints into the masks of the rows."""
+    model = config.model
+    return config.data.has_masks and family_in(local_path(model.base), revision=model.revision).paints_masks
+
+
+def num_before(config: Config) -> int:
+    """Return the number of pictures that a row's own is made from: its references, or itself with a hole."""
+    return config.data.num_references or int(paints_masks(config))
+
+
 def suited_to_references(config: Config) -> Config:
     """Return the configuration with `search.rank_by` and `data.cleaning.duplicates` as they suit references,
-    unless given.
+    or masks to paint into, unless given.
 
-    It is the same without references.
+    It is the same without these.
 
     Raises:
-        ConfigError: it is to be ranked by targets, which only rows with references have.
+        ConfigError: it is to be ranked by targets, which only rows with these have.
     """
-    if not config.data.num_references:
+    if not num_before(config):
         if config.search.rank_by == TARGET:
             raise ConfigError(
-                "search.rank_by: target is for models that edit reference images; name these in the "
-                "reference_columns of data.sources, or choose another score"
+                "search.rank_by: target is for models that edit reference images or paint into masks; name "
+                "these in the reference_columns or mask_column of data.sources, or choose another score"
             )
         return config
     search, data = config.search, config.data
@@ -40,12 +51,17 @@ def check_references(config: Config) -> None:
     """Check that the model takes as many reference pictures as the sources name, and their size.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or it paints into masks and the sources name none.
     """
     count, base = config.data.num_references, config.model.base
+    family = family_in(local_path(base), revision=config.model.revision)
+    if family.paints_masks and not config.data.has_masks:
+        raise ConfigError(
+            f"data.sources: mask_column is missing: {base} ({family.pipeline_class}) paints into a mask of "
+            "each row; name the column of masks, which are white where the image is to be painted"
+        )
     if not count:
         return
-    family = family_in(local_path(base), revision=config.model.revision)
     if count > family.max_references:
         takes = f"at most {family.max_references}" if family.max_references else "none"
         raise ConfigError(

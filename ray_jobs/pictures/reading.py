@@ -228,7 +228,7 @@ def decode_image(
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode uint8 pixels, height x width x 3, as a PNG file."""
+    """Encode uint8 pixels, height x width x 3, or 4 with an alpha channel, as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
