@@ -26,8 +26,9 @@ from tests.serving.page_server import page_server
 from tests.serving.test_adapters import VARIANTS, write_adapter
 from tests.serving.test_engine import TOLERANCE, drawn
 from tests.serving.test_served_edits import as_file, attentive, picture, pixels
+from tests.tiny_models import BY_NAME, MODELS
 
-NAME = "FluxFillPipeline"
+PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
 SQUARE, WIDE = (64, 64), (64, 96)
 
 
@@ -48,10 +49,11 @@ MIXED = [
 ]
 
 
+@pytest.mark.parametrize("name", PAINTERS)
 def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
-    tiny: Callable[[str], Path],
+    tiny: Callable[[str], Path], name: str
 ) -> None:
-    engine = Engine(attentive(load_pipeline(str(tiny(NAME)))), max_rows=6, num_cores=2)
+    engine = Engine(attentive(load_pipeline(str(tiny(name)))), max_rows=6, num_cores=2)
     requests = [
         (call, replace(each, height=each.height or 64, width=each.width or 64)) for call, each in MIXED
     ]
@@ -61,7 +63,7 @@ def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
         engine.step()
     engine.drain()
     pictures = [future.result(0).pixels for future in futures] + drawn(engine, requests[0][1])
-    plain = attentive(plain_diffusers.load(tiny(NAME)))
+    plain = attentive(plain_diffusers.load(tiny(name)))
     for (_, request), drawing in zip([*requests, requests[0]], pictures, strict=True):
         assert (drawing - plain_diffusers.draw(plain, request)).abs().max() <= TOLERANCE, request
     for other in (None, masked(1, *SQUARE, left=20), masked(2, *SQUARE)):
@@ -75,7 +77,7 @@ def test_every_painting_in_a_changing_batch_is_that_of_the_plain_pipeline(
 @pytest.fixture(scope="module")
 def model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attentive")
-    attentive(plain_diffusers.load(tiny(NAME))).save_pretrained(folder)
+    attentive(plain_diffusers.load(tiny(PAINTERS[0]))).save_pretrained(folder)
     return folder
 
 
@@ -102,7 +104,7 @@ def url(config: Config, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def edited(url: str, image: bytes, **fields: Any) -> Any:
     own = {"seed": 3, "steps": 3, "guidance_scale": 30.0} | fields.pop("own", {})
-    given = {"mask": ("mask.png", fields.pop("mask"))} if "mask" in fields else {}
+    given: dict[str, Any] = {"mask": ("mask.png", fields.pop("mask"))} if "mask" in fields else {}
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         return client.images.edit(
             image=("image.png", image), prompt="a red star", model="base", extra_body=own, **given, **fields
@@ -121,7 +123,8 @@ def test_a_mask_of_an_edit_is_painted_into(url: str, model: Path) -> None:
     for answer, size in zip(answers, (None, (64, 64)), strict=True):
         hole = read_masked(FILE, HOLE, size, 16, 128)
         assert 0.1 < float((hole[..., 3] == 0).float().mean()) < 0.4
-        request = Request("a red star", 3, 3, 30.0, None, *hole.shape[:2], masked=hole)
+        height, width = hole.shape[:2]
+        request = Request("a red star", 3, 3, 30.0, None, height, width, masked=hole)
         assert (pixels(answer.data[0]) - plain_diffusers.draw(plain, request)).abs().max() <= TOLERANCE
     begun = pixels(edited(url, FILE, mask=HOLE, own={"strength": 0.4}).data[0]).float()
     assert (begun - pixels(answers[0].data[0])).abs().max() > 2

@@ -28,6 +28,7 @@ from tests.serving import plain_diffusers
 from tests.tiny_models import BY_NAME, MODELS
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
+PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
 PROMPT, HEIGHT, WIDTH = "a small red circle", 64, 96
 
 
@@ -92,9 +93,12 @@ def test_an_edit_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path], name
         assert (ours - drawn(pipeline, references[::-1])).abs().max() > 1e-3  # and their order
 
 
-def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", PAINTERS)
+def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
+    tiny: Callable[[str], Path], name: str
+) -> None:
     """Also the masked pictures' sample of the posterior, by the seed."""
-    folder = tiny("FluxFillPipeline")
+    folder = tiny(name)
     pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
     masks = [Image.new("L", (WIDTH, HEIGHT)) for _ in range(3)]
     ImageDraw.Draw(masks[0]).ellipse((10, 5, 60, 50), fill=255)
