@@ -23,10 +23,10 @@ denoisers that take the guidance scale as an input. Reference pictures are `refe
 their latents, N x C x ..., clean, as `Codec.normalised` returns them; see `references_of`. Of families that
 paint masks there are `MASKED` and `MASK_PIXELS`.
 """
-MASKED = (
-    "masked"  # latents of the pictures without what is to be painted, N x C x ..., as from `Codec.sample`
-)
-MASK_PIXELS = "mask_pixels"  # what is to be painted: bool, N x 1 x height x width
+MASKED = "masked"
+"""Latents of the pictures without what is to be painted, N x C x ..., as from `Codec.sample`."""
+MASK_PIXELS = "mask_pixels"
+"""What is to be painted: bool, N x 1 x height x width."""
 Components = Mapping[str, Component]  # modules of a pipeline, by their names there
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
