@@ -1,5 +1,7 @@
 """Reference pictures and masks to paint into, and what follows from them for the other settings."""
 
+from typing import TYPE_CHECKING
+
 from cluster.fetched import local_path
 from ray_jobs.config import Config, ConfigError
 from ray_jobs.console import say
@@ -7,21 +9,27 @@ from ray_jobs.data.encoding.shapes import reference_sizes
 from ray_jobs.run.records import TARGET
 from ray_jobs.weights.model_files import family_in
 
+if TYPE_CHECKING:
+    from ray_jobs.diffusion.families import Family
 
-def paints_masks(config: Config) -> bool:
-    """Return whether the model paints into the masks of the rows."""
-    model = config.model
-    return config.data.has_masks and family_in(local_path(model.base), revision=model.revision).paints_masks
+
+def painter(config: Config) -> "Family | None":
+    """Return the model's family if it paints into the masks of the rows, else None."""
+    if not config.data.has_masks:
+        return None
+    family = family_in(local_path(config.model.base), revision=config.model.revision)
+    return family if family.paints_masks else None
 
 
 def num_before(config: Config) -> int:
     """Return the number of pictures that a row's own is made from: its references, or itself with a hole."""
-    return config.data.num_references or int(paints_masks(config))
+    return config.data.num_references or int(painter(config) is not None)
 
 
 def suited_to_references(config: Config) -> Config:
-    """Return the configuration with `search.rank_by` and `data.cleaning.duplicates` as they suit references,
-    or masks to paint into, unless given.
+    """Return the configuration with settings as they suit references or masks to paint into, unless given.
+
+    These are `search.rank_by`, `data.cleaning.duplicates` and `evaluate.guidance_scale`.
 
     It is the same without these.
 
@@ -35,7 +43,11 @@ def suited_to_references(config: Config) -> Config:
                 "these in the reference_columns or mask_column of data.sources, or choose another score"
             )
         return config
-    search, data = config.search, config.data
+    search, data, evaluate = config.search, config.data, config.evaluate
+    family = painter(config)
+    if family and family.usual_guidance and "guidance_scale" not in evaluate.model_fields_set:
+        evaluate = evaluate.model_copy(update={"guidance_scale": family.usual_guidance})
+        say("references", f"draws as its pipeline does (evaluate.guidance_scale: {family.usual_guidance:g})")
     if "rank_by" not in search.model_fields_set:
         search = search.model_copy(update={"rank_by": TARGET})
         say("references", "ranks by the distance of edits to their targets (search.rank_by: target)")
@@ -44,7 +56,7 @@ def suited_to_references(config: Config) -> Config:
         cleaning = data.cleaning.model_copy(update={"duplicates": "keep"})
         data = data.model_copy(update={"cleaning": cleaning})
         say("references", "like pictures are kept, in one split (data.cleaning.duplicates: keep)")
-    return config.model_copy(update={"search": search, "data": data})
+    return config.model_copy(update={"search": search, "data": data, "evaluate": evaluate})
 
 
 def check_references(config: Config) -> None:

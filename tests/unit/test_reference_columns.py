@@ -315,6 +315,7 @@ def test_settings_suit_references_unless_given(tmp_path: Path) -> None:
     painter = write_model("FluxFillPipeline", tmp_path / "painter")
     suited = suited_to_references(edits(painter, sources=[{"path": "x", "mask_column": "mask"}]))
     assert (suited.search.rank_by, suited.data.cleaning.duplicates) == ("target", "keep")
+    assert suited.evaluate.guidance_scale == 30
     plain = {
         "name": "x",
         "data": {"source": "x"},

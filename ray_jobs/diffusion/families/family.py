@@ -73,6 +73,8 @@ class Family(ABC):
     """Whether diffusers' pipeline reads and writes LoRA files, and its denoiser takes adapters."""
     adds_guidance: bool = False
     """Whether diffusers' pipeline adds guidance to the conditional prediction: its scale is less by 1."""
+    usual_guidance: float | None = None
+    """Guidance scale of diffusers' pipeline, of families that paint masks; None: the configuration's."""
     own_area: bool = False
     """Whether diffusers' pipeline scales every size to the area of its native one, `default_sample_size`."""
     native: tuple[int, int] | None = None

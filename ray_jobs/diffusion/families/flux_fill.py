@@ -13,6 +13,7 @@ class FluxFill(Flux):
 
     pipeline_class = "FluxFillPipeline"
     paints_masks = True
+    usual_guidance = 30.0
     native = (1024, 1024)
     variants = ("",)
     further_channels = 4 + 8 * 8  # the masked picture's latents, and the pixels of a latent
