@@ -31,7 +31,7 @@ from ray_jobs.training.setup import (
 from ray_jobs.training.state import snapshot, whole
 from ray_jobs.training.steps import seed_dropout
 from ray_jobs.weights.encoders import Encoders
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, half_painted
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a small red circle", "a blue cross", "", "a green square"]
@@ -80,6 +80,7 @@ class Rows:
             "latents_mean": mean,
             "latents_logvar": logvar,
             "conditioning": sizes,
+            **encoders.encode_masked(half_painted(pixels)),
             "reference_0": mean.flip(0),
             "mask": torch.rand((4, 1, *mean.shape[2:]), generator=generator),
             **encoders.encode_captions(CAPTIONS),

@@ -1,14 +1,16 @@
-"""Reference pictures: each family that takes them draws with them as its pipeline in diffusers does."""
+"""Reference pictures and masks: families that take them draw with them as their pipelines in diffusers do."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from ray_jobs.data.encoding.encoding import with_masks
 from ray_jobs.diffusion.families import FAMILIES, family_of
 from ray_jobs.diffusion.families.family import reference
 from ray_jobs.diffusion.finetuning import FineTuning
@@ -19,6 +21,7 @@ from ray_jobs.diffusion.sampling import (
     encode_references,
     initial_noise,
     sample_latents,
+    sample_pictures,
     seeded,
     whole_pictures,
 )
@@ -28,6 +31,7 @@ from tests.tiny_models import BY_NAME, MODELS
 from tests.unit.test_families import in_steps, of_steps
 
 EDITORS = [name for name in MODELS if BY_NAME[name][0].max_references]
+PAINTERS = [name for name in MODELS if BY_NAME[name][0].paints_masks]
 PROMPT, HEIGHT, WIDTH = "a small red circle", 64, 96
 
 
@@ -136,3 +140,49 @@ def test_the_loss_with_a_reference_is_that_of_the_pipelines_own_pieces(
         without = model(latents, captions, draws)
     assert torch.allclose(loss, expected, rtol=1e-4)
     assert not torch.allclose(loss, without, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PAINTERS)
+def test_what_is_painted_into_a_mask_is_that_of_the_plain_pipeline(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    """Also the masked pictures' sample of the posterior, by the seed."""
+    folder = tiny(name)
+    pipeline, theirs = load_pipeline(str(folder)), plain_diffusers.load(folder)
+    masks = [Image.new("L", (WIDTH, HEIGHT)) for _ in range(3)]
+    ImageDraw.Draw(masks[0]).ellipse((10, 5, 60, 50), fill=255)
+    ImageDraw.Draw(masks[1]).rectangle((3, 3, 40, 60), fill=255)  # within patches too
+    masked = []
+    for seed, mask in enumerate(masks):
+        pixels = with_masks(picture(seed).permute(1, 2, 0).numpy()[None], np.array(mask)[None])
+        masked.append(torch.from_numpy(pixels)[0].permute(2, 0, 1))
+
+    def drawn(of_each: list[torch.Tensor] | None) -> torch.Tensor:
+        batches = sample_pictures(
+            pipeline,
+            [PROMPT] * 3,
+            range(3),
+            shapes=[(HEIGHT, WIDTH)] * 3,
+            num_steps=3,
+            guidance_scale=30.0,
+            batch_size=2,
+            references=None if of_each is None else lambda number: [of_each[number]],
+        )
+        return torch.cat(list(batches)).float()
+
+    ours = drawn(masked)
+    for number, mask in enumerate(masks):
+        expected = theirs(
+            prompt=PROMPT,
+            image=pillow(picture(number)),
+            mask_image=mask,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=3,
+            guidance_scale=30.0,
+            generator=torch.Generator().manual_seed(number),
+            output_type="pt",
+        ).images[0]
+        assert (ours[number] - 255 * expected).abs().max() < 0.5 + 255e-4
+    assert (ours - drawn(None)).abs().max() > 1, "the picture and its mask matter"
+    assert (ours - drawn([masked[0], masked[0], masked[2]]))[1].abs().max() > 1
