@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
-from ray_jobs.config import Config, ModelConfig
+from ray_jobs.config import Config, ModelConfig, TrainConfig
 from ray_jobs.registry.aliases import aliases_of, command_line, make_champion, measured_of, names_of
 from ray_jobs.registry.beginning import beginning_names
 from ray_jobs.registry.digests import digest_of_bytes, is_copy, weights_digest
@@ -217,17 +217,21 @@ def beginning_tags(config: Config) -> dict[str, str]:
     return {f"begins_from_{field}": name for field, name in beginning_names(config).items()}
 
 
+def training_tags(train: TrainConfig) -> dict[str, str]:
+    """Return tags of what a training makes of weights, which a search may decide."""
+    return {"method": train.makes, "zero_terminal_snr": str(train.loss.zero_terminal_snr).lower()}
+
+
 def _tags(config: Config, measured: Measured | None, digest: str) -> dict[str, str]:
     """Return a version's tags."""
     tags = {
         "base": config.model.base,
         "base_revision": config.model.revision or "",
         **quantization_tags(config.model),
-        "method": config.train.makes,
+        **training_tags(config.train),
         "digest": digest,
         "config_digest": hashlib.sha256(config.to_yaml().encode()).hexdigest(),  # digest of config.yaml
         "code_version": code_version(),
-        "zero_terminal_snr": str(config.train.loss.zero_terminal_snr).lower(),
         "signature": json.dumps(signature(config.data.resolution)),
     }
     if measured is None:

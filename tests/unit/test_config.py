@@ -56,6 +56,10 @@ OFFLOADS = ["train.use_gpu=true", "train.gradient_checkpointing=true", "train.of
         ("train.epochs=3", "train.epochs and search.ladder both say how long a training lasts; remove one"),
         ("train.max_steps=3", "train.max_steps and search.ladder both say how long a training lasts"),
         ("search.space={train.epochs: [1, 2]}", "train.epochs cannot be searched"),
+        (
+            "search.space={train.loss.outside_mask: [0.0, 0.5]}",
+            "outside_mask: 0.5 changes nothing without mask_column in data.sources",
+        ),
         ("search.learning_rates=[0.1,0.1]", "repeats a value"),
         ("search.learning_rates={low: 1.0e-3}", "search.learning_rates.high"),
         ("search.learning_rates={low: 1.0e-3, high: 1.0e-4}", "low: 0.001 must be below high: 0.0001"),
