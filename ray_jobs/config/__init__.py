@@ -321,6 +321,11 @@ class Config(Section):
             if f"train.{field}" in space:
                 raise ValueError(f"search.space.train.{field} changes nothing {where}")
             require_unset(train, where, field)
+        for field in () if searched_stages else train.own_of_stages(ends(space.get("train.optimizer", []))):
+            where = "because every stage of train.stages has its own"
+            if f"train.{field}" in space:
+                raise ValueError(f"search.space.train.{field} changes nothing {where}")
+            require_unset(train, where, field)
         if not self.data.has_masks:
             require_unset(train.loss, "without mask_column in data.sources", "outside_mask")
         methods = [train.method, *ends(space.get("train.method", []))]
